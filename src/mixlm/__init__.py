@@ -1,0 +1,39 @@
+"""Several language models write one text, at the cost of one model a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mixlm.errors import MixlmError
+from mixlm.records import Completion, Message, Sampling, Token, Usage
+
+if TYPE_CHECKING:
+    from mixlm.ensemble import Chat, Ensemble, Stream
+    from mixlm.loading import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chat",
+    "Completion",
+    "Ensemble",
+    "Message",
+    "MixlmError",
+    "Sampling",
+    "Stream",
+    "Token",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+_LAZY = {"Chat": "ensemble", "Ensemble": "ensemble", "Stream": "ensemble", "load": "loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the larger parts when they are first used."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"mixlm.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'mixlm' has no attribute {name!r}")

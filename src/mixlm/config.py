@@ -1,0 +1,151 @@
+"""The ensemble file: TOML to one frozen tree. Unknown keys are refused, with the nearest known one as a hint.
+
+method = "mixture"              # or conventional, greedy, single
+unit = "auto"                   # or token, piece
+[sampling]                      # for every member
+top_k = 10
+[[members]]
+model = "smollm2-135m"          # a name, a folder, a GGUF file, a hub id
+weight = 0.6
+[members.sampling]              # for this member, over the above
+temperature = 0.5
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mixlm.errors import ConfigError, did_you_mean
+from mixlm.records import Sampling
+
+Method = Literal["mixture", "conventional", "greedy", "single"]
+UnitName = Literal["auto", "token", "piece"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single")
+UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
+DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplingConfig(_Strict):
+    """Sampling options that are given; the others keep their defaults. See `Sampling`."""
+
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are given."""
+        return self.model_dump(exclude_none=True)
+
+
+class MemberConfig(_Strict):
+    """One member. `template` is a Jinja chat template, `template_file` a file that holds one."""
+
+    model: str
+    name: str | None = None
+    weight: float | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    template: str | None = None
+    template_file: str | None = None
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class EnsembleConfig(_Strict):
+    """A whole ensemble."""
+
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+    method: Method = "mixture"
+    unit: UnitName = "auto"
+    system: str | None = None
+    sampling: SamplingConfig = SamplingConfig()
+
+    def weights(self) -> list[float] | None:
+        """Return the members' weights, None when none is given.
+
+        Raises ConfigError when some members have one and some have not.
+        """
+        given = [one.weight for one in self.members if one.weight is not None]
+        if given and len(given) != len(self.members):
+            raise ConfigError(
+                f"{len(given)} of {len(self.members)} members have a weight", "give every member a weight, or none"
+            )
+        return given or None
+
+
+def read_config(path: str | Path) -> EnsembleConfig:
+    """Read an ensemble file. Raises ConfigError that names the file, the key and what is allowed."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = [one.name for one in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, beside)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    config = parse_config(raw, str(path))
+    folder = path.resolve().parent
+    return config.model_copy(update={"members": tuple(_with_files(one, folder) for one in config.members)})
+
+
+def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
+    """Check a parsed ensemble file. Raises ConfigError; `source` names the file in its message."""
+    try:
+        config = EnsembleConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _explained(error, source) from error
+    config.weights()
+    for options in (config.sampling, *(one.sampling for one in config.members)):
+        Sampling(**options.given())
+    return config
+
+
+def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
+    """Read a member's template file, and take paths relative to the ensemble file."""
+    changes: dict[str, Any] = {}
+    if member.template_file is not None:
+        if member.template is not None:
+            raise ConfigError(f"member {member.model} has a template and a template_file", "give one of them")
+        try:
+            changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
+    if (folder / member.model).exists():
+        changes["model"] = str(folder / member.model)
+    return member.model_copy(update=changes)
+
+
+def _explained(error: ValidationError, source: str) -> ConfigError:
+    """Turn the first of pydantic's complaints into one sentence and a hint."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model = _model_at(first["loc"])
+        known = list(model.model_fields)
+        hint = did_you_mean(str(first["loc"][-1]), known) or f"known keys: {', '.join(known)}"
+        return ConfigError(f"{source}: unknown key {place!r}", hint)
+    if first["type"] == "missing":
+        return ConfigError(f"{source}: {place} is missing", "an ensemble file lists its [[members]], each with a model")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
+    return ConfigError(f"{source}: {place}{shown}: {message}")
+
+
+def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
+    if "sampling" in place[:-1]:
+        return SamplingConfig
+    return MemberConfig if len(place) > 1 and place[0] == "members" else EnsembleConfig

@@ -1,0 +1,132 @@
+"""What strategies are made of: one position of one sequence, and the driver that carries their questions to engines.
+
+A strategy is a generator without input or output of its own: it yields questions for members, is sent the replies, and
+returns what was chosen. Whatever drives it (one sequence, many, a server, a test with numbers) runs the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
+from mixlm.mixing import pooled
+from mixlm.noise import Noise
+from mixlm.records import Sampling
+from mixlm.sampling import Candidates, Floats, History, Ids, Logits, Transform
+from mixlm.vocab.units import State, Unit, doubled
+
+
+class Choice(NamedTuple):
+    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability."""
+
+    symbol: int
+    member: int
+    logprob: float
+
+
+Flow = Generator[list[Request], list[Reply], Choice]
+
+
+class Member:
+    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
+
+    def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
+        self.engine = engine
+        self.name = name
+        self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
+        self.symbols = symbols
+        self._doubled = doubled(symbols)
+
+    def law(self, logits: Logits, history: History | None = None) -> Candidates:
+        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
+        ids, logprobs = self.transform(logits, history)
+        symbols = self.symbols[ids]
+        twice = self._doubled[ids]
+        if not twice.any():
+            return Candidates(symbols, logprobs)
+        joined = pooled(symbols[twice], logprobs[twice])
+        return Candidates(
+            np.concatenate([symbols[~twice], joined.ids]), np.concatenate([logprobs[~twice], joined.logprobs])
+        )
+
+
+class View:
+    """One member's view of one sequence."""
+
+    def __init__(self, member: Member, index: int, state: State) -> None:
+        self._member = member
+        self._index = index
+        self._state = state
+
+    def ids(self) -> Ids:
+        """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
+        return self._state.ids(self._index)
+
+    def law(self, logits: Logits) -> Candidates:
+        """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
+        if not self._member.transform.sampling.penalises:
+            return self._member.law(logits)
+        ids, prompt = self.ids(), self._state.prompt_length(self._index)
+        return self._member.law(logits, History.of(ids[:prompt], ids[prompt:]))
+
+    def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
+        """Return the function that draws a symbol from the member's logits with the noise of this position."""
+
+        def choose(logits: Logits) -> Drawn:
+            symbols, logprobs = self.law(logits)
+            at = noise.draw(symbols, logprobs)
+            return Drawn(int(symbols[at]), float(logprobs[at]))
+
+        return choose
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1."""
+
+    weights: Floats
+    noise: Noise
+    views: Sequence[View]
+
+
+Strategy = Callable[[Step], Flow]
+
+
+class Writing:
+    """One text being written: its state, each member's session and view."""
+
+    def __init__(
+        self, members: Sequence[Member], unit: Unit, prompts: Sequence[Ids], sessions: Sequence[Session]
+    ) -> None:
+        self.members = members
+        self.sessions = sessions
+        self.state = unit.begin(prompts)
+        self.views = [View(member, i, self.state) for i, member in enumerate(members)]
+
+    def answer(self, requests: Sequence[Request]) -> list[Reply]:
+        """Hand each engine all that is asked of it in one call; return the replies in the order of the requests."""
+        replies: list[Reply] = [None] * len(requests)
+        engines: dict[int, list[int]] = {}
+        for at, request in enumerate(requests):
+            engines.setdefault(id(self.members[request.member].engine), []).append(at)
+        for places in engines.values():
+            engine = self.members[requests[places[0]].member].engine
+            asked = [(self.sessions[requests[at].member], requests[at]) for at in places]
+            for at, reply in zip(places, engine.answer(asked), strict=True):
+                replies[at] = reply
+        return replies
+
+
+def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> Choice:
+    """Carry a strategy's questions to `answer` and back until it has chosen."""
+    try:
+        requests = next(flow)
+        while True:
+            requests = flow.send(answer(requests))
+    except StopIteration as done:
+        choice: Choice = done.value
+        return choice

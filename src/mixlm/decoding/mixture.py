@@ -1,0 +1,14 @@
+"""`mixture`: draw one member by its weight, and only that one runs (paper, section 3.2, algorithm 2)."""
+
+from __future__ import annotations
+
+from mixlm.decoding.base import Choice, Flow, Step
+from mixlm.engines.base import Draw
+
+
+def mixture(step: Step) -> Flow:
+    """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
+    z = step.noise.choice(step.weights)
+    view = step.views[z]
+    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    return Choice(drawn.symbol, z, drawn.logprob)

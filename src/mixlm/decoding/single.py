@@ -1,0 +1,31 @@
+"""`single`: one member writes alone. The baseline that an ensemble is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mixlm.decoding.base import Choice, Flow, Step, Strategy
+from mixlm.decoding.greedy import greedy
+from mixlm.engines.base import Draw
+
+
+def single(member: int) -> Strategy:
+    """Return the strategy that always draws from one member, whatever the weights."""
+
+    def strategy(step: Step) -> Flow:
+        view = step.views[member]
+        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
+        return Choice(drawn.symbol, member, drawn.logprob)
+
+    return strategy
+
+
+def single_greedy(member: int) -> Strategy:
+    """Return the strategy that always takes one member's most likely symbol."""
+
+    def strategy(step: Step) -> Flow:
+        return (yield from greedy(replace(step, weights=np.eye(len(step.views))[member])))
+
+    return strategy

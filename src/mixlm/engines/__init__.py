@@ -1,0 +1,32 @@
+"""Engines: one backend a file. `load` finds the one for a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mixlm.engines.base import Engine
+from mixlm.engines.spec import EngineSpec
+from mixlm.errors import MixlmError
+
+__all__ = ["Engine", "EngineSpec", "load"]
+
+
+def load(spec: EngineSpec) -> Engine:
+    """Load the engine for a model: `toy:SEED`, a folder, a GGUF file, a name from the catalogue, or a hub id.
+
+    Raises ModelNotFoundError, ModelLoadError, TokenizerError or MemoryLimitError, each with a hint.
+    """
+    if spec.model.startswith("toy:"):
+        from mixlm.engines.toy import ToyEngine
+
+        return ToyEngine.from_spec(spec.model)
+    try:
+        from mixlm.engines.hf import HFEngine
+    except ImportError as error:
+        raise MixlmError(
+            f"loading {spec.model} needs {error.name}", "install it with: pip install 'mixlm[hf]'"
+        ) from error
+    from mixlm.models import resolve
+
+    found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
+    return HFEngine(replace(spec, name=spec.name or found.name), found.path_or_id)

@@ -1,0 +1,166 @@
+"""A loaded model, one sequence on it, and the two questions that can be asked of it.
+
+The cache is an optimisation and nothing else: what a session answers depends on the ids alone. One method gives append,
+rollback and lazy catch-up: the session keeps the longest common prefix of what it ran before, drops the rest, and runs
+what is missing in one forward. A member that is not asked does nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixlm.errors import PromptTooLongError, UsageError
+from mixlm.sampling import Ids, Logits
+from mixlm.vocab.encoding import Encoder
+from mixlm.vocab.prompts import PromptEncoder
+from mixlm.vocab.tokens import Vocabulary
+from mixlm.vocab.units import TokenBuffer
+
+
+class Drawn(NamedTuple):
+    """A symbol drawn from one member, and its natural log-probability under what it was drawn from."""
+
+    symbol: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask a member for its logits after each of the last `last` prefixes of `ids`. Reply: float (last, vocab)."""
+
+    member: int
+    ids: Ids
+    last: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn."""
+
+    member: int
+    ids: Ids
+    choose: Callable[[Logits], Drawn]
+
+
+Request = Ask | Draw
+Reply = Any  # what the request's docstring says
+
+
+class Forward(NamedTuple):
+    """One forward pass: tokens run, tokens already in the cache, seconds."""
+
+    tokens: int
+    cached: int
+    seconds: float
+
+
+@dataclass
+class Work:
+    """What a session has done so far."""
+
+    log: list[Forward] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens run in all forwards."""
+        return sum(one.tokens for one in self.log)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all forwards."""
+        return sum(one.seconds for one in self.log)
+
+
+class Session(ABC):
+    """One sequence on one engine. Subclasses say how to cut the cache and how to run a forward."""
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self.work = Work()
+        self._cached = TokenBuffer(np.zeros(0, dtype=np.int64))
+        self._latest: Logits | None = None
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the logits after each of the last `last` prefixes of `ids`: float32 (last, vocab).
+
+        Raises UsageError for no ids, PromptTooLongError for more than the context holds.
+        """
+        if not 1 <= last <= len(ids):
+            raise UsageError(
+                f"{last} positions were asked of a sequence of {len(ids)} tokens", "ask for 1 or more of them"
+            )
+        if len(ids) > self.context_length:
+            raise PromptTooLongError(
+                f"{len(ids)} tokens are more than the context of {self.context_length}", "shorten the prompt"
+            )
+        cached = self._cached.ids
+        common = _common_prefix(cached, ids)
+        if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
+            return self._latest
+        keep = min(common, len(ids) - last)
+        start = time.perf_counter()
+        try:
+            if keep < len(cached):
+                keep = self._keep(keep)
+            out = self._forward(ids[keep:], last)
+        except BaseException:
+            # Interrupted or out of memory: what the cache holds is unknown, so the next question starts anew.
+            self._cached.rewrite(len(cached), [])
+            self._latest = None
+            self._keep(0)
+            raise
+        self.work.log.append(Forward(len(ids) - keep, keep, time.perf_counter() - start))
+        self._cached.rewrite(len(cached) - keep, ids[keep:])
+        self._latest = out[-1:]
+        return out
+
+    @abstractmethod
+    def _keep(self, length: int) -> int:
+        """Cut the cache to its first `length` tokens. Returns how many it kept: `length`, or 0 if it cannot be cut."""
+
+    @abstractmethod
+    def _forward(self, ids: Ids, last: int) -> Logits:
+        """Run `ids` behind the cache and return the logits of the last `last` positions: float32 (last, vocab)."""
+
+
+class Engine(ABC):
+    """A loaded model with its tokenizer.
+
+    stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    encoder: Encoder
+    prompts: PromptEncoder
+    context_length: int
+    stops: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def session(self) -> Session:
+        """Begin a sequence, with an empty cache."""
+
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+        """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
+        return [answer(session, request) for session, request in requests]
+
+
+def answer(session: Session, request: Request) -> Reply:
+    """Answer one request with a session's logits."""
+    if isinstance(request, Draw):
+        return request.choose(session.logits(request.ids)[0])
+    return session.logits(request.ids, request.last)
+
+
+def _common_prefix(a: Ids, b: Ids) -> int:
+    """Return the length of the longest common prefix."""
+    length = min(len(a), len(b))
+    same = a[:length] == b[:length]
+    return length if same.all() else int(np.argmin(same))

@@ -1,0 +1,20 @@
+"""What it takes to load an engine, resolved: no name look-ups left to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """A model and how to run it. Two members with equal specs share one engine, and so one copy of the weights.
+
+    model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
+    template: a Jinja chat template in place of the model's own.
+    """
+
+    model: str
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    template: str | None = None

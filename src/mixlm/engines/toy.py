@@ -1,0 +1,127 @@
+"""A model that is a table: small enough to enumerate, real enough to run every strategy. For tests and docs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mixlm.engines.base import Engine, Session
+from mixlm.errors import TokenizerError
+from mixlm.records import Message
+from mixlm.sampling import Ids, Logits
+from mixlm.vocab.encoding import Encoded
+from mixlm.vocab.prompts import PromptEncoder
+from mixlm.vocab.tokens import Vocabulary
+
+Table = Callable[[tuple[int, ...]], Logits]
+
+_WORDS = (
+    "the", "and", "of", "to", "in", "one", "two", "river", "bird", "stone", "light", "tree", "cloud", "sings", "falls",
+    "turns", "under", "over",
+)  # fmt: skip
+WORD_TOKENS = tuple([f" {word}".encode() for word in _WORDS] + [bytes([b]) for b in range(256)])
+
+
+def random_table(vocab: int, seed: int, order: int = 2, scale: float = 1.5) -> Table:
+    """Return a table of normal logits that depend on the last `order` ids."""
+
+    def table(context: tuple[int, ...]) -> Logits:
+        rng = np.random.default_rng([seed, *context[-order:]])
+        return rng.normal(scale=scale, size=vocab)
+
+    return table
+
+
+def wordy_table(seed: int) -> Table:
+    """Return a random table over `WORD_TOKENS` that prefers words to bare bytes, for something to look at."""
+    vocab = len(WORD_TOKENS) + 2
+    table = random_table(vocab, seed)
+    bias = np.zeros(vocab)
+    bias[len(_WORDS) : vocab - 1] = -12
+    return lambda context: table(context) + bias
+
+
+class LongestMatch:
+    """Encodes bytes by taking the longest token that fits, from left to right."""
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self._ids = {token: i for i, token in reversed(list(enumerate(tokens))) if token}
+        self._longest = max(map(len, self._ids))
+
+    def encode(self, data: bytes) -> Encoded:
+        """Encode any bytes; a choice made with the longest token's length in sight is final."""
+        ids: list[int] = []
+        at = stable_ids = stable_bytes = 0
+        while at < len(data):
+            for length in range(min(self._longest, len(data) - at), 0, -1):
+                found = self._ids.get(data[at : at + length])
+                if found is not None:
+                    break
+            else:
+                raise TokenizerError(f"the toy vocabulary has no token for byte {data[at]:#04x}")
+            final = at + self._longest <= len(data)
+            ids.append(found)
+            at += length
+            if final:
+                stable_ids, stable_bytes = len(ids), at
+        return Encoded(ids, stable_ids, stable_bytes)
+
+
+class ToyEngine(Engine):
+    """A table over a given vocabulary. The last id is end-of-text, the one before it begins every prompt.
+
+    tokens: bytes of the other ids. table: logits (len(tokens) + 2,) for a context of ids; random when left out.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes] = WORD_TOKENS,
+        table: Table | None = None,
+        *,
+        name: str = "toy",
+        seed: int = 0,
+        context_length: int = 4096,
+    ) -> None:
+        begin, end = len(tokens), len(tokens) + 1
+        size = len(tokens) + 2
+        self.name = name
+        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end])
+        self.encoder = LongestMatch(tokens)
+        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": end}, _render, begin=[begin])
+        self.context_length = context_length
+        self.table = table or random_table(size, seed)
+
+    @classmethod
+    def from_spec(cls, spec: str) -> ToyEngine:
+        """Build the toy that `toy:SEED` names."""
+        digits = re.sub(r"\D", "", spec) or "0"
+        return cls(table=wordy_table(int(digits)), name=spec)
+
+    def session(self) -> ToySession:
+        """Begin a sequence."""
+        return ToySession(self)
+
+
+def _render(messages: Sequence[Message]) -> str:
+    return "<begin>" + "".join(f"{one.role}: {one.content}\n" for one in messages)
+
+
+class ToySession(Session):
+    """A toy's cache is the ids themselves."""
+
+    def __init__(self, engine: ToyEngine) -> None:
+        super().__init__(engine.context_length)
+        self._table = engine.table
+        self._context: list[int] = []
+
+    def _keep(self, length: int) -> int:
+        del self._context[length:]
+        return length
+
+    def _forward(self, ids: Ids, last: int) -> Logits:
+        self._context += ids.tolist()
+        end = len(self._context)
+        rows = [self._table(tuple(self._context[: at + 1])) for at in range(end - last, end)]
+        return np.array(rows, dtype=np.float32)

@@ -1,0 +1,74 @@
+"""From names or an ensemble file to a loaded ensemble. Members that name the same model share one copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mixlm.config import DType, EnsembleConfig, MemberConfig, Method, SamplingConfig, UnitName, read_config
+from mixlm.engines import Engine, EngineSpec
+from mixlm.engines import load as load_engine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError
+from mixlm.settings import Settings
+
+Progress = Callable[[str], None]
+
+
+def load(
+    *models: str | Path,
+    weights: Sequence[float] | None = None,
+    method: Method = "mixture",
+    unit: UnitName = "auto",
+    dtype: DType = "auto",
+    device: str = "auto",
+    **sampling: Any,
+) -> Ensemble:
+    """Load an ensemble of models: names, folders, GGUF files or hub ids; or of one ensemble file (`*.toml`).
+
+    weights: one a model; equal when left out. sampling: options of `Sampling` for every member.
+    Raises the errors of `mixlm.errors`, each with a hint.
+    """
+    names = [str(one) for one in models]
+    if len(names) == 1 and names[0].endswith(".toml"):
+        config = read_config(names[0])
+        update: dict[str, Any] = {"sampling": SamplingConfig(**{**config.sampling.given(), **sampling})}
+        return load_config(config.model_copy(update=update), weights=weights)
+    if not names:
+        raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
+    config = EnsembleConfig(
+        members=tuple(MemberConfig(model=one, dtype=dtype, device=device) for one in names),
+        method=method,
+        unit=unit,
+        sampling=SamplingConfig(**sampling),
+    )
+    return load_config(config, weights=weights)
+
+
+def load_config(
+    config: EnsembleConfig, *, weights: Sequence[float] | None = None, progress: Progress | None = None
+) -> Ensemble:
+    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded."""
+    weights = weights if weights is not None else config.weights()
+    engines: dict[EngineSpec, Engine] = {}
+    members: list[MemberSpec] = []
+    for one in config.members:
+        spec = EngineSpec(one.model, one.name or "", one.dtype, one.device, one.template)
+        key = replace(spec, name="")
+        if key not in engines:
+            if progress is not None:
+                progress(one.name or one.model)
+            engines[key] = load_engine(spec)
+        name = _distinct(one.name or engines[key].name, [member.name for member in members])
+        members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
+    defaults = Settings(method=config.method, system=config.system)
+    return Ensemble(members, weights, unit=config.unit, defaults=defaults)
+
+
+def _distinct(name: str, taken: Sequence[str]) -> str:
+    """Return the name, numbered when another member has it."""
+    if name not in taken:
+        return name
+    return next(one for i in range(2, len(taken) + 3) if (one := f"{name}-{i}") not in taken)

@@ -1,0 +1,27 @@
+"""Models by name, by folder or by GGUF file: found, fetched, converted and kept in a cache."""
+
+from mixlm.models.cache import InstalledModel, ModelInfo, cache_root, find, installed, read_info
+from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel
+from mixlm.models.convert import DTYPES, convert_gguf, converted
+from mixlm.models.fetch import get
+from mixlm.models.progress import Reporter
+from mixlm.models.resolve import Resolved, resolve
+
+__all__ = [
+    "CATALOG",
+    "DTYPES",
+    "GROUPS",
+    "CatalogModel",
+    "InstalledModel",
+    "ModelInfo",
+    "Reporter",
+    "Resolved",
+    "cache_root",
+    "convert_gguf",
+    "converted",
+    "find",
+    "get",
+    "installed",
+    "read_info",
+    "resolve",
+]

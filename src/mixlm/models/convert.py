@@ -1,0 +1,254 @@
+"""From a GGUF file to a Hugging Face folder that loads fast and holds exact, unpacked weights."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundError, near
+from mixlm.models.cache import Build, ModelInfo, cache_root, install, write_json
+from mixlm.models.header import GgufHeader, read_header
+from mixlm.models.progress import Reporter, Stage
+
+DTYPES = ("bfloat16", "float16", "float32")
+_CHUNK = 1 << 20
+_FILE_NAME = "model.gguf"
+
+
+def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: Stage | None = None) -> GgufHeader:
+    """Convert the GGUF file at `path` into a Hugging Face folder.
+
+    Args:
+        path: the GGUF file.
+        target_dir: an empty folder for the model and its tokenizer.
+        dtype: "bfloat16", "float16" or "float32": what the unpacked weights are written in.
+        stage: told how far the conversion is.
+
+    Returns:
+        What the file's header says.
+
+    Raises:
+        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+    """
+    check_dtype(dtype)
+    require_libraries()
+    header = read_header(path)
+    try:
+        _convert(path, target_dir, dtype, header, stage or Stage())
+    except MixlmError:
+        raise
+    except Exception as error:
+        # The library raises whatever its own code runs into: a ValueError for an architecture it does not know,
+        # but as well KeyError, RuntimeError and others for a file it did not expect.
+        raise ModelLoadError(
+            f"cannot convert {path} (GGUF architecture {header.architecture!r}): {_one_sentence(error)}",
+            "a folder with the same model in safetensors may load",
+        ) from error
+    finally:
+        gc.collect()
+    return header
+
+
+def converted(path: Path, dtype: str = "bfloat16", reporter: Reporter | None = None) -> Path:
+    """Return the cached Hugging Face folder of a GGUF file, converting it the first time.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+    """
+    check_dtype(dtype)
+    path = Path(path).expanduser().absolute()
+    if not path.is_file():
+        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    reporter = reporter or Reporter()
+    require_libraries()
+    read_header(path)
+    sha256 = _known_sha256(path, reporter)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
+
+    def build(folders: Build) -> ModelInfo:
+        with reporter.stage(f"{path.name}: converting, once", unit="items") as stage:
+            header = convert_gguf(path, folders.target, dtype, stage)
+        return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
+
+    return install(f"{stem}-{sha256[:12]}-{dtype}", build, reporter).path
+
+
+def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None) -> ModelInfo:
+    """Return what `mixlm.json` keeps of a converted GGUF file."""
+    return ModelInfo(
+        source=source,
+        sha256=sha256,
+        dtype=dtype,
+        architecture=header.architecture,
+        control=header.control,
+        ends=header.ends,
+        context=header.context,
+        licence=licence,
+    )
+
+
+def require_libraries() -> None:
+    """Raise ModelLoadError when a library that conversion needs is not installed, before anything long is begun."""
+    lacking = [name for name in ("torch", "transformers", "gguf", "accelerate") if find_spec(name) is None]
+    if lacking:
+        raise ModelLoadError(f"reading GGUF models needs {', '.join(lacking)}", "pip install 'mixlm[hf]'")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError for a dtype that models are not converted to."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+
+
+def near_paths(path: Path) -> str | None:
+    """Return a hint that names what lies in the folder of a missing `path` and looks like it, or says what is there."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    entries = [one.name for one in path.parent.iterdir() if path.suffix == ".gguf" or one.is_dir()]
+    close = near(path.name, entries) or sorted(one for one in entries if one.endswith(".gguf"))[:3]
+    return f"{path.parent} holds {', '.join(close)}" if close else None
+
+
+def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:
+    # From a folder of its own: a config.json or tokenizer beside the user's file must not be taken for this model's.
+    with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
+        (Path(alone) / _FILE_NAME).symlink_to(path.absolute())
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        stage.pulse(f"{path.name}: reading")
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            alone,
+            gguf_file=_FILE_NAME,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        _check_weights(path, model, loading)
+        stage.pulse(f"{path.name}: writing the weights")
+        model.save_pretrained(target)
+        rows = model.get_input_embeddings().weight.shape[0]
+        del model
+        stage.pulse(f"{path.name}: converting the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_FILE_NAME)
+        if header.tokens > rows:
+            raise ModelLoadError(f"{path} has {header.tokens} tokens but embeddings for only {rows}")
+        tokenizer.save_pretrained(target)
+        _drop_invented_tokens(target, header.tokens)
+
+
+def _drop_invented_tokens(folder: Path, tokens: int) -> None:
+    """Take tokens out of the saved tokenizer that the file does not have.
+
+    A file that names no unknown token gets one invented, with the next free id. The model has no embedding for it, so
+    a text with that token spelled out would break the model instead of being read as plain text.
+    """
+    tokenizer_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer = json.loads(tokenizer_file.read_text("utf-8"))
+    invented = {token["content"] for token in tokenizer["added_tokens"] if token["id"] >= tokens}
+    if not invented:
+        return
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < tokens]
+    if tokenizer["model"].get("unk_token") in invented:
+        tokenizer["model"]["unk_token"] = None
+    tokenizer_file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    config = json.loads(config_file.read_text("utf-8"))
+    config = {key: value for key, value in config.items() if not (isinstance(value, str) and value in invented)}
+    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")
+
+
+def _check_weights(path: Path, model: Any, loading: dict[str, Any]) -> None:
+    import torch
+
+    # A weight that the file does not hold was filled with random numbers.
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelLoadError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelLoadError(f"{path}: the weight {name} holds infinities or NaN in {weight.dtype}")
+
+
+@contextmanager
+def _quiet(stage: Stage) -> Iterator[None]:
+    """Keep transformers from writing to the terminal, and turn its progress bars into updates of `stage`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import modeling_gguf_pytorch_utils as legacy
+        from transformers.utils import logging
+
+        def counted(_factory: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counted:
+            return _Counted(args[0], stage.update)
+
+        bar = getattr(legacy, "tqdm", None)
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        hook = logging.set_tqdm_hook(counted)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        # One of the two GGUF loaders takes its bar from tqdm itself, past every setting of the library.
+        legacy.tqdm = lambda items, **_: _Counted(items, stage.update)
+        try:
+            yield
+        finally:
+            legacy.tqdm = bar
+            logging.set_verbosity(verbosity)
+            logging.set_tqdm_hook(hook)
+            if bars:
+                logging.enable_progress_bar()
+
+
+class _Counted:
+    """Iterates over items and tells how many are done, in place of a progress bar."""
+
+    def __init__(self, items: Iterable[Any], update: Callable[[int, int | None], None]) -> None:
+        self._items = list(items)
+        self._update = update
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(self._items):
+            self._update(done, len(self._items))
+            yield item
+        self._update(len(self._items), len(self._items))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Stand in for the other methods of a bar, which only change how it looks."""
+        return lambda *_args, **_kwargs: None
+
+
+def _known_sha256(path: Path, reporter: Reporter) -> str:
+    """Return the file's checksum, from the index when the file has not changed since it was last computed."""
+    index_file = cache_root() / "gguf-index.json"
+    stat = path.stat()
+    key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+    try:
+        index = {str(one): str(value) for one, value in json.loads(index_file.read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
+        index = {}
+    if key not in index:
+        digest = hashlib.sha256()
+        with path.open("rb") as file, reporter.stage(f"{path.name}: checksum", stat.st_size, unit="bytes") as stage:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                stage.update(file.tell())
+        index = {one: value for one, value in index.items() if Path(one.rsplit("|", 2)[0]).exists()}
+        index[key] = digest.hexdigest()
+        # Without the index the checksum is computed again; a cache that cannot be written is reported later.
+        with suppress(OSError):
+            index_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(index_file, index)
+    return index[key]
+
+
+def _one_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else ""
+    text = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0] or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

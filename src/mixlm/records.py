@@ -1,0 +1,146 @@
+"""The nouns that every part of mixlm shares. This module imports nothing of mixlm but its errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mixlm.errors import ConfigError
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `content` is plain text for every member, whatever it looks like."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """One member's transform `A_i`, applied in the order of the fields; the rest is renormalised.
+
+    repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and reply; 1 is off.
+    presence_penalty, frequency_penalty: subtracted once, or per occurrence, from logits of tokens in the reply.
+    temperature: divides the logits. 0 is for `greedy` and `single` only.
+    top_k: keeps the k most likely tokens; 0 is off. top_p: keeps the smallest set of at least this mass.
+    min_p: keeps tokens of at least this share of the most likely one's probability.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    temperature: float = 0.7
+    top_k: int = 20
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive_int = isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 0
+        checks = (
+            ("repetition_penalty", self.repetition_penalty > 0, "greater than 0; 1 is off"),
+            ("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100; 0 is off"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100; 0 is off"),
+            ("temperature", self.temperature >= 0, "0 or more; 1 leaves the distribution as it is"),
+            ("top_k", positive_int, "a whole number, 0 or more; 0 is off"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1; 1 is off"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1; 0 is off"),
+        )
+        for name, fits, allowed in checks:
+            value = getattr(self, name)
+            if not fits or not math.isfinite(value):
+                raise ConfigError(f"{name} is {value}; it must be {allowed}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the transform looks at the tokens written so far."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One step of a text.
+
+    text: what this token adds to the text; empty while a character is still incomplete.
+    data: its exact bytes. member: name of the member that wrote it; where every member took part (`conventional`,
+    `greedy`), the one that gave it the largest part of its probability.
+    logprob: natural log-probability under the law it was drawn from: the drawn member's transformed distribution in
+    `mixture` and `single`, the ensemble's in `conventional` and `greedy`.
+    """
+
+    text: str
+    data: bytes
+    member: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemberUsage:
+    """What one member did: its prompt's length, tokens written, forward passes, and tokens run through them."""
+
+    prompt_tokens: int
+    tokens: int
+    forwards: int
+    forward_tokens: int
+    forward_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Figures of one reply. Times are seconds of wall clock; `seconds` includes the prompts' prefill."""
+
+    tokens: int
+    bytes: int
+    seconds: float
+    seconds_to_first_token: float
+    members: Mapping[str, MemberUsage] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first over the time after the first: the speed of decoding, without the prefill."""
+        rest = self.seconds - self.seconds_to_first_token
+        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes at the speed of `tokens_per_second`."""
+        return self.tokens_per_second * self.bytes / self.tokens if self.tokens else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "seconds_to_first_token": self.seconds_to_first_token,
+            "tokens_per_second": self.tokens_per_second,
+            "bytes_per_second": self.bytes_per_second,
+            "members": {name: asdict(one) for name, one in self.members.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished reply. `finish_reason` is "stop" (end of text or a stop string) or "length"."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    seed: int
+    usage: Usage
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        tokens = [{"text": t.text, "member": t.member, "logprob": t.logprob} for t in self.tokens]
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "tokens": tokens,
+            "usage": self.usage.as_dict(),
+        }

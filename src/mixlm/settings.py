@@ -1,0 +1,125 @@
+"""How one reply is to be written: the options of a call, checked before anything runs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+from mixlm.config import METHODS, Method
+from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
+from mixlm.records import Sampling
+
+# Greedy decoding asks for the most likely symbol of the plain average unless told otherwise.
+_PLAIN = Sampling(temperature=1.0, top_k=0)
+_SAMPLING = tuple(one.name for one in fields(Sampling))
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+class Options(TypedDict, total=False):
+    """Options of `Ensemble.generate`, `stream` and `chat`; see `Settings` and `Sampling`."""
+
+    method: Method
+    max_tokens: int
+    stop: str | Sequence[str]
+    seed: int
+    sequence: int
+    raw: bool
+    system: str | None
+    mix_then_truncate: bool
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked options of one reply.
+
+    max_tokens: symbols written at most. stop: strings that end the reply and are not part of it. seed and sequence: the
+    key of the noise; equal keys give equal text. raw: continue the prompt as it stands, without template. system: a
+    system message in front. mix_then_truncate: `conventional` only, truncates and tempers the average in place of each
+    member. sampling: options given for every member, by name.
+    """
+
+    method: Method = "mixture"
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
+    sequence: int = 0
+    raw: bool = False
+    system: str | None = None
+    mix_then_truncate: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            hint = did_you_mean(str(self.method), METHODS)
+            raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
+        for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        if self.mix_then_truncate and self.method != "conventional":
+            raise UnsupportedError(
+                f"mix-then-truncate has no exact form in {self.method}: its law needs every member's distribution",
+                "use --method conventional with it",
+            )
+
+    def with_options(self, options: Mapping[str, Any]) -> Settings:
+        """Return these settings with a call's options over them. Raises ConfigError for an unknown one."""
+        sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+        others = {name: value for name, value in options.items() if name not in _SAMPLING}
+        known = [one.name for one in fields(self) if one.name != "sampling"]
+        for name in others:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}", did_you_mean(name, [*known, *_SAMPLING]))
+        if "stop" in others:
+            stop = others["stop"]
+            others["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        others.setdefault("seed", secrets.randbits(32))
+        return replace(self, **others, sampling={**self.sampling, **sampling})
+
+    def with_turn(self, turn: int) -> Settings:
+        """Return these settings for another turn of a conversation: the same seed, noise of its own."""
+        return replace(self, sequence=self.sequence + turn)
+
+    def for_member(self, own: Mapping[str, Any]) -> Sampling:
+        """Return one member's sampling: the call's options over the member's own over the defaults.
+
+        Raises UnsupportedError for temperature 0 where a symbol is drawn from an average.
+        """
+        given = {**own, **self.sampling}
+        if self.mix_then_truncate:
+            return replace(_PLAIN, **{name: given[name] for name in _PENALTIES if name in given})
+        chosen = Sampling(**given)
+        if self.picks_most_likely(own):
+            if chosen.temperature == 0:
+                given["temperature"] = 1.0
+            return replace(_PLAIN, **given)
+        if chosen.temperature == 0:
+            raise UnsupportedError(
+                f"temperature is 0, and {self.method} draws by chance: the most likely token of a member drawn by "
+                "chance is not the most likely token of the average",
+                "use --method greedy",
+            )
+        return chosen
+
+    def picks_most_likely(self, own: Mapping[str, Any]) -> bool:
+        """Whether the reply is the most likely one at each step: `greedy`, or `single` at temperature 0."""
+        return self.method == "greedy" or (self.method == "single" and {**own, **self.sampling}.get("temperature") == 0)
+
+    def after_mixing(self, own: Mapping[str, Any]) -> Sampling | None:
+        """Return what is applied to the average itself, if anything is."""
+        if not self.mix_then_truncate:
+            return None
+        given = {name: value for name, value in {**own, **self.sampling}.items() if name not in _PENALTIES}
+        chosen = Sampling(**given)
+        if chosen.temperature == 0:
+            raise UnsupportedError("temperature is 0, and conventional draws by chance", "use --method greedy")
+        return chosen

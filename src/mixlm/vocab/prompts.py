@@ -1,0 +1,96 @@
+"""Messages as a member's prompt: its template writes the control tokens, and nothing else can.
+
+A chat template renders messages to one string in which control tokens are spelled out. A user may type the same
+spelling; to every member that is plain text. So such spellings in messages are first broken by a mark, a character that
+occurs in none of them; after rendering, whatever still spells a control token came from the template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mixlm.records import Message
+from mixlm.sampling import Ids
+from mixlm.vocab.encoding import Encoder, LeadingSpace
+
+# For models without a template: what a base model continues best is a question and the beginning of an answer.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' %}Question: {{ message.content }}\n"
+    "{%- elif message.role == 'assistant' %}Answer: {{ message.content }}\n\n{% endif %}"
+    "{%- endfor %}Answer:"
+)
+# Where a base model goes on to ask itself the next question, its answer has ended.
+PLAIN_STOPS = ("\nQuestion:",)
+
+Render = Callable[[Sequence[Message]], str]
+
+
+class PromptEncoder:
+    """Turns messages, or a raw text, into one member's prompt ids.
+
+    control: spelling and id of every control token. render: messages to the template's text, up to where the reply
+    begins. begin: ids in front of a raw text, a BOS token or nothing. leading_space: the tokenizer's rule.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        control: Mapping[str, int],
+        render: Render,
+        begin: Sequence[int] = (),
+        leading_space: LeadingSpace = "never",
+    ) -> None:
+        self._encoder = encoder
+        self._control = dict(control)
+        self._render = render
+        self._begin = list(begin)
+        self._leading_space = leading_space
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._pattern = re.compile("|".join(re.escape(one) for one in longest_first) or r"(?!)")
+
+    def chat(self, messages: Sequence[Message]) -> Ids:
+        """Return the ids of a conversation, up to where the reply begins."""
+        mark = _unused_character("".join(one.content for one in messages))
+        safe = [replace(one, content=self._pattern.sub(lambda m: _broken(m, mark), one.content)) for one in messages]
+        return self._ids(self._render(safe), mark)
+
+    def raw(self, text: str) -> Ids:
+        """Return the ids of a text to be continued as it stands; nothing in it is a control token."""
+        if text and self._leading_space != "never":
+            text = " " + text
+        ids = [*self._begin, *self._encoder.encode(text.encode(errors="replace")).ids]
+        return np.array(ids, dtype=np.int64)
+
+    def _ids(self, rendered: str, mark: str) -> Ids:
+        ids: list[int] = []
+        at = 0
+        for found in self._pattern.finditer(rendered):
+            ids += self._text(rendered[at : found.start()], mark, first=at == 0)
+            ids.append(self._control[found[0]])
+            at = found.end()
+        ids += self._text(rendered[at:], mark, first=at == 0)
+        return np.array(ids, dtype=np.int64)
+
+    def _text(self, text: str, mark: str, *, first: bool) -> list[int]:
+        if not text:
+            return []
+        spaced = self._leading_space == "always" or (self._leading_space == "first" and first)
+        text = (" " if spaced else "") + text.replace(mark, "")
+        return self._encoder.encode(text.encode(errors="replace")).ids
+
+
+def _broken(found: re.Match[str], mark: str) -> str:
+    return found[0][0] + mark + found[0][1:]
+
+
+def _unused_character(text: str) -> str:
+    """Return a private-use character that the text does not contain."""
+    used = set(text)
+    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)

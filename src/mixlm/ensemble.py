@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
+import numpy as np
+
 from mixlm.config import UNITS, UnitName
 from mixlm.decoding import strategy
 from mixlm.decoding.base import Choice, Member, Step, Strategy, Writing, run
@@ -110,8 +112,9 @@ class Ensemble:
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
+        end = self.unit.end if settings.ignore_end else None
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
+            Member(one.engine, one.name, settings.for_member(one.sampling), np.where(symbols == end, -1, symbols))
             for one, symbols in zip(self.members, self._symbols, strict=True)
         ]
         chosen = strategy(settings, self.weights, [one.sampling for one in self.members])

@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     raw: bool
     system: str | None
     mix_then_truncate: bool
+    ignore_end: bool
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -44,7 +45,7 @@ class Settings:
     max_tokens: symbols written at most. stop: strings that end the reply and are not part of it. seed and sequence: the
     key of the noise; equal keys give equal text. raw: continue the prompt as it stands, without template. system: a
     system message in front. mix_then_truncate: `conventional` only, truncates and tempers the average in place of each
-    member. sampling: options given for every member, by name.
+    member. ignore_end: never draw end-of-text, for measuring. sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -55,6 +56,7 @@ class Settings:
     raw: bool = False
     system: str | None = None
     mix_then_truncate: bool = False
+    ignore_end: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

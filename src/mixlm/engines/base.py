@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,6 +134,7 @@ class Engine(ABC):
     """A loaded model with its tokenizer.
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
+    details: dtype, device and the like, for reports. weights_bytes: memory of the weights.
     """
 
     name: str
@@ -142,6 +144,8 @@ class Engine(ABC):
     context_length: int
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: Mapping[str, str] = MappingProxyType({})
+    weights_bytes: int = 0
 
     @abstractmethod
     def session(self) -> Session:

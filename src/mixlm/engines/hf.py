@@ -41,6 +41,8 @@ class HFEngine(Engine):
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
         self.model = _load_model(source, spec.name, self.dtype, self.device)
+        self.details = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        self.weights_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])

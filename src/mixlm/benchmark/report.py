@@ -1,0 +1,117 @@
+"""What a benchmark says, and on what it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mixlm.config import Method
+from mixlm.engines import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One method's medians over repeats. Speeds are of decoding alone, after every member has read the prompt.
+
+    forwards: forwards a repeat, by member. seconds_by_forward_length: mean seconds of a forward by the number of tokens
+    it ran. outside_forwards_*: what a token costs outside its forwards; share of the time, and milliseconds over all of
+    a text, its first and its last quarter.
+    """
+
+    method: Method
+    members: tuple[str, ...]
+    tokens_per_second: float
+    bytes_per_second: float
+    seconds_to_first_token: float
+    forwards: Mapping[str, float]
+    seconds_by_forward_length: Mapping[str, Mapping[int, float]]
+    outside_forwards_share: float
+    outside_forwards_ms: float
+    outside_forwards_ms_first_quarter: float
+    outside_forwards_ms_last_quarter: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All runs of a benchmark, the ratios between them, and what they were taken on.
+
+    ratios: "mixture/conventional"; "mixture/single", over the members' own speeds weighted by how often each is drawn,
+    by tokens and by bytes; "mixture/forwards", over the speed that its own forwards would allow if nothing else cost
+    time.
+    """
+
+    runs: tuple[Run, ...]
+    ratios: Mapping[str, float]
+    environment: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` writes."""
+        return {
+            "runs": [asdict(one) for one in self.runs],
+            "ratios": dict(self.ratios),
+            "environment": dict(self.environment),
+        }
+
+
+def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return machine, versions, command, settings and memory."""
+    packages = ("mixlm", "torch", "transformers", "tokenizers", "numpy")
+    versions = {name: found for name in packages if (found := _version(name)) is not None}
+    distinct = {id(one): one for one in engines}.values()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "engines": {one.name: dict(one.details) for one in distinct},
+        "weights_bytes": sum(one.weights_bytes for one in distinct),
+        "peak_memory_bytes": _peak_memory(),
+        **_accelerator(),
+        "settings": dict(settings),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _peak_memory() -> int:
+    """Return the most memory this process has had resident, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _accelerator() -> dict[str, Any]:
+    """Return the accelerator's name and its peak memory, when one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {
+        "accelerator": torch.cuda.get_device_name(0),
+        "accelerator_peak_memory_bytes": sum(
+            torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())
+        ),
+    }

@@ -1,0 +1,286 @@
+"""The statistical proof that strategies sample the law they promise.
+
+`check` draws the first two symbols of many replies with each strategy, and compares their counts with the exact law
+`r(u | s) = Σ λ_i (K_i A_i p_i)(u | s)`. The exact law is computed another way than the strategies compute anything:
+from uncached forwards, dense over the whole vocabulary, by the reference form of the transforms. The second symbol is
+compared jointly with the first: the law of a pair fixes the law of what follows what.
+
+A comparison is Pearson's chi-square test over all outcomes expected at least five times, the others in one cell.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.config import Method
+from mixlm.engines.base import Session
+from mixlm.ensemble import Ensemble, Prompt, Writer
+from mixlm.errors import ConfigError
+from mixlm.noise import Noise
+from mixlm.sampling import Floats, History, Ids, Logits, dense
+from mixlm.settings import Options, Settings
+from mixlm.vocab.units import State
+
+Outcome = tuple[int, ...]
+Progress = Callable[[str, int, int], None]
+
+# A verdict is wrong by chance once in a thousand checks, however many comparisons a check makes.
+LEVEL = 0.001
+_FIRST_SYMBOLS = 24  # how many first symbols get a law of their own for the second; the rest share one cell
+_MEMO_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Counts of `left` against `right`, a strategy or "exact". position: 1 for the first symbol, 2 for the first two.
+
+    statistic: chi-square. total_variation: between the two, on all outcomes; expected_total_variation: its mean if both
+    follow one law, from simulation.
+    """
+
+    left: str
+    right: str
+    unit: str
+    position: int
+    samples: int
+    statistic: float
+    p_value: float
+    total_variation: float
+    expected_total_variation: float
+    equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All comparisons of one check; `equal` when every one of them is."""
+
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether no comparison found a difference."""
+        return all(one.equal for one in self.comparisons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        return {"equal": self.equal, "comparisons": [asdict(one) for one in self.comparisons]}
+
+
+def check(
+    ensemble: Ensemble,
+    prompt: Prompt,
+    *,
+    samples: int = 2000,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare every strategy that the options allow with the exact law, and mixture with conventional.
+
+    progress: called with what is being drawn, how many are, and how many will be.
+    """
+    if samples < 100:
+        raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
+    given: dict[str, Any] = {"seed": 0, **(options or {})}
+    settings = ensemble.settings(**given)
+    prompts = ensemble.prompts(prompt, settings)
+    methods: list[Method] = ["mixture", "conventional", "single", "greedy"]
+    if settings.mix_then_truncate:
+        methods = ["conventional"]
+    pairs: dict[str, list[Outcome]] = {}
+    found: list[Comparison] = []
+    for number, method in enumerate(methods):
+        one = replace(settings, method=method, seed=settings.seed + number)
+        memo = [_Memo(member.engine.session()) for member in ensemble.members]
+        writer = ensemble.writer(one, memo)
+        exact = _Exact(ensemble, one, prompts)
+        greedy = method == "greedy"
+        drawn = _draw(writer, prompts, 1 if greedy else samples, method, progress)
+        if greedy:
+            found += _greedy(ensemble, drawn[0], exact)
+            continue
+        pairs[method] = drawn
+        found += [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
+    if len(pairs) > 1:
+        found += [_between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], at) for at in (1, 2)]
+    level = LEVEL / len(found)
+    return Report(tuple(replace(one, equal=one.p_value >= level) for one in found))
+
+
+def _draw(writer: Writer, prompts: Sequence[Ids], samples: int, label: str, progress: Progress | None) -> list[Outcome]:
+    """Draw the first two symbols of `samples` replies, or one where a reply ends at once."""
+    out: list[Outcome] = []
+    end = writer.ensemble.unit.end
+    for number in range(samples):
+        writing = writer.begin(prompts)
+        noise = Noise(writer.settings.seed, number)
+        first = writer.choose(writing, noise).symbol
+        if first == end:
+            out.append((first,))
+        else:
+            writing.state.append(first)
+            out.append((first, writer.choose(writing, noise.at(1)).symbol))
+        if progress is not None:
+            progress(label, number + 1, samples)
+    return out
+
+
+class _Memo(Session):
+    """A session that remembers its answers, so that thousands of replies from one prompt cost few forwards."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.context_length)
+        self._session = session
+        self._known: OrderedDict[bytes, Logits] = OrderedDict()
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the session's logits."""
+        key = ids.tobytes()
+        if last != 1:
+            return self._session.logits(ids, last)
+        if key not in self._known:
+            self._known[key] = self._session.logits(ids).copy()
+            if len(self._known) * self._known[key].nbytes > _MEMO_BYTES:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _keep(self, length: int) -> int:
+        raise AssertionError("a memo holds no cache of its own")
+
+    def _forward(self, ids: Ids, last: int) -> Logits:
+        raise AssertionError("a memo runs no forward of its own")
+
+
+class _Exact:
+    """The exact law of one strategy behind a prompt, by the reference."""
+
+    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Sequence[Ids]) -> None:
+        self._ensemble = ensemble
+        self._settings = settings
+        self._prompts = prompts
+        self.first = self.law(())
+
+    def law(self, symbols: Iterable[int]) -> Floats:
+        """Return the law of the symbol behind the given ones: float64 (symbols of the unit, the last is the end)."""
+        state = self._ensemble.unit.begin(self._prompts)
+        for symbol in symbols:
+            state.append(symbol)
+        weights = self._ensemble.router.weights(state)
+        if self._settings.method == "single":
+            weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
+        law = np.zeros(self._ensemble.unit.end + 1)
+        for i, weight in enumerate(weights):
+            if weight > 0:
+                law += weight * self._member(i, state)
+        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+        if after is not None:
+            with np.errstate(divide="ignore"):
+                law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
+        return law
+
+    def _member(self, i: int, state: State) -> Floats:
+        member = self._ensemble.members[i]
+        ids = state.ids(i)
+        logits = member.engine.session().logits(ids)[0]
+        symbols = self._ensemble.unit.symbols(i)
+        history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
+        options = self._settings.for_member(member.sampling)
+        probs = dense(logits, options, np.flatnonzero(symbols < 0), history)
+        allowed = symbols >= 0
+        law = np.zeros(self._ensemble.unit.end + 1)
+        np.add.at(law, symbols[allowed], probs[allowed])
+        return law
+
+    def pairs(self) -> dict[Outcome, float]:
+        """Return the law of the first two symbols for the likeliest first ones; the rest of the mass is missing."""
+        law: dict[Outcome, float] = {}
+        end = self._ensemble.unit.end
+        for first in np.argsort(-self.first, kind="stable")[:_FIRST_SYMBOLS]:
+            mass = float(self.first[first])
+            if mass == 0:
+                break
+            if first == end:
+                law[(end,)] = mass
+                continue
+            second = self.law([int(first)])
+            law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
+        return law
+
+
+def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: _Exact, position: int) -> Comparison:
+    if position == 1:
+        law: dict[Outcome, float] = {(int(u),): float(exact.first[u]) for u in np.flatnonzero(exact.first)}
+    else:
+        law = exact.pairs()
+    counts = Counter(one[:position] for one in drawn)
+    cells = list(law)
+    expected = np.array([*law.values(), max(1 - sum(law.values()), 0.0)])
+    observed = np.array([*(counts[cell] for cell in cells), 0])
+    observed[-1] = len(drawn) - observed.sum()
+    if expected[-1] < 1e-9:
+        expected[-1] = 0.0
+    expected /= expected.sum()
+    statistic, p_value = _chi_square(observed, expected * len(drawn))
+    distance = 0.5 * float(np.abs(observed / len(drawn) - expected).sum())
+    rng = np.random.default_rng(0)
+    simulated = rng.multinomial(len(drawn), expected, size=200) / len(drawn)
+    noise = 0.5 * float(np.abs(simulated - expected).sum(axis=1).mean())
+    return Comparison(name, "exact", unit, position, len(drawn), statistic, p_value, distance, noise, equal=False)
+
+
+def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> Comparison:
+    """Compare two sets of draws with each other."""
+    a, b = (Counter(one[:position] for one in drawn) for drawn in (left, right))
+    cells = sorted({*a, *b})
+    counts = np.array([[drawn[cell] for cell in cells] for drawn in (a, b)])
+    totals = counts.sum(axis=1, keepdims=True)
+    common = counts.sum(axis=0) / counts.sum()
+    statistic, p_value = _chi_square(counts, common * totals)
+    distance = 0.5 * float(np.abs(counts[0] / totals[0] - counts[1] / totals[1]).sum())
+    rng = np.random.default_rng(0)
+    one, two = (rng.multinomial(total, common, size=200) / total for total in totals[:, 0])
+    noise = 0.5 * float(np.abs(one - two).sum(axis=1).mean())
+    return Comparison(
+        "mixture", "conventional", unit, position, len(left), statistic, p_value, distance, noise, equal=False
+    )
+
+
+def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, float]:
+    """Return Pearson's statistic and p-value; one row of counts against a law, or several against what they share."""
+    from scipy.stats import chi2
+
+    rows, wanted = np.atleast_2d(observed), np.atleast_2d(expected)
+    if (rows[wanted == 0] > 0).any():
+        return float(rows.sum()), 0.0  # something was drawn that cannot be
+    usual = wanted.min(axis=0) >= 5
+    rows = np.column_stack([rows[:, usual], rows[:, ~usual].sum(axis=1)])
+    wanted = np.column_stack([wanted[:, usual], wanted[:, ~usual].sum(axis=1)])
+    if wanted[:, -1].min() < 5 and usual.any():
+        # Too little is left over for a cell of its own: the rarest of the usual ones takes it in.
+        rarest = int(np.argmin(wanted[0, :-1]))
+        rows[:, rarest] += rows[:, -1]
+        wanted[:, rarest] += wanted[:, -1]
+        rows, wanted = rows[:, :-1], wanted[:, :-1]
+    freedom = (rows.shape[1] - 1) * max(rows.shape[0] - 1, 1)
+    statistic = float(((rows - wanted) ** 2 / wanted).sum())
+    return statistic, float(chi2.sf(statistic, freedom)) if freedom else 1.0
+
+
+def _greedy(ensemble: Ensemble, drawn: Outcome, exact: _Exact) -> list[Comparison]:
+    """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
+    found = []
+    for position, symbol in enumerate(drawn, start=1):
+        law = exact.law(drawn[: position - 1])
+        # Equally likely symbols may be told apart by rounding alone.
+        same = bool(law[symbol] >= law.max() * (1 - 1e-5))
+        p_value, distance = float(same), float(not same)
+        found.append(
+            Comparison("greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same)
+        )
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from random import Random
 
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,13 +31,29 @@ FRAGMENTS = [
     *("<|im_end|>", "<|im_start|>", "</s>", "<|im_", "end|>", "<0x0A>", "[INST]", "return", "    "),
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=30).map("".join)
+BROKEN = ["🎉".encode()[:3], "日".encode()[:2], "é".encode()[:1], b"\xff", b"\x80", b"\xed\xa0\x80"]
 any_bytes = st.lists(
-    st.sampled_from([one.encode() for one in FRAGMENTS])
+    st.sampled_from([*(one.encode() for one in FRAGMENTS), *BROKEN])
     | st.text(max_size=3).map(str.encode)
-    | st.binary(min_size=1, max_size=3)
-    | st.sampled_from(["🎉".encode()[:3], "日".encode()[:2], "é".encode()[:1], b"\xff", b"\x80", b"\xed\xa0\x80"]),
+    | st.binary(min_size=1, max_size=3),
     max_size=25,
 ).map(b"".join)
+
+
+def random_pieces(rng: Random) -> list[bytes]:
+    """A text in pieces as members might write them: some end inside a word or a character, some are no text."""
+    pieces = []
+    for _ in range(rng.randint(1, 14)):
+        kind = rng.random()
+        if kind < 0.75:
+            piece = rng.choice(FRAGMENTS).encode()
+        elif kind < 0.95:
+            piece = chr(rng.choice([rng.randint(0x20, 0x2FF), rng.randint(0x300, 0xD7FF)])).encode()
+        else:
+            piece = rng.choice(BROKEN)
+        cut = rng.randrange(len(piece)) if rng.random() < 0.3 else 0
+        pieces += [one for one in (piece[:cut], piece[cut:]) if one]
+    return pieces
 
 
 def _specials() -> list[AddedToken]:

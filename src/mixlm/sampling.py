@@ -113,14 +113,15 @@ def dense(logits: Logits, sampling: Sampling, banned: Ids, history: History | No
 def largest(x: Logits, k: int) -> Ids:
     """Return the indices of the k largest values and of those equal to the k-th, unsorted, without a full sort.
 
-    The k-th largest of the blocks' maxima is a lower bound of the k-th largest value, so what lies below it is out.
+    The values fall into columns of `block`; the k-th largest of the columns' maxima is a lower bound of the k-th
+    largest value, so what lies below it is out. (Columns, not rows: a maximum over the first axis is vectorised.)
     """
     block = 64
     if k >= x.size:
         return np.flatnonzero(x > -np.inf)
     whole = x.size - x.size % block
     if k * block * 4 < whole:
-        maxima = x[:whole].reshape(-1, block).max(axis=1)
+        maxima = x[:whole].reshape(block, -1).max(axis=0)
         floor = np.partition(maxima, -k)[-k]
         short = np.flatnonzero(x >= floor)
         short = short[x[short] > -np.inf]

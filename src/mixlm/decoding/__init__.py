@@ -9,9 +9,9 @@ import numpy as np
 
 from mixlm.decoding.base import Strategy
 from mixlm.decoding.conventional import conventional, mix_then_truncate
-from mixlm.decoding.greedy import greedy
+from mixlm.decoding.greedy import greedy, greedy_alone
 from mixlm.decoding.mixture import mixture
-from mixlm.decoding.single import single, single_greedy
+from mixlm.decoding.single import single
 from mixlm.sampling import Floats
 from mixlm.settings import Settings
 
@@ -25,7 +25,7 @@ def strategy(settings: Settings, weights: Floats, own: Sequence[Mapping[str, Any
     """
     if settings.method == "single":
         heaviest = int(np.argmax(weights))
-        return single_greedy(heaviest) if settings.picks_most_likely(own[heaviest]) else single(heaviest)
+        return greedy_alone(heaviest) if settings.picks_most_likely(own[heaviest]) else single(heaviest)
     after = settings.after_mixing(own[0])
     if after is not None:
         return mix_then_truncate(after)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step
+from mixlm.decoding.base import Choice, Flow, Step, Strategy
 from mixlm.engines.base import Ask
 from mixlm.mixing import mixed, responsibilities
 from mixlm.sampling import Candidates
@@ -30,6 +32,15 @@ def greedy(step: Step) -> Flow:
             symbol = int(law.ids[best])
             author = order[int(np.argmax(responsibilities(symbol, parts)))]
             return Choice(symbol, author, float(law.logprobs[best]))
+
+
+def greedy_alone(member: int) -> Strategy:
+    """Return the strategy that always takes one member's most likely symbol."""
+
+    def strategy(step: Step) -> Flow:
+        return (yield from greedy(replace(step, weights=np.eye(len(step.views))[member])))
+
+    return strategy
 
 
 def _lead(law: Candidates, best: int) -> float:

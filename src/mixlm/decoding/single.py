@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
-
 from mixlm.decoding.base import Choice, Flow, Step, Strategy
-from mixlm.decoding.greedy import greedy
 from mixlm.engines.base import Draw
 
 
@@ -18,14 +13,5 @@ def single(member: int) -> Strategy:
         view = step.views[member]
         [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
         return Choice(drawn.symbol, member, drawn.logprob)
-
-    return strategy
-
-
-def single_greedy(member: int) -> Strategy:
-    """Return the strategy that always takes one member's most likely symbol."""
-
-    def strategy(step: Step) -> Flow:
-        return (yield from greedy(replace(step, weights=np.eye(len(step.views))[member])))
 
     return strategy

@@ -1,0 +1,69 @@
+"""`mixlm check`: the statistical proof that the methods sample one law, on the user's own models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from mixlm.cli.display import print_json, progress_bars
+from mixlm.cli.loading import open_ensemble
+from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.tables import console, print_table
+from mixlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mixlm.equivalence import Report
+
+_PROMPT = "Why is the sky blue?"
+_HEADS = ("comparison", "symbol", "distance", "expected", "p-value", "verdict")
+_NUMBERS = frozenset(("symbol", "distance", "expected", "p-value"))
+
+
+@with_shared
+def check(
+    shared: Shared,
+    prompt: Annotated[str, Argument(help="What the replies answer.")] = _PROMPT,
+    samples: Annotated[int, Option("--samples", metavar="N", help="How many replies each method begins.")] = 2000,
+    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
+) -> int:
+    """Test that every method samples the law it promises.
+
+    The exit code is 1 when a difference is found. Models are loaded in float32 unless --dtype or the ensemble file says
+    otherwise.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty", "leave it out to take the default")
+    options = shared.options()
+    ensemble = open_ensemble(shared, options, dtype="float32")
+    from mixlm.equivalence import check as compare
+
+    with progress_bars() as progress:
+        report = compare(ensemble, prompt, samples=samples, options=options, progress=progress)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _show(report)
+    return 0 if report.equal else 1
+
+
+def _show(report: Report) -> None:
+    rows = [
+        (
+            f"{one.left} / {one.right}",
+            str(one.position),
+            f"{one.total_variation:.4f}",
+            f"{one.expected_total_variation:.4f}",
+            f"{one.p_value:.3g}",
+            "equal" if one.equal else "different",
+        )
+        for one in report.comparisons
+    ]
+    styles = ["green" if one.equal else "bold red" for one in report.comparisons]
+    print_table(_HEADS, rows, right=_NUMBERS, styles=styles)
+    samples = max(one.samples for one in report.comparisons)
+    about = f"{samples} replies a method, unit {report.comparisons[0].unit}"
+    if report.equal:
+        console().print(f"No difference was found: {about}.", style="green")
+    else:
+        console().print(f"The methods do not sample one law: {about}.", style="bold red")

@@ -1,0 +1,160 @@
+"""What a reply looks like: text in the colour of the member that wrote it, a legend, and its figures.
+
+The text goes to stdout as it is written, character by character; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from mixlm.ensemble import Ensemble
+    from mixlm.records import Completion, Token
+
+# Of the 256 colours, some that keep a contrast of about 4 with a black and with a white background alike.
+_PALETTE = (32, 166, 133, 29, 161, 99)
+_DIM = "2"
+
+# Control characters would be obeyed by a terminal, and a text may contain any. They are shown in place.
+_SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Return the text with a visible character in place of every control character but newline and tab."""
+    return text.translate(_SHOWN)
+
+
+def coloured(stream: IO[str] | None) -> bool:
+    """Whether to write colours to a stream. NO_COLOR and FORCE_COLOR say so before the stream itself does."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") != "0":
+        return True
+    return terminal(stream) and os.environ.get("TERM") != "dumb"
+
+
+def terminal(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def painted(text: str, style: str, stream: IO[str] | None) -> str:
+    """Return the text in a style, an ANSI code, where the stream takes colours."""
+    return f"\x1b[{style}m{text}\x1b[0m" if text and coloured(stream) else text
+
+
+def dim(line: str) -> None:
+    """Write a line to stderr that is not the point."""
+    if sys.stderr is not None:
+        print(painted(visible(line), _DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print one JSON object to stdout."""
+    print(json_text(value, indent=indent), flush=True)
+
+
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Return a value as JSON, in ASCII so that any terminal and any locale can take it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of the numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Display:
+    """Shows replies of one ensemble.
+
+    method: how its replies are written, for the legend.
+    """
+
+    def __init__(self, ensemble: Ensemble, method: str) -> None:
+        self._ensemble = ensemble
+        self._method = method
+        codes = [f"38;5;{one}" for one in _PALETTE]
+        self._styles = {name: codes[i % len(codes)] for i, name in enumerate(ensemble.names)}
+        self._colours = len(ensemble.members) > 1
+        self._direct = terminal(sys.stdout) or coloured(sys.stdout)
+
+    def legend(self) -> None:
+        """Show who writes in which colour, with which weight, and how. Only where the text is shown directly."""
+        if not self._direct or sys.stderr is None:
+            return
+        parts = [
+            f"{self._paint(visible(name), name, sys.stderr)} {weight:.0%}"
+            for name, weight in zip(self._ensemble.names, self._ensemble.weights, strict=True)
+        ]
+        how = painted(f"{self._method} by {self._ensemble.unit.name}", _DIM, sys.stderr)
+        print("  ".join([*parts, how]), file=sys.stderr, flush=True)
+
+    def write(self, token: Token) -> None:
+        """Write what a token adds to the text."""
+        text = visible(token.text) if self._direct else token.text
+        sys.stdout.write(self._paint(text, token.member, sys.stdout))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """End the text with a newline."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def figures(self, completion: Completion) -> None:
+        """Show a reply's figures in one line."""
+        dim(figures(completion))
+
+    def _paint(self, text: str, member: str, stream: IO[str]) -> str:
+        return painted(text, self._styles[member], stream) if self._colours else text
+
+
+def figures(completion: Completion) -> str:
+    """Return one line of figures: speed, each member's share of the tokens and its forwards, seed."""
+    usage = completion.usage
+    parts = [f"{usage.tokens} token{'' if usage.tokens == 1 else 's'}"]
+    if completion.finish_reason == "length":
+        parts[0] += " (cut off)"
+    if usage.tokens_per_second:
+        parts += [f"{usage.tokens_per_second:.1f} tokens/s", f"{usage.bytes_per_second:.0f} bytes/s"]
+    for name, one in usage.members.items():
+        share = one.tokens / usage.tokens if usage.tokens else 0.0
+        parts.append(f"{name} {share:.0%}, {one.forwards} forward{'' if one.forwards == 1 else 's'}")
+    return " · ".join([*parts, f"seed {completion.seed}"])
+
+
+@contextmanager
+def progress_bars(*, single: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Give a function that shows work as bars on stderr; None where stderr is no terminal.
+
+    single: one bar whose label changes, in place of one bar a label.
+    """
+    if not terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def show(label: str, done: int, total: int) -> None:
+            key = "" if single else label
+            if key not in tasks:
+                tasks[key] = bars.add_task(visible(label), total=total)
+            bars.update(tasks[key], description=visible(label), completed=done, total=total)
+
+        yield show

@@ -1,0 +1,107 @@
+"""What a user sees when something goes wrong: one sentence, a hint, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mixlm.cli.display import visible
+from mixlm.errors import MixlmError, UsageError, did_you_mean, near
+
+INTERRUPTED = 130  # what a shell shows for SIGINT
+_PIPE_CLOSED = 141  # what a shell shows for SIGPIPE
+_OUT_OF_MEMORY = "take a smaller model, or --dtype bfloat16"
+
+
+class Group(TyperGroup):
+    """A group of commands that says which command an unknown one may have meant."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the first argument names."""
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            known = self.list_commands(ctx)
+            hint = did_you_mean(name, known) or f"commands: {', '.join(known)}"
+            raise UsageError(f"{ctx.command_path} has no command {name!r}", hint)
+        return super().resolve_command(ctx, args)
+
+
+def failed(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say what went wrong on stderr, and return the exit code that goes with it."""
+    if isinstance(error, BrokenPipeError):
+        return _without_reader()
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--debug" in options:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        say("mixlm: interrupted")
+        return INTERRUPTED
+    message, hint, code = _explained(error, arguments)
+    say(f"mixlm: error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+    return code
+
+
+def say(line: str) -> None:
+    """Write one line to stderr."""
+    if sys.stderr is not None:
+        print(visible(line), file=sys.stderr, flush=True)
+
+
+def _explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
+    if isinstance(error, MixlmError):
+        hint = error.hint
+        if hint is None and isinstance(error, UsageError):
+            hint = _see_help(arguments)
+        return error.message, hint, error.exit_code
+    if isinstance(error, typer.TyperException):
+        return _usage(error, arguments)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory", _OUT_OF_MEMORY, 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the system refused: {error.strerror}{where}", "--debug shows where it happened", 1
+    lines = str(error).strip().splitlines()
+    detail = f": {lines[0]}" if lines else ""
+    return f"unexpected {type(error).__name__}{detail}", "run again with --debug to see where it comes from", 1
+
+
+def _usage(error: typer.TyperException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
+    """Explain what the parser of options did not understand."""
+    context: Any = getattr(error, "ctx", None)
+    see_help = f"see {context.command_path} --help" if context is not None else _see_help(arguments)
+    if hasattr(error, "possibilities") and (option := getattr(error, "option_name", None)):
+        known = [name for one in context.command.get_params(context) for name in one.opts] if context else []
+        # Without the dashes, which would make every option look a little like every other.
+        close = near(option.lstrip("-"), [one[2:] for one in known if one.startswith("--")])
+        hint = f"did you mean {' or '.join(f'--{one}' for one in close)}?" if close else see_help
+        return f"{context.command_path if context else 'mixlm'} has no option {option}", hint, error.exit_code
+    message = error.format_message().rstrip(".")
+    if "extra argument" in message:
+        return message[:1].lower() + message[1:], "put a text of several words in quotes", error.exit_code
+    # The parser's and the validator's sentences are joined by a colon and become one.
+    message = ": ".join(part[:1].lower() + part[1:] for part in message.split(": "))
+    return message, see_help, error.exit_code
+
+
+def _see_help(arguments: Sequence[str]) -> str:
+    command = arguments[0] if arguments and arguments[0].isalpha() else ""
+    return f"see {' '.join(['mixlm', command, '--help'] if command else ['mixlm', '--help'])}"
+
+
+def _without_reader() -> int:
+    """End quietly: what is still buffered for a reader that has gone must not be tried again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    return _PIPE_CLOSED

@@ -1,0 +1,67 @@
+"""`mixlm generate`: one reply, or the continuation of a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from typer import Argument, Option
+
+from mixlm.cli.display import Display, print_json
+from mixlm.cli.loading import open_ensemble
+from mixlm.cli.options import Shared, with_shared
+from mixlm.errors import ConfigError, UsageError
+
+_EXAMPLE = 'such as: mixlm generate "Why is the sky blue?"'
+
+
+@with_shared
+def generate(
+    shared: Shared,
+    prompt: Annotated[
+        str | None, Argument(help="What to answer; read from standard input when left out or '-'.", show_default=False)
+    ] = None,
+    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it stands, without any template.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the reply and its figures as one JSON object.")] = False,
+) -> int:
+    """Write a reply to a prompt."""
+    text = _text(prompt, raw)
+    options = shared.options(raw=raw)
+    ensemble = open_ensemble(shared, options)
+    stream = ensemble.stream(text, **options)
+    if as_json:
+        print_json(stream.finish().as_dict())
+        return 0
+    display = Display(ensemble, ensemble.settings(**options).method)
+    display.legend()
+    try:
+        for token in stream:
+            display.write(token)
+    finally:
+        # Interrupted or failed, the text so far stands on lines of its own.
+        display.end()
+    display.figures(stream.completion)
+    return 0
+
+
+def _text(prompt: str | None, raw: bool) -> str:
+    """Return the prompt. Of a message from standard input, the newline that ends it is left out; `raw` keeps it."""
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("there is no prompt", f"give one here or on standard input, {_EXAMPLE}")
+    if prompt is None or prompt == "-":
+        prompt = decoded(sys.stdin.buffer.read())
+        if not raw:
+            prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not raw and not prompt.strip():
+        raise ConfigError("the prompt is empty", f"write something, {_EXAMPLE}")
+    return prompt
+
+
+def decoded(data: bytes) -> str:
+    """Return what came from standard input as text. Raises ConfigError when it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}", "convert it first"
+        ) from error

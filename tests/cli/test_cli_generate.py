@@ -1,0 +1,128 @@
+"""`mixlm generate`: what goes where, and where a prompt comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from programs import MAIN, TOYS, Run, process
+
+
+def reply(run: Run, *arguments: str) -> Any:
+    """Return the reply to "hello" with seed 3, as JSON says it."""
+    return json.loads(run("generate", "hello", *TOYS, "--seed", "3", "--json", *arguments).out)
+
+
+def test_only_the_text_goes_to_stdout(run: Run) -> None:
+    found = reply(run)
+    done = process("generate", "hello", *TOYS, "--seed", "3")
+    assert done.code == 0
+    assert done.out == found["text"] + "\n"
+    assert done.err.count("\n") == 1
+    shares = []
+    for name, one in found["usage"]["members"].items():
+        forwards = f"{one['forwards']} forward"
+        shares.append(f"{name} {one['tokens'] / len(found['tokens']):.0%}, {forwards}")
+    for part in (f"{len(found['tokens'])} tokens", "tokens/s", "bytes/s", *shares, "seed 3"):
+        assert part in done.err
+
+
+def test_the_same_seed_gives_the_same_text(run: Run) -> None:
+    first, second, other = (run("generate", "hello", *TOYS, "--seed", seed).out for seed in ("5", "5", "6"))
+    assert first == second != other
+
+
+def test_without_a_seed_the_one_used_is_shown_and_gives_the_text_again(run: Run) -> None:
+    first = run("generate", "hello", *TOYS)
+    seed = first.err.split("seed ")[1].strip()
+    assert run("generate", "hello", *TOYS, "--seed", seed).out == first.out
+
+
+def test_json_is_one_object_and_nothing_else(run: Run) -> None:
+    plain = run("generate", "hello", *TOYS, "--seed", "3")
+    done = run("generate", "hello", *TOYS, "--seed", "3", "--json")
+    found = json.loads(done.out)
+    assert set(found) == {"text", "finish_reason", "seed", "tokens", "usage"}
+    assert found["text"] + "\n" == plain.out
+    assert found["seed"] == 3
+    assert {one["member"] for one in found["tokens"]} == {"toy:1", "toy:2"}
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("given", [(), ("-",)])
+def test_the_prompt_comes_from_standard_input(run: Run, given: tuple[str, ...]) -> None:
+    by_argument = run("generate", "hello there", *TOYS, "--seed", "3")
+    piped = run("generate", *given, *TOYS, "--seed", "3", stdin="hello there\n")
+    assert (piped.code, piped.out) == (0, by_argument.out)
+
+
+def test_raw_continues_the_text_as_it_stands(run: Run) -> None:
+    def prompt_tokens(*arguments: str, stdin: str = "") -> int:
+        found = json.loads(run("generate", *arguments, *TOYS, "--json", stdin=stdin).out)
+        tokens: int = found["usage"]["members"]["toy:1"]["prompt_tokens"]
+        return tokens
+
+    assert prompt_tokens("ab") == 1 + len("user: ab\n")
+    assert prompt_tokens("ab", "--raw") == 1 + len("ab")
+    assert prompt_tokens("--raw", stdin="ab\n") == 1 + len("ab\n")
+
+
+def test_options_reach_the_reply(run: Run) -> None:
+    found = reply(run, "--max-tokens", "3")
+    assert (len(found["tokens"]), found["finish_reason"]) == (3, "length")
+    stopped = reply(run, "--stop", "no such word", "--stop", found["tokens"][2]["text"])
+    assert stopped["text"] == found["text"].partition(found["tokens"][2]["text"])[0]
+    assert stopped["finish_reason"] == "stop"
+    alone = json.loads(run("generate", "x", *TOYS, "--method", "single", "-w", "0.3,0.7", "--json").out)
+    assert {one["member"] for one in alone["tokens"]} <= {"toy:2"}
+    greedy = [run("generate", "x", *TOYS, "--method", "greedy", "--seed", seed).out for seed in ("1", "2")]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_value_of_the_file_holds_unless_an_option_says_otherwise(run: Run, tmp_path: object) -> None:
+    file = f"{tmp_path}/pair.toml"
+    with open(file, "w") as out:
+        out.write(
+            'method = "single"\n[[members]]\nmodel = "toy:1"\nname = "one"\nweight = 1\n'
+            '[[members]]\nmodel = "toy:2"\nweight = 0\n'
+        )
+
+    def writers(*arguments: str) -> set[str]:
+        found = json.loads(run("generate", "x", "-e", file, "--seed", "1", "--json", *arguments).out)
+        return {one["member"] for one in found["tokens"]}
+
+    assert writers() == {"one"}
+    assert writers("-w", "0,1") == {"toy:2"}
+    assert writers("--method", "mixture", "-w", "1,1") == {"one", "toy:2"}
+
+
+def test_notes_of_engines_are_shown_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlm.engines.toy import ToyEngine
+
+    monkeypatch.setattr(ToyEngine, "notes", ("this model is a table",))
+    assert run("generate", "x", *TOYS).err.count("note: this model is a table") == 1
+
+
+def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "generate", "x", *TOYS, "--seed", "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ),
+    )
+    assert started.stdout is not None
+    assert started.stderr is not None
+    started.stdout.close()
+    err = started.stderr.read()
+    started.stderr.close()
+    assert (started.wait(), err) == (141, b"")
+
+
+def test_a_narrow_encoding_does_not_end_a_reply() -> None:
+    done = process("generate", "x", *TOYS, "--seed", "3", PYTHONIOENCODING="ascii")
+    assert (done.code, done.out[:1]) == (0, " ")
+    assert "\\xb7" in done.err

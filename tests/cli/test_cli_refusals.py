@@ -1,0 +1,174 @@
+"""Everything that can be wrong: one sentence, one hint, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from programs import TOYS, Run, process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((*TOYS, "-w", "1"), ("1 weight (1) for 2 members", "one weight a member")),
+        ((*TOYS, "-w", "1,2,3"), ("3 weights (1, 2, 3) for 2 members",)),
+        ((*TOYS, "-w", "-1,2"), ("weights are -1, 2", "0 or more", "-w 1,1")),
+        ((*TOYS, "-w", "0,0"), ("weights are 0, 0", "greater than 0")),
+        ((*TOYS, "-w", "nan,1"), ("weights are nan, 1", "finite")),
+        ((*TOYS, "-w", "a,1"), ("--weights is 'a,1'", "numbers with commas", "-w 0.7,0.3")),
+        ((*TOYS, "-w", ""), ("--weights is ''", "numbers with commas")),
+        (("-m", "smollm2-135n"), ("no model 'smollm2-135n'", "did you mean 'smollm2-135m'?")),
+        (("-m", "smollm2-135m"), ("not installed", "mixlm models get smollm2-135m")),
+        ((), ("demo pair is not installed", "mixlm models get demo")),
+        ((*TOYS, "-e", "file.toml"), ("--model and --ensemble are both given",)),
+        ((*TOYS, "--temprature", "1"), ("no option --temprature", "did you mean --temperature?")),
+        ((*TOYS, "--top-k"), ("'--top-k' requires an argument", "mixlm generate --help")),
+        ((*TOYS, "--top-k", "x"), ("invalid value for '--top-k'", "integer")),
+        ((*TOYS, "--top-p", "3"), ("top_p is 3.0", "at most 1")),
+        ((*TOYS, "--temperature", "nan"), ("temperature is nan",)),
+        ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
+        ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "use --method conventional")),
+        ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
+        ((*TOYS, "--unit", "word"), ("--unit is 'word'", "auto, token, piece")),
+        ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),
+        ((*TOYS, "--max-tokens", "0"), ("max_tokens is 0", "1 or more")),
+        ((*TOYS, "--seed", "-1"), ("seed is -1", "0 or more")),
+        ((*TOYS, "there"), ("extra argument", "in quotes")),
+        ((*TOYS, "--raw", "--system", "be brief"), ("a raw prompt",)),
+    ],
+)
+def test_options_that_do_not_fit(run: Run, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    done = run("generate", "hello", *arguments)
+    assert done.code == 2
+    for part in parts:
+        assert part in done.error
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt(run: Run, prompt: str) -> None:
+    for done in (run("generate", prompt, *TOYS), run("generate", *TOYS, stdin=prompt), run("check", prompt, *TOYS)):
+        assert done.code == 2
+        assert "the prompt is empty" in done.error
+
+
+def test_standard_input_that_is_not_utf8(run: Run) -> None:
+    done = run("generate", *TOYS, stdin=b"caf\xe9")
+    assert done.code == 2
+    assert "byte 3 is 0xe9" in done.error
+
+
+def test_no_standard_input_at_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlm.cli import main
+
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", *TOYS]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("method = ", ("is not valid TOML",)),
+        ('[[members]]\nmodel = "toy:1"\nwait = 1', ("unknown key 'members.0.wait'", "did you mean 'weight'?")),
+        ('methods = "mixture"\n[[members]]\nmodel = "toy:1"', ("unknown key 'methods'", "did you mean 'method'?")),
+        ('method = "mixture"', ("members is missing", "[[members]]")),
+        ('method = "x"\n[[members]]\nmodel = "toy:1"', ("method is 'x'",)),
+        ('[[members]]\nmodel = "toy:1"\nweight = 1\n[[members]]\nmodel = "toy:2"', ("1 of 2 members have a weight",)),
+    ],
+)
+def test_a_broken_ensemble_file(run: Run, tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    (tmp_path / "pair.toml").write_text(text)
+    done = run("generate", "hello", "-e", str(tmp_path / "pair.toml"))
+    assert done.code == 2
+    for part in parts:
+        assert part in done.error
+
+
+def test_an_ensemble_file_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pair.toml").touch()
+    done = run("generate", "hello", "-e", str(tmp_path / "par.toml"))
+    assert done.code == 2
+    assert "did you mean 'pair.toml'?" in done.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("generat",), ("no command 'generat'", "did you mean 'generate'?")),
+        (("Why is the sky blue?",), ("no command", "commands: generate, chat")),
+        (("--versio",), ("no option --versio", "did you mean --version?")),
+        (("models", "gett"), ("no command 'gett'", "did you mean 'get'?")),
+        (("models", "get"), ("missing argument 'NAME'", "mixlm models get --help")),
+        (("models", "get", "dem"), ("no model 'dem'", "did you mean 'demo'?")),
+        (("check", *TOYS, "--samples", "5"), ("samples is 5",)),
+        (("bench", *TOYS, "--prompt", ""), ("the prompt is empty",)),
+        (("bench", *TOYS, "--json", "/no/such/folder/x.json"), ("there is no folder /no/such/folder",)),
+        (("bench", *TOYS, "--json", "/"), ("it is a folder",)),
+    ],
+)
+def test_commands_that_do_not_fit(run: Run, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.code == 2
+    for part in parts:
+        assert part in done.error
+
+
+def test_a_refusal_comes_before_anything_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixlm.loading.load_config", lambda *_, **__: pytest.fail("it was loaded"))
+    for bad in (("-w", "1"), ("--temperature", "0"), ("--top-p", "0"), ("--mix-then-truncate",)):
+        assert run("generate", "hello", *TOYS, *bad).code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "parts"),
+    [
+        (RuntimeError("boom\nand more"), 1, ("unexpected RuntimeError: boom\n", "run again with --debug")),
+        (ValueError(), 1, ("unexpected ValueError\n",)),
+        (OSError(28, "No space left on device"), 1, ("the system refused: No space left", "--debug")),
+        (MemoryError(), 1, ("not enough memory", "smaller model")),
+    ],
+)
+def test_the_unexpected(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, parts: tuple[str, ...]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mixlm.loading.load_config", load)
+    done = run("generate", "hello", *TOYS)
+    assert done.code == code
+    for part in parts:
+        assert part in done.error
+    debugged = run("generate", "hello", *TOYS, "--debug")
+    assert debugged.code == code
+    assert debugged.err.startswith("Traceback")
+    assert "Traceback" not in run("generate", *TOYS, "--", "--debug").err
+
+
+def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixlm.ensemble import Stream
+    from mixlm.records import Token
+
+    plain, seen = Stream.__next__, list[Token]()
+
+    def interrupted(self: Stream) -> object:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(plain(self))
+        return seen[-1]
+
+    monkeypatch.setattr(Stream, "__next__", interrupted)
+    done = run("generate", "hello", *TOYS, "--seed", "3")
+    assert (done.code, done.err) == (130, "mixlm: interrupted\n")
+    assert done.out == "".join(one.text for one in seen) + "\n"
+
+
+def test_control_characters_in_a_message_are_not_obeyed(run: Run) -> None:
+    assert "\x1b" not in run("generate", "hello", "-m", "\x1b[31mred").error
+
+
+def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
+    done = process("generate", "hello", *TOYS, "-w", "1")
+    assert done.code == 2
+    assert "2 members" in done.error

@@ -1,0 +1,197 @@
+"""What every engine promises: the answer depends on the ids alone, and the cache is an optimisation.
+
+A test module of an engine defines the fixture `engine` and imports the tests of this one.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from mixlm.engines.base import Ask, Draw, Drawn, Engine, Session
+from mixlm.errors import PromptTooLongError, UsageError
+from mixlm.records import Message
+from mixlm.vocab.tokens import Vocabulary
+
+
+def random_ids(engine: Engine, length: int, seed: int = 0) -> np.ndarray:
+    spelled = np.flatnonzero([bool(one) for one in engine.vocabulary.tokens])
+    return np.random.default_rng(seed).choice(spelled, size=length)
+
+
+def uncached(engine: Engine, ids: np.ndarray, last: int = 1) -> np.ndarray:
+    return engine.session().logits(ids, last)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cached_answer_is_the_uncached_one_for_any_sequence_of_questions(engine, seed):
+    rng = np.random.default_rng(seed)
+    session, ids = engine.session(), random_ids(engine, 6, seed)
+    for step in range(14):
+        move = rng.choice(["append", "roll back", "rewrite", "jump", "stay"])
+        if move == "append":
+            ids = np.concatenate([ids, random_ids(engine, int(rng.integers(1, 6)), 100 * seed + step)])
+        elif move == "roll back":
+            ids = ids[: max(1, len(ids) - int(rng.integers(1, 8)))]
+        elif move == "rewrite":
+            at = int(rng.integers(len(ids)))
+            ids = np.concatenate([ids[:at], random_ids(engine, int(rng.integers(1, 6)), 100 * seed + step)])
+        elif move == "jump":
+            ids = random_ids(engine, int(rng.integers(1, 12)), 100 * seed + step)
+        last = int(rng.integers(1, min(len(ids), 4) + 1))
+        assert_close(session.logits(ids, last), uncached(engine, ids, last))
+
+
+def test_a_long_text_can_be_taken_back_step_by_step(engine):
+    session, ids = engine.session(), random_ids(engine, 40)
+    session.logits(ids)
+    for length in (38, 20, 21, 5, 30, 1):
+        assert_close(session.logits(ids[:length]), uncached(engine, ids[:length]))
+
+
+def test_the_last_logits_are_those_after_each_prefix(engine):
+    ids = random_ids(engine, 7)
+    found = engine.session().logits(ids, 5)
+    for row, end in enumerate(range(3, 8)):
+        assert_close(found[row : row + 1], uncached(engine, ids[:end]))
+
+
+def test_all_positions_can_be_asked_for(engine):
+    ids = random_ids(engine, 5)
+    session = engine.session()
+    session.logits(ids)
+    assert_close(session.logits(ids, 5), uncached(engine, ids, 5))
+
+
+def test_answers_have_one_number_for_each_row_of_the_vocabulary(engine):
+    assert engine.session().logits(random_ids(engine, 4), 2).shape == (2, engine.vocabulary.size)
+
+
+def test_the_same_question_twice_runs_no_forward(engine):
+    session, ids = engine.session(), random_ids(engine, 5)
+    first = session.logits(ids).copy()
+    count = len(session.work.log)
+    np.testing.assert_array_equal(session.logits(ids.copy()), first)
+    assert len(session.work.log) == count == 1
+
+
+def test_a_forward_runs_exactly_the_tokens_that_are_missing(engine):
+    session, ids = engine.session(), random_ids(engine, 12)
+    session.logits(ids[:5])
+    session.logits(ids[:6])
+    session.logits(ids)
+    assert [(one.tokens, one.cached) for one in session.work.log] == [(5, 0), (1, 5), (6, 6)]
+    assert session.work.tokens == 12
+    assert session.work.seconds == sum(one.seconds for one in session.work.log) >= 0
+
+
+def test_an_answer_does_not_change_with_later_questions(engine):
+    session, ids = engine.session(), random_ids(engine, 8)
+    first = session.logits(ids[:4])
+    before = first.copy()
+    session.logits(ids)
+    session.logits(ids[:3])
+    np.testing.assert_array_equal(first, before)
+
+
+def test_a_question_may_be_a_buffer_that_goes_on_changing(engine):
+    session, buffer = engine.session(), random_ids(engine, 8)
+    session.logits(buffer[:6])
+    buffer[3] = random_ids(engine, 1, seed=9)[0]
+    assert_close(session.logits(buffer), uncached(engine, buffer))
+
+
+def test_sessions_do_not_disturb_each_other(engine):
+    one, other = engine.session(), engine.session()
+    first, second = random_ids(engine, 6, 1), random_ids(engine, 9, 2)
+    one.logits(first[:3])
+    other.logits(second[:4])
+    assert_close(one.logits(first), uncached(engine, first))
+    assert_close(other.logits(second), uncached(engine, second))
+
+
+@pytest.mark.parametrize(("length", "last"), [(0, 1), (3, 0), (3, 4), (3, -1)])
+def test_positions_that_are_not_there_are_refused(engine, length, last):
+    with pytest.raises(UsageError, match=f"{last} positions were asked of a sequence of {length} tokens"):
+        engine.session().logits(random_ids(engine, length), last)
+
+
+def test_more_tokens_than_the_context_are_refused_and_the_session_stays_usable(engine):
+    session = engine.session()
+    session.context_length = 10
+    with pytest.raises(PromptTooLongError, match="11 tokens are more than the context of 10"):
+        session.logits(random_ids(engine, 11))
+    ids = random_ids(engine, 10)
+    assert_close(session.logits(ids), uncached(engine, ids))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_a_forward_that_fails_leaves_the_session_usable(engine, error):
+    session, ids = engine.session(), random_ids(engine, 12)
+    session.logits(ids[:5])
+    forward = type(session)._forward
+
+    def halfway(self: Session, ids: np.ndarray, last: int) -> None:
+        forward(self, ids[:2], 1)
+        raise error
+
+    with patch.object(type(session), "_forward", halfway), pytest.raises(error):
+        session.logits(ids)
+    count = len(session.work.log)
+    assert_close(session.logits(ids), uncached(engine, ids))
+    assert [(one.tokens, one.cached) for one in session.work.log[count:]] == [(12, 0)]
+    assert_close(session.logits(ids[:7]), uncached(engine, ids[:7]))
+
+
+def test_a_cut_that_fails_leaves_the_session_usable(engine):
+    session, ids = engine.session(), random_ids(engine, 8)
+    session.logits(ids)
+    keep, cuts = type(session)._keep, []
+
+    def once(self: Session, length: int) -> int:
+        cuts.append(length)
+        if len(cuts) == 1:
+            raise KeyboardInterrupt
+        return keep(self, length)
+
+    with patch.object(type(session), "_keep", once), pytest.raises(KeyboardInterrupt):
+        session.logits(ids[:4])
+    assert_close(session.logits(ids[:4]), uncached(engine, ids[:4]))
+
+
+def test_requests_are_answered_in_their_order(engine):
+    one, other = engine.session(), engine.session()
+    ids = random_ids(engine, 6)
+    asked = [(one, Ask(0, ids, 2)), (other, Draw(1, ids[:4], lambda x: Drawn(int(np.argmax(x)), -0.5)))]
+    logits, drawn = engine.answer(asked)
+    assert_close(logits, uncached(engine, ids, 2))
+    assert drawn == Drawn(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
+
+
+def test_the_vocabulary_has_ends_among_its_control_tokens(engine):
+    vocabulary = engine.vocabulary
+    assert isinstance(vocabulary, Vocabulary)
+    assert vocabulary.ends
+    assert vocabulary.ends <= vocabulary.control
+    assert not any(vocabulary.tokens[i] for i in vocabulary.control)
+
+
+def test_the_engines_encoder_spells_text_in_its_own_tokens(engine):
+    text = b" the river and of in"
+    ids = engine.encoder.encode(text).ids
+    assert b"".join(engine.vocabulary.tokens[i] for i in ids) == text
+    assert not set(ids) & engine.vocabulary.control
+
+
+def test_a_raw_prompt_of_a_chat_and_of_a_text_can_be_run(engine):
+    for ids in (engine.prompts.raw("the river"), engine.prompts.chat([Message("user", "why")])):
+        assert ids.dtype == np.int64
+        assert engine.session().logits(ids).shape == (1, engine.vocabulary.size)

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract import *  # noqa: F403
+from contract import assert_close, random_ids, uncached
+from trained import CORPUS, trained
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mixlm.engines import EngineSpec
+from mixlm.engines import hf as module
+from mixlm.engines.hf import HFEngine
+from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
+from mixlm.records import Message
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": 504,
+    "pad_token_id": None,
+}
+
+
+def _rows() -> int:
+    # More rows than tokens: padding, as many models have.
+    return len(trained("gpt2").get_vocab(with_added_tokens=True)) + 5
+
+
+def build(folder: Path, kind: str, *, template: str | None = CHATML, tokenizer: str = "gpt2") -> Path:
+    """Write a tiny random model with a trained tokenizer."""
+    torch.manual_seed(0)
+    rows = _rows()
+    window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    models = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=rows, **SIZES)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(vocab_size=rows, sliding_window=8, **SIZES)),
+        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=rows, **window, **SIZES)),
+        "mamba": lambda: MambaForCausalLM(
+            MambaConfig(vocab_size=rows, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=504)
+        ),
+    }
+    model = models[kind]()
+    for parameter in model.parameters():
+        # Larger weights than a fresh model has, so that its answers depend on what it reads.
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
+    model.save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained(tokenizer), eos_token="</s>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **options) -> HFEngine:
+    return HFEngine(EngineSpec(str(folder), "tiny", "float32", "cpu", **options), str(folder))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def folder(kind: str, **options) -> Path:
+        key = json.dumps([kind, options])
+        if key not in made:
+            made[key] = build(root / f"m{len(made)}", kind, **options)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "mamba"])
+def engine(request, folders) -> HFEngine:
+    return load(folders(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(folders) -> HFEngine:
+    return load(folders("llama"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "mamba"])
+def test_answers_are_those_of_transformers(folders, kind):
+    from transformers import AutoModelForCausalLM
+
+    one = load(folders(kind))
+    ids = random_ids(one, 30)
+    reference = AutoModelForCausalLM.from_pretrained(folders(kind), dtype=torch.float32)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
+    session = one.session()
+    session.logits(ids[:11])
+    assert_close(session.logits(ids, 6), expected[-6:])
+
+
+def test_only_models_that_carry_a_state_read_the_whole_text_again(folders):
+    assert load(folders("mamba")).recomputes
+    assert "keeps no cache" in load(folders("mamba")).notes[0]
+    for kind in ("llama", "mistral", "gemma3"):
+        assert not load(folders(kind)).recomputes
+        assert load(folders(kind)).notes == ()
+
+
+def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
+    ids = random_ids(llama, 50)
+    whole = uncached(llama, ids, 3)
+    monkeypatch.setattr(module, "_PREFILL", 16)
+    session = llama.session()
+    assert_close(session.logits(ids, 3), whole)
+    assert_close(session.logits(ids[:45], 20), uncached(llama, ids[:45], 20))
+    assert [(one.tokens, one.cached) for one in session.work.log] == [(50, 0), (20, 25)]
+
+
+def test_the_output_layer_decides_the_rows_and_padding_has_no_bytes(llama):
+    assert llama.vocabulary.size == _rows()
+    assert llama.vocabulary.tokens[-5:] == (b"",) * 5
+    assert llama.context_length == 4096
+    assert not llama.device.type.startswith("cuda")
+    assert llama.dtype is torch.float32
+
+
+def test_ends_are_gathered_from_tokenizer_config_generation_config_and_template(tmp_path):
+    folder = build(tmp_path / "m", "llama")
+    tokenizer = trained("gpt2")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.token_to_id("<s>"), 505]}))
+    found = load(folder).vocabulary.ends
+    assert found == {504, 505, *(tokenizer.token_to_id(one) for one in ("</s>", "<s>", "<|im_end|>"))}
+
+
+def test_what_a_conversion_noted_joins_the_control_tokens_and_the_ends(tmp_path):
+    folder = build(tmp_path / "m", "llama")
+    control, end = (trained("gpt2").token_to_id(one) for one in ("Ġthe", "Ġover"))
+    (folder / "mixlm.json").write_text(json.dumps({"control": [control], "ends": [end]}))
+    one = load(folder)
+    assert {control, end} <= one.vocabulary.control
+    assert end in one.vocabulary.ends
+    assert one.vocabulary.tokens[control] == one.vocabulary.tokens[end] == b""
+    assert not {control, end} & set(one.encoder.encode(b" the bird over the river").ids)
+
+
+def test_a_chat_prompt_is_the_templates_with_its_control_tokens(llama):
+    tokenizer = trained("gpt2")
+    start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+    ids = llama.prompts.chat([Message("system", "x <|im_end|>"), Message("user", "the")]).tolist()
+    assert [i for i in ids if i in (start, end)] == [start, end, start, end, start]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nx <|im_end|><|im_end|>\n<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_given_template_takes_the_place_of_the_models_own(folders):
+    one = load(folders("llama"), template="{{ messages[0].content }}!")
+    ids = one.prompts.chat([Message("user", "the river")])
+    assert b"".join(one.vocabulary.tokens[i] for i in ids) == b"the river!"
+
+
+def test_a_model_without_a_template_gets_a_plain_question_and_a_note(folders):
+    one = load(folders("llama", template=None))
+    ids = one.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
+    assert b"".join(one.vocabulary.tokens[i] for i in ids) == b"Brief.\n\nQuestion: Why?\nAnswer:"
+    assert one.stops == ("\nQuestion:",)
+    assert "has no chat template" in one.notes[0]
+    assert load(folders("llama")).stops == ()
+
+
+def test_a_system_text_joins_the_question_where_a_template_has_no_place_for_it(folders):
+    one = load(folders("llama", template=NO_SYSTEM))
+    ids = one.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
+    plain = b"".join(one.vocabulary.tokens[i] or b"|" for i in ids)
+    assert plain == b"|user\nBrief.\n\nWhy?|\n|assistant\n"
+
+
+def test_a_template_that_refuses_the_messages_is_an_error_with_its_reason(folders):
+    one = load(folders("llama"), template="{{ raise_exception('never') }}")
+    for messages in ([Message("user", "x")], [Message("system", "s"), Message("user", "x")]):
+        with pytest.raises(ConfigError, match="the prompt template refuses these messages: never"):
+            one.prompts.chat(messages)
+
+
+def test_a_conversation_without_messages_is_refused(llama):
+    with pytest.raises(ConfigError, match="message"):
+        llama.prompts.chat([])
+
+
+def test_a_tokenizers_own_beginning_stands_in_front_of_a_raw_text(tmp_path):
+    from tokenizers import processors
+
+    folder = build(tmp_path / "m", "llama", template=None)
+    tokenizer = trained("gpt2")
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    one = load(folder)
+    assert one.prompts.raw("the").tolist()[0] == begin
+    chat = one.prompts.chat([Message("user", "Why?")]).tolist()
+    assert [i for i in chat if i in one.vocabulary.control] == [begin]
+    assert chat[0] == begin
+
+
+def test_a_tokenizer_that_cannot_be_mapped_to_bytes_is_refused_by_name(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = build(tmp_path / "m", "llama")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    with pytest.raises(TokenizerError, match="the tokenizer of tiny cannot be mapped to bytes.*WordPiece"):
+        load(folder)
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
+    folder = build(tmp_path / "m", "llama")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelLoadError, match="tiny cannot be loaded"):
+        load(folder)
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are(folders):
+    folder = folders("llama")
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device '{device}' is not there .this machine has cpu"):
+            HFEngine(EngineSpec(str(folder), "tiny", "float32", device), str(folder))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_one_error_and_the_session_stays_usable(llama, monkeypatch, error):
+    session, ids = llama.session(), random_ids(llama, 6)
+    session.logits(ids[:3])
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.model, "forward", fail)
+        with pytest.raises(MemoryLimitError, match="too little memory for tiny"):
+            session.logits(ids)
+    assert_close(session.logits(ids), uncached(llama, ids))
+
+
+def test_other_errors_of_a_forward_stay_what_they_are(llama, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(llama.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        llama.session().logits(random_ids(llama, 3))
+
+
+def test_the_same_folder_gives_the_same_answers(folders, llama):
+    ids = random_ids(llama, 9)
+    np.testing.assert_array_equal(uncached(llama, ids), uncached(load(folders("llama")), ids))

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixlm.config import parse_config, read_config
+from mixlm.errors import ConfigError
+
+WHOLE = """
+method = "conventional"
+unit = "piece"
+system = "Be brief."
+
+[sampling]
+top_k = 10
+
+[[members]]
+model = "one"
+weight = 0.6
+dtype = "float32"
+device = "cpu"
+[members.sampling]
+temperature = 0.5
+
+[[members]]
+model = "two"
+name = "second"
+weight = 0.4
+template = "{{ messages[0].content }}"
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(text: str, name: str = "e.toml") -> Path:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return file
+
+
+def test_a_whole_file_is_read(write):
+    config = read_config(write(WHOLE))
+    assert (config.method, config.unit, config.system) == ("conventional", "piece", "Be brief.")
+    assert config.sampling.given() == {"top_k": 10}
+    first, second = config.members
+    assert (first.model, first.weight, first.dtype, first.device) == ("one", 0.6, "float32", "cpu")
+    assert first.sampling.given() == {"temperature": 0.5}
+    assert (second.name, second.template) == ("second", "{{ messages[0].content }}")
+    assert config.weights() == [0.6, 0.4]
+
+
+def test_the_least_file_has_defaults(write):
+    config = read_config(write('[[members]]\nmodel = "one"'))
+    assert (config.method, config.unit, config.system, config.weights()) == ("mixture", "auto", None, None)
+    assert config.members[0].dtype == config.members[0].device == "auto"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "members is missing .*lists its"),
+        ("members = []", "members.*at least 1"),
+        ('[[members]]\nname = "x"', r"members\.0\.model is missing"),
+        ('[[members]]\nmodel = "x"\nwieght = 1', r"unknown key 'members\.0\.wieght' .did you mean 'weight'"),
+        ('methods = "x"\n[[members]]\nmodel = "x"', "unknown key 'methods' .did you mean 'method'"),
+        (
+            '[[members]]\nmodel = "x"\n[members.sampling]\ntopk = 1',
+            r"unknown key 'members\.0\.sampling\.topk' .*'top_k'",
+        ),
+        ('[sampling]\ntemperatur = 1\n[[members]]\nmodel = "x"', r"unknown key 'sampling\.temperatur' .*'temperature'"),
+        ('xyzzy = 1\n[[members]]\nmodel = "x"', "unknown key 'xyzzy' .known keys: members, method"),
+        ('method = "mix"\n[[members]]\nmodel = "x"', "method is 'mix'.*'mixture'"),
+        ('unit = "word"\n[[members]]\nmodel = "x"', "unit is 'word'.*'piece'"),
+        ('[[members]]\nmodel = "x"\ndtype = "int8"', r"members\.0\.dtype is 'int8'.*'bfloat16'"),
+        ('[[members]]\nmodel = "x"\nweight = "a lot"', r"members\.0\.weight is 'a lot'.*number"),
+        ('[[members]]\nmodel = "x"\n[members.sampling]\ntop_p = 2', "top_p is 2.*at most 1"),
+        ('[sampling]\ntemperature = -1\n[[members]]\nmodel = "x"', "temperature is -1.*0 or more"),
+        ('[[members]]\nmodel = "x"\nweight = 1\n[[members]]\nmodel = "y"', "1 of 2 members have a weight"),
+        ("[[members", "is not valid TOML"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_key_and_hint(write, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(write(text))
+
+
+@pytest.mark.parametrize("text", ["", 'x = 1\n[[members]]\nmodel = "x"', "[[members"])
+def test_a_refusal_names_the_file(write, text):
+    path = write(text)
+    with pytest.raises(ConfigError, match=path.name):
+        read_config(path)
+
+
+def test_a_missing_file_is_named_with_one_of_a_similar_name(write):
+    path = write(WHOLE, "pair.toml")
+    with pytest.raises(ConfigError, match=r"no ensemble file .*pairs\.toml .did you mean 'pair\.toml'"):
+        read_config(path.with_name("pairs.toml"))
+    with pytest.raises(ConfigError, match="no ensemble file"):
+        read_config(path.parent / "nowhere" / "x.toml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "e.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path / "e.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path)
+
+
+def test_models_and_templates_are_found_beside_the_file(write, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    path = write('[[members]]\nmodel = "model"\ntemplate_file = "chat.jinja"\n[[members]]\nmodel = "elsewhere"')
+    monkeypatch.chdir("/")
+    first, second = read_config(path).members
+    assert first.model == str(tmp_path / "model")
+    assert first.template == "{{ messages }}"
+    assert second.model == "elsewhere"
+
+
+def test_a_template_is_given_once_and_its_file_must_be_there(write):
+    with pytest.raises(ConfigError, match="template_file of member m cannot be read"):
+        read_config(write('[[members]]\nmodel = "m"\ntemplate_file = "no.jinja"'))
+    with pytest.raises(ConfigError, match="a template and a template_file"):
+        read_config(write('[[members]]\nmodel = "m"\ntemplate = "x"\ntemplate_file = "e.toml"'))
+
+
+def test_a_configuration_cannot_be_changed(write):
+    config = read_config(write(WHOLE))
+    with pytest.raises(ValueError, match="frozen"):
+        config.method = "greedy"
+
+
+def test_what_is_parsed_names_its_source():
+    with pytest.raises(ConfigError, match=r"^here: members is missing"):
+        parse_config({}, "here")

@@ -1,0 +1,61 @@
+"""What the README says is true: its Python runs, its commands run, its ensemble file loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mixlm.config import parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("sh")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if "mixlm " in line]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_ensemble_file_is_valid() -> None:
+    [text] = blocks("toml")
+    assert [one.weight for one in parse_config(tomllib.loads(text), "README").members] == [0.6, 0.4]
+
+
+@pytest.mark.models
+def test_python_runs(demo_installed: None) -> None:
+    [code] = blocks("python")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("command", [one for one in commands() if "chat" not in one])
+def test_shell_runs(demo_installed: None, command: str) -> None:
+    # Fewer samples and shorter runs than shown; the rest is as a reader would type it.
+    command = re.sub(r"--samples \d+", "--samples 100", command)
+    command = re.sub(r"--tokens \d+ --repeats \d+", "--tokens 4 --repeats 1", command)
+    if "generate" in command:
+        command += " --max-tokens 8"
+    command = command.replace("mixlm ", f"{Path(sys.executable).parent / 'mixlm'} ", 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -1,0 +1,195 @@
+"""Toy ensembles small enough to enumerate, and their laws computed a second, plain way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mixlm.decoding.base import Step, Strategy, Writing
+from mixlm.engines.toy import Table, ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.records import Sampling
+from mixlm.sampling import History, dense
+
+Law = dict[bytes, float]
+END = b""  # no token has these bytes
+
+SHARED = (b"a", b"ab", b"b", b" c", b"c", b" ")
+# The same byte strings under other ids, some of them under two; every member can read every text.
+VOCABULARIES = (
+    SHARED,
+    (b" ", b"b", b"ab", b"a", b"ab", b"c"),
+    (b"c", b"a", b" c", b"b", b" ", b"ba", b"abc", b"a"),
+    (b"b", b"a", b"c", b" "),
+    (b"abc", b"c", b" ", b"b", b"a", b" c", b" c", b" c"),
+)
+WEIGHTS = (0.35, 0.1, 0.25, 0.2, 0.1)
+OPTIONS = {
+    "plain": {"temperature": 1.0, "top_k": 0},
+    "defaults": {},
+    "temperature": {"temperature": 0.4, "top_k": 0},
+    "top_k": {"temperature": 1.0, "top_k": 3},
+    "top_p": {"temperature": 1.0, "top_k": 0, "top_p": 0.83},
+    "min_p": {"temperature": 1.5, "top_k": 0, "min_p": 0.11},
+    "repetition": {"temperature": 1.0, "top_k": 0, "repetition_penalty": 2.0},
+    "presence": {"temperature": 1.0, "top_k": 0, "presence_penalty": 0.5},
+    "frequency": {"temperature": 1.0, "top_k": 0, "frequency_penalty": 0.25},
+    "all": {
+        "repetition_penalty": 2.0,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.25,
+        "temperature": 0.8,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.03,
+    },
+}
+
+
+def table(vocab: int, seed: int, order: int = 3) -> Table:
+    """Random logits on a grid that float32 holds exactly, so that single and double precision agree."""
+
+    @lru_cache(maxsize=None)
+    def row(context: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([seed, *context])
+        return np.round(rng.normal(scale=1.5, size=vocab) * 1024) / 1024
+
+    return lambda context: row(context[-order:])
+
+
+def engine(tokens: Sequence[bytes] = SHARED, seed: int = 0, **options: Any) -> ToyEngine:
+    return ToyEngine(tokens, table(len(tokens) + 2, seed), **options)
+
+
+def fixed(probabilities: Mapping[bytes, float], tokens: Sequence[bytes] = SHARED, **options: Any) -> ToyEngine:
+    """An engine that gives the same probabilities at every position; END is the end of text."""
+    size = len(tokens) + 2
+    logits = np.full(size, -np.inf)
+    for data, probability in probabilities.items():
+        logits[size - 1 if data == END else list(tokens).index(data)] = np.log(probability)
+    return ToyEngine(tokens, lambda _: logits, **options)
+
+
+def ensemble(
+    engines: Sequence[ToyEngine], weights: Sequence[float] | None = None, *, own: Sequence[Any] = (), **options: Any
+) -> Ensemble:
+    own = own or [{} for _ in engines]
+    members = [MemberSpec(one, f"m{i}", mine) for i, (one, mine) in enumerate(zip(engines, own, strict=True))]
+    return Ensemble(members, weights, **options)
+
+
+def toys(unit: str, members: int, **options: Any) -> Ensemble:
+    """An ensemble of random toys: one vocabulary for the unit `token`, several for `piece`."""
+    vocabularies = VOCABULARIES[:members] if unit == "piece" else [SHARED] * members
+    engines = [engine(tokens, seed=10 + i) for i, tokens in enumerate(vocabularies)]
+    return ensemble(engines, WEIGHTS[:members], unit=unit, **options)
+
+
+def member_law(one: ToyEngine, sampling: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> Law:
+    """One member's law over byte strings, by the dense reference and a plain loop."""
+    logits = one.table((*prompt, *reply)).astype(np.float32)
+    vocabulary = one.vocabulary
+    banned = np.array(sorted(vocabulary.control - vocabulary.ends), dtype=np.int64)
+    history = History.of(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
+    law: Law = defaultdict(float)
+    for i, probability in enumerate(dense(logits, sampling, banned, history)):
+        if probability > 0:
+            law[END if i in vocabulary.ends else vocabulary.tokens[i]] += float(probability)
+    return dict(law)
+
+
+def exact_law(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes] = ()) -> Law:
+    """The ensemble's law `Σ λ_i K_i A_i p_i` behind a raw prompt and the pieces written so far."""
+    law: Law = defaultdict(float)
+    for weight, member in zip(those.weights, those.members, strict=True):
+        one = member.engine
+        if those.unit.name == "token":
+            reply = [one.vocabulary.tokens.index(piece) for piece in pieces]
+        else:
+            reply = one.encoder.encode(b"".join(pieces)).ids
+        read = one.prompts.raw(prompt).tolist()
+        for data, probability in member_law(one, Sampling(**{**member.sampling, **options}), read, reply).items():
+            law[data] += weight * probability
+    return dict(law)
+
+
+class Recorder:
+    """Stands in for noise: a coin of choice, and a note of the law that a symbol is drawn from."""
+
+    def __init__(self, coin: int = 0) -> None:
+        self.coin = coin
+        self.weights: np.ndarray | None = None
+        self.symbols = np.zeros(0, dtype=np.int64)
+        self.logprobs = np.zeros(0)
+
+    def choice(self, weights: np.ndarray) -> int:
+        self.weights = weights
+        return self.coin
+
+    def draw(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
+        self.symbols, self.logprobs = symbols, logprobs
+        return 0
+
+
+def named(those: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> Law:
+    """A law over symbols as one over byte strings; a symbol that comes twice is an error."""
+    unit = those.unit
+    assert len(set(symbols.tolist())) == len(symbols)
+    keys = [END if symbol == unit.end else unit.data(symbol) for symbol in symbols.tolist()]
+    return dict(zip(keys, probabilities.tolist(), strict=True))
+
+
+def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> Writing:
+    """A text that stands at a given place."""
+    settings = those.settings(raw=True, seed=0, **options)
+    writing = those.writer(settings).begin(those.prompts(prompt, settings))
+    for piece in pieces:
+        known = range(those.unit.end)
+        writing.state.append(next(symbol for symbol in known if those.unit.data(symbol) == piece))
+    return writing
+
+
+def driven(strategy: Strategy, writing: Writing, weights: np.ndarray, noise: Any) -> tuple[Any, list[list[Any]]]:
+    """Drive a strategy by hand. Returns its choice and the requests it made, round by round."""
+    flow = strategy(Step(weights, noise, writing.views))
+    rounds = []
+    try:
+        requests = next(flow)
+        while True:
+            rounds.append(requests)
+            requests = flow.send(writing.answer(requests))
+    except StopIteration as done:
+        return done.value, rounds
+
+
+def assert_same_law(found: Law, expected: Law, tolerance: float = 1e-12) -> None:
+    for key in found.keys() | expected.keys():
+        assert abs(found.get(key, 0.0) - expected.get(key, 0.0)) < tolerance, key
+
+
+def assert_drawn_from(counts: Mapping[Any, int], law: Mapping[Any, float]) -> None:
+    """Chi-square; outcomes expected fewer than five times are taken together."""
+    assert set(counts) <= set(law), "something was drawn that the law excludes"
+    total = sum(counts.values())
+    often = [key for key in law if law[key] * total >= 5]
+    rare = [key for key in law if key not in often]
+    seen = [counts.get(key, 0) for key in often]
+    expected = [law[key] * total for key in often]
+    if rare and sum(law[key] for key in rare) * total >= 1:
+        seen.append(sum(counts.get(key, 0) for key in rare))
+        expected.append(sum(law[key] for key in rare) * total)
+    scale = sum(seen) / sum(expected)
+    p = stats.chisquare(seen, [one * scale for one in expected]).pvalue
+    assert p > 1e-4, (p, seen, expected)
+
+
+def counted(draw: Callable[[int], Any], sequences: int) -> dict[Any, int]:
+    counts: dict[Any, int] = defaultdict(int)
+    for sequence in range(sequences):
+        counts[draw(sequence)] += 1
+    return dict(counts)

@@ -79,7 +79,8 @@ def screen(written: str) -> str:
         last = line.split("\x1b[2K")[-1].split("\r")[-1]
         for control in ("\x1b[?25l", "\x1b[?25h", "\x1b[1A"):
             last = last.replace(control, "")
-        lines.append(last)
+        if not any(0x2800 <= ord(c) <= 0x28FF for c in last):  # a spinner, gone by then
+            lines.append(last)
     return "\n".join(lines).strip("\n")
 
 

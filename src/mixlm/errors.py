@@ -75,7 +75,7 @@ class MemoryLimitError(MixlmError):
 def near(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return up to `limit` of the `known` names that look like `name`, best first."""
     by_lower = {one.lower(): one for one in known}
-    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.5)]
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from mixlm.errors import ConfigError
 from mixlm.sampling import Candidates, Floats, Ids
 
+_EXAMPLE = "for example 0.7,0.3; only their proportions count"
+
 
 def checked_weights(weights: Sequence[float] | None, members: int) -> Floats:
     """Return `members` weights that sum to 1, float64 (members,); None means equal weights.
@@ -24,9 +26,9 @@ def checked_weights(weights: Sequence[float] | None, members: int) -> Floats:
         given, there = _count(values.size, "weight"), _count(members, "member")
         raise ConfigError(f"{given} ({shown}) for {there}", "give one weight a member, in the same order")
     if not np.isfinite(values).all() or (values < 0).any():
-        raise ConfigError(f"weights are {shown}; each must be a finite number, 0 or more")
+        raise ConfigError(f"weights are {shown}; each must be a finite number, 0 or more", _EXAMPLE)
     if values.sum() == 0:
-        raise ConfigError(f"weights are {shown}; at least one must be greater than 0")
+        raise ConfigError(f"weights are {shown}; at least one must be greater than 0", _EXAMPLE)
     normalised: Floats = values / values.sum()
     return normalised
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
@@ -20,12 +21,10 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.engines.toy import ToyEngine
 
         return ToyEngine.from_spec(spec.model)
-    try:
-        from mixlm.engines.hf import HFEngine
-    except ImportError as error:
-        raise MixlmError(
-            f"loading {spec.model} needs {error.name}", "install it with: pip install 'mixlm[hf]'"
-        ) from error
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", "install: pip install 'mixlm[hf]'")
+    from mixlm.engines.hf import HFEngine
     from mixlm.models import resolve
 
     found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")

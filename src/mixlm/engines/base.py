@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixlm.errors import PromptTooLongError, UsageError
-from mixlm.sampling import Ids, Logits
+from mixlm.sampling import Floats, Ids, Logits
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
 from mixlm.vocab.units import TokenBuffer
+
+_SCORED_AT_ONCE = 128
 
 
 class Drawn(NamedTuple):
@@ -120,6 +122,26 @@ class Session(ABC):
         self._cached.rewrite(len(cached) - keep, ids[keep:])
         self._latest = out[-1:]
         return out
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
+
+        The distributions are the model's own, over the whole vocabulary. The cache ends up holding all of `ids` but
+        the last; logits are looked at in parts, so that they never lie in memory at once.
+        """
+        out = np.empty(max(len(ids) - 1, 0))
+        for start in range(0, len(out), _SCORED_AT_ONCE):
+            end = min(start + _SCORED_AT_ONCE, len(out))
+            out[start:end] = self._scored(ids[:end], ids[start + 1 : end + 1])
+        return out
+
+    def _scored(self, ids: Ids, targets: Ids) -> Floats:
+        """Return the log-probabilities of the last tokens' successors, (len(targets),)."""
+        logits = self.logits(ids, last=len(targets)).astype(np.float64)
+        top = logits.max(axis=1)
+        total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+        scores: Floats = logits[np.arange(len(targets)), targets] - total
+        return scores
 
     @abstractmethod
     def _keep(self, length: int) -> int:

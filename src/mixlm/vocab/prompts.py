@@ -8,7 +8,7 @@ occurs in none of them; after rendering, whatever still spells a control token c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +67,10 @@ class PromptEncoder:
             text = " " + text
         ids = [*self._begin, *self._encoder.encode(text.encode(errors="replace")).ids]
         return np.array(ids, dtype=np.int64)
+
+    def prefix(self, ends: Collection[int]) -> list[int]:
+        """Return the ids that a bare text is scored behind: BOS, or an end-of-text where there is no BOS."""
+        return self._begin or sorted(ends)[:1]
 
     def _ids(self, rendered: str, mark: str) -> Ids:
         ids: list[int] = []

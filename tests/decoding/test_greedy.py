@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import END, OPTIONS, VOCABULARIES, driven, engine, ensemble, exact_law, fixed, toys, written
+
+from mixlm.decoding.greedy import greedy, greedy_alone
+from mixlm.engines.base import Ask
+from mixlm.noise import Noise
+
+PLAIN = OPTIONS["plain"]
+
+
+def piece_of(those, symbol: int) -> bytes:
+    return END if symbol == those.unit.end else those.unit.data(symbol)
+
+
+def chosen(those, options=(), pieces=()):
+    options = {"method": "greedy", **dict(options)}
+    return driven(greedy, written(those, options, "ab", pieces), those.weights, Noise(0))
+
+
+@given(
+    seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=5),
+    raw_weights=st.lists(st.sampled_from([0, 0.1, 1, 3, 30]), min_size=5, max_size=5),
+    unit=st.sampled_from(["token", "piece"]),
+    pieces=st.lists(st.sampled_from([b"a", b"b", b"c", b" "]), max_size=3),
+)
+def test_the_choice_is_the_most_likely_symbol_of_the_average(seeds, raw_weights, unit, pieces):
+    weights = raw_weights[: len(seeds)]
+    if not any(weights):
+        weights[0] = 1
+    vocabularies = VOCABULARIES if unit == "piece" else [VOCABULARIES[0]] * 5
+    those = ensemble([engine(vocabularies[i], seed) for i, seed in enumerate(seeds)], weights, unit=unit)
+    choice, rounds = chosen(those, pieces=pieces)
+    law = exact_law(those, PLAIN, "ab", pieces)
+    probability = law[piece_of(those, choice.symbol)]
+    assert probability > max(law.values()) - 1e-12
+    # The log-probability is the average's when every member was asked, else a lower bound.
+    if len(rounds) == np.count_nonzero(those.weights):
+        assert np.isclose(np.exp(choice.logprob), probability, rtol=1e-9)
+    else:
+        assert np.exp(choice.logprob) < probability + 1e-12
+    assert those.weights[choice.member] > 0
+
+
+def test_it_is_not_the_choice_of_the_heaviest_member():
+    those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})], [0.5, 0.5])
+    choice, _ = chosen(those)
+    assert those.unit.data(choice.symbol) == b"b"
+    assert np.isclose(np.exp(choice.logprob), 0.4)
+
+
+def test_members_are_asked_from_the_heaviest_on_until_the_rest_cannot_change_the_winner():
+    sure, unsure = {b"a": 0.9, b"b": 0.1}, {b"b": 0.5, b"c": 0.5}
+    cases = [
+        ([0.8, 0.1, 0.1], [sure, unsure, unsure], [0]),
+        ([0.1, 0.1, 0.8], [unsure, unsure, sure], [2]),
+        # 0.5 x 0.8 is no more than what the others have; with the second, 0.4 + 0.27 - 0.05 is.
+        ([0.5, 0.3, 0.2], [sure, sure, unsure], [0, 1]),
+        ([0.4, 0.3, 0.3], [unsure, sure, unsure], [0, 1, 2]),
+        ([1.0, 0.0, 0.0], [unsure, sure, sure], [0]),
+    ]
+    for weights, laws, expected in cases:
+        those = ensemble([fixed(law) for law in laws], weights)
+        _, rounds = chosen(those)
+        assert [one.member for [one] in rounds] == expected
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_symbols_the_lowest_is_taken(order):
+    laws = [{b"b": 0.5, b"c": 0.5}, {b"c": 0.5, b"b": 0.5}][::order]
+    those = ensemble([fixed(law) for law in laws])
+    assert piece_of(those, chosen(those)[0].symbol) == b"b"
+
+
+def test_the_end_of_a_text_can_be_the_most_likely():
+    those = ensemble([fixed({END: 0.4, b"a": 0.6}), fixed({END: 0.4, b"b": 0.6})])
+    choice, _ = chosen(those)
+    assert choice.symbol == those.unit.end
+
+
+def test_options_change_the_average_that_is_looked_at():
+    those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.55, b"b": 0.45})])
+    assert piece_of(those, chosen(those)[0].symbol) == b"b"
+    assert piece_of(those, chosen(those, {"top_k": 1})[0].symbol) == b"a"
+
+
+@pytest.mark.parametrize("member", range(3))
+def test_one_member_alone_takes_its_own_most_likely_symbol(member):
+    those = toys("piece", 3)
+    writing = written(those, {"method": "greedy"}, "ab", [])
+    choice, [[request]] = driven(greedy_alone(member), writing, those.weights, Noise(0))
+    assert isinstance(request, Ask)
+    assert request.member == choice.member == member
+    law = exact_law(ensemble([those.members[member].engine], unit="piece"), PLAIN, "ab")
+    assert piece_of(those, choice.symbol) == max(law, key=law.get)

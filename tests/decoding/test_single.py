@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toys import OPTIONS, Recorder, assert_same_law, driven, ensemble, exact_law, named, toys, written
+
+from mixlm.decoding import strategy
+from mixlm.decoding.single import single
+from mixlm.engines.base import Ask, Draw
+from mixlm.noise import Noise
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_the_law_is_that_one_members(unit, name):
+    those = toys(unit, 3)
+    for member in range(3):
+        noise = Recorder()
+        writing = written(those, OPTIONS[name], "ab", [b"a"])
+        choice, [[request]] = driven(single(member), writing, those.weights, noise)
+        assert isinstance(request, Draw)
+        assert choice.member == request.member == member
+        alone = ensemble([those.members[member].engine], unit=unit)
+        expected = exact_law(alone, OPTIONS[name], "ab", [b"a"])
+        assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), expected)
+
+
+def test_the_heaviest_member_writes_and_of_equals_the_first():
+    those = toys("token", 3)
+    settings = those.settings(method="single")
+    for weights, expected in (([0.2, 0.5, 0.3], 1), ([0.4, 0.4, 0.2], 0)):
+        chosen = strategy(settings, np.array(weights), [{}] * 3)
+        choice, _ = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
+        assert choice.member == expected
+
+
+@pytest.mark.parametrize(("options", "kind"), [({"temperature": 0}, Ask), ({"temperature": 1}, Draw), ({}, Draw)])
+def test_temperature_zero_makes_it_greedy(options, kind):
+    those = toys("token", 2)
+    settings = those.settings(method="single", **options)
+    chosen = strategy(settings, those.weights, [{}] * 2)
+    _, [[request]] = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
+    assert isinstance(request, kind)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import mixlm
+
+
+def test_the_public_names_are_these():
+    assert mixlm.__all__ == [
+        "Chat",
+        "Completion",
+        "Ensemble",
+        "Message",
+        "MixlmError",
+        "Sampling",
+        "Stream",
+        "Token",
+        "Usage",
+        "__version__",
+        "load",
+    ]
+
+
+def test_every_public_name_is_there():
+    for name in mixlm.__all__:
+        assert getattr(mixlm, name) is not None
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'mixlm' has no attribute 'nothing'"):
+        mixlm.nothing  # noqa: B018
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+HEAVY = "('torch', 'transformers', 'tokenizers', 'fastapi', 'rich', 'typer', 'scipy')"
+
+
+@pytest.mark.parametrize("use", ["pass", "mixlm.Sampling(), mixlm.Message('user', 'x')"])
+def test_importing_it_imports_nothing_heavy(use):
+    code = f"import sys, mixlm; {use}; print([one for one in {HEAVY} if one in sys.modules])"
+    assert in_a_fresh_process(code) == "[]"
+
+
+def test_a_toy_ensemble_needs_no_torch():
+    code = (
+        "import sys, mixlm; print(len(mixlm.load('toy:1', 'toy:2').generate('x', seed=0, max_tokens=3).tokens), "
+        f"[one for one in {HEAVY} if one in sys.modules])"
+    )
+    assert in_a_fresh_process(code) == "3 []"

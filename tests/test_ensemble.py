@@ -387,5 +387,5 @@ class TestRouters:
                 return np.eye(2)[(state.ids(0).size - state.prompt_length(0)) % 2]
 
         those = Ensemble([MemberSpec(engine(seed=i), f"m{i}") for i in range(2)], router=Turns())
-        reply = those.generate("ab", **RAW, ignore_end=True)
+        reply = those.generate("ab", **RAW)
         assert [one.member for one in reply.tokens] == ["m0", "m1"] * 6

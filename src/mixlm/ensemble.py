@@ -1,6 +1,6 @@
 """An ensemble: members, weights and a unit; and the loop that writes a text with them.
 
-until an end:  weights ← router(state);  choice ← strategy(state, weights, noise);  state ← choice;  emit its text
+until an end:  weights ← route(state);  choice ← strategy(state, weights, noise);  state ← choice;  emit its text
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_
 from mixlm.mixing import checked_weights
 from mixlm.noise import Noise
 from mixlm.records import Completion, FinishReason, MemberUsage, Message, Token, Usage
-from mixlm.routing import Fixed, Router
-from mixlm.sampling import Ids
+from mixlm.routing import Context, Fixed, Router
+from mixlm.sampling import Floats, Ids
 from mixlm.settings import Options, Settings
 from mixlm.text import TextStream
 from mixlm.vocab.pieces import PieceUnit
@@ -30,6 +30,14 @@ from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
 
 Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
+
+    ids: tuple[Ids, ...]
+    text: bytes
 
 
 @dataclass(frozen=True)
@@ -89,16 +97,17 @@ class Ensemble:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
 
-    def prompts(self, prompt: Prompt, settings: Settings) -> list[Ids]:
-        """Return each member's prompt ids. Raises PromptTooLongError when a member's context cannot hold its own."""
+    def prompts(self, prompt: Prompt, settings: Settings) -> Prompts:
+        """Return each member's prompt. Raises PromptTooLongError when a member's context cannot hold its own."""
         if settings.raw:
             if not isinstance(prompt, str) or settings.system is not None:
                 raise ConfigError("a raw prompt is one text, without messages and without a system text")
-            prompts = [one.engine.prompts.raw(prompt) for one in self.members]
+            text, prompts = prompt, [one.engine.prompts.raw(prompt) for one in self.members]
         else:
             messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
             if settings.system is not None:
                 messages.insert(0, Message("system", settings.system))
+            text = "\n".join(one.content for one in messages)
             prompts = [one.engine.prompts.chat(messages) for one in self.members]
         for one, ids in zip(self.members, prompts, strict=True):
             if len(ids) == 0:
@@ -108,7 +117,7 @@ class Ensemble:
                     f"the prompt has {len(ids)} tokens for {one.name}, whose context holds {one.engine.context_length}",
                     "shorten it; the reply needs room too",
                 )
-        return prompts
+        return Prompts(tuple(prompts), text.encode(errors="replace"))
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
@@ -131,24 +140,31 @@ class Writer:
     strategy: Strategy
     sessions: Sequence[Session]
 
-    def begin(self, prompts: Sequence[Ids]) -> Writing:
+    def begin(self, prompts: Prompts) -> Writing:
         """Begin a sequence behind the members' prompts."""
-        return Writing(self.members, self.ensemble.unit, prompts, self.sessions)
+        route = self.ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
+        return Writing(self.members, self.ensemble.unit, prompts.ids, self.sessions, route)
 
     def choose(self, writing: Writing, noise: Noise) -> Choice:
         """Find the next symbol of a sequence; its state is not changed."""
-        weights = self.ensemble.router.weights(writing.state)
+        weights = writing.route(writing.state)
         return run(self.strategy(Step(weights, noise, writing.views)), writing.answer)
 
-    def stream(self, prompts: Sequence[Ids]) -> Stream:
+    def stream(self, prompts: Prompts) -> Stream:
         """Begin a reply."""
         return Stream(self, prompts)
+
+
+def bits_per_byte(sessions: Sequence[Session], prompts: Prompts) -> Floats:
+    """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
+    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
+    return np.array(bits) / max(len(prompts.text), 1)
 
 
 class Stream(Iterator[Token]):
     """A reply while it is written. After the last token, `completion` holds the whole of it."""
 
-    def __init__(self, writer: Writer, prompts: Sequence[Ids]) -> None:
+    def __init__(self, writer: Writer, prompts: Prompts) -> None:
         self._writer = writer
         self._prompts = prompts
         self._tokens: list[Token] = []
@@ -180,7 +196,7 @@ class Stream(Iterator[Token]):
         writing = writer.begin(self._prompts)
         stops = () if settings.raw else {stop for one in writer.members for stop in one.engine.stops}
         text = TextStream([*settings.stop, *stops])
-        room = _Room(writer.members, self._prompts)
+        room = _Room(writer.members, self._prompts.ids)
         for position in range(settings.max_tokens):
             if room.full(writing):
                 break
@@ -203,7 +219,7 @@ class Stream(Iterator[Token]):
     def _usage(self) -> Usage:
         members = {}
         for one, prompt, session, before in zip(
-            self._writer.members, self._prompts, self._writer.sessions, self._before, strict=True
+            self._writer.members, self._prompts.ids, self._writer.sessions, self._before, strict=True
         ):
             work = session.work
             members[one.name] = MemberUsage(

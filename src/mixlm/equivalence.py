@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from mixlm.config import Method
 from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble, Prompt, Writer
+from mixlm.ensemble import Ensemble, Prompt, Prompts, Writer, bits_per_byte
 from mixlm.errors import ConfigError
 from mixlm.noise import Noise
+from mixlm.routing import Context
 from mixlm.sampling import Floats, History, Ids, Logits, dense
 from mixlm.settings import Options, Settings
 from mixlm.vocab.units import State
@@ -112,7 +113,7 @@ def check(
     return Report(tuple(replace(one, equal=one.p_value >= level) for one in found))
 
 
-def _draw(writer: Writer, prompts: Sequence[Ids], samples: int, label: str, progress: Progress | None) -> list[Outcome]:
+def _draw(writer: Writer, prompts: Prompts, samples: int, label: str, progress: Progress | None) -> list[Outcome]:
     """Draw the first two symbols of `samples` replies, or one where a reply ends at once."""
     out: list[Outcome] = []
     end = writer.ensemble.unit.end
@@ -137,6 +138,14 @@ class _Memo(Session):
         super().__init__(session.context_length)
         self._session = session
         self._known: OrderedDict[bytes, Logits] = OrderedDict()
+        self._scores: dict[bytes, Floats] = {}
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Return the session's scores."""
+        key = ids.tobytes()
+        if key not in self._scores:
+            self._scores[key] = self._session.token_logprobs(ids)
+        return self._scores[key]
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the session's logits."""
@@ -160,10 +169,12 @@ class _Memo(Session):
 class _Exact:
     """The exact law of one strategy behind a prompt, by the reference."""
 
-    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Sequence[Ids]) -> None:
+    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Prompts) -> None:
         self._ensemble = ensemble
         self._settings = settings
-        self._prompts = prompts
+        self._prompts = prompts.ids
+        sessions = [one.engine.session() for one in ensemble.members]
+        self._route = ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(sessions, prompts)))
         self.first = self.law(())
 
     def law(self, symbols: Iterable[int]) -> Floats:
@@ -171,7 +182,7 @@ class _Exact:
         state = self._ensemble.unit.begin(self._prompts)
         for symbol in symbols:
             state.append(symbol)
-        weights = self._ensemble.router.weights(state)
+        weights = self._route(state)
         if self._settings.method == "single":
             weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
         law = np.zeros(self._ensemble.unit.end + 1)

@@ -16,6 +16,7 @@ from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
+from mixlm.routing import Route
 from mixlm.sampling import Candidates, Floats, History, Ids, Logits, Transform
 from mixlm.vocab.units import State, Unit, doubled
 
@@ -97,13 +98,19 @@ Strategy = Callable[[Step], Flow]
 
 
 class Writing:
-    """One text being written: its state, each member's session and view."""
+    """One text being written: its state, each member's session and view, and the route that weighs them."""
 
     def __init__(
-        self, members: Sequence[Member], unit: Unit, prompts: Sequence[Ids], sessions: Sequence[Session]
+        self,
+        members: Sequence[Member],
+        unit: Unit,
+        prompts: Sequence[Ids],
+        sessions: Sequence[Session],
+        route: Route,
     ) -> None:
         self.members = members
         self.sessions = sessions
+        self.route = route
         self.state = unit.begin(prompts)
         self.views = [View(member, i, self.state) for i, member in enumerate(members)]
 

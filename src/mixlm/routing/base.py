@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from mixlm.sampling import Floats
 from mixlm.vocab.units import State
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What is known before a reply begins.
+
+    text: the prompt as its author wrote it, UTF-8. read: lets every member read its own prompt and returns how well
+    each predicted it, in bits per byte of `text`, float64 (members,). Their caches hold the prompt afterwards.
+    """
+
+    text: bytes
+    read: Callable[[], Floats]
+
+
+Route = Callable[[State], Floats]
+
+
 class Router(Protocol):
     """Weights for a state.
 
-    They may depend on the prompts and on the text so far, and on nothing else: weights that look at a member's current
+    They may depend on the prompt and on the text so far, and on nothing else: weights that look at a member's current
     distribution, or at who happened to run, would make the mixture follow another law than the average.
     """
 
-    def weights(self, state: State) -> Floats:
-        """Return one weight a member, float64 (members,), 0 or more, summing to 1."""
+    def begin(self, context: Context) -> Route:
+        """Return the function that gives one weight a member, float64 (members,), 0 or more, summing to 1."""
         ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mixlm.routing.base import Context, Route
 from mixlm.sampling import Floats
-from mixlm.vocab.units import State
 
 
 class Fixed:
@@ -12,6 +12,6 @@ class Fixed:
     def __init__(self, weights: Floats) -> None:
         self._weights = weights
 
-    def weights(self, state: State) -> Floats:
-        """Return the weights, whatever the state."""
-        return self._weights
+    def begin(self, context: Context) -> Route:
+        """Return the weights, whatever the prompt and the state."""
+        return lambda state: self._weights

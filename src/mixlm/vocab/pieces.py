@@ -72,3 +72,7 @@ class PieceState:
     def prompt_length(self, member: int) -> int:
         """Return the length of the member's prompt."""
         return self._prompts[member]
+
+    def tail(self, length: int) -> bytes:
+        """Return the last bytes of the text."""
+        return bytes(self._text[-length:])

@@ -56,13 +56,14 @@ class TokenUnit:
 
     def begin(self, prompts: Sequence[Ids]) -> TokenState:
         """Return the empty state behind each member's prompt."""
-        return TokenState(prompts)
+        return TokenState(self, prompts)
 
 
 class TokenState:
     """The shared ids written so far, behind each member's own prompt."""
 
-    def __init__(self, prompts: Sequence[Ids]) -> None:
+    def __init__(self, unit: TokenUnit, prompts: Sequence[Ids]) -> None:
+        self._unit = unit
         self._prompts = [prompt.size for prompt in prompts]
         self._buffers = [TokenBuffer(prompt) for prompt in prompts]
 
@@ -78,3 +79,9 @@ class TokenState:
     def prompt_length(self, member: int) -> int:
         """Return the length of the member's prompt."""
         return self._prompts[member]
+
+    def tail(self, length: int) -> bytes:
+        """Return the last bytes of the text."""
+        written = self._buffers[0].ids[self._prompts[0] :]
+        # A token has a byte at least, so no more than `length` of them are needed.
+        return b"".join(self._unit.data(int(i)) for i in written[-length:])[-length:]

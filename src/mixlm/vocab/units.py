@@ -30,6 +30,10 @@ class State(Protocol):
         """Return how many of `ids` are the prompt's."""
         ...
 
+    def tail(self, length: int) -> bytes:
+        """Return at most the last `length` bytes of the text."""
+        ...
+
 
 class Unit(Protocol):
     """A way for members to share a text, and the symbols it is written in."""

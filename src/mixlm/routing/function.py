@@ -1,0 +1,31 @@
+"""Weights from a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mixlm.mixing import checked_weights
+from mixlm.routing.base import Context, Route
+from mixlm.sampling import Floats
+from mixlm.vocab.units import State
+
+TAIL = 4096
+
+
+class ByFunction:
+    """Asks a function for weights: it is given the prompt and the end of the text so far (at most 4096 bytes).
+
+    It must be a function of these alone; what it returns is checked and scaled to sum to 1.
+    """
+
+    def __init__(self, function: Callable[[bytes, bytes], Sequence[float]], members: int) -> None:
+        self._function = function
+        self._members = members
+
+    def begin(self, context: Context) -> Route:
+        """Return the function, bound to the prompt."""
+
+        def route(state: State) -> Floats:
+            return checked_weights(self._function(context.text, state.tail(TAIL)), self._members)
+
+        return route

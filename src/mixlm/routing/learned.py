@@ -1,0 +1,70 @@
+"""A small gate: weights from features of the text so far, `softmax(W · features)`.
+
+Trained by the likelihood of the mixture itself (`mixlm.fitting.fit_router`), on text that every member has scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.errors import ConfigError
+from mixlm.routing.base import Context, Route
+from mixlm.routing.features import FEATURES, TAIL, features
+from mixlm.sampling import Floats
+from mixlm.vocab.units import State
+
+
+class Learned:
+    """A trained gate. matrix: float64 (members, FEATURES). names: the members it was trained for, in order."""
+
+    def __init__(self, matrix: Floats, names: Sequence[str]) -> None:
+        if matrix.shape != (len(names), FEATURES):
+            raise ConfigError(f"a router for {len(names)} members has a matrix of shape {matrix.shape}")
+        self.matrix = matrix
+        self.names = tuple(names)
+
+    def begin(self, context: Context) -> Route:
+        """Return the gate on the prompt and the text so far."""
+
+        def route(state: State) -> Floats:
+            text = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
+            weights: Floats = self.weights(text, np.array([len(text)]))[0]
+            return weights
+
+        return route
+
+    def weights(self, text: bytes, places: npt.NDArray[np.int64]) -> Floats:
+        """Return the weights behind `text[:place]` for each place: float64 (places, members)."""
+        return gate(features(text, places), self.matrix)
+
+    def save(self, path: str | Path) -> None:
+        """Write the gate as JSON."""
+        form = {"kind": "learned", "members": list(self.names), "matrix": self.matrix.tolist()}
+        Path(path).write_text(json.dumps(form) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Learned:
+        """Read a gate. Raises ConfigError when the file holds none."""
+        try:
+            form = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(np.array(form["matrix"], dtype=np.float64), form["members"])
+        except OSError as error:
+            raise ConfigError(f"the router file {path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} holds no learned router: {error}", "write one with mixlm fit --router"
+            ) from error
+
+
+def gate(inputs: Floats, matrix: Floats) -> Floats:
+    """Return `softmax(inputs · matrixᵀ)` by rows: float64 (rows, members)."""
+    scores = inputs @ matrix.T
+    scores -= scores.max(axis=1, keepdims=True)
+    out: Floats = np.exp(scores)
+    out /= out.sum(axis=1, keepdims=True)
+    return out

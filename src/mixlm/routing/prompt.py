@@ -1,0 +1,34 @@
+"""Weights by how well each member predicts the prompt. Its forwards are the prefills, so no forward is added."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mixlm.errors import ConfigError
+from mixlm.routing.base import Context, Route
+from mixlm.sampling import Floats
+
+
+class ByPrompt:
+    """Scales an ensemble's weights by 2^(-sharpness · bits per byte of the prompt), for the whole reply.
+
+    sharpness: 0 leaves the weights; the larger, the more the member that knows this kind of text writes.
+    """
+
+    def __init__(self, weights: Floats, sharpness: float = 4.0) -> None:
+        if not sharpness >= 0 or not np.isfinite(sharpness):
+            raise ConfigError(f"sharpness is {sharpness}; it must be a finite number, 0 or more")
+        self._weights = weights
+        self._sharpness = sharpness
+
+    def begin(self, context: Context) -> Route:
+        """Let every member read the prompt, and weigh it by what it made of it."""
+        weights = by_bits(self._weights, context.read(), self._sharpness)
+        return lambda state: weights
+
+
+def by_bits(weights: Floats, bits_per_byte: Floats, sharpness: float) -> Floats:
+    """Return weights scaled by 2^(-sharpness · bits per byte), summing to 1."""
+    scaled: Floats = weights * np.exp2(-sharpness * (bits_per_byte - bits_per_byte.min()))
+    scaled /= scaled.sum()
+    return scaled

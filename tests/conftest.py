@@ -10,6 +10,8 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+pytest.register_assert_rewrite("contract", "toys")
+
 # No time limits for examples, and the same examples in every run.
 settings.register_profile("mixlm", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("mixlm")

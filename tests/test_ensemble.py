@@ -94,7 +94,7 @@ class TestEnds:
         assert (reply.text, reply.finish_reason) == ("aaa", "length")
 
     def test_the_models_own_stop_strings_count_in_chat_and_not_in_raw_text(self):
-        one = fixed({b" c": 1.0}, WORD_TOKENS + (b" c",))
+        one = fixed({b" c": 1.0}, (*WORD_TOKENS, b" c"))
         one.stops = (" c c",)
         those = ensemble([one])
         assert those.generate("x", max_tokens=5).text == ""
@@ -139,7 +139,9 @@ class TestPrompts:
 
     def test_a_raw_text_has_no_template(self):
         those = wordy()
-        assert those.generate("the bird", raw=True, max_tokens=1).usage.members["m0"].prompt_tokens == 1 + len("the") + 1
+        assert (
+            those.generate("the bird", raw=True, max_tokens=1).usage.members["m0"].prompt_tokens == 1 + len("the") + 1
+        )
 
     def test_a_system_text_stands_in_front(self):
         those = wordy()
@@ -163,7 +165,7 @@ class TestPrompts:
 
 class TestOptions:
     def test_an_unknown_option_is_refused_with_a_near_one(self):
-        with pytest.raises(ConfigError, match="unknown option 'temprature' .did you mean 'temperature'"):
+        with pytest.raises(ConfigError, match=r"unknown option 'temprature' .did you mean 'temperature'"):
             wordy().generate("x", temprature=0.5)
 
     @pytest.mark.parametrize("method", ["mixture", "conventional"])
@@ -227,7 +229,7 @@ class TestUnits:
             ensemble([engine(one) for one in VOCABULARIES[:2]], unit="token")
 
     def test_an_unknown_unit_is_refused_with_a_near_one(self):
-        with pytest.raises(ConfigError, match="unit is 'peice'; .*did you mean 'piece'"):
+        with pytest.raises(ConfigError, match=r"unit is 'peice'; .*did you mean 'piece'"):
             ensemble([engine()], unit="peice")
 
 
@@ -383,8 +385,9 @@ class TestRouters:
         class Turns:
             """Lets members write in turn, by how much there is."""
 
-            def weights(self, state):
-                return np.eye(2)[(state.ids(0).size - state.prompt_length(0)) % 2]
+            def begin(self, context):
+                assert context.text == b"ab"
+                return lambda state: np.eye(2)[(state.ids(0).size - state.prompt_length(0)) % 2]
 
         those = Ensemble([MemberSpec(engine(seed=i), f"m{i}") for i in range(2)], router=Turns())
         reply = those.generate("ab", **RAW)

@@ -53,7 +53,9 @@ def test_coins_follow_their_weights(vary):
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
-@pytest.mark.parametrize("symbols", [np.arange(6), 262_144 + np.arange(6), np.array([0, 1, 2**16, 2**31, 2**40, 2**62])])
+@pytest.mark.parametrize(
+    "symbols", [np.arange(6), 262_144 + np.arange(6), np.array([0, 1, 2**16, 2**31, 2**40, 2**62])]
+)
 def test_draws_follow_their_probabilities(vary, symbols):
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
     many = keys(6_000, vary)
@@ -91,7 +93,12 @@ def test_noise_of_one_position_is_gumbel_over_a_whole_vocabulary():
 
 
 def test_a_weight_of_zero_is_never_chosen():
-    for weights, allowed in (([0, 1, 0], {1}), ([0, 0.5, 0, 0.5, 0], {1, 3}), ([1e-300, 0], {0}), ([0, 1e-9, 1], {1, 2})):
+    for weights, allowed in (
+        ([0, 1, 0], {1}),
+        ([0, 0.5, 0, 0.5, 0], {1, 3}),
+        ([1e-300, 0], {0}),
+        ([0, 1e-9, 1], {1, 2}),
+    ):
         assert {one.choice(np.array(weights, dtype=float)) for one in keys(500, "position")} <= allowed
 
 

@@ -76,7 +76,7 @@ def test_a_turn_has_the_same_seed_and_noise_of_its_own():
 @pytest.mark.parametrize("own", [{}, {"temperature": 0}])
 def test_temperature_zero_where_a_symbol_is_drawn_names_greedy(method, own):
     chosen = settings(method=method) if own else settings(method=method, temperature=0)
-    with pytest.raises(UnsupportedError, match="temperature is 0.*--method greedy"):
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
         chosen.for_member(own)
 
 
@@ -99,7 +99,7 @@ def test_after_mixing_takes_over_all_but_the_penalties():
     assert chosen.for_member({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
     assert chosen.after_mixing({}) == Sampling(top_k=3, temperature=0.5)
     assert settings(method="conventional").after_mixing({}) is None
-    with pytest.raises(UnsupportedError, match="temperature is 0.*--method greedy"):
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
         settings(method="conventional", mix_then_truncate=True, temperature=0).after_mixing({})
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 
 import pytest
 from hypothesis import given
@@ -120,7 +121,7 @@ letters = st.text("abé🎉", min_size=1, max_size=4)
 def test_joined_text_is_the_text_before_the_first_stop_string(pieces, cuts, stops):
     data = b"".join(pieces)
     edges = [0, *sorted({cut for cut in cuts if cut < len(data)}), len(data)]
-    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
     stream, tokens = TextStream(stops), []
     for piece in pieces:
         tokens += stream.push(token(piece))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ OPTIONS = {
 def table(vocab: int, seed: int, order: int = 3) -> Table:
     """Random logits on a grid that float32 holds exactly, so that single and double precision agree."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def row(context: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng([seed, *context])
         return np.round(rng.normal(scale=1.5, size=vocab) * 1024) / 1024

@@ -12,7 +12,7 @@ Members are scored as they are, without sampling options: what is measured is th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -33,22 +33,23 @@ Progress = Callable[[str, int, int], None]
 class Scores:
     """What each member thinks of a text.
 
-    text: its bytes. ends: where each segment ends, int64 (segments,). logprobs: natural log-probability of each segment
-    under each member given all before it in its passage, float64 (segments, members). passages: number of the passage
-    each segment lies in, int64 (segments,). unit: "token" where segments are shared tokens, else "segment".
+    text: its bytes. starts, ends: where each segment lies in it, int64 (segments,). logprobs: natural log-probability of
+    each segment under each member given all before it in its passage, float64 (segments, members). passages: number of
+    the passage each segment lies in, int64 (segments,). unit: "token" where segments are shared tokens, else "segment".
     """
 
     names: tuple[str, ...]
     unit: str
     text: bytes
     ends: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
     logprobs: Floats
     passages: npt.NDArray[np.int64]
 
     @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """Where each segment begins."""
-        return np.concatenate([[0], self.ends[:-1]])
+    def size(self) -> int:
+        """Bytes of all segments."""
+        return int((self.ends - self.starts).sum())
 
     def mixture(self, weights: Floats) -> Floats:
         """Return the mixture's log-probability of each segment. weights: (members,) or (segments, members)."""
@@ -66,32 +67,17 @@ class Scores:
 
     def bits_per_byte(self, logprobs: Floats) -> float:
         """Return bits per byte of the text for log-probabilities of its segments, (segments,)."""
-        return float(-logprobs.sum() / np.log(2) / self._size())
+        return float(-logprobs.sum() / np.log(2) / self.size)
 
-    def part(self, chosen: npt.NDArray[np.bool_]) -> Scores:
-        """Return the scores of some of the segments. Their text is kept whole; sizes count the chosen segments."""
-        return _Part(
-            self.names, self.unit, self.text, self.ends[chosen], self.logprobs[chosen], self.passages[chosen],
-            sizes=(self.ends - self.starts)[chosen], begins=self.starts[chosen],
-        )  # fmt: skip
-
-    def _size(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True)
-class _Part(Scores):
-    """Some segments of scored text."""
-
-    sizes: npt.NDArray[np.int64]
-    begins: npt.NDArray[np.int64]
-
-    @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        return self.begins
-
-    def _size(self) -> int:
-        return int(self.sizes.sum())
+    def part(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
+        """Return the scores of some of the segments, by mask or by number; the text stays whole."""
+        return replace(
+            self,
+            ends=self.ends[chosen],
+            starts=self.starts[chosen],
+            logprobs=self.logprobs[chosen],
+            passages=self.passages[chosen],
+        )
 
 
 def score(ensemble: Ensemble, text: str | bytes, *, progress: Progress | None = None) -> Scores:
@@ -115,18 +101,27 @@ def score(ensemble: Ensemble, text: str | bytes, *, progress: Progress | None = 
             read.append(_read(one.engine, passage))
     if progress is not None:
         progress("", len(passages), len(passages))
-    ends, logprobs, numbers = [], [], []
+    ends, starts, logprobs, numbers = [], [], [], []
     offset = 0
     for at, passage in enumerate(passages):
         members = [known[id(engine)][at] for engine in engines]
         common = reduce(np.intersect1d, [bounds for bounds, _ in members])
         columns = [np.add.reduceat(lp, _first_tokens(bounds, common)) for bounds, lp in members]
         ends.append(common + offset)
+        starts.append(np.concatenate([[0], common[:-1]]) + offset)
         logprobs.append(np.column_stack(columns))
         numbers.append(np.full(common.size, at))
         offset += len(passage)
     unit = "token" if ensemble.unit.name == "token" else "segment"
-    return Scores(ensemble.names, unit, data, np.concatenate(ends), np.concatenate(logprobs), np.concatenate(numbers))
+    return Scores(
+        ensemble.names,
+        unit,
+        data,
+        np.concatenate(ends),
+        np.concatenate(starts),
+        np.concatenate(logprobs),
+        np.concatenate(numbers),
+    )
 
 
 def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:

@@ -53,7 +53,9 @@ def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_
     shares = {b"a": (0.25 * 0.9 + 0.75 * 0.2, 0), b"b": (0.025, 0), b"c": (0.6, 1)}
     seen = set()
     for position in range(200):
-        choice, _ = driven(conventional, written(those, {"temperature": 1}, "", []), those.weights, Noise(0, 0, position))
+        choice, _ = driven(
+            conventional, written(those, {"temperature": 1}, "", []), those.weights, Noise(0, 0, position)
+        )
         data = those.unit.data(choice.symbol)
         assert np.isclose(np.exp(choice.logprob), shares[data][0])
         assert choice.member == shares[data][1]

@@ -228,7 +228,7 @@ def test_a_tokenizer_that_cannot_be_mapped_to_bytes_is_refused_by_name(tmp_path)
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    with pytest.raises(TokenizerError, match="the tokenizer of tiny cannot be mapped to bytes.*WordPiece"):
+    with pytest.raises(TokenizerError, match=r"the tokenizer of tiny cannot be mapped to bytes.*WordPiece"):
         load(folder)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from random import Random
 
 import pytest
@@ -166,7 +166,7 @@ def test_runs_of_text_and_of_stray_bytes_make_up_the_data(data):
     for text, raw in runs:
         assert raw
         assert text is None or text.encode() == raw
-    assert not any(a[0] is None and b[0] is None for a, b in zip(runs, runs[1:], strict=False))
+    assert not any(a[0] is None and b[0] is None for a, b in pairwise(runs))
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,14 @@ def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [("gpt2", "never"), ("gpt4", "never"), ("prefixed", "always"), ("llama2", "always"), ("gemma", "never")]
-    + [("unigram", "always")],
+    [
+        ("gpt2", "never"),
+        ("gpt4", "never"),
+        ("prefixed", "always"),
+        ("llama2", "always"),
+        ("gemma", "never"),
+        ("unigram", "always"),
+    ],
 )
 def test_a_tokenizers_leading_space_is_known_and_taken_away(name, rule):
     tokenizer = trained(name)

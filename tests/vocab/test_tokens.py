@@ -41,7 +41,12 @@ def test_a_byte_level_tokenizer_without_a_decoder_is_known_by_its_pre_tokenizer(
 
 @pytest.mark.parametrize(
     ("decoder", "shown"),
-    [(decoders.WordPiece(), "WordPiece"), (decoders.BPEDecoder(), "BPEDecoder"), (decoders.CTC(), "CTC"), (None, "none")],
+    [
+        (decoders.WordPiece(), "WordPiece"),
+        (decoders.BPEDecoder(), "BPEDecoder"),
+        (decoders.CTC(), "CTC"),
+        (None, "none"),
+    ],
 )
 def test_other_families_are_refused_by_name(decoder, shown):
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

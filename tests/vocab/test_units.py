@@ -19,8 +19,8 @@ def test_ids_that_share_a_symbol_are_marked():
 )
 def test_a_buffer_holds_what_was_written_last(prompt, rewrites):
     buffer, expected = TokenBuffer(np.array(prompt, dtype=np.int64)), list(prompt)
-    for fallen, ids in rewrites:
-        fallen = min(fallen, len(expected))
+    for most, ids in rewrites:
+        fallen = min(most, len(expected))
         buffer.rewrite(fallen, ids)
         expected = expected[: len(expected) - fallen] + ids
         assert buffer.ids.tolist() == expected

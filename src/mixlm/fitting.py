@@ -124,47 +124,54 @@ def context_features(scores: Scores) -> Floats:
 
 
 def fit_router(
-    scores: Sequence[Scores], *, penalty: float = 1e-3, progress: Callable[[int, float], None] | None = None
+    scores: Sequence[Scores], *, penalty: float = 3e-3, progress: Callable[[int, float], None] | None = None
 ) -> Learned:
     """Train the gate that makes scored texts most likely: `Σ log Σ_i softmax(W f)_i P_i`, with a squared penalty on W.
 
-    scores: texts scored by the same members. penalty: per segment. progress: called with the round and its bits per
-    byte. Started from EM's weights, so that on its training text it is never worse than they are.
+    scores: texts scored by the same members. penalty: per segment, on the coefficients of standardised features; the
+    constant has none. progress: called with the round and its bits per byte. It starts from EM's weights.
     """
     from scipy.optimize import minimize
 
     names = scores[0].names
     if any(one.names != names for one in scores):
         raise ConfigError("a router is trained on texts that were scored by the same members")
-    inputs = np.concatenate([context_features(one) for one in scores])
+    raw = np.concatenate([context_features(one) for one in scores])
+    centre, scale = raw.mean(axis=0), raw.std(axis=0) + 1e-3
+    centre[-1], scale[-1] = 0.0, 1.0  # the constant
+    inputs = (raw - centre) / scale
     logprobs = np.concatenate([one.logprobs for one in scores])
     top = logprobs.max(axis=1, keepdims=True)
     likelihood = np.exp(logprobs - top)
     size = sum(one.size for one in scores)
-    rows = len(inputs)
+    shape = (len(names), FEATURES)
+    penalties = np.full(FEATURES, penalty)
+    penalties[-1] = 0.0
+    done = 0
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        matrix = flat.reshape(len(names), FEATURES)
+        matrix = flat.reshape(shape)
         shares = gate(inputs, matrix)
         joint = shares * likelihood
         total = joint.sum(axis=1, keepdims=True)
-        slope = (shares - joint / total).T @ inputs / rows + 2 * penalty * matrix
-        value = -float(np.log(total).mean()) + penalty * float((matrix**2).sum())
+        slope = (shares - joint / total).T @ inputs / len(inputs) + 2 * penalties * matrix
+        value = -float(np.log(total).mean()) + float((penalties * matrix**2).sum())
         return value, slope.ravel()
-
-    start = np.zeros((len(names), FEATURES))
-    start[:, -1] = np.log(np.maximum(expectation_maximisation(joined(scores)).weights, 1e-4))
-    done = 0
 
     def report(flat: Floats) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            mixed = np.log((gate(inputs, flat.reshape(start.shape)) * likelihood).sum(axis=1)) + top[:, 0]
+            mixed = np.log((gate(inputs, flat.reshape(shape)) * likelihood).sum(axis=1)) + top[:, 0]
             progress(done, float(-mixed.sum() / np.log(2) / size))
 
-    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=report, options={"maxiter": 300})
-    return Learned(found.x.reshape(start.shape), names)
+    start = np.zeros(shape)
+    start[:, -1] = np.log(np.maximum(expectation_maximisation(joined(scores)).weights, 1e-4))
+    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=report, options={"maxiter": 500})
+    # The gate works on features as they are: their standardisation goes into the matrix.
+    matrix = found.x.reshape(shape) / scale
+    matrix[:, -1] -= matrix[:, :-1] @ centre[:-1]
+    return Learned(matrix, names)
 
 
 def routed(scores: Scores, router: Learned) -> Floats:

@@ -33,8 +33,8 @@ Progress = Callable[[str, int, int], None]
 class Scores:
     """What each member thinks of a text.
 
-    text: its bytes. starts, ends: where each segment lies in it, int64 (segments,). logprobs: natural log-probability of
-    each segment under each member given all before it in its passage, float64 (segments, members). passages: number of
+    text: its bytes. starts, ends: where each segment lies in it, int64 (segments,). logprobs: natural log-probability
+    of each under each member given all before it in its passage, float64 (segments, members). passages: number of
     the passage each segment lies in, int64 (segments,). unit: "token" where segments are shared tokens, else "segment".
     """
 

@@ -137,11 +137,15 @@ class Session(ABC):
 
     def _scored(self, ids: Ids, targets: Ids) -> Floats:
         """Return the log-probabilities of the last tokens' successors, (len(targets),)."""
-        logits = self.logits(ids, last=len(targets)).astype(np.float64)
-        top = logits.max(axis=1)
-        total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        scores: Floats = logits[np.arange(len(targets)), targets] - total
+        logits = self.logits(ids, last=len(targets))
+        scores: Floats = logits[np.arange(len(targets)), targets] - self._normalisers(logits)
         return scores
+
+    def _normalisers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row."""
+        top = logits.max(axis=1)
+        sums: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
+        return sums
 
     @abstractmethod
     def _keep(self, length: int) -> int:

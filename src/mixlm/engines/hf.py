@@ -18,7 +18,7 @@ from mixlm.engines.base import Engine, Session
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import ConfigError, MemoryLimitError, MixlmError, ModelLoadError, TokenizerError
 from mixlm.records import Message
-from mixlm.sampling import Ids, Logits
+from mixlm.sampling import Floats, Ids, Logits
 from mixlm.vocab.encoding import TokenizerEncoder
 from mixlm.vocab.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.vocab.tokens import Vocabulary, describe, family, token_bytes
@@ -110,6 +110,13 @@ class HFSession(Session):
         for start in range(0, head, _PREFILL):
             self._run(ids[start : min(start + _PREFILL, head)], 1)
         return self._run(ids[head:], last)
+
+    def _normalisers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row, on all cores."""
+        import torch
+
+        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
+        return sums
 
     def _recomputed(self, ids: Ids, last: int) -> Logits:
         """Run the whole sequence without a cache."""

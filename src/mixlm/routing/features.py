@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixlm.sampling import Floats
 
-WINDOWS = (8, 32, 256)
+WINDOWS = (32, 1024)
 TAIL = max(WINDOWS)
 
 _CLASSES = (
@@ -24,7 +24,7 @@ _CLASS_OF = np.full(256, _OTHER, dtype=np.int64)
 for _number, _members in enumerate(_CLASSES):
     _CLASS_OF[list(_members)] = _number
 
-# Shares of each class in each window, the class of the last byte, how much text there is, and a constant.
+# Square roots of each class's share of each window, the class of the last byte, how much text there is, and a constant.
 FEATURES = len(WINDOWS) * (_OTHER + 1) + (_OTHER + 1) + len(WINDOWS) + 1
 
 
@@ -37,7 +37,9 @@ def features(text: bytes, places: npt.NDArray[np.int64]) -> Floats:
     columns = []
     for window in WINDOWS:
         begin = np.maximum(places - window, 0)
-        columns.append((totals[places] - totals[begin]) / window)
+        length = np.maximum(places - begin, 1)[:, None]
+        # A square root spreads out rare classes: one bracket in a window says more than one letter more.
+        columns.append(np.sqrt((totals[places] - totals[begin]) / length))
     columns.append(counts[places])
     columns += [np.minimum(places / window, 1.0)[:, None] for window in WINDOWS]
     columns.append(np.ones((len(places), 1)))

@@ -1,0 +1,10 @@
+"""Evaluation on tasks of lm-evaluation-harness: every method, several seeds, differences with their uncertainty.
+
+`EnsembleLM` in `mixlm.evaluation.lm` is the model that the harness sees; importing it needs lm-eval (`mixlm[eval]`),
+importing this package does not.
+"""
+
+from mixlm.evaluation.results import Comparison, Results, Score
+from mixlm.evaluation.run import Plan, evaluate
+
+__all__ = ["Comparison", "Plan", "Results", "Score", "evaluate"]

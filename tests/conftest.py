@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from mixlm.ensemble import Ensemble
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 pytest.register_assert_rewrite("contract", "toys")
@@ -27,3 +29,16 @@ def demo_models() -> dict[str, Path]:
         return {name: Path(resolve(name).path_or_id) for name in GROUPS["demo"]}
     except ModelNotFoundError:
         pytest.skip("the demo models are not installed")
+
+
+@pytest.fixture(scope="session")
+def demo_installed(demo_models: dict[str, Path]) -> None:
+    """Asks for the demo models without looking at them: for tests that run commands."""
+
+
+@pytest.fixture(scope="session")
+def demo_pair(demo_models: dict[str, Path]) -> Ensemble:
+    """The demo pair in float32, for tests of exactness."""
+    from mixlm.loading import load
+
+    return load(*demo_models.values(), dtype="float32")

@@ -105,6 +105,8 @@ class Ensemble:
             text, prompts = prompt, [one.engine.prompts.raw(prompt) for one in self.members]
         else:
             messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+            if not messages:
+                raise ConfigError("the conversation has no messages", "give at least one message of the user")
             if settings.system is not None:
                 messages.insert(0, Message("system", settings.system))
             text = "\n".join(one.content for one in messages)
@@ -270,9 +272,10 @@ class Chat:
         """Say something and iterate over the reply. The question joins the history once it fits the members."""
         settings = self._ensemble.settings(**self._options).with_turn(self._turn)
         prompts = self._ensemble.prompts([*self.messages, Message("user", text)], settings)
+        stream = self._ensemble.writer(settings, self._sessions).stream(prompts)
         self._turn += 1
         self.messages.append(Message("user", text))
-        return ChatStream(self._ensemble.writer(settings, self._sessions).stream(prompts), self.messages)
+        return ChatStream(stream, self.messages)
 
 
 class ChatStream(Iterator[Token]):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixlm.config import DType, EnsembleConfig, MemberConfig, Method, SamplingConfig, UnitName, read_config
+from mixlm.config import DType, EnsembleConfig, Method, UnitName, parse_config, read_config
 from mixlm.engines import Engine, EngineSpec
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -20,31 +20,30 @@ Progress = Callable[[str], None]
 def load(
     *models: str | Path,
     weights: Sequence[float] | None = None,
-    method: Method = "mixture",
-    unit: UnitName = "auto",
-    dtype: DType = "auto",
-    device: str = "auto",
+    method: Method | None = None,
+    unit: UnitName | None = None,
+    dtype: DType | None = None,
+    device: str | None = None,
     **sampling: Any,
 ) -> Ensemble:
     """Load an ensemble of models: names, folders, GGUF files or hub ids; or of one ensemble file (`*.toml`).
 
-    weights: one a model; equal when left out. sampling: options of `Sampling` for every member.
-    Raises the errors of `mixlm.errors`, each with a hint.
+    weights: one a model; equal when left out. sampling: options of `Sampling` for every member. What is given goes over
+    what an ensemble file says. Raises the errors of `mixlm.errors`, each with a hint.
     """
     names = [str(one) for one in models]
-    if len(names) == 1 and names[0].endswith(".toml"):
-        config = read_config(names[0])
-        update: dict[str, Any] = {"sampling": SamplingConfig(**{**config.sampling.given(), **sampling})}
-        return load_config(config.model_copy(update=update), weights=weights)
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
-    config = EnsembleConfig(
-        members=tuple(MemberConfig(model=one, dtype=dtype, device=device) for one in names),
-        method=method,
-        unit=unit,
-        sampling=SamplingConfig(**sampling),
-    )
-    return load_config(config, weights=weights)
+    if len(names) == 1 and names[0].endswith(".toml"):
+        raw = read_config(names[0]).model_dump(exclude_none=True)
+    else:
+        raw = {"members": [{"model": one} for one in names]}
+    raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
+    raw["sampling"] = {**raw.get("sampling", {}), **sampling}
+    for member in raw["members"]:
+        member.pop("template_file", None)  # read by then
+        member |= {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
+    return load_config(parse_config(raw, "load"), weights=weights)
 
 
 def load_config(

@@ -46,6 +46,8 @@ def pooled(symbols: Ids, logprobs: Floats) -> Candidates:
         table = np.bincount(symbols, weights=mass)
         distinct = np.flatnonzero(table)
         return Candidates(distinct, np.log(table[distinct]) + top)
+    # Probabilities too small for a float take no part, as in the table.
+    symbols, mass = symbols[mass > 0], mass[mass > 0]
     distinct, where = np.unique(symbols, return_inverse=True)
     return Candidates(distinct, np.log(np.bincount(where, weights=mass)) + top)
 

@@ -39,7 +39,7 @@ def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53, 1 - 2.0**-53)
 
 
 @dataclass(frozen=True, slots=True)

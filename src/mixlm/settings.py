@@ -22,7 +22,7 @@ class Options(TypedDict, total=False):
 
     method: Method
     max_tokens: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     seed: int
     sequence: int
     raw: bool
@@ -83,7 +83,7 @@ class Settings:
                 raise ConfigError(f"unknown option {name!r}", did_you_mean(name, [*known, *_SAMPLING]))
         if "stop" in others:
             stop = others["stop"]
-            others["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            others["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         others.setdefault("seed", secrets.randbits(32))
         return replace(self, **others, sampling={**self.sampling, **sampling})
 

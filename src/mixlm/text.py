@@ -47,8 +47,10 @@ class TextStream:
             length -= len(token.text)
             out.append(token)
         if cut and length > 0:
-            text = self._held[0].text[:length]
-            out.append(replace(self._held[0], text=text, data=text.encode()))
+            first = self._held[0]
+            # The token's own bytes: its text may begin with a character that tokens before it have begun.
+            behind = len(first.text[length:].encode())
+            out.append(replace(first, text=first.text[:length], data=first.data[: len(first.data) - behind]))
         if cut:
             self._held = []
         return out

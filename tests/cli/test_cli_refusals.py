@@ -14,7 +14,7 @@ from programs import TOYS, Run, process
     [
         ((*TOYS, "-w", "1"), ("1 weight (1) for 2 members", "one weight a member")),
         ((*TOYS, "-w", "1,2,3"), ("3 weights (1, 2, 3) for 2 members",)),
-        ((*TOYS, "-w", "-1,2"), ("weights are -1, 2", "0 or more", "-w 1,1")),
+        ((*TOYS, "-w", "-1,2"), ("weights are -1, 2", "0 or more", "0.7,0.3")),
         ((*TOYS, "-w", "0,0"), ("weights are 0, 0", "greater than 0")),
         ((*TOYS, "-w", "nan,1"), ("weights are nan, 1", "finite")),
         ((*TOYS, "-w", "a,1"), ("--weights is 'a,1'", "numbers with commas", "-w 0.7,0.3")),

@@ -214,7 +214,7 @@ def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):
         ("gpt2", "never"),
         ("gpt4", "never"),
         ("prefixed", "always"),
-        ("llama2", "always"),
+        ("llama2", "doubled"),
         ("gemma", "never"),
         ("unigram", "always"),
     ],

@@ -81,7 +81,12 @@ class Work:
 
 
 class Session(ABC):
-    """One sequence on one engine. Subclasses say how to cut the cache and how to run a forward."""
+    """One sequence on one engine. Subclasses say how to cut the cache and how to run a forward.
+
+    keeps_cache: false for a model that has to read the whole sequence every time.
+    """
+
+    keeps_cache = True
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
@@ -106,7 +111,7 @@ class Session(ABC):
         common = _common_prefix(cached, ids)
         if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
             return self._latest
-        keep = min(common, len(ids) - last)
+        keep = min(common, len(ids) - last) if self.keeps_cache else 0
         start = time.perf_counter()
         try:
             if keep < len(cached):

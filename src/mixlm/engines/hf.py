@@ -89,19 +89,19 @@ class HFSession(Session):
         self._engine = engine
         self._cache: Any = None
         self._length = 0
-        self._all = np.zeros(0, dtype=np.int64)
+        self.keeps_cache = not engine.recomputes
 
     def _keep(self, length: int) -> int:
         if length == 0:
             self._cache = None
-        elif length < self._length and not self._engine.recomputes:
+        elif length < self._length:
             self._cache.crop(length - self._length)
         self._length = length
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
-        if self._engine.recomputes:
-            return self._recomputed(ids, last)
+        if not self.keeps_cache:
+            return self._run(ids, last)
         if self._cache is None:
             from transformers import DynamicCache
 
@@ -118,23 +118,17 @@ class HFSession(Session):
         sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
         return sums
 
-    def _recomputed(self, ids: Ids, last: int) -> Logits:
-        """Run the whole sequence without a cache."""
-        self._all = np.concatenate([self._all[: self._length], ids])
-        self._length = len(self._all)
-        return self._run(self._all, last)
-
     def _run(self, ids: Ids, last: int) -> Logits:
         import torch
 
         engine = self._engine
         # A copy: the caller's array is a view of a buffer that goes on changing.
         batch = torch.tensor(ids[None], device=engine.device)
-        cached = {"use_cache": False} if engine.recomputes else {"past_key_values": self._cache, "use_cache": True}
+        cached = {"use_cache": False} if not self.keeps_cache else {"past_key_values": self._cache, "use_cache": True}
         with torch.inference_mode(), _memory_errors(engine.name):
             out = engine.model(input_ids=batch, logits_to_keep=last, **cached).logits[0, -last:]
             logits: Logits = out.float().cpu().numpy()
-        if not engine.recomputes:
+        if self.keeps_cache:
             self._length += len(ids)
         return logits
 
@@ -154,6 +148,8 @@ class _Renderer:
         """Render up to where the reply begins. A system text joins the first question where it has no place."""
         from jinja2 import TemplateError
 
+        if not messages:
+            raise ConfigError("the conversation has no messages", "give at least one message of the user")
         turns = [{"role": one.role, "content": one.content} for one in messages]
         try:
             return self._render(turns, add_generation_prompt=True)

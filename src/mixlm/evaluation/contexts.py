@@ -73,7 +73,7 @@ def is_greedy(task: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
 def reply_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a reply: those of the task (its `generation_kwargs`), under those that the user gave.
 
-    A greedy request is written with the method `greedy`, whatever method is given. Raises ConfigError for an option of
+    A greedy request is written with the method `greedy`; `single` stays, at temperature 0. Raises ConfigError for an option of
     the task that mixlm has no counterpart for: dropping it would measure something else.
     """
     if task.get("num_beams", 1) != 1:
@@ -88,7 +88,9 @@ def reply_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         options["top_k"] = 0  # elsewhere -1 is off
     lengths = [task[name] for name in _LENGTHS if task.get(name) is not None]
     options |= {"max_tokens": int(lengths[0]) if lengths else _MAX_TOKENS, "seed": int(task.get("seed") or 0), **given}
-    if greedy:
+    if greedy and given.get("method") == "single":
+        options["temperature"] = 0.0
+    elif greedy:
         options["method"] = "greedy"
     options["stop"] = tuple(dict.fromkeys([*_strings(task.get("until")), *_strings(given.get("stop"))]))
     return options

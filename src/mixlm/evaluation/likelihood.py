@@ -32,18 +32,19 @@ _ROWS = 16
 class Likelihood:
     """Scores continuations. Sessions stay open, so that contexts with a common beginning share its forwards.
 
-    Raises UnsupportedError when the ensemble's weights depend on the text.
+    alone: score under the member of the largest weight, as `single` writes. Raises UnsupportedError when the ensemble's
+    weights depend on the text.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, *, alone: bool = False) -> None:
         if not isinstance(ensemble.router, Fixed):
             raise UnsupportedError(
                 "the probability of a given text is computed with fixed weights, and this ensemble has a router",
                 "evaluate with weights, or take tasks that generate text",
             )
         self._ensemble = ensemble
-        self._weights = ensemble.weights
-        self._live = [i for i, weight in enumerate(ensemble.weights) if weight > 0]
+        self._weights = np.eye(len(ensemble.members))[np.argmax(ensemble.weights)] if alone else ensemble.weights
+        self._live = [i for i, weight in enumerate(self._weights) if weight > 0]
         # Members that share a model would score alike.
         self._engines = {id(one.engine): one.engine for one in (ensemble.members[i] for i in self._live)}
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}

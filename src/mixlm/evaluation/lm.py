@@ -6,6 +6,7 @@ harness hands over. So a text does not depend on the order of work, nor on what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.ensemble = ensemble
-        self.options = dict(options or {})
+        self.options = {"method": ensemble.defaults.method, **(options or {})}
         for name in ("sequence", "raw"):
             if name in self.options:
                 raise ConfigError(f"{name} is no option of an evaluation: each request has its own")
@@ -71,7 +72,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Write a text for each request, whose arguments are a context and the task's generation options.
 
-        A context that is too long for a member is answered with an empty text, and the log says why.
+        A context that is too long for a member is answered with an empty text, and the log says why. A request for
+        greedy decoding is written with the method `greedy` (`single` stays `single`, at temperature 0).
         """
         return cast(list[str], self._answers(requests, self._generate))
 
@@ -87,12 +89,12 @@ class EnsembleLM(LM):  # type: ignore[misc]
         """Answer what the log does not know, contexts with a common beginning one after the other."""
         arguments = [cast(tuple[Any, ...], one.args) for one in requests]
         pending = [at for at, one in enumerate(arguments) if not self._log.knows(at, one)]
-        for at in sorted(pending, key=lambda at: (str(arguments[at][0]), at)):
-            self._show(len(requests) - len(pending), len(requests))
+        known = len(requests) - len(pending)
+        for done, at in enumerate(sorted(pending, key=lambda at: (str(arguments[at][0]), at))):
+            self._show(known + done, len(requests))
             response, about = answer(at, arguments[at])
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
             self._log.add(at, arguments[at], {**document, "response": response, **about})
-            pending.remove(at)
         self._show(len(requests), len(requests))
         return [self._log.response(at) for at in range(len(requests))]
 
@@ -109,7 +111,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             return "", {"error": error.message}
         usage = completion.usage
         about = {
-            "method": options.get("method", self.ensemble.defaults.method),
+            "method": options["method"],
             "finish_reason": completion.finish_reason,
             "tokens": usage.tokens,
             "written_by": {name: one.tokens for name, one in usage.members.items()},
@@ -155,15 +157,18 @@ class EnsembleLM(LM):  # type: ignore[misc]
         context = unpack(arguments[0])
         if context.messages is not None:
             context = Context(context.text, _with_system(context.messages, self._system()))
-        logprob, greedy = self._scorer().continuation(context, arguments[1])
-        return [logprob, greedy], {"continuation": arguments[1]}
+        about = {"continuation": arguments[1]}
+        try:
+            return list(self._scorer().continuation(context, arguments[1])), about
+        except PromptTooLongError as error:
+            return [-math.inf, False], {**about, "error": error.message}
 
     def _roll(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         return self._scorer().text(arguments[0]), {}
 
     def _scorer(self) -> Likelihood:
         if self._likelihood is None:
-            self._likelihood = Likelihood(self.ensemble)
+            self._likelihood = Likelihood(self.ensemble, alone=self.options["method"] == "single")
         return self._likelihood
 
     def _system(self) -> str | None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, cast
+from unicodedata import category
 
 from mixlm.vocab.tokens import SPACE, Family, byte_alphabet, describe
 
-# Where a tokenizer puts a space of its own: nowhere, in front of a text, or also behind every control token.
-LeadingSpace = Literal["never", "first", "always"]
+# Where a tokenizer puts a space of its own: nowhere; in front of a text; also behind every control token; or there even
+# if the text begins with a space already.
+LeadingSpace = Literal["never", "first", "always", "doubled"]
 
 
 class Encoded(NamedTuple):
@@ -88,13 +90,17 @@ class TokenizerEncoder:
     leading_space: LeadingSpace
 
     def __init__(self, tokenizer: Any, kind: Family) -> None:
+        from tokenizers import processors
+
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.leading_space = _take_leading_space(tokenizer)
+        # What a post-processor does to ids is for prompts; what it does to offsets (trimming spaces) hides boundaries.
+        tokenizer.post_processor = processors.Sequence([])
         self._tokenizer = tokenizer
         self._byte_ids = _byte_ids(tokenizer, kind)
-        self._boundary = _Words() if kind is Family.BYTE_LEVEL else _Pairs(tokenizer)
+        self._boundary = _Words(tokenizer) if kind is Family.BYTE_LEVEL else _Pairs(tokenizer)
         self._raw = {b: c for c, b in byte_alphabet().items()} if kind is Family.BYTE_LEVEL else None
         self._unknown = _unknown_id(tokenizer)
 
@@ -139,8 +145,10 @@ class TokenizerEncoder:
             return [*self._tokenizer.encode(text, add_special_tokens=False).ids, *self._bytes(cut)]
         encoding = self._tokenizer.encode(text + whole, add_special_tokens=False)
         words, offsets = encoding.word_ids, encoding.offsets
-        first = next(i for i, word in enumerate(words) if word == words[-1])
-        head = text[offsets[first][0] :].encode() + cut
+        first = next((i for i, word in enumerate(words) if word == words[-1]), 0)
+        while first and offsets[first - 1][1] != offsets[first][0]:
+            first -= 1
+        head = text[offsets[first][0] if first else 0 :].encode() + cut
         assert self._raw is not None
         merged = self._tokenizer.model.tokenize("".join(self._raw[b] for b in head))
         return [*encoding.ids[:first], *(token.id for token in merged)]
@@ -163,19 +171,31 @@ class _Words:
     """Stable boundaries of a tokenizer whose pre-tokens are found by a pattern from left to right.
 
     A pattern looks ahead by at most one character and never back, so more text can only change the last pre-token;
-    the last but one stays open as well, for marks that combine with its last character.
+    the last but one stays open as well. A mark belongs to the character before it, which it may be normalised with.
     """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = [one.content for one in tokenizer.get_added_tokens_decoder().values() if not one.special]
+        # What may be the beginning of an added token, which is found before any pattern.
+        self._beginnings = {one[:length] for one in added for length in range(1, len(one))}
+        self._longest = max(map(len, self._beginnings), default=0)
 
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
         """Return how many ids, and how many characters, no later text can change."""
-        words = encoding.word_ids
-        if not words or words[-1] < 2:
-            return 0, 0
-        open_word = words[-1] - 1
-        count = len(words)
-        while words[count - 1] >= open_word:
-            count -= 1
-        return count, encoding.offsets[count][0]
+        for start in range(max(len(text) - self._longest, 0), len(text)):
+            if text[start:] in self._beginnings:
+                text = text[:start]
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
+                break
+        words, offsets = encoding.word_ids, encoding.offsets
+        for count in range(len(words) - 1, 0, -1):
+            if words[count - 1] >= words[-1] - 1 or words[count - 1] == words[count]:
+                continue
+            at = offsets[count][0]
+            if offsets[count - 1][1] == at and not category(text[at]).startswith("M"):
+                return count, at
+        return 0, 0
 
 
 class _Pairs:
@@ -201,6 +221,7 @@ class _Pairs:
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
         """Return how many ids, and how many characters, no later text can change."""
         offsets = encoding.offsets
+        text = text.replace(SPACE, " ")
         for count in range(len(offsets) - 1, 0, -1):
             at = offsets[count][0]
             if at < 1 or offsets[count - 1][1] != at or (self._only_spaces and text[at] != " "):
@@ -226,7 +247,7 @@ def _take_leading_space(tokenizer: Any) -> LeadingSpace:
     description = describe(tokenizer)
     kept = [part for part in _flat(description["normalizer"]) if part["type"] != "Prepend"]
     if len(kept) != len(_flat(description["normalizer"])):
-        rule = "always"
+        rule = "doubled"
         tokenizer.normalizer = normalizers.Sequence([_load(normalizers.Normalizer, part) for part in kept])
     state = json.dumps(description["pre_tokenizer"])
     for spelled, spaces, found in (

@@ -75,4 +75,4 @@ class PieceState:
 
     def tail(self, length: int) -> bytes:
         """Return the last bytes of the text."""
-        return bytes(self._text[-length:])
+        return bytes(self._text[max(len(self._text) - length, 0) :])

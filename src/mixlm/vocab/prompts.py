@@ -22,7 +22,7 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{%- if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}Question: {{ message.content }}\n"
+    "{%- if message.role == 'user' %}Question: {{ message.content }}{{ '\n' }}"
     "{%- elif message.role == 'assistant' %}Answer: {{ message.content }}\n\n{% endif %}"
     "{%- endfor %}Answer:"
 )
@@ -53,20 +53,24 @@ class PromptEncoder:
         self._begin = list(begin)
         self._leading_space = leading_space
         longest_first = sorted(self._control, key=len, reverse=True)
-        self._pattern = re.compile("|".join(re.escape(one) for one in longest_first) or r"(?!)")
+        self._pattern = _any_of(longest_first)
+        self._breakable = _any_of([one for one in longest_first if len(one) > 1])
 
     def chat(self, messages: Sequence[Message]) -> Ids:
         """Return the ids of a conversation, up to where the reply begins."""
         mark = _unused_character("".join(one.content for one in messages))
-        safe = [replace(one, content=self._pattern.sub(lambda m: _broken(m, mark), one.content)) for one in messages]
+        safe = [replace(one, content=self._broken(one.content, mark)) for one in messages]
         return self._ids(self._render(safe), mark)
+
+    def _broken(self, text: str, mark: str) -> str:
+        """Put the mark into every spelling of a control token. Breaking one can uncover another, so look again."""
+        while found := self._breakable.search(text):
+            text = text[: found.start() + 1] + mark + text[found.start() + 1 :]
+        return text
 
     def raw(self, text: str) -> Ids:
         """Return the ids of a text to be continued as it stands; nothing in it is a control token."""
-        if text and self._leading_space != "never":
-            text = " " + text
-        ids = [*self._begin, *self._encoder.encode(text.encode(errors="replace")).ids]
-        return np.array(ids, dtype=np.int64)
+        return np.array([*self._begin, *self._text(text, first=True)], dtype=np.int64)
 
     def prefix(self, ends: Collection[int]) -> list[int]:
         """Return the ids that a bare text is scored behind: BOS, or an end-of-text where there is no BOS."""
@@ -76,22 +80,24 @@ class PromptEncoder:
         ids: list[int] = []
         at = 0
         for found in self._pattern.finditer(rendered):
-            ids += self._text(rendered[at : found.start()], mark, first=at == 0)
+            ids += self._text(rendered[at : found.start()].replace(mark, ""), first=at == 0)
             ids.append(self._control[found[0]])
             at = found.end()
-        ids += self._text(rendered[at:], mark, first=at == 0)
+        ids += self._text(rendered[at:].replace(mark, ""), first=at == 0)
         return np.array(ids, dtype=np.int64)
 
-    def _text(self, text: str, mark: str, *, first: bool) -> list[int]:
+    def _text(self, text: str, *, first: bool) -> list[int]:
         if not text:
             return []
-        spaced = self._leading_space == "always" or (self._leading_space == "first" and first)
-        text = (" " if spaced else "") + text.replace(mark, "")
+        rule = self._leading_space
+        behind_this = rule in ("always", "doubled") or (rule == "first" and first)
+        if behind_this and (rule == "doubled" or not text.startswith(" ")):
+            text = " " + text
         return self._encoder.encode(text.encode(errors="replace")).ids
 
 
-def _broken(found: re.Match[str], mark: str) -> str:
-    return found[0][0] + mark + found[0][1:]
+def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(one) for one in spellings) or r"(?!)")
 
 
 def _unused_character(text: str) -> str:

@@ -84,4 +84,5 @@ class TokenState:
         """Return the last bytes of the text."""
         written = self._buffers[0].ids[self._prompts[0] :]
         # A token has a byte at least, so no more than `length` of them are needed.
-        return b"".join(self._unit.data(int(i)) for i in written[-length:])[-length:]
+        data = b"".join(self._unit.data(int(i)) for i in written[max(len(written) - length, 0) :])
+        return data[max(len(data) - length, 0) :]

@@ -1,0 +1,79 @@
+"""Between the harness's tasks and scores: requests for a task, and what the task makes of the answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mixlm.evaluation.catalog import quiet
+from mixlm.evaluation.contexts import pack
+from mixlm.evaluation.results import Score
+
+# The value of each question, by metric and filter.
+Table = dict[tuple[str, str], list[Any]]
+_FEWSHOT_SEED = 1234
+
+
+def build_requests(task: Any, limit: int | None, chat: bool | None) -> list[Any]:
+    """Return a task's requests in order, each as often as the task repeats it."""
+    if chat is None:
+        chat = task.OUTPUT_TYPE == "generate_until"
+
+    def template(history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        return pack(history)
+
+    # Which examples a prompt shows is fixed, whatever the seed of the replies.
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    with quiet():
+        task.build_all_requests(
+            limit=limit,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            chat_template=template if chat else None,
+            tokenizer_name="mixlm",
+        )
+    return [one for one in task.instances for _ in range(one.repeats or 1)]
+
+
+def judge(task: Any, requests: Sequence[Any], responses: Sequence[Any]) -> Table:
+    """Return what the task makes of responses: the value of each question, by metric and filter."""
+    for one in task.instances:
+        one.resps, one.filtered_resps = [], {}
+    for one, response in zip(requests, responses, strict=True):
+        one.resps.append(response)
+    with quiet():
+        task.apply_filters()
+    questions = defaultdict(list)
+    for one in task.instances:
+        questions[one.doc_id].append(one)
+    out: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for name in task.instances[0].filtered_resps:
+        for parts in questions.values():
+            parts.sort(key=lambda one: one.idx)
+            found = task.process_results(parts[0].doc, [one.filtered_resps[name] for one in parts])
+            for metric, value in found.items():
+                out[metric, name].append(value)
+    return out
+
+
+def to_scores(name: str, method: str, task: Any, seeds: Sequence[int], tables: Sequence[Table]) -> list[Score]:
+    """Return a score for each metric and filter. tables: what `judge` returned, one a seed."""
+    scores = []
+    for metric, chosen in tables[0]:
+        columns = [table[metric, chosen] for table in tables]
+        aggregate = task.aggregation().get(metric, np.mean)
+        try:
+            values = tuple(float(aggregate(one)) for one in columns)
+        except (TypeError, ValueError):
+            continue  # not a number, such as the harness's "bypass"
+        questions = None
+        if all(isinstance(value, int | float | np.number) for one in columns for value in one):
+            questions = np.array(columns, dtype=np.float64)
+            if not np.allclose(questions.mean(axis=1), values):
+                questions = None  # the metric is another function of the questions than their mean
+        higher = bool(task.higher_is_better().get(metric, True))
+        scores.append(Score(name, method, metric, chosen, higher, tuple(seeds), values, len(columns[0]), questions))
+    return scores

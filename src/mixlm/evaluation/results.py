@@ -1,0 +1,177 @@
+"""What an evaluation found: scores with intervals, and differences on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlm.errors import ConfigError, did_you_mean
+from mixlm.evaluation.statistics import Interval, sign_flip_p, t_interval
+from mixlm.sampling import Floats
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one method on one task.
+
+    filter: how answers were taken from texts. seeds: of the runs; a single one where nothing is drawn by chance.
+    values: the metric of each run. questions: float64 (seeds, questions), None for metrics that are no mean over
+    questions. count: how many questions.
+    """
+
+    task: str
+    method: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    count: int
+    questions: Floats | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.values))
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % t-interval over seeds: what drawing anew changes, the questions fixed. None for a single seed."""
+        return t_interval(self.values)
+
+    @property
+    def question_interval(self) -> Interval | None:
+        """95 % t-interval over questions, each averaged over seeds: what other questions of this kind would change."""
+        return None if self.questions is None else t_interval(self.questions.mean(axis=0))
+
+    def as_dict(self, *, questions: bool = False) -> dict[str, Any]:
+        """Return the form that `--json` prints. questions: with the value of every question in every run."""
+        out: dict[str, Any] = {
+            "task": self.task,
+            "method": self.method,
+            "metric": self.metric,
+            "filter": self.filter,
+            "higher_is_better": self.higher_is_better,
+            "mean": self.mean,
+            "interval": self.interval,
+            "question_interval": self.question_interval,
+            "seeds": {str(seed): value for seed, value in zip(self.seeds, self.values, strict=True)},
+            "questions": self.count,
+        }
+        if questions and self.questions is not None:
+            out["values"] = self.questions.tolist()
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two methods on the same questions of a task, each question averaged over its seeds.
+
+    difference: left minus right. interval: 95 % t-interval over questions. p_value: of no difference, by flipping
+    signs. better, worse: questions on which left scored higher, lower.
+    """
+
+    task: str
+    metric: str
+    left: str
+    right: str
+    difference: float
+    interval: Interval | None
+    p_value: float
+    questions: int
+    better: int
+    worse: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All scores of an evaluation. settings: what it ran with. notes: what a reader should know."""
+
+    scores: tuple[Score, ...]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(dict.fromkeys(one.task for one in self.scores))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, in order."""
+        return tuple(dict.fromkeys(one.method for one in self.scores))
+
+    def score(self, task: str, method: str, metric: str | None = None) -> Score:
+        """Return a score; the task's first metric when none is named. Raises ConfigError for what was not run."""
+        for name, value, known in (("task", task, self.tasks), ("method", method, self.methods)):
+            if value not in known:
+                hint = did_you_mean(value, known) or f"there are {', '.join(known)}"
+                raise ConfigError(f"these results have no {name} {value!r}", hint)
+        found = [one for one in self.scores if (one.task, one.method) == (task, method)]
+        for one in found:
+            if metric in (None, one.metric):
+                return one
+        raise ConfigError(f"{task} has no metric {metric!r}", f"it has {', '.join(one.metric for one in found)}")
+
+    def compare(self, left: str, right: str, task: str | None = None) -> Comparison:
+        """Compare two methods on a task, by its first metric that is a mean over questions.
+
+        task: may be left out when there is one. Raises ConfigError when no metric has a value for each question.
+        """
+        if task is None:
+            if len(self.tasks) != 1:
+                raise ConfigError(f"there are {len(self.tasks)} tasks", f"name one of {', '.join(self.tasks)}")
+            task = self.tasks[0]
+        self.score(task, left), self.score(task, right)
+        usable = [one for one in self.scores if one.task == task and one.questions is not None]
+        for one in (one for one in usable if one.method == left):
+            other = [two for two in usable if (two.method, two.metric, two.filter) == (right, one.metric, one.filter)]
+            if other:
+                return _compared(one, other[0])
+        raise ConfigError(f"{task} has no metric that is a mean over questions, so its methods cannot be paired")
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Compare the first method with every other one, on every task that can be."""
+        found = []
+        for task in self.tasks:
+            first, *others = dict.fromkeys(one.method for one in self.scores if one.task == task)
+            if self._paired(task):
+                found += [self.compare(first, other, task) for other in others]
+        return tuple(found)
+
+    def as_dict(self, *, questions: bool = False) -> dict[str, Any]:
+        """Return the form that `--json` prints. questions: with the value of every question in every run."""
+        return {
+            "settings": dict(self.settings),
+            "scores": [one.as_dict(questions=questions) for one in self.scores],
+            "comparisons": [one.as_dict() for one in self.comparisons()],
+            "notes": list(self.notes),
+        }
+
+    def _paired(self, task: str) -> bool:
+        return any(one.questions is not None for one in self.scores if one.task == task)
+
+
+def _compared(left: Score, right: Score) -> Comparison:
+    assert left.questions is not None
+    assert right.questions is not None
+    differences = left.questions.mean(axis=0) - right.questions.mean(axis=0)
+    return Comparison(
+        task=left.task,
+        metric=left.metric,
+        left=left.method,
+        right=right.method,
+        difference=float(differences.mean()),
+        interval=t_interval(differences),
+        p_value=sign_flip_p(differences),
+        questions=differences.size,
+        better=int((differences > 0).sum()),
+        worse=int((differences < 0).sum()),
+    )

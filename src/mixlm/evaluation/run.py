@@ -1,0 +1,194 @@
+"""The evaluation itself: every task by every method with every seed, each run resumable.
+
+The seeds are a loop around the harness, not a setting of it: its own repeats score one text of several, and its own
+seed reaches a model as part of a task's options, the same for every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast
+
+from mixlm import __version__
+from mixlm.config import METHODS
+from mixlm.ensemble import Ensemble
+from mixlm.errors import ConfigError, did_you_mean
+from mixlm.evaluation.catalog import load_tasks
+from mixlm.evaluation.contexts import is_greedy
+from mixlm.evaluation.judging import build_requests, judge, to_scores
+from mixlm.evaluation.log import AnswerLog, answers_path, open_folder
+from mixlm.evaluation.results import Results, Score
+from mixlm.records import Message
+from mixlm.sampling import Ids
+from mixlm.settings import Options
+
+Progress = Callable[[str, int, int], None]
+
+
+class Plan(TypedDict, total=False):
+    """Options of `evaluate`.
+
+    methods: names of methods, `single:NAME` for one member, `single` for each of them; mixture, conventional and single
+    when left out. seeds: of the runs, 0 to 4 when left out. limit: questions of each task, its first ones. data: a folder
+    with the questions of mixlm's own tasks. options: of every reply, over those of a task. out: a folder for answers and
+    results; a run continues where an earlier one stopped. chat: whether questions are put as messages in each member's
+    template; when left out, tasks that generate text do, and tasks that score given text do not. progress: called with
+    task, method and seed, requests answered, requests.
+    """
+
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    limit: int | None
+    data: str | Path | None
+    options: Options
+    out: str | Path | None
+    chat: bool | None
+    progress: Progress | None
+
+
+def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **plan: Unpack[Plan]) -> Results:
+    """Run tasks by several methods and seeds. tasks: names, or what `load_tasks` returned.
+
+    Requests that draw nothing by chance (given texts to score, greedy decoding) run once, and alike for all methods but
+    `single`. Raises ConfigError and UnsupportedError before anything runs where tasks, methods or options do not fit;
+    also when the folder `out` was begun with other settings.
+    """
+    options = plan.get("options") or {}
+    for name in ("method", "seed", "sequence", "raw"):
+        if name in options:
+            raise ConfigError(f"{name} is no option of an evaluation's replies", "give methods, seeds or chat")
+    limit, seeds = plan.get("limit"), tuple(plan.get("seeds", range(5)))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; it must be 1 or more")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds are {list(seeds)}; give one or more, each once")
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    writers = _writers(ensemble, plan.get("methods") or ("mixture", "conventional", "single"), options)
+    out = Path(out_given) if (out_given := plan.get("out")) is not None else None
+    loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
+    settings = _settings(ensemble, options, plan.get("chat"))
+    if out is not None:
+        open_folder(out, settings)
+    run = _Run(writers, seeds, options, out, plan.get("progress"))
+    scores: list[Score] = []
+    notes: list[str] = []
+    for name, task in loaded.items():
+        requests = build_requests(task, limit, plan.get("chat"))
+        found, said = run.task(name, task, requests)
+        scores += found
+        notes += said
+    about = {
+        **settings,
+        "seeds": list(seeds),
+        "limit": limit,
+        "data": str(given) if (given := plan.get("data")) else None,
+    }
+    results = Results(tuple(scores), about, tuple(notes))
+    if out is not None:
+        (out / "results.json").write_text(json.dumps(results.as_dict(questions=True)) + "\n", encoding="utf-8")
+    return results
+
+
+@dataclass
+class _Run:
+    """What all tasks of an evaluation have in common. writers: an ensemble and a method by the method's name."""
+
+    writers: Mapping[str, tuple[Ensemble, str]]
+    seeds: Sequence[int]
+    options: Options
+    out: Path | None
+    progress: Progress | None
+
+    def task(self, name: str, task: Any, requests: Sequence[Any]) -> tuple[list[Score], list[str]]:
+        """Run one task by every method, and score it."""
+        scores: list[Score] = []
+        notes: dict[str, None] = {}
+        logs: dict[tuple[str, int], AnswerLog] = {}
+        for label, (ensemble, method) in self.writers.items():
+            given = {**self.options, "method": method}
+            scored = requests[0].request_type != "generate_until"
+            greedy = not scored and all(is_greedy(one.args[1], given) for one in requests)
+            seeds = self.seeds[:1] if scored or greedy else self.seeds
+            law = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
+            tables = []
+            for seed in seeds:
+                if (law, seed) not in logs:
+                    path = answers_path(self.out, name, law, seed) if self.out is not None else None
+                    logs[law, seed] = AnswerLog(path)
+                log = logs[law, seed]
+                lm = self._model(ensemble, {**given, "seed": seed}, log, f"{name} {label} seed {seed}")
+                tables.append(judge(task, requests, getattr(lm, requests[0].request_type)(requests)))
+                notes |= dict.fromkeys(_noted(name, label, method, log, len(requests)))
+            scores += to_scores(name, label, task, seeds, tables)
+        return scores, list(notes)
+
+    def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: AnswerLog, label: str) -> Any:
+        from mixlm.evaluation.lm import EnsembleLM
+
+        return EnsembleLM(ensemble, options=cast(Options, options), log=log, progress=self.progress, label=label)
+
+
+def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:
+    """Return an ensemble and a method for each name. Raises ConfigError for an unknown one, or options it refuses."""
+    alone = {f"single:{one.name}": Ensemble([one], defaults=ensemble.defaults) for one in ensemble.members}
+    out: dict[str, tuple[Ensemble, str]] = {}
+    for name in methods:
+        if name == "single":
+            out |= {label: (one, "single") for label, one in alone.items()}
+        elif name in alone:
+            out[name] = alone[name], "single"
+        elif name in METHODS:
+            out[name] = ensemble, name
+        else:
+            known = [*METHODS, *alone]
+            hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+            raise ConfigError(f"there is no method {name!r}", hint)
+    for one, method in out.values():
+        one.writer(one.settings(**cast(Options, {**options, "method": method, "seed": 0})))
+    return out
+
+
+def _settings(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[str, Any]:
+    """Return all that answers depend on, besides task, method and seed."""
+    probe = [Message("user", "probe")]
+    members = [
+        {
+            "name": one.name,
+            "model": one.engine.name,
+            "weight": float(weight),
+            "sampling": dict(one.sampling),
+            "dtype": one.engine.details.get("dtype"),
+            "prompt": _digest(one.engine.prompts.chat(probe)),  # tells templates and tokenizers apart
+        }
+        for one, weight in zip(ensemble.members, ensemble.weights, strict=True)
+    ]
+    defaults = {name: value for name, value in asdict(ensemble.defaults).items() if name not in ("seed", "method")}
+    return {
+        "mixlm": __version__,
+        "members": members,
+        "unit": ensemble.unit.name,
+        "router": type(ensemble.router).__name__,
+        "defaults": defaults,
+        "options": dict(options),
+        "chat": chat,
+    }
+
+
+def _digest(ids: Ids) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+
+
+def _noted(task: str, label: str, method: str, log: AnswerLog, count: int) -> list[str]:
+    """Return what a reader should know about a run."""
+    entries = [log.entries[at] for at in range(count)]
+    notes = []
+    if method not in ("greedy", "single") and any(one.get("method") == "greedy" for one in entries):
+        notes.append(f"{task} asks for greedy decoding, so {label} wrote with method greedy; a temperature samples")
+    if long := sum("error" in one for one in entries):
+        notes.append(f"{task}, {label}: {long} of {count} requests are too long for a member and count as wrong")
+    return notes

@@ -25,6 +25,7 @@ from mixlm.records import Sampling
 Method = Literal["mixture", "conventional", "greedy", "single"]
 UnitName = Literal["auto", "token", "piece"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
@@ -63,6 +64,14 @@ class MemberConfig(_Strict):
     sampling: SamplingConfig = SamplingConfig()
 
 
+class RouterConfig(_Strict):
+    """Weights by state: "fixed", "prompt" (by how well each member predicts it), or "learned" (from `file`)."""
+
+    kind: RouterKind = "fixed"
+    file: str | None = None
+    sharpness: float | None = None
+
+
 class EnsembleConfig(_Strict):
     """A whole ensemble."""
 
@@ -71,6 +80,7 @@ class EnsembleConfig(_Strict):
     unit: UnitName = "auto"
     system: str | None = None
     sampling: SamplingConfig = SamplingConfig()
+    router: RouterConfig = RouterConfig()
 
     def weights(self) -> list[float] | None:
         """Return the members' weights, None when none is given.
@@ -99,7 +109,18 @@ def read_config(path: str | Path) -> EnsembleConfig:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     config = parse_config(raw, str(path))
     folder = path.resolve().parent
-    return config.model_copy(update={"members": tuple(_with_files(one, folder) for one in config.members)})
+    update: dict[str, Any] = {"members": tuple(_with_files(one, folder) for one in config.members)}
+    if config.router.file is not None:
+        update["router"] = config.router.model_copy(update={"file": str(folder / config.router.file)})
+    return config.model_copy(update=update)
+
+
+def write_config(config: EnsembleConfig, path: str | Path) -> None:
+    """Write an ensemble file that `read_config` reads back; what has its default value is left out."""
+    import tomli_w
+
+    form = config.model_dump(exclude_none=True, exclude_defaults=True)
+    Path(path).write_text(tomli_w.dumps(form, multiline_strings=True), encoding="utf-8")
 
 
 def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
@@ -109,6 +130,8 @@ def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
     except ValidationError as error:
         raise _explained(error, source) from error
     config.weights()
+    if (config.router.kind == "learned") != (config.router.file is not None):
+        raise ConfigError(f"{source}: a learned router has a file, and no other has one", "see mixlm fit --router")
     for options in (config.sampling, *(one.sampling for one in config.members)):
         Sampling(**options.given())
     return config
@@ -148,4 +171,6 @@ def _explained(error: ValidationError, source: str) -> ConfigError:
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
     if "sampling" in place[:-1]:
         return SamplingConfig
+    if "router" in place[:-1]:
+        return RouterConfig
     return MemberConfig if len(place) > 1 and place[0] == "members" else EnsembleConfig

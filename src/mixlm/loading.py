@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixlm.config import DType, EnsembleConfig, Method, UnitName, parse_config, read_config
+from mixlm.config import DType, EnsembleConfig, Method, RouterConfig, UnitName, parse_config, read_config
 from mixlm.engines import Engine, EngineSpec
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
+from mixlm.mixing import checked_weights
+from mixlm.routing import ByPrompt, Fixed, Learned, Router
+from mixlm.sampling import Floats
 from mixlm.settings import Settings
 
 Progress = Callable[[str], None]
@@ -63,7 +66,22 @@ def load_config(
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
     defaults = Settings(method=config.method, system=config.system)
-    return Ensemble(members, weights, unit=config.unit, defaults=defaults)
+    router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
+    return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
+
+
+def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:
+    if config.kind == "prompt":
+        return ByPrompt(weights) if config.sharpness is None else ByPrompt(weights, config.sharpness)
+    if config.kind == "learned" and config.file is not None:
+        learned = Learned.load(config.file)
+        if len(learned.names) != len(names):
+            raise ConfigError(
+                f"the router in {config.file} was trained for {', '.join(learned.names)}",
+                f"this ensemble's members are {', '.join(names)}",
+            )
+        return learned
+    return Fixed(weights)
 
 
 def _distinct(name: str, taken: Sequence[str]) -> str:

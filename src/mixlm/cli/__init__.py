@@ -13,6 +13,7 @@ from mixlm.cli.bench import bench
 from mixlm.cli.chat import chat
 from mixlm.cli.check import check
 from mixlm.cli.errors import Group, failed
+from mixlm.cli.eval import evaluate
 from mixlm.cli.generate import generate
 from mixlm.cli.models import models
 from mixlm.errors import UsageError
@@ -22,6 +23,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(name="mixlm", cls=Group, add_completion=False, pretty_exceptions_enable=False)
 for _command in (generate, chat, check, bench):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.add_typer(models)
 
 

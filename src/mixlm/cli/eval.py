@@ -14,7 +14,8 @@ from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mixlm.evaluation.results import Interval, Results, Score
+    from mixlm.evaluation.results import Results, Score
+    from mixlm.evaluation.statistics import Interval
     from mixlm.settings import Options
 
 _METHODS = ("mixture", "conventional", "single")
@@ -60,7 +61,8 @@ def evaluate(
 ) -> int:
     """Evaluate on tasks, and compare methods on the same questions.
 
-    A temperature, also of the ensemble file, makes tasks that ask for greedy decoding sample.
+    What a task says of sampling goes before an ensemble file, and options here before both; with --temperature, tasks
+    that ask for greedy decoding sample.
     """
     if listed:
         return _list(as_json)

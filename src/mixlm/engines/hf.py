@@ -12,7 +12,6 @@ from typing import Any
 # Spinning OpenMP threads starve each other on shared machines; this must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 
 from mixlm.engines.base import Engine, Session
 from mixlm.engines.spec import EngineSpec

@@ -73,8 +73,8 @@ def is_greedy(task: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
 def reply_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a reply: those of the task (its `generation_kwargs`), under those that the user gave.
 
-    A greedy request is written with the method `greedy`; `single` stays, at temperature 0. Raises ConfigError for an option of
-    the task that mixlm has no counterpart for: dropping it would measure something else.
+    A greedy request is written with the method `greedy`; `single` stays, at temperature 0. Raises ConfigError for an
+    option of the task that mixlm has no counterpart for: dropping it would measure something else.
     """
     if task.get("num_beams", 1) != 1:
         raise ConfigError(f"the task asks for num_beams {task['num_beams']}; mixlm has no beam search")

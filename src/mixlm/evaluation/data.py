@@ -71,7 +71,7 @@ def chosen(documents: Iterable[dict[str, Any]], per_group: int, choice: int) -> 
 
 def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
         there = sorted(one.name for one in path.parent.glob("*.jsonl"))
         hint = did_you_mean(path.name, there) or f"the folder has {', '.join(there) or 'no .jsonl files'}"
@@ -120,7 +120,7 @@ def _options(choices: Any) -> str:
 
 
 def _gsm8k(row: Row) -> dict[str, Any]:
-    solution, mark, result = row["answer"].rpartition("####")
+    _, mark, result = row["answer"].rpartition("####")
     target = answers.number(result)
     if not mark or not target:
         raise ValueError(f"answer ends in {row['answer'][-20:]!r}")

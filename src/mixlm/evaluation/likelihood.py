@@ -156,6 +156,5 @@ def context_ids(engine: Engine, context: Context) -> Ids:
 
 def _by_segment(bounds: npt.NDArray[np.int64], logprobs: Floats, common: npt.NDArray[np.int64]) -> Floats:
     """Add up a member's log-probabilities, (tokens,), by the segments that end at the common boundaries."""
-    segments = np.searchsorted(common, np.minimum(bounds, common[-1]), side="left")
-    out: Floats = np.bincount(segments, weights=logprobs, minlength=len(common))
-    return out
+    segments: npt.NDArray[np.int64] = np.searchsorted(common, np.minimum(bounds, common[-1]), side="left")
+    return np.bincount(segments, weights=logprobs, minlength=len(common)).astype(np.float64)

@@ -18,7 +18,7 @@ from mixlm.config import METHODS
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
-from mixlm.evaluation.contexts import is_greedy
+from mixlm.evaluation.contexts import is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.log import AnswerLog, answers_path, open_folder
 from mixlm.evaluation.results import Results, Score
@@ -33,11 +33,11 @@ class Plan(TypedDict, total=False):
     """Options of `evaluate`.
 
     methods: names of methods, `single:NAME` for one member, `single` for each of them; mixture, conventional and single
-    when left out. seeds: of the runs, 0 to 4 when left out. limit: questions of each task, its first ones. data: a folder
-    with the questions of mixlm's own tasks. options: of every reply, over those of a task. out: a folder for answers and
-    results; a run continues where an earlier one stopped. chat: whether questions are put as messages in each member's
-    template; when left out, tasks that generate text do, and tasks that score given text do not. progress: called with
-    task, method and seed, requests answered, requests.
+    when left out. seeds: of the runs, 0 to 4 when left out. limit: questions of each task, its first ones.
+    data: a folder with the questions of mixlm's own tasks. options: of every reply, over those of a task.
+    out: a folder for answers and results; a run continues where an earlier one stopped.
+    chat: whether questions are put as messages in each member's template; when left out, tasks that generate text do,
+    and tasks that score given text do not. progress: called with task, method and seed, requests answered, requests.
     """
 
     methods: Sequence[str]
@@ -75,10 +75,13 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
     if out is not None:
         open_folder(out, settings)
     run = _Run(writers, seeds, options, out, plan.get("progress"))
+    system = options.get("system", ensemble.defaults.system)
     scores: list[Score] = []
     notes: list[str] = []
     for name, task in loaded.items():
         requests = build_requests(task, limit, plan.get("chat"))
+        if system and unpack(requests[0].args[0]).messages is None:
+            notes.append(f"{name} puts its questions as plain text, without the system text")
         found, said = run.task(name, task, requests)
         scores += found
         notes += said

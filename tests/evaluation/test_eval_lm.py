@@ -1,0 +1,297 @@
+"""An ensemble as a model of the harness: probabilities against brute force, options, templates, noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import OTHER_TOKENS, toys
+
+from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.evaluation.contexts import is_greedy, pack, reply_options, unpack
+from mixlm.evaluation.lm import EnsembleLM
+from mixlm.records import Message
+from mixlm.routing import ByPrompt
+from mixlm.scoring import score
+
+
+@dataclass
+class Request:
+    args: tuple[Any, ...]
+    doc_id: int = 0
+    resps: list[Any] = field(default_factory=list)
+
+
+def probabilities(engine: ToyEngine, ids: list[int]) -> np.ndarray:
+    logits = np.asarray(engine.table(tuple(ids)), dtype=np.float32).astype(np.float64)
+    mass = np.exp(logits - logits.max())
+    return mass / mass.sum()
+
+
+def test_loglikelihood_by_token_equals_brute_force() -> None:
+    those = toys()
+    context, continuation = "the river", " turns under\nit"
+    engines = [one.engine for one in those.members]
+    before = engines[0].prompts.raw(context).tolist()
+    ids = engines[0].encoder.encode(continuation.encode()).ids
+    expected = 0.0
+    for i, one in enumerate(ids):
+        rows = [probabilities(engine, before + ids[:i]) for engine in engines]
+        expected += np.log(0.7 * rows[0][one] + 0.3 * rows[1][one])
+    (found,) = EnsembleLM(those).loglikelihood([Request((context, continuation))])
+    assert found[0] == pytest.approx(expected, rel=1e-9)
+    assert found[1] is False
+
+
+@pytest.mark.parametrize("piece", [False, True])
+def test_loglikelihood_by_segment_equals_brute_force(piece: bool) -> None:
+    those = toys(piece=piece)
+    data = b" the bird and the other"
+    ends, parts = [], []
+    for one in those.members:
+        engine = one.engine
+        before = engine.prompts.raw("one").tolist()
+        ids = engine.encoder.encode(data).ids
+        at, mine = 0, {}
+        total = 0.0
+        for i, token in enumerate(ids):
+            total += np.log(probabilities(engine, before + ids[:i])[token])
+            at += len(engine.vocabulary.tokens[token])
+            mine[at] = total
+        ends.append(set(mine))
+        parts.append(mine)
+    common = sorted(ends[0] & ends[1])
+    assert (len(common) < max(map(len, ends))) == piece
+    expected, last = 0.0, 0
+    for end in common:
+        each = [mine[end] - mine.get(last, 0.0) for mine in parts]
+        expected += np.logaddexp(np.log(0.7) + each[0], np.log(0.3) + each[1])
+        last = end
+    (found,) = EnsembleLM(those).loglikelihood([Request(("one", data.decode()))])
+    assert found[0] == pytest.approx(expected, rel=1e-9)
+
+
+def greedy_text(those: Ensemble, context: str) -> str:
+    return those.generate(context, raw=True, method="greedy", max_tokens=6, seed=0).text
+
+
+def test_greedy_is_the_most_likely_of_the_average() -> None:
+    those = toys()
+    text = greedy_text(those, "river")
+    assert text
+    lm = EnsembleLM(those)
+    requests = [
+        Request(("river", text)),
+        Request(("river", text + " the")),
+        Request(("river", "")),
+        Request(("", " the")),
+    ]
+    found = lm.loglikelihood(requests)
+    assert [one for _, one in found][:3] == [True, text + " the" == greedy_text(those, "river"), True]
+    assert found[2][0] == 0.0
+    alone = EnsembleLM(Ensemble(those.members[:1]))
+    assert EnsembleLM(those, options={"method": "single"}).loglikelihood(requests) == alone.loglikelihood(requests)
+
+
+def test_greedy_in_pieces_asks_every_member() -> None:
+    words, other = toys(piece=True).members
+
+    def certain(tokens: tuple[bytes, ...], data: bytes) -> ToyEngine:
+        logits = np.full(len(tokens) + 2, -5.0)
+        logits[tokens.index(data)] = 5.0
+        return ToyEngine(tokens, lambda _: logits)
+
+    agreed = [MemberSpec(certain(WORD_TOKENS, b"e"), "a"), MemberSpec(certain(OTHER_TOKENS, b"e"), "b")]
+    apart = [agreed[0], MemberSpec(certain(OTHER_TOKENS, b"o"), "b")]
+    request = [Request(("x", "ee"))]
+    assert EnsembleLM(Ensemble(agreed)).loglikelihood(request)[0][1] is True
+    assert EnsembleLM(Ensemble(apart)).loglikelihood(request)[0][1] is False
+    assert EnsembleLM(Ensemble(apart, [1.0, 0.0])).loglikelihood(request)[0][1] is True
+
+
+def test_contexts_in_common_are_run_once() -> None:
+    those = toys()
+    lm = EnsembleLM(those)
+    context = "the river turns " * 20
+    lm.loglikelihood([Request((context, " stone")), Request(("another", " bird")), Request((context, " light"))])
+    assert lm._likelihood is not None
+    ran: list[int] = []
+    for session in lm._likelihood._sessions.values():
+        plain = session._forward
+        session._forward = lambda ids, last, plain=plain: (ran.append(len(ids)), plain(ids, last))[1]
+    lm2 = [Request((context, " cloud")), Request(("zzz", " bird")), Request((context, " one"))]
+    lm.loglikelihood(lm2)
+    assert len(ran) == 0  # places 0 to 2 are answered already
+    fresh = EnsembleLM(those)
+    fresh._likelihood = lm._likelihood
+    fresh.loglikelihood(lm2)
+    whole = len(those.members[0].engine.prompts.raw(context.rstrip()))
+    assert sum(one >= whole for one in ran) <= 2
+    assert len(ran) == 6
+
+
+def test_rolling_is_what_scoring_gives() -> None:
+    those = toys(piece=True)
+    text = "the river turns under the stone " * 5
+    (found,) = EnsembleLM(those).loglikelihood_rolling([Request((text,))])
+    assert found == pytest.approx(score(those, text).mixture(those.weights).sum())
+    assert EnsembleLM(those).loglikelihood_rolling([Request(("",))]) == [0.0]
+
+
+def test_a_router_has_no_weights_for_given_text() -> None:
+    those = toys(router=ByPrompt(np.array([0.5, 0.5])))
+    with pytest.raises(UnsupportedError, match="has a router"):
+        EnsembleLM(those).loglikelihood([Request(("a", " b"))])
+
+
+def test_what_is_too_long_is_cut_or_counts_as_wrong() -> None:
+    engine = ToyEngine(WORD_TOKENS, random_table(len(WORD_TOKENS) + 2, 3), context_length=24)
+    those = Ensemble([MemberSpec(engine, "short")])
+    lm = EnsembleLM(those)
+    long, tail = "bbbbbbbb" * 9 + "a" * 20, "a" * 20
+    one, two = lm.loglikelihood([Request((long, " the")), Request((tail, " the"))])
+    assert one[0] == pytest.approx(two[0])
+    lm = EnsembleLM(those)
+    assert lm.loglikelihood([Request(("x", "y" * 40))]) == [(-np.inf, False)]
+    lm = EnsembleLM(those)
+    assert lm.generate_until([Request((long, {"do_sample": True}))]) == [""]
+    assert "context holds 24" in lm._log.entries[0]["error"]
+
+
+SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
+
+
+def test_texts_are_those_of_the_ensemble() -> None:
+    those = toys()
+    lm = EnsembleLM(those, options={"seed": 5, "top_k": 10})
+    found = lm.generate_until([Request(("b", SAMPLED)), Request(("a", SAMPLED)), Request(("a", SAMPLED))])
+    for at, prompt in enumerate("baa"):
+        settings = {"raw": True, "temperature": 1.0, "top_k": 10, "max_tokens": 8, "seed": 5, "sequence": at}
+        assert found[at] == those.generate(prompt, **settings).text
+    assert found[1] != found[2]
+
+
+def test_until_and_lengths_are_kept() -> None:
+    those = toys()
+    plain = those.generate("a", raw=True, temperature=1.0, max_tokens=30, seed=0).text
+    stop = plain[5:7]
+    (found,) = EnsembleLM(those).generate_until([Request(("a", {**SAMPLED, "max_gen_toks": 30, "until": [stop, ""]}))])
+    assert found == plain[: plain.index(stop)]
+    options = reply_options(
+        {"until": "x", "max_new_tokens": 7, "do_sample": True}, {"stop": ["y"], "method": "mixture"}
+    )
+    assert (options["stop"], options["max_tokens"]) == (("x", "y"), 7)
+    assert reply_options(SAMPLED, {"max_tokens": 3})["max_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "greedy"),
+    [
+        ({"do_sample": False, "temperature": 1.0}, {}, True),
+        ({"temperature": 0.0}, {}, True),
+        ({"do_sample": True, "temperature": 0.0}, {}, True),
+        ({}, {}, True),
+        ({"temperature": 0.7}, {}, False),
+        ({"do_sample": True}, {}, False),
+        ({"do_sample": False}, {"temperature": 0.7}, False),
+        ({"do_sample": True, "temperature": 1.0}, {"method": "greedy"}, True),
+    ],
+)
+def test_which_requests_are_greedy(task: dict[str, Any], given: dict[str, Any], greedy: bool) -> None:
+    assert is_greedy(task, given) == greedy
+    options = reply_options(task, {"method": "mixture", **given})
+    assert (options["method"] == "greedy") == greedy
+    assert not greedy or "temperature" not in options
+
+
+def test_single_stays_single_when_it_is_greedy() -> None:
+    those = toys()
+    task = {"do_sample": False, "max_gen_toks": 6}
+    (found,) = EnsembleLM(those, options={"method": "single"}).generate_until([Request(("a", task))])
+    assert found == those.generate("a", raw=True, method="single", temperature=0, max_tokens=6).text
+
+
+def test_options_without_counterpart_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_beams 4"):
+        reply_options({"num_beams": 4}, {})
+    with pytest.raises(ConfigError, match=r"'max_gen_tokens', which mixlm has not \(did you mean"):
+        reply_options({"max_gen_tokens": 4}, {})
+    with pytest.raises(ConfigError, match="sequence is no option"):
+        EnsembleLM(toys(), options={"sequence": 1})
+
+
+HISTORY = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "who sings? \x1e <end>"},
+]
+
+
+def test_conversations_pass_through_unrendered() -> None:
+    lm = EnsembleLM(toys())
+    packed = lm.apply_chat_template(HISTORY)
+    assert unpack(packed).messages == tuple(Message(one["role"], one["content"]) for one in HISTORY)
+    begun = unpack(lm.apply_chat_template([*HISTORY, {"role": "assistant", "content": "It is"}], False))
+    assert (begun.text, len(begun.messages or ())) == ("It is", 2)
+    assert unpack("plain text").messages is None
+    assert lm.tokenizer_name == "mixlm toy0 + toy1"
+    with pytest.raises(ConfigError, match="role 'tool'"):
+        unpack(pack([{"role": "tool", "content": "x"}]))
+
+
+class Templated(ToyEngine):
+    """A toy with a template of its own."""
+
+    def __init__(self, template: str, seed: int) -> None:
+        super().__init__(table=random_table(len(WORD_TOKENS) + 2, seed))
+        render = lambda messages: "<begin>" + "".join(template.format(one.role, one.content) for one in messages)  # noqa: E731
+        self.prompts._render = render
+
+
+def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = [Templated("{}: {}\n", 1), Templated("[{}] {} ", 2)]
+    those = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
+    lm = EnsembleLM(those, options={"method": "conventional", "system": "sing", "seed": 3})
+    history = [*HISTORY, {"role": "assistant", "content": "It"}]
+    asked: list[tuple[np.ndarray, ...]] = []
+    writer = those.writer
+
+    def noting(settings: Any, sessions: Any) -> Any:
+        made = writer(settings, sessions)
+        stream = made.stream
+        made.stream = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
+        return made
+
+    monkeypatch.setattr(those, "writer", noting)
+    lm.generate_until([Request((lm.apply_chat_template(history), SAMPLED))])
+    ((first, second),) = asked
+    spelled = [b"".join(engines[0].vocabulary.tokens[i] for i in ids).decode() for ids in (first, second)]
+    said = "who sings? \x1e <end>"
+    assert spelled[0] == f"system: sing\n\nbe brief\nuser: {said}\nIt"
+    assert spelled[1] == f"[system] sing\n\nbe brief [user] {said} It"
+
+
+def test_choices_are_scored_behind_a_conversation() -> None:
+    those = toys()
+    lm = EnsembleLM(those)
+    engine = those.members[0].engine
+    (found,) = lm.loglikelihood([Request((lm.apply_chat_template(HISTORY), " river"))])
+    before = engine.prompts.chat([Message(one["role"], one["content"]) for one in HISTORY]).tolist()
+    token = WORD_TOKENS.index(b" river")
+    rows = [probabilities(one.engine, before)[token] for one in those.members]
+    assert found[0] == pytest.approx(np.log(0.7 * rows[0] + 0.3 * rows[1]))
+
+
+def test_the_harness_itself_can_run_it(task) -> None:
+    from lm_eval.evaluator import evaluate
+
+    from mixlm.evaluation.catalog import load_tasks, quiet
+
+    tasks = load_tasks([task("choice"), task("generate")])
+    with quiet():
+        found = evaluate(EnsembleLM(toys()), {"tasks": tasks}, limit=3, bootstrap_iters=0)
+    assert 0 <= found["results"]["choice"]["acc,none"] <= 1
+    assert len(found["samples"]["generate"]) == 3

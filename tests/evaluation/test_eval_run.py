@@ -1,0 +1,204 @@
+"""Whole evaluations: the three kinds of task, seeds, and runs that stop and go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import QUESTIONS, toys
+
+from mixlm.ensemble import Ensemble, Stream
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.evaluation import evaluate
+from mixlm.evaluation.log import AnswerLog
+
+METHODS = ("mixture", "conventional", "single")
+
+
+@pytest.mark.parametrize("piece", [False, True])
+def test_text_is_written_by_every_method_and_seed(task, piece: bool) -> None:
+    seen: list[tuple[str, int, int]] = []
+    found = evaluate(
+        toys(piece=piece), [task("generate")], methods=METHODS, seeds=[0, 1, 2], progress=lambda *one: seen.append(one)
+    )
+    assert found.methods == ("mixture", "conventional", "single:toy0", "single:toy1")
+    one = found.score("generate", "mixture")
+    assert (one.metric, one.seeds, one.count, one.higher_is_better) == ("exact_match", (0, 1, 2), 5, True)
+    assert one.questions is not None
+    assert one.questions.shape == (3, 5)
+    assert ("generate mixture seed 2", 5, 5) in seen
+    assert [two.right for two in found.comparisons()] == ["conventional", "single:toy0", "single:toy1"]
+    json.dumps(found.as_dict(questions=True))
+
+
+def texts(folder: Path, method: str = "mixture", seed: int = 0) -> list[str]:
+    lines = (folder / "generate" / method / f"seed-{seed}.jsonl").read_text().splitlines()
+    return [one["response"] for one in sorted(map(json.loads, lines), key=lambda one: one["index"])]
+
+
+def test_seeds_differ_and_are_reproducible(task, tmp_path: Path) -> None:
+    name = task("generate")
+    for out in ("a", "b"):
+        evaluate(toys(), [name], methods=["mixture"], seeds=[0, 1], out=tmp_path / out)
+    assert texts(tmp_path / "a") == texts(tmp_path / "b")
+    assert texts(tmp_path / "a", seed=1) == texts(tmp_path / "b", seed=1)
+    assert texts(tmp_path / "a") != texts(tmp_path / "a", seed=1)
+    evaluate(toys(), [name], methods=["mixture"], seeds=[1], limit=2, out=tmp_path / "c")
+    assert texts(tmp_path / "c", seed=1) == texts(tmp_path / "a", seed=1)[:2]
+
+
+def test_choices_and_given_text_run_once_for_all_that_share_a_law(task, tmp_path: Path) -> None:
+    those = toys()
+    found = evaluate(those, [task("choice"), task("rolling")], methods=METHODS, seeds=[3, 4], out=tmp_path)
+    for name in ("choice", "rolling"):
+        assert found.score(name, "mixture").values == found.score(name, "conventional").values
+        assert found.score(name, "mixture").seeds == (3,)
+        assert {one.name for one in (tmp_path / name).iterdir()} == {"mixture", "single%3Atoy0", "single%3Atoy1"}
+    assert found.score("choice", "mixture").metric == "acc"
+    from mixlm.scoring import score
+
+    bits = sum(-score(those, one).mixture(those.weights).sum() for one in QUESTIONS) / np.log(2)
+    assert found.score("rolling", "mixture").mean == pytest.approx(bits / sum(len(one) for one in QUESTIONS))
+    assert [one.task for one in found.comparisons()] == ["choice"] * 3
+
+
+def test_greedy_tasks_run_once_unless_a_temperature_is_given(task) -> None:
+    name = task("greedy")
+    found = evaluate(toys(), [name], methods=["mixture", "conventional", "single:toy0"], seeds=[0, 1])
+    assert found.score("greedy", "mixture").seeds == (0,)
+    assert [note.split(",")[0] for note in found.notes] == ["greedy asks for greedy decoding"] * 2
+    sampled = evaluate(toys(), [name], methods=["mixture"], seeds=[0, 1], options={"temperature": 1.0})
+    assert sampled.score("greedy", "mixture").seeds == (0, 1)
+    assert sampled.notes == ()
+
+
+def test_questions_are_put_in_templates_or_as_they_are(task, tmp_path: Path) -> None:
+    def prompts(folder: Path) -> list[object]:
+        lines = next(folder.glob("*/mixture/*.jsonl")).read_text().splitlines()
+        return [json.loads(one)["prompt"] for one in lines]
+
+    evaluate(toys(), [task("generate")], methods=["mixture"], seeds=[0], limit=1, out=tmp_path / "a")
+    assert prompts(tmp_path / "a") == [[{"role": "user", "content": QUESTIONS[0]}]]
+    plan = {"methods": ["mixture"], "seeds": [0], "limit": 1}
+    raw = evaluate(toys(), [task("generate")], **plan, chat=False, out=tmp_path / "b", options={"system": "be brief"})
+    assert prompts(tmp_path / "b") == [QUESTIONS[0]]
+    assert raw.notes == ("generate puts its questions as plain text, without the system text",)
+    evaluate(toys(), [task("choice")], **plan, chat=True, out=tmp_path / "c")
+    assert prompts(tmp_path / "c")[0] == [{"role": "user", "content": QUESTIONS[0]}]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    name = task("generate")
+    plan = {"methods": ["mixture", "conventional"], "seeds": [0, 1]}
+    whole = evaluate(toys(), [name], **plan, out=tmp_path / "whole")
+    written: list[tuple[str, int, int]] = []
+    finish = Stream.finish
+
+    def counting(self: Stream):
+        if len(written) == 8 and not stopped:
+            stopped.append(True)
+            raise Stop
+        settings = self._writer.settings
+        written.append((settings.method, settings.seed, settings.sequence))
+        return finish(self)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(Stream, "finish", counting)
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        evaluate(toys(), [name], **plan, out=out)
+    if torn:
+        path = out / "generate" / "mixture" / "seed-1.jsonl"
+        with path.open("a") as file:
+            file.write('{"index": 4, "resp')
+    again = evaluate(toys(), [name], **plan, out=out)
+    assert len(written) == len(set(written)) == 20
+    assert again.as_dict(questions=True) == whole.as_dict(questions=True)
+    for method in plan["methods"]:
+        for seed in plan["seeds"]:
+            assert texts(out, method, seed) == texts(tmp_path / "whole", method, seed)
+    evaluate(toys(), [name], **plan, out=out)
+    assert len(written) == 20
+    more = evaluate(toys(), [name], methods=["mixture"], seeds=[0, 2], out=out)
+    assert len(written) == 25
+    assert more.score("generate", "mixture").values[0] == whole.score("generate", "mixture").values[0]
+    assert json.loads((out / "results.json").read_text())["scores"][0]["values"]
+
+
+def test_other_settings_are_refused_by_name(task, tmp_path: Path) -> None:
+    name = task("generate")
+    plan = {"methods": ["mixture"], "seeds": [0], "out": tmp_path}
+    evaluate(toys(), [name], **plan, options={"top_k": 5})
+    with pytest.raises(ConfigError, match=r"was begun with options\.top_k = 5, and this run has 10"):
+        evaluate(toys(), [name], **plan, options={"top_k": 10})
+    with pytest.raises(ConfigError, match=r"members\.0\.weight = 0\.7, and this run has 0\.5"):
+        evaluate(toys(weights=[1, 1]), [name], **plan, options={"top_k": 5})
+    with pytest.raises(ConfigError, match=r"options\.max_tokens = null, and this run has 3"):
+        evaluate(toys(), [name], **plan, options={"top_k": 5, "max_tokens": 3})
+    path = tmp_path / "generate.yaml"
+    path.write_text(path.read_text().replace("max_gen_toks: 6", "max_gen_toks: 7"))
+    with pytest.raises(ConfigError, match="request 0 was another when this folder was begun"):
+        evaluate(toys(), [name], **plan, options={"top_k": 5})
+
+
+def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    log = AnswerLog(path)
+    log.add(0, ("a",), {"response": "b"})
+    path.write_text(path.read_text() + '{"index": 1}\n')
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: this is no answer"):
+        AnswerLog(path)
+
+
+def test_a_folder_that_cannot_be_used_is_named(task, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="answers cannot be kept in"):
+        evaluate(toys(), [task("generate")], out=tmp_path / "file")
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(task) -> None:
+    name = task("generate")
+    with pytest.raises(ConfigError, match=r"no method 'mixtur' \(did you mean 'mixture'"):
+        evaluate(toys(), [name], methods=["mixtur"])
+    with pytest.raises(ConfigError, match=r"no method 'single:toy9' \(did you mean"):
+        evaluate(toys(), [name], methods=["single:toy9"])
+    with pytest.raises(ConfigError, match="limit is 0"):
+        evaluate(toys(), [name], limit=0)
+    with pytest.raises(ConfigError, match="each once"):
+        evaluate(toys(), [name], seeds=[1, 1])
+    with pytest.raises(ConfigError, match="seed is no option"):
+        evaluate(toys(), [name], options={"seed": 1})
+    with pytest.raises(ConfigError, match="top_k is -1"):
+        evaluate(toys(), [name], options={"top_k": -1})
+    with pytest.raises(UnsupportedError, match="temperature is 0"):
+        evaluate(toys(), [name], options={"temperature": 0.0})
+    with pytest.raises(UnsupportedError, match="mix-then-truncate"):
+        evaluate(toys(), [name], options={"mix_then_truncate": True})
+
+
+@pytest.mark.models
+def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path: Path, task) -> None:
+    import mixlm
+
+    those: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3])
+    found = evaluate(
+        those,
+        ["mixlm_rg_chain_sum", task("choice")],
+        methods=["mixture", "single:smollm2-135m"],
+        seeds=[0],
+        limit=2,
+        options={"max_tokens": 12, "top_k": 10},
+        out=tmp_path / "out",
+    )
+    assert found.score("mixlm_rg_chain_sum", "mixture").count == 2
+    assert found.score("choice", "mixture").metric == "acc"
+    path = tmp_path / "out" / "mixlm_rg_chain_sum" / "mixture" / "seed-0.jsonl"
+    entries = [json.loads(one) for one in path.read_text().splitlines()]
+    assert all(sum(one["written_by"].values()) == one["tokens"] for one in entries)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from toys import (
@@ -18,6 +20,9 @@ from toys import (
 
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.engines.base import Ask
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import MemoryLimitError
 from mixlm.noise import Noise
 from mixlm.records import Sampling
 from mixlm.sampling import dense
@@ -94,3 +99,34 @@ def test_the_mass_of_all_ends_is_one_symbol():
     noise = Recorder()
     driven(conventional, written(those, {"temperature": 1}, "a", []), those.weights, noise)
     assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), {END: 0.375, b"a": 0.625}, 1e-7)
+
+
+def test_engines_on_devices_of_their_own_work_at_once():
+    meeting = threading.Barrier(2, timeout=10)
+
+    class Waiting(ToyEngine):
+        """Answers only when the other one has been asked too."""
+
+        def answer(self, requests):
+            meeting.wait()
+            return super().answer(requests)
+
+    engines = [Waiting(seed=1, name="a"), Waiting(seed=2, name="b")]
+    in_turn = Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)])
+    for at, engine in enumerate(engines):
+        engine.device = f"device {at}"
+    at_once = Ensemble([MemberSpec(one, one.name) for one in engines])
+    options = {"method": "conventional", "seed": 3, "max_tokens": 8}
+    assert at_once.generate("hello", **options).text == in_turn.generate("hello", **options).text
+
+
+def test_a_failing_engine_among_several_is_heard():
+    class Failing(ToyEngine):
+        def answer(self, requests):
+            raise MemoryLimitError("no memory left")
+
+    one, other = ToyEngine(seed=1, name="a"), Failing(seed=2, name="b")
+    other.device = "another"
+    pair = Ensemble([MemberSpec(one, "a"), MemberSpec(other, "b")])
+    with pytest.raises(MemoryLimitError):
+        pair.generate("hello", method="conventional")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUESTIONS, toys
+from small_tasks import QUESTIONS, toys
 
 from mixlm.ensemble import Ensemble, Stream
 from mixlm.errors import ConfigError, UnsupportedError
@@ -89,7 +89,7 @@ def test_questions_are_put_in_templates_or_as_they_are(task, tmp_path: Path) -> 
     assert prompts(tmp_path / "c")[0] == [{"role": "user", "content": QUESTIONS[0]}]
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -104,7 +104,7 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     def counting(self: Stream):
         if len(written) == 8 and not stopped:
             stopped.append(True)
-            raise Stop
+            raise StopError
         settings = self._writer.settings
         written.append((settings.method, settings.seed, settings.sequence))
         return finish(self)
@@ -112,7 +112,7 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     stopped: list[bool] = []
     monkeypatch.setattr(Stream, "finish", counting)
     out = tmp_path / "out"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         evaluate(toys(), [name], **plan, out=out)
     if torn:
         path = out / "generate" / "mixture" / "seed-1.jsonl"

@@ -7,7 +7,9 @@ returns what was chosen. Whatever drives it (one sequence, many, a server, a tes
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -112,20 +114,34 @@ class Writing:
         self.sessions = sessions
         self.route = route
         self.state = unit.begin(prompts)
+        self._threads: ThreadPoolExecutor | None = None
         self.views = [View(member, i, self.state) for i, member in enumerate(members)]
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
-        """Hand each engine all that is asked of it in one call; return the replies in the order of the requests."""
-        replies: list[Reply] = [None] * len(requests)
-        engines: dict[int, list[int]] = {}
+        """Hand each engine all that is asked of it in one call; return the replies in the order of the requests.
+
+        Engines on devices of their own work at once. On one device they would only share it, so they work in turn.
+        """
+        asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            engines.setdefault(id(self.members[request.member].engine), []).append(at)
-        for places in engines.values():
-            engine = self.members[requests[places[0]].member].engine
-            asked = [(self.sessions[requests[at].member], requests[at]) for at in places]
-            for at, reply in zip(places, engine.answer(asked), strict=True):
+            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+        calls = [partial(self._ask, places, requests) for places in asked.values()]
+        engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
+        if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):
+            # The threads live as long as the sequence: starting them for each token would cost more than they save.
+            self._threads = self._threads or ThreadPoolExecutor(len(self.members))
+            answers = [future.result() for future in [self._threads.submit(call) for call in calls]]
+        else:
+            answers = [call() for call in calls]
+        replies: list[Reply] = [None] * len(requests)
+        for places, found in zip(asked.values(), answers, strict=True):
+            for at, reply in zip(places, found, strict=True):
                 replies[at] = reply
         return replies
+
+    def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Reply]:
+        engine = self.members[requests[places[0]].member].engine
+        return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
 
 
 def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> Choice:

@@ -165,7 +165,8 @@ class Engine(ABC):
     """A loaded model with its tokenizer.
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. weights_bytes: memory of the weights.
+    details: dtype, device and the like, for reports. weights_bytes: memory of the weights. device: what it runs on;
+    engines on equal devices are asked in turn.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Engine(ABC):
     notes: tuple[str, ...] = ()
     details: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
+    device: Any = "cpu"
 
     @abstractmethod
     def session(self) -> Session:

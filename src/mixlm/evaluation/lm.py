@@ -32,7 +32,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
     """Answers the harness's requests with an ensemble.
 
     options: of every reply, over what a task asks for; a temperature among them samples where a task asks for greedy
-    decoding. log: answers that are known already, and where new ones go. progress: called with `label`, requests
+    decoding. log: answers to one list of requests that are known already, and where new ones go; without it, every list is
+    answered anew. progress: called with `label`, requests
     answered, requests. Raises ConfigError for options that belong to a request, UnsupportedError as `Ensemble` does.
     """
 
@@ -51,7 +52,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
         for name in ("sequence", "raw"):
             if name in self.options:
                 raise ConfigError(f"{name} is no option of an evaluation: each request has its own")
-        self._log = log or AnswerLog()
+        self.log = log or AnswerLog()
+        self._resumes = log is not None
         self._progress = progress
         self._label = label
         self._likelihood: Likelihood | None = None
@@ -87,16 +89,18 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def _answers(self, requests: Sequence[Any], answer: Callable[[int, tuple[Any, ...]], _Answer]) -> list[Any]:
         """Answer what the log does not know, contexts with a common beginning one after the other."""
+        if not self._resumes:
+            self.log = AnswerLog()
         arguments = [cast(tuple[Any, ...], one.args) for one in requests]
-        pending = [at for at, one in enumerate(arguments) if not self._log.knows(at, one)]
+        pending = [at for at, one in enumerate(arguments) if not self.log.knows(at, one)]
         known = len(requests) - len(pending)
         for done, at in enumerate(sorted(pending, key=lambda at: (str(arguments[at][0]), at))):
             self._show(known + done, len(requests))
             response, about = answer(at, arguments[at])
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
-            self._log.add(at, arguments[at], {**document, "response": response, **about})
+            self.log.add(at, arguments[at], {**document, "response": response, **about})
         self._show(len(requests), len(requests))
-        return [self._log.response(at) for at in range(len(requests))]
+        return [self.log.response(at) for at in range(len(requests))]
 
     def _show(self, done: int, total: int) -> None:
         if self._progress is not None:

@@ -11,18 +11,29 @@ Members are scored as they are, without sampling options: what is measured is th
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm import __version__
 from mixlm.engines import Engine
-from mixlm.ensemble import Ensemble
+from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError
-from mixlm.mixing import checked_weights
-from mixlm.sampling import Floats
+from mixlm.models import cache_root, resolve
+from mixlm.sampling import Floats, Ids
+from mixlm.scored import Scores
+from mixlm.settings import Settings
+
+__all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
 
 # Texts are read in passages of about this many bytes, each from the beginning of a context.
 PASSAGE_BYTES = 6000
@@ -30,155 +41,239 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What each member thinks of a text.
+class _Passage:
+    """A part of a text: the bytes to be scored, and in front of them what each member reads, and what an author wrote.
 
-    text: its bytes. starts, ends: where each segment lies in it, int64 (segments,). logprobs: natural log-probability
-    of each under each member given all before it in its passage, float64 (segments, members). passages: number of
-    the passage each segment lies in, int64 (segments,). unit: "token" where segments are shared tokens, else "segment".
+    before: ids a member, int64. prompt: UTF-8, empty for a bare text.
     """
 
-    names: tuple[str, ...]
-    unit: str
-    text: bytes
-    ends: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    logprobs: Floats
-    passages: npt.NDArray[np.int64]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all segments."""
-        return int((self.ends - self.starts).sum())
-
-    def mixture(self, weights: Floats) -> Floats:
-        """Return the mixture's log-probability of each segment. weights: (members,) or (segments, members)."""
-        with np.errstate(divide="ignore"):
-            joint = self.logprobs + np.log(weights)
-        top = joint.max(axis=1)
-        out: Floats = top + np.log(np.exp(joint - top[:, None]).sum(axis=1))
-        return out
-
-    def responsibilities(self, weights: Floats) -> Floats:
-        """Return the probability that each member wrote each segment, given the text: (segments, members)."""
-        with np.errstate(divide="ignore"):
-            out: Floats = np.exp(self.logprobs + np.log(weights) - self.mixture(weights)[:, None])
-        return out
-
-    def bits_per_byte(self, logprobs: Floats) -> float:
-        """Return bits per byte of the text for log-probabilities of its segments, (segments,)."""
-        return float(-logprobs.sum() / np.log(2) / self.size)
-
-    def part(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
-        """Return the scores of some of the segments, by mask or by number; the text stays whole."""
-        return replace(
-            self,
-            ends=self.ends[chosen],
-            starts=self.starts[chosen],
-            logprobs=self.logprobs[chosen],
-            passages=self.passages[chosen],
-        )
+    data: bytes
+    before: Sequence[Ids]
+    prompt: bytes = b""
 
 
-def score(ensemble: Ensemble, text: str | bytes, *, progress: Progress | None = None) -> Scores:
+def score(
+    ensemble: Ensemble,
+    text: str | bytes,
+    *,
+    progress: Progress | None = None,
+    identities: Sequence[str] | None = None,
+) -> Scores:
     """Score a text under every member of an ensemble, one pass a member.
 
-    Raises ConfigError for an empty text. progress: called with the member's name, passages read, passages.
+    progress: called with the member's name, passages read, passages. identities: what `identity` says of each member's
+    model; with them, scores are kept in the cache folder and the same text is not read again. Raises ConfigError for an
+    empty text, and for one that a member's tokens do not spell exactly.
     """
-    data = text.encode() if isinstance(text, str) else text
+    data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    passages = split_passages(data)
+    before = [_prefix(one.engine) for one in ensemble.members]
     engines = [one.engine for one in ensemble.members]
-    known: dict[int, list[tuple[npt.NDArray[np.int64], Floats]]] = {}
-    for one in ensemble.members:
-        if id(one.engine) in known:
-            continue
-        read = known[id(one.engine)] = []
-        for at, passage in enumerate(passages):
-            if progress is not None:
-                progress(one.name, at, len(passages))
-            read.append(_read(one.engine, passage))
-    if progress is not None:
-        progress("", len(passages), len(passages))
-    ends, starts, logprobs, numbers = [], [], [], []
-    offset = 0
-    for at, passage in enumerate(passages):
-        members = [known[id(engine)][at] for engine in engines]
-        common = reduce(np.intersect1d, [bounds for bounds, _ in members])
-        columns = [np.add.reduceat(lp, _first_tokens(bounds, common)) for bounds, lp in members]
-        ends.append(common + offset)
-        starts.append(np.concatenate([[0], common[:-1]]) + offset)
-        logprobs.append(np.column_stack(columns))
-        numbers.append(np.full(common.size, at))
-        offset += len(passage)
-    unit = "token" if ensemble.unit.name == "token" else "segment"
-    return Scores(
-        ensemble.names,
-        unit,
-        data,
-        np.concatenate(ends),
-        np.concatenate(starts),
-        np.concatenate(logprobs),
-        np.concatenate(numbers),
-    )
+    passages = [
+        _Passage(part, before)
+        for whole in split_passages(data)
+        for part in _fitting_contexts(whole, engines, [len(ids) for ids in before])
+    ]
+    return _scored(ensemble, passages, progress, identities)
+
+
+def score_answers(
+    ensemble: Ensemble,
+    pairs: Sequence[tuple[Prompt, str]],
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    identities: Sequence[str] | None = None,
+) -> Scores:
+    """Score answers, each behind its prompt as each member's own template writes it.
+
+    An answer is taken as it stands, as a reply would be: a space in front of it counts. Its end is not scored.
+    settings: of replies, for a system message. progress, identities: as for `score`.
+    """
+    if not pairs:
+        raise ConfigError("there are no answers to score")
+    settings = settings or ensemble.settings()
+    passages = []
+    for number, (prompt, answer) in enumerate(pairs, start=1):
+        if not answer:
+            raise ConfigError(f"answer {number} of {len(pairs)} is empty")
+        prompts = ensemble.prompts(prompt, settings)
+        passages.append(_Passage(answer.encode(errors="replace"), prompts.ids, prompts.text))
+    return _scored(ensemble, passages, progress, identities)
 
 
 def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
     """Cut a text into passages of at most `size` bytes, at the last line end, space or character that allows it."""
     passages = []
-    while len(data) > size:
-        cut = max(data.rfind(b"\n", size // 2, size) + 1, 0) or data.rfind(b" ", size // 2, size)
-        if cut <= 0:
-            cut = size
-            while cut > 1 and data[cut] & 0xC0 == 0x80:
+    start = 0
+    while len(data) - start > size:
+        middle, limit = start + size // 2, start + size
+        cut = data.rfind(b"\n", middle, limit) + 1 or data.rfind(b" ", middle, limit)
+        if cut <= start:
+            cut = limit
+            # A character has at most three bytes behind its first. Longer runs of them are no text.
+            while cut > max(start + 1, limit - 3) and data[cut] & 0xC0 == 0x80:
                 cut -= 1
-        passages.append(data[:cut])
-        data = data[cut:]
-    return [*passages, data]
+            cut = limit if data[cut] & 0xC0 == 0x80 else cut
+        passages.append(data[start:cut])
+        start = cut
+    return [*passages, data[start:]]
 
 
-def _read(engine: Engine, passage: bytes) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Return where a member's tokens of a passage end, in bytes, and their log-probabilities."""
+def identity(model: str, dtype: str = "auto") -> str:
+    """Return what tells a model from any other: where it lies, and the sizes and times of its files."""
+    if model.startswith("toy:"):
+        return model
+    found = resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id
+    folder = Path(found)
+    files = sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
+    stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+    return json.dumps([found, stamps])
+
+
+def _prefix(engine: Engine) -> Ids:
+    """Return the ids that a member reads in front of a bare text."""
     prefix = engine.prompts.prefix(engine.vocabulary.ends)
-    ids = np.array([*prefix, *engine.encoder.encode(passage).ids], dtype=np.int64)
-    if len(ids) > engine.context_length:
+    if not prefix:
+        raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
+    return np.array(prefix, dtype=np.int64)
+
+
+def _fitting_contexts(data: bytes, engines: Sequence[Engine], before: Sequence[int]) -> list[bytes]:
+    """Cut a passage further where it has more tokens than a member's context."""
+    fits = all(
+        length + len(engine.encoder.encode(data).ids) <= engine.context_length
+        for engine, length in zip(engines, before, strict=True)
+    )
+    if fits or len(data) < 8:
+        return [data]
+    return [
+        part for half in split_passages(data, len(data) // 2 + 1) for part in _fitting_contexts(half, engines, before)
+    ]
+
+
+def _scored(
+    ensemble: Ensemble, passages: Sequence[_Passage], progress: Progress | None, identities: Sequence[str] | None
+) -> Scores:
+    """Let every member read the passages, and bring their tokens together."""
+    known: dict[tuple[int, bytes], Scores] = {}
+    parts = []
+    for i, one in enumerate(ensemble.members):
+        # Members that share a model read alike, unless their templates differ.
+        key = (id(one.engine), b"".join(passage.before[i].tobytes() for passage in passages))
+        if key not in known:
+            known[key] = _read(one.engine, passages, i, progress, identities[i] if identities else None)
+        parts.append(known[key])
+    common = reduce(np.intersect1d, [one.ends for one in parts])
+    columns, firsts = [], []
+    for one in parts:
+        last = np.searchsorted(one.ends, common)
+        firsts.append(np.concatenate([[0], last[:-1] + 1]))
+        columns.append(np.add.reduceat(one.logprobs[:, 0], firsts[-1]))
+    exact = ensemble.unit.name == "token" and all(len(one.ends) == len(common) for one in parts)
+    first = parts[0]
+    return Scores(
+        ensemble.names,
+        "token" if exact else "segment",
+        first.text,
+        starts=first.starts[firsts[0]],
+        ends=common,
+        begins=first.begins[firsts[0]],
+        logprobs=np.column_stack(columns),
+    )
+
+
+def _read(
+    engine: Engine, passages: Sequence[_Passage], member: int, progress: Progress | None, model: str | None
+) -> Scores:
+    """Return one member's scores of its own tokens, from the cache where they are known."""
+    read = [_tokens(engine, passage, member) for passage in passages]
+    path = _cache_path(engine, model, read, passages) if model is not None else None
+    if path is not None and path.is_file():
+        with suppress(ConfigError):  # a file that was spoiled is written anew
+            found = Scores.load(path)
+            if progress is not None:
+                progress(engine.name, len(passages), len(passages))
+            return found
+    starts, ends, begins, logprobs = [], [], [], []
+    offset = 0
+    for at, (passage, (ids, bounds)) in enumerate(zip(passages, read, strict=True)):
+        begin = offset + len(passage.prompt)
+        scores = engine.session().token_logprobs(ids)
+        logprobs.append(scores[len(scores) - len(bounds) :])
+        starts.append(np.concatenate([[0], bounds[:-1]]) + begin)
+        ends.append(bounds + begin)
+        begins.append(np.full(len(bounds), offset))
+        offset = begin + len(passage.data)
+        if progress is not None:
+            progress(engine.name, at + 1, len(passages))
+    out = Scores(
+        (engine.name,),
+        "token",
+        b"".join(passage.prompt + passage.data for passage in passages),
+        starts=np.concatenate(starts),
+        ends=np.concatenate(ends),
+        begins=np.concatenate(begins),
+        logprobs=np.concatenate(logprobs)[:, None],
+    )
+    if path is not None:
+        _keep(out, path)
+    return out
+
+
+def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+    """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError where they do not fit."""
+    own = engine.encoder.encode(passage.data).ids
+    pieces = [engine.vocabulary.tokens[i] for i in own]
+    spelled = b"".join(pieces)
+    if spelled != passage.data:
         raise ConfigError(
-            f"{len(ids)} tokens of a passage are more than {engine.name}'s context of {engine.context_length}"
-        )
-    lengths = [len(engine.vocabulary.tokens[i]) for i in ids[len(prefix) :]]
-    bounds = np.cumsum(lengths)
-    if bounds[-1] != len(passage):
-        raise ConfigError(
-            f"the tokens of {engine.name} do not spell the text: {bounds[-1]} bytes in place of {len(passage)}",
+            f"the tokens of {engine.name} do not spell the text: {_difference(passage.data, spelled)}",
             "its tokenizer changes or drops some characters; take them out of the text",
         )
-    return bounds, engine.session().token_logprobs(ids)[len(prefix) - 1 :]
-
-
-def _first_tokens(bounds: npt.NDArray[np.int64], common: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the index of the first token of each segment that ends at a common boundary."""
-    last: npt.NDArray[np.int64] = np.searchsorted(bounds, common, side="left")
-    return np.concatenate([[0], last[:-1] + 1])
-
-
-def equal_weights(scores: Scores) -> Floats:
-    """Return equal weights for the members of scored text."""
-    return checked_weights(None, len(scores.names))
-
-
-def table(scores: Scores, weights: Sequence[float]) -> list[dict[str, object]]:
-    """Return a row for each segment: its text, each member's and the mixture's log-probability, responsibilities."""
-    given = np.asarray(weights, dtype=np.float64)
-    mixed, shares = scores.mixture(given), scores.responsibilities(given)
-    rows: list[dict[str, object]] = []
-    for at, (start, end) in enumerate(zip(scores.starts, scores.ends, strict=True)):
-        rows.append(
-            {
-                "text": scores.text[start:end].decode(errors="replace"),
-                "logprob": float(mixed[at]),
-                "members": dict(zip(scores.names, scores.logprobs[at].tolist(), strict=True)),
-                "responsibilities": dict(zip(scores.names, shares[at].tolist(), strict=True)),
-            }
+    ids: Ids = np.array([*passage.before[member], *own], dtype=np.int64)
+    if len(ids) > engine.context_length:
+        raise ConfigError(
+            f"{len(ids)} tokens of a passage are more than {engine.name}'s context of {engine.context_length}",
+            "shorten the prompt or the answer" if passage.prompt else None,
         )
-    return rows
+    return ids, np.cumsum([len(one) for one in pieces])
+
+
+def _difference(data: bytes, spelled: bytes) -> str:
+    """Say where what the tokens spell leaves the text."""
+    at = len(os.path.commonprefix([data, spelled]))
+    while at > 0 and at < len(data) and data[at] & 0xC0 == 0x80:
+        at -= 1
+    there, instead = (one[at : at + 12].decode(errors="replace") for one in (data, spelled))
+    return f"at {there!r} they have {instead!r}"
+
+
+def _cache_path(
+    engine: Engine,
+    model: str,
+    read: Sequence[tuple[Ids, npt.NDArray[np.int64]]],
+    passages: Sequence[_Passage],
+) -> Path:
+    """Return where a member's scores of these passages are kept: a hash of the model, the text and how it was cut."""
+    about = [__version__, PASSAGE_BYTES, engine.name, dict(engine.details), model]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for (ids, _), passage in zip(read, passages, strict=True):
+        for part in (ids.tobytes(), passage.prompt, passage.data):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return cache_root() / "scores" / f"{digest.hexdigest()}.npz"
+
+
+def _keep(scores: Scores, path: Path) -> None:
+    """Write scores to the cache by one rename. A cache that cannot be written is no reason to fail."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        os.close(handle)
+        try:
+            scores.save(draft)
+            os.replace(draft, path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise

@@ -79,7 +79,7 @@ def evaluate(
     # Questions are read before models: what is wrong with them is said at once.
     loaded = load_tasks(_names("--tasks", tasks or ""), data=data)
     ensemble = open_ensemble(shared, cast("Options", {**options, "method": names[0].partition(":")[0]}))
-    with progress_bars() as progress:
+    with progress_bars(single=True) as progress:
         results = run(
             ensemble,
             loaded,

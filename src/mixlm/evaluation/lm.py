@@ -32,9 +32,9 @@ class EnsembleLM(LM):  # type: ignore[misc]
     """Answers the harness's requests with an ensemble.
 
     options: of every reply, over what a task asks for; a temperature among them samples where a task asks for greedy
-    decoding. log: answers to one list of requests that are known already, and where new ones go; without it, every list is
-    answered anew. progress: called with `label`, requests
-    answered, requests. Raises ConfigError for options that belong to a request, UnsupportedError as `Ensemble` does.
+    decoding. log: answers to one list of requests that are known already, and where new ones go; without it, every
+    list is answered anew. progress: called with `label`, requests answered, requests.
+    Raises ConfigError for options that belong to a request, and what `Ensemble` raises.
     """
 
     def __init__(

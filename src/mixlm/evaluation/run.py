@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
+import numpy as np
+
 from mixlm import __version__
 from mixlm.config import METHODS
 from mixlm.ensemble import Ensemble
@@ -23,6 +25,7 @@ from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.log import AnswerLog, answers_path, open_folder
 from mixlm.evaluation.results import Results, Score
 from mixlm.records import Message
+from mixlm.routing import Router
 from mixlm.sampling import Ids
 from mixlm.settings import Options
 
@@ -175,11 +178,19 @@ def _settings(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[s
         "mixlm": __version__,
         "members": members,
         "unit": ensemble.unit.name,
-        "router": type(ensemble.router).__name__,
+        "router": _router(ensemble.router),
         "defaults": defaults,
         "options": dict(options),
         "chat": chat,
     }
+
+
+def _router(router: Router) -> str:
+    """Return a router's kind and, where it has numbers of its own, a digest of them."""
+    values = [np.asarray(value) for _, value in sorted(vars(router).items())]
+    numbers = [value for value in values if value.dtype.kind in "iuf"]
+    digest = hashlib.sha256(b"".join(value.tobytes() for value in numbers)).hexdigest()[:16]
+    return f"{type(router).__name__} {digest}" if numbers else type(router).__name__
 
 
 def _digest(ids: Ids) -> str:

@@ -1,0 +1,227 @@
+"""Text that has been scored: what each member thinks of each part of it, and what follows from that without a model."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.routing import Context, Fixed, Learned, Router
+from mixlm.routing.features import FEATURES, features
+from mixlm.routing.learned import gate
+from mixlm.sampling import Floats, Ids
+
+_ARRAYS = ("starts", "ends", "begins", "logprobs")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each member thinks of a text.
+
+    text: its bytes, and of an answer also the prompt in front of it, which is not scored. starts, ends: where each
+    segment lies in it, int64 (segments,). begins: where the passage of each segment begins, prompt included, int64
+    (segments,). logprobs: natural log-probability of each segment under each member given all before it in its
+    passage, float64 (segments, members). unit: "token" where segments are shared tokens, else "segment".
+    """
+
+    names: tuple[str, ...]
+    unit: str
+    text: bytes
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    begins: npt.NDArray[np.int64]
+    logprobs: Floats
+
+    @property
+    def size(self) -> int:
+        """Bytes of all segments."""
+        return int((self.ends - self.starts).sum())
+
+    @property
+    def passages(self) -> int:
+        """How many passages the segments lie in."""
+        return len(np.unique(self.begins))
+
+    def mixture(self, weights: Floats) -> Floats:
+        """Return the mixture's log-probability of each segment. weights: (members,) or (segments, members)."""
+        out: Floats = np.logaddexp.reduce(self._joint(weights), axis=1)
+        return out
+
+    def responsibilities(self, weights: Floats) -> Floats:
+        """Return the probability that each member wrote each segment, given the text: (segments, members).
+
+        A segment that no member can write says nothing about them, and leaves them their weights.
+        """
+        joint, mixed = self._joint(weights), self.mixture(weights)
+        possible = np.isfinite(mixed)
+        out: Floats = np.array(np.broadcast_to(weights, joint.shape), dtype=np.float64)
+        out[possible] = np.exp(joint[possible] - mixed[possible, None])
+        return out
+
+    def _joint(self, weights: Floats) -> Floats:
+        with np.errstate(divide="ignore"):
+            out: Floats = self.logprobs + np.log(weights)
+        return out
+
+    def bits_per_byte(self, logprobs: Floats) -> float:
+        """Return bits per byte of the text for log-probabilities of its segments, (segments,)."""
+        return float(-logprobs.sum() / np.log(2) / self.size)
+
+    def part(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
+        """Return the scores of some of the segments, by mask or by number; the text stays whole."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+
+    def strings(self) -> list[str]:
+        """Return the text of each segment. A character that a segment's end cuts counts to the one that completes it.
+
+        What is no UTF-8 is shown by replacement characters.
+        """
+        out: list[str] = []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        last = len(self.starts) - 1
+        for at, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
+            broken_off = at == last or self.starts[at + 1] != end
+            out.append(decoder.decode(self.text[start:end], broken_off))
+        return out
+
+    def table(self, weights: Floats) -> list[dict[str, object]]:
+        """Return a row for each segment: text, the mixture's and each member's log-probability, responsibilities."""
+        mixed, shares = self.mixture(weights), self.responsibilities(weights)
+        return [
+            {
+                "text": text,
+                "logprob": float(mixed[at]),
+                "members": dict(zip(self.names, self.logprobs[at].tolist(), strict=True)),
+                "responsibilities": dict(zip(self.names, shares[at].tolist(), strict=True)),
+            }
+            for at, text in enumerate(self.strings())
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores as an npz file."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        text = np.frombuffer(self.text, dtype=np.uint8)
+        with open(path, "wb") as file:
+            np.savez(file, names=np.array(self.names), unit=np.array(self.unit), text=text, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in _ARRAYS}
+                names = tuple(str(one) for one in file["names"])
+                found = cls(names, str(file["unit"]), file["text"].tobytes(), **arrays)
+        except OSError as error:
+            raise ConfigError(f"the scores in {path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
+            raise ConfigError(f"{path} holds no scores: {error}") from error
+        count = len(found.starts)
+        if found.logprobs.shape != (count, len(names)) or len(found.ends) != count or len(found.begins) != count:
+            raise ConfigError(f"{path} holds no scores: its arrays do not fit each other")
+        return found
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """Return several texts that were scored by the same members as one."""
+    first = scores[0]
+    if any(one.names != first.names for one in scores):
+        raise ConfigError("texts that were scored by different members cannot be joined")
+    offsets = np.cumsum([0, *(len(one.text) for one in scores)])[:-1]
+    unit = first.unit if all(one.unit == first.unit for one in scores) else "segment"
+    places = {
+        name: np.concatenate([getattr(one, name) + offset for one, offset in zip(scores, offsets, strict=True)])
+        for name in ("starts", "ends", "begins")
+    }
+    logprobs = np.concatenate([one.logprobs for one in scores])
+    return Scores(first.names, unit, b"".join(one.text for one in scores), **places, logprobs=logprobs)
+
+
+def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
+    """Split scored text into a first part, and a last part of about a share of `holdout`.
+
+    It is cut between passages where there are several, else between segments. Raises ConfigError for one segment.
+    """
+    if not 0 < holdout < 1:
+        raise ConfigError(f"the share to hold out is {holdout}; it must lie between 0 and 1")
+    begins = np.unique(scores.begins)
+    parts = len(begins) if len(begins) > 1 else len(scores.ends)
+    if parts < 2:
+        raise ConfigError("the text is a single segment, and nothing of it can be held out", "give a longer text")
+    kept = min(max(round(parts * (1 - holdout)), 1), parts - 1)
+    first = scores.begins < begins[kept] if len(begins) > 1 else np.arange(parts) < kept
+    return scores.part(first), scores.part(~first)
+
+
+def context_features(scores: Scores) -> Floats:
+    """Return the features of the text before each segment, within its passage: float64 (segments, FEATURES)."""
+    out = np.empty((len(scores.ends), FEATURES))
+    for rows in _by_passage(scores):
+        begin, starts = int(scores.begins[rows[0]]), scores.starts[rows]
+        out[rows] = features(scores.text[begin : int(starts.max())], starts - begin)
+    return out
+
+
+def router_weights(scores: Scores, router: Router) -> Floats:
+    """Return the weights that a router gives for each segment: float64 (segments, members).
+
+    The scores are those of whole texts. Raises UnsupportedError for a router that needs what scores do not hold.
+    """
+    if isinstance(router, Learned):
+        return gate(context_features(scores), router.matrix)
+    out = np.empty(scores.logprobs.shape)
+    for rows in _by_passage(scores):
+        begin = int(scores.begins[rows[0]])
+        prompt = scores.text[begin : int(scores.starts[rows].min())]
+        route = router.begin(Context(prompt, _Reading(prompt, len(scores.names))))
+        if isinstance(router, Fixed):
+            out[:] = route(_Given(b""))
+            break
+        for row in rows:
+            out[row] = route(_Given(scores.text[begin + len(prompt) : int(scores.starts[row])]))
+    return out
+
+
+def _by_passage(scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
+    """Give the numbers of each passage's segments."""
+    order = np.argsort(scores.begins, kind="stable")
+    changes = np.flatnonzero(np.diff(scores.begins[order])) + 1
+    yield from np.split(order, changes)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How well members predicted the prompt of a scored text: where there is none, all alike."""
+
+    prompt: bytes
+    members: int
+
+    def __call__(self) -> Floats:
+        if self.prompt:
+            raise UnsupportedError("scores do not say how well the members predicted the prompt")
+        return np.zeros(self.members)
+
+
+class _Given:
+    """The state of a given text, as far as its bytes tell it."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def tail(self, length: int) -> bytes:
+        return self._text[max(len(self._text) - length, 0) :]
+
+    def append(self, symbol: int) -> None:
+        raise UnsupportedError("a given text does not grow")
+
+    def ids(self, member: int) -> Ids:
+        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")
+
+    def prompt_length(self, member: int) -> int:
+        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")

@@ -24,6 +24,8 @@ from mixlm.vocab.tokens import Vocabulary, describe, family, token_bytes
 
 # A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once.
 _PREFILL = 1024
+# What torch, safetensors and the system say when memory is out, where it is no error of a type of its own.
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 _PROBE = "0123456789"
 
 
@@ -186,10 +188,13 @@ def _load_tokenizer(source: str, name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        if (Path(source) / "tokenizer.json").is_file():
-            # The file says all that is needed; the class that a model names would only rebuild it, slowly.
-            return PreTrainedTokenizerFast.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with _memory_errors(name):
+            if (Path(source) / "tokenizer.json").is_file():
+                # The file says all that is needed; the class that a model names would only rebuild it, slowly.
+                return PreTrainedTokenizerFast.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except MixlmError:
+        raise
     except Exception as error:
         raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -282,10 +287,11 @@ def _memory_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(name) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+    except MixlmError:
+        raise
+    except Exception as error:
+        said = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in _NO_MEMORY):
             raise _out_of_memory(name) from error
         raise
 

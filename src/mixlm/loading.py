@@ -75,12 +75,13 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
         return ByPrompt(weights) if config.sharpness is None else ByPrompt(weights, config.sharpness)
     if config.kind == "learned" and config.file is not None:
         learned = Learned.load(config.file)
-        if len(learned.names) != len(names):
+        if sorted(learned.names) != sorted(names):
             raise ConfigError(
                 f"the router in {config.file} was trained for {', '.join(learned.names)}",
                 f"this ensemble's members are {', '.join(names)}",
             )
-        return learned
+        # Members may stand in another order than in training: each keeps its own row.
+        return Learned(learned.matrix[[learned.names.index(name) for name in names]], names)
     return Fixed(weights)
 
 

@@ -18,6 +18,8 @@ from mixlm.routing.learned import gate
 from mixlm.sampling import Floats, Ids
 
 _ARRAYS = ("starts", "ends", "begins", "logprobs")
+# How far from the wanted place, as a share of all bytes, a text may be cut to keep its passages whole.
+_NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Scores:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         last = len(self.starts) - 1
         for at, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
-            broken_off = at == last or self.starts[at + 1] != end
+            broken_off = bool(at == last or self.starts[at + 1] != end)
             out.append(decoder.decode(self.text[start:end], broken_off))
         return out
 
@@ -114,13 +116,13 @@ class Scores:
     def load(cls, path: str | Path) -> Scores:
         """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
                 names = tuple(str(one) for one in file["names"])
                 found = cls(names, str(file["unit"]), file["text"].tobytes(), **arrays)
         except OSError as error:
             raise ConfigError(f"the scores in {path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise ConfigError(f"{path} holds no scores: {error}") from error
         count = len(found.starts)
         if found.logprobs.shape != (count, len(names)) or len(found.ends) != count or len(found.begins) != count:
@@ -144,19 +146,21 @@ def joined(scores: Sequence[Scores]) -> Scores:
 
 
 def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
-    """Split scored text into a first part, and a last part of about a share of `holdout`.
+    """Split scored text into a first part, and a last part of about a share of `holdout` of its bytes.
 
-    It is cut between passages where there are several, else between segments. Raises ConfigError for one segment.
+    It is cut between passages where one ends near that place, else between segments: the last part may read what is in
+    front of it, but is never fitted to. Raises ConfigError for a single segment.
     """
     if not 0 < holdout < 1:
         raise ConfigError(f"the share to hold out is {holdout}; it must lie between 0 and 1")
-    begins = np.unique(scores.begins)
-    parts = len(begins) if len(begins) > 1 else len(scores.ends)
-    if parts < 2:
+    if len(scores.ends) < 2:
         raise ConfigError("the text is a single segment, and nothing of it can be held out", "give a longer text")
-    kept = min(max(round(parts * (1 - holdout)), 1), parts - 1)
-    first = scores.begins < begins[kept] if len(begins) > 1 else np.arange(parts) < kept
-    return scores.part(first), scores.part(~first)
+    before = np.cumsum(scores.ends - scores.starts)[:-1] / scores.size
+    distance = np.abs(before - (1 - holdout))
+    between = np.diff(scores.begins) > 0
+    near = between & (distance <= _NEAR)
+    cut = int(np.argmin(np.where(near, distance, np.inf) if near.any() else distance)) + 1
+    return scores.part(np.arange(cut)), scores.part(np.arange(cut, len(scores.ends)))
 
 
 def context_features(scores: Scores) -> Floats:

@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from mixlm import __version__
 from mixlm.engines import Engine
-from mixlm.ensemble import Ensemble, Prompt
+from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
 from mixlm.models import cache_root, resolve
-from mixlm.sampling import Floats, Ids
+from mixlm.sampling import Ids
 from mixlm.scored import Scores
 from mixlm.settings import Settings
 
@@ -158,12 +158,12 @@ def _scored(
 ) -> Scores:
     """Let every member read the passages, and bring their tokens together."""
     known: dict[tuple[int, bytes], Scores] = {}
-    parts = []
-    for i, one in enumerate(ensemble.members):
+    parts: list[Scores] = []
+    for i, spec in enumerate(ensemble.members):
         # Members that share a model read alike, unless their templates differ.
-        key = (id(one.engine), b"".join(passage.before[i].tobytes() for passage in passages))
+        key = (id(spec.engine), b"".join(passage.before[i].tobytes() for passage in passages))
         if key not in known:
-            known[key] = _read(one.engine, passages, i, progress, identities[i] if identities else None)
+            known[key] = _read(spec, passages, i, progress, identities[i] if identities else None)
         parts.append(known[key])
     common = reduce(np.intersect1d, [one.ends for one in parts])
     columns, firsts = [], []
@@ -185,16 +185,17 @@ def _scored(
 
 
 def _read(
-    engine: Engine, passages: Sequence[_Passage], member: int, progress: Progress | None, model: str | None
+    spec: MemberSpec, passages: Sequence[_Passage], member: int, progress: Progress | None, model: str | None
 ) -> Scores:
     """Return one member's scores of its own tokens, from the cache where they are known."""
+    engine = spec.engine
     read = [_tokens(engine, passage, member) for passage in passages]
     path = _cache_path(engine, model, read, passages) if model is not None else None
     if path is not None and path.is_file():
         with suppress(ConfigError):  # a file that was spoiled is written anew
             found = Scores.load(path)
             if progress is not None:
-                progress(engine.name, len(passages), len(passages))
+                progress(spec.name, len(passages), len(passages))
             return found
     starts, ends, begins, logprobs = [], [], [], []
     offset = 0
@@ -207,7 +208,7 @@ def _read(
         begins.append(np.full(len(bounds), offset))
         offset = begin + len(passage.data)
         if progress is not None:
-            progress(engine.name, at + 1, len(passages))
+            progress(spec.name, at + 1, len(passages))
     out = Scores(
         (engine.name,),
         "token",
@@ -223,7 +224,7 @@ def _read(
 
 
 def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-    """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError where they do not fit."""
+    """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
     own = engine.encoder.encode(passage.data).ids
     pieces = [engine.vocabulary.tokens[i] for i in own]
     spelled = b"".join(pieces)
@@ -243,7 +244,7 @@ def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.ND
 
 def _difference(data: bytes, spelled: bytes) -> str:
     """Say where what the tokens spell leaves the text."""
-    at = len(os.path.commonprefix([data, spelled]))
+    at = next((i for i, (a, b) in enumerate(zip(data, spelled, strict=False)) if a != b), min(len(data), len(spelled)))
     while at > 0 and at < len(data) and data[at] & 0xC0 == 0x80:
         at -= 1
     there, instead = (one[at : at + 12].decode(errors="replace") for one in (data, spelled))

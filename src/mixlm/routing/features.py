@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixlm.sampling import Floats
 
-WINDOWS = (32, 1024)
+WINDOWS = (16, 128, 1024, 8192)
 TAIL = max(WINDOWS)
 
 _CLASSES = (
@@ -29,18 +29,28 @@ FEATURES = len(WINDOWS) * (_OTHER + 1) + (_OTHER + 1) + len(WINDOWS) + 1
 
 
 def features(text: bytes, places: npt.NDArray[np.int64]) -> Floats:
-    """Return the features of `text[:place]` for each place: float64 (places, FEATURES). O(len(text) + places)."""
+    """Return the features of `text[:place]` for each place: float64 (places, FEATURES)."""
     classes = _CLASS_OF[np.frombuffer(text, dtype=np.uint8)]
-    counts = np.zeros((len(text) + 1, _OTHER + 1))
-    counts[np.arange(1, len(text) + 1), classes] = 1
-    totals = np.cumsum(counts, axis=0)
-    columns = []
-    for window in WINDOWS:
-        begin = np.maximum(places - window, 0)
-        length = np.maximum(places - begin, 1)[:, None]
-        # A square root spreads out rare classes: one bracket in a window says more than one letter more.
-        columns.append(np.sqrt((totals[places] - totals[begin]) / length))
-    columns.append(counts[places])
-    columns += [np.minimum(places / window, 1.0)[:, None] for window in WINDOWS]
-    columns.append(np.ones((len(places), 1)))
-    return np.hstack(columns)
+    counts = _counts_at_end(classes) if len(places) == 1 and places[0] == len(text) else _counts(classes, places)
+    last = np.zeros((len(places), _OTHER + 1))
+    behind = np.flatnonzero(places > 0)
+    last[behind, classes[places[behind] - 1]] = 1
+    lengths = [np.maximum(np.minimum(places, window), 1)[:, None] for window in WINDOWS]
+    # A square root spreads out rare classes: one bracket in a window says more than one letter more.
+    shares = [np.sqrt(count / length) for count, length in zip(counts, lengths, strict=True)]
+    filled = [np.minimum(places / window, 1.0)[:, None] for window in WINDOWS]
+    return np.hstack([*shares, last, *filled, np.ones((len(places), 1))])
+
+
+def _counts(classes: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> list[Floats]:
+    """Return how often each class occurs in each window before each place: a (places, classes) array a window."""
+    marks = np.zeros((len(classes) + 1, _OTHER + 1))
+    marks[np.arange(1, len(classes) + 1), classes] = 1
+    totals = np.cumsum(marks, axis=0)
+    return [totals[places] - totals[np.maximum(places - window, 0)] for window in WINDOWS]
+
+
+def _counts_at_end(classes: npt.NDArray[np.int64]) -> list[Floats]:
+    """Return the same for the end of the text alone, as decoding asks for it at every token."""
+    ends = [classes[max(len(classes) - window, 0) :] for window in WINDOWS]
+    return [np.bincount(one, minlength=_OTHER + 1)[None].astype(np.float64) for one in ends]

@@ -52,13 +52,22 @@ class Learned:
         """Read a gate. Raises ConfigError when the file holds none."""
         try:
             form = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(np.array(form["matrix"], dtype=np.float64), form["members"])
+            if form["kind"] != "learned":
+                raise ValueError(f"its kind is {form['kind']!r}")
+            matrix, names = np.array(form["matrix"], dtype=np.float64), [str(one) for one in form["members"]]
+            if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
+                raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
+            return cls(matrix, names)
         except OSError as error:
             raise ConfigError(f"the router file {path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} holds no learned router: {error}", "write one with mixlm fit --router"
+                f"{path} holds no learned router: {_reason(error)}", "write one with mixlm fit --router"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def gate(inputs: Floats, matrix: Floats) -> Floats:

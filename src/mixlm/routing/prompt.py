@@ -1,4 +1,7 @@
-"""Weights by how well each member predicts the prompt. Its forwards are the prefills, so no forward is added."""
+"""Weights by how well each member predicts the prompt.
+
+Reading it is the prefill, done ahead: no token of the prompt is run twice, and its last one is left to the first draw.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,14 @@ class ByPrompt:
 
 
 def by_bits(weights: Floats, bits_per_byte: Floats, sharpness: float) -> Floats:
-    """Return weights scaled by 2^(-sharpness · bits per byte), summing to 1."""
-    scaled: Floats = weights * np.exp2(-sharpness * (bits_per_byte - bits_per_byte.min()))
+    """Return weights scaled by 2^(-sharpness · bits per byte), summing to 1.
+
+    A member that finds the prompt impossible gets weight 0, unless all of them do.
+    """
+    # Seen from the best of those that take part at all, so that its scale is 1 and the sum cannot vanish.
+    best = bits_per_byte[weights > 0].min()
+    if not np.isfinite(best) or sharpness == 0:
+        return weights
+    scaled: Floats = np.where(weights > 0, weights * np.exp2(-sharpness * np.maximum(bits_per_byte - best, 0)), 0.0)
     scaled /= scaled.sum()
     return scaled

@@ -1,0 +1,126 @@
+"""`mixlm score`: how likely a given text is under each member and under their mixture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from mixlm.cli.display import coloured, dim, print_json, progress_bars, visible
+from mixlm.cli.inputs import check_writable, identities, read_texts, refuse_reply_options
+from mixlm.cli.loading import open_ensemble
+from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.page import page
+from mixlm.cli.segments import about_unit, show_segments
+from mixlm.cli.tables import console, print_table
+
+if TYPE_CHECKING:
+    from mixlm.sampling import Floats
+    from mixlm.scored import Scores
+
+
+@with_shared
+def score(
+    shared: Shared,
+    files: Annotated[
+        list[Path] | None,
+        Argument(metavar="[FILE]...", help="Texts, each read by itself; standard input when left out or '-'."),
+    ] = None,
+    tokens: Annotated[
+        bool, Option("--tokens", help="Show the text, each part in the colour of the member most responsible.")
+    ] = False,
+    html: Annotated[
+        Path | None, Option("--html", metavar="FILE", help="Write the coloured text as a page.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the scores as one JSON object.")] = False,
+    no_cache: Annotated[bool, Option("--no-cache", help="Read the text anew, and keep no scores.")] = False,
+) -> int:
+    """Score given text: bits per byte and log-probability under each member and under the mixture.
+
+    The members are scored as they are, without sampling options, and the mixture by the ensemble's weights or its
+    router.
+    """
+    refuse_reply_options(shared, "score")
+    check_writable("--html", html)
+    texts = read_texts(files or [])
+    ensemble = open_ensemble(shared, {})
+    from mixlm.scored import joined, router_weights
+    from mixlm.scoring import score as measure
+
+    models = identities(shared.config(), not no_cache)
+    with progress_bars(single=True) as progress:
+        scores = [measure(ensemble, one, progress=progress, identities=models) for one in texts.values()]
+    weights = [router_weights(one, ensemble.router) for one in scores]
+    whole = joined(scores)
+    import numpy as np
+
+    found = _found(whole, np.concatenate(weights))
+    if html is not None:
+        title = ", ".join(Path(name).name for name in texts)
+        html.write_text(page(title, found, _numbers(whole, np.concatenate(weights))), encoding="utf-8")
+        dim(f"written to {html}")
+    if as_json:
+        if len(texts) > 1:
+            parts = zip(texts, scores, weights, strict=True)
+            found["files"] = [{"file": name, **_summary(one, mine)} for name, one, mine in parts]
+        print_json(found)
+        return 0
+    if tokens:
+        show_segments(found)
+    _show(whole, np.concatenate(weights))
+    if len(texts) > 1:
+        _show_files(list(texts), scores, weights)
+    return 0
+
+
+def _summary(scores: Scores, weights: Floats) -> dict[str, Any]:
+    columns = {name: scores.bits_per_byte(scores.logprobs[:, i]) for i, name in enumerate(scores.names)}
+    mixture = scores.bits_per_byte(scores.mixture(weights))
+    return {"bytes": scores.size, "bits_per_byte": {"members": columns, "mixture": mixture}}
+
+
+def _found(scores: Scores, weights: Floats) -> dict[str, Any]:
+    """Return the form that `--json` prints."""
+    return {"unit": scores.unit, **_summary(scores, weights), "segments": scores.table(weights)}
+
+
+def _numbers(scores: Scores, weights: Floats) -> list[tuple[str, str, str, str, str]]:
+    """Return a row for each member and one for the mixture: name, weight, bits per byte, log-probability, share."""
+    mean = weights.mean(axis=0)
+    shares = scores.responsibilities(weights).mean(axis=0)
+    steady = bool((weights == weights[0]).all())
+    rows = []
+    for i, name in enumerate(scores.names):
+        column = scores.logprobs[:, i]
+        weight = f"{'' if steady else '~'}{mean[i]:.3f}"
+        bits = f"{scores.bits_per_byte(column):.4f}"
+        rows.append((name, weight, bits, f"{column.sum():.1f}", f"{shares[i]:.1%}"))
+    mixed = scores.mixture(weights)
+    rows.append(("mixture", "", f"{scores.bits_per_byte(mixed):.4f}", f"{mixed.sum():.1f}", ""))
+    return rows
+
+
+def _show(scores: Scores, weights: Floats) -> None:
+    heads = ("", "weight", "bits per byte", "log-probability", "responsible for")
+    rows = _numbers(scores, weights)
+    best = min(range(len(rows)), key=lambda at: float(rows[at][2]))
+    styles = ["bold" if at == best else "" for at in range(len(rows))]
+    print_table(heads, rows, right=frozenset(heads[1:]), styles=styles)
+    print_lines(about_unit(scores.unit, len(scores.ends), scores.size))
+
+
+def _show_files(names: list[str], scores: list[Scores], weights: list[Floats]) -> None:
+    heads = ("file", "bytes", *(f"{one} " for one in scores[0].names), "mixture")
+    rows = []
+    for name, one, mine in zip(names, scores, weights, strict=True):
+        bits = _summary(one, mine)["bits_per_byte"]
+        columns = [f"{value:.4f}" for value in (*bits["members"].values(), bits["mixture"])]
+        rows.append((name, str(one.size), *columns))
+    print_table(heads, rows, right=frozenset(heads[1:]))
+
+
+def print_lines(text: str) -> None:
+    """Print an explanation, dim where there are colours."""
+    console().print(visible(text), style="dim" if coloured(sys.stdout) else None)

@@ -1,0 +1,182 @@
+"""Findings as figures: pure functions, drawn without a display. Colours can be told apart by all readers, also in grey.
+
+Needs matplotlib (the extra `paper`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixlm.errors import MixlmError
+from mixlm.paper.findings import Accuracy, Findings, Speed
+from mixlm.paper.tables import task_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+# From the palette of Okabe and Ito; line, mark and hatching differ too.
+_LINES = {
+    "mixture": ("ME", {"color": "#0072B2", "linestyle": "-", "marker": "o"}, "#0072B2"),
+    "conventional": (
+        "CE",
+        {"color": "#D55E00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+        "#E69F00",
+    ),
+}
+_BARS = (
+    ("single", "#DDDDDD", ""),
+    ("CE (sequential)", "#E69F00", "//"),
+    ("CE (parallel)", "#56B4E9", ".."),
+    ("ME", "#0072B2", ""),
+)
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "mixlm",
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+}
+
+
+def require() -> None:
+    """Raise MixlmError when matplotlib is missing."""
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise MixlmError(f"figures need matplotlib: {error}", "pip install 'mixlm[paper]'") from error
+
+
+def save(findings: Findings, folder: Path) -> list[Path]:
+    """Write the figure as PNG and SVG, and return their paths."""
+    require()
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure = draw(findings)
+        paths = [folder / f"{findings.experiment}.{form}" for form in ("png", "svg")]
+        figure.savefig(paths[0], bbox_inches="tight")
+        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+    return paths
+
+
+def draw(findings: Findings) -> Figure:
+    """Return the figure of an experiment: bars for speeds, lines against λ for the others."""
+    if findings.experiment == "figure3":
+        return _bars(findings)
+    return _lines(findings, with_speed=findings.experiment == "figure2")
+
+
+def _lines(findings: Findings, *, with_speed: bool) -> Figure:
+    """Return one column of panels an ensemble and task; under each of figure 2, the speed."""
+    pairs = list(dict.fromkeys((one.ensemble, one.task) for one in findings.accuracies))
+    rows = 2 if with_speed else 1
+    figure, axes = _panels(rows, len(pairs), findings)
+    for at, (label, task) in enumerate(pairs):
+        top = axes[0][at]
+        mine = [one for one in findings.accuracies if (one.ensemble, one.task) == (label, task)]
+        for method in dict.fromkeys(one.method for one in mine):
+            _curve(top, method, [one for one in mine if one.method == method])
+        top.set_title(f"{label}\n{task_name(task)}, {mine[0].questions} questions, k = {mine[0].top_k}")
+        top.set_ylabel("accuracy, %")
+        last = axes[rows - 1][at]
+        last.set_xlabel(f"λ: weight of {label.partition(' + ')[0]}")
+        last.set_xlim(-0.03, 1.03)
+        if with_speed:
+            _speed_panel(last, [one for one in findings.speeds if one.ensemble == label])
+        elif len({one.method for one in mine}) > 1:
+            top.legend()
+    return figure
+
+
+def _curve(axes: Axes, method: str, scores: Sequence[Accuracy]) -> None:
+    name, style, shade = _LINES[method]
+    look: dict[str, Any] = dict(style)
+    at = [one.weights[0] for one in scores]
+    axes.plot(at, [100 * one.mean for one in scores], label=name, **look)
+    bands = [one.interval for one in scores]
+    if all(one is not None for one in bands):
+        low = [100 * max(one[0], 0) for one in bands if one is not None]
+        high = [100 * min(one[1], 1) for one in bands if one is not None]
+        axes.fill_between(at, low, high, color=shade, alpha=0.22, linewidth=0)
+
+
+def _speed_panel(axes: Axes, speeds: Sequence[Speed]) -> None:
+    name, style, _ = _LINES["mixture"]
+    look: dict[str, Any] = dict(style)
+    at = [one.weights[0] for one in speeds]
+    axes.plot(at, [one.mixture for one in speeds], label=name, **look)
+    for number, member in enumerate(speeds[0].single):
+        alone = sorted(one.single[member] for one in speeds)
+        axes.axhline(
+            alone[len(alone) // 2],
+            color="#555555",
+            linewidth=1,
+            linestyle=(":", "-.")[number % 2],
+            label=f"{member} alone",
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tokens/s")
+    axes.legend()
+
+
+def _bars(findings: Findings) -> Figure:
+    """Return one panel a machine, one group of bars an ensemble."""
+    from matplotlib.patches import Patch
+
+    machines = list(dict.fromkeys(one.machine for one in findings.speeds))
+    groups = [[one for one in findings.speeds if one.machine == machine] for machine in machines]
+    figure, axes = _panels(1, len(machines), findings, widths=[max(len(one), 2) for one in groups])
+    for panel, machine, speeds in zip(axes[0], machines, groups, strict=True):
+        for number, (_, colour, hatch) in enumerate(_BARS):
+            values = [(one.alone, one.sequential, one.parallel, one.mixture)[number] for one in speeds]
+            places = [place + (number - 1.5) * 0.2 for place in range(len(speeds))]
+            there = [(at, value) for at, value in zip(places, values, strict=True) if value is not None]
+            look = {"color": colour, "edgecolor": "#333333", "linewidth": 0.6, "hatch": hatch}
+            bars = panel.bar([at for at, _ in there], [value for _, value in there], width=0.18, **look)
+            panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+            for at, value in zip(places, values, strict=True):
+                if value is None:
+                    panel.text(at, 0, " not measured", rotation=90, ha="center", va="bottom", fontsize=7)
+        panel.set_xticks(range(len(speeds)), [one.ensemble.replace(" + ", "\n+ ") for one in speeds])
+        spare = max(2 - len(speeds), 0) / 2
+        panel.set_xlim(-0.6 - spare, len(speeds) - 0.4 + spare)
+        panel.grid(axis="x", visible=False)
+        panel.set_title(machine)
+        panel.set_ylabel("tokens/s")
+        panel.margins(y=0.1)
+    handles = [Patch(facecolor=colour, edgecolor="#333333", hatch=hatch, label=name) for name, colour, hatch in _BARS]
+    figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def _panels(
+    rows: int, columns: int, findings: Findings, widths: Sequence[int] | None = None
+) -> tuple[Figure, NDArray[Any]]:
+    from matplotlib.figure import Figure
+
+    across = 4.6 * columns if widths is None else 1.6 * sum(widths) + 0.8 * columns + 1.4
+    figure = Figure(figsize=(max(across, 5.2), 0.9 + 2.8 * rows), layout="constrained")
+    axes: NDArray[Any] = figure.subplots(
+        rows, columns, squeeze=False, sharex="col" if rows > 1 else False, width_ratios=widths
+    )
+    notes = [findings.reduced] if findings.reduced else []
+    if any(one.interval is not None for one in findings.accuracies):
+        notes.append("bands: 95 % intervals over seeds")
+    if findings.experiment == "figure2":
+        notes.append(f"speed on {', '.join(dict.fromkeys(one.machine for one in findings.speeds))}")
+    figure.suptitle(findings.title)
+    figure.supxlabel(" · ".join(notes), fontsize=7.5, color="#444444")
+    return figure, axes

@@ -1,0 +1,254 @@
+"""`mixlm fit`: the report, the files it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from programs import TOYS, Run
+
+from mixlm.config import read_config
+from mixlm.engines.toy import ToySession
+from mixlm.fitting import expectation_maximisation
+from mixlm.loading import load
+from mixlm.routing import Learned
+from mixlm.scored import split
+from mixlm.scoring import score, score_answers
+
+WORDS = " the river sings and one bird falls under two stone light of the tree turns to cloud over"
+FAST = ("--bootstrap", "10")
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A text of words, and one of questions and answers; the folder they lie in is the current one."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    words = WORDS.split(" ")[1:]
+    (tmp_path / "words.txt").write_text("".join(f" {one}" for one in rng.choice(words, 120)))
+    lines = [{"prompt": f"What is {i}?", "answer": f" {rng.choice(words)} {i}"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return ["words.txt", "pairs.jsonl"]
+
+
+def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
+    done = run("fit", *texts, *TOYS, *FAST, "--json", "--grid", "--router", "router.json", "-w", "0.2,0.8")
+    assert (done.code, done.err) == (0, "router written to router.json\n")
+    found = json.loads(done.out)
+    assert set(found) == {"members", "unit", "files", "weights", "intervals", "em", "grid", "router", "check"}
+    assert found["members"] == ["toy:1", "toy:2"]
+    assert found["unit"] == "token"
+    assert [one["file"] for one in found["files"]] == texts
+    assert sum(found["weights"].values()) == pytest.approx(1)
+    for name, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found["weights"][name] <= high <= 1
+    assert found["em"]["end_bits_per_byte"] <= found["em"]["start_bits_per_byte"]
+    assert found["em"]["end_bits_per_byte"] <= found["grid"]["bits_per_byte"] + 1e-9
+    assert found["grid"]["points"] == 11
+    assert found["grid"]["readings_anew"] == 11 * found["em"]["readings"]
+    rows = {one["name"]: one for one in found["check"]["rows"]}
+    assert list(rows) == [
+        "toy:1", "toy:2", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself", "router",
+    ]  # fmt: skip
+    best = rows[found["check"]["best_member"]]
+    assert best["percent_below_best_member"] == 0
+    for one in rows.values():
+        assert set(one["files"]) == set(texts)
+        assert one["percent_below_best_member"] == pytest.approx(
+            100 * (1 - one["bits_per_byte"] / best["bits_per_byte"])
+        )
+
+
+def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) -> None:
+    found = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0.25").out)
+    scores = score(load("toy:1", "toy:2"), Path("words.txt").read_text())
+    train, check = split(scores, 0.25)
+    weights = expectation_maximisation(train).weights
+    assert list(found["weights"].values()) == pytest.approx(weights)
+    row = next(one for one in found["check"]["rows"] if one["name"] == "EM")
+    assert row["bits_per_byte"] == pytest.approx(check.bits_per_byte(check.mixture(weights)))
+    whole = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0").out)
+    assert whole["check"]["held_out"] is False
+    assert list(whole["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
+
+
+def test_answers_are_fitted_behind_their_prompts(run: Run, texts: list[str]) -> None:
+    pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().split("\n") if line]
+    those = load("toy:1", "toy:2")
+    for system in (None, "Be brief."):
+        settings = those.settings(system=system)
+        scores = score_answers(those, [(one["prompt"], one["answer"]) for one in pairs], settings=settings)
+        more = () if system is None else ("--system", system)
+        found = json.loads(run("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0", *more).out)
+        assert found["files"][0]["train_bytes"] == sum(len(one["answer"]) for one in pairs)
+        assert list(found["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
+
+
+def test_the_report_says_all_that_matters(run: Run, texts: list[str]) -> None:
+    done = run("fit", *texts, *TOYS, *FAST, "--grid")
+    assert done.code == 0
+    for part in (
+        "95 % interval", "Fitted by EM in", "bits per byte", "below best member", "words.txt", "pairs.jsonl",
+        "equal weights", "held out", "those fitted on the other part", "The best single member is toy:",
+        "its 11 points took", "evaluates every point anew needs",
+    ):  # fmt: skip
+        assert part in done.out, part
+    alone = run("fit", "words.txt", *TOYS, "--bootstrap", "0", "--holdout", "0").out
+    assert "interval" not in alone
+    assert "of the fit itself" in alone
+    assert "grid" not in alone
+
+
+def test_a_step_asks_for_a_grid(run: Run, texts: list[str]) -> None:
+    found = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--step", "0.25", "--json").out)
+    assert found["grid"]["points"] == 5
+    assert json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json").out)["grid"] is None
+
+
+def test_the_ensemble_file_has_the_weights(run: Run, texts: list[str]) -> None:
+    done = run("fit", "words.txt", *TOYS, *FAST, "--json", "--output", "pair.toml")
+    assert "ensemble written to pair.toml: use it with -e pair.toml" in done.err
+    config = read_config("pair.toml")
+    weights = list(json.loads(done.out)["weights"].values())
+    assert [one.model for one in config.members] == ["toy:1", "toy:2"]
+    assert config.weights() == pytest.approx(weights, abs=1e-6)
+    assert config.router.kind == "fixed"
+    assert run("generate", "hello", "-e", "pair.toml", "--seed", "1").code == 0
+
+
+def test_the_ensemble_file_finds_the_router_from_another_folder(
+    run: Run, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("out", "gates"):
+        (tmp_path / name).mkdir()
+    done = run("fit", *texts, *TOYS, *FAST, "--output", "out/pair.toml", "--router", "gates/r.json", "--json")
+    assert done.code == 0
+    assert 'file = "../gates/r.json"' in Path("out/pair.toml").read_text()
+    monkeypatch.chdir("/")
+    config = read_config(tmp_path / "out" / "pair.toml")
+    assert Learned.load(str(config.router.file)).names == ("toy:1", "toy:2")
+    assert run("generate", "hello", "-e", str(tmp_path / "out" / "pair.toml"), "--seed", "1").code == 0
+
+
+def test_what_an_ensemble_file_says_is_kept(run: Run, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    Path("pair.toml").write_text(
+        'unit = "piece"\nsystem = "Be kind."\n[sampling]\ntop_k = 7\n[router]\nkind = "prompt"\n'
+        '[[members]]\nmodel = "toy:1"\nname = "first"\nweight = 1\ntemplate_file = "chat.jinja"\n'
+        '[[members]]\nmodel = "toy:2"\nweight = 3\nsampling.temperature = 0.5\n'
+    )
+    done = run("fit", "words.txt", "-e", "pair.toml", *FAST, "--output", "fitted.toml", "--json")
+    assert done.code == 0
+    rows = [one["name"] for one in json.loads(done.out)["check"]["rows"]]
+    assert "weights as given" in rows
+    config = read_config("fitted.toml")
+    assert (config.unit, config.system, config.sampling.top_k) == ("piece", "Be kind.", 7)
+    assert config.members[0].name == "first"
+    assert config.members[0].template == "{{ messages[0].content }}"
+    assert config.members[1].sampling.temperature == 0.5
+    # The weights that were fitted are those of every state, so no router of before stands beside them.
+    assert config.router.kind == "fixed"
+
+
+def test_a_second_fit_reads_nothing(run: Run, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = json.loads(run("fit", *texts, *TOYS, *FAST, "--json").out)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("it was read")
+
+    monkeypatch.setattr(ToySession, "_forward", fail)
+    again = json.loads(run("fit", *texts, *TOYS, *FAST, "--json").out)
+    assert again["weights"] == first["weights"]
+    assert again["check"] == first["check"]
+    assert "it was read" in run("fit", *texts, *TOYS, *FAST, "--no-cache").err
+
+
+def test_an_ensemble_of_scores_and_fit_agree(run: Run, texts: list[str]) -> None:
+    fitted = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--holdout", "0", "--output", "pair.toml", "--json").out)
+    scored = json.loads(run("score", "words.txt", "-e", "pair.toml", "--json").out)
+    assert scored["bits_per_byte"]["mixture"] == pytest.approx(fitted["em"]["end_bits_per_byte"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "it is no JSON"),
+        ("[1]", "it is no object"),
+        ('{"prompt": "x"}', 'it has no text "answer"'),
+        ('{"answer": "x"}', 'it has no text "prompt"'),
+        ('{"prompt": 3, "answer": "x"}', 'it has no text "prompt"'),
+        ('{"prompt": "x", "answer": " "}', 'its "answer" is empty'),
+    ],
+)
+def test_a_line_of_the_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n\n' + line + "\n")
+    done = run("fit", str(path), *TOYS)
+    assert done.code == 2
+    assert f"{path}, line 3: {reason}" in done.error
+    assert 'each line is an object {"prompt": "…", "answer": "…"}' in done.error
+
+
+def test_ends_of_lines_inside_a_string_are_no_ends_of_lines(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a\u2028b", "answer": "c\x85d the river"}\r\n', encoding="utf-8")
+    assert run("fit", str(path), *TOYS, *FAST).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((), ("missing argument 'FILE...'", "mixlm fit --help")),
+        (("word.txt",), ("there is no file word.txt", "did you mean 'words.txt'?")),
+        (("words.txt", "words.txt"), ("given twice",)),
+        (("words.txt", "--holdout", "1"), ("--holdout is 1", "less than 1")),
+        (("words.txt", "--holdout", "-0.5"), ("--holdout is -0.5",)),
+        (("words.txt", "--holdout", "nan"), ("--holdout is nan",)),
+        (("words.txt", "--bootstrap", "-1"), ("--bootstrap is -1", "0 or more")),
+        (("words.txt", "--step", "0.3"), ("the grid's step is 0.3", "0.1 or 0.05")),
+        (("words.txt", "--step", "0"), ("the grid's step is 0",)),
+        (("words.txt", "--output", "no/pair.toml"), ("--output no/pair.toml cannot be written", "no folder")),
+        (("words.txt", "--router", "."), ("--router . cannot be written: it is a folder",)),
+        (("words.txt", "--temperature", "0.5"), ("mixlm fit has no use for --temperature",)),
+        (("words.txt", "--system", "x"), ("--system goes in front of prompts", ".jsonl")),
+    ],
+)
+def test_what_cannot_be_fitted(
+    run: Run,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("mixlm.loading.load_config", lambda *_, **__: pytest.fail("it was loaded"))
+    done = run("fit", *arguments, *TOYS)
+    assert done.code == 2
+    for part in parts:
+        assert part in done.error
+
+
+def test_one_member_is_nothing_to_fit(run: Run, texts: list[str]) -> None:
+    assert "nothing is to fit" in run("fit", "words.txt", "-m", "toy:1").error
+
+
+def test_a_text_that_cannot_be_read_is_named(run: Run, texts: list[str]) -> None:
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 5000, "answer": "y"}) + "\n")
+    done = run("fit", "words.txt", "long.jsonl", *TOYS)
+    assert done.code == 2
+    assert "long.jsonl: the prompt has" in done.error
+
+
+def test_a_text_of_one_segment_cannot_be_halved(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    done = run("fit", str(tmp_path / "a.txt"), *TOYS)
+    assert "single segment" in done.error
+
+
+def test_help(run: Run) -> None:
+    done = run("fit", "--help")
+    assert done.code == 0
+    for option in ("--output", "--router", "--grid", "--step", "--holdout", "--bootstrap", "--json", "--no-cache"):
+        assert option in done.out

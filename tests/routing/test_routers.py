@@ -1,0 +1,243 @@
+"""Routers keep the law, in every unit; one that looks at who wrote does not. And what each of them makes of a state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mixlm.decoding
+from mixlm.config import RouterConfig, parse_config, read_config, write_config
+from mixlm.decoding.base import Flow, Step
+from mixlm.engines.toy import ToyEngine, random_table
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.equivalence import check
+from mixlm.errors import ConfigError
+from mixlm.loading import load_config
+from mixlm.routing import ByFunction, ByPrompt, Context, Fixed, Learned, Route, Router
+from mixlm.routing.features import FEATURES
+from mixlm.routing.prompt import by_bits
+from mixlm.settings import Settings
+
+LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b" "]
+
+
+def ensemble(unit: str, router: Router | None = None) -> Ensemble:
+    """Two members; in the unit `piece` each has an order and tokens of its own."""
+    specs = []
+    for i in range(2):
+        tokens = [bytes([b]) for b in range(256)] + LETTERS[3:5]
+        if unit == "piece":
+            tokens = tokens[i:] + tokens[:i] + [b"x" * (i + 2), b"bc"][i:]
+        size = len(tokens) + 2
+        bias = np.full(size, -9.0)
+        bias[[tokens.index(one) for one in LETTERS if one in tokens]] = 0
+        table = random_table(size, seed=i)
+        engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
+        specs.append(MemberSpec(engine, engine.name))
+    return Ensemble(specs, [1, 2], unit=unit, router=router)  # type: ignore[arg-type]
+
+
+def by_last_byte(prompt: bytes, tail: bytes) -> list[float]:
+    """Weights that change a great deal from text to text."""
+    return [8.0, 1.0] if tail[-1:] in (b"a", b"b") else [1.0, 8.0] if tail else [1.0, 1.0]
+
+
+def routers() -> dict[str, Router]:
+    matrix = np.random.default_rng(0).normal(scale=2.0, size=(2, FEATURES))
+    weights = np.array([1 / 3, 2 / 3])
+    return {
+        "fixed": Fixed(weights),
+        "prompt": ByPrompt(weights, 0.5),
+        "function": ByFunction(by_last_byte, 2),
+        "learned": Learned(matrix, ["toy-0", "toy-1"]),
+    }
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+@pytest.mark.parametrize("name", list(routers()))
+def test_a_router_keeps_the_law(name: str, unit: str) -> None:
+    report = check(ensemble(unit, routers()[name]), "abc", samples=1200, options={"temperature": 1.0, "top_k": 0})
+    assert report.equal, report
+
+
+class ByWriter:
+    """A router that is broken: its weights depend on which member wrote last."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def begin(self, context: Context) -> Route:
+        return self.route
+
+    def route(self, state: Any) -> np.ndarray:
+        if not state.tail(1):
+            return np.array([0.5, 0.5])
+        return np.array([0.95, 0.05] if self.last == 0 else [0.05, 0.95])
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = ByWriter()
+    plain = mixlm.decoding.mixture
+
+    def noting(step: Step) -> Flow:
+        choice = yield from plain(step)
+        router.last = choice.member
+        return choice
+
+    monkeypatch.setattr(mixlm.decoding, "mixture", noting)
+    options = {"temperature": 1.0, "top_k": 0}
+    report = check(ensemble(unit, router), "abc", samples=1500, options=options)  # type: ignore[arg-type]
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2)}
+    # The same strategy with a router that sees the text alone: noting who wrote is not what is wrong.
+    fair = check(ensemble(unit, ByFunction(by_last_byte, 2)), "abc", samples=1500, options=options)  # type: ignore[arg-type]
+    assert fair.equal
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
+    plain = ensemble(unit)
+    those = ensemble(unit, ByPrompt(plain.weights, 0.1))
+    settings = Settings(seed=3, max_tokens=12, ignore_end=True, raw=True)
+    prompts = those.prompts("abcab", settings)
+    writer = those.writer(settings)
+    done = writer.stream(prompts).finish()
+    drawn = [sum(token.member == name for token in done.tokens) for name in those.names]
+    assert all(drawn)
+    for session, ids, draws in zip(writer.sessions, prompts.ids, drawn, strict=True):
+        first, *later = session.work.log
+        # The prefill, as far as the first draw needs not run anyway; after it, one forward a draw.
+        assert (first.tokens, first.cached) == (len(ids) - 1, 0)
+        assert len(later) == draws
+        assert later[0].cached == len(ids) - 1
+        if unit == "token":
+            for before, after in zip(session.work.log, later, strict=False):
+                assert after.cached == before.cached + before.tokens
+
+
+def test_weights_by_prompt() -> None:
+    weights = np.array([0.2, 0.8])
+    route = ByPrompt(weights, 2.0).begin(Context(b"x", lambda: np.array([1.0, 2.0])))
+    assert route(None) == pytest.approx(np.array([0.2 * 4, 0.8]) / 1.6)  # type: ignore[arg-type]
+    assert by_bits(weights, np.array([5.0, 1.0]), 0.0) == pytest.approx(weights)
+    assert by_bits(weights, np.array([5.0, 5.0]), 9.0) == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("bits", [[1.0, 5000.0], [np.inf, 1.0], [np.inf, np.inf], [0.0, 0.0]])
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
+def test_weights_by_prompt_are_always_weights(bits: list[float], weights: list[float]) -> None:
+    found = by_bits(np.array(weights), np.array(bits), 4.0)
+    assert found.sum() == pytest.approx(1)
+    assert (found >= 0).all()
+    assert (found[np.array(weights) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("sharpness", [-1.0, float("nan"), float("inf")])
+def test_a_sharpness_that_means_nothing_is_refused(sharpness: float) -> None:
+    with pytest.raises(ConfigError, match="sharpness is"):
+        ByPrompt(np.array([0.5, 0.5]), sharpness)
+
+
+def test_a_function_sees_prompt_and_text_and_its_weights_are_checked() -> None:
+    seen: list[tuple[bytes, bytes]] = []
+
+    def function(prompt: bytes, tail: bytes) -> list[float]:
+        seen.append((prompt, tail))
+        return [1.0, 3.0]
+
+    those = ensemble("token", ByFunction(function, 2))
+    text = those.generate("ab", seed=0, max_tokens=4, ignore_end=True, raw=True).text.encode()
+    assert [prompt for prompt, _ in seen] == [b"ab"] * 4
+    assert seen[0][1] == b""
+    assert all(text.startswith(tail) for _, tail in seen)
+    bad = ensemble("token", ByFunction(lambda prompt, tail: [1.0], 2))
+    with pytest.raises(ConfigError, match=r"1 weight \(1\) for 2 members"):
+        bad.generate("ab", seed=0)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
+    Learned(matrix, ["toy:1", "toy:2"]).save(tmp_path / "router.json")
+    return tmp_path / "router.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "holds no learned router"),
+        ("[]", "holds no learned router"),
+        ("{}", "it lacks 'kind'"),
+        ('{"kind": "other", "members": ["a"], "matrix": [[1]]}', "its kind is 'other'"),
+        ('{"kind": "learned", "members": ["a"], "matrix": [[1]]}', "finite numbers"),
+        ('{"kind": "learned", "members": ["a"], "matrix": [["x"]]}', "holds no learned router"),
+        (
+            f'{{"kind": "learned", "members": ["a"], "matrix": [{[float("nan")] * FEATURES}]}}',
+            "holds no learned router",
+        ),
+    ],
+)
+def test_a_file_without_a_router_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "router.json"
+    path.write_text(text.replace("nan", "NaN"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        Learned.load(path)
+    assert "router.json" in caught.value.message
+    assert "mixlm fit" in str(caught.value.hint)
+
+
+def test_a_router_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Learned.load(tmp_path / "none.json")
+
+
+MEMBERS = [{"model": "toy:1", "weight": 0.25}, {"model": "toy:2", "weight": 0.75}]
+
+
+@pytest.mark.parametrize(
+    "router", [{}, {"kind": "fixed"}, {"kind": "prompt"}, {"kind": "prompt", "sharpness": 2.5}, {"kind": "learned"}]
+)
+def test_a_file_with_a_router_is_written_and_read(tmp_path: Path, gate: Path, router: dict[str, Any]) -> None:
+    if router.get("kind") == "learned":
+        router = {**router, "file": gate.name}
+    raw = {"members": MEMBERS, "sampling": {"top_k": 5}, "router": router}
+    config = parse_config(raw, "here")
+    write_config(config, tmp_path / "pair.toml")
+    again = read_config(tmp_path / "pair.toml")
+    if config.router.file is not None:
+        assert again.router.file == str(gate)
+        again = again.model_copy(update={"router": again.router.model_copy(update={"file": gate.name})})
+    assert again == config
+    built = load_config(read_config(tmp_path / "pair.toml"))
+    kind = {"prompt": ByPrompt, "learned": Learned}.get(config.router.kind, Fixed)
+    assert isinstance(built.router, kind)
+    assert built.generate("one", seed=0, max_tokens=3).text
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"kind": "learnt"}, r"router\.kind is 'learnt'.*'learned'"),
+        ({"kind": "learned"}, "a learned router has a file"),
+        ({"kind": "prompt", "file": "x.json"}, "a learned router has a file"),
+        ({"kind": "prompt", "sharpnes": 1}, r"unknown key 'router\.sharpnes' .did you mean 'sharpness'"),
+        ({"sharpness": "high"}, r"router\.sharpness is 'high'"),
+    ],
+)
+def test_a_router_table_that_does_not_fit_is_refused(router: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"members": MEMBERS, "router": router}, "here")
+
+
+def test_a_router_of_other_members_is_refused(gate: Path) -> None:
+    raw = {"members": [*MEMBERS, {"model": "toy:3", "weight": 1.0}], "router": {"kind": "learned", "file": str(gate)}}
+    with pytest.raises(ConfigError, match=r"was trained for toy:1, toy:2 .*toy:3"):
+        load_config(parse_config(raw, "here"))
+
+
+def test_the_default_is_fixed() -> None:
+    assert RouterConfig().kind == "fixed"

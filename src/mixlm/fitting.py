@@ -25,7 +25,7 @@ from mixlm.scored import Scores, context_features, joined, router_weights, split
 _MOST_POINTS = 200_000
 # With fewer blocks than this, resampling them says little about how sure a weight is.
 _LEAST_BLOCKS = 20
-_PENALTIES = (5e-3, 2e-2, 0.1, 1.0)
+_PENALTIES = (5e-3, 5e-2, 0.5)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def accuracy(ensemble: str, method: str, mean: float, **changes: object) -> Accu
         "task": "mixlm_gsm8k",
         "metric": "exact_match",
         "interval": (mean - 0.01, mean + 0.01),
-        "values": (mean - 0.005, mean + 0.005),
+        "values": (mean - 0.005, mean, mean + 0.005),
         "questions": 20,
     }
     return Accuracy(ensemble, method, mean=mean, **(given | changes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
     assert OURS in axes.get_title()
     styles = {one.get_linestyle() for one in axes.get_lines()}
     assert len(styles) == 2  # to be told apart in grey
+
+
+def test_two_seeds_are_too_few_for_bands() -> None:
+    found = curves("figure4", "mixture")
+    found = replace(found, accuracies=tuple(replace(one, values=one.values[:2]) for one in found.accuracies))
+    figure = charts.draw(found)
+    assert len(figure.axes[0].collections) == 0
+    assert "too few seeds for bands" in figure.get_supxlabel()
 
 
 def test_the_trade_of_accuracy_and_speed() -> None:

@@ -13,11 +13,14 @@ from mixlm.routing.features import FEATURES, TAIL, WINDOWS, features
 texts = st.binary(max_size=200).map(lambda data: data * 12)
 
 
-def test_they_look_back_1024_bytes() -> None:
-    assert max(WINDOWS) == TAIL == 1024
+def test_they_look_back_8192_bytes() -> None:
+    assert max(WINDOWS) == TAIL == 8192
 
 
-@given(st.binary(min_size=TAIL, max_size=TAIL + 50), st.binary(max_size=300), st.binary(max_size=300))
+long = st.binary(min_size=40, max_size=200).map(lambda data: (data * TAIL)[: TAIL + len(data)])
+
+
+@given(long, st.binary(max_size=300), st.binary(max_size=300))
 def test_nothing_further_back_counts(tail: bytes, one: bytes, other: bytes) -> None:
     found = [features(front + tail, np.array([len(front + tail)])) for front in (one, other)]
     assert (found[0] == found[1]).all()

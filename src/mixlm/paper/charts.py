@@ -91,6 +91,8 @@ def _lines(findings: Findings, *, with_speed: bool) -> Figure:
             _curve(top, method, [one for one in mine if one.method == method])
         top.set_title(f"{label}\n{task_name(task)}, {mine[0].questions} questions, k = {mine[0].top_k}")
         top.set_ylabel("accuracy, %")
+        if not _banded(mine):
+            top.set_ylim(0, 102)  # without bands, a close view would make much of chance
         last = axes[rows - 1][at]
         last.set_xlabel(f"λ: weight of {label.partition(' + ')[0]}")
         last.set_xlim(-0.03, 1.03)
@@ -107,10 +109,15 @@ def _curve(axes: Axes, method: str, scores: Sequence[Accuracy]) -> None:
     at = [one.weights[0] for one in scores]
     axes.plot(at, [100 * one.mean for one in scores], label=name, **look)
     bands = [one.interval for one in scores]
-    if all(one is not None for one in bands):
+    if _banded(scores):
         low = [100 * max(one[0], 0) for one in bands if one is not None]
         high = [100 * min(one[1], 1) for one in bands if one is not None]
         axes.fill_between(at, low, high, color=shade, alpha=0.22, linewidth=0)
+
+
+def _banded(scores: Sequence[Accuracy]) -> bool:
+    """Whether there are enough seeds for an interval that says something: of two runs, it is wider than any range."""
+    return all(one.interval is not None and len(one.values) > 2 for one in scores)
 
 
 def _speed_panel(axes: Axes, speeds: Sequence[Speed]) -> None:
@@ -173,8 +180,9 @@ def _panels(
         rows, columns, squeeze=False, sharex="col" if rows > 1 else False, width_ratios=widths
     )
     notes = [findings.reduced] if findings.reduced else []
-    if any(one.interval is not None for one in findings.accuracies):
-        notes.append("bands: 95 % intervals over seeds")
+    if findings.accuracies:
+        enough = _banded(findings.accuracies)
+        notes.append("bands: 95 % intervals over seeds" if enough else "too few seeds for bands")
     if findings.experiment == "figure2":
         notes.append(f"speed on {', '.join(dict.fromkeys(one.machine for one in findings.speeds))}")
     figure.suptitle(findings.title)

@@ -190,9 +190,9 @@ def _apart(findings: Findings) -> list[str]:
     head = ["## The paper's own models", f"From {published.SOURCE}; other models than those above."]
     if findings.experiment.startswith("figure"):
         shown = "; ".join(published.title(one) for one in lacking)
-        sure = "the text has lost the symbols of its pairs" if findings.experiment == "figure4" else ""
-        here = f"{shown} ({'taken from table 2: ' + sure if sure else 'section 4'})"
-        return [*head, f"Models: {here}. Plot only: the text has no numbers for it."]
+        lost = "taken from table 2, since the text has lost the symbols that name them"
+        shown = f"{shown} ({lost})" if findings.experiment == "figure4" else shown
+        return [*head, f"Models: {shown}; plot only, the text has no numbers."]
     if findings.experiment == "table4":
         rows = [[published.title(names), *_printed(published.SPEED[names])] for names in lacking]
         return [*head, table(("models (H100, tokens/s)", "single", "CE (sequential)", "CE (parallel)", "ME"), rows)]

@@ -14,7 +14,7 @@ from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError
 
-_HEADS = ("method", "tokens/s", "bytes/s", "first token", "forwards")
+_HEADS = ("method", "tokens/s", "bytes/s", "first token", "outside forwards", "forwards")
 _NUMBERS = frozenset(_HEADS[1:])
 
 
@@ -73,6 +73,7 @@ def _show(found: dict[str, Any]) -> None:
             f"{one['tokens_per_second']:.1f}",
             f"{one['bytes_per_second']:.0f}",
             f"{one['seconds_to_first_token']:.3f} s",
+            f"{one['outside_forwards_share']:.1%}" if "outside_forwards_share" in one else "",
             " + ".join(f"{number:g}" for number in one["forwards"].values()),  # in the order of the members
         )
         for one in found["runs"]
@@ -80,6 +81,9 @@ def _show(found: dict[str, Any]) -> None:
     print_table(_HEADS, rows, right=_NUMBERS)
     print_table(("speed of", "ratio"), [(name, f"{one:.2f}") for name, one in found["ratios"].items()], right={"ratio"})
     where = found["environment"]
+    if "peak_memory_bytes" in where:
+        weights, peak = (f"{where[name] / 1e9:.2f} GB" for name in ("weights_bytes", "peak_memory_bytes"))
+        console().print(f"weights {weights} · peak memory {peak}", style="dim", soft_wrap=True)
     parts = [str(where[name]) for name in ("accelerator", "processor", "system") if where.get(name)]
     if parts:
         console().print(" · ".join(parts), style="dim", soft_wrap=True)

@@ -131,20 +131,17 @@ class Session(ABC):
     def token_logprobs(self, ids: Ids) -> Floats:
         """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
 
-        The distributions are the model's own, over the whole vocabulary. The cache ends up holding all of `ids` but
-        the last; logits are looked at in parts, so that they never lie in memory at once.
+        The distributions are the model's own, over the whole vocabulary. The cache ends up holding all of `ids`, so a
+        reply to them needs no forward of its own for its first token. Logits are looked at in parts, so that they never
+        lie in memory at once.
         """
         out = np.empty(max(len(ids) - 1, 0))
-        for start in range(0, len(out), _SCORED_AT_ONCE):
-            end = min(start + _SCORED_AT_ONCE, len(out))
-            out[start:end] = self._scored(ids[:end], ids[start + 1 : end + 1])
+        for start in range(0, len(ids), _SCORED_AT_ONCE):
+            end = min(start + _SCORED_AT_ONCE, len(ids))
+            targets = ids[start + 1 : end + 1]
+            logits = self.logits(ids[:end], last=end - start)[: len(targets)]
+            out[start : start + len(targets)] = logits[np.arange(len(targets)), targets] - self._normalisers(logits)
         return out
-
-    def _scored(self, ids: Ids, targets: Ids) -> Floats:
-        """Return the log-probabilities of the last tokens' successors, (len(targets),)."""
-        logits = self.logits(ids, last=len(targets))
-        scores: Floats = logits[np.arange(len(targets)), targets] - self._normalisers(logits)
-        return scores
 
     def _normalisers(self, logits: Logits) -> Floats:
         """Return log Σ exp of each row."""

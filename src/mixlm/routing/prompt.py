@@ -1,6 +1,6 @@
 """Weights by how well each member predicts the prompt.
 
-Reading it is the prefill, done ahead: no token of the prompt is run twice, and its last one is left to the first draw.
+Reading it is the prefill, done ahead for every member; the first token of the reply then needs no forward of its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""One member alone writes what transformers' own `generate` writes, token for token where nothing is left to chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixlm.engines.hf import HFEngine
+from mixlm.ensemble import Ensemble
+from mixlm.sampling import History, dense
+from mixlm.settings import Settings
+
+PROMPTS = ["Why is the sky blue?", "Name three rivers."]
+
+
+def theirs(engine: HFEngine, ids: np.ndarray, **options: object) -> list[int]:
+    import torch
+
+    out = engine.model.generate(
+        torch.tensor(ids[None]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=sorted(engine.vocabulary.ends),
+        pad_token_id=0,
+        suppress_tokens=sorted(engine.vocabulary.control - engine.vocabulary.ends),
+        **options,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_transformers_greedy(demo_pair: Ensemble, member: int, penalty: float) -> None:
+    alone = Ensemble([demo_pair.members[member]])
+    engine = alone.members[0].engine
+    assert isinstance(engine, HFEngine)
+    for prompt in PROMPTS:
+        settings = alone.settings(method="greedy", max_tokens=16, repetition_penalty=penalty, seed=0)
+        prompts = alone.prompts(prompt, settings)
+        writer = alone.writer(settings)
+        ours = writer.stream(prompts).finish()
+        expected = theirs(engine, prompts.ids[0], repetition_penalty=penalty)
+        data = b"".join(engine.vocabulary.tokens[i] for i in expected)
+        stop = min((at for one in engine.stops if (at := data.find(one.encode())) >= 0), default=len(data))
+        assert b"".join(one.data for one in ours.tokens) == data[:stop]
+
+
+@pytest.mark.models
+def test_a_prompt_has_the_ids_of_the_models_own_chat_template(
+    demo_models: dict[str, Path], demo_pair: Ensemble
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_models["smollm2-135m"])
+    for prompt in PROMPTS:
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        found = demo_pair.prompts(prompt, Settings()).ids[0]
+        assert found.tolist() == expected
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("member", [0, 1])
+def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, member: int) -> None:
+    import torch
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    engine = demo_pair.members[member].engine
+    assert isinstance(engine, HFEngine)
+    options = Settings(sampling={"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2})
+    ids = demo_pair.prompts(PROMPTS[0], options).ids[member]
+    with torch.inference_mode():
+        logits = engine.model(torch.tensor(ids[None])).logits[:, -1].double()
+    banned = [i for i, token in enumerate(engine.vocabulary.tokens) if not token and i not in engine.vocabulary.ends]
+    processors = LogitsProcessorList(
+        [
+            SuppressTokensLogitsProcessor(banned),
+            RepetitionPenaltyLogitsProcessor(1.2),
+            TemperatureLogitsWarper(0.8),
+            TopKLogitsWarper(12),
+            TopPLogitsWarper(0.9),
+        ]
+    )
+    expected = processors(torch.tensor(ids[None]), logits).softmax(-1)[0].numpy()
+    history = History.of(ids, ids[:0])
+    found = dense(engine.session().logits(ids)[0], options.for_member({}), np.array(banned), history)
+    np.testing.assert_allclose(found, expected, atol=2e-5)

@@ -3,7 +3,7 @@
 The same seed gives the same text for any order of work, and two strategies that ask for the noise of one position get
 the same noise. Coins and draws use different streams of a position, so a coin says nothing about the draw after it.
 
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), applied once for each part of the key.
+The hash is SplitMix64 (Steele, Lea and Flood, 2014): its finaliser for each part of the key, its stream for symbols.
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ def _key(*parts: int) -> int:
 
 
 def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return one uniform number in (0, 1) for each index, never 0 or 1. Vectorised `_mix`, twice for the index."""
-    x = (index.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
-    for _ in range(2):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return np.minimum(((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53, 1 - 2.0**-53)
+    """Return one uniform number in (0, 1) for each index, never 0 or 1: SplitMix64's stream of the seed `key`.
+
+    In place wherever it can be: with the whole vocabulary in question, memory is what this costs.
+    """
+    x = index.astype(np.uint64)
+    x += np.uint64(1)
+    x *= np.uint64(_GOLDEN)
+    x += np.uint64(key)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    x >>= np.uint64(11)
+    u = x.astype(np.float64)
+    u += 0.5
+    u *= 2.0**-53
+    return np.minimum(u, 1 - 2.0**-53, out=u)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,10 @@ class Noise:
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
         key = _key(self.seed, self.sequence, self.position, _DRAW)
-        noise: npt.NDArray[np.float64] = -np.log(-np.log(_uniform(key, symbols)))
+        noise = _uniform(key, symbols)
+        for _ in range(2):
+            np.log(noise, out=noise)
+            np.negative(noise, out=noise)
         return noise
 
     def draw(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:

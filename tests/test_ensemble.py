@@ -392,3 +392,16 @@ class TestRouters:
         those = Ensemble([MemberSpec(engine(seed=i), f"m{i}") for i in range(2)], router=Turns())
         reply = those.generate("ab", **RAW)
         assert [one.member for one in reply.tokens] == ["m0", "m1"] * 6
+
+
+def test_messages_may_be_plain_dictionaries():
+    toy = Ensemble([MemberSpec(ToyEngine(seed=1), "toy")])
+    said = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    plain = [{"role": one.role, "content": one.content} for one in said]
+    assert toy.generate(plain, seed=1, max_tokens=8).text == toy.generate(said, seed=1, max_tokens=8).text
+
+
+@pytest.mark.parametrize("wrong", [{"role": "robot", "content": "a"}, {"role": "user"}, {"content": "a"}])
+def test_what_is_no_message_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"is no message.*role \(system, user, assistant\)"):
+        Ensemble([MemberSpec(ToyEngine(), "toy")]).generate([wrong])

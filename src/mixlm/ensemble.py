@@ -20,7 +20,7 @@ from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
 from mixlm.mixing import checked_weights
 from mixlm.noise import Noise
-from mixlm.records import Completion, FinishReason, MemberUsage, Message, Token, Usage
+from mixlm.records import ROLES, Completion, FinishReason, MemberUsage, Message, Token, Usage
 from mixlm.routing import Context, Fixed, Router
 from mixlm.sampling import Floats, Ids
 from mixlm.settings import Options, Settings
@@ -29,7 +29,7 @@ from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message | Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ class Ensemble:
                 raise ConfigError("a raw prompt is one text, without messages and without a system text")
             text, prompts = prompt, [one.engine.prompts.raw(prompt) for one in self.members]
         else:
-            messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-            if not messages:
-                raise ConfigError("the conversation has no messages", "give at least one message of the user")
+            messages = _messages(prompt)
             if settings.system is not None:
                 messages.insert(0, Message("system", settings.system))
             text = "\n".join(one.content for one in messages)
@@ -123,10 +121,12 @@ class Ensemble:
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
-        end = self.unit.end if settings.ignore_end else None
+        drawable = self._symbols
+        if settings.ignore_end:
+            drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), np.where(symbols == end, -1, symbols))
-            for one, symbols in zip(self.members, self._symbols, strict=True)
+            Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
+            for one, symbols in zip(self.members, drawable, strict=True)
         ]
         chosen = strategy(settings, self.weights, [one.sampling for one in self.members])
         return Writer(self, settings, members, chosen, sessions or [one.engine.session() for one in self.members])
@@ -297,6 +297,24 @@ class ChatStream(Iterator[Token]):
     def completion(self) -> Completion:
         """The reply so far."""
         return self._stream.completion
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt as messages. Raises ConfigError for none, and for what is no message."""
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    messages = [one if isinstance(one, Message) else _message(one) for one in prompt]
+    if not messages:
+        raise ConfigError("the conversation has no messages", "give at least one message of the user")
+    return messages
+
+
+def _message(given: Mapping[str, str]) -> Message:
+    role, content = given.get("role"), given.get("content")
+    if role not in ROLES or not isinstance(content, str) or len(given) != 2:
+        allowed = ", ".join(ROLES)
+        raise ConfigError(f"{dict(given)} is no message", f"a message has a role ({allowed}) and a content, a text")
+    return Message(role, content)
 
 
 def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mixlm.errors import ConfigError
 
 Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 FinishReason = Literal["stop", "length"]
 
 

@@ -57,8 +57,20 @@ def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_pat
 def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     found = resolve("org/Model-1B")
     assert (found.path_or_id, found.name, found.local) == ("org/Model-1B", "Model-1B", False)
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
+    def lost(*_, **__):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lost)
+    with pytest.raises(ModelNotFoundError, match="hub does not answer") as found:
+        resolve("org/smollm2-135")
+    assert found.value.hint == "did you mean 'smollm2-135m'?"
 
 
 def test_a_hub_id_in_the_hub_cache(tmp_path, monkeypatch):

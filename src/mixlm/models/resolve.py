@@ -86,7 +86,31 @@ def _from_hub(spec: str, path: Path) -> Resolved | None:
     # `models/lama` beside a folder `models/llama` is a slip in a path rather than an id.
     if path.parent.is_dir() and did_you_mean(path.name, _entries(path.parent)):
         return None
+    _ask_hub(spec)
     return Resolved(spec, name, local=False)
+
+
+def _ask_hub(spec: str) -> None:
+    """Ask the hub once whether it has a model, before anything is loaded from it with many tries.
+
+    Raises ModelNotFoundError when it has not, or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    known = [*CATALOG, *(model.name for model in installed())]
+    hint = did_you_mean(spec.rpartition("/")[2], known)
+    try:
+        HfApi().model_info(spec, timeout=15)
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the hub has no model {spec!r} that you may read", hint or "check its name"
+        ) from error
+    except Exception as error:  # what a lost connection raises differs between versions
+        raise ModelNotFoundError(
+            f"the model {spec!r} is not on this machine, and the hub does not answer",
+            hint or f"here are: {', '.join(dict.fromkeys(known))}; or give a folder or a .gguf file",
+        ) from error
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -90,19 +90,33 @@ class Terminal:
         """Press keys."""
         os.write(self._master, keys.encode())
 
-    def wait_for(self, text: str, *, after: int = 0, seconds: float = 20) -> None:
+    def wait_for(self, text: str, *, after: int = 0, seconds: float = 60) -> None:
         """Wait until the screen has shown a text behind its first `after` characters."""
         end = time.monotonic() + seconds
         while text not in self.screen[after:]:
             assert time.monotonic() < end, f"{text!r} never came; the screen is {self.screen!r}"
             self._read(0.1)
 
-    def end(self, seconds: float = 20) -> int:
+    def end(self, seconds: float = 60) -> int:
         """Wait for the program to end and return its exit code."""
         end = time.monotonic() + seconds
         while self._read(0.1) or self._process.poll() is None:
             assert time.monotonic() < end, f"it never ended; the screen is {self.screen!r}"
         return self._process.wait()
+
+    def interrupt(self) -> int:
+        """Press Ctrl-C until the program ends; return its exit code.
+
+        A signal that comes while readline is about to wait is seen at the next key only, as at any prompt.
+        """
+        for _ in range(10):
+            if self._process.poll() is None:
+                self.type("\x03")
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                if not self._read(0.1) and self._process.poll() is not None:
+                    return self._process.wait()
+        raise AssertionError(f"it never ended; the screen is {self.screen!r}")
 
     def close(self) -> None:
         """End the program if it still runs."""

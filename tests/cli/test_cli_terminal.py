@@ -82,7 +82,7 @@ def test_a_text_cannot_steer_the_terminal(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_ctrl_c_ends_generate_with_the_text_so_far(at_terminal: Start) -> None:
-    terminal = at_terminal("generate", "hello", *TOYS, "--max-tokens", "4000", before=SLOW)
+    terminal = at_terminal("generate", "hello", *TOYS, "--seed", "3", "--max-tokens", "4000", before=SLOW)
     terminal.wait_for("by token\x1b[0m\r\n\x1b[38;5;")
     terminal.type("\x03")
     assert terminal.end() == 130

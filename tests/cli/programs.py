@@ -17,7 +17,11 @@ from dataclasses import dataclass
 TOYS = ("-m", "toy:1", "-m", "toy:2")
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 # As a program at a terminal: the terminal becomes the one whose Ctrl-C reaches it.
-_AT_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+# A background job may have been told to ignore Ctrl-C, and hands that on; at a terminal it means something.
+_AT_TERMINAL = (
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+)
 # Toys that never end a reply and take their time over it.
 SLOW = """
 import time

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
 from mixlm.cli.display import dim, json_text, print_json, progress_bars
+from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_table
@@ -33,7 +33,7 @@ def bench(
 ) -> int:
     """Measure the speed of every method."""
     if json_file not in (None, "-"):
-        _check_writable(Path(json_file))
+        check_writable("--json", Path(json_file))
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "leave --prompt out to take the default")
     options = shared.options()
@@ -51,19 +51,6 @@ def bench(
         Path(json_file).write_text(json_text(found) + "\n", encoding="utf-8")
         dim(f"written to {json_file}")
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written before the time for measuring is spent."""
-    reason = None
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not path.parent.is_dir():
-        reason = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "permission denied"
-    if reason is not None:
-        raise ConfigError(f"--json {path} cannot be written: {reason}", "give a file, or - to print the report")
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -39,6 +39,18 @@ def test_ensemble_file_is_valid() -> None:
     assert [one.weight for one in parse_config(tomllib.loads(text), "README").members] == [0.6, 0.4]
 
 
+def test_commands_that_need_more_than_the_demo_models_exist() -> None:
+    lines = [line.split("  #")[0].split() for block in re.findall(r"\n```\n(mixlm.*?)```", README, flags=re.DOTALL)
+             for line in block.splitlines()]  # fmt: skip
+    assert {line[1] for line in lines} == {"score", "fit", "eval", "paper"}
+    for line in lines:
+        command = [sys.executable, "-c", "import sys; from mixlm.cli import main; sys.exit(main())", line[1], "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        for option in (one for one in line if one.startswith("--")):
+            assert option in shown.stdout, (line, option)
+
+
 @pytest.mark.models
 def test_python_runs(demo_installed: None) -> None:
     [code] = blocks("python")

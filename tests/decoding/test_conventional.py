@@ -22,7 +22,7 @@ from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.engines.base import Ask
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import MemoryLimitError
+from mixlm.errors import MemoryLimitError, UnsupportedError
 from mixlm.noise import Noise
 from mixlm.records import Sampling
 from mixlm.sampling import dense
@@ -130,3 +130,10 @@ def test_a_failing_engine_among_several_is_heard():
     pair = Ensemble([MemberSpec(one, "a"), MemberSpec(other, "b")])
     with pytest.raises(MemoryLimitError):
         pair.generate("hello", method="conventional")
+
+
+def test_options_of_single_members_are_not_dropped_by_mixing_first():
+    pair = Ensemble([MemberSpec(ToyEngine(seed=1), "a"), MemberSpec(ToyEngine(seed=2), "b", {"temperature": 0.3})])
+    with pytest.raises(UnsupportedError, match="options of their own"):
+        pair.generate("hello", method="conventional", mix_then_truncate=True)
+    assert pair.generate("hello", method="conventional", mix_then_truncate=True, temperature=0.5, max_tokens=2).text

@@ -12,6 +12,7 @@ from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.greedy import greedy, greedy_alone
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
+from mixlm.errors import UnsupportedError
 from mixlm.sampling import Floats
 from mixlm.settings import Settings
 
@@ -27,6 +28,11 @@ def strategy(settings: Settings, weights: Floats, own: Sequence[Mapping[str, Any
         heaviest = int(np.argmax(weights))
         return greedy_alone(heaviest) if settings.picks_most_likely(own[heaviest]) else single(heaviest)
     after = settings.after_mixing(own[0])
+    if any(settings.after_mixing(one) != after for one in own):
+        raise UnsupportedError(
+            "members have sampling options of their own, and mix-then-truncate has one average to apply them to",
+            "give the same options to all members",
+        )
     if after is not None:
         return mix_then_truncate(after)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]

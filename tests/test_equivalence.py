@@ -88,7 +88,7 @@ def broken_coin(step: Step) -> Flow:
     z = step.noise.choice(step.weights[::-1])
     view = step.views[z]
     [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
-    return Choice(drawn.symbol, z, drawn.logprob)
+    return [Choice(drawn.symbol, z, drawn.logprob)]
 
 
 def most_confident(step: Step) -> Flow:
@@ -97,7 +97,7 @@ def most_confident(step: Step) -> Flow:
     laws = [view.law(logits[0]) for view, logits in zip(step.views, replies, strict=True)]
     z = int(np.argmax([law.logprobs.max() for law in laws]))
     at = step.noise.draw(*laws[z])
-    return Choice(int(laws[z].ids[at]), z, float(laws[z].logprobs[at]))
+    return [Choice(int(laws[z].ids[at]), z, float(laws[z].logprobs[at]))]
 
 
 def coin_is_the_noise(step: Step) -> Flow:
@@ -106,7 +106,7 @@ def coin_is_the_noise(step: Step) -> Flow:
     [logits] = yield [Ask(z, step.views[z].ids())]
     symbols, logprobs = step.views[z].law(logits[0])
     at = int(np.argmax(logprobs)) if z == 0 else step.noise.draw(symbols, logprobs)
-    return Choice(int(symbols[at]), z, float(logprobs[at]))
+    return [Choice(int(symbols[at]), z, float(logprobs[at]))]
 
 
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
@@ -123,7 +123,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         view = step.views[z]
         ids = view.ids()
         [drawn] = yield [Draw(z, ids[:-1] if z == 1 and step.noise.position else ids, view.draw(step.noise))]
-        return Choice(drawn.symbol, z, drawn.logprob)
+        return [Choice(drawn.symbol, z, drawn.logprob)]
 
     monkeypatch.setattr(mixlm.decoding, "mixture", stale)
     report = check(ensemble(2, "token"), "hello", samples=1500)
@@ -136,7 +136,7 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         [logits] = yield [Ask(0, step.views[0].ids())]
         law = step.views[0].law(logits[0])
         at = int(np.argmax(law.logprobs))
-        return Choice(int(law.ids[at]), 0, float(law.logprobs[at]))
+        return [Choice(int(law.ids[at]), 0, float(law.logprobs[at]))]
 
     monkeypatch.setattr(mixlm.decoding, "greedy", first_member_only)
     assert not check(ensemble(3, "token"), "hello", samples=100).equal

@@ -156,7 +156,7 @@ def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Se
 
 def driven(strategy: Strategy, writing: Writing, weights: np.ndarray, noise: Any) -> tuple[Any, list[list[Any]]]:
     """Drive a strategy by hand. Returns its choice and the requests it made, round by round."""
-    flow = strategy(Step(weights, noise, writing.views))
+    flow = strategy(Step(weights, noise, writing.views, lambda symbol: None))
     rounds = []
     try:
         requests = next(flow)
@@ -164,7 +164,8 @@ def driven(strategy: Strategy, writing: Writing, weights: np.ndarray, noise: Any
             rounds.append(requests)
             requests = flow.send(writing.answer(requests))
     except StopIteration as done:
-        return done.value, rounds
+        [choice] = done.value
+        return choice, rounds
 
 
 def assert_same_law(found: Law, expected: Law, tolerance: float = 1e-12) -> None:

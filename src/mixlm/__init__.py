@@ -8,8 +8,9 @@ from mixlm.errors import MixlmError
 from mixlm.records import Completion, Message, Sampling, Token, Usage
 
 if TYPE_CHECKING:
-    from mixlm.ensemble import Chat, Ensemble, Stream
+    from mixlm.ensemble import Chat, Ensemble
     from mixlm.loading import load
+    from mixlm.replies import Stream
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"Chat": "ensemble", "Ensemble": "ensemble", "Stream": "ensemble", "load": "loading"}
+_LAZY = {"Chat": "ensemble", "Ensemble": "ensemble", "Stream": "replies", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,7 @@
-"""An ensemble: members, weights and a unit; and the loop that writes a text with them.
-
-until an end:  weights ← route(state);  choice ← strategy(state, weights, noise);  state ← choice;  emit its text
-"""
+"""An ensemble: members, weights and a unit; what a prompt is to each member; conversations."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
@@ -14,30 +10,20 @@ import numpy as np
 
 from mixlm.config import UNITS, UnitName
 from mixlm.decoding import strategy
-from mixlm.decoding.base import Choice, Member, Step, Strategy, Writing, run
+from mixlm.decoding.base import Member
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
 from mixlm.mixing import checked_weights
-from mixlm.noise import Noise
-from mixlm.records import ROLES, Completion, FinishReason, MemberUsage, Message, Token, Usage
-from mixlm.routing import Context, Fixed, Router
-from mixlm.sampling import Floats, Ids
+from mixlm.records import ROLES, Completion, Message, Token
+from mixlm.replies import Prompts, Stream, Writer
+from mixlm.routing import Fixed, Router
 from mixlm.settings import Options, Settings
-from mixlm.text import TextStream
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
-
-    ids: tuple[Ids, ...]
-    text: bytes
 
 
 @dataclass(frozen=True)
@@ -129,127 +115,8 @@ class Ensemble:
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         chosen = strategy(settings, self.weights, [one.sampling for one in self.members])
-        return Writer(self, settings, members, chosen, sessions or [one.engine.session() for one in self.members])
-
-
-@dataclass
-class Writer:
-    """An ensemble set up for one kind of reply."""
-
-    ensemble: Ensemble
-    settings: Settings
-    members: Sequence[Member]
-    strategy: Strategy
-    sessions: Sequence[Session]
-
-    def begin(self, prompts: Prompts) -> Writing:
-        """Begin a sequence behind the members' prompts."""
-        route = self.ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
-        return Writing(self.members, self.ensemble.unit, prompts.ids, self.sessions, route)
-
-    def choose(self, writing: Writing, noise: Noise) -> Choice:
-        """Find the next symbol of a sequence; its state is not changed."""
-        weights = writing.route(writing.state)
-        return run(self.strategy(Step(weights, noise, writing.views)), writing.answer)
-
-    def stream(self, prompts: Prompts) -> Stream:
-        """Begin a reply."""
-        return Stream(self, prompts)
-
-
-def bits_per_byte(sessions: Sequence[Session], prompts: Prompts) -> Floats:
-    """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
-    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
-    return np.array(bits) / max(len(prompts.text), 1)
-
-
-class Stream(Iterator[Token]):
-    """A reply while it is written. After the last token, `completion` holds the whole of it."""
-
-    def __init__(self, writer: Writer, prompts: Prompts) -> None:
-        self._writer = writer
-        self._prompts = prompts
-        self._tokens: list[Token] = []
-        self._finish_reason: FinishReason = "length"
-        self._start = self._first = self._end = time.perf_counter()
-        self._before = [(len(s.work.log), s.work.tokens, s.work.seconds) for s in writer.sessions]
-        self._iterator = self._write()
-
-    def __next__(self) -> Token:
-        token = next(self._iterator)
-        self._tokens.append(token)
-        return token
-
-    def finish(self) -> Completion:
-        """Write the rest and return the whole reply."""
-        for _ in self:
-            pass
-        return self.completion
-
-    @property
-    def completion(self) -> Completion:
-        """The reply so far; the whole of it once the iteration has ended."""
-        text = "".join(one.text for one in self._tokens)
-        return Completion(text, tuple(self._tokens), self._finish_reason, self._writer.settings.seed, self._usage())
-
-    def _write(self) -> Iterator[Token]:
-        writer, settings = self._writer, self._writer.settings
-        unit = writer.ensemble.unit
-        writing = writer.begin(self._prompts)
-        stops = () if settings.raw else {stop for one in writer.members for stop in one.engine.stops}
-        text = TextStream([*settings.stop, *stops])
-        room = _Room(writer.members, self._prompts.ids)
-        for position in range(settings.max_tokens):
-            if room.full(writing):
-                break
-            choice = writer.choose(writing, Noise(settings.seed, settings.sequence, position))
-            self._end = time.perf_counter()
-            if position == 0:
-                self._first = self._end
-            if choice.symbol == unit.end:
-                self._finish_reason = "stop"
-                break
-            writing.state.append(choice.symbol)
-            data = unit.data(choice.symbol)
-            room.written += len(data)
-            yield from text.push(Token("", data, writer.members[choice.member].name, choice.logprob))
-            if text.stopped:
-                self._finish_reason = "stop"
-                return
-        yield from text.flush()
-
-    def _usage(self) -> Usage:
-        members = {}
-        for one, prompt, session, before in zip(
-            self._writer.members, self._prompts.ids, self._writer.sessions, self._before, strict=True
-        ):
-            work = session.work
-            members[one.name] = MemberUsage(
-                prompt_tokens=len(prompt),
-                tokens=sum(token.member == one.name for token in self._tokens),
-                forwards=len(work.log) - before[0],
-                forward_tokens=work.tokens - before[1],
-                forward_seconds=work.seconds - before[2],
-            )
-        size = sum(len(token.data) for token in self._tokens)
-        seconds, first = self._end - self._start, self._first - self._start
-        return Usage(len(self._tokens), size, seconds, first, members)
-
-
-class _Room:
-    """Whether every member's context can take one more token. A reply ends where the first of them is full."""
-
-    def __init__(self, members: Sequence[Member], prompts: Sequence[Ids]) -> None:
-        self._left = [one.engine.context_length - len(prompt) for one, prompt in zip(members, prompts, strict=True)]
-        self._limits = [one.engine.context_length for one in members]
-        self.written = 0
-
-    def full(self, writing: Writing) -> bool:
-        """Count tokens only when the bytes written, which are never fewer, might not fit."""
-        return any(
-            self.written >= left and len(writing.state.ids(i)) > limit
-            for i, (left, limit) in enumerate(zip(self._left, self._limits, strict=True))
-        )
+        sessions = sessions or [one.engine.session() for one in self.members]
+        return Writer(self.unit, self.router, settings, members, chosen, sessions)
 
 
 class Chat:

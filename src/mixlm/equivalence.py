@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from mixlm.config import Method
 from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble, Prompt, Prompts, Writer, bits_per_byte
+from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError
 from mixlm.noise import Noise
+from mixlm.replies import Prompts, Writer, bits_per_byte
 from mixlm.routing import Context
 from mixlm.sampling import Floats, History, Ids, Logits, dense
 from mixlm.settings import Options, Settings
@@ -116,16 +117,17 @@ def check(
 def _draw(writer: Writer, prompts: Prompts, samples: int, label: str, progress: Progress | None) -> list[Outcome]:
     """Draw the first two symbols of `samples` replies, or one where a reply ends at once."""
     out: list[Outcome] = []
-    end = writer.ensemble.unit.end
+    end = writer.unit.end
     for number in range(samples):
         writing = writer.begin(prompts)
         noise = Noise(writer.settings.seed, number)
-        first = writer.choose(writing, noise).symbol
-        if first == end:
-            out.append((first,))
-        else:
-            writing.state.append(first)
-            out.append((first, writer.choose(writing, noise.at(1)).symbol))
+        found: list[int] = []
+        while len(found) < 2 and end not in found:
+            for choice in writer.choose(writing, noise.at(len(found)), 2 - len(found)):
+                found.append(choice.symbol)
+                if choice.symbol != end:
+                    writing.append(choice)
+        out.append(tuple(found))
         if progress is not None:
             progress(label, number + 1, samples)
     return out

@@ -221,9 +221,6 @@ class _Given:
     def tail(self, length: int) -> bytes:
         return self._text[max(len(self._text) - length, 0) :]
 
-    def append(self, symbol: int) -> None:
-        raise UnsupportedError("a given text does not grow")
-
     def ids(self, member: int) -> Ids:
         raise UnsupportedError("this router reads the members' tokens, which scores do not hold")
 

@@ -147,8 +147,8 @@ def test_the_unexpected(
 
 
 def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.ensemble import Stream
     from mixlm.records import Token
+    from mixlm.replies import Stream
 
     plain, seen = Stream.__next__, list[Token]()
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from small_tasks import QUESTIONS, toys
 
-from mixlm.ensemble import Ensemble, Stream
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
 from mixlm.evaluation.log import AnswerLog
+from mixlm.replies import Stream
 from mixlm.routing import ByPrompt
 
 METHODS = ("mixture", "conventional", "single")

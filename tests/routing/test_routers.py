@@ -85,9 +85,9 @@ def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch:
     plain = mixlm.decoding.mixture
 
     def noting(step: Step) -> Flow:
-        choice = yield from plain(step)
+        [choice] = yield from plain(step)
         router.last = choice.member
-        return choice
+        return [choice]
 
     monkeypatch.setattr(mixlm.decoding, "mixture", noting)
     options = {"temperature": 1.0, "top_k": 0}

@@ -66,6 +66,26 @@ def test_what_a_member_reads_depends_on_the_text_alone():
             assert state.ids(member)[1:].tolist() == LongestMatch(VOCABULARIES[member]).encode(text).ids
 
 
+def test_a_text_that_was_cut_back_is_read_as_if_it_had_never_been_longer():
+    those = unit(*VOCABULARIES)
+    rng = np.random.default_rng(1)
+    usable = [symbol for symbol in range(those.end) if those.data(symbol)]
+    state, written = those.begin([np.array([99])] * len(VOCABULARIES)), []
+    for _ in range(400):
+        if written and rng.random() < 0.4:
+            count = int(rng.integers(0, min(len(written), 5) + 1))
+            state.cut(count)
+            written = written[: len(written) - count]
+        else:
+            written.append(int(rng.choice(usable)))
+            state.append(written[-1])
+        if rng.random() < 0.5:
+            member = int(rng.integers(len(VOCABULARIES)))
+            text = b"".join(those.data(symbol) for symbol in written)
+            assert state.ids(member)[1:].tolist() == LongestMatch(VOCABULARIES[member]).encode(text).ids
+            assert state.tail(7) == text[-7:]
+
+
 class Counting(LongestMatch):
     calls = 0
 

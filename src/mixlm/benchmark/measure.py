@@ -105,19 +105,22 @@ def _measure(ensemble: Ensemble, method: Method, prompt: str, options: dict[str,
     writer = ensemble.writer(settings, sessions)
     start = time.perf_counter()
     writing = writer.begin(prompts)
-    symbol = writer.choose(writing, Noise(settings.seed, settings.sequence, 0)).symbol
+    [choice] = writer.choose(writing, Noise(settings.seed, settings.sequence, 0))
     first = time.perf_counter() - start
     for i, session in enumerate(sessions):
         session.logits(writing.state.ids(i))
-    writing.state.append(symbol)
+    writing.append(choice)
     before = [len(one.work.log) for one in sessions]
     size, outside = 0, []
     begin = step = time.perf_counter()
-    for position in range(1, tokens + 1):
+    position = 1
+    while position <= tokens:
         seen = [len(one.work.log) for one in sessions]
-        symbol = writer.choose(writing, Noise(settings.seed, settings.sequence, position)).symbol
-        writing.state.append(symbol)
-        size += len(ensemble.unit.data(symbol))
+        noise = Noise(settings.seed, settings.sequence, position)
+        for choice in writer.choose(writing, noise, tokens + 1 - position):
+            writing.append(choice)
+            size += len(ensemble.unit.data(choice.symbol))
+            position += 1
         now = time.perf_counter()
         inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.work.log[n:])
         outside.append(now - step - inside)

@@ -1,7 +1,8 @@
 """What strategies are made of: one position of one sequence, and the driver that carries their questions to engines.
 
 A strategy is a generator without input or output of its own: it yields questions for members, is sent the replies, and
-returns what was chosen. Whatever drives it (one sequence, many, a server, a test with numbers) runs the same code.
+returns what was chosen: one symbol, or several where it can tell more at once. Whatever drives it (one sequence, many,
+a server, a test with numbers) runs the same code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Choice(NamedTuple):
     logprob: float
 
 
-Flow = Generator[list[Request], list[Reply], Choice]
+Flow = Generator[list[Request], list[Reply], list[Choice]]
 
 
 class Member:
@@ -71,16 +72,22 @@ class View:
 
     def law(self, logits: Logits) -> Candidates:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
+        return self.law_here()(logits)
+
+    def law_here(self) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
         if not self._member.transform.sampling.penalises:
-            return self._member.law(logits)
+            return self._member.law
         ids, prompt = self.ids(), self._state.prompt_length(self._index)
-        return self._member.law(logits, History.of(ids[:prompt], ids[prompt:]))
+        history = History.of(ids[:prompt], ids[prompt:])
+        return lambda logits: self._member.law(logits, history)
 
     def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
+        law = self.law_here()
 
         def choose(logits: Logits) -> Drawn:
-            symbols, logprobs = self.law(logits)
+            symbols, logprobs = law(logits)
             at = noise.draw(symbols, logprobs)
             return Drawn(int(symbols[at]), float(logprobs[at]))
 
@@ -89,11 +96,16 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1."""
+    """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
+
+    push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    """
 
     weights: Floats
     noise: Noise
     views: Sequence[View]
+    push: Callable[[int], Step | None]
 
 
 Strategy = Callable[[Step], Flow]
@@ -116,6 +128,39 @@ class Writing:
         self.state = unit.begin(prompts)
         self._threads: ThreadPoolExecutor | None = None
         self.views = [View(member, i, self.state) for i, member in enumerate(members)]
+        self._end = unit.end
+        self._room = _Room(members, prompts)
+        self._unit = unit
+
+    @property
+    def full(self) -> bool:
+        """Whether some member's context has no room for another token: the reply ends here, whoever is drawn."""
+        return self._room.full(self.state)
+
+    def append(self, choice: Choice) -> None:
+        """Add a chosen symbol that is not end-of-text."""
+        self.state.append(choice.symbol)
+        self._room.written += len(self._unit.data(choice.symbol))
+
+    def choose(self, strategy: Strategy, noise: Noise, most: int = 1) -> Flow:
+        """Let a strategy choose what follows, 1 to `most` symbols. The state is as before when it is done."""
+        pushed: list[int] = []
+
+        def step(at: Noise) -> Step:
+            return Step(self.route(self.state), at, self.views, partial(push, at))
+
+        def push(at: Noise, symbol: int) -> Step | None:
+            if symbol == self._end or len(pushed) + 1 >= most:
+                return None
+            pushed.append(symbol)
+            self.append(Choice(symbol, 0, 0.0))
+            return None if self.full else step(at.at(at.position + 1))
+
+        try:
+            return (yield from strategy(step(noise)))
+        finally:
+            self.state.cut(len(pushed))
+            self._room.written -= sum(len(self._unit.data(one)) for one in pushed)
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         """Hand each engine all that is asked of it in one call; return the replies in the order of the requests.
@@ -144,12 +189,28 @@ class Writing:
         return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
 
 
-def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> Choice:
+class _Room:
+    """Whether every member's context can take one more token. A reply ends where the first of them is full."""
+
+    def __init__(self, members: Sequence[Member], prompts: Sequence[Ids]) -> None:
+        self._limits = [one.engine.context_length for one in members]
+        self._left = [limit - len(prompt) for limit, prompt in zip(self._limits, prompts, strict=True)]
+        self.written = 0
+
+    def full(self, state: State) -> bool:
+        """Count tokens only when the bytes written, which are never fewer, might not fit."""
+        return any(
+            self.written >= left and len(state.ids(i)) > limit
+            for i, (left, limit) in enumerate(zip(self._left, self._limits, strict=True))
+        )
+
+
+def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> list[Choice]:
     """Carry a strategy's questions to `answer` and back until it has chosen."""
     try:
         requests = next(flow)
         while True:
             requests = flow.send(answer(requests))
     except StopIteration as done:
-        choice: Choice = done.value
-        return choice
+        choices: list[Choice] = done.value
+        return choices

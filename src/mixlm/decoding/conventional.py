@@ -41,4 +41,4 @@ def _averaged(step: Step, after: Transform | None) -> Flow:
     at = step.noise.draw(law.ids, law.logprobs)
     symbol = int(law.ids[at])
     author = asked[int(np.argmax(responsibilities(symbol, parts)))]
-    return Choice(symbol, author, float(law.logprobs[at]))
+    return [Choice(symbol, author, float(law.logprobs[at]))]

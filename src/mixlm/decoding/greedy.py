@@ -31,7 +31,7 @@ def greedy(step: Step) -> Flow:
         if len(parts) == len(order) or _lead(law, best) > left + 1e-9:
             symbol = int(law.ids[best])
             author = order[int(np.argmax(responsibilities(symbol, parts)))]
-            return Choice(symbol, author, float(law.logprobs[best]))
+            return [Choice(symbol, author, float(law.logprobs[best]))]
 
 
 def greedy_alone(member: int) -> Strategy:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble, Prompts
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
 from mixlm.evaluation.likelihood import Likelihood, context_ids
 from mixlm.evaluation.log import AnswerLog
 from mixlm.records import Completion, Message
+from mixlm.replies import Prompts
 from mixlm.settings import Options
 
 try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mixlm.sampling import Floats
-from mixlm.vocab.units import State
+from mixlm.vocab.units import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Context:
     read: Callable[[], Floats]
 
 
-Route = Callable[[State], Floats]
+Route = Callable[[Text], Floats]
 
 
 class Router(Protocol):

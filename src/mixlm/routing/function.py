@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from mixlm.mixing import checked_weights
 from mixlm.routing.base import Context, Route
 from mixlm.sampling import Floats
-from mixlm.vocab.units import State
+from mixlm.vocab.units import Text
 
 TAIL = 4096
 
@@ -25,7 +25,7 @@ class ByFunction:
     def begin(self, context: Context) -> Route:
         """Return the function, bound to the prompt."""
 
-        def route(state: State) -> Floats:
+        def route(state: Text) -> Floats:
             return checked_weights(self._function(context.text, state.tail(TAIL)), self._members)
 
         return route

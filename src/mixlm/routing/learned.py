@@ -16,7 +16,7 @@ from mixlm.errors import ConfigError
 from mixlm.routing.base import Context, Route
 from mixlm.routing.features import FEATURES, TAIL, features
 from mixlm.sampling import Floats
-from mixlm.vocab.units import State
+from mixlm.vocab.units import Text
 
 
 class Learned:
@@ -31,7 +31,7 @@ class Learned:
     def begin(self, context: Context) -> Route:
         """Return the gate on the prompt and the text so far."""
 
-        def route(state: State) -> Floats:
+        def route(state: Text) -> Floats:
             text = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
             weights: Floats = self.weights(text, np.array([len(text)]))[0]
             return weights

@@ -35,24 +35,39 @@ class Encoder(Protocol):
         ...
 
 
+class _Settled(NamedTuple):
+    """A stable boundary: bytes and ids before it, and the length of the text that showed it to be stable."""
+
+    bytes: int
+    ids: int
+    seen: int
+
+
 class Growing:
-    """The canonical encoding of one growing text for one member."""
+    """The canonical encoding of one text for one member; the text grows, and may be cut back."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._settled = 0
-        self._tail: list[int] = []
+        self._settled = [_Settled(0, 0, 0)]
+        self._ids = 0
 
     def extend(self, data: bytes | bytearray) -> tuple[int, list[int]]:
         """Read the whole text so far. Returns how many ids at the end of the last call fall, and those that follow.
 
         Only the part behind the last stable boundary is read.
         """
-        fallen = len(self._tail)
-        result = self._encoder.encode(bytes(data[self._settled :]))
-        self._settled += result.stable_bytes
-        self._tail = result.ids[result.stable_ids :]
+        last = self._settled[-1]
+        fallen = self._ids - last.ids
+        result = self._encoder.encode(bytes(data[last.bytes :]))
+        self._ids = last.ids + len(result.ids)
+        if result.stable_bytes:
+            self._settled.append(_Settled(last.bytes + result.stable_bytes, last.ids + result.stable_ids, len(data)))
         return fallen, result.ids
+
+    def cut(self, length: int) -> None:
+        """Forget boundaries that only text behind the first `length` bytes has shown to be stable."""
+        while self._settled[-1].seen > length:
+            self._settled.pop()
 
 
 def utf8_runs(data: bytes) -> tuple[list[tuple[str | None, bytes]], bytes]:

@@ -53,6 +53,7 @@ class PieceState:
     def __init__(self, unit: PieceUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
         self._unit = unit
         self._text = bytearray()
+        self._lengths: list[int] = []
         self._prompts = [prompt.size for prompt in prompts]
         self._buffers = [TokenBuffer(prompt) for prompt in prompts]
         self._growing = [Growing(one) for one in encoders]
@@ -60,11 +61,23 @@ class PieceState:
 
     def append(self, symbol: int) -> None:
         """Add a symbol's bytes to the text."""
+        self._lengths.append(len(self._text))
         self._text += self._unit.data(symbol)
+
+    def cut(self, count: int) -> None:
+        """Take back the last `count` symbols. What members read is brought up to date when they are asked."""
+        if count == 0:
+            return
+        length = self._lengths[-count]
+        del self._lengths[-count:], self._text[length:]
+        for member, growing in enumerate(self._growing):
+            growing.cut(length)
+            if self._read[member] > length:
+                self._read[member] = -1  # never the length of a text, so the next question reads it again
 
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and its canonical tokens of the text."""
-        if self._read[member] < len(self._text):
+        if self._read[member] != len(self._text):
             self._buffers[member].rewrite(*self._growing[member].extend(self._text))
             self._read[member] = len(self._text)
         return self._buffers[member].ids

@@ -72,6 +72,11 @@ class TokenState:
         for buffer in self._buffers:
             buffer.rewrite(0, [symbol])
 
+    def cut(self, count: int) -> None:
+        """Take back the last `count` ids."""
+        for buffer in self._buffers:
+            buffer.rewrite(count, [])
+
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and the shared ids."""
         return self._buffers[member].ids

@@ -15,15 +15,11 @@ import numpy.typing as npt
 from mixlm.sampling import Ids
 
 
-class State(Protocol):
-    """What has been written so far, as every member reads it."""
-
-    def append(self, symbol: int) -> None:
-        """Add a symbol that is not end-of-text."""
-        ...
+class Text(Protocol):
+    """What has been written so far, as it can be looked at."""
 
     def ids(self, member: int) -> Ids:
-        """Return the member's prompt and its tokens for the text: int64 (n,), valid until the state grows."""
+        """Return the member's prompt and its tokens for the text: int64 (n,), valid until the state changes."""
         ...
 
     def prompt_length(self, member: int) -> int:
@@ -32,6 +28,18 @@ class State(Protocol):
 
     def tail(self, length: int) -> bytes:
         """Return at most the last `length` bytes of the text."""
+        ...
+
+
+class State(Text, Protocol):
+    """What has been written so far, as every member reads it."""
+
+    def append(self, symbol: int) -> None:
+        """Add a symbol that is not end-of-text."""
+        ...
+
+    def cut(self, count: int) -> None:
+        """Take back the last `count` symbols."""
         ...
 
 

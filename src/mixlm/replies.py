@@ -1,0 +1,171 @@
+"""The loop that writes a reply.
+
+until an end:  weights ← route(state);  choices ← strategy(state, weights, noise);  state ← choices;  emit their text
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixlm.decoding.base import Choice, Member, Strategy, Writing, run
+from mixlm.engines.base import Reply, Request, Session
+from mixlm.noise import Noise
+from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
+from mixlm.routing import Context, Router
+from mixlm.sampling import Floats, Ids
+from mixlm.settings import Settings
+from mixlm.text import TextStream
+from mixlm.vocab.units import Unit
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
+
+    ids: tuple[Ids, ...]
+    text: bytes
+
+
+@dataclass
+class Writer:
+    """An ensemble set up for one kind of reply, and a session for each member."""
+
+    unit: Unit
+    router: Router
+    settings: Settings
+    members: Sequence[Member]
+    strategy: Strategy
+    sessions: Sequence[Session]
+
+    def begin(self, prompts: Prompts) -> Writing:
+        """Begin a sequence behind the members' prompts."""
+        route = self.router.begin(Context(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
+        return Writing(self.members, self.unit, prompts.ids, self.sessions, route)
+
+    def choose(self, writing: Writing, noise: Noise, most: int = 1) -> list[Choice]:
+        """Find what follows in a sequence, 1 to `most` symbols; its state is not changed."""
+        return run(writing.choose(self.strategy, noise, most), writing.answer)
+
+    def stream(self, prompts: Prompts) -> Stream:
+        """Begin a reply."""
+        return Stream(self, prompts)
+
+
+def bits_per_byte(sessions: Sequence[Session], prompts: Prompts) -> Floats:
+    """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
+    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
+    return np.array(bits) / max(len(prompts.text), 1)
+
+
+class Stream(Iterator[Token]):
+    """A reply while it is written. After the last token, `completion` holds the whole of it.
+
+    Iterating over it asks its members' engines itself. What writes many replies at once takes the `questions` of each
+    in their place, and hands the answers to `resume`; the tokens written since are then `ready`.
+    """
+
+    def __init__(self, writer: Writer, prompts: Prompts) -> None:
+        self.sessions = writer.sessions
+        self.members = writer.members
+        self.ready: deque[Token] = deque()
+        self._writer = writer
+        self._prompts = prompts
+        self._tokens: list[Token] = []
+        self._finish_reason: FinishReason = "length"
+        self._start = self._first = self._end = time.perf_counter()
+        self._before = [(len(s.work.log), s.work.tokens, s.work.seconds) for s in writer.sessions]
+        self._writing: Writing | None = None
+        self._flow = self._write()
+        self._questions: list[Request] | None = None
+        self.finished = False
+
+    def __next__(self) -> Token:
+        while not self.ready:
+            questions = self.questions()
+            if self._writing is None or self.finished:
+                raise StopIteration
+            self.resume(self._writing.answer(questions))
+        return self.ready.popleft()
+
+    def questions(self) -> list[Request]:
+        """Return what the reply waits for. Empty when it is finished."""
+        if self._questions is None and not self.finished:
+            self._advance(None)
+        return self._questions or []
+
+    def resume(self, replies: list[Reply]) -> None:
+        """Go on with the answers to `questions`, in their order."""
+        self._advance(replies)
+
+    def finish(self) -> Completion:
+        """Write the rest and return the whole reply."""
+        for _ in self:
+            pass
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """The reply so far; the whole of it once it is finished."""
+        text = "".join(one.text for one in self._tokens)
+        return Completion(text, tuple(self._tokens), self._finish_reason, self._writer.settings.seed, self._usage())
+
+    def _advance(self, replies: list[Reply] | None) -> None:
+        # Whatever is raised in here ends the reply as far as it was written.
+        self._questions, self.finished = None, True
+        try:
+            self._questions = next(self._flow) if replies is None else self._flow.send(replies)
+        except StopIteration:
+            return
+        self.finished = False
+
+    def _write(self) -> Generator[list[Request], list[Reply], None]:
+        writer, settings = self._writer, self._writer.settings
+        writing = self._writing = writer.begin(self._prompts)
+        stops = () if settings.raw else {stop for one in writer.members for stop in one.engine.stops}
+        text = TextStream([*settings.stop, *stops])
+        position = 0
+        while position < settings.max_tokens and not writing.full:
+            noise = Noise(settings.seed, settings.sequence, position)
+            choices = yield from writing.choose(writer.strategy, noise, settings.max_tokens - position)
+            self._end = time.perf_counter()
+            if position == 0:
+                self._first = self._end
+            for choice in choices:
+                if choice.symbol == writer.unit.end:
+                    self._finish_reason = "stop"
+                    self._emit(text.flush())
+                    return
+                writing.append(choice)
+                data = writer.unit.data(choice.symbol)
+                self._emit(text.push(Token("", data, writer.members[choice.member].name, choice.logprob)))
+                if text.stopped:
+                    self._finish_reason = "stop"
+                    return
+            position += len(choices)
+        self._emit(text.flush())
+
+    def _emit(self, tokens: Sequence[Token]) -> None:
+        self._tokens += tokens
+        self.ready += tokens
+
+    def _usage(self) -> Usage:
+        members = {}
+        for one, prompt, session, before in zip(
+            self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True
+        ):
+            work = session.work
+            members[one.name] = MemberUsage(
+                prompt_tokens=len(prompt),
+                tokens=sum(token.member == one.name for token in self._tokens),
+                forwards=len(work.log) - before[0],
+                forward_tokens=work.tokens - before[1],
+                forward_seconds=work.seconds - before[2],
+            )
+        size = sum(len(token.data) for token in self._tokens)
+        seconds, first = self._end - self._start, self._first - self._start
+        return Usage(len(self._tokens), size, seconds, first, members)

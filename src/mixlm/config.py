@@ -1,6 +1,6 @@
 """The ensemble file: TOML to one frozen tree. Unknown keys are refused, with the nearest known one as a hint.
 
-method = "mixture"              # or conventional, greedy, single
+method = "mixture"              # or conventional, greedy, single, speculative, auto
 unit = "auto"                   # or token, piece
 [sampling]                      # for every member
 top_k = 10
@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.records import Sampling
 
-Method = Literal["mixture", "conventional", "greedy", "single"]
+Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RouterKind = Literal["fixed", "prompt", "learned"]
-METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single")
+METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 

@@ -9,8 +9,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.decoding import strategy
+from mixlm.decoding import Parts, Tally, strategy
 from mixlm.decoding.base import Member
+from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
@@ -114,9 +115,12 @@ class Ensemble:
             Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
-        chosen = strategy(settings, self.weights, [one.sampling for one in self.members])
-        sessions = sessions or [one.engine.session() for one in self.members]
-        return Writer(self.unit, self.router, settings, members, chosen, sessions)
+        drawn = sessions or [one.engine.session() for one in self.members]
+        sizes = [one.engine.weights_bytes for one in self.members]
+        costs = Costs(lambda: [one.work.log for one in drawn], sizes)
+        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs)
+        tally = Tally()
+        return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
 
 
 class Chat:

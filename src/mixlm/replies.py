@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixlm.decoding.base import Choice, Member, Strategy, Writing, run
+from mixlm.decoding.drafts import Tally
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.noise import Noise
 from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
@@ -41,6 +42,7 @@ class Writer:
     members: Sequence[Member]
     strategy: Strategy
     sessions: Sequence[Session]
+    tally: Tally
 
     def begin(self, prompts: Prompts) -> Writing:
         """Begin a sequence behind the members' prompts."""
@@ -168,4 +170,5 @@ class Stream(Iterator[Token]):
             )
         size = sum(len(token.data) for token in self._tokens)
         seconds, first = self._end - self._start, self._first - self._start
-        return Usage(len(self._tokens), size, seconds, first, members)
+        tally = self._writer.tally
+        return Usage(len(self._tokens), size, seconds, first, members, tally.checked, tally.accepted, tally.chosen)

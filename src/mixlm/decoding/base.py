@@ -70,6 +70,10 @@ class View:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)
 
+    def symbol(self, token: int) -> int:
+        """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
+        return int(self._member.symbols[token])
+
     def law(self, logits: Logits) -> Candidates:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)

@@ -15,7 +15,7 @@ from mixlm.decoding.base import Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
+from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean
 from mixlm.mixing import checked_weights
 from mixlm.records import ROLES, Completion, Message, Token
 from mixlm.replies import Prompts, Stream, Writer
@@ -104,15 +104,27 @@ class Ensemble:
         The reply to prompt i is the one that `generate` gives with sequence=i, whatever is written at the same time.
         A reply that fails has an `error`, and the text so far; the others go on.
         """
+        return self.numbered_replies(enumerate(prompts), at_once=at_once, **options)
+
+    def numbered_replies(
+        self, prompts: Iterable[tuple[int, Prompt]], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Stream]]:
+        """Reply to prompts that have numbers of their own: `replies`, for going on where it stopped."""
         if at_once < 1:
             raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
         settings = self.settings(**options)
         scheduler, numbers = Scheduler(at_once), {}
-        left = enumerate(prompts)
+        left = iter(prompts)
         while True:
             for at, prompt in islice(left, scheduler.room):
-                one = settings.with_turn(at)
-                stream = self.writer(one).stream(self.prompts(prompt, one))
+                writer = self.writer(settings.with_turn(at))
+                try:
+                    stream = writer.stream(self.prompts(prompt, settings))
+                except MixlmError as error:
+                    stream = writer.stream(Prompts(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
+                    stream.fail(error)
+                    yield at, stream
+                    continue
                 numbers[stream] = at
                 scheduler.add(stream)
             if scheduler.idle:

@@ -91,6 +91,8 @@ def _likelihood(scores: Scores) -> tuple[Floats, Floats]:
     impossible = np.flatnonzero(~np.isfinite(top))
     if impossible.size:
         at = impossible[0]
+        if scores.starts[at] == scores.ends[at]:
+            raise ConfigError("no member can end an answer where one ends", "leave ends out: --no-ends, or ends=False")
         shown = scores.text[scores.starts[at] : scores.ends[at]].decode(errors="replace")
         raise ConfigError(f"no member can write {shown!r}, so no weights make the text likely", "leave it out")
     return np.exp(scores.logprobs - top[:, None]), top

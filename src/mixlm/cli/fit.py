@@ -51,6 +51,14 @@ def fit(
     bootstrap: Annotated[
         int, Option("--bootstrap", metavar="N", help="Refits for the weights' intervals; 0 for none.")
     ] = 200,
+    ends: Annotated[
+        bool | None,
+        Option(
+            "--ends/--no-ends",
+            help="Score the end of each answer too. Default: where no member relies on stop strings.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the texts anew, and keep no scores.")] = False,
 ) -> int:

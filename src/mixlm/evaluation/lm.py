@@ -14,7 +14,7 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, Prompts
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
-from mixlm.evaluation.likelihood import Likelihood, context_ids
+from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
 from mixlm.records import Completion, Message
 from mixlm.settings import Options
@@ -137,7 +137,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 messages, self.ensemble.settings(**cast(Options, options | {"system": None}))
             )
             if context.text:
-                prompts = self._begun(prompts, Context(context.text, messages))
+                prompts = self._begun(Context(context.text, messages))
         # A cache is shared by equal prompts only: a forward's rounding depends on what was cached before, and a text
         # should not depend on the requests before it.
         if self._sessions is None or self._sessions[0] != packed:
@@ -147,7 +147,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             session.work.log.clear()
         return completion
 
-    def _begun(self, prompts: Prompts, context: Context) -> Prompts:
+    def _begun(self, context: Context) -> Prompts:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
         ids = tuple(context_ids(one.engine, context) for one in self.ensemble.members)
         for one, mine in zip(self.ensemble.members, ids, strict=True):
@@ -155,7 +155,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 raise PromptTooLongError(
                     f"the prompt has {len(mine)} tokens for {one.name}, whose context holds {one.engine.context_length}"
                 )
-        return Prompts(ids, prompts.text + b"\n" + context.text.encode(errors="replace"))
+        return Prompts(ids, context_text(context))
 
     def _score(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         context = unpack(arguments[0])

@@ -178,6 +178,25 @@ def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
     return scores.part(np.arange(cut)), scores.part(np.arange(cut, len(scores.ends)))
 
 
+def prompted(scores: Scores, size: int) -> Scores:
+    """Return scores in which the first bytes of every passage without a prompt are its prompt, and no longer scored.
+
+    size: how many bytes, at most half of a passage, up to the last place where members meet. What a member scored there
+    is how well it predicted the prompt. A passage that begins with a longer segment stays as it is.
+    """
+    kept = np.ones(len(scores.ends), dtype=np.bool_)
+    prompts = scores.prompts.copy()
+    for rows in _by_passage(scores):
+        begin, end = int(scores.begins[rows[0]]), int(scores.ends[rows].max())
+        inside = rows[scores.ends[rows] - begin <= min(size, (end - begin) // 2)]
+        if int(scores.starts[rows].min()) > begin or not inside.size:
+            continue
+        kept[inside] = False
+        read = int(scores.ends[inside].max()) - begin
+        prompts[rows] = -scores.logprobs[inside].sum(axis=0) / np.log(2) / read
+    return replace(scores, prompts=prompts).part(kept)
+
+
 def context_features(scores: Scores) -> Floats:
     """Return the features of the text before each segment, within its passage: float64 (segments, FEATURES)."""
     out = np.empty((len(scores.ends), FEATURES))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, Option
 
+from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, print_json, progress_bars
 from mixlm.cli.inputs import check_writable, identities, read_pairs, read_texts, refuse_reply_options
 from mixlm.cli.loading import open_ensemble
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.heldout import Study
     from mixlm.scored import Scores
+    from mixlm.settings import Options
 
 
 @with_shared
@@ -51,6 +54,15 @@ def fit(
     bootstrap: Annotated[
         int, Option("--bootstrap", metavar="N", help="Refits for the weights' intervals; 0 for none.")
     ] = 200,
+    prompt_bytes: Annotated[
+        int,
+        Option(
+            "--prompt-bytes",
+            metavar="N",
+            help="Take the first N bytes of each passage of a text as its prompt, to compare weights by prompt too.",
+            show_default=False,
+        ),
+    ] = 0,
     ends: Annotated[
         bool | None,
         Option(
@@ -59,39 +71,74 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    accuracy: Annotated[
+        str | None,
+        accuracy_option(
+            "--accuracy", "TASK", "Measure accuracy on a task with these weights too; with --grid, at every point."
+        ),
+    ] = None,
+    limit: Annotated[int | None, accuracy_option("--limit", "N", "Only the first N questions of the task.")] = None,
+    seeds: Annotated[
+        int | None, accuracy_option("--seeds", "N", "Runs of each way, where texts are written. Default: 1.")
+    ] = None,
+    data: Annotated[
+        Path | None, accuracy_option("--data", "DIR", "A folder with gsm8k.jsonl and the like, in place of the hub.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        accuracy_option("--out", "DIR", "Keep answers here; a run that stopped goes on. Default: fit-results/TASK."),
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the texts anew, and keep no scores.")] = False,
 ) -> int:
     """Fit weights to text: the mixture that makes it most likely.
 
     Every member reads each text once. Weights are fitted by EM on the first part of each, and checked on the rest; what
-    is written are those weights.
+    is written are those weights. With --accuracy, options of replies are those of the task's.
     """
-    refuse_reply_options(shared, "fit", allowed=("method", "system"))
+    asked = AccuracyOptions(accuracy, limit, seeds, data, out)
+    asked.check()
+    refuse_reply_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step)
+    if prompt_bytes < 0:
+        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 takes no prompts")
     check_writable("--output", output)
     check_writable("--router", router)
     texts = read_texts(files)
     pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
-    if shared.system is not None and not pairs:
+    if ends is not None and not pairs:
+        raise UsageError(
+            "--ends and --no-ends are of answers, and there are none", "leave it out, or give a .jsonl file"
+        )
+    if shared.system is not None and not pairs and accuracy is None:
         raise UsageError("--system goes in front of prompts, and there are none", "leave it out, or give a .jsonl file")
+    task = asked.load(shared)
     ensemble = open_ensemble(shared, {})
     from mixlm.heldout import Plan, study
+    from mixlm.scoring import score_answers
 
-    scores = _scored(ensemble, texts, pairs, shared, identities(config, not no_cache))
+    system = {"system": shared.system or None} if shared.system is not None else {}
+    score_pairs = partial(score_answers, settings=ensemble.settings(**cast("Options", system)), ends=ends)
+    scores = _scored(ensemble, texts, pairs, score_pairs, identities(config, not no_cache))
     given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
-    plan = Plan(holdout, bootstrap, step, router is not None, given)
+    plan = Plan(holdout, bootstrap, step, router is not None, given, prompt_bytes)
     with progress_bars() as progress:
         found = study(scores, plan, progress=progress)
+    # Weights are kept before questions are asked: that may take long, and can be taken up again.
     written = _write(found, config, shared, output, router)
     engines = len({id(one.engine) for one in ensemble.members})
+    report = None
+    if task is not None:
+        report = asked.measure(task, ensemble, found, shared, step=step, holdout=holdout)
     if as_json:
-        print_json(found.as_dict(engines))
+        print_json({**found.as_dict(engines), **({} if report is None else {"accuracy": report.as_dict()})})
     else:
         _show(found, engines)
+        if report is not None:
+            report.show()
     for line in written:
         dim(line)
     return 0
@@ -114,20 +161,17 @@ def _scored(
     ensemble: Ensemble,
     texts: dict[str, str],
     pairs: dict[str, list[tuple[str, str]]],
-    shared: Shared,
+    score_pairs: Callable[..., Scores],
     models: Sequence[str] | None,
 ) -> dict[str, Scores]:
-    from mixlm.scoring import score, score_answers
+    from mixlm.scoring import score
 
-    settings = ensemble.settings(**shared.options())
     scores = {}
     for name, text in texts.items():
         try:
             with progress_bars() as progress:
                 if name in pairs:
-                    scores[name] = score_answers(
-                        ensemble, pairs[name], settings=settings, progress=progress, identities=models
-                    )
+                    scores[name] = score_pairs(ensemble, pairs[name], progress=progress, identities=models)
                 else:
                     scores[name] = score(ensemble, text, progress=progress, identities=models)
         except UsageError as error:

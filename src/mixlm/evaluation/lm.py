@@ -7,6 +7,7 @@ harness hands over. So a text does not depend on the order of work, nor on what 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
 from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
+from mixlm.evaluation.readings import as_plain
 from mixlm.records import Completion, Message
 from mixlm.settings import Options
 
@@ -86,6 +88,13 @@ class EnsembleLM(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the natural log-probability of each request's text, read as `mixlm.scoring` does, in passages."""
         return [float(one) for one in self._answers(requests, self._roll)]
+
+    def readings(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
+        """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
+
+        None for a request that is too long for a member.
+        """
+        return cast(list[dict[str, Any] | None], self._answers(requests, self._read))
 
     def _answers(self, requests: Sequence[Any], answer: Callable[[int, tuple[Any, ...]], _Answer]) -> list[Any]:
         """Answer what the log does not know, contexts with a common beginning one after the other."""
@@ -158,14 +167,27 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return Prompts(ids, context_text(context))
 
     def _score(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
-        context = unpack(arguments[0])
-        if context.messages is not None:
-            context = Context(context.text, _with_system(context.messages, self._system()))
         about = {"continuation": arguments[1]}
         try:
-            return list(self._scorer().continuation(context, arguments[1])), about
+            return list(self._scorer().continuation(self._context(arguments), arguments[1])), about
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
+
+    def _read(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+        about = {"continuation": arguments[1]}
+        start = time.perf_counter()
+        try:
+            found = as_plain(self._scorer().read(self._context(arguments), arguments[1]))
+        except PromptTooLongError as error:
+            return None, {**about, "error": error.message}
+        return found and {**found, "seconds": time.perf_counter() - start}, about
+
+    def _context(self, arguments: tuple[Any, ...]) -> Context:
+        """Return the context of a request, with the system text in front of its messages."""
+        context = unpack(arguments[0])
+        if context.messages is None:
+            return context
+        return Context(context.text, _with_system(context.messages, self._system()))
 
     def _roll(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         return self._scorer().text(arguments[0]), {}

@@ -6,27 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from evaluating import ROWS
 
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation.catalog import load_tasks, own_tasks
 from mixlm.evaluation.data import chosen, load
+from mixlm.evaluation.judging import build_requests, judge
 
-ROWS = {
-    "gsm8k": {"question": "What is 2 and 3?", "answer": "2 + 3 = 5\n#### 1,005"},
-    "svamp": {"question": "What is 4 and 4?", "answer": "8.0"},
-    "mmlu": {"subject": "birds", "question": "Which sings?", "choices": ["a stone", "a bird"], "answer": 1},
-    "bbh": {"task": "brackets", "input": "Close: [ {", "target": "} ]"},
-    "arc_challenge": {
-        "question": "Which falls?",
-        "choices": {"text": ["a cloud", "a stone"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-    "arc_easy": {
-        "question": "Which falls?",
-        "choices": {"text": ["a cloud", "a stone"], "label": ["A", "B"]},
-        "answerKey": "A",
-    },
-}
 TARGETS = {"gsm8k": "1005", "svamp": "8", "mmlu": "B", "bbh": "}]", "arc_challenge": "B", "arc_easy": "A"}
 
 
@@ -61,6 +47,19 @@ def test_every_task_of_ours_loads_from_a_folder(folder: Path) -> None:
             next(ROWS[name][k] for k in ("question", "input") if k in ROWS[name])
         )
     assert "A. a stone\nB. a bird" in tasks["mixlm_mmlu"].doc_to_text(tasks["mixlm_mmlu"].test_docs()[0])
+
+
+def test_choices_are_scored_as_they_stand(folder: Path) -> None:
+    for name in ("mmlu", "arc_challenge", "arc_easy"):
+        (task,) = load_tasks([f"mixlm_{name}_choices"], data=folder).values()
+        requests = build_requests(task, 1, None)
+        question = f"Question: {ROWS[name]['question']}\nAnswer:"
+        choices = [" a stone", " a bird"] if name == "mmlu" else [" a cloud", " a stone"]
+        assert [one.args for one in requests] == [(question, one) for one in choices]
+        right = "AB".index(TARGETS[name])
+        for likely in (0, 1):
+            table = judge(task, requests, [(-1.0 if at == likely else -2.0, False) for at in (0, 1)])
+            assert table["acc", "none"] == [float(likely == right)]
 
 
 def test_reasoning_tasks_count_exact_answers_only(tmp_path: Path) -> None:

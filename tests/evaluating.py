@@ -37,17 +37,16 @@ def write_questions(folder: Path, count: int = 3) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process, away from any folder that is in use: exit code, stdout, stderr."""
     from mixlm.cli import main
 
-    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "models"))
+    monkeypatch.setenv("MIXLM_CACHE", str(folder / "models"))
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(list(arguments))

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from evaluating import run  # noqa: F401
+from evaluating import command_line
 from small_tasks import QUESTIONS, WORDS
 
 # Without the extra `eval` there is nothing to test here.
@@ -31,3 +31,11 @@ def task(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit code, stdout, stderr."""
+    return command_line(capsys, monkeypatch, tmp_path)

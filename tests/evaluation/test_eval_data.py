@@ -86,10 +86,10 @@ def test_a_choice_takes_turns_and_depends_on_the_questions_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
-        ("gsm8k", '{"question": "x"}', "there is no 'answer'; expected a JSON object with question (text) and answer"),
-        ("gsm8k", '{"question": "x", "answer": "just 5"}', "answer ends in 'just 5'; expected"),
+        ("gsm8k", '{"question": "x"}', "there is no 'answer'"),
+        ("gsm8k", '{"question": "x", "answer": "just 5"}', "answer ends in 'just 5'"),
         ("gsm8k", '{"question": 5, "answer": "#### 5"}', "question is 5, not a text"),
-        ("gsm8k", "[1, 2]", "expected a JSON object with question"),
+        ("gsm8k", "[1, 2]", "each line is a JSON object with question"),
         ("gsm8k", '{"question"', "this is not valid JSON"),
         ("svamp", '{"question": "x", "answer": "many"}', "answer is 'many', not a number"),
         ("mmlu", '{"subject": "s", "question": "x", "choices": ["a"], "answer": 3}', "answer is 3, no index"),
@@ -104,7 +104,8 @@ def test_a_malformed_line_is_named(folder: Path, name: str, line: str, said: str
     with pytest.raises(ConfigError) as error:
         load_tasks([f"mixlm_{name}"], data=folder)
     assert f"{path}, line 2: " in error.value.message
-    assert said in error.value.message
+    assert said in str(error.value)
+    assert "each line is" in str(error.value.hint)
 
 
 def test_a_missing_file_is_named_with_what_is_there(folder: Path) -> None:

@@ -8,17 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from evaluating import run as run_any  # noqa: F401
-from evaluating import write_questions
+from evaluating import command_line, write_questions
 
 # Without the extra `paper` there is neither a harness nor a figure to test.
 collect_ignore_glob = [] if find_spec("lm_eval") and find_spec("matplotlib") else ["test_*.py"]
 
 
-@pytest.fixture(name="run")
-def run_paper(run_any: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
-    """Run `mixlm paper`: exit code, stdout, stderr."""
-    return partial(run_any, "paper")
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `mixlm paper` in this process: exit code, stdout, stderr."""
+    return partial(command_line(capsys, monkeypatch, tmp_path), "paper")
 
 
 @pytest.fixture

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, print_json, progress_bars
-from mixlm.cli.inputs import check_writable, identities, read_pairs, read_texts, refuse_reply_options
+from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.score import print_lines
 from mixlm.cli.segments import about_unit
 from mixlm.cli.tables import print_table
-from mixlm.errors import ConfigError, UsageError
+from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
-    from mixlm.ensemble import Ensemble
     from mixlm.heldout import Study
-    from mixlm.scored import Scores
-    from mixlm.settings import Options
 
 
 @with_shared
@@ -63,14 +58,7 @@ def fit(
             show_default=False,
         ),
     ] = 0,
-    ends: Annotated[
-        bool | None,
-        Option(
-            "--ends/--no-ends",
-            help="Score the end of each answer too. Default: where no member relies on stop strings.",
-            show_default=False,
-        ),
-    ] = None,
+    ends: ends_option = None,
     accuracy: Annotated[
         str | None,
         accuracy_option(
@@ -93,8 +81,8 @@ def fit(
 ) -> int:
     """Fit weights to text: the mixture that makes it most likely.
 
-    Every member reads each text once. Weights are fitted by EM on the first part of each, and checked on the rest; what
-    is written are those weights. With --accuracy, options of replies are those of the task's.
+    Every member reads each text once. Weights are fitted by EM on the first part of each and checked on the rest. With
+    --accuracy they answer questions too, and options of replies are for those.
     """
     asked = AccuracyOptions(accuracy, limit, seeds, data, out)
     asked.check()
@@ -108,21 +96,12 @@ def fit(
     check_writable("--output", output)
     check_writable("--router", router)
     texts = read_texts(files)
-    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
-    if ends is not None and not pairs:
-        raise UsageError(
-            "--ends and --no-ends are of answers, and there are none", "leave it out, or give a .jsonl file"
-        )
-    if shared.system is not None and not pairs and accuracy is None:
-        raise UsageError("--system goes in front of prompts, and there are none", "leave it out, or give a .jsonl file")
+    pairs = pairs_of(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = asked.load(shared)
     ensemble = open_ensemble(shared, {})
     from mixlm.heldout import Plan, study
-    from mixlm.scoring import score_answers
 
-    system = {"system": shared.system or None} if shared.system is not None else {}
-    score_pairs = partial(score_answers, settings=ensemble.settings(**cast("Options", system)), ends=ends)
-    scores = _scored(ensemble, texts, pairs, score_pairs, identities(config, not no_cache))
+    scores = scored(ensemble, texts, pairs, identities(config, not no_cache), ends=ends, system=shared.system)
     given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
     plan = Plan(holdout, bootstrap, step, router is not None, given, prompt_bytes)
     with progress_bars() as progress:
@@ -155,29 +134,6 @@ def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float |
         from mixlm.fitting import grid_points
 
         grid_points(len(config.members), step)
-
-
-def _scored(
-    ensemble: Ensemble,
-    texts: dict[str, str],
-    pairs: dict[str, list[tuple[str, str]]],
-    score_pairs: Callable[..., Scores],
-    models: Sequence[str] | None,
-) -> dict[str, Scores]:
-    from mixlm.scoring import score
-
-    scores = {}
-    for name, text in texts.items():
-        try:
-            with progress_bars() as progress:
-                if name in pairs:
-                    scores[name] = score_pairs(ensemble, pairs[name], progress=progress, identities=models)
-                else:
-                    scores[name] = score(ensemble, text, progress=progress, identities=models)
-        except UsageError as error:
-            # Which of several files it is cannot be read from the sentence alone.
-            raise type(error)(f"{name}: {error.message}", error.hint) from error
-    return scores
 
 
 def _write(found: Study, config: EnsembleConfig, shared: Shared, output: Path | None, router: Path | None) -> list[str]:

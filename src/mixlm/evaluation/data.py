@@ -51,7 +51,9 @@ def load(
             documents.append(one.document(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise ConfigError(f"{where}, line {line}: {reason}; expected a JSON object with {one.form}") from None
+            raise ConfigError(
+                f"{where}, line {line}: {reason}", f"each line is a JSON object with {one.form}"
+            ) from None
     if not documents:
         raise ConfigError(f"{where} has no questions", f"each line is a JSON object with {one.form}")
     return {"test": Dataset.from_list(chosen(documents, per_group, choice) if per_group else documents)}
@@ -74,8 +76,10 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
-        there = sorted(one.name for one in path.parent.glob("*.jsonl"))
-        hint = did_you_mean(path.name, there) or f"the folder has {', '.join(there) or 'no .jsonl files'}"
+        there = sorted(one.stem for one in path.parent.glob("*.jsonl"))
+        # By stems: with their endings, any two names look alike.
+        shown = ", ".join(f"{one}.jsonl" for one in there[:8]) or "no .jsonl files"
+        hint = did_you_mean(path.stem, there) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -85,7 +89,9 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: this is not valid JSON: {error}") from error
+            raise ConfigError(
+                f"{path}, line {number}: this is not valid JSON: {error}", "each line is one JSON object, a question"
+            ) from error
 
 
 def _from_hub(name: str, one: _Set) -> Iterable[tuple[int, Any]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ConfigError, did_you_mean
+from mixlm.errors import ConfigError, did_you_mean, near
 from mixlm.evaluation import answers
 
 Row = Mapping[str, Any]
@@ -76,10 +76,11 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
+        # With their endings, any two names look a little alike.
         there = sorted(one.stem for one in path.parent.glob("*.jsonl"))
-        # By stems: with their endings, any two names look alike.
         shown = ", ".join(f"{one}.jsonl" for one in there[:8]) or "no .jsonl files"
-        hint = did_you_mean(path.stem, there) or f"the folder has {shown}"
+        close = [f"{one}.jsonl" for one in near(path.stem, there)]
+        hint = did_you_mean(path.name, close) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error

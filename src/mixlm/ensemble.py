@@ -10,7 +10,7 @@ from typing import Any, Unpack, cast, overload
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.decoding import Parts, Tally, strategy
+from mixlm.decoding import Parts, Tally, refuse, strategy
 from mixlm.decoding.base import Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
@@ -25,6 +25,7 @@ from mixlm.settings import Options, Settings
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
+from mixlm.vocab.words import WordUnit
 
 AT_ONCE = 16
 
@@ -44,8 +45,10 @@ class Ensemble:
     """Several language models that write one text.
 
     weights: one a member, any positive scale; equal when left out. unit: "token" (members that share a vocabulary),
-    "piece" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for every reply.
-    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies.
+    "piece" and "word" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for
+    every reply.
+    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies or the
+    default method.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Ensemble:
         self.router = router or Fixed(self.weights)
         self.defaults = defaults or Settings()
         self.unit = _unit([one.engine for one in members], unit)
+        refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
 
     @property
@@ -178,7 +182,7 @@ class Ensemble:
         drawn = sessions or [one.engine.session() for one in self.members]
         sizes = [one.engine.weights_bytes for one in self.members]
         costs = Costs(lambda: [one.work.log for one in drawn], sizes)
-        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs)
+        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
         return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
 
@@ -257,10 +261,13 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     vocabularies = [one.vocabulary for one in engines]
     if name not in UNITS:
         raise ConfigError(f"unit is {name!r}; it must be one of {', '.join(UNITS)}", did_you_mean(name, UNITS))
+    encoders = [one.encoder for one in engines]
+    if name == "word":
+        return WordUnit(vocabularies, encoders)
     if name != "piece":
         reason = conflict(vocabularies)
         if reason is None:
             return TokenUnit(vocabularies)
         if name == "token":
             raise UnsupportedError(f"these members share no vocabulary: {reason}", "use --unit piece")
-    return PieceUnit(vocabularies, [one.encoder for one in engines])
+    return PieceUnit(vocabularies, encoders)

@@ -3,8 +3,8 @@
 Members with one vocabulary meet at every token, and the mixture's probability is exact: `Σ_i λ_i p_i(t | before)`.
 Members with different vocabularies meet where all of them have a token boundary. Between two such places lies a
 segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the law of one coin a segment. That is
-not the law of `piece`, whose probability of a text is a sum over all ways to write it; it is what the members'
-complementarity can be read from with one forward pass a member.
+not the law of `piece` or of `word`, whose probability of a text is a sum over all ways to write it; it is what the
+members' complementarity can be read from with one forward pass a member.
 
 Members are scored as they are, without sampling options: what is measured is the models, not a way to draw from them.
 """

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.config import methods_of
 from mixlm.decoding.auto import Auto
 from mixlm.decoding.base import Strategy
 from mixlm.decoding.conventional import conventional, mix_then_truncate
@@ -16,11 +17,12 @@ from mixlm.decoding.greedy import greedy, greedy_alone, greedy_drafted
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.decoding.speculative import speculative
+from mixlm.decoding.words import words
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.sampling import Floats
 from mixlm.settings import Settings
 
-__all__ = ["Parts", "Tally", "strategy"]
+__all__ = ["Parts", "Tally", "refuse", "strategy"]
 
 # Members whose sizes differ by less are not worth drafting with: a guess costs as much as what it saves.
 _CHEAPER = 0.75
@@ -30,7 +32,7 @@ class Parts(NamedTuple):
     """What a strategy is built for.
 
     weights: float64 (members,). names: the members'. own: their own sampling options. sizes: bytes of their weights.
-    costs: what their forwards take.
+    costs: what their forwards take. unit: the name of what they meet in.
     """
 
     weights: Floats
@@ -38,6 +40,7 @@ class Parts(NamedTuple):
     own: Sequence[Mapping[str, Any]]
     sizes: Sequence[int]
     costs: Costs
+    unit: str = "piece"
 
     @classmethod
     def unmeasured(cls, weights: Floats, names: Sequence[str], own: Sequence[Mapping[str, Any]]) -> Parts:
@@ -50,8 +53,10 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
     """Return the strategy that settings ask for. tally: takes down what became of guesses.
 
     `single` writes with the member of the largest weight, the first of them where several have it. Raises ConfigError
-    for a draft that is no member, UnsupportedError for options that have no common average.
+    for a draft that is no member, UnsupportedError for options that have no common average, and for a method that the
+    unit has no law for.
     """
+    refuse(settings.method, parts.unit)
     if settings.method == "single":
         heaviest = int(np.argmax(parts.weights))
         return greedy_alone(heaviest) if settings.picks_most_likely(parts.own[heaviest]) else single(heaviest)
@@ -63,13 +68,23 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
         )
     if after is not None:
         return mix_then_truncate(after)
-    if settings.method == "speculative":
-        return speculative(_draft(settings.draft, parts), settings.block, tally)
-    if settings.method == "greedy" and settings.draft is not None:
-        return greedy_drafted(_draft(settings.draft, parts), settings.block, tally)
+    if parts.unit == "word":
+        return words
+    if settings.method == "speculative" or (settings.method == "greedy" and settings.draft is not None):
+        drafted = speculative if settings.method == "speculative" else greedy_drafted
+        return drafted(_draft(settings.draft, parts), settings.block, tally)
     if settings.method == "auto":
         return Auto(parts.costs, parts.names, tally)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]
+
+
+def refuse(method: str, unit: str) -> None:
+    """Raise UnsupportedError for a method that a unit has no law for."""
+    if method not in methods_of(unit):
+        raise UnsupportedError(
+            f"{method} does not go with the unit {unit}: a member's law of {unit}s is sampled, and never known in full",
+            f"use --method mixture, or --unit piece with {method}",
+        )
 
 
 def _draft(name: str | None, parts: Parts) -> Draft:

@@ -66,6 +66,16 @@ class View:
         self._index = index
         self._state = state
 
+    @property
+    def state(self) -> State:
+        """The sequence's state, to be looked at: `Step.push` is what changes it."""
+        return self._state
+
+    @property
+    def symbols(self) -> Ids:
+        """The shared symbol of each of the member's ids, int64 (vocab,); -1 for those it may not draw."""
+        return self._member.symbols
+
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)

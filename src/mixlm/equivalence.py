@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mixlm import references
 from mixlm.config import Method
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError
 from mixlm.noise import Noise
+from mixlm.references import Part
 from mixlm.replies import Prompts, Writer, bits_per_byte
 from mixlm.routing import Context
 from mixlm.sampling import Floats, History, Ids, Logits, dense
@@ -92,7 +94,7 @@ def check(
     settings = ensemble.settings(**given)
     prompts = ensemble.prompts(prompt, settings)
     methods: list[Method] = ["mixture", "conventional", "single", "greedy"]
-    if settings.mix_then_truncate:
+    if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
     pairs: dict[str, list[Outcome]] = {}
     found: list[Comparison] = []
@@ -187,28 +189,33 @@ class _Exact:
         weights = self._route(state)
         if self._settings.method == "single":
             weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
-        law = np.zeros(self._ensemble.unit.end + 1)
+        size = self._ensemble.unit.end + 1
+        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+        if self._settings.rule is not None and after is not None:
+            parts = [
+                Part(float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine)
+                for i, (weight, member) in enumerate(zip(weights, self._ensemble.members, strict=True))
+            ]
+            return references.law(self._settings.rule, parts, size, after)
+        law = np.zeros(size)
         for i, weight in enumerate(weights):
             if weight > 0:
-                law += weight * self._member(i, state)
-        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+                symbols, probs = self._ensemble.unit.symbols(i), self._probs(i, state)
+                np.add.at(law, symbols[symbols >= 0], weight * probs[symbols >= 0])
         if after is not None:
             with np.errstate(divide="ignore"):
                 law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
         return law
 
-    def _member(self, i: int, state: State) -> Floats:
+    def _probs(self, i: int, state: State) -> Floats:
+        """Return a member's distribution over its own ids."""
         member = self._ensemble.members[i]
         ids = state.ids(i)
         logits = member.engine.session().logits(ids)[0]
-        symbols = self._ensemble.unit.symbols(i)
+        banned = np.flatnonzero(self._ensemble.unit.symbols(i) < 0)
         history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
         options = self._settings.for_member(member.sampling)
-        probs = dense(logits, options, np.flatnonzero(symbols < 0), history)
-        allowed = symbols >= 0
-        law = np.zeros(self._ensemble.unit.end + 1)
-        np.add.at(law, symbols[allowed], probs[allowed])
-        return law
+        return dense(logits, options, banned, history)
 
     def pairs(self) -> dict[Outcome, float]:
         """Return the law of the first two symbols for the likeliest first ones; the rest of the mass is missing."""

@@ -172,3 +172,10 @@ def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
     done = process("generate", "hello", *TOYS, "-w", "1")
     assert done.code == 2
     assert "2 members" in done.error
+
+
+def test_a_rule_is_for_conventional_alone(run: Run) -> None:
+    assert "rule gac has no form in mixture" in run("generate", "x", *TOYS, "--rule", "gac").error
+    assert "--rule is 'gacs'; it must be one of gac, unite" in run("generate", "x", *TOYS, "--rule", "gacs").error
+    assert "no form in single" in run("bench", *TOYS, "--method", "conventional", "--rule", "unite").error
+    assert run("generate", "x", *TOYS, "--method", "conventional", "--rule", "unite", "--max-tokens", "3").code == 0

@@ -9,9 +9,11 @@ import numpy as np
 
 from mixlm.decoding.base import Strategy
 from mixlm.decoding.conventional import conventional, mix_then_truncate
+from mixlm.decoding.gac import gac
 from mixlm.decoding.greedy import greedy, greedy_alone
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
+from mixlm.decoding.unite import unite
 from mixlm.errors import UnsupportedError
 from mixlm.sampling import Floats
 from mixlm.settings import Settings
@@ -30,9 +32,12 @@ def strategy(settings: Settings, weights: Floats, own: Sequence[Mapping[str, Any
     after = settings.after_mixing(own[0])
     if any(settings.after_mixing(one) != after for one in own):
         raise UnsupportedError(
-            "members have sampling options of their own, and mix-then-truncate has one average to apply them to",
+            "members have sampling options of their own, and "
+            f"{settings.rule or 'mix-then-truncate'} has one average to apply them to",
             "give the same options to all members",
         )
+    if settings.rule is not None and after is not None:
+        return {"gac": gac, "unite": unite}[settings.rule](after)
     if after is not None:
         return mix_then_truncate(after)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]

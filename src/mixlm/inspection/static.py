@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.config import METHODS, UNITS
+from mixlm.config import METHODS, RULES, UNITS
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
@@ -19,6 +19,7 @@ from mixlm.sampling import Ids
 # Beside the methods themselves, options that change the law of one.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "conventional, mix-then-truncate": {"method": "conventional", "mix_then_truncate": True},
+    **{f"conventional, rule {rule}": {"method": "conventional", "rule": rule} for rule in RULES},
 }
 
 

@@ -88,7 +88,7 @@ def check(
     settings = ensemble.settings(**given)
     prompts = ensemble.prompts(prompt, settings)
     methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
-    if settings.mix_then_truncate:
+    if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
     methods = [one for one in methods if one in methods_of(ensemble.unit.name)]
     pairs: dict[str, list[Outcome]] = {}

@@ -68,7 +68,7 @@ def score(
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    before = [_prefix(one.engine) for one in ensemble.members]
+    before = [beginning(one.engine) for one in ensemble.members]
     engines = [one.engine for one in ensemble.members]
     passages = [
         _Passage(part, before)
@@ -138,8 +138,8 @@ def identity(model: str, dtype: str = "auto") -> str:
     return json.dumps([found, stamps])
 
 
-def _prefix(engine: Engine) -> Ids:
-    """Return the ids that a member reads in front of a bare text."""
+def beginning(engine: Engine) -> Ids:
+    """Return the ids that a member reads in front of a bare text, int64. Raises ConfigError where there are none."""
     prefix = engine.prompts.prefix(engine.vocabulary.ends)
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
@@ -256,21 +256,30 @@ def _end_logprob(engine: Engine, logits: Logits) -> float:
 
 def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
-    own = engine.encoder.encode(passage.data).ids
-    pieces = [engine.vocabulary.tokens[i] for i in own]
-    spelled = b"".join(pieces)
-    if spelled != passage.data:
-        raise ConfigError(
-            f"the tokens of {engine.name} do not spell the text: {_difference(passage.data, spelled)}",
-            "its tokenizer changes or drops some characters; take them out of the text",
-        )
+    own, bounds = spelling(engine, passage.data)
     ids: Ids = np.array([*passage.before[member], *own], dtype=np.int64)
     if len(ids) > engine.context_length:
         raise ConfigError(
             f"{len(ids)} tokens of a passage are more than {engine.name}'s context of {engine.context_length}",
             "shorten the prompt or the answer" if passage.prompt else None,
         )
-    return ids, np.cumsum([len(one) for one in pieces])
+    return ids, bounds
+
+
+def spelling(engine: Engine, data: bytes) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Return a member's ids of a text, and where each of them ends in it, in bytes.
+
+    Raises ConfigError when they do not spell the text exactly.
+    """
+    own = engine.encoder.encode(data).ids
+    pieces = [engine.vocabulary.tokens[i] for i in own]
+    spelled = b"".join(pieces)
+    if spelled != data:
+        raise ConfigError(
+            f"the tokens of {engine.name} do not spell the text: {_difference(data, spelled)}",
+            "its tokenizer changes or drops some characters; take them out of the text",
+        )
+    return own, np.cumsum([len(one) for one in pieces])
 
 
 def _difference(data: bytes, spelled: bytes) -> str:

@@ -13,8 +13,7 @@ from typer import Option
 
 from mixlm.cli.display import progress_bars
 from mixlm.cli.options import Shared
-from mixlm.cli.score import print_lines
-from mixlm.cli.tables import print_table
+from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

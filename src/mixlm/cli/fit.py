@@ -13,9 +13,8 @@ from mixlm.cli.display import dim, print_json, progress_bars
 from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
-from mixlm.cli.score import print_lines
 from mixlm.cli.segments import about_unit
-from mixlm.cli.tables import print_table
+from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from mixlm.cli.display import coloured, dim, print_json, visible
+from mixlm.cli.display import dim, print_json
 from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
-from mixlm.cli.tables import console, print_table
+from mixlm.cli.tables import print_lines, print_table
 
 if TYPE_CHECKING:
     from mixlm.sampling import Floats
@@ -122,8 +121,3 @@ def _show_files(names: list[str], scores: list[Scores], weights: list[Floats]) -
         columns = [f"{value:.4f}" for value in (*bits["members"].values(), bits["mixture"])]
         rows.append((name, str(one.size), *columns))
     print_table(heads, rows, right=frozenset(heads[1:]))
-
-
-def print_lines(text: str) -> None:
-    """Print an explanation, dim where there are colours."""
-    console().print(visible(text), style="dim" if coloured(sys.stdout) else None)

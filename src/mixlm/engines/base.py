@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -195,8 +195,9 @@ class Engine(ABC):
     """A loaded model with its tokenizer.
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. weights_bytes: memory of the weights. device: what it runs on;
-    engines on equal devices are asked in turn.
+    details: dtype, device and the like, for reports. reading: the tokenizer's family, its normaliser, its leading-space
+    rule and where its prompt template is from, for reports. weights_bytes: memory of the weights. device: what it runs
+    on; engines on equal devices are asked in turn.
     """
 
     name: str
@@ -207,8 +208,14 @@ class Engine(ABC):
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: Mapping[str, str] = MappingProxyType({})
+    reading: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
+
+    @property
+    def weights(self) -> Mapping[int, int]:
+        """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
+        return {id(self): self.weights_bytes}
 
     @abstractmethod
     def session(self) -> Session:
@@ -217,6 +224,11 @@ class Engine(ABC):
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
         return [answer(session, request) for session, request in requests]
+
+
+def memory(engines: Iterable[Engine]) -> int:
+    """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
+    return sum({key: size for one in engines for key, size in one.weights.items()}.values())
 
 
 def answer(session: Session, request: Request) -> Reply:

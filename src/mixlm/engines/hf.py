@@ -64,9 +64,16 @@ class HFEngine(Engine):
         ends |= set(_as_list(getattr(self.model.generation_config, "eos_token_id", None)))
         ends |= renderer.end_of_turn(spelled)
         self.encoder = TokenizerEncoder(backend, kind)
-        self.vocabulary = Vocabulary.of(tokens, rows, ends, control)
+        names = {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()}
+        self.vocabulary = Vocabulary.of(tokens, rows, ends, control, names)
         self.prompts = PromptEncoder(self.encoder, spelled, renderer, begin, self.encoder.leading_space)
         self.stops = PLAIN_STOPS if renderer.plain else ()
+        self.reading = {
+            "family": kind.value,
+            "normaliser": self.encoder.normaliser,
+            "leading space": self.encoder.leading_space,
+            "template": "given" if spec.template is not None else "plain" if renderer.plain else "its own",
+        }
 
     def session(self) -> HFSession:
         """Begin a sequence."""

@@ -106,7 +106,9 @@ class EnsembleLM(LM):  # type: ignore[misc]
         known = len(requests) - len(pending)
         for done, at in enumerate(sorted(pending, key=lambda at: (str(arguments[at][0]), at))):
             self._show(known + done, len(requests))
+            start = time.perf_counter()
             response, about = answer(at, arguments[at])
+            about = {"seconds": round(time.perf_counter() - start, 6), **about}
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
             self.log.add(at, arguments[at], {**document, "response": response, **about})
         self._show(len(requests), len(requests))

@@ -88,11 +88,14 @@ class View:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)
 
-    def law_here(self) -> Callable[[Logits], Candidates]:
-        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
+    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids: what the member reads, where that is not the text but a beginning of it.
+        """
         if not self._member.transform.sampling.penalises:
             return self._member.law
-        ids, prompt = self.ids(), self._state.prompt_length(self._index)
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         history = History.of(ids[:prompt], ids[prompt:])
         return lambda logits: self._member.law(logits, history)
 

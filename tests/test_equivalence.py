@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
         ("mixture", "exact"),
         ("conventional", "exact"),
         ("single", "exact"),
+        ("speculative", "exact"),
         ("greedy", "exact"),
         ("mixture", "conventional"),
     }
@@ -170,6 +172,17 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mixlm.decoding, "greedy", first_member_only)
     assert not check(ensemble(3, "token"), "hello", samples=100).equal
+
+
+def test_guesses_that_are_kept_unchecked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(block: list[Any], tally: Any) -> Any:
+        yield from ()
+        return [Choice(one.guess, one.member, 0.0) for one in block if one.guess is not None]
+
+    # The package's name for the module is the strategy.
+    monkeypatch.setattr(sys.modules["mixlm.decoding.speculative"], "_checked", unchecked)
+    report = check(ensemble(2, "token"), "hello", samples=1500)
+    assert {one.left for one in report.comparisons if not one.equal} == {"speculative"}
 
 
 def test_json_form() -> None:

@@ -25,9 +25,11 @@ from mixlm.records import Sampling
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
+RULES: tuple[Rule, ...] = ("gac", "unite")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -78,10 +80,11 @@ class RouterConfig(_Strict):
 
 
 class EnsembleConfig(_Strict):
-    """A whole ensemble."""
+    """A whole ensemble. `rule` is a published way to average in place of the library's own; `conventional` only."""
 
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     method: Method = "mixture"
+    rule: Rule | None = None
     unit: UnitName = "auto"
     system: str | None = None
     sampling: SamplingConfig = SamplingConfig()

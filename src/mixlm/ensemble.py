@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from itertools import islice
+from typing import Any, Unpack, cast, overload
 
 import numpy as np
 
@@ -14,17 +15,20 @@ from mixlm.decoding.base import Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
+from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean
 from mixlm.mixing import checked_weights
 from mixlm.records import ROLES, Completion, Message, Token
 from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
+from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
 from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
 from mixlm.vocab.words import WordUnit
+
+AT_ONCE = 16
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
 
@@ -72,9 +76,65 @@ class Ensemble:
         """The members' names, in order."""
         return tuple(one.name for one in self.members)
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Write a whole reply. `prompt`: a user's message, a conversation, or with raw=True a text to continue."""
-        return self.stream(prompt, **options).finish()
+    # A str is a sequence of str as well; it is one prompt.
+    @overload
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompt: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
+        """Write a whole reply, or one to each of several prompts, together.
+
+        prompt: a user's message, a conversation, or with raw=True a text to continue; or a list of such. Raises the
+        first error that ends a reply.
+        """
+        if not _several(prompt):
+            return self.stream(cast(Prompt, prompt), **options).finish()
+        found: dict[int, Completion] = {}
+        for at, stream in self.replies(cast(Sequence[Prompt], prompt), **options):
+            if stream.error is not None:
+                raise stream.error
+            found[at] = stream.completion
+        return [found[at] for at in range(len(found))]
+
+    def replies(
+        self, prompts: Iterable[Prompt], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Stream]]:
+        """Reply to many prompts, `at_once` at a time. Gives each prompt's number and its finished reply as they come.
+
+        The reply to prompt i is the one that `generate` gives with sequence=i, whatever is written at the same time.
+        A reply that fails has an `error`, and the text so far; the others go on.
+        """
+        return self.numbered_replies(enumerate(prompts), at_once=at_once, **options)
+
+    def numbered_replies(
+        self, prompts: Iterable[tuple[int, Prompt]], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Stream]]:
+        """Reply to prompts that have numbers of their own: `replies`, for going on where it stopped."""
+        if at_once < 1:
+            raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
+        settings = self.settings(**options)
+        scheduler, numbers = Scheduler(at_once), {}
+        left = iter(prompts)
+        while True:
+            for at, prompt in islice(left, scheduler.room):
+                writer = self.writer(settings.with_turn(at))
+                try:
+                    stream = writer.stream(self.prompts(prompt, settings))
+                except MixlmError as error:
+                    stream = writer.stream(Prompts(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
+                    stream.fail(error)
+                    yield at, stream
+                    continue
+                numbers[stream] = at
+                scheduler.add(stream)
+            if scheduler.idle:
+                return
+            yield from ((numbers.pop(one), one) for one in scheduler.step() if one.finished)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Write a reply token by token: iterate over it, then read its `completion`."""
@@ -173,6 +233,11 @@ class ChatStream(Iterator[Token]):
     def completion(self) -> Completion:
         """The reply so far."""
         return self._stream.completion
+
+
+def _several(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether these are several prompts, and not one text or one conversation."""
+    return not isinstance(prompt, str) and any(not isinstance(one, Message | Mapping) for one in prompt)
 
 
 def _messages(prompt: Prompt) -> list[Message]:

@@ -87,14 +87,16 @@ def check(
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**given)
     prompts = ensemble.prompts(prompt, settings)
-    methods: list[Method] = ["mixture", "conventional", "single", "greedy"]
-    if settings.mix_then_truncate:
+    methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
+    if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
     methods = [one for one in methods if one in methods_of(ensemble.unit.name)]
     pairs: dict[str, list[Outcome]] = {}
     found: list[Comparison] = []
     for number, method in enumerate(methods):
-        one = replace(settings, method=method, seed=settings.seed + number)
+        # The draft is a member, so that guesses are wrong now and then.
+        draft = ensemble.names[0] if method == "speculative" else None
+        one = replace(settings, method=method, seed=settings.seed + number, draft=draft)
         memo = [_Memo(member.engine.session()) for member in ensemble.members]
         writer = ensemble.writer(one, memo)
         exact = Exact(ensemble, one, prompts)

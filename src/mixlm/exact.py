@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from mixlm import references
 from mixlm.ensemble import Ensemble
 from mixlm.replies import Prompts, bits_per_byte
 from mixlm.routing import Context
@@ -47,11 +48,17 @@ class Exact:
             return self._word(weights, cast(WordState, state), self._ensemble.unit)
         if isinstance(self._ensemble.unit, ByteUnit):
             return self._bytes(weights, bytes(symbols))
+        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+        if self._settings.rule is not None and after is not None:
+            parts = [
+                references.Part(float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine)
+                for i, (weight, member) in enumerate(zip(weights, self._ensemble.members, strict=True))
+            ]
+            return references.law(self._settings.rule, parts, self._ensemble.unit.end + 1, after)
         law = np.zeros(self._ensemble.unit.end + 1)
         for i, weight in enumerate(weights):
             if weight > 0:
                 law += weight * self._member(i, state)
-        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
         if after is not None:
             with np.errstate(divide="ignore"):
                 law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
@@ -80,6 +87,14 @@ class Exact:
 
     def _member(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's law of symbols; with `only`, as if no others were in its vocabulary, or 0 throughout."""
+        symbols = self._ensemble.unit.symbols(i)
+        probs = self._probs(i, state, only)
+        law = np.zeros(self._ensemble.unit.end + 1)
+        np.add.at(law, symbols[symbols >= 0], probs[symbols >= 0])
+        return law
+
+    def _probs(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+        """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be drawn."""
         member = self._ensemble.members[i]
         ids = state.ids(i)
         logits = member.engine.session().logits(ids)[0]
@@ -87,14 +102,10 @@ class Exact:
         allowed = symbols >= 0
         if only is not None:
             allowed &= only[symbols]
-        law = np.zeros(self._ensemble.unit.end + 1)
         if not np.isfinite(logits[allowed]).any():
-            return law
+            return np.zeros(logits.size)
         history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
-        options = self._settings.for_member(member.sampling)
-        probs = dense(logits, options, np.flatnonzero(~allowed), history)
-        np.add.at(law, symbols[allowed], probs[allowed])
-        return law
+        return dense(logits, self._settings.for_member(member.sampling), np.flatnonzero(~allowed), history)
 
     def _word(self, weights: Floats, state: WordState, unit: WordUnit) -> Floats:
         """Return what goes on with the owner's word, and the next word's beginning for the mass that ends it."""

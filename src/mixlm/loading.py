@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixlm.config import DType, EnsembleConfig, Method, RouterConfig, UnitName, parse_config, read_config
+from mixlm.config import DType, EnsembleConfig, Method, RouterConfig, Rule, UnitName, parse_config, read_config
 from mixlm.engines import Engine, EngineSpec
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -25,6 +25,7 @@ def load(
     weights: Sequence[float] | None = None,
     method: Method | None = None,
     unit: UnitName | None = None,
+    rule: Rule | None = None,
     dtype: DType | None = None,
     device: str | None = None,
     **sampling: Any,
@@ -41,7 +42,7 @@ def load(
         raw = read_config(names[0]).model_dump(exclude_none=True)
     else:
         raw = {"members": [{"model": one} for one in names]}
-    raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
+    raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
@@ -65,7 +66,7 @@ def load_config(
             engines[key] = load_engine(spec)
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
-    defaults = Settings(method=config.method, system=config.system)
+    defaults = Settings(method=config.method, system=config.system, rule=config.rule)
     router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 

@@ -15,6 +15,7 @@ import numpy as np
 from mixlm.decoding.base import Choice, Member, Strategy, Writing, run
 from mixlm.decoding.drafts import Tally
 from mixlm.engines.base import Reply, Request, Session
+from mixlm.errors import MixlmError
 from mixlm.noise import Noise
 from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
 from mixlm.routing import Context, Router
@@ -85,6 +86,7 @@ class Stream(Iterator[Token]):
         self._flow = self._write()
         self._questions: list[Request] | None = None
         self.finished = False
+        self.error: MixlmError | None = None
 
     def __next__(self) -> Token:
         while not self.ready:
@@ -103,6 +105,18 @@ class Stream(Iterator[Token]):
     def resume(self, replies: list[Reply]) -> None:
         """Go on with the answers to `questions`, in their order."""
         self._advance(replies)
+
+    def fail(self, error: MixlmError) -> None:
+        """End the reply as far as it was written."""
+        self._flow.close()
+        self._questions, self.finished, self.error = None, True, error
+
+    def release(self) -> None:
+        """Free the members' caches. What was written, and its figures, stay."""
+        self._flow.close()
+        self._questions, self.finished = None, True
+        for session in self.sessions:
+            session.forget()
 
     def finish(self) -> Completion:
         """Write the rest and return the whole reply."""

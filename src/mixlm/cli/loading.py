@@ -46,7 +46,7 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
     except ConfigError as error:
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
-    settings = Settings(method=config.method, system=config.system).with_options(options)
+    settings = Settings(method=config.method, system=config.system, rule=config.rule).with_options(options)
     own = [{**config.sampling.given(), **one.sampling.given()} for one in config.members]
     for one in own:
         settings.for_member(one)

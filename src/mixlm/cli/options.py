@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 from typer import Option
 
-from mixlm.config import DTYPES, METHODS, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.config import DTYPES, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
 from mixlm.records import Sampling
 from mixlm.settings import Settings
@@ -97,6 +97,15 @@ class Shared:
             rich_help_panel="Sampling",
         ),
     ] = False
+    rule: Annotated[
+        str | None,
+        _option(
+            "Sampling",
+            "--rule",
+            metavar="NAME",
+            text=f"{', '.join(RULES)}: a published way to average, to compare with; conventional only.",
+        ),
+    ] = None
     max_tokens: Annotated[
         int | None, _reply("--max-tokens", metavar="N", text=f"Write at most N. Default: {_DEFAULTS['max_tokens']}.")
     ] = None
@@ -142,7 +151,7 @@ class Shared:
         Raises ConfigError, UsageError or ModelNotFoundError, before anything is loaded.
         """
         changes: dict[str, Any] = {}
-        for name, allowed in (("method", METHODS), ("unit", UNITS), ("dtype", DTYPES)):
+        for name, allowed in (("method", METHODS), ("unit", UNITS), ("rule", RULES), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(

@@ -14,10 +14,12 @@ from mixlm.decoding.bytes import bytewise
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.costs import Costs
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, Tally
+from mixlm.decoding.gac import gac
 from mixlm.decoding.greedy import greedy, greedy_alone, greedy_drafted
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.decoding.speculative import speculative
+from mixlm.decoding.unite import unite
 from mixlm.decoding.words import words
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.sampling import Floats
@@ -63,11 +65,12 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
     after = settings.after_mixing(parts.own[0])
     if any(settings.after_mixing(one) != after for one in parts.own):
         raise UnsupportedError(
-            "members have sampling options of their own, and mix-then-truncate has one average to apply them to",
+            "members have sampling options of their own, and "
+            f"{settings.rule or 'mix-then-truncate'} has one average to apply them to",
             "give the same options to all members",
         )
     if after is not None:
-        return mix_then_truncate(after)
+        return {None: mix_then_truncate, "gac": gac, "unite": unite}[settings.rule](after)
     if settings.method == "speculative" or (settings.method == "greedy" and settings.draft is not None):
         drafted = speculative if settings.method == "speculative" else greedy_drafted
         return drafted(_draft(settings.draft, parts), settings.block, tally)

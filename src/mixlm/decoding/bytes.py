@@ -175,7 +175,7 @@ class _Reading:
             shorter = {rank: length for length, rank in self._lexicon.along(rest)}
             beyond = self._lexicon.beyond(rest)
             agree = self._lexicon.symbols([*shorter, *range(*beyond)])
-            masked = np.where(np.isin(self._view.symbols, agree), known.logits, -np.inf)
+            masked = np.where(np.isin(self._view.member.symbols, agree), known.logits, -np.inf)
             if not np.isfinite(masked).any():
                 return None
             law = Law.of(self._lexicon, known.transform(masked))

@@ -87,9 +87,11 @@ class ToyEngine(Engine):
         begin, end = len(tokens), len(tokens) + 1
         size = len(tokens) + 2
         self.name = name
-        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end])
+        names = {begin: "<begin>", end: "<end>"}
+        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end], names=names)
         self.encoder = LongestMatch(tokens)
-        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": end}, _render, begin=[begin])
+        self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, _render, begin=[begin])
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
 

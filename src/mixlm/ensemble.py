@@ -22,6 +22,7 @@ from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
 from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
@@ -45,8 +46,8 @@ class Ensemble:
     """Several language models that write one text.
 
     weights: one a member, any positive scale; equal when left out. unit: "token" (members that share a vocabulary),
-    "piece" and "word" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for
-    every reply.
+    "piece", "word" and "byte" (any vocabularies), or "auto". router: weights by state, in place of `weights`.
+    defaults: for every reply.
     Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies or the
     default method.
     """
@@ -264,6 +265,8 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     encoders = [one.encoder for one in engines]
     if name == "word":
         return WordUnit(vocabularies, encoders)
+    if name == "byte":
+        return ByteUnit(vocabularies, encoders)
     if name != "piece":
         reason = conflict(vocabularies)
         if reason is None:

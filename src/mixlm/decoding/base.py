@@ -75,11 +75,6 @@ class View:
         """The sequence's state, to be looked at: `Step.push` is what changes it."""
         return self._state
 
-    @property
-    def symbols(self) -> Ids:
-        """The shared symbol of each of the member's ids, int64 (vocab,); -1 for those it may not draw."""
-        return self.member.symbols
-
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)
@@ -92,20 +87,23 @@ class View:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)
 
-    def law_here(self) -> Callable[[Logits], Candidates]:
-        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
-        history = self._history()
+    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids: what the member reads, where that is not the text but a beginning of it.
+        """
+        history = self._history(ids)
         return self.member.law if history is None else lambda logits: self.member.law(logits, history)
 
     def own(self, logits: Logits) -> Candidates:
         """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
         return self.member.transform(logits, self._history())
 
-    def _history(self) -> History | None:
+    def _history(self, ids: Ids | None = None) -> History | None:
         """Return the tokens so far where the member's options look at them."""
         if not self.member.transform.sampling.penalises:
             return None
-        ids, prompt = self.ids(), self._state.prompt_length(self._index)
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
     def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:

@@ -1,7 +1,7 @@
 """The ensemble file: TOML to one frozen tree. Unknown keys are refused, with the nearest known one as a hint.
 
-method = "mixture"              # or conventional, greedy, single
-unit = "auto"                   # or token, piece
+method = "mixture"              # or conventional, greedy, single, speculative, auto
+unit = "auto"                   # or token, piece, word
 [sampling]                      # for every member
 top_k = 10
 [[members]]
@@ -22,15 +22,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.records import Sampling
 
-Method = Literal["mixture", "conventional", "greedy", "single"]
-UnitName = Literal["auto", "token", "piece"]
+Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
+UnitName = Literal["auto", "token", "piece", "word"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
-METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single")
-UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
+METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
+UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word")
 RULES: tuple[Rule, ...] = ("gac", "unite")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
+
+
+def methods_of(unit: str) -> tuple[Method, ...]:
+    """Return the methods that a unit's law can be drawn by: an average over symbols knows no words."""
+    return ("mixture", "single", "auto") if unit == "word" else METHODS
 
 
 class _Strict(BaseModel):

@@ -32,6 +32,8 @@ class Options(TypedDict, total=False):
     mix_then_truncate: bool
     rule: Rule | None
     ignore_end: bool
+    draft: str | None
+    block: int
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -49,8 +51,9 @@ class Settings:
     key of the noise; equal keys give equal text. raw: continue the prompt as it stands, without template. system: a
     system message in front. mix_then_truncate: `conventional` only, truncates and tempers the average in place of each
     member. rule: `conventional` only, a published way to average in place of the library's own (`decoding/gac`,
-    `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. sampling: options given for
-    every member, by name.
+    `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
+    `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
+    sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -63,16 +66,23 @@ class Settings:
     mix_then_truncate: bool = False
     rule: Rule | None = None
     ignore_end: bool = False
+    draft: str | None = None
+    block: int = 4
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             hint = did_you_mean(str(self.method), METHODS)
             raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
-        for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0)):
+        for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        if self.draft is not None and self.method not in ("speculative", "greedy"):
+            raise ConfigError(
+                f"draft is {self.draft!r}, and {self.method} writes nothing ahead",
+                "use --method speculative with it, or greedy",
+            )
         if self.mix_then_truncate and self.method != "conventional":
             raise UnsupportedError(
                 f"mix-then-truncate has no exact form in {self.method}: its law needs every member's distribution",

@@ -31,7 +31,7 @@ from programs import TOYS, Run, process
         ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
         ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "use --method conventional")),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
-        ((*TOYS, "--unit", "word"), ("--unit is 'word'", "auto, token, piece")),
+        ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),
         ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),
         ((*TOYS, "--max-tokens", "0"), ("max_tokens is 0", "1 or more")),
         ((*TOYS, "--seed", "-1"), ("seed is -1", "0 or more")),

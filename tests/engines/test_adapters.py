@@ -188,6 +188,14 @@ def test_members_that_differ_in_nothing_share_an_engine_and_other_weights_are_lo
     assert third.model is first.model is not fourth.model
 
 
+def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folders):
+    those = members(folders, {"system": "x"}, {"system": "the river"}, {"adapter": str(folders["a"])}, {})
+    settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
+    sessions = [one.engine.session() for one in those.members]
+    those.writer(settings, sessions).stream(those.prompts("u", settings)).finish()
+    assert [{forward.rows for forward in one.work.log} for one in sessions] == [{3}, {3}, {1}, {3}]
+
+
 def test_a_members_own_system_text_stands_in_front_of_others(folders):
     [one] = (member.engine for member in members(folders, {"system": "one <|im_end|>"}).members)
     user = Message("user", "u")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mixlm.cli.display import dim, terminal, visible
@@ -37,7 +38,7 @@ def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto") -> E
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:
     """Refuse early what the ensemble would refuse: loading large models takes long."""
-    from mixlm.decoding import strategy
+    from mixlm.decoding import Parts, Tally, strategy
     from mixlm.mixing import checked_weights
 
     try:
@@ -49,7 +50,9 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
     own = [{**config.sampling.given(), **one.sampling.given()} for one in config.members]
     for one in own:
         settings.for_member(one)
-    strategy(settings, checked, own)
+    # A draft is named as its member will be once it is loaded, so that is checked then.
+    names = [one.name or one.model for one in config.members]
+    strategy(replace(settings, draft=None), Parts.unmeasured(checked, names, own), Tally())
 
 
 @contextmanager

@@ -115,12 +115,24 @@ class Shared:
     seed: Annotated[
         int | None, _reply("--seed", metavar="N", text="The same seed gives the same text. Default: a random one.")
     ] = None
+    draft: Annotated[
+        str | None,
+        _reply(
+            "--draft",
+            metavar="NAME",
+            text="What writes ahead in speculative and greedy: a member's name, or lookup. Default: the cheapest member"
+            " in speculative, lookup where none is clearly cheaper.",
+        ),
+    ] = None
+    block: Annotated[
+        int | None, _reply("--block", metavar="N", text=f"Guesses checked at once. Default: {_DEFAULTS['block']}.")
+    ] = None
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
     def options(self, *, raw: bool = False) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
-        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed")}
+        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block")}
         given = {name: value for name, value in given.items() if value is not None}
         if self.stop:
             given["stop"] = tuple(self.stop)

@@ -70,9 +70,23 @@ class View:
         self._index = index
         self._state = state
 
+    @property
+    def state(self) -> State:
+        """The sequence's state, to be looked at: `Step.push` is what changes it."""
+        return self._state
+
+    @property
+    def symbols(self) -> Ids:
+        """The shared symbol of each of the member's ids, int64 (vocab,); -1 for those it may not draw."""
+        return self.member.symbols
+
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)
+
+    def symbol(self, token: int) -> int:
+        """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
+        return int(self.member.symbols[token])
 
     def law(self, logits: Logits) -> Candidates:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
@@ -181,7 +195,7 @@ class Writing:
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):

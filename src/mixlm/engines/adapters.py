@@ -21,12 +21,13 @@ _PREFIX = "base_model.model."  # what PEFT's files put in front of the names of 
 class Loaded:
     """A transformers model that several engines run, each with an adapter of its own or with none.
 
-    size: bytes of the weights without adapters.
+    size: bytes of the weights without adapters. runners: what runs it with each adapter, as they are asked for.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.size = _bytes(model.parameters())
+        self.runners: dict[str | None, Any] = {}
         self._sizes: dict[str, int] = {}
         self._numbers: dict[str, str] = {}
         self._layers: list[Any] = []

@@ -57,11 +57,15 @@ Reply = Any  # what the request's docstring says
 
 
 class Forward(NamedTuple):
-    """One forward pass: tokens run, tokens already in the cache, seconds."""
+    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds.
+
+    Where several sequences were run at once, `rows` is how many, and seconds are shared out by tokens.
+    """
 
     tokens: int
     cached: int
     seconds: float
+    rows: int = 1
 
 
 @dataclass
@@ -100,6 +104,30 @@ class Session(ABC):
 
         Raises UsageError for no ids, PromptTooLongError for more than the context holds.
         """
+        keep = self.prepare(ids, last)
+        if keep is None:
+            return self.latest
+        start = time.perf_counter()
+        try:
+            out = self._forward(ids[keep:], last)
+        except BaseException:
+            self.forget()
+            raise
+        self.settle(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
+        return out
+
+    @property
+    def latest(self) -> Logits:
+        """The logits after the last token of the last question: float32 (1, vocab)."""
+        assert self._latest is not None
+        return self._latest
+
+    def prepare(self, ids: Ids, last: int = 1) -> int | None:
+        """Cut the cache to what it has in common with a question, and return how many tokens it then holds.
+
+        None where nothing is missing, and `latest` is the answer. Raises what `logits` raises. For engines that run
+        several sessions at once; `settle` or `forget` follows.
+        """
         if not 1 <= last <= len(ids):
             raise UsageError(
                 f"{last} positions were asked of a sequence of {len(ids)} tokens", "ask for 1 or more of them"
@@ -111,23 +139,28 @@ class Session(ABC):
         cached = self._cached.ids
         common = _common_prefix(cached, ids)
         if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
-            return self._latest
+            return None
         keep = min(common, len(ids) - last) if self.keeps_cache else 0
-        start = time.perf_counter()
-        try:
-            if keep < len(cached):
+        if keep < len(cached):
+            try:
                 keep = self._keep(keep)
-            out = self._forward(ids[keep:], last)
-        except BaseException:
-            # Interrupted or out of memory: what the cache holds is unknown, so the next question starts anew.
-            self._cached.rewrite(len(cached), [])
-            self._latest = None
-            self._keep(0)
-            raise
-        self.work.log.append(Forward(len(ids) - keep, keep, time.perf_counter() - start))
-        self._cached.rewrite(len(cached) - keep, ids[keep:])
-        self._latest = out[-1:]
-        return out
+            except BaseException:
+                self.forget()
+                raise
+        self._cached.rewrite(len(cached) - keep, [])
+        return keep
+
+    def settle(self, ids: Ids, logits: Logits, forward: Forward) -> None:
+        """Take down that a question was run. logits: float32 (last, vocab)."""
+        self.work.log.append(forward)
+        self._cached.rewrite(0, ids[forward.cached :])
+        self._latest = logits[-1:]
+
+    def forget(self) -> None:
+        """Start anew: interrupted or out of memory, what the cache holds is unknown."""
+        self._cached.rewrite(len(self._cached.ids), [])
+        self._latest = None
+        self._keep(0)
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
@@ -179,6 +212,11 @@ class Engine(ABC):
     reading: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
+
+    @property
+    def runs(self) -> int:
+        """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
+        return id(self)
 
     @property
     def weights(self) -> Mapping[Hashable, int]:

@@ -59,7 +59,11 @@ class SamplingConfig(_Strict):
 
 
 class MemberConfig(_Strict):
-    """One member. `template` is a Jinja chat template, `template_file` a file that holds one."""
+    """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
+
+    `system` stands in front of every conversation of this member, `adapter` is a LoRA adapter: a folder or a hub id.
+    Members that differ in these alone share one copy of the weights.
+    """
 
     model: str
     name: str | None = None
@@ -68,6 +72,8 @@ class MemberConfig(_Strict):
     device: str = "auto"
     template: str | None = None
     template_file: str | None = None
+    system: str | None = None
+    adapter: str | None = None
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -155,8 +161,9 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
-    if (folder / member.model).exists():
-        changes["model"] = str(folder / member.model)
+    for key, value in (("model", member.model), ("adapter", member.adapter)):
+        if value is not None and (folder / value).exists():
+            changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 
 

@@ -1,8 +1,11 @@
-"""From names or an ensemble file to a loaded ensemble. Members that name the same model share one copy of it."""
+"""From names or an ensemble file to a loaded ensemble.
+
+Members that name the same model share one copy of its weights, also where their prompts or adapters differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,17 +61,25 @@ def load_config(
     engines: dict[EngineSpec, Engine] = {}
     members: list[MemberSpec] = []
     for one in config.members:
-        spec = EngineSpec(one.model, one.name or "", one.dtype, one.device, one.template)
+        spec = EngineSpec(one.model, one.name or "", one.dtype, one.device, one.template, one.system, one.adapter)
         key = replace(spec, name="")
         if key not in engines:
-            if progress is not None:
-                progress(one.name or one.model)
-            engines[key] = load_engine(spec)
+            engines[key] = _engine(spec, engines, progress)
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
     defaults = Settings(method=config.method, system=config.system, rule=config.rule)
     router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
+
+
+def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
+    """Return an engine on weights that another one has loaded already, or load it."""
+    for other, engine in engines.items():
+        if other.weights == spec.weights and (shared := engine.sharing(spec)) is not None:
+            return shared
+    if progress is not None:
+        progress(spec.name or spec.model)
+    return load_engine(spec)
 
 
 def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:

@@ -193,7 +193,7 @@ class Writing:
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):

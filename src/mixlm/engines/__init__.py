@@ -20,7 +20,7 @@ def load(spec: EngineSpec) -> Engine:
     if spec.model.startswith("toy:"):
         from mixlm.engines.toy import ToyEngine
 
-        return ToyEngine.from_spec(spec.model)
+        return ToyEngine.from_spec(spec)
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", "install: pip install 'mixlm[hf]'")

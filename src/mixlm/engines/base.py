@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UsageError
 from mixlm.sampling import Floats, Ids, Logits
 from mixlm.vocab.encoding import Encoder
@@ -213,13 +214,25 @@ class Engine(ABC):
     device: Any = "cpu"
 
     @property
-    def weights(self) -> Mapping[int, int]:
+    def runs(self) -> int:
+        """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
+        return id(self)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
         """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
         return {id(self): self.weights_bytes}
 
     @abstractmethod
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
+
+    def sharing(self, spec: EngineSpec) -> Engine | None:
+        """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.
+
+        The spec's `weights` are those of this engine's own.
+        """
+        return None
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import Engine, Reply, Request, Session
 from mixlm.engines.runner import HFSession, Runner, memory_errors
 from mixlm.engines.spec import EngineSpec
@@ -19,7 +21,7 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, TokenizerError
 from mixlm.records import Message
 from mixlm.vocab.encoding import TokenizerEncoder
 from mixlm.vocab.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
-from mixlm.vocab.tokens import Vocabulary, describe, family, token_bytes
+from mixlm.vocab.tokens import Family, Vocabulary, describe, family, token_bytes
 
 _PROBE = "0123456789"
 
@@ -28,52 +30,69 @@ class HFEngine(Engine):
     """A causal language model of transformers with its fast tokenizer.
 
     Raises ModelLoadError when it cannot be loaded, TokenizerError when its tokens cannot be mapped to bytes,
-    MemoryLimitError when the device has too little memory.
+    MemoryLimitError when the device has too little memory. like: an engine whose weights and tokenizer it uses too.
     """
 
-    def __init__(self, spec: EngineSpec, source: str) -> None:
+    def __init__(self, spec: EngineSpec, source: str, like: HFEngine | None = None) -> None:
         self.name = spec.name
-        tokenizer = _load_tokenizer(source, spec.name)
+        self._source = source
+        self._tokenizer: Any = _load_tokenizer(source, spec.name) if like is None else like._tokenizer
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
-        self.model = _load_model(source, spec.name, self.dtype, self.device)
+        model = _load_model(source, spec.name, self.dtype, self.device) if like is None else None
+        self.loaded: Loaded = Loaded(model) if like is None else like.loaded
+        self.model = self.loaded.model
+        self.adapter = spec.adapter
         self.details = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        self.weights_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        if spec.adapter is not None:
+            self.loaded.add(spec.adapter, spec.name)
+            self.details["adapter"] = spec.adapter
+        self.weights_bytes = sum(self.weights.values())
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])
-        self.runner = Runner(self.model, spec.name)
+        self.runner: Runner = (Runner(self.loaded, spec.name) if like is None else like.runner).using(spec.adapter)
         notes = []
         if self.runner.recomputes:
             notes.append(f"{spec.name} keeps no cache that can be cut back: it reads the whole text at every token")
-        self._read_tokenizer(tokenizer, spec, source, rows)
-        if spec.template is None and not tokenizer.chat_template:
+        self._read: _Read = _Read.of(self._tokenizer, spec.name, source) if like is None else like._read
+        self._set_prompts(spec, rows)
+        if spec.template is None and not self._tokenizer.chat_template:
             notes.append(f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt")
         self.notes = tuple(notes)
 
-    def _read_tokenizer(self, tokenizer: Any, spec: EngineSpec, source: str, rows: int) -> None:
-        extra = _converted_notes(source)
-        backend = tokenizer.backend_tokenizer
-        kind = family(describe(backend), spec.name)
-        _make_special(backend, extra.get("control", []))
-        tokens, control = token_bytes(backend, kind, spec.name)
-        spelled = {one.content: i for i, one in backend.get_added_tokens_decoder().items() if one.special}
-        begin = _begin_ids(tokenizer)
-        renderer = _Renderer(tokenizer, spec.template, begin)
-        ends = {*_as_list(tokenizer.eos_token_id), *_as_list(self.model.config.eos_token_id), *extra.get("ends", [])}
+    def _set_prompts(self, spec: EngineSpec, rows: int) -> None:
+        read, tokenizer = self._read, self._tokenizer
+        renderer = _Renderer(tokenizer, spec.template, read.begin)
+        ends = {*_as_list(tokenizer.eos_token_id), *_as_list(self.model.config.eos_token_id), *read.ends}
         ends |= set(_as_list(getattr(self.model.generation_config, "eos_token_id", None)))
-        ends |= renderer.end_of_turn(spelled)
-        self.encoder = TokenizerEncoder(backend, kind)
-        names = {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()}
-        self.vocabulary = Vocabulary.of(tokens, rows, ends, control, names)
-        self.prompts = PromptEncoder(self.encoder, spelled, renderer, begin, self.encoder.leading_space)
+        ends |= renderer.end_of_turn(read.spelled)
+        self.encoder = read.encoder
+        self.vocabulary = Vocabulary.of(read.tokens, rows, ends, read.control, read.names)
+        self.prompts = PromptEncoder(self.encoder, read.spelled, renderer, read.begin, self.encoder.leading_space)
+        self.prompts.system = spec.system
         self.stops = PLAIN_STOPS if renderer.plain else ()
         self.reading = {
-            "family": kind.value,
+            "family": read.family.value,
             "normaliser": self.encoder.normaliser,
             "leading space": self.encoder.leading_space,
             "template": "given" if spec.template is not None else "plain" if renderer.plain else "its own",
         }
+
+    @property
+    def runs(self) -> int:
+        """Engines that differ in their prompts alone run as one."""
+        return id(self.runner)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """Bytes of the model, and of the adapter."""
+        return self.loaded.weights(self.adapter)
+
+    def sharing(self, spec: EngineSpec) -> HFEngine:
+        """Return an engine on the same weights, with prompts and an adapter of its own."""
+        own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name
+        return HFEngine(replace(spec, name=spec.name or own), self._source, like=self)
 
     def session(self) -> HFSession:
         """Begin a sequence."""
@@ -81,7 +100,40 @@ class HFEngine(Engine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer all requests, in one forward where they fit and the model can."""
-        return self.runner.answer(requests) if self.runner.batches else super().answer(requests)
+        # A session may stand in for another, as one that remembers its answers does: it is asked by itself.
+        together = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
+        return self.runner.answer(requests) if together else super().answer(requests)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a tokenizer says, whatever prompts it is used for.
+
+    spelled: id of each control token by its spelling. begin: ids in front of a text. ends: those a conversion noted.
+    """
+
+    family: Family
+    encoder: TokenizerEncoder
+    tokens: Mapping[int, bytes]
+    names: Mapping[int, str]
+    control: frozenset[int]
+    spelled: dict[str, int]
+    begin: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str, source: str) -> _Read:
+        """Read a tokenizer. Raises TokenizerError when its tokens cannot be mapped to bytes."""
+        extra = _converted_notes(source)
+        backend = tokenizer.backend_tokenizer
+        kind = family(describe(backend), name)
+        _make_special(backend, extra.get("control", []))
+        tokens, control = token_bytes(backend, kind, name)
+        names = {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()}
+        spelled = {one.content: i for i, one in backend.get_added_tokens_decoder().items() if one.special}
+        begin = _begin_ids(tokenizer)
+        encoder = TokenizerEncoder(backend, kind)
+        return cls(kind, encoder, tokens, names, control, spelled, begin, extra.get("ends", []))
 
 
 class _Renderer:

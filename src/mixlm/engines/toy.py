@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mixlm.engines.base import Engine, Session
-from mixlm.errors import TokenizerError
+from mixlm.engines.spec import EngineSpec
+from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.records import Message
 from mixlm.sampling import Ids, Logits
 from mixlm.vocab.encoding import Encoded
@@ -96,10 +97,14 @@ class ToyEngine(Engine):
         self.table = table or random_table(size, seed)
 
     @classmethod
-    def from_spec(cls, spec: str) -> ToyEngine:
-        """Build the toy that `toy:SEED` names."""
-        digits = re.sub(r"\D", "", spec) or "0"
-        return cls(table=wordy_table(int(digits)), name=spec)
+    def from_spec(cls, spec: EngineSpec) -> ToyEngine:
+        """Build the toy that `toy:SEED` names. Raises UnsupportedError for an adapter, which no table can have."""
+        if spec.adapter is not None:
+            raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
+        digits = re.sub(r"\D", "", spec.model) or "0"
+        toy = cls(table=wordy_table(int(digits)), name=spec.model)
+        toy.prompts.system = spec.system
+        return toy
 
     def session(self) -> ToySession:
         """Begin a sequence."""

@@ -100,13 +100,16 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 @contextmanager
 def running(
-    ensembles: Mapping[str, Ensemble] | Ensemble, keys: Keys | None = None, *, anywhere: bool = False, **limits: Any
+    ensembles: Mapping[str, Ensemble] | Ensemble, keys: Keys | None = None, *, buffer: int = 0, **limits: Any
 ) -> Iterator[Running]:
-    """Serve in a thread of this process."""
+    """Serve in a thread of this process. buffer: bytes kept for a slow client; 0 for the usual."""
     named = ensembles if isinstance(ensembles, Mapping) else {"toys": ensembles}
     address = Address(port=0)
-    server = Server(Registry(named), Limits(**limits), keys, None if anywhere else address.hosts)
+    limits = {"grace": 0, **limits}
+    server = Server(Registry(named), Limits(**limits), keys, address.hosts)
     listening = address.listen()
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     came: list[str] = []
     web = web_server(server, listening, ready=came.append)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
@@ -118,8 +121,6 @@ def running(
     finally:
         one.client.close()
         web.should_exit = True
-        if web.config.timeout_graceful_shutdown:
-            server.worker.close_all("shutdown")
         thread.join(30)
         listening.close()
         assert not thread.is_alive()

@@ -21,6 +21,7 @@ from prometheus_client import disable_created_metrics
 
 from mixlm.errors import UsageError
 from mixlm.server.app import Server
+from mixlm.server.connections import Connection
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # How long a connection may lie idle between two requests, seconds.
@@ -86,6 +87,7 @@ def web_server(server: Server, listening: socket.socket, *, ready: Callable[[str
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
         server.app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

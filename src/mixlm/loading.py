@@ -54,11 +54,18 @@ def load(
 
 
 def load_config(
-    config: EnsembleConfig, *, weights: Sequence[float] | None = None, progress: Progress | None = None
+    config: EnsembleConfig,
+    *,
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    engines: dict[EngineSpec, Engine] | None = None,
 ) -> Ensemble:
-    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded."""
+    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded.
+
+    engines: those of other ensembles, to be shared where models are the same; what is loaded here joins them.
+    """
     weights = weights if weights is not None else config.weights()
-    engines: dict[EngineSpec, Engine] = {}
+    engines = {} if engines is None else engines
     members: list[MemberSpec] = []
     for one in config.members:
         spec = EngineSpec(one.model, one.name or "", one.dtype, one.device, one.template, one.system, one.adapter)

@@ -89,7 +89,7 @@ class ToyEngine(Engine):
         self.name = name
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end])
         self.encoder = LongestMatch(tokens)
-        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": end}, _render, begin=[begin])
+        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": end}, render, begin=[begin])
         self.context_length = context_length
         self.table = table or random_table(size, seed)
 
@@ -104,7 +104,8 @@ class ToyEngine(Engine):
         return ToySession(self)
 
 
-def _render(messages: Sequence[Message]) -> str:
+def render(messages: Sequence[Message]) -> str:
+    """Render a prompt: who says what, a line each."""
     return "<begin>" + "".join(f"{one.role}: {one.content}\n" for one in messages)
 
 

@@ -13,7 +13,7 @@ __all__ = ["Engine", "EngineSpec", "load"]
 
 
 def load(spec: EngineSpec) -> Engine:
-    """Load the engine for a model: `toy:SEED`, a folder, a GGUF file, a name from the catalogue, or a hub id.
+    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, or a hub id.
 
     Raises ModelNotFoundError, ModelLoadError, TokenizerError or MemoryLimitError, each with a hint.
     """
@@ -24,6 +24,10 @@ def load(spec: EngineSpec) -> Engine:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", "install: pip install 'mixlm[hf]'")
+    if spec.model.startswith("shape:"):
+        from mixlm.engines.shape import ShapeEngine
+
+        return ShapeEngine.from_spec(spec)
     from mixlm.engines.hf import HFEngine
     from mixlm.models import resolve
 

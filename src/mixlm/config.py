@@ -24,10 +24,12 @@ from mixlm.records import Sampling
 
 Method = Literal["mixture", "conventional", "greedy", "single"]
 UnitName = Literal["auto", "token", "piece"]
+EngineName = Literal["auto", "hf", "llamacpp", "remote"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
+ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,13 +54,21 @@ class SamplingConfig(_Strict):
 
 
 class MemberConfig(_Strict):
-    """One member. `template` is a Jinja chat template, `template_file` a file that holds one."""
+    """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
+
+    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. candidates, context and
+    slots: see `EngineSpec`.
+    """
 
     model: str
     name: str | None = None
     weight: float | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    engine: EngineName = "auto"
+    candidates: int = Field(default=64, ge=1)
+    context: int | None = Field(default=None, ge=16)
+    slots: int = Field(default=4, ge=1)
     template: str | None = None
     template_file: str | None = None
     sampling: SamplingConfig = SamplingConfig()

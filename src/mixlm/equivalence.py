@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mixlm.config import Method
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, Prompt
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.noise import Noise
 from mixlm.replies import Prompts, Writer, bits_per_byte
 from mixlm.routing import Context
@@ -99,7 +99,12 @@ def check(
     for number, method in enumerate(methods):
         one = replace(settings, method=method, seed=settings.seed + number)
         memo = [_Memo(member.engine.session()) for member in ensemble.members]
-        writer = ensemble.writer(one, memo)
+        try:
+            writer = ensemble.writer(one, memo)
+        except UnsupportedError:
+            if method != "greedy":
+                raise
+            continue  # its default is a plain average, which not every engine can give; the others have run
         exact = _Exact(ensemble, one, prompts)
         greedy = method == "greedy"
         drawn = _draw(writer, prompts, 1 if greedy else samples, method, progress)

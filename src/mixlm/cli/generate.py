@@ -27,7 +27,7 @@ def generate(
     """Write a reply to a prompt."""
     text = _text(prompt, raw)
     options = shared.options(raw=raw)
-    ensemble = open_ensemble(shared, options)
+    ensemble = open_ensemble(shared, options, whole=False)
     stream = ensemble.stream(text, **options)
     if as_json:
         print_json(stream.finish().as_dict())

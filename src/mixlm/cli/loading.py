@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from mixlm.settings import Options
 
 
-def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto") -> Ensemble:
+def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto", whole: bool = True) -> Ensemble:
     """Load the ensemble that is asked for, and show what its engines note.
 
-    dtype: for members of which neither option nor file says anything. What does not fit is said before anything loads.
+    dtype: for members of which neither option nor file says anything. whole: whether more will be asked of the members
+    than a reply with these options needs. What does not fit is said before anything loads.
     """
     config = shared.config(dtype=dtype)
     weights = shared.numbers()
@@ -29,7 +30,7 @@ def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto") -> E
     from mixlm.loading import load_config
 
     with _spinner(config) as progress:
-        ensemble = load_config(config, weights=weights, progress=progress)
+        ensemble = load_config(config, weights=weights, progress=progress, options=None if whole else options)
     for note in dict.fromkeys(note for one in ensemble.members for note in one.engine.notes):
         dim(f"note: {note}")
     return ensemble

@@ -7,13 +7,16 @@ from importlib.util import find_spec
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import MixlmError
+from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError
 
-__all__ = ["Engine", "EngineSpec", "load"]
+__all__ = ["Engine", "EngineSpec", "is_remote", "load", "runs_as_gguf"]
 
 
 def load(spec: EngineSpec) -> Engine:
-    """Load the engine for a model: `toy:SEED`, a folder, a GGUF file, a name from the catalogue, or a hub id.
+    """Load the engine for a model: `toy:SEED`, a folder, a GGUF file, a name from the catalogue, a hub id, or a URL.
+
+    Engine "auto" is transformers for everything but toys and URLs: whoever knows what the engine is for may choose
+    llama.cpp instead, with `runs_as_gguf`.
 
     Raises ModelNotFoundError, ModelLoadError, TokenizerError or MemoryLimitError, each with a hint.
     """
@@ -21,11 +24,51 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.engines.toy import ToyEngine
 
         return ToyEngine.from_spec(spec.model)
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if missing:
-        raise MixlmError(f"loading {spec.model} needs {' and '.join(missing)}", "install: pip install 'mixlm[hf]'")
+    if spec.engine == "llamacpp":
+        return _llamacpp(spec)
+    _require(spec.model, "hf", "torch", "transformers")
     from mixlm.engines.hf import HFEngine
     from mixlm.models import resolve
 
     found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
     return HFEngine(replace(spec, name=spec.name or found.name), found.path_or_id)
+
+
+def runs_as_gguf(model: str) -> bool:
+    """Whether llama.cpp is installed, and a GGUF file stands behind the model."""
+    if model.startswith("toy:") or is_remote(model) or find_spec("xllamacpp") is None:
+        return False
+    from mixlm.models import find_gguf
+
+    return find_gguf(model) is not None
+
+
+def is_remote(model: str) -> bool:
+    """Whether a model is one behind a server, named by its URL."""
+    return model.startswith(("http://", "https://"))
+
+
+def _llamacpp(spec: EngineSpec) -> Engine:
+    _require(spec.model, "llamacpp", "xllamacpp")
+    _require(spec.model, "hf", "transformers")
+    from mixlm.models import find_gguf, resolve, tokenizer_folder
+
+    found = find_gguf(spec.model)
+    if found is None:
+        if spec.model.lower().endswith(".gguf"):
+            resolve(spec.model)  # says what is wrong with it
+        raise ModelNotFoundError(
+            f"llama.cpp runs GGUF files, and none stands behind {spec.model!r}",
+            f"give a .gguf file; of a model of the catalogue it is kept by: mixlm models get {spec.model}",
+        )
+    if spec.device not in ("auto", "cpu"):
+        raise ConfigError(f"device is {spec.device!r}, and llama.cpp is used on the CPU only", "use --engine hf")
+    from mixlm.engines.llamacpp import LlamaCppEngine
+
+    return LlamaCppEngine(replace(spec, name=spec.name or found.name), found.path, tokenizer_folder(found))
+
+
+def _require(model: str, extra: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise MixlmError(f"loading {model} needs {' and '.join(missing)}", f"install: pip install 'mixlm[{extra}]'")

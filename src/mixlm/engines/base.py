@@ -163,7 +163,8 @@ class Engine(ABC):
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
     details: dtype, device and the like, for reports. weights_bytes: memory of the weights. device: what it runs on;
-    engines on equal devices are asked in turn.
+    engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for all;
+    the logits of such an engine are -inf for the others, and right up to a constant for these.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Engine(ABC):
     details: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
+    candidates: int | None = None
 
     @abstractmethod
     def session(self) -> Session:

@@ -10,7 +10,9 @@ class EngineSpec:
     """A model and how to run it. Two members with equal specs share one engine, and so one copy of the weights.
 
     model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
-    template: a Jinja chat template in place of the model's own.
+    template: a Jinja chat template in place of the model's own. engine: "auto", "hf", "llamacpp" or "remote".
+    candidates: how many of its likeliest tokens a member that cannot tell all of them tells. context, slots: tokens of
+    one sequence, and sequences kept at once, in llama.cpp.
     """
 
     model: str
@@ -18,3 +20,7 @@ class EngineSpec:
     dtype: str = "auto"
     device: str = "auto"
     template: str | None = None
+    engine: str = "auto"
+    candidates: int = 64
+    context: int | None = None
+    slots: int = 4

@@ -56,8 +56,8 @@ class SamplingConfig(_Strict):
 class MemberConfig(_Strict):
     """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
 
-    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. candidates, context and
-    slots: see `EngineSpec`.
+    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. The keys
+    below it: see `EngineSpec`.
     """
 
     model: str
@@ -69,6 +69,9 @@ class MemberConfig(_Strict):
     candidates: int = Field(default=64, ge=1)
     context: int | None = Field(default=None, ge=16)
     slots: int = Field(default=4, ge=1)
+    tokenizer: str | None = None
+    key_env: str | None = None
+    timeout: float = Field(default=120.0, gt=0)
     template: str | None = None
     template_file: str | None = None
     sampling: SamplingConfig = SamplingConfig()
@@ -157,6 +160,8 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
+    if member.tokenizer is not None and (folder / member.tokenizer).exists():
+        changes["tokenizer"] = str(folder / member.tokenizer)
     if (folder / member.model).exists():
         changes["model"] = str(folder / member.model)
     return member.model_copy(update=changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +87,8 @@ def load_config(
             and runs_as_gguf(one.model)
         ):
             engine = "llamacpp"
-        spec = EngineSpec(
-            one.model,
-            one.name or "",
-            one.dtype,
-            one.device,
-            one.template,
-            engine,
-            one.candidates,
-            one.context,
-            one.slots,
-        )
+        own = one.model_dump(include={field.name for field in fields(EngineSpec)})
+        spec = EngineSpec(**{**own, "name": one.name or "", "engine": engine})
         key = replace(spec, name="")
         if key not in engines:
             if progress is not None:

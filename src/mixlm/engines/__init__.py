@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
@@ -24,6 +25,8 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.engines.toy import ToyEngine
 
         return ToyEngine.from_spec(spec.model)
+    if spec.engine == "remote" or is_remote(spec.model):
+        return _remote(spec)
     if spec.engine == "llamacpp":
         return _llamacpp(spec)
     _require(spec.model, "hf", "torch", "transformers")
@@ -66,6 +69,29 @@ def _llamacpp(spec: EngineSpec) -> Engine:
     from mixlm.engines.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(replace(spec, name=spec.name or found.name), found.path, tokenizer_folder(found))
+
+
+def _remote(spec: EngineSpec) -> Engine:
+    if not is_remote(spec.model):
+        raise ConfigError(
+            f"{spec.model!r} is no server", "give its URL: http://host:port, with #NAME for one of several"
+        )
+    if spec.engine not in ("auto", "remote"):
+        raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
+    _require(spec.model, "remote", "httpx")
+    _require(spec.model, "hf", "transformers")
+    from mixlm.engines.remote import RemoteEngine
+    from mixlm.models import find_gguf, resolve, tokenizer_folder
+
+    folder = None
+    if spec.tokenizer is not None:
+        found = find_gguf(spec.tokenizer)
+        plain = Path(spec.tokenizer).expanduser()
+        if found is not None:
+            folder = tokenizer_folder(found)
+        else:
+            folder = plain if (plain / "tokenizer.json").is_file() else Path(resolve(spec.tokenizer).path_or_id)
+    return RemoteEngine(spec, folder)
 
 
 def _require(model: str, extra: str, *packages: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -187,12 +188,35 @@ class Engine(ABC):
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
         return [answer(session, request) for session, request in requests]
 
+    def alive(self) -> bool:
+        """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""
+        return True
+
 
 def answer(session: Session, request: Request) -> Reply:
     """Answer one request with a session's logits."""
     if isinstance(request, Draw):
         return request.choose(session.logits(request.ids)[0])
     return session.logits(request.ids, request.last)
+
+
+def together(
+    threads: ThreadPoolExecutor,
+    answered: Callable[[Sequence[tuple[Session, Request]]], list[Reply]],
+    requests: Sequence[tuple[Session, Request]],
+) -> list[Reply]:
+    """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
+    by_session: dict[int, list[int]] = {}
+    for at, (session, _) in enumerate(requests):
+        by_session.setdefault(id(session), []).append(at)
+    if len(by_session) == 1:
+        return answered(requests)
+    replies: list[Reply] = [None] * len(requests)
+    parts = [[requests[at] for at in places] for places in by_session.values()]
+    for places, found in zip(by_session.values(), threads.map(answered, parts), strict=True):
+        for at, reply in zip(places, found, strict=True):
+            replies[at] = reply
+    return replies
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

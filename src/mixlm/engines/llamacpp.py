@@ -7,7 +7,6 @@ Noise, transforms and laws are mixlm's own. The prefix cache of a slot does the 
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import threading
@@ -24,7 +23,8 @@ import numpy as np
 # Spinning OpenMP threads starve each other on shared machines; this must be set before llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Reply, Request, Session, together
+from mixlm.engines.dialects import LlamaCpp
 from mixlm.engines.partial import PartialEngine, PartialSession
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer import TextSide, load_tokenizer
@@ -67,8 +67,7 @@ class LlamaCppEngine(PartialEngine):
         self.encoder, self.vocabulary, self.prompts = text.encoder, text.vocabulary, text.prompts
         self.stops, self.notes = text.stops, text.notes
         self.prepare()
-        letters = (i for i, token in enumerate(self.vocabulary.tokens) if token.isalpha() and token.isascii())
-        self.whole_character = next(letters, 0)
+        self.dialect = LlamaCpp(self.whole_character())
         self.weights_bytes = path.stat().st_size
         exact = spec.dtype == "float32"
         self.server = _serve(spec, path, self.context_length, exact)
@@ -85,18 +84,7 @@ class LlamaCppEngine(PartialEngine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
-        by_session: dict[int, list[int]] = {}
-        for at, (session, _) in enumerate(requests):
-            by_session.setdefault(id(session), []).append(at)
-        if len(by_session) == 1:
-            return super().answer(requests)
-        one_by_one = super().answer
-        parts = [[requests[at] for at in places] for places in by_session.values()]
-        replies: list[Reply] = [None] * len(requests)
-        for places, found in zip(by_session.values(), self._threads.map(one_by_one, parts), strict=True):
-            for at, reply in zip(places, found, strict=True):
-                replies[at] = reply
-        return replies
+        return together(self._threads, super().answer, requests)
 
 
 class LlamaCppSession(PartialSession):
@@ -118,31 +106,20 @@ class LlamaCppSession(PartialSession):
                 self.keeps_cache = True
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        asked = {"n_probs": count, "top_k": count, "samplers": ["top_k"], "post_sampling_probs": True}
-        found = self._ask(ids, asked)
-        if found is None:
-            # What llama.cpp drew is part of a character, and it keeps the numbers back until the rest comes. So ask
-            # once more, for the numbers from before its own draw, and have it draw a whole character. (To ask like
-            # this every time would sort the whole vocabulary for each token.)
-            forced = [[self._engine.whole_character, 1000.0]]
-            found = self._ask(ids, {"n_probs": count, "logit_bias": forced})
-        if found is None:
-            raise EngineError(f"llama.cpp keeps the probabilities of {self._engine.name} back", "use --engine hf")
-        return found
-
-    def _ask(self, ids: Ids, options: dict[str, Any]) -> Candidates | None:
-        request = {
-            "prompt": ids.tolist(),
-            "id_slot": self._slot,
-            "cache_prompt": self._builds_on,
-            "n_predict": 1,
-            "temperature": 1.0,
-            "seed": 0,
-            **options,
-        }
-        answer = self._engine.server.handle_completions(request)
-        self._builds_on = True
-        return _candidates(self._engine.name, answer)
+        engine = self._engine
+        for body in engine.dialect.bodies(ids, count):
+            # Whether anything of what the slot holds is used is said with each request; the rest is found by llama.cpp.
+            request = {**body, "id_slot": self._slot, "cache_prompt": self._builds_on}
+            answer = engine.server.handle_completions(request)
+            self._builds_on = True
+            try:
+                found = engine.dialect.read(answer)
+            except (TypeError, LookupError, ValueError):
+                said = answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer
+                raise EngineError(f"llama.cpp gives no answer for {engine.name}: {str(said)[:200]}") from None
+            if found is not None:
+                return found
+        raise EngineError(f"llama.cpp keeps the probabilities of {engine.name} back", "use --engine hf")
 
 
 class Slots:
@@ -212,22 +189,3 @@ def _serve(spec: EngineSpec, path: Path, context: int, exact: bool) -> Any:
             f"llama.cpp cannot load {path}: {error}",
             "its architecture may be unknown to it, or memory too small for slots × context; or use --engine hf",
         ) from error
-
-
-def _candidates(name: str, answer: Any) -> Candidates | None:
-    """Read the likeliest tokens from an answer; None where it has none. Raises EngineError when it is no answer."""
-    try:
-        told = answer["choices"][0]["logprobs"]
-        if told is None:
-            return None
-        [token] = told["content"]
-        if "top_probs" in token:
-            found = [(one["id"], one["prob"]) for one in token["top_probs"]]
-        else:
-            found = [(one["id"], math.exp(one["logprob"])) for one in token["top_logprobs"]]
-        ids, probs = np.array([i for i, _ in found], dtype=np.int64), np.array([p for _, p in found])
-    except (TypeError, LookupError, ValueError):
-        said = answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer
-        raise EngineError(f"llama.cpp gives no answer for {name}: {str(said)[:200]}") from None
-    with np.errstate(divide="ignore"):
-        return Candidates(ids, np.log(probs))

@@ -11,24 +11,32 @@ from abc import abstractmethod
 import numpy as np
 
 from mixlm.engines.base import Engine, Session
-from mixlm.errors import UnsupportedError
+from mixlm.errors import EngineError, UnsupportedError
 from mixlm.sampling import Candidates, Floats, Ids, Logits
 from mixlm.vocab.units import TokenBuffer
 
-# Control tokens may be among the likeliest and are never drawn, so a few more are asked for than are promised.
-_SPARE = 16
-
 
 class PartialEngine(Engine):
-    """An engine that tells its `candidates` likeliest tokens that may be drawn."""
+    """An engine that tells its `candidates` likeliest tokens that may be drawn.
+
+    spare: how many more are asked for, since control tokens may be among the likeliest and are never drawn. most: how
+    many can be asked for at all, None for no limit.
+    """
 
     candidates: int
+    spare: int = 16
+    most: int | None = None
 
     def prepare(self) -> None:
         """Note which rows may be drawn; called once the vocabulary is known."""
         drawable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
         drawable[list(self.vocabulary.ends)] = True
         self.drawable = drawable
+
+    def whole_character(self) -> int:
+        """Return the id of a token that is whole characters."""
+        letters = (i for i, token in enumerate(self.vocabulary.tokens) if token.isalpha() and token.isascii())
+        return next(letters, 0)
 
 
 class PartialSession(Session):
@@ -64,12 +72,18 @@ class PartialSession(Session):
     def _enough(self, ids: Ids) -> Candidates:
         """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
         engine = self._partial
-        count = engine.candidates + _SPARE
+        most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
+        count = min(engine.candidates + engine.spare, most)
         while True:
             found = self._likeliest(ids, count)
-            if count >= engine.vocabulary.size or np.count_nonzero(engine.drawable[found.ids]) >= engine.candidates:
+            if np.count_nonzero(engine.drawable[found.ids]) >= engine.candidates or count >= engine.vocabulary.size:
                 return found
-            count = min(4 * count, engine.vocabulary.size)
+            if count >= most:
+                raise EngineError(
+                    f"fewer than {engine.candidates} of the {count} likeliest tokens of {engine.name} may be drawn",
+                    "use fewer candidates, or let its server tell more of them",
+                )
+            count = min(4 * count, most)
 
 
 def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from itertools import islice
+from typing import Any, Unpack, cast, overload
 
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.decoding import strategy
+from mixlm.decoding import Parts, Tally, refuse, strategy
 from mixlm.decoding.base import Member
+from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError, did_you_mean
+from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean
 from mixlm.mixing import checked_weights
 from mixlm.records import ROLES, Completion, Message, Token
 from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
+from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
+from mixlm.vocab.words import WordUnit
+
+AT_ONCE = 16
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
 
@@ -39,8 +47,10 @@ class Ensemble:
     """Several language models that write one text.
 
     weights: one a member, any positive scale; equal when left out. unit: "token" (members that share a vocabulary),
-    "piece" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for every reply.
-    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies.
+    "piece", "word" and "byte" (any vocabularies), or "auto". router: weights by state, in place of `weights`.
+    defaults: for every reply.
+    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies or the
+    default method.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Ensemble:
         self.router = router or Fixed(self.weights)
         self.defaults = defaults or Settings()
         self.unit = _unit([one.engine for one in members], unit)
+        refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
 
     @property
@@ -66,9 +77,65 @@ class Ensemble:
         """The members' names, in order."""
         return tuple(one.name for one in self.members)
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Write a whole reply. `prompt`: a user's message, a conversation, or with raw=True a text to continue."""
-        return self.stream(prompt, **options).finish()
+    # A str is a sequence of str as well; it is one prompt.
+    @overload
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompt: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Completion | list[Completion]:
+        """Write a whole reply, or one to each of several prompts, together.
+
+        prompt: a user's message, a conversation, or with raw=True a text to continue; or a list of such. Raises the
+        first error that ends a reply.
+        """
+        if not _several(prompt):
+            return self.stream(cast(Prompt, prompt), **options).finish()
+        found: dict[int, Completion] = {}
+        for at, stream in self.replies(cast(Sequence[Prompt], prompt), **options):
+            if stream.error is not None:
+                raise stream.error
+            found[at] = stream.completion
+        return [found[at] for at in range(len(found))]
+
+    def replies(
+        self, prompts: Iterable[Prompt], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Stream]]:
+        """Reply to many prompts, `at_once` at a time. Gives each prompt's number and its finished reply as they come.
+
+        The reply to prompt i is the one that `generate` gives with sequence=i, whatever is written at the same time.
+        A reply that fails has an `error`, and the text so far; the others go on.
+        """
+        return self.numbered_replies(enumerate(prompts), at_once=at_once, **options)
+
+    def numbered_replies(
+        self, prompts: Iterable[tuple[int, Prompt]], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Stream]]:
+        """Reply to prompts that have numbers of their own: `replies`, for going on where it stopped."""
+        if at_once < 1:
+            raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
+        settings = self.settings(**options)
+        scheduler, numbers = Scheduler(at_once), {}
+        left = iter(prompts)
+        while True:
+            for at, prompt in islice(left, scheduler.room):
+                writer = self.writer(settings.with_turn(at))
+                try:
+                    stream = writer.stream(self.prompts(prompt, settings))
+                except MixlmError as error:
+                    stream = writer.stream(Prompts(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
+                    stream.fail(error)
+                    yield at, stream
+                    continue
+                numbers[stream] = at
+                scheduler.add(stream)
+            if scheduler.idle:
+                return
+            yield from ((numbers.pop(one), one) for one in scheduler.step() if one.finished)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Write a reply token by token: iterate over it, then read its `completion`."""
@@ -78,6 +145,13 @@ class Ensemble:
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their caches between them."""
         return Chat(self, options)
+
+    def with_weights(self, weights: Sequence[float]) -> Ensemble:
+        """Return this ensemble with other weights, in place of a router too. The engines are shared."""
+        other = copy(self)
+        other.weights = checked_weights(weights, len(self.members))
+        other.router = Fixed(other.weights)
+        return other
 
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
@@ -114,9 +188,12 @@ class Ensemble:
             Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
-        chosen = strategy(settings, self.weights, [one.sampling for one in self.members])
-        sessions = sessions or [one.engine.session() for one in self.members]
-        return Writer(self.unit, self.router, settings, members, chosen, sessions)
+        drawn = sessions or [one.engine.session() for one in self.members]
+        sizes = [one.engine.weights_bytes for one in self.members]
+        costs = Costs(lambda: [one.work.log for one in drawn], sizes)
+        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
+        tally = Tally()
+        return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
 
 
 class Chat:
@@ -166,6 +243,11 @@ class ChatStream(Iterator[Token]):
         return self._stream.completion
 
 
+def _several(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether these are several prompts, and not one text or one conversation."""
+    return not isinstance(prompt, str) and any(not isinstance(one, Message | Mapping) for one in prompt)
+
+
 def _messages(prompt: Prompt) -> list[Message]:
     """Return a prompt as messages. Raises ConfigError for none, and for what is no message."""
     if isinstance(prompt, str):
@@ -188,10 +270,15 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     vocabularies = [one.vocabulary for one in engines]
     if name not in UNITS:
         raise ConfigError(f"unit is {name!r}; it must be one of {', '.join(UNITS)}", did_you_mean(name, UNITS))
+    encoders = [one.encoder for one in engines]
+    if name == "word":
+        return WordUnit(vocabularies, encoders)
+    if name == "byte":
+        return ByteUnit(vocabularies, encoders)
     if name != "piece":
         reason = conflict(vocabularies)
         if reason is None:
             return TokenUnit(vocabularies)
         if name == "token":
             raise UnsupportedError(f"these members share no vocabulary: {reason}", "use --unit piece")
-    return PieceUnit(vocabularies, [one.encoder for one in engines])
+    return PieceUnit(vocabularies, encoders)

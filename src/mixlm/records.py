@@ -93,13 +93,19 @@ class MemberUsage:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Figures of one reply. Times are seconds of wall clock; `seconds` includes the prompts' prefill."""
+    """Figures of one reply. Times are seconds of wall clock; `seconds` includes the prompts' prefill.
+
+    checked and accepted: guesses of what comes next, and how many were right. chosen: what `auto` used last.
+    """
 
     tokens: int
     bytes: int
     seconds: float
     seconds_to_first_token: float
     members: Mapping[str, MemberUsage] = field(default_factory=dict)
+    checked: int = 0
+    accepted: int = 0
+    chosen: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -122,6 +128,9 @@ class Usage:
             "tokens_per_second": self.tokens_per_second,
             "bytes_per_second": self.bytes_per_second,
             "members": {name: asdict(one) for name, one in self.members.items()},
+            "checked": self.checked,
+            "accepted": self.accepted,
+            "chosen": self.chosen,
         }
 
 

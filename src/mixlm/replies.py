@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixlm.decoding.base import Choice, Member, Strategy, Writing, run
+from mixlm.decoding.drafts import Tally
 from mixlm.engines.base import Reply, Request, Session
+from mixlm.errors import MixlmError
 from mixlm.noise import Noise
 from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
 from mixlm.routing import Context, Router
@@ -41,6 +43,7 @@ class Writer:
     members: Sequence[Member]
     strategy: Strategy
     sessions: Sequence[Session]
+    tally: Tally
 
     def begin(self, prompts: Prompts) -> Writing:
         """Begin a sequence behind the members' prompts."""
@@ -83,6 +86,7 @@ class Stream(Iterator[Token]):
         self._flow = self._write()
         self._questions: list[Request] | None = None
         self.finished = False
+        self.error: MixlmError | None = None
 
     def __next__(self) -> Token:
         while not self.ready:
@@ -101,6 +105,18 @@ class Stream(Iterator[Token]):
     def resume(self, replies: list[Reply]) -> None:
         """Go on with the answers to `questions`, in their order."""
         self._advance(replies)
+
+    def fail(self, error: MixlmError) -> None:
+        """End the reply as far as it was written."""
+        self._flow.close()
+        self._questions, self.finished, self.error = None, True, error
+
+    def release(self) -> None:
+        """Free the members' caches. What was written, and its figures, stay."""
+        self._flow.close()
+        self._questions, self.finished = None, True
+        for session in self.sessions:
+            session.forget()
 
     def finish(self) -> Completion:
         """Write the rest and return the whole reply."""
@@ -168,4 +184,5 @@ class Stream(Iterator[Token]):
             )
         size = sum(len(token.data) for token in self._tokens)
         seconds, first = self._end - self._start, self._first - self._start
-        return Usage(len(self._tokens), size, seconds, first, members)
+        tally = self._writer.tally
+        return Usage(len(self._tokens), size, seconds, first, members, tally.checked, tally.accepted, tally.chosen)

@@ -179,6 +179,32 @@ def test_requests_are_answered_in_their_order(engine):
     assert drawn == Drawn(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
 
 
+def test_many_sessions_are_answered_as_each_alone(engine):
+    sessions = [engine.session() for _ in range(4)]
+    texts = [random_ids(engine, length, length) for length in (3, 9, 1, 6)]
+    sessions[1].logits(texts[1][:5])
+    asked = [(session, Ask(0, ids)) for session, ids in zip(sessions, texts, strict=True)]
+    # One of them is asked three things at once, of which the last takes text back.
+    asked += [(sessions[3], Ask(0, np.append(texts[3], texts[0]), 2)), (sessions[3], Ask(0, texts[3][:2], 2))]
+    for (_, ask), found in zip(asked, engine.answer(asked), strict=True):
+        assert_close(found, uncached(engine, ask.ids, ask.last))
+
+
+def test_a_failed_answer_to_many_leaves_all_sessions_usable(engine):
+    sessions, ids = [engine.session() for _ in range(3)], random_ids(engine, 7)
+    for session in sessions:
+        session.logits(ids[:4])
+
+    def fails(logits: np.ndarray) -> Drawn:
+        raise KeyboardInterrupt
+
+    asked = [(sessions[0], Ask(0, ids)), (sessions[1], Draw(0, ids, fails)), (sessions[2], Ask(0, ids))]
+    with pytest.raises(KeyboardInterrupt):
+        engine.answer(asked)
+    for session in sessions:
+        assert_close(session.logits(ids), uncached(engine, ids))
+
+
 def test_the_vocabulary_has_ends_among_its_control_tokens(engine):
     vocabulary = engine.vocabulary
     assert isinstance(vocabulary, Vocabulary)

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mixlm.engines import EngineSpec
-from mixlm.engines import hf as module
+from mixlm.engines import EngineSpec, runner
+from mixlm.engines.base import Ask
 from mixlm.engines.hf import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
 from mixlm.records import Message
@@ -92,8 +92,12 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "mamba"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "mamba", "unbatched"])
 def engine(request, folders) -> HFEngine:
+    if request.param == "unbatched":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "_DIFFERENCE", -1.0)
+            return load(folders("gemma3"))
     return load(folders(request.param))
 
 
@@ -117,17 +121,59 @@ def test_answers_are_those_of_transformers(folders, kind):
 
 
 def test_only_models_that_carry_a_state_read_the_whole_text_again(folders):
-    assert load(folders("mamba")).recomputes
+    assert load(folders("mamba")).runner.recomputes
     assert "keeps no cache" in load(folders("mamba")).notes[0]
     for kind in ("llama", "mistral", "gemma3"):
-        assert not load(folders(kind)).recomputes
+        assert not load(folders(kind)).runner.recomputes
         assert load(folders(kind)).notes == ()
+
+
+def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders, monkeypatch):
+    for kind in ("llama", "mistral", "gemma3"):
+        assert load(folders(kind)).runner.batches
+    assert not load(folders("mamba")).runner.batches
+    monkeypatch.setattr("mixlm.engines.attention._KNOWN", {"rows"})
+    asks_for_more = load(folders("llama"))
+    assert not asks_for_more.runner.batches
+    ids = random_ids(asks_for_more, 12)
+    assert_close(uncached(asks_for_more, ids), uncached(load(folders("llama")), ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_one_forward_serves_many_sessions(folders, kind):
+    one = load(folders(kind))
+    rng = np.random.default_rng(3)
+    sessions = [one.session() for _ in range(6)]
+    texts = [random_ids(one, int(rng.integers(1, 30)), i) for i in range(6)]
+    for turn in range(4):
+        lasts = [int(rng.integers(1, min(4, len(ids)) + 1)) for ids in texts]
+        asked = [(s, Ask(0, ids, last)) for s, ids, last in zip(sessions, texts, lasts, strict=True)]
+        for found, ids, last in zip(one.answer(asked), texts, lasts, strict=True):
+            assert_close(found, uncached(one, ids, last))
+        if turn:
+            assert {session.work.log[-1].rows for session in sessions} == {6}
+        texts = [
+            np.concatenate([ids[: max(1, len(ids) - 2)], random_ids(one, int(rng.integers(3, 9)), i + turn)])
+            for i, ids in enumerate(texts)
+        ]
+
+
+def test_a_forward_takes_no_more_tokens_than_it_may(llama, monkeypatch):
+    monkeypatch.setattr(runner, "MOST", 20)
+    sessions = [llama.session() for _ in range(5)]
+    asked = [
+        (session, Ask(0, random_ids(llama, length, length)))
+        for session, length in zip(sessions, (8, 9, 9, 50, 3), strict=True)
+    ]
+    for found, (_, ask) in zip(llama.answer(asked), asked, strict=True):
+        assert_close(found, uncached(llama, ask.ids))
+    assert [session.work.log[0].rows for session in sessions] == [2, 2, 1, 1, 1]
 
 
 def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
     ids = random_ids(llama, 50)
     whole = uncached(llama, ids, 3)
-    monkeypatch.setattr(module, "_PREFILL", 16)
+    monkeypatch.setattr(runner, "MOST", 16)
     session = llama.session()
     assert_close(session.logits(ids, 3), whole)
     assert_close(session.logits(ids[:45], 20), uncached(llama, ids[:45], 20))

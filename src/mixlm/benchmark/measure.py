@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.benchmark.report import BenchReport, Run, environment
-from mixlm.config import Method
+from mixlm.config import Method, methods_of
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -59,7 +59,7 @@ def bench(
             raise ConfigError(f"{name} is {value}; it must be {least} or more")
     given: dict[str, Any] = {"seed": 0, **(options or {}), "ignore_end": True}
     kinds: list[tuple[Method, int | None]] = [("single", i) for i in range(len(ensemble.members))]
-    kinds += [("conventional", None), ("mixture", None)]
+    kinds += [(one, None) for one in ("conventional", "mixture") if one in methods_of(ensemble.unit.name)]
     samples: list[list[_Sample]] = [[] for _ in kinds]
     for repeat in range(repeats + 1):
         for at, (method, member) in enumerate(kinds):
@@ -156,7 +156,7 @@ def _by_length(log: list[Forward]) -> dict[int, float]:
 
 def _ratios(ensemble: Ensemble, samples: list[list[_Sample]]) -> dict[str, float]:
     """Return mixture's speed over conventional's, over the members' weighted own, and over what forwards allow."""
-    *singles, conventional, mixture = samples
+    singles, conventional, mixture = samples[: len(ensemble.members)], samples[len(ensemble.members)], samples[-1]
     at_once, alone, alone_bytes, forwards = [], [], [], []
     for at, mixed in enumerate(mixture):
         at_once.append(conventional[at].seconds / mixed.seconds)
@@ -168,7 +168,7 @@ def _ratios(ensemble: Ensemble, samples: list[list[_Sample]]) -> dict[str, float
         alone_bytes.append(by_byte * mixed.bytes / mixed.seconds)
         forwards.append(mixed.inside / mixed.seconds)
     return {
-        "mixture/conventional": median(at_once),
+        **({} if conventional is mixture else {"mixture/conventional": median(at_once)}),
         "mixture/single": median(alone),
         "mixture/single (bytes)": median(alone_bytes),
         "mixture/forwards": median(forwards),

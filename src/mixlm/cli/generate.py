@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from mixlm.cli.batch import Batch
 from mixlm.cli.display import Display, print_json
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
@@ -21,10 +23,32 @@ def generate(
     prompt: Annotated[
         str | None, Argument(help="What to answer; read from standard input when left out or '-'.", show_default=False)
     ] = None,
+    input: Annotated[
+        Path | None,
+        Option(
+            "--input",
+            metavar="FILE",
+            help="Answer many prompts: JSON lines with a prompt, or with messages; - for standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Option(
+            "--output",
+            metavar="FILE",
+            help="Where the replies to --input go, one JSON object a line as they are finished. Given once more, the "
+            "command goes on where it stopped.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, Option("--batch", metavar="N", help="Replies to --input that are written together.")] = 16,
     raw: Annotated[bool, Option("--raw", help="Continue the prompt as it stands, without any template.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the reply and its figures as one JSON object.")] = False,
 ) -> int:
-    """Write a reply to a prompt."""
+    """Write a reply to a prompt, or to each prompt of a file."""
+    if input is not None or output is not None:
+        return _many(shared, (prompt, as_json, raw), Batch(input, output, batch) if input and output else None)
     text = _text(prompt, raw)
     options = shared.options(raw=raw)
     ensemble = open_ensemble(shared, options, whole=False)
@@ -42,6 +66,21 @@ def generate(
         display.end()
     display.figures(stream.completion)
     return 0
+
+
+def _many(shared: Shared, one: tuple[str | None, bool, bool], batch: Batch | None) -> int:
+    """Answer a file of prompts."""
+    prompt, as_json, raw = one
+    if batch is None:
+        raise UsageError("--input and --output go together", "name the file of prompts and the file for the replies")
+    if prompt is not None or as_json:
+        raise UsageError(
+            f"--input takes no {'prompt' if prompt is not None else '--json'} beside it",
+            "prompts and replies are files",
+        )
+    prompts = batch.prompts()
+    options = shared.options(raw=raw)
+    return batch.run(open_ensemble(shared, options), prompts, options)
 
 
 def _text(prompt: str | None, raw: bool) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 from typer import Option
 
-from mixlm.config import DTYPES, ENGINES, METHODS, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.config import DTYPES, ENGINES, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
 from mixlm.records import Sampling
 from mixlm.settings import Settings
@@ -100,6 +100,15 @@ class Shared:
             rich_help_panel="Sampling",
         ),
     ] = False
+    rule: Annotated[
+        str | None,
+        _option(
+            "Sampling",
+            "--rule",
+            metavar="NAME",
+            text=f"{', '.join(RULES)}: a published way to average, to compare with; conventional only.",
+        ),
+    ] = None
     max_tokens: Annotated[
         int | None, _reply("--max-tokens", metavar="N", text=f"Write at most N. Default: {_DEFAULTS['max_tokens']}.")
     ] = None
@@ -109,12 +118,24 @@ class Shared:
     seed: Annotated[
         int | None, _reply("--seed", metavar="N", text="The same seed gives the same text. Default: a random one.")
     ] = None
+    draft: Annotated[
+        str | None,
+        _reply(
+            "--draft",
+            metavar="NAME",
+            text="What writes ahead in speculative and greedy: a member's name, or lookup. Default: the cheapest member"
+            " in speculative, lookup where none is clearly cheaper.",
+        ),
+    ] = None
+    block: Annotated[
+        int | None, _reply("--block", metavar="N", text=f"Guesses checked at once. Default: {_DEFAULTS['block']}.")
+    ] = None
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
     def options(self, *, raw: bool = False) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
-        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed")}
+        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block")}
         given = {name: value for name, value in given.items() if value is not None}
         if self.stop:
             given["stop"] = tuple(self.stop)
@@ -133,7 +154,8 @@ class Shared:
         Raises ConfigError, UsageError or ModelNotFoundError, before anything is loaded.
         """
         changes: dict[str, Any] = {}
-        for name, allowed in (("method", METHODS), ("unit", UNITS), ("dtype", DTYPES), ("engine", ENGINES)):
+        named = (("method", METHODS), ("unit", UNITS), ("rule", RULES), ("dtype", DTYPES), ("engine", ENGINES))
+        for name, allowed in named:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(

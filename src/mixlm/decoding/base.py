@@ -49,7 +49,11 @@ class Member:
 
     def law(self, logits: Logits, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
-        ids, logprobs = self.transform(logits, history)
+        return self.pooled(self.transform(logits, history))
+
+    def pooled(self, own: Candidates) -> Candidates:
+        """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
+        ids, logprobs = own
         symbols = self.symbols[ids]
         twice = self._doubled[ids]
         if not twice.any():
@@ -83,28 +87,48 @@ def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
 
 
 class View:
-    """One member's view of one sequence."""
+    """One member's view of one sequence. member: the part of it that is the same for every sequence."""
 
     def __init__(self, member: Member, index: int, state: State) -> None:
-        self._member = member
+        self.member = member
         self._index = index
         self._state = state
+
+    @property
+    def state(self) -> State:
+        """The sequence's state, to be looked at: `Step.push` is what changes it."""
+        return self._state
 
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)
 
+    def symbol(self, token: int) -> int:
+        """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
+        return int(self.member.symbols[token])
+
     def law(self, logits: Logits) -> Candidates:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)
 
-    def law_here(self) -> Callable[[Logits], Candidates]:
-        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
-        if not self._member.transform.sampling.penalises:
-            return self._member.law
-        ids, prompt = self.ids(), self._state.prompt_length(self._index)
-        history = History.of(ids[:prompt], ids[prompt:])
-        return lambda logits: self._member.law(logits, history)
+    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids: what the member reads, where that is not the text but a beginning of it.
+        """
+        history = self._history(ids)
+        return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+
+    def own(self, logits: Logits) -> Candidates:
+        """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
+        return self.member.transform(logits, self._history())
+
+    def _history(self, ids: Ids | None = None) -> History | None:
+        """Return the tokens so far where the member's options look at them."""
+        if not self.member.transform.sampling.penalises:
+            return None
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
+        return History.of(ids[:prompt], ids[prompt:])
 
     def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
@@ -193,7 +217,7 @@ class Writing:
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):

@@ -24,7 +24,7 @@ def load(spec: EngineSpec) -> Engine:
     if spec.model.startswith("toy:"):
         from mixlm.engines.toy import ToyEngine
 
-        return ToyEngine.from_spec(spec.model)
+        return ToyEngine.from_spec(spec)
     if spec.engine == "remote" or is_remote(spec.model):
         return _remote(spec)
     if spec.engine == "llamacpp":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UsageError
 from mixlm.sampling import Floats, Ids, Logits
 from mixlm.vocab.encoding import Encoder
@@ -57,11 +58,15 @@ Reply = Any  # what the request's docstring says
 
 
 class Forward(NamedTuple):
-    """One forward pass: tokens run, tokens already in the cache, seconds."""
+    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds.
+
+    Where several sequences were run at once, `rows` is how many, and seconds are shared out by tokens.
+    """
 
     tokens: int
     cached: int
     seconds: float
+    rows: int = 1
 
 
 @dataclass
@@ -100,6 +105,30 @@ class Session(ABC):
 
         Raises UsageError for no ids, PromptTooLongError for more than the context holds.
         """
+        keep = self.prepare(ids, last)
+        if keep is None:
+            return self.latest
+        start = time.perf_counter()
+        try:
+            out = self._forward(ids[keep:], last)
+        except BaseException:
+            self.forget()
+            raise
+        self.settle(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
+        return out
+
+    @property
+    def latest(self) -> Logits:
+        """The logits after the last token of the last question: float32 (1, vocab)."""
+        assert self._latest is not None
+        return self._latest
+
+    def prepare(self, ids: Ids, last: int = 1) -> int | None:
+        """Cut the cache to what it has in common with a question, and return how many tokens it then holds.
+
+        None where nothing is missing, and `latest` is the answer. Raises what `logits` raises. For engines that run
+        several sessions at once; `settle` or `forget` follows.
+        """
         if not 1 <= last <= len(ids):
             raise UsageError(
                 f"{last} positions were asked of a sequence of {len(ids)} tokens", "ask for 1 or more of them"
@@ -111,23 +140,28 @@ class Session(ABC):
         cached = self._cached.ids
         common = _common_prefix(cached, ids)
         if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
-            return self._latest
+            return None
         keep = min(common, len(ids) - last) if self.keeps_cache else 0
-        start = time.perf_counter()
-        try:
-            if keep < len(cached):
+        if keep < len(cached):
+            try:
                 keep = self._keep(keep)
-            out = self._forward(ids[keep:], last)
-        except BaseException:
-            # Interrupted or out of memory: what the cache holds is unknown, so the next question starts anew.
-            self._cached.rewrite(len(cached), [])
-            self._latest = None
-            self._keep(0)
-            raise
-        self.work.log.append(Forward(len(ids) - keep, keep, time.perf_counter() - start))
-        self._cached.rewrite(len(cached) - keep, ids[keep:])
-        self._latest = out[-1:]
-        return out
+            except BaseException:
+                self.forget()
+                raise
+        self._cached.rewrite(len(cached) - keep, [])
+        return keep
+
+    def settle(self, ids: Ids, logits: Logits, forward: Forward) -> None:
+        """Take down that a question was run. logits: float32 (last, vocab)."""
+        self.work.log.append(forward)
+        self._cached.rewrite(0, ids[forward.cached :])
+        self._latest = logits[-1:]
+
+    def forget(self) -> None:
+        """Start anew: interrupted or out of memory, what the cache holds is unknown."""
+        self._cached.rewrite(len(self._cached.ids), [])
+        self._latest = None
+        self._keep(0)
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
@@ -163,9 +197,10 @@ class Engine(ABC):
     """A loaded model with its tokenizer.
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. weights_bytes: memory of the weights. device: what it runs on;
-    engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for all;
-    the logits of such an engine are -inf for the others, and right up to a constant for these.
+    details: dtype, device and the like, for reports. reading: the tokenizer's family, its normaliser, its leading-space
+    rule and where its prompt template is from, for reports. weights_bytes: memory of the weights. device: what it runs
+    on; engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for
+    all; the logits of such an engine are -inf for the others, and right up to a constant for these.
     """
 
     name: str
@@ -176,13 +211,31 @@ class Engine(ABC):
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: Mapping[str, str] = MappingProxyType({})
+    reading: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
     candidates: int | None = None
 
+    @property
+    def runs(self) -> int:
+        """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
+        return id(self)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
+        return {id(self): self.weights_bytes}
+
     @abstractmethod
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
+
+    def sharing(self, spec: EngineSpec) -> Engine | None:
+        """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.
+
+        The spec's `weights` are those of this engine's own.
+        """
+        return None
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
@@ -191,6 +244,11 @@ class Engine(ABC):
     def alive(self) -> bool:
         """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""
         return True
+
+
+def memory(engines: Iterable[Engine]) -> int:
+    """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
+    return sum({key: size for one in engines for key, size in one.weights.items()}.values())
 
 
 def answer(session: Session, request: Request) -> Reply:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,110 +12,73 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-from mixlm.engines.base import Engine, Session
+from mixlm.engines.adapters import Loaded
+from mixlm.engines.base import Engine, Reply, Request, Session
+from mixlm.engines.runner import HFSession, Runner, memory_errors
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer import TextSide, as_ids, first_line, load_tokenizer
-from mixlm.errors import ConfigError, MemoryLimitError, MixlmError, ModelLoadError
-from mixlm.sampling import Floats, Ids, Logits
-
-# A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once.
-_PREFILL = 1024
-# What torch, safetensors and the system say when memory is out, where it is no error of a type of its own.
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+from mixlm.engines.tokenizer import Read, as_ids, first_line, load_tokenizer
+from mixlm.errors import ConfigError, MixlmError, ModelLoadError
 
 
 class HFEngine(Engine):
     """A causal language model of transformers with its fast tokenizer.
 
     Raises ModelLoadError when it cannot be loaded, TokenizerError when its tokens cannot be mapped to bytes,
-    MemoryLimitError when the device has too little memory.
+    MemoryLimitError when the device has too little memory. like: an engine whose weights and tokenizer it uses too.
     """
 
-    def __init__(self, spec: EngineSpec, source: str) -> None:
+    def __init__(self, spec: EngineSpec, source: str, like: HFEngine | None = None) -> None:
         self.name = spec.name
-        tokenizer = load_tokenizer(source, spec.name, _memory_errors)
+        self._source = source
+        self._tokenizer: Any = load_tokenizer(source, spec.name, memory_errors) if like is None else like._tokenizer
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
-        self.model = _load_model(source, spec.name, self.dtype, self.device)
+        model = _load_model(source, spec.name, self.dtype, self.device) if like is None else None
+        self.loaded: Loaded = Loaded(model) if like is None else like.loaded
+        self.model = self.loaded.model
+        self.adapter = spec.adapter
         self.details = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        self.weights_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        if spec.adapter is not None:
+            self.loaded.add(spec.adapter, spec.name)
+            self.details["adapter"] = spec.adapter
+        self.weights_bytes = sum(self.weights.values())
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])
-        # Models that carry a state instead of keys and values cannot take tokens back.
-        self.recomputes = bool(getattr(self.model, "_is_stateful", False))
+        self.runner: Runner = (Runner(self.loaded, spec.name) if like is None else like.runner).using(spec.adapter)
         notes = []
-        if self.recomputes:
+        if self.runner.recomputes:
             notes.append(f"{spec.name} keeps no cache that can be cut back: it reads the whole text at every token")
+        self._read: Read = Read.of(self._tokenizer, spec.name, source) if like is None else like._read
         ends = set(as_ids(self.model.config.eos_token_id))
         ends |= set(as_ids(getattr(self.model.generation_config, "eos_token_id", None)))
-        text = TextSide.of(tokenizer, Path(source), spec, rows, ends)
-        self.encoder, self.vocabulary, self.prompts, self.stops = (
-            text.encoder,
-            text.vocabulary,
-            text.prompts,
-            text.stops,
-        )
-        self.notes = (*notes, *text.notes)
+        notes += self._read.give(self, self._tokenizer, spec, rows, ends)
+        self.notes = tuple(notes)
+
+    @property
+    def runs(self) -> int:
+        """Engines that differ in their prompts alone run as one."""
+        return id(self.runner)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """Bytes of the model, and of the adapter."""
+        return self.loaded.weights(self.adapter)
+
+    def sharing(self, spec: EngineSpec) -> HFEngine:
+        """Return an engine on the same weights, with prompts and an adapter of its own."""
+        own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name
+        return HFEngine(replace(spec, name=spec.name or own), self._source, like=self)
 
     def session(self) -> HFSession:
         """Begin a sequence."""
-        return HFSession(self)
+        return HFSession(self.runner, self.context_length)
 
-
-class HFSession(Session):
-    """One sequence: a cache that keeps every position, also where the model attends to a window only.
-
-    A cache made from the model's config forgets what leaves the window and could not be cut back into it.
-    """
-
-    def __init__(self, engine: HFEngine) -> None:
-        super().__init__(engine.context_length)
-        self._engine = engine
-        self._cache: Any = None
-        self._length = 0
-        self.keeps_cache = not engine.recomputes
-
-    def _keep(self, length: int) -> int:
-        if length == 0:
-            self._cache = None
-        elif length < self._length:
-            self._cache.crop(length - self._length)
-        self._length = length
-        return length
-
-    def _forward(self, ids: Ids, last: int) -> Logits:
-        if not self.keeps_cache:
-            return self._run(ids, last)
-        if self._cache is None:
-            from transformers import DynamicCache
-
-            self._cache = DynamicCache()
-        head = max(len(ids) - max(_PREFILL, last), 0)
-        for start in range(0, head, _PREFILL):
-            self._run(ids[start : min(start + _PREFILL, head)], 1)
-        return self._run(ids[head:], last)
-
-    def _normalisers(self, logits: Logits) -> Floats:
-        """Return log Σ exp of each row, on all cores."""
-        import torch
-
-        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
-        return sums
-
-    def _run(self, ids: Ids, last: int) -> Logits:
-        import torch
-
-        engine = self._engine
-        # A copy: the caller's array is a view of a buffer that goes on changing.
-        batch = torch.tensor(ids[None], device=engine.device)
-        cached = {"use_cache": False} if not self.keeps_cache else {"past_key_values": self._cache, "use_cache": True}
-        with torch.inference_mode(), _memory_errors(engine.name):
-            out = engine.model(input_ids=batch, logits_to_keep=last, **cached).logits[0, -last:]
-            logits: Logits = out.float().cpu().numpy()
-        if self.keeps_cache:
-            self._length += len(ids)
-        return logits
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+        """Answer all requests, in one forward where they fit and the model can."""
+        # A session may stand in for another, as one that remembers its answers does: it is asked by itself.
+        together = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
+        return self.runner.answer(requests) if together else super().answer(requests)
 
 
 def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:
@@ -126,7 +89,7 @@ def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with _memory_errors(name):
+        with memory_errors(name):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device})
             return model.eval()
     except MixlmError:
@@ -161,23 +124,3 @@ def _dtype(name: str, device: Any) -> Any:
     # bfloat16 is fast only where the processor computes in it.
     fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
-
-
-@contextmanager
-def _memory_errors(name: str) -> Iterator[None]:
-    """Turn torch's ways of saying that memory is out into one error."""
-    import torch
-
-    try:
-        yield
-    except MixlmError:
-        raise
-    except Exception as error:
-        said = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in _NO_MEMORY):
-            raise _out_of_memory(name) from error
-        raise
-
-
-def _out_of_memory(name: str) -> MemoryLimitError:
-    return MemoryLimitError(f"the device has too little memory for {name}", "use --dtype bfloat16, or smaller members")

@@ -7,14 +7,16 @@ Noise, transforms and laws are mixlm's own. The prefix cache of a slot does the 
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from mixlm.engines.base import Reply, Request, Session, together
 from mixlm.engines.dialects import LlamaCpp
 from mixlm.engines.partial import PartialEngine, PartialSession
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer import TextSide, load_tokenizer
+from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, TokenizerError
 from mixlm.models.header import read_header
 from mixlm.sampling import Candidates, Ids, Logits
@@ -54,6 +56,8 @@ class LlamaCppEngine(PartialEngine):
                 f"dtype is {spec.dtype!r}, and llama.cpp runs {path.name} in the types that the file has",
                 "leave dtype out, or use --engine hf",
             )
+        if spec.adapter is not None:
+            raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
         header = read_header(path)
         self.candidates = min(spec.candidates, header.tokens)
         self.context_length = spec.context or min(header.context or _CONTEXT, _CONTEXT)
@@ -63,9 +67,9 @@ class LlamaCppEngine(PartialEngine):
                 f"the tokenizer in {folder} has {len(tokenizer)} tokens, and {path.name} has {header.tokens}",
                 "it belongs to another model",
             )
-        text = TextSide.of(tokenizer, folder, spec, header.tokens, header.ends)
-        self.encoder, self.vocabulary, self.prompts = text.encoder, text.vocabulary, text.prompts
-        self.stops, self.notes = text.stops, text.notes
+        self._tokenizer, self._header = tokenizer, header
+        self._read = Read.of(tokenizer, spec.name, str(folder))
+        self._set_prompts(spec)
         self.prepare()
         self.dialect = LlamaCpp(self.whole_character())
         self.weights_bytes = path.stat().st_size
@@ -77,6 +81,29 @@ class LlamaCppEngine(PartialEngine):
         # One answer now tells a library that answers otherwise at once, and not in the first reply. It also makes sure
         # that the server's loop runs: a server that is dropped before never ends.
         self.session().logits(np.flatnonzero(self.drawable)[:1])
+
+    def sharing(self, spec: EngineSpec) -> LlamaCppEngine | None:
+        """Return an engine on the same server and slots, with prompts of its own; None for an adapter."""
+        if spec.adapter is not None:
+            return None
+        shared = copy.copy(self)
+        shared.name = spec.name or self.name
+        shared._set_prompts(replace(spec, name=shared.name))
+        return shared
+
+    def _set_prompts(self, spec: EngineSpec) -> None:
+        header = self._header
+        self.notes = tuple(self._read.give(self, self._tokenizer, spec, header.tokens, header.ends))
+
+    @property
+    def runs(self) -> int:
+        """Engines that differ in their prompts alone run as one."""
+        return id(self.server)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """Bytes of the file."""
+        return {id(self.server): self.weights_bytes}
 
     def session(self) -> LlamaCppSession:
         """Begin a sequence; it takes a slot when it is first asked."""

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mixlm.engines.base import Reply, Request, Session, together
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
 from mixlm.engines.partial import PartialEngine, PartialSession
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer import TextSide, load_tokenizer
+from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Limits, Wire
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
 from mixlm.sampling import Candidates, Ids, softmax
@@ -136,9 +137,8 @@ class RemoteEngine(PartialEngine):
     def _read_tokenizer(self, spec: EngineSpec, folder: Path, card: dict[str, Any]) -> None:
         tokenizer = load_tokenizer(str(folder), self.name)
         rows = max(len(tokenizer), int((card.get("meta") or {}).get("n_vocab") or 0))
-        text = TextSide.of(tokenizer, folder, spec, rows, ())
-        self.encoder, self.vocabulary, self.prompts = text.encoder, text.vocabulary, text.prompts
-        self.stops, self.notes = text.stops, text.notes
+        read = Read.of(tokenizer, self.name, str(folder))
+        self.notes = tuple(read.give(self, tokenizer, replace(spec, name=self.name), rows, ()))
         self.prepare()
         ours = self.encoder.encode(_PROBE.encode()).ids
         for body in ({"model": self.model, "prompt": _PROBE, "add_special_tokens": False}, {"content": _PROBE}):

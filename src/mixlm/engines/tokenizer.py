@@ -7,56 +7,73 @@ or from what was converted of a GGUF file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, TokenizerError
 from mixlm.records import Message
 from mixlm.vocab.encoding import TokenizerEncoder
 from mixlm.vocab.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
-from mixlm.vocab.tokens import Vocabulary, describe, family, token_bytes
+from mixlm.vocab.tokens import Family, Vocabulary, describe, family, token_bytes
 
 _PROBE = "0123456789"
 
 
 @dataclass(frozen=True)
-class TextSide:
-    """The half of an engine that deals with text; `Engine` says what the parts are."""
+class Read:
+    """What a tokenizer says, whatever prompts it is used for.
 
+    spelled: id of each control token by its spelling. begin: ids in front of a text. ends: those a conversion noted.
+    """
+
+    family: Family
     encoder: TokenizerEncoder
-    vocabulary: Vocabulary
-    prompts: PromptEncoder
-    stops: tuple[str, ...]
-    notes: tuple[str, ...]
+    tokens: Mapping[int, bytes]
+    names: Mapping[int, str]
+    control: frozenset[int]
+    spelled: dict[str, int]
+    begin: list[int]
+    ends: list[int]
 
     @classmethod
-    def of(cls, tokenizer: Any, folder: Path, spec: EngineSpec, rows: int, ends: Collection[int]) -> TextSide:
-        """Read a tokenizer of transformers. folder: where it lies. rows: of the output layer. ends: the model's own.
-
-        Raises TokenizerError when its tokens cannot be mapped to bytes.
-        """
-        extra = _converted_notes(folder)
+    def of(cls, tokenizer: Any, name: str, source: str) -> Read:
+        """Read a tokenizer. Raises TokenizerError when its tokens cannot be mapped to bytes."""
+        extra = _converted_notes(source)
         backend = tokenizer.backend_tokenizer
-        kind = family(describe(backend), spec.name)
+        kind = family(describe(backend), name)
         _make_special(backend, extra.get("control", []))
-        tokens, control = token_bytes(backend, kind, spec.name)
+        tokens, control = token_bytes(backend, kind, name)
+        names = {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()}
         spelled = {one.content: i for i, one in backend.get_added_tokens_decoder().items() if one.special}
         begin = _begin_ids(tokenizer)
-        renderer = _Renderer(tokenizer, spec.template, begin)
-        every_end = {*as_ids(tokenizer.eos_token_id), *ends, *extra.get("ends", []), *renderer.end_of_turn(spelled)}
         encoder = TokenizerEncoder(backend, kind)
+        return cls(kind, encoder, tokens, names, control, spelled, begin, extra.get("ends", []))
+
+    def give(self, engine: Engine, tokenizer: Any, spec: EngineSpec, rows: int, ends: Collection[int]) -> list[str]:
+        """Set an engine's vocabulary, encoder, prompts, stops and reading; return what a user should know.
+
+        rows: of the output layer. ends: the model's own ends of text, beside those that the tokenizer has.
+        """
+        renderer = _Renderer(tokenizer, spec.template, self.begin)
+        every_end = {*as_ids(tokenizer.eos_token_id), *ends, *self.ends, *renderer.end_of_turn(self.spelled)}
+        engine.encoder = self.encoder
+        engine.vocabulary = Vocabulary.of(self.tokens, rows, every_end, self.control, self.names)
+        engine.prompts = PromptEncoder(self.encoder, self.spelled, renderer, self.begin, self.encoder.leading_space)
+        engine.prompts.system = spec.system
+        engine.stops = PLAIN_STOPS if renderer.plain else ()
+        engine.reading = {
+            "family": self.family.value,
+            "normaliser": self.encoder.normaliser,
+            "leading space": self.encoder.leading_space,
+            "template": "given" if spec.template is not None else "plain" if renderer.plain else "its own",
+        }
         plain = f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt"
-        return cls(
-            encoder,
-            Vocabulary.of(tokens, rows, every_end, control),
-            PromptEncoder(encoder, spelled, renderer, begin, encoder.leading_space),
-            PLAIN_STOPS if renderer.plain else (),
-            (plain,) if renderer.plain else (),
-        )
+        return [plain] if renderer.plain else []
 
 
 def load_tokenizer(
@@ -161,8 +178,8 @@ def _make_special(backend: Any, control: Sequence[int]) -> None:
     backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in names if one])
 
 
-def _converted_notes(folder: Path) -> dict[str, Any]:
+def _converted_notes(source: str) -> dict[str, Any]:
     """Return what the conversion from GGUF wrote down about a model: control ids and end-of-text ids."""
-    path = folder / "mixlm.json"
+    path = Path(source) / "mixlm.json"
     notes: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return notes

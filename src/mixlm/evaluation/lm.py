@@ -7,6 +7,7 @@ harness hands over. So a text does not depend on the order of work, nor on what 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
-from mixlm.evaluation.likelihood import Likelihood, context_ids
+from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
+from mixlm.evaluation.readings import as_plain
 from mixlm.records import Completion, Message
 from mixlm.replies import Prompts
 from mixlm.settings import Options
@@ -88,6 +90,13 @@ class EnsembleLM(LM):  # type: ignore[misc]
         """Return the natural log-probability of each request's text, read as `mixlm.scoring` does, in passages."""
         return [float(one) for one in self._answers(requests, self._roll)]
 
+    def readings(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
+        """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
+
+        None for a request that is too long for a member.
+        """
+        return cast(list[dict[str, Any] | None], self._answers(requests, self._read))
+
     def _answers(self, requests: Sequence[Any], answer: Callable[[int, tuple[Any, ...]], _Answer]) -> list[Any]:
         """Answer what the log does not know, contexts with a common beginning one after the other."""
         if not self._resumes:
@@ -97,7 +106,9 @@ class EnsembleLM(LM):  # type: ignore[misc]
         known = len(requests) - len(pending)
         for done, at in enumerate(sorted(pending, key=lambda at: (str(arguments[at][0]), at))):
             self._show(known + done, len(requests))
+            start = time.perf_counter()
             response, about = answer(at, arguments[at])
+            about = {"seconds": round(time.perf_counter() - start, 6), **about}
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
             self.log.add(at, arguments[at], {**document, "response": response, **about})
         self._show(len(requests), len(requests))
@@ -138,7 +149,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 messages, self.ensemble.settings(**cast(Options, options | {"system": None}))
             )
             if context.text:
-                prompts = self._begun(prompts, Context(context.text, messages))
+                prompts = self._begun(Context(context.text, messages))
         # A cache is shared by equal prompts only: a forward's rounding depends on what was cached before, and a text
         # should not depend on the requests before it.
         if self._sessions is None or self._sessions[0] != packed:
@@ -148,7 +159,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             session.work.log.clear()
         return completion
 
-    def _begun(self, prompts: Prompts, context: Context) -> Prompts:
+    def _begun(self, context: Context) -> Prompts:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
         ids = tuple(context_ids(one.engine, context) for one in self.ensemble.members)
         for one, mine in zip(self.ensemble.members, ids, strict=True):
@@ -156,17 +167,30 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 raise PromptTooLongError(
                     f"the prompt has {len(mine)} tokens for {one.name}, whose context holds {one.engine.context_length}"
                 )
-        return Prompts(ids, prompts.text + b"\n" + context.text.encode(errors="replace"))
+        return Prompts(ids, context_text(context))
 
     def _score(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
-        context = unpack(arguments[0])
-        if context.messages is not None:
-            context = Context(context.text, _with_system(context.messages, self._system()))
         about = {"continuation": arguments[1]}
         try:
-            return list(self._scorer().continuation(context, arguments[1])), about
+            return list(self._scorer().continuation(self._context(arguments), arguments[1])), about
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
+
+    def _read(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+        about = {"continuation": arguments[1]}
+        start = time.perf_counter()
+        try:
+            found = as_plain(self._scorer().read(self._context(arguments), arguments[1]))
+        except PromptTooLongError as error:
+            return None, {**about, "error": error.message}
+        return found and {**found, "seconds": time.perf_counter() - start}, about
+
+    def _context(self, arguments: tuple[Any, ...]) -> Context:
+        """Return the context of a request, with the system text in front of its messages."""
+        context = unpack(arguments[0])
+        if context.messages is None:
+            return context
+        return Context(context.text, _with_system(context.messages, self._system()))
 
     def _roll(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         return self._scorer().text(arguments[0]), {}

@@ -100,9 +100,11 @@ class TokenizerEncoder:
 
     Text that a member reads continues a prompt, so the leading space that some SentencePiece tokenizers put in front
     of a sentence has no place in it; `leading_space` says where the tokenizer would put one, for prompts.
+    normaliser: the names of what changes a text before it is encoded, "none" where nothing does.
     """
 
     leading_space: LeadingSpace
+    normaliser: str
 
     def __init__(self, tokenizer: Any, kind: Family) -> None:
         from tokenizers import processors
@@ -111,6 +113,7 @@ class TokenizerEncoder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.leading_space = _take_leading_space(tokenizer)
+        self.normaliser = ", ".join(_changes(tokenizer)) or "none"
         # What a post-processor does to ids is for prompts; what it does to offsets (trimming spaces) hides boundaries.
         tokenizer.post_processor = processors.Sequence([])
         self._tokenizer = tokenizer
@@ -228,10 +231,7 @@ class _Pairs:
         self._pairs = pairs
         # A normaliser may join characters, and without byte tokens unknown characters are fused into one token: only a
         # boundary in front of a space is safe then.
-        normalises = any(
-            part["type"] not in ("Replace", "Prepend") for part in _flat(describe(tokenizer)["normalizer"])
-        )
-        self._only_spaces = normalises or not getattr(tokenizer.model, "byte_fallback", False)
+        self._only_spaces = bool(_changes(tokenizer)) or not getattr(tokenizer.model, "byte_fallback", False)
 
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
         """Return how many ids, and how many characters, no later text can change."""
@@ -252,6 +252,15 @@ def _flat(component: Any) -> list[dict[str, Any]]:
     if component["type"] == "Sequence":
         return [part for one in component["normalizers"] for part in _flat(one)]
     return [component]
+
+
+def _changes(tokenizer: Any) -> list[str]:
+    """Name what a normaliser changes in a text, but for SentencePiece's way of writing spaces."""
+    return [
+        part["type"]
+        for part in _flat(describe(tokenizer)["normalizer"])
+        if part["type"] != "Prepend" and not (part["type"] == "Replace" and part["pattern"].get("String") == " ")
+    ]
 
 
 def _take_leading_space(tokenizer: Any) -> LeadingSpace:

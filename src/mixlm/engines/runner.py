@@ -1,0 +1,199 @@
+"""Forwards of a transformers model: for one sequence, or for many at once, each behind a cache of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, cast
+
+import numpy as np
+
+from mixlm.engines.adapters import Loaded
+from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.together import Part, answer_together
+from mixlm.errors import MemoryLimitError, MixlmError
+from mixlm.sampling import Floats, Ids, Logits
+
+# A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once; and this is
+# how many tokens of all sequences together are run in one forward.
+MOST = 1024
+# What torch, safetensors and the system say when memory is out, where it is no error of a type of its own.
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+_TRIED = 24  # tokens
+_DIFFERENCE = 0.05  # total variation; bfloat16 alone makes up to 0.03
+
+
+class HFSession(Session):
+    """One sequence. Every position is kept, also where the model attends to a window only: text may be taken back."""
+
+    def __init__(self, runner: Runner, context_length: int) -> None:
+        super().__init__(context_length)
+        self._runner = runner
+        self.keeps_cache = not runner.recomputes
+        self.cache: Any = None
+
+    def _keep(self, length: int) -> int:
+        if length == 0:
+            self.cache = None
+        elif self._runner.batches:
+            self.cache.length = length
+        else:
+            self.cache.crop(length - self.cache.get_seq_length())
+        return length
+
+    def _forward(self, ids: Ids, last: int) -> Logits:
+        [logits] = self._runner.run([Part(self, ids, last)])
+        return logits
+
+    def _normalisers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row, on all cores."""
+        import torch
+
+        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
+        return sums
+
+
+class Runner:
+    """A loaded model as a function from what sessions lack to logits.
+
+    recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
+    several sequences at once.
+    """
+
+    def __init__(self, loaded: Loaded, name: str) -> None:
+        self.model = loaded.model
+        self._loaded = loaded
+        self._adapter: str | None = None
+        self.recomputes = bool(getattr(self.model, "_is_stateful", False))
+        self.batches = False
+        self._name = name
+        loaded.runners[None] = self
+        self.batches = self._batches()
+
+    def using(self, adapter: str | None) -> Runner:
+        """Return the runner of the same model with an adapter, or without one: the same one for the same adapter."""
+        if adapter == self._adapter:
+            return self
+        other = copy(self)
+        other._adapter = adapter
+        known: Runner = self._loaded.runners.setdefault(adapter, other)
+        return known
+
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+        """Answer requests of several sessions together."""
+        return answer_together(requests, self.run, MOST)
+
+    def run(self, parts: Sequence[Part]) -> list[Logits]:
+        """Run what sessions lack: float32 (last, vocab) for each. Raises MemoryLimitError."""
+        import torch
+
+        with torch.inference_mode(), memory_errors(self._name), self._loaded.using(self._adapter):
+            behind = []
+            for one in parts:
+                head = max(len(one.ids) - max(MOST, one.last), 0) if not self.recomputes else 0
+                for start in range(0, head, MOST):
+                    self._forward([Part(one.session, one.ids[start : min(start + MOST, head)], 1)])
+                behind.append(one._replace(ids=one.ids[head:]))
+            return self._forward(behind)
+
+    def _forward(self, parts: Sequence[Part]) -> list[Logits]:
+        import torch
+
+        device = self.model.device
+        # A copy: the callers' arrays are views of buffers that go on changing.
+        ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
+        if not self.batches:
+            [part] = parts
+            out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
+            return [_numbers(out[0, -part.last :])]
+        from mixlm.engines.attention import KeyValues, Rows
+
+        sessions = [cast(HFSession, one.session) for one in parts]
+        for session in sessions:
+            session.cache = session.cache or KeyValues()
+        counts = [len(one.ids) for one in parts]
+        rows = Rows([session.cache for session in sessions], counts)
+        asked = np.concatenate(
+            [np.arange(end - one.last, end) for one, end in zip(parts, np.cumsum(counts), strict=True)]
+        )
+        out = self.model(
+            input_ids=ids,
+            position_ids=torch.tensor([rows.positions()], device=device),
+            logits_to_keep=torch.tensor(asked, device=device),
+            use_cache=False,
+            rows=rows,
+        ).logits
+        rows.done()
+        return np.split(_numbers(out[0]), np.cumsum([one.last for one in parts])[:-1])
+
+    def _cached(self, session: Session) -> dict[str, Any]:
+        """Return what a forward of one sequence is called with, for models that cannot run several at once."""
+        from transformers import DynamicCache
+
+        if self.recomputes:
+            return {"use_cache": False}
+        one = cast(HFSession, session)
+        # One made from the model's config would forget what leaves a window, and could not be cut back into it.
+        one.cache = DynamicCache() if one.cache is None else one.cache
+        return {"past_key_values": one.cache, "use_cache": True}
+
+    def _batches(self) -> bool:
+        """Whether the model gives several sequences at once what it gives each alone: tried, not guessed."""
+        if self.recomputes:
+            return False
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        from mixlm.engines.attention import NAME, attend
+
+        usual = self.model.config._attn_implementation
+        size = self.model.get_output_embeddings().weight.shape[0]
+        ids = np.arange(_TRIED, dtype=np.int64) % size
+        expected = self.run([Part(self._session(), ids, 1)])[0]
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        try:
+            self.model.set_attn_implementation(NAME)
+            if self.model.config._attn_implementation == NAME:
+                self.batches = True
+                one, other = self._session(), self._session()
+                self.run([Part(one, ids[:9], 1), Part(other, ids[:4], 1)])
+                self.run([Part(other, ids[4:5], 1), Part(one, ids[9:], 1)])
+                found = self.run([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
+                if _total_variation(found, expected) < _DIFFERENCE:
+                    return True
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+            pass  # models differ in what their attention asks for, and in what they let a caller say
+        self.batches = False
+        self.model.set_attn_implementation(usual)
+        return False
+
+    def _session(self) -> HFSession:
+        return HFSession(self, _TRIED)
+
+
+def _numbers(logits: Any) -> Logits:
+    numbers: Logits = logits.float().cpu().numpy()
+    return numbers
+
+
+def _total_variation(a: Logits, b: Logits) -> float:
+    one, other = (np.exp(x.astype(np.float64) - x.max()) for x in (a, b))
+    return float(0.5 * np.abs(one / one.sum() - other / other.sum()).sum())
+
+
+@contextmanager
+def memory_errors(name: str) -> Iterator[None]:
+    """Turn torch's ways of saying that memory is out into one error."""
+    import torch
+
+    try:
+        yield
+    except MixlmError:
+        raise
+    except Exception as error:
+        said = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in _NO_MEMORY):
+            raise MemoryLimitError(
+                f"the device has too little memory for {name}", "use --dtype bfloat16, or smaller members"
+            ) from error
+        raise

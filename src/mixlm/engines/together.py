@@ -1,0 +1,87 @@
+"""Answers to many sessions of one engine, with as few forwards as they fit in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from mixlm.engines.base import Draw, Forward, Reply, Request, Session
+from mixlm.sampling import Ids, Logits
+
+
+class Part(NamedTuple):
+    """What a session lacks for a question: ids behind its cache, and how many of the last positions are asked for."""
+
+    session: Session
+    ids: Ids
+    last: int
+
+
+Run = Callable[[Sequence[Part]], list[Logits]]  # float32 (last, vocab) for each part
+
+
+class _Question(NamedTuple):
+    at: int
+    ids: Ids
+    part: Part
+
+
+def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Reply]:
+    """Answer in the order of the requests. most: tokens of one forward, unless a single question has more."""
+    replies: list[Reply] = [None] * len(requests)
+    waiting = list(range(len(requests)))
+    while waiting:
+        # A session that is asked several things at once answers them one after the other.
+        first = {id(requests[at][0]): at for at in reversed(waiting)}
+        now = sorted(first.values())
+        waiting = [at for at in waiting if at not in set(now)]
+        questions = []
+        for at in now:
+            session, request = requests[at]
+            last = 1 if isinstance(request, Draw) else request.last
+            keep = session.prepare(request.ids, last)
+            if keep is None:
+                replies[at] = session.latest
+            else:
+                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last)))
+        for question, logits in zip(questions, _run(questions, run, most), strict=True):
+            replies[question.at] = logits
+        for at in now:
+            request = requests[at][1]
+            if isinstance(request, Draw):
+                replies[at] = request.choose(replies[at][0])
+    return replies
+
+
+def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Logits]:
+    out: list[Logits] = []
+    try:
+        while len(out) < len(questions):
+            batch = _fitting(questions[len(out) :], most)
+            start = time.perf_counter()
+            found = run([one.part for one in batch])
+            per_token = (time.perf_counter() - start) / sum(len(one.part.ids) for one in batch)
+            for one, logits in zip(batch, found, strict=True):
+                count = len(one.part.ids)
+                # A copy: a view would keep the logits of the whole batch in memory.
+                own = logits.copy() if len(batch) > 1 else logits
+                one.part.session.settle(
+                    one.ids, own, Forward(count, len(one.ids) - count, per_token * count, len(batch))
+                )
+                out.append(own)
+    except BaseException:
+        for one in questions[len(out) :]:
+            one.part.session.forget()
+        raise
+    return out
+
+
+def _fitting(questions: Sequence[_Question], most: int) -> Sequence[_Question]:
+    """Return the first questions that fit into one forward; at least one."""
+    total = 0
+    for count, one in enumerate(questions):
+        total += len(one.part.ids)
+        if total > most and count:
+            return questions[:count]
+    return questions

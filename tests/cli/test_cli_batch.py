@@ -1,0 +1,160 @@
+"""`mixlm generate --input … --output …`: every prompt answered once, whatever happens in between."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import MAIN, SLOW, TOYS, Run
+
+PROMPTS = [f"prompt number {i}" for i in range(12)]
+OPTIONS = ("--max-tokens", "12", "--seed", "7")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": one}) for one in PROMPTS[:-1]]
+    lines.append(json.dumps({"messages": [{"role": "user", "content": PROMPTS[-1]}]}))
+    path.write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+def arguments(prompts: Path, output: Path) -> list[str]:
+    return ["generate", *TOYS, "--input", str(prompts), "--output", str(output), *OPTIONS]
+
+
+def replies(path: Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({one["number"] for one in lines}) == len(lines), "a prompt was answered twice"
+    return {one["number"]: one["text"] for one in lines}
+
+
+def test_each_prompt_gets_the_reply_it_would_get_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
+    from mixlm import load
+
+    done = run(*arguments(prompts, tmp_path / "out.jsonl"))
+    assert (done.code, done.out) == (0, "")
+    those = load("toy:1", "toy:2")
+    alone = [those.generate(one, seed=7, sequence=i, max_tokens=12).text for i, one in enumerate(PROMPTS)]
+    assert replies(tmp_path / "out.jsonl") == dict(enumerate(alone))
+    for batch in ("1", "5"):
+        run(*arguments(prompts, tmp_path / f"{batch}.jsonl"), "--batch", batch)
+        assert replies(tmp_path / f"{batch}.jsonl") == dict(enumerate(alone))
+
+
+def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*arguments(prompts, output))
+    before = output.read_bytes()
+    done = run(*arguments(prompts, output))
+    assert done.code == 0
+    assert f"12 of 12 are in {output}" in done.err
+    assert output.read_bytes() == before
+
+
+def test_a_killed_run_is_continued_with_nothing_lost_or_done_twice(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    run(*arguments(prompts, whole))
+    command = [sys.executable, "-c", SLOW + MAIN, *arguments(prompts, output), "--batch", "3"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not (output.exists() and output.read_bytes().count(b"\n") >= 2):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+    kept = output.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert 2 <= kept.count(b"\n") < 12
+    # Killed while it wrote a line.
+    output.write_bytes(kept + b'{"number": 11, "key": "4f')
+    done = run(*arguments(prompts, output))
+    assert done.code == 0
+    assert output.read_bytes().startswith(kept)
+    assert set(replies(output)) == set(range(12))
+    missing = set(range(12)) - {json.loads(line)["number"] for line in kept.splitlines()}
+    assert {at: replies(output)[at] for at in missing} == {at: replies(whole)[at] for at in missing}
+
+
+def test_without_a_seed_a_continued_run_keeps_that_of_the_first(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    command = [*arguments(prompts, output)[:-2]]
+    run(*command)
+    first = output.read_text().splitlines()
+    output.write_text("\n".join(first[:4]) + "\n")
+    run(*command)
+    assert sorted(output.read_text().splitlines()[4:]) != []
+    assert replies(output) == {json.loads(one)["number"]: json.loads(one)["text"] for one in first}
+
+
+def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*arguments(prompts, output))
+    before = output.read_bytes()
+    for change in (["--temperature", "0.9"], ["--method", "conventional"], ["-w", "0.9,0.1"]):
+        done = run(*arguments(prompts, output), *change)
+        assert done.code == 2
+        assert "holds replies to other prompts or with other options (line 1)" in done.err
+    output.write_text("something else\n")
+    assert "line 1: this is no reply of mixlm" in run(*arguments(prompts, output)).err
+    assert output.read_text() == "something else\n"
+    output.write_bytes(before)
+
+
+def test_a_file_that_another_process_writes_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with output.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "is being written by another mixlm" in run(*arguments(prompts, output)).err
+    assert run(*arguments(prompts, output)).code == 0
+
+
+def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, prompts: Path, tmp_path: Path) -> None:
+    long = json.dumps({"prompt": "far too long " * 2000})
+    prompts.write_text(prompts.read_text().strip() + "\n" + long + "\n")
+    output = tmp_path / "out.jsonl"
+    done = run(*arguments(prompts, output))
+    assert done.code == 1
+    assert "prompt 13: the prompt has" in done.err
+    assert set(replies(output)) == set(range(12))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("nothing", "line 2: it is no JSON"),
+        ("[]", "line 2: it is no object with either"),
+        ('{"prompt": "a", "messages": []}', "line 2: it is no object with either"),
+        ('{"prompt": 3}', 'line 2: its "prompt" is no text'),
+        ('{"messages": "a"}', 'line 2: its "messages" are no list'),
+    ],
+)
+def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    done = run(*arguments(path, tmp_path / "out.jsonl"))
+    assert done.code == 2
+    assert f"{path}, {reason}" in done.error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_does_not_go_together_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    for given, reason in (
+        (["--input", str(prompts)], "--input and --output go together"),
+        (["--output", str(output)], "--input and --output go together"),
+        (["--input", str(prompts), "--output", str(prompts)], "are both"),
+        (["--input", str(prompts), "--output", str(output), "--json"], "takes no --json"),
+        (["hello", "--input", str(prompts), "--output", str(output)], "takes no prompt"),
+        (["--input", str(prompts), "--output", str(output), "--batch", "0"], "--batch is 0"),
+        (["--input", str(prompts), "--output", str(tmp_path / "no" / "x")], "there is no folder"),
+    ):
+        assert reason in run("generate", *TOYS, *given).error
+    assert not output.exists()
+    assert os.listdir(tmp_path) == ["prompts.jsonl"]

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
 
 def open_ensemble(
-    shared: Shared, options: Options, *, dtype: str = "auto", engines: dict[EngineSpec, Engine] | None = None
+    shared: Shared,
+    options: Options,
+    *,
+    dtype: str = "auto",
+    engines: dict[EngineSpec, Engine] | None = None,
+    whole: bool = True,
 ) -> Ensemble:
     """Load the ensemble that is asked for, and show what its engines note.
 
-    dtype: for members of which neither option nor file says anything. engines: see `load_config`. What does not fit is
-    said before anything loads.
+    dtype: for members of which neither option nor file says anything. engines: see `load_config`. whole: whether more
+    will be asked of the members than a reply with these options needs. What does not fit is said before anything loads.
     """
     config = shared.config(dtype=dtype)
     weights = shared.numbers()
@@ -34,7 +39,8 @@ def open_ensemble(
     from mixlm.loading import load_config
 
     with _spinner(config) as progress:
-        ensemble = load_config(config, weights=weights, progress=progress, engines=engines)
+        replies = None if whole else options
+        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, options=replies)
     for note in dict.fromkeys(note for one in ensemble.members for note in one.engine.notes):
         dim(f"note: {note}")
     return ensemble

@@ -155,7 +155,10 @@ def _by_length(log: list[Forward]) -> dict[int, float]:
 
 
 def _ratios(ensemble: Ensemble, samples: list[list[_Sample]]) -> dict[str, float]:
-    """Return mixture's speed over conventional's, over the members' weighted own, and over what forwards allow."""
+    """Return mixture's speed over conventional's, over the members' weighted own, and over what forwards allow.
+
+    Those that mean nothing in the ensemble's unit are left out: bytes are not as long as members' own tokens.
+    """
     singles, conventional, mixture = samples[: len(ensemble.members)], samples[len(ensemble.members)], samples[-1]
     at_once, alone, alone_bytes, forwards = [], [], [], []
     for at, mixed in enumerate(mixture):
@@ -169,7 +172,7 @@ def _ratios(ensemble: Ensemble, samples: list[list[_Sample]]) -> dict[str, float
         forwards.append(mixed.inside / mixed.seconds)
     return {
         **({} if conventional is mixture else {"mixture/conventional": median(at_once)}),
-        "mixture/single": median(alone),
+        **({} if ensemble.unit.name == "byte" else {"mixture/single": median(alone)}),
         "mixture/single (bytes)": median(alone_bytes),
         "mixture/forwards": median(forwards),
     }

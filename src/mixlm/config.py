@@ -24,12 +24,14 @@ from mixlm.records import Sampling
 
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]
+EngineName = Literal["auto", "hf", "llamacpp", "remote"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
 RULES: tuple[Rule, ...] = ("gac", "unite")
+ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,15 +61,30 @@ class SamplingConfig(_Strict):
 
 
 class MemberConfig(_Strict):
-    """One member. `template` is a Jinja chat template, `template_file` a file that holds one."""
+    """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
+
+    `system` stands in front of every conversation of this member, `adapter` is a LoRA adapter: a folder or a hub id.
+    Members that differ in these alone share one copy of the weights.
+    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. The keys below it: see
+    `EngineSpec`.
+    """
 
     model: str
     name: str | None = None
     weight: float | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    engine: EngineName = "auto"
+    candidates: int = Field(default=64, ge=1)
+    context: int | None = Field(default=None, ge=16)
+    slots: int = Field(default=4, ge=1)
+    tokenizer: str | None = None
+    key_env: str | None = None
+    timeout: float = Field(default=120.0, gt=0)
     template: str | None = None
     template_file: str | None = None
+    system: str | None = None
+    adapter: str | None = None
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -155,8 +172,10 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
-    if (folder / member.model).exists():
-        changes["model"] = str(folder / member.model)
+    own = (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer))
+    for key, value in own:
+        if value is not None and (folder / value).exists():
+            changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 
 

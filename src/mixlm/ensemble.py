@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Unpack, cast, overload
@@ -144,6 +145,13 @@ class Ensemble:
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their caches between them."""
         return Chat(self, options)
+
+    def with_weights(self, weights: Sequence[float]) -> Ensemble:
+        """Return this ensemble with other weights, in place of a router too. The engines are shared."""
+        other = copy(self)
+        other.weights = checked_weights(weights, len(self.members))
+        other.router = Fixed(other.weights)
+        return other
 
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""

@@ -132,7 +132,7 @@ class Scheduler:
         waiting = _Waiting(stream, requests, [None] * len(requests), len(requests))
         for at, request in enumerate(requests):
             engine = stream.members[request.member].engine
-            queue = self._queues.setdefault(id(engine), _Queue(engine))
+            queue = self._queues.setdefault(engine.runs, _Queue(engine))
             if not queue.asked:
                 queue.since = self._calls
             queue.asked.append((waiting, at))

@@ -127,15 +127,19 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
     return [*passages, data[start:]]
 
 
-def identity(model: str, dtype: str = "auto") -> str:
-    """Return what tells a model from any other: where it lies, and the sizes and times of its files."""
+def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str:
+    """Return what tells a model from others: where it and its adapter lie, and the sizes and times of their files."""
     if model.startswith("toy:"):
         return model
-    found = resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id
-    folder = Path(found)
+    found = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
+    if adapter is not None:
+        found.append(adapter)
+    return json.dumps([part for one in found for part in (one, _stamps(Path(one)))])
+
+
+def _stamps(folder: Path) -> list[list[str | int]]:
     files = sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
-    stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
-    return json.dumps([found, stamps])
+    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
 
 
 def beginning(engine: Engine) -> Ids:

@@ -11,7 +11,6 @@ from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law
 
 from mixlm import references
 from mixlm.config import parse_config
-from mixlm.decoding import strategy
 from mixlm.decoding.gac import strings
 from mixlm.ensemble import Ensemble
 from mixlm.equivalence import check
@@ -43,7 +42,7 @@ def law(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Law:
     """What a rule may choose, with its probability: every choice is made once, and equal symbols are added up."""
     out: Law = defaultdict(float)
     settings = those.settings(method="conventional", **options)
-    chosen = strategy(settings, those.weights, [one.sampling for one in those.members])
+    chosen = those.writer(settings).strategy
     n, count = 0, 1
     while n < count:
         noise = Nth(n)

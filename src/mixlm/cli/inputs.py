@@ -170,4 +170,4 @@ def identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
     """Return what tells each member's model from others, for the cache of scores; None to read every text anew."""
     from mixlm.scoring import identity
 
-    return [identity(one.model, one.dtype) for one in config.members] if cache else None
+    return [identity(one.model, one.dtype, one.adapter) for one in config.members] if cache else None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
+from mixlm.errors import UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
@@ -39,6 +40,7 @@ class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
 
     def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
+        _check_candidates(engine, sampling, symbols)
         self.engine = engine
         self.name = name
         self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
@@ -60,6 +62,28 @@ class Member:
         return Candidates(
             np.concatenate([symbols[~twice], joined.ids]), np.concatenate([logprobs[~twice], joined.logprobs])
         )
+
+
+def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+    """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+    if engine.candidates is None:
+        return
+    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
+    # Tokens that the engine counts among its likeliest, and that may not be drawn here.
+    unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
+    most = engine.candidates - unshared
+    if sampling.penalises:
+        found = "a penalty moves tokens from anywhere in the vocabulary"
+    elif not 1 <= sampling.top_k <= most:
+        found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
+    else:
+        return
+    raise UnsupportedError(
+        f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
+        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        if most >= 1
+        else "use --unit piece, or --engine hf",
+    )
 
 
 class View:
@@ -193,7 +217,7 @@ class Writing:
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):

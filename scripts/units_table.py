@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {
     "prose": "The ferry left at six, an hour before the fog. On the upper deck an old man was feeding bread to the "
     "gulls, one crumb at a time, and his granddaughter counted them aloud. When she came to thirty she began again, "
-    "because nobody had told her what comes next, and the gulls did not seem to mind. By noon the island was a grey line.",
+    "because nobody had told her what comes next, and the gulls did not seem to mind.",
     "reference": "Structure\n\n" + (ROOT / "docs" / "structure.md").read_text(encoding="utf-8").split("\n\n", 3)[2][3:],
     "code": (ROOT / "src" / "mixlm" / "vocab" / "units.py").read_text(encoding="utf-8").split("class TokenBuffer:")[1],
 }

@@ -17,6 +17,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.equivalence import Report, check
 from mixlm.errors import ConfigError
 from mixlm.settings import Settings
+from mixlm.vocab.bytes import ByteState
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
@@ -54,15 +55,25 @@ def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_words_follow_their_law(members: int) -> None:
-    report = check(ensemble(members, "word"), "hello", samples=1500)
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws(members: int, unit: str) -> None:
+    report = check(ensemble(members, unit), "hello", samples=1500)
     assert report.equal, report
     assert {one.left for one in report.comparisons} == {"mixture", "single"}
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
-def test_words_follow_their_law_with_options(options: dict[str, Any]) -> None:
-    assert check(ensemble(3, "word"), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws_with_options(unit: str, options: dict[str, Any]) -> None:
+    assert check(ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+
+
+def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law of bytes is not that of the bytes behind a boundary."""
+    monkeypatch.setattr(ByteState, "seam", lambda self, member: len(self))
+    report = check(ensemble(2, "byte"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2), ("single", 2)}
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +208,9 @@ def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
 
 
 @pytest.mark.models
-def test_the_real_pair_follows_the_law_of_words(demo_pair: Ensemble) -> None:
-    those = Ensemble(demo_pair.members, unit="word")
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_the_real_pair_follows_the_laws_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
+    those = Ensemble(demo_pair.members, unit=unit)
     report = check(those, "Why is the sky blue?", samples=400)
     assert report.equal, report
 

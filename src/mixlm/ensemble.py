@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Unpack, cast, overload
@@ -22,6 +23,7 @@ from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
 from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
@@ -45,8 +47,8 @@ class Ensemble:
     """Several language models that write one text.
 
     weights: one a member, any positive scale; equal when left out. unit: "token" (members that share a vocabulary),
-    "piece" and "word" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for
-    every reply.
+    "piece", "word" and "byte" (any vocabularies), or "auto". router: weights by state, in place of `weights`.
+    defaults: for every reply.
     Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies or the
     default method.
     """
@@ -143,6 +145,13 @@ class Ensemble:
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their caches between them."""
         return Chat(self, options)
+
+    def with_weights(self, weights: Sequence[float]) -> Ensemble:
+        """Return this ensemble with other weights, in place of a router too. The engines are shared."""
+        other = copy(self)
+        other.weights = checked_weights(weights, len(self.members))
+        other.router = Fixed(other.weights)
+        return other
 
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
@@ -264,6 +273,8 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     encoders = [one.encoder for one in engines]
     if name == "word":
         return WordUnit(vocabularies, encoders)
+    if name == "byte":
+        return ByteUnit(vocabularies, encoders)
     if name != "piece":
         reason = conflict(vocabularies)
         if reason is None:

@@ -8,6 +8,7 @@
     │   └── PromptTooLongError more tokens than a member's context holds
     ├── ModelLoadError         the model is there but cannot be loaded
     ├── TokenizerError         a tokenizer whose tokens cannot be mapped to bytes
+    ├── EngineError            an engine or a server does not answer, or not with what was asked
     ├── DownloadError          a file could not be fetched, or is not the one expected
     └── MemoryLimitError       the device ran out of memory
 
@@ -62,6 +63,10 @@ class ModelLoadError(MixlmError):
 
 class TokenizerError(MixlmError):
     """A tokenizer whose ids cannot be mapped to exact bytes."""
+
+
+class EngineError(MixlmError):
+    """An engine, or the server that runs a model, does not answer, or not with what was asked."""
 
 
 class DownloadError(MixlmError):

@@ -6,7 +6,8 @@ written down as it is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from mixlm.replies import Prompts, bits_per_byte
 from mixlm.routing import Context
 from mixlm.sampling import Floats, History, dense
 from mixlm.settings import Settings
+from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.units import State
 from mixlm.vocab.words import WordState, WordUnit, begins_word
 
@@ -36,16 +38,16 @@ class Exact:
         self._route = ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(sessions, prompts)))
         self.first = self.law(())
 
-    def law(self, symbols: Iterable[int]) -> Floats:
+    def law(self, symbols: Sequence[int]) -> Floats:
         """Return the law of the symbol behind the given ones: float64 (symbols of the unit, the last is the end)."""
-        state = self._ensemble.unit.begin(self._prompts)
-        for symbol in symbols:
-            state.append(symbol)
+        state = self._state(symbols)
         weights = self._route(state)
         if self._settings.method == "single":
             weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
         if isinstance(self._ensemble.unit, WordUnit):
             return self._word(weights, cast(WordState, state), self._ensemble.unit)
+        if isinstance(self._ensemble.unit, ByteUnit):
+            return self._bytes(weights, bytes(symbols))
         after = self._settings.after_mixing(self._ensemble.members[0].sampling)
         if self._settings.rule is not None and after is not None:
             parts = [
@@ -76,6 +78,12 @@ class Exact:
             second = self.law([int(first)])
             law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
         return law
+
+    def _state(self, symbols: Sequence[int]) -> State:
+        state = self._ensemble.unit.begin(self._prompts)
+        for symbol in symbols:
+            state.append(symbol)
+        return state
 
     def _member(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's law of symbols; with `only`, as if no others were in its vocabulary, or 0 throughout."""
@@ -118,3 +126,54 @@ class Exact:
                 following = own
             law += weight * ended * np.where(begins, following, 0.0) / following[begins].sum()
         return law
+
+    def _bytes(self, weights: Floats, text: bytes) -> Floats:
+        """Return the average of the members' laws of the next byte, each a sum over all covers behind its last seam."""
+        law = np.zeros(self._ensemble.unit.end + 1)
+        for i, weight in enumerate(weights):
+            if weight > 0:
+                begun = self._covers(i, text, over=False)
+                if begun.sum() == 0:
+                    begun = self._covers(i, text, over=True)
+                law += weight * begun / begun.sum()
+        return law
+
+    def _covers(self, i: int, text: bytes, *, over: bool) -> Floats:
+        """Return a member's mass of each next byte. over: it writes the text again, a token that agrees at a time."""
+        unit = self._ensemble.unit
+        pieces = {int(one): unit.data(int(one)) for one in self._ensemble.unit.symbols(i) if 0 <= one < unit.end}
+        seam = _last_seam(set(pieces.values()), text)
+        law = np.zeros(unit.end + 1)
+        mass = defaultdict(float, {seam: 1.0})
+        for place in range(seam, len(text)):
+            rest = text[place:]
+            agree = np.zeros(unit.end + 1, dtype=bool)
+            agree[[one for one, data in pieces.items() if data.startswith(rest) or rest.startswith(data)]] = True
+            if mass[place] == 0:
+                continue
+            own = self._member(i, self._state(text[:place]), agree if over else None)
+            if over and own.sum() == 0:
+                mass[len(text)] += mass[place]
+            for one in np.flatnonzero(own * agree).tolist():
+                data = pieces[one]
+                if len(data) > len(rest):
+                    law[data[len(rest)]] += mass[place] * own[one]
+                else:
+                    mass[place + len(data)] += mass[place] * own[one]
+        if mass[len(text)] > 0:
+            behind = self._member(i, self._state(text))
+            for one, data in pieces.items():
+                law[data[0]] += mass[len(text)] * behind[one]
+            law[unit.end] += mass[len(text)] * behind[unit.end]
+        return law
+
+
+def _last_seam(tokens: set[bytes], text: bytes) -> int:
+    """Return the last place in front of the last byte that no token lies across, wherever it begins."""
+
+    def across(token: bytes, start: int, place: int) -> bool:
+        end = start + len(token)
+        return end > place and token[: len(text) - start] == text[start:end]
+
+    places = (m for m in range(len(text) - 1, 0, -1) if not any(across(t, s, m) for s in range(m) for t in tokens))
+    return next(places, 0)

@@ -266,6 +266,12 @@ def test_a_toy_takes_a_system_text_and_no_adapter():
         load_config(parse_config({"members": [{"model": "toy:1", "adapter": "x"}]}, "here"))
 
 
+@pytest.mark.parametrize("model", ["shape:smollm2-135m", "http://localhost:1"])
+def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
+    with pytest.raises(UnsupportedError, match=f"{model} is given no adapter here"):
+        load_config(parse_config({"members": [{"model": model, "adapter": "x"}]}, "here"))
+
+
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("mixlm.engines.adapters.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):

@@ -18,7 +18,7 @@ from test_tokens import HARD
 from tokenizers import Tokenizer
 from trained import CORPUS, any_bytes, texts
 
-from mixlm.engines.hf import _load_tokenizer
+from mixlm.engines.tokenizer import load_tokenizer
 from mixlm.vocab.encoding import Growing, TokenizerEncoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Family, describe, falls_back_to_bytes, family, token_bytes
@@ -69,7 +69,7 @@ def read(tmp_path_factory):
             folder: Path = tmp_path_factory.mktemp("spm")
             (folder / "tokenizer.model").write_bytes(train(kind, **options))
             (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
-            backend = _load_tokenizer(str(folder), "bare").backend_tokenizer
+            backend = load_tokenizer(str(folder), "bare").backend_tokenizer
             assert family(describe(backend), "bare") is Family.SENTENCEPIECE
             tokens, control = token_bytes(backend, Family.SENTENCEPIECE, "bare")
             encoder = TokenizerEncoder(backend, Family.SENTENCEPIECE)
@@ -204,5 +204,5 @@ def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
     for name, rule in (("GemmaTokenizer", "never"), ("LlamaTokenizer", "first")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma" if "Gemma" in name else "llama"}))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-        backend = _load_tokenizer(str(tmp_path), "known").backend_tokenizer
+        backend = load_tokenizer(str(tmp_path), "known").backend_tokenizer
         assert TokenizerEncoder(backend, Family.SENTENCEPIECE).leading_space == rule

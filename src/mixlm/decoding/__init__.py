@@ -10,6 +10,7 @@ import numpy as np
 from mixlm.config import methods_of
 from mixlm.decoding.auto import Auto
 from mixlm.decoding.base import Strategy
+from mixlm.decoding.bytes import bytewise
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.costs import Costs
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, Tally
@@ -60,8 +61,7 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
     """
     refuse(settings.method, parts.unit)
     if settings.method == "single":
-        heaviest = int(np.argmax(parts.weights))
-        return greedy_alone(heaviest) if settings.picks_most_likely(parts.own[heaviest]) else single(heaviest)
+        return _alone(settings, parts)
     after = settings.after_mixing(parts.own[0])
     if any(settings.after_mixing(one) != after for one in parts.own):
         raise UnsupportedError(
@@ -71,14 +71,25 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
         )
     if after is not None:
         return {None: mix_then_truncate, "gac": gac, "unite": unite}[settings.rule](after)
-    if parts.unit == "word":
-        return words
     if settings.method == "speculative" or (settings.method == "greedy" and settings.draft is not None):
         drafted = speculative if settings.method == "speculative" else greedy_drafted
         return drafted(_draft(settings.draft, parts), settings.block, tally)
+    if parts.unit in ("word", "byte"):
+        return words if parts.unit == "word" else bytewise()
     if settings.method == "auto":
         return Auto(parts.costs, parts.names, tally)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]
+
+
+def _alone(settings: Settings, parts: Parts) -> Strategy:
+    heaviest = int(np.argmax(parts.weights))
+    if not settings.picks_most_likely(parts.own[heaviest]):
+        return bytewise(heaviest) if parts.unit == "byte" else single(heaviest)
+    if parts.unit == "byte":
+        raise UnsupportedError(
+            "temperature is 0, and the most likely byte of a member is not known", "use --unit piece"
+        )
+    return greedy_alone(heaviest)
 
 
 def refuse(method: str, unit: str) -> None:

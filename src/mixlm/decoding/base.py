@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
+from mixlm.errors import UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
@@ -39,6 +40,7 @@ class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
 
     def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
+        _check_candidates(engine, sampling, symbols)
         self.engine = engine
         self.name = name
         self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
@@ -62,6 +64,28 @@ class Member:
         )
 
 
+def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+    """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+    if engine.candidates is None:
+        return
+    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
+    # Tokens that the engine counts among its likeliest, and that may not be drawn here.
+    unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
+    most = engine.candidates - unshared
+    if sampling.penalises:
+        found = "a penalty moves tokens from anywhere in the vocabulary"
+    elif not 1 <= sampling.top_k <= most:
+        found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
+    else:
+        return
+    raise UnsupportedError(
+        f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
+        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        if most >= 1
+        else "use --unit piece, or --engine hf",
+    )
+
+
 class View:
     """One member's view of one sequence. member: the part of it that is the same for every sequence."""
 
@@ -75,11 +99,6 @@ class View:
         """The sequence's state, to be looked at: `Step.push` is what changes it."""
         return self._state
 
-    @property
-    def symbols(self) -> Ids:
-        """The shared symbol of each of the member's ids, int64 (vocab,); -1 for those it may not draw."""
-        return self.member.symbols
-
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
         return self._state.ids(self._index)
@@ -92,20 +111,23 @@ class View:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)
 
-    def law_here(self) -> Callable[[Logits], Candidates]:
-        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
-        history = self._history()
+    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids: what the member reads, where that is not the text but a beginning of it.
+        """
+        history = self._history(ids)
         return self.member.law if history is None else lambda logits: self.member.law(logits, history)
 
     def own(self, logits: Logits) -> Candidates:
         """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
         return self.member.transform(logits, self._history())
 
-    def _history(self) -> History | None:
+    def _history(self, ids: Ids | None = None) -> History | None:
         """Return the tokens so far where the member's options look at them."""
         if not self.member.transform.sampling.penalises:
             return None
-        ids, prompt = self.ids(), self._state.prompt_length(self._index)
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
     def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:

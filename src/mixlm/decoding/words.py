@@ -48,7 +48,7 @@ def _beginning(view: View, noise: Noise, otherwise: Drawn) -> Callable[[Logits],
         symbols, logprobs = law(logits)
         kept = state.begins(symbols)
         if not kept.any():
-            allowed = (view.symbols >= 0) & state.begins(view.symbols)
+            allowed = (view.member.symbols >= 0) & state.begins(view.member.symbols)
             masked = np.where(allowed, logits, -np.inf)
             if not np.isfinite(masked).any():
                 return otherwise

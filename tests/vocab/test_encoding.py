@@ -255,7 +255,7 @@ def test_a_raw_prompt_has_the_ids_that_the_tokenizer_itself_gives(name, text):
 
 @pytest.fixture(scope="module")
 def demo(demo_models) -> dict[str, TokenizerEncoder]:
-    from mixlm.engines.hf import _make_special
+    from mixlm.engines.tokenizer import _make_special
 
     found = {}
     for name, folder in demo_models.items():

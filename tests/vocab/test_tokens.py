@@ -108,7 +108,7 @@ class Read:
 
     def __init__(self, tokenizer: Tokenizer, control: list[int] | None = None) -> None:
         if control:
-            from mixlm.engines.hf import _make_special
+            from mixlm.engines.tokenizer import _make_special
 
             _make_special(tokenizer, control)
         kind = family(describe(tokenizer), "a test's")

@@ -140,13 +140,14 @@ def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
     ids = random_ids(base, 5)
     expected = {name: uncached(one, ids) for name, one in engines.items()}
     uncached(base, ids)
+
+    class Interrupted:
+        def __setattr__(self, name: str, value: object) -> None:
+            raise KeyboardInterrupt
+
     layers = base.loaded._layers
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(type(layers[5]), "set_adapter", interrupted)
+        patched.setattr(base.loaded, "_layers", [*layers[:5], Interrupted(), *layers[5:]])
         with pytest.raises(KeyboardInterrupt):
             uncached(engines["a"], ids)
     for name in ("a", None, "b"):

@@ -14,7 +14,7 @@ __all__ = ["Engine", "EngineSpec", "is_remote", "load", "runs_as_gguf"]
 
 
 def load(spec: EngineSpec) -> Engine:
-    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, a hub id, a URL.
+    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, hub id or URL.
 
     Engine "auto" is transformers for everything but toys and URLs: whoever knows what the engine is for may choose
     llama.cpp instead, with `runs_as_gguf`.

@@ -90,6 +90,7 @@ class ShapeEngine(HFEngine):
         with memory_errors(self.name):
             self.loaded = Loaded(filled(shape, self.dtype, self.device))
         self.model = self.loaded.model
+        self.adapter = None
         self.details = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -100,6 +101,7 @@ class ShapeEngine(HFEngine):
         self.runner = Runner(self.loaded, self.name)
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         tokens, begin = spelled(int(shape["vocab_size"]))
         self.encoder = LongestMatch(tokens)
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])

@@ -30,9 +30,7 @@ class AgreedLaw:
     """
 
     def __init__(self, vocabularies: Sequence[Vocabulary], share: float, seed: int = 0) -> None:
-        if not 0 <= share <= 1:
-            raise ConfigError(f"agreement is {share:g}; it must be from 0 to 1", "0.8 is 80 % of all contexts")
-        self.share = share
+        self.share = checked_share(share)
         self._seed = seed
         self._sizes = [one.size for one in vocabularies]
         common = range(min(self._sizes))
@@ -97,6 +95,13 @@ class AgreedEngine(Engine):
     def _rows(self, request: Ask) -> Logits:
         ends = range(len(request.ids) - request.last + 1, len(request.ids) + 1)
         return np.stack([self._law(self._member, request.ids[:end]) for end in ends])
+
+
+def checked_share(share: float) -> float:
+    """Return a share. Raises ConfigError for a number that is none."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"agreement is {share:g}; it must be from 0 to 1", "0.8 is 80 % of all contexts")
+    return share
 
 
 def label(share: float) -> str:

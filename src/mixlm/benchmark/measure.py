@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from mixlm.benchmark.agreement import agreed, label
+from mixlm.benchmark.agreement import agreed, checked_share, label
 from mixlm.benchmark.ratios import against, ratios
 from mixlm.benchmark.report import BenchReport, Run, environment
 from mixlm.benchmark.rivals import rivals
@@ -58,6 +58,8 @@ class Plan:
         for name, value, least in (("tokens", self.tokens, 4), ("repeats", self.repeats, 1)):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be {least} or more")
+        if self.agreement is not None:
+            checked_share(self.agreement)
 
 
 def bench(

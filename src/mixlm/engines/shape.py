@@ -109,8 +109,11 @@ class ShapeEngine(HFEngine):
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ShapeEngine:
-        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`."""
-        name = spec.model.removeprefix(PREFIX)
+        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
+
+        `shape:NAME#2` is the same again with memory of its own, as another model of that size would have.
+        """
+        name = spec.model.removeprefix(PREFIX).partition("#")[0]
         if name not in SHAPES:
             raise ModelNotFoundError(
                 f"there is no shape {name!r}", did_you_mean(name, SHAPES) or f"there are {', '.join(SHAPES)}"

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format install models clean help
+.PHONY: demo test test-engines lint format install models clean help
 
 help:            ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -15,6 +15,10 @@ demo: models     ## Write a reply with the demo pair: two small models with diff
 
 test: models     ## Run every test
 	$(BIN)/python -m pytest
+
+test-engines: models  ## Run the engines' tests with real models in llama.cpp, and mixlm check there (minutes)
+	$(BIN)/python -m pytest tests/engines tests/test_failure.py -m "engines or not engines"
+	$(BIN)/mixlm check --engine llamacpp --samples 1000
 
 lint: $(VENV)/.installed  ## Check style and types
 	$(BIN)/ruff format --check .
@@ -34,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mixlm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,peft,eval,paper,serve,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,llamacpp,remote,peft,eval,paper,serve,dev]'
 	@touch $@
 
 clean:           ## Remove the virtual environment and what tools left

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from mixlm.engines.base import Ask, Engine
 from mixlm.engines.remote import RemoteEngine
 from mixlm.engines.wire import Limits
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, MixlmError, TokenizerError, UnsupportedError
+from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.models import find_gguf, tokenizer_folder
 from mixlm.sampling import softmax
 
@@ -248,3 +251,53 @@ def test_a_server_and_an_engine_must_fit(model, engine):
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9 does not answer"):
         load(EngineSpec("http://127.0.0.1:9", ""))
+
+
+SERVE = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_parallel, params.n_ctx = 2, 1024
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.verbosity, params.warmup, params.fit_params, params.endpoint_props = -1, False, False, True
+server = xllamacpp.Server(params)
+server.handle_completions({"prompt": [1], "n_predict": 1})
+print(server.listening_address, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def process(file) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """llama.cpp's server in a process of its own, and its URL."""
+    pytest.importorskip("xllamacpp")
+    command = [sys.executable, "-c", SERVE, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
+        yield one, one.stdout.readline().strip()
+        one.kill()
+
+
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
+def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine, on_failure):
+    server, url = process
+    pair = Ensemble([MemberSpec(engine, "stays"), MemberSpec(RemoteEngine(EngineSpec(url, ""), None, QUICK), "goes")])
+    options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
+    whole = pair.generate("three", **options)
+    stream = pair.stream("three", **options, on_failure=on_failure)
+    begun = [next(stream) for _ in range(8)]
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    if on_failure == "error":
+        with pytest.raises(ReplyCutError, match="goes failed in the middle of a reply") as raised:
+            stream.finish()
+        tokens = raised.value.completion.tokens
+        assert 8 <= len(tokens) < 30
+    else:
+        tokens = stream.finish().tokens
+        dropped = stream.completion.usage.members["goes"].dropped
+        assert len(tokens) == 30
+        assert 0 < dropped <= 22
+        assert {one.member for one in tokens[30 - dropped :]} == {"stays"}
+        tokens = tokens[: 30 - dropped]
+    assert list(tokens[:8]) == begun
+    assert [one.data for one in tokens] == [one.data for one in whole.tokens][: len(tokens)]

@@ -72,7 +72,7 @@ def test_the_least_file_has_defaults(write):
         ('[sampling]\ntemperatur = 1\n[[members]]\nmodel = "x"', r"unknown key 'sampling\.temperatur' .*'temperature'"),
         ('xyzzy = 1\n[[members]]\nmodel = "x"', "unknown key 'xyzzy' .known keys: members, method"),
         ('method = "mix"\n[[members]]\nmodel = "x"', "method is 'mix'.*'mixture'"),
-        ('unit = "word"\n[[members]]\nmodel = "x"', "unit is 'word'.*'piece'"),
+        ('unit = "letter"\n[[members]]\nmodel = "x"', "unit is 'letter'.*'piece'"),
         ('[[members]]\nmodel = "x"\ndtype = "int8"', r"members\.0\.dtype is 'int8'.*'bfloat16'"),
         ('[[members]]\nmodel = "x"\nweight = "a lot"', r"members\.0\.weight is 'a lot'.*number"),
         ('[[members]]\nmodel = "x"\n[members.sampling]\ntop_p = 2', "top_p is 2.*at most 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.equivalence import Report, check
 from mixlm.errors import ConfigError
 from mixlm.settings import Settings
+from mixlm.vocab.bytes import ByteState
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
 
 def ensemble(members: int, unit: str) -> Ensemble:
-    """Members of one vocabulary for `token`; for `piece`, each with an order and extra tokens of its own."""
+    """Members of one vocabulary for `token`; otherwise each with an order and extra tokens of its own."""
     specs = []
     for i in range(members):
         tokens = [bytes([b]) for b in range(256)] + LETTERS[3:]
-        if unit == "piece":
+        if unit != "token":
             tokens = tokens[i:] + tokens[:i] + [b"x" * (i + 2), b"a"]
         size = len(tokens) + 2
         bias = np.full(size, -9.0)
@@ -46,9 +48,39 @@ def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
         ("mixture", "exact"),
         ("conventional", "exact"),
         ("single", "exact"),
+        ("speculative", "exact"),
         ("greedy", "exact"),
         ("mixture", "conventional"),
     }
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws(members: int, unit: str) -> None:
+    report = check(ensemble(members, unit), "hello", samples=1500)
+    assert report.equal, report
+    assert {one.left for one in report.comparisons} == {"mixture", "single"}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws_with_options(unit: str, options: dict[str, Any]) -> None:
+    assert check(ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+
+
+def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law of bytes is not that of the bytes behind a boundary."""
+    monkeypatch.setattr(ByteState, "seam", lambda self, member: len(self))
+    report = check(ensemble(2, "byte"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2), ("single", 2)}
+
+
+def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixlm.decoding, "words", mixlm.decoding.mixture)
+    report = check(ensemble(3, "word"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2)}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +174,17 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check(ensemble(3, "token"), "hello", samples=100).equal
 
 
+def test_guesses_that_are_kept_unchecked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(block: list[Any], tally: Any) -> Any:
+        yield from ()
+        return [Choice(one.guess, one.member, 0.0) for one in block if one.guess is not None]
+
+    # The package's name for the module is the strategy.
+    monkeypatch.setattr(sys.modules["mixlm.decoding.speculative"], "_checked", unchecked)
+    report = check(ensemble(2, "token"), "hello", samples=1500)
+    assert {one.left for one in report.comparisons if not one.equal} == {"speculative"}
+
+
 def test_json_form() -> None:
     report = check(ensemble(2, "token"), "hello", samples=200)
     form = json.loads(json.dumps(report.as_dict(), allow_nan=False))
@@ -161,6 +204,14 @@ def test_too_few_samples_are_refused() -> None:
 def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
     report = check(demo_pair, "Why is the sky blue?", samples=600)
     assert isinstance(report, Report)
+    assert report.equal, report
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_the_real_pair_follows_the_laws_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
+    those = Ensemble(demo_pair.members, unit=unit)
+    report = check(those, "Why is the sky blue?", samples=400)
     assert report.equal, report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from toys import ensemble, table
 
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError
-from mixlm.fitting import GateLoss, bootstrap, expectation_maximisation, fit_router, grid_search, simplex
+from mixlm.fitting import GateLoss, bootstrap, expectation_maximisation, fit_by_prompt, fit_router, grid_search, simplex
 from mixlm.heldout import Plan, study
-from mixlm.routing import Learned
-from mixlm.scored import Scores, router_weights, split
+from mixlm.routing import ByPrompt, Learned
+from mixlm.routing.prompt import by_bits
+from mixlm.scored import Scores, prompted, router_weights, split
 from mixlm.scoring import score
 
 problems = st.tuples(st.integers(2, 5), st.integers(5, 60), st.integers(0, 10_000))
@@ -244,3 +246,33 @@ def test_without_a_held_out_part_the_check_is_on_the_fit_itself() -> None:
     assert found.grid is None
     assert found.check["all"].size == scores.size
     assert [one.name for one in found.rows] == ["m0", "m1", "equal weights", "EM"]
+
+
+def test_the_sharpness_of_weights_by_prompt_is_recovered() -> None:
+    rng = np.random.default_rng(3)
+    weights, passages, length = np.array([0.4, 0.6]), 60, 40
+    bits = rng.uniform(0, 1, size=(passages, 2))
+    lam = np.array([by_bits(weights, one, 2.0) for one in bits])
+    likelihood = rng.dirichlet([0.2, 0.2], size=(passages, length)) + 1e-3
+    # Each segment is kept as often as the mixture by prompt says it is written.
+    kept = rng.uniform(size=(passages, length)) < (lam[:, None] * likelihood).sum(axis=2)
+    at, _ = np.nonzero(kept)
+    scores = made(np.log(likelihood[kept]), begins=np.searchsorted(at, at).tolist())
+    found, sharpness = fit_by_prompt(replace(scores, prompts=bits[at]), weights)
+    assert sharpness in (1.0, 2.0, 4.0)
+    assert isinstance(found, ByPrompt)
+    assert fit_by_prompt(scores, weights)[1] == 0.0
+
+
+def test_the_beginning_of_a_passage_becomes_its_prompt() -> None:
+    text = b"abcdefgh" + b"klmn"
+    logprobs = -np.arange(1.0, 25.0).reshape(12, 2)
+    scores = made(logprobs, text=text, begins=[0] * 8 + [8] * 4)
+    found = prompted(scores, 3)
+    assert found.strings() == list("defghmn")
+    assert found.begins.tolist() == [0] * 5 + [8] * 2
+    # Three bytes of the first passage, half of the second.
+    assert found.prompts[0] == pytest.approx(-logprobs[:3].sum(axis=0) / np.log(2) / 3)
+    assert found.prompts[-1] == pytest.approx(-logprobs[8:10].sum(axis=0) / np.log(2) / 2)
+    assert prompted(found, 3).strings() == found.strings()
+    assert prompted(scores, 0).strings() == scores.strings()

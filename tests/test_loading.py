@@ -90,7 +90,7 @@ def test_an_unknown_model_is_refused_by_name(tmp_path, monkeypatch):
         ({"temperature": -1}, "temperature is -1"),
         ({"top_k": "many"}, "top_k"),
         ({"method": "mixtur"}, "'mixtur'.*'mixture'"),
-        ({"unit": "word"}, "'word'.*'piece'"),
+        ({"unit": "words"}, "'words'.*'piece'"),
         ({"dtype": "int8"}, "'int8'.*'bfloat16'"),
         ({"weights": [1, 2]}, "2 weights .* for 1 member"),
     ],

@@ -41,6 +41,21 @@ def test_another_position_keeps_seed_and_sequence():
     assert Noise(5, 6, 7).at(8) == Noise(5, 6, 8)
 
 
+def test_more_noise_of_a_position_is_other_noise():
+    one = Noise(5, 6, 7)
+    turns = [one, one.again(), one.again().again(), one.at(8), one.at(8).again()]
+    assert len({tuple(turn.gumbel(SYMBOLS)) for turn in turns}) == len({turn.uniform() for turn in turns}) == 5
+    assert one.again().at(7) == one
+
+
+def test_the_second_draw_of_a_position_says_nothing_about_the_first():
+    uniform = np.full(4, 0.25)
+    pairs = counted(lambda i: (Noise(1, i).draw(SYMBOLS, uniform), Noise(1, i).again().draw(SYMBOLS, uniform)), 8_000)
+    assert_drawn_from(pairs, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
+    coins = counted(lambda i: (Noise(1, i).choice(uniform), Noise(1, i).again().choice(uniform)), 8_000)
+    assert_drawn_from(coins, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
+
+
 def keys(count: int, vary: str) -> list[Noise]:
     return [Noise(**{"seed": 11, "sequence": 3, "position": 5, vary: i}) for i in range(count)]
 

@@ -39,7 +39,7 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = "('torch', 'transformers', 'tokenizers', 'fastapi', 'rich', 'typer', 'scipy')"
+HEAVY = "('torch', 'transformers', 'tokenizers', 'starlette', 'uvicorn', 'prometheus_client', 'rich', 'typer', 'scipy')"
 
 
 @pytest.mark.parametrize("use", ["pass", "mixlm.Sampling(), mixlm.Message('user', 'x')"])

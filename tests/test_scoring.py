@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scored_texts import made, probabilities, token_scores
-from toys import SHARED, WEIGHTS, engine, ensemble, toys
+from scored_texts import made, probabilities, speaking, stepwise, token_scores
+from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
 
 from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
@@ -19,7 +21,7 @@ from mixlm.records import Message
 from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned
 from mixlm.routing.features import FEATURES
 from mixlm.scored import Scores, joined, router_weights, split
-from mixlm.scoring import identity, score, score_answers, split_passages
+from mixlm.scoring import _Passage, _scored, identity, score, score_answers, split_passages
 
 TEXT = "ab cab bab cacab a b c abba"
 BYTES = [bytes([b]) for b in range(256)]
@@ -181,7 +183,7 @@ def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
     those = ensemble([engine(one, seed=i) for i, one in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ([Message("system", "Be brief."), Message("user", "How?")], "bab")]
-    found = score_answers(those, pairs)
+    found = score_answers(those, pairs, ends=False)
     at = 0
     for begin, (prompt, answer) in zip(np.unique(found.begins), pairs, strict=True):
         rows = found.begins == begin
@@ -205,14 +207,76 @@ def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
     for i, token in enumerate(ids):
         rows = [probabilities(one.engine, [*p, *ids[:i]]) for one, p in zip(those.members, prompt, strict=True)]
         expected += np.log(0.3 * rows[0][token] + 0.7 * rows[1][token])
-    found = score_answers(those, [("Why?", "so")])
+    found = score_answers(those, [("Why?", "so")], ends=False)
     assert found.mixture(those.weights).sum() == pytest.approx(expected, rel=1e-6)
 
 
-def test_weights_by_prompt_need_the_prompts_reading() -> None:
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_weights_by_prompt_are_those_of_a_reply(unit: str) -> None:
+    vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
+    members = [engine(one, seed=i) for i, one in enumerate(vocabularies)]
+    router = ByPrompt(np.array([0.3, 0.7]), 0.5)
+    those = ensemble(members, [0.3, 0.7], router=router)
+    pairs = [("Why?", "ab a"), ("a long question", "bab"), ("abab", "c")]
+    found = score_answers(those, pairs)
+    weights = router_weights(found, router)
+    for begin, (prompt, _) in zip(np.unique(found.begins), pairs, strict=True):
+        settings = those.settings(seed=0)
+        writing = those.writer(settings).begin(those.prompts(prompt, settings))
+        expected = writing.route(writing.state)
+        assert weights[found.begins == begin] == pytest.approx(np.tile(expected, ((found.begins == begin).sum(), 1)))
+        assert abs(expected - [0.3, 0.7]).max() > 1e-4
+    # Held out in the middle of an answer, the prompt is still what it was.
+    rows = np.flatnonzero(found.begins == 0)[2:]
+    assert router_weights(found.part(rows), router) == pytest.approx(weights[rows])
+
+
+@pytest.mark.parametrize("kind", ["fixed", "prompt", "learned", "function"])
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: str, ends: bool, unit: str) -> None:
+    # In pieces the two laws are one where every member spells a text in one way only, byte by byte.
+    vocabularies = [SHARED, SHARED] if unit == "token" else [BYTES, BYTES[::-1]]
+    those = ensemble([speaking(i, one) for i, one in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
+    matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
+    those.router = {
+        "fixed": Fixed(those.weights),
+        "prompt": ByPrompt(those.weights, 0.5),
+        "learned": Learned(matrix, those.names),
+        "function": ByFunction(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
+    }[kind]
+    answer = b"ab cab" if unit == "token" else b"abcab"
+    pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([one]) for one in answer]
+    prompts = those.prompts("ab" if unit == "token" else "ba", those.settings(raw=True))
+    found = _scored(those, [_Passage(answer, prompts.ids, prompts.text, ends)], None, None)
+    expected = stepwise(those, prompts, [*pieces, END] if ends else pieces)
+    weights = router_weights(found, those.router)
+    assert found.mixture(weights).sum() == pytest.approx(expected, rel=1e-6)
+    assert kind == "fixed" or abs(weights - those.weights).max() > 1e-3
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_the_end_of_an_answer_is_a_segment_of_no_bytes(unit: str) -> None:
+    vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
+    those = ensemble([engine(one, seed=i) for i, one in enumerate(vocabularies)], [0.3, 0.7])
+    pairs = [("Why?", "ab a"), ("How?", "bab")]
+    found, bare = score_answers(those, pairs), score_answers(those, pairs, ends=False)
+    ends = found.starts == found.ends
+    assert ends.sum() == 2
+    assert found.unit == bare.unit
+    assert found.part(~ends).logprobs == pytest.approx(bare.logprobs)
+    assert (found.size, found.strings()[-1]) == (bare.size, "")
+    for row, (prompt, answer) in zip(found.logprobs[ends], pairs, strict=True):
+        for i, one in enumerate(those.members):
+            ids = [*one.engine.prompts.chat([Message("user", prompt)]), *one.engine.encoder.encode(answer.encode()).ids]
+            assert row[i] == pytest.approx(np.log(probabilities(one.engine, ids)[-1]))
+
+
+def test_where_a_member_relies_on_stop_strings_ends_are_scored_on_request_only() -> None:
     those = ensemble([engine(BYTES, seed=i) for i in range(2)])
-    with pytest.raises(UnsupportedError, match="how well the members predicted the prompt"):
-        router_weights(score_answers(those, [("x", "a")]), ByPrompt(those.weights))
+    those.members[1].engine.stops = ("Question:",)
+    assert len(score_answers(those, [("x", "a")]).ends) == 1
+    assert len(score_answers(those, [("x", "a")], ends=True).ends) == 2
 
 
 def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
@@ -242,7 +306,7 @@ def test_saved_and_loaded_scores_are_equal(tmp_path: Path) -> None:
     found.save(tmp_path / "a.npz")
     again = Scores.load(tmp_path / "a.npz")
     assert (again.names, again.unit, again.text) == (found.names, found.unit, found.text)
-    for name in ("starts", "ends", "begins", "logprobs"):
+    for name in ("starts", "ends", "begins", "logprobs", "prompts"):
         assert (getattr(again, name) == getattr(found, name)).all()
 
 
@@ -256,9 +320,7 @@ def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no scores"):
         Scores.load(tmp_path / "other.npz")
     whole = made(np.zeros((3, 2)))
-    Scores(whole.names, "token", b"xxx", whole.starts[:2], whole.ends, whole.begins, whole.logprobs).save(
-        tmp_path / "short.npz"
-    )
+    replace(whole, starts=whole.starts[:2]).save(tmp_path / "short.npz")
     with pytest.raises(ConfigError, match="do not fit"):
         Scores.load(tmp_path / "short.npz")
 
@@ -327,6 +389,43 @@ def test_a_spoiled_cache_is_written_anew(reads: list[int], tmp_path: Path) -> No
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(reads: list[int], tmp_path: Path) -> None:
     (tmp_path / "scores").write_text("in the way")
     assert score(toys("token", 2), TEXT, identities=["a", "b"]).size == len(TEXT)
+
+
+def test_what_was_not_used_for_longest_makes_room(
+    reads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    those = toys("token", 2)
+    texts = [TEXT, TEXT * 2, TEXT * 3]
+    for text in texts:
+        score(those, text, identities=["a", "b"])
+    kept = sorted((tmp_path / "scores").iterdir(), key=lambda one: one.stat().st_size)
+    assert len(kept) == 6
+    for age, one in enumerate(kept):
+        os.utime(one, (age, age))
+    score(those, TEXT, identities=["a", "b"])  # the oldest, used again
+    # Room for two pairs of three: the largest limit that no third file of the old ones fits.
+    monkeypatch.setenv("MIXLM_SCORES_MB", str(sum(one.stat().st_size for one in kept[:3]) / 1e6))
+    score(those, TEXT + "a", identities=["a", "b"])
+    reads.clear()
+    score(those, TEXT + "a", identities=["a", "b"])
+    assert reads == []
+    score(those, TEXT * 2, identities=["a", "b"])
+    assert reads
+    monkeypatch.setenv("MIXLM_SCORES_MB", "0")
+    score(those, "ab", identities=["a", "b"])
+    assert list((tmp_path / "scores").iterdir()) == []
+    monkeypatch.setenv("MIXLM_SCORES_MB", "many")
+    with pytest.raises(ConfigError, match="MIXLM_SCORES_MB is 'many'; it must be a number"):
+        score(those, "abab", identities=["a", "b"])
+
+
+def test_scores_know_what_reading_took(reads: list[int]) -> None:
+    those = toys("piece", 2)
+    first = score(those, TEXT, identities=["a", "b"])
+    assert first.seconds > 0
+    assert score(those, TEXT, identities=["a", "b"]).seconds == first.seconds
+    assert sum(one.seconds for one in split(first, 0.5)) == pytest.approx(first.seconds)
+    assert joined([first, first]).seconds == pytest.approx(2 * first.seconds)
 
 
 def test_a_models_identity_changes_with_its_files(tmp_path: Path) -> None:

@@ -90,11 +90,19 @@ def toys(unit: str, members: int, **options: Any) -> Ensemble:
     return ensemble(engines, WEIGHTS[:members], unit=unit, **options)
 
 
-def member_law(one: ToyEngine, sampling: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> Law:
-    """One member's law over byte strings, by the dense reference and a plain loop."""
+def member_law(
+    one: ToyEngine,
+    sampling: Sampling,
+    prompt: Sequence[int],
+    reply: Sequence[int],
+    without: Callable[[bytes], bool] = lambda _: False,
+) -> Law:
+    """One member's law over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
     logits = one.table((*prompt, *reply)).astype(np.float32)
     vocabulary = one.vocabulary
-    banned = np.array(sorted(vocabulary.control - vocabulary.ends), dtype=np.int64)
+    control = vocabulary.control - vocabulary.ends
+    masked = [i for i in range(vocabulary.size) if i not in control and without(vocabulary.tokens[i])]
+    banned = np.array(sorted([*control, *masked]), dtype=np.int64)
     history = History.of(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
     law: Law = defaultdict(float)
     for i, probability in enumerate(dense(logits, sampling, banned, history)):

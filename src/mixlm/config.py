@@ -1,7 +1,7 @@
 """The ensemble file: TOML to one frozen tree. Unknown keys are refused, with the nearest known one as a hint.
 
 method = "mixture"              # or conventional, greedy, single, speculative, auto
-unit = "auto"                   # or token, piece
+unit = "auto"                   # or token, piece, word, byte
 [sampling]                      # for every member
 top_k = 10
 [[members]]
@@ -23,12 +23,23 @@ from mixlm.errors import ConfigError, did_you_mean
 from mixlm.records import Sampling
 
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
-UnitName = Literal["auto", "token", "piece"]
+UnitName = Literal["auto", "token", "piece", "word", "byte"]
+EngineName = Literal["auto", "hf", "llamacpp", "remote"]
+OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
-UNITS: tuple[UnitName, ...] = ("auto", "token", "piece")
+UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
+RULES: tuple[Rule, ...] = ("gac", "unite")
+ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
+ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
+
+
+def methods_of(unit: str) -> tuple[Method, ...]:
+    """Return the methods that a unit's law can be drawn by: the others need members' laws of symbols in full."""
+    return ("mixture", "single", "auto") if unit in ("word", "byte") else METHODS
 
 
 class _Strict(BaseModel):
@@ -52,15 +63,30 @@ class SamplingConfig(_Strict):
 
 
 class MemberConfig(_Strict):
-    """One member. `template` is a Jinja chat template, `template_file` a file that holds one."""
+    """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
+
+    `system` stands in front of every conversation of this member, `adapter` is a LoRA adapter: a folder or a hub id.
+    Members that differ in these alone share one copy of the weights.
+    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. The keys below it: see
+    `EngineSpec`.
+    """
 
     model: str
     name: str | None = None
     weight: float | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    engine: EngineName = "auto"
+    candidates: int = Field(default=64, ge=1)
+    context: int | None = Field(default=None, ge=16)
+    slots: int = Field(default=4, ge=1)
+    tokenizer: str | None = None
+    key_env: str | None = None
+    timeout: float = Field(default=120.0, gt=0)
     template: str | None = None
     template_file: str | None = None
+    system: str | None = None
+    adapter: str | None = None
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -73,12 +99,14 @@ class RouterConfig(_Strict):
 
 
 class EnsembleConfig(_Strict):
-    """A whole ensemble."""
+    """A whole ensemble. `rule` is a published way to average in place of the library's own; `conventional` only."""
 
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     method: Method = "mixture"
+    rule: Rule | None = None
     unit: UnitName = "auto"
     system: str | None = None
+    on_failure: OnFailure = "error"
     sampling: SamplingConfig = SamplingConfig()
     router: RouterConfig = RouterConfig()
 
@@ -147,8 +175,10 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
-    if (folder / member.model).exists():
-        changes["model"] = str(folder / member.model)
+    own = (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer))
+    for key, value in own:
+        if value is not None and (folder / value).exists():
+            changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 
 

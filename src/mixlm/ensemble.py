@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Unpack, cast, overload
@@ -10,7 +11,7 @@ from typing import Any, Unpack, cast, overload
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.decoding import Parts, Tally, strategy
+from mixlm.decoding import Parts, Tally, refuse, strategy
 from mixlm.decoding.base import Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
@@ -22,9 +23,11 @@ from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
 from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
+from mixlm.vocab.words import WordUnit
 
 AT_ONCE = 16
 
@@ -44,8 +47,10 @@ class Ensemble:
     """Several language models that write one text.
 
     weights: one a member, any positive scale; equal when left out. unit: "token" (members that share a vocabulary),
-    "piece" (any vocabularies), or "auto". router: weights by state, in place of `weights`. defaults: for every reply.
-    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies.
+    "piece", "word" and "byte" (any vocabularies), or "auto". router: weights by state, in place of `weights`.
+    defaults: for every reply.
+    Raises ConfigError for weights that do not fit, UnsupportedError when the unit does not fit the vocabularies or the
+    default method.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Ensemble:
         self.router = router or Fixed(self.weights)
         self.defaults = defaults or Settings()
         self.unit = _unit([one.engine for one in members], unit)
+        refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
 
     @property
@@ -140,6 +146,13 @@ class Ensemble:
         """Begin a conversation that remembers its turns, and whose members keep their caches between them."""
         return Chat(self, options)
 
+    def with_weights(self, weights: Sequence[float]) -> Ensemble:
+        """Return this ensemble with other weights, in place of a router too. The engines are shared."""
+        other = copy(self)
+        other.weights = checked_weights(weights, len(self.members))
+        other.router = Fixed(other.weights)
+        return other
+
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
@@ -178,7 +191,7 @@ class Ensemble:
         drawn = sessions or [one.engine.session() for one in self.members]
         sizes = [one.engine.weights_bytes for one in self.members]
         costs = Costs(lambda: [one.work.log for one in drawn], sizes)
-        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs)
+        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
         return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
 
@@ -257,10 +270,15 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     vocabularies = [one.vocabulary for one in engines]
     if name not in UNITS:
         raise ConfigError(f"unit is {name!r}; it must be one of {', '.join(UNITS)}", did_you_mean(name, UNITS))
+    encoders = [one.encoder for one in engines]
+    if name == "word":
+        return WordUnit(vocabularies, encoders)
+    if name == "byte":
+        return ByteUnit(vocabularies, encoders)
     if name != "piece":
         reason = conflict(vocabularies)
         if reason is None:
             return TokenUnit(vocabularies)
         if name == "token":
             raise UnsupportedError(f"these members share no vocabulary: {reason}", "use --unit piece")
-    return PieceUnit(vocabularies, [one.encoder for one in engines])
+    return PieceUnit(vocabularies, encoders)

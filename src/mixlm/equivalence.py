@@ -1,9 +1,8 @@
 """The statistical proof that strategies sample the law they promise.
 
 `check` draws the first two symbols of many replies with each strategy, and compares their counts with the exact law
-`r(u | s) = Σ λ_i (K_i A_i p_i)(u | s)`. The exact law is computed another way than the strategies compute anything:
-from uncached forwards, dense over the whole vocabulary, by the reference form of the transforms. The second symbol is
-compared jointly with the first: the law of a pair fixes the law of what follows what.
+`r(u | s) = Σ λ_i (K_i A_i p_i)(u | s)`, or what the unit has in its place (`exact`). The second symbol is compared
+jointly with the first: the law of a pair fixes the law of what follows what.
 
 A comparison is Pearson's chi-square test over all outcomes expected at least five times, the others in one cell.
 """
@@ -11,30 +10,27 @@ A comparison is Pearson's chi-square test over all outcomes expected at least fi
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import Method
+from mixlm.config import Method, methods_of
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, Prompt
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.exact import Exact, Outcome
 from mixlm.noise import Noise
-from mixlm.replies import Prompts, Writer, bits_per_byte
-from mixlm.routing import Context
-from mixlm.sampling import Floats, History, Ids, Logits, dense
-from mixlm.settings import Options, Settings
-from mixlm.vocab.units import State
+from mixlm.replies import Prompts, Writer
+from mixlm.sampling import Floats, Ids, Logits
+from mixlm.settings import Options
 
-Outcome = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
 
 # A verdict is wrong by chance once in a thousand checks, however many comparisons a check makes.
 LEVEL = 0.001
-_FIRST_SYMBOLS = 24  # how many first symbols get a law of their own for the second; the rest share one cell
 _MEMO_BYTES = 512 << 20
 
 
@@ -91,16 +87,24 @@ def check(
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**given)
     prompts = ensemble.prompts(prompt, settings)
-    methods: list[Method] = ["mixture", "conventional", "single", "greedy"]
-    if settings.mix_then_truncate:
+    methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
+    if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
+    methods = [one for one in methods if one in methods_of(ensemble.unit.name)]
     pairs: dict[str, list[Outcome]] = {}
     found: list[Comparison] = []
     for number, method in enumerate(methods):
-        one = replace(settings, method=method, seed=settings.seed + number)
+        # The draft is a member, so that guesses are wrong now and then.
+        draft = ensemble.names[0] if method == "speculative" else None
+        one = replace(settings, method=method, seed=settings.seed + number, draft=draft)
         memo = [_Memo(member.engine.session()) for member in ensemble.members]
-        writer = ensemble.writer(one, memo)
-        exact = _Exact(ensemble, one, prompts)
+        try:
+            writer = ensemble.writer(one, memo)
+        except UnsupportedError:
+            if method != "greedy":
+                raise
+            continue  # its default is a plain average, which not every engine can give; the others have run
+        exact = Exact(ensemble, one, prompts)
         greedy = method == "greedy"
         drawn = _draw(writer, prompts, 1 if greedy else samples, method, progress)
         if greedy:
@@ -108,7 +112,7 @@ def check(
             continue
         pairs[method] = drawn
         found += [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
-    if len(pairs) > 1:
+    if "conventional" in pairs and "mixture" in pairs:
         found += [_between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], at) for at in (1, 2)]
     level = LEVEL / len(found)
     return Report(tuple(replace(one, equal=one.p_value >= level) for one in found))
@@ -161,6 +165,10 @@ class _Memo(Session):
         self._known.move_to_end(key)
         return self._known[key]
 
+    def prepare(self, ids: Ids, last: int = 1) -> None:
+        """Have the answer at hand, so that an engine that runs several sessions at once has nothing to run for this."""
+        self._latest = self.logits(ids, last)
+
     def _keep(self, length: int) -> int:
         raise AssertionError("a memo holds no cache of its own")
 
@@ -168,65 +176,7 @@ class _Memo(Session):
         raise AssertionError("a memo runs no forward of its own")
 
 
-class _Exact:
-    """The exact law of one strategy behind a prompt, by the reference."""
-
-    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Prompts) -> None:
-        self._ensemble = ensemble
-        self._settings = settings
-        self._prompts = prompts.ids
-        sessions = [one.engine.session() for one in ensemble.members]
-        self._route = ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(sessions, prompts)))
-        self.first = self.law(())
-
-    def law(self, symbols: Iterable[int]) -> Floats:
-        """Return the law of the symbol behind the given ones: float64 (symbols of the unit, the last is the end)."""
-        state = self._ensemble.unit.begin(self._prompts)
-        for symbol in symbols:
-            state.append(symbol)
-        weights = self._route(state)
-        if self._settings.method == "single":
-            weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
-        law = np.zeros(self._ensemble.unit.end + 1)
-        for i, weight in enumerate(weights):
-            if weight > 0:
-                law += weight * self._member(i, state)
-        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
-        if after is not None:
-            with np.errstate(divide="ignore"):
-                law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
-        return law
-
-    def _member(self, i: int, state: State) -> Floats:
-        member = self._ensemble.members[i]
-        ids = state.ids(i)
-        logits = member.engine.session().logits(ids)[0]
-        symbols = self._ensemble.unit.symbols(i)
-        history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
-        options = self._settings.for_member(member.sampling)
-        probs = dense(logits, options, np.flatnonzero(symbols < 0), history)
-        allowed = symbols >= 0
-        law = np.zeros(self._ensemble.unit.end + 1)
-        np.add.at(law, symbols[allowed], probs[allowed])
-        return law
-
-    def pairs(self) -> dict[Outcome, float]:
-        """Return the law of the first two symbols for the likeliest first ones; the rest of the mass is missing."""
-        law: dict[Outcome, float] = {}
-        end = self._ensemble.unit.end
-        for first in np.argsort(-self.first, kind="stable")[:_FIRST_SYMBOLS]:
-            mass = float(self.first[first])
-            if mass == 0:
-                break
-            if first == end:
-                law[(end,)] = mass
-                continue
-            second = self.law([int(first)])
-            law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
-        return law
-
-
-def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: _Exact, position: int) -> Comparison:
+def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: Exact, position: int) -> Comparison:
     if position == 1:
         law: dict[Outcome, float] = {(int(u),): float(exact.first[u]) for u in np.flatnonzero(exact.first)}
     else:
@@ -285,7 +235,7 @@ def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, fl
     return statistic, float(chi2.sf(statistic, freedom)) if freedom else 1.0
 
 
-def _greedy(ensemble: Ensemble, drawn: Outcome, exact: _Exact) -> list[Comparison]:
+def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact) -> list[Comparison]:
     """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
     found = []
     for position, symbol in enumerate(drawn, start=1):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mixlm.errors import ConfigError
 from mixlm.mixing import checked_weights
+from mixlm.routing import ByPrompt
 from mixlm.routing.features import FEATURES
 from mixlm.routing.learned import Learned, gate
 from mixlm.sampling import Floats
@@ -25,6 +26,7 @@ from mixlm.scored import Scores, context_features, joined, router_weights, split
 _MOST_POINTS = 200_000
 # With fewer blocks than this, resampling them says little about how sure a weight is.
 _LEAST_BLOCKS = 20
+_SHARPNESS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _PENALTIES = (5e-3, 5e-2, 0.5)
 
 
@@ -91,6 +93,8 @@ def _likelihood(scores: Scores) -> tuple[Floats, Floats]:
     impossible = np.flatnonzero(~np.isfinite(top))
     if impossible.size:
         at = impossible[0]
+        if scores.starts[at] == scores.ends[at]:
+            raise ConfigError("no member can end an answer where one ends", "leave ends out: --no-ends, or ends=False")
         shown = scores.text[scores.starts[at] : scores.ends[at]].decode(errors="replace")
         raise ConfigError(f"no member can write {shown!r}, so no weights make the text likely", "leave it out")
     return np.exp(scores.logprobs - top[:, None]), top
@@ -159,6 +163,19 @@ def bootstrap(
         found.append(_maximised(likelihood, counts, start, 1000, 1e-7)[0])
     low, high = (1 - level) / 2, (1 + level) / 2
     return np.quantile(np.array(found), [low, high], axis=0).T
+
+
+def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[ByPrompt, float]:
+    """Return weights by prompt whose sharpness makes scored text most likely, and that sharpness.
+
+    weights: those that are scaled, float64 (members,). Text without prompts says nothing about it.
+    """
+    routers = {one: ByPrompt(weights, one) for one in _SHARPNESS}
+    bits = {
+        one: scores.bits_per_byte(scores.mixture(router_weights(scores, router))) for one, router in routers.items()
+    }
+    found = min(bits, key=lambda one: bits[one])
+    return routers[found], found
 
 
 def fit_router(

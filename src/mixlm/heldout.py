@@ -13,10 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.fitting import Fit, bootstrap, equal_weights, expectation_maximisation, fit_router, grid_search
-from mixlm.routing import Learned
+from mixlm.fitting import (
+    Fit,
+    bootstrap,
+    equal_weights,
+    expectation_maximisation,
+    fit_by_prompt,
+    fit_router,
+    grid_search,
+)
+from mixlm.routing import ByPrompt, Learned, Router
 from mixlm.sampling import Floats
-from mixlm.scored import Scores, joined, router_weights, split
+from mixlm.scored import Scores, joined, prompted, router_weights, split
 
 Progress = Callable[[str, int, int], None]
 _ROUTER_ROUNDS = 500
@@ -28,6 +36,7 @@ class Plan:
 
     holdout: share of every text that is held out; 0 checks on the training text itself. bootstrap: refits for the
     intervals, 0 for none. step: of the grid, None for no grid. router: whether to train one. given: weights to compare.
+    prompt: how many bytes of each passage of a bare text are its prompt, which is not scored.
     """
 
     holdout: float = 0.5
@@ -35,6 +44,7 @@ class Plan:
     step: float | None = None
     router: bool = False
     given: Floats | None = None
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Row:
 class Study:
     """What was fitted, and how it did.
 
-    train, check: scored parts of each file by its name; `held_out` says whether they are different text.
+    train, check: scored parts of each file by its name; `held_out` says whether they are different text. by_prompt:
+    EM's weights by prompt, and their sharpness, where texts have prompts.
     """
 
     train: Mapping[str, Scores]
@@ -64,6 +75,7 @@ class Study:
     em: Fit
     intervals: Floats | None
     grid: Fit | None
+    by_prompt: tuple[ByPrompt, float] | None
     router: Learned | None
     router_seconds: float
     rows: tuple[Row, ...]
@@ -77,6 +89,11 @@ class Study:
     def best_member(self) -> Row:
         """The single member that does best on the check text."""
         return min((one for one in self.rows if one.kind == "member"), key=lambda one: one.all)
+
+    @property
+    def seconds(self) -> float:
+        """What the members took to read the training part, whenever they did."""
+        return sum(one.seconds for one in self.train.values())
 
     def below(self, row: Row) -> float:
         """Return how many percent of bits per byte a row lies below the best single member."""
@@ -115,7 +132,9 @@ class Study:
                 "end_bits_per_byte": self.em.trace[-1],
                 "seconds": self.em.seconds,
                 "readings": once,
+                "reading_seconds": self.seconds,
             },
+            "by_prompt": self.by_prompt and {"sharpness": self.by_prompt[1]},
             "grid": grid,
             "router": self.router and {"seconds": self.router_seconds},
             "check": {
@@ -143,6 +162,8 @@ def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None 
 
     files: scored texts by name, of the same members. progress: called with what is done, how much of it, of how much.
     """
+    if plan.prompt:
+        files = {name: prompted(one, plan.prompt) for name, one in files.items()}
     train, check = dict(files), dict(files)
     if plan.holdout:
         parts = {name: split(one, plan.holdout) for name, one in files.items()}
@@ -151,6 +172,7 @@ def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None 
     em = expectation_maximisation(whole)
     intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
     grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
+    by_prompt = fit_by_prompt(whole, em.weights) if whole.prompts.any() else None
     router, seconds = None, 0.0
     if plan.router:
         start = time.perf_counter()
@@ -171,9 +193,11 @@ def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None 
     if len(files) > 1:
         own = [check[name].mixture(expectation_maximisation(one).weights) for name, one in train.items()]
         rows.append(_row("EM, each file by itself", check, own))
+    if by_prompt is not None:
+        rows.append(_routed(f"by prompt, sharpness {by_prompt[1]:g}", check, by_prompt[0]))
     if router is not None:
-        rows.append(_row("router", check, [one.mixture(router_weights(one, router)) for one in check.values()]))
-    return Study(train, check, plan.holdout > 0, em, intervals, grid, router, seconds, tuple(rows))
+        rows.append(_routed("router", check, router))
+    return Study(train, check, plan.holdout > 0, em, intervals, grid, by_prompt, router, seconds, tuple(rows))
 
 
 def _members(check: Mapping[str, Scores]) -> list[Row]:
@@ -187,6 +211,10 @@ def _members(check: Mapping[str, Scores]) -> list[Row]:
 
 def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> Row:
     return _row(name, check, [one.mixture(weights) for one in check.values()], weights=weights)
+
+
+def _routed(name: str, check: Mapping[str, Scores], router: Router) -> Row:
+    return _row(name, check, [one.mixture(router_weights(one, router)) for one in check.values()])
 
 
 def _row(

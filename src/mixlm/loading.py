@@ -1,32 +1,50 @@
-"""From names or an ensemble file to a loaded ensemble. Members that name the same model share one copy of it."""
+"""From names or an ensemble file to a loaded ensemble.
+
+Members that name the same model share one copy of its weights, also where their prompts or adapters differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mixlm.config import DType, EnsembleConfig, Method, RouterConfig, UnitName, parse_config, read_config
-from mixlm.engines import Engine, EngineSpec
+from mixlm.config import (
+    DType,
+    EngineName,
+    EnsembleConfig,
+    MemberConfig,
+    Method,
+    RouterConfig,
+    Rule,
+    UnitName,
+    parse_config,
+    read_config,
+)
+from mixlm.engines import Engine, EngineSpec, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UsageError
 from mixlm.mixing import checked_weights
 from mixlm.routing import ByPrompt, Fixed, Learned, Router
 from mixlm.sampling import Floats
-from mixlm.settings import Settings
+from mixlm.settings import Options, Settings
 
 Progress = Callable[[str], None]
+# Ends of text that a reply without end takes out of a member's likeliest tokens; no model has more.
+_ENDS = 16
 
 
-def load(
+def load(  # noqa: PLR0913 - one option each
     *models: str | Path,
     weights: Sequence[float] | None = None,
     method: Method | None = None,
     unit: UnitName | None = None,
+    rule: Rule | None = None,
     dtype: DType | None = None,
     device: str | None = None,
+    engine: EngineName | None = None,
     **sampling: Any,
 ) -> Ensemble:
     """Load an ensemble of models: names, folders, GGUF files or hub ids; or of one ensemble file (`*.toml`).
@@ -41,33 +59,78 @@ def load(
         raw = read_config(names[0]).model_dump(exclude_none=True)
     else:
         raw = {"members": [{"model": one} for one in names]}
-    raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
+    raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
-        member |= {name: value for name, value in (("dtype", dtype), ("device", device)) if value is not None}
-    return load_config(parse_config(raw, "load"), weights=weights)
+        given = (("dtype", dtype), ("device", device), ("engine", engine))
+        member |= {name: value for name, value in given if value is not None}
+    return load_config(parse_config(raw, "load"), weights=weights, options={})
 
 
 def load_config(
-    config: EnsembleConfig, *, weights: Sequence[float] | None = None, progress: Progress | None = None
+    config: EnsembleConfig,
+    *,
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    engines: dict[EngineSpec, Engine] | None = None,
+    options: Options | None = None,
 ) -> Ensemble:
-    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded."""
+    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded.
+
+    engines: those of other ensembles, to be shared where models are the same; what is loaded here joins them. options:
+    those of the replies that it will write, if that is all it is for. Members whose engine is "auto" then run in
+    llama.cpp, where there is a GGUF file and what llama.cpp tells is enough for these options.
+    """
     weights = weights if weights is not None else config.weights()
-    engines: dict[EngineSpec, Engine] = {}
+    engines = {} if engines is None else engines
     members: list[MemberSpec] = []
     for one in config.members:
-        spec = EngineSpec(one.model, one.name or "", one.dtype, one.device, one.template)
+        engine = one.engine
+        if (
+            engine == "auto"
+            and options is not None
+            and _fits_llamacpp(one, config, options)
+            and runs_as_gguf(one.model)
+        ):
+            engine = "llamacpp"
+        own = one.model_dump(include={field.name for field in fields(EngineSpec)})
+        spec = EngineSpec(**{**own, "name": one.name or "", "engine": engine})
         key = replace(spec, name="")
         if key not in engines:
-            if progress is not None:
-                progress(one.name or one.model)
-            engines[key] = load_engine(spec)
+            engines[key] = _engine(spec, engines, progress)
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
-    defaults = Settings(method=config.method, system=config.system)
+    defaults = Settings(method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure)
     router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
+
+
+def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Options) -> bool:
+    """Whether a member may run in llama.cpp: nothing is said against it, and replies need no whole distribution."""
+    if (
+        member.adapter is not None
+        or member.dtype != "auto"
+        or member.device not in ("auto", "cpu")
+        or config.router.kind == "prompt"
+    ):
+        return False
+    try:
+        settings = Settings(method=config.method).with_options(options)
+        sampling = settings.for_member({**config.sampling.given(), **member.sampling.given()})
+    except UsageError:
+        return False  # said again, where the reply is set up
+    return not sampling.penalises and 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
+
+
+def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
+    """Return an engine on weights that another one has loaded already, or load it."""
+    for other, engine in engines.items():
+        if other.weights == spec.weights and (shared := engine.sharing(spec)) is not None:
+            return shared
+    if progress is not None:
+        progress(spec.name or spec.model)
+    return load_engine(spec)
 
 
 def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:

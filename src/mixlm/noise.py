@@ -8,7 +8,7 @@ The hash is SplitMix64 (Steele, Lea and Flood, 2014): its finaliser for each par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _COIN, _DRAW = 1, 2
+_PURPOSES = 2
 
 
 def _mix(x: int) -> int:
@@ -60,14 +61,23 @@ class Noise:
     seed: int
     sequence: int = 0
     position: int = 0
+    turn: int = 0
 
     def at(self, position: int) -> Noise:
         """Return the noise of another position of the same sequence."""
         return Noise(self.seed, self.sequence, position)
 
+    def again(self) -> Noise:
+        """Return more noise of the same position, independent of this: for a second draw that depends on the first."""
+        return replace(self, turn=self.turn + 1)
+
+    def uniform(self) -> float:
+        """Return the number in (0, 1) that the coin is drawn with."""
+        return (self._key(_COIN) + 0.5) * 2.0**-64
+
     def choice(self, weights: npt.NDArray[np.float64]) -> int:
         """Draw the coin: an index with probability proportional to `weights`, shape (n,), not all zero."""
-        u = (_key(self.seed, self.sequence, self.position, _COIN) + 0.5) * 2.0**-64
+        u = self.uniform()
         edges = np.cumsum(weights)
         # `side="right"` never picks an index of weight zero; the clip guards the last edge against rounding.
         drawn = int(np.searchsorted(edges, u * edges[-1], side="right"))
@@ -75,8 +85,7 @@ class Noise:
 
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
-        key = _key(self.seed, self.sequence, self.position, _DRAW)
-        noise = _uniform(key, symbols)
+        noise = _uniform(self._key(_DRAW), symbols)
         for _ in range(2):
             np.log(noise, out=noise)
             np.negative(noise, out=noise)
@@ -88,3 +97,6 @@ class Noise:
         Symbols must be distinct: two rows of one symbol share their noise and would not add up.
         """
         return int(np.argmax(logprobs + self.gumbel(symbols)))
+
+    def _key(self, purpose: int) -> int:
+        return _key(self.seed, self.sequence, self.position, purpose + _PURPOSES * self.turn)

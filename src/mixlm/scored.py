@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -12,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.routing import Context, Fixed, Learned, Router
+from mixlm.routing import ByPrompt, Context, Fixed, Learned, Router
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.learned import gate
 from mixlm.sampling import Floats, Ids
 
-_ARRAYS = ("starts", "ends", "begins", "logprobs")
+_ARRAYS = ("starts", "ends", "begins", "logprobs", "prompts")
 # How far from the wanted place, as a share of all bytes, a text may be cut to keep its passages whole.
 _NEAR = 0.1
 
@@ -29,7 +30,11 @@ class Scores:
     text: its bytes, and of an answer also the prompt in front of it, which is not scored. starts, ends: where each
     segment lies in it, int64 (segments,). begins: where the passage of each segment begins, prompt included, int64
     (segments,). logprobs: natural log-probability of each segment under each member given all before it in its
-    passage, float64 (segments, members). unit: "token" where segments are shared tokens, else "segment".
+    passage, float64 (segments, members). prompts: how well each member predicted the prompt in front of a
+    segment's passage, template included, in bits per byte of the prompt, 0 where there is none, float64 (segments,
+    members). unit: "token" where segments are shared tokens, else "segment". seconds: what the members took to read it.
+
+    A segment of no bytes, behind an answer, is its end: the mass of the members' ends of text.
     """
 
     names: tuple[str, ...]
@@ -39,6 +44,8 @@ class Scores:
     ends: npt.NDArray[np.int64]
     begins: npt.NDArray[np.int64]
     logprobs: Floats
+    prompts: Floats
+    seconds: float = 0.0
 
     @property
     def size(self) -> int:
@@ -76,8 +83,12 @@ class Scores:
         return float(-logprobs.sum() / np.log(2) / self.size)
 
     def part(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
-        """Return the scores of some of the segments, by mask or by number; the text stays whole."""
-        return replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+        """Return the scores of some of the segments, by mask or by number; the text stays whole.
+
+        Seconds are shared out by bytes.
+        """
+        out = replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+        return replace(out, seconds=self.seconds * out.size / max(self.size, 1))
 
     def strings(self) -> list[str]:
         """Return the text of each segment. A character that a segment's end cuts counts to the one that completes it.
@@ -110,7 +121,8 @@ class Scores:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         text = np.frombuffer(self.text, dtype=np.uint8)
         with open(path, "wb") as file:
-            np.savez(file, names=np.array(self.names), unit=np.array(self.unit), text=text, **arrays)
+            names, unit, seconds = np.array(self.names), np.array(self.unit), np.array(self.seconds)
+            np.savez(file, names=names, unit=unit, text=text, seconds=seconds, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -119,13 +131,15 @@ class Scores:
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
                 names = tuple(str(one) for one in file["names"])
-                found = cls(names, str(file["unit"]), file["text"].tobytes(), **arrays)
+                about = {"seconds": float(file["seconds"]), **arrays}
+                found = cls(names, str(file["unit"]), file["text"].tobytes(), **about)
         except OSError as error:
             raise ConfigError(f"the scores in {path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise ConfigError(f"{path} holds no scores: {error}") from error
         count = len(found.starts)
-        if found.logprobs.shape != (count, len(names)) or len(found.ends) != count or len(found.begins) != count:
+        tables = {found.logprobs.shape, found.prompts.shape}
+        if tables != {(count, len(names))} or len(found.ends) != count or len(found.begins) != count:
             raise ConfigError(f"{path} holds no scores: its arrays do not fit each other")
         return found
 
@@ -141,8 +155,9 @@ def joined(scores: Sequence[Scores]) -> Scores:
         name: np.concatenate([getattr(one, name) + offset for one, offset in zip(scores, offsets, strict=True)])
         for name in ("starts", "ends", "begins")
     }
-    logprobs = np.concatenate([one.logprobs for one in scores])
-    return Scores(first.names, unit, b"".join(one.text for one in scores), **places, logprobs=logprobs)
+    tables = {name: np.concatenate([getattr(one, name) for one in scores]) for name in ("logprobs", "prompts")}
+    text, seconds = b"".join(one.text for one in scores), sum(one.seconds for one in scores)
+    return Scores(first.names, unit, text, **places, **tables, seconds=seconds)
 
 
 def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
@@ -163,6 +178,25 @@ def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
     return scores.part(np.arange(cut)), scores.part(np.arange(cut, len(scores.ends)))
 
 
+def prompted(scores: Scores, size: int) -> Scores:
+    """Return scores in which the first bytes of every passage without a prompt are its prompt, and no longer scored.
+
+    size: how many bytes, at most half of a passage, up to the last place where members meet. What a member scored there
+    is how well it predicted the prompt. A passage that begins with a longer segment stays as it is.
+    """
+    kept = np.ones(len(scores.ends), dtype=np.bool_)
+    prompts = scores.prompts.copy()
+    for rows in _by_passage(scores):
+        begin, end = int(scores.begins[rows[0]]), int(scores.ends[rows].max())
+        inside = rows[scores.ends[rows] - begin <= min(size, (end - begin) // 2)]
+        if int(scores.starts[rows].min()) > begin or not inside.size:
+            continue
+        kept[inside] = False
+        read = int(scores.ends[inside].max()) - begin
+        prompts[rows] = -scores.logprobs[inside].sum(axis=0) / np.log(2) / read
+    return replace(scores, prompts=prompts).part(kept)
+
+
 def context_features(scores: Scores) -> Floats:
     """Return the features of the text before each segment, within its passage: float64 (segments, FEATURES)."""
     out = np.empty((len(scores.ends), FEATURES))
@@ -175,7 +209,9 @@ def context_features(scores: Scores) -> Floats:
 def router_weights(scores: Scores, router: Router) -> Floats:
     """Return the weights that a router gives for each segment: float64 (segments, members).
 
-    The scores are those of whole texts. Raises UnsupportedError for a router that needs what scores do not hold.
+    The scores are those of whole passages, so that what lies between a passage's beginning and its first segment is its
+    prompt. A router that asks how well the members predicted the prompt is told what they scored. Raises
+    UnsupportedError for a router that needs what scores do not hold.
     """
     if isinstance(router, Learned):
         return gate(context_features(scores), router.matrix)
@@ -183,10 +219,10 @@ def router_weights(scores: Scores, router: Router) -> Floats:
     for rows in _by_passage(scores):
         begin = int(scores.begins[rows[0]])
         prompt = scores.text[begin : int(scores.starts[rows].min())]
-        route = router.begin(Context(prompt, _Reading(prompt, len(scores.names))))
-        if isinstance(router, Fixed):
-            out[:] = route(_Given(b""))
-            break
+        route = router.begin(Context(prompt, partial(np.copy, scores.prompts[rows[0]])))
+        if isinstance(router, Fixed | ByPrompt):
+            out[rows] = route(_Given(b""))
+            continue
         for row in rows:
             out[row] = route(_Given(scores.text[begin + len(prompt) : int(scores.starts[row])]))
     return out
@@ -197,19 +233,6 @@ def _by_passage(scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
     order = np.argsort(scores.begins, kind="stable")
     changes = np.flatnonzero(np.diff(scores.begins[order])) + 1
     yield from np.split(order, changes)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How well members predicted the prompt of a scored text: where there is none, all alike."""
-
-    prompt: bytes
-    members: int
-
-    def __call__(self) -> Floats:
-        if self.prompt:
-            raise UnsupportedError("scores do not say how well the members predicted the prompt")
-        return np.zeros(self.members)
 
 
 class _Given:

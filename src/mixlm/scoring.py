@@ -3,8 +3,8 @@
 Members with one vocabulary meet at every token, and the mixture's probability is exact: `Σ_i λ_i p_i(t | before)`.
 Members with different vocabularies meet where all of them have a token boundary. Between two such places lies a
 segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the law of one coin a segment. That is
-not the law of `piece`, whose probability of a text is a sum over all ways to write it; it is what the members'
-complementarity can be read from with one forward pass a member.
+not the law of `piece` or of `word`, whose probability of a text is a sum over all ways to write it; it is what the
+members' complementarity can be read from with one forward pass a member.
 
 Members are scored as they are, without sampling options: what is measured is the models, not a way to draw from them.
 """
@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import math
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm import __version__
+from mixlm import __version__, score_cache
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
-from mixlm.models import cache_root, resolve
-from mixlm.sampling import Ids
-from mixlm.scored import Scores
+from mixlm.models import resolve
+from mixlm.sampling import Floats, Ids, Logits
+from mixlm.scored import Scores, joined
 from mixlm.settings import Settings
 
 __all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
@@ -44,12 +43,13 @@ Progress = Callable[[str, int, int], None]
 class _Passage:
     """A part of a text: the bytes to be scored, and in front of them what each member reads, and what an author wrote.
 
-    before: ids a member, int64. prompt: UTF-8, empty for a bare text.
+    before: ids a member, int64. prompt: UTF-8, empty for a bare text. ends: whether the end of the text is scored too.
     """
 
     data: bytes
     before: Sequence[Ids]
     prompt: bytes = b""
+    ends: bool = False
 
 
 def score(
@@ -68,7 +68,7 @@ def score(
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    before = [_prefix(one.engine) for one in ensemble.members]
+    before = [beginning(one.engine) for one in ensemble.members]
     engines = [one.engine for one in ensemble.members]
     passages = [
         _Passage(part, before)
@@ -83,23 +83,29 @@ def score_answers(
     pairs: Sequence[tuple[Prompt, str]],
     *,
     settings: Settings | None = None,
+    ends: bool | None = None,
     progress: Progress | None = None,
     identities: Sequence[str] | None = None,
 ) -> Scores:
     """Score answers, each behind its prompt as each member's own template writes it.
 
-    An answer is taken as it stands, as a reply would be: a space in front of it counts. Its end is not scored.
-    settings: of replies, for a system message. progress, identities: as for `score`.
+    An answer is taken as it stands, as a reply would be: a space in front of it counts. settings: of replies, for a
+    system message. ends: whether the end of each answer is scored too, a segment of no bytes whose probability is all
+    that a member gives to its ends of text. Left out, it is where every member ends its replies itself; a member that
+    relies on stop strings, as a base model in a plain template does, would be charged for an end it never writes.
+    progress, identities: as for `score`.
     """
     if not pairs:
         raise ConfigError("there are no answers to score")
     settings = settings or ensemble.settings()
+    if ends is None:
+        ends = not any(one.engine.stops for one in ensemble.members)
     passages = []
     for number, (prompt, answer) in enumerate(pairs, start=1):
         if not answer:
             raise ConfigError(f"answer {number} of {len(pairs)} is empty")
         prompts = ensemble.prompts(prompt, settings)
-        passages.append(_Passage(answer.encode(errors="replace"), prompts.ids, prompts.text))
+        passages.append(_Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
     return _scored(ensemble, passages, progress, identities)
 
 
@@ -121,19 +127,23 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
     return [*passages, data[start:]]
 
 
-def identity(model: str, dtype: str = "auto") -> str:
-    """Return what tells a model from any other: where it lies, and the sizes and times of its files."""
+def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str:
+    """Return what tells a model from others: where it and its adapter lie, and the sizes and times of their files."""
     if model.startswith("toy:"):
         return model
-    found = resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id
-    folder = Path(found)
+    found = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
+    if adapter is not None:
+        found.append(adapter)
+    return json.dumps([part for one in found for part in (one, _stamps(Path(one)))])
+
+
+def _stamps(folder: Path) -> list[list[str | int]]:
     files = sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
-    stamps = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
-    return json.dumps([found, stamps])
+    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
 
 
-def _prefix(engine: Engine) -> Ids:
-    """Return the ids that a member reads in front of a bare text."""
+def beginning(engine: Engine) -> Ids:
+    """Return the ids that a member reads in front of a bare text, int64. Raises ConfigError where there are none."""
     prefix = engine.prompts.prefix(engine.vocabulary.ends)
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
@@ -165,10 +175,12 @@ def _scored(
         if key not in known:
             known[key] = _read(spec, passages, i, progress, identities[i] if identities else None)
         parts.append(known[key])
-    common = reduce(np.intersect1d, [one.ends for one in parts])
+    # The end of an answer lies where its last token ends, and is a place of its own behind it.
+    places = [2 * one.ends + (one.starts == one.ends) for one in parts]
+    common = reduce(np.intersect1d, places)
     columns, firsts = [], []
-    for one in parts:
-        last = np.searchsorted(one.ends, common)
+    for one, mine in zip(parts, places, strict=True):
+        last = np.searchsorted(mine, common)
         firsts.append(np.concatenate([[0], last[:-1] + 1]))
         columns.append(np.add.reduceat(one.logprobs[:, 0], firsts[-1]))
     exact = ensemble.unit.name == "token" and all(len(one.ends) == len(common) for one in parts)
@@ -178,9 +190,11 @@ def _scored(
         "token" if exact else "segment",
         first.text,
         starts=first.starts[firsts[0]],
-        ends=common,
+        ends=common // 2,
         begins=first.begins[firsts[0]],
         logprobs=np.column_stack(columns),
+        prompts=np.column_stack([one.prompts[mine, 0] for one, mine in zip(parts, firsts, strict=True)]),
+        seconds=sum(one.seconds for one in known.values()),
     )
 
 
@@ -191,55 +205,85 @@ def _read(
     engine = spec.engine
     read = [_tokens(engine, passage, member) for passage in passages]
     path = _cache_path(engine, model, read, passages) if model is not None else None
-    if path is not None and path.is_file():
-        with suppress(ConfigError):  # a file that was spoiled is written anew
-            found = Scores.load(path)
-            if progress is not None:
-                progress(spec.name, len(passages), len(passages))
-            return found
-    starts, ends, begins, logprobs = [], [], [], []
-    offset = 0
+    if path is not None and (found := score_cache.get(path)) is not None:
+        if progress is not None:
+            progress(spec.name, len(passages), len(passages))
+        return found
+    start = time.perf_counter()
+    parts = []
     for at, (passage, (ids, bounds)) in enumerate(zip(passages, read, strict=True)):
-        begin = offset + len(passage.prompt)
-        scores = engine.session().token_logprobs(ids)
-        logprobs.append(scores[len(scores) - len(bounds) :])
-        starts.append(np.concatenate([[0], bounds[:-1]]) + begin)
-        ends.append(bounds + begin)
-        begins.append(np.full(len(bounds), offset))
-        offset = begin + len(passage.data)
+        parts.append(_passage_scores(engine, passage, ids, bounds))
         if progress is not None:
             progress(spec.name, at + 1, len(passages))
-    out = Scores(
+    out = replace(joined(parts), seconds=time.perf_counter() - start)
+    if path is not None:
+        score_cache.put(out, path)
+    return out
+
+
+def _passage_scores(engine: Engine, passage: _Passage, ids: Ids, bounds: npt.NDArray[np.int64]) -> Scores:
+    """Read one passage from the beginning of a context. ids, bounds: what `_tokens` returns."""
+    session = engine.session()
+    scores = session.token_logprobs(ids)
+    before = len(scores) - len(bounds)
+    logprobs = scores[before:]
+    starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
+    if passage.ends:
+        logprobs = np.append(logprobs, _end_logprob(engine, session.logits(ids)[0]))
+        starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
+    return Scores(
         (engine.name,),
         "token",
-        b"".join(passage.prompt + passage.data for passage in passages),
-        starts=np.concatenate(starts),
-        ends=np.concatenate(ends),
-        begins=np.concatenate(begins),
-        logprobs=np.concatenate(logprobs)[:, None],
+        passage.prompt + passage.data,
+        starts=starts + len(passage.prompt),
+        ends=ends + len(passage.prompt),
+        begins=np.zeros(len(ends), dtype=np.int64),
+        logprobs=logprobs[:, None],
+        prompts=np.full((len(ends), 1), prompt_bits(scores[:before], passage.prompt)),
     )
-    if path is not None:
-        _keep(out, path)
-    return out
+
+
+def prompt_bits(logprobs: Floats, prompt: bytes) -> float:
+    """Return bits per byte of a prompt from the log-probabilities of a member's tokens in front of a text, (n,).
+
+    Of no prompt nothing is said, whatever tokens begin the text.
+    """
+    return float(-logprobs.sum() / np.log(2) / len(prompt)) if prompt else 0.0
+
+
+def _end_logprob(engine: Engine, logits: Logits) -> float:
+    """Return the natural log-probability that a text ends here. logits: (vocab,)."""
+    values = logits.astype(np.float64)
+    ends = values[sorted(engine.vocabulary.ends)]
+    return float(np.logaddexp.reduce(ends) - np.logaddexp.reduce(values)) if ends.size else -math.inf
 
 
 def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
-    own = engine.encoder.encode(passage.data).ids
-    pieces = [engine.vocabulary.tokens[i] for i in own]
-    spelled = b"".join(pieces)
-    if spelled != passage.data:
-        raise ConfigError(
-            f"the tokens of {engine.name} do not spell the text: {_difference(passage.data, spelled)}",
-            "its tokenizer changes or drops some characters; take them out of the text",
-        )
+    own, bounds = spelling(engine, passage.data)
     ids: Ids = np.array([*passage.before[member], *own], dtype=np.int64)
     if len(ids) > engine.context_length:
         raise ConfigError(
             f"{len(ids)} tokens of a passage are more than {engine.name}'s context of {engine.context_length}",
             "shorten the prompt or the answer" if passage.prompt else None,
         )
-    return ids, np.cumsum([len(one) for one in pieces])
+    return ids, bounds
+
+
+def spelling(engine: Engine, data: bytes) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Return a member's ids of a text, and where each of them ends in it, in bytes.
+
+    Raises ConfigError when they do not spell the text exactly.
+    """
+    own = engine.encoder.encode(data).ids
+    pieces = [engine.vocabulary.tokens[i] for i in own]
+    spelled = b"".join(pieces)
+    if spelled != data:
+        raise ConfigError(
+            f"the tokens of {engine.name} do not spell the text: {_difference(data, spelled)}",
+            "its tokenizer changes or drops some characters; take them out of the text",
+        )
+    return own, np.cumsum([len(one) for one in pieces])
 
 
 def _difference(data: bytes, spelled: bytes) -> str:
@@ -261,20 +305,6 @@ def _cache_path(
     about = [__version__, PASSAGE_BYTES, engine.name, dict(engine.details), model]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for (ids, _), passage in zip(read, passages, strict=True):
-        for part in (ids.tobytes(), passage.prompt, passage.data):
+        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.ends else b""):
             digest.update(len(part).to_bytes(8, "little") + part)
-    return cache_root() / "scores" / f"{digest.hexdigest()}.npz"
-
-
-def _keep(scores: Scores, path: Path) -> None:
-    """Write scores to the cache by one rename. A cache that cannot be written is no reason to fail."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        os.close(handle)
-        try:
-            scores.save(draft)
-            os.replace(draft, path)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+    return score_cache.folder() / f"{digest.hexdigest()}.npz"

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from mixlm.config import METHODS, Method
+from mixlm.config import METHODS, ON_FAILURE, RULES, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.records import Sampling
 
 # Greedy decoding asks for the most likely symbol of the plain average unless told otherwise.
 _PLAIN = Sampling(temperature=1.0, top_k=0)
 _SAMPLING = tuple(one.name for one in fields(Sampling))
+# What the papers set where an option is not given; temperature 0 is each rule's own choice of the most likely.
+_PUBLISHED: Mapping[Rule, Mapping[str, Any]] = {"gac": {}, "unite": {"top_k": 10}}
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -28,9 +30,11 @@ class Options(TypedDict, total=False):
     raw: bool
     system: str | None
     mix_then_truncate: bool
+    rule: Rule | None
     ignore_end: bool
     draft: str | None
     block: int
+    on_failure: OnFailure
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -47,9 +51,11 @@ class Settings:
     max_tokens: symbols written at most. stop: strings that end the reply and are not part of it. seed and sequence: the
     key of the noise; equal keys give equal text. raw: continue the prompt as it stands, without template. system: a
     system message in front. mix_then_truncate: `conventional` only, truncates and tempers the average in place of each
-    member. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in `speculative` and `greedy`: a
-    member's name, or "lookup". block: guessed positions that are checked at once. sampling: options given for every
-    member, by name.
+    member. rule: `conventional` only, a published way to average in place of the library's own (`decoding/gac`,
+    `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
+    `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
+    on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
+    sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -60,15 +66,19 @@ class Settings:
     raw: bool = False
     system: str | None = None
     mix_then_truncate: bool = False
+    rule: Rule | None = None
     ignore_end: bool = False
     draft: str | None = None
     block: int = 4
+    on_failure: OnFailure = "error"
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             hint = did_you_mean(str(self.method), METHODS)
             raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
+        if self.on_failure not in ON_FAILURE:
+            raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
         for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
@@ -82,6 +92,23 @@ class Settings:
             raise UnsupportedError(
                 f"mix-then-truncate has no exact form in {self.method}: its law needs every member's distribution",
                 "use --method conventional with it",
+            )
+        if self.rule is not None:
+            self._check_rule(self.rule)
+
+    def _check_rule(self, rule: Rule) -> None:
+        if rule not in RULES:
+            hint = did_you_mean(str(rule), RULES)
+            raise ConfigError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}", hint)
+        if self.method != "conventional":
+            raise UnsupportedError(
+                f"rule {rule} has no form in {self.method}: its law needs every member's distribution",
+                "use --method conventional with it",
+            )
+        if self.mix_then_truncate:
+            raise UnsupportedError(
+                f"rule {rule} and mix-then-truncate are both given",
+                "leave one out: rules truncate as they are published",
             )
 
     def with_options(self, options: Mapping[str, Any]) -> Settings:
@@ -108,7 +135,7 @@ class Settings:
         Raises UnsupportedError for temperature 0 where a symbol is drawn from an average.
         """
         given = {**own, **self.sampling}
-        if self.mix_then_truncate:
+        if self.mix_then_truncate or self.rule is not None:
             return replace(_PLAIN, **{name: given[name] for name in _PENALTIES if name in given})
         chosen = Sampling(**given)
         if self.picks_most_likely(own):
@@ -129,9 +156,16 @@ class Settings:
 
     def after_mixing(self, own: Mapping[str, Any]) -> Sampling | None:
         """Return what is applied to the average itself, if anything is."""
-        if not self.mix_then_truncate:
+        if not self.mix_then_truncate and self.rule is None:
             return None
         given = {name: value for name, value in {**own, **self.sampling}.items() if name not in _PENALTIES}
+        if self.rule is not None:
+            chosen = Sampling(**{**_PUBLISHED[self.rule], **given})
+            if self.rule == "unite" and chosen.top_k == 0:
+                raise ConfigError(
+                    "top_k is 0, and rule unite joins each member's top k", "give --top-k 10, as published"
+                )
+            return chosen
         chosen = Sampling(**given)
         if chosen.temperature == 0:
             raise UnsupportedError("temperature is 0, and conventional draws by chance", "use --method greedy")

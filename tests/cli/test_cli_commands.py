@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from programs import TOYS, Run, process
 
-COMMANDS = ((), ("generate",), ("chat",), ("models",), ("models", "get"), ("check",), ("bench",))
+COMMANDS = ((), ("generate",), ("chat",), ("models",), ("models", "get"), ("check",), ("bench",), ("inspect",))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -38,7 +38,9 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
     done = run("fit", *texts, *TOYS, *FAST, "--json", "--grid", "--router", "router.json", "-w", "0.2,0.8")
     assert (done.code, done.err) == (0, "router written to router.json\n")
     found = json.loads(done.out)
-    assert set(found) == {"members", "unit", "files", "weights", "intervals", "em", "grid", "router", "check"}
+    assert set(found) == {
+        "members", "unit", "files", "weights", "intervals", "em", "by_prompt", "grid", "router", "check",
+    }  # fmt: skip
     assert found["members"] == ["toy:1", "toy:2"]
     assert found["unit"] == "token"
     assert [one["file"] for one in found["files"]] == texts
@@ -51,7 +53,8 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
     assert found["grid"]["readings_anew"] == 11 * found["em"]["readings"]
     rows = {one["name"]: one for one in found["check"]["rows"]}
     assert list(rows) == [
-        "toy:1", "toy:2", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself", "router",
+        "toy:1", "toy:2", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself",
+        f"by prompt, sharpness {found['by_prompt']['sharpness']:g}", "router",
     ]  # fmt: skip
     best = rows[found["check"]["best_member"]]
     assert best["percent_below_best_member"] == 0
@@ -85,6 +88,27 @@ def test_answers_are_fitted_behind_their_prompts(run: Run, texts: list[str]) -> 
         found = json.loads(run("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0", *more).out)
         assert found["files"][0]["train_bytes"] == sum(len(one["answer"]) for one in pairs)
         assert list(found["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
+
+
+def test_the_end_of_an_answer_is_fitted_too_where_members_end_themselves(run: Run, texts: list[str]) -> None:
+    pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines() if line]
+    pairs = [(one["prompt"], one["answer"]) for one in pairs]
+    arguments = ("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0")
+    for option, ends in ((), True), (("--ends",), True), (("--no-ends",), False):
+        expected = expectation_maximisation(score_answers(load("toy:1", "toy:2"), pairs, ends=ends)).weights
+        assert list(json.loads(run(*arguments, *option).out)["weights"].values()) == pytest.approx(expected)
+
+
+def test_weights_by_prompt_are_compared_where_there_are_prompts(run: Run, texts: list[str]) -> None:
+    found = json.loads(run("fit", *texts, *TOYS, *FAST, "--json", "--prompt-bytes", "100").out)
+    assert found["by_prompt"]["sharpness"] >= 0
+    (name,) = (one["name"] for one in found["check"]["rows"] if one["name"].startswith("by prompt"))
+    assert name == f"by prompt, sharpness {found['by_prompt']['sharpness']:g}"
+    plain = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json").out)
+    assert plain["by_prompt"] is None
+    assert not any(one["name"].startswith("by prompt") for one in plain["check"]["rows"])
+    sizes = [sum(one["files"][0][key] for key in ("train_bytes", "check_bytes")) for one in (plain, found)]
+    assert 80 <= sizes[0] - sizes[1] <= 100
 
 
 def test_the_report_says_all_that_matters(run: Run, texts: list[str]) -> None:

@@ -31,7 +31,7 @@ from programs import TOYS, Run, process
         ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
         ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "use --method conventional")),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
-        ((*TOYS, "--unit", "word"), ("--unit is 'word'", "auto, token, piece")),
+        ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),
         ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),
         ((*TOYS, "--max-tokens", "0"), ("max_tokens is 0", "1 or more")),
         ((*TOYS, "--seed", "-1"), ("seed is -1", "0 or more")),
@@ -172,3 +172,10 @@ def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
     done = process("generate", "hello", *TOYS, "-w", "1")
     assert done.code == 2
     assert "2 members" in done.error
+
+
+def test_a_rule_is_for_conventional_alone(run: Run) -> None:
+    assert "rule gac has no form in mixture" in run("generate", "x", *TOYS, "--rule", "gac").error
+    assert "--rule is 'gacs'; it must be one of gac, unite" in run("generate", "x", *TOYS, "--rule", "gacs").error
+    assert "no form in single" in run("bench", *TOYS, "--method", "conventional", "--rule", "unite").error
+    assert run("generate", "x", *TOYS, "--method", "conventional", "--rule", "unite", "--max-tokens", "3").code == 0

@@ -18,7 +18,7 @@ from mixlm.loading import load
 from mixlm.routing import Learned
 from mixlm.routing.features import FEATURES
 from mixlm.scored import router_weights
-from mixlm.scoring import score
+from mixlm.scoring import score, score_answers
 
 TEXT = "the river and the stone"
 
@@ -203,7 +203,9 @@ def test_the_page_shows_the_text_and_nothing_it_says_is_obeyed(run: Run, tmp_pat
         (("note.txt", "--html", "."), ("it is a folder",)),
         (("note.txt", "--top-k", "3"), ("mixlm score has no use for --top-k", "leave it out")),
         (("note.txt", "--method", "greedy"), ("no use for --method",)),
-        (("note.txt", "--system", "x", "--seed", "1"), ("no use for --seed, --system",)),
+        (("note.txt", "--top-p", "0.5", "--seed", "1"), ("no use for --top-p, --seed",)),
+        (("note.txt", "--system", "x"), ("--system goes in front of prompts", ".jsonl")),
+        (("note.txt", "--ends"), ("--ends and --no-ends are of answers", ".jsonl")),
         (("note.txt", "-w", "1"), ("1 weight (1) for 2 members",)),
     ],
 )
@@ -219,6 +221,24 @@ def test_what_cannot_be_scored(
     assert done.code == 2
     for part in parts:
         assert part in done.error
+
+
+def test_answers_are_scored_behind_their_prompts(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    pairs = [("Who sings?", " one bird"), ("What falls?", " the stone")]
+    path.write_text("".join(json.dumps({"prompt": a, "answer": b}) + "\n" for a, b in pairs))
+    those = load("toy:1", "toy:2", weights=[0.3, 0.7])
+    for options, about in (((), {}), (("--no-ends",), {"ends": False}), (("--system", "Be brief."), {})):
+        settings = those.settings(system="Be brief.") if "--system" in options else None
+        expected = score_answers(those, pairs, settings=settings, **about)
+        found = json.loads(run("score", str(path), *TOYS, "-w", "3,7", *options, "--json").out)
+        assert found["bytes"] == sum(len(answer) for _, answer in pairs)
+        bits = expected.bits_per_byte(expected.mixture(those.weights))
+        assert found["bits_per_byte"]["mixture"] == pytest.approx(bits)
+        assert len(found["segments"]) == len(expected.ends)
+    assert "␣one" in run("score", str(path), *TOYS, "--tokens").out
+    path.write_text("no json")
+    assert "line 1: it is no JSON" in run("score", str(path), *TOYS).error
 
 
 @pytest.mark.parametrize("stdin", ["", "\n"])

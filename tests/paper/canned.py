@@ -1,10 +1,10 @@
-"""Findings with known numbers, and questions on disk."""
+"""Findings with known numbers."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Sequence
 
+from mixlm.evaluation.results import Comparison, Score
 from mixlm.paper import published
 from mixlm.paper.findings import Accuracy, Difference, Findings, Speed
 
@@ -12,37 +12,20 @@ ENVIRONMENT = {"processor": "a processor", "system": "a system", "cores": 2, "ve
 OURS = "toy:1 + toy:2"
 THEIRS = published.title(published.QWEN)
 
-_ROWS = {
-    "gsm8k": {"question": "What is 2 and 3?", "answer": "2 + 3 = 5\n#### 5"},
-    "mmlu": {"subject": "birds", "question": "Which sings?", "choices": ["a stone", "a bird"], "answer": 1},
-    "bbh": {"task": "brackets", "input": "Close: [ {", "target": "} ]"},
-    "arc_challenge": {
-        "question": "Which falls?",
-        "choices": {"text": ["a cloud", "a stone"], "label": ["1", "2"]},
-        "answerKey": "2",
-    },
-}
+
+def accuracy(ensemble: str, method: str, mean: float, *, seeds: int = 3, weights: Sequence[float] = ()) -> Accuracy:
+    """A score whose 95 % interval over three seeds is one point of a hundred to both sides."""
+    apart = 0.01 * 3**0.5 / 4.302652729749464 if seeds > 1 else 0.0
+    values = (mean - apart, mean, mean + apart)[-seeds:] if seeds > 1 else (mean,)
+    score = Score("mixlm_gsm8k", method, "exact_match", "answer", True, tuple(range(seeds)), values, 20)
+    return Accuracy(ensemble, tuple(weights or (() if method.startswith("single") else (0.5, 0.5))), 5, score)
 
 
-def write_questions(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, row in _ROWS.items():
-        rows = [{**row, key: f"{row[key]} ({n})"} for n in range(3) for key in ("question", "input") if key in row]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return folder
-
-
-def accuracy(ensemble: str, method: str, mean: float, **changes: object) -> Accuracy:
-    given = {
-        "weights": () if method.startswith("single") else (0.5, 0.5),
-        "top_k": 5,
-        "task": "mixlm_gsm8k",
-        "metric": "exact_match",
-        "interval": (mean - 0.01, mean + 0.01),
-        "values": (mean - 0.005, mean, mean + 0.005),
-        "questions": 20,
-    }
-    return Accuracy(ensemble, method, mean=mean, **(given | changes))
+def difference(
+    weights: tuple[float, ...], value: float, interval: tuple[float, float] | None, p_value: float
+) -> Difference:
+    pair = Comparison("mixlm_gsm8k", "exact_match", "mixture", "conventional", value, interval, p_value, 20, 3, 2)
+    return Difference(OURS, weights, 5, pair)
 
 
 def speed(ensemble: str, machine: str = "a processor", parallel: float | None = None) -> Speed:
@@ -82,7 +65,5 @@ def curves(name: str, *methods: str) -> Findings:
         Speed(OURS, "a processor", (step, 1 - step), 5, {"toy:1": 40.0, "toy:2": 60.0}, 20.0, None, 60 - 20 * step, 2.0)
         for step in steps
     )
-    differences = tuple(
-        Difference(OURS, (step, 1 - step), 5, "mixlm_gsm8k", 0.01, (-0.02, 0.04), 0.5, 20, 3, 2) for step in steps
-    )
+    differences = tuple(difference((step, 1 - step), 0.01, (-0.02, 0.04), 0.5) for step in steps)
     return findings(name, scores, speeds if name == "figure2" else (), differences if name == "figure4" else ())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from canned import write_questions
+from evaluating import command_line, write_questions
 
 # Without the extra `paper` there is neither a harness nor a figure to test.
 collect_ignore_glob = [] if find_spec("lm_eval") and find_spec("matplotlib") else ["test_*.py"]
@@ -17,19 +18,8 @@ collect_ignore_glob = [] if find_spec("lm_eval") and find_spec("matplotlib") els
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process, away from any folder that is in use: exit code, stdout, stderr."""
-    from mixlm.cli import main
-
-    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "models"))
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(["paper", *arguments])
-        return code, *capsys.readouterr()
-
-    return run
+    """Run `mixlm paper` in this process: exit code, stdout, stderr."""
+    return partial(command_line(capsys, monkeypatch, tmp_path), "paper")
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_weights_are_searched(run, toys, questions, tmp_path: Path) -> None:
     assert sum(weights) == pytest.approx(1)
     assert found["settings"]["ensembles"]["toy:1 + toy:2"]["weights"] == "searched"
     assert "are the best of 9 weights" in text
-    assert found["accuracies"][-1]["values"]
+    assert found["accuracies"][-1]["seeds"]
     assert err.count("weights 0.1 0.9") >= 1
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from canned import OURS, THEIRS, accuracy, curves, findings, speed
+from canned import OURS, THEIRS, accuracy, curves, difference, findings, speed
 
 from mixlm.errors import ConfigError, MixlmError
 from mixlm.paper import charts, joined, read
-from mixlm.paper.findings import Difference
 from mixlm.paper.tables import markdown
 
 
@@ -26,7 +25,7 @@ def accuracies(label: str) -> tuple[object, ...]:
     first, second = label.split(" + ")
     return (
         accuracy(label, f"single:{first}", 0.60),
-        accuracy(label, f"single:{second}", 0.50, interval=None),
+        accuracy(label, f"single:{second}", 0.50, seeds=1),
         accuracy(label, "mixture", 0.625),
         accuracy(label, "conventional", 0.615),
     )
@@ -53,7 +52,7 @@ def test_the_papers_numbers_stand_apart_from_those_of_other_models() -> None:
 
 
 def test_the_comparison_of_me_and_ce_is_stated() -> None:
-    pair = Difference(OURS, (0.5, 0.5), 5, "mixlm_gsm8k", 0.01, (-0.0123, 0.0323), 0.4567, 20, 3, 2)
+    pair = difference((0.5, 0.5), 0.01, (-0.0123, 0.0323), 0.4567)
     text = markdown(findings("table2", accuracies(OURS), differences=(pair,)))
     assert "## ME against CE" in text
     assert row(text, OURS)[2:] == ["0.5, 0.5", "+1.00", "-1.23 to +3.23", "0.457", "20", "3", "2"]
@@ -98,7 +97,12 @@ def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
 
 def test_two_seeds_are_too_few_for_bands() -> None:
     found = curves("figure4", "mixture")
-    found = replace(found, accuracies=tuple(replace(one, values=one.values[:2]) for one in found.accuracies))
+    found = replace(
+        found,
+        accuracies=tuple(
+            replace(one, score=replace(one.score, values=one.score.values[:2])) for one in found.accuracies
+        ),
+    )
     figure = charts.draw(found)
     assert len(figure.axes[0].collections) == 0
     assert "too few seeds for bands" in figure.get_supxlabel()

@@ -71,7 +71,8 @@ def _of_mixture(
                 for at, mixed in enumerate(mixture)
             )
 
-        found["mixture/single"] = weighted(lambda one: one.seconds / one.tokens)
+        if ensemble.unit.name != "byte":  # a byte is not as long as the members' own tokens
+            found["mixture/single"] = weighted(lambda one: one.seconds / one.tokens)
         found["mixture/single (bytes)"] = weighted(lambda one: one.seconds / max(one.bytes, 1))
     found["mixture/forwards"] = median(one.inside / one.seconds for one in mixture)
     return found

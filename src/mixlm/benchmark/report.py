@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.engines import Engine
+from mixlm.engines.base import memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
         "python": platform.python_version(),
         "versions": versions,
         "engines": {one.name: dict(one.details) for one in distinct},
-        "weights_bytes": sum(one.weights_bytes for one in distinct),
+        "weights_bytes": memory(engines),
         "peak_memory_bytes": _peak_memory(),
         **_accelerator(),
         "settings": dict(settings),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.config import METHODS, Method
+from mixlm.config import METHODS, Method, methods_of
 from mixlm.engines.base import Forward, Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
@@ -91,6 +91,8 @@ class Own:
 
 def contestants(ensemble: Ensemble, kinds: Sequence[str], prompt: str, options: Mapping[str, Any]) -> list[Own]:
     """Return what is measured for these kinds; `single` stands for each member alone. Raises ConfigError."""
+    if tuple(kinds) == DEFAULT:
+        kinds = [one for one in kinds if one in methods_of(ensemble.unit.name)]
     found: list[Own] = []
     for kind in dict.fromkeys(checked_kinds(kinds)):
         those = [ensemble] if kind != "single" else [alone(ensemble, i) for i in range(len(ensemble.members))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
@@ -18,6 +18,7 @@ from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from mixlm.benchmark import Plan
+    from mixlm.config import UnitName
     from mixlm.ensemble import Ensemble
     from mixlm.settings import Options
 
@@ -56,6 +57,10 @@ def bench(
         str | None,
         Option("--at", metavar="N,N", help="The places of the sweep. Default: its usual ones.", show_default=False),
     ] = None,
+    each: Annotated[
+        bool,
+        Option("--each", help="Run members on one copy of weights each for itself, to stand for different models."),
+    ] = False,
     rivals: Annotated[
         bool, Option("--rivals", help="Measure transformers' own generate as well, in the same run.")
     ] = False,
@@ -99,7 +104,7 @@ def bench(
     from mixlm.benchmark import Plan
 
     plan = Plan(tokens=tokens, repeats=repeats, agreement=agreement, rivals=rivals, **given)
-    found = _measured(shared, plan, sweep)
+    found = _measured(shared, plan, sweep, each)
     if output == "-":
         print_json(found)
     else:
@@ -136,12 +141,17 @@ def _places(at: str | None, sweep: str | None) -> dict[str, Any]:
         raise ConfigError(f"--at is {at!r}; it must be numbers with commas between them", "such as: 1,4,16") from None
 
 
-def _measured(shared: Shared, plan: Plan, sweep: str | None) -> dict[str, Any]:
+def _measured(shared: Shared, plan: Plan, sweep: str | None, each: bool) -> dict[str, Any]:
     from mixlm.benchmark import bench, sweep_along
+    from mixlm.ensemble import Ensemble
 
     options = shared.options()
     apart, others = _devices(shared) if sweep == "devices" else (None, shared)
     ensemble = open_ensemble(others, _for_all(options))
+    if each:
+        those = [replace(one, engine=one.engine.apart()) for one in ensemble.members]
+        unit = cast("UnitName", ensemble.unit.name)
+        ensemble = Ensemble(those, ensemble.weights.tolist(), unit=unit, router=ensemble.router)
     with progress_bars(single=True) as progress:
         if sweep is None:
             return bench(ensemble, plan, options=options, progress=progress).as_dict()

@@ -41,7 +41,7 @@ def chat(
     Ctrl-C stops a reply; /help lists the commands. From a pipe, each line is a message.
     """
     options = shared.options()
-    ensemble = open_ensemble(shared, options)
+    ensemble = open_ensemble(shared, options, whole=False)
     display = Display(ensemble, ensemble.settings(**options).method)
     if not as_json:
         display.legend()

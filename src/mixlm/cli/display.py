@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -77,6 +77,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def member_colours(names: Sequence[str]) -> dict[str, int]:
+    """Return each member's colour, one of the 256."""
+    return {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)}
+
+
 class Display:
     """Shows replies of one ensemble.
 
@@ -86,8 +91,7 @@ class Display:
     def __init__(self, ensemble: Ensemble, method: str) -> None:
         self._ensemble = ensemble
         self._method = method
-        codes = [f"38;5;{one}" for one in _PALETTE]
-        self._styles = {name: codes[i % len(codes)] for i, name in enumerate(ensemble.names)}
+        self._styles = {name: f"38;5;{code}" for name, code in member_colours(ensemble.names).items()}
         self._colours = len(ensemble.members) > 1
         self._direct = terminal(sys.stdout) or coloured(sys.stdout)
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, print_json, progress_bars
-from mixlm.cli.inputs import check_writable, identities, read_pairs, read_texts, refuse_reply_options
+from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
-from mixlm.cli.score import print_lines
 from mixlm.cli.segments import about_unit
-from mixlm.cli.tables import print_table
-from mixlm.errors import ConfigError, UsageError
+from mixlm.cli.tables import print_lines, print_table
+from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
-    from mixlm.ensemble import Ensemble
     from mixlm.heldout import Study
-    from mixlm.scored import Scores
 
 
 @with_shared
@@ -51,39 +48,75 @@ def fit(
     bootstrap: Annotated[
         int, Option("--bootstrap", metavar="N", help="Refits for the weights' intervals; 0 for none.")
     ] = 200,
+    prompt_bytes: Annotated[
+        int,
+        Option(
+            "--prompt-bytes",
+            metavar="N",
+            help="Take the first N bytes of each passage of a text as its prompt, to compare weights by prompt too.",
+            show_default=False,
+        ),
+    ] = 0,
+    ends: ends_option = None,
+    accuracy: Annotated[
+        str | None,
+        accuracy_option(
+            "--accuracy", "TASK", "Measure accuracy on a task with these weights too; with --grid, at every point."
+        ),
+    ] = None,
+    limit: Annotated[int | None, accuracy_option("--limit", "N", "Only the first N questions of the task.")] = None,
+    seeds: Annotated[
+        int | None, accuracy_option("--seeds", "N", "Runs of each way, where texts are written. Default: 1.")
+    ] = None,
+    data: Annotated[
+        Path | None, accuracy_option("--data", "DIR", "A folder with gsm8k.jsonl and the like, in place of the hub.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        accuracy_option("--out", "DIR", "Keep answers here; a run that stopped goes on. Default: fit-results/TASK."),
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the texts anew, and keep no scores.")] = False,
 ) -> int:
     """Fit weights to text: the mixture that makes it most likely.
 
-    Every member reads each text once. Weights are fitted by EM on the first part of each, and checked on the rest; what
-    is written are those weights.
+    Every member reads each text once. Weights are fitted by EM on the first part of each and checked on the rest. With
+    --accuracy they answer questions too, and options of replies are for those.
     """
-    refuse_reply_options(shared, "fit", allowed=("method", "system"))
+    asked = AccuracyOptions(accuracy, limit, seeds, data, out)
+    asked.check()
+    refuse_reply_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step)
+    if prompt_bytes < 0:
+        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 takes no prompts")
     check_writable("--output", output)
     check_writable("--router", router)
     texts = read_texts(files)
-    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
-    if shared.system is not None and not pairs:
-        raise UsageError("--system goes in front of prompts, and there are none", "leave it out, or give a .jsonl file")
+    pairs = pairs_of(texts, ends=ends, system=shared.system if accuracy is None else None)
+    task = asked.load(shared)
     ensemble = open_ensemble(shared, {})
     from mixlm.heldout import Plan, study
 
-    scores = _scored(ensemble, texts, pairs, shared, identities(config, not no_cache))
+    scores = scored(ensemble, texts, pairs, identities(config, not no_cache), ends=ends, system=shared.system)
     given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
-    plan = Plan(holdout, bootstrap, step, router is not None, given)
+    plan = Plan(holdout, bootstrap, step, router is not None, given, prompt_bytes)
     with progress_bars() as progress:
         found = study(scores, plan, progress=progress)
+    # Weights are kept before questions are asked: that may take long, and can be taken up again.
     written = _write(found, config, shared, output, router)
     engines = len({id(one.engine) for one in ensemble.members})
+    report = None
+    if task is not None:
+        report = asked.measure(task, ensemble, found, shared, step=step, holdout=holdout)
     if as_json:
-        print_json(found.as_dict(engines))
+        print_json({**found.as_dict(engines), **({} if report is None else {"accuracy": report.as_dict()})})
     else:
         _show(found, engines)
+        if report is not None:
+            report.show()
     for line in written:
         dim(line)
     return 0
@@ -100,32 +133,6 @@ def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float |
         from mixlm.fitting import grid_points
 
         grid_points(len(config.members), step)
-
-
-def _scored(
-    ensemble: Ensemble,
-    texts: dict[str, str],
-    pairs: dict[str, list[tuple[str, str]]],
-    shared: Shared,
-    models: Sequence[str] | None,
-) -> dict[str, Scores]:
-    from mixlm.scoring import score, score_answers
-
-    settings = ensemble.settings(**shared.options())
-    scores = {}
-    for name, text in texts.items():
-        try:
-            with progress_bars() as progress:
-                if name in pairs:
-                    scores[name] = score_answers(
-                        ensemble, pairs[name], settings=settings, progress=progress, identities=models
-                    )
-                else:
-                    scores[name] = score(ensemble, text, progress=progress, identities=models)
-        except UsageError as error:
-            # Which of several files it is cannot be read from the sentence alone.
-            raise type(error)(f"{name}: {error.message}", error.hint) from error
-    return scores
 
 
 def _write(found: Study, config: EnsembleConfig, shared: Shared, output: Path | None, router: Path | None) -> list[str]:

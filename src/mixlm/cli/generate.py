@@ -51,7 +51,7 @@ def generate(
         return _many(shared, (prompt, as_json, raw), Batch(input, output, batch) if input and output else None)
     text = _text(prompt, raw)
     options = shared.options(raw=raw)
-    ensemble = open_ensemble(shared, options)
+    ensemble = open_ensemble(shared, options, whole=False)
     stream = ensemble.stream(text, **options)
     if as_json:
         print_json(stream.finish().as_dict())

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from typer import Option
+
+from mixlm.cli.display import progress_bars
 from mixlm.cli.options import Shared
 from mixlm.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
+    from mixlm.ensemble import Ensemble
+    from mixlm.scored import Scores
 
+ends_option = Annotated[
+    bool | None,
+    Option(
+        "--ends/--no-ends",
+        help="Score the end of each answer too. Default: where no member relies on stop strings.",
+        show_default=False,
+    ),
+]
 STDIN = "standard input"
 _FORM = '{"prompt": "…", "answer": "…"}'
 
@@ -57,6 +70,49 @@ def read_pairs(name: str, text: str) -> list[tuple[str, str]]:
                 raise _wrong(name, number, f'its "{key}" is empty')
         pairs.append((form["prompt"], form["answer"]))
     return pairs
+
+
+def pairs_of(texts: Mapping[str, str], *, ends: bool | None, system: str | None) -> dict[str, list[tuple[str, str]]]:
+    """Return the prompts and answers of the files that hold such, by name: those that end in .jsonl.
+
+    ends, system: options that are of answers and prompts; raises UsageError where there are none.
+    """
+    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
+    if ends is not None and not pairs:
+        raise UsageError(
+            "--ends and --no-ends are of answers, and there are none", "leave it out, or give a .jsonl file"
+        )
+    if system is not None and not pairs:
+        raise UsageError("--system goes in front of prompts, and there are none", "leave it out, or give a .jsonl file")
+    return pairs
+
+
+def scored(
+    ensemble: Ensemble,
+    texts: Mapping[str, str],
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    models: Sequence[str] | None,
+    *,
+    ends: bool | None,
+    system: str | None,
+) -> dict[str, Scores]:
+    """Let every member read every text, and show how far it is. pairs: of those texts that are prompts and answers."""
+    from mixlm.scoring import score, score_answers
+
+    settings = ensemble.settings() if system is None else ensemble.settings(system=system or None)
+    scores = {}
+    for name, text in texts.items():
+        try:
+            with progress_bars() as progress:
+                about: dict[str, Any] = {"progress": progress, "identities": models}
+                if name in pairs:
+                    scores[name] = score_answers(ensemble, pairs[name], settings=settings, ends=ends, **about)
+                else:
+                    scores[name] = score(ensemble, text, **about)
+        except UsageError as error:
+            # Which of several files it is cannot be read from the sentence alone.
+            raise type(error)(f"{name}: {error.message}" if len(texts) > 1 else error.message, error.hint) from error
+    return scores
 
 
 def _wrong(name: str, number: int, reason: str) -> ConfigError:
@@ -114,4 +170,4 @@ def identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
     """Return what tells each member's model from others, for the cache of scores; None to read every text anew."""
     from mixlm.scoring import identity
 
-    return [identity(one.model, one.dtype) for one in config.members] if cache else None
+    return [identity(one.model, one.dtype, one.adapter) for one in config.members] if cache else None

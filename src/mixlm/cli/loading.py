@@ -15,14 +15,23 @@ from mixlm.settings import Settings
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
+    from mixlm.engines import Engine, EngineSpec
     from mixlm.ensemble import Ensemble
     from mixlm.settings import Options
 
 
-def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto") -> Ensemble:
+def open_ensemble(
+    shared: Shared,
+    options: Options,
+    *,
+    dtype: str = "auto",
+    engines: dict[EngineSpec, Engine] | None = None,
+    whole: bool = True,
+) -> Ensemble:
     """Load the ensemble that is asked for, and show what its engines note.
 
-    dtype: for members of which neither option nor file says anything. What does not fit is said before anything loads.
+    dtype: for members of which neither option nor file says anything. engines: see `load_config`. whole: whether more
+    will be asked of the members than a reply with these options needs. What does not fit is said before anything loads.
     """
     config = shared.config(dtype=dtype)
     weights = shared.numbers()
@@ -30,7 +39,8 @@ def open_ensemble(shared: Shared, options: Options, *, dtype: str = "auto") -> E
     from mixlm.loading import load_config
 
     with _spinner(config) as progress:
-        ensemble = load_config(config, weights=weights, progress=progress)
+        replies = None if whole else options
+        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, options=replies)
     for note in dict.fromkeys(note for one in ensemble.members for note in one.engine.notes):
         dim(f"note: {note}")
     return ensemble
@@ -46,7 +56,7 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
     except ConfigError as error:
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
-    settings = Settings(method=config.method, system=config.system).with_options(options)
+    settings = Settings(method=config.method, system=config.system, rule=config.rule).with_options(options)
     own = [{**config.sampling.given(), **one.sampling.given()} for one in config.members]
     for one in own:
         settings.for_member(one)

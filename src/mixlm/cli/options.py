@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 from typer import Option
 
-from mixlm.config import DTYPES, METHODS, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.config import DTYPES, ENGINES, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
 from mixlm.records import Sampling
 from mixlm.settings import Settings
@@ -72,6 +72,9 @@ class Shared:
     device: Annotated[
         str | None, _ensemble("--device", metavar="NAME", text="cpu, cuda, cuda:1 and so on. Default: auto.")
     ] = None
+    engine: Annotated[
+        str | None, _ensemble("--engine", metavar="NAME", text=f"{', '.join(ENGINES)}: what runs the members.")
+    ] = None
     temperature: Annotated[
         float | None, _sampling("temperature", "T", "Divides the logits; 0 is for greedy and single.")
     ] = None
@@ -97,6 +100,15 @@ class Shared:
             rich_help_panel="Sampling",
         ),
     ] = False
+    rule: Annotated[
+        str | None,
+        _option(
+            "Sampling",
+            "--rule",
+            metavar="NAME",
+            text=f"{', '.join(RULES)}: a published way to average, to compare with; conventional only.",
+        ),
+    ] = None
     max_tokens: Annotated[
         int | None, _reply("--max-tokens", metavar="N", text=f"Write at most N. Default: {_DEFAULTS['max_tokens']}.")
     ] = None
@@ -118,12 +130,18 @@ class Shared:
     block: Annotated[
         int | None, _reply("--block", metavar="N", text=f"Guesses checked at once. Default: {_DEFAULTS['block']}.")
     ] = None
+    on_failure: Annotated[
+        str | None,
+        _reply("--on-failure", metavar="NAME", text="error or drop: what to do when a member stops answering."),
+    ] = None
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
     def options(self, *, raw: bool = False) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
-        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block")}
+        given = {
+            name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
+        }
         given = {name: value for name, value in given.items() if value is not None}
         if self.stop:
             given["stop"] = tuple(self.stop)
@@ -142,13 +160,14 @@ class Shared:
         Raises ConfigError, UsageError or ModelNotFoundError, before anything is loaded.
         """
         changes: dict[str, Any] = {}
-        for name, allowed in (("method", METHODS), ("unit", UNITS), ("dtype", DTYPES)):
+        named = (("method", METHODS), ("unit", UNITS), ("rule", RULES), ("dtype", DTYPES), ("engine", ENGINES))
+        for name, allowed in named:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(
                     f"--{name} is {value!r}; it must be one of {', '.join(allowed)}", did_you_mean(value, allowed)
                 )
-            if value is not None and name != "dtype":
+            if value is not None and name not in ("dtype", "engine"):
                 changes[name] = value
         if self.model and self.ensemble is not None:
             raise UsageError("--model and --ensemble are both given", "name the members here or in the file, not both")
@@ -161,12 +180,13 @@ class Shared:
         return config.model_copy(update=changes)
 
     def _with_machine(self, member: MemberConfig, dtype: str) -> MemberConfig:
-        """Return a member with the dtype and device that are asked for."""
+        """Return a member with the dtype, device and engine that are asked for."""
         if self.dtype is not None:
             dtype = self.dtype
         elif member.dtype != "auto":
             dtype = member.dtype
-        return member.model_copy(update={"dtype": dtype, "device": self.device or member.device})
+        engine = self.engine or member.engine
+        return member.model_copy(update={"dtype": dtype, "device": self.device or member.device, "engine": engine})
 
     def numbers(self) -> list[float] | None:
         """Return the weights that are given as numbers. Raises ConfigError for anything that is no number."""

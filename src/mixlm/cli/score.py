@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from mixlm.cli.display import coloured, dim, print_json, progress_bars, visible
-from mixlm.cli.inputs import check_writable, identities, read_texts, refuse_reply_options
+from mixlm.cli.display import dim, print_json
+from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
-from mixlm.cli.tables import console, print_table
+from mixlm.cli.tables import print_lines, print_table
 
 if TYPE_CHECKING:
     from mixlm.sampling import Floats
@@ -26,7 +25,10 @@ def score(
     shared: Shared,
     files: Annotated[
         list[Path] | None,
-        Argument(metavar="[FILE]...", help="Texts, each read by itself; standard input when left out or '-'."),
+        Argument(
+            metavar="[FILE]...",
+            help="Texts, or .jsonl with a prompt and an answer a line; standard input when left out or '-'.",
+        ),
     ] = None,
     tokens: Annotated[
         bool, Option("--tokens", help="Show the text, each part in the colour of the member most responsible.")
@@ -34,6 +36,7 @@ def score(
     html: Annotated[
         Path | None, Option("--html", metavar="FILE", help="Write the coloured text as a page.", show_default=False)
     ] = None,
+    ends: ends_option = None,
     as_json: Annotated[bool, Option("--json", help="Print the scores as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the text anew, and keep no scores.")] = False,
 ) -> int:
@@ -42,16 +45,15 @@ def score(
     The members are scored as they are, without sampling options, and the mixture by the ensemble's weights or its
     router.
     """
-    refuse_reply_options(shared, "score")
+    refuse_reply_options(shared, "score", allowed=("system",))
     check_writable("--html", html)
     texts = read_texts(files or [])
+    pairs = pairs_of(texts, ends=ends, system=shared.system)
     ensemble = open_ensemble(shared, {})
     from mixlm.scored import joined, router_weights
-    from mixlm.scoring import score as measure
 
     models = identities(shared.config(), not no_cache)
-    with progress_bars(single=True) as progress:
-        scores = [measure(ensemble, one, progress=progress, identities=models) for one in texts.values()]
+    scores = list(scored(ensemble, texts, pairs, models, ends=ends, system=shared.system).values())
     weights = [router_weights(one, ensemble.router) for one in scores]
     whole = joined(scores)
     import numpy as np
@@ -119,8 +121,3 @@ def _show_files(names: list[str], scores: list[Scores], weights: list[Floats]) -
         columns = [f"{value:.4f}" for value in (*bits["members"].values(), bits["mixture"])]
         rows.append((name, str(one.size), *columns))
     print_table(heads, rows, right=frozenset(heads[1:]))
-
-
-def print_lines(text: str) -> None:
-    """Print an explanation, dim where there are colours."""
-    console().print(visible(text), style="dim" if coloured(sys.stdout) else None)

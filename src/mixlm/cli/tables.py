@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mixlm.cli.display import coloured, terminal, visible
@@ -34,10 +34,12 @@ def print_table(
     *,
     right: Collection[str] = (),
     styles: Sequence[str] | None = None,
+    head_styles: Mapping[str, str] | None = None,
 ) -> None:
     """Print a table.
 
-    right: heads of the columns whose cells end at the right. styles: one a row, for its last cell.
+    right: heads of the columns whose cells end at the right. styles: one a row, for its last cell. head_styles: of
+    heads, by their text.
     """
     from rich import box
     from rich.table import Table
@@ -45,10 +47,19 @@ def print_table(
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        table.add_column(Text(head), justify="right" if head in right else "left", overflow="fold")
+        table.add_column(
+            Text(head, style=(head_styles or {}).get(head, "")),
+            justify="right" if head in right else "left",
+            overflow="fold",
+        )
     for at, row in enumerate(rows):
         cells = [Text(visible(one)) for one in row]
         if styles is not None:
             cells[-1].stylize(styles[at])
         table.add_row(*cells)
     console().print(table)
+
+
+def print_lines(text: str) -> None:
+    """Print an explanation, dim where there are colours."""
+    console().print(visible(text), style="dim" if coloured(sys.stdout) else None)

@@ -7,20 +7,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.config import methods_of
 from mixlm.decoding.auto import Auto
 from mixlm.decoding.base import Strategy
+from mixlm.decoding.bytes import bytewise
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.costs import Costs
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, Tally
+from mixlm.decoding.gac import gac
 from mixlm.decoding.greedy import greedy, greedy_alone, greedy_drafted
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.decoding.speculative import speculative
+from mixlm.decoding.unite import unite
+from mixlm.decoding.words import words
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.sampling import Floats
 from mixlm.settings import Settings
 
-__all__ = ["Parts", "Tally", "strategy"]
+__all__ = ["Parts", "Tally", "refuse", "strategy"]
 
 # Members whose sizes differ by less are not worth drafting with: a guess costs as much as what it saves.
 _CHEAPER = 0.75
@@ -30,7 +35,7 @@ class Parts(NamedTuple):
     """What a strategy is built for.
 
     weights: float64 (members,). names: the members'. own: their own sampling options. sizes: bytes of their weights.
-    costs: what their forwards take.
+    costs: what their forwards take. unit: the name of what they meet in.
     """
 
     weights: Floats
@@ -38,6 +43,7 @@ class Parts(NamedTuple):
     own: Sequence[Mapping[str, Any]]
     sizes: Sequence[int]
     costs: Costs
+    unit: str = "piece"
 
     @classmethod
     def unmeasured(cls, weights: Floats, names: Sequence[str], own: Sequence[Mapping[str, Any]]) -> Parts:
@@ -50,26 +56,49 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
     """Return the strategy that settings ask for. tally: takes down what became of guesses.
 
     `single` writes with the member of the largest weight, the first of them where several have it. Raises ConfigError
-    for a draft that is no member, UnsupportedError for options that have no common average.
+    for a draft that is no member, UnsupportedError for options that have no common average, and for a method that the
+    unit has no law for.
     """
+    refuse(settings.method, parts.unit)
     if settings.method == "single":
-        heaviest = int(np.argmax(parts.weights))
-        return greedy_alone(heaviest) if settings.picks_most_likely(parts.own[heaviest]) else single(heaviest)
+        return _alone(settings, parts)
     after = settings.after_mixing(parts.own[0])
     if any(settings.after_mixing(one) != after for one in parts.own):
         raise UnsupportedError(
-            "members have sampling options of their own, and mix-then-truncate has one average to apply them to",
+            "members have sampling options of their own, and "
+            f"{settings.rule or 'mix-then-truncate'} has one average to apply them to",
             "give the same options to all members",
         )
     if after is not None:
-        return mix_then_truncate(after)
-    if settings.method == "speculative":
-        return speculative(_draft(settings.draft, parts), settings.block, tally)
-    if settings.method == "greedy" and settings.draft is not None:
-        return greedy_drafted(_draft(settings.draft, parts), settings.block, tally)
+        return {None: mix_then_truncate, "gac": gac, "unite": unite}[settings.rule](after)
+    if settings.method == "speculative" or (settings.method == "greedy" and settings.draft is not None):
+        drafted = speculative if settings.method == "speculative" else greedy_drafted
+        return drafted(_draft(settings.draft, parts), settings.block, tally)
+    if parts.unit in ("word", "byte"):
+        return words if parts.unit == "word" else bytewise()
     if settings.method == "auto":
         return Auto(parts.costs, parts.names, tally)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]
+
+
+def _alone(settings: Settings, parts: Parts) -> Strategy:
+    heaviest = int(np.argmax(parts.weights))
+    if not settings.picks_most_likely(parts.own[heaviest]):
+        return bytewise(heaviest) if parts.unit == "byte" else single(heaviest)
+    if parts.unit == "byte":
+        raise UnsupportedError(
+            "temperature is 0, and the most likely byte of a member is not known", "use --unit piece"
+        )
+    return greedy_alone(heaviest)
+
+
+def refuse(method: str, unit: str) -> None:
+    """Raise UnsupportedError for a method that a unit has no law for."""
+    if method not in methods_of(unit):
+        raise UnsupportedError(
+            f"{method} does not go with the unit {unit}: a member's law of {unit}s is sampled, and never known in full",
+            f"use --method mixture, or --unit piece with {method}",
+        )
 
 
 def _draft(name: str | None, parts: Parts) -> Draft:

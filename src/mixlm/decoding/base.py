@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixlm.decoding.absent import Absent
 from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
+from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
@@ -39,6 +41,7 @@ class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
 
     def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
+        _check_candidates(engine, sampling, symbols)
         self.engine = engine
         self.name = name
         self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
@@ -47,7 +50,11 @@ class Member:
 
     def law(self, logits: Logits, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
-        ids, logprobs = self.transform(logits, history)
+        return self.pooled(self.transform(logits, history))
+
+    def pooled(self, own: Candidates) -> Candidates:
+        """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
+        ids, logprobs = own
         symbols = self.symbols[ids]
         twice = self._doubled[ids]
         if not twice.any():
@@ -58,13 +65,40 @@ class Member:
         )
 
 
+def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+    """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+    if engine.candidates is None:
+        return
+    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
+    # Tokens that the engine counts among its likeliest, and that may not be drawn here.
+    unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
+    most = engine.candidates - unshared
+    if sampling.penalises:
+        found = "a penalty moves tokens from anywhere in the vocabulary"
+    elif not 1 <= sampling.top_k <= most:
+        found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
+    else:
+        return
+    raise UnsupportedError(
+        f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
+        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        if most >= 1
+        else "use --unit piece, or --engine hf",
+    )
+
+
 class View:
-    """One member's view of one sequence."""
+    """One member's view of one sequence. member: the part of it that is the same for every sequence."""
 
     def __init__(self, member: Member, index: int, state: State) -> None:
-        self._member = member
+        self.member = member
         self._index = index
         self._state = state
+
+    @property
+    def state(self) -> State:
+        """The sequence's state, to be looked at: `Step.push` is what changes it."""
+        return self._state
 
     def ids(self) -> Ids:
         """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
@@ -72,19 +106,30 @@ class View:
 
     def symbol(self, token: int) -> int:
         """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
-        return int(self._member.symbols[token])
+        return int(self.member.symbols[token])
 
     def law(self, logits: Logits) -> Candidates:
         """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
         return self.law_here()(logits)
 
-    def law_here(self) -> Callable[[Logits], Candidates]:
-        """Return `law` for the text as it stands now, for logits that are known only when the text has grown."""
-        if not self._member.transform.sampling.penalises:
-            return self._member.law
-        ids, prompt = self.ids(), self._state.prompt_length(self._index)
-        history = History.of(ids[:prompt], ids[prompt:])
-        return lambda logits: self._member.law(logits, history)
+    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids: what the member reads, where that is not the text but a beginning of it.
+        """
+        history = self._history(ids)
+        return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+
+    def own(self, logits: Logits) -> Candidates:
+        """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
+        return self.member.transform(logits, self._history())
+
+    def _history(self, ids: Ids | None = None) -> History | None:
+        """Return the tokens so far where the member's options look at them."""
+        if not self.member.transform.sampling.penalises:
+            return None
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
+        return History.of(ids[:prompt], ids[prompt:])
 
     def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
@@ -115,6 +160,14 @@ class Step:
 Strategy = Callable[[Step], Flow]
 
 
+class MemberError(EngineError):
+    """A member's engine failed while it was asked."""
+
+    def __init__(self, member: int, error: EngineError) -> None:
+        super().__init__(error.message, error.hint)
+        self.member = member
+
+
 class Writing:
     """One text being written: its state, each member's session and view, and the route that weighs them."""
 
@@ -130,6 +183,7 @@ class Writing:
         self.sessions = sessions
         self.route = route
         self.state = unit.begin(prompts)
+        self.absent = Absent([one.engine.alive for one in members], [one.name for one in members])
         self._threads: ThreadPoolExecutor | None = None
         self.views = [View(member, i, self.state) for i, member in enumerate(members)]
         self._end = unit.end
@@ -151,7 +205,7 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            return Step(self.route(self.state), at, self.views, partial(push, at))
+            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at))
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:
@@ -173,7 +227,7 @@ class Writing:
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(id(self.members[request.member].engine), []).append(at)
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):
@@ -190,7 +244,10 @@ class Writing:
 
     def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Reply]:
         engine = self.members[requests[places[0]].member].engine
-        return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+        try:
+            return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+        except EngineError as error:
+            raise MemberError(requests[places[0]].member, error) from error
 
 
 class _Room:

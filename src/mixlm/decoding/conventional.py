@@ -7,6 +7,7 @@ import numpy as np
 from mixlm.decoding.base import Choice, Flow, Step, Strategy
 from mixlm.engines.base import Ask
 from mixlm.mixing import mixed, responsibilities
+from mixlm.noise import Noise
 from mixlm.records import Sampling
 from mixlm.sampling import Candidates, Transform
 
@@ -22,23 +23,31 @@ def mix_then_truncate(sampling: Sampling) -> Strategy:
     This is another law than every other strategy's, and has no form that runs one member only. It is here because
     published ensembles sample it.
     """
-    after = Transform(sampling, np.zeros(0, dtype=np.int64))
 
     def strategy(step: Step) -> Flow:
-        return (yield from _averaged(step, after))
+        return (yield from _averaged(step, sampling))
 
     return strategy
 
 
-def _averaged(step: Step, after: Transform | None) -> Flow:
+def pick(noise: Noise, law: Candidates, after: Sampling | None) -> tuple[Candidates, int]:
+    """Temper and truncate a law by `after`, and draw from it. Returns the law that was drawn from, and the place in it.
+
+    Temperature 0 takes the most likely, of equally likely ones the first, with its probability in the law as it was.
+    """
+    if after is not None and after.temperature == 0:
+        return law, int(np.argmax(law.logprobs))
+    if after is not None:
+        kept = Transform(after, np.zeros(0, dtype=np.int64))(law.logprobs)
+        law = Candidates(law.ids[kept.ids], kept.logprobs)
+    return law, noise.draw(law.ids, law.logprobs)
+
+
+def _averaged(step: Step, after: Sampling | None) -> Flow:
     asked = [i for i, weight in enumerate(step.weights) if weight > 0]
     replies = yield [Ask(i, step.views[i].ids()) for i in asked]
     parts = [(step.weights[i], step.views[i].law(logits[0])) for i, logits in zip(asked, replies, strict=True)]
-    law = mixed(parts)
-    if after is not None:
-        kept = after(law.logprobs)
-        law = Candidates(law.ids[kept.ids], kept.logprobs)
-    at = step.noise.draw(law.ids, law.logprobs)
+    law, at = pick(step.noise, mixed(parts), after)
     symbol = int(law.ids[at])
     author = asked[int(np.argmax(responsibilities(symbol, parts)))]
     return [Choice(symbol, author, float(law.logprobs[at]))]

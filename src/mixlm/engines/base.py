@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UsageError
 from mixlm.sampling import Floats, Ids, Logits
 from mixlm.vocab.encoding import Encoder
@@ -195,8 +198,10 @@ class Engine(ABC):
     """A loaded model with its tokenizer.
 
     stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. weights_bytes: memory of the weights. device: what it runs on;
-    engines on equal devices are asked in turn.
+    details: dtype, device and the like, for reports. reading: the tokenizer's family, its normaliser, its leading-space
+    rule and where its prompt template is from, for reports. weights_bytes: memory of the weights. device: what it runs
+    on; engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for
+    all; the logits of such an engine are -inf for the others, and right up to a constant for these.
     """
 
     name: str
@@ -207,16 +212,48 @@ class Engine(ABC):
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: Mapping[str, str] = MappingProxyType({})
+    reading: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
+    candidates: int | None = None
+
+    @property
+    def runs(self) -> int:
+        """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
+        return id(self)
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
+        return {id(self): self.weights_bytes}
 
     @abstractmethod
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
 
+    def apart(self) -> Engine:
+        """Return an engine on the same weights that is asked for itself, as another model of its size would be."""
+        return copy(self)
+
+    def sharing(self, spec: EngineSpec) -> Engine | None:
+        """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.
+
+        The spec's `weights` are those of this engine's own.
+        """
+        return None
+
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
         return [answer(session, request) for session, request in requests]
+
+    def alive(self) -> bool:
+        """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""
+        return True
+
+
+def memory(engines: Iterable[Engine]) -> int:
+    """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
+    return sum({key: size for one in engines for key, size in one.weights.items()}.values())
 
 
 def answer(session: Session, request: Request) -> Reply:
@@ -224,6 +261,25 @@ def answer(session: Session, request: Request) -> Reply:
     if isinstance(request, Draw):
         return request.choose(session.logits(request.ids)[0])
     return session.logits(request.ids, request.last)
+
+
+def together(
+    threads: ThreadPoolExecutor,
+    answered: Callable[[Sequence[tuple[Session, Request]]], list[Reply]],
+    requests: Sequence[tuple[Session, Request]],
+) -> list[Reply]:
+    """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
+    by_session: dict[int, list[int]] = {}
+    for at, (session, _) in enumerate(requests):
+        by_session.setdefault(id(session), []).append(at)
+    if len(by_session) == 1:
+        return answered(requests)
+    replies: list[Reply] = [None] * len(requests)
+    parts = [[requests[at] for at in places] for places in by_session.values()]
+    for places, found in zip(by_session.values(), threads.map(answered, parts), strict=True):
+        for at, reply in zip(places, found, strict=True):
+            replies[at] = reply
+    return replies
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import numpy as np
 
+from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.together import Part, answer_together
 from mixlm.errors import MemoryLimitError, MixlmError
@@ -59,12 +61,24 @@ class Runner:
     several sequences at once.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model = model
-        self.recomputes = bool(getattr(model, "_is_stateful", False))
+    def __init__(self, loaded: Loaded, name: str) -> None:
+        self.model = loaded.model
+        self._loaded = loaded
+        self._adapter: str | None = None
+        self.recomputes = bool(getattr(self.model, "_is_stateful", False))
         self.batches = False
         self._name = name
+        loaded.runners[None] = self
         self.batches = self._batches()
+
+    def using(self, adapter: str | None) -> Runner:
+        """Return the runner of the same model with an adapter, or without one: the same one for the same adapter."""
+        if adapter == self._adapter:
+            return self
+        other = copy(self)
+        other._adapter = adapter
+        known: Runner = self._loaded.runners.setdefault(adapter, other)
+        return known
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer requests of several sessions together."""
@@ -74,7 +88,7 @@ class Runner:
         """Run what sessions lack: float32 (last, vocab) for each. Raises MemoryLimitError."""
         import torch
 
-        with torch.inference_mode(), memory_errors(self._name):
+        with torch.inference_mode(), memory_errors(self._name), self._loaded.using(self._adapter):
             behind = []
             for one in parts:
                 head = max(len(one.ids) - max(MOST, one.last), 0) if not self.recomputes else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mixlm.engines.adapters import Loaded
 from mixlm.engines.hf import HFEngine, _device, _dtype
 from mixlm.engines.runner import Runner, memory_errors
 from mixlm.engines.spec import EngineSpec
@@ -87,17 +88,20 @@ class ShapeEngine(HFEngine):
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
         with memory_errors(self.name):
-            self.model = filled(shape, self.dtype, self.device)
+            self.loaded = Loaded(filled(shape, self.dtype, self.device))
+        self.model = self.loaded.model
+        self.adapter = None
         self.details = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "weights": "filled with numbers",
         }
-        self.weights_bytes = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        self.weights_bytes = self.loaded.size
         self.context_length = int(shape["max_position_embeddings"])
-        self.runner = Runner(self.model, self.name)
+        self.runner = Runner(self.loaded, self.name)
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         tokens, begin = spelled(int(shape["vocab_size"]))
         self.encoder = LongestMatch(tokens)
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mixlm.engines.base import Engine, Session
-from mixlm.errors import TokenizerError
+from mixlm.engines.spec import EngineSpec
+from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.records import Message
 from mixlm.sampling import Ids, Logits
 from mixlm.vocab.encoding import Encoded
@@ -87,17 +88,23 @@ class ToyEngine(Engine):
         begin, end = len(tokens), len(tokens) + 1
         size = len(tokens) + 2
         self.name = name
-        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end])
+        names = {begin: "<begin>", end: "<end>"}
+        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end], names=names)
         self.encoder = LongestMatch(tokens)
-        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": end}, render, begin=[begin])
+        self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, render, begin=[begin])
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
 
     @classmethod
-    def from_spec(cls, spec: str) -> ToyEngine:
-        """Build the toy that `toy:SEED` names."""
-        digits = re.sub(r"\D", "", spec) or "0"
-        return cls(table=wordy_table(int(digits)), name=spec)
+    def from_spec(cls, spec: EngineSpec) -> ToyEngine:
+        """Build the toy that `toy:SEED` names. Raises UnsupportedError for an adapter, which no table can have."""
+        if spec.adapter is not None:
+            raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
+        digits = re.sub(r"\D", "", spec.model) or "0"
+        toy = cls(table=wordy_table(int(digits)), name=spec.model)
+        toy.prompts.system = spec.system
+        return toy
 
     def session(self) -> ToySession:
         """Begin a sequence."""

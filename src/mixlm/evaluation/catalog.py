@@ -40,6 +40,8 @@ def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[
         manager = _manager()(include_path=str(FOLDER), include_defaults=defaults, metadata=metadata)
         for name in names:
             if name not in manager.task_index and not _is_file(name):
+                if name.endswith((".yaml", ".yml")):
+                    raise ConfigError(f"there is no file {name}", "give the path of a task's YAML file")
                 close = near(name, manager.all_tasks, 5)
                 hint = f"did you mean {' or '.join(repr(one) for one in close)}?" if close else None
                 raise ConfigError(f"there is no task {name!r}", hint or "mixlm eval --list shows mixlm's own tasks")
@@ -80,8 +82,9 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     except MixlmError:
         raise
     except Exception as error:  # a task may run any code, and the hub's client has errors of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"the task {name} could not be loaded: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "a task's file has task, doc_to_text and so on: see lm-evaluation-harness's guide to tasks"
+        raise ConfigError(f"the task {name} could not be loaded: {reason}", hint if _is_file(name) else None) from error
     for one, task in found.items():
         if getattr(task, "MULTIMODAL", False):
             raise UnsupportedError(f"the task {one} has images or sound, and mixlm's models read text")

@@ -1,7 +1,8 @@
 """The questions of mixlm's tasks: from a folder of JSONL files, or from the hub.
 
-Each set has one form of row, the hub's, and becomes documents with the columns `group`, `question`, `options` and
-`target`; `target` is in the form that `mixlm.evaluation.answers` gives. A folder needs no network.
+Each set has one form of row, the hub's, and becomes documents with the columns `group`, `question`, `options` (a
+text), `target` and, where there are options, `choices` (a list). `target` is in the form that
+`mixlm.evaluation.answers` gives: of options, the letter. A folder needs no network.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ConfigError, did_you_mean
+from mixlm.errors import ConfigError, did_you_mean, near
 from mixlm.evaluation import answers
 
 Row = Mapping[str, Any]
@@ -50,7 +51,9 @@ def load(
             documents.append(one.document(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise ConfigError(f"{where}, line {line}: {reason}; expected a JSON object with {one.form}") from None
+            raise ConfigError(
+                f"{where}, line {line}: {reason}", f"each line is a JSON object with {one.form}"
+            ) from None
     if not documents:
         raise ConfigError(f"{where} has no questions", f"each line is a JSON object with {one.form}")
     return {"test": Dataset.from_list(chosen(documents, per_group, choice) if per_group else documents)}
@@ -73,8 +76,11 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
-        there = sorted(one.name for one in path.parent.glob("*.jsonl"))
-        hint = did_you_mean(path.name, there) or f"the folder has {', '.join(there) or 'no .jsonl files'}"
+        # With their endings, any two names look a little alike.
+        there = sorted(one.stem for one in path.parent.glob("*.jsonl"))
+        shown = ", ".join(f"{one}.jsonl" for one in there[:8]) or "no .jsonl files"
+        close = [f"{one}.jsonl" for one in near(path.stem, there)]
+        hint = did_you_mean(path.name, close) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -84,7 +90,9 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: this is not valid JSON: {error}") from error
+            raise ConfigError(
+                f"{path}, line {number}: this is not valid JSON: {error}", "each line is one JSON object, a question"
+            ) from error
 
 
 def _from_hub(name: str, one: _Set) -> Iterable[tuple[int, Any]]:
@@ -106,17 +114,19 @@ def _from_hub(name: str, one: _Set) -> Iterable[tuple[int, Any]]:
     return enumerate(rows, 1)
 
 
-def _document(question: Any, target: str, group: Any = "", options: str = "") -> dict[str, Any]:
+def _document(question: Any, target: str, group: Any = "", choices: Sequence[str] = ()) -> dict[str, Any]:
     for name, value in (("question", question), ("the group", group)):
         if not isinstance(value, str):
             raise TypeError(f"{name} is {value!r}, not a text")
-    return {"group": group, "question": question.strip(), "options": options, "target": target}
+    options = "\n".join(f"{mark}. {one}" for mark, one in zip(_LETTERS, choices, strict=False))
+    found = {"group": group, "question": question.strip(), "options": options, "target": target}
+    return {**found, "choices": list(choices)} if choices else found
 
 
-def _options(choices: Any) -> str:
-    if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
-        raise TypeError(f"choices is {choices!r}, not a list of texts")
-    return "\n".join(f"{mark}. {one.strip()}" for mark, one in zip(_LETTERS, choices, strict=False))
+def _choices(given: Any) -> list[str]:
+    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
+        raise TypeError(f"choices is {given!r}, not a list of texts")
+    return [one.strip() for one in given]
 
 
 def _gsm8k(row: Row) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def _mmlu(row: Row) -> dict[str, Any]:
     choices, answer = row["choices"], row["answer"]
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer is {answer!r}, no index of one of {len(choices)} choices")
-    return _document(row["question"], _LETTERS[answer], row["subject"], _options(choices))
+    return _document(row["question"], _LETTERS[answer], row["subject"], _choices(choices))
 
 
 def _arc(row: Row) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def _arc(row: Row) -> dict[str, Any]:
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     if row["answerKey"] not in labels or len(labels) != len(texts):
         raise ValueError(f"answerKey is {row['answerKey']!r}, and the labels of {len(texts)} choices are {labels}")
-    return _document(row["question"], _LETTERS[labels.index(row["answerKey"])], options=_options(texts))
+    return _document(row["question"], _LETTERS[labels.index(row["answerKey"])], choices=_choices(texts))
 
 
 def _bbh(row: Row) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def _bbh(row: Row) -> dict[str, Any]:
     return _document(row["input"], answers.phrase(row["target"]), row["task"])
 
 
-_CHOICES = "choices (text and label, lists of texts), answerKey (one of the labels)"
+_FORM_OF_CHOICES = "choices (text and label, lists of texts), answerKey (one of the labels)"
 _SETS = {
     "gsm8k": _Set(
         ("openai/gsm8k", "main", "test"), "question (text) and answer (text that ends in '#### number')", _gsm8k
@@ -167,6 +177,6 @@ _SETS = {
         ("cais/mmlu", "all", "test"), "subject, question (texts), choices (list of texts), answer (index)", _mmlu
     ),
     "bbh": _Set(("SaylorTwift/bbh", None, "test"), "task, input and target (texts)", _bbh),
-    "arc_challenge": _Set(("allenai/ai2_arc", "ARC-Challenge", "test"), f"question (text), {_CHOICES}", _arc),
-    "arc_easy": _Set(("allenai/ai2_arc", "ARC-Easy", "test"), f"question (text), {_CHOICES}", _arc),
+    "arc_challenge": _Set(("allenai/ai2_arc", "ARC-Challenge", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc),
+    "arc_easy": _Set(("allenai/ai2_arc", "ARC-Easy", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc),
 }

@@ -2,7 +2,8 @@
 
 Context and continuation are encoded apart, so that every member has a token boundary between them. Inside the
 continuation the members meet where all of them have a boundary, as in `mixlm.scoring`: a segment's probability is
-`Σ_i λ_i P_i(segment | before)`. In the unit `token` every token is a segment, and the result is exact. Where a
+`Σ_i λ_i(s) P_i(segment | before)`, where `s` is what stands before the segment. In the unit `token` every token is a
+segment, and the result is exact: the product of what `conventional` gives, step by step, under the same router. Where a
 tokenizer changes or drops characters, its boundaries are unknown, and the whole continuation is one segment.
 
 Members are scored as they are, without sampling options.
@@ -11,6 +12,7 @@ Members are scored as they are, without sampling options.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -19,11 +21,12 @@ import numpy.typing as npt
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
-from mixlm.errors import PromptTooLongError, UnsupportedError
+from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import Context
-from mixlm.routing import Fixed
+from mixlm.routing import ByFunction, Fixed, Learned
 from mixlm.sampling import Floats, Ids
-from mixlm.scoring import score
+from mixlm.scored import Scores, router_weights
+from mixlm.scoring import prompt_bits, score
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
 _ROWS = 16
@@ -32,75 +35,124 @@ _ROWS = 16
 class Likelihood:
     """Scores continuations. Sessions stay open, so that contexts with a common beginning share its forwards.
 
-    alone: score under the member of the largest weight, as `single` writes. Raises UnsupportedError when the ensemble's
-    weights depend on the text.
+    alone: score under the member of the largest weight, as `single` writes, in place of the ensemble's router.
     """
 
     def __init__(self, ensemble: Ensemble, *, alone: bool = False) -> None:
-        if not isinstance(ensemble.router, Fixed):
-            raise UnsupportedError(
-                "the probability of a given text is computed with fixed weights, and this ensemble has a router",
-                "evaluate with weights, or take tasks that generate text",
-            )
         self._ensemble = ensemble
-        self._weights = np.eye(len(ensemble.members))[np.argmax(ensemble.weights)] if alone else ensemble.weights
-        self._live = [i for i, weight in enumerate(self._weights) if weight > 0]
+        weights = np.eye(len(ensemble.members))[np.argmax(ensemble.weights)] if alone else ensemble.weights
+        self._router = Fixed(weights) if alone else ensemble.router
+        self._live = list(range(len(ensemble.members)))
+        if isinstance(self._router, Fixed):
+            self._live = [i for i in self._live if weights[i] > 0]
         # Members that share a model would score alike.
         self._engines = {id(one.engine): one.engine for one in (ensemble.members[i] for i in self._live)}
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}
+        self._prompt: tuple[Context, dict[int, float]] | None = None
 
     def continuation(self, context: Context, text: str) -> tuple[float, bool]:
         """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.
 
         Greedy is, where all members have the same tokens of one vocabulary: each token is the most likely one of the
-        average. Otherwise: each token of each member of positive weight is that member's most likely one.
+        average. Otherwise: each token of each member that can have weight is that member's most likely one.
         A context that is too long for a member loses its beginning. Raises PromptTooLongError when the continuation
-        alone is too long.
+        alone is too long, and for a context that loses its beginning where weights depend on how it was read.
         """
-        if context.messages is None:
-            # Tokenizers put a space at the beginning of a word, so it belongs to the continuation.
-            kept = context.text.rstrip()
-            text, context = context.text[len(kept) :] + text, Context(kept)
-        data = text.encode(errors="replace")
+        context, data = _divided(context, text)
         if not data:
             return 0.0, True
-        parts = {key: _Part(engine, context, data) for key, engine in self._engines.items()}
-        shared = self._ensemble.unit.name == "token" and len({tuple(one.ids) for one in parts.values()}) == 1
-        found = self._together(parts) if shared else self._apart(parts)
-        for session in self._sessions.values():
-            session.work.log.clear()
-        logprobs, greedy = found
-        bounds = [one.bounds for one in parts.values()]
-        common = np.array([len(data)])
-        if all(one[-1] == len(data) for one in bounds):
-            common = reduce(np.intersect1d, bounds)
-        columns = {key: _by_segment(part.bounds, logprobs[key], common) for key, part in parts.items()}
-        joint = [self._log_weight(i) + columns[id(self._ensemble.members[i].engine)] for i in self._live]
-        return float(np.logaddexp.reduce(joint, axis=0).sum()), greedy
+        knows_bytes_only = isinstance(self._router, Fixed | Learned | ByFunction)
+        scores, parts = self._places(context, data, prompts=not knows_bytes_only)
+        weights = router_weights(scores, self._router)
+        if self._ensemble.unit.name == "token" and len({tuple(one.ids) for one in parts.values()}) == 1:
+            logprobs, greedy = self._together(parts, weights)
+        else:
+            logprobs, greedy = self._apart(parts)
+        return float(self._filled(scores, parts, logprobs).mixture(weights).sum()), greedy
+
+    def read(self, context: Context, text: str) -> Scores | None:
+        """Return what each member thinks of `text` behind a context, for any weights and routers; None for no text.
+
+        Members without weight are not read where weights are fixed. Raises PromptTooLongError when the context and the
+        text do not fit a member.
+        """
+        context, data = _divided(context, text)
+        if not data:
+            return None
+        scores, parts = self._places(context, data, prompts=True)
+        return self._filled(scores, parts, self._apart(parts)[0])
 
     def text(self, text: str) -> float:
         """Return the natural log-probability of a text from its beginning, as `mixlm.scoring.score` reads it."""
-        return float(score(self._ensemble, text).mixture(self._weights).sum()) if text else 0.0
+        if not text:
+            return 0.0
+        scores = score(self._ensemble, text)
+        return float(scores.mixture(router_weights(scores, self._router)).sum())
 
-    def _log_weight(self, member: int) -> float:
-        return float(np.log(self._weights[member]))
+    def _places(self, context: Context, data: bytes, *, prompts: bool) -> tuple[Scores, dict[int, _Part]]:
+        """Return where members meet in a continuation, with log-probabilities still to come, and each one's reading.
 
-    def _together(self, parts: dict[int, _Part]) -> tuple[dict[int, Floats], bool]:
-        """Score the same tokens under all members, side by side."""
+        prompts: whether to say how well the members predicted the context.
+        """
+        parts = {key: _Part(engine, context, data) for key, engine in self._engines.items()}
+        bounds = [one.bounds for one in parts.values()]
+        common = np.array([len(data)])
+        if all(len(one) and one[-1] == len(data) for one in bounds):
+            common = reduce(np.intersect1d, bounds)
+        prompt = context_text(context)
+        table = np.zeros((len(common), len(self._ensemble.members)))
+        read = table.copy()
+        if prompts:
+            bits = self._read_prompt(context, prompt, parts)
+            for i in self._live:
+                read[:, i] = bits[id(self._ensemble.members[i].engine)]
+        starts = np.concatenate([[0], common[:-1]]) + len(prompt)
+        begins = np.zeros(len(common), dtype=np.int64)
+        whole = prompt + data
+        names, unit = self._ensemble.names, self._ensemble.unit.name
+        return Scores(names, unit, whole, starts, common + len(prompt), begins, table, read), parts
+
+    def _read_prompt(self, context: Context, prompt: bytes, parts: dict[int, _Part]) -> dict[int, float]:
+        """Return bits per byte of a context under each engine; the choices of a question have it in common."""
+        for key, one in parts.items():
+            if one.cut:
+                name = self._engines[key].name
+                raise PromptTooLongError(f"the context is too long for {name}, and weights depend on how it is read")
+        if self._prompt is None or self._prompt[0] != context:
+            found = {
+                key: prompt_bits(self._sessions[key].token_logprobs(one.before), prompt) for key, one in parts.items()
+            }
+            self._prompt = context, found
+        return self._prompt[1]
+
+    def _filled(self, scores: Scores, parts: dict[int, _Part], logprobs: dict[int, Floats]) -> Scores:
+        """Return the scores of a continuation. logprobs: of each engine's own tokens."""
+        for session in self._sessions.values():
+            session.work.log.clear()
+        common = scores.ends - scores.starts[0]
+        columns = {key: _by_segment(part.bounds, logprobs[key], common) for key, part in parts.items()}
+        table = np.zeros(scores.logprobs.shape)
+        for i in self._live:
+            table[:, i] = columns[id(self._ensemble.members[i].engine)]
+        return replace(scores, logprobs=table)
+
+    def _together(self, parts: dict[int, _Part], weights: Floats) -> tuple[dict[int, Floats], bool]:
+        """Score the same tokens under all members, side by side. weights: (tokens, members)."""
         unit = self._ensemble.unit
         out: dict[int, list[Floats]] = {key: [] for key in parts}
-        greedy = True
+        greedy, at = True, 0
         for blocks in zip(*(one.rows(self._sessions[key]) for key, one in parts.items()), strict=True):
             rows = dict(zip(parts, blocks, strict=True))
-            average = np.zeros((len(blocks[0][0]), unit.end + 1))
+            count = len(blocks[0][0])
+            average = np.zeros((count, unit.end + 1))
             for i in self._live:
                 targets, logprobs = rows[id(self._ensemble.members[i].engine)]
                 symbols = unit.symbols(i)
                 shared, ends = (symbols >= 0) & (symbols != unit.end), symbols == unit.end
-                mass = self._weights[i] * np.exp(logprobs)
+                mass = weights[at : at + count, i, None] * np.exp(logprobs)
                 average[:, symbols[shared]] += mass[:, shared]
                 average[:, unit.end] += mass[:, ends].sum(axis=1)
-            greedy = greedy and bool((average.argmax(axis=1) == targets).all())
+            greedy, at = greedy and bool((average.argmax(axis=1) == targets).all()), at + count
             for key, (targets, logprobs) in rows.items():
                 out[key].append(logprobs[np.arange(len(targets)), targets])
         return {key: np.concatenate(found) for key, found in out.items()}, greedy
@@ -119,7 +171,10 @@ class Likelihood:
 
 
 class _Part:
-    """One member's reading of a request: ids of the continuation, where they end in bytes, ids in front of them."""
+    """One member's reading of a request: ids of the continuation, where they end in bytes, ids in front of them.
+
+    cut: whether the context has lost its beginning.
+    """
 
     def __init__(self, engine: Engine, context: Context, data: bytes) -> None:
         self.ids: Ids = np.array(engine.encoder.encode(data).ids, dtype=np.int64)
@@ -132,7 +187,8 @@ class _Part:
                 f"a continuation has {len(self.ids)} tokens for {engine.name}, whose context holds "
                 f"{engine.context_length}"
             )
-        if len(before) > room:
+        self.cut = len(before) > room
+        if self.cut:
             before = np.concatenate([prefix, before[len(before) - room + len(prefix) :]]).astype(np.int64)
         self.before = before
 
@@ -144,6 +200,23 @@ class _Part:
             logits = session.logits(whole[: len(self.before) + end - 1], last=end - start).astype(np.float64)
             top = logits.max(axis=1, keepdims=True)
             yield self.ids[start:end], logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+
+
+def _divided(context: Context, text: str) -> tuple[Context, bytes]:
+    """Return a context and the continuation's bytes. A space at the end of a plain text belongs to what follows:
+    tokenizers put it at the beginning of a word."""
+    if context.messages is None:
+        kept = context.text.rstrip()
+        text, context = context.text[len(kept) :] + text, Context(kept)
+    return context, text.encode(errors="replace")
+
+
+def context_text(context: Context) -> bytes:
+    """Return a context as routers see it, UTF-8: its text, or what its messages say and how the answer begins."""
+    if context.messages is None:
+        return context.text.encode(errors="replace")
+    said = [one.content for one in context.messages]
+    return "\n".join([*said, context.text] if context.text else said).encode(errors="replace")
 
 
 def context_ids(engine: Engine, context: Context) -> Ids:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +14,7 @@ from urllib.parse import quote
 from mixlm.errors import ConfigError
 
 _SETTINGS = "settings.json"
+_LOCK = ".lock"
 _ELSEWHERE = "give another folder, or the settings and questions that this one was begun with"
 
 
@@ -73,26 +76,42 @@ def answers_path(folder: Path, task: str, law: str, seed: int) -> Path:
     return folder / quote(task, safe="") / quote(law, safe="") / f"seed-{seed}.jsonl"
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a folder for answers, or check that it was begun with equal settings.
+@contextmanager
+def locked(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a folder for answers, which is made, or was begun with equal settings.
 
-    Raises ConfigError that names the first key in which they differ, or says why the folder cannot be used.
+    The system lets go of it when the process ends, however it ends. Raises ConfigError that names the first key in
+    which settings differ, or says why the folder cannot be used, which it cannot while another run does.
     """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / _LOCK).open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _begin(folder, settings)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is writing to {folder} at this moment", "wait until it has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"answers cannot be kept in {folder}: {error.strerror}", "give another folder") from error
+        yield
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a folder, or compare them with those it was begun with."""
     path = folder / _SETTINGS
     now = json.loads(json.dumps(settings))
-    try:
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if (found := _difference(before, now)) is not None:
-                key, old, new = found
-                raise ConfigError(f"{folder} was begun with {key} = {old}, and this run has {new}", _ELSEWHERE)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"answers cannot be kept in {folder}: {error.strerror}", "give another folder") from error
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}", "give another folder") from error
+    if (found := _difference(before, now)) is not None:
+        key, old, new = found
+        raise ConfigError(f"{folder} was begun with {key} = {old}, and this run has {new}", _ELSEWHERE)
 
 
 def _difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:

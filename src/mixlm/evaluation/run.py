@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -17,12 +18,12 @@ import numpy as np
 
 from mixlm import __version__
 from mixlm.config import METHODS
-from mixlm.ensemble import Ensemble
+from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.contexts import is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
-from mixlm.evaluation.log import AnswerLog, answers_path, open_folder
+from mixlm.evaluation.log import AnswerLog, answers_path, locked
 from mixlm.evaluation.results import Results, Score
 from mixlm.records import Message
 from mixlm.routing import Router
@@ -41,6 +42,7 @@ class Plan(TypedDict, total=False):
     out: a folder for answers and results; a run continues where an earlier one stopped.
     chat: whether questions are put as messages in each member's template; when left out, tasks that generate text do,
     and tasks that score given text do not. progress: called with task, method and seed, requests answered, requests.
+    at_once: texts written together.
     """
 
     methods: Sequence[str]
@@ -51,6 +53,7 @@ class Plan(TypedDict, total=False):
     out: str | Path | None
     chat: bool | None
     progress: Progress | None
+    at_once: int
 
 
 def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **plan: Unpack[Plan]) -> Results:
@@ -58,7 +61,7 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
 
     Requests that draw nothing by chance (given texts to score, greedy decoding) run once, and alike for all methods but
     `single`. Raises ConfigError and UnsupportedError before anything runs where tasks, methods or options do not fit;
-    also when the folder `out` was begun with other settings.
+    also when the folder `out` was begun with other settings or is in use.
     """
     options = plan.get("options") or {}
     for name in ("method", "seed", "sequence", "raw"):
@@ -74,29 +77,28 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
     writers = _writers(ensemble, plan.get("methods") or ("mixture", "conventional", "single"), options)
     out = Path(out_given) if (out_given := plan.get("out")) is not None else None
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
-    settings = _settings(ensemble, options, plan.get("chat"))
-    if out is not None:
-        open_folder(out, settings)
-    run = _Run(writers, seeds, options, out, plan.get("progress"))
-    system = options.get("system", ensemble.defaults.system)
-    scores: list[Score] = []
-    notes: list[str] = []
-    for name, task in loaded.items():
-        requests = build_requests(task, limit, plan.get("chat"))
-        if system and unpack(requests[0].args[0]).messages is None:
-            notes.append(f"{name} puts its questions as plain text, without the system text")
-        found, said = run.task(name, task, requests)
-        scores += found
-        notes += said
-    about = {
-        **settings,
-        "seeds": list(seeds),
-        "limit": limit,
-        "data": str(given) if (given := plan.get("data")) else None,
-    }
-    results = Results(tuple(scores), about, tuple(notes))
-    if out is not None:
-        (out / "results.json").write_text(json.dumps(results.as_dict(questions=True)) + "\n", encoding="utf-8")
+    settings = describe(ensemble, options, plan.get("chat"))
+    with locked(out, settings) if out is not None else nullcontext():
+        run = _Run(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
+        system = options.get("system", ensemble.defaults.system)
+        scores: list[Score] = []
+        notes: list[str] = []
+        for name, task in loaded.items():
+            requests = build_requests(task, limit, plan.get("chat"))
+            if system and unpack(requests[0].args[0]).messages is None:
+                notes.append(f"{name} puts its questions as plain text, without the system text")
+            found, said = run.task(name, task, requests)
+            scores += found
+            notes += said
+        about = {
+            **settings,
+            "seeds": list(seeds),
+            "limit": limit,
+            "data": str(given) if (given := plan.get("data")) else None,
+        }
+        results = Results(tuple(scores), about, tuple(notes))
+        if out is not None:
+            (out / "results.json").write_text(json.dumps(results.as_dict(questions=True)) + "\n", encoding="utf-8")
     return results
 
 
@@ -109,6 +111,7 @@ class _Run:
     options: Options
     out: Path | None
     progress: Progress | None
+    at_once: int
 
     def task(self, name: str, task: Any, requests: Sequence[Any]) -> tuple[list[Score], list[str]]:
         """Run one task by every method, and score it."""
@@ -136,7 +139,14 @@ class _Run:
     def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: AnswerLog, label: str) -> Any:
         from mixlm.evaluation.lm import EnsembleLM
 
-        return EnsembleLM(ensemble, options=cast(Options, options), log=log, progress=self.progress, label=label)
+        return EnsembleLM(
+            ensemble,
+            options=cast(Options, options),
+            log=log,
+            progress=self.progress,
+            label=label,
+            at_once=self.at_once,
+        )
 
 
 def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:
@@ -159,7 +169,7 @@ def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> di
     return out
 
 
-def _settings(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[str, Any]:
+def describe(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[str, Any]:
     """Return all that answers depend on, besides task, method and seed."""
     probe = [Message("user", "probe")]
     members = [
@@ -178,14 +188,14 @@ def _settings(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[s
         "mixlm": __version__,
         "members": members,
         "unit": ensemble.unit.name,
-        "router": _router(ensemble.router),
+        "router": describe_router(ensemble.router),
         "defaults": defaults,
         "options": dict(options),
         "chat": chat,
     }
 
 
-def _router(router: Router) -> str:
+def describe_router(router: Router) -> str:
     """Return a router's kind and, where it has numbers of its own, a digest of them."""
     values = [np.asarray(value) for _, value in sorted(vars(router).items())]
     numbers = [value for value in values if value.dtype.kind in "iuf"]

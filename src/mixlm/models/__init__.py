@@ -4,6 +4,7 @@ from mixlm.models.cache import InstalledModel, ModelInfo, cache_root, find, inst
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel
 from mixlm.models.convert import DTYPES, convert_gguf, converted
 from mixlm.models.fetch import get
+from mixlm.models.gguf import GgufModel, find_gguf, tokenizer_folder
 from mixlm.models.progress import Reporter
 from mixlm.models.resolve import Resolved, resolve
 
@@ -12,6 +13,7 @@ __all__ = [
     "DTYPES",
     "GROUPS",
     "CatalogModel",
+    "GgufModel",
     "InstalledModel",
     "ModelInfo",
     "Reporter",
@@ -20,8 +22,10 @@ __all__ = [
     "convert_gguf",
     "converted",
     "find",
+    "find_gguf",
     "get",
     "installed",
     "read_info",
     "resolve",
+    "tokenizer_folder",
 ]

@@ -72,7 +72,7 @@ def converted(path: Path, dtype: str = "bfloat16", reporter: Reporter | None = N
     reporter = reporter or Reporter()
     require_libraries()
     read_header(path)
-    sha256 = _known_sha256(path, reporter)
+    sha256 = checksum(path, reporter)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
     def build(folders: Build) -> ModelInfo:
@@ -123,7 +123,7 @@ def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: St
     # From a folder of its own: a config.json or tokenizer beside the user's file must not be taken for this model's.
     with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
         (Path(alone) / _FILE_NAME).symlink_to(path.absolute())
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoModelForCausalLM, GgufConfig
 
         stage.pulse(f"{path.name}: reading")
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -138,12 +138,35 @@ def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: St
         model.save_pretrained(target)
         rows = model.get_input_embeddings().weight.shape[0]
         del model
-        stage.pulse(f"{path.name}: converting the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_FILE_NAME)
         if header.tokens > rows:
             raise ModelLoadError(f"{path} has {header.tokens} tokens but embeddings for only {rows}")
-        tokenizer.save_pretrained(target)
-        _drop_invented_tokens(target, header.tokens)
+        _save_tokenizer(Path(alone), path, target, header, stage)
+
+
+def convert_tokenizer(path: Path, target: Path, header: GgufHeader, stage: Stage) -> None:
+    """Convert only the tokenizer of the GGUF file at `path` into the folder `target`.
+
+    Raises:
+        ModelLoadError: it cannot be converted.
+    """
+    require_libraries()
+    try:
+        with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
+            (Path(alone) / _FILE_NAME).symlink_to(path.absolute())
+            _save_tokenizer(Path(alone), path, target, header, stage)
+    except MixlmError:
+        raise
+    except Exception as error:  # as in `convert_gguf`
+        raise ModelLoadError(f"cannot convert the tokenizer of {path}: {_one_sentence(error)}") from error
+
+
+def _save_tokenizer(alone: Path, path: Path, target: Path, header: GgufHeader, stage: Stage) -> None:
+    from transformers import AutoTokenizer
+
+    stage.pulse(f"{path.name}: converting the tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_FILE_NAME)
+    tokenizer.save_pretrained(target)
+    _drop_invented_tokens(target, header.tokens)
 
 
 def _drop_invented_tokens(folder: Path, tokens: int) -> None:
@@ -223,7 +246,7 @@ class _Counted:
         return lambda *_args, **_kwargs: None
 
 
-def _known_sha256(path: Path, reporter: Reporter) -> str:
+def checksum(path: Path, reporter: Reporter) -> str:
     """Return the file's checksum, from the index when the file has not changed since it was last computed."""
     index_file = cache_root() / "gguf-index.json"
     stat = path.stat()

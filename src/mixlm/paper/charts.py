@@ -81,15 +81,15 @@ def draw(findings: Findings) -> Figure:
 
 def _lines(findings: Findings, *, with_speed: bool) -> Figure:
     """Return one column of panels an ensemble and task; under each of figure 2, the speed."""
-    pairs = list(dict.fromkeys((one.ensemble, one.task) for one in findings.accuracies))
+    pairs = list(dict.fromkeys((one.ensemble, one.score.task) for one in findings.accuracies))
     rows = 2 if with_speed else 1
     figure, axes = _panels(rows, len(pairs), findings)
     for at, (label, task) in enumerate(pairs):
         top = axes[0][at]
-        mine = [one for one in findings.accuracies if (one.ensemble, one.task) == (label, task)]
-        for method in dict.fromkeys(one.method for one in mine):
-            _curve(top, method, [one for one in mine if one.method == method])
-        top.set_title(f"{label}\n{task_name(task)}, {mine[0].questions} questions, k = {mine[0].top_k}")
+        mine = [one for one in findings.accuracies if (one.ensemble, one.score.task) == (label, task)]
+        for method in dict.fromkeys(one.score.method for one in mine):
+            _curve(top, method, [one for one in mine if one.score.method == method])
+        top.set_title(f"{label}\n{task_name(task)}, {mine[0].score.count} questions, k = {mine[0].top_k}")
         top.set_ylabel("accuracy, %")
         if not _banded(mine):
             top.set_ylim(0, 102)  # without bands, a close view would make much of chance
@@ -98,7 +98,7 @@ def _lines(findings: Findings, *, with_speed: bool) -> Figure:
         last.set_xlim(-0.03, 1.03)
         if with_speed:
             _speed_panel(last, [one for one in findings.speeds if one.ensemble == label])
-        elif len({one.method for one in mine}) > 1:
+        elif len({one.score.method for one in mine}) > 1:
             top.legend()
     return figure
 
@@ -107,8 +107,8 @@ def _curve(axes: Axes, method: str, scores: Sequence[Accuracy]) -> None:
     name, style, shade = _LINES[method]
     look: dict[str, Any] = dict(style)
     at = [one.weights[0] for one in scores]
-    axes.plot(at, [100 * one.mean for one in scores], label=name, **look)
-    bands = [one.interval for one in scores]
+    axes.plot(at, [100 * one.score.mean for one in scores], label=name, **look)
+    bands = [one.score.interval for one in scores]
     if _banded(scores):
         low = [100 * max(one[0], 0) for one in bands if one is not None]
         high = [100 * min(one[1], 1) for one in bands if one is not None]
@@ -117,7 +117,7 @@ def _curve(axes: Axes, method: str, scores: Sequence[Accuracy]) -> None:
 
 def _banded(scores: Sequence[Accuracy]) -> bool:
     """Whether there are enough seeds for an interval that says something: of two runs, it is wider than any range."""
-    return all(one.interval is not None and len(one.values) > 2 for one in scores)
+    return all(one.score.interval is not None and len(one.score.values) > 2 for one in scores)
 
 
 def _speed_panel(axes: Axes, speeds: Sequence[Speed]) -> None:

@@ -9,44 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ConfigError
+from mixlm.evaluation.results import Comparison, Score
 
-Interval = tuple[float, float]
+_PLAIN = ("experiment", "title", "reduced", "settings", "environment", "notes", "ensembles")
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """One method of one ensemble on one task.
-
-    method: "mixture", "conventional" or "single:NAME". mean, interval (95 %, over seeds, None for one seed) and values
-    (one a seed) as the task's metric has them: shares of 1.
-    """
+    """One method of one ensemble on one task. weights: none for a single member."""
 
     ensemble: str
-    method: str
     weights: tuple[float, ...]
     top_k: int
-    task: str
-    metric: str
-    mean: float
-    interval: Interval | None
-    values: tuple[float, ...]
-    questions: int
+    score: Score
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that is kept as JSON."""
+        return {**_about(self), **self.score.as_dict()}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """ME minus CE on the same questions of a task, each averaged over its seeds; `Results.compare` made it."""
+    """ME minus CE on the same questions of a task, each averaged over its seeds."""
 
     ensemble: str
     weights: tuple[float, ...]
     top_k: int
-    task: str
-    difference: float
-    interval: Interval | None
-    p_value: float
-    questions: int
-    better: int
-    worse: int
+    pair: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that is kept as JSON."""
+        return {**_about(self), **self.pair.as_dict()}
+
+
+def _about(one: Accuracy | Difference) -> dict[str, Any]:
+    return {"ensemble": one.ensemble, "weights": list(one.weights), "top_k": one.top_k}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +93,12 @@ class Findings:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in order."""
-        return tuple(dict.fromkeys(one.task for one in self.accuracies))
+        return tuple(dict.fromkeys(one.score.task for one in self.accuracies))
 
     def accuracy(self, ensemble: str, method: str, top_k: int, task: str) -> Accuracy | None:
         """Return the first score that fits."""
         for one in self.accuracies:
-            if (one.ensemble, one.method, one.top_k, one.task) == (ensemble, method, top_k, task):
+            if (one.ensemble, one.score.method, one.top_k, one.score.task) == (ensemble, method, top_k, task):
                 return one
         return None
 
@@ -109,8 +106,13 @@ class Findings:
         """Return the form that is kept as JSON."""
         from mixlm.paper import published
 
-        speeds = [{**asdict(one), "alone": one.alone} for one in self.speeds]
-        return {**asdict(self), "speeds": speeds, "published": published.numbers(self.experiment)}
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "accuracies": [one.as_dict() for one in self.accuracies],
+            "differences": [one.as_dict() for one in self.differences],
+            "speeds": [{**asdict(one), "alone": one.alone} for one in self.speeds],
+            "published": published.numbers(self.experiment),
+        }
 
 
 def read(path: str | Path) -> Findings:
@@ -134,16 +136,17 @@ def _findings(raw: Mapping[str, Any]) -> Findings:
         raw["reduced"],
         raw["settings"],
         raw["environment"],
-        tuple(Accuracy(**{**one, **_tuples(one, "weights", "interval", "values")}) for one in raw["accuracies"]),
-        tuple(Difference(**{**one, **_tuples(one, "weights", "interval")}) for one in raw["differences"]),
         tuple(
-            Speed(**{key: value for key, value in {**one, **_tuples(one, "weights")}.items() if key != "alone"})
+            Accuracy(one["ensemble"], tuple(one["weights"]), one["top_k"], Score.read(one)) for one in raw["accuracies"]
+        ),
+        tuple(
+            Difference(one["ensemble"], tuple(one["weights"]), one["top_k"], Comparison.read(one))
+            for one in raw["differences"]
+        ),
+        tuple(
+            Speed(**{key: value for key, value in one.items() if key != "alone"} | {"weights": tuple(one["weights"])})
             for one in raw["speeds"]
         ),
         tuple(raw["notes"]),
         {label: None if names is None else tuple(names) for label, names in raw["ensembles"].items()},
     )
-
-
-def _tuples(raw: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: None if raw[key] is None else tuple(raw[key]) for key in keys}

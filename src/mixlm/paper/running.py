@@ -10,6 +10,7 @@ from typing import Any, cast
 from mixlm import __version__
 from mixlm.benchmark.report import environment
 from mixlm.config import EnsembleConfig
+from mixlm.evaluation.results import Comparison, Score
 from mixlm.paper.experiments import SEARCH_SEED, Experiment, Lineup, Weights, grid
 from mixlm.paper.findings import Accuracy, Difference, Findings, Speed
 from mixlm.paper.loaded import Loaded, alone, apart, key, machine, placed, single, weighted
@@ -90,9 +91,9 @@ class _Running:
         found = self._evaluated(lineup, top_k, range(self.experiment.seeds), member=member, weights=weights)
         name = lineup.label if member is None else lineup.names[member]
         self.notes |= {f"{name}, k = {top_k}: {note}": None for note in found["notes"]}
-        self.accuracies += [_accuracy(lineup.label, weights, top_k, score) for score in found["scores"]]
+        self.accuracies += [Accuracy(lineup.label, weights, top_k, Score.read(one)) for one in found["scores"]]
         self.differences += [
-            _difference(lineup.label, weights, top_k, pair)
+            Difference(lineup.label, weights, top_k, Comparison.read(pair))
             for pair in found["comparisons"]
             if (pair["left"], pair["right"]) == ("mixture", "conventional")
         ]
@@ -222,21 +223,6 @@ class _Running:
         if weights and self.experiment.lambdas:
             return f", λ = {weights[0]:g}"
         return f", weights {' '.join(f'{one:g}' for one in weights)}" if weights and self.experiment.search else ""
-
-
-def _accuracy(ensemble: str, weights: Weights, top_k: int, raw: Mapping[str, Any]) -> Accuracy:
-    about = {name: raw[name] for name in ("method", "task", "metric", "mean", "questions")}
-    values = tuple(raw["seeds"].values())
-    return Accuracy(ensemble, weights=weights, top_k=top_k, interval=_pair(raw["interval"]), values=values, **about)
-
-
-def _difference(ensemble: str, weights: Weights, top_k: int, raw: Mapping[str, Any]) -> Difference:
-    about = {name: raw[name] for name in ("task", "difference", "p_value", "questions", "better", "worse")}
-    return Difference(ensemble, weights, top_k, interval=_pair(raw["interval"]), **about)
-
-
-def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    return None if interval is None else (interval[0], interval[1])
 
 
 def _tokens_per_second(found: Mapping[str, Any], method: str) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mixlm.evaluation.results import Score
+from mixlm.evaluation.statistics import Interval
 from mixlm.paper import published
 from mixlm.paper.experiments import COLUMNS
-from mixlm.paper.findings import Accuracy, Findings, Interval, Speed
+from mixlm.paper.findings import Accuracy, Findings, Speed
 
 SHORT = {"mixture": "ME", "conventional": "CE"}
 _OWN_LAW = (
@@ -67,7 +69,7 @@ def task_name(task: str) -> str:
     return f"{name} ({task.rpartition('_')[2]})" if name == "ARC" else name
 
 
-def percent(score: Accuracy) -> str:
+def percent(score: Score) -> str:
     """Return an accuracy in percent with half of its interval."""
     half = "" if score.interval is None else f" ± {50 * (score.interval[1] - score.interval[0]):.2f}"
     return f"{100 * score.mean:.2f}{half}"
@@ -83,11 +85,11 @@ def _accuracies(findings: Findings) -> list[str]:
     for label, names in findings.ensembles.items():
         mine = [one for one in findings.accuracies if one.ensemble == label]
         rows = []
-        for top_k, method in dict.fromkeys((one.top_k, one.method) for one in mine):
+        for top_k, method in dict.fromkeys((one.top_k, one.score.method) for one in mine):
             row = [f"{method_name(method)} (k = {top_k})"]
             for task in findings.tasks:
                 score = findings.accuracy(label, method, top_k, task)
-                row.append("" if score is None else percent(score) + _gain(findings, score))
+                row.append("" if score is None else percent(score.score) + _gain(findings, score))
                 if names is not None:
                     row.append(_theirs(names, method, top_k, COLUMNS.get(task, "")))
             rows.append(row)
@@ -99,14 +101,15 @@ def _accuracies(findings: Findings) -> list[str]:
     return parts
 
 
-def _gain(findings: Findings, score: Accuracy) -> str:
+def _gain(findings: Findings, found: Accuracy) -> str:
     """Return the gain over the best single member of the same ensemble, k and task; nothing for the singles."""
     alone = [
-        one.mean
+        one.score.mean
         for one in findings.accuracies
-        if one.method.startswith("single")
-        and (one.ensemble, one.top_k, one.task) == (score.ensemble, score.top_k, score.task)
+        if one.score.method.startswith("single")
+        and (one.ensemble, one.top_k, one.score.task) == (found.ensemble, found.top_k, found.score.task)
     ]
+    score = found.score
     return f" ({100 * (score.mean - max(alone)):+.2f})" if alone and not score.method.startswith("single") else ""
 
 
@@ -120,9 +123,9 @@ def _theirs(names: published.Names, method: str, top_k: int, task: str) -> str:
 
 def _curves(findings: Findings) -> list[str]:
     rows = []
-    for score in findings.accuracies:
-        about = (score.ensemble, task_name(score.task), SHORT[score.method])
-        rows.append([*about, f"{score.weights[0]:g}", percent(score), str(score.questions)])
+    for one in findings.accuracies:
+        about = (one.ensemble, task_name(one.score.task), SHORT[one.score.method])
+        rows.append([*about, f"{one.weights[0]:g}", percent(one.score), str(one.score.count)])
     heads = ("ensemble", "task", "method", "λ", "accuracy, %", "questions")
     return [
         "λ is the weight of the first member of an ensemble. The paper's values are a plot only. ± is half of a 95 % "
@@ -135,9 +138,10 @@ def _differences(findings: Findings) -> str:
     heads = ("ensemble", "task", "k", "weights", "difference", "95 % interval", "p", "questions", "better", "worse")
     rows = []
     for one in findings.differences:
-        about = (one.ensemble, task_name(one.task), str(one.top_k), _weights(one.weights))
-        found = (f"{100 * one.difference:+.2f}", span(one.interval), f"{one.p_value:.3g}")
-        rows.append([*about, *found, str(one.questions), str(one.better), str(one.worse)])
+        pair = one.pair
+        about = (one.ensemble, task_name(pair.task), str(one.top_k), _weights(one.weights))
+        found = (f"{100 * pair.difference:+.2f}", span(pair.interval), f"{pair.p_value:.3g}")
+        rows.append([*about, *found, str(pair.questions), str(pair.better), str(pair.worse)])
     return table(heads, rows, left=2)
 
 

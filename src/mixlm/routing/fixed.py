@@ -10,8 +10,8 @@ class Fixed:
     """An ensemble's own weights, float64 (members,), summing to 1."""
 
     def __init__(self, weights: Floats) -> None:
-        self._weights = weights
+        self.weights = weights
 
     def begin(self, context: Context) -> Route:
         """Return the weights, whatever the prompt and the state."""
-        return lambda state: self._weights
+        return lambda state: self.weights

@@ -22,9 +22,11 @@ class PieceUnit:
 
     name = "piece"
 
-    def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
+    def __init__(
+        self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder], first: Sequence[bytes] = ()
+    ) -> None:
         self._encoders = list(encoders)
-        table: dict[bytes, int] = {}
+        table = {data: number for number, data in enumerate(first)}
         self._symbols = []
         for one in vocabularies:
             numbers = [table.setdefault(data, len(table)) if data else -1 for data in one.tokens]

@@ -37,7 +37,10 @@ class PromptEncoder:
 
     control: spelling and id of every control token. render: messages to the template's text, up to where the reply
     begins. begin: ids in front of a raw text, a BOS token or nothing. leading_space: the tokenizer's rule.
+    system: this member's own text in front of every conversation; one that is given too follows it.
     """
+
+    system: str | None = None
 
     def __init__(
         self,
@@ -58,6 +61,9 @@ class PromptEncoder:
 
     def chat(self, messages: Sequence[Message]) -> Ids:
         """Return the ids of a conversation, up to where the reply begins."""
+        if self.system is not None:
+            given = [one.content for one in messages[:1] if one.role == "system"]
+            messages = [Message("system", "\n\n".join([self.system, *given])), *messages[len(given) :]]
         mark = _unused_character("".join(one.content for one in messages))
         safe = [replace(one, content=self._broken(one.content, mark)) for one in messages]
         return self._ids(self._render(safe), mark)

@@ -37,24 +37,39 @@ class Vocabulary:
 
     tokens: exact bytes of each id; empty for control tokens, for end-of-text and for padding rows.
     ends: ids that end a reply. control: ids that only templates may write; they include `ends`.
+    names: how the tokenizer itself spells each id; empty for padding rows, and as a whole where that is not known.
     """
 
     tokens: tuple[bytes, ...]
     ends: frozenset[int]
     control: frozenset[int]
+    names: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """Rows of the output layer, padding included."""
         return len(self.tokens)
 
+    def name(self, i: int) -> str:
+        """Return how the tokenizer spells an id; where that is not known, its bytes as text, or its number."""
+        named = self.names[i] if self.names else ""
+        return named or self.tokens[i].decode(errors="backslashreplace") or f"<{i}>"
+
     @classmethod
-    def of(cls, tokens: Mapping[int, bytes], size: int, ends: Iterable[int], control: Iterable[int]) -> Vocabulary:
+    def of(
+        cls,
+        tokens: Mapping[int, bytes],
+        size: int,
+        ends: Iterable[int],
+        control: Iterable[int],
+        names: Mapping[int, str] | None = None,
+    ) -> Vocabulary:
         """Build from known bytes; ids without bytes are padding. Ids beyond the output layer cannot be drawn."""
         end_ids = frozenset(one for one in ends if one < size)
         control_ids = frozenset(one for one in control if one < size) | end_ids
         rows = tuple(b"" if i in control_ids else tokens.get(i, b"") for i in range(size))
-        return cls(rows, end_ids, control_ids)
+        spelled = tuple(names.get(i, "") for i in range(size)) if names is not None else ()
+        return cls(rows, end_ids, control_ids, spelled)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -105,6 +120,17 @@ def describe(tokenizer: Any) -> dict[str, Any]:
     return parts
 
 
+def falls_back_to_bytes(tokenizer: Any) -> bool:
+    """Whether a `tokenizers.Tokenizer` spells characters that it has no token for byte by byte.
+
+    BPE models say so themselves. Unigram models do not; their decoder joins the bytes again.
+    """
+    if getattr(tokenizer.model, "byte_fallback", False):
+        return True
+    decoders = _parts(describe(tokenizer)["decoder"], "decoders")
+    return type(tokenizer.model).__name__ == "Unigram" and any(one["type"] == "ByteFallback" for one in decoders)
+
+
 def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and its control ids, which have none.
 
@@ -113,7 +139,7 @@ def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, byte
     added = tokenizer.get_added_tokens_decoder()
     control = {i for i, token in added.items() if token.special}
     out = {i: token.content.encode() for i, token in added.items() if i not in control}
-    fallback = bool(getattr(tokenizer.model, "byte_fallback", False))
+    fallback = falls_back_to_bytes(tokenizer)
     alphabet = byte_alphabet()
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         if i in added:

@@ -1,0 +1,98 @@
+"""Asking servers for "the N likeliest tokens after these ids", and reading what they say.
+
+llama.cpp (in this process or behind HTTP) and the servers that speak as vLLM does put the same question in two ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mixlm.sampling import Candidates, Ids
+
+_ID = "token_id:"
+
+
+class Dialect(Protocol):
+    """How one kind of server is asked."""
+
+    name: str
+
+    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+        """Return requests to make in turn until one is answered with numbers."""
+        ...
+
+    def read(self, answer: Any) -> Candidates | None:
+        """Return the likeliest tokens that an answer tells, None where it tells none.
+
+        Raises TypeError, LookupError or ValueError for what is no answer.
+        """
+        ...
+
+
+class LlamaCpp:
+    """llama.cpp's server. whole_character: the id of a token that is one."""
+
+    name = "llama.cpp"
+
+    def __init__(self, whole_character: int) -> None:
+        self._forced = [[whole_character, 1000.0]]
+
+    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+        """Ask for the probabilities among the N likeliest; then for those before llama.cpp's own draw.
+
+        Where what it drew is a part of a character, it keeps the numbers back until the rest comes. The second request
+        has it draw a whole one. To ask like that every time would sort the whole vocabulary for each token.
+        """
+        common = {"prompt": ids.tolist(), "n_predict": 1, "temperature": 1.0, "seed": 0, "n_probs": count}
+        return (
+            {**common, "samplers": ["top_k"], "top_k": count, "post_sampling_probs": True},
+            {**common, "logit_bias": self._forced},
+        )
+
+    def read(self, answer: Any) -> Candidates | None:
+        """Read `top_probs` or `top_logprobs` of the one token."""
+        told = answer["choices"][0]["logprobs"]
+        if told is None:
+            return None
+        [token] = told["content"]
+        if "top_probs" in token:
+            return _candidates((one["id"], _log(one["prob"])) for one in token["top_probs"])
+        return _candidates((one["id"], one["logprob"]) for one in token["top_logprobs"])
+
+
+class OpenAI:
+    """`/v1/completions` as vLLM answers it: ids in, ids out."""
+
+    name = "OpenAI completions"
+
+    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+        """Ask for one token with its `logprobs`, spelled as ids."""
+        body = {"prompt": ids.tolist(), "max_tokens": 1, "temperature": 1.0, "logprobs": count}
+        return ({**body, "return_tokens_as_token_ids": True},)
+
+    def read(self, answer: Any) -> Candidates | None:
+        """Read `top_logprobs` of the one token; None where tokens are told by their text."""
+        told = answer["choices"][0]["logprobs"]
+        if told is None:
+            return None
+        likeliest = told["top_logprobs"][0]
+        if not all(one.startswith(_ID) for one in likeliest):
+            return None
+        return _candidates((int(one.removeprefix(_ID)), value) for one, value in likeliest.items())
+
+
+def _candidates(found: Iterable[tuple[int, float]]) -> Candidates:
+    pairs = list(found)
+    ids = np.array([one for one, _ in pairs], dtype=np.int64)
+    values = np.array([value for _, value in pairs], dtype=np.float64)
+    if ids.size == 0 or np.isnan(values).any() or ids.min() < 0 or len(set(ids.tolist())) != ids.size:
+        raise ValueError("the tokens told are not distinct ids with numbers")
+    return Candidates(ids, values)
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf

@@ -1,0 +1,245 @@
+"""A member behind a server with `/v1/completions`: llama.cpp's, vLLM's, or one that speaks as they do.
+
+Every question is a request for one token with the likeliest N, by ids. The server's own prefix cache does the catching
+up. What it can do is tried out when the member is loaded, and refused by name when something is missing. Which model
+it serves is checked again whenever a connection had to be made anew: a text is never continued by another model.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixlm.engines.base import Reply, Request, Session, together
+from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
+from mixlm.engines.partial import PartialEngine, PartialSession
+from mixlm.engines.spec import EngineSpec
+from mixlm.engines.tokenizer import Read, load_tokenizer
+from mixlm.engines.wire import Limits, Wire
+from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
+from mixlm.sampling import Candidates, Ids, softmax
+
+_PROBE = "The sky is blue, and 12 + 30 = 42."
+# A server computes the same question with other companions in its batch: what it says of one model differs this much.
+_SAME = 0.2
+
+
+class RemoteEngine(PartialEngine):
+    """A model behind `http://host:port` or `https://host:port`, `#name` behind it where the server has several.
+
+    tokenizer: folder of the model's tokenizer; where the server tells the path of its model and this machine has it,
+    that is taken when the folder is left out.
+
+    Raises EngineError when the server does not answer, UnsupportedError when it lacks something, by name, ConfigError
+    when it has another model or the key is not there, TokenizerError when the tokenizer is another's.
+    """
+
+    def __init__(self, spec: EngineSpec, folder: Path | None, limits: Limits | None = None) -> None:
+        base, _, wanted = spec.model.partition("#")
+        base = base.rstrip("/").removesuffix("/v1")
+        self.limits = limits or Limits(answer=spec.timeout)
+        self.wire = Wire(base, _key(spec), self.limits)
+        self._closing = weakref.finalize(self, self.wire.close)
+        card = self._card(wanted)
+        self.model = str(card["id"])
+        self.name = spec.name or self.model.rpartition("/")[2].removesuffix(".gguf")
+        self.device = base  # members behind different servers work at once
+        self._model_card = card
+        props = self._props()
+        folder = folder or _local_folder(card, props)
+        if folder is None:
+            raise ConfigError(
+                f"the tokenizer of {self.name} at {base} is not known",
+                "give its folder: tokenizer = PATH, beside model",
+            )
+        self._read_tokenizer(spec, folder, card)
+        self.context_length = spec.context or _context(card, props)
+        self._choose_dialect(spec)
+        self._threads = ThreadPoolExecutor(self.limits.connections)
+        self._probe_ids = self.encoder.encode(_PROBE.encode()).ids
+        self._fingerprint = self._likeliest_of_probe()
+
+    def session(self) -> RemoteSession:
+        """Begin a sequence. The server keeps nothing of it but what its prefix cache holds."""
+        return RemoteSession(self)
+
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+        """Send questions of several sequences at once."""
+        return together(self._threads, super().answer, requests)
+
+    def alive(self) -> bool:
+        """Whether the server answers, with the model that it had."""
+        try:
+            return bool(self.wire.get("/v1/models", seconds=2.0).status == 200 and self._still_the_same())
+        except EngineError:
+            return False
+
+    def likeliest(self, ids: Ids, count: int) -> Candidates:
+        """Ask for at least the `count` likeliest tokens after `ids`."""
+        found, anew = self._ask(ids, count)
+        if anew and not self._still_the_same():
+            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
+        return found
+
+    def _ask(self, ids: Ids, count: int) -> tuple[Candidates, bool]:
+        anew = False
+        for body in self.dialect.bodies(ids, count):
+            answer = self.wire.post("/v1/completions", {**body, "model": self.model})
+            anew |= answer.anew
+            if answer.status != 200:
+                raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+            try:
+                found = self.dialect.read(answer.value)
+            except (TypeError, LookupError, ValueError, AttributeError):
+                raise EngineError(f"{self.wire.base} gives no answer: {str(answer.value)[:200]}") from None
+            if found is not None:
+                here = found.ids < self.vocabulary.size  # rows behind the last token are padding
+                return Candidates(found.ids[here], found.logprobs[here]), anew
+        raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
+
+    def _card(self, wanted: str) -> dict[str, Any]:
+        """Return what the server says of the model that is asked for, or of its only one."""
+        answer = self.wire.get("/v1/models")
+        if answer.status in (401, 403):
+            raise ConfigError(
+                f"{self.wire.base} asks for a key (status {answer.status})",
+                "name the environment variable that holds it: key_env = NAME, beside model",
+            )
+        try:
+            cards = {str(one["id"]): one for one in answer.value["data"]}
+        except (TypeError, LookupError):
+            raise UnsupportedError(
+                f"{self.wire.base} has no /v1/models (status {answer.status})", "give the URL in front of /v1"
+            ) from None
+        if not wanted and len(cards) == 1:
+            return dict(next(iter(cards.values())))
+        if wanted not in cards:
+            names = ", ".join(cards) or "none"
+            asked = f"no model {wanted!r}" if wanted else "several models or none"
+            raise ConfigError(
+                f"{self.wire.base} has {asked}; it has: {names}",
+                did_you_mean(wanted, cards) or "put #NAME behind the URL",
+            )
+        return dict(cards[wanted])
+
+    def _props(self) -> dict[str, Any]:
+        """Return what llama.cpp's server says of itself; nothing of other servers."""
+        answer = self.wire.get("/props")
+        return answer.value if answer.status == 200 and isinstance(answer.value, dict) else {}
+
+    def _read_tokenizer(self, spec: EngineSpec, folder: Path, card: dict[str, Any]) -> None:
+        tokenizer = load_tokenizer(str(folder), self.name)
+        rows = max(len(tokenizer), int((card.get("meta") or {}).get("n_vocab") or 0))
+        read = Read.of(tokenizer, self.name, str(folder))
+        self.notes = tuple(read.give(self, tokenizer, replace(spec, name=self.name), rows, ()))
+        self.prepare()
+        ours = self.encoder.encode(_PROBE.encode()).ids
+        for body in ({"model": self.model, "prompt": _PROBE, "add_special_tokens": False}, {"content": _PROBE}):
+            answer = self.wire.post("/tokenize", body)
+            theirs = answer.value.get("tokens") if answer.status == 200 and isinstance(answer.value, dict) else None
+            if isinstance(theirs, list) and theirs:
+                if theirs != ours:
+                    raise TokenizerError(
+                        f"the tokenizer in {folder} and the server {self.wire.base} read a text differently",
+                        "give the folder of the model that the server has",
+                    )
+                return
+
+    def _choose_dialect(self, spec: EngineSpec) -> None:
+        """Try which dialect the server speaks, and how many tokens it tells."""
+        dialects: tuple[Dialect, ...] = (LlamaCpp(self.whole_character()), OpenAI())
+        ids, said = np.array(self.encoder.encode(b"A").ids), ""
+        for dialect in dialects:
+            for count in dict.fromkeys((spec.candidates + self.spare, 20, 5)):
+                self.dialect = dialect
+                try:
+                    found, _ = self._ask(ids, count)
+                except EngineError as error:
+                    said = error.message
+                    continue
+                told = len(found.ids)
+                if told < min(count, 5):
+                    said = f"it tells {told} tokens where {count} are asked for"
+                    continue
+                self.most = None if told >= count > 20 else told
+                self.spare = min(self.spare, told // 5)
+                self.candidates = min(spec.candidates, told - self.spare)
+                self.details = {"engine": dialect.name, "device": self.wire.base, "dtype": "the server's"}
+                return
+        raise UnsupportedError(
+            f"{self.wire.base} does not tell the likeliest next tokens by their ids: {said}",
+            "servers that do: llama.cpp's, and vLLM's with --max-logprobs 80",
+        )
+
+    def _likeliest_of_probe(self) -> dict[int, float]:
+        found, _ = self._ask(np.array(self._probe_ids), 5)
+        order = np.argsort(-found.logprobs)[:5]
+        return dict(zip(found.ids[order].tolist(), softmax(found.logprobs[order]).tolist(), strict=True))
+
+    def _still_the_same(self) -> bool:
+        """Whether the server has the model that it had: the same words of itself, and the same answer to a question."""
+        try:
+            card = self._card(self.model)
+        except ConfigError:
+            return False
+        if any(card.get(key) != self._model_card.get(key) for key in ("root", "max_model_len", "meta")):
+            return False
+        now, then = self._likeliest_of_probe(), self._fingerprint
+        return 0.5 * sum(abs(now.get(i, 0) - then.get(i, 0)) for i in {*now, *then}) < _SAME
+
+
+class RemoteSession(PartialSession):
+    """One sequence on a server, which is told all of it at every question."""
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        super().__init__(engine)
+        self._engine = engine
+
+    def _likeliest(self, ids: Ids, count: int) -> Candidates:
+        return self._engine.likeliest(ids, count)
+
+
+def _key(spec: EngineSpec) -> str | None:
+    if spec.key_env is None:
+        return None
+    key = os.environ.get(spec.key_env)
+    if not key:
+        raise ConfigError(f"the environment variable {spec.key_env} is not set, and key_env names it")
+    return key
+
+
+def _local_folder(card: dict[str, Any], props: dict[str, Any]) -> Path | None:
+    """Return the folder of the tokenizer where the server tells its model's path, and this machine has it."""
+    from mixlm.models import find_gguf, tokenizer_folder
+
+    for path in (card.get("root"), props.get("model_path"), card.get("id")):
+        if not isinstance(path, str) or not Path(path).exists():
+            continue
+        if (Path(path) / "tokenizer.json").is_file():
+            return Path(path)
+        if (found := find_gguf(path)) is not None:
+            return tokenizer_folder(found)
+    return None
+
+
+def _context(card: dict[str, Any], props: dict[str, Any]) -> int:
+    """Return how many tokens the server takes. Raises UnsupportedError when it does not say."""
+    slot = (props.get("default_generation_settings") or {}).get("n_ctx")
+    found = card.get("max_model_len") or slot or (card.get("meta") or {}).get("n_ctx")
+    if not found:
+        raise UnsupportedError(
+            "the server does not say how many tokens its context holds", "give it: context = N, beside model"
+        )
+    return int(found)
+
+
+def _message(value: Any) -> str:
+    error = value.get("error", value) if isinstance(value, dict) else value
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]

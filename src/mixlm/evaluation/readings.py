@@ -1,0 +1,66 @@
+"""What members think of a task's given texts, read once: from then on any weights are a matter of milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.routing import Router
+from mixlm.sampling import Floats
+from mixlm.scored import Scores, joined, router_weights
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The scores of many requests. whole: of all of them. owner: the request of each segment, int64 (segments,).
+
+    impossible: requests too long for a member, which have probability 0, bool (requests,).
+    """
+
+    whole: Scores
+    owner: npt.NDArray[np.int64]
+    impossible: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, plain: Sequence[Mapping[str, Any] | None], names: Sequence[str], unit: str) -> Readings:
+        """Return readings from what `as_plain` gave for each request; an empty one has nothing to read, None failed."""
+        parts = [(at, from_plain(one, names, unit)) for at, one in enumerate(plain) if one]
+        owner = np.concatenate([np.full(len(one.ends), at) for at, one in parts])
+        return cls(joined([one for _, one in parts]), owner, np.array([one is None for one in plain]))
+
+    def logprobs(self, router: Router) -> Floats:
+        """Return the natural log-probability of each request's text under a router's mixture: float64 (requests,)."""
+        mixed = self.whole.mixture(router_weights(self.whole, router))
+        out: Floats = np.bincount(self.owner, weights=mixed, minlength=len(self.impossible)).astype(np.float64)
+        out[self.impossible] = -np.inf
+        return out
+
+
+def as_plain(scores: Scores | None) -> dict[str, Any]:
+    """Return the scores of one passage in a form that JSON holds, names and unit left out; {} for None."""
+    if scores is None:
+        return {}
+    return {
+        "text": scores.text.decode(),
+        "prompt_bytes": int(scores.starts[0]),
+        "ends": scores.ends.tolist(),
+        "logprobs": scores.logprobs.tolist(),
+        "prompt_bits": scores.prompts[0].tolist(),
+        "seconds": scores.seconds,
+    }
+
+
+def from_plain(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
+    """Return the scores that `as_plain` was given."""
+    ends = np.array(raw["ends"], dtype=np.int64)
+    starts = np.concatenate([[raw["prompt_bytes"]], ends[:-1]]).astype(np.int64)
+    table = np.array(raw["logprobs"], dtype=np.float64)
+    prompts = np.tile(np.array(raw["prompt_bits"], dtype=np.float64), (len(ends), 1))
+    begins = np.zeros(len(ends), dtype=np.int64)
+    return Scores(
+        tuple(names), unit, raw["text"].encode(), starts, ends, begins, table, prompts, seconds=raw["seconds"]
+    )

@@ -1,0 +1,89 @@
+"""The GGUF file behind a model, for engines that run it as it is, and the tokenizer that was converted from it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mixlm.errors import ModelLoadError, ModelNotFoundError
+from mixlm.models.cache import INFO_FILE, cache_root, find, model_folder, read_info, write_json
+from mixlm.models.convert import DTYPES, checksum, convert_tokenizer, model_info, near_paths
+from mixlm.models.header import read_header
+from mixlm.models.progress import Reporter
+
+KEPT_FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file, the folder of its converted tokenizer where there is one already, and a name for display."""
+
+    path: Path
+    folder: Path | None
+    name: str
+
+
+def find_gguf(spec: str, reporter: Reporter | None = None) -> GgufModel | None:
+    """Return the GGUF file that a user's `spec` stands for; None when it stands for something else, or for nothing.
+
+    A converted model stands for the file that it was converted from, if that is still there unchanged.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return GgufModel(path.absolute(), None, path.stem) if path.is_file() else None
+    named = find(spec)
+    folder = path.absolute() if path.is_dir() and (path / "config.json").is_file() else named.path if named else None
+    if folder is None or (info := read_info(folder)) is None:
+        return None
+    name = folder.name
+    if (folder / KEPT_FILE).is_file():
+        return GgufModel(folder / KEPT_FILE, folder, name)
+    source = Path(info.source)
+    if (
+        source.suffix.lower() == ".gguf"
+        and source.is_file()
+        and checksum(source, reporter or Reporter()) == info.sha256
+    ):
+        return GgufModel(source, folder, name)
+    return None
+
+
+def tokenizer_folder(model: GgufModel, reporter: Reporter | None = None) -> Path:
+    """Return a folder with the model's tokenizer, converting it the first time, without the weights.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelLoadError: the file is broken, or its tokenizer cannot be converted.
+    """
+    if model.folder is not None:
+        return model.folder
+    path, reporter = model.path, reporter or Reporter()
+    if not path.is_file():
+        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    header = read_header(path)
+    sha256 = checksum(path, reporter)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
+    name = f"{stem}-{sha256[:12]}"
+    whole = [model_folder(f"{name}-{dtype}") for dtype in DTYPES]
+    folder = cache_root() / "tokenizers" / name
+    for made in (*whole, folder):
+        if (made / INFO_FILE).is_file():
+            return made
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+    except OSError as error:
+        raise ModelLoadError(f"the cache {cache_root()} cannot be written: {error.strerror or error}") from error
+    try:
+        with reporter.stage(f"{path.name}: converting the tokenizer, once") as stage:
+            convert_tokenizer(path, draft, header, stage)
+        write_json(draft / INFO_FILE, asdict(model_info(header, source=str(path), sha256=sha256, dtype="none")))
+        draft.chmod(0o755)
+        if not folder.exists():  # another process may have been faster
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder

@@ -1,0 +1,164 @@
+"""Responses in the forms of the API: whole ones, and the events of streamed ones."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from mixlm.records import Completion, Token
+from mixlm.server import shapes
+from mixlm.server.asked import Asked
+
+DONE = b"data: [DONE]\n\n"
+# The least that JSON readers in all languages take for a finite number; -inf is the log of what cannot be drawn.
+_LEAST = -9999.0
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON in UTF-8. Lone surrogates, which UTF-8 has no form for, stay escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def event(value: Any) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + as_json(value) + b"\n\n"
+
+
+class Answer:
+    """The response to one request. identity: what the request is known by in logs."""
+
+    def __init__(self, asked: Asked, identity: str) -> None:
+        self._asked = asked
+        self._chat = asked.kind == "chat"
+        self._offsets = [len(self._echo(i)) for i in range(len(asked.tasks))]
+        self._head = {
+            "id": ("chatcmpl-" if self._chat else "cmpl-") + identity,
+            "object": "chat.completion" if self._chat else "text_completion",
+            "created": int(time.time()),
+            "model": asked.served.name,
+            "system_fingerprint": asked.served.fingerprint,
+        }
+
+    def whole(self, completions: Sequence[Completion]) -> shapes.ChatCompletion | shapes.TextCompletion:
+        """Return the response that is sent at once. completions: in the order of the tasks."""
+        choices = [
+            {
+                "index": i,
+                **self._content(i, one),
+                "finish_reason": one.finish_reason,
+                "logprobs": self._logprobs(i, one.tokens),
+                "mixlm": {"members": [token.member for token in one.tokens], "seed": one.seed},
+            }
+            for i, one in enumerate(completions)
+        ]
+        whole = {**self._head, "choices": choices, "usage": self.usage(completions)}
+        return cast("shapes.ChatCompletion | shapes.TextCompletion", whole)
+
+    def first(self) -> list[bytes]:
+        """Return the events in front of any token: each message's role, or the text to repeat."""
+        if self._chat:
+            return [
+                self._chunk(i, {"role": "assistant", "content": ""}, {"members": []})
+                for i in range(len(self._asked.tasks))
+            ]
+        return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
+
+    def token(self, index: int, token: Token) -> bytes:
+        """Return the event of one token."""
+        content = {"content": token.text} if self._chat else token.text
+        return self._chunk(index, content, {"members": [token.member]}, logprobs=self._logprobs(index, [token]))
+
+    def last(self, index: int, completion: Completion) -> bytes:
+        """Return the event of one reply's end."""
+        mixlm = {"members": [], "seed": completion.seed}
+        return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
+
+    def totals(self, completions: Sequence[Completion]) -> bytes:
+        """Return the event of the whole request's usage."""
+        return event({**self._chunk_head(), "choices": [], "usage": self.usage(completions)})
+
+    def usage(self, completions: Sequence[Completion]) -> shapes.Usage:
+        """Add up what replies took. A prompt with several replies is one prompt."""
+        members: dict[str, shapes.MemberWork] = {}
+        prompts = 0
+        for i, completion in enumerate(completions):
+            for name, one in completion.usage.members.items():
+                sums = members.setdefault(
+                    name, {"prompt_tokens": 0, "tokens": 0, "forwards": 0, "forward_tokens": 0, "forward_seconds": 0.0}
+                )
+                sums["prompt_tokens"] += one.prompt_tokens if i % self._asked.n == 0 else 0
+                sums["tokens"] += one.tokens
+                sums["forwards"] += one.forwards
+                sums["forward_tokens"] += one.forward_tokens
+                sums["forward_seconds"] = round(sums["forward_seconds"] + one.forward_seconds, 6)
+            if i % self._asked.n == 0:
+                prompts += max(one.prompt_tokens for one in completion.usage.members.values())
+        written = sum(one.usage.tokens for one in completions)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": written,
+            "total_tokens": prompts + written,
+            "mixlm": {
+                "members": members,
+                "checked": sum(one.usage.checked for one in completions),
+                "accepted": sum(one.usage.accepted for one in completions),
+            },
+        }
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
+
+    def _chunk(
+        self,
+        index: int,
+        content: Any,
+        mixlm: Mapping[str, Any],
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta" if self._chat else "text": content,
+            "finish_reason": finish_reason,
+            "logprobs": logprobs,
+            "mixlm": mixlm,
+        }
+        chunk = {**self._chunk_head(), "choices": [choice]}
+        if self._asked.include_usage:
+            chunk["usage"] = None
+        return event(chunk)
+
+    def _content(self, index: int, completion: Completion) -> dict[str, Any]:
+        if self._chat:
+            return {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+        return {"text": self._echo(index) + completion.text}
+
+    def _echo(self, index: int) -> str:
+        return self._asked.echo[index // self._asked.n] if self._asked.echo else ""
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        values = [max(one.logprob, _LEAST) for one in tokens]
+        if self._chat:
+            content = [
+                {"token": one.text, "logprob": value, "bytes": list(one.data), "top_logprobs": []}
+                for one, value in zip(tokens, values, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        offsets = []
+        for one in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(one.text)
+        return {
+            "tokens": [one.text for one in tokens],
+            "token_logprobs": values,
+            "top_logprobs": None,
+            "text_offset": offsets,
+        }

@@ -1,0 +1,115 @@
+"""From the body of a request to what the ensemble is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mixlm.ensemble import Ensemble, Prompt
+from mixlm.records import Message
+from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
+from mixlm.server.limits import Limits
+from mixlm.server.orders import Task
+from mixlm.server.problems import ApiError, refused
+from mixlm.server.served import Registry, Served
+
+_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+_EXTRA_SAMPLING = ("top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text."""
+
+    kind: Literal["chat", "text"]
+    served: Served
+    ensemble: Ensemble
+    tasks: Sequence[Task]
+    n: int
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    echo: Sequence[str]
+
+
+def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
+    """Return what a conversation asks for. Raises ApiError or MixlmError."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
+    messages = [Message("system" if one.role == "developer" else one.role, one.text) for one in body.messages]
+    _check_length(sum(len(one.content) for one in messages), "messages", limits)
+    options: dict[str, Any] = {}
+    if body.max_completion_tokens is not None:
+        options["max_tokens"] = body.max_completion_tokens
+    if any(one.role == "system" for one in messages):
+        options["system"] = None  # in place of the ensemble's own
+    return _asked(body, registry, [messages], options, logprobs=bool(body.logprobs))
+
+
+def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Asked:
+    """Return what a text to continue asks for. Raises ApiError or MixlmError."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    for one in prompts:
+        _check_length(len(one), "prompt", limits)
+    options = {"raw": True, "system": None}
+    echo = prompts if body.echo else ()
+    return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
+
+
+def _asked(
+    body: Common,
+    registry: Registry,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
+    *,
+    logprobs: bool,
+    echo: Sequence[str] = (),
+) -> Asked:
+    served = registry.find(body.model)
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
+    extras = body.mixlm or Extras()
+    ensemble = served.ensemble
+    if extras.unit not in (None, "auto", ensemble.unit.name):
+        raise refused("mixlm.unit", f"this ensemble was loaded with the unit {ensemble.unit.name}")
+    if extras.weights is not None:
+        ensemble = ensemble.with_weights(extras.weights)
+    settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    n = body.n or 1
+    tasks = [Task(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)]
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    kind: Literal["chat", "text"] = "chat" if isinstance(body, ChatBody) else "text"
+    return Asked(kind, served, ensemble, tasks, n, bool(body.stream), include_usage, logprobs, echo)
+
+
+def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
+    """Return a request's options over the ensemble's defaults, as `Ensemble.settings` takes them."""
+    given = dict(options)
+    for source, names in ((body, _SAMPLING), (extras, (*_EXTRA_SAMPLING, "draft", "block", "mix_then_truncate"))):
+        given |= {name: value for name in names if (value := getattr(source, name)) is not None}
+    if body.max_tokens is not None:
+        given["max_tokens"] = body.max_tokens
+    if body.stop is not None:
+        given["stop"] = body.stop
+    if body.seed is not None:
+        given["seed"] = body.seed % 2**64  # the API allows negative ones
+    method = extras.method
+    served = ensemble.defaults.method
+    if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):
+        # To every client of the API, temperature 0 is how one asks for the most likely text.
+        method = "greedy"
+    if method is not None:
+        given["method"] = method
+        if method not in ("speculative", "greedy"):
+            given.setdefault("draft", None)
+        if method != "conventional":
+            given.setdefault("mix_then_truncate", False)
+    return given
+
+
+def _check_length(characters: int, field: str, limits: Limits) -> None:
+    if characters > limits.prompt:
+        raise ApiError(
+            400, f"{field} has {characters} characters, and {limits.prompt} may", param=field, code="prompt_too_long"
+        )

@@ -1,0 +1,78 @@
+"""`mixlm inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from programs import TOYS, Run
+
+
+def test_a_report_on_toys(run: Run) -> None:
+    done = run("inspect", *TOYS, "-w", "3,1")
+    assert (done.code, done.err) == (0, "")
+    for part in ("toy:1", "0.75", "276 rows, 274 pieces", "<end>", "token", "mix-then-truncate", "100.0%", "16 tokens"):
+        assert part in done.out
+    assert "<begin>user: Why is the sky blue?" in done.out
+    assert "predicted" in done.out
+
+
+def test_json_has_the_same_content(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "sample.txt"
+    text.write_text("the bird sings under the tree")
+    found = json.loads(run("inspect", "Who?", *TOYS, "--text", str(text), "--json").out)
+    assert [one["name"] for one in found["members"]] == ["toy:1", "toy:2"]
+    assert found["members"][0]["prompt"] == "<begin>user: Who?\n"
+    assert found["text_bytes"] == 29
+    assert found["pairs"][0]["places"] > 5
+    assert set(found["costs"][0]["seconds"]) == {"1", "2", "4", "8", "16"}
+    assert [one["method"] for one in found["speeds"]] == ["single", "single", "conventional", "mixture"]
+
+
+def test_a_quick_look_runs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr("mixlm.engines.toy.ToySession._forward", fail)
+    done = run("inspect", *TOYS, "--no-measure")
+    assert done.code == 0
+    assert "predicted" not in done.out
+    assert "no model was run" in done.err
+
+
+def test_one_member_has_no_pairs(run: Run) -> None:
+    done = run("inspect", "-m", "toy:1", "--no-measure")
+    assert done.code == 0
+    assert "also in" not in done.out
+
+
+def test_why_a_method_is_not_possible(run: Run) -> None:
+    done = run("inspect", *TOYS, "--no-measure", "--temperature", "0")
+    assert "no: temperature is 0, and mixture draws by chance" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "no-such-file"), "there is no file no-such-file"),
+        (("--text", "x", "--no-measure"), "--text and --no-measure are both given"),
+        ((" ",), "the question is empty"),
+        (("--unit", "words"), "--unit is 'words'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    done = run("inspect", *TOYS, *arguments)
+    assert done.code == 2
+    assert message in done.error
+
+
+def test_a_text_that_is_empty_is_refused(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "empty.txt"
+    text.write_text("\n")
+    assert "is empty" in run("inspect", *TOYS, "--text", str(text)).error
+
+
+def test_members_are_shown_in_their_colours_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[38;5;32mtoy:1" in run("inspect", *TOYS, "--no-measure").out

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from toys import (
+    END,
+    OPTIONS,
+    SHARED,
+    VOCABULARIES,
+    assert_drawn_from,
+    assert_same_law,
+    counted,
+    driven,
+    engine,
+    ensemble,
+    fixed,
+    member_law,
+    written,
+)
+
+from mixlm.decoding.words import words
+from mixlm.engines.base import Draw
+from mixlm.errors import UnsupportedError
+from mixlm.noise import Noise
+from mixlm.records import Sampling
+from mixlm.vocab.words import begins_word
+
+WEIGHTS = [0.5, 0.2, 0.3]
+
+
+def three(**options: Any):
+    """Three members of different vocabularies; symbols that begin words are likely enough to be seen."""
+    engines = [engine(tokens, seed=20 + i) for i, tokens in enumerate((SHARED, *VOCABULARIES[1:3]))]
+    return ensemble(engines, WEIGHTS, unit="word", **options)
+
+
+def plain_laws(those, options, prompt: str, text: bytes, without=lambda _: False) -> list[dict[bytes, float]]:
+    """Each member's law over byte strings behind a text."""
+    out = []
+    for one in those.members:
+        reply = one.engine.encoder.encode(text).ids if text else []
+        sampling = Sampling(**{**one.sampling, **options})
+        out.append(member_law(one.engine, sampling, one.engine.prompts.raw(prompt).tolist(), reply, without))
+    return out
+
+
+def begins(data: bytes, text: bytes) -> bool:
+    return data == END or begins_word(data, text)
+
+
+def definition(those, options, prompt: str, path) -> dict[tuple[bytes, int], float]:
+    """The law of the next symbol and its writer behind a path of such, by the definition in words."""
+    text = b"".join(data for data, _ in path)
+    laws = plain_laws(those, options, prompt, text)
+    if not path:
+        return {
+            (u, i): w * p for i, (w, law) in enumerate(zip(those.weights, laws, strict=True)) for u, p in law.items()
+        }
+    owner = path[-1][1]
+    out = {(u, owner): p for u, p in laws[owner].items() if not begins(u, text)}
+    ended = 1 - sum(out.values())
+    only = plain_laws(those, options, prompt, text, lambda u: not begins(u, text))
+    for i, (weight, law) in enumerate(zip(those.weights, laws, strict=True)):
+        first = {u: p for u, p in law.items() if begins(u, text)} or only[i]
+        for u, p in first.items():
+            out[u, i] = out.get((u, i), 0.0) + weight * ended * p / sum(first.values())
+    return out
+
+
+class Path:
+    """Stands in for noise: takes one path through the draws of a position, and notes how likely it was."""
+
+    def __init__(self, coin: int, takes: list[int]) -> None:
+        self.coin, self.takes = coin, takes
+        self.sizes: list[int] = []
+        self.probability = 1.0
+        self.turn = 0
+
+    def choice(self, weights: np.ndarray) -> int:
+        self.probability *= float(weights[self.coin])
+        return self.coin
+
+    def again(self) -> Path:
+        self.turn += 1
+        return self
+
+    def draw(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
+        assert self.turn == len(self.sizes), "a second draw needs noise of its own"
+        take = self.takes[len(self.sizes)] if len(self.sizes) < len(self.takes) else 0
+        self.sizes.append(len(symbols))
+        self.probability *= float(np.exp(logprobs[take]))
+        return take
+
+
+def enumerated(strategy, writing, weights) -> Iterator[tuple[Any, float]]:
+    """Every outcome of a strategy at one place, with its probability: all coins, all draws."""
+    for coin in range(len(weights)):
+        takes: list[int] = []
+        while True:
+            path = Path(coin, takes)
+            choice, _ = driven(strategy, writing, weights, path)
+            yield choice, path.probability
+            takes = takes[: len(path.sizes)] + [0] * (len(path.sizes) - len(takes))
+            while takes and takes[-1] + 1 == path.sizes[len(takes) - 1]:
+                takes.pop()
+            if not takes:
+                break
+            takes[-1] += 1
+
+
+def at(those, options, path):
+    """A text that stands behind a path of symbols and their writers."""
+    writing = written(those, options, "ab", [])
+    for data, member in path:
+        tokens = those.members[member].engine.vocabulary.tokens
+        writing.state.append(int(those.unit.symbols(member)[tokens.index(data)]))
+    return writing
+
+
+def strategy_law(those, options, path) -> dict[tuple[bytes, int], float]:
+    law = defaultdict(float)
+    for choice, probability in enumerated(words, at(those, options, path), those.weights):
+        if probability == 0:
+            continue
+        data = END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)
+        assert data == END or those.unit.owner(choice.symbol) == choice.member
+        law[data, choice.member] += probability
+    return dict(law)
+
+
+PATHS = [
+    (),
+    ((b"a", 0),),
+    ((b" c", 2),),
+    ((b"ab", 1), (b" ", 1)),
+    ((b"ab", 0), (b" c", 2), (b"abc", 2)),
+    ((b"b", 2), (b" ", 0), (b"b", 0), (b" ", 1), (b"c", 1)),
+]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_law_over_coins_and_draws_is_the_definition(path, name):
+    options = OPTIONS[name]
+    found = strategy_law(three(), options, path)
+    assert_same_law(found, definition(three(), options, "ab", path), 1e-9)
+
+
+def texts(law, length: int) -> dict[tuple[bytes, ...], float]:
+    """The law over the first symbols, from the law of the next."""
+    out = defaultdict(float)
+
+    def go(path, probability: float) -> None:
+        if len(path) == length or (path and path[-1][0] == END):
+            out[tuple(data for data, _ in path)] += probability
+            return
+        for step, p in law(path).items():
+            go((*path, step), probability * p)
+
+    go((), 1.0)
+    return dict(out)
+
+
+def small():
+    return ensemble(
+        [engine((b"a", b" ", b" b", b"b"), seed=3), engine((b" ", b"b", b"a"), seed=4)], [0.6, 0.4], unit="word"
+    )
+
+
+def test_the_law_over_whole_texts_is_the_mixture_of_words():
+    """Word by word: who writes one is drawn by weight, and writes it as it would alone, given that one begins."""
+    those, options = small(), {"temperature": 1.0, "top_k": 0}
+    length = 4
+
+    def spelled(member: int, before: bytes, word: tuple[bytes, ...], *, first: bool) -> float:
+        """The probability that a member's word begins with these symbols."""
+        probability, text = 1.0, before
+        for number, data in enumerate(word):
+            law = plain_laws(those, options, "ab", text)[member]
+            if number == 0 and not first:
+                probability /= sum(p for u, p in law.items() if begins(u, text))
+            probability *= law.get(data, 0.0)
+            text += data
+        return probability
+
+    def ends(member: int, text: bytes) -> float:
+        return sum(p for u, p in plain_laws(those, options, "ab", text)[member].items() if begins(u, text))
+
+    def whole(pieces: tuple[bytes, ...]) -> float:
+        cut, text = [0], b""
+        for number, data in enumerate(pieces):
+            if number and begins(data, text):
+                cut.append(number)
+            text += data
+        probability, text = 1.0, b""
+        for number, (start, stop) in enumerate(zip(cut, [*cut[1:], len(pieces)], strict=True)):
+            word = pieces[start:stop]
+            after = text + b"".join(word)
+            probability *= sum(
+                weight
+                * spelled(member, text, word, first=number == 0)
+                * (1.0 if stop == len(pieces) else ends(member, after))
+                for member, weight in enumerate(those.weights)
+            )
+            text = after
+        return probability
+
+    found = texts(lambda path: strategy_law(those, options, path), length)
+    assert sum(found.values()) == pytest.approx(1)
+    assert_same_law(found, {pieces: whole(pieces) for pieces in found}, 1e-9)
+
+
+def test_replies_follow_the_law():
+    those, options = small(), {"temperature": 1.0, "top_k": 0}
+    law = texts(partial(definition, those, options, "ab"), 3)
+
+    def reply(sequence: int) -> tuple[bytes, ...]:
+        done = those.generate("ab", raw=True, seed=5, sequence=sequence, max_tokens=3, **options)
+        return (*(one.data for one in done.tokens), *([END] if done.finish_reason == "stop" else []))
+
+    assert_drawn_from(counted(reply, 6000), law)
+
+
+def test_the_second_draw_does_not_follow_from_the_first():
+    """End-of-text is one symbol for all members: with the same noise, the first member's win would favour it."""
+    one, two = fixed({b"a": 0.9, END: 0.1}), fixed({b" ": 0.7, END: 0.3})
+    those = ensemble([one, two], [1e-9, 1], unit="word")
+    counts = defaultdict(int)
+    for sequence in range(4000):
+        choice, _ = driven(words, at_plain(those, [(b"a", 0)]), those.weights, Noise(1, sequence))
+        counts[END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)] += 1
+    assert_drawn_from(counts, {b"a": 0.9, b" ": 0.07, END: 0.03})
+
+
+def at_plain(those, path):
+    return at(those, {"temperature": 1.0, "top_k": 0}, path)
+
+
+def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
+    those = three()
+    switched = set()
+    for position in range(200):
+        writing = at(those, {}, [(b"a", 0)])
+        noise = Noise(1, 0, position)
+        coin = noise.choice(those.weights)
+        choice, rounds = driven(words, writing, those.weights, noise)
+        assert all(isinstance(one, Draw) for [one] in rounds)
+        asked = [one.member for [one] in rounds]
+        begun = choice.symbol == those.unit.end or begins_word(those.unit.data(choice.symbol), b"a")
+        assert asked == ([0, coin] if begun and coin != 0 else [0])
+        assert choice.member == asked[-1]
+        switched.add(len(asked))
+    assert switched == {1, 2}
+
+
+def test_a_law_cut_to_symbols_that_begin_no_word_is_cut_again_without_them():
+    one, two = fixed({b" ": 1.0}), fixed({b"a": 0.8, b" c": 0.12, b" ": 0.05, END: 0.03})
+    those = ensemble([one, two], [0, 1], unit="word")
+    for options, expected in (
+        ({"top_k": 1}, {b" c": 1.0}),
+        ({"top_k": 2}, {b" c": 1.0}),
+        ({"top_p": 0.5, "top_k": 0}, {b" c": 1.0}),
+        ({"min_p": 0.3, "top_k": 0}, {b" c": 0.12 / 0.17, b" ": 0.05 / 0.17}),
+        ({"top_k": 0}, {b" c": 0.6, b" ": 0.25, END: 0.15}),
+    ):
+        law = strategy_law(those, {"temperature": 1.0, **options}, [(b"a", 0)])
+        assert_same_law({data: p for (data, _), p in law.items()}, expected, 1e-6)
+        assert {member for _, member in law} == {1}
+
+
+def test_where_the_next_member_can_begin_no_word_the_symbol_stands():
+    one, two = fixed({b" ": 0.5, b"a": 0.5}), fixed({b"a": 1.0})
+    those = ensemble([one, two], [0, 1], unit="word")
+    law = strategy_law(those, {"temperature": 1.0}, [(b"a", 0)])
+    assert_same_law(law, {(b"a", 0): 0.5, (b" ", 0): 0.5}, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["conventional", "greedy", "speculative"])
+def test_methods_that_need_an_average_are_refused_by_name(method):
+    with pytest.raises(UnsupportedError, match=f"{method} does not go with the unit word") as caught:
+        three().stream("hello", method=method)
+    assert "--method mixture" in caught.value.hint
+
+
+def test_an_ensemble_with_such_a_method_is_not_built():
+    settings = three().defaults.with_options({"method": "greedy"})
+    with pytest.raises(UnsupportedError, match="greedy does not go with the unit word"):
+        three(defaults=settings)
+
+
+@pytest.mark.parametrize("method", ["mixture", "single", "auto"])
+def test_other_methods_write(method):
+    reply = three().generate("ab", raw=True, method=method, seed=1, max_tokens=12)
+    assert reply.tokens
+    assert method != "single" or {one.member for one in reply.tokens} == {"m0"}
+
+
+def test_a_member_alone_writes_what_it_writes_in_pieces():
+    for seed in range(5):
+        options = {"raw": True, "seed": seed, "max_tokens": 20}
+        pair = [ensemble([engine(seed=2)], unit=unit).generate("ab", **options) for unit in ("word", "piece")]
+        assert pair[0].text == pair[1].text

@@ -1,0 +1,146 @@
+"""A server that speaks as vLLM does, over a random table, and that fails as it is told to."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+
+class Fake:
+    """faults: what happens to the next requests for completions, first come first served.
+
+    "drop" closes the connection; "cut" sends half of the answer; "garbage" sends no JSON; "slow" takes `delay` seconds;
+    "429" and "503" say busy; "error" says that something is wrong; any other word is sent as the answer.
+    """
+
+    def __init__(self, size: int = 260, seed: int = 0, *, key: str | None = None) -> None:
+        self.size, self.seed, self.key = size, seed, key
+        self.models: list[dict[str, Any]] = [{"id": "fake", "max_model_len": 512}]
+        self.faults: list[str] = []
+        self.asked: list[dict[str, Any]] = []
+        self.most = 100
+        self.spell_ids = True
+        self.delay = 0.5
+        self.retry_after: str | None = "0.05"
+        self.busy = self.busiest = 0
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._server: ThreadingHTTPServer | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Fake:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                fake._open.add(self.connection)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
+                    self.say(401, {"error": {"message": "who are you"}})
+                elif self.path == "/v1/models":
+                    self.say(200, {"data": fake.models})
+                else:
+                    self.say(404, {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path != "/v1/completions":
+                    return self.say(404, {})
+                with fake._lock:
+                    fake.asked.append(body)
+                    fault = fake.faults.pop(0) if fake.faults else None
+                    fake.busy += 1
+                    fake.busiest = max(fake.busiest, fake.busy)
+                try:
+                    self.complete(body, fault)
+                finally:
+                    with fake._lock:
+                        fake.busy -= 1
+                return None
+
+            def complete(self, body: dict[str, Any], fault: str | None) -> None:
+                if fault == "slow":
+                    time.sleep(fake.delay)
+                if fault == "drop":
+                    self.close_connection = True
+                    self.connection.close()
+                elif fault in ("429", "503"):
+                    headers = {} if fake.retry_after is None else {"Retry-After": fake.retry_after}
+                    self.say(int(fault), {"error": {"message": "busy"}}, headers)
+                elif fault == "garbage":
+                    self.say(200, b"<html>so sorry</html>")
+                elif fault == "error":
+                    self.say(500, {"error": {"message": "it broke"}})
+                elif fault == "cut":
+                    self.say(200, fake.answer(body), cut=True)
+                elif fault not in (None, "slow"):
+                    self.say(200, fault.encode())
+                elif body.get("logprobs", 0) > fake.most:
+                    self.say(400, {"error": {"message": f"logprobs is more than {fake.most}"}})
+                else:
+                    self.say(200, fake.answer(body))
+
+            def say(self, status: int, value: Any, headers: Any = None, *, cut: bool = False) -> None:
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                for name, one in (headers or {}).items():
+                    self.send_header(name, one)
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if cut else data)
+                if cut:
+                    self.close_connection = True
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, *_: object) -> None:
+                pass  # clients that went away
+
+        self._server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            for one in self._open:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+            self._server = None
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        return np.random.default_rng([self.seed, *ids[-3:]]).normal(scale=2, size=self.size)
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "logprobs" not in body:
+            return {"model": body["model"], "choices": [{"text": "x", "logprobs": None}]}
+        x = self.logits(body["prompt"])
+        x = x - np.log(np.exp(x).sum())
+        top = np.argsort(-x)[: body["logprobs"]]
+        spelled = "token_id:{}" if self.spell_ids else "text {}"
+        told = {spelled.format(i): float(x[i]) for i in top}
+        return {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [told]}}]}

@@ -1,0 +1,279 @@
+"""Members that share weights: other prompts and LoRA adapters on one copy of a model."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract import assert_close, random_ids, uncached
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from test_hf import build
+from transformers import AutoModelForCausalLM
+
+from mixlm.config import parse_config, read_config
+from mixlm.engines import EngineSpec
+from mixlm.engines.adapters import Loaded
+from mixlm.engines.base import memory
+from mixlm.engines.hf import HFEngine
+from mixlm.equivalence import check
+from mixlm.errors import ModelLoadError, UnsupportedError
+from mixlm.inspection import inspect
+from mixlm.loading import load_config
+from mixlm.records import Message
+
+TARGETS = {"a": ["q_proj", "v_proj", "down_proj"], "b": ["k_proj", "o_proj", "up_proj", "v_proj"]}
+
+
+def adapter(folder: Path, base: Path, **options) -> Path:
+    """Write a random LoRA adapter of a model."""
+    torch.manual_seed(len(folder.name))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    given = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, LoraConfig(**given)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    base = build(root / "base", "llama")
+    own = {name: adapter(root / name, base, target_modules=targets) for name, targets in TARGETS.items()}
+    return {"base": base, **own}
+
+
+def spec(folders: dict[str, Path], **options) -> EngineSpec:
+    return EngineSpec(str(folders["base"]), "tiny", "float32", "cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def base(folders) -> HFEngine:
+    return HFEngine(spec(folders), str(folders["base"]))
+
+
+@pytest.fixture(scope="module")
+def engines(folders, base) -> dict[str | None, HFEngine]:
+    """The model without an adapter and with either, on one copy of the weights."""
+    return {None: base, **{name: base.sharing(spec(folders, adapter=str(folders[name]))) for name in TARGETS}}
+
+
+def merged(folders: dict[str, Path], name: str | None, ids: np.ndarray) -> np.ndarray:
+    """The logits after the last of `ids` of a model of its own, with the adapter merged into its weights."""
+    model = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+    if name is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(model, folders[name]).merge_and_unload()
+    with torch.inference_mode():
+        return model(torch.tensor(ids[None]), use_cache=False).logits[0, -1:].float().numpy()
+
+
+def test_answers_are_those_of_models_of_their_own_in_any_order(folders, engines):
+    ids = random_ids(engines[None], 12)
+    sessions = {name: one.session() for name, one in engines.items()}
+    answers = {}
+    for end, name in [(4, "a"), (7, None), (5, "b"), (9, "a"), (12, "b"), (11, None), (12, "a"), (12, None)]:
+        answers[name] = sessions[name].logits(ids[:end])
+        assert_close(answers[name], merged(folders, name, ids[:end]))
+    for one, other in [(None, "a"), (None, "b"), ("a", "b")]:
+        assert np.abs(answers[one] - answers[other]).max() > 0.1
+
+
+def test_caches_are_a_sequences_own(engines):
+    ids = random_ids(engines[None], 9)
+    one, other = engines["a"].session(), engines["b"].session()
+    for end in (3, 6, 9):
+        one.logits(ids[:end])
+        other.logits(ids[:end])
+    assert [(f.tokens, f.cached) for f in one.work.log] == [(3, 0), (3, 3), (3, 6)]
+    assert_close(one.logits(ids), uncached(engines["a"], ids))
+    assert_close(other.logits(ids), uncached(engines["b"], ids))
+
+
+def test_weights_are_held_once(folders, engines):
+    base, a, b = engines.values()
+    assert a.model is b.model is base.model
+    own = {name: one.weights_bytes - base.weights_bytes for name, one in engines.items()}
+    files = {name: (folders[name] / "adapter_model.safetensors").stat().st_size for name in TARGETS}
+    for name in TARGETS:
+        assert 0.5 * files[name] < own[name] < files[name]
+    assert memory(engines.values()) == base.weights_bytes + own["a"] + own["b"]
+    assert memory([a, a]) == a.weights_bytes
+    held = sum(one.numel() * one.element_size() for one in base.model.parameters())
+    assert held == memory(engines.values())
+
+
+def test_the_same_adapter_twice_is_loaded_once(folders, engines):
+    before = memory(engines.values())
+    path = str(folders["base"].parent / "a")
+    again = engines["b"].sharing(spec(folders, adapter=path, template="{{ messages[0].content }}"))
+    assert memory([*engines.values(), again]) == before
+    ids = random_ids(again, 5)
+    assert_close(uncached(again, ids), uncached(engines["a"], ids))
+
+
+def test_threads_do_not_switch_each_others_adapters(engines):
+    ids = random_ids(engines[None], 30)
+    expected = {name: uncached(one, ids) for name, one in engines.items()}
+    wrong = []
+
+    def work(name: str | None) -> None:
+        for _ in range(20):
+            found = uncached(engines[name], ids)
+            if np.abs(found - expected[name]).max() > 1e-3:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in [*engines, *engines]]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert wrong == []
+
+
+def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
+    ids = random_ids(base, 5)
+    expected = {name: uncached(one, ids) for name, one in engines.items()}
+    uncached(base, ids)
+
+    class Interrupted:
+        def __setattr__(self, name: str, value: object) -> None:
+            raise KeyboardInterrupt
+
+    layers = base.loaded._layers
+    with monkeypatch.context() as patched:
+        patched.setattr(base.loaded, "_layers", [*layers[:5], Interrupted(), *layers[5:]])
+        with pytest.raises(KeyboardInterrupt):
+            uncached(engines["a"], ids)
+    for name in ("a", None, "b"):
+        assert_close(uncached(engines[name], ids), expected[name])
+
+
+def members(folders: dict[str, Path], *own: dict, **options):
+    given = [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **one} for one in own]
+    return load_config(parse_config({"members": given, **options}, "here"))
+
+
+def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_exact_law(folders):
+    seen = []
+    plain = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    given = [{}, {"adapter": str(folders["a"])}, {"system": "the river"}, {"template": plain}]
+    config = {"members": [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **one} for one in given]}
+    those = load_config(parse_config(config, "here"), weights=[0.4, 0.3, 0.2, 0.1], progress=seen.append)
+    assert len(seen) == 1
+    assert those.names == ("base", "base+a", "base-2", "base-3")
+    assert len({id(one.engine.model) for one in those.members}) == 1
+    sizes = [one.engine.weights_bytes for one in those.members]
+    assert memory(one.engine for one in those.members) == sizes[1] > sizes[0] == sizes[2] == sizes[3]
+    assert check(those, "the bird", samples=600, options={"top_k": 6}).equal
+    found = inspect(those, measure=False)
+    assert found.weights_bytes == sizes[1]
+    assert [one.shares for one in found.members] == [None, "base", "base", "base"]
+    assert found.members[1].details["adapter"] == str(folders["a"])
+    assert found.members[3].reading["template"] == "given"
+    prompts = [one.prompt for one in found.members]
+    assert prompts[0] == prompts[1]
+    assert "<|im_start|>system\nthe river<|im_end|>" in prompts[2]
+    assert prompts[3] == "Why is the sky blue? "
+
+
+def test_members_that_differ_in_nothing_share_an_engine_and_other_weights_are_loaded(folders):
+    those = members(folders, {}, {}, {"system": "x"}, {"dtype": "bfloat16"})
+    first, second, third, fourth = (one.engine for one in those.members)
+    assert first is second is not third
+    assert third.model is first.model is not fourth.model
+
+
+def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folders):
+    those = members(folders, {"system": "x"}, {"system": "the river"}, {"adapter": str(folders["a"])}, {})
+    settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
+    sessions = [one.engine.session() for one in those.members]
+    those.writer(settings, sessions).stream(those.prompts("u", settings)).finish()
+    assert [{forward.rows for forward in one.work.log} for one in sessions] == [{3}, {3}, {1}, {3}]
+
+
+def test_a_members_own_system_text_stands_in_front_of_others(folders):
+    [one] = (member.engine for member in members(folders, {"system": "one <|im_end|>"}).members)
+    user = Message("user", "u")
+
+    def read(*messages: Message) -> str:
+        ids = one.prompts.chat(messages).tolist()
+        return b"".join(one.vocabulary.tokens[i] or b"|" for i in ids).decode()
+
+    assert read(user) == "|system\none <|im_end|>|\n|user\nu|\n|assistant\n"
+    assert read(Message("system", "two"), user) == "|system\none <|im_end|>\n\ntwo|\n|user\nu|\n|assistant\n"
+    assert one.prompts.raw("u").tolist() == one.encoder.encode(b"u").ids
+
+
+def test_a_models_only_member_may_have_an_adapter(folders):
+    [one] = (member.engine for member in members(folders, {"adapter": str(folders["a"]), "name": "poet"}).members)
+    ids = random_ids(one, 6)
+    assert_close(uncached(one, ids), merged(folders, "a", ids))
+    assert one.name == "poet"
+
+
+def test_an_adapter_is_found_beside_the_ensemble_file(folders):
+    path = folders["base"].parent / "e.toml"
+    path.write_text('[[members]]\nmodel = "base"\nadapter = "a"\n')
+    [member] = read_config(path).members
+    assert member.adapter == str(folders["a"])
+
+
+def test_an_adapter_that_is_not_there_is_named(folders, tmp_path):
+    with pytest.raises(ModelLoadError, match=r"the adapter .*nothing cannot be loaded.*adapter_config\.json"):
+        members(folders, {"adapter": str(tmp_path / "nothing")})
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_as_it_was(folders, base, tmp_path):
+    ids = random_ids(base, 6)
+    before = uncached(base, ids)
+    other = build(tmp_path / "other", "mamba")
+    wrong = adapter(tmp_path / "wrong", other, target_modules=["in_proj"])
+    with pytest.raises(ModelLoadError, match=r"the adapter .*wrong does not fit tiny.*trained on this model"):
+        base.sharing(spec(folders, adapter=str(wrong)))
+    shapes = adapter(tmp_path / "shapes", folders["base"], target_modules=["q_proj"], r=4)
+    from safetensors.torch import load_file, save_file
+
+    file = shapes / "adapter_model.safetensors"
+    save_file({key: one[:, :-1].contiguous() for key, one in load_file(file).items()}, file)
+    with pytest.raises(ModelLoadError, match=r"the adapter .*shapes does not fit tiny"):
+        base.sharing(spec(folders, adapter=str(shapes)))
+    assert_close(uncached(base, ids), before)
+
+
+def test_an_adapter_that_changes_the_model_itself_is_refused(folders, base, tmp_path):
+    saved = adapter(tmp_path / "head", folders["base"], target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedError, match=r"replaces lm_head of the model, which other members share .merge it"):
+        base.sharing(spec(folders, adapter=str(saved)))
+
+
+def test_another_kind_of_adapter_is_refused_by_name(folders, base, tmp_path):
+    IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes((folders["a"] / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(UnsupportedError, match=r"is of the kind IA3 .LoRA adapters can be switched"):
+        base.sharing(spec(folders, adapter=str(tmp_path)))
+
+
+def test_a_toy_takes_a_system_text_and_no_adapter():
+    those = load_config(parse_config({"members": [{"model": "toy:1", "system": "one"}, {"model": "toy:1"}]}, "here"))
+    first, second = (len(one.engine.prompts.chat([Message("user", "two")])) for one in those.members)
+    assert first > second
+    with pytest.raises(UnsupportedError, match="toy:1 is a toy, which takes no adapter"):
+        load_config(parse_config({"members": [{"model": "toy:1", "adapter": "x"}]}, "here"))
+
+
+@pytest.mark.parametrize("model", ["shape:smollm2-135m", "http://localhost:1"])
+def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
+    with pytest.raises(UnsupportedError, match=f"{model} is given no adapter here"):
+        load_config(parse_config({"members": [{"model": model, "adapter": "x"}]}, "here"))
+
+
+def test_without_peft_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("mixlm.engines.adapters.find_spec", lambda _: None)
+    with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
+        Loaded(torch.nn.Linear(1, 1)).add("x", "tiny")

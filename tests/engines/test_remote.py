@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import *  # noqa: F403
+from contract import random_ids
+from ggufs import write_tiny_gguf
+from servers import Fake
+
+pytest.importorskip("httpx")
+
+from mixlm.engines import EngineSpec, load
+from mixlm.engines.base import Ask, Engine
+from mixlm.engines.remote import RemoteEngine
+from mixlm.engines.wire import Limits
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, EngineError, MixlmError, TokenizerError, UnsupportedError
+from mixlm.models import find_gguf, tokenizer_folder
+from mixlm.sampling import softmax
+
+QUICK = Limits(connect=1, answer=5, busy=1, connections=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", context=512)
+
+
+@pytest.fixture(scope="module")
+def folder(cache, file) -> Path:
+    return tokenizer_folder(find_gguf(str(file)))
+
+
+@pytest.fixture(scope="module")
+def llama(file) -> Iterator[object]:
+    """A real server of llama.cpp, on a port of its own."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_parallel, params.n_ctx, params.n_ubatch = 4, 2048, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity, params.warmup, params.fit_params, params.endpoint_props = -1, False, False, True
+    server = xllamacpp.Server(params)
+    server.handle_completions({"prompt": [1], "n_predict": 1})
+    return server
+
+
+@pytest.fixture(scope="module")
+def engine(llama) -> Engine:
+    return load(EngineSpec(llama.listening_address, "tiny"))
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    one = Fake().start()
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def remote(fake, folder) -> RemoteEngine:
+    return RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+
+
+def test_a_real_server_says_what_the_same_model_says_in_this_process(engine, file):
+    here = load(EngineSpec(str(file), "", "float32", engine="llamacpp", slots=1))
+    assert engine.vocabulary == here.vocabulary
+    assert (engine.context_length, engine.candidates) == (512, 64)
+    ids = random_ids(engine, 9)
+    ours, theirs = here.session().logits(ids)[0], engine.session().logits(ids)[0]
+    np.testing.assert_allclose(softmax(theirs), softmax(ours), atol=1e-5)
+
+
+def test_an_ensemble_with_a_member_behind_a_server_writes(engine):
+    pair = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
+    texts = [pair.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=9).text for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_the_name_is_the_models(remote, fake):
+    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 512, 64)
+    found = remote.session().logits(np.array([5, 6, 7]))[0]
+    wanted = fake.logits([5, 6, 7])
+    best = np.argsort(-wanted)[:64]
+    np.testing.assert_allclose(softmax(found[best]), softmax(wanted[best]), atol=1e-6)
+
+
+def test_questions_of_several_sequences_are_sent_at_once_and_never_too_many(remote, fake):
+    fake.faults, fake.delay = ["slow"] * 6, 0.1
+    texts = [np.array([3, 4, i]) for i in range(6)]
+    found = remote.answer([(remote.session(), Ask(0, ids)) for ids in texts])
+    for row, ids in zip(found, texts, strict=True):
+        assert row[0].argmax() == fake.logits(ids.tolist()).argmax()
+    assert 2 <= fake.busiest <= QUICK.connections
+
+
+@pytest.mark.parametrize("fault", ["drop", "cut", "429", "503"])
+def test_what_passes_is_tried_again(remote, fake, fault):
+    fake.faults = [fault]
+    before = len(fake.asked)
+    found = remote.session().logits(np.array([8, 9]))[0]
+    assert found.argmax() == fake.logits([8, 9]).argmax()
+    assert len(fake.asked) >= before + 2
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (["drop", "drop"], "does not answer: "),
+        (["cut", "cut"], "does not answer: "),
+        (["garbage"], "what is no JSON: '<html>so sorry"),
+        (["error"], r"refuses \(500\): it broke"),
+        (["{}"], "gives no answer"),
+        (["null"], "gives no answer"),
+        (['{"choices": [{"logprobs": {"top_logprobs": [{}]}}]}'], "gives no answer"),
+        (['{"choices": [{"logprobs": {"top_logprobs": [{"token_id:x": 1}]}}]}'], "gives no answer"),
+        (['{"choices": [{"logprobs": null}]}'], "tells no probabilities"),
+    ],
+)
+def test_what_does_not_pass_is_an_error_that_names_the_server(remote, fake, faults, said):
+    fake.faults = list(faults)
+    with pytest.raises(EngineError, match=said) as raised:
+        remote.session().logits(np.array([8, 9]))
+    assert fake.url in str(raised.value)
+    assert remote.session().logits(np.array([8, 9])).shape == (1, 260)
+
+
+def test_an_answer_that_takes_too_long_is_not_waited_for(fake, folder):
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, Limits(connect=1, answer=0.2))
+    fake.faults = ["slow"]
+    with pytest.raises(EngineError, match=r"does not answer within 0.2 seconds"):
+        remote.session().logits(np.array([8, 9]))
+
+
+def test_a_busy_server_is_waited_for_as_it_asks_and_not_for_ever(remote, fake):
+    fake.faults = ["429"] * 3
+    start = time.monotonic()
+    remote.session().logits(np.array([8, 9]))
+    assert 0.15 <= time.monotonic() - start < 2
+    fake.faults, fake.retry_after = ["503"] * 50, None
+    with pytest.raises(EngineError, match=r"is busy \(status 503\)"):
+        remote.session().logits(np.array([8, 9]))
+
+
+def test_a_server_that_comes_back_with_another_model_is_found_out(remote, fake):
+    remote.session().logits(np.array([8, 9]))
+    fake.stop()
+    fake.seed = 1
+    fake.start()
+    with pytest.raises(EngineError, match="has another model now, under the name fake"):
+        remote.session().logits(np.array([8, 9]))
+    assert not remote.alive()
+
+
+@pytest.mark.parametrize("change", [{"id": "other"}, {"max_model_len": 256}, {"root": "/elsewhere"}])
+def test_a_server_that_comes_back_with_another_card_is_found_out(remote, fake, change):
+    fake.stop()
+    fake.models[0] = {**fake.models[0], **change}
+    fake.start()
+    with pytest.raises(EngineError, match="another model now"):
+        remote.session().logits(np.array([8, 9]))
+
+
+def test_a_server_that_comes_back_as_it_was_goes_on(remote, fake):
+    fake.stop()
+    assert not remote.alive()
+    with pytest.raises(EngineError, match="does not answer"):
+        remote.session().logits(np.array([8, 9]))
+    fake.start()
+    assert remote.alive()
+    assert remote.session().logits(np.array([8, 9]))[0].argmax() == fake.logits([8, 9]).argmax()
+
+
+def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
+    fake.most = 20
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert remote.candidates == 16
+    alone = Ensemble([MemberSpec(remote, "a")])
+    alone.writer(alone.settings(top_k=16))
+    with pytest.raises(UnsupportedError, match="its 16 likeliest tokens only"):
+        alone.writer(alone.settings(top_k=17))
+
+
+def test_what_a_server_lacks_is_named(fake, folder):
+    fake.spell_ids = False
+    with pytest.raises(UnsupportedError, match=r"likeliest next tokens by their ids.*tells no probabilities"):
+        RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    del fake.models[0]["max_model_len"]
+    with pytest.raises(UnsupportedError, match="how many tokens its context holds"):
+        RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+
+
+def test_one_of_several_models_is_named_behind_the_url(fake, folder):
+    fake.models.append({"id": "second", "max_model_len": 64})
+    assert RemoteEngine(EngineSpec(fake.url + "/v1#second", ""), folder, QUICK).context_length == 64
+    with pytest.raises(ConfigError, match=r"no model 'secnd'; it has: fake, second.*did you mean 'second'"):
+        RemoteEngine(EngineSpec(fake.url + "#secnd", ""), folder, QUICK)
+    with pytest.raises(ConfigError, match=r"several models.*fake, second.*#NAME"):
+        RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+
+
+def test_a_key_comes_from_the_environment_and_is_never_shown(fake, folder, monkeypatch):
+    fake.key = "secret-7"
+    with pytest.raises(ConfigError, match=r"asks for a key.*key_env"):
+        RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    spec = EngineSpec(fake.url, "", key_env="MIXLM_TEST_KEY")
+    with pytest.raises(ConfigError, match="MIXLM_TEST_KEY is not set"):
+        RemoteEngine(spec, folder, QUICK)
+    monkeypatch.setenv("MIXLM_TEST_KEY", "secret-7")
+    remote = RemoteEngine(spec, folder, QUICK)
+    fake.faults = ["error"]
+    with pytest.raises(MixlmError) as raised:
+        remote.session().logits(np.array([8, 9]))
+    assert "secret" not in repr(raised.value) + repr(vars(remote)) + repr(remote.details)
+
+
+def test_a_model_whose_tokenizer_is_not_known_is_refused(fake):
+    with pytest.raises(ConfigError, match=r"tokenizer of fake at .* is not known"):
+        load(EngineSpec(fake.url, ""))
+
+
+def test_a_tokenizer_that_reads_differently_is_refused(llama, tmp_path):
+    from trained import trained
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=trained("gpt2"), eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match="read a text differently"):
+        load(EngineSpec(llama.listening_address, "", tokenizer=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("model", "engine"), [("smollm2-135m", "remote"), ("http://127.0.0.1:9", "hf")])
+def test_a_server_and_an_engine_must_fit(model, engine):
+    with pytest.raises(ConfigError, match=r"is no server|is a server"):
+        load(EngineSpec(model, "", engine=engine))
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(EngineError, match=r"http://127.0.0.1:9 does not answer"):
+        load(EngineSpec("http://127.0.0.1:9", ""))

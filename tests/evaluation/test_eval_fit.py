@@ -1,0 +1,101 @@
+"""`mixlm fit --accuracy`: weights by likelihood beside the grid search over accuracy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixlm.engines.toy import ToySession
+
+TOYS = ("-m", "toy:1", "-m", "toy:2", "--bootstrap", "0")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A text, in the folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text(" the river sings and one bird falls under two stones of light" * 12)
+    return "words.txt"
+
+
+def test_choices_are_read_once_for_all_weights(run: Run, task: Callable[..., str], text: str) -> None:
+    arguments = ("fit", text, *TOYS, "--accuracy", task("choice"), "--prompt-bytes", "60", "--router", "r.json")
+    code, out, err = run(*arguments, "--grid", "--json")
+    assert (code, err) == (0, "router written to r.json\n")
+    found = json.loads(out)["accuracy"]
+    assert (found["task"], found["metric"], found["questions"], found["questions_that_chose"]) == (
+        "choice",
+        "acc",
+        5,
+        3,
+    )
+    rows = {one["name"]: one for one in found["rows"]}
+    assert list(rows)[:4] == ["toy:1", "toy:2", "equal weights", "EM"]
+    assert {"grid over likelihood", "router", "grid over accuracy"} <= set(rows)
+    assert any(name.startswith("by prompt, sharpness") for name in rows)
+    assert len(found["grid"]) == found["cost"]["grid_points"] == 11
+    most = max(one["right_that_chose"] for one in found["grid"])
+    assert rows["grid over accuracy"]["right_that_chose"] == most
+    for one in found["rows"]:
+        assert one["right"] == one["right_that_chose"] + one["right_others"]
+        assert one["minus_em"] == pytest.approx((one["right_others"] - rows["EM"]["right_others"]) / 2)
+    assert rows["toy:1"]["right"] == found["grid"][10]["right"]
+    assert found["cost"]["task_readings"] == 2 * 15
+    assert json.loads(Path("fit-results/choice/accuracy.json").read_text()) == found
+
+
+def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..., str], text: str) -> None:
+    code, out, _ = run("fit", text, *TOYS, "--accuracy", task("choice"), "--step", "0.5", "--out", "here")
+    assert code == 0
+    for part in (
+        "right, chose the grid's", "right, others", "grid over accuracy", "of 3 (", "of 2 (", "p-value",
+        "was chosen by the first group", "30 texts were read once", "needs 90 readings", "EM took",
+    ):  # fmt: skip
+        assert part in out, part
+    assert Path("here/readings.jsonl").exists()
+    plain = run("fit", text, *TOYS, "--accuracy", task("choice"), "--limit", "2", "--out", "here")[1]
+    assert "of 2 (" in plain
+    assert "grid" not in plain
+    assert "for 12 readings of a text" in plain
+
+
+def test_a_task_that_writes_is_written_at_every_point(
+    run: Run, task: Callable[..., str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = task("generate")
+    arguments = ("fit", text, *TOYS, "--accuracy", name, "--step", "0.5", "--seeds", "2", "--seed", "4", "--top-k", "9")
+    found = json.loads(run(*arguments, "--json")[1])["accuracy"]
+    assert found["cost"]["grid_tokens"] == sum(one["tokens"] for one in found["grid"]) > 0
+    assert found["cost"]["grid_seconds"] == pytest.approx(sum(one["seconds"] for one in found["grid"]))
+    folder = Path("fit-results/generate/ways/0.5 0.5")
+    assert sorted(one.name for one in folder.glob("*/*/*")) == ["seed-4.jsonl", "seed-5.jsonl"]
+    assert json.loads((folder / "settings.json").read_text())["options"] == {"top_k": 9}
+    monkeypatch.setattr(ToySession, "_forward", lambda *_: pytest.fail("it was written anew"))
+    again = json.loads(run(*arguments, "--json")[1])["accuracy"]
+    assert (again["grid"], again["rows"]) == (found["grid"], found["rows"])
+    assert "3 points wrote" in run(*arguments)[1]
+
+
+def test_what_does_not_fit_is_said_before_a_model_is_loaded(
+    run: Run, task: Callable[..., str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixlm.loading.load_config", lambda *_, **__: pytest.fail("it was loaded"))
+    for arguments, said in (
+        (("--limit", "3"), "--limit is given without --accuracy"),
+        (("--out", "x"), "--out is given without --accuracy"),
+        (("--accuracy", task("choice"), "--limit", "0"), "--limit is 0"),
+        (("--accuracy", task("choice"), "--seeds", "2"), "compares given texts and has no use for --seeds"),
+        (("--accuracy", task("choice"), "--top-k", "2"), "compares given texts and has no use for --top-k"),
+        (("--top-k", "2"), "mixlm fit has no use for --top-k"),
+        (("--accuracy", "mixlm_gsm9k"), "did you mean 'mixlm_gsm8k'"),
+        (("--prompt-bytes", "-1"), "--prompt-bytes is -1"),
+        (("--no-ends",), "--ends and --no-ends are of answers"),
+    ):
+        code, out, err = run("fit", text, *TOYS, *arguments)
+        assert (code, out) == (2, ""), err
+        assert said in err
+        assert len(err.splitlines()) == 2

@@ -1,0 +1,50 @@
+"""A GGUF file small enough to write in a test, and real enough for llama.cpp to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+HIDDEN, ROWS = 32, 260
+
+
+def write_tiny_gguf(
+    path: Path, *, architecture: str = "llama", stop_at: int | None = None, context: int = 64, seed: int = 0
+) -> Path:
+    """Write a one-layer model with a byte vocabulary; `stop_at` cuts the file off there."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_context_length(context)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(ROWS)
+    writer.add_tokenizer_model("gpt2")
+    # The 256 single-character names that byte-level vocabularies give to bytes.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    names = [chr(byte) for byte in plain] + [chr(256 + number) for number in range(256 - len(plain))]
+    writer.add_token_list([*names, "<end>", "<turn>", "ab", "cd"])
+    writer.add_token_types([3 if token in (256, 257) else 1 for token in range(ROWS)])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(256)
+    writer.add_eot_token_id(257)
+    random = np.random.default_rng(seed)
+    shapes = {"token_embd": (ROWS, HIDDEN), "output_norm": (HIDDEN,)}
+    shapes |= {f"blk.0.{norm}_norm": (HIDDEN,) for norm in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{part}": (HIDDEN, HIDDEN) for part in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{part}": (HIDDEN, HIDDEN) for part in ("gate", "up", "down")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if stop_at is not None:
+        path.write_bytes(path.read_bytes()[:stop_at])
+    return path

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toys import END, SHARED, engine, ensemble, fixed, toys
+
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.inspection import inspect
+from mixlm.inspection.measure import LENGTHS, agreement, costs, forward_seconds, predicted
+from mixlm.inspection.report import Cost
+from mixlm.inspection.static import members, pairs, possibilities
+
+TEXT = b"ab c abc a b c" * 9
+
+
+def test_pieces_are_counted_by_their_bytes():
+    # The second spells "a" twice and lacks "ab"; its own piece is "x".
+    those = ensemble([engine(SHARED), engine((b"a", b"b", b"c", b" ", b"a", b"x"))], unit="piece")
+    [pair] = pairs(those)
+    assert pair.common == 4
+    assert pair.share == (4 / 6, 4 / 5)
+    assert pair.distance is pair.mass is None
+
+
+def test_masses_and_distances_are_those_of_the_laws():
+    one = fixed({b"a": 0.5, b"ab": 0.25, END: 0.25})
+    other = fixed({b"a": 0.125, b"b": 0.375, b"x": 0.25, END: 0.25}, (b"a", b"b", b"c", b" ", b"x"))
+    those = ensemble([one, other], unit="piece")
+    [pair] = agreement(those, TEXT, pairs(those))
+    assert pair.mass == pytest.approx((0.75, 0.75))
+    assert pair.distance == pytest.approx(0.5 * (0.375 + 0.25 + 0.375 + 0.25))
+
+
+def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundaries_alone():
+    # Beside a text, each law is another one at every position; a plain second computation over all of them.
+    those = toys("piece", 3)
+    found = agreement(those, TEXT, pairs(those))
+    laws, marks = [], []
+    for one in those.members:
+        tokens = one.engine.vocabulary.tokens
+        ids = one.engine.encoder.encode(TEXT).ids
+        at, mine = 0, {}
+        for count in range(len(ids) + 1):
+            logits = one.engine.table((len(tokens) - 2, *ids[:count])).astype(np.float32).astype(float)
+            logits[len(tokens) - 2] = -np.inf
+            law = np.exp(logits) / np.exp(logits).sum()
+            mine[at] = {}
+            for i, probability in enumerate(law):
+                key = END if i == len(tokens) - 1 else tokens[i] or None
+                if key is not None:
+                    mine[at][key] = mine[at].get(key, 0) + probability
+            at += len(tokens[ids[count]]) if count < len(ids) else 0
+        laws.append(mine)
+        marks.append({*tokens} - {b""} | {END})
+    for pair, (i, j) in zip(found, [(0, 1), (0, 2), (1, 2)], strict=True):
+        places = sorted(laws[i].keys() & laws[j].keys())
+        assert pair.places == len(places)
+        assert {0, len(TEXT)} < set(places)
+        distance = [
+            sum(abs(laws[i][at].get(u, 0) - laws[j][at].get(u, 0)) for u in marks[i] | marks[j]) / 2 for at in places
+        ]
+        assert pair.distance == pytest.approx(np.mean(distance), abs=1e-9)
+        for (a, b), mass in zip([(i, j), (j, i)], pair.mass, strict=True):
+            expected = [sum(p for u, p in law.items() if u in marks[b]) for law in laws[a].values()]
+            assert mass == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+def test_one_model_twice_agrees_wholly():
+    one = engine()
+    [pair] = agreement(those := ensemble([one, one]), TEXT, pairs(those))
+    assert (pair.distance, pair.mass, pair.share) == (0, pytest.approx((1, 1)), (1, 1))
+
+
+def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch):
+    seen = []
+    plain = ToyEngine.session
+
+    def session(self):
+        seen.append(plain(self))
+        return seen[-1]
+
+    monkeypatch.setattr(ToyEngine, "session", session)
+    one = engine()
+    found = costs(ensemble([one, engine(seed=2), one]), TEXT)
+    assert [cost.member for cost in found] == ["m0", "m1", "m2"]
+    assert len(seen) == 2
+    assert found[0].seconds == found[2].seconds
+    assert set(found[0].seconds) == set(LENGTHS)
+    timed = [(one.tokens, one.cached) for one in seen[0].work.log[1::2]]
+    assert timed == [(length, 128) for length in LENGTHS] * 4
+
+
+def test_a_context_too_small_to_time_is_refused():
+    with pytest.raises(ConfigError, match="holds 16 tokens, too few"):
+        costs(ensemble([engine(context_length=16)]), TEXT)
+
+
+def test_costs_between_and_beyond_what_was_measured_lie_on_lines():
+    cost = Cost("m", 128, {1: 1.0, 2: 1.5, 4: 2.0, 16: 4.0})
+    assert [forward_seconds(cost, tokens) for tokens in (1, 1.5, 3, 10, 31)] == [1.0, 1.25, 1.75, 3.0, 7.0]
+    assert forward_seconds(replace(cost, seconds={1: 2.0, 16: 1.0}), 100) == 1.0
+
+
+def test_speeds_follow_the_cost_model():
+    found = [Cost("a", 1, {1: 0.1, 2: 0.2, 16: 0.2}), Cost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}), Cost("c", 1, {1: 9.0})]
+    speeds = {(one.method, one.members): one.predicted for one in predicted("abc", np.array([0.5, 0.5, 0]), found)}
+    assert speeds == {
+        ("single", ("a",)): pytest.approx(10),
+        ("single", ("b",)): pytest.approx(1 / 0.3),
+        ("single", ("c",)): pytest.approx(1 / 9),
+        ("conventional", ("a", "b", "c")): pytest.approx(1 / 0.4),
+        ("mixture", ("a", "b", "c")): pytest.approx(1 / (0.5 * 0.2 + 0.5 * 0.4)),
+    }
+
+
+def test_a_member_is_described_by_what_its_engine_says():
+    one = ToyEngine(context_length=99)
+    those = ensemble([one, ToyEngine(seed=3), one], [2, 1, 1])
+    first, second, third = members(those, "two <end>", {"system": "one"})
+    assert (first.name, first.weight, first.rows, first.pieces, first.control) == ("m0", 0.5, 276, 274, 2)
+    assert first.ends == {"<end>": 275}
+    assert first.prompt == "<begin>system: one\nuser: two <end>\n"
+    assert first.prompt_tokens == 1 + len("system:") + 2 + len("user:") + 1 + len(" <end>\n")
+    assert first.context_length == 99
+    assert (first.shares, second.shares, third.shares) == (None, None, "m0")
+    assert first.reading["family"] == "bytes"
+
+
+def test_what_is_not_possible_has_the_reason_it_is_refused_with():
+    those = toys("piece", 2)
+    found = {one.name: one for one in possibilities(those, {"temperature": 0.0})}
+    with pytest.raises(UnsupportedError) as refused:
+        Ensemble(those.members, unit="token")
+    assert (found["token"].possible, found["token"].reason) == (False, str(refused.value))
+    with pytest.raises(UnsupportedError) as refused:
+        those.writer(those.settings(temperature=0.0))
+    assert (found["mixture"].possible, found["mixture"].reason) == (False, str(refused.value))
+    assert found["piece"].possible
+    assert found["greedy"].possible
+    assert found["single"].possible
+    assert all(one.possible for one in possibilities(toys("token", 2), {}))
+
+
+def words() -> Ensemble:
+    return Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)], [3, 1])
+
+
+def test_a_whole_inspection():
+    seen = []
+    found = inspect(words(), progress=lambda label, done, total: seen.append((label, done, total)))
+    assert [one.name for one in found.members] == ["m1", "m2"]
+    assert found.text_bytes > 500
+    assert len(found.costs) == 2
+    assert [one.method for one in found.speeds] == ["single", "single", "conventional", "mixture"]
+    assert all(one.measured for one in found.speeds)
+    assert {label for label, _, _ in seen} >= {"reading the sample text", "timing forwards", "mixture"}
+    form = found.as_dict()
+    assert form["members"][0]["ends"] == {"<end>": 275}
+    assert form["pairs"][0]["distance"] == found.pairs[0].distance
+
+
+def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
+    def fail(*_):
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr("mixlm.engines.toy.ToySession._forward", fail)
+    found = inspect(words(), measure=False)
+    assert found.pairs[0].common == 274
+    assert (found.costs, found.speeds, found.text_bytes) == ((), (), 0)
+
+
+def test_members_that_tell_no_whole_distribution_are_not_measured():
+    those = words()
+    those.members[1].engine.candidates = 64
+    found = inspect(those)
+    assert found.unmeasured == "m2 cannot tell a whole distribution, so agreement and forwards are not measured"
+    assert (found.costs, found.speeds, found.pairs[0].distance) == ((), (), None)
+
+
+def test_a_method_that_cannot_be_run_is_not_measured():
+    found = inspect(words(), options={"temperature": 0.0})
+    assert all(one.predicted and one.measured is None for one in found.speeds)
+
+
+def test_a_long_text_is_read_at_its_beginning():
+    assert 3500 < inspect(words(), text="word after word " * 1000).text_bytes <= 4000
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"text": " \n"}, "sample text is empty"), ({"question": ""}, "question")]
+)
+def test_what_is_empty_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        inspect(words(), **given)
+
+
+def test_a_text_longer_than_a_context_is_refused():
+    those = Ensemble([MemberSpec(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
+    with pytest.raises(ConfigError, match=r"the sample text has \d+ tokens for toy, whose context holds 50"):
+        inspect(those)
+
+
+@pytest.mark.models
+def test_the_demo_pair(demo_pair):
+    found = inspect(demo_pair, text="The river turns under the old bridge.\n\ndef main():\n    return 0\n")
+    smollm, gemma = found.members
+    assert (smollm.rows, gemma.rows) == (49152, 262144)
+    assert (smollm.reading["family"], gemma.reading["family"]) == ("byte-level", "SentencePiece")
+    assert (smollm.reading["template"], gemma.reading["template"]) == ("its own", "plain")
+    assert list(smollm.ends) == ["<|im_end|>"]
+    assert smollm.prompt.endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
+    assert gemma.prompt == "<bos>Question: Why is the sky blue?\nAnswer:"
+    [pair] = found.pairs
+    assert 45_000 < pair.common < 47_000
+    assert min(pair.mass) > 0.9
+    assert 0.1 < pair.distance < 0.8
+    assert found.weights_bytes == smollm.weights_bytes + gemma.weights_bytes
+    possible = {one.name: one.possible for one in found.possibilities}
+    assert (possible["token"], possible["piece"], possible["mixture"]) == (False, True, True)

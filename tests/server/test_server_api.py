@@ -1,0 +1,329 @@
+"""What the API answers, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from serving import HELLO, endless, events, running
+
+from mixlm.loading import load
+
+PAIR = load("toy:1", "toy:2")
+IMAGE = {"type": "image_url", "image_url": {}}
+NO_REQUESTS = [b"", b"{", b"[1]", b"nul", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": "\\ud800"}']
+
+
+def test_models_are_described(toys):
+    [model] = toys.client.get("/v1/models").json()["data"]
+    assert model["id"] == "toys"
+    assert [one["name"] for one in model["mixlm"]["members"]] == ["toy:1", "toy:2"]
+    assert toys.client.get("/v1/models/toys").json() == model
+    assert toys.client.get("/v1/models/none").status_code == 404
+
+
+def test_a_chat_reply_is_the_one_that_the_ensemble_writes(toys):
+    found = toys.chat(seed=3, max_tokens=9, temperature=0.9, logprobs=True).json()
+    expected = PAIR.generate(HELLO, seed=3, max_tokens=9, temperature=0.9)
+    [choice] = found["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+    assert choice["finish_reason"] == expected.finish_reason
+    assert choice["mixlm"] == {"members": [one.member for one in expected.tokens], "seed": 3}
+    logprobs = choice["logprobs"]["content"]
+    assert [one["token"] for one in logprobs] == [one.text for one in expected.tokens]
+    assert [one["logprob"] for one in logprobs] == pytest.approx([one.logprob for one in expected.tokens])
+    assert [bytes(one["bytes"]) for one in logprobs] == [one.data for one in expected.tokens]
+    usage = found["usage"]
+    assert usage["completion_tokens"] == len(expected.tokens)
+    assert usage["prompt_tokens"] == max(one.prompt_tokens for one in expected.usage.members.values())
+    for name, one in expected.usage.members.items():
+        assert usage["mixlm"]["members"][name]["tokens"] == one.tokens
+        assert usage["mixlm"]["members"][name]["forwards"] == one.forwards
+
+
+def test_a_completion_continues_the_text_as_it_stands(toys):
+    found = toys.complete("one river", seed=5, max_tokens=6, logprobs=0).json()
+    expected = PAIR.generate("one river", seed=5, max_tokens=6, raw=True)
+    [choice] = found["choices"]
+    assert choice["text"] == expected.text
+    assert choice["logprobs"]["tokens"] == [one.text for one in expected.tokens]
+    assert choice["logprobs"]["text_offset"][0] == 0
+    assert found["object"] == "text_completion"
+
+
+def test_several_prompts_and_several_replies_are_the_ones_of_a_batch(toys):
+    found = toys.complete(["a", "b"], n=2, seed=7, max_tokens=4, echo=True).json()
+    assert [one["index"] for one in found["choices"]] == [0, 1, 2, 3]
+    for index, prompt in enumerate(["a", "a", "b", "b"]):
+        expected = PAIR.generate(prompt, seed=7, sequence=index, max_tokens=4, raw=True)
+        assert found["choices"][index]["text"] == prompt + expected.text
+    # A prompt with several replies is counted once.
+    assert found["usage"]["prompt_tokens"] == 2 * expected.usage.members["toy:1"].prompt_tokens
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_a_stream_adds_up_to_the_whole_response(toys, path):
+    ask = toys.chat if path == "chat" else toys.complete
+    options = {"seed": 11, "max_tokens": 12, "n": 2}
+    whole = ask(**options).json()
+    response = ask(**options, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    texts, members, ends = ["", ""], [[], []], [None, None]
+    *chunks, last = events(response)
+    for chunk in chunks:
+        assert chunk["usage"] is None
+        [choice] = chunk["choices"]
+        i = choice["index"]
+        texts[i] += choice["delta"].get("content", "") if path == "chat" else choice["text"]
+        members[i] += choice["mixlm"]["members"]
+        assert len(choice["mixlm"]["members"]) <= 1  # each token in an event of its own
+        ends[i] = choice["finish_reason"] or ends[i]
+    for i, choice in enumerate(whole["choices"]):
+        assert texts[i] == (choice["message"]["content"] if path == "chat" else choice["text"])
+        assert members[i] == choice["mixlm"]["members"]
+        assert ends[i] == choice["finish_reason"]
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+def test_a_stop_string_ends_a_reply(toys):
+    text = toys.chat(seed=1, max_tokens=20).json()["choices"][0]["message"]["content"]
+    word = text.split()[2]
+    choice = toys.chat(seed=1, max_tokens=20, stop=[word]).json()["choices"][0]
+    assert choice["message"]["content"] == text[: text.index(word)]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_temperature_zero_is_greedy(toys):
+    text = toys.chat(temperature=0, max_tokens=8).json()["choices"][0]["message"]["content"]
+    assert text == PAIR.generate(HELLO, method="greedy", max_tokens=8).text
+    refused = toys.chat(temperature=0, mixlm={"method": "mixture"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "temperature"
+    assert 'mixlm.method "greedy"' in refused.json()["error"]["message"]
+
+
+def test_extras_reach_the_ensemble(toys):
+    extras = {"top_k": 2, "min_p": 0.1, "method": "conventional", "repetition_penalty": 1.2, "unit": "token"}
+    found = toys.chat(seed=2, max_tokens=8, mixlm=extras).json()["choices"][0]["message"]["content"]
+    wanted = {name: value for name, value in extras.items() if name != "unit"}
+    assert found == PAIR.generate(HELLO, seed=2, max_tokens=8, **wanted).text
+
+
+def test_weights_are_those_of_the_request_only(toys):
+    alone = toys.chat(seed=2, max_tokens=30, mixlm={"weights": [0, 3]}).json()["choices"][0]
+    assert set(alone["mixlm"]["members"]) == {"toy:2"}
+    assert alone["message"]["content"] == load("toy:1", "toy:2", weights=[0, 1]).generate(
+        HELLO, seed=2, max_tokens=30
+    ).text  # fmt: skip
+    both = toys.chat(seed=2, max_tokens=30).json()["choices"][0]
+    assert set(both["mixlm"]["members"]) == {"toy:1", "toy:2"}
+
+
+def test_speculative_replies_are_those_of_mixture(toys):
+    plain = toys.chat(seed=4, max_tokens=12).json()
+    quick = toys.chat(seed=4, max_tokens=12, mixlm={"method": "speculative", "draft": "toy:1", "block": 3}).json()
+    assert quick["choices"][0]["message"] == plain["choices"][0]["message"]
+    assert quick["usage"]["mixlm"]["checked"] > 0
+
+
+def test_what_a_request_leaves_out_is_the_ensembles_own():
+    pair = load("toy:1", "toy:2")
+    pair.defaults = pair.settings(max_tokens=3, top_k=1, system="be brief", method="speculative", draft="toy:2")
+    with running(pair) as one:
+        found = one.chat().json()
+        assert found["usage"]["completion_tokens"] <= 3
+        expected = pair.generate(HELLO, method="single", max_tokens=3, draft=None).text
+        single = one.chat(mixlm={"method": "single"}).json()["choices"][0]["message"]["content"]
+        assert single == expected
+        # A system message of the request stands in place of the ensemble's.
+        own = [{"role": "system", "content": "sing"}, *HELLO]
+        tokens = one.chat(messages=own).json()["usage"]["prompt_tokens"]
+        assert tokens == len(load("toy:1").members[0].engine.prompts.chat(_messages(own)))
+        assert one.complete("x").status_code == 200
+
+
+def _messages(given):
+    from mixlm.records import Message
+
+    return [Message(one["role"], one["content"]) for one in given]
+
+
+def test_parts_and_echoed_replies_are_read_as_text(toys):
+    plain = [{"role": "system", "content": "ab"}, {"role": "assistant", "content": "x"}, *HELLO]
+    forms = [
+        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []},
+        *HELLO,
+    ]
+    texts = [toys.chat(messages=one, seed=1, max_tokens=9).json()["choices"][0]["message"] for one in (plain, forms)]
+    assert texts[0] == texts[1]
+
+
+def test_negative_seeds_are_seeds(toys):
+    first, second = (toys.chat(seed=-5, max_tokens=9).json()["choices"][0]["message"] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "auto"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("logit_bias", {"5": 1}),
+        ("top_logprobs", 2),
+        ("modalities", ["audio"]),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("best_of", 3),
+        ("best_of", True),
+        ("suffix", "end"),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_fields_that_cannot_be_honoured_are_named(toys, field, value):
+    response = toys.chat(**{field: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert field in response.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(toys):
+    nothing = {
+        "tools": [], "tool_choice": None, "logit_bias": {}, "response_format": {"type": "text"}, "store": False,
+        "user": "ada", "n": 1, "stop": None, "seed": None, "stream": False, "logprobs": False, "top_logprobs": 0,
+        "mixlm": None, "modalities": ["text"],
+    }  # fmt: skip
+    assert toys.chat(**nothing, max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e-300}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "name": "ada"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),
+        ({"mixlm": {"weights": [1]}}, None),
+        ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
+        ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
+        ({"mixlm": {"unit": "piece"}}, "mixlm.unit"),
+        ({"mixlm": {"method": "best"}}, "mixlm.method"),
+        ({"mixlm": {"draft": "toy:1"}}, "mixlm.draft"),
+        ({"mixlm": {"mix_then_truncate": True}}, "mixlm.mix_then_truncate"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(toys, body, param):
+    response = toys.chat(**body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param, response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": [[1, 2]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": 0, "echo": True}, "echo"),
+        ({"messages": HELLO}, "messages"),
+    ],
+)
+def test_what_a_completion_refuses_is_named(toys, body, param):
+    response = toys.post("/v1/completions", {"prompt": "x", **body})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_an_unknown_model_is_not_found(toys):
+    response = toys.chat(model="gpt-5")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert "toys" in response.json()["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_streams(toys):
+    response = toys.chat(messages=[{"role": "user", "content": "Q" * 5000}], stream=True)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"nul", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": "\\ud800"}']
+)
+def test_bodies_that_are_no_request(toys, body):
+    response = toys.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_paths_and_methods_that_there_are_not(toys):
+    for method, path, status in [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)]:
+        response = toys.client.request(method, path)
+        assert response.status_code == status
+        assert response.json()["error"]["code"]
+    assert "POST" in toys.client.get("/v1/completions").headers["allow"]
+
+
+def test_a_character_of_several_tokens_arrives_whole():
+    """A toy that writes an umlaut byte by byte; the first event of the two has no text."""
+    from toys import fixed
+
+    from mixlm.ensemble import Ensemble, MemberSpec
+
+    tokens = [b"a", b"\xc3", b"\xbc", b" "]
+    umlaut = fixed({b"a": 1.0}, tokens)
+    import numpy as np
+
+    def table(context):
+        logits = np.full(6, -np.inf)
+        logits[2 if context[-1] == 1 else 1] = 0
+        return logits
+
+    umlaut.table = table
+    with running(Ensemble([MemberSpec(umlaut, "m")])) as one:
+        chunks = list(events(one.complete("a", max_tokens=4, stream=True)))
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "ü", "", "ü", ""]
+        assert [len(chunk["choices"][0]["mixlm"]["members"]) for chunk in chunks] == [1, 1, 1, 1, 0]
+
+
+def test_several_ensembles_by_name():
+    one, two = load("toy:1"), load("toy:1", "toy:2")
+    with running({"alone": one, "pair": two}) as served:
+        assert [each["id"] for each in served.client.get("/v1/models").json()["data"]] == ["alone", "pair"]
+        missing = served.chat().json()["error"]
+        assert (missing["param"], missing["code"]) == ("model", "missing")
+        found = served.chat(model="alone", max_tokens=3).json()
+        assert found["model"] == "alone"
+        assert set(found["usage"]["mixlm"]["members"]) == {"toy:1"}
+
+
+def test_the_description_knows_every_path_and_field(toys):
+    found = toys.client.get("/openapi.json").json()
+    assert set(found["paths"]["/v1/chat/completions"]) == {"post"}
+    fields = found["components"]["schemas"]["ChatBody"]["properties"]
+    assert {"messages", "temperature", "mixlm", "stream_options", "max_completion_tokens"} <= set(fields)
+    assert found["components"]["schemas"]["ChatBody"]["additionalProperties"] is False
+
+
+def test_log_probabilities_are_finite_numbers():
+    """JSON has no infinity."""
+    with running(endless()) as one:
+        for choice in one.chat(max_tokens=30, logprobs=True, mixlm={"top_k": 0}).json()["choices"]:
+            assert all(math.isfinite(token["logprob"]) for token in choice["logprobs"]["content"])

@@ -143,6 +143,7 @@ def _run(one: Contestant, taken: Sequence[Sample], expected: float | None) -> Ru
     return Run(
         method=one.method,
         label=one.label,
+        tokens=sum(sample.tokens for sample in taken) / len(taken),
         members=one.members,
         tokens_per_second=median(sample.speed for sample in taken),
         bytes_per_second=median(sample.bytes / sample.seconds for sample in taken),

@@ -20,12 +20,12 @@ from mixlm.engines.base import memory
 class Run:
     """One method's medians over repeats. Speeds are of decoding alone, after every member has read the prompt.
 
-    label: unique among the runs. forwards: forwards a repeat, by member. seconds_by_forward_length: mean seconds of a
-    forward by the number of tokens it ran. outside_forwards_*: what a token costs outside its forwards; share of the
-    time, and milliseconds over all of a text, its first and its last quarter; None where that is not known. draft,
-    checked, accepted: who wrote ahead, guesses that were checked in all repeats, and those that were right. chosen:
-    what `auto` used last. predicted_tokens_per_second: by the cost model, where it has a formula. memory_bytes: in use
-    at the end of a run, weights of all members included.
+    label: unique among the runs. tokens, forwards: of a repeat; the forwards by member. seconds_by_forward_length: mean
+    seconds of a forward by the number of tokens it ran. outside_forwards_*: what a token costs outside its forwards;
+    share of the time, and milliseconds over all of a text, its first and its last quarter; None where that is not
+    known. draft, checked, accepted: who wrote ahead, guesses that were checked in all repeats, and those that were
+    right. chosen: what `auto` used last. predicted_tokens_per_second: by the cost model, where it has a formula.
+    memory_bytes: in use at the end of a run, weights of all members included.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Run:
     outside_forwards_ms_first_quarter: float | None
     outside_forwards_ms_last_quarter: float | None
     label: str = ""
+    tokens: float = 0.0
     draft: str | None = None
     checked: int = 0
     accepted: int = 0

@@ -25,6 +25,7 @@ from mixlm.records import Sampling
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]
 EngineName = Literal["auto", "hf", "llamacpp", "remote"]
+OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
@@ -32,6 +33,7 @@ METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "s
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
 RULES: tuple[Rule, ...] = ("gac", "unite")
 ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
+ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -104,6 +106,7 @@ class EnsembleConfig(_Strict):
     rule: Rule | None = None
     unit: UnitName = "auto"
     system: str | None = None
+    on_failure: OnFailure = "error"
     sampling: SamplingConfig = SamplingConfig()
     router: RouterConfig = RouterConfig()
 

@@ -9,6 +9,7 @@
     ├── ModelLoadError         the model is there but cannot be loaded
     ├── TokenizerError         a tokenizer whose tokens cannot be mapped to bytes
     ├── EngineError            an engine or a server does not answer, or not with what was asked
+    │   └── ReplyCutError      a member failed in the middle of a reply; carries what was written
     ├── DownloadError          a file could not be fetched, or is not the one expected
     └── MemoryLimitError       the device ran out of memory
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MixlmError(Exception):
@@ -67,6 +69,14 @@ class TokenizerError(MixlmError):
 
 class EngineError(MixlmError):
     """An engine, or the server that runs a model, does not answer, or not with what was asked."""
+
+
+class ReplyCutError(EngineError):
+    """A member failed in the middle of a reply. `completion` is what was written until then."""
+
+    def __init__(self, message: str, hint: str | None, completion: Any) -> None:
+        super().__init__(message, hint)
+        self.completion = completion
 
 
 class DownloadError(MixlmError):

@@ -101,7 +101,7 @@ def load_config(
             engines[key] = _engine(spec, engines, progress)
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
-    defaults = Settings(method=config.method, system=config.system, rule=config.rule)
+    defaults = Settings(method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure)
     router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 

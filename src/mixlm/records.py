@@ -11,7 +11,7 @@ from mixlm.errors import ConfigError
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class MemberUsage:
-    """What one member did: its prompt's length, tokens written, forward passes, and tokens run through them."""
+    """What one member did: its prompt's length, tokens written, forward passes, and tokens run through them.
+
+    dropped: positions that were written without it, because it did not answer.
+    """
 
     prompt_tokens: int
     tokens: int
     forwards: int
     forward_tokens: int
     forward_seconds: float
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished reply. `finish_reason` is "stop" (end of text or a stop string) or "length"."""
+    """A finished reply. `finish_reason` is "stop" (end of text or a stop string), "length", or "error"
+    where a member failed (`ReplyCutError`)."""
 
     text: str
     tokens: tuple[Token, ...]

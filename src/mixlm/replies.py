@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Member, Strategy, Writing, run
+from mixlm.decoding.base import Choice, Member, MemberError, Strategy, Writing, run
 from mixlm.decoding.drafts import Tally
 from mixlm.engines.base import Reply, Request, Session
-from mixlm.errors import MixlmError
+from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.noise import Noise
 from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
 from mixlm.routing import Context, Router
@@ -90,10 +90,13 @@ class Stream(Iterator[Token]):
 
     def __next__(self) -> Token:
         while not self.ready:
-            questions = self.questions()
-            if self._writing is None or self.finished:
-                raise StopIteration
-            self.resume(self._writing.answer(questions))
+            try:
+                questions = self.questions()
+                if self._writing is None or self.finished:
+                    raise StopIteration
+                self.resume(self._writing.answer(questions))
+            except MemberError as error:
+                self.without(error)
         return self.ready.popleft()
 
     def questions(self) -> list[Request]:
@@ -105,6 +108,24 @@ class Stream(Iterator[Token]):
     def resume(self, replies: list[Reply]) -> None:
         """Go on with the answers to `questions`, in their order."""
         self._advance(replies)
+
+    def without(self, error: MemberError) -> None:
+        """Go on without the member that failed, if that was chosen and others are left. What was asked is void.
+
+        Raises ReplyCutError, which carries what was written, where the reply ends here.
+        """
+        writing, reason = self._writing, error.message
+        if self._writer.settings.on_failure == "drop" and writing is not None and error.member not in writing.absent:
+            writing.absent.leave_out(error.member, error)
+            try:
+                return self._advance(error)
+            except EngineError as last:
+                reason = f"{reason}; {last.message}"
+        self._finish_reason = "error"
+        name = self.members[error.member].name
+        cut = ReplyCutError(f"{name} failed in the middle of a reply: {reason}", error.hint, self.completion)
+        self.fail(cut)
+        raise cut from error
 
     def fail(self, error: MixlmError) -> None:
         """End the reply as far as it was written."""
@@ -130,11 +151,14 @@ class Stream(Iterator[Token]):
         text = "".join(one.text for one in self._tokens)
         return Completion(text, tuple(self._tokens), self._finish_reason, self._writer.settings.seed, self._usage())
 
-    def _advance(self, replies: list[Reply] | None) -> None:
+    def _advance(self, replies: list[Reply] | MemberError | None) -> None:
         # Whatever is raised in here ends the reply as far as it was written.
         self._questions, self.finished = None, True
         try:
-            self._questions = next(self._flow) if replies is None else self._flow.send(replies)
+            if isinstance(replies, MemberError):
+                self._questions = self._flow.throw(replies)
+            else:
+                self._questions = next(self._flow) if replies is None else self._flow.send(replies)
         except StopIteration:
             return
         self.finished = False
@@ -147,7 +171,7 @@ class Stream(Iterator[Token]):
         position = 0
         while position < settings.max_tokens and not writing.full:
             noise = Noise(settings.seed, settings.sequence, position)
-            choices = yield from writing.choose(writer.strategy, noise, settings.max_tokens - position)
+            choices = yield from self._choices(writing, noise, settings.max_tokens - position)
             self._end = time.perf_counter()
             if position == 0:
                 self._first = self._end
@@ -163,24 +187,37 @@ class Stream(Iterator[Token]):
                     self._finish_reason = "stop"
                     return
             position += len(choices)
+            writing.absent.count(len(choices))
         self._emit(text.flush())
+
+    def _choices(
+        self, writing: Writing, noise: Noise, most: int
+    ) -> Generator[list[Request], list[Reply], list[Choice]]:
+        """Choose what follows, anew where a member is left out meanwhile: of the first try, nothing is written."""
+        writing.absent.look_again()
+        while True:
+            try:
+                return (yield from writing.choose(self._writer.strategy, noise, most))
+            except MemberError:
+                continue
 
     def _emit(self, tokens: Sequence[Token]) -> None:
         self._tokens += tokens
         self.ready += tokens
 
     def _usage(self) -> Usage:
-        members = {}
-        for one, prompt, session, before in zip(
-            self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True
-        ):
+        members: dict[str, MemberUsage] = {}
+        parts = zip(self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True)
+        for at, (one, prompt, session, before) in enumerate(parts):
             work = session.work
+            absent = 0 if self._writing is None else self._writing.absent.positions[at]
             members[one.name] = MemberUsage(
                 prompt_tokens=len(prompt),
                 tokens=sum(token.member == one.name for token in self._tokens),
                 forwards=len(work.log) - before[0],
                 forward_tokens=work.tokens - before[1],
                 forward_seconds=work.seconds - before[2],
+                dropped=absent,
             )
         size = sum(len(token.data) for token in self._tokens)
         seconds, first = self._end - self._start, self._first - self._start

@@ -17,8 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixlm.decoding.base import MemberError
 from mixlm.engines.base import Engine, Reply, Request, Session
-from mixlm.errors import MixlmError
+from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.replies import Stream
 
 # An engine whose oldest request has seen this many other calls go first is served whatever its queue: on a busy server
@@ -34,6 +35,7 @@ class _Waiting:
     requests: list[Request]
     replies: list[Reply]
     missing: int
+    void: bool = False  # a member was left out, and others were asked
 
 
 @dataclass(slots=True)
@@ -91,8 +93,12 @@ class Scheduler:
         for future in self._finished():
             queue, served = self._running.pop(future)
             for (waiting, at), reply in zip(served, future.result(), strict=True):
-                if waiting.stream.finished:
+                if waiting.stream.finished or waiting.void:
                     continue  # failed or cancelled meanwhile
+                if isinstance(reply, EngineError):
+                    self._without(waiting, at, reply)
+                    moved.append(waiting.stream)
+                    continue
                 if isinstance(reply, MixlmError):
                     waiting.stream.fail(reply)
                     moved.append(waiting.stream)
@@ -105,6 +111,18 @@ class Scheduler:
                     self._advance(waiting.stream, waiting.replies)
             queue.since = self._calls
         return moved
+
+    def _without(self, waiting: _Waiting, at: int, error: EngineError) -> None:
+        """Let a reply go on without the member that failed, if it may: what it asked is void, and it asks anew."""
+        try:
+            waiting.stream.without(MemberError(waiting.requests[at].member, error))
+        except ReplyCutError:
+            self._end(waiting.stream)
+            return
+        waiting.void = True
+        for queue in self._queues.values():
+            queue.asked = [one for one in queue.asked if one[0] is not waiting]
+        self._advance(waiting.stream, None)
 
     def _admit(self) -> list[Stream]:
         """Begin replies while there is room. Returns those that ended at once."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from mixlm.config import METHODS, RULES, Method, Rule
+from mixlm.config import METHODS, ON_FAILURE, RULES, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.records import Sampling
 
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     ignore_end: bool
     draft: str | None
     block: int
+    on_failure: OnFailure
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -53,6 +54,7 @@ class Settings:
     member. rule: `conventional` only, a published way to average in place of the library's own (`decoding/gac`,
     `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
     `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
+    on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
     sampling: options given for every member, by name.
     """
 
@@ -68,12 +70,15 @@ class Settings:
     ignore_end: bool = False
     draft: str | None = None
     block: int = 4
+    on_failure: OnFailure = "error"
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             hint = did_you_mean(str(self.method), METHODS)
             raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
+        if self.on_failure not in ON_FAILURE:
+            raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
         for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:

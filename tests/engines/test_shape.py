@@ -10,11 +10,13 @@ import torch
 from contract import *  # noqa: F403
 from contract import random_ids
 
+from mixlm.config import EnsembleConfig, MemberConfig
 from mixlm.engines import EngineSpec, load, shape
 from mixlm.engines.shape import SHAPES, ShapeEngine
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ModelNotFoundError
+from mixlm.loading import load_config
 
 TINY: dict[str, Any] = {
     **SHAPES["qwen2.5-0.5b"],
@@ -126,3 +128,15 @@ def test_a_shape_is_loaded_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load(EngineSpec("shape:tiny", "mine", "float32", "cpu"))
     assert isinstance(found, ShapeEngine)
     assert found.name == "mine"
+
+
+def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
+    names = ["shape:tiny", "shape:tiny", "shape:tiny#2"]
+    config = EnsembleConfig(members=tuple(MemberConfig(model=one, dtype="float32") for one in names))
+    first, same, other = (one.engine for one in load_config(config).members)
+    assert first is same
+    assert other is not first
+    assert other.name == "shape:tiny#2"
+    weights = [one.model.get_input_embeddings().weight for one in (first, other)]  # type: ignore[attr-defined]
+    assert weights[0].data_ptr() != weights[1].data_ptr()

@@ -71,7 +71,8 @@ def test_a_client_that_asks_for_much_does_not_hold_up_the_others():
         worker = Worker(Limits(at_once=1))
         worker.start()
         ensemble = load("toy:1")
-        task = Task("x", ensemble.settings(max_tokens=5, seed=1))
+        # Long enough that both orders are in before the first reply is done, also where the machine is busy.
+        task = Task("x", ensemble.settings(max_tokens=200, seed=1, ignore_end=True))
         many, single = Order("a", ensemble, [task] * 20), Order("b", ensemble, [task])
         await asyncio.gather(follow(worker, many, "many"), follow(worker, single, "single"))
         await worker.stop()

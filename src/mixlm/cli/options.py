@@ -130,12 +130,18 @@ class Shared:
     block: Annotated[
         int | None, _reply("--block", metavar="N", text=f"Guesses checked at once. Default: {_DEFAULTS['block']}.")
     ] = None
+    on_failure: Annotated[
+        str | None,
+        _reply("--on-failure", metavar="NAME", text="error or drop: what to do when a member stops answering."),
+    ] = None
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
     def options(self, *, raw: bool = False) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
-        given = {name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block")}
+        given = {
+            name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
+        }
         given = {name: value for name, value in given.items() if value is not None}
         if self.stop:
             given["stop"] = tuple(self.stop)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixlm.decoding.absent import Absent
 from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
-from mixlm.errors import UnsupportedError
+from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
@@ -159,6 +160,14 @@ class Step:
 Strategy = Callable[[Step], Flow]
 
 
+class MemberError(EngineError):
+    """A member's engine failed while it was asked."""
+
+    def __init__(self, member: int, error: EngineError) -> None:
+        super().__init__(error.message, error.hint)
+        self.member = member
+
+
 class Writing:
     """One text being written: its state, each member's session and view, and the route that weighs them."""
 
@@ -174,6 +183,7 @@ class Writing:
         self.sessions = sessions
         self.route = route
         self.state = unit.begin(prompts)
+        self.absent = Absent([one.engine.alive for one in members], [one.name for one in members])
         self._threads: ThreadPoolExecutor | None = None
         self.views = [View(member, i, self.state) for i, member in enumerate(members)]
         self._end = unit.end
@@ -195,7 +205,7 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            return Step(self.route(self.state), at, self.views, partial(push, at))
+            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at))
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:
@@ -234,7 +244,10 @@ class Writing:
 
     def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Reply]:
         engine = self.members[requests[places[0]].member].engine
-        return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+        try:
+            return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+        except EngineError as error:
+            raise MemberError(requests[places[0]].member, error) from error
 
 
 class _Room:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError
+from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError, UnsupportedError
 
 __all__ = ["Engine", "EngineSpec", "is_remote", "load", "runs_as_gguf"]
 
 
 def load(spec: EngineSpec) -> Engine:
-    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, a hub id, or a URL.
+    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, hub id or URL.
 
     Engine "auto" is transformers for everything but toys and URLs: whoever knows what the engine is for may choose
     llama.cpp instead, with `runs_as_gguf`.
@@ -25,6 +25,10 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.engines.toy import ToyEngine
 
         return ToyEngine.from_spec(spec)
+    if spec.adapter is not None and (
+        spec.model.startswith("shape:") or spec.engine == "remote" or is_remote(spec.model)
+    ):
+        raise UnsupportedError(f"{spec.model} is given no adapter here", "name a model with weights, and --engine hf")
     if spec.engine == "remote" or is_remote(spec.model):
         return _remote(spec)
     if spec.engine == "llamacpp":

@@ -90,6 +90,7 @@ class ShapeEngine(HFEngine):
         with memory_errors(self.name):
             self.loaded = Loaded(filled(shape, self.dtype, self.device))
         self.model = self.loaded.model
+        self.adapter = None
         self.details = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -100,6 +101,7 @@ class ShapeEngine(HFEngine):
         self.runner = Runner(self.loaded, self.name)
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         tokens, begin = spelled(int(shape["vocab_size"]))
         self.encoder = LongestMatch(tokens)
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])
@@ -107,8 +109,11 @@ class ShapeEngine(HFEngine):
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ShapeEngine:
-        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`."""
-        name = spec.model.removeprefix(PREFIX)
+        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
+
+        `shape:NAME#2` is the same again with memory of its own, as another model of that size would have.
+        """
+        name = spec.model.removeprefix(PREFIX).partition("#")[0]
         if name not in SHAPES:
             raise ModelNotFoundError(
                 f"there is no shape {name!r}", did_you_mean(name, SHAPES) or f"there are {', '.join(SHAPES)}"

@@ -165,6 +165,10 @@ class _Memo(Session):
         self._known.move_to_end(key)
         return self._known[key]
 
+    def prepare(self, ids: Ids, last: int = 1) -> None:
+        """Have the answer at hand, so that an engine that runs several sessions at once has nothing to run for this."""
+        self._latest = self.logits(ids, last)
+
     def _keep(self, length: int) -> int:
         raise AssertionError("a memo holds no cache of its own")
 

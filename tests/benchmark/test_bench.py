@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from typing import Any
 
 import pytest
 
 from mixlm.benchmark import bench
+from mixlm.benchmark.ratios import against, ratios
+from mixlm.benchmark.timing import Sample, contestants, default_draft
+from mixlm.engines.base import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
@@ -44,6 +49,91 @@ def test_progress_reaches_its_end(pair: Ensemble) -> None:
     seen: list[tuple[str, int, int]] = []
     bench(pair, tokens=4, repeats=1, progress=lambda *at: seen.append(at))
     assert seen[-1][1] == seen[-1][2]
+
+
+def test_methods_are_measured_in_the_order_they_are_named(pair: Ensemble) -> None:
+    report = bench(
+        pair, tokens=12, repeats=2, methods=["mixture", "auto", "single", "drafted", "greedy", "speculative"]
+    )
+    labels = ["mixture", "auto", "single toy-1", "single toy-2", "drafted", "greedy", "speculative"]
+    assert [run.label for run in report.runs] == labels
+    by_label = {run.label: run for run in report.runs}
+    assert by_label["auto"].chosen
+    for name in ("drafted", "speculative"):
+        run = by_label[name]
+        assert run.draft == "toy-1"
+        assert run.acceptance is None or 0 <= run.acceptance <= 1
+        assert run.accepted <= run.checked
+    assert by_label["mixture"].acceptance is by_label["mixture"].draft is None
+    wanted = {"speculative/mixture", "speculative/single toy-2", "drafted/greedy", "mixture/single toy-1"}
+    assert set(report.ratios) >= wanted
+    assert "conventional" not in "".join(report.ratios)
+
+
+def test_a_named_draft_writes_ahead_where_something_does(pair: Ensemble) -> None:
+    options: Any = {"draft": "toy-2", "block": 2}
+    report = bench(pair, tokens=12, repeats=2, methods=["drafted", "speculative", "mixture"], options=options)
+    assert [run.draft for run in report.runs] == ["toy-2", "toy-2", None]
+    drafted, speculative, mixture = report.runs
+    # The draft runs for every guess and for the token behind them; the other member once a block.
+    assert drafted.forwards["toy-2"] > drafted.forwards["toy-1"]
+    assert speculative.checked > 0
+    assert sum(mixture.forwards.values()) == 12
+    assert report.environment["settings"]["block"] == 2
+
+
+def test_every_method_writes_as_many_tokens_and_the_same_ones_by_the_same_noise(pair: Ensemble) -> None:
+    prompts = {}
+    for one in contestants(pair, ["mixture", "speculative", "auto"], "the river", {"seed": 3}):
+        sample = one.measure(1, 20)
+        assert (sample.tokens, len(sample.outside)) == (20, 20)
+        prompts[one.label] = sample.bytes
+    assert len(set(prompts.values())) == 1  # equal texts have equal lengths
+
+
+def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
+    for sizes, expected in (((1000, 10), "toy-2"), ((10, 1000), "toy-1"), ((10, 11), "lookup"), ((0, 0), "toy-1")):
+        engines = [ToyEngine(seed=i) for i in (1, 2)]
+        for one, size in zip(engines, sizes, strict=True):
+            one.weights_bytes = size
+        those = Ensemble([MemberSpec(one, f"toy-{i + 1}") for i, one in enumerate(engines)])
+        assert default_draft(those) == expected
+        settings = those.settings(method="speculative", seed=0)
+        writer = those.writer(settings)
+        found = inspect.getclosurevars(writer.strategy).nonlocals["draft"]
+        assert found.name == expected
+
+
+def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
+    with pytest.raises(ConfigError, match="no method 'mixtur' to measure") as caught:
+        bench(pair, methods=["mixtur"])
+    assert "mixture" in str(caught.value)
+    with pytest.raises(ConfigError, match="no method is named"):
+        bench(pair, methods=[])
+    with pytest.raises(ConfigError, match="draft is 'toy-3'"):
+        bench(pair, methods=["speculative"], options={"draft": "toy-3"})
+
+
+def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
+    def samples(*seconds: float) -> list[Sample]:
+        return [Sample(10, one, 0.1, 20, [[Forward(1, 5, one / 2)]]) for one in seconds]
+
+    measured = {
+        "single toy-1": samples(1, 1, 1),
+        "single toy-2": samples(2, 2, 4),
+        "conventional": samples(3, 3, 9),
+        "mixture": samples(1.5, 1, 3),
+        "speculative": samples(0.5, 0.25, 3),
+    }
+    found = ratios(pair, measured)
+    assert found["mixture/conventional"] == 3  # 2, 3, 3
+    assert found["speculative/mixture"] == 3  # 3, 4, 1
+    assert found["speculative/single toy-2"] == 4
+    assert found["mixture/single"] == pytest.approx(1.25 / 1.5)  # of 1.25/1.5, 1.25/1, 1.75/3
+    assert found["mixture/forwards"] == 0.5
+    rivals = against({**measured, "transformers toy-1": samples(2, 2, 2)}, ["transformers toy-1"])
+    assert rivals["single toy-1/transformers toy-1"] == 2
+    assert "single toy-2/transformers toy-1" not in rivals
 
 
 def test_too_few_tokens_are_refused(pair: Ensemble) -> None:

@@ -23,6 +23,7 @@ from toys import (
 
 from mixlm.decoding.bytes import bytewise
 from mixlm.engines.base import Ask
+from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.exact import Exact
 from mixlm.noise import Noise
@@ -269,3 +270,23 @@ def test_equal_seeds_give_equal_texts(method):
     one, two = (pair().generate("ab", raw=True, method=method, seed=5, max_tokens=60) for _ in range(2))
     assert one.text == two.text
     assert method != "single" or {token.member for token in one.tokens} <= {"m0"}
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [(b"The bri", PLAIN), (b"They said th", {}), ("Zürich is a ".encode() + "ü".encode()[:1], PLAIN)],
+)
+def test_the_real_pair_follows_the_exact_law_inside_words_and_characters(demo_pair, text, options):
+    those = Ensemble(demo_pair.members, [0.5, 0.5], unit="byte")
+    settings = those.settings(raw=True, seed=0, **options)
+    prompts = those.prompts("Look at the map.", settings)
+    writing = those.writer(settings).begin(prompts)
+    for byte in text:
+        writing.state.append(byte)
+    counts = defaultdict(int)
+    for sequence in range(500):
+        choice, _ = driven(bytewise(), writing, those.weights, Noise(9, sequence, len(text)))
+        counts[choice.symbol] += 1
+    law = Exact(those, settings, prompts).law(tuple(text))
+    assert_drawn_from(counts, {one: law[one] for one in np.flatnonzero(law).tolist()})

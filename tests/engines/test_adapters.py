@@ -140,13 +140,14 @@ def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
     ids = random_ids(base, 5)
     expected = {name: uncached(one, ids) for name, one in engines.items()}
     uncached(base, ids)
+
+    class Interrupted:
+        def __setattr__(self, name: str, value: object) -> None:
+            raise KeyboardInterrupt
+
     layers = base.loaded._layers
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(type(layers[5]), "set_adapter", interrupted)
+        patched.setattr(base.loaded, "_layers", [*layers[:5], Interrupted(), *layers[5:]])
         with pytest.raises(KeyboardInterrupt):
             uncached(engines["a"], ids)
     for name in ("a", None, "b"):
@@ -264,6 +265,12 @@ def test_a_toy_takes_a_system_text_and_no_adapter():
     assert first > second
     with pytest.raises(UnsupportedError, match="toy:1 is a toy, which takes no adapter"):
         load_config(parse_config({"members": [{"model": "toy:1", "adapter": "x"}]}, "here"))
+
+
+@pytest.mark.parametrize("model", ["shape:smollm2-135m", "http://localhost:1"])
+def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
+    with pytest.raises(UnsupportedError, match=f"{model} is given no adapter here"):
+        load_config(parse_config({"members": [{"model": model, "adapter": "x"}]}, "here"))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):

@@ -9,18 +9,19 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from small_tasks import toys
 
 from mixlm.engines.toy import ToySession
-from mixlm.ensemble import Ensemble, Stream
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
 from mixlm.evaluation.accuracy import Setup, Way, best, held_out, measure
 from mixlm.evaluation.catalog import load_tasks
-from mixlm.evaluation.log import locked
+from mixlm.evaluation.log import AnswerLog, locked
 from mixlm.fitting import simplex
 from mixlm.routing import ByPrompt, Fixed, Learned
 from mixlm.routing.features import FEATURES
@@ -91,17 +92,17 @@ def test_a_router_writes_in_a_folder_of_its_own(setup: Callable[..., Setup]) -> 
 def test_a_search_that_stopped_goes_on(setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch) -> None:
     those, given = toys(), setup("generate")
     whole = measure(those, {}, replace(given, out=given.out / "whole"), step=0.5)
-    finish = Stream.finish
+    add = AnswerLog.add
     written: list[int] = []
 
-    def stopping(self: Stream):
+    def stopping(self: AnswerLog, at: int, *rest: Any) -> None:
         if len(written) == 8:
             written.append(-1)
             raise KeyboardInterrupt
-        written.append(self._writer.settings.sequence)
-        return finish(self)
+        written.append(at)
+        add(self, at, *rest)
 
-    monkeypatch.setattr(Stream, "finish", stopping)
+    monkeypatch.setattr(AnswerLog, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(those, {}, given, step=0.5)
     again = measure(those, {}, given, step=0.5)

@@ -348,8 +348,8 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[tuple[np.ndarray, ...]] = []
     writer = those.writer
 
-    def noting(settings: Any, sessions: Any) -> Any:
-        made = writer(settings, sessions)
+    def noting(settings: Any) -> Any:
+        made = writer(settings)
         stream = made.stream
         made.stream = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
         return made

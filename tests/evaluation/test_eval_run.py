@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
 from mixlm.evaluation.log import AnswerLog
-from mixlm.replies import Stream
 from mixlm.routing import ByPrompt
 
 METHODS = ("mixture", "conventional", "single")
@@ -100,19 +100,18 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     name = task("generate")
     plan = {"methods": ["mixture", "conventional"], "seeds": [0, 1]}
     whole = evaluate(toys(), [name], **plan, out=tmp_path / "whole")
-    written: list[tuple[str, int, int]] = []
-    finish = Stream.finish
+    written: list[tuple[str, int]] = []
+    add = AnswerLog.add
 
-    def counting(self: Stream):
+    def counting(self: AnswerLog, at: int, arguments: Any, entry: dict[str, Any]) -> None:
         if len(written) == 8 and not stopped:
             stopped.append(True)
             raise StopError
-        settings = self._writer.settings
-        written.append((settings.method, settings.seed, settings.sequence))
-        return finish(self)
+        written.append((str(self._path), at))
+        add(self, at, arguments, entry)
 
     stopped: list[bool] = []
-    monkeypatch.setattr(Stream, "finish", counting)
+    monkeypatch.setattr(AnswerLog, "add", counting)
     out = tmp_path / "out"
     with pytest.raises(StopError):
         evaluate(toys(), [name], **plan, out=out)

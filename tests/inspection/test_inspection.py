@@ -173,6 +173,14 @@ def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
     assert (found.costs, found.speeds, found.text_bytes) == ((), (), 0)
 
 
+def test_members_that_tell_no_whole_distribution_are_not_measured():
+    those = words()
+    those.members[1].engine.candidates = 64
+    found = inspect(those)
+    assert found.unmeasured == "m2 cannot tell a whole distribution, so agreement and forwards are not measured"
+    assert (found.costs, found.speeds, found.pairs[0].distance) == ((), (), None)
+
+
 def test_a_method_that_cannot_be_run_is_not_measured():
     found = inspect(words(), options={"temperature": 0.0})
     assert all(one.predicted and one.measured is None for one in found.speeds)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from serving import Process, Running, running
@@ -20,7 +21,7 @@ def process() -> Iterator[Callable[..., Process]]:
     """Start `mixlm serve`."""
     started: list[Process] = []
 
-    def start(*arguments: str, **options: str) -> Process:
+    def start(*arguments: str, **options: Any) -> Process:
         started.append(Process(*arguments, **options))
         return started[-1]
 

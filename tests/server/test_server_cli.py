@@ -43,7 +43,7 @@ def test_a_folder_is_served_by_its_files_names_and_shares_its_models(process, tm
     (tmp_path / "other.toml").write_text('method = "conventional"\n' + members.format(3))
     count = (
         "from mixlm.engines import toy; plain = toy.ToyEngine.from_spec\n"
-        "def counted(spec):\n    import sys; print('LOADED', spec, file=sys.stderr); return plain(spec)\n"
+        "def counted(spec):\n    import sys; print('LOADED', spec.model, file=sys.stderr); return plain(spec)\n"
         "toy.ToyEngine.from_spec = counted\n"
     )
     one = process("--config", str(tmp_path), before=count)

@@ -14,7 +14,7 @@ from trained import ALL, CONTROL, EXACT, any_bytes, encoder, random_pieces, text
 from mixlm.engines.toy import LongestMatch
 from mixlm.vocab.encoding import Encoded, Encoder, Growing, TokenizerEncoder, utf8_runs
 from mixlm.vocab.prompts import PromptEncoder
-from mixlm.vocab.tokens import describe, family, token_bytes
+from mixlm.vocab.tokens import byte_alphabet, describe, family, token_bytes
 
 PROSE = "The old river turns under the bridge, and 12 birds don't mind it. " * 150
 CUTS = st.lists(st.integers(1, 8), max_size=40)
@@ -208,6 +208,16 @@ def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):
     assert "".join("ab "[i] for i in one.encode(text.encode()).ids) == "".join(c for c in text if c in "ab ")
 
 
+def test_a_character_whose_first_byte_a_vocabulary_lacks_does_not_come_twice():
+    # As SmolLM2's does, for characters that are not assigned; a cut character follows.
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    tokenizer = Tokenizer(models.BPE({alphabet[b]: b for b in range(256) if b != 0xF2}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = b"\xf2\xa5\xa5\xae\xf2\xa6\x96\xa3\xf2\x98\x91\xbd\xf2\xae\x9a\xae"
+    one = encoder(tokenizer)
+    assert bytes(one.encode(text + b"\xc8").ids) == text.replace(b"\xf2", b"") + b"\xc8"
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
@@ -245,7 +255,7 @@ def test_a_raw_prompt_has_the_ids_that_the_tokenizer_itself_gives(name, text):
 
 @pytest.fixture(scope="module")
 def demo(demo_models) -> dict[str, TokenizerEncoder]:
-    from mixlm.engines.hf import _make_special
+    from mixlm.engines.tokenizer import _make_special
 
     found = {}
     for name, folder in demo_models.items():

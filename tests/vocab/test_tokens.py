@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from trained import ALL, BYTE_LEVEL, CONTROL, EXACT, texts, trained
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from trained import ALL, BROKEN, BYTE_LEVEL, CONTROL, EXACT, FRAGMENTS, texts, trained
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mixlm.errors import TokenizerError
-from mixlm.vocab.encoding import TokenizerEncoder
+from mixlm.vocab.encoding import TokenizerEncoder, utf8_runs
 from mixlm.vocab.tokens import Family, Vocabulary, byte_alphabet, describe, family, token_bytes
 
+NFC = normalizers.NFC()
 HARD = [
     "",
     "👩‍👩‍👧‍👦 and 🏳️‍🌈 and 👍🏽",
@@ -22,6 +24,12 @@ HARD = [
     "a\tb\r\nc\rd\n\n\n  e",
     "\u00a0\u3000\u200b\ufeff",
     "The old bridge, 1250 birds; it's so. " * 270,
+    "\x00 a\x00\x00b\x01\x1f\x7f",
+    "a\r\n\r\nb\r\r\n\tc \r d",
+    "🏴\U000e0067\U000e0062\U000e007f ❤️‍🔥 👩🏿‍🚀 🇨🇭🇨",
+    "q\u0307\u0323 \u1e69 s\u0323\u0307 \u212b \ud55c\uae00 \u1112\u1161\u11ab",
+    # Longer than any buffer, and in the middle of it what may be normalised across a boundary.
+    "The old bridge, 1250 birds; caf\u00e9 日本 🎉\n" * 2100,
 ]
 
 
@@ -100,7 +108,7 @@ class Read:
 
     def __init__(self, tokenizer: Tokenizer, control: list[int] | None = None) -> None:
         if control:
-            from mixlm.engines.hf import _make_special
+            from mixlm.engines.tokenizer import _make_special
 
             _make_special(tokenizer, control)
         kind = family(describe(tokenizer), "a test's")
@@ -163,6 +171,60 @@ def test_a_real_tokenizers_pieces_of_a_hard_text_join_to_its_bytes(demo, name, t
 def test_a_real_tokenizers_pieces_of_any_text_join_to_its_bytes(demo, name, text):
     if has_bytes(demo[name], text):
         assert demo[name](text) == text.encode()
+
+
+def fuzz(rng: Random) -> bytes:
+    """A short text of any characters, among them hard ones; some are cut inside a character or are no text at all."""
+    planes = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF), (0x1F000, 0x1FAFF)]
+    planes += [(0x10000, 0x10FFFF), (0xE0000, 0xE01EF), (0x1100, 0x11FF), (0x2000, 0x206F)]
+    parts = []
+    for _ in range(rng.randint(1, 8)):
+        kind = rng.random()
+        if kind < 0.4:
+            parts.append(rng.choice(FRAGMENTS).encode())
+        elif kind < 0.9:
+            first, last = rng.choice(planes)
+            parts.append("".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 4))).encode())
+        else:
+            parts.append(rng.choice([*BROKEN, rng.randbytes(rng.randint(1, 3))]))
+    whole = b"".join(parts)
+    return whole[: len(whole) - rng.randint(0, 3)] if rng.random() < 0.2 else whole
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, Read]:
+    """Every tokenizer of a model that is installed."""
+    from mixlm.models import installed
+
+    folders = {one.name: one.path for one in installed() if (one.path / "tokenizer.json").is_file()}
+    found = {}
+    for name, folder in folders.items():
+        notes = folder / "mixlm.json"
+        control = json.loads(notes.read_text())["control"] if notes.is_file() else []
+        found[name] = Read(Tokenizer.from_file(str(folder / "tokenizer.json")), control)
+    return found
+
+
+@pytest.mark.models
+def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(everything, demo_installed):
+    assert len(everything) >= 2
+    for name, read in everything.items():
+        rng = Random(3)
+        single = {data[0] for data in read.tokens.values() if len(data) == 1}
+        normaliser = read.encoder.normaliser
+        assert normaliser in ("none", "NFC"), name
+        for _ in range(10_000):
+            data = fuzz(rng).replace("▁".encode(), b"_")
+            ids = read.encoder.encode(data).ids
+            assert not read.control & set(ids), (name, data)
+            spelled = b"".join(read.tokens[i] for i in ids)
+            # Some byte-level vocabularies lack rare bytes: these alone are left out.
+            runs, cut = utf8_runs(data)
+            expected = [
+                NFC.normalize_str(text).encode() if normaliser == "NFC" and text is not None else raw
+                for text, raw in [*runs, (None, cut)]
+            ]
+            assert spelled == bytes(b for b in b"".join(expected) if b in single), (name, data)
 
 
 def test_a_vocabulary_has_one_row_for_each_output_row():

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mixlm.config import Method
 from mixlm.engines import Engine
 from mixlm.engines.base import memory
 
@@ -21,43 +20,61 @@ from mixlm.engines.base import memory
 class Run:
     """One method's medians over repeats. Speeds are of decoding alone, after every member has read the prompt.
 
-    forwards: forwards a repeat, by member. seconds_by_forward_length: mean seconds of a forward by the number of tokens
-    it ran. outside_forwards_*: what a token costs outside its forwards; share of the time, and milliseconds over all of
-    a text, its first and its last quarter.
+    label: unique among the runs. tokens, forwards: of a repeat; the forwards by member. seconds_by_forward_length: mean
+    seconds of a forward by the number of tokens it ran. outside_forwards_*: what a token costs outside its forwards;
+    share of the time, and milliseconds over all of a text, its first and its last quarter; None where that is not
+    known. draft, checked, accepted: who wrote ahead, guesses that were checked in all repeats, and those that were
+    right. chosen: what `auto` used last. predicted_tokens_per_second: by the cost model, where it has a formula.
+    memory_bytes: in use at the end of a run, weights of all members included.
     """
 
-    method: Method
+    method: str
     members: tuple[str, ...]
     tokens_per_second: float
     bytes_per_second: float
     seconds_to_first_token: float
     forwards: Mapping[str, float]
     seconds_by_forward_length: Mapping[str, Mapping[int, float]]
-    outside_forwards_share: float
-    outside_forwards_ms: float
-    outside_forwards_ms_first_quarter: float
-    outside_forwards_ms_last_quarter: float
+    outside_forwards_share: float | None
+    outside_forwards_ms: float | None
+    outside_forwards_ms_first_quarter: float | None
+    outside_forwards_ms_last_quarter: float | None
+    label: str = ""
+    tokens: float = 0.0
+    draft: str | None = None
+    checked: int = 0
+    accepted: int = 0
+    chosen: str | None = None
+    predicted_tokens_per_second: float | None = None
+    memory_bytes: int | None = None
+    slowest_tokens_per_second: float = 0.0
+    fastest_tokens_per_second: float = 0.0
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of guesses that were right; None where none were checked."""
+        return self.accepted / self.checked if self.checked else None
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
     """All runs of a benchmark, the ratios between them, and what they were taken on.
 
-    ratios: "mixture/conventional"; "mixture/single", over the members' own speeds weighted by how often each is drawn,
-    by tokens and by bytes; "mixture/forwards", over the speed that its own forwards would allow if nothing else cost
-    time.
+    ratios: see `ratios.ratios`. notes: what a reader has to know to take the numbers for what they are.
     """
 
     runs: tuple[Run, ...]
     ratios: Mapping[str, float]
     environment: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` writes."""
         return {
-            "runs": [asdict(one) for one in self.runs],
+            "runs": [{**asdict(one), "acceptance": one.acceptance} for one in self.runs],
             "ratios": dict(self.ratios),
             "environment": dict(self.environment),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -103,6 +120,18 @@ def _peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_in_use() -> int | None:
+    """Return the bytes of memory in use now: the accelerators' where there are any, else what is resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return sum(int(torch.cuda.memory_allocated(i)) for i in range(torch.cuda.device_count()))
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _accelerator() -> dict[str, Any]:

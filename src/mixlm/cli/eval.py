@@ -55,6 +55,7 @@ def evaluate(
         Path | None,
         Option("--out", metavar="DIR", help="Keep every answer here; a run that stopped goes on.", show_default=False),
     ] = None,
+    batch: Annotated[int, Option("--batch", metavar="N", help="Texts that are written together.")] = 16,
     raw: Annotated[bool, Option("--raw", help="Put questions as plain text, without the members' templates.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the results as one JSON object.")] = False,
     listed: Annotated[bool, Option("--list", help="List mixlm's own tasks and exit.")] = False,
@@ -70,6 +71,8 @@ def evaluate(
         raise ConfigError(f"--seeds is {seeds}; it must be 1 or more")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; it must be 1 or more")
+    if batch < 1:
+        raise ConfigError(f"--batch is {batch}; it must be 1 or more")
     names = _names("--methods", methods) if methods is not None else (shared.method or ",".join(_METHODS)).split(",")
     options: dict[str, Any] = {**shared.options()}
     first = options.pop("seed", 0)
@@ -91,6 +94,7 @@ def evaluate(
             out=out,
             chat=False if raw else None,
             progress=progress,
+            at_once=batch,
         )
     for note in results.notes:
         dim(f"note: {note}")

@@ -71,8 +71,8 @@ def inspect(
         _show_pairs(found)
     if found.costs:
         _show_costs(found)
-    if no_measure:
-        dim("no model was run; without --no-measure, agreement and speed are measured too")
+    if found.unmeasured is not None:
+        dim(f"{found.unmeasured}; mixlm bench measures speed" if not no_measure else found.unmeasured)
     return 0
 
 

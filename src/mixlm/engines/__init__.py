@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError
+from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError, UnsupportedError
 
 __all__ = ["Engine", "EngineSpec", "is_remote", "load", "runs_as_gguf"]
 
 
 def load(spec: EngineSpec) -> Engine:
-    """Load the engine for a model: `toy:SEED`, a folder, a GGUF file, a name from the catalogue, a hub id, or a URL.
+    """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, hub id or URL.
 
     Engine "auto" is transformers for everything but toys and URLs: whoever knows what the engine is for may choose
     llama.cpp instead, with `runs_as_gguf`.
@@ -25,11 +25,19 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.engines.toy import ToyEngine
 
         return ToyEngine.from_spec(spec)
+    if spec.adapter is not None and (
+        spec.model.startswith("shape:") or spec.engine == "remote" or is_remote(spec.model)
+    ):
+        raise UnsupportedError(f"{spec.model} is given no adapter here", "name a model with weights, and --engine hf")
     if spec.engine == "remote" or is_remote(spec.model):
         return _remote(spec)
     if spec.engine == "llamacpp":
         return _llamacpp(spec)
     _require(spec.model, "hf", "torch", "transformers")
+    if spec.model.startswith("shape:"):
+        from mixlm.engines.shape import ShapeEngine
+
+        return ShapeEngine.from_spec(spec)
     from mixlm.engines.hf import HFEngine
     from mixlm.models import resolve
 
@@ -39,7 +47,7 @@ def load(spec: EngineSpec) -> Engine:
 
 def runs_as_gguf(model: str) -> bool:
     """Whether llama.cpp is installed, and a GGUF file stands behind the model."""
-    if model.startswith("toy:") or is_remote(model) or find_spec("xllamacpp") is None:
+    if model.startswith(("toy:", "shape:")) or is_remote(model) or find_spec("xllamacpp") is None:
         return False
     from mixlm.models import find_gguf
 

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -229,6 +230,10 @@ class Engine(ABC):
     @abstractmethod
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
+
+    def apart(self) -> Engine:
+        """Return an engine on the same weights that is asked for itself, as another model of its size would be."""
+        return copy(self)
 
     def sharing(self, spec: EngineSpec) -> Engine | None:
         """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ class HFEngine(Engine):
         """Return an engine on the same weights, with prompts and an adapter of its own."""
         own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name
         return HFEngine(replace(spec, name=spec.name or own), self._source, like=self)
+
+    def apart(self) -> HFEngine:
+        """Return an engine on the same weights that runs for itself."""
+        other = copy(self)
+        other.runner = copy(self.runner)
+        return other
 
     def session(self) -> HFSession:
         """Begin a sequence."""

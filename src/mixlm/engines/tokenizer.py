@@ -19,6 +19,7 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, TokenizerError
 from mixlm.records import Message
 from mixlm.vocab.encoding import TokenizerEncoder
 from mixlm.vocab.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
+from mixlm.vocab.spm import restore_leading_space
 from mixlm.vocab.tokens import Family, Vocabulary, describe, family, token_bytes
 
 _PROBE = "0123456789"
@@ -97,6 +98,8 @@ def load_tokenizer(
         raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise TokenizerError(f"the tokenizer of {name} has no fast form ({type(tokenizer).__name__})")
+    if (file := Path(source) / "tokenizer.model").is_file():
+        restore_leading_space(tokenizer.backend_tokenizer, file)
     return tokenizer
 
 

@@ -91,7 +91,7 @@ class ToyEngine(Engine):
         names = {begin: "<begin>", end: "<end>"}
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end], names=names)
         self.encoder = LongestMatch(tokens)
-        self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, _render, begin=[begin])
+        self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, render, begin=[begin])
         self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
@@ -111,7 +111,8 @@ class ToyEngine(Engine):
         return ToySession(self)
 
 
-def _render(messages: Sequence[Message]) -> str:
+def render(messages: Sequence[Message]) -> str:
+    """Render a prompt: who says what, a line each."""
     return "<begin>" + "".join(f"{one.role}: {one.content}\n" for one in messages)
 
 

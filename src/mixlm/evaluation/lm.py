@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
-from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble
+from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
 from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
 from mixlm.evaluation.readings import as_plain
-from mixlm.records import Completion, Message
-from mixlm.replies import Prompts
+from mixlm.records import Message
+from mixlm.replies import Prompts, Stream
+from mixlm.scheduler import Scheduler
 from mixlm.settings import Options
 
 try:
@@ -29,6 +30,8 @@ except ImportError as error:
 
 Progress = Callable[[str, int, int], None]
 _Answer = tuple[Any, dict[str, Any]]
+_Pending = Sequence[tuple[int, tuple[Any, ...]]]
+_Answers = Callable[[_Pending], Iterator[tuple[int, _Answer]]]
 
 
 class EnsembleLM(LM):  # type: ignore[misc]
@@ -37,6 +40,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
     options: of every reply, over what a task asks for; a temperature among them samples where a task asks for greedy
     decoding. log: answers to one list of requests that are known already, and where new ones go; without it, every
     list is answered anew. progress: called with `label`, requests answered, requests.
+    at_once: texts that are written together. In float32 it makes no difference to them; in bfloat16 a forward of
+    several rounds another way than one alone, which may tip a close draw.
     Raises ConfigError for options that belong to a request, and what `Ensemble` raises.
     """
 
@@ -48,6 +53,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         log: AnswerLog | None = None,
         progress: Progress | None = None,
         label: str = "requests",
+        at_once: int = AT_ONCE,
     ) -> None:
         super().__init__()
         self.ensemble = ensemble
@@ -60,7 +66,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         self._progress = progress
         self._label = label
         self._likelihood: Likelihood | None = None
-        self._sessions: tuple[str, Sequence[Session]] | None = None
+        self._at_once = at_once
 
     @property
     def tokenizer_name(self) -> str:
@@ -80,63 +86,69 @@ class EnsembleLM(LM):  # type: ignore[misc]
         A context that is too long for a member is answered with an empty text, and the log says why. A request for
         greedy decoding is written with the method `greedy` (`single` stays `single`, at temperature 0).
         """
-        return cast(list[str], self._answers(requests, self._generate))
+        return cast(list[str], self._answers(requests, self._written))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return natural log-probability and greediness of each request's continuation behind its context."""
-        return [(float(one), bool(greedy)) for one, greedy in self._answers(requests, self._score)]
+        return [(float(one), bool(greedy)) for one, greedy in self._answers(requests, _each(self._score))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the natural log-probability of each request's text, read as `mixlm.scoring` does, in passages."""
-        return [float(one) for one in self._answers(requests, self._roll)]
+        return [float(one) for one in self._answers(requests, _each(self._roll))]
 
     def readings(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
         """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
 
         None for a request that is too long for a member.
         """
-        return cast(list[dict[str, Any] | None], self._answers(requests, self._read))
+        return cast(list[dict[str, Any] | None], self._answers(requests, _each(self._read)))
 
-    def _answers(self, requests: Sequence[Any], answer: Callable[[int, tuple[Any, ...]], _Answer]) -> list[Any]:
+    def _answers(self, requests: Sequence[Any], answers: _Answers) -> list[Any]:
         """Answer what the log does not know, contexts with a common beginning one after the other."""
         if not self._resumes:
             self.log = AnswerLog()
         arguments = [cast(tuple[Any, ...], one.args) for one in requests]
         pending = [at for at, one in enumerate(arguments) if not self.log.knows(at, one)]
         known = len(requests) - len(pending)
-        for done, at in enumerate(sorted(pending, key=lambda at: (str(arguments[at][0]), at))):
+        pending.sort(key=lambda at: (str(arguments[at][0]), at))
+        self._show(known, len(requests))
+        for done, (at, (response, about)) in enumerate(answers([(at, arguments[at]) for at in pending]), start=1):
             self._show(known + done, len(requests))
-            start = time.perf_counter()
-            response, about = answer(at, arguments[at])
-            about = {"seconds": round(time.perf_counter() - start, 6), **about}
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
             self.log.add(at, arguments[at], {**document, "response": response, **about})
-        self._show(len(requests), len(requests))
         return [self.log.response(at) for at in range(len(requests))]
 
     def _show(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(self._label, done, total)
 
-    def _generate(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
-        packed, task = arguments[0], arguments[1]
-        options = {**reply_options(task, self.options), "sequence": at}
-        try:
-            completion = self._write(packed, options)
-        except PromptTooLongError as error:
-            return "", {"error": error.message}
-        usage = completion.usage
-        about = {
-            "method": options["method"],
-            "finish_reason": completion.finish_reason,
-            "tokens": usage.tokens,
-            "written_by": {name: one.tokens for name, one in usage.members.items()},
-            "forwards": {name: one.forwards for name, one in usage.members.items()},
-            "seconds": round(usage.seconds, 3),
-        }
-        return completion.text, about
+    def _written(self, pending: _Pending) -> Iterator[tuple[int, _Answer]]:
+        """Write replies, `at_once` at a time, and give each when it is finished."""
+        scheduler, left, numbers = Scheduler(self._at_once), iter(pending), {}
+        since = time.perf_counter()
+        while True:
+            for at, arguments in islice(left, scheduler.room):
+                options = {**reply_options(arguments[1], self.options), "sequence": at}
+                try:
+                    stream = self._stream(arguments[0], options)
+                except PromptTooLongError as error:
+                    yield at, ("", {"error": error.message})
+                    continue
+                numbers[stream] = at, options["method"]
+                scheduler.add(stream)
+            if scheduler.idle:
+                return
+            for stream in scheduler.step():
+                if stream.finished:
+                    at, method = numbers.pop(stream)
+                    response, about = _about(stream, method)
+                    # Since the last one was finished: replies overlap, and their own times would not add up.
+                    now = time.perf_counter()
+                    yield at, (response, {**about, "seconds": round(now - since, 6)})
+                    since = now
 
-    def _write(self, packed: str, options: dict[str, Any]) -> Completion:
+    def _stream(self, packed: str, options: dict[str, Any]) -> Stream:
+        """Begin a reply to a packed context. Raises PromptTooLongError."""
         context = unpack(packed)
         if context.messages is None:
             options |= {"raw": True, "system": None}
@@ -150,14 +162,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             )
             if context.text:
                 prompts = self._begun(Context(context.text, messages))
-        # A cache is shared by equal prompts only: a forward's rounding depends on what was cached before, and a text
-        # should not depend on the requests before it.
-        if self._sessions is None or self._sessions[0] != packed:
-            self._sessions = packed, [one.engine.session() for one in self.ensemble.members]
-        completion = self.ensemble.writer(settings, self._sessions[1]).stream(prompts).finish()
-        for session in self._sessions[1]:
-            session.work.log.clear()
-        return completion
+        return self.ensemble.writer(settings).stream(prompts)
 
     def _begun(self, context: Context) -> Prompts:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
@@ -215,3 +220,30 @@ def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mes
 
 def _readable(arguments: tuple[Any, ...]) -> Any:
     return unpack(arguments[0]).readable()
+
+
+def _each(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
+    """Return what answers one request after the other, and notes how long each took."""
+
+    def answers(pending: _Pending) -> Iterator[tuple[int, _Answer]]:
+        for at, arguments in pending:
+            start = time.perf_counter()
+            response, about = answer(at, arguments)
+            yield at, (response, {"seconds": round(time.perf_counter() - start, 6), **about})
+
+    return answers
+
+
+def _about(stream: Stream, method: str) -> _Answer:
+    """Return a finished reply's text, and what the log says of it. Raises what ended it early."""
+    if stream.error is not None:
+        raise stream.error
+    completion = stream.completion
+    usage = completion.usage
+    return completion.text, {
+        "method": method,
+        "finish_reason": completion.finish_reason,
+        "tokens": usage.tokens,
+        "written_by": {name: one.tokens for name, one in usage.members.items()},
+        "forwards": {name: one.forwards for name, one in usage.members.items()},
+    }

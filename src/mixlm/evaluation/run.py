@@ -18,7 +18,7 @@ import numpy as np
 
 from mixlm import __version__
 from mixlm.config import METHODS
-from mixlm.ensemble import Ensemble
+from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.contexts import is_greedy, unpack
@@ -42,6 +42,7 @@ class Plan(TypedDict, total=False):
     out: a folder for answers and results; a run continues where an earlier one stopped.
     chat: whether questions are put as messages in each member's template; when left out, tasks that generate text do,
     and tasks that score given text do not. progress: called with task, method and seed, requests answered, requests.
+    at_once: texts written together.
     """
 
     methods: Sequence[str]
@@ -52,6 +53,7 @@ class Plan(TypedDict, total=False):
     out: str | Path | None
     chat: bool | None
     progress: Progress | None
+    at_once: int
 
 
 def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **plan: Unpack[Plan]) -> Results:
@@ -77,7 +79,7 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
     settings = describe(ensemble, options, plan.get("chat"))
     with locked(out, settings) if out is not None else nullcontext():
-        run = _Run(writers, seeds, options, out, plan.get("progress"))
+        run = _Run(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
         system = options.get("system", ensemble.defaults.system)
         scores: list[Score] = []
         notes: list[str] = []
@@ -109,6 +111,7 @@ class _Run:
     options: Options
     out: Path | None
     progress: Progress | None
+    at_once: int
 
     def task(self, name: str, task: Any, requests: Sequence[Any]) -> tuple[list[Score], list[str]]:
         """Run one task by every method, and score it."""
@@ -136,7 +139,14 @@ class _Run:
     def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: AnswerLog, label: str) -> Any:
         from mixlm.evaluation.lm import EnsembleLM
 
-        return EnsembleLM(ensemble, options=cast(Options, options), log=log, progress=self.progress, label=label)
+        return EnsembleLM(
+            ensemble,
+            options=cast(Options, options),
+            log=log,
+            progress=self.progress,
+            label=label,
+            at_once=self.at_once,
+        )
 
 
 def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:

@@ -83,7 +83,10 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The whole report. text_bytes: of the sample text that was read; 0 where nothing was run."""
+    """The whole report.
+
+    text_bytes: of the sample text that was read; 0 where nothing was run. unmeasured: why that is so.
+    """
 
     unit: str
     router: str
@@ -95,6 +98,7 @@ class Inspection:
     text_bytes: int = 0
     costs: tuple[Cost, ...] = ()
     speeds: tuple[Speed, ...] = ()
+    unmeasured: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""

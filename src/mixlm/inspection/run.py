@@ -67,8 +67,12 @@ def inspect(
         possibilities=static.possibilities(ensemble, given),
         pairs=static.pairs(ensemble),
     )
+    partial = [one.name for one in ensemble.members if one.engine.candidates is not None]
+    if measure and partial:
+        reason = f"{', '.join(partial)} cannot tell a whole distribution, so agreement and forwards are not measured"
+        return replace(found, unmeasured=reason)
     if not measure:
-        return found
+        return replace(found, unmeasured="no model was run")
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
     pairs = agreement(ensemble, data, found.pairs, progress) if len(members) > 1 else ()
     timed = costs(ensemble, data, progress)

@@ -25,7 +25,7 @@ from mixlm.server.problems import ApiError, of_error
 _log = logging.getLogger("mixlm.server")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Files of the page, and what a supervisor asks.
-OPEN = ("/", "/page.css", "/page.js", "/health", "/ready")
+OPEN = ("/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready")
 _QUIET = ("/health", "/ready", "/metrics")
 _SAFE = {
     "x-content-type-options": "nosniff",

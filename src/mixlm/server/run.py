@@ -58,7 +58,8 @@ class Address:
     def listen(self) -> socket.socket:
         """Take the port, so that a wrong one is known before models are loaded. Raises UsageError."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        taken = socket.socket(family)
+        # Of this protocol by name, the event loop sends each event at once; else it would wait for what comes next.
+        taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # A peer that has vanished, or takes nothing, is given up by the system itself.

@@ -8,6 +8,7 @@ of it no later byte can change; `Growing` uses this to encode a growing text in 
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, cast
 from unicodedata import category
@@ -121,6 +122,7 @@ class TokenizerEncoder:
         self._boundary = _Words(tokenizer) if kind is Family.BYTE_LEVEL else _Pairs(tokenizer)
         self._raw = {b: c for c, b in byte_alphabet().items()} if kind is Family.BYTE_LEVEL else None
         self._unknown = _unknown_id(tokenizer)
+        self._disguises = _disguises(tokenizer)
 
     def encode(self, data: bytes) -> Encoded:
         """Encode any bytes. A character cut at the end is encoded as the bytes that are there."""
@@ -135,17 +137,26 @@ class TokenizerEncoder:
                 done += len(raw)
                 stable_ids, stable_bytes = len(ids), done
                 continue
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            tokens, characters = self._boundary(encoding, text)
+            own, tokens, characters = self._text(text)
             if tokens or not last:
-                stable_ids = len(ids) + (tokens if last else len(encoding.ids))
+                stable_ids = len(ids) + (tokens if last else len(own))
                 stable_bytes = done + len(text[:characters].encode() if last else raw)
             done += len(raw)
             if cut and last and self._raw is not None:
                 ids += self._with_cut(text, cut)
                 return Encoded(ids, stable_ids, stable_bytes)
-            ids += encoding.ids
+            ids += own
         return Encoded(ids + self._bytes(cut), stable_ids, stable_bytes)
+
+    def _text(self, text: str) -> tuple[list[int], int, int]:
+        """Return the ids of a text, and how many ids and characters of it no later text can change."""
+        if self._disguises is not None:
+            read = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer is not None else text
+            parts = self._disguises.split(read)
+            if len(parts) > 1:
+                return [i for part in parts for i in self._tokenizer.encode(part, add_special_tokens=False).ids], 0, 0
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return (encoding.ids, *self._boundary(encoding, text))
 
     def _with_cut(self, text: str, cut: bytes) -> list[int]:
         """Encode text and the cut character behind it as byte-level BPE would have begun to merge them.
@@ -164,8 +175,9 @@ class TokenizerEncoder:
         encoding = self._tokenizer.encode(text + whole, add_special_tokens=False)
         words, offsets = encoding.word_ids, encoding.offsets
         first = next((i for i, word in enumerate(words) if word == words[-1]), 0)
+        # By whole pre-tokens: where a vocabulary lacks bytes, offsets inside one are wrong.
         while first and offsets[first - 1][1] != offsets[first][0]:
-            first -= 1
+            first = words.index(words[first - 1])
         head = text[offsets[first][0] if first else 0 :].encode() + cut
         assert self._raw is not None
         merged = self._tokenizer.model.tokenize("".join(self._raw[b] for b in head))
@@ -178,6 +190,19 @@ class TokenizerEncoder:
         byte-level vocabularies lack bytes that never occur in UTF-8.
         """
         return [one for b in raw if (one := self._byte_ids.get(b, self._unknown)) is not None]
+
+
+def _disguises(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return a pattern that finds where to cut a text so that nothing in it is taken for a control or byte token.
+
+    SentencePiece never reads text as one of these; a unigram model of `tokenizers` takes any piece whose spelling is
+    there. Other models build their tokens from single characters, and have no way to such a piece.
+    """
+    if type(tokenizer.model).__name__ != "Unigram":
+        return None
+    control = [one.content for one in tokenizer.get_added_tokens_decoder().values() if one.special]
+    spelled = [re.escape(one[0]) + f")(?={re.escape(one[1:])}" for one in control if len(one) > 1]
+    return re.compile("|".join(f"(?<={one})" for one in [*spelled, "<)(?=0x[0-9A-F]{2}>"]))
 
 
 def _length(first: int) -> int:

@@ -120,6 +120,17 @@ def describe(tokenizer: Any) -> dict[str, Any]:
     return parts
 
 
+def falls_back_to_bytes(tokenizer: Any) -> bool:
+    """Whether a `tokenizers.Tokenizer` spells characters that it has no token for byte by byte.
+
+    BPE models say so themselves. Unigram models do not; their decoder joins the bytes again.
+    """
+    if getattr(tokenizer.model, "byte_fallback", False):
+        return True
+    decoders = _parts(describe(tokenizer)["decoder"], "decoders")
+    return type(tokenizer.model).__name__ == "Unigram" and any(one["type"] == "ByteFallback" for one in decoders)
+
+
 def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and its control ids, which have none.
 
@@ -128,7 +139,7 @@ def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, byte
     added = tokenizer.get_added_tokens_decoder()
     control = {i for i, token in added.items() if token.special}
     out = {i: token.content.encode() for i, token in added.items() if i not in control}
-    fallback = bool(getattr(tokenizer.model, "byte_fallback", False))
+    fallback = falls_back_to_bytes(tokenizer)
     alphabet = byte_alphabet()
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         if i in added:

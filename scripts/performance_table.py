@@ -1,0 +1,151 @@
+"""Put what was measured into docs/performance.md: each report in docs/performance between the marks of its name.
+
+Its figure is drawn beside it.
+
+    python scripts/performance_table.py [PAGE [FOLDER]]
+
+A part of the page begins with `<!-- results: NAME -->` and ends with `<!-- end of results -->`; what stands between is
+replaced where FOLDER/NAME.json is there, and left alone where it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixlm.benchmark import plots
+
+ROOT = Path(__file__).resolve().parent.parent
+_PART = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_REPORTS = ("--output", "--json", "--plot")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column is text, the others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def runs(report: dict[str, Any]) -> str:
+    """The runs of `mixlm bench`, and how many times as fast they are as each other."""
+    rows = [
+        (
+            one["label"],
+            f"{number(one['tokens_per_second'])} "
+            f"({number(one['slowest_tokens_per_second'])} to {number(one['fastest_tokens_per_second'])})",
+            number(one["predicted_tokens_per_second"]),
+            number(one["outside_forwards_share"], ".1%"),
+            " + ".join(
+                f"{count / report['environment']['settings']['tokens']:.2f}" for count in one["forwards"].values()
+            ),
+            number(one["acceptance"], ".0%"),
+            number(one["seconds_to_first_token"], ".2f"),
+            number(None if one["memory_bytes"] is None else one["memory_bytes"] / 1e9, ".2f"),
+        )
+        for one in report["runs"]
+    ]
+    heads = (
+        "method",
+        "tokens/s",
+        "by the cost model",
+        "outside forwards",
+        "forwards a token",
+        "guesses right",
+        "s to first token",
+        "GB in use",
+    )
+    return f"{table(heads, rows)}\n\n{ratios(report['ratios'])}"
+
+
+def ratios(found: dict[str, float]) -> str:
+    """How many times as fast: a row what is compared, a column what it is compared with."""
+    pairs = {tuple(name.split("/", 1)): one for name, one in found.items()}
+    bases = list(dict.fromkeys(base for _, base in pairs))
+    rows = [
+        (name, *(number(pairs.get((name, base)), ".2f") for base in bases))
+        for name in dict.fromkeys(name for name, _ in pairs)
+    ]
+    return table(("speed over that of", *bases), rows)
+
+
+def points(report: dict[str, Any]) -> str:
+    """The points of a sweep: a row a place, a column a method."""
+    found = report["points"]
+    series = list(dict.fromkeys(one["series"] for one in found))
+    by_place = {(one["x"], one["series"]): one for one in found}
+    rows = []
+    for x in dict.fromkeys(one["x"] for one in found):
+        row = [x if isinstance(x, str) else f"{x:g}"]
+        for name in series:
+            one = by_place.get((x, name))
+            expected = f" ({number(one['predicted'])})" if one and one["predicted"] is not None else ""
+            row.append("" if one is None else number(one["tokens_per_second"]) + expected)
+        if "conventional" in series and "mixture" in series:
+            both = [by_place.get((x, name)) for name in ("mixture", "conventional")]
+            speeds = [one["tokens_per_second"] for one in both if one is not None]
+            row.append(number(speeds[0] / speeds[1], ".2f") if len(speeds) == 2 else "")
+        rows.append(row)
+    heads = [report["axis"], *(f"{name}, tokens/s" for name in series)]
+    heads += ["mixture/conventional"] if len(rows[0]) > len(heads) else []
+    return table(heads, rows)
+
+
+def part(name: str, report: dict[str, Any]) -> str:
+    """What is said of one report: the command, the table, the machine, notes, and its figure."""
+    where = report["environment"]
+    words = ["mixlm", *shlex.split(where["command"])[1:]]
+    for option in _REPORTS:
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    machine = where.get("accelerator") or f"{where['processor']}, {where['cores']} cores"
+    kinds = sorted({one["dtype"] for one in where["engines"].values() if "dtype" in one})
+    versions = ", ".join(
+        f"{one} {where['versions'][one]}" for one in ("torch", "transformers") if one in where["versions"]
+    )
+    about = [machine, *kinds, versions, f"peak memory {where['peak_memory_bytes'] / 1e9:.1f} GB"]
+    lines = [
+        f"```sh\n{shlex.join(words)}\n```",
+        points(report) if "sweep" in report else runs(report),
+        " · ".join(one for one in about if one),
+        *(f"- {note}" for note in report.get("notes", [])),
+        f"![{name}](performance/{name}.png)",
+    ]
+    return "\n\n".join(lines)
+
+
+def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
+    """The page with every report in its place."""
+
+    def put(found: re.Match[str]) -> str:
+        report = reports.get(found[2])
+        return found[0] if report is None else f"{found[1]}\n{part(found[2], report)}\n\n{found[3]}"
+
+    return _PART.sub(put, page)
+
+
+def main(page: Path, folder: Path) -> None:
+    reports = {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("*.json"))}
+    text = page.read_text(encoding="utf-8")
+    places = [found[2] for found in _PART.finditer(text)]
+    page.write_text(filled(text, reports), encoding="utf-8")
+    for name in places:
+        if name in reports:
+            plots.save(reports[name], folder / f"{name}.png")
+        print(f"{name}: {'in the page' if name in reports else 'not measured'}")
+    for name in reports.keys() - set(places):
+        print(f"{name}: the page has no place for it")
+
+
+if __name__ == "__main__":
+    given = [Path(one) for one in sys.argv[1:]]
+    main(*given, *[ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"][len(given) :])

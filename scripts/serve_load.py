@@ -1,0 +1,227 @@
+"""Measures `mixlm serve` against the same ensemble without a server. Served and direct runs take turns.
+
+python scripts/serve_load.py one      [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
+python scripts/serve_load.py many     [-m MODEL ...] [--clients N]                 N streams at once against a batch
+python scripts/serve_load.py malformed [--requests N]                              spoiled requests: statuses, memory
+python scripts/serve_load.py cancel                                                clients that leave, under load
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mixlm
+from mixlm.scheduler import Scheduler
+
+MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
+PROMPTS = ("Why is the sky blue?", "Name three rivers.", "What is a mixture?", "Tell me about birds.")
+
+
+class Served:
+    """A server in a process of its own."""
+
+    def __init__(self, models: Sequence[str], *options: str) -> None:
+        chosen = [word for one in models for word in ("-m", one)]
+        command = [sys.executable, "-c", MAIN, "serve", "--port", "0", "--log", "error", *chosen, *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        url = next(found[1] for line in self.process.stderr if (found := re.match(r"serving .* at http://(\S+)", line)))
+        self.port = int(url.rpartition(":")[2])
+
+    @property
+    def memory(self) -> float:
+        """Resident memory, MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    @property
+    def seconds(self) -> float:
+        """Processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def streamed(port: int, prompt: str, seed: int, tokens: int) -> tuple[int, float]:
+    """Stream one reply; return its tokens and the seconds in forwards. Raises when it does not end as it should."""
+    reader, writer = await asyncio.open_connection("localhost", port)
+    body = {"messages": [{"role": "user", "content": prompt}], "seed": seed, "max_tokens": tokens, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    writer.write(request(json.dumps(body).encode()))
+    count, last = 0, b""
+    while data := await reader.read(65536):
+        count += data.count(b'"members":["')
+        last = (last + data)[-4000:]
+    writer.close()
+    assert b"data: [DONE]" in last, last
+    seconds = re.findall(rb'"forward_seconds":([\d.e-]+)', last)
+    return count, sum(map(float, seconds))
+
+
+def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
+    ensemble, server = mixlm.load(*models), Served(models)
+    ratios, direct, served, outside = [], [], [], {"direct": [], "served": []}
+    for turn in range(repeats + 1):
+        prompt = PROMPTS[turn % len(PROMPTS)]
+        worked, start = time.process_time(), time.perf_counter()
+        usage = ensemble.stream(prompt, seed=turn, max_tokens=tokens).finish().usage
+        between, ours = time.perf_counter(), time.process_time() - worked
+        before = server.seconds
+        written, forwards = asyncio.run(streamed(server.port, prompt, turn, tokens))
+        end, theirs = time.perf_counter(), server.seconds - before
+        assert written == usage.tokens
+        if turn:  # the first of each is for warming up
+            direct.append(written / (between - start))
+            served.append(written / (end - between))
+            ratios.append((end - between) / (between - start))
+            inside = sum(one.forward_seconds for one in usage.members.values())
+            outside["direct"].append(1000 * (between - start - inside) / written)
+            outside["served"].append(1000 * (end - between - forwards) / written)
+            print(f"time served / direct {ratios[-1]:.3f}; processor time {theirs / ours:.3f}")
+    server.stop()
+    print(f"direct {statistics.median(direct):.1f} tokens/s, served {statistics.median(served):.1f}")
+    print(f"time served / direct: median {statistics.median(ratios):.3f}")
+    for name, times in outside.items():
+        print(f"{name}: {statistics.median(times):.2f} ms a token outside forwards")
+
+
+def measure_many(models: Sequence[str], tokens: int, repeats: int, clients: int) -> None:
+    ensemble, server = mixlm.load(*models), Served(models, "--batch", str(clients))
+
+    def offline() -> float:
+        scheduler = Scheduler(clients)
+        start = time.perf_counter()
+        for i in range(clients):
+            settings = ensemble.settings(seed=i, max_tokens=tokens)
+            prompts = ensemble.prompts(PROMPTS[i % len(PROMPTS)], settings)
+            scheduler.add(ensemble.writer(settings).stream(prompts))
+        written = sum(one.completion.usage.tokens for one in scheduler.run())
+        return written / (time.perf_counter() - start)
+
+    async def online() -> float:
+        start = time.perf_counter()
+        asked = [streamed(server.port, PROMPTS[i % len(PROMPTS)], i, tokens) for i in range(clients)]
+        return sum(count for count, _ in await asyncio.gather(*asked)) / (time.perf_counter() - start)
+
+    ratios = []
+    for turn in range(repeats + 1):
+        batch, live = offline(), asyncio.run(online())
+        print(f"batch {batch:.1f} tokens/s, {clients} streams {live:.1f}, ratio {live / batch:.3f}")
+        if turn:
+            ratios.append(live / batch)
+    server.stop()
+    print(f"streams / batch: median {statistics.median(ratios):.3f}")
+
+
+def spoiled(rng: random.Random) -> tuple[str, bytes]:
+    """A request with something wrong in it: in its values, its fields, or its bytes."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0.5}
+    odd = (None, True, -1, 1e308, 10**30, "", [], {}, [[]], "x" * 3000, "\u0000", {"type": "text"})
+    name = rng.choice([*body, "stop", "n", "seed", "tools", "mixlm", "stream", "top_p", f"x{rng.random()}"])
+    body[name] = rng.choice(odd)
+    if isinstance(body["max_tokens"], float | int) and body["max_tokens"] not in (True, -1):
+        body["max_tokens"] = 2
+    data = json.dumps(body).encode()
+    if rng.random() < 0.4:
+        at = rng.randrange(len(data))
+        data = data[:at] + rng.randbytes(rng.randrange(4)) + data[at + rng.randrange(5) :]
+    return rng.choice(["/v1/chat/completions", "/v1/completions", f"/v1/x{rng.random()}"]), data
+
+
+def measure_malformed(requests: int) -> None:
+    server, rng, statuses = Served(["toy:1", "toy:2"], "--max-tokens", "2"), random.Random(0), Counter[int]()
+
+    async def ask() -> None:
+        path, data = spoiled(rng)
+        reader, writer = await asyncio.open_connection("localhost", server.port)
+        writer.write(request(data, path))
+        answer = await reader.read()
+        statuses[int(answer.split(b" ", 2)[1])] += 1
+        writer.close()
+
+    async def run() -> None:
+        for done in range(0, requests, 20):
+            await asyncio.gather(*[ask() for _ in range(20)])
+            if done % (requests // 10) == 0:
+                print(f"{done} requests: {server.memory:.1f} MB")
+
+    asyncio.run(run())
+    print(f"{requests} requests: {server.memory:.1f} MB; statuses {dict(sorted(statuses.items()))}")
+    server.stop()
+    assert not [status for status in statuses if status >= 500]
+
+
+def measure_cancel(models: Sequence[str]) -> None:
+    """Clients leave while all slots are taken; how soon does the next in line begin?"""
+    server, waits = Served(models, "--batch", "8"), []
+
+    async def run() -> None:
+        body = {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 500, "stream": True, "seed": 3}
+        data = request(json.dumps(body).encode())
+        held = [await asyncio.open_connection("localhost", server.port) for _ in range(8)]
+        for reader, writer in held:
+            writer.write(data)
+            await reader.readuntil(b'"members":["')
+        for _ in range(12):
+            late = await asyncio.open_connection("localhost", server.port)
+            late[1].write(data)
+            await asyncio.sleep(0.3)
+            held.pop(0)[1].close()
+            start = time.perf_counter()
+            await late[0].readuntil(b'"members":["')
+            waits.append(time.perf_counter() - start)
+            held.append(late)
+        for _, writer in held:
+            writer.close()
+
+    asyncio.run(run())
+    server.stop()
+    print(
+        f"from a client's leaving to the first token of the next: median {statistics.median(waits):.3f} s, longest",
+        end="",
+    )
+    print(f" {max(waits):.3f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["one", "many", "malformed", "cancel"])
+    parser.add_argument("-m", dest="models", action="append")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=10_000)
+    given = parser.parse_args()
+    models = given.models or ["smollm2-135m", "gemma-3-270m"]
+    if given.what == "one":
+        measure_one(models, given.tokens, given.repeats)
+    elif given.what == "many":
+        measure_many(models, given.tokens, given.repeats, given.clients)
+    elif given.what == "malformed":
+        measure_malformed(given.requests)
+    else:
+        measure_cancel(models)
+
+
+if __name__ == "__main__":
+    main()

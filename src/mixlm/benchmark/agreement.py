@@ -1,0 +1,129 @@
+"""Members that agree as often as asked, by construction: for measuring what speculation gains at a known agreement.
+
+Forwards are run, and cost what they cost; then their logits are put aside, and a law made for the purpose takes their
+place. It is a function of the last few tokens. In a share of all contexts it is the same for all members, so that with
+the noise of the position a draft's guess is right; in the others members have no token in common, so that it is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixlm.engines import Engine
+from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request, Session
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.sampling import Ids, Logits
+from mixlm.vocab.tokens import Vocabulary
+
+_ORDER = 3  # tokens that the law looks at
+_TOKENS = 512  # that can be written
+_SCALE = 1.5  # of the logits, normal
+
+
+class AgreedLaw:
+    """Made-up logits of every member. share: of the contexts in which they are the same for all.
+
+    Raises UnsupportedError when the members have too few tokens in common.
+    """
+
+    def __init__(self, vocabularies: Sequence[Vocabulary], share: float, seed: int = 0) -> None:
+        self.share = checked_share(share)
+        self._seed = seed
+        self._sizes = [one.size for one in vocabularies]
+        common = range(min(self._sizes))
+        shared = [i for i in common if all(one.tokens[i] for one in vocabularies)]
+        self._ids = np.array(shared[:_TOKENS], dtype=np.int64)
+        if self._ids.size < 2 * len(vocabularies):
+            raise UnsupportedError(f"the members share {self._ids.size} tokens, too few to disagree in")
+
+    def agrees(self, ids: Ids) -> bool:
+        """Whether the members have one law behind these ids."""
+        return bool(self._rng(ids).random() < self.share)
+
+    def __call__(self, member: int, ids: Ids) -> Logits:
+        """Return a member's logits behind these ids: float32 (vocab,), -inf for what it cannot write."""
+        rng = self._rng(ids)
+        agrees = rng.random() < self.share
+        values = rng.normal(scale=_SCALE, size=self._ids.size)
+        out = np.full(self._sizes[member], -np.inf, dtype=np.float32)
+        kept = slice(None) if agrees else slice(member, None, len(self._sizes))
+        out[self._ids[kept]] = values[kept]
+        return out
+
+    def _rng(self, ids: Ids) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *ids[-_ORDER:].tolist()])
+
+
+class AgreedEngine(Engine):
+    """An engine whose forwards are another's, and whose answers are a law's."""
+
+    def __init__(self, inner: Engine, member: int, law: AgreedLaw) -> None:
+        self.inner = inner
+        self._member = member
+        self._law = law
+        self.name = inner.name
+        self.vocabulary, self.encoder, self.prompts = inner.vocabulary, inner.encoder, inner.prompts
+        self.context_length, self.stops, self.device = inner.context_length, inner.stops, inner.device
+        self.weights_bytes = inner.weights_bytes
+        self.details = {**inner.details, "agreement": label(law.share)}
+        self.notes = (*inner.notes, label(law.share))
+
+    def session(self) -> Session:
+        """Begin a sequence of the other engine."""
+        return self.inner.session()
+
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+        """Run what is asked, and answer by the law."""
+        replies = self.inner.answer([(session, self._own(request)) for session, request in requests])
+        return [
+            self._rows(request) if isinstance(request, Ask) else reply
+            for (_, request), reply in zip(requests, replies, strict=True)
+        ]
+
+    def _own(self, request: Request) -> Request:
+        if not isinstance(request, Draw):
+            return request
+
+        def choose(_: Logits) -> Drawn:
+            return request.choose(self._law(self._member, request.ids))
+
+        return Draw(request.member, request.ids, choose)
+
+    def _rows(self, request: Ask) -> Logits:
+        ends = range(len(request.ids) - request.last + 1, len(request.ids) + 1)
+        return np.stack([self._law(self._member, request.ids[:end]) for end in ends])
+
+
+def checked_share(share: float) -> float:
+    """Return a share. Raises ConfigError for a number that is none."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"agreement is {share:g}; it must be from 0 to 1", "0.8 is 80 % of all contexts")
+    return share
+
+
+def label(share: float) -> str:
+    """Say what was set, for everything that shows such numbers."""
+    return f"agreement set to {share:.0%} by construction; forward costs are real"
+
+
+def agreed(ensemble: Ensemble, share: float) -> Ensemble:
+    """Return the ensemble with members that agree in this share of all contexts. share: 0 to 1.
+
+    Members that share one model are run one by one, as different models would be. Raises ConfigError for no share,
+    UnsupportedError for members without a common vocabulary.
+    """
+    if ensemble.unit.name != "token":
+        raise UnsupportedError(
+            f"agreement by construction needs the unit token, and these members write in {ensemble.unit.name}s",
+            "take members that share a vocabulary, such as shape: models",
+        )
+    law = AgreedLaw([one.engine.vocabulary for one in ensemble.members], share)
+    members = [
+        MemberSpec(AgreedEngine(one.engine, i, law), one.name, one.sampling) for i, one in enumerate(ensemble.members)
+    ]
+    return Ensemble(
+        members, ensemble.weights.tolist(), unit="token", router=ensemble.router, defaults=ensemble.defaults
+    )

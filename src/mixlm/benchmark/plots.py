@@ -1,0 +1,172 @@
+"""Reports as figures. Colours can be told apart by all readers, also in grey. Needs matplotlib (the extra `paper`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixlm.errors import ConfigError, MixlmError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# From the palette of Okabe and Ito; line and mark differ too.
+_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    "mixture": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "conventional": {"color": "#D55E00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
+    "speculative": {"color": "#009E73", "linestyle": "-", "marker": "^"},
+    "auto": {"color": "#56B4E9", "linestyle": "-.", "marker": "v"},
+    "greedy": {"color": "#E69F00", "linestyle": "--", "marker": "P"},
+    "drafted": {"color": "#CC79A7", "linestyle": "-", "marker": "X"},
+}
+_SINGLES = (
+    {"color": "#555555", "linestyle": ":", "marker": "D"},
+    {"color": "#999999", "linestyle": "-.", "marker": "d", "markerfacecolor": "white"},
+    {"color": "#333333", "linestyle": (0, (1, 3)), "marker": "<"},
+)
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "mixlm",
+    "savefig.dpi": 200,
+}
+_FORMS = (".png", ".svg")
+_TITLES = {
+    "batch": "Speed against replies written at once",
+    "context": "Speed against the length of the prompt",
+    "members": "Speed against the number of members",
+    "weights": "Speed against the weight of a member",
+    "devices": "Speed by device",
+}
+
+
+def require(path: Path) -> None:
+    """Raise MixlmError when matplotlib is missing, ConfigError for a file that is no figure."""
+    if path.suffix.lower() not in _FORMS:
+        raise ConfigError(f"the figure's file is {path.name}", f"its name ends in {' or '.join(_FORMS)}")
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise MixlmError(f"figures need matplotlib: {error}", "pip install 'mixlm[paper]'") from error
+
+
+def save(form: Mapping[str, Any], path: Path) -> None:
+    """Draw a report of `bench` or of a sweep, in the form that `as_dict` gives, and write it as PNG or SVG."""
+    require(path)
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+        draw(form).savefig(path, bbox_inches="tight", metadata=metadata)
+
+
+def draw(form: Mapping[str, Any]) -> Figure:
+    """Return the figure: lines along the axis of a sweep, bars where there are no numbers to order by."""
+    from matplotlib.figure import Figure
+
+    kind = form.get("sweep")
+    panels = 2 if kind == "context" else 1
+    figure = Figure(figsize=(5.6 * panels, 3.7), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    if kind is None:
+        _bars(axes[0], [(one["label"], one, "#0072B2") for one in form["runs"]])
+    elif kind == "devices":
+        shade = {"one for all": "#0072B2", "one for each": "#E69F00"}
+        _bars(axes[0], [(f"{one['series']}\n{one['x']}", one, shade[one["x"]]) for one in form["points"]])
+    else:
+        _lines(axes[0], form, "tokens_per_second", "tokens/s")
+        if panels > 1:
+            _lines(axes[1], form, "ms_a_token", "milliseconds a token")
+        axes[0].legend()
+    figure.suptitle(f"{_TITLES.get(kind or '', 'Speed of every method')}\n{machine(form['environment'])}", fontsize=10)
+    about = [_about(form["environment"], weighted=kind not in ("weights", "members")), *form.get("notes", [])]
+    figure.supxlabel("\n".join(one for one in about if one), fontsize=7, color="#444444")
+    return figure
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Return what a speed was measured on, in words."""
+    return str(environment.get("accelerator") or f"{environment['processor']}, {environment['cores']} cores")
+
+
+def _about(environment: Mapping[str, Any], *, weighted: bool) -> str:
+    settings = environment.get("settings", {})
+    members = settings.get("weights", {}).items()
+    weights = " + ".join(f"{name} ({weight:.2g})" if weighted else name for name, weight in members)
+    kinds = sorted({str(one.get("dtype", "")) for one in environment.get("engines", {}).values()} - {""})
+    amount = f"medians of {settings.get('repeats')} runs of {settings.get('tokens')} tokens"
+    return " · ".join(one for one in (weights, ", ".join(kinds), amount) if one)
+
+
+def _lines(axes: Axes, form: Mapping[str, Any], value: str, unit: str) -> None:
+    points = [one for one in form["points"] if one["x"] != "alone"]
+    series = list(dict.fromkeys(one["series"] for one in points))
+    singles = [one for one in series if one.startswith("single")]
+    for name in series:
+        mine = sorted((one for one in points if one["series"] == name), key=lambda one: one["x"])
+        look = _LOOKS[name] if name in _LOOKS else _SINGLES[singles.index(name) % len(_SINGLES)]
+        at = [one["x"] for one in mine]
+        axes.plot(at, [_value(one, value) for one in mine], label=name, **look)
+        if value == "tokens_per_second":
+            low, high = [one["slowest"] for one in mine], [one["fastest"] for one in mine]
+            axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            expected = [one["predicted"] for one in mine]
+            if form["sweep"] in ("weights", "members") and all(one is not None for one in expected):
+                axes.plot(at, expected, color=look["color"], linestyle=":", linewidth=1, label=f"{name}, predicted")
+    for number, one in enumerate(one for one in form["points"] if one["x"] == "alone"):
+        look = _SINGLES[number % len(_SINGLES)]
+        axes.axhline(
+            one["tokens_per_second"], color=look["color"], linestyle=look["linestyle"], linewidth=1, label=one["series"]
+        )
+    if form["sweep"] in ("batch", "context"):
+        places = sorted({one["x"] for one in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{one:g}" for one in places])
+        axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(form["axis"])
+    axes.set_ylabel(unit)
+
+
+def _value(point: Mapping[str, Any], name: str) -> float:
+    return float(point["more"][name] if name in point["more"] else point[name])
+
+
+def _bars(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> None:
+    """Draw a bar a run, the slowest and the fastest of its repeats as a whisker, what was predicted as a mark."""
+    speeds = [one["tokens_per_second"] for _, one, _ in runs]
+    ends = [_ends(one) for _, one, _ in runs]
+    low = [speed - end for speed, (end, _) in zip(speeds, ends, strict=True)]
+    high = [end - speed for speed, (_, end) in zip(speeds, ends, strict=True)]
+    places = range(len(runs))
+    axes.barh(places, speeds, color=[shade for _, _, shade in runs], height=0.6)
+    axes.errorbar(speeds, places, xerr=[low, high], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
+    for at, (speed, (_, fastest)) in enumerate(zip(speeds, ends, strict=True)):
+        axes.annotate(f"{speed:.1f}", (fastest, at), (5, 0), textcoords="offset points", va="center", fontsize=7)
+    expected = [one.get("predicted_tokens_per_second", one.get("predicted")) for _, one, _ in runs]
+    known = [(speed, at) for at, speed in enumerate(expected) if speed is not None]
+    if known:
+        marks: dict[str, Any] = {"color": "#D55E00", "marker": "D", "linestyle": "none", "label": "by the cost model"}
+        axes.plot([speed for speed, _ in known], [at for _, at in known], **marks)
+        axes.legend(loc="lower right")
+    axes.set_yticks(list(places), [name for name, _, _ in runs])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("tokens/s")
+    axes.margins(x=0.12)
+
+
+def _ends(run: Mapping[str, Any]) -> tuple[float, float]:
+    if "slowest" in run:
+        return run["slowest"], run["fastest"]
+    return run["slowest_tokens_per_second"], run["fastest_tokens_per_second"]

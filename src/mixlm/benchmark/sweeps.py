@@ -1,0 +1,303 @@
+"""Speed against one thing that is varied: replies at once, length of the prompt, members, weights, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+from mixlm.benchmark import batch
+from mixlm.benchmark.agreement import agreed, label
+from mixlm.benchmark.measure import Plan, Progress, in_turns, recorded
+from mixlm.benchmark.report import environment
+from mixlm.benchmark.theory import Fit, predicted
+from mixlm.benchmark.timing import DEFAULT, Contestant, Own, Sample, alone, contestants, timed
+from mixlm.config import UnitName
+from mixlm.engines.base import Session
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, did_you_mean
+from mixlm.replies import Prompts
+from mixlm.settings import Options
+
+AXES: Mapping[str, str] = {
+    "batch": "replies at once",
+    "context": "tokens of the prompt",
+    "members": "members",
+    "weights": "λ: weight of the first member",
+    "devices": "devices",
+}
+# What is measured where nothing is named.
+METHODS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(AXES, DEFAULT),
+    "members": ("conventional", "mixture"),
+    "weights": ("mixture",),
+}
+CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
+MEMBERS = (1, 2, 3, 4, 5, 6, 7, 8)
+LAMBDAS = tuple(round(step / 10, 1) for step in range(11))
+TOGETHER, APART = "one for all", "one for each"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one place of the axis. Speeds are medians over repeats, with the slowest and the fastest.
+
+    predicted: tokens a second by the cost model. forwards: a token, by member, those of other replies in
+    the same call counted too. more: what only this axis has.
+    """
+
+    series: str
+    x: float | str
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    predicted: float | None = None
+    forwards: Mapping[str, float] = field(default_factory=dict)
+    acceptance: float | None = None
+    memory_bytes: int | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All points of a sweep, what they were measured on, and what has to be known to read them."""
+
+    kind: str
+    points: tuple[Point, ...]
+    environment: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--output` writes."""
+        return {
+            "sweep": self.kind,
+            "axis": AXES[self.kind],
+            "points": [asdict(one) for one in self.points],
+            "environment": dict(self.environment),
+            "notes": list(self.notes),
+            **self.more,
+        }
+
+
+class _At(NamedTuple):
+    """A contestant at its place of the axis. whole: the ensemble it belongs to."""
+
+    x: float | str
+    series: str
+    one: Contestant
+    whole: Ensemble
+
+
+class _Found(NamedTuple):
+    points: Sequence[Point]
+    notes: Sequence[str] = ()
+    more: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every sweep is given."""
+
+    ensemble: Ensemble
+    plan: Plan
+    options: Mapping[str, Any]
+    progress: Progress | None
+    apart: Callable[[], Ensemble] | None
+
+
+def sweep_along(
+    kind: str,
+    ensemble: Ensemble,
+    plan: Plan,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    apart: Callable[[], Ensemble] | None = None,
+) -> Sweep:
+    """Measure `plan.methods` along an axis: a name in `AXES`.
+
+    apart: loads the ensemble with a device for each member, for the axis of devices; None where there are too few.
+    Raises ConfigError for an unknown axis and for places that cannot be.
+    """
+    kind = checked_axis(kind)
+    notes: tuple[str, ...] = ()
+    if plan.agreement is not None:
+        ensemble, notes = agreed(ensemble, plan.agreement), (label(plan.agreement),)
+    given: dict[str, Any] = {"seed": 0, **(options or {})}
+    found = _SWEEPS[kind](_Task(ensemble, plan, given, progress, apart))
+    settings = recorded(ensemble, plan, given)
+    where = environment([one.engine for one in ensemble.members], settings)
+    return Sweep(kind, tuple(found.points), where, (*notes, *found.notes), found.more)
+
+
+def checked_axis(name: str) -> str:
+    """Return the name of an axis. Raises ConfigError for an unknown one."""
+    if name not in AXES:
+        raise ConfigError(f"there is no sweep {name!r}", did_you_mean(name, AXES) or f"there are {', '.join(AXES)}")
+    return name
+
+
+def _batch(task: _Task) -> _Found:
+    plan = task.plan
+    sizes = _whole(task.plan.places, 1) or batch.SIZES
+    those = batch.batches(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
+    samples = in_turns(those, plan, task.progress)
+    points = []
+    for one, taken in zip(those, samples, strict=True):
+        served = [f.rows for sample in taken for log in sample.forwards for f in log]
+        more = {"replies_a_forward": len(served) / sum(1 / rows for rows in served)} if served else {}
+        more["seconds_of_the_batch"] = median(one.whole[1:])
+        points.append(_point(_At(one.size, one.series, one, task.ensemble), taken, None, more))
+    whole = batch.offline(those, plan.tokens)
+    if whole is None:
+        return _Found(points)
+    note = (
+        f"{whole.replies} replies of {plan.tokens + 1} tokens by {whole.label}: {whole.together:.1f} s together, "
+        f"{whole.one_by_one:.1f} s one by one: {whole.ratio:.2f} times"
+    )
+    return _Found(points, [note], {"offline": {**asdict(whole), "ratio": whole.ratio}})
+
+
+def _context(task: _Task) -> _Found:
+    points: list[Point] = []
+    notes: list[str] = []
+    room = min(one.engine.context_length for one in task.ensemble.members) - task.plan.tokens - 2
+    for length in _whole(task.plan.places, 2) or CONTEXTS:
+        size = min(length, room)
+        if size < length:
+            notes.append(f"{size} tokens in place of {length}: a member's context holds no more")
+        long = _long(task, size)
+        sessions = [one.engine.session() for one in task.ensemble.members]
+        for session, ids in zip(sessions, long.ids, strict=True):
+            session.logits(ids)
+        reading = {name: one.work.seconds for name, one in zip(task.ensemble.names, sessions, strict=True)}
+        those = [_Long(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
+        for one, taken in zip(those, in_turns(those, task.plan, task.progress), strict=True):
+            ms = 1e3 / median(sample.speed for sample in taken)
+            more = {"ms_a_token": ms, **{f"seconds_to_read {name}": reading[name] for name in one.members}}
+            points.append(_point(_At(size, one.label, one, task.ensemble), taken, None, more))
+    return _Found(points, notes)
+
+
+class _Long:
+    """A contestant behind a prompt that its sessions have read already."""
+
+    def __init__(self, own: Own, prompts: Prompts, sessions: Sequence[Session], names: Sequence[str]) -> None:
+        self.label, self.method, self.members, self.draft = own.label, own.method, own.members, own.draft
+        at = [names.index(name) for name in own.members]
+        self._own = own
+        self._prompts = Prompts(tuple(prompts.ids[i] for i in at), prompts.text)
+        self._sessions = [sessions[i] for i in at]
+
+    def measure(self, sequence: int, tokens: int) -> Sample:
+        """Write with the sessions as they are."""
+        settings = self._own.settings.with_turn(sequence)
+        return timed(self._own.ensemble, settings, self._prompts, self._sessions, tokens)
+
+
+def _long(task: _Task, length: int) -> Prompts:
+    """Return a prompt of so many tokens for every member: the usual one over and over, cut at the front."""
+    text = f"{task.plan.prompt} " * (length // 2)
+    return Prompts(tuple(one.engine.prompts.raw(text)[-length:] for one in task.ensemble.members), text.encode())
+
+
+def _members(task: _Task) -> _Found:
+    first = task.ensemble.members[0]
+    places: list[_At] = []
+    for count in _whole(task.plan.places, 1) or MEMBERS:
+        copies = [MemberSpec(first.engine.apart(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
+        those = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
+        places += [_At(count, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+    places.append(_At(1, "single", _own(task, alone(task.ensemble, 0), ["single"])[0], alone(task.ensemble, 0)))
+    note = f"members are copies of {first.name}: each is run for itself, and all share one copy of the weights"
+    return _Found(_measured(task, places), [note])
+
+
+def _weights(task: _Task) -> _Found:
+    if len(task.ensemble.members) != 2:
+        raise ConfigError(
+            f"there are {len(task.ensemble.members)} members", "λ is one member's weight against another's"
+        )
+    places: list[_At] = []
+    for one in task.plan.places or LAMBDAS:
+        if not 0 <= one <= 1:
+            raise ConfigError(f"λ is {one:g}; it must be from 0 to 1")
+        those = weighted(task.ensemble, (one, 1 - one))
+        places += [_At(one, own.label, own, those) for own in _own(task, those) if own.method != "single"]
+    singles = [_At("alone", one.label, one, task.ensemble) for one in _own(task, task.ensemble, ["single"])]
+    return _Found(_measured(task, [*places, *singles]))
+
+
+def _devices(task: _Task) -> _Found:
+    places = [_At(TOGETHER, one.label, one, task.ensemble) for one in _own(task, task.ensemble)]
+    if task.apart is None:
+        note = f"there is one device here, so the {len(task.ensemble.members)} members were measured on it alone"
+        return _Found(_measured(task, places), [note])
+    those = task.apart()
+    if task.plan.agreement is not None:
+        those = agreed(those, task.plan.agreement)
+    places += [_At(APART, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+    return _Found(_measured(task, places))
+
+
+_SWEEPS: Mapping[str, Callable[[_Task], _Found]] = {
+    "batch": _batch,
+    "context": _context,
+    "members": _members,
+    "weights": _weights,
+    "devices": _devices,
+}
+
+
+def weighted(ensemble: Ensemble, weights: Sequence[float]) -> Ensemble:
+    """Return the same members with other weights."""
+    return Ensemble(ensemble.members, weights, unit=_unit(ensemble), defaults=ensemble.defaults)
+
+
+def _unit(ensemble: Ensemble) -> UnitName:
+    return cast(UnitName, ensemble.unit.name)
+
+
+def _own(task: _Task, those: Ensemble, kinds: Sequence[str] = ()) -> list[Own]:
+    return contestants(those, kinds or task.plan.methods, task.plan.prompt, task.options)
+
+
+def _measured(task: _Task, places: Sequence[_At]) -> list[Point]:
+    """Measure all places in turns, and set the cost model's figure beside each."""
+    samples = in_turns([at.one for at in places], task.plan, task.progress)
+    known = [(at, taken) for at, taken in zip(places, samples, strict=True)]
+    points = []
+    for at, taken in known:
+        alike = [(other.one, theirs) for other, theirs in known if set(other.one.members) <= set(at.whole.names)]
+        fit = Fit.of(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
+        points.append(_point(at, taken, predicted(at.whole, at.one, taken, fit), {}))
+    return points
+
+
+def _point(at: _At, taken: Sequence[Sample], expected: float | None, more: Mapping[str, float]) -> Point:
+    tokens = sum(sample.tokens for sample in taken)
+    checked = sum(sample.checked for sample in taken)
+    return Point(
+        series=at.series,
+        x=at.x,
+        tokens_per_second=median(sample.speed for sample in taken),
+        slowest=min(sample.speed for sample in taken),
+        fastest=max(sample.speed for sample in taken),
+        predicted=expected,
+        forwards={
+            name: sum(len(sample.forwards[i]) for sample in taken) / tokens for i, name in enumerate(at.one.members)
+        },
+        acceptance=sum(sample.accepted for sample in taken) / checked if checked else None,
+        memory_bytes=max((sample.memory for sample in taken if sample.memory is not None), default=None),
+        more=more,
+    )
+
+
+def _whole(places: Sequence[float], least: int) -> tuple[int, ...]:
+    """Return places as whole numbers. Raises ConfigError for others."""
+    for one in places:
+        if one != int(one) or one < least:
+            raise ConfigError(f"{one:g} is no place of this sweep", f"give whole numbers, {least} or more")
+    return tuple(int(one) for one in places)

@@ -1,0 +1,98 @@
+"""Agreement by construction: drafts are right as often as asked, and forwards are run all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from tiny import shapes
+from toys import toys
+
+from mixlm.benchmark import bench
+from mixlm.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.settings import Options
+
+
+def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:
+    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], weights)
+
+
+def law(share: float) -> AgreedLaw:
+    return AgreedLaw([ToyEngine().vocabulary, ToyEngine().vocabulary], share)
+
+
+def contexts(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(1).integers(0, 200, size=(count, 6)))
+
+
+def test_members_share_a_law_in_that_share_of_contexts_and_no_token_in_the_others() -> None:
+    one, equal = law(0.8), 0
+    for ids in contexts(2000):
+        first, second = one(0, ids), one(1, ids)
+        same = bool((first == second).all())
+        assert same == one.agrees(ids)
+        assert same or not (np.isfinite(first) & np.isfinite(second)).any()
+        assert np.isfinite(first).sum() >= 100
+        equal += same
+    assert abs(equal / 2000 - 0.8) < 4 * np.sqrt(0.8 * 0.2 / 2000)
+
+
+def test_the_law_is_a_function_of_the_last_three_tokens() -> None:
+    one = law(0.5)
+    for ids in contexts(20):
+        np.testing.assert_array_equal(one(0, ids), law(0.5)(0, ids[-3:]))
+    first, second = contexts(2)
+    assert (one(0, first) != one(0, second)).any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
+    report = bench(pair(), tokens=300, repeats=2, methods=["speculative"], agreement=share, options={"draft": "toy-1"})
+    [run] = report.runs
+    assert run.acceptance is not None
+    assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.checked)
+    assert report.notes == (label(share),)
+    assert report.environment["settings"]["agreement"] == share
+    assert all(label(share) in one["agreement"] for one in report.environment["engines"].values())
+
+
+def test_the_text_of_speculative_is_that_of_mixture() -> None:
+    those = agreed(pair([1, 3]), 0.7)
+    options: Options = {"seed": 5, "max_tokens": 60, "ignore_end": True}
+    expected = those.generate("the river", **options)
+    found = those.generate("the river", **options, method="speculative", draft="toy-1")
+    assert found.text == expected.text
+    conventional = those.generate("the river", **options, method="conventional")
+    assert {token.member for token in conventional.tokens} == {"toy-1", "toy-2"}
+
+
+def test_forwards_are_run_by_the_models_themselves() -> None:
+    those = agreed(shapes(), 1.0)
+    engine = those.members[0].engine
+    assert isinstance(engine, AgreedEngine)
+    [run] = bench(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
+    assert run.forwards == {"small": 10, "large": 10}
+    assert all(seconds > 0 for by in run.seconds_by_forward_length.values() for seconds in by.values())
+    assert label(1.0) in engine.notes
+    assert engine.inner.notes[0] in engine.notes
+
+
+def test_one_model_twice_is_run_for_each_member() -> None:
+    engine = ToyEngine(seed=1)
+    those = agreed(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
+    assert those.members[0].engine is not those.members[1].engine
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"agreement is 1\.2; it must be from 0 to 1"):
+        agreed(pair(), 1.2)
+    with pytest.raises(UnsupportedError, match="needs the unit token"):
+        agreed(toys("piece", 2), 0.8)
+    one = ToyEngine([b"a"])
+    tiny = Ensemble([MemberSpec(one, "a"), MemberSpec(one, "b")])
+    with pytest.raises(UnsupportedError, match="share 1 tokens, too few"):
+        agreed(tiny, 0.8)

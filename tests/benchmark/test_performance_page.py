@@ -1,0 +1,137 @@
+"""docs/performance.md: its computed tables are those of the code, its places those of the script that fills them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from mixlm.benchmark import Plan, bench, sweep_along
+from mixlm.benchmark.roofline import H100, H200, Need, served
+from mixlm.benchmark.sweeps import AXES
+from mixlm.cli import app
+from mixlm.engines.shape import SHAPES
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.noise import Noise
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    spec = spec_from_file_location("performance_table", ROOT / "scripts" / "performance_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measurements() -> dict[str, list[str]]:
+    """The commands of the script by name, without the shell."""
+    text = (ROOT / "scripts" / "performance.sh").read_text(encoding="utf-8")
+    lines = [shlex.split(line) for line in text.splitlines() if re.match(r"\s+measure (cpu|gpu)-", line)]
+    return {words[1]: words[2:] for words in lines}
+
+
+def rows(begins: str) -> list[str]:
+    [line] = [one for one in PAGE.splitlines() if one.startswith(f"| {begins} |")]
+    return cells(line)[1:]
+
+
+def cells(line: str) -> list[str]:
+    return [one.strip() for one in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_table_of_what_a_step_needs_is_computed(name: str) -> None:
+    need = Need.of(SHAPES[name])
+    on = [(f"{1e3 * need.seconds(one):.2f}", f"{1 / need.seconds(one):.0f}") for one in (H100, H200)]
+    assert rows(name) == [f"{need.bytes() / 1e9:.2f}", f"{2 * need.cache / 1e3:.0f}", *on[0], *on[1]]
+
+
+def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
+    needs = [Need.of(SHAPES[f"qwen2.5-{one}"]) for one in ("3b", "1.5b")]
+    assert f"reads {sum(one.bytes() for one in needs) / 2e9:.2f} GB a token" in PAGE
+    seconds = sum(one.seconds(H100) for one in needs) / 2
+    assert f"{1e3 * seconds:.2f} ms on an H100, {1 / seconds:.0f} tokens/s" in PAGE
+
+
+def test_the_table_of_batches_is_simulated() -> None:
+    for replies in (4, 16, 64, 1000):
+        assert rows(f"{replies} replies") == [f"{n * served(replies, n):.2f}" for n in (2, 3, 4, 8)]
+    assert rows("the limit") == [f"{2 * n / (n + 1):.2f}" for n in (2, 3, 4, 8)]
+
+
+def test_guesses_are_right_within_the_bounds() -> None:
+    rng = np.random.default_rng(0)
+    symbols = np.arange(6)
+    for _ in range(3):
+        p, q = rng.dirichlet(np.full(6, 0.5), size=2)
+        draws = [Noise(1, 0, at) for at in range(4000)]
+        right = np.mean([one.draw(symbols, np.log(p)) == one.draw(symbols, np.log(q)) for one in draws])
+        apart = 0.5 * np.abs(p - q).sum()
+        assert (1 - apart) / (1 + apart) - 0.03 < right < 1 - apart + 0.03
+
+
+def test_every_measurement_has_its_place_and_every_place_its_measurement() -> None:
+    assert re.findall(r"<!-- results: (\S+) -->", PAGE) == list(measurements())
+    assert PAGE.count("<!-- end of results -->") == len(measurements())
+
+
+@pytest.mark.parametrize("name", measurements())
+def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
+    words = measurements()[name]
+    with typer.main.get_command(app).make_context("mixlm", ["bench", *words]) as context:
+        command = context.command.get_command(context, "bench")  # type: ignore[attr-defined]
+        with command.make_context("bench", list(words), parent=context) as own:
+            given = own.params
+    for model in given["model"] or []:
+        assert model.removeprefix("shape:").partition("#")[0] in SHAPES
+    assert given["sweep"] in (None, *AXES)
+
+
+def test_reports_go_into_their_places_and_twice_is_once(script: ModuleType, tmp_path: Path) -> None:
+    pair = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
+    small: dict[str, Any] = {"tokens": 6, "repeats": 1}
+    reports = {
+        "cpu-methods": bench(pair, methods=["single", "mixture", "speculative"], rivals=True, **small).as_dict(),
+        "cpu-batch-two": sweep_along("batch", pair, Plan(places=[1, 2], **small)).as_dict(),
+        "cpu-weights": sweep_along("weights", pair, Plan(places=[0, 1], methods=["mixture"], **small)).as_dict(),
+    }
+    page = tmp_path / "performance.md"
+    page.write_text(PAGE, encoding="utf-8")
+    for name, report in reports.items():
+        report["environment"]["command"] = f"program bench --tokens 6 --output there/{name}.json"
+        (tmp_path / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+    script.main(page, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    script.main(page, tmp_path)
+    assert page.read_text(encoding="utf-8") == text
+    begin = PAGE.index("<!-- results: cpu-methods -->")
+    assert text.startswith(PAGE[:begin])
+    assert "```sh\nmixlm bench --tokens 6\n```" in text
+    assert "- transformers toy-1 was left out: it is no model of transformers" in text
+    ratio = reports["cpu-methods"]["ratios"]["speculative/mixture"]
+    [head, _, *table] = text[text.index("| speed over that of |") :].split("\n\n")[0].splitlines()
+    [line] = [one for one in table if one.startswith("| speculative |")]
+    at = dict(zip(cells(head), cells(line), strict=True))
+    assert at["mixture"] == f"{ratio:.2f}"
+    columns = [f"{one}, tokens/s" for one in ("single toy-1", "single toy-2", "conventional", "mixture")]
+    assert f"| {' | '.join(['replies at once', *columns, 'mixture/conventional'])} |" in text
+    for name in reports:
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+        assert f"![{name}](performance/{name}.png)" in text
+    untouched = PAGE[PAGE.index("<!-- results: gpu-methods -->") :]
+    assert untouched in text

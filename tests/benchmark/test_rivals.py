@@ -1,0 +1,86 @@
+"""transformers' own generation beside mixlm's: what runs, what is left out, and that models are as before."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import shapes
+
+from mixlm.benchmark import bench
+from mixlm.benchmark.rivals import ASSISTED, Rival, rivals
+from mixlm.engines.attention import NAME
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+
+
+def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
+    report = bench(shapes((1, 3)), tokens=12, repeats=1, methods=["single", "mixture"], rivals=True)
+    by_label = {run.label: run for run in report.runs}
+    assert list(by_label)[3:] == ["transformers small", "transformers large", ASSISTED]
+    assert by_label["transformers large"].forwards == {"large": 12}
+    assisted = by_label[ASSISTED]
+    assert assisted.members == ("large", "small")
+    assert assisted.draft == "small"
+    assert assisted.forwards["small"] >= assisted.forwards["large"] > 0
+    for run in list(by_label.values())[3:]:
+        assert run.method == "transformers"
+        assert run.tokens_per_second > 0
+        assert run.outside_forwards_share is run.predicted_tokens_per_second is None
+    wanted = {"mixture/transformers large", f"mixture/{ASSISTED}", "single small/transformers small"}
+    assert set(report.ratios) >= wanted
+    assert any("small drafts; its law is not the ensemble's" in one for one in report.notes)
+    assert any("filled weights" in one for one in report.notes)
+
+
+def test_generation_gets_the_same_options_and_the_weight_of_the_larger_member() -> None:
+    found, _ = rivals(shapes((1, 3)), "the river", {"seed": 1, "top_k": 7, "temperature": 0.5, "min_p": 0.1})
+    for one in found:
+        given = one._options
+        assert (given["top_k"], given["temperature"], given["min_p"], given["top_p"]) == (7, 0.5, 0.1, 1.0)
+        assert given["do_sample"]
+    assert found[-1]._options["assistant_ensemble_weight"] == 0.75
+    assert "assistant_ensemble_weight" not in found[0]._options
+
+
+def test_equal_seeds_write_equal_texts_and_models_are_as_before() -> None:
+    those = shapes()
+    rival = Rival(those, (1,), "the river", {"seed": 1})
+    assert rival.measure(1, 8).bytes == rival.measure(1, 8).bytes
+    model = those.members[1].engine.model  # type: ignore[attr-defined]
+    assert model.config._attn_implementation == NAME
+    assert not model._forward_pre_hooks
+    assert those.generate("the river", max_tokens=3, seed=1, ignore_end=True).usage.tokens == 3
+
+
+def test_what_cannot_run_is_left_out_with_a_note() -> None:
+    toys = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
+    found, notes = rivals(toys, "the river", {})
+    assert not found
+    assert notes == [
+        "transformers toy-1 was left out: it is no model of transformers",
+        "transformers toy-2 was left out: it is no model of transformers",
+        f"{ASSISTED} was left out: it is no model of transformers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"presence_penalty": 0.5}, "presence and frequency penalties"), ({"temperature": 0.0}, "temperature is 0")],
+)
+def test_options_that_it_has_not_are_said(options: dict[str, float], reason: str) -> None:
+    found, notes = rivals(shapes(), "the river", options)
+    assert not found
+    assert all(reason in one for one in notes)
+
+
+def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
+    those = shapes((0, 1))
+    assert f"{ASSISTED} was left out: it needs weights between 0 and 1" in rivals(those, "the river", {})[1]
+    engine = those.members[0].engine
+    twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
+    assert f"{ASSISTED} was left out: both members are one model" in rivals(twice, "the river", {})[1]
+
+
+def test_agreement_by_construction_is_mixlms_own() -> None:
+    report = bench(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
+    assert [run.label for run in report.runs] == ["mixture", "transformers small", "transformers large"]
+    assert any("agreement by construction is not known to it" in one for one in report.notes)

@@ -1,0 +1,155 @@
+"""Speed along an axis: what is measured where, and what is said of it. How fast it was is not tested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import shapes
+
+from mixlm.benchmark import Plan, bench, plots, sweep_along
+from mixlm.benchmark.agreement import label
+from mixlm.benchmark.batch import Batch
+from mixlm.benchmark.sweeps import AXES, METHODS, Point, Sweep
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError
+
+SMALL: dict[str, Any] = {"tokens": 8, "repeats": 1}
+
+
+@pytest.fixture
+def pair() -> Ensemble:
+    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
+
+
+def at(found: Sweep, series: str) -> dict[float | str, Point]:
+    return {one.x: one for one in found.points if one.series == series}
+
+
+def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> None:
+    found = sweep_along("batch", pair, Plan(places=[1, 3], **SMALL))
+    assert list(dict.fromkeys(one.series for one in found.points)) == [
+        "single toy-1",
+        "single toy-2",
+        "conventional",
+        "mixture",
+    ]
+    for one in found.points:
+        assert one.tokens_per_second > 0
+        assert one.more["seconds_of_the_batch"] > 0
+    assert found.more["offline"]["replies"] == 3
+    assert found.more["offline"]["label"] == "mixture"
+    assert "3 replies of 9 tokens by mixture" in found.notes[0]
+
+
+def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair: Ensemble) -> None:
+    for size in (1, 4):
+        sample = Batch(pair, "single", size, "the river", {"seed": 1}).measure(0, 10)
+        # All replies of one member go on in step: 10 tokens each behind the first one.
+        assert sample.tokens == 10 * size
+        assert len(sample.forwards[0]) == 10 * size
+    mixture = Batch(pair, "mixture", 4, "the river", {"seed": 1}).measure(0, 10)
+    assert 10 <= mixture.tokens <= 40
+    assert sum(len(log) for log in mixture.forwards) == mixture.tokens
+
+
+def test_replies_of_a_batch_share_forwards_of_real_models() -> None:
+    found = sweep_along("batch", shapes(), Plan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1))
+    assert at(found, "conventional")[4].more["replies_a_forward"] == 4
+    assert 1 < at(found, "mixture")[4].more["replies_a_forward"] < 4
+
+
+def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
+    found = sweep_along("context", pair, Plan(places=[40, 80, 5000], **SMALL))
+    assert list(at(found, "mixture")) == [40, 80, 4086]
+    assert "4086 tokens in place of 5000" in found.notes[0]
+    for one in found.points:
+        assert one.more["ms_a_token"] == pytest.approx(1000 / one.tokens_per_second)
+    assert set(at(found, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
+    assert set(at(found, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
+    # The prompt was read before: what is run is what is written.
+    assert sum(at(found, "conventional")[80].forwards.values()) == 2
+
+
+def test_members_are_copies_that_are_run_for_themselves() -> None:
+    found = sweep_along("members", shapes(), Plan(places=[1, 3], methods=METHODS["members"], **SMALL))
+    assert set(at(found, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
+    assert sum(at(found, "conventional")[3].forwards.values()) == 3
+    assert sum(at(found, "mixture")[3].forwards.values()) == 1
+    assert list(at(found, "single")) == [1]
+    assert "copies of small" in found.notes[0]
+
+
+def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(pair: Ensemble) -> None:
+    found = sweep_along("weights", pair, Plan(places=[0, 0.5, 1], methods=("mixture", "speculative"), **SMALL))
+    mixture = at(found, "mixture")
+    assert mixture[0].forwards == {"toy-1": 0, "toy-2": 1}
+    assert mixture[1].forwards == {"toy-1": 1, "toy-2": 0}
+    assert all(one.predicted is not None and one.predicted > 0 for one in mixture.values())
+    assert [one.series for one in found.points if one.x == "alone"] == ["single toy-1", "single toy-2"]
+
+
+def test_one_device_is_said_to_be_one(pair: Ensemble) -> None:
+    found = sweep_along("devices", pair, Plan(**SMALL))
+    assert {one.x for one in found.points} == {"one for all"}
+    assert found.notes == ("there is one device here, so the 2 members were measured on it alone",)
+
+
+def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensemble) -> None:
+    found = sweep_along("devices", pair, Plan(agreement=0.5, **SMALL), apart=lambda: pair)
+    assert set(at(found, "conventional")) == {"one for all", "one for each"}
+    assert set(at(found, "single toy-1")) == {"one for all"}
+    assert found.notes == (label(0.5),)
+
+
+@pytest.mark.parametrize(
+    ("axis", "places", "message"),
+    [
+        ("batches", [], "there is no sweep 'batches'"),
+        ("batch", [1.5], r"1\.5 is no place"),
+        ("batch", [0], "0 is no place"),
+        ("weights", [1.5], r"λ is 1\.5; it must be from 0 to 1"),
+    ],
+)
+def test_places_that_cannot_be_are_refused(pair: Ensemble, axis: str, places: Sequence[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep_along(axis, pair, Plan(places=places, **SMALL))
+    with pytest.raises(ConfigError, match="nothing is varied"):
+        bench(pair, places=[1])
+
+
+def test_a_weight_of_one_among_three_has_no_axis() -> None:
+    three = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in range(3)])
+    with pytest.raises(ConfigError, match="there are 3 members"):
+        sweep_along("weights", three, Plan(**SMALL))
+
+
+@pytest.mark.parametrize("axis", [None, *AXES])
+def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    places = {"batch": [1, 2], "context": [20, 40], "members": [1, 2], "weights": [0, 1]}.get(axis or "", [])
+    if axis is None:
+        form = bench(pair, methods=["single", "mixture", "auto"], **SMALL).as_dict()
+    else:
+        form = sweep_along(axis, pair, Plan(places=places, methods=METHODS[axis], **SMALL)).as_dict()
+        assert set(form) >= {"sweep", "axis", "points", "environment", "notes"}
+    form = json.loads(json.dumps(form, allow_nan=False))
+    figure = plots.draw(form)
+    axes = figure.axes
+    assert all(one.get_xlabel() for one in axes)
+    assert plots.machine(form["environment"]) in figure.get_suptitle()
+    if axis not in (None, "devices"):
+        assert {"mixture"} <= {text.get_text() for text in axes[0].get_legend().get_texts()}
+        assert [one.get_ylabel() for one in axes][:1] == ["tokens/s"]
+    for form_name in ("speed.png", "speed.svg"):
+        plots.save(form, tmp_path / form_name)
+        assert (tmp_path / form_name).stat().st_size > 1000
+
+
+def test_a_figure_needs_the_name_of_one() -> None:
+    with pytest.raises(ConfigError, match=r"speed\.txt"):
+        plots.require(Path("speed.txt"))

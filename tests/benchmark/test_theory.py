@@ -1,0 +1,228 @@
+"""Each formula of docs/performance.md against the code that it describes, or a simulation of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import LARGE, shapes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixlm.benchmark import bench
+from mixlm.benchmark.agreement import agreed
+from mixlm.benchmark.roofline import H100, Machine, Need, served
+from mixlm.benchmark.theory import Fit, drafted_cost, fitted, predicted
+from mixlm.benchmark.timing import Sample, contestants
+from mixlm.decoding.costs import mixture_cost, speculative_cost
+from mixlm.engines import shape
+from mixlm.engines.base import Forward, Reply, Request, Session
+from mixlm.engines.shape import SHAPES
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.noise import Noise
+from mixlm.replies import Stream
+from mixlm.scheduler import Scheduler
+
+
+def toys(weights: tuple[float, ...]) -> Ensemble:
+    return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in range(len(weights))], weights)
+
+
+def log(c: float, s: float, lengths: list[int]) -> list[Forward]:
+    return [Forward(q, 50, c * (1 + s * (q - 1))) for q in lengths]
+
+
+def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
+    for c, s in ((0.05, 0.02), (0.3, 0.2)):
+        forwards = [*log(c, s, [1, 2, 1, 3, 5, 1, 8, 2]), Forward(200, 0, 9.0), Forward(100, 7, 9.0)]
+        assert fitted(forwards) == pytest.approx((c, s))
+    assert fitted(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
+    assert np.isnan(fitted([])[0])
+
+
+def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
+    weights = np.array([0.5, 0.3, 0.2])
+    [run] = bench(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
+    for name, weight in zip(run.members, weights, strict=True):
+        assert run.forwards[name] / 3000 == pytest.approx(weight, abs=0.03)
+    # Every member but the last to be drawn has read every token: tokens in all over forwards is 1/λ.
+    seconds, slopes = np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3])
+    coins = [Noise(1, 0, at).choice(weights) for at in range(20_000)]
+    last, total = np.full(3, -1), 0.0
+    for at, z in enumerate(coins):
+        total += seconds[z] * (1 + slopes[z] * (at - last[z] - 1))
+        last[z] = at
+    assert total / len(coins) == pytest.approx(mixture_cost(weights, seconds, slopes), rel=0.02)
+
+
+@pytest.mark.parametrize(("weight", "share", "block"), [(0.5, 0.8, 4), (0.5, 0.5, 2), (0.3, 0.9, 3), (0.7, 0.8, 6)])
+def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
+    options: Any = {"draft": "toy-0", "block": block}
+    those = toys((weight, 1 - weight))
+    [run] = bench(those, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
+    found = run.forwards["toy-1"] / 4000
+    assert found == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
+    # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
+    free = speculative_cost(those.weights, np.array([0.0, 1.0]), np.zeros(2), (0, block, share))
+    assert found == pytest.approx(free, rel=0.06)
+    # And with both, it is what the forwards that were run would take.
+    price = run.forwards["toy-0"] / 4000 * 0.1 + found
+    expected = speculative_cost(those.weights, np.array([0.1, 1.0]), np.zeros(2), (0, block, share))
+    assert price == pytest.approx(expected, rel=0.06)
+
+
+def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_time() -> None:
+    weights, seconds = np.array([0.5, 0.5]), np.array([0.1, 1.0])
+    mixture = mixture_cost(weights, seconds, np.zeros(2))
+    assert mixture == pytest.approx(0.55)
+    assert mixture / speculative_cost(weights, seconds, np.zeros(2), (0, 4, 0.8)) == pytest.approx(1.95, abs=0.005)
+
+
+@pytest.mark.parametrize("block", [2, 5])
+def test_forwards_of_greedy_with_a_draft(block: int) -> None:
+    options: Any = {"draft": "toy-0", "block": block}
+    those = toys((1, 1))
+    [run] = bench(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
+    assert run.acceptance is not None
+    for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
+        fit = Fit(np.array(c), np.zeros(2))
+        expected = drafted_cost(those.weights, fit, (0, block, run.acceptance))
+        assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 3000 == pytest.approx(expected, rel=0.06)
+
+
+def test_what_the_model_expects_of_each_method() -> None:
+    those = toys((1, 3))
+    fit = Fit(np.array([0.1, 0.4]), np.zeros(2))
+    taken = [Sample(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
+    kinds = ["single", "conventional", "mixture", "speculative", "drafted", "auto", "greedy"]
+    found = [
+        predicted(those, one, taken, fit)
+        for one in contestants(those, kinds, "the river", {"draft": "toy-0", "block": 1})
+    ]
+    speculative = speculative_cost(those.weights, fit.seconds, fit.slopes, (0, 1, 0.5))
+    assert found == [
+        pytest.approx(10),
+        pytest.approx(2.5),
+        pytest.approx(2),
+        pytest.approx(1 / (0.25 * 0.1 + 0.75 * 0.4)),
+        pytest.approx(1 / speculative),
+        pytest.approx(1.5 / (2 * 0.1 + 0.4)),
+        None,
+        None,
+    ]
+    [lookup] = contestants(those, ["speculative"], "the river", {"draft": "lookup"})
+    assert predicted(those, lookup, taken, fit) is None
+
+
+class Counting(ToyEngine):
+    """A toy that counts how often it is called, and for how many replies."""
+
+    calls = 0
+    replies = 0
+
+    def answer(self, requests: Any) -> list[Reply]:
+        asked: list[tuple[Session, Request]] = list(requests)
+        self.calls += 1
+        self.replies += len(asked)
+        return super().answer(asked)
+
+
+@pytest.mark.parametrize("members", range(2, 9))
+def test_the_longest_queue_holds_two_of_n_plus_one_replies(members: int) -> None:
+    assert served(6400, members) == pytest.approx(2 / (members + 1), rel=0.02)
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
+    calls = {}
+    for method in ("mixture", "conventional"):
+        engines = [Counting(seed=i) for i in range(members)]
+        those = Ensemble([MemberSpec(one, f"toy-{i}") for i, one in enumerate(engines)])
+        settings = those.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
+        scheduler = Scheduler(48)
+        streams: list[Stream] = []
+        for number in range(48):
+            streams.append(those.writer(settings.with_turn(number)).stream(those.prompts("the river", settings)))
+            scheduler.add(streams[-1])
+        for _ in range(60):  # all replies are under way
+            scheduler.step()
+        calls[method] = sum(one.replies for one in engines) / sum(one.calls for one in engines) / 48
+    assert calls["conventional"] == 1.0
+    assert calls["mixture"] == pytest.approx(served(48, members), rel=0.08)
+    # A token takes one answer in mixture, and n in conventional.
+    assert members * calls["mixture"] == pytest.approx(2 * members / (members + 1), rel=0.12)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_reads_every_weight_but_the_table_of_input_embeddings(name: str) -> None:
+    with torch.device("meta"):
+        model = shape.described(SHAPES[name], torch.bfloat16)
+    table = 0 if SHAPES[name]["tie_word_embeddings"] else model.get_input_embeddings().weight.numel()
+    assert Need.of(SHAPES[name]).weights == sum(one.numel() for one in model.parameters()) - table
+
+
+def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
+    engine: Any = shapes().members[1].engine
+    session = engine.session()
+    session.logits(np.arange(20))
+    held = [one for pair in session.cache._layers.values() for one in pair]
+    assert sum(one.shape[0] * one.shape[2] for one in held) == Need.of(LARGE).cache
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are a kernel on a device: what makes a view only is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(sizes: dict[str, Any]) -> int:
+    model = shape.filled(sizes, torch.float32, "cpu")
+    model.set_attn_implementation("sdpa")
+    counted = Launches()
+    with torch.inference_mode(False), torch.no_grad(), counted:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    return counted.count
+
+
+def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
+    two, three, five = (launches({**LARGE, "num_hidden_layers": layers}) for layers in (2, 3, 5))
+    a_layer = three - two
+    assert five - three == 2 * a_layer
+    assert a_layer > 20
+    assert launches({**LARGE, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}) == two
+
+
+def test_members_cut_over_all_devices_are_n_times_as_fast_as_each_on_its_own_share() -> None:
+    free = Machine(H100.bandwidth, H100.compute)
+    need = Need.of(SHAPES["llama-3.1-8b"])
+    for members in (2, 4):
+        # Conventional in parallel: each member on 8/n devices, all at once. Mixture: the one that is drawn, on all 8.
+        assert need.seconds(free, devices=8 // members) / need.seconds(free, devices=8) == pytest.approx(members)
+    # Adding up over devices puts an end to it.
+    assert need.seconds(H100, devices=4) / need.seconds(H100, devices=8) < 1.8
+    assert need.seconds(H100, devices=1000) > 2 * 32 * H100.reduce
+    assert need.seconds(H100, devices=2) - need.seconds(free, devices=2) == pytest.approx(2 * 32 * H100.reduce)
+
+
+def test_reading_bounds_a_short_forward_and_arithmetic_a_long_one() -> None:
+    need = Need.of(SHAPES["qwen2.5-3b"])
+    assert need.seconds(H100) == need.bytes() / H100.bandwidth == need.seconds(H100, tokens=200)
+    assert need.seconds(H100, tokens=1000) == need.operations(1000) / H100.compute
+    assert need.seconds(H100, launches=1000) == 1000 * H100.launch > need.seconds(H100, launches=400)
+    assert need.bytes(1000, rows=3) - need.bytes() == 2 * 3000 * need.cache
+
+
+def test_agreed_members_take_no_more_forwards_than_the_rest_of_the_formulas_count() -> None:
+    those = agreed(toys((1, 1)), 1.0)
+    [one] = contestants(those, ["speculative"], "the river", {"draft": "toy-0", "block": 3})
+    sample = one.measure(1, 400)
+    assert sample.accepted == sample.checked > 0
+    assert len(sample.forwards[1]) / 400 == pytest.approx(0.5 / 4, rel=0.1)

@@ -1,0 +1,142 @@
+"""Models of a known shape, filled with numbers: every engine's contract on a tiny one, the sizes of the real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract import *  # noqa: F403
+from contract import random_ids
+
+from mixlm.config import EnsembleConfig, MemberConfig
+from mixlm.engines import EngineSpec, load, shape
+from mixlm.engines.shape import SHAPES, ShapeEngine
+from mixlm.engines.toy import WORD_TOKENS, ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ModelNotFoundError
+from mixlm.loading import load_config
+
+TINY: dict[str, Any] = {
+    **SHAPES["qwen2.5-0.5b"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 400,
+}
+SMALLER: dict[str, Any] = {**SHAPES["llama-3.2-1b"], **{k: v for k, v in TINY.items() if k.endswith("_size")}}
+SMALLER |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SMALLER |= {"vocab_size": 350}
+# Of the published weights.
+PARAMETERS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+}
+
+
+def tiny(sizes: dict[str, Any] = TINY, dtype: str = "float32") -> ShapeEngine:
+    return ShapeEngine(EngineSpec("shape:tiny", "", dtype, "cpu"), sizes)
+
+
+@pytest.fixture(scope="module")
+def engine() -> ShapeEngine:
+    return tiny()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name: str) -> None:
+    with torch.device("meta"):
+        model = shape.described(SHAPES[name], torch.bfloat16)
+    assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
+
+
+def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engine: ShapeEngine) -> None:
+    for sizes, filled in ((TINY, engine), (SMALLER, tiny(SMALLER))):
+        plain = shape.described(sizes, torch.float32).eval()
+        plain.load_state_dict(filled.model.state_dict())
+        ids = random_ids(filled, 30)
+        with torch.inference_mode():
+            expected = plain(torch.tensor(ids[None])).logits[0, -1].numpy()
+        np.testing.assert_allclose(filled.session().logits(ids)[0], expected, atol=1e-4)
+
+
+def test_answers_depend_on_what_is_read_and_are_numbers(engine: ShapeEngine) -> None:
+    ids = random_ids(engine, 12)
+    first = engine.session().logits(ids)
+    assert np.isfinite(first).all()
+    assert first.std() > 0.01
+    other = engine.session().logits(np.concatenate([random_ids(engine, 1, 5), ids[1:]]))
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine: ShapeEngine) -> None:
+    for name, one in engine.model.named_parameters():
+        values = one.detach().flatten()
+        assert (values == 1).all() if name.endswith("norm.weight") else 0.01 < values.std() < 0.03
+    embedding = engine.model.get_input_embeddings().weight
+    assert engine.model.get_output_embeddings().weight is embedding
+    assert engine.weights_bytes == sum(one.numel() * 4 for one in engine.model.parameters())
+
+
+def test_a_shape_says_what_it_is(engine: ShapeEngine) -> None:
+    assert engine.name == "shape:tiny"
+    assert engine.notes == (f"shape:tiny: {shape.LABEL}",)
+    assert "filled" in engine.details["weights"]
+
+
+def test_bfloat16_weights_keep_exact_frequencies() -> None:
+    model = tiny(dtype="bfloat16").model
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_many_sequences_run_in_one_forward(engine: ShapeEngine) -> None:
+    assert engine.runner.batches
+
+
+def test_shapes_and_toys_share_a_vocabulary() -> None:
+    engines = [tiny(), tiny(SMALLER), ToyEngine()]
+    those = Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)])
+    assert those.unit.name == "token"
+    drawable = [set(those.unit.symbols(i)) - {-1, those.unit.end} for i in range(3)]
+    assert drawable[0] == drawable[1] == drawable[2] == set(range(len(WORD_TOKENS)))
+    two = Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines[:2])])
+    assert (two.unit.symbols(1) >= 0).sum() == 350 - 1  # all but the begin mark
+    reply = two.generate("the river", max_tokens=5, seed=1)
+    assert reply.usage.tokens == 5
+
+
+def test_an_unknown_shape_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no shape 'qwen2\.5-3'") as caught:
+        load(EngineSpec("shape:qwen2.5-3", ""))
+    assert "qwen2.5-3b" in str(caught.value)
+
+
+def test_a_shape_is_loaded_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
+    found = load(EngineSpec("shape:tiny", "mine", "float32", "cpu"))
+    assert isinstance(found, ShapeEngine)
+    assert found.name == "mine"
+
+
+def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
+    names = ["shape:tiny", "shape:tiny", "shape:tiny#2"]
+    config = EnsembleConfig(members=tuple(MemberConfig(model=one, dtype="float32") for one in names))
+    first, same, other = (one.engine for one in load_config(config).members)
+    assert first is same
+    assert other is not first
+    assert other.name == "shape:tiny#2"
+    weights = [one.model.get_input_embeddings().weight for one in (first, other)]  # type: ignore[attr-defined]
+    assert weights[0].data_ptr() != weights[1].data_ptr()

@@ -1,0 +1,184 @@
+"""Programs that others wrote, against `mixlm serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import openai
+import pytest
+from serving import HELLO, endless, running
+
+from mixlm.loading import load
+from mixlm.server.keys import Keys, hashed
+
+PAIR = load("toy:1", "toy:2")
+
+
+@pytest.fixture
+def sdk(toys):
+    with openai.OpenAI(base_url=toys.url + "/v1", api_key="any") as client:
+        yield client
+
+
+def test_openai_sdk(sdk):
+    assert [one.id for one in sdk.models.list()] == ["toys"]
+    reply = sdk.chat.completions.create(
+        model="toys", messages=HELLO, seed=1, max_completion_tokens=9, logprobs=True, extra_body={"mixlm": {"top_k": 5}}
+    )
+    expected = PAIR.generate(HELLO, seed=1, max_tokens=9, top_k=5)
+    assert reply.choices[0].message.content == expected.text
+    assert reply.choices[0].mixlm["members"] == [one.member for one in expected.tokens]
+    assert reply.usage.completion_tokens == len(expected.tokens)
+    assert len(reply.choices[0].logprobs.content) == len(expected.tokens)
+    text = sdk.completions.create(model="toys", prompt=["one", "two"], seed=1, max_tokens=4)
+    assert [one.text for one in text.choices] == [
+        PAIR.generate(prompt, seed=1, sequence=i, max_tokens=4, raw=True).text
+        for i, prompt in enumerate(["one", "two"])
+    ]
+
+
+def test_openai_sdk_sends_back_what_it_got(sdk):
+    first = sdk.chat.completions.create(model="toys", messages=HELLO, seed=1, max_tokens=5).choices[0].message
+    again = sdk.chat.completions.create(model="toys", messages=[*HELLO, first, *HELLO], seed=1, max_tokens=5)
+    assert again.choices[0].message.content
+
+
+def test_openai_sdk_streams(sdk):
+    expected = PAIR.generate(HELLO, seed=2, max_tokens=9)
+    chunks = list(
+        sdk.chat.completions.create(
+            model="toys", messages=HELLO, seed=2, max_tokens=9, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == expected.text
+    assert chunks[-1].usage.completion_tokens == len(expected.tokens)
+    whole = PAIR.generate(HELLO, seed=2, max_tokens=500)
+    assert whole.finish_reason == "stop"
+    with sdk.chat.completions.stream(model="toys", messages=HELLO, seed=2, max_tokens=500) as stream:
+        assert stream.get_final_completion().choices[0].message.content == whole.text
+    text = sdk.completions.create(model="toys", prompt="one", seed=2, max_tokens=9, stream=True)
+    assert "".join(one.choices[0].text for one in text) == PAIR.generate("one", seed=2, max_tokens=9, raw=True).text
+
+
+def test_openai_sdk_asynchronously(toys):
+    async def ask(client, seed):
+        stream = await client.chat.completions.create(
+            model="toys", messages=HELLO, seed=seed, max_tokens=9, stream=True
+        )
+        return "".join([one.choices[0].delta.content or "" async for one in stream])
+
+    async def run():
+        async with openai.AsyncOpenAI(base_url=toys.url + "/v1", api_key="any") as client:
+            return await asyncio.gather(*[ask(client, seed) for seed in range(20)])
+
+    assert asyncio.run(run()) == [PAIR.generate(HELLO, seed=seed, max_tokens=9).text for seed in range(20)]
+
+
+def test_openai_sdk_understands_refusals(sdk, toys):
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.chat.completions.create(
+            model="toys", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    assert refused.value.param == "tools"
+    assert refused.value.request_id
+    with pytest.raises(openai.NotFoundError):
+        sdk.chat.completions.create(model="none", messages=HELLO)
+    with running(endless(0.01), Keys({hashed("a-long-and-random-key"): "ada"}), timeout=0.3) as guarded:
+        client = openai.OpenAI(base_url=guarded.url + "/v1", api_key="a-long-and-random-key", max_retries=0)
+        with client, pytest.raises(openai.APIError, match="took longer"):
+            list(client.chat.completions.create(model="toys", messages=HELLO, max_tokens=3000, stream=True))
+        with (
+            openai.OpenAI(base_url=guarded.url + "/v1", api_key="no") as other,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            other.models.list()
+
+
+def test_openai_sdk_comes_again_when_the_queue_is_full():
+    with running(endless(0.01), at_once=1, queue=0) as one:
+
+        async def run():
+            async with openai.AsyncOpenAI(base_url=one.url + "/v1", api_key="any", max_retries=8) as client:
+                asked = [client.chat.completions.create(model="toys", messages=HELLO, max_tokens=20) for _ in range(3)]
+                return await asyncio.gather(*asked)
+
+        assert [reply.usage.completion_tokens for reply in asyncio.run(run())] == [20, 20, 20]
+        assert one.metric("mixlm_errors_total", status="429") >= 2
+
+
+def test_curl(toys):
+    command = [
+        "curl",
+        "-sS",
+        "-N",
+        "--noproxy",
+        "*",
+        toys.url + "/v1/chat/completions",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+    ]
+    body = {"messages": HELLO, "seed": 1, "max_tokens": 5}
+    done = subprocess.run([*command, json.dumps(body)], capture_output=True, text=True, check=True, timeout=30)
+    assert (
+        json.loads(done.stdout)["choices"][0]["message"]["content"] == PAIR.generate(HELLO, seed=1, max_tokens=5).text
+    )
+    done = subprocess.run(
+        [*command, json.dumps({**body, "stream": True})], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
+def test_lm_evaluation_harness(toys, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the harness's own
+        pytest.importorskip("lm_eval")
+        from lm_eval.api.instance import Instance
+        from lm_eval.api.registry import get_model
+
+        path = "/v1/completions" if kind == "local-completions" else "/v1/chat/completions"
+        model = get_model(kind)(
+            model="toys", base_url=toys.url + path, tokenizer_backend=None, tokenized_requests=False, num_concurrent=1
+        )
+        prompts = ["one river", "two stones"]
+        asked = [({"until": ["\n"], "max_gen_toks": 6, "temperature": 0.0}) for _ in prompts]
+        wanted = prompts
+        if kind == "local-chat-completions":
+            from lm_eval.models.api_models import JsonChatStr
+
+            wanted = [JsonChatStr(json.dumps([{"role": "user", "content": one}])) for one in prompts]
+        instances = [
+            Instance("generate_until", {}, (prompt, options), i)
+            for i, (prompt, options) in enumerate(zip(wanted, asked, strict=True))
+        ]
+        found = model.generate_until(instances, disable_tqdm=True)
+    raw = kind == "local-completions"
+    assert found == [PAIR.generate(one, method="greedy", max_tokens=6, raw=raw).text for one in prompts]
+
+
+def test_litellm(toys):
+    """In a process of its own: it changes much of what it runs in."""
+    pytest.importorskip("litellm")
+    code = (
+        "import litellm, sys\n"
+        "ask = dict(model='openai/toys', api_base=sys.argv[1], api_key='any', seed=1, max_tokens=6,\n"
+        "           messages=[{'role': 'user', 'content': 'hello'}])\n"
+        "print(litellm.completion(**ask).choices[0].message.content)\n"
+        "print(''.join(one.choices[0].delta.content or '' for one in litellm.completion(**ask, stream=True)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, toys.url + "/v1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "*"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [PAIR.generate(HELLO, seed=1, max_tokens=6).text] * 2

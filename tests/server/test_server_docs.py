@@ -1,0 +1,56 @@
+"""What docs/serving.md says is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from serving import MAIN, running
+
+from mixlm.loading import load
+from mixlm.server.fields import ChatBody, CompletionBody, Extras
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_every_option_exists():
+    command = [sys.executable, "-c", MAIN, "serve", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "200"}).stdout
+    commands = [line for line in TEXT.splitlines() if "mixlm serve" in line]
+    named = set(re.findall(r"`(--[a-z-]+)", TEXT)) | set(re.findall(r"(--[a-z-]+)", " ".join(commands)))
+    assert named
+    for option in named - {"--help"}:
+        assert option in shown, option
+
+
+def test_the_clients_work():
+    with running({"pair": load("toy:1", "toy:2")}) as one:
+        [code] = blocks("python")
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace(ADDRESS, one.url)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        [curl] = [block for block in blocks("sh") if block.startswith("curl")]
+        command = shlex.split(curl.replace("\\\n", " ").replace(ADDRESS, one.url))
+        done = subprocess.run([*command, "-sS", "--noproxy", "*"], capture_output=True, text=True, check=False)
+        assert '"choices"' in done.stdout, (done.stdout, done.stderr)
+
+
+def test_every_field_is_described():
+    for kind in (ChatBody, CompletionBody, Extras):
+        for name in kind.model_fields:
+            assert f"`{name}" in TEXT, name
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (Path(__file__).resolve().parents[2] / "docs" / target).is_file(), target

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, UsageError, did_you_mean
+from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 
 _KINDS = {
     400: "invalid_request_error",
@@ -76,6 +76,9 @@ def of_error(error: BaseException) -> ApiError:
         # Messages about an option begin with its name.
         word = error.message.partition(" ")[0]
         return ApiError(400, _for_clients(str(error)), param=_FIELDS.get(word), code="invalid_value")
+    if isinstance(error, TokenizerError):
+        # The models are loaded by now: it is the text that a member has no tokens for.
+        return ApiError(400, error.message, code="no_tokens")
     if isinstance(error, MemoryLimitError):
         return ApiError(503, "the server ran out of memory over this reply", code="out_of_memory")
     if isinstance(error, MixlmError):

@@ -405,3 +405,14 @@ def test_messages_may_be_plain_dictionaries():
 def test_what_is_no_message_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"is no message.*role \(system, user, assistant\)"):
         Ensemble([MemberSpec(ToyEngine(), "toy")]).generate([wrong])
+
+
+def test_other_weights_share_the_engines():
+    pair = toys("piece", 2)
+    other = pair.with_weights([0, 2])
+    assert [one.engine for one in other.members] == [one.engine for one in pair.members]
+    assert other.weights.tolist() == [0, 1]
+    assert {one.member for one in other.generate("ab", seed=1, max_tokens=30, raw=True).tokens} == {"m1"}
+    assert pair.weights.tolist() != [0, 1]
+    with pytest.raises(ConfigError, match="3 weights"):
+        pair.with_weights([1, 1, 1])

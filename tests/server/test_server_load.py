@@ -147,6 +147,7 @@ def test_a_client_that_leaves_frees_its_slot(stream):
         assert one.chat(max_tokens=1).status_code == 200
         assert time.monotonic() - start < 5  # the reply that was left would have taken 15 s and more
         assert one.metric("mixlm_closed_total", reason="gone") == 2
+        assert one.metric("mixlm_requests_total", status="200" if stream else "499") >= 1
         assert one.server.worker.unended == 0
 
 
@@ -219,11 +220,19 @@ def test_health_and_readiness():
 
 def test_told_to_stop_replies_are_finished(process):
     one = process("-m", "toy:1", "-m", "toy:2", before=SLOW)
-    with httpx.stream("POST", one.url + "/v1/chat/completions", json={**ASKED, "max_tokens": 60}) as response:
+    with httpx.stream("POST", one.url + "/v1/chat/completions", json={**ASKED, "max_tokens": 100}) as response:
         found = events(response)
         next(found)
+        # A request that is on its way when the server is told to stop is not begun any more.
+        late = request_bytes({"messages": HELLO})
+        half = raw(one.url, late[:-2])
+        time.sleep(0.2)
         one.send(signal.SIGTERM)
-        assert sum(len(chunk["choices"][0]["mixlm"]["members"]) for chunk in found) == 60
+        time.sleep(0.4)
+        half.sendall(late[-2:])
+        assert half.recv(15) == b"HTTP/1.1 503 Se"
+        half.close()
+        assert sum(len(chunk["choices"][0]["mixlm"]["members"]) for chunk in found) == 100
     assert one.end() == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(one.url + "/health")

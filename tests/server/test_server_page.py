@@ -154,6 +154,14 @@ def test_keys_alone_do(toys, page):
     first = page.inner_text(".token")
     page.keyboard.press("ArrowRight")
     assert page.inner_text(".token") not in ("", first)
+    second = page.inner_text(".token")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text(".token") == second
+    page.keyboard.press("End")
+    assert page.query_selector(".reply .m:last-child.current")
     page.keyboard.press("Home")
     assert page.inner_text(".token") == first
     for control in page.query_selector_all("input, select, textarea, button"):

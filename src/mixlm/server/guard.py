@@ -27,6 +27,8 @@ _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Files of the page, and what a supervisor asks.
 OPEN = ("/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready")
 _QUIET = ("/health", "/ready", "/metrics")
+# What logs say of a response that nobody was there for any more, as other servers do.
+_NOBODY = 499
 _SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -97,6 +99,7 @@ class Guard:
         note["client"] = holder
 
     def _write_down(self, scope: Scope, note: dict[str, Any], status: int) -> None:
+        status = status or _NOBODY
         seconds = time.monotonic() - note.pop("arrived")
         # A path that is no route is the client's invention: counting by it would let anyone fill the memory.
         path = scope["path"] if scope["path"] in scope.get("mixlm.paths", ()) else "other"

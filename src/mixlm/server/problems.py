@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, UsageError, did_you_mean
+from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 
 _KINDS = {
     400: "invalid_request_error",
@@ -70,17 +70,25 @@ def of_error(error: BaseException) -> ApiError:
     """Return what a client is told about an error. Errors that are not mixlm's own say nothing of where they arose."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, error.message, code="context_length_exceeded")
-    if isinstance(error, UsageError):
-        # Messages about an option begin with its name.
-        word = error.message.partition(" ")[0]
-        return ApiError(400, _for_clients(str(error)), param=_FIELDS.get(word), code="invalid_value")
+    if isinstance(error, UsageError | TokenizerError):
+        return _at_fault(error)
     if isinstance(error, MemoryLimitError):
         return ApiError(503, "the server ran out of memory over this reply", code="out_of_memory")
     if isinstance(error, MixlmError):
         return ApiError(500, error.message, code="failed")
     return ApiError(500, "something unexpected went wrong; the server's log has it", code="unexpected")
+
+
+def _at_fault(error: UsageError | TokenizerError) -> ApiError:
+    """Return what a client is told about a request that the ensemble refuses."""
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, error.message, code="context_length_exceeded")
+    if isinstance(error, TokenizerError):
+        # The models are loaded by now: it is the text that a member has no tokens for.
+        return ApiError(400, error.message, code="no_tokens")
+    # Messages about an option begin with its name.
+    word = error.message.partition(" ")[0]
+    return ApiError(400, _for_clients(str(error)), param=_FIELDS.get(word), code="invalid_value")
 
 
 def of_validation(error: ValidationError, known: Mapping[str, Any]) -> ApiError:

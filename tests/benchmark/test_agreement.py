@@ -11,6 +11,7 @@ from toys import toys
 
 from mixlm.benchmark import bench
 from mixlm.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
+from mixlm.engines.base import memory
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
@@ -85,6 +86,8 @@ def test_one_model_twice_is_run_for_each_member() -> None:
     engine = ToyEngine(seed=1)
     those = agreed(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
     assert those.members[0].engine is not those.members[1].engine
+    engine.weights_bytes = 7
+    assert memory([one.engine for one in those.members]) == 7  # and held once
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -78,6 +78,16 @@ def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
     engine = those.members[0].engine
     twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
     assert f"{ASSISTED} was left out: both members are one model" in rivals(twice, "the river", {})[1]
+    shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.apart(), "b")])
+    assert f"{ASSISTED} was left out: both members are one model" in rivals(shared, "the river", {})[1]
+
+
+def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    those = shapes()
+    monkeypatch.setattr(those.members[0].engine, "adapter", "somewhere")
+    found, notes = rivals(those, "the river", {})
+    assert [one.label for one in found] == ["transformers large"]
+    assert "transformers small was left out: its adapter is switched on by mixlm alone" in notes
 
 
 def test_agreement_by_construction_is_mixlms_own() -> None:

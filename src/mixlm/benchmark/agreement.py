@@ -7,7 +7,7 @@ the noise of the position a draft's guess is right; in the others members have n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -67,9 +67,14 @@ class AgreedEngine(Engine):
         self.name = inner.name
         self.vocabulary, self.encoder, self.prompts = inner.vocabulary, inner.encoder, inner.prompts
         self.context_length, self.stops, self.device = inner.context_length, inner.stops, inner.device
-        self.weights_bytes = inner.weights_bytes
+        self.weights_bytes, self.reading = inner.weights_bytes, inner.reading
         self.details = {**inner.details, "agreement": label(law.share)}
         self.notes = (*inner.notes, label(law.share))
+
+    @property
+    def weights(self) -> Mapping[Hashable, int]:
+        """The other engine's: members that share a model share its memory."""
+        return self.inner.weights
 
     def session(self) -> Session:
         """Begin a sequence of the other engine."""

@@ -56,11 +56,12 @@ class Rival:
 
         count = tokens + 1 + (_GUESSES if self._assisted else 0)
         config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, **self._options)
-        main = self._models[0]
+        models = _models(self._engines)
+        main = models[0]
         ids = torch.tensor(self._ids[None], device=main.device)
-        more: dict[str, Any] = {"assistant_model": self._models[1]} if self._assisted else {}
+        more: dict[str, Any] = {"assistant_model": models[1]} if self._assisted else {}
         clock = _Clock()
-        with _generating(self._models), _counted(self._models, clock), torch.inference_mode():
+        with _generating(models), _counted(models, clock), torch.inference_mode():
             torch.manual_seed(self._seed + sequence)
             start = time.perf_counter()
             main.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock, **more)
@@ -74,10 +75,6 @@ class Rival:
             forwards=[[one for at, one in log if at > first] for log in clock.logs],
             memory=memory_in_use(),
         )
-
-    @property
-    def _models(self) -> list[Any]:
-        return [one.model for one in self._engines]  # type: ignore[attr-defined]
 
 
 def rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]) -> tuple[list[Rival], list[str]]:
@@ -107,6 +104,8 @@ def _reason(ensemble: Ensemble, member: int, options: Mapping[str, Any]) -> str 
     one = ensemble.members[member]
     if not hasattr(getattr(_own(one.engine), "model", None), "generate"):
         return "it is no model of transformers"
+    if getattr(_own(one.engine), "adapter", None) is not None:
+        return "its adapter is switched on by mixlm alone"
     try:
         sampling = settings_of(ensemble, "mixture", options).for_member(one.sampling)
     except MixlmError as error:
@@ -123,7 +122,7 @@ def _assisted_reason(ensemble: Ensemble, reasons: Sequence[str | None]) -> str |
     engines = [_own(one.engine) for one in ensemble.members]
     sizes = [one.vocabulary.size for one in engines]
     obstacles = {
-        "both members are one model": engines[0] is engines[1],
+        "both members are one model": _models(engines)[0] is _models(engines)[1],
         "the members share no vocabulary": ensemble.unit.name != "token",
         f"its members need equal numbers of rows, and these have {sizes[0]} and {sizes[1]}": sizes[0] != sizes[1],
         "it needs weights between 0 and 1": not all(ensemble.weights > 0),
@@ -137,6 +136,11 @@ def _own(engine: Engine) -> Engine:
     """Return the engine itself where another stands before it."""
     inner: Engine = getattr(engine, "inner", engine)
     return inner
+
+
+def _models(engines: Sequence[Engine]) -> list[Any]:
+    """Return their models of transformers; None for an engine that has none."""
+    return [getattr(one, "model", None) for one in engines]
 
 
 def _options(sampling: Sampling, engine: Engine) -> dict[str, Any]:

@@ -108,6 +108,15 @@ def test_questions_of_several_sequences_are_sent_at_once_and_never_too_many(remo
     assert 2 <= fake.busiest <= QUICK.connections
 
 
+def test_an_error_is_raised_when_all_that_was_asked_with_it_is_done(remote, fake):
+    fake.faults, fake.delay = ["error", "slow"], 0.3
+    slow = [remote.session(), remote.session()]
+    with pytest.raises(EngineError, match="it broke"):
+        remote.answer([(one, Ask(0, np.array([3, 4, 5]))) for one in slow])
+    assert fake.busy == 0
+    assert sorted(len(one.work.log) for one in slow) == [0, 1]
+
+
 @pytest.mark.parametrize("fault", ["drop", "cut", "429", "503"])
 def test_what_passes_is_tried_again(remote, fake, fault):
     fake.faults = [fault]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -276,8 +276,10 @@ def together(
         return answered(requests)
     replies: list[Reply] = [None] * len(requests)
     parts = [[requests[at] for at in places] for places in by_session.values()]
-    for places, found in zip(by_session.values(), threads.map(answered, parts), strict=True):
-        for at, reply in zip(places, found, strict=True):
+    futures = [threads.submit(answered, part) for part in parts]
+    wait(futures)  # also those beside one that failed: their sessions must not be asked again before they are done
+    for places, future in zip(by_session.values(), futures, strict=True):
+        for at, reply in zip(places, future.result(), strict=True):
             replies[at] = reply
     return replies
 

@@ -61,6 +61,17 @@ def test_several_prompts_and_several_replies_are_the_ones_of_a_batch(toys):
     assert found["usage"]["prompt_tokens"] == 2 * expected.usage.members["toy:1"].prompt_tokens
 
 
+def test_a_prompt_with_several_replies_is_read_once(monkeypatch):
+    pair, read = load("toy:1", "toy:2"), []
+    plain = type(pair).prompts
+    monkeypatch.setattr(
+        type(pair), "prompts", lambda self, prompt, one: read.append(prompt) or plain(self, prompt, one)
+    )
+    with running(pair) as one:
+        assert len(one.complete(["a", "b", "a"], n=3, max_tokens=1).json()["choices"]) == 9
+    assert read == ["a", "b", "a"]
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_a_stream_adds_up_to_the_whole_response(toys, path):
     ask = toys.chat if path == "chat" else toys.complete

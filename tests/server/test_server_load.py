@@ -55,32 +55,6 @@ def test_a_full_queue_says_when_to_come_again():
         assert one.chat(n=3).status_code == 400
 
 
-def test_a_client_that_asks_for_much_does_not_hold_up_the_others():
-    """One slot; the order of 20 came first, and the single one is second to be written."""
-    ended = []
-
-    async def follow(worker, order, name):
-        worker.submit(order)
-        left = len(order.tasks)
-        while left:
-            if isinstance(event := await order.events.get(), Wrote) and event.completion is not None:
-                ended.append(name)
-                left -= 1
-
-    async def run():
-        worker = Worker(Limits(at_once=1))
-        worker.start()
-        ensemble = load("toy:1")
-        # Long enough that both orders are in before the first reply is done, also where the machine is busy.
-        task = Task("x", ensemble.settings(max_tokens=200, seed=1, ignore_end=True))
-        many, single = Order("a", ensemble, [task] * 20), Order("b", ensemble, [task])
-        await asyncio.gather(follow(worker, many, "many"), follow(worker, single, "single"))
-        await worker.stop()
-
-    asyncio.run(run())
-    assert ended.index("single") <= 1
-
-
 class Gated(EndlessToy):
     """A toy whose forwards wait to be let through, one by one."""
 
@@ -99,6 +73,33 @@ class Gated(EndlessToy):
 
         session._forward = forward
         return session
+
+
+def test_a_client_that_asks_for_much_does_not_hold_up_the_others():
+    """One slot; the order of 20 came first. The single one is third: behind the one that had begun, and one more."""
+    engine, ended = Gated(), []
+    ensemble = Ensemble([MemberSpec(engine, "m")])
+
+    async def follow(order, name):
+        left = len(order.tasks)
+        while left:
+            if isinstance(event := await order.events.get(), Wrote) and event.completion is not None:
+                ended.append(name)
+                left -= 1
+
+    async def run():
+        worker = Worker(Limits(at_once=1))
+        worker.start()
+        task = Task("x", ensemble.settings(max_tokens=1, seed=1))
+        many, single = Order("a", ensemble, [task] * 20), Order("b", ensemble, [task])
+        worker.submit(many)
+        worker.submit(single)
+        engine.gate.release(21)
+        await asyncio.gather(follow(many, "many"), follow(single, "single"))
+        await worker.stop()
+
+    asyncio.run(run())
+    assert ended.index("single") <= 2
 
 
 def test_the_slot_of_a_reply_that_is_given_up_is_free_within_one_step():

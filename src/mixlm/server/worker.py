@@ -20,7 +20,7 @@ from mixlm.replies import Stream
 from mixlm.scheduler import Scheduler
 from mixlm.server.limits import Limits
 from mixlm.server.line import Line
-from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Wrote
+from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Task, Wrote
 from mixlm.server.problems import ApiError
 
 _log = logging.getLogger("mixlm.server")
@@ -163,9 +163,13 @@ class Worker:
     def _begin(self, order: Order) -> None:
         """Read an order's prompts and put its replies in line; all of them or none."""
         try:
-            streams = []
+            streams: list[Stream] = []
+            before: Task | None = None
             for task in order.tasks:
-                prompts = order.ensemble.prompts(task.prompt, task.settings)
+                # Several replies to one prompt follow each other, and it is read once.
+                if before is None or task.prompt is not before.prompt:
+                    prompts = order.ensemble.prompts(task.prompt, task.settings)
+                before = task
                 streams.append(order.ensemble.writer(task.settings).stream(prompts))
         except Exception as error:
             if not isinstance(error, MixlmError):

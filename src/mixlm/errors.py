@@ -74,7 +74,7 @@ class EngineError(MixlmError):
 class ReplyCutError(EngineError):
     """A member failed in the middle of a reply. `completion` is what was written until then."""
 
-    def __init__(self, message: str, hint: str | None, completion: Any) -> None:
+    def __init__(self, message: str, hint: str | None = None, completion: Any = None) -> None:
         super().__init__(message, hint)
         self.completion = completion
 

@@ -120,6 +120,8 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
         sampling = settings.for_member({**config.sampling.given(), **member.sampling.given()})
     except UsageError:
         return False  # said again, where the reply is set up
+    if settings.method in ("speculative", "auto"):
+        return False  # llama.cpp gives one position a request, so checking several costs as much as writing them
     return not sampling.penalises and 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import count
+from threading import Event
 from typing import ClassVar
 from unittest.mock import patch
 
@@ -170,6 +171,30 @@ def test_a_cancelled_reply_makes_room_at_once():
     assert finished == [streams[1], streams[2]] or finished == [streams[2], streams[1]]
     assert len(streams[1].completion.tokens) == 50
     assert scheduler.idle
+
+
+def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_them():
+    """Two devices; the second one's forward is held up while the reply is given up."""
+    first, second = engine(seed=1), engine(seed=2)
+    second.device = "other"
+    gate, real = Event(), second.answer
+
+    def held(requests):
+        gate.wait(10)
+        return real(requests)
+
+    second.answer = held
+    those = ensemble([first, second])
+    settings = those.settings(raw=True, seed=1, max_tokens=5, method="conventional")
+    stream, scheduler = those.writer(settings).stream(those.prompts("ab", settings)), Scheduler(1)
+    scheduler.add(stream)
+    scheduler.step()  # the first member's answer; the second is still at it
+    with patch.object(stream, "release", wraps=stream.release) as release:
+        scheduler.cancel(stream)
+        assert (scheduler.room, stream.finished, release.call_count) == (1, True, 0)
+        gate.set()
+        scheduler.step()
+        assert release.call_count == 1
 
 
 def test_caches_are_freed_when_a_reply_ends():

@@ -132,10 +132,14 @@ class Stream(Iterator[Token]):
         self._flow.close()
         self._questions, self.finished, self.error = None, True, error
 
-    def release(self) -> None:
-        """Free the members' caches. What was written, and its figures, stay."""
+    def close(self) -> None:
+        """End the reply as far as it was written."""
         self._flow.close()
         self._questions, self.finished = None, True
+
+    def release(self) -> None:
+        """End the reply and free the members' caches. What was written, and its figures, stay."""
+        self.close()
         for session in self.sessions:
             session.forget()
 

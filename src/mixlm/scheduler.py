@@ -57,6 +57,7 @@ class Scheduler:
         self._active: list[Stream] = []
         self._calls = 0
         self._running: dict[Future[list[Reply | MixlmError]], tuple[_Queue, list[tuple[_Waiting, int]]]] = {}
+        self._leaving: list[Stream] = []
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -79,6 +80,7 @@ class Scheduler:
             self._backlog.remove(stream)
         for queue in self._queues.values():
             queue.asked = [one for one in queue.asked if one[0].stream is not stream]
+        stream.close()
         self._end(stream)
 
     def run(self) -> Iterator[Stream]:
@@ -110,6 +112,9 @@ class Scheduler:
                     moved.append(waiting.stream)
                     self._advance(waiting.stream, waiting.replies)
             queue.since = self._calls
+            leaving, self._leaving = self._leaving, []
+            for stream in leaving:
+                self._end(stream)
         return moved
 
     def _without(self, waiting: _Waiting, at: int, error: EngineError) -> None:
@@ -156,9 +161,13 @@ class Scheduler:
             queue.asked.append((waiting, at))
 
     def _end(self, stream: Stream) -> None:
+        """Make room. Caches that another device's thread is at work on are freed when it is done."""
         if stream in self._active:
             self._active.remove(stream)
-        stream.release()
+        if any(one.stream is stream for _, served in self._running.values() for one, _ in served):
+            self._leaving.append(stream)
+        else:
+            stream.release()
 
     def _start(self) -> None:
         """Give every idle device the engine with the longest queue, or the one that waited longest."""

@@ -21,6 +21,7 @@ from mixlm.cli import app
 from mixlm.engines.shape import SHAPES
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.models.catalog import CATALOG
 from mixlm.noise import Noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
         with command.make_context("bench", list(words), parent=context) as own:
             given = own.params
     for model in given["model"] or []:
-        assert model.removeprefix("shape:").partition("#")[0] in SHAPES
+        assert model.removeprefix("shape:").partition("#")[0] in {*SHAPES, *CATALOG}
     assert given["sweep"] in (None, *AXES)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +18,31 @@ from mixlm.settings import Settings
 PROMPTS = ["Why is the sky blue?", "Name three rivers."]
 
 
+@contextmanager
+def own_attention(engine: HFEngine) -> Iterator[Any]:
+    """Give the model transformers' own attention for a while."""
+    ours = engine.model.config._attn_implementation
+    engine.model.set_attn_implementation("sdpa")
+    try:
+        yield engine.model
+    finally:
+        engine.model.set_attn_implementation(ours)
+
+
 def theirs(engine: HFEngine, ids: np.ndarray, **options: object) -> list[int]:
     import torch
 
-    out = engine.model.generate(
-        torch.tensor(ids[None]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=sorted(engine.vocabulary.ends),
-        pad_token_id=0,
-        suppress_tokens=sorted(engine.vocabulary.control - engine.vocabulary.ends),
-        **options,
-    )
+    with own_attention(engine) as model:
+        out = model.generate(
+            torch.tensor(ids[None]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=sorted(engine.vocabulary.ends),
+            pad_token_id=0,
+            suppress_tokens=sorted(engine.vocabulary.control - engine.vocabulary.ends),
+            **options,
+        )
     return out[0, len(ids) :].tolist()
 
 
@@ -81,8 +96,8 @@ def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, mem
     assert isinstance(engine, HFEngine)
     options = Settings(sampling={"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2})
     ids = demo_pair.prompts(PROMPTS[0], options).ids[member]
-    with torch.inference_mode():
-        logits = engine.model(torch.tensor(ids[None])).logits[:, -1].double()
+    with torch.inference_mode(), own_attention(engine) as model:
+        logits = model(torch.tensor(ids[None])).logits[:, -1].double()
     banned = [i for i, token in enumerate(engine.vocabulary.tokens) if not token and i not in engine.vocabulary.ends]
     processors = LogitsProcessorList(
         [

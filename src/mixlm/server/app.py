@@ -17,7 +17,7 @@ from mixlm.server.answers import as_json
 from mixlm.server.asked import Asked, chat, completion
 from mixlm.server.description import description
 from mixlm.server.exchange import Exchange
-from mixlm.server.fields import ChatBody, CompletionBody, read
+from mixlm.server.fields import B, ChatBody, CompletionBody, read
 from mixlm.server.guard import Guard
 from mixlm.server.keys import Keys
 from mixlm.server.limits import Limits
@@ -87,12 +87,20 @@ class Server:
         return _json(self.registry.find(request.path_params["name"]).as_dict())
 
     async def _chat(self, request: Request) -> ASGIApp:
-        body = read(ChatBody, await self._body(request))
+        body = await self._with_unit(read(ChatBody, await self._body(request)))
         return self._exchange(request, chat(body, self.registry, self.limits))
 
     async def _completion(self, request: Request) -> ASGIApp:
-        body = read(CompletionBody, await self._body(request))
+        body = await self._with_unit(read(CompletionBody, await self._body(request)))
         return self._exchange(request, completion(body, self.registry, self.limits))
+
+    async def _with_unit(self, body: B) -> B:
+        """Make the unit that a request asks for, where none did before; other requests do not wait for it."""
+        unit = body.mixlm.unit if body.mixlm is not None else None
+        served = self.registry.find(body.model)
+        if not served.has_unit(unit):
+            await asyncio.to_thread(served.in_unit, unit)
+        return body
 
     def _exchange(self, request: Request, asked: Asked) -> ASGIApp:
         return Exchange(asked, self.worker, self.metrics, self.limits, request.scope["mixlm.note"])

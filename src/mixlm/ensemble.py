@@ -153,6 +153,17 @@ class Ensemble:
         other.router = Fixed(other.weights)
         return other
 
+    def with_unit(self, unit: UnitName) -> Ensemble:
+        """Return this ensemble in another unit. The engines are shared.
+
+        Raises UnsupportedError when the vocabularies do not have it. The default method is looked at when a reply is
+        set up: a call may name another.
+        """
+        other = copy(self)
+        other.unit = _unit([one.engine for one in self.members], unit)
+        other._symbols = [other.unit.symbols(i) for i in range(len(self.members))]
+        return other
+
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)

@@ -28,11 +28,13 @@ EngineName = Literal["auto", "hf", "llamacpp", "remote"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Rule = Literal["gac", "unite"]
+LogprobsOf = Literal["member", "ensemble"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
 RULES: tuple[Rule, ...] = ("gac", "unite")
 ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
+LOGPROBS_OF: tuple[LogprobsOf, ...] = ("member", "ensemble")
 ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 

@@ -192,11 +192,16 @@ class Ensemble:
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
+        if settings.told_by_all and self.unit.name in ("word", "byte"):
+            raise UnsupportedError(
+                f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
+                "use --unit piece, or leave it out for those of the drawn member",
+            )
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
+            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, settings.alternatives)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]

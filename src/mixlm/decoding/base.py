@@ -22,30 +22,38 @@ from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Floats, History, Ids, Logits, Transform
+from mixlm.sampling import Candidates, Floats, History, Ids, Likeliest, Logits, Transform, likeliest
 from mixlm.vocab.units import State, Unit, doubled
 
 
 class Choice(NamedTuple):
-    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability."""
+    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability.
+
+    likeliest: the likeliest symbols of the law it is from and their log-probabilities, where they were asked for.
+    """
 
     symbol: int
     member: int
     logprob: float
+    likeliest: Likeliest = ()
 
 
 Flow = Generator[list[Request], list[Reply], list[Choice]]
 
 
 class Member:
-    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
+    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
+    alternatives: how many of the likeliest symbols are told beside a chosen one.
+    """
+
+    def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids, alternatives: int = 0) -> None:
         _check_candidates(engine, sampling, symbols)
         self.engine = engine
         self.name = name
         self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
         self.symbols = symbols
+        self.alternatives = alternatives
         self._doubled = doubled(symbols)
 
     def law(self, logits: Logits, history: History | None = None) -> Candidates:
@@ -136,11 +144,14 @@ class View:
         law = self.law_here()
 
         def choose(logits: Logits) -> Drawn:
-            symbols, logprobs = law(logits)
-            at = noise.draw(symbols, logprobs)
-            return Drawn(int(symbols[at]), float(logprobs[at]))
+            return self.drawn(law(logits), noise)
 
         return choose
+
+    def drawn(self, law: Candidates, noise: Noise) -> Drawn:
+        """Draw a symbol from a law of the member's."""
+        at = noise.draw(law.ids, law.logprobs)
+        return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +166,10 @@ class Step:
     noise: Noise
     views: Sequence[View]
     push: Callable[[int], Step | None]
+
+    def likeliest(self, law: Candidates) -> Likeliest:
+        """Return the likeliest symbols of a law, as many as are told."""
+        return likeliest(law, self.views[0].member.alternatives)
 
 
 Strategy = Callable[[Step], Flow]

@@ -11,4 +11,4 @@ def mixture(step: Step) -> Flow:
     z = step.noise.choice(step.weights)
     view = step.views[z]
     [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
-    return [Choice(drawn.symbol, z, drawn.logprob)]
+    return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]

@@ -12,6 +12,6 @@ def single(member: int) -> Strategy:
     def strategy(step: Step) -> Flow:
         view = step.views[member]
         [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
-        return [Choice(drawn.symbol, member, drawn.logprob)]
+        return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
 
     return strategy

@@ -184,8 +184,9 @@ class Ensemble:
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
+        alone = settings.method in ("mixture", "single") and self.unit.name in ("token", "piece")
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
+            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, alone=alone)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]

@@ -200,8 +200,14 @@ class Ensemble:
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
+        # What an engine draws by itself comes without alternatives.
+        alone = (
+            settings.method in ("mixture", "single")
+            and self.unit.name in ("token", "piece")
+            and not (settings.alternatives or settings.told_by_all)
+        )
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, settings.alternatives)
+            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, settings.alternatives, alone=alone)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]

@@ -27,6 +27,7 @@ UnitName = Literal["auto", "token", "piece", "word", "byte"]
 EngineName = Literal["auto", "hf", "llamacpp", "remote"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Graphs = Literal["auto", "on", "off"]
 Rule = Literal["gac", "unite"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
@@ -34,6 +35,7 @@ UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
 RULES: tuple[Rule, ...] = ("gac", "unite")
 ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "remote")
 ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
+GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -77,6 +79,7 @@ class MemberConfig(_Strict):
     dtype: DType = "auto"
     device: str = "auto"
     engine: EngineName = "auto"
+    graphs: Graphs = "auto"
     candidates: int = Field(default=64, ge=1)
     context: int | None = Field(default=None, ge=16)
     slots: int = Field(default=4, ge=1)

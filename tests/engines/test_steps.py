@@ -11,13 +11,13 @@ import torch
 from contract import *  # noqa: F403
 from contract import assert_close, random_ids, uncached
 from test_hf import build
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from mixlm.engines import EngineSpec, steps
 from mixlm.engines.attention import KeyValues
 from mixlm.engines.base import Ask
 from mixlm.engines.hf import HFEngine
-from mixlm.engines.runner import HFSession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 
@@ -48,7 +48,7 @@ def engine(request: pytest.FixtureRequest, load: Load) -> HFEngine:
     return load(request.param)
 
 
-def many(session: HFSession, length: int) -> Sequence[tuple[int, int, int]]:
+def many(length: int) -> Sequence[tuple[int, int, int]]:
     """What is asked in turn: how many tokens stand, how many are new, and of how many the logits are wanted."""
     return [
         (0, length, 1),
@@ -71,7 +71,7 @@ def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, leng
     assert usual.runner.steps is None
     session, reference = fixed.session(), usual.session()
     ids = np.zeros(0, dtype=np.int64)
-    for seed, (stand, new, last) in enumerate(many(session, length)):
+    for seed, (stand, new, last) in enumerate(many(length)):
         ids = np.concatenate([ids[:stand], random_ids(fixed, new, seed)])
         found, expected = session.logits(ids, last), reference.logits(ids, last)
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
@@ -175,17 +175,53 @@ def test_a_model_that_steps_would_change_keeps_its_usual_forward(
             HFEngine(EngineSpec("tiny", "tiny", "float32", "cpu", graphs="on"), folder)
 
 
+class Recorded:
+    """Stands for a CUDA graph on the CPU: replays the operations of a run, as they were, on the tensors they were on."""
+
+    replays = 0
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        self.out = run()
+        self._again = make_fx(run)()
+
+    def replay(self) -> None:
+        Recorded.replays += 1
+        self.out.copy_(self._again())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
+def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
+    load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(run: Callable[[], torch.Tensor]) -> tuple[Recorded, torch.Tensor]:
+        recorded = Recorded(run)
+        return recorded, recorded.out
+
+    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    one, usual = load(kind), load(kind, "off")
+    one.runner.steps = steps.Steps(one.model, capture=True)
+    agree(one, usual)
+    assert Recorded.replays > 30
+
+
+def agree(fixed: HFEngine, usual: HFEngine) -> None:
+    """Compare them over sessions that follow each other, so that rooms and what is recorded on them go on."""
+    ids = np.zeros(0, dtype=np.int64)
+    for begin in range(2):
+        session, reference = fixed.session(), usual.session()
+        for seed, (stand, new, last) in enumerate([*many(240)] * 3):
+            ids = np.concatenate([ids[:stand], random_ids(fixed, new, 100 * begin + seed)])
+            found, expected = session.logits(ids, last), reference.logits(ids, last)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_steps_answer_what_the_usual_forward_answers(load: Load, kind: str) -> None:
     captured, usual = load(kind, "auto", "cuda"), load(kind, "off", "cuda")
     assert captured.details["short forwards"] == "captured graphs"
-    ids = np.zeros(0, dtype=np.int64)
-    for _ in range(2):  # rooms, with what is captured on them, go on to the next session
-        session, reference = captured.session(), usual.session()
-        for seed, (stand, new, last) in enumerate([*many(session, 240)] * 3):
-            ids = np.concatenate([ids[:stand], random_ids(captured, new, seed)])
-            found, expected = session.logits(ids, last), reference.logits(ids, last)
-            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    agree(captured, usual)
     assert captured.runner.steps is not None
     assert any(step._graph is not None for room in captured.runner.steps._captured for step in room.steps.values())

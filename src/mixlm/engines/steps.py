@@ -12,6 +12,7 @@ Without CUDA the same step is called directly: slower than the usual forward, bu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -108,21 +109,36 @@ class CapturedStep(Step):
     def run(self, room: Room) -> torch.Tensor:
         """Run it, or let the device do all of it at once. What it returns is good until the next run."""
         if self._out is None:
-            # What libraries set up when they are first used must not be captured; PyTorch asks for another stream.
-            stream: Any = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self._model.device))
-            with torch.cuda.stream(stream):
-                self._out = super().run(room)
-            torch.cuda.current_stream(self._model.device).wait_stream(stream)
-            return self._out
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Another thread may be at work on another device, or on another model.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._out = super().run(room)
-            self._graph = graph
-        self._graph.replay()
+            self._out = warmed_up(lambda: Step.run(self, room), self._model.device)
+        elif self._graph is None:
+            self._graph, self._out = captured(lambda: Step.run(self, room))
+            self._graph.replay()
+        else:
+            self._graph.replay()
         return self._out
+
+
+def warmed_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Run what is to be captured once: what libraries set up when they are first used must not be captured.
+
+    PyTorch asks for this to be done on a stream of its own.
+    """
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    usual = torch.cuda.current_stream(device)
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream):
+        out = run()
+    usual.wait_stream(stream)
+    return out
+
+
+def captured(run: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+    """Return what replays all that `run` lets a device do, and what it fills with the result. Nothing is computed."""
+    graph = torch.cuda.CUDAGraph()
+    # Another thread may be at work on another device, or on another model.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+    return graph, out
 
 
 class Steps:

@@ -155,6 +155,17 @@ class Ensemble:
         other.router = Fixed(other.weights)
         return other
 
+    def with_unit(self, unit: UnitName) -> Ensemble:
+        """Return this ensemble in another unit. The engines are shared.
+
+        Raises UnsupportedError when the vocabularies do not have it. The default method is looked at when a reply is
+        set up: a call may name another.
+        """
+        other = copy(self)
+        other.unit = _unit([one.engine for one in self.members], unit)
+        other._symbols = [other.unit.symbols(i) for i in range(len(self.members))]
+        return other
+
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
@@ -191,8 +202,21 @@ class Ensemble:
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
+        # What an engine draws by itself comes without alternatives, and from its own logits as they are.
+        alone = (
+            settings.method in ("mixture", "single")
+            and self.unit.name in ("token", "piece")
+            and not (settings.alternatives or settings.told_by_all or settings.logit_bias)
+        )
         members = [
-            Member(one.engine, one.name, self._transform(one, settings, symbols), symbols, settings.alternatives)
+            Member(
+                one.engine,
+                one.name,
+                self._transform(one, settings, symbols),
+                symbols,
+                settings.alternatives,
+                alone=alone,
+            )
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]

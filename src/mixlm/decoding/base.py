@@ -44,17 +44,29 @@ class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
     symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. alternatives: how many
-    of the likeliest symbols are told beside a chosen one.
+    of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it for nothing but what it
+    draws itself. Then it `writes` runs, if its engine does.
     """
 
-    def __init__(self, engine: Engine, name: str, transform: Transform, symbols: Ids, alternatives: int = 0) -> None:
-        _check_candidates(engine, transform, symbols)
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        transform: Transform,
+        symbols: Ids,
+        alternatives: int = 0,
+        *,
+        alone: bool = False,
+    ) -> None:
         self.engine = engine
         self.name = name
         self.transform = transform
         self.symbols = symbols
         self.alternatives = alternatives
         self._doubled = doubled(symbols)
+        self.writes = alone and engine.writes(transform.sampling, transform.banned)
+        if not self.writes:
+            _check_candidates(engine, transform, symbols)
 
     def law(self, logits: Logits, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
@@ -161,6 +173,7 @@ class View:
 class Step:
     """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
 
+    most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
     on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
     """
@@ -169,6 +182,7 @@ class Step:
     noise: Noise
     views: Sequence[View]
     push: Callable[[int], Step | None]
+    most: int = 1
 
     def likeliest(self, law: Candidates) -> Likeliest:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -223,7 +237,8 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at))
+            weights = self.absent.weights(self.route(self.state))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

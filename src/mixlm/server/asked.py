@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.records import Message
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
@@ -79,12 +80,11 @@ def _asked(
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
     extras = body.mixlm or Extras()
-    ensemble = served.ensemble
-    if extras.unit not in (None, "auto", ensemble.unit.name):
-        raise refused("mixlm.unit", f"this ensemble was loaded with the unit {ensemble.unit.name}")
+    ensemble = served.in_unit(extras.unit)
     if extras.weights is not None:
         ensemble = ensemble.with_weights(extras.weights)
     settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
     tasks = [Task(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)]
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -122,6 +122,17 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         if method != "conventional":
             given.setdefault("mix_then_truncate", False)
     return given
+
+
+def _check_method(body: Common, extras: Extras, method: Method, unit: str) -> None:
+    """Raise ApiError for a method that the unit has no law for; it names the field that asked for one of the two."""
+    allowed = methods_of(unit)
+    if method in allowed:
+        return
+    by_temperature = extras.method is None and body.temperature == 0
+    param = "temperature" if by_temperature else "mixlm.unit" if extras.method is None else "mixlm.method"
+    asked = "temperature 0 asks for greedy, which" if by_temperature else f"the method {method}"
+    raise refused(param, f"{asked} does not go with the unit {unit}; {', '.join(allowed)} do")
 
 
 def _check_length(characters: int, field: str, limits: Limits) -> None:

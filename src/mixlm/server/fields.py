@@ -53,7 +53,7 @@ class Extras(_Body):
     """What mixlm adds to the API, under `mixlm`. Left out, the served ensemble's own settings hold."""
 
     method: Method | None = Field(default=None, description="How the members write together.")
-    unit: UnitName | None = Field(default=None, description="Refused unless the ensemble was loaded with it.")
+    unit: UnitName | None = Field(default=None, description="What the members meet in; in place of the ensemble's own.")
     weights: Annotated[list[Weight], Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="One a member, any positive scale, in place of the ensemble's weights or router."
     )

@@ -184,12 +184,16 @@ class ModelMember(TypedDict):
 
 
 class ModelDetail(TypedDict):
-    """What an ensemble is made of, and what holds where a request says nothing."""
+    """What an ensemble is made of, and what holds where a request says nothing.
+
+    methods: those of its unit. units: those that a request may ask for, with the methods of each.
+    """
 
     members: list[ModelMember]
     unit: str
     method: str
     methods: list[str]
+    units: dict[str, list[str]]
     temperature: float
     top_k: int
     max_tokens: int

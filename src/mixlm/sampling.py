@@ -172,11 +172,20 @@ class Transform:
         self.banned = banned
         self.bias = bias
 
-    def __call__(self, logits: Logits, history: History | None = None) -> Candidates:
-        """Return the distribution to draw from. `logits`: (vocab,), any float; not changed."""
+    def __call__(
+        self, logits: Logits, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
+
+        logits: (vocab,), any float; not changed. allowed: ids that may be drawn here, (vocab,).
+        """
         options = self.sampling
         x = logits.copy()
         x[self.banned] = -np.inf
+        if allowed is not None:
+            x[~allowed] = -np.inf
+            if x.max() == -np.inf:
+                return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
         if self.bias is not None:
             x = biased(x, self.bias)
         if history is not None and options.penalises:

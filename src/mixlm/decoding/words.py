@@ -54,6 +54,8 @@ def _beginning(view: View, noise: Noise, otherwise: Drawn) -> Callable[[Logits],
                 return otherwise
             symbols, logprobs = law(masked)
             kept = np.isfinite(logprobs)
+            if not kept.any():
+                return otherwise
         symbols, logprobs = symbols[kept], logprobs[kept]
         top = logprobs.max()
         logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from functools import cache
 from typing import Any
 
 import jsonschema
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speaking import speaking
 from toys import (
     END,
     Recorder,
@@ -22,10 +22,8 @@ from toys import (
     engine,
     ensemble,
     named,
-    table,
     written,
 )
-from trained import EXACT, encoder, trained
 
 from mixlm.decoding.conventional import conventional
 from mixlm.decoding.mixture import mixture
@@ -34,7 +32,6 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.records import Sampling
 from mixlm.sampling import dense
-from mixlm.vocab.tokens import Family, token_bytes
 
 # A language small enough to write down: texts of JSON, without any place for whitespace.
 CHOICES = ["a", "ab", "b a", 1, 12, 121, None]
@@ -303,18 +300,6 @@ def wider(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[st
 schemas = st.recursive(scalars, wider, max_leaves=6)
 
 
-@cache
-def speaking(kind: str, seed: int) -> ToyEngine:
-    """A toy with a real tokenizer."""
-    tokenizer = trained(kind)
-    family = Family.SENTENCEPIECE if kind in ("llama2", "gemma") else Family.BYTE_LEVEL
-    spelled, control = token_bytes(tokenizer, family, kind)
-    tokens = tuple(b"" if i in control else spelled.get(i, b"") for i in range(max(spelled) + 1))
-    toy = ToyEngine(tokens, table(len(tokens) + 2, seed))
-    toy.encoder = encoder(trained(kind))
-    return toy
-
-
 @settings(max_examples=40)
 @given(
     schema=schemas,
@@ -322,7 +307,6 @@ def speaking(kind: str, seed: int) -> ToyEngine:
     kinds=st.sampled_from([("gpt2", "gemma"), ("gpt4", "llama2"), ("tools", "digits")]),
 )
 def test_what_ended_is_valid(schema, seed, kinds):
-    assert set(kinds) <= set(EXACT)
     those = ensemble([speaking(kind, i) for i, kind in enumerate(kinds)], unit="piece")
     if seed % 4 == 3:
         those = those.with_unit("byte" if seed % 8 == 3 else "word")

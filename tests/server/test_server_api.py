@@ -7,7 +7,9 @@ import math
 import pytest
 from serving import HELLO, endless, events, running
 
+from mixlm.errors import UnsupportedError
 from mixlm.loading import load
+from mixlm.server.problems import of_error
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}
@@ -230,7 +232,7 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),
-        ({"mixlm": {"weights": [1]}}, None),
+        ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
         ({"mixlm": {"unit": "letter"}}, "mixlm.unit"),
@@ -262,6 +264,15 @@ def test_what_does_not_fit_is_named(toys, body, param):
 def test_what_a_completion_refuses_is_named(toys, body, param):
     response = toys.post("/v1/completions", {"prompt": "x", **body})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
+    hint = "use a top_k from 1 to 64 and no penalties, or --engine hf (engine='hf')"
+    problem = of_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
+    assert (problem.status, problem.param) == (400, "presence_penalty")
+    assert problem.message.endswith("(use a top_k from 1 to 64 and no penalties)")
+    problem = of_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
+    assert problem.message.endswith('(use mixlm.method "greedy")')
 
 
 def test_an_unknown_model_is_not_found(toys):

@@ -74,7 +74,7 @@ def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     most = engine.candidates - unshared
     if sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:

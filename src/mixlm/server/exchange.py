@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -53,6 +54,7 @@ class Exchange:
         self._answer = Answer(asked, note["request"])
         self._done: dict[int, Completion] = {}
         self._steps = Steps()
+        self._written: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
@@ -158,6 +160,7 @@ class Exchange:
             self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
             self._metrics.first(name, self._note["first"])
         self._metrics.wrote(name, event.tokens)
+        self._written.update(one.member for one in event.tokens)
         if event.completion is not None:
             self._done[event.index] = event.completion
             self._metrics.finished(name, event, event.completion)
@@ -182,10 +185,10 @@ class Exchange:
         return GoneError()
 
     def _figures(self) -> None:
-        usage = [one.usage for one in self._done.values()]
-        self._note["tokens"] = sum(one.tokens for one in usage)
-        self._note["finished"] = len(usage)
-        self._steps.attributes = self._answer.attributes(list(self._done.values()), self._note.get("closed"))
+        done = list(self._done.values())
+        self._note["tokens"] = self._written.total()
+        self._note["finished"] = len(done)
+        self._steps.attributes = self._answer.attributes(done, self._written, self._note.get("closed"))
 
     async def _part(self, send: Send, data: bytes) -> None:
         if data:

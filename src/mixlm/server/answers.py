@@ -14,6 +14,7 @@ from mixlm.server.asked import Asked
 DONE = b"data: [DONE]\n\n"
 # The least that JSON readers in all languages take for a finite number; -inf is the log of what cannot be drawn.
 _LEAST = -9999.0
+_END = "<|endoftext|>"
 
 
 def as_json(value: Any) -> bytes:
@@ -175,20 +176,46 @@ class Answer:
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
             return None
-        values = [max(one.logprob, _LEAST) for one in tokens]
         if self._chat:
-            content = [
-                {"token": one.text, "logprob": value, "bytes": list(one.data), "top_logprobs": []}
-                for one, value in zip(tokens, values, strict=True)
-            ]
-            return {"content": content, "refusal": None}
+            return {"content": [_told(one) for one in tokens], "refusal": None}
         offsets = []
         for one in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(one.text)
         return {
             "tokens": [one.text for one in tokens],
-            "token_logprobs": values,
-            "top_logprobs": None,
+            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "top_logprobs": [_likeliest(one) for one in tokens] if self._asked.alternatives else None,
             "text_offset": offsets,
         }
+
+
+def _told(token: Token) -> shapes.TokenLogprob:
+    """Return a token and its alternatives as a chat reply has them."""
+    others: list[shapes.TopLogprob] = [
+        {"token": _spelled(one.data), "logprob": _finite(one.logprob), "bytes": list(one.data)}
+        for one in token.alternatives
+    ]
+    own = {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
+    return cast("shapes.TokenLogprob", {**own, "top_logprobs": others})
+
+
+def _likeliest(token: Token) -> dict[str, float]:
+    """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
+    found = {_spelled(one.data): _finite(one.logprob) for one in token.alternatives}
+    return {**found, _spelled(token.data): _finite(token.logprob)}
+
+
+def _spelled(data: bytes) -> str:
+    """Return a symbol as text, as OpenAI's API spells what is none: end-of-text, and bytes that are no whole character.
+
+    What differs in bytes differs in this too.
+    """
+    try:
+        return data.decode() if data else _END
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{one:02x}" for one in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)

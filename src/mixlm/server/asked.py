@@ -17,12 +17,15 @@ from mixlm.server.problems import ApiError, refused
 from mixlm.server.served import Registry, Served
 
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-_EXTRA_SAMPLING = ("top_k", "min_p", "repetition_penalty")
+_EXTRAS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text."""
+    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text.
+
+    logprobs: whether tokens are told with theirs, and with `alternatives` more.
+    """
 
     kind: Literal["chat", "text"]
     served: Served
@@ -33,6 +36,11 @@ class Asked:
     include_usage: bool
     logprobs: bool
     echo: Sequence[str]
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest symbols are told at each place."""
+        return self.tasks[0].settings.alternatives
 
 
 def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
@@ -46,6 +54,7 @@ def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
         options["max_tokens"] = body.max_completion_tokens
     if any(one.role == "system" for one in messages):
         options["system"] = None  # in place of the ensemble's own
+    options["alternatives"] = body.top_logprobs or 0
     return _asked(body, registry, [messages], options, logprobs=bool(body.logprobs))
 
 
@@ -54,7 +63,7 @@ def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Aske
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     for one in prompts:
         _check_length(len(one), "prompt", limits)
-    options = {"raw": True, "system": None}
+    options = {"raw": True, "system": None, "alternatives": body.logprobs or 0}
     echo = prompts if body.echo else ()
     return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
 
@@ -90,7 +99,7 @@ def _asked(
 def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
     """Return a request's options over the ensemble's defaults, as `Ensemble.settings` takes them."""
     given = dict(options)
-    for source, names in ((body, _SAMPLING), (extras, (*_EXTRA_SAMPLING, "draft", "block", "mix_then_truncate"))):
+    for source, names in ((body, _SAMPLING), (extras, _EXTRAS)):
         given |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if body.max_tokens is not None:
         given["max_tokens"] = body.max_tokens

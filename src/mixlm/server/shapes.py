@@ -59,7 +59,7 @@ class Wrote(TypedDict):
 
 
 class TopLogprob(TypedDict):
-    """A token that could have come instead; there are none, since only the drawn member ran."""
+    """A token that could have come, or that came, among the likeliest; end-of-text has no bytes."""
 
     token: str
     logprob: float
@@ -83,11 +83,14 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """Log-probabilities of a continuation. text_offset: characters before each token."""
+    """Log-probabilities of a continuation. text_offset: characters before each token.
+
+    top_logprobs: the likeliest tokens at each place, and the one that is there.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: None
+    top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
 

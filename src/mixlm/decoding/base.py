@@ -44,8 +44,8 @@ Flow = Generator[list[Request], list[Reply], list[Choice]]
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    alternatives: how many of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it for
-    nothing but what it draws itself. Then it `writes` runs, if its engine does.
+    alternatives: how many of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it
+    for nothing but what it draws itself. Then it `writes` runs, if its engine does.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 from serving import HELLO, endless, events, running
@@ -121,14 +122,17 @@ def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
                 assert [one for part in found for one in part[name]] == told[name]
 
 
-@pytest.mark.parametrize("path", ["chat", "text"])
-def test_a_stream_adds_up_to_the_whole_response(toys, path):
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [("chat", "mixture"), ("text", "mixture"), ("chat", "conventional"), ("chat", "speculative"), ("chat", "greedy")],
+)
+def test_a_stream_adds_up_to_the_whole_response(toys, path, method):
     ask = toys.chat if path == "chat" else toys.complete
-    options = {"seed": 11, "max_tokens": 12, "n": 2}
+    options = {"seed": 11, "max_tokens": 12, "n": 2, "mixlm": {"method": method}}
     whole = ask(**options).json()
     response = ask(**options, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    texts, members, ends = ["", ""], [[], []], [None, None]
+    texts, members, ends, forwards = ["", ""], [[], []], [None, None], Counter()
     *chunks, last = events(response)
     for chunk in chunks:
         assert chunk["usage"] is None
@@ -136,6 +140,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         i = choice["index"]
         texts[i] += choice["delta"].get("content", "") if path == "chat" else choice["text"]
         members[i] += choice["mixlm"]["members"]
+        forwards.update(choice["mixlm"].get("forwards", {}))
         assert len(choice["mixlm"]["members"]) <= 1  # each token in an event of its own
         ends[i] = choice["finish_reason"] or ends[i]
     for i, choice in enumerate(whole["choices"]):
@@ -143,6 +148,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         assert members[i] == choice["mixlm"]["members"]
         assert ends[i] == choice["finish_reason"]
     assert last["choices"] == []
+    assert forwards == {name: one["forwards"] for name, one in last["usage"]["mixlm"]["members"].items()}
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 

@@ -69,14 +69,16 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token) -> bytes:
-        """Return the event of one token."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, int]) -> bytes:
+        """Return the event of one token. forwards: of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
-        return self._chunk(index, content, {"members": [token.member]}, logprobs=self._logprobs(index, [token]))
+        return self._chunk(
+            index, content, {"members": [token.member], "forwards": forwards}, logprobs=self._logprobs(index, [token])
+        )
 
-    def last(self, index: int, completion: Completion) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "seed": completion.seed}
+        mixlm = {"members": [], "forwards": forwards, "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:

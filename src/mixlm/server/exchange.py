@@ -137,9 +137,12 @@ class Exchange:
         self._take(event)
         if not isinstance(event, Wrote):
             return []
-        parts = [self._answer.token(event.index, one) for one in event.tokens]
+        # Several tokens that come at once were found by the same passes.
+        parts = [
+            self._answer.token(event.index, one, {} if i else event.forwards) for i, one in enumerate(event.tokens)
+        ]
         if event.completion is not None:
-            parts.append(self._answer.last(event.index, event.completion))
+            parts.append(self._answer.last(event.index, event.completion, {} if parts else event.forwards))
         return parts
 
     def _take(self, event: Event) -> None:

@@ -155,7 +155,7 @@ class Pane {
       item.append(element("b", this.colour(name), name), ` weight ${percent(weights[i] / sum)}`);
       if (total) item.append(`, wrote ${percent((counts[name] || 0) / total)}`);
       return item;
-    }), element("li", "faint", `bold: under ${percent(UNLIKELY)} likely`));
+    }), element("li", "faint", `bold: under ${100 * UNLIKELY} % likely`));
   }
 
   body(seed) {

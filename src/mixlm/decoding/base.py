@@ -97,7 +97,7 @@ def _check_candidates(engine: Engine, transform: Transform, symbols: Ids) -> Non
     if transform.bias is not None:
         found = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:

@@ -7,7 +7,7 @@ a server, a test with numbers) runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -148,13 +148,15 @@ class Step:
     """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
 
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
-    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
     """
 
     weights: Floats
     noise: Noise
     views: Sequence[View]
     push: Callable[[int], Step | None]
+    absent: Container[int] = ()
 
 
 Strategy = Callable[[Step], Flow]
@@ -205,7 +207,7 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at))
+            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at), self.absent)
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

@@ -83,16 +83,6 @@ def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.Mo
     assert wrong == {("mixture", 2)}
 
 
-def test_a_word_whose_end_is_never_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def believed(_: object, place: Any, logits: Any) -> None:
-        place.check = None
-
-    monkeypatch.setattr(sys.modules["mixlm.decoding.words"]._Block, "_settle", believed)
-    report = check(ensemble(3, "word"), "hello", samples=1500)
-    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
-    assert wrong == {("mixture", 2)}
-
-
 @pytest.mark.parametrize(
     "options",
     [

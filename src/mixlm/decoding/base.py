@@ -7,7 +7,7 @@ a server, a test with numbers) runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -175,7 +175,8 @@ class Step:
 
     most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
-    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
     """
 
     weights: Floats
@@ -183,6 +184,7 @@ class Step:
     views: Sequence[View]
     push: Callable[[int], Step | None]
     most: int = 1
+    absent: Container[int] = ()
 
     def likeliest(self, law: Candidates) -> Likeliest:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -238,7 +240,7 @@ class Writing:
 
         def step(at: Noise) -> Step:
             weights = self.absent.weights(self.route(self.state))
-            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

@@ -10,5 +10,5 @@ def mixture(step: Step) -> Flow:
     """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
     z = step.noise.choice(step.weights)
     view = step.views[z]
-    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise), view.cut)]
     return [Choice(drawn.symbol, z, drawn.logprob)]

@@ -11,7 +11,7 @@ def single(member: int) -> Strategy:
 
     def strategy(step: Step) -> Flow:
         view = step.views[member]
-        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
+        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise), view.cut)]
         return [Choice(drawn.symbol, member, drawn.logprob)]
 
     return strategy

@@ -19,10 +19,11 @@ measure() {
         echo "$name: finished before"
         return 0
     fi
+    # --repeats is always the last option below.
+    [ -z "${TIMES:-}" ] || set -- $(echo "$@" | sed "s/--repeats [0-9]*\$/--repeats $TIMES/")
     echo "== $name: mixlm bench $*"
     begin=$(date +%s)
-    "$python" -c 'import sys; from mixlm.cli import main; sys.exit(main())' \
-        bench "$@" ${TIMES:+--repeats "$TIMES"} --output "$out/$name.json"
+    "$python" -c 'import sys; from mixlm.cli import main; sys.exit(main())' bench "$@" --output "$out/$name.json"
     echo "== $name: $(($(date +%s) - begin)) s"
 }
 

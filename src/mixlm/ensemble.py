@@ -153,6 +153,17 @@ class Ensemble:
         other.router = Fixed(other.weights)
         return other
 
+    def with_unit(self, unit: UnitName) -> Ensemble:
+        """Return this ensemble in another unit. The engines are shared.
+
+        Raises UnsupportedError when the vocabularies do not have it. The default method is looked at when a reply is
+        set up: a call may name another.
+        """
+        other = copy(self)
+        other.unit = _unit([one.engine for one in self.members], unit)
+        other._symbols = [other.unit.symbols(i) for i in range(len(self.members))]
+        return other
+
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
@@ -181,11 +192,22 @@ class Ensemble:
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
+        if settings.told_by_all and self.unit.name in ("word", "byte"):
+            raise UnsupportedError(
+                f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
+                "use --unit piece, or leave it out for those of the drawn member",
+            )
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
+        # What an engine draws by itself comes without alternatives.
+        alone = (
+            settings.method in ("mixture", "single")
+            and self.unit.name in ("token", "piece")
+            and not (settings.alternatives or settings.told_by_all)
+        )
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols)
+            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, settings.alternatives, alone=alone)
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.config import Method, methods_of
-from mixlm.engines.base import Session
+from mixlm.engines.base import Run, Session, Written
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.exact import Exact, Outcome
@@ -152,6 +152,10 @@ class _Memo(Session):
         if key not in self._scores:
             self._scores[key] = self._session.token_logprobs(ids)
         return self._scores[key]
+
+    def write(self, run: Run) -> Written:
+        """Let the session write; what an engine draws is not to be remembered."""
+        return self._session.write(run)
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the session's logits."""

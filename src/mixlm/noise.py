@@ -83,6 +83,10 @@ class Noise:
         drawn = int(np.searchsorted(edges, u * edges[-1], side="right"))
         return min(drawn, int(np.flatnonzero(weights)[-1]))
 
+    def for_engine(self) -> int:
+        """Return a seed for random numbers of an engine's own, from 0 to 2**63 - 1."""
+        return _key(self.seed, self.sequence, self.position, -1 - self.turn) >> 1
+
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
         noise = _uniform(self._key(_DRAW), symbols)

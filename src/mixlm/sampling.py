@@ -43,6 +43,18 @@ class Cut:
     banned: Ids
 
 
+Likeliest = tuple[tuple[int, float], ...]
+
+
+def likeliest(law: Candidates, count: int) -> Likeliest:
+    """Return the `count` likeliest ids of a law with their log-probabilities, the likeliest first; fewer if it ends."""
+    if count == 0:
+        return ()
+    found = largest(law.logprobs, count)
+    order = found[np.argsort(-law.logprobs[found], kind="stable")][:count]
+    return tuple(zip(law.ids[order].tolist(), law.logprobs[order].tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """The member's tokens so far, for penalties: distinct ids seen anywhere, and counts of those in the reply."""

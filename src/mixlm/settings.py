@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from mixlm.config import METHODS, ON_FAILURE, RULES, Method, OnFailure, Rule
+from mixlm.config import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.records import Sampling
 
@@ -35,6 +35,8 @@ class Options(TypedDict, total=False):
     draft: str | None
     block: int
     on_failure: OnFailure
+    alternatives: int
+    logprobs_of: LogprobsOf
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -55,7 +57,9 @@ class Settings:
     `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
     `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
     on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
-    sampling: options given for every member, by name.
+    alternatives: how many of the likeliest symbols each token tells beside itself. logprobs_of: "member" for
+    log-probabilities under the law that a token was drawn from, "ensemble" for those of the average, which takes a
+    forward of every member for each symbol. sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -71,6 +75,8 @@ class Settings:
     draft: str | None = None
     block: int = 4
     on_failure: OnFailure = "error"
+    alternatives: int = 0
+    logprobs_of: LogprobsOf = "member"
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +85,10 @@ class Settings:
             raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
         if self.on_failure not in ON_FAILURE:
             raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
-        for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1)):
+        if self.logprobs_of not in LOGPROBS_OF:
+            raise ConfigError(f"logprobs_of is {self.logprobs_of!r}; it must be one of {', '.join(LOGPROBS_OF)}")
+        whole = (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1), ("alternatives", 0))
+        for name, least in whole:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
@@ -149,6 +158,11 @@ class Settings:
                 "use --method greedy",
             )
         return chosen
+
+    @property
+    def told_by_all(self) -> bool:
+        """Whether every member is asked for its part of the average, beside what the method itself asks."""
+        return self.logprobs_of == "ensemble" and self.method != "conventional"
 
     def picks_most_likely(self, own: Mapping[str, Any]) -> bool:
         """Whether the reply is the most likely one at each step: `greedy`, or `single` at temperature 0."""

@@ -176,7 +176,7 @@ def test_a_model_that_steps_would_change_keeps_its_usual_forward(
 
 
 class Recorded:
-    """Stands for a CUDA graph on the CPU: replays the operations of a run on the tensors they were on."""
+    """Stands for a CUDA graph on the CPU: replays the operations of a run, as they were, on their tensors."""
 
     replays = 0
 

@@ -72,6 +72,53 @@ def test_a_prompt_with_several_replies_is_read_once(monkeypatch):
     assert read == ["a", "b", "a"]
 
 
+def spelled(data):
+    try:
+        return data.decode() if data else "<|endoftext|>"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{one:02x}" for one in data)
+
+
+@pytest.mark.parametrize("of", ["member", "ensemble"])
+def test_the_likeliest_tokens_are_told(toys, of):
+    asked = {"seed": 3, "max_tokens": 12, "mixlm": {"logprobs_of": of, "top_k": 0}}
+    options = {"seed": 3, "max_tokens": 12, "top_k": 0, "alternatives": 4, "logprobs_of": of}
+    expected = PAIR.generate(HELLO, **options)
+    content = toys.chat(**asked, logprobs=True, top_logprobs=4).json()["choices"][0]["logprobs"]["content"]
+    for told, token in zip(content, expected.tokens, strict=True):
+        assert told["logprob"] == pytest.approx(token.logprob)
+        assert [bytes(one["bytes"]) for one in told["top_logprobs"]] == [one.data for one in token.alternatives]
+        assert [one["token"] for one in told["top_logprobs"]] == [spelled(one.data) for one in token.alternatives]
+        values = [one.logprob for one in token.alternatives]
+        assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx(values)
+    expected = PAIR.generate("one", raw=True, **options)
+    logprobs = toys.complete("one", **asked, logprobs=4).json()["choices"][0]["logprobs"]
+    assert logprobs["text_offset"] == [
+        sum(len(token.text) for token in expected.tokens[:i]) for i in range(len(expected.tokens))
+    ]
+    for told, own, token in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], expected.tokens, strict=True):
+        found = {spelled(one.data): one.logprob for one in token.alternatives}
+        assert told == pytest.approx({**found, spelled(token.data): token.logprob})
+        assert own == pytest.approx(token.logprob)
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
+    asked = {"seed": 3, "max_tokens": 12, "n": 2}
+    asked |= {"logprobs": True, "top_logprobs": 3} if path == "chat" else {"logprobs": 3}
+    ask = toys.chat if path == "chat" else toys.complete
+    whole = [one["logprobs"] for one in ask(**asked).json()["choices"]]
+    parts = [[], []]
+    for chunk in events(ask(**asked, stream=True)):
+        [choice] = chunk["choices"]
+        if choice["logprobs"] is not None:
+            parts[choice["index"]].append(choice["logprobs"])
+    for told, found in zip(whole, parts, strict=True):
+        for name in told:
+            if told[name] is not None:
+                assert [one for part in found for one in part[name]] == told[name]
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_a_stream_adds_up_to_the_whole_response(toys, path):
     ask = toys.chat if path == "chat" else toys.complete
@@ -184,7 +231,7 @@ def test_negative_seeds_are_seeds(toys):
         ("functions", [{}]),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("logit_bias", {"5": 1}),
-        ("top_logprobs", 2),
+        ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
         ("store", True),
         ("service_tier", "flex"),
@@ -233,7 +280,9 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"weights": [1]}}, None),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
-        ({"mixlm": {"unit": "piece"}}, "mixlm.unit"),
+        ({"mixlm": {"unit": "letter"}}, "mixlm.unit"),
+        ({"mixlm": {"unit": "word", "method": "conventional"}}, "mixlm.method"),
+        ({"mixlm": {"unit": "byte"}, "temperature": 0}, "temperature"),
         ({"mixlm": {"method": "best"}}, "mixlm.method"),
         ({"mixlm": {"draft": "toy:1"}}, "mixlm.draft"),
         ({"mixlm": {"mix_then_truncate": True}}, "mixlm.mix_then_truncate"),
@@ -252,7 +301,8 @@ def test_what_does_not_fit_is_named(toys, body, param):
         ({"prompt": [1, 2]}, "prompt"),
         ({"prompt": [[1, 2]]}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0, "echo": True}, "echo"),
         ({"messages": HELLO}, "messages"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -23,7 +24,8 @@ def blocks(language: str) -> list[str]:
 
 def test_every_option_exists():
     command = [sys.executable, "-c", MAIN, "serve", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "200"}).stdout
+    wide = {**os.environ, "COLUMNS": "200"}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     commands = [line for line in TEXT.splitlines() if "mixlm serve" in line]
     named = set(re.findall(r"`(--[a-z-]+)", TEXT)) | set(re.findall(r"(--[a-z-]+)", " ".join(commands)))
     assert named

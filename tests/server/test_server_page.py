@@ -120,6 +120,26 @@ def test_settings_are_sent(toys, page):
 
 
 @needs_browser
+def test_a_unit_is_chosen(toys, page):
+    page.goto(toys.url)
+    page.wait_for_selector(".legend li")
+    page.click("summary")
+    page.fill("[name=seed]", "3")
+    page.select_option("[name=method]", "conventional")
+    page.select_option("[name=unit]", "word")
+    # Methods that a unit has no law for are not offered.
+    assert page.input_value("[name=method]") == "mixture"
+    assert page.query_selector("[name=method] option[value=conventional]") is None
+    assert "by word" in page.inner_text("summary")
+    ask(page, "hello")
+    assert (
+        page.inner_text(".reply").strip() == load("toy:1", "toy:2", unit="word").generate("hello", seed=3).text.strip()
+    )
+    page.select_option("[name=unit]", "piece")
+    assert page.query_selector("[name=method] option[value=conventional]")
+
+
+@needs_browser
 def test_two_settings_side_by_side(toys, page):
     page.goto(toys.url)
     page.wait_for_selector(".legend li")

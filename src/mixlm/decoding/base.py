@@ -22,31 +22,51 @@ from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.records import Sampling
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Row, Transform
+from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Likeliest, Row, Transform, likeliest
 from mixlm.vocab.units import State, Unit, doubled
 
 
 class Choice(NamedTuple):
-    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability."""
+    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability.
+
+    likeliest: the likeliest symbols of the law it is from and their log-probabilities, where they were asked for.
+    """
 
     symbol: int
     member: int
     logprob: float
+    likeliest: Likeliest = ()
 
 
 Flow = Generator[list[Request], list[Reply], list[Choice]]
 
 
 class Member:
-    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`."""
+    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids) -> None:
-        _check_candidates(engine, sampling, symbols)
+    alternatives: how many of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it
+    for nothing but what it draws itself. Then it `writes` runs, if its engine does.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        sampling: Sampling,
+        symbols: Ids,
+        alternatives: int = 0,
+        *,
+        alone: bool = False,
+    ) -> None:
         self.engine = engine
         self.name = name
         self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
         self.symbols = symbols
+        self.alternatives = alternatives
         self._doubled = doubled(symbols)
+        self.writes = alone and engine.writes(sampling, self.transform.banned)
+        if not self.writes:
+            _check_candidates(engine, sampling, symbols)
 
     def law(self, logits: Row, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
@@ -141,17 +161,21 @@ class View:
         law = self.law_here()
 
         def choose(logits: Row) -> Drawn:
-            symbols, logprobs = law(logits)
-            at = noise.draw(symbols, logprobs)
-            return Drawn(int(symbols[at]), float(logprobs[at]))
+            return self.drawn(law(logits), noise)
 
         return choose
+
+    def drawn(self, law: Candidates, noise: Noise) -> Drawn:
+        """Draw a symbol from a law of the member's."""
+        at = noise.draw(law.ids, law.logprobs)
+        return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
 
+    most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
     on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
     """
@@ -160,6 +184,11 @@ class Step:
     noise: Noise
     views: Sequence[View]
     push: Callable[[int], Step | None]
+    most: int = 1
+
+    def likeliest(self, law: Candidates) -> Likeliest:
+        """Return the likeliest symbols of a law, as many as are told."""
+        return likeliest(law, self.views[0].member.alternatives)
 
 
 Strategy = Callable[[Step], Flow]
@@ -210,7 +239,8 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            return Step(self.absent.weights(self.route(self.state)), at, self.views, partial(push, at))
+            weights = self.absent.weights(self.route(self.state))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

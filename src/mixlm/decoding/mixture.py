@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixlm.decoding.base import Choice, Flow, Step
+from mixlm.decoding.runs import written
 from mixlm.engines.base import Draw
 
 
@@ -10,5 +11,7 @@ def mixture(step: Step) -> Flow:
     """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
     z = step.noise.choice(step.weights)
     view = step.views[z]
+    if view.member.writes:
+        return (yield from written(step, z))
     [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise), view.cut)]
-    return [Choice(drawn.symbol, z, drawn.logprob)]
+    return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixlm.decoding.base import Choice, Flow, Step, Strategy
+from mixlm.decoding.runs import written
 from mixlm.engines.base import Draw
 
 
@@ -11,7 +12,9 @@ def single(member: int) -> Strategy:
 
     def strategy(step: Step) -> Flow:
         view = step.views[member]
+        if view.member.writes:
+            return (yield from written(step, member, always=True))
         [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise), view.cut)]
-        return [Choice(drawn.symbol, member, drawn.logprob)]
+        return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
 
     return strategy

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import PromptTooLongError, UsageError
-from mixlm.sampling import Cut, Floats, Ids, Logits
+from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
+from mixlm.records import Sampling
+from mixlm.sampling import Cut, Floats, Ids, Likeliest, Logits
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
@@ -30,10 +30,14 @@ _SCORED_AT_ONCE = 128
 
 
 class Drawn(NamedTuple):
-    """A symbol drawn from one member, and its natural log-probability under what it was drawn from."""
+    """A symbol drawn from one member, its natural log-probability under what it was drawn from, and what else it had.
+
+    likeliest: symbols of that law and their log-probabilities, where they were asked for.
+    """
 
     symbol: int
     logprob: float
+    likeliest: Likeliest = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,30 @@ class Draw:
     cut: Cut | None = None
 
 
-Request = Ask | Draw
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Ask a member to write on behind `ids` by itself: `length` tokens, or fewer where one of them ends the text.
+
+    sampling, banned: its transform `A_i`; the options, and the ids that it may not draw, int64. seed: of the engine's
+    own random numbers, 0 to 2**63 - 1. Only for engines that say they can (`Engine.writes`). Reply: Written.
+    """
+
+    member: int
+    ids: Ids
+    length: int
+    sampling: Sampling
+    banned: Ids
+    seed: int
+
+
+class Written(NamedTuple):
+    """What a member wrote by itself: its own ids, and their natural log-probabilities under its transform."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+Request = Ask | Draw | Run
 Reply = Any  # what the request's docstring says
 
 
@@ -187,6 +214,21 @@ class Session(ABC):
             out[start : start + len(targets)] = logits[np.arange(len(targets)), targets] - self._normalisers(logits)
         return out
 
+    def write(self, run: Run) -> Written:
+        """Write on by itself. Raises UnsupportedError where the engine cannot, EngineError where it fails."""
+        raise UnsupportedError(f"this engine writes no runs; {run.length} tokens were asked for")
+
+    def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
+        """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
+        before = _common_prefix(self._cached.ids, ids)
+        each = seconds / len(written.ids)
+        for at in range(len(written.ids)):
+            self.work.log.append(
+                Forward(1, len(ids) + at - 1, each) if at else Forward(len(ids) - before, before, each)
+            )
+        self._cached.rewrite(len(self._cached.ids), np.concatenate([ids, written.ids]))
+        self._latest = None
+
     def _normalisers(self, logits: Logits) -> Floats:
         """Return log Σ exp of each row."""
         top = logits.max(axis=1)
@@ -239,6 +281,10 @@ class Engine(ABC):
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
 
+    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether it can draw with these options by itself, and write runs of tokens (`Run`) in that way."""
+        return False
+
     def apart(self) -> Engine:
         """Return an engine on the same weights that is asked for itself, as another model of its size would be."""
         return copy(self)
@@ -268,28 +314,9 @@ def answer(session: Session, request: Request) -> Reply:
     """Answer one request with a session's logits."""
     if isinstance(request, Draw):
         return request.choose(session.logits(request.ids)[0])
+    if isinstance(request, Run):
+        return session.write(request)
     return session.logits(request.ids, request.last)
-
-
-def together(
-    threads: ThreadPoolExecutor,
-    answered: Callable[[Sequence[tuple[Session, Request]]], list[Reply]],
-    requests: Sequence[tuple[Session, Request]],
-) -> list[Reply]:
-    """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
-    by_session: dict[int, list[int]] = {}
-    for at, (session, _) in enumerate(requests):
-        by_session.setdefault(id(session), []).append(at)
-    if len(by_session) == 1:
-        return answered(requests)
-    replies: list[Reply] = [None] * len(requests)
-    parts = [[requests[at] for at in places] for places in by_session.values()]
-    futures = [threads.submit(answered, part) for part in parts]
-    wait(futures)  # also those beside one that failed: their sessions must not be asked again before they are done
-    for places, future in zip(by_session.values(), futures, strict=True):
-        for at, reply in zip(places, future.result(), strict=True):
-            replies[at] = reply
-    return replies
 
 
 def _common_prefix(a: Ids, b: Ids) -> int:

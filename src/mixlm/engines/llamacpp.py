@@ -25,10 +25,11 @@ import numpy as np
 # Spinning OpenMP threads starve each other on shared machines; this must be set before llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mixlm.engines.base import Reply, Request, Session, together
+from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.dialects import LlamaCpp
 from mixlm.engines.partial import PartialEngine, PartialSession
 from mixlm.engines.spec import EngineSpec
+from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, TokenizerError
 from mixlm.models.header import read_header
@@ -111,7 +112,7 @@ class LlamaCppEngine(PartialEngine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
-        return together(self._threads, super().answer, requests)
+        return in_threads(self._threads, super().answer, requests)
 
 
 class LlamaCppSession(PartialSession):

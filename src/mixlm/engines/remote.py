@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Reply, Request, Session, together
+from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
 from mixlm.engines.partial import PartialEngine, PartialSession
 from mixlm.engines.spec import EngineSpec
+from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Limits, Wire
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
@@ -72,7 +73,7 @@ class RemoteEngine(PartialEngine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Send questions of several sequences at once."""
-        return together(self._threads, super().answer, requests)
+        return in_threads(self._threads, super().answer, requests)
 
     def alive(self) -> bool:
         """Whether the server answers, with the model that it had."""

@@ -1,12 +1,13 @@
-"""Answers to many sessions of one engine, with as few forwards as they fit in."""
+"""Answers to many sessions of one engine: with as few forwards as they fit in, or in threads that wait for each."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mixlm.engines.base import Draw, Forward, Reply, Request, Session
+from mixlm.engines.base import Ask, Draw, Forward, Reply, Request, Session
 from mixlm.sampling import Cut, Ids, Logits, Row
 
 
@@ -24,6 +25,27 @@ class Part(NamedTuple):
 
 Found = Logits | list[Row]  # float32 (last, vocab); or `last` rows, where the part has a cut
 Run = Callable[[Sequence[Part]], Sequence[Found]]
+
+
+def in_threads(
+    threads: ThreadPoolExecutor,
+    answered: Callable[[Sequence[tuple[Session, Request]]], list[Reply]],
+    requests: Sequence[tuple[Session, Request]],
+) -> list[Reply]:
+    """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
+    by_session: dict[int, list[int]] = {}
+    for at, (session, _) in enumerate(requests):
+        by_session.setdefault(id(session), []).append(at)
+    if len(by_session) == 1:
+        return answered(requests)
+    replies: list[Reply] = [None] * len(requests)
+    parts = [[requests[at] for at in places] for places in by_session.values()]
+    futures = [threads.submit(answered, part) for part in parts]
+    wait(futures)  # also those beside one that failed: their sessions must not be asked again before they are done
+    for places, future in zip(by_session.values(), futures, strict=True):
+        for at, reply in zip(places, future.result(), strict=True):
+            replies[at] = reply
+    return replies
 
 
 class _Question(NamedTuple):
@@ -44,12 +66,13 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
         questions = []
         for at in now:
             session, request = requests[at]
-            last = 1 if isinstance(request, Draw) else request.last
+            last = request.last if isinstance(request, Ask) else 1
             keep = session.prepare(request.ids, last)
             if keep is None:
                 replies[at] = session.latest
             else:
-                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, request.cut)))
+                cut = request.cut if isinstance(request, Ask | Draw) else None
+                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut)))
         for question, logits in zip(questions, _run(questions, run, most), strict=True):
             replies[question.at] = logits
         for at in now:

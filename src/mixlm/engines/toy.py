@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mixlm.engines.base import Engine, Session
+from mixlm.engines.base import Engine, Run, Session, Written
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
-from mixlm.records import Message
-from mixlm.sampling import Ids, Logits
+from mixlm.records import Message, Sampling
+from mixlm.sampling import Ids, Logits, Transform
 from mixlm.vocab.encoding import Encoded
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
@@ -74,6 +75,7 @@ class ToyEngine(Engine):
     """A table over a given vocabulary. The last id is end-of-text, the one before it begins every prompt.
 
     tokens: bytes of the other ids. table: logits (len(tokens) + 2,) for a context of ids; random when left out.
+    writes: whether it draws by itself where it can, as servers do, with random numbers of its own.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class ToyEngine(Engine):
         name: str = "toy",
         seed: int = 0,
         context_length: int = 4096,
+        writes: bool = False,
     ) -> None:
         begin, end = len(tokens), len(tokens) + 1
         size = len(tokens) + 2
@@ -95,6 +98,7 @@ class ToyEngine(Engine):
         self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
+        self._writes = writes
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ToyEngine:
@@ -110,6 +114,10 @@ class ToyEngine(Engine):
         """Begin a sequence."""
         return ToySession(self)
 
+    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether it was told to; it cannot look back, as penalties do."""
+        return self._writes and not sampling.penalises
+
 
 def render(messages: Sequence[Message]) -> str:
     """Render a prompt: who says what, a line each."""
@@ -122,6 +130,7 @@ class ToySession(Session):
     def __init__(self, engine: ToyEngine) -> None:
         super().__init__(engine.context_length)
         self._table = engine.table
+        self._ends = engine.vocabulary.ends
         self._context: list[int] = []
 
     def _keep(self, length: int) -> int:
@@ -133,3 +142,18 @@ class ToySession(Session):
         end = len(self._context)
         rows = [self._table(tuple(self._context[: at + 1])) for at in range(end - last, end)]
         return np.array(rows, dtype=np.float32)
+
+    def write(self, run: Run) -> Written:
+        """Draw token by token, by inverting the cumulative sum."""
+        transform, random = Transform(run.sampling, run.banned), np.random.default_rng(run.seed)
+        start, written = time.perf_counter(), Written([], [])
+        while len(written.ids) < run.length and not self._ends & {*written.ids}:
+            context = (*run.ids.tolist(), *written.ids)
+            law = transform(np.asarray(self._table(context), dtype=np.float32))
+            at = int(np.searchsorted(np.cumsum(np.exp(law.logprobs)), random.random()))
+            at = min(at, len(law.ids) - 1)
+            written.ids.append(int(law.ids[at]))
+            written.logprobs.append(float(law.logprobs[at]))
+        self.wrote(run.ids, written, time.perf_counter() - start)
+        self._context = [*run.ids.tolist(), *written.ids]
+        return written

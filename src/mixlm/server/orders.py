@@ -24,7 +24,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """All prompts of an order fit; its replies wait for their turn or are being written."""
+    """All prompts of an order fit; its replies wait for their turn. at: when, as `time.monotonic` says."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A reply has left the line, and is being written. at: when, as `time.monotonic` says."""
+
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class Closed:
     reason: Reason
 
 
-Event = Begun | Wrote | Failed | Closed
+Event = Begun | Started | Wrote | Failed | Closed
 
 
 class Order:

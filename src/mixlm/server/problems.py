@@ -23,7 +23,10 @@ _KINDS = {
 # Options of a reply, and the fields that set them.
 _FIELDS = {
     **{one: one for one in ("max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty")},
-    **{one: f"mixlm.{one}" for one in ("method", "weights", "top_k", "min_p", "repetition_penalty", "draft", "block")},
+    **{
+        one: f"mixlm.{one}"
+        for one in ("method", "weights", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+    },
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
 

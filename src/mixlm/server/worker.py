@@ -20,7 +20,7 @@ from mixlm.replies import Stream
 from mixlm.scheduler import Scheduler
 from mixlm.server.limits import Limits
 from mixlm.server.line import Line
-from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Task, Wrote
+from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Started, Task, Wrote
 from mixlm.server.problems import ApiError
 
 _log = logging.getLogger("mixlm.server")
@@ -140,7 +140,9 @@ class Worker:
             try:
                 going = self._take_in()
                 while self._scheduler.room > 0 and len(self._line):
-                    self._scheduler.add(self._line.pop()[1])
+                    (order, _), stream = self._line.pop()
+                    self._scheduler.add(stream)
+                    self._out.append((order, Started(time.monotonic())))
                 if going and not self._scheduler.idle:
                     for stream in self._scheduler.step():
                         self._report(stream)
@@ -176,7 +178,7 @@ class Worker:
                 _log.exception("a request could not be prepared")
             self._out.append((order, Failed(error)))
             return
-        self._out.append((order, Begun()))
+        self._out.append((order, Begun(time.monotonic())))
         for index, stream in enumerate(streams):
             self._places[stream] = (order, index)
             self._line.push(order.client, ((order, index), stream))

@@ -68,6 +68,7 @@ class Pane {
     const select = this.input("model");
     for (const one of models) select.append(new Option(one.id, one.id));
     select.addEventListener("change", () => this.useModel());
+    this.input("unit").addEventListener("input", () => { this.changed.add("unit"); this.useUnit(); this.show(); });
     for (const name of ["method", "temperature", "top_k", "max_tokens", "seed"]) {
       this.input(name).addEventListener("input", () => { this.changed.add(name); this.show(); });
     }
@@ -91,9 +92,11 @@ class Pane {
 
   useModel() {
     const about = this.model.mixlm;
-    const method = this.input("method");
-    method.replaceChildren(...about.methods.map((one) => new Option(one, one)));
-    method.value = about.method;
+    const unit = this.input("unit");
+    unit.replaceChildren(...Object.keys(about.units).map((one) => new Option(one, one)));
+    unit.value = about.unit;
+    this.input("method").replaceChildren();
+    this.useUnit();
     for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = about[name];
     this.changed.clear();
     const weights = $(".weights", this.root);
@@ -109,6 +112,15 @@ class Pane {
     this.show();
   }
 
+  // Not every method goes with every unit.
+  useUnit() {
+    const about = this.model.mixlm, method = this.input("method");
+    const methods = about.units[this.input("unit").value];
+    const chosen = [method.value, about.method, methods[0]].find((one) => methods.includes(one));
+    method.replaceChildren(...methods.map((one) => new Option(one, one)));
+    method.value = chosen;
+  }
+
   get weights() { return [...this.root.querySelectorAll(".weights input")].map((one) => Number(one.value)); }
 
   show() {
@@ -121,7 +133,7 @@ class Pane {
     }
     const weights = this.weights, sum = weights.reduce((a, b) => a + b, 0) || 1;
     this.root.querySelectorAll(".weights output").forEach((one, i) => { one.textContent = percent(weights[i] / sum); });
-    const said = [this.model.id, this.input("method").value, `by ${this.model.mixlm.unit}`];
+    const said = [this.model.id, this.input("method").value, `by ${this.input("unit").value}`];
     if (!greedy) said.push(`temperature ${this.input("temperature").value}`);
     $("summary", this.root).textContent = `${this.title}: ${said.join(" · ")}`;
     this.legend({});
@@ -145,6 +157,7 @@ class Pane {
       model: this.model.id, messages: this.messages, stream: true, stream_options: { include_usage: true },
       logprobs: true, max_tokens: number("max_tokens") || this.model.mixlm.max_tokens, seed, mixlm,
     };
+    if (this.changed.has("unit")) mixlm.unit = this.input("unit").value;
     if (this.changed.has("weights")) mixlm.weights = this.weights;
     if (mixlm.method !== "greedy") {
       if (this.changed.has("temperature")) body.temperature = number("temperature");

@@ -21,7 +21,7 @@ from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Floats, History, Ids, Likeliest, Logits, Transform, likeliest
+from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Likeliest, Row, Transform, likeliest
 from mixlm.vocab.units import State, Unit, doubled
 
 
@@ -68,8 +68,8 @@ class Member:
         if not self.writes:
             _check_candidates(engine, transform, symbols)
 
-    def law(self, logits: Logits, history: History | None = None) -> Candidates:
-        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
+    def law(self, logits: Row, history: History | None = None) -> Candidates:
+        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
         return self.pooled(self.transform(logits, history))
 
     def pooled(self, own: Candidates) -> Candidates:
@@ -131,11 +131,16 @@ class View:
         """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
         return int(self.member.symbols[token])
 
-    def law(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
+    @property
+    def cut(self) -> Cut | None:
+        """What of the member's logits its law depends on, None for all of them."""
+        return self.member.transform.cut
+
+    def law(self, logits: Row) -> Candidates:
+        """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
         return self.law_here()(logits)
 
-    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+    def law_here(self, ids: Ids | None = None) -> Callable[[Row], Candidates]:
         """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
 
         ids: what the member reads, where that is not the text but a beginning of it.
@@ -143,8 +148,8 @@ class View:
         history = self._history(ids)
         return self.member.law if history is None else lambda logits: self.member.law(logits, history)
 
-    def own(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
+    def own(self, logits: Row) -> Candidates:
+        """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
         return self.member.transform(logits, self._history())
 
     def _history(self, ids: Ids | None = None) -> History | None:
@@ -154,11 +159,11 @@ class View:
         ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
-    def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
+    def draw(self, noise: Noise) -> Callable[[Row], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
         law = self.law_here()
 
-        def choose(logits: Logits) -> Drawn:
+        def choose(logits: Row) -> Drawn:
             return self.drawn(law(logits), noise)
 
         return choose

@@ -167,7 +167,7 @@ def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
     engine: Any = shapes().members[1].engine
     session = engine.session()
     session.logits(np.arange(20))
-    held = [one for pair in session.cache._layers.values() for one in pair]
+    held = [one for pair in session.cache.reserve(0).layers.values() for one in pair]
     assert sum(one.shape[0] * one.shape[2] for one in held) == Need.of(LARGE).cache
 
 

@@ -105,6 +105,32 @@ def test_the_likeliest_tokens_are_told(toys, of):
         assert own == pytest.approx(token.logprob)
 
 
+def test_biases_are_by_text_or_by_id(toys):
+    """The toys share a vocabulary, so ids are taken; 7 is " river"."""
+    options = {"seed": 2, "max_tokens": 9}
+
+    def text(**more):
+        response = toys.chat(**options, **more)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"]
+
+    expected = PAIR.generate(HELLO, logit_bias={" river": 4}, **options).text
+    assert expected != PAIR.generate(HELLO, **options).text
+    assert text(logit_bias={" river": 4}) == text(logit_bias={"7": 4.0}) == expected
+    assert text(mixlm={"logit_bias": {" river": 4}}) == expected
+    digit = PAIR.generate(HELLO, logit_bias={"7": 100}, **options).text
+    assert text(mixlm={"logit_bias": {"7": 100}}) == digit
+    assert "77" in digit
+    pair = load("toy:1", "toy:2", unit="piece")
+    with running(pair) as one:
+        refused = one.chat(logit_bias={"7": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
+        assert "give the token's text" in refused.json()["error"]["message"]
+        refused = one.chat(logit_bias={" fjord": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
+        assert "toy:1 has no token" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
     asked = {"seed": 3, "max_tokens": 12, "n": 2}
@@ -238,7 +264,6 @@ def test_negative_seeds_are_seeds(toys):
         ("tool_choice", "auto"),
         ("functions", [{}]),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("logit_bias", {"5": 1}),
         ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
         ("store", True),
@@ -288,6 +313,10 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {" river ": 1}}, "logit_bias"),
         ({"mixlm": {"unit": "letter"}}, "mixlm.unit"),
         ({"mixlm": {"unit": "word", "method": "conventional"}}, "mixlm.method"),
         ({"mixlm": {"unit": "byte"}, "temperature": 0}, "temperature"),

@@ -45,7 +45,7 @@ class MemberDraft:
     def guess(self, step: Step) -> Guess:
         """Let the member draw."""
         view = step.views[self.member]
-        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise))]
+        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise), view.cut)]
         symbol: int = drawn.symbol
         return symbol
 

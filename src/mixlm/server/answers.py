@@ -204,7 +204,8 @@ def _told(token: Token) -> shapes.TokenLogprob:
 
 def _likeliest(token: Token) -> dict[str, float]:
     """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
-    found = {_spelled(one.data): _finite(one.logprob) for one in token.alternatives}
+    # Ids of one vocabulary may have equal bytes: the likelier one is told.
+    found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
     return {**found, _spelled(token.data): _finite(token.logprob)}
 
 

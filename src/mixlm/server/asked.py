@@ -107,6 +107,13 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         given["stop"] = body.stop
     if body.seed is not None:
         given["seed"] = body.seed % 2**64  # the API allows negative ones
+    if body.logit_bias or extras.logit_bias:
+        # The API's keys are token ids, as digits; a text of digits has its place under mixlm.
+        ids = {
+            int(key) if key.isascii() and key.isdecimal() else key: value
+            for key, value in (body.logit_bias or {}).items()
+        }
+        given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
     method = extras.method
     served = ensemble.defaults.method
     if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):

@@ -27,6 +27,7 @@ _FIELDS = {
         one: f"mixlm.{one}"
         for one in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
     },
+    "logit_bias": "logit_bias",
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
 

@@ -19,10 +19,11 @@ measure() {
         echo "$name: finished before"
         return 0
     fi
+    # --repeats is always the last option below.
+    [ -z "${TIMES:-}" ] || set -- $(echo "$@" | sed "s/--repeats [0-9]*\$/--repeats $TIMES/")
     echo "== $name: mixlm bench $*"
     begin=$(date +%s)
-    "$python" -c 'import sys; from mixlm.cli import main; sys.exit(main())' \
-        bench "$@" ${TIMES:+--repeats "$TIMES"} --output "$out/$name.json"
+    "$python" -c 'import sys; from mixlm.cli import main; sys.exit(main())' bench "$@" --output "$out/$name.json"
     echo "== $name: $(($(date +%s) - begin)) s"
 }
 
@@ -31,15 +32,15 @@ case $kind in
 cpu)
     measure cpu-methods --methods all --rivals --tokens 64 --repeats 5
     measure cpu-shapes -m shape:qwen2.5-1.5b -m shape:qwen2.5-0.5b --methods all --rivals --tokens 32 --repeats 3
-    measure cpu-speculative -m shape:smollm2-135m -m shape:qwen2.5-3b --agreement 0.8 --methods mixture,speculative,single --tokens 64 --repeats 5
-    measure cpu-drafted -m shape:smollm2-135m -m shape:qwen2.5-3b --agreement 0.8 --methods greedy,drafted --tokens 64 --repeats 3
+    measure cpu-speculative -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --block 4 --methods mixture,speculative,single --tokens 128 --repeats 3
+    measure cpu-drafted -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --methods greedy,drafted --tokens 64 --repeats 3
     measure cpu-one-size -m gemma-3-270m -m gemma-3-270m --each --tokens 64 --repeats 5
     measure cpu-batch-demo --sweep batch --at 1,4,16,64 --tokens 32 --repeats 3
     measure cpu-batch-two -m shape:smollm2-360m -m shape:smollm2-360m#2 --sweep batch --at 1,4,16 --tokens 32 --repeats 3
     measure cpu-batch-three -m shape:smollm2-360m -m shape:smollm2-360m#2 -m shape:smollm2-360m#3 --sweep batch --at 1,4,16 --methods conventional,mixture --tokens 32 --repeats 3
     measure cpu-context --sweep context --at 256,512,1024,2048,4096,8192 --tokens 16 --repeats 3
     measure cpu-members -m shape:smollm2-360m --sweep members --at 1,2,3,4,6,8 --tokens 32 --repeats 3
-    measure cpu-weights -m shape:qwen2.5-1.5b -m shape:smollm2-135m --agreement 0.8 --sweep weights --methods mixture,speculative --tokens 32 --repeats 3
+    measure cpu-weights -m shape:qwen2.5-1.5b -m shape:llama-68m --agreement 0.8 --sweep weights --methods mixture,speculative --tokens 32 --repeats 3
     measure cpu-devices --sweep devices --tokens 32 --repeats 3
     ;;
 gpu)

@@ -27,13 +27,17 @@ UnitName = Literal["auto", "token", "piece", "word", "byte"]
 EngineName = Literal["auto", "hf", "llamacpp", "vllm", "remote"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Graphs = Literal["auto", "on", "off"]
 Rule = Literal["gac", "unite"]
+LogprobsOf = Literal["member", "ensemble"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
 UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
 RULES: tuple[Rule, ...] = ("gac", "unite")
 ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "vllm", "remote")
+LOGPROBS_OF: tuple[LogprobsOf, ...] = ("member", "ensemble")
 ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
+GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -77,6 +81,7 @@ class MemberConfig(_Strict):
     dtype: DType = "auto"
     device: str = "auto"
     engine: EngineName = "auto"
+    graphs: Graphs = "auto"
     candidates: int = Field(default=64, ge=1)
     context: int | None = Field(default=None, ge=16)
     slots: int = Field(default=4, ge=1)

@@ -21,8 +21,10 @@ from mixlm.mixing import checked_weights
 from mixlm.records import ROLES, Completion, Message, Token
 from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
+from mixlm.sampling import Ids, Transform
 from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bias import bias_of
 from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
@@ -153,6 +155,17 @@ class Ensemble:
         other.router = Fixed(other.weights)
         return other
 
+    def with_unit(self, unit: UnitName) -> Ensemble:
+        """Return this ensemble in another unit. The engines are shared.
+
+        Raises UnsupportedError when the vocabularies do not have it. The default method is looked at when a reply is
+        set up: a call may name another.
+        """
+        other = copy(self)
+        other.unit = _unit([one.engine for one in self.members], unit)
+        other._symbols = [other.unit.symbols(i) for i in range(len(self.members))]
+        return other
+
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
@@ -181,12 +194,29 @@ class Ensemble:
 
     def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
         """Return what writes replies by these settings, with new sessions or given ones."""
+        if settings.told_by_all and self.unit.name in ("word", "byte"):
+            raise UnsupportedError(
+                f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
+                "use --unit piece, or leave it out for those of the drawn member",
+            )
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
-        alone = settings.method in ("mixture", "single") and self.unit.name in ("token", "piece")
+        # What an engine draws by itself comes without alternatives, and from its own logits as they are.
+        alone = (
+            settings.method in ("mixture", "single")
+            and self.unit.name in ("token", "piece")
+            and not (settings.alternatives or settings.told_by_all or settings.logit_bias)
+        )
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, alone=alone)
+            Member(
+                one.engine,
+                one.name,
+                self._transform(one, settings, symbols),
+                symbols,
+                settings.alternatives,
+                alone=alone,
+            )
             for one, symbols in zip(self.members, drawable, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]
@@ -195,6 +225,11 @@ class Ensemble:
         parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
         return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
+
+    def _transform(self, member: MemberSpec, settings: Settings, symbols: Ids) -> Transform:
+        """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""
+        bias = bias_of(settings.logit_bias, member.engine.vocabulary, symbols, member.name, self.unit.name)
+        return Transform(settings.for_member(member.sampling), np.flatnonzero(symbols < 0), bias)
 
 
 class Chat:

@@ -14,6 +14,7 @@ from mixlm.config import (
     DType,
     EngineName,
     EnsembleConfig,
+    Graphs,
     MemberConfig,
     Method,
     RouterConfig,
@@ -45,12 +46,14 @@ def load(  # noqa: PLR0913 - one option each
     dtype: DType | None = None,
     device: str | None = None,
     engine: EngineName | None = None,
+    graphs: Graphs | None = None,
     **sampling: Any,
 ) -> Ensemble:
     """Load an ensemble of models: names, folders, GGUF files or hub ids; or of one ensemble file (`*.toml`).
 
     weights: one a model; equal when left out. engine: "llamacpp" is about twice as fast for models in GGUF form, and
-    tells their likeliest tokens only; what is loaded without it can be asked anything. sampling: options of `Sampling`
+    tells their likeliest tokens only; what is loaded without it can be asked anything. graphs: short forwards in fixed
+    shapes, as CUDA graphs where there is CUDA; "auto" is there only. sampling: options of `Sampling`
     for every member. What is given goes over what an ensemble file says. Raises the errors of `mixlm.errors`, each with
     a hint.
     """
@@ -65,7 +68,7 @@ def load(  # noqa: PLR0913 - one option each
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
-        given = (("dtype", dtype), ("device", device), ("engine", engine))
+        given = (("dtype", dtype), ("device", device), ("engine", engine), ("graphs", graphs))
         member |= {name: value for name, value in given if value is not None}
     return load_config(parse_config(raw, "load"), weights=weights)
 
@@ -113,6 +116,7 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
     if (
         member.adapter is not None
         or member.dtype != "auto"
+        or member.graphs == "on"
         or member.device not in ("auto", "cpu")
         or config.router.kind == "prompt"
     ):
@@ -124,7 +128,9 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
         return False  # said again, where the reply is set up
     if settings.method in ("speculative", "auto"):
         return False  # llama.cpp gives one position a request, so checking several costs as much as writing them
-    return not sampling.penalises and 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
+    if sampling.penalises or settings.logit_bias:
+        return False
+    return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
 
 
 def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:

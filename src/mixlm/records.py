@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mixlm.errors import ConfigError
 
@@ -60,7 +60,28 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether the transform looks at the tokens written so far."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return bool(self.penalties)
+
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        """The names of the penalties that do something."""
+        off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        return tuple(name for name, value in off.items() if getattr(self, name) != value)
+
+
+class Alternative(NamedTuple):
+    """A symbol that could have come at a token's place, and its natural log-probability there.
+
+    data: its exact bytes; none stand for end-of-text.
+    """
+
+    data: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """The bytes as text; what is no UTF-8, half a character for one, as U+FFFD."""
+        return self.data.decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +92,23 @@ class Token:
     data: its exact bytes. member: name of the member that wrote it; where every member took part (`conventional`,
     `greedy`), the one that gave it the largest part of its probability.
     logprob: natural log-probability under the law it was drawn from: the drawn member's transformed distribution in
-    `mixture` and `single`, the ensemble's in `conventional` and `greedy`.
+    `mixture` and `single`, the ensemble's in `conventional` and `greedy`; the ensemble's everywhere with
+    `logprobs_of="ensemble"`.
+    alternatives: the likeliest symbols of that law, the likeliest first, as many as were asked for and it has.
     """
 
     text: str
     data: bytes
     member: str
     logprob: float
+    alternatives: tuple[Alternative, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        form: dict[str, Any] = {"text": self.text, "member": self.member, "logprob": self.logprob}
+        if self.alternatives:
+            form["alternatives"] = [{"text": one.text, "logprob": one.logprob} for one in self.alternatives]
+        return form
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +182,10 @@ class Completion:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        tokens = [{"text": t.text, "member": t.member, "logprob": t.logprob} for t in self.tokens]
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,
             "seed": self.seed,
-            "tokens": tokens,
+            "tokens": [one.as_dict() for one in self.tokens],
             "usage": self.usage.as_dict(),
         }

@@ -14,10 +14,11 @@ import numpy as np
 
 from mixlm.decoding.base import Choice, Member, MemberError, Strategy, Writing, run
 from mixlm.decoding.drafts import Tally
+from mixlm.decoding.told import told_by_all
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.noise import Noise
-from mixlm.records import Completion, FinishReason, MemberUsage, Token, Usage
+from mixlm.records import Alternative, Completion, FinishReason, MemberUsage, Token, Usage
 from mixlm.routing import Context, Router
 from mixlm.sampling import Floats, Ids
 from mixlm.settings import Settings
@@ -185,8 +186,7 @@ class Stream(Iterator[Token]):
                     self._emit(text.flush())
                     return
                 writing.append(choice)
-                data = writer.unit.data(choice.symbol)
-                self._emit(text.push(Token("", data, writer.members[choice.member].name, choice.logprob)))
+                self._emit(text.push(self._token(choice)))
                 if text.stopped:
                     self._finish_reason = "stop"
                     return
@@ -201,9 +201,21 @@ class Stream(Iterator[Token]):
         writing.absent.look_again()
         while True:
             try:
-                return (yield from writing.choose(self._writer.strategy, noise, most))
+                choices = yield from writing.choose(self._writer.strategy, noise, most)
+                if self._writer.settings.told_by_all:
+                    choices = yield from writing.choose(told_by_all(choices), noise, len(choices))
+                return choices
             except MemberError:
                 continue
+
+    def _token(self, choice: Choice) -> Token:
+        """Return what was chosen as a token whose text is not known yet."""
+        unit = self._writer.unit
+        others = tuple(
+            Alternative(b"" if symbol == unit.end else unit.data(symbol), logprob)
+            for symbol, logprob in choice.likeliest
+        )
+        return Token("", unit.data(choice.symbol), self.members[choice.member].name, choice.logprob, others)
 
     def _emit(self, tokens: Sequence[Token]) -> None:
         self._tokens += tokens

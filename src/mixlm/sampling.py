@@ -1,6 +1,6 @@
 """A member's transform `A_i`: from logits to the distribution it is drawn from, in one fixed order.
 
-    mask, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
+    mask, bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
 
 Two forms of one rule. The dense functions take and return logits over the whole vocabulary, shape (vocab,), with
 -inf for what is cut; they are the reference. `Transform` gives the same distribution as a short list of candidates
@@ -29,6 +29,25 @@ class Candidates(NamedTuple):
     logprobs: Floats
 
 
+class Bias(NamedTuple):
+    """What is added to the logits of some tokens: distinct ids, int64 (m,), and values, float64 (m,)."""
+
+    ids: Ids
+    values: Floats
+
+
+Likeliest = tuple[tuple[int, float], ...]
+
+
+def likeliest(law: Candidates, count: int) -> Likeliest:
+    """Return the `count` likeliest ids of a law with their log-probabilities, the likeliest first; fewer if it ends."""
+    if count == 0:
+        return ()
+    found = largest(law.logprobs, count)
+    order = found[np.argsort(-law.logprobs[found], kind="stable")][:count]
+    return tuple(zip(law.ids[order].tolist(), law.logprobs[order].tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """The member's tokens so far, for penalties: distinct ids seen anywhere, and counts of those in the reply."""
@@ -42,6 +61,13 @@ class History:
         """Count the tokens of a prompt and of the reply so far."""
         written, counts = np.unique(reply, return_counts=True)
         return cls(np.unique(np.concatenate([prompt, reply])), written, counts.astype(np.int64))
+
+
+def biased(logits: Logits, bias: Bias) -> Logits:
+    """Add each token's bias to its logit."""
+    out = logits.copy()
+    out[bias.ids] += bias.values
+    return out
 
 
 def repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
@@ -92,10 +118,14 @@ def softmax(logits: Logits) -> Floats:
     return weights
 
 
-def dense(logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None) -> Floats:
+def dense(
+    logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None, bias: Bias | None = None
+) -> Floats:
     """Return the transformed distribution over the whole vocabulary, float64 (vocab,): the reference of `Transform`."""
     x: Logits = logits.astype(np.float64)
     x[banned] = -np.inf
+    if bias is not None:
+        x = biased(x, bias)
     if history is not None:
         x = repetition(x, history.seen, sampling.repetition_penalty)
         x = presence_and_frequency(x, history, sampling.presence_penalty, sampling.frequency_penalty)
@@ -135,17 +165,20 @@ def largest(x: Logits, k: int) -> Ids:
 
 
 class Transform:
-    """`A_i` for one member: options and the ids that it may never draw (`banned`, int64, distinct)."""
+    """`A_i` for one member: options, the ids that it may never draw (`banned`, int64, distinct), and a bias."""
 
-    def __init__(self, sampling: Sampling, banned: Ids) -> None:
+    def __init__(self, sampling: Sampling, banned: Ids, bias: Bias | None = None) -> None:
         self.sampling = sampling
         self.banned = banned
+        self.bias = bias
 
     def __call__(self, logits: Logits, history: History | None = None) -> Candidates:
         """Return the distribution to draw from. `logits`: (vocab,), any float; not changed."""
         options = self.sampling
         x = logits.copy()
         x[self.banned] = -np.inf
+        if self.bias is not None:
+            x = biased(x, self.bias)
         if history is not None and options.penalises:
             x = repetition(x, history.seen, options.repetition_penalty)
             x = presence_and_frequency(x, history, options.presence_penalty, options.frequency_penalty)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from mixlm.config import METHODS, ON_FAILURE, RULES, Method, OnFailure, Rule
+from mixlm.config import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.records import Sampling
 
@@ -35,6 +35,9 @@ class Options(TypedDict, total=False):
     draft: str | None
     block: int
     on_failure: OnFailure
+    alternatives: int
+    logprobs_of: LogprobsOf
+    logit_bias: Mapping[str | int, float]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -55,6 +58,10 @@ class Settings:
     `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
     `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
     on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
+    alternatives: how many of the likeliest symbols each token tells beside itself. logprobs_of: "member" for
+    log-probabilities under the law that a token was drawn from, "ensemble" for those of the average, which takes a
+    forward of every member for each symbol. logit_bias: added to the logits of each member's tokens that have exactly a
+    text's bytes, in front of all other options; by ids where members share a vocabulary.
     sampling: options given for every member, by name.
     """
 
@@ -71,6 +78,9 @@ class Settings:
     draft: str | None = None
     block: int = 4
     on_failure: OnFailure = "error"
+    alternatives: int = 0
+    logprobs_of: LogprobsOf = "member"
+    logit_bias: Mapping[str | int, float] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,10 +89,14 @@ class Settings:
             raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
         if self.on_failure not in ON_FAILURE:
             raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
-        for name, least in (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1)):
+        if self.logprobs_of not in LOGPROBS_OF:
+            raise ConfigError(f"logprobs_of is {self.logprobs_of!r}; it must be one of {', '.join(LOGPROBS_OF)}")
+        whole = (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1), ("alternatives", 0))
+        for name, least in whole:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        self._check_bias()
         if self.draft is not None and self.method not in ("speculative", "greedy"):
             raise ConfigError(
                 f"draft is {self.draft!r}, and {self.method} writes nothing ahead",
@@ -95,6 +109,14 @@ class Settings:
             )
         if self.rule is not None:
             self._check_rule(self.rule)
+
+    def _check_bias(self) -> None:
+        for key, value in self.logit_bias.items():
+            named = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
+            if not named or key == "":
+                raise ConfigError(f"logit_bias has the key {key!r}; it must be a token's text, or its id")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise ConfigError(f"logit_bias is {value!r} for {key!r}; it must be a number from -100 to 100")
 
     def _check_rule(self, rule: Rule) -> None:
         if rule not in RULES:
@@ -149,6 +171,11 @@ class Settings:
                 "use --method greedy",
             )
         return chosen
+
+    @property
+    def told_by_all(self) -> bool:
+        """Whether every member is asked for its part of the average, beside what the method itself asks."""
+        return self.logprobs_of == "ensemble" and self.method != "conventional"
 
     def picks_most_likely(self, own: Mapping[str, Any]) -> bool:
         """Whether the reply is the most likely one at each step: `greedy`, or `single` at temperature 0."""

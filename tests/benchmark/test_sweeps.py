@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny import shapes
 
+from mixlm import figures
 from mixlm.benchmark import Plan, bench, plots, sweep_along
 from mixlm.benchmark.agreement import label
 from mixlm.benchmark.batch import Batch
@@ -152,4 +153,4 @@ def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str
 
 def test_a_figure_needs_the_name_of_one() -> None:
     with pytest.raises(ConfigError, match=r"speed\.txt"):
-        plots.require(Path("speed.txt"))
+        figures.require(Path("speed.txt"))

@@ -53,6 +53,19 @@ def test_json_is_one_object_and_nothing_else(run: Run) -> None:
     assert done.err == ""
 
 
+def test_alternatives_go_into_the_json(run: Run) -> None:
+    plain, told, average = (
+        reply(run, *more)
+        for more in ((), ("--alternatives", "3"), ("--alternatives", "3", "--logprobs-of", "ensemble"))
+    )
+    assert plain["text"] == told["text"] == average["text"]
+    assert all(len(one["alternatives"]) == 3 for one in told["tokens"] + average["tokens"])
+    assert [one["logprob"] for one in told["tokens"]] == [one["logprob"] for one in plain["tokens"]]
+    assert [one["logprob"] for one in average["tokens"]] != [one["logprob"] for one in plain["tokens"]]
+    assert "--json" in run("generate", "hello", *TOYS, "--alternatives", "3").error
+    assert "logprobs_of" in run("generate", "hello", *TOYS, "--json", "--logprobs-of", "all").error
+
+
 @pytest.mark.parametrize("given", [(), ("-",)])
 def test_the_prompt_comes_from_standard_input(run: Run, given: tuple[str, ...]) -> None:
     by_argument = run("generate", "hello there", *TOYS, "--seed", "3")

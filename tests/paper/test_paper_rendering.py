@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from canned import OURS, THEIRS, accuracy, curves, difference, findings, speed
 
+from mixlm import figures
 from mixlm.errors import ConfigError, MixlmError
 from mixlm.paper import charts, joined, read
 from mixlm.paper.tables import markdown
@@ -148,5 +149,5 @@ def test_findings_are_kept_and_joined(tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MixlmError, match="figures need matplotlib") as caught:
-        charts.require()
+        figures.require()
     assert caught.value.hint == "pip install 'mixlm[paper]'"

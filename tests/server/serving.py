@@ -25,6 +25,7 @@ from mixlm.server.keys import Keys
 from mixlm.server.limits import Limits
 from mixlm.server.run import Address, web_server
 from mixlm.server.served import Registry
+from mixlm.server.traces import Traces
 
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -100,13 +101,18 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 @contextmanager
 def running(
-    ensembles: Mapping[str, Ensemble] | Ensemble, keys: Keys | None = None, *, buffer: int = 0, **limits: Any
+    ensembles: Mapping[str, Ensemble] | Ensemble,
+    keys: Keys | None = None,
+    *,
+    buffer: int = 0,
+    traces: Traces | None = None,
+    **limits: Any,
 ) -> Iterator[Running]:
     """Serve in a thread of this process. buffer: bytes kept for a slow client; 0 for the usual."""
     named = ensembles if isinstance(ensembles, Mapping) else {"toys": ensembles}
     address = Address(port=0)
     limits = {"grace": 0, **limits}
-    server = Server(Registry(named), Limits(**limits), keys, address.hosts)
+    server = Server(Registry(named), Limits(**limits), keys, address.hosts, traces)
     listening = address.listen()
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

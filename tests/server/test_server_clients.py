@@ -42,6 +42,19 @@ def test_openai_sdk(sdk):
     ]
 
 
+def test_openai_sdk_reads_the_likeliest_tokens(sdk):
+    reply = sdk.chat.completions.create(
+        model="toys", messages=HELLO, seed=1, max_tokens=5, logprobs=True, top_logprobs=2
+    )
+    expected = PAIR.generate(HELLO, seed=1, max_tokens=5, alternatives=2)
+    for told, token in zip(reply.choices[0].logprobs.content, expected.tokens, strict=True):
+        assert [bytes(one.bytes) for one in told.top_logprobs] == [one.data for one in token.alternatives]
+    text = sdk.completions.create(model="toys", prompt="one", seed=1, max_tokens=5, logprobs=2)
+    expected = PAIR.generate("one", seed=1, max_tokens=5, alternatives=2, raw=True)
+    for told, token in zip(text.choices[0].logprobs.top_logprobs, expected.tokens, strict=True):
+        assert told[token.text] == pytest.approx(token.logprob)
+
+
 def test_openai_sdk_sends_back_what_it_got(sdk):
     first = sdk.chat.completions.create(model="toys", messages=HELLO, seed=1, max_tokens=5).choices[0].message
     again = sdk.chat.completions.create(model="toys", messages=[*HELLO, first, *HELLO], seed=1, max_tokens=5)

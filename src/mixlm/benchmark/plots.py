@@ -1,4 +1,4 @@
-"""Reports as figures. Colours can be told apart by all readers, also in grey. Needs matplotlib (the extra `paper`)."""
+"""Reports as figures."""
 
 from __future__ import annotations
 
@@ -6,41 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixlm.errors import ConfigError, MixlmError
+from mixlm import figures
+from mixlm.figures import BLUE, CONVENTIONAL, GREEN, MIXTURE, ORANGE, PINK, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# From the palette of Okabe and Ito; line and mark differ too.
 _LOOKS: Mapping[str, Mapping[str, Any]] = {
-    "mixture": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "conventional": {"color": "#D55E00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-    "speculative": {"color": "#009E73", "linestyle": "-", "marker": "^"},
-    "auto": {"color": "#56B4E9", "linestyle": "-.", "marker": "v"},
-    "greedy": {"color": "#E69F00", "linestyle": "--", "marker": "P"},
-    "drafted": {"color": "#CC79A7", "linestyle": "-", "marker": "X"},
+    "mixture": MIXTURE,
+    "conventional": CONVENTIONAL,
+    "speculative": {"color": GREEN, "linestyle": "-", "marker": "^"},
+    "auto": {"color": SKY, "linestyle": "-.", "marker": "v"},
+    "greedy": {"color": ORANGE, "linestyle": "--", "marker": "P"},
+    "drafted": {"color": PINK, "linestyle": "-", "marker": "X"},
 }
 _SINGLES = (
     {"color": "#555555", "linestyle": ":", "marker": "D"},
     {"color": "#999999", "linestyle": "-.", "marker": "d", "markerfacecolor": "white"},
     {"color": "#333333", "linestyle": (0, (1, 3)), "marker": "<"},
 )
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "svg.hashsalt": "mixlm",
-    "savefig.dpi": 200,
-}
-_FORMS = (".png", ".svg")
 _TITLES = {
     "batch": "Speed against replies written at once",
     "context": "Speed against the length of the prompt",
@@ -50,24 +35,13 @@ _TITLES = {
 }
 
 
-def require(path: Path) -> None:
-    """Raise MixlmError when matplotlib is missing, ConfigError for a file that is no figure."""
-    if path.suffix.lower() not in _FORMS:
-        raise ConfigError(f"the figure's file is {path.name}", f"its name ends in {' or '.join(_FORMS)}")
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError as error:
-        raise MixlmError(f"figures need matplotlib: {error}", "pip install 'mixlm[paper]'") from error
-
-
 def save(form: Mapping[str, Any], path: Path) -> None:
     """Draw a report of `bench` or of a sweep, in the form that `as_dict` gives, and write it as PNG or SVG."""
-    require(path)
+    figures.require(path)
     from matplotlib import rc_context
 
-    with rc_context(STYLE):
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        draw(form).savefig(path, bbox_inches="tight", metadata=metadata)
+    with rc_context(figures.STYLE):
+        figures.save(draw(form), path)
 
 
 def draw(form: Mapping[str, Any]) -> Figure:
@@ -79,9 +53,9 @@ def draw(form: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5.6 * panels, 3.7), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if kind is None:
-        _bars(axes[0], [(one["label"], one, "#0072B2") for one in form["runs"]])
+        _bars(axes[0], [(one["label"], one, BLUE) for one in form["runs"]])
     elif kind == "devices":
-        shade = {"one for all": "#0072B2", "one for each": "#E69F00"}
+        shade = {"one for all": BLUE, "one for each": ORANGE}
         _bars(axes[0], [(f"{one['series']}\n{one['x']}", one, shade[one["x"]]) for one in form["points"]])
     else:
         _lines(axes[0], form, "tokens_per_second", "tokens/s")
@@ -156,7 +130,7 @@ def _bars(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> Non
     expected = [one.get("predicted_tokens_per_second", one.get("predicted")) for _, one, _ in runs]
     known = [(speed, at) for at, speed in enumerate(expected) if speed is not None]
     if known:
-        marks: dict[str, Any] = {"color": "#D55E00", "marker": "D", "linestyle": "none", "label": "by the cost model"}
+        marks: dict[str, Any] = {"color": RED, "marker": "D", "linestyle": "none", "label": "by the cost model"}
         axes.plot([speed for speed, _ in known], [at for _, at in known], **marks)
         axes.legend(loc="lower right")
     axes.set_yticks(list(places), [name for name, _, _ in runs])

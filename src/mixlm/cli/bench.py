@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
+from mixlm import figures
 from mixlm.cli.display import dim, json_text, print_json, progress_bars
 from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
@@ -91,10 +92,8 @@ def bench(
     if output not in (None, "-"):
         check_writable("--output", Path(output))
     if plot is not None:
-        from mixlm.benchmark import plots
-
         check_writable("--plot", plot)
-        plots.require(plot)
+        figures.require(plot)
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "leave --prompt out to take the default")
     given: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
@@ -113,6 +112,8 @@ def bench(
         Path(output).write_text(json_text(found) + "\n", encoding="utf-8")
         dim(f"written to {output}")
     if plot is not None:
+        from mixlm.benchmark import plots
+
         plots.save(found, plot)
         dim(f"drawn into {plot}")
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 from typer import Option
 
-from mixlm.config import DTYPES, ENGINES, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.config import DTYPES, ENGINES, GRAPHS, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
 from mixlm.records import Sampling
 from mixlm.settings import Settings
@@ -75,6 +75,12 @@ class Shared:
     engine: Annotated[
         str | None, _ensemble("--engine", metavar="NAME", text=f"{', '.join(ENGINES)}: what runs the members.")
     ] = None
+    graphs: Annotated[
+        str | None,
+        _ensemble(
+            "--graphs", metavar="NAME", text=f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto."
+        ),
+    ] = None
     temperature: Annotated[
         float | None, _sampling("temperature", "T", "Divides the logits; 0 is for greedy and single.")
     ] = None
@@ -137,7 +143,7 @@ class Shared:
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
-    def options(self, *, raw: bool = False) -> Options:
+    def options(self) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
         given = {
             name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
@@ -150,8 +156,6 @@ class Shared:
             given["system"] = self.system or None
         if self.mix_then_truncate:
             given["mix_then_truncate"] = True
-        if raw:
-            given["raw"] = True
         return cast("Options", given)
 
     def config(self, *, dtype: str = "auto") -> EnsembleConfig:
@@ -160,14 +164,15 @@ class Shared:
         Raises ConfigError, UsageError or ModelNotFoundError, before anything is loaded.
         """
         changes: dict[str, Any] = {}
-        named = (("method", METHODS), ("unit", UNITS), ("rule", RULES), ("dtype", DTYPES), ("engine", ENGINES))
+        machine = {"dtype": DTYPES, "engine": ENGINES, "graphs": GRAPHS}
+        named = (("method", METHODS), ("unit", UNITS), ("rule", RULES), *machine.items())
         for name, allowed in named:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(
                     f"--{name} is {value!r}; it must be one of {', '.join(allowed)}", did_you_mean(value, allowed)
                 )
-            if value is not None and name not in ("dtype", "engine"):
+            if value is not None and name not in machine:
                 changes[name] = value
         if self.model and self.ensemble is not None:
             raise UsageError("--model and --ensemble are both given", "name the members here or in the file, not both")
@@ -180,13 +185,14 @@ class Shared:
         return config.model_copy(update=changes)
 
     def _with_machine(self, member: MemberConfig, dtype: str) -> MemberConfig:
-        """Return a member with the dtype, device and engine that are asked for."""
+        """Return a member with the dtype, device, engine and graphs that are asked for."""
         if self.dtype is not None:
             dtype = self.dtype
         elif member.dtype != "auto":
             dtype = member.dtype
         engine = self.engine or member.engine
-        return member.model_copy(update={"dtype": dtype, "device": self.device or member.device, "engine": engine})
+        device, graphs = self.device or member.device, self.graphs or member.graphs
+        return member.model_copy(update={"dtype": dtype, "device": device, "engine": engine, "graphs": graphs})
 
     def numbers(self) -> list[float] | None:
         """Return the weights that are given as numbers. Raises ConfigError for anything that is no number."""

@@ -84,7 +84,7 @@ def paper(
     for file in add or ():
         read(file)
     if name.startswith("figure"):
-        from mixlm.paper.charts import require
+        from mixlm.figures import require
 
         require()
     store = Store(out if out is not None else Path("paper-results") / name)

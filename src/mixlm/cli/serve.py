@@ -62,6 +62,14 @@ def serve(
     ] = 30.0,
     max_body: Annotated[int, _server("--max-body", metavar="BYTES", text="Size of a request.")] = 1 << 20,
     max_prompt: Annotated[int, _server("--max-prompt", metavar="N", text="Characters of a prompt.")] = 200_000,
+    traces: Annotated[
+        str | None,
+        _server(
+            "--traces",
+            metavar="URL",
+            text="Send traces there, by OTLP over HTTP. Default: what OTEL_EXPORTER_OTLP_ENDPOINT says.",
+        ),
+    ] = None,
     log: Annotated[
         str, _server("--log", metavar="LEVEL", text=f"{', '.join(_LEVELS)}; JSON lines on stderr.")
     ] = "info",
@@ -80,6 +88,7 @@ def serve(
     from mixlm.server.run import Address, log_to_stderr
     from mixlm.server.run import serve as run
     from mixlm.server.served import Registry
+    from mixlm.server.traces import traces_to
 
     if log not in _LEVELS:
         raise ConfigError(f"--log is {log!r}; it must be one of {', '.join(_LEVELS)}", did_you_mean(log, _LEVELS))
@@ -91,11 +100,12 @@ def serve(
             f"{host} can be reached from other machines, and no API key is asked for",
             "give --api-keys FILE, or --open to let anyone in",
         )
+    tracing = traces_to(traces, os.environ)
     listening = address.listen()
     try:
         registry = Registry(_ensembles(shared, config, name))
         log_to_stderr(log)
-        server = Server(registry, limits, keys, address.hosts)
+        server = Server(registry, limits, keys, address.hosts, tracing)
         names = ", ".join(one.name for one in registry)
         run(server, listening, ready=lambda url: dim(f"serving {names} at {url}"))
     finally:

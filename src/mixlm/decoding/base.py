@@ -20,18 +20,21 @@ from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
-from mixlm.records import Sampling
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Floats, History, Ids, Logits, Transform
+from mixlm.sampling import Candidates, Floats, History, Ids, Likeliest, Logits, Transform, likeliest
 from mixlm.vocab.units import State, Unit, doubled
 
 
 class Choice(NamedTuple):
-    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability."""
+    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability.
+
+    likeliest: the likeliest symbols of the law it is from and their log-probabilities, where they were asked for.
+    """
 
     symbol: int
     member: int
     logprob: float
+    likeliest: Likeliest = ()
 
 
 Flow = Generator[list[Request], list[Reply], list[Choice]]
@@ -40,18 +43,30 @@ Flow = Generator[list[Request], list[Reply], list[Choice]]
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    alone: whether the strategy asks it for nothing but what it draws itself. Then it `writes` runs, if its engine does.
+    symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. alternatives: how many
+    of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it for nothing but what it
+    draws itself. Then it `writes` runs, if its engine does.
     """
 
-    def __init__(self, engine: Engine, name: str, sampling: Sampling, symbols: Ids, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        transform: Transform,
+        symbols: Ids,
+        alternatives: int = 0,
+        *,
+        alone: bool = False,
+    ) -> None:
         self.engine = engine
         self.name = name
-        self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
+        self.transform = transform
         self.symbols = symbols
+        self.alternatives = alternatives
         self._doubled = doubled(symbols)
-        self.writes = alone and engine.writes(sampling, self.transform.banned)
+        self.writes = alone and engine.writes(transform.sampling, transform.banned)
         if not self.writes:
-            _check_candidates(engine, sampling, symbols)
+            _check_candidates(engine, transform, symbols)
 
     def law(self, logits: Logits, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
@@ -70,7 +85,7 @@ class Member:
         )
 
 
-def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+def _check_candidates(engine: Engine, transform: Transform, symbols: Ids) -> None:
     """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
     if engine.candidates is None:
         return
@@ -78,15 +93,18 @@ def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
     # Tokens that the engine counts among its likeliest, and that may not be drawn here.
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     most = engine.candidates - unshared
-    if sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+    sampling = transform.sampling
+    if transform.bias is not None:
+        found = "logit_bias moves tokens from anywhere in the vocabulary"
+    elif sampling.penalises:
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return
     raise UnsupportedError(
         f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
-        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        f"use a top_k from 1 to {most} and no penalties or biases, or --engine hf (engine='hf')"
         if most >= 1
         else "use --unit piece, or --engine hf",
     )
@@ -141,11 +159,14 @@ class View:
         law = self.law_here()
 
         def choose(logits: Logits) -> Drawn:
-            symbols, logprobs = law(logits)
-            at = noise.draw(symbols, logprobs)
-            return Drawn(int(symbols[at]), float(logprobs[at]))
+            return self.drawn(law(logits), noise)
 
         return choose
+
+    def drawn(self, law: Candidates, noise: Noise) -> Drawn:
+        """Draw a symbol from a law of the member's."""
+        at = noise.draw(law.ids, law.logprobs)
+        return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +183,10 @@ class Step:
     views: Sequence[View]
     push: Callable[[int], Step | None]
     most: int = 1
+
+    def likeliest(self, law: Candidates) -> Likeliest:
+        """Return the likeliest symbols of a law, as many as are told."""
+        return likeliest(law, self.views[0].member.alternatives)
 
 
 Strategy = Callable[[Step], Flow]

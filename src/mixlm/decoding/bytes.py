@@ -29,6 +29,7 @@ import numpy as np
 from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
 from mixlm.engines.base import Ask, Reply, Request
 from mixlm.noise import Noise
+from mixlm.sampling import Candidates, Likeliest, likeliest
 from mixlm.vocab.bytes import ByteState, Known, Law
 from mixlm.vocab.words import WHITESPACE
 
@@ -117,10 +118,26 @@ class _Reading:
         out = []
         mass = law.mass(span)
         for length in range(self._length - cover.place, len(data)):
-            narrower = law.mass(law.span(*self._lexicon.within(data[: length + 1])))
-            out.append(Choice(data[length], self._member, min(float(np.log(narrower / mass)), 0.0)))
+            told = self._likeliest_bytes(law, span, length)
+            span = law.span(*self._lexicon.within(data[: length + 1]))
+            narrower = law.mass(span)
+            out.append(Choice(data[length], self._member, min(float(np.log(narrower / mass)), 0.0), told))
             mass = narrower
         return out
+
+    def _likeliest_bytes(self, law: Law, span: slice, length: int) -> Likeliest:
+        """Return the likeliest bytes behind the first `length` of a token, given that it stands in a span of a law."""
+        count = self._view.member.alternatives
+        if count == 0:
+            return ()
+        mass: defaultdict[int, float] = defaultdict(float)
+        for at in range(span.start, span.stop):
+            ended = law.symbols[at] == self.end
+            data = b"" if ended else self._lexicon.spelled(int(law.ranks[at]))
+            if ended or len(data) > length:
+                mass[self.end if ended else data[length]] += float(np.exp(law.logprobs[at]))
+        symbols, masses = np.array(list(mass)), np.array(list(mass.values()))
+        return likeliest(Candidates(symbols, np.log(masses / law.mass(span))), count)
 
     def _known(self, place: int) -> Generator[list[Request], list[Reply], Known]:
         """Return what the member says behind a place, from a forward if it has not been asked yet."""

@@ -50,4 +50,4 @@ def _averaged(step: Step, after: Sampling | None) -> Flow:
     law, at = pick(step.noise, mixed(parts), after)
     symbol = int(law.ids[at])
     author = asked[int(np.argmax(responsibilities(symbol, parts)))]
-    return [Choice(symbol, author, float(law.logprobs[at]))]
+    return [Choice(symbol, author, float(law.logprobs[at]), step.likeliest(law))]

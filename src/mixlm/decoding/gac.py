@@ -46,7 +46,8 @@ def gac(after: Sampling) -> Strategy:
         law, at = pick(step.noise, mixed(parts), after)
         cell = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(cell, parts)))]
-        return [Choice(int(union.symbols[cell]), author, float(law.logprobs[at]))]
+        named = tuple((int(union.symbols[one]), logprob) for one, logprob in step.likeliest(law))
+        return [Choice(int(union.symbols[cell]), author, float(law.logprobs[at]), named)]
 
     return strategy
 

@@ -22,7 +22,8 @@ def greedy(step: Step) -> Flow:
     """Ask members from the heaviest on, and stop as soon as the rest cannot change the winner.
 
     A symbol's lead is safe when it is larger than the whole weight of the members not asked yet. Equal probabilities go
-    to the lowest symbol. The log-probability is the average's when every member was asked, else a lower bound of it.
+    to the lowest symbol. The log-probability is the average's when every member was asked, else a lower bound of it;
+    where alternatives are told, every member is asked.
     """
     order = _heaviest_first(step.weights)
     parts: list[tuple[float, Candidates]] = []
@@ -34,8 +35,9 @@ def greedy(step: Step) -> Flow:
         left -= step.weights[i]
         law = mixed(parts)
         best = int(np.argmax(law.logprobs))
-        if len(parts) == len(order) or _lead(law, best) > left + 1e-9:
-            return [_chosen(parts, order)]
+        certain = not step.views[0].member.alternatives and _lead(law, best) > left + 1e-9
+        if certain or len(parts) == len(order):
+            return [_chosen(step, parts, order)]
 
 
 def greedy_alone(member: int) -> Strategy:
@@ -49,9 +51,9 @@ def greedy_alone(member: int) -> Strategy:
 
 @dataclass(slots=True)
 class _Position:
-    """One position of a block: weights, what each member reads, how its logits become its law, and its logits."""
+    """One position of a block: what each member reads, how its logits become its law, and its logits."""
 
-    weights: Floats
+    step: Step
     ids: list[Ids]
     laws: list[Callable[[Logits], Candidates]]
     logits: dict[int, Logits]
@@ -71,7 +73,7 @@ def greedy_drafted(draft: Draft, length: int, tally: Tally | None = None) -> Str
         here: Step | None = step
         while here is not None:
             views = here.views
-            position = _Position(here.weights, [v.ids().copy() for v in views], [v.law_here() for v in views], {})
+            position = _Position(here, [v.ids().copy() for v in views], [v.law_here() for v in views], {})
             block.append(position)
             if draft.member >= 0:
                 [logits] = yield [Ask(draft.member, position.ids[draft.member])]
@@ -101,7 +103,7 @@ def _reading(block: list[_Position]) -> tuple[list[Request], list[list[int]]]:
     asks: list[Request] = []
     places: list[list[int]] = []
     for member in range(len(block[0].ids)):
-        open_at = [at for at, one in enumerate(block) if one.weights[member] > 0 and member not in one.logits]
+        open_at = [at for at, one in enumerate(block) if one.step.weights[member] > 0 and member not in one.logits]
         for group in prefix_groups([block[at].ids[member] for at in open_at]):
             at = [open_at[one] for one in group]
             ids, first = block[at[-1]].ids[member], block[at[0]].ids[member]
@@ -114,8 +116,10 @@ def _verified(block: list[_Position], tally: Tally) -> list[Choice]:
     """Take the average's likeliest symbol at each position, as far as the guesses before it were right."""
     out: list[Choice] = []
     for one in block:
-        order = _heaviest_first(one.weights)
-        out.append(_chosen([(float(one.weights[i]), one.laws[i](one.logits[i])) for i in order], order))
+        weights = one.step.weights
+        order = _heaviest_first(weights)
+        parts = [(float(weights[i]), one.laws[i](one.logits[i])) for i in order]
+        out.append(_chosen(one.step, parts, order))
         if one.guess is None:
             break
         tally.checked += 1
@@ -129,12 +133,13 @@ def _heaviest_first(weights: Floats) -> list[int]:
     return [int(i) for i in np.argsort(-weights, kind="stable") if weights[i] > 0]
 
 
-def _chosen(parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
+def _chosen(step: Step, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
     """Return the likeliest symbol of an average, and the member that is likeliest to have written it."""
     law = mixed(parts)
     best = int(np.argmax(law.logprobs))
     symbol = int(law.ids[best])
-    return Choice(symbol, order[int(np.argmax(responsibilities(symbol, parts)))], float(law.logprobs[best]))
+    author = order[int(np.argmax(responsibilities(symbol, parts)))]
+    return Choice(symbol, author, float(law.logprobs[best]), step.likeliest(law))
 
 
 def _lead(law: Candidates, best: int) -> float:

@@ -14,4 +14,4 @@ def mixture(step: Step) -> Flow:
     if view.member.writes:
         return (yield from written(step, z))
     [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
-    return [Choice(drawn.symbol, z, drawn.logprob)]
+    return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]

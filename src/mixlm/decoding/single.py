@@ -15,6 +15,6 @@ def single(member: int) -> Strategy:
         if view.member.writes:
             return (yield from written(step, member, always=True))
         [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
-        return [Choice(drawn.symbol, member, drawn.logprob)]
+        return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
 
     return strategy

@@ -85,4 +85,5 @@ def _checked(block: list[_Position], tally: Tally) -> Flow:
                 reached = next(at for at, other in enumerate(block) if other is one) + 1
                 break
             tally.accepted += 1
-    return [Choice(one.drawn.symbol, one.member, one.drawn.logprob) for one in block[:reached] if one.drawn]
+    drawn = [(one.member, one.drawn) for one in block[:reached] if one.drawn]
+    return [Choice(one.symbol, member, one.logprob, one.likeliest) for member, one in drawn]

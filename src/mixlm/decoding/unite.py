@@ -44,7 +44,7 @@ def unite(after: Sampling) -> Strategy:
         law, at = pick(step.noise, mixed(parts), replace(after, top_k=0))
         symbol = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(symbol, parts)))]
-        return [Choice(symbol, author, float(law.logprobs[at]))]
+        return [Choice(symbol, author, float(law.logprobs[at]), step.likeliest(law))]
 
     return strategy
 

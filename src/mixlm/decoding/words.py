@@ -22,7 +22,7 @@ import numpy as np
 from mixlm.decoding.base import Choice, Flow, Step, View
 from mixlm.engines.base import Draw, Drawn
 from mixlm.noise import Noise
-from mixlm.sampling import Logits
+from mixlm.sampling import Candidates, Logits
 from mixlm.vocab.words import WordState
 
 
@@ -33,10 +33,10 @@ def words(step: Step) -> Flow:
     z = coin if state.owner is None else state.owner
     [drawn] = yield [Draw(z, step.views[z].ids(), step.views[z].draw(step.noise))]
     if z == coin or not state.begins(np.array([drawn.symbol]))[0]:
-        return [Choice(drawn.symbol, z, drawn.logprob)]
+        return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]
     view = step.views[coin]
     [anew] = yield [Draw(coin, view.ids(), _beginning(view, step.noise.again(), drawn))]
-    return [Choice(anew.symbol, z if anew is drawn else coin, anew.logprob)]
+    return [Choice(anew.symbol, z if anew is drawn else coin, anew.logprob, anew.likeliest)]
 
 
 def _beginning(view: View, noise: Noise, otherwise: Drawn) -> Callable[[Logits], Drawn]:
@@ -57,7 +57,6 @@ def _beginning(view: View, noise: Noise, otherwise: Drawn) -> Callable[[Logits],
         symbols, logprobs = symbols[kept], logprobs[kept]
         top = logprobs.max()
         logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())
-        at = noise.draw(symbols, logprobs)
-        return Drawn(int(symbols[at]), float(logprobs[at]))
+        return view.drawn(Candidates(symbols, logprobs), noise)
 
     return choose

@@ -20,7 +20,7 @@ import numpy as np
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.records import Sampling
-from mixlm.sampling import Floats, Ids, Logits
+from mixlm.sampling import Floats, Ids, Likeliest, Logits
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
@@ -30,10 +30,14 @@ _SCORED_AT_ONCE = 128
 
 
 class Drawn(NamedTuple):
-    """A symbol drawn from one member, and its natural log-probability under what it was drawn from."""
+    """A symbol drawn from one member, its natural log-probability under what it was drawn from, and what else it had.
+
+    likeliest: symbols of that law and their log-probabilities, where they were asked for.
+    """
 
     symbol: int
     logprob: float
+    likeliest: Likeliest = ()
 
 
 @dataclass(frozen=True, slots=True)

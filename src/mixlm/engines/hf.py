@@ -46,7 +46,10 @@ class HFEngine(Engine):
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])
-        self.runner: Runner = (Runner(self.loaded, spec.name) if like is None else like.runner).using(spec.adapter)
+        self.runner: Runner = (Runner(self.loaded, spec.name, spec.graphs) if like is None else like.runner).using(
+            spec.adapter
+        )
+        self.details |= self.runner.details
         notes = []
         if self.runner.recomputes:
             notes.append(f"{spec.name} keeps no cache that can be cut back: it reads the whole text at every token")

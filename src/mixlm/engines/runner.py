@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.together import Part, answer_together
-from mixlm.errors import MemoryLimitError, MixlmError
+from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
 from mixlm.sampling import Floats, Ids, Logits
+
+if TYPE_CHECKING:
+    from mixlm.engines.steps import Steps
 
 # A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once; and this is
 # how many tokens of all sequences together are run in one forward.
@@ -58,18 +61,29 @@ class Runner:
     """A loaded model as a function from what sessions lack to logits.
 
     recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
-    several sequences at once.
+    several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used.
+    graphs: "auto" uses them on CUDA where the model can, "on" wherever it can, "off" nowhere. Raises UnsupportedError
+    for "on" and a model that cannot.
     """
 
-    def __init__(self, loaded: Loaded, name: str) -> None:
+    def __init__(self, loaded: Loaded, name: str, graphs: str = "auto") -> None:
         self.model = loaded.model
         self._loaded = loaded
         self._adapter: str | None = None
         self.recomputes = bool(getattr(self.model, "_is_stateful", False))
         self.batches = False
+        self.steps: Steps | None = None
         self._name = name
         loaded.runners[None] = self
         self.batches = self._batches()
+        self.steps = self._stepped(graphs)
+
+    @property
+    def details(self) -> dict[str, str]:
+        """How its forwards are run, for reports; nothing where there is one way."""
+        if self.steps is None:
+            return {}
+        return {"short forwards": "captured graphs" if self.steps.captures else "fixed shapes"}
 
     def using(self, adapter: str | None) -> Runner:
         """Return the runner of the same model with an adapter, or without one: the same one for the same adapter."""
@@ -77,6 +91,8 @@ class Runner:
             return self
         other = copy(self)
         other._adapter = adapter
+        if self.steps is not None:
+            other.steps = self.steps.anew()  # what is captured runs the model as it was then
         known: Runner = self._loaded.runners.setdefault(adapter, other)
         return known
 
@@ -101,25 +117,28 @@ class Runner:
         import torch
 
         device = self.model.device
-        # A copy: the callers' arrays are views of buffers that go on changing.
-        ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
         if not self.batches:
             [part] = parts
+            ids = torch.tensor(part.ids[None], device=device)
             out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
             return [_numbers(out[0, -part.last :])]
         from mixlm.engines.attention import KeyValues, Rows
 
         sessions = [cast(HFSession, one.session) for one in parts]
         for session in sessions:
-            session.cache = session.cache or KeyValues()
+            session.cache = session.cache or KeyValues(None if self.steps is None else self.steps.rooms)
         counts = [len(one.ids) for one in parts]
+        if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
+            return [_numbers(self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last))]
+        # A copy: the callers' arrays are views of buffers that go on changing.
+        ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
         rows = Rows([session.cache for session in sessions], counts)
         asked = np.concatenate(
             [np.arange(end - one.last, end) for one, end in zip(parts, np.cumsum(counts), strict=True)]
         )
         out = self.model(
             input_ids=ids,
-            position_ids=torch.tensor([rows.positions()], device=device),
+            position_ids=torch.tensor(rows.positions()[None], device=device),
             logits_to_keep=torch.tensor(asked, device=device),
             use_cache=False,
             rows=rows,
@@ -166,6 +185,42 @@ class Runner:
         self.batches = False
         self.model.set_attn_implementation(usual)
         return False
+
+    def _stepped(self, graphs: str) -> Steps | None:
+        """Return the steps, where they are wanted and give what the usual forward gives: tried, not guessed."""
+        cuda = self.model.device.type == "cuda"
+        if graphs == "off" or (graphs == "auto" and not cuda):
+            return None
+        if self.batches:
+            from mixlm.engines.steps import Steps
+
+            ids = np.arange(_TRIED, dtype=np.int64) % self.model.get_output_embeddings().weight.shape[0]
+            [expected] = self.run([Part(self._session(), ids, 4)])
+            self.steps = Steps(self.model, capture=cuda)
+            try:
+                found = self._in_steps(ids)
+                if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
+                    return self.steps
+            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+                pass  # a model may look at numbers on the host, which a captured forward cannot
+            self.steps = None
+        if graphs == "on":
+            raise UnsupportedError(
+                f"{self._name} cannot run in steps of fixed shape", "leave graphs at auto, or set it to off"
+            )
+        return None
+
+    def _in_steps(self, ids: Ids) -> Logits:
+        """Return the logits of the last 4 positions, run in steps of every kind: new, captured and replayed."""
+        session = self._session()
+        self.run([Part(session, ids[:7], 1)])
+        for at in range(7, len(ids) - 5):
+            self.run([Part(session, ids[at : at + 1], 1)])
+        before = session.cache.length
+        for _ in range(3):
+            session.cache.length = before
+            [found] = self.run([Part(session, ids[before:], 4)])
+        return found
 
     def _session(self) -> HFSession:
         return HFSession(self, _TRIED)

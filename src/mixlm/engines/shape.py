@@ -24,6 +24,15 @@ LABEL = "real architecture and size, weights filled with numbers: for measuring 
 _QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
 _SMOLLM = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
+# JackFram's, which many measurements of speculative decoding use as drafts (SpecInfer, Miao et al., 2023).
+_DRAFT = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 _LLAMA_ROPE = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -66,6 +75,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": _smollm(_sizes(576, 1536, 30, 9, 3), 1e5),
     "smollm2-360m": _smollm(_sizes(960, 2560, 32, 15, 5), 1e5),
     "smollm2-1.7b": _smollm(_sizes(2048, 8192, 24, 32, 32), 1.3e5),
+    "llama-68m": {**_DRAFT, **_sizes(768, 3072, 2, 12, 12)},
+    "llama-160m": {**_DRAFT, **_sizes(768, 3072, 12, 12, 12)},
     "llama-3.2-1b": _llama(_sizes(2048, 8192, 16, 32, 8), tied=True, head_dim=64, factor=32.0),
     "llama-3.2-3b": _llama(_sizes(3072, 8192, 28, 24, 8), tied=True, head_dim=128, factor=32.0),
     "llama-3.1-8b": _llama(_sizes(4096, 14_336, 32, 32, 8), tied=False, head_dim=128, factor=8.0),
@@ -98,7 +109,8 @@ class ShapeEngine(HFEngine):
         }
         self.weights_bytes = self.loaded.size
         self.context_length = int(shape["max_position_embeddings"])
-        self.runner = Runner(self.loaded, self.name)
+        self.runner = Runner(self.loaded, self.name, spec.graphs)
+        self.details |= self.runner.details
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
         self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}

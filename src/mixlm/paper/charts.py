@@ -1,7 +1,4 @@
-"""Findings as figures: pure functions, drawn without a display. Colours can be told apart by all readers, also in grey.
-
-Needs matplotlib (the extra `paper`).
-"""
+"""Findings as figures: pure functions, drawn without a display."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixlm.errors import MixlmError
+from mixlm import figures
+from mixlm.figures import BLUE, CONVENTIONAL, MIXTURE, ORANGE, SKY
 from mixlm.paper.findings import Accuracy, Findings, Speed
 from mixlm.paper.tables import task_name
 
@@ -18,57 +16,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-# From the palette of Okabe and Ito; line, mark and hatching differ too.
-_LINES = {
-    "mixture": ("ME", {"color": "#0072B2", "linestyle": "-", "marker": "o"}, "#0072B2"),
-    "conventional": (
-        "CE",
-        {"color": "#D55E00", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-        "#E69F00",
-    ),
-}
+_LINES = {"mixture": ("ME", MIXTURE, BLUE), "conventional": ("CE", CONVENTIONAL, ORANGE)}
 _BARS = (
     ("single", "#DDDDDD", ""),
-    ("CE (sequential)", "#E69F00", "//"),
-    ("CE (parallel)", "#56B4E9", ".."),
-    ("ME", "#0072B2", ""),
+    ("CE (sequential)", ORANGE, "//"),
+    ("CE (parallel)", SKY, ".."),
+    ("ME", BLUE, ""),
 )
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "svg.hashsalt": "mixlm",
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-}
-
-
-def require() -> None:
-    """Raise MixlmError when matplotlib is missing."""
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError as error:
-        raise MixlmError(f"figures need matplotlib: {error}", "pip install 'mixlm[paper]'") from error
 
 
 def save(findings: Findings, folder: Path) -> list[Path]:
     """Write the figure as PNG and SVG, and return their paths."""
-    require()
+    figures.require()
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
-        figure = draw(findings)
-        paths = [folder / f"{findings.experiment}.{form}" for form in ("png", "svg")]
-        figure.savefig(paths[0], bbox_inches="tight")
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+    paths = [folder / f"{findings.experiment}.{form}" for form in ("png", "svg")]
+    with rc_context(figures.STYLE):
+        figures.save(draw(findings), *paths)
     return paths
 
 

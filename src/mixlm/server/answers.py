@@ -14,6 +14,7 @@ from mixlm.server.asked import Asked
 DONE = b"data: [DONE]\n\n"
 # The least that JSON readers in all languages take for a finite number; -inf is the log of what cannot be drawn.
 _LEAST = -9999.0
+_END = "<|endoftext|>"
 
 
 def as_json(value: Any) -> bytes:
@@ -68,14 +69,16 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token) -> bytes:
-        """Return the event of one token."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, int]) -> bytes:
+        """Return the event of one token. forwards: of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
-        return self._chunk(index, content, {"members": [token.member]}, logprobs=self._logprobs(index, [token]))
+        return self._chunk(
+            index, content, {"members": [token.member], "forwards": forwards}, logprobs=self._logprobs(index, [token])
+        )
 
-    def last(self, index: int, completion: Completion) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "seed": completion.seed}
+        mixlm = {"members": [], "forwards": forwards, "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:
@@ -109,6 +112,36 @@ class Answer:
                 "accepted": sum(one.usage.accepted for one in completions),
             },
         }
+
+    def attributes(
+        self, completions: Sequence[Completion], written: Mapping[str, int], closed: str | None
+    ) -> dict[str, Any]:
+        """Return what a trace says of the request: its settings and figures, nothing of what was asked or written.
+
+        completions: of finished replies; forwards are theirs. written: tokens by member, of all replies. closed: why it
+        was given up, if it was. Arrays have an element for each of `mixlm.members`.
+        """
+        asked, usage = self._asked, self.usage(completions)
+        names, members = asked.ensemble.names, usage["mixlm"]["members"]
+        attributes = {
+            "gen_ai.operation.name": "chat" if self._chat else "text_completion",
+            "gen_ai.request.model": asked.served.name,
+            "gen_ai.response.id": self._head["id"],
+            "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
+            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+            "gen_ai.usage.output_tokens": sum(written.values()),
+            "mixlm.method": asked.tasks[0].settings.method,
+            "mixlm.unit": asked.ensemble.unit.name,
+            "mixlm.replies": len(asked.tasks),
+            "mixlm.stream": asked.stream,
+            "mixlm.members": list(names),
+            "mixlm.member.tokens": [written.get(one, 0) for one in names],
+            "mixlm.member.forwards": [members[one]["forwards"] if one in members else 0 for one in names],
+            "mixlm.member.forward_tokens": [members[one]["forward_tokens"] if one in members else 0 for one in names],
+            "mixlm.guesses.checked": usage["mixlm"]["checked"],
+            "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
+        }
+        return attributes if closed is None else {**attributes, "mixlm.closed": closed}
 
     def _chunk_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
@@ -145,20 +178,47 @@ class Answer:
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
             return None
-        values = [max(one.logprob, _LEAST) for one in tokens]
         if self._chat:
-            content = [
-                {"token": one.text, "logprob": value, "bytes": list(one.data), "top_logprobs": []}
-                for one, value in zip(tokens, values, strict=True)
-            ]
-            return {"content": content, "refusal": None}
+            return {"content": [_told(one) for one in tokens], "refusal": None}
         offsets = []
         for one in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(one.text)
         return {
             "tokens": [one.text for one in tokens],
-            "token_logprobs": values,
-            "top_logprobs": None,
+            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "top_logprobs": [_likeliest(one) for one in tokens] if self._asked.alternatives else None,
             "text_offset": offsets,
         }
+
+
+def _told(token: Token) -> shapes.TokenLogprob:
+    """Return a token and its alternatives as a chat reply has them."""
+    others: list[shapes.TopLogprob] = [
+        {"token": _spelled(one.data), "logprob": _finite(one.logprob), "bytes": list(one.data)}
+        for one in token.alternatives
+    ]
+    own = {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
+    return cast("shapes.TokenLogprob", {**own, "top_logprobs": others})
+
+
+def _likeliest(token: Token) -> dict[str, float]:
+    """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
+    # Ids of one vocabulary may have equal bytes: the likelier one is told.
+    found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
+    return {**found, _spelled(token.data): _finite(token.logprob)}
+
+
+def _spelled(data: bytes) -> str:
+    """Return a symbol as text, as OpenAI's API spells what is none: end-of-text, and bytes that are no whole character.
+
+    What differs in bytes differs in this too.
+    """
+    try:
+        return data.decode() if data else _END
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{one:02x}" for one in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)

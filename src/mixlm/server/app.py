@@ -17,13 +17,14 @@ from mixlm.server.answers import as_json
 from mixlm.server.asked import Asked, chat, completion
 from mixlm.server.description import description
 from mixlm.server.exchange import Exchange
-from mixlm.server.fields import ChatBody, CompletionBody, read
+from mixlm.server.fields import B, ChatBody, CompletionBody, read
 from mixlm.server.guard import Guard
 from mixlm.server.keys import Keys
 from mixlm.server.limits import Limits
 from mixlm.server.metrics import TEXT, Metrics
 from mixlm.server.problems import ApiError
 from mixlm.server.served import Registry
+from mixlm.server.traces import Traces
 from mixlm.server.worker import Worker
 
 _PAGE = {
@@ -38,18 +39,24 @@ class Server:
     """Everything that one server holds. `app` is its ASGI application."""
 
     def __init__(
-        self, registry: Registry, limits: Limits, keys: Keys | None = None, hosts: Collection[str] | None = None
+        self,
+        registry: Registry,
+        limits: Limits,
+        keys: Keys | None = None,
+        hosts: Collection[str] | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.registry = registry
         self.limits = limits
         self.metrics = Metrics()
+        self.traces = traces
         self.worker = Worker(limits)
         self.metrics.watch("mixlm_writing", "Replies that are being written.", lambda: self.worker.writing)
         self.metrics.watch("mixlm_waiting", "Replies that wait for their turn.", lambda: self.worker.waiting)
         self._description = as_json(description(limits))
         self._router = Router(self._routes(), lifespan=self._life)
         self._paths = frozenset(one.path for one in self._router.routes if isinstance(one, Route))
-        self.app: ASGIApp = Guard(self._route, keys or Keys(), self.metrics, hosts)
+        self.app: ASGIApp = Guard(self._route, keys or Keys(), self.metrics, hosts, traces)
 
     def _routes(self) -> list[Route]:
         routes = [
@@ -79,6 +86,8 @@ class Server:
         yield
         self.worker.close_all("shutdown")
         await self.worker.stop()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def _models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [one.as_dict() for one in self.registry]})
@@ -87,12 +96,20 @@ class Server:
         return _json(self.registry.find(request.path_params["name"]).as_dict())
 
     async def _chat(self, request: Request) -> ASGIApp:
-        body = read(ChatBody, await self._body(request))
+        body = await self._with_unit(read(ChatBody, await self._body(request)))
         return self._exchange(request, chat(body, self.registry, self.limits))
 
     async def _completion(self, request: Request) -> ASGIApp:
-        body = read(CompletionBody, await self._body(request))
+        body = await self._with_unit(read(CompletionBody, await self._body(request)))
         return self._exchange(request, completion(body, self.registry, self.limits))
+
+    async def _with_unit(self, body: B) -> B:
+        """Make the unit that a request asks for, where none did before; other requests do not wait for it."""
+        unit = body.mixlm.unit if body.mixlm is not None else None
+        served = self.registry.find(body.model)
+        if not served.has_unit(unit):
+            await asyncio.to_thread(served.in_unit, unit)
+        return body
 
     def _exchange(self, request: Request, asked: Asked) -> ASGIApp:
         return Exchange(asked, self.worker, self.metrics, self.limits, request.scope["mixlm.note"])

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
+from mixlm.errors import ConfigError
 from mixlm.records import Message
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import Limits
@@ -15,12 +17,15 @@ from mixlm.server.problems import ApiError, refused
 from mixlm.server.served import Registry, Served
 
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-_EXTRA_SAMPLING = ("top_k", "min_p", "repetition_penalty")
+_EXTRAS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text."""
+    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text.
+
+    logprobs: whether tokens are told with theirs, and with `alternatives` more.
+    """
 
     kind: Literal["chat", "text"]
     served: Served
@@ -31,6 +36,11 @@ class Asked:
     include_usage: bool
     logprobs: bool
     echo: Sequence[str]
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest symbols are told at each place."""
+        return self.tasks[0].settings.alternatives
 
 
 def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
@@ -44,6 +54,7 @@ def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
         options["max_tokens"] = body.max_completion_tokens
     if any(one.role == "system" for one in messages):
         options["system"] = None  # in place of the ensemble's own
+    options["alternatives"] = body.top_logprobs or 0
     return _asked(body, registry, [messages], options, logprobs=bool(body.logprobs))
 
 
@@ -52,7 +63,7 @@ def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Aske
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     for one in prompts:
         _check_length(len(one), "prompt", limits)
-    options = {"raw": True, "system": None}
+    options = {"raw": True, "system": None, "alternatives": body.logprobs or 0}
     echo = prompts if body.echo else ()
     return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
 
@@ -70,12 +81,14 @@ def _asked(
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
     extras = body.mixlm or Extras()
-    ensemble = served.ensemble
-    if extras.unit not in (None, "auto", ensemble.unit.name):
-        raise refused("mixlm.unit", f"this ensemble was loaded with the unit {ensemble.unit.name}")
+    ensemble = served.in_unit(extras.unit)
     if extras.weights is not None:
-        ensemble = ensemble.with_weights(extras.weights)
+        try:
+            ensemble = ensemble.with_weights(extras.weights)
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="mixlm.weights", code="invalid_value") from None
     settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
     tasks = [Task(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)]
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -86,7 +99,7 @@ def _asked(
 def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
     """Return a request's options over the ensemble's defaults, as `Ensemble.settings` takes them."""
     given = dict(options)
-    for source, names in ((body, _SAMPLING), (extras, (*_EXTRA_SAMPLING, "draft", "block", "mix_then_truncate"))):
+    for source, names in ((body, _SAMPLING), (extras, _EXTRAS)):
         given |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if body.max_tokens is not None:
         given["max_tokens"] = body.max_tokens
@@ -94,6 +107,13 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         given["stop"] = body.stop
     if body.seed is not None:
         given["seed"] = body.seed % 2**64  # the API allows negative ones
+    if body.logit_bias or extras.logit_bias:
+        # The API's keys are token ids, as digits; a text of digits has its place under mixlm.
+        ids = {
+            int(key) if key.isascii() and key.isdecimal() else key: value
+            for key, value in (body.logit_bias or {}).items()
+        }
+        given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
     method = extras.method
     served = ensemble.defaults.method
     if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):
@@ -106,6 +126,17 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         if method != "conventional":
             given.setdefault("mix_then_truncate", False)
     return given
+
+
+def _check_method(body: Common, extras: Extras, method: Method, unit: str) -> None:
+    """Raise ApiError for a method that the unit has no law for; it names the field that asked for one of the two."""
+    allowed = methods_of(unit)
+    if method in allowed:
+        return
+    by_temperature = extras.method is None and body.temperature == 0
+    param = "temperature" if by_temperature else "mixlm.unit" if extras.method is None else "mixlm.method"
+    asked = "temperature 0 asks for greedy, which" if by_temperature else f"the method {method}"
+    raise refused(param, f"{asked} does not go with the unit {unit}; {', '.join(allowed)} do")
 
 
 def _check_length(characters: int, field: str, limits: Limits) -> None:

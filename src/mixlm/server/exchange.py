@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -19,8 +20,9 @@ from mixlm.server.answers import DONE, Answer, as_json, event
 from mixlm.server.asked import Asked
 from mixlm.server.limits import Limits
 from mixlm.server.metrics import Metrics
-from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Wrote
+from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Started, Wrote
 from mixlm.server.problems import ApiError, of_error
+from mixlm.server.traces import Steps
 from mixlm.server.worker import Worker
 
 # A client that reads nothing for this long is told that the response is still coming; so is every proxy in between.
@@ -51,11 +53,12 @@ class Exchange:
         self._order = Order(note["client"], asked.ensemble, asked.tasks)
         self._answer = Answer(asked, note["request"])
         self._done: dict[int, Completion] = {}
-        self._first = False
+        self._steps = Steps()
+        self._written: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
-        self._note |= {"model": self._asked.served.name, "replies": len(self._asked.tasks)}
+        self._note |= {"model": self._asked.served.name, "replies": len(self._asked.tasks), "steps": self._steps}
         self._worker.submit(self._order)
         try:
             async with self._watched(receive):
@@ -134,28 +137,44 @@ class Exchange:
         self._take(event)
         if not isinstance(event, Wrote):
             return []
-        parts = [self._answer.token(event.index, one) for one in event.tokens]
+        # Several tokens that come at once were found by the same passes.
+        parts = [
+            self._answer.token(event.index, one, {} if i else event.forwards) for i, one in enumerate(event.tokens)
+        ]
         if event.completion is not None:
-            parts.append(self._answer.last(event.index, event.completion))
+            parts.append(self._answer.last(event.index, event.completion, {} if parts else event.forwards))
         return parts
 
     def _take(self, event: Event) -> None:
         """Take down what an event says. Raises what ends the response."""
         if isinstance(event, Begun):
+            self._steps.prepared = event.at
+            return
+        if isinstance(event, Started):
+            self._started(event.at)
             return
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Closed):
             raise self._closed(event)
         name = self._asked.served.name
-        if not self._first and (event.tokens or event.completion):
-            self._first = True
-            self._note["first"] = round(time.monotonic() - self._note["arrived"], 4)
+        if self._steps.first is None and (event.tokens or event.completion):
+            self._steps.first = time.monotonic()
+            self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
             self._metrics.first(name, self._note["first"])
         self._metrics.wrote(name, event.tokens)
+        self._written.update(one.member for one in event.tokens)
         if event.completion is not None:
             self._done[event.index] = event.completion
             self._metrics.finished(name, event, event.completion)
+
+    def _started(self, at: float) -> None:
+        """Take down how long a reply waited for its turn; the log says it of a request's first."""
+        waited = at - (self._steps.prepared or at)
+        self._metrics.queued(self._asked.served.name, waited)
+        if self._steps.started is None:
+            self._steps.started = at
+            self._note["queued"] = round(waited, 4)
 
     def _closed(self, event: Closed) -> Exception:
         """Note why the order was given up, once, and return what that is to the client."""
@@ -169,9 +188,10 @@ class Exchange:
         return GoneError()
 
     def _figures(self) -> None:
-        usage = [one.usage for one in self._done.values()]
-        self._note["tokens"] = sum(one.tokens for one in usage)
-        self._note["finished"] = len(usage)
+        done = list(self._done.values())
+        self._note["tokens"] = self._written.total()
+        self._note["finished"] = len(done)
+        self._steps.attributes = self._answer.attributes(done, self._written, self._note.get("closed"))
 
     async def _part(self, send: Send, data: bytes) -> None:
         if data:

@@ -7,13 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from mixlm.config import Method, UnitName
+from mixlm.config import LogprobsOf, Method, UnitName
 from mixlm.server.problems import of_validation, refused
 
 # Below this a temperature divides logits beyond what float32 holds; 0 stands for the most likely token.
 _COLDEST = 1e-3
 
-_ALTERNATIVES = "only the log-probability of the token that was drawn is known"
 _ONE_TEXT = "an ensemble writes text, and nothing else"
 # Fields of the API that have no meaning here, the values under which they ask for nothing, and why others are refused.
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -21,7 +20,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "replies are not ranked; ask for n and choose"),
     "function_call": (("none",), _ONE_TEXT),
     "functions": (([],), _ONE_TEXT),
-    "logit_bias": (({},), "members have token ids of their own"),
     "metadata": (({},), "nothing is stored"),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
@@ -36,13 +34,14 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "members continue a text, and do not fill gaps"),
     "tool_choice": (("none",), _ONE_TEXT),
     "tools": (([],), _ONE_TEXT),
-    "top_logprobs": ((0,), _ALTERNATIVES),
     "verbosity": ((), "the members are not told how long to write"),
     "web_search_options": ((), _ONE_TEXT),
 }
 
 B = TypeVar("B", bound="Common")
 Short = Annotated[str, StringConstraints(max_length=512)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -54,7 +53,7 @@ class Extras(_Body):
     """What mixlm adds to the API, under `mixlm`. Left out, the served ensemble's own settings hold."""
 
     method: Method | None = Field(default=None, description="How the members write together.")
-    unit: UnitName | None = Field(default=None, description="Refused unless the ensemble was loaded with it.")
+    unit: UnitName | None = Field(default=None, description="What the members meet in; in place of the ensemble's own.")
     weights: Annotated[list[Weight], Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="One a member, any positive scale, in place of the ensemble's weights or router."
     )
@@ -64,6 +63,11 @@ class Extras(_Body):
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     mix_then_truncate: bool | None = Field(default=None, description="Truncate the average; conventional only.")
+    logprobs_of: LogprobsOf | None = Field(
+        default=None,
+        description="Whose log-probabilities: the drawn member's, or the ensemble's, for a forward of every member.",
+    )
+    logit_bias: Biases | None = Field(default=None, description="By a token's text, digits too.")
     draft: Short | None = Field(default=None, description="What writes ahead: a member's name, or lookup.")
     block: int | None = Field(default=None, ge=1, le=64, description="Guesses checked at once.")
 
@@ -82,6 +86,9 @@ class Common(_Body):
 
     model: Short | None = Field(
         default=None, description="The name of a served ensemble; may be left out where there is one."
+    )
+    logit_bias: Biases | None = Field(
+        default=None, description="By a token's text; keys of digits are token ids, for members of one vocabulary."
     )
     n: int | None = Field(default=None, ge=1, le=128, description="Replies to each prompt.")
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
@@ -153,13 +160,22 @@ class ChatBody(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Another name for max_tokens.")
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
+
+    @model_validator(mode="after")
+    def _told_together(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise refused("top_logprobs", "it goes with logprobs: true")
+        return self
 
 
 class CompletionBody(Common):
     """A request to /v1/completions: a text, or several, to be continued as they stand."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
-    logprobs: Literal[0] | None = Field(default=None, description="0 gives the drawn tokens' own.")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="How many of the likeliest; 0 gives the drawn tokens' own alone."
+    )
     echo: bool | None = None
 
     @model_validator(mode="before")
@@ -171,10 +187,7 @@ class CompletionBody(Common):
         prompt = given.get("prompt")
         if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
             raise refused("prompt", "token ids are those of one vocabulary, and members have their own; send text")
-        logprobs = given.get("logprobs")
-        if isinstance(logprobs, int) and not isinstance(logprobs, bool) and logprobs > 0:
-            raise refused("logprobs", f"{_ALTERNATIVES}; logprobs 0 gives that")
-        if given.get("echo") is True and logprobs is not None:
+        if given.get("echo") is True and given.get("logprobs") is not None:
             raise refused("echo", "together with logprobs it asks to score the prompt; use mixlm score for that")
         return given
 

@@ -21,11 +21,13 @@ from mixlm.server.answers import as_json
 from mixlm.server.keys import Keys
 from mixlm.server.metrics import Metrics
 from mixlm.server.problems import ApiError, of_error
+from mixlm.server.traces import Ended, Traces
 
 _log = logging.getLogger("mixlm.server")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Files of the page, and what a supervisor asks.
 OPEN = ("/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready")
+TRACED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "other")
 _QUIET = ("/health", "/ready", "/metrics")
 # What logs say of a response that nobody was there for any more, as other servers do.
 _NOBODY = 499
@@ -39,11 +41,14 @@ _SAFE = {
 class Guard:
     """ASGI middleware. hosts: names that a Host header may have; None for any."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, hosts: Collection[str] | None) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, metrics: Metrics, hosts: Collection[str] | None, traces: Traces | None = None
+    ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._hosts = hosts
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; anything that is none goes through."""
@@ -79,7 +84,7 @@ class Guard:
             if status == 0:
                 await _respond(problem, sending)
         finally:
-            self._write_down(scope, note, status)
+            self._write_down(scope, headers, note, status)
 
     def _check(self, scope: Scope, headers: Headers, note: dict[str, Any]) -> None:
         """Say who asks. Raises ApiError for a host that is not ours, and for a key that is not known."""
@@ -90,20 +95,25 @@ class Guard:
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         holder = self._keys.holder(presented.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
+            why = "this API key is not known" if presented else "an API key is needed"
             raise ApiError(
                 401,
-                "an API key is needed: send it as 'Authorization: Bearer KEY'",
+                f"{why}: send it as 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
         note["client"] = holder
 
-    def _write_down(self, scope: Scope, note: dict[str, Any], status: int) -> None:
+    def _write_down(self, scope: Scope, headers: Headers, note: dict[str, Any], status: int) -> None:
         status = status or _NOBODY
-        seconds = time.monotonic() - note.pop("arrived")
+        arrived, steps = note.pop("arrived"), note.pop("steps", None)
+        seconds = time.monotonic() - arrived
         # A path that is no route is the client's invention: counting by it would let anyone fill the memory.
         path = scope["path"] if scope["path"] in scope.get("mixlm.paths", ()) else "other"
         self._metrics.response(path, status, seconds)
+        if self._traces is not None and path in TRACED:
+            ended = Ended(scope["method"], path, status, arrived, note["request"], note.get("error"), steps)
+            note["trace"] = self._traces.request(ended, headers)
         level = logging.DEBUG if path in _QUIET and status < 400 else logging.INFO
         fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4), **note}
         _log.log(level, "request", extra={"fields": fields})

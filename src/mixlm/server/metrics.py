@@ -45,6 +45,13 @@ class Metrics:
             buckets=_FIRST,
             registry=self._all,
         )
+        self._queued = Histogram(
+            "mixlm_queue_seconds",
+            "From the moment a reply's prompt is read until its turn comes.",
+            ["model"],
+            buckets=_FIRST,
+            registry=self._all,
+        )
         self._seconds = Histogram(
             "mixlm_request_seconds",
             "From a request's arrival to the end of its response.",
@@ -63,6 +70,10 @@ class Metrics:
     def text(self) -> bytes:
         """Return all figures."""
         return generate_latest(self._all)
+
+    def queued(self, model: str, seconds: float) -> None:
+        """Count how long a reply waited for its turn."""
+        self._queued.labels(model).observe(seconds)
 
     def first(self, model: str, seconds: float) -> None:
         """Count a request's first token."""

@@ -24,18 +24,29 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """All prompts of an order fit; its replies wait for their turn or are being written."""
+    """All prompts of an order fit; its replies wait for their turn. at: when, as `time.monotonic` says."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A reply has left the line, and is being written. at: when, as `time.monotonic` says."""
+
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Wrote:
     """Tokens that a reply has got, and the whole of it once it is finished.
 
-    catch_up: tokens that each member ran in each of its forwards but the first, by member; of finished replies.
+    forwards: passes of each member since the event before, of those that ran. catch_up: tokens that each member ran in
+    each of its forwards but the first, by member; of finished replies.
     """
 
     index: int
     tokens: Sequence[Token]
+    forwards: Mapping[str, int]
     completion: Completion | None = None
     catch_up: Mapping[str, Sequence[int]] | None = None
 
@@ -54,7 +65,7 @@ class Closed:
     reason: Reason
 
 
-Event = Begun | Wrote | Failed | Closed
+Event = Begun | Started | Wrote | Failed | Closed
 
 
 class Order:

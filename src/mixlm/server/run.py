@@ -158,7 +158,7 @@ def log_to_stderr(level: str) -> None:
     """Write this server's log to stderr. level: a name of the library `logging`, in lower case."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("mixlm.server", "uvicorn.error"):
+    for name in ("mixlm.server", "uvicorn.error", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper() if name == "mixlm.server" else "WARNING")

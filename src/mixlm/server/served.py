@@ -5,23 +5,60 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from mixlm import __version__
-from mixlm.config import METHODS
+from mixlm.config import UNITS, Method, UnitName, methods_of
 from mixlm.ensemble import Ensemble
 from mixlm.records import Sampling
-from mixlm.server.problems import ApiError
+from mixlm.server.problems import ApiError, refused
+from mixlm.vocab.shared import conflict
 
 
-@dataclass(frozen=True)
 class Served:
-    """An ensemble and the name that requests call it by. created: seconds since 1970."""
+    """An ensemble and the name that requests call it by. created: seconds since 1970.
 
-    name: str
-    ensemble: Ensemble
-    created: int = field(default_factory=lambda: int(time.time()))
+    The units that it was not loaded with are made when one is first asked for, on the same engines, and kept: there are
+    as many as there are names of units, and no request makes more.
+    """
+
+    def __init__(self, name: str, ensemble: Ensemble) -> None:
+        self.name = name
+        self.ensemble = ensemble
+        self.created = int(time.time())
+        self._conflict = conflict([one.engine.vocabulary for one in ensemble.members])
+        self._units = {ensemble.unit.name: ensemble}
+        self._making = Lock()
+
+    @property
+    def units(self) -> dict[str, tuple[Method, ...]]:
+        """The units that its members can meet in, and the methods of each."""
+        names = [one for one in UNITS if one != "auto" and (one != "token" or self._conflict is None)]
+        return {one: methods_of(one) for one in names}
+
+    def has_unit(self, unit: UnitName | None) -> bool:
+        """Whether `in_unit` has nothing to make."""
+        return unit in (None, "auto") or unit in self._units
+
+    def in_unit(self, unit: UnitName | None) -> Ensemble:
+        """Return the ensemble in a unit; None and "auto" for the one it was loaded with.
+
+        The first time this looks at every token of every member, for up to a second: not for the event loop. Raises
+        ApiError where the members have no such unit.
+        """
+        if unit is None or unit == "auto":
+            return self.ensemble
+        if unit not in self.units:
+            raise refused(
+                "mixlm.unit",
+                f"these members share no vocabulary ({self._conflict}); {', '.join(self.units)} are possible",
+            )
+        if unit not in self._units:
+            with self._making:
+                if unit not in self._units:
+                    self._units[unit] = self.ensemble.with_unit(unit)
+        return self._units[unit]
 
     @property
     def fingerprint(self) -> str:
@@ -47,7 +84,8 @@ class Served:
                 "members": members,
                 "unit": one.unit.name,
                 "method": one.defaults.method,
-                "methods": list(METHODS),
+                "methods": list(methods_of(one.unit.name)),
+                "units": {name: list(methods) for name, methods in self.units.items()},
                 "temperature": plain.temperature,
                 "top_k": plain.top_k,
                 "max_tokens": one.defaults.max_tokens,

@@ -52,14 +52,18 @@ class Usage(TypedDict):
 
 
 class Wrote(TypedDict):
-    """Who wrote each token. seed: what gives this reply again; at its end."""
+    """Who wrote each token. seed: what gives this reply again; at its end.
+
+    forwards: in a stream, how often each member ran since the chunk before, of those that did.
+    """
 
     members: list[str]
+    forwards: NotRequired[dict[str, int]]
     seed: NotRequired[int]
 
 
 class TopLogprob(TypedDict):
-    """A token that could have come instead; there are none, since only the drawn member ran."""
+    """A token that could have come, or that came, among the likeliest; end-of-text has no bytes."""
 
     token: str
     logprob: float
@@ -83,11 +87,14 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """Log-probabilities of a continuation. text_offset: characters before each token."""
+    """Log-probabilities of a continuation. text_offset: characters before each token.
+
+    top_logprobs: the likeliest tokens at each place, and the one that is there.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: None
+    top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
 
@@ -181,12 +188,16 @@ class ModelMember(TypedDict):
 
 
 class ModelDetail(TypedDict):
-    """What an ensemble is made of, and what holds where a request says nothing."""
+    """What an ensemble is made of, and what holds where a request says nothing.
+
+    methods: those of its unit. units: those that a request may ask for, with the methods of each.
+    """
 
     members: list[ModelMember]
     unit: str
     method: str
     methods: list[str]
+    units: dict[str, list[str]]
     temperature: float
     top_k: int
     max_tokens: int

@@ -1,0 +1,227 @@
+"""Forwards in fixed shapes: what they answer is what the usual forward answers, whatever was asked before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract import *  # noqa: F403
+from contract import assert_close, random_ids, uncached
+from test_hf import build
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from mixlm.engines import EngineSpec, steps
+from mixlm.engines.attention import KeyValues
+from mixlm.engines.base import Ask
+from mixlm.engines.hf import HFEngine
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import UnsupportedError
+
+KINDS = ("llama", "mistral", "gemma3", "qwen2")  # mistral with a window of 8, gemma3 with one in every other layer
+Load = Callable[..., HFEngine]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    folders: dict[str, str] = {}
+
+    def loaded(kind: str, graphs: str = "on", device: str = "cpu") -> HFEngine:
+        if kind not in folders:
+            folder = build(tmp_path_factory.mktemp(kind), "llama" if kind == "qwen2" else kind)
+            if kind == "qwen2":
+                torch.manual_seed(1)
+                llama = AutoModelForCausalLM.from_pretrained(folder).config.to_dict()
+                sizes = {k: v for k, v in llama.items() if k.endswith(("_size", "_heads", "_layers", "_id"))}
+                Qwen2ForCausalLM(Qwen2Config(**sizes, initializer_range=0.3)).save_pretrained(folder)
+            folders[kind] = str(folder)
+        return HFEngine(EngineSpec(kind, kind, "float32", device, graphs=graphs), folders[kind])
+
+    return loaded
+
+
+@pytest.fixture(scope="module", params=["gemma3", "qwen2"])
+def engine(request: pytest.FixtureRequest, load: Load) -> HFEngine:
+    return load(request.param)
+
+
+def many(length: int) -> Sequence[tuple[int, int, int]]:
+    """What is asked in turn: how many tokens stand, how many are new, and of how many the logits are wanted."""
+    return [
+        (0, length, 1),
+        (length, 1, 1),
+        (length + 1, 3, 1),
+        (length + 4, 5, 5),
+        (length + 2, 6, 3),  # taken back, and others in their place
+        (length, 33, 2),  # more than a step takes
+        (length + 33, 32, 1),
+        (length + 60, 9, 9),
+        (3, 17, 4),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [5, 240])
+def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, length: int) -> None:
+    fixed, usual = load(kind), load(kind, "off")
+    assert fixed.runner.steps is not None
+    assert usual.runner.steps is None
+    session, reference = fixed.session(), usual.session()
+    ids = np.zeros(0, dtype=np.int64)
+    for seed, (stand, new, last) in enumerate(many(length)):
+        ids = np.concatenate([ids[:stand], random_ids(fixed, new, seed)])
+        found, expected = session.logits(ids, last), reference.logits(ids, last)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+        assert session.cache.length == len(ids)
+
+
+def test_steps_answer_what_transformers_answers(load: Load) -> None:
+    one = load("gemma3")
+    ids = random_ids(one, 40)
+    reference = AutoModelForCausalLM.from_pretrained(one._source, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
+    session = one.session()
+    ends = (6, 7, 20, 23, 31, 40)
+    for begin, end in zip((0, *ends), ends, strict=False):
+        assert_close(session.logits(ids[:end], end - begin), expected[begin:end])
+
+
+def test_short_forwards_are_steps_and_long_ones_are_not(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load("llama")
+    ran: list[tuple[int, int, int]] = []
+    run = steps.Step.run
+
+    def noted(self: steps.Step, room: Any) -> Any:
+        ran.append((self._tokens, len(self._numbers) - self._tokens - 1, room.size))
+        return run(self, room)
+
+    monkeypatch.setattr(steps.Step, "run", noted)
+    session, ids = one.session(), random_ids(one, 300)
+    for end, last in ((40, 1), (41, 1), (44, 1), (50, 6), (53, 2), (255, 1), (256, 1), (257, 1)):
+        session.logits(ids[:end], last)
+    one.answer([(session, Ask(0, ids[:258])), (one.session(), Ask(0, ids[:5]))])
+    assert ran == [(1, 1, 256), (4, 1, 256), (8, 8, 256), (4, 4, 256), (1, 1, 256), (1, 1, 512)]
+
+
+def test_a_sequence_goes_from_steps_to_forwards_of_many_and_back(load: Load) -> None:
+    one = load("gemma3")
+    sessions = [one.session(), one.session()]
+    texts = [random_ids(one, 50, seed) for seed in (1, 2)]
+    for end in (3, 4, 11, 12, 30, 50):
+        sessions[0].logits(texts[0][: end - 1])
+        asked = [(session, Ask(0, ids[:end], 2)) for session, ids in zip(sessions, texts, strict=True)]
+        for found, ids in zip(one.answer(asked), texts, strict=True):
+            assert_close(found, uncached(one, ids[:end], 2))
+
+
+def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load("mistral")
+    assert one.runner.steps is not None
+    monkeypatch.setattr(one.runner.steps.rooms, "_kept", 1)
+    first = one.session()
+    first.logits(random_ids(one, 20))
+    room = first.cache.reserve(0)
+    with torch.inference_mode():
+        for keys, values in room.layers.values():
+            keys.fill_(float("nan"))
+            values.fill_(float("nan"))
+    del first
+    assert room.idle
+    second, ids = one.session(), random_ids(one, 5, 3)
+    assert_close(second.logits(ids), uncached(load("mistral", "off"), ids))
+    assert second.cache.reserve(0) is room
+    assert not room.idle
+
+
+def test_few_sequences_at_a_time_have_captured_steps(load: Load) -> None:
+    # Whether a room is to have steps is decided before anything is captured, so no device is needed to ask.
+    those = steps.Steps(load("llama").model, capture=True)
+    caches = [KeyValues(those.rooms) for _ in range(6)]
+    assert [those.fit(one, 1) for one in caches] == [True] * 4 + [False] * 2
+    assert [those.fit(one, 33) for one in caches] == [False] * 6
+    del caches[0]
+    assert [those.fit(one, 2) for one in caches] == [True] * 4 + [False]  # the next in line takes its place
+    assert those.fit(KeyValues(those.rooms), 1)  # in the room that was left, with what is captured there
+    assert not those.fit(caches[-1], 1)
+
+
+@pytest.mark.parametrize("method", ["mixture", "speculative", "conventional"])
+def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
+    texts = []
+    for graphs in ("on", "off"):
+        pair = Ensemble([MemberSpec(load(kind, graphs), kind) for kind in ("qwen2", "llama")])
+        texts.append([pair.generate("the river", method=method, max_tokens=60, seed=seed).text for seed in (1, 2)])
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
+    for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
+        one = load("llama", graphs)
+        assert {key: value for key, value in one.details.items() if key == "short forwards"} == said
+
+
+def test_a_model_that_steps_would_change_keeps_its_usual_forward(
+    load: Load, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mamba = str(build(tmp_path / "m", "mamba"))
+    for folder in (mamba, load("llama")._source):
+        monkeypatch.setattr(steps, "visible", lambda positions, keys, _: torch.ones(len(positions), keys) > 0)
+        with pytest.raises(UnsupportedError, match=r"tiny cannot run in steps of fixed shape .*graphs"):
+            HFEngine(EngineSpec("tiny", "tiny", "float32", "cpu", graphs="on"), folder)
+
+
+class Recorded:
+    """Stands for a CUDA graph on the CPU: replays the operations of a run, as they were, on their tensors."""
+
+    replays = 0
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        self.out = run()
+        self._again = make_fx(run)()
+
+    def replay(self) -> None:
+        Recorded.replays += 1
+        self.out.copy_(self._again())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
+def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
+    load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(run: Callable[[], torch.Tensor]) -> tuple[Recorded, torch.Tensor]:
+        recorded = Recorded(run)
+        return recorded, recorded.out
+
+    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    one, usual = load(kind), load(kind, "off")
+    one.runner.steps = steps.Steps(one.model, capture=True)
+    agree(one, usual)
+    assert Recorded.replays > 30
+
+
+def agree(fixed: HFEngine, usual: HFEngine) -> None:
+    """Compare them over sessions that follow each other, so that rooms and what is recorded on them go on."""
+    ids = np.zeros(0, dtype=np.int64)
+    for begin in range(2):
+        session, reference = fixed.session(), usual.session()
+        for seed, (stand, new, last) in enumerate([*many(240)] * 3):
+            ids = np.concatenate([ids[:stand], random_ids(fixed, new, 100 * begin + seed)])
+            found, expected = session.logits(ids, last), reference.logits(ids, last)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_steps_answer_what_the_usual_forward_answers(load: Load, kind: str) -> None:
+    captured, usual = load(kind, "auto", "cuda"), load(kind, "off", "cuda")
+    assert captured.details["short forwards"] == "captured graphs"
+    agree(captured, usual)
+    assert captured.runner.steps is not None
+    assert any(step._graph is not None for room in captured.runner.steps._captured for step in room.steps.values())

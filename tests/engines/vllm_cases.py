@@ -75,7 +75,7 @@ def test_a_text_that_is_continued_taken_back_and_changed_is_read_as_it_stands(en
 
 
 def test_a_run_ends_with_the_text_and_not_before(engine, exact):
-    run = Run(0, random_ids(engine, 10), 200, Sampling(temperature=3.0, top_k=0), np.zeros(0, dtype=np.int64), 4)
+    run = Run(0, random_ids(engine, 10), 200, Sampling(temperature=2.0, top_k=0), np.zeros(0, dtype=np.int64), 4)
     written = engine.session().write(run)
     assert_written(exact, run, written)
 
@@ -89,7 +89,12 @@ def test_equal_seeds_write_equal_tokens_and_others_others(engine):
 
 def test_options_that_mean_something_else_there_are_drawn_here(engine):
     none = np.zeros(0, dtype=np.int64)
-    for options in ({"min_p": 0.1, "top_p": 0.9}, {"temperature": 0.001}, {"repetition_penalty": 1.1}):
+    for options in (
+        {"min_p": 0.1, "top_p": 0.9},
+        {"temperature": 0.001},
+        {"temperature": 2.1},
+        {"repetition_penalty": 1.1},
+    ):
         assert not engine.writes(Sampling(**options), none)
     reply = pair(engine).generate("three", seed=1, max_tokens=12, min_p=0.1, top_p=0.9, ignore_end=True)
     assert len(reply.tokens) == 12

@@ -29,7 +29,7 @@ SAMPLING = Sampling()
 @contextmanager
 def stepped() -> Iterator[list[float]]:
     """Note the time that vLLM's engine spends in steps, in this process."""
-    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.engine.core_client import InprocClient  # noqa: PLC0415 - vLLM reads its settings when it is imported
 
     seconds, output = [], InprocClient.get_output
 

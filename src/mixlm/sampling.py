@@ -1,6 +1,6 @@
 """A member's transform `A_i`: from logits to the distribution it is drawn from, in one fixed order.
 
-    mask, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
+    mask, bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
 
 Two forms of one rule. The dense functions take and return logits over the whole vocabulary, shape (vocab,), with
 -inf for what is cut; they are the reference. `Transform` gives the same distribution as a short list of candidates
@@ -27,6 +27,13 @@ class Candidates(NamedTuple):
 
     ids: Ids
     logprobs: Floats
+
+
+class Bias(NamedTuple):
+    """What is added to the logits of some tokens: distinct ids, int64 (m,), and values, float64 (m,)."""
+
+    ids: Ids
+    values: Floats
 
 
 Row = Logits | Candidates  # logits of a whole vocabulary, or those that a `Cut` leaves
@@ -68,6 +75,13 @@ class History:
         """Count the tokens of a prompt and of the reply so far."""
         written, counts = np.unique(reply, return_counts=True)
         return cls(np.unique(np.concatenate([prompt, reply])), written, counts.astype(np.int64))
+
+
+def biased(logits: Logits, bias: Bias) -> Logits:
+    """Add each token's bias to its logit."""
+    out = logits.copy()
+    out[bias.ids] += bias.values
+    return out
 
 
 def repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
@@ -118,10 +132,14 @@ def softmax(logits: Logits) -> Floats:
     return weights
 
 
-def dense(logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None) -> Floats:
+def dense(
+    logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None, bias: Bias | None = None
+) -> Floats:
     """Return the transformed distribution over the whole vocabulary, float64 (vocab,): the reference of `Transform`."""
     x: Logits = logits.astype(np.float64)
     x[banned] = -np.inf
+    if bias is not None:
+        x = biased(x, bias)
     if history is not None:
         x = repetition(x, history.seen, sampling.repetition_penalty)
         x = presence_and_frequency(x, history, sampling.presence_penalty, sampling.frequency_penalty)
@@ -161,15 +179,17 @@ def largest(x: Logits, k: int) -> Ids:
 
 
 class Transform:
-    """`A_i` for one member: options and the ids that it may never draw (`banned`, int64, distinct).
+    """`A_i` for one member: options, the ids that it may never draw (`banned`, int64, distinct), and a bias.
 
     cut: what of the logits the distribution depends on, None for all of them.
     """
 
-    def __init__(self, sampling: Sampling, banned: Ids) -> None:
+    def __init__(self, sampling: Sampling, banned: Ids, bias: Bias | None = None) -> None:
         self.sampling = sampling
         self.banned = banned
-        self.cut = Cut(sampling.top_k, banned) if sampling.top_k and not sampling.penalises else None
+        self.bias = bias
+        whole = not sampling.top_k or sampling.penalises or bias is not None
+        self.cut = None if whole else Cut(sampling.top_k, banned)
 
     def __call__(self, logits: Row, history: History | None = None) -> Candidates:
         """Return the distribution to draw from. `logits`: (vocab,), any float, not changed; or what `cut` leaves."""
@@ -178,6 +198,8 @@ class Transform:
             return _normalised(_order(*logits, options))
         x = logits.copy()
         x[self.banned] = -np.inf
+        if self.bias is not None:
+            x = biased(x, self.bias)
         if history is not None and options.penalises:
             x = repetition(x, history.seen, options.repetition_penalty)
             x = presence_and_frequency(x, history, options.presence_penalty, options.frequency_penalty)

@@ -7,7 +7,7 @@ a server, a test with numbers) runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,6 @@ from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
-from mixlm.records import Sampling
 from mixlm.routing import Route
 from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Likeliest, Row, Transform, likeliest
 from mixlm.vocab.units import State, Unit, doubled
@@ -44,15 +43,16 @@ Flow = Generator[list[Request], list[Reply], list[Choice]]
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    alternatives: how many of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it
-    for nothing but what it draws itself. Then it `writes` runs, if its engine does.
+    symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. alternatives: how many
+    of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it for nothing but what it
+    draws itself. Then it `writes` runs, if its engine does.
     """
 
     def __init__(
         self,
         engine: Engine,
         name: str,
-        sampling: Sampling,
+        transform: Transform,
         symbols: Ids,
         alternatives: int = 0,
         *,
@@ -60,13 +60,13 @@ class Member:
     ) -> None:
         self.engine = engine
         self.name = name
-        self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
+        self.transform = transform
         self.symbols = symbols
         self.alternatives = alternatives
         self._doubled = doubled(symbols)
-        self.writes = alone and engine.writes(sampling, self.transform.banned)
+        self.writes = alone and engine.writes(transform.sampling, transform.banned)
         if not self.writes:
-            _check_candidates(engine, sampling, symbols)
+            _check_candidates(engine, transform, symbols)
 
     def law(self, logits: Row, history: History | None = None) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
@@ -85,7 +85,7 @@ class Member:
         )
 
 
-def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+def _check_candidates(engine: Engine, transform: Transform, symbols: Ids) -> None:
     """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
     if engine.candidates is None:
         return
@@ -93,15 +93,18 @@ def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
     # Tokens that the engine counts among its likeliest, and that may not be drawn here.
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     most = engine.candidates - unshared
-    if sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+    sampling = transform.sampling
+    if transform.bias is not None:
+        found = "logit_bias moves tokens from anywhere in the vocabulary"
+    elif sampling.penalises:
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return
     raise UnsupportedError(
         f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
-        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        f"use a top_k from 1 to {most} and no penalties or biases, or --engine hf (engine='hf')"
         if most >= 1
         else "use --unit piece, or --engine hf",
     )
@@ -177,7 +180,8 @@ class Step:
 
     most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
-    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
     """
 
     weights: Floats
@@ -185,6 +189,7 @@ class Step:
     views: Sequence[View]
     push: Callable[[int], Step | None]
     most: int = 1
+    absent: Container[int] = ()
 
     def likeliest(self, law: Candidates) -> Likeliest:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -240,7 +245,7 @@ class Writing:
 
         def step(at: Noise) -> Step:
             weights = self.absent.weights(self.route(self.state))
-            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

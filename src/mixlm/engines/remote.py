@@ -8,6 +8,7 @@ it serves is checked again whenever a connection had to be made anew: a text is 
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Reply, Request, Run, Session, Written
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
 from mixlm.engines.partial import PartialEngine, PartialSession
+from mixlm.engines.served import Served, try_out, written_by
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Limits, Wire
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
+from mixlm.records import Sampling
 from mixlm.sampling import Candidates, Ids, softmax
 
 _PROBE = "The sky is blue, and 12 + 30 = 42."
@@ -66,6 +69,10 @@ class RemoteEngine(PartialEngine):
         self._threads = ThreadPoolExecutor(self.limits.connections)
         self._probe_ids = self.encoder.encode(_PROBE.encode()).ids
         self._fingerprint = self._likeliest_of_probe()
+        self.served = Served()
+        if isinstance(self.dialect, OpenAI):
+            self.served = try_out(self._complete, self._probe_ids)
+        self.details = {**self.details, **self.served.details()}
 
     def session(self) -> RemoteSession:
         """Begin a sequence. The server keeps nothing of it but what its prefix cache holds."""
@@ -74,6 +81,18 @@ class RemoteEngine(PartialEngine):
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Send questions of several sequences at once."""
         return in_threads(self._threads, super().answer, requests)
+
+    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether the server draws by itself what the options mean, and tells what it drew."""
+        return self.served.writes(sampling, banned)
+
+    def write(self, run: Run) -> Written:
+        """Let the server draw up to `length` tokens."""
+        length = min(run.length, self.context_length + 1 - len(run.ids))
+        written, anew = self._complete(self.served.body(run, length, sorted(self.vocabulary.ends)))
+        if anew and not self._still_the_same():
+            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
+        return written_by(written, self.wire.base)
 
     def alive(self) -> bool:
         """Whether the server answers, with the model that it had."""
@@ -92,18 +111,23 @@ class RemoteEngine(PartialEngine):
     def _ask(self, ids: Ids, count: int) -> tuple[Candidates, bool]:
         anew = False
         for body in self.dialect.bodies(ids, count):
-            answer = self.wire.post("/v1/completions", {**body, "model": self.model})
-            anew |= answer.anew
-            if answer.status != 200:
-                raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+            value, new = self._complete(body)
+            anew |= new
             try:
-                found = self.dialect.read(answer.value)
+                found = self.dialect.read(value)
             except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.wire.base} gives no answer: {str(answer.value)[:200]}") from None
+                raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
             if found is not None:
                 here = found.ids < self.vocabulary.size  # rows behind the last token are padding
                 return Candidates(found.ids[here], found.logprobs[here]), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
+
+    def _complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
+        """Ask for a completion. Also tells whether a connection was made for it."""
+        answer = self.wire.post("/v1/completions", {**body, "model": self.model})
+        if answer.status != 200:
+            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+        return answer.value, answer.anew
 
     def _card(self, wanted: str) -> dict[str, Any]:
         """Return what the server says of the model that is asked for, or of its only one."""
@@ -202,6 +226,13 @@ class RemoteSession(PartialSession):
     def __init__(self, engine: RemoteEngine) -> None:
         super().__init__(engine)
         self._engine = engine
+
+    def write(self, run: Run) -> Written:
+        """Let the server write."""
+        start = time.perf_counter()
+        written = self._engine.write(run)
+        self.wrote(run.ids, written, time.perf_counter() - start)
+        return written
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
         return self._engine.likeliest(ids, count)

@@ -20,7 +20,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "replies are not ranked; ask for n and choose"),
     "function_call": (("none",), _ONE_TEXT),
     "functions": (([],), _ONE_TEXT),
-    "logit_bias": (({},), "members have token ids of their own"),
     "metadata": (({},), "nothing is stored"),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
@@ -41,6 +40,8 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 B = TypeVar("B", bound="Common")
 Short = Annotated[str, StringConstraints(max_length=512)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -66,6 +67,7 @@ class Extras(_Body):
         default=None,
         description="Whose log-probabilities: the drawn member's, or the ensemble's, for a forward of every member.",
     )
+    logit_bias: Biases | None = Field(default=None, description="By a token's text, digits too.")
     draft: Short | None = Field(default=None, description="What writes ahead: a member's name, or lookup.")
     block: int | None = Field(default=None, ge=1, le=64, description="Guesses checked at once.")
 
@@ -84,6 +86,9 @@ class Common(_Body):
 
     model: Short | None = Field(
         default=None, description="The name of a served ensemble; may be left out where there is one."
+    )
+    logit_bias: Biases | None = Field(
+        default=None, description="By a token's text; keys of digits are token ids, for members of one vocabulary."
     )
     n: int | None = Field(default=None, ge=1, le=128, description="Replies to each prompt.")
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)

@@ -25,8 +25,9 @@ _FIELDS = {
     **{one: one for one in ("max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty")},
     **{
         one: f"mixlm.{one}"
-        for one in ("method", "weights", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+        for one in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
     },
+    "logit_bias": "logit_bias",
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
 
@@ -127,5 +128,9 @@ def _place(parts: tuple[int | str, ...]) -> str:
 
 
 def _for_clients(text: str) -> str:
-    """Return a message with the options of the command line as the fields that they are in a request."""
+    """Return a message with the options of the command line as the fields that they are in a request.
+
+    What only whoever runs the server can choose is left out.
+    """
+    text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
     return re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)

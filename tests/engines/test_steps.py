@@ -193,7 +193,7 @@ class Recorded:
 def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
     load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(run: Callable[[], torch.Tensor]) -> tuple[Recorded, torch.Tensor]:
+    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
         recorded = Recorded(run)
         return recorded, recorded.out
 

@@ -275,7 +275,9 @@ scalars = st.one_of(
     st.builds(
         lambda a, b: {"type": "string", "minLength": a, "maxLength": a + b}, st.integers(0, 2), st.integers(0, 4)
     ),
-    st.builds(lambda one: {"enum": one}, st.lists(st.text(max_size=4) | st.integers(), min_size=1, max_size=3)),
+    st.builds(
+        lambda one: {"enum": one}, st.lists(st.text(max_size=4) | st.integers(-(2**53), 2**53), min_size=1, max_size=3)
+    ),
     st.just({"type": "string", "pattern": "^[a-c]{1,3}-(x|yz)$"}),
     st.just({"type": "string", "format": "date"}),
 )
@@ -364,6 +366,8 @@ def test_what_is_no_schema_is_refused():
         deep = {"items": deep}
     with pytest.raises(ConfigError, match="json_schema"):
         pair("piece").generate("a", json_schema=deep)
+    with pytest.raises(ConfigError, match="json_schema has the integer 9007199254740993"):
+        pair("piece").generate("a", json_schema={"const": 2**53 + 1})
     with pytest.raises(UnsupportedError, match="ignore_end"):
         pair("piece").settings(json_schema=SCHEMA, ignore_end=True)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 from serving import HELLO, endless, events, running
 
+from mixlm.errors import UnsupportedError
 from mixlm.loading import load
+from mixlm.server.problems import of_error
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}
@@ -186,14 +189,17 @@ def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
                 assert [one for part in found for one in part[name]] == told[name]
 
 
-@pytest.mark.parametrize("path", ["chat", "text"])
-def test_a_stream_adds_up_to_the_whole_response(toys, path):
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [("chat", "mixture"), ("text", "mixture"), ("chat", "conventional"), ("chat", "speculative"), ("chat", "greedy")],
+)
+def test_a_stream_adds_up_to_the_whole_response(toys, path, method):
     ask = toys.chat if path == "chat" else toys.complete
-    options = {"seed": 11, "max_tokens": 12, "n": 2}
+    options = {"seed": 11, "max_tokens": 12, "n": 2, "mixlm": {"method": method}}
     whole = ask(**options).json()
     response = ask(**options, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    texts, members, ends = ["", ""], [[], []], [None, None]
+    texts, members, ends, forwards = ["", ""], [[], []], [None, None], Counter()
     *chunks, last = events(response)
     for chunk in chunks:
         assert chunk["usage"] is None
@@ -201,6 +207,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         i = choice["index"]
         texts[i] += choice["delta"].get("content", "") if path == "chat" else choice["text"]
         members[i] += choice["mixlm"]["members"]
+        forwards.update(choice["mixlm"].get("forwards", {}))
         assert len(choice["mixlm"]["members"]) <= 1  # each token in an event of its own
         ends[i] = choice["finish_reason"] or ends[i]
     for i, choice in enumerate(whole["choices"]):
@@ -208,6 +215,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         assert members[i] == choice["mixlm"]["members"]
         assert ends[i] == choice["finish_reason"]
     assert last["choices"] == []
+    assert forwards == {name: one["forwards"] for name, one in last["usage"]["mixlm"]["members"].items()}
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
@@ -344,7 +352,7 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),
-        ({"mixlm": {"weights": [1]}}, None),
+        ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
@@ -386,6 +394,15 @@ def test_what_does_not_fit_is_named(toys, body, param):
 def test_what_a_completion_refuses_is_named(toys, body, param):
     response = toys.post("/v1/completions", {"prompt": "x", **body})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
+    hint = "use a top_k from 1 to 64 and no penalties, or --engine hf (engine='hf')"
+    problem = of_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
+    assert (problem.status, problem.param) == (400, "presence_penalty")
+    assert problem.message.endswith("(use a top_k from 1 to 64 and no penalties)")
+    problem = of_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
+    assert problem.message.endswith('(use mixlm.method "greedy")')
 
 
 def test_an_unknown_model_is_not_found(toys):

@@ -252,6 +252,10 @@ def test_told_to_stop_replies_that_take_too_long_are_ended_cleanly(process):
     assert last["error"]["code"] == "stopping"
     assert whole.result().status_code == 503
     assert one.end() == 0
+    # What was written of them counts, though none was finished.
+    asked = [line for line in one.log if line["event"] == "request"]
+    assert [(line["closed"], line["finished"]) for line in asked] == [("shutdown", 0)] * 2
+    assert all(line["tokens"] > 0 for line in asked)
 
 
 def test_killed_and_started_again_the_same_seed_gives_the_same_text(process):

@@ -8,7 +8,7 @@ a server, a test with numbers) runs the same code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Floats, History, Ids, Likeliest, Logits, Transform, likeliest
+from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Likeliest, Row, Transform, likeliest
 from mixlm.vocab.grammar import Bools, Grammar
 from mixlm.vocab.units import State, Unit, doubled
 
@@ -79,8 +79,8 @@ class Member:
         if not self.writes:
             _check_candidates(self)
 
-    def law(self, logits: Logits, history: History | None = None, allowed: Bools | None = None) -> Candidates:
-        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
+    def law(self, logits: Row, history: History | None = None, allowed: Bools | None = None) -> Candidates:
+        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
         return self.pooled(self.transform(logits, history, allowed))
 
     def pooled(self, own: Candidates) -> Candidates:
@@ -111,7 +111,7 @@ def _check_candidates(member: Member) -> None:
     elif transform.bias is not None:
         found = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
@@ -147,6 +147,11 @@ class View:
         return int(self.member.symbols[token])
 
     @property
+    def cut(self) -> Cut | None:
+        """What of the member's logits its law depends on, None for all of them."""
+        return self.member.transform.cut if self._matcher is None else None
+
+    @property
     def stuck(self) -> bool:
         """Whether the member has no token that keeps the text what it is held to."""
         if self._matcher is None or not self.member.may_be_stuck:
@@ -154,11 +159,11 @@ class View:
         allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
         return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
 
-    def law(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
+    def law(self, logits: Row) -> Candidates:
+        """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
         return self.law_here()(logits)
 
-    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[Logits], Candidates]:
+    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[Row], Candidates]:
         """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
 
         ids, text: what the member reads and what has been written, where that is not the text but a beginning of it.
@@ -169,8 +174,8 @@ class View:
         written = self._state.tail(sys.maxsize) if text is None else text
         return lambda logits: self.member.law(logits, history, matcher.allowed(written))
 
-    def own(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
+    def own(self, logits: Row) -> Candidates:
+        """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
         allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
         return self.member.transform(logits, self._history(), allowed)
 
@@ -181,11 +186,11 @@ class View:
         ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
-    def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
+    def draw(self, noise: Noise) -> Callable[[Row], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
         law = self.law_here()
 
-        def choose(logits: Logits) -> Drawn:
+        def choose(logits: Row) -> Drawn:
             return self.drawn(law(logits), noise)
 
         return choose
@@ -204,7 +209,8 @@ class Step:
 
     most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
-    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
     """
 
     weights: Floats
@@ -212,6 +218,7 @@ class Step:
     views: Sequence[View]
     push: Callable[[int], Step | None]
     most: int = 1
+    absent: Container[int] = ()
 
     def likeliest(self, law: Candidates) -> Likeliest:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -267,7 +274,7 @@ class Writing:
 
         def step(at: Noise) -> Step:
             weights = self._able(self.absent.weights(self.route(self.state)))
-            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:

@@ -47,7 +47,7 @@ class MemberDraft:
         view = step.views[self.member]
         if view.stuck:
             return None
-        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise))]
+        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise), view.cut)]
         symbol: int = drawn.symbol
         return symbol
 

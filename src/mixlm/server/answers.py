@@ -70,14 +70,16 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token) -> bytes:
-        """Return the event of one token."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, int]) -> bytes:
+        """Return the event of one token. forwards: of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
-        return self._chunk(index, content, {"members": [token.member]}, logprobs=self._logprobs(index, [token]))
+        return self._chunk(
+            index, content, {"members": [token.member], "forwards": forwards}, logprobs=self._logprobs(index, [token])
+        )
 
-    def last(self, index: int, completion: Completion) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "seed": completion.seed}
+        mixlm = {"members": [], "forwards": forwards, "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:
@@ -112,29 +114,31 @@ class Answer:
             },
         }
 
-    def attributes(self, completions: Sequence[Completion], closed: str | None) -> dict[str, Any]:
+    def attributes(
+        self, completions: Sequence[Completion], written: Mapping[str, int], closed: str | None
+    ) -> dict[str, Any]:
         """Return what a trace says of the request: its settings and figures, nothing of what was asked or written.
 
-        closed: why it was given up, if it was. Arrays have an element for each of `mixlm.members`.
+        completions: of finished replies; forwards are theirs. written: tokens by member, of all replies. closed: why it
+        was given up, if it was. Arrays have an element for each of `mixlm.members`.
         """
-        asked, settings = self._asked, self._asked.tasks[0].settings
-        usage = self.usage(completions)
-        members = usage["mixlm"]["members"]
+        asked, usage = self._asked, self.usage(completions)
+        names, members = asked.ensemble.names, usage["mixlm"]["members"]
         attributes = {
             "gen_ai.operation.name": "chat" if self._chat else "text_completion",
             "gen_ai.request.model": asked.served.name,
             "gen_ai.response.id": self._head["id"],
             "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
             "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": usage["completion_tokens"],
-            "mixlm.method": settings.method,
+            "gen_ai.usage.output_tokens": sum(written.values()),
+            "mixlm.method": asked.tasks[0].settings.method,
             "mixlm.unit": asked.ensemble.unit.name,
             "mixlm.replies": len(asked.tasks),
             "mixlm.stream": asked.stream,
-            "mixlm.members": list(members),
-            "mixlm.member.tokens": [one["tokens"] for one in members.values()],
-            "mixlm.member.forwards": [one["forwards"] for one in members.values()],
-            "mixlm.member.forward_tokens": [one["forward_tokens"] for one in members.values()],
+            "mixlm.members": list(names),
+            "mixlm.member.tokens": [written.get(one, 0) for one in names],
+            "mixlm.member.forwards": [members[one]["forwards"] if one in members else 0 for one in names],
+            "mixlm.member.forward_tokens": [members[one]["forward_tokens"] if one in members else 0 for one in names],
             "mixlm.guesses.checked": usage["mixlm"]["checked"],
             "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
         }

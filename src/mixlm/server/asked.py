@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
+from mixlm.errors import ConfigError
 from mixlm.records import Message
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import Limits
@@ -83,7 +84,10 @@ def _asked(
     extras = body.mixlm or Extras()
     ensemble = served.in_unit(extras.unit)
     if extras.weights is not None:
-        ensemble = ensemble.with_weights(extras.weights)
+        try:
+            ensemble = ensemble.with_weights(extras.weights)
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="mixlm.weights", code="invalid_value") from None
     settings = ensemble.settings(**_options(body, extras, ensemble, options))
     _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -53,6 +54,7 @@ class Exchange:
         self._answer = Answer(asked, note["request"])
         self._done: dict[int, Completion] = {}
         self._steps = Steps()
+        self._written: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
@@ -135,9 +137,12 @@ class Exchange:
         self._take(event)
         if not isinstance(event, Wrote):
             return []
-        parts = [self._answer.token(event.index, one) for one in event.tokens]
+        # Several tokens that come at once were found by the same passes.
+        parts = [
+            self._answer.token(event.index, one, {} if i else event.forwards) for i, one in enumerate(event.tokens)
+        ]
         if event.completion is not None:
-            parts.append(self._answer.last(event.index, event.completion))
+            parts.append(self._answer.last(event.index, event.completion, {} if parts else event.forwards))
         return parts
 
     def _take(self, event: Event) -> None:
@@ -158,6 +163,7 @@ class Exchange:
             self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
             self._metrics.first(name, self._note["first"])
         self._metrics.wrote(name, event.tokens)
+        self._written.update(one.member for one in event.tokens)
         if event.completion is not None:
             self._done[event.index] = event.completion
             self._metrics.finished(name, event, event.completion)
@@ -182,10 +188,10 @@ class Exchange:
         return GoneError()
 
     def _figures(self) -> None:
-        usage = [one.usage for one in self._done.values()]
-        self._note["tokens"] = sum(one.tokens for one in usage)
-        self._note["finished"] = len(usage)
-        self._steps.attributes = self._answer.attributes(list(self._done.values()), self._note.get("closed"))
+        done = list(self._done.values())
+        self._note["tokens"] = self._written.total()
+        self._note["finished"] = len(done)
+        self._steps.attributes = self._answer.attributes(done, self._written, self._note.get("closed"))
 
     async def _part(self, send: Send, data: bytes) -> None:
         if data:

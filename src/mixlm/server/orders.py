@@ -40,11 +40,13 @@ class Started:
 class Wrote:
     """Tokens that a reply has got, and the whole of it once it is finished.
 
-    catch_up: tokens that each member ran in each of its forwards but the first, by member; of finished replies.
+    forwards: passes of each member since the event before, of those that ran. catch_up: tokens that each member ran in
+    each of its forwards but the first, by member; of finished replies.
     """
 
     index: int
     tokens: Sequence[Token]
+    forwards: Mapping[str, int]
     completion: Completion | None = None
     catch_up: Mapping[str, Sequence[int]] | None = None
 

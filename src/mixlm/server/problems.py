@@ -25,7 +25,7 @@ _FIELDS = {
     **{one: one for one in ("max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty")},
     **{
         one: f"mixlm.{one}"
-        for one in ("method", "weights", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+        for one in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
     },
     "logit_bias": "logit_bias",
     "json_schema": "response_format",
@@ -132,6 +132,10 @@ def _place(parts: tuple[int | str, ...]) -> str:
 
 
 def _for_clients(text: str) -> str:
-    """Return a message with the options of the command line as the fields that they are in a request."""
+    """Return a message with the options of the command line as the fields that they are in a request.
+
+    What only whoever runs the server can choose is left out.
+    """
+    text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
     text = re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)
     return re.sub(r"^json_schema\b", "response_format", text)

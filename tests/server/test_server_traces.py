@@ -126,8 +126,8 @@ def test_a_request_that_ends_in_the_queue_says_so():
         with one.client.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "a"}) as first:
             found = events(first)
             next(found)
-            with raw(one.url, request_bytes(body, head="X-Request-Id: b\r\n")):
-                one.wait(lambda: one.server.worker.waiting == 1)
+            with raw(one.url, request_bytes(body, head="X-Request-Id: b\r\n")) as second:
+                assert second.recv(12) == b"HTTP/1.1 200"  # its prompt has been read
             one.wait(lambda: one.server.worker.unended == 1)
         one.wait(lambda: one.server.worker.unended == 0)
     spans = exporter.get_finished_spans()

@@ -92,7 +92,7 @@ def test_an_ensemble_with_a_member_behind_a_server_writes(engine):
 
 
 def test_the_name_is_the_models(remote, fake):
-    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 512, 64)
+    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 511, 64)
     found = remote.session().logits(np.array([5, 6, 7]))[0]
     wanted = fake.logits([5, 6, 7])
     best = np.argsort(-wanted)[:64]
@@ -215,7 +215,7 @@ def test_what_a_server_lacks_is_named(fake, folder):
 
 def test_one_of_several_models_is_named_behind_the_url(fake, folder):
     fake.models.append({"id": "second", "max_model_len": 64})
-    assert RemoteEngine(EngineSpec(fake.url + "/v1#second", ""), folder, QUICK).context_length == 64
+    assert RemoteEngine(EngineSpec(fake.url + "/v1#second", ""), folder, QUICK).context_length == 63
     with pytest.raises(ConfigError, match=r"no model 'secnd'; it has: fake, second.*did you mean 'second'"):
         RemoteEngine(EngineSpec(fake.url + "#secnd", ""), folder, QUICK)
     with pytest.raises(ConfigError, match=r"several models.*fake, second.*#NAME"):

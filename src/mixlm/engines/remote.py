@@ -322,7 +322,9 @@ def _local_folder(card: dict[str, Any], props: dict[str, Any]) -> Path | None:
 def _context(card: dict[str, Any], props: dict[str, Any]) -> int:
     """Return how many tokens the server takes. Raises UnsupportedError when it does not say."""
     slot = (props.get("default_generation_settings") or {}).get("n_ctx")
-    found = card.get("max_model_len") or slot or (card.get("meta") or {}).get("n_ctx")
+    if card.get("max_model_len"):
+        return int(card["max_model_len"]) - 1  # a question is answered with one token at least, and that has to fit in
+    found = slot or (card.get("meta") or {}).get("n_ctx")
     if not found:
         raise UnsupportedError(
             "the server does not say how many tokens its context holds", "give it: context = N, beside model"

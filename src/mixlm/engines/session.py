@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,30 +35,34 @@ class Line:
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            socket = connect(
-                self.base.replace("http", "ws", 1) + PATH,
-                additional_headers=headers,
-                open_timeout=self.connect,
-                compression=None,
-                max_size=None,
-                proxy=None,
+            # Whether `connect` gives a connection or what gives one depends on the release; entering it is right for both.
+            opened = ExitStack().enter_context(
+                connect(
+                    self.base.replace("http", "ws", 1) + PATH,
+                    additional_headers=headers,
+                    open_timeout=self.connect,
+                    compression=None,
+                    max_size=None,
+                    proxy=None,
+                )
             )
         except (OSError, WebSocketException) as error:
             raise EngineError(f"{self.base} does not open a session: {error or type(error).__name__}") from error
-        return Connection(self, socket)
+        return Connection(self, opened)
 
 
 class Connection:
     """One text on a server."""
 
-    def __init__(self, line: Line, socket: Any) -> None:
+    def __init__(self, line: Line, opened: Any) -> None:
         self._line = line
-        self._socket = socket
+        self._socket = opened
         self._held = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     def close(self) -> None:
         """End the text. Returns at once."""
-        self._socket.socket.close()
+        with suppress(OSError):
+            self._socket.socket.shutdown(socket.SHUT_RDWR)
 
     def write(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
         """Write on behind `ids`, and return the answer: `ids`, and what is `told` of each, by id.

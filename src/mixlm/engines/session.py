@@ -35,7 +35,7 @@ class Line:
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
-            # Whether `connect` gives a connection or what gives one depends on the release; entering it is right for both.
+            # By release, `connect` gives a connection or what gives one; entering it is right for both.
             opened = ExitStack().enter_context(
                 connect(
                     self.base.replace("http", "ws", 1) + PATH,

@@ -104,9 +104,9 @@ def main() -> None:
         return
     engine = load(EngineSpec(given.url, "", tokenizer=given.model))
     print(engine.details)
-    if engine.line is not None:
+    if engine.servers[0].texts is not None:
         behind(engine, given.runs, "sessions", steps)
-        engine.line = None
+        engine.servers[0].texts = None
     behind(engine, given.runs, "completions", steps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -43,12 +44,13 @@ class Fake:
         self._open: set[socket.socket] = set()
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
+        self.scheme = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
-    def start(self) -> Fake:
+    def start(self, tls: ssl.SSLContext | None = None) -> Fake:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -127,6 +129,9 @@ class Fake:
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+            self.scheme = "https"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 

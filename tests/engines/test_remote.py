@@ -275,8 +275,8 @@ def drawing(fake, folder) -> RemoteEngine:
 def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
     fake.draws, fake.masks = True, masks
     one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert one.served == Served("", masks, caches=True)
-    assert one.details["draws by itself"] == "yes"
+    assert one.servers[0].served == Served("", masks)
+    assert one.details["draws by itself"] == ("yes, masking" if masks else "yes")
     alone = Ensemble([MemberSpec(one, "a")])
     fake.asked.clear()
     reply = alone.generate("three", seed=1, max_tokens=20, ignore_end=True, top_k=0)
@@ -316,7 +316,7 @@ def test_what_a_server_lacks_to_draw_by_itself_is_told_and_it_is_asked_token_by_
 def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawing):
     many = np.arange(301)
     assert drawing.writes(Sampling(), many)
-    drawing.served = Served("", masks=False)
+    drawing.servers[0].served = Served("", masks=False)
     assert not drawing.writes(Sampling(), many)
     assert drawing.writes(Sampling(), many[:300])
     assert not drawing.writes(Sampling(min_p=0.1, top_p=0.9), many[:0])

@@ -120,6 +120,8 @@ class RemoteEngine(PartialEngine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Send questions at once, those of one session in turn."""
+        if not all(isinstance(session, RemoteSession) for session, _ in requests):
+            return super().answer(requests)  # something stands in front of the sessions
         futures = [self.begin(session, request) for session, request in requests]
         errors = [one.exception() for one in futures]  # all are waited for, also those beside one that failed
         for error in errors:

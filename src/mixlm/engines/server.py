@@ -114,7 +114,9 @@ class Server:
         if isinstance(self._dialect, OpenAI):
             self.served = await try_out(self._complete, reader.probe)
             line = await Line.found(self.wire.base, self.wire.key, self.wire.limits)
-            self.texts = None if line is None else Texts(line, self._check)
+            if line is not None:
+                self.wire.closing.append(line.close)
+                self.texts = Texts(line, self._check)
         self.ready, self._wait = True, 0.0
 
     def context(self) -> int:

@@ -8,10 +8,10 @@ import math
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Line:
     base: str
     key: Secret
     limits: Limits
+    texts: WeakSet[Text] = field(default_factory=WeakSet, compare=False)
 
     @classmethod
     async def found(cls, base: str, key: Secret, limits: Limits) -> Line | None:
@@ -58,10 +59,18 @@ class Line:
                 compression=None,
                 max_size=None,
                 proxy=None,
+                ping_interval=None,
             )
         except (OSError, WebSocketException) as error:
             raise EngineError(f"{self.base} does not open a session: {error or type(error).__name__}") from error
-        return Text(self, opened)
+        text = Text(self, opened)
+        self.texts.add(text)
+        return text
+
+    def close(self) -> None:
+        """End all texts, in their event loop."""
+        for one in list(self.texts):
+            one.abort()
 
 
 class Text:
@@ -76,7 +85,11 @@ class Text:
     def close(self) -> None:
         """End the text, from any thread. Returns at once."""
         with suppress(RuntimeError):  # the loop has ended, and the connection with it
-            self._loop.call_soon_threadsafe(self._socket.transport.abort)
+            self._loop.call_soon_threadsafe(self.abort)
+
+    def abort(self) -> None:
+        """End the text, in its event loop."""
+        self._socket.transport.abort()
 
     async def write(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
         """Write on behind `ids`, and return the answer: `ids`, and what is `told` of each, by id.

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import urllib.request
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -88,7 +88,7 @@ class Background:
 class Wire:
     """The connections to one server. Raises EngineError, which names the server, when there is no answer.
 
-    loop: where the requests are sent from; several wires may share one.
+    loop: where the requests are sent from; several wires may share one. closing: what else is to be closed with it.
     """
 
     def __init__(self, base: str, loop: Background, key: str | None = None, limits: Limits | None = None) -> None:
@@ -96,6 +96,7 @@ class Wire:
         self.loop = loop
         self.limits = limits or Limits()
         self.key = Secret(key)
+        self.closing: list[Callable[[], None]] = []
         # Answers are short, and unpacking them would cost more than they weigh.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # Waiting for a free connection has no limit of its own: requests queue there.
@@ -107,6 +108,8 @@ class Wire:
 
     async def close(self) -> None:
         """Close the connections."""
+        for one in self.closing:
+            one()
         await self._client.aclose()
 
     def get(self, path: str) -> Answer:

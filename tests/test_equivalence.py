@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import engine, toys
 
 import mixlm.decoding
 from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.engines.base import Ask, Draw
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import Report, check
+from mixlm.equivalence import Reference, Report, check
 from mixlm.errors import ConfigError
 from mixlm.settings import Settings
 from mixlm.vocab.bytes import ByteState
@@ -222,3 +223,32 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_law(demo_pair: En
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=Settings())
     assert shared.unit.name == "token"
     assert check(shared, "Name a colour.", samples=600).equal
+
+
+RAW = {"raw": True}
+
+
+def drawing_pair(seed: int = 10, **options) -> Ensemble:
+    engines = [engine(seed=seed + i, **options) for i in range(2)]
+    return Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)], [0.6, 0.4])
+
+
+def test_engines_that_draw_by_themselves_are_held_against_those_of_a_reference():
+    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=Reference(drawing_pair()))
+    assert report.equal
+    assert {one.left for one in report.comparisons} >= {"mixture", "conventional", "single"}
+
+
+def test_another_law_than_the_references_is_found_unless_it_is_within_the_tolerance():
+    one, other = drawing_pair(writes=True), drawing_pair(seed=12)
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other)).equal
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.05)).equal
+    generous = check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.9)).comparisons
+    assert all(one.equal for one in generous if one.right == "exact")
+
+
+def test_a_reference_that_reads_otherwise_is_refused():
+    with pytest.raises(ConfigError, match="do not read as m0, m1 do"):
+        check(drawing_pair(), "ab", samples=100, options=RAW, reference=Reference(toys("piece", 2)))
+    with pytest.raises(ConfigError, match="tolerance is 1; it must be 0 or more and less than 1"):
+        Reference(drawing_pair(), 1.0)

@@ -2,10 +2,10 @@
 
 Overhead of a run: from one token to the next, less what llama.cpp says it took for it, in this process and over the
 loopback; the median. Throughput: replies by equal weights over two servers, each with one thread, against the servers
-by themselves: each writes as many tokens of every reply as its member did, with prompts of its own to read, both at once
-and without mixlm. The two take turns, since others may use the machine; ratios are of the two in one turn.
+by themselves: each writes as many tokens of every reply as its member did, with the prompts to read, both at once and
+without mixlm. The two take turns, since others may use the machine; ratios are of the two in one turn.
 
-python scripts/server_speed.py [--models A,B] [--replies N] [--tokens N] [--turns N]
+python scripts/server_speed.py [--models A,B] [--replies N] [--tokens N] [--turns N]   (turns: 0 for the overhead alone)
 """
 
 from __future__ import annotations
@@ -116,10 +116,12 @@ def main() -> None:
     running = [started(path, given.replies + 1, 512) for path in paths]
     try:
         urls = [url for _, url in running]
-        engines = [load(EngineSpec(url, f"{name}-{at}")) for at, (name, url) in enumerate(zip(names, urls))]
+        engines = [
+            load(EngineSpec(url, f"{name}-{at}")) for at, (name, url) in enumerate(zip(names, urls, strict=True))
+        ]
         pair = Ensemble([MemberSpec(one, one.name) for one in engines])
         heard = [Heard(one.servers[0]._dialect) for one in engines]
-        for one, ear in zip(engines, heard):
+        for one, ear in zip(engines, heard, strict=True):
             one.servers[0]._dialect = ear
         over = min(overhead(pair, heard, 64) for _ in range(3))
         print(f"overhead a run over the loopback: {over:.2f} ms")
@@ -140,14 +142,15 @@ def main() -> None:
                 f" in mixlm; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-        print(f"ratio, median of {given.turns} turns: {median(ratios):.2f}, best {max(ratios):.2f}")
+        if ratios:
+            print(f"ratio, median of {given.turns} turns: {median(ratios):.2f}, best {max(ratios):.2f}")
     finally:
         for one, _ in running:
             one.kill()
             one.wait()
     here = mixlm.load(*names, engine="llamacpp")
     heard = [Heard(one.engine.dialect) for one in here.members]
-    for one, ear in zip(here.members, heard):
+    for one, ear in zip(here.members, heard, strict=True):
         one.engine.dialect = ear
     print(f"overhead a run in this process: {min(overhead(here, heard, 64) for _ in range(3)):.2f} ms")
 

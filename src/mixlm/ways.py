@@ -159,7 +159,8 @@ def bytes_logprobs(reading: Reading, *, end: bool = False) -> Floats:
     reached, covered = _forward([reading], np.zeros(1), never, np.zeros((1, n + 1)), (0, n), np.zeros(1))
     last = [float(reached[n, 0] + np.log(reading.ends[n]))] if end else []
     with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.diff([*covered, *last]), nan=-np.inf)
+        out: Floats = np.minimum(np.nan_to_num(np.diff([*covered, *last]), nan=-np.inf), 0.0)
+    return out
 
 
 def pieces_logprobs(readings: Sequence[Reading], weights: Floats) -> Floats:
@@ -172,7 +173,8 @@ def pieces_logprobs(readings: Sequence[Reading], weights: Floats) -> Floats:
         logs = np.log(weights)
     always = np.ones(n + 1, dtype=np.bool_)
     _, covered = _forward(readings, logs, always, np.zeros((len(readings), n + 1)), (0, n), logs)
-    return np.diff(covered)
+    out: Floats = np.minimum(np.diff(covered), 0.0)
+    return out
 
 
 def words_logprobs(

@@ -32,7 +32,7 @@ case $kind in
 cpu)
     measure cpu-methods --methods all --rivals --tokens 64 --repeats 5
     measure cpu-shapes -m shape:qwen2.5-1.5b -m shape:qwen2.5-0.5b --methods all --rivals --tokens 32 --repeats 3
-    measure cpu-speculative -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --block 4 --methods mixture,speculative,single --tokens 128 --repeats 3
+    measure cpu-speculative -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --block 4 --methods mixture,speculative,single --tokens 64 --repeats 5
     measure cpu-drafted -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --methods greedy,drafted --tokens 64 --repeats 3
     measure cpu-one-size -m gemma-3-270m -m gemma-3-270m --each --tokens 64 --repeats 5
     measure cpu-batch-demo --sweep batch --at 1,4,16,64 --tokens 32 --repeats 3

@@ -141,10 +141,14 @@ def captured(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -
     """Return what replays all that `run` lets a device do, and what it fills with the result. Nothing is computed."""
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    usual = torch.cuda.current_stream(device)
     # Another thread may be at work on another device, or on another model.
     others = "thread_local"
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
-        out = run()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
+            out = run()
+    finally:
+        torch.cuda.set_stream(usual)  # which a capture that failed does not see to
     return graph, out
 
 

@@ -57,7 +57,8 @@ class Comparison:
 class Reference:
     """Whose law counts as exact: the same members, in another engine perhaps.
 
-    tolerance: the total variation that the two laws may have from each other, such as by rounding of weights.
+    tolerance: the total variation that the two laws may have from each other for each symbol, such as by rounding of
+    weights.
     """
 
     ensemble: Ensemble
@@ -126,7 +127,7 @@ def check(
         tell = None if progress is None else partial(progress, method)
         drawn = first_symbols(writers, prompts, 1 if greedy else samples, tell)
         if greedy:
-            found += _greedy(ensemble, drawn[0], exact)
+            found += _greedy(ensemble, drawn[0], exact, reference.tolerance)
             continue
         pairs[method] = drawn
         compared = [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
@@ -182,7 +183,7 @@ def _tolerant(found: Comparison, tolerance: float) -> Comparison:
     """
     if tolerance == 0:
         return found
-    above = max(found.total_variation - found.expected_total_variation - tolerance, 0.0)
+    above = max(found.total_variation - found.expected_total_variation - tolerance * found.position, 0.0)
     return replace(found, p_value=float(np.exp(-2 * found.samples * above**2)))
 
 
@@ -224,13 +225,13 @@ def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, fl
     return statistic, float(chi2.sf(statistic, freedom)) if freedom else 1.0
 
 
-def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact) -> list[Comparison]:
+def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact, tolerance: float) -> list[Comparison]:
     """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
     found = []
     for position, symbol in enumerate(drawn, start=1):
         law = exact.law(drawn[: position - 1])
         # Equally likely symbols may be told apart by rounding alone.
-        same = bool(law[symbol] >= law.max() * (1 - 1e-5))
+        same = bool(law[symbol] >= law.max() * (1 - 1e-5) - 2 * tolerance)
         p_value, distance = float(same), float(not same)
         found.append(
             Comparison("greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same)

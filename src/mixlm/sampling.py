@@ -191,13 +191,23 @@ class Transform:
         whole = not sampling.top_k or sampling.penalises or bias is not None
         self.cut = None if whole else Cut(sampling.top_k, banned)
 
-    def __call__(self, logits: Row, history: History | None = None) -> Candidates:
-        """Return the distribution to draw from. `logits`: (vocab,), any float, not changed; or what `cut` leaves."""
+    def __call__(
+        self, logits: Row, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
+
+        logits: (vocab,), any float, not changed; or what `cut` leaves, where all is allowed. allowed: ids that may be
+        drawn here, (vocab,).
+        """
         options = self.sampling
         if isinstance(logits, Candidates):
             return _normalised(_order(*logits, options))
         x = logits.copy()
         x[self.banned] = -np.inf
+        if allowed is not None:
+            x[~allowed] = -np.inf
+            if x.max() == -np.inf:
+                return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
         if self.bias is not None:
             x = biased(x, self.bias)
         if history is not None and options.penalises:

@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     alternatives: int
     logprobs_of: LogprobsOf
     logit_bias: Mapping[str | int, float]
+    json_schema: Mapping[str, Any] | None
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -62,6 +63,7 @@ class Settings:
     log-probabilities under the law that a token was drawn from, "ensemble" for those of the average, which takes a
     forward of every member for each symbol. logit_bias: added to the logits of each member's tokens that have exactly a
     text's bytes, in front of all other options; by ids where members share a vocabulary.
+    json_schema: the reply is JSON of this schema, if it ends before max_tokens (`vocab/grammar`).
     sampling: options given for every member, by name.
     """
 
@@ -81,6 +83,7 @@ class Settings:
     alternatives: int = 0
     logprobs_of: LogprobsOf = "member"
     logit_bias: Mapping[str | int, float] = field(default_factory=dict)
+    json_schema: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,10 @@ class Settings:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
         self._check_bias()
+        if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
+            raise ConfigError(f"json_schema is {self.json_schema!r}; it must be an object of JSON")
+        if self.json_schema is not None and self.ignore_end:
+            raise UnsupportedError("json_schema says where a reply ends, and ignore_end goes on", "leave one out")
         if self.draft is not None and self.method not in ("speculative", "greedy"):
             raise ConfigError(
                 f"draft is {self.draft!r}, and {self.method} writes nothing ahead",

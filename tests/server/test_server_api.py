@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -103,6 +104,25 @@ def test_the_likeliest_tokens_are_told(toys, of):
         found = {spelled(one.data): one.logprob for one in token.alternatives}
         assert told == pytest.approx({**found, spelled(token.data): token.logprob})
         assert own == pytest.approx(token.logprob)
+
+
+def test_a_reply_is_held_to_a_schema(toys):
+    schema = {"enum": ["river", "bird", "stone"]}
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    for unit in ("token", "piece", "word", "byte"):
+        options = {"seed": 4, "max_tokens": 40}
+        whole = toys.chat(response_format=form, mixlm={"unit": unit}, **options).json()["choices"][0]
+        expected = PAIR.with_unit(unit).generate(HELLO, json_schema=schema, **options)
+        assert whole["message"]["content"] == expected.text
+        assert json.loads(expected.text) in schema["enum"]
+        assert whole["finish_reason"] == "stop"
+    chunks = events(toys.chat(response_format=form, stream=True, **options))
+    text = "".join(one["choices"][0]["delta"].get("content", "") for one in chunks)
+    assert text == PAIR.generate(HELLO, json_schema=schema, **options).text
+    found = toys.complete("one", response_format={"type": "json_object"}, seed=7, max_tokens=200).json()["choices"][0]
+    assert found["text"].startswith("{")
+    if found["finish_reason"] == "stop":
+        assert isinstance(json.loads(found["text"]), dict)
 
 
 def test_biases_are_by_text_or_by_id(toys):
@@ -263,7 +283,8 @@ def test_negative_seeds_are_seeds(toys):
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}),
         ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
         ("store", True),
@@ -313,6 +334,9 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),

@@ -123,10 +123,12 @@ def test_a_request_that_ends_in_the_queue_says_so():
 
     exporter = InMemorySpanExporter()
     with (
-        running(endless(0.01), traces=Traces(exporter), at_once=1, timeout=0.4) as one,
+        running(endless(0.01), traces=Traces(exporter), at_once=1, timeout=1.5) as one,
         ThreadPoolExecutor(2) as threads,
     ):
-        both = [threads.submit(one.chat, max_tokens=10_000) for _ in range(2)]
+        first = threads.submit(one.chat, max_tokens=10_000)
+        one.wait(lambda: one.server.worker.writing == 1)
+        both = [first, threads.submit(one.chat, max_tokens=10_000)]
         assert [each.result().status_code for each in both] == [504, 504]
     roots = {one.context.span_id: one for one in exporter.get_finished_spans() if one.parent is None}
     children: dict[int, list[str]] = {one: [] for one in roots}

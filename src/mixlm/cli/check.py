@@ -38,7 +38,7 @@ def check(
     ] = None,
     tolerance: Annotated[
         float,
-        Option("--tolerance", metavar="D", help="Distance that members may have from --exact, in total variation."),
+        Option("--tolerance", metavar="D", help="Total variation that members may have from --exact, for each symbol."),
     ] = 0.0,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:

@@ -23,7 +23,8 @@ costs what is written until the first member is asked again; to be too careful c
 Symbols are chosen as soon as no end in front of them is in doubt. What was drawn behind them is kept with the state,
 and found there when it is written again; so a doubt costs no forward by being carried on.
 
-A member that stopped answering and is left out has no word to end: the next one drawn writes as it would without it.
+A member that stopped answering, or that has no token with which a text held to a schema can go on, has no word to end:
+the next one drawn writes as it would without it.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class _Block:
         """Write one symbol."""
         state, views, turn = self._state, here.views, here.noise.again()
         coin = here.noise.choice(here.weights)
-        z = coin if state.owner is None or state.owner in here.absent else state.owner
+        z = coin if state.owner is None or self._left_out(here, state.owner) else state.owner
         own = self._known(z, here.noise)
         if own is None and z != coin:
             anew = self._known(coin, turn) or (yield from self._ahead(here, coin, z, turn))
@@ -163,6 +164,9 @@ class _Block:
         if anew is None:
             return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
         return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest))
+
+    def _left_out(self, here: Step, member: int) -> bool:
+        return member in here.absent or here.views[member].stuck
 
     def _ahead(self, here: Step, coin: int, z: int, turn: Noise) -> Generator[list[Request], list[Reply], Drawn | None]:
         """Let the next member begin a word, unless the last one should first be asked whether its word has ended."""
@@ -255,6 +259,8 @@ def _beginning(view: View, noise: Noise, logits: Logits) -> tuple[Drawn | None, 
             return None, 0.0
         symbols, logprobs = law(masked)
         kept = np.isfinite(logprobs)
+        if not kept.any():
+            return None, 0.0
     symbols, logprobs = symbols[kept], logprobs[kept]
     top = logprobs.max()
     logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())

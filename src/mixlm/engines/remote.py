@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import numpy as np
 from mixlm.engines.base import Reply, Request, Run, Session, Written
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
 from mixlm.engines.partial import PartialEngine, PartialSession
+from mixlm.engines.runs import run_parameters
 from mixlm.engines.served import Served, try_out, written_by
+from mixlm.engines.session import Connection, Line, likeliest_in_session, written_in_session
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
@@ -33,6 +36,7 @@ from mixlm.sampling import Candidates, Ids, softmax
 _PROBE = "The sky is blue, and 12 + 30 = 42."
 # A server computes the same question with other companions in its batch: what it says of one model differs this much.
 _SAME = 0.2
+_PLAIN = Sampling(temperature=1.0, top_k=0)
 
 
 class RemoteEngine(PartialEngine):
@@ -70,9 +74,11 @@ class RemoteEngine(PartialEngine):
         self._probe_ids = self.encoder.encode(_PROBE.encode()).ids
         self._fingerprint = self._likeliest_of_probe()
         self.served = Served()
+        self.line: Line | None = None
         if isinstance(self.dialect, OpenAI):
             self.served = try_out(self._complete, self._probe_ids)
-        self.details = {**self.details, **self.served.details()}
+            self.line = self._line(spec)
+        self.details = {**self.details, **self.served.details(), **({"sessions": "yes"} if self.line else {})}
 
     def session(self) -> RemoteSession:
         """Begin a sequence. The server keeps nothing of it but what its prefix cache holds."""
@@ -88,11 +94,18 @@ class RemoteEngine(PartialEngine):
 
     def write(self, run: Run) -> Written:
         """Let the server draw up to `length` tokens."""
-        length = min(run.length, self.context_length + 1 - len(run.ids))
-        written, anew = self._complete(self.served.body(run, length, sorted(self.vocabulary.ends)))
+        answer, anew = self._complete(self.served.body(run, *self.reach(run)))
+        self.check(anew)
+        return written_by(answer, self.wire.base)
+
+    def reach(self, run: Run) -> tuple[int, list[int]]:
+        """Return how many tokens of a run the context has room for, and the ids that end it."""
+        return min(run.length, self.context_length + 1 - len(run.ids)), sorted(self.vocabulary.ends)
+
+    def check(self, anew: bool) -> None:
+        """Raise EngineError when a connection was made anew, and the server has another model than it had."""
         if anew and not self._still_the_same():
             raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
-        return written_by(written, self.wire.base)
 
     def alive(self) -> bool:
         """Whether the server answers, with the model that it had."""
@@ -104,8 +117,7 @@ class RemoteEngine(PartialEngine):
     def likeliest(self, ids: Ids, count: int) -> Candidates:
         """Ask for at least the `count` likeliest tokens after `ids`."""
         found, anew = self._ask(ids, count)
-        if anew and not self._still_the_same():
-            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
+        self.check(anew)
         return found
 
     def _ask(self, ids: Ids, count: int) -> tuple[Candidates, bool]:
@@ -118,9 +130,24 @@ class RemoteEngine(PartialEngine):
             except (TypeError, LookupError, ValueError, AttributeError):
                 raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
             if found is not None:
-                here = found.ids < self.vocabulary.size  # rows behind the last token are padding
-                return Candidates(found.ids[here], found.logprobs[here]), anew
+                return self.known(found), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
+
+    def known(self, found: Candidates) -> Candidates:
+        """Return what a server tells without rows behind the last token, which are padding."""
+        here = found.ids < self.vocabulary.size
+        return Candidates(found.ids[here], found.logprobs[here])
+
+    def _line(self, spec: EngineSpec) -> Line | None:
+        """Return how to open sessions, where the server has mixlm's route and this machine what it takes to use it."""
+        if find_spec("websockets") is None:
+            return None
+        line = Line(self.wire.base, _key(spec), self.limits.connect, self.limits.answer)
+        try:
+            line.open().close()
+        except EngineError:
+            return None
+        return line
 
     def _complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
         """Ask for a completion. Also tells whether a connection was made for it."""
@@ -221,21 +248,52 @@ class RemoteEngine(PartialEngine):
 
 
 class RemoteSession(PartialSession):
-    """One sequence on a server, which is told all of it at every question."""
+    """One sequence on a server, which is told all of it at every question; where it has sessions, what is new."""
 
     def __init__(self, engine: RemoteEngine) -> None:
         super().__init__(engine)
         self._engine = engine
+        self._connection: Connection | None = None
 
     def write(self, run: Run) -> Written:
         """Let the server write."""
-        start = time.perf_counter()
-        written = self._engine.write(run)
+        engine, start = self._engine, time.perf_counter()
+        if engine.line is None:
+            written = engine.write(run)
+        else:
+            served = engine.served
+            answer = self._continue(run.ids, served.parameters(run, *engine.reach(run)), served.banned(run))
+            written = written_in_session(answer, engine.wire.base)
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
+    def forget(self) -> None:
+        """Start anew, and let the server's session go."""
+        super().forget()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        return self._engine.likeliest(ids, count)
+        if self._engine.line is None:
+            return self._engine.likeliest(ids, count)
+        answer = self._continue(ids, run_parameters(_PLAIN, 0, 1) | {"logprobs": count})
+        return self._engine.known(likeliest_in_session(answer, self._engine.wire.base))
+
+    def _continue(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
+        """Write on in the server's session; in a new one where the connection is gone, which it may be after a rest."""
+        if self._connection is not None:
+            try:
+                return self._connection.write(ids, parameters, banned)
+            except EngineError:
+                self._connection = None
+        assert self._engine.line is not None
+        connection = self._engine.line.open()
+        self._engine.check(anew=True)
+        answer = connection.write(ids, parameters, banned)
+        self._connection = connection
+        weakref.finalize(self, connection.close)
+        return answer
 
 
 def _key(spec: EngineSpec) -> str | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from mixlm.records import Sampling
 
-_COLDEST = 0.01  # vLLM raises lower temperatures to this
+# vLLM raises temperatures below the first, and refuses those above the second.
+_COLDEST, _HOTTEST = 0.01, 2.0
 
 
 def draws_alike(sampling: Sampling) -> bool:
@@ -15,7 +16,11 @@ def draws_alike(sampling: Sampling) -> bool:
     There min-p is applied in front of top-k and top-p. With top-k alone it is the same; top-p would take its mass from
     fewer tokens. Penalties there look at what one request wrote, which is not the reply.
     """
-    return not sampling.penalises and sampling.temperature >= _COLDEST and (sampling.min_p == 0 or sampling.top_p == 1)
+    return (
+        not sampling.penalises
+        and _COLDEST <= sampling.temperature <= _HOTTEST
+        and (sampling.min_p == 0 or sampling.top_p == 1)
+    )
 
 
 def run_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:

@@ -51,16 +51,20 @@ class Served:
         """Whether it can draw with a transform."""
         return self.missing == "" and draws_alike(sampling) and (self.masks or banned.size <= _MOST_BIASES)
 
+    def parameters(self, run: Run, length: int, ends: Sequence[int]) -> dict[str, Any]:
+        """Return how a run is drawn, what `banned` says aside."""
+        own = {**run_parameters(run.sampling, run.seed, length), "stop_token_ids": list(ends), "logprobs": 0}
+        return own if self.masks or run.banned.size == 0 else {**own, "logit_bias": _biases(run.banned.tobytes())}
+
+    def banned(self, run: Run) -> str:
+        """Return the ids that may not be drawn where the server masks them, as ranges."""
+        return _ranges(run.banned.tobytes()) if self.masks else ""
+
     def body(self, run: Run, length: int, ends: Sequence[int]) -> dict[str, Any]:
         """Return the request for a run."""
-        return {
-            "prompt": run.ids.tolist(),
-            **run_parameters(run.sampling, run.seed, length),
-            **_ban(run.banned, self.masks),
-            "stop_token_ids": list(ends),
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
+        body = {"prompt": run.ids.tolist(), **self.parameters(run, length, ends), "return_token_ids": True}
+        banned = self.banned(run)
+        return {**body, "vllm_xargs": {ARGUMENT: banned}} if banned else body
 
 
 def written_by(answer: Any, base: str) -> Written:
@@ -119,13 +123,6 @@ def _bans(draw: Callable[..., Written], likely: Ids, *, masks: bool) -> bool:
         return not any(draw(seed, likely, masks).ids[0] in likely for seed in range(1, 5))
     except EngineError:
         return False
-
-
-def _ban(banned: Ids, masks: bool) -> dict[str, Any]:
-    if banned.size == 0:
-        return {}
-    given = banned.astype(np.int64).tobytes()
-    return {"vllm_xargs": {ARGUMENT: _ranges(given)}} if masks else {"logit_bias": _biases(given)}
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -26,6 +27,12 @@ _ENVIRONMENT = {
     "VLLM_CPU_SGL_KERNEL": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+# An engine of vLLM that is dropped takes down what all of a process use together: it is kept until the last has ended.
+_lock = threading.Lock()
+_running: set[int] = set()
+_ended: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,9 @@ class Loop:
     def submit(self, ids: Ids, params: dict[str, Any]) -> Future[Output]:
         """Ask for tokens behind `ids`. params: of `vllm.SamplingParams`."""
         future: Future[Output] = Future()
+        self._inbox.put((ids, params, future))
         if not self.alive:
-            future.set_exception(EngineError(f"vLLM has stopped: {self._failed}"))
-        else:
-            self._inbox.put((ids, params, future))
+            self._give_up()
         return future
 
     def close(self) -> None:
@@ -80,14 +86,31 @@ class Loop:
         except BaseException as error:
             ready.set_exception(error)
             return
+        with _lock:
+            _running.add(id(engine))
         ready.set_result(engine.vllm_config)
         try:
             self._serve(engine)
         except BaseException as error:
             self._failed = str(error) or type(error).__name__
-            for future in self._waiting.values():
-                future.set_exception(EngineError(f"vLLM has failed: {self._failed}"))
-            raise
+        self._give_up()
+        with _lock:
+            _running.discard(id(engine))
+            _ended.append(engine)
+            if not _running:
+                _ended.clear()
+
+    def _give_up(self) -> None:
+        """Fail what waits: the thread has ended."""
+        error = EngineError(f"vLLM has stopped: {self._failed or 'it was closed'}")
+        with suppress(queue.Empty):
+            while True:
+                asked = self._inbox.get_nowait()
+                if asked is not None:
+                    asked[2].set_exception(error)
+        for future in self._waiting.values():
+            future.set_exception(error)
+        self._waiting.clear()
 
     def _serve(self, engine: Any) -> None:
         numbers = count()
@@ -99,7 +122,8 @@ class Loop:
                 self._add(engine, str(next(numbers)), *asked)
             for one in engine.step():
                 if one.finished:
-                    self._waiting.pop(one.request_id).set_result(_output(one))
+                    output = _output(one)
+                    self._waiting.pop(one.request_id).set_result(output)
 
     def _add(self, engine: Any, name: str, ids: Ids, params: dict[str, Any], future: Future[Output]) -> None:
         from vllm import SamplingParams
@@ -108,7 +132,7 @@ class Loop:
         try:
             own = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params)
             engine.add_request(name, {"prompt_token_ids": ids.tolist()}, own)
-        except ValueError as error:
+        except Exception as error:  # whatever it refuses a request with: the others go on
             future.set_exception(EngineError(f"vLLM refuses: {error}"))
         else:
             self._waiting[name] = future

@@ -114,6 +114,8 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
             for key, value in (body.logit_bias or {}).items()
         }
         given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
+    if body.response_format is not None:
+        given["json_schema"] = body.schema_of_reply
     method = extras.method
     served = ensemble.defaults.method
     if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):

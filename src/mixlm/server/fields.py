@@ -28,7 +28,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_key": ((), "prompts are not kept between requests"),
     "prompt_cache_retention": ((), "prompts are not kept between requests"),
     "reasoning_effort": (("none",), "the members are not told how to reason"),
-    "response_format": (({"type": "text"},), "replies are not held to a grammar"),
     "service_tier": (("auto", "default"), "there is one kind of service"),
     "store": ((False,), "nothing is stored"),
     "suffix": (("",), "members continue a text, and do not fill gaps"),
@@ -79,6 +78,34 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class PlainText(_Body):
+    """A reply of any text."""
+
+    type: Literal["text"]
+
+
+class JsonObject(_Body):
+    """A reply that is an object of JSON."""
+
+    type: Literal["json_object"]
+
+
+class Schema(_Body):
+    """A JSON schema. name, description and strict have no effect: replies are always held to it."""
+
+    name: Short
+    of: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+
+
+class JsonSchema(_Body):
+    """A reply that is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
 class Common(_Body):
     """Fields that both ways to ask have."""
 
@@ -96,12 +123,20 @@ class Common(_Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")
     stop: Short | Annotated[list[Short], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = Field(default=None, description="Has no effect.")
     mixlm: Extras | None = None
+
+    @property
+    def schema_of_reply(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the reply is held to, if it is."""
+        if isinstance(self.response_format, JsonSchema):
+            return self.response_format.json_schema.of
+        return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
 
     @model_validator(mode="before")
     @classmethod

@@ -70,16 +70,19 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token, forwards: Mapping[str, int]) -> bytes:
-        """Return the event of one token. forwards: of each member since the event before."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> bytes:
+        """Return the event of one token. forwards: those of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
         return self._chunk(
-            index, content, {"members": [token.member], "forwards": forwards}, logprobs=self._logprobs(index, [token])
+            index,
+            content,
+            {"members": [token.member], "forwards": _counts(forwards)},
+            logprobs=self._logprobs(index, [token]),
         )
 
-    def last(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "forwards": forwards, "seed": completion.seed}
+        mixlm = {"members": [], "forwards": _counts(forwards), "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:
@@ -115,30 +118,28 @@ class Answer:
         }
 
     def attributes(
-        self, completions: Sequence[Completion], written: Mapping[str, int], closed: str | None
+        self, completions: Sequence[Completion], work: Mapping[tuple[str, str], int], closed: str | None
     ) -> dict[str, Any]:
         """Return what a trace says of the request: its settings and figures, nothing of what was asked or written.
 
-        completions: of finished replies; forwards are theirs. written: tokens by member, of all replies. closed: why it
-        was given up, if it was. Arrays have an element for each of `mixlm.members`.
+        completions: of finished replies. work: by what and by member, of all replies: `tokens` written, `forwards`,
+        `forward_tokens`. closed: why it was given up, if it was. Arrays have an element for each of `mixlm.members`.
         """
-        asked, usage = self._asked, self.usage(completions)
-        names, members = asked.ensemble.names, usage["mixlm"]["members"]
+        asked, usage, names = self._asked, self.usage(completions), self._asked.ensemble.names
+        done = {what: [work.get((what, one), 0) for one in names] for what in ("tokens", "forwards", "forward_tokens")}
         attributes = {
             "gen_ai.operation.name": "chat" if self._chat else "text_completion",
             "gen_ai.request.model": asked.served.name,
             "gen_ai.response.id": self._head["id"],
             "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
             "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": sum(written.values()),
+            "gen_ai.usage.output_tokens": sum(done["tokens"]),
             "mixlm.method": asked.tasks[0].settings.method,
             "mixlm.unit": asked.ensemble.unit.name,
             "mixlm.replies": len(asked.tasks),
             "mixlm.stream": asked.stream,
             "mixlm.members": list(names),
-            "mixlm.member.tokens": [written.get(one, 0) for one in names],
-            "mixlm.member.forwards": [members[one]["forwards"] if one in members else 0 for one in names],
-            "mixlm.member.forward_tokens": [members[one]["forward_tokens"] if one in members else 0 for one in names],
+            **{f"mixlm.member.{what}": counts for what, counts in done.items()},
             "mixlm.guesses.checked": usage["mixlm"]["checked"],
             "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
         }
@@ -232,3 +233,7 @@ def _spelled(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LEAST)
+
+
+def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {name: len(tokens) for name, tokens in forwards.items()}

@@ -29,7 +29,7 @@ def pair(unit: str) -> Ensemble:
 def test_a_prompts_segments_are_those_of_scoring(unit):
     those = pair(unit)
     found = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0)
-    expected = score(those, TEXT)
+    expected = score(those, TEXT, by_segment=True)
     assert "".join(one.text for one in found.prompt) == TEXT
     assert [one.data for one in found.prompt] == [
         expected.text[a:b] for a, b in zip(expected.starts, expected.ends, strict=True)
@@ -83,7 +83,7 @@ def test_single_tells_its_members():
     those = pair("piece")
     found = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, method="single")
     alone = Ensemble(those.members[:1], unit="piece")
-    expected = score(alone, TEXT)
+    expected = score(alone, TEXT, by_segment=True)
     assert [one.data for one in found.prompt] == [
         expected.text[a:b] for a, b in zip(expected.starts, expected.ends, strict=True)
     ]
@@ -95,7 +95,7 @@ def test_routers_weigh_the_segments():
     those = pair("piece")
     those.router = ByFunction(lambda prompt, text: [0.9, 0.1] if text.endswith(b"e") else [0.2, 0.8], 2)
     found = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0)
-    expected = score(those, TEXT)
+    expected = score(those, TEXT, by_segment=True)
     mixture = expected.mixture(router_weights(expected, those.router))
     np.testing.assert_allclose([one.logprob for one in found.prompt], mixture, atol=1e-5)
 

@@ -1,8 +1,9 @@
 """Log-probabilities of a raw prompt under an ensemble, as questions to its members: what `echo` tells of a prompt.
 
-The law is that of given texts (`scoring`): members meet where all of them have a token boundary, and a segment between
-two such places has the probability `Σ_i λ_i P_i(segment | before)`; with one vocabulary that is each token's. Members
-are read as they are, without sampling options, and each reads the prompt as its reply will continue it.
+The law is that of given texts by segments (`scoring`), in every unit: members meet where all of them have a token
+boundary, and a segment between two such places has the probability `Σ_i λ_i P_i(segment | before)`; with one vocabulary
+that is each token's. Members are read as they are, without sampling options, and each reads the prompt as its reply
+will continue it.
 """
 
 from __future__ import annotations

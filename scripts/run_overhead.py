@@ -99,14 +99,14 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=40)
     options.add_argument("--dtype", default="auto")
     given = options.parse_args()
-    steps = inside(load(EngineSpec(given.model, "", given.dtype, engine="vllm", context=1024)), given.runs)
+    steps = inside(load(EngineSpec(given.model, "", given.dtype, engine="vllm", context=512)), given.runs)
     if given.url is None:
         return
     engine = load(EngineSpec(given.url, "", tokenizer=given.model))
     print(engine.details)
-    if engine.line is not None:
+    if engine.servers[0].texts is not None:
         behind(engine, given.runs, "sessions", steps)
-        engine.line = None
+        engine.servers[0].texts = None
     behind(engine, given.runs, "completions", steps)
 
 

@@ -43,7 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mixlm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,llamacpp,remote,peft,eval,paper,serve,otel,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,llamacpp,remote,peft,eval,paper,serve,otel,grammar,dev]'
 	@touch $@
 
 $(ENGINES)/.installed: pyproject.toml constraints-engines.txt

@@ -15,8 +15,8 @@ from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.engines.base import Ask, Draw
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import Reference, Report, check
-from mixlm.errors import ConfigError
+from mixlm.equivalence import Reference, Report, check, check_units
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.settings import Settings
 from mixlm.vocab.bytes import ByteState
 
@@ -78,10 +78,26 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixlm.decoding, "words", mixlm.decoding.mixture)
+    monkeypatch.setattr(mixlm.decoding, "words", lambda: mixlm.decoding.mixture)
     report = check(ensemble(3, "word"), "hello", samples=1500)
     wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
     assert wrong == {("mixture", 2)}
+
+
+def test_every_unit_is_checked_that_members_have() -> None:
+    report, left_out = check_units(ensemble(2, "token"), "hello", samples=100)
+    assert report.equal
+    assert left_out == {}
+    assert list(dict.fromkeys(one.unit for one in report.comparisons)) == ["token", "piece", "word", "byte"]
+    report, left_out = check_units(ensemble(2, "piece"), "hello", samples=100)
+    assert list(left_out) == ["token"]
+    assert "share no vocabulary" in left_out["token"]
+    assert {one.unit for one in report.comparisons} == {"piece", "word", "byte"}
+
+
+def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="conventional does not go with the unit word"):
+        check(ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixlm.config import UNITS, UnitName
 from mixlm.decoding import Parts, Tally, refuse, strategy
-from mixlm.decoding.base import Member
+from mixlm.decoding.base import Manner, Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
@@ -26,6 +26,7 @@ from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
 from mixlm.vocab.bias import bias_of
 from mixlm.vocab.bytes import ByteUnit
+from mixlm.vocab.grammar import Grammars
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
@@ -73,6 +74,7 @@ class Ensemble:
         self.unit = _unit([one.engine for one in members], unit)
         refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
+        self.grammars = Grammars([one.engine.vocabulary for one in members])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -199,6 +201,12 @@ class Ensemble:
                 f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
                 "use --unit piece, or leave it out for those of the drawn member",
             )
+        for one in self.members:
+            if settings.score_prompt and one.engine.candidates is not None:
+                raise UnsupportedError(
+                    f"score_prompt needs every token's probability, and {one.name} tells its likeliest only",
+                    "use --engine hf (engine='hf')",
+                )
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
@@ -206,7 +214,10 @@ class Ensemble:
         alone = (
             settings.method in ("mixture", "single")
             and self.unit.name in ("token", "piece")
-            and not (settings.alternatives or settings.told_by_all or settings.logit_bias)
+            and not (settings.alternatives or settings.told_by_all or settings.logit_bias or settings.json_schema)
+        )
+        grammars = (
+            [None] * len(self.members) if settings.json_schema is None else self.grammars.of(settings.json_schema)
         )
         members = [
             Member(
@@ -214,17 +225,25 @@ class Ensemble:
                 one.name,
                 self._transform(one, settings, symbols),
                 symbols,
-                settings.alternatives,
-                alone=alone,
+                Manner(settings.alternatives, grammar, alone),
             )
-            for one, symbols in zip(self.members, drawable, strict=True)
+            for one, symbols, grammar in zip(self.members, drawable, grammars, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]
         sizes = [one.engine.weights_bytes for one in self.members]
         costs = Costs(lambda: [one.work.log for one in drawn], sizes)
         parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
-        return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
+        return Writer(
+            self.unit,
+            self.router,
+            settings,
+            members,
+            strategy(settings, parts, tally),
+            drawn,
+            tally,
+            int(np.argmax(self.weights)),
+        )
 
     def _transform(self, member: MemberSpec, settings: Settings, symbols: Ids) -> Transform:
         """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""

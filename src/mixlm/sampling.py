@@ -36,6 +36,20 @@ class Bias(NamedTuple):
     values: Floats
 
 
+Row = Logits | Candidates  # logits of a whole vocabulary, or those that a `Cut` leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """All that a choice depends on: the `k` largest logits, those of `banned` ids aside, and those equal to the k-th.
+
+    An engine may tell these alone, as `Candidates` of ascending ids, their logits in place of log-probabilities.
+    """
+
+    k: int
+    banned: Ids
+
+
 Likeliest = tuple[tuple[int, float], ...]
 
 
@@ -165,18 +179,35 @@ def largest(x: Logits, k: int) -> Ids:
 
 
 class Transform:
-    """`A_i` for one member: options, the ids that it may never draw (`banned`, int64, distinct), and a bias."""
+    """`A_i` for one member: options, the ids that it may never draw (`banned`, int64, distinct), and a bias.
+
+    cut: what of the logits the distribution depends on, None for all of them.
+    """
 
     def __init__(self, sampling: Sampling, banned: Ids, bias: Bias | None = None) -> None:
         self.sampling = sampling
         self.banned = banned
         self.bias = bias
+        whole = not sampling.top_k or sampling.penalises or bias is not None
+        self.cut = None if whole else Cut(sampling.top_k, banned)
 
-    def __call__(self, logits: Logits, history: History | None = None) -> Candidates:
-        """Return the distribution to draw from. `logits`: (vocab,), any float; not changed."""
+    def __call__(
+        self, logits: Row, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
+
+        logits: (vocab,), any float, not changed; or what `cut` leaves. allowed: ids that may be drawn, (vocab,), for
+        whole logits.
+        """
         options = self.sampling
+        if isinstance(logits, Candidates):
+            return _normalised(_order(*logits, options))
         x = logits.copy()
         x[self.banned] = -np.inf
+        if allowed is not None:
+            x[~allowed] = -np.inf
+            if x.max() == -np.inf:
+                return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
         if self.bias is not None:
             x = biased(x, self.bias)
         if history is not None and options.penalises:
@@ -185,7 +216,7 @@ class Transform:
         # Dividing by a temperature keeps the order, so the cut by rank comes first and the rest works on few values.
         if options.top_k:
             ids = largest(x, options.top_k)
-            kept = _order(ids, x, options)
+            kept = _order(ids, x[ids], options)
         elif options.top_p < 1:
             kept = self._nucleus(x)
         else:
@@ -204,13 +235,13 @@ class Transform:
             ids = largest(x, count)
             mass = np.exp(scaled[ids] - scaled.max()).sum() / total
             if mass >= options.top_p or count >= x.size:
-                return _order(ids, x, options, share=mass)
+                return _order(ids, x[ids], options, share=mass)
             count *= 8
 
 
-def _order(ids: Ids, x: Logits, options: Sampling, share: float = 1.0) -> Candidates:
+def _order(ids: Ids, logits: Logits, options: Sampling, share: float = 1.0) -> Candidates:
     """Sort candidates that hold `share` of the mass by probability, and cut them by top-p and min-p."""
-    values = x[ids].astype(np.float64) / options.temperature
+    values = logits.astype(np.float64) / options.temperature
     order = np.argsort(-values, kind="stable")
     ids, values = ids[order], values[order]
     keep = np.ones(ids.size, dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from mixlm.engines import EngineSpec, steps
 from mixlm.engines.attention import KeyValues
 from mixlm.engines.base import Ask
 from mixlm.engines.hf import HFEngine
+from mixlm.engines.norms import Norms
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 
@@ -159,6 +161,41 @@ def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
     assert texts[0][0] != texts[0][1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "count"), [("llama", 5), ("gemma3", 13)])  # gemma3 has six in a layer
+def test_norms_are_one_operation_inside_steps_only(load: Load, kind: str, count: int, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(load(kind, "off").model).to(dtype)
+    with torch.no_grad():
+        for one in model.modules():
+            if type(one).__name__.endswith("RMSNorm"):
+                one.weight.normal_()
+    norms = Norms(model)
+    assert len(norms) == count
+    norm = model.model.norm
+    x = torch.randn(3, norm.weight.numel(), dtype=dtype)
+    with torch.inference_mode():
+        usual = norm(x)
+        with norms.used():
+            fused = norm(x)
+            assert "forward" in vars(norm)
+    torch.testing.assert_close(fused, usual)
+    assert "forward" not in vars(norm)
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        eps = 1e-6
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight + 0.1
+
+    assert len(Norms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
+
+
 def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
     for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
         one = load("llama", graphs)
@@ -193,7 +230,7 @@ class Recorded:
 def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
     load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(run: Callable[[], torch.Tensor]) -> tuple[Recorded, torch.Tensor]:
+    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
         recorded = Recorded(run)
         return recorded, recorded.out
 

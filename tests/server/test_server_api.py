@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from serving import HELLO, endless, events, running
@@ -103,6 +105,45 @@ def test_the_likeliest_tokens_are_told(toys, of):
         found = {spelled(one.data): one.logprob for one in token.alternatives}
         assert told == pytest.approx({**found, spelled(token.data): token.logprob})
         assert own == pytest.approx(token.logprob)
+
+
+def test_a_reply_is_held_to_a_schema(toys):
+    schema = {"enum": ["river", "bird", "stone"]}
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    for unit in ("token", "piece", "word", "byte"):
+        options = {"seed": 4, "max_tokens": 40}
+        whole = toys.chat(response_format=form, mixlm={"unit": unit}, **options).json()["choices"][0]
+        expected = PAIR.with_unit(unit).generate(HELLO, json_schema=schema, **options)
+        assert whole["message"]["content"] == expected.text
+        assert json.loads(expected.text) in schema["enum"]
+        assert whole["finish_reason"] == "stop"
+    chunks = events(toys.chat(response_format=form, stream=True, **options))
+    text = "".join(one["choices"][0]["delta"].get("content", "") for one in chunks)
+    assert text == PAIR.generate(HELLO, json_schema=schema, **options).text
+    found = toys.complete("one", response_format={"type": "json_object"}, seed=7, max_tokens=200).json()["choices"][0]
+    assert found["text"].startswith("{")
+    if found["finish_reason"] == "stop":
+        assert isinstance(json.loads(found["text"]), dict)
+
+
+@pytest.mark.parametrize("most", [0, 1, 30])
+def test_a_prompt_is_scored_in_front_of_its_reply(toys, most):
+    prompts = ["one river", "two stones sing"]
+    found = toys.complete(prompts, n=2, seed=5, max_tokens=most, echo=True, logprobs=2).json()["choices"]
+    for at, choice in enumerate(found):
+        prompt = prompts[at // 2]
+        expected = PAIR.generate(
+            prompt, raw=True, seed=5, sequence=at, max_tokens=most, alternatives=2, score_prompt=True
+        )
+        told = choice["logprobs"]
+        end = (expected.end,) if expected.end else ()
+        tokens = [*expected.prompt, *expected.tokens, *end]
+        assert choice["text"] == prompt + expected.text == "".join(told["tokens"])
+        assert told["tokens"] == [one.text for one in tokens]
+        assert told["token_logprobs"] == pytest.approx([one.logprob for one in tokens])
+        assert [choice["text"][a:b] for a, b in pairwise([*told["text_offset"], None])] == told["tokens"]
+        assert all(len(one) in (2, 3) for one in told["top_logprobs"])
+        assert choice["mixlm"]["members"] == [one.member for one in expected.tokens]
 
 
 def test_biases_are_by_text_or_by_id(toys):
@@ -263,7 +304,8 @@ def test_negative_seeds_are_seeds(toys):
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}),
         ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
         ("store", True),
@@ -313,6 +355,9 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
@@ -340,7 +385,9 @@ def test_what_does_not_fit_is_named(toys, body, param):
         ({"prompt": []}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0, "echo": True}, "echo"),
+        ({"logprobs": 0, "echo": True, "stream": True}, "stream"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
         ({"messages": HELLO}, "messages"),
     ],
 )

@@ -23,6 +23,7 @@ TEXT = {
     "logprobs": 1,
     "n": 2,
     "logit_bias": {" river": 1.5},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, "b"]}}},
     "mixlm": {"min_p": 0.1},
 }
 ODD: tuple[Any, ...] = (

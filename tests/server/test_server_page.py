@@ -225,6 +225,29 @@ def test_keys_alone_do(toys, page):
 
 
 @needs_browser
+def test_the_page_follows_a_reply_unless_one_looks_elsewhere(page):
+    page.set_viewport_size({"width": 380, "height": 500})
+    with running(endless(0.002)) as one:
+        page.goto(one.url)
+        page.wait_for_selector(".legend li")
+        page.fill("#prompt", "hello")
+        page.press("#prompt", "Enter")
+
+        def height() -> float:
+            return page.evaluate("document.documentElement.scrollHeight")
+
+        one.wait(lambda: height() > 700)
+        assert page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY") < 40
+        page.evaluate("scrollTo(0, 0)")
+        before = height()
+        one.wait(lambda: height() > before + 60)
+        assert page.evaluate("scrollY") == 0
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#send:enabled")
+        page.goto("about:blank")
+
+
+@needs_browser
 def test_escape_stops_a_reply(page):
     with running(endless(0.02)) as one:
         page.goto(one.url)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, Option
 
 from mixlm.cli.batch import Batch
 from mixlm.cli.display import Display, print_json
+from mixlm.cli.inputs import read_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import ConfigError, UsageError
@@ -57,6 +59,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        Option(
+            "--json-schema",
+            metavar="FILE",
+            help="Write JSON of the schema in FILE (the extra grammar).",
+            show_default=False,
+        ),
+    ] = None,
     logit_bias: Annotated[
         list[str] | None,
         Option(
@@ -84,6 +95,8 @@ def generate(
     more = cast("Options", {"raw": True} if raw else {})
     if logit_bias:
         more["logit_bias"] = _biases(logit_bias)
+    if json_schema is not None:
+        more["json_schema"] = _schema(json_schema)
     if input is not None or output is not None:
         return _many(shared, more, (prompt, as_json), Batch(input, output, batch) if input and output else None)
     text = _text(prompt, raw)
@@ -118,6 +131,15 @@ def _many(shared: Shared, more: Options, one: tuple[str | None, bool], batch: Ba
     prompts = batch.prompts()
     options = cast("Options", {**shared.options(), **more})
     return batch.run(open_ensemble(shared, options), prompts, options)
+
+
+def _schema(path: Path) -> Any:
+    """Read a JSON schema. Raises ConfigError that names the file."""
+    [text] = read_texts([path]).values()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
 
 
 def _biases(given: list[str]) -> dict[str | int, float]:

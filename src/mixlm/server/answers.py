@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any, cast
 
 from mixlm.records import Completion, Token
@@ -52,7 +53,7 @@ class Answer:
                 "index": i,
                 **self._content(i, one),
                 "finish_reason": one.finish_reason,
-                "logprobs": self._logprobs(i, one.tokens),
+                "logprobs": self._logprobs(i, self._shown(i, one)),
                 "mixlm": {"members": [token.member for token in one.tokens], "seed": one.seed},
             }
             for i, one in enumerate(completions)
@@ -69,16 +70,19 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token, forwards: Mapping[str, int]) -> bytes:
-        """Return the event of one token. forwards: of each member since the event before."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> bytes:
+        """Return the event of one token. forwards: those of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
         return self._chunk(
-            index, content, {"members": [token.member], "forwards": forwards}, logprobs=self._logprobs(index, [token])
+            index,
+            content,
+            {"members": [token.member], "forwards": _counts(forwards)},
+            logprobs=self._logprobs(index, [token]),
         )
 
-    def last(self, index: int, completion: Completion, forwards: Mapping[str, int]) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "forwards": forwards, "seed": completion.seed}
+        mixlm = {"members": [], "forwards": _counts(forwards), "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:
@@ -114,30 +118,28 @@ class Answer:
         }
 
     def attributes(
-        self, completions: Sequence[Completion], written: Mapping[str, int], closed: str | None
+        self, completions: Sequence[Completion], work: Mapping[tuple[str, str], int], closed: str | None
     ) -> dict[str, Any]:
         """Return what a trace says of the request: its settings and figures, nothing of what was asked or written.
 
-        completions: of finished replies; forwards are theirs. written: tokens by member, of all replies. closed: why it
-        was given up, if it was. Arrays have an element for each of `mixlm.members`.
+        completions: of finished replies. work: by what and by member, of all replies: `tokens` written, `forwards`,
+        `forward_tokens`. closed: why it was given up, if it was. Arrays have an element for each of `mixlm.members`.
         """
-        asked, usage = self._asked, self.usage(completions)
-        names, members = asked.ensemble.names, usage["mixlm"]["members"]
+        asked, usage, names = self._asked, self.usage(completions), self._asked.ensemble.names
+        done = {what: [work.get((what, one), 0) for one in names] for what in ("tokens", "forwards", "forward_tokens")}
         attributes = {
             "gen_ai.operation.name": "chat" if self._chat else "text_completion",
             "gen_ai.request.model": asked.served.name,
             "gen_ai.response.id": self._head["id"],
             "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
             "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": sum(written.values()),
+            "gen_ai.usage.output_tokens": sum(done["tokens"]),
             "mixlm.method": asked.tasks[0].settings.method,
             "mixlm.unit": asked.ensemble.unit.name,
             "mixlm.replies": len(asked.tasks),
             "mixlm.stream": asked.stream,
             "mixlm.members": list(names),
-            "mixlm.member.tokens": [written.get(one, 0) for one in names],
-            "mixlm.member.forwards": [members[one]["forwards"] if one in members else 0 for one in names],
-            "mixlm.member.forward_tokens": [members[one]["forward_tokens"] if one in members else 0 for one in names],
+            **{f"mixlm.member.{what}": counts for what, counts in done.items()},
             "mixlm.guesses.checked": usage["mixlm"]["checked"],
             "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
         }
@@ -175,6 +177,13 @@ class Answer:
     def _echo(self, index: int) -> str:
         return self._asked.echo[index // self._asked.n] if self._asked.echo else ""
 
+    def _shown(self, index: int, completion: Completion) -> Sequence[Token]:
+        """Return the tokens whose log-probabilities are told: with a prompt's, also the end, which clients count on."""
+        if not completion.prompt:
+            return completion.tokens
+        self._offsets[index] = 0
+        return [*completion.prompt, *completion.tokens, *((completion.end,) if completion.end else ())]
+
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
             return None
@@ -186,7 +195,7 @@ class Answer:
             self._offsets[index] += len(one.text)
         return {
             "tokens": [one.text for one in tokens],
-            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "token_logprobs": [None if isnan(one.logprob) else _finite(one.logprob) for one in tokens],
             "top_logprobs": [_likeliest(one) for one in tokens] if self._asked.alternatives else None,
             "text_offset": offsets,
         }
@@ -202,8 +211,10 @@ def _told(token: Token) -> shapes.TokenLogprob:
     return cast("shapes.TokenLogprob", {**own, "top_logprobs": others})
 
 
-def _likeliest(token: Token) -> dict[str, float]:
+def _likeliest(token: Token) -> dict[str, float] | None:
     """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
+    if isnan(token.logprob):
+        return None
     # Ids of one vocabulary may have equal bytes: the likelier one is told.
     found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
     return {**found, _spelled(token.data): _finite(token.logprob)}
@@ -222,3 +233,7 @@ def _spelled(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LEAST)
+
+
+def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {name: len(tokens) for name, tokens in forwards.items()}

@@ -65,6 +65,7 @@ def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Aske
         _check_length(len(one), "prompt", limits)
     options = {"raw": True, "system": None, "alternatives": body.logprobs or 0}
     echo = prompts if body.echo else ()
+    options["score_prompt"] = bool(body.echo) and body.logprobs is not None
     return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
 
 
@@ -114,6 +115,8 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
             for key, value in (body.logit_bias or {}).items()
         }
         given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
+    if body.response_format is not None:
+        given["json_schema"] = body.schema_of_reply
     method = extras.method
     served = ensemble.defaults.method
     if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):

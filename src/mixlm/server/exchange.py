@@ -54,7 +54,8 @@ class Exchange:
         self._answer = Answer(asked, note["request"])
         self._done: dict[int, Completion] = {}
         self._steps = Steps()
-        self._written: Counter[str] = Counter()
+        self._work: Counter[tuple[str, str]] = Counter()
+        self._begun: set[tuple[int, str]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
@@ -163,10 +164,20 @@ class Exchange:
             self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
             self._metrics.first(name, self._note["first"])
         self._metrics.wrote(name, event.tokens)
-        self._written.update(one.member for one in event.tokens)
+        self._ran(event)
+        self._work.update(("tokens", one.member) for one in event.tokens)
         if event.completion is not None:
             self._done[event.index] = event.completion
-            self._metrics.finished(name, event, event.completion)
+            self._metrics.finished(name, event.completion)
+
+    def _ran(self, event: Wrote) -> None:
+        """Count forward passes; a member's first for a reply reads the prompt."""
+        for member, tokens in event.forwards.items():
+            self._work["forwards", member] += len(tokens)
+            self._work["forward_tokens", member] += sum(tokens)
+            begun = (event.index, member) in self._begun
+            self._begun.add((event.index, member))
+            self._metrics.ran(self._asked.served.name, member, tokens, begun=begun)
 
     def _started(self, at: float) -> None:
         """Take down how long a reply waited for its turn; the log says it of a request's first."""
@@ -189,9 +200,9 @@ class Exchange:
 
     def _figures(self) -> None:
         done = list(self._done.values())
-        self._note["tokens"] = self._written.total()
+        self._note["tokens"] = sum(count for (what, _), count in self._work.items() if what == "tokens")
         self._note["finished"] = len(done)
-        self._steps.attributes = self._answer.attributes(done, self._written, self._note.get("closed"))
+        self._steps.attributes = self._answer.attributes(done, self._work, self._note.get("closed"))
 
     async def _part(self, send: Send, data: bytes) -> None:
         if data:

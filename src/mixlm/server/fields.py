@@ -28,7 +28,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_key": ((), "prompts are not kept between requests"),
     "prompt_cache_retention": ((), "prompts are not kept between requests"),
     "reasoning_effort": (("none",), "the members are not told how to reason"),
-    "response_format": (({"type": "text"},), "replies are not held to a grammar"),
     "service_tier": (("auto", "default"), "there is one kind of service"),
     "store": ((False,), "nothing is stored"),
     "suffix": (("",), "members continue a text, and do not fill gaps"),
@@ -79,6 +78,34 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class PlainText(_Body):
+    """A reply of any text."""
+
+    type: Literal["text"]
+
+
+class JsonObject(_Body):
+    """A reply that is an object of JSON."""
+
+    type: Literal["json_object"]
+
+
+class Schema(_Body):
+    """A JSON schema. name, description and strict have no effect: replies are always held to it."""
+
+    name: Short
+    of: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+
+
+class JsonSchema(_Body):
+    """A reply that is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
 class Common(_Body):
     """Fields that both ways to ask have."""
 
@@ -96,12 +123,20 @@ class Common(_Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")
     stop: Short | Annotated[list[Short], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = Field(default=None, description="Has no effect.")
     mixlm: Extras | None = None
+
+    @property
+    def schema_of_reply(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the reply is held to, if it is."""
+        if isinstance(self.response_format, JsonSchema):
+            return self.response_format.json_schema.of
+        return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +211,8 @@ class CompletionBody(Common):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="How many of the likeliest; 0 gives the drawn tokens' own alone."
     )
-    echo: bool | None = None
+    echo: bool | None = Field(default=None, description="With logprobs, the prompt's log-probabilities too.")
+    max_tokens: int | None = Field(default=None, ge=0, le=2**31, description="0 goes with echo and logprobs.")
 
     @model_validator(mode="before")
     @classmethod
@@ -187,9 +223,16 @@ class CompletionBody(Common):
         prompt = given.get("prompt")
         if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
             raise refused("prompt", "token ids are those of one vocabulary, and members have their own; send text")
-        if given.get("echo") is True and given.get("logprobs") is not None:
-            raise refused("echo", "together with logprobs it asks to score the prompt; use mixlm score for that")
         return given
+
+    @model_validator(mode="after")
+    def _scored_at_once(self) -> CompletionBody:
+        scores = bool(self.echo) and self.logprobs is not None
+        if scores and self.stream:
+            raise refused("stream", "a prompt's log-probabilities (echo with logprobs) come in one piece")
+        if self.max_tokens == 0 and not scores:
+            raise refused("max_tokens", "0 is for the prompt's log-probabilities alone: echo with logprobs")
+        return self
 
 
 def read(kind: type[B], data: bytes) -> B:

@@ -210,20 +210,18 @@ class Worker:
             self._fail(order, stream.error)
         elif stream.finished:
             del self._places[stream]
-            catch_up = {
-                member.name: [one.tokens for one in session.work.log[1:]]
-                for member, session in zip(stream.members, stream.sessions, strict=True)
-            }
-            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place), stream.completion, catch_up)))
+            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place), stream.completion)))
         elif tokens:
             self._out.append((order, Wrote(index, tokens, self._forwards(stream, place))))
 
-    def _forwards(self, stream: Stream, place: Place) -> dict[str, int]:
-        """Return how often each member ran for a reply since this was last asked, of those that did."""
-        counts = [len(one.work.log) for one in stream.sessions]
-        found = zip(stream.members, counts, place.forwards, strict=True)
-        new = {member.name: count - before for member, count, before in found if count > before}
-        place.forwards = counts
+    def _forwards(self, stream: Stream, place: Place) -> dict[str, list[int]]:
+        """Return the tokens of each pass that members ran for a reply since this was last asked."""
+        new = {}
+        for at, (member, session) in enumerate(zip(stream.members, stream.sessions, strict=True)):
+            log = session.work.log
+            if len(log) > place.forwards[at]:
+                new[member.name] = [one.tokens for one in log[place.forwards[at] :]]
+                place.forwards[at] = len(log)
         return new
 
     def _fail(self, order: Order, error: BaseException) -> None:

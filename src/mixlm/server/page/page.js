@@ -4,7 +4,12 @@ const COLOURS = 6;
 const UNLIKELY = 0.05; // below this probability a token is set bold
 const ALTERNATIVES = 5; // likely tokens that a token is shown with
 const $ = (selector, within = document) => within.querySelector(selector);
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 && share > 0 ? 1 : 0)} %`;
+const percent = (share) => share > 0 && share < 0.001 ? "< 0.1 %"
+  : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+
+// Whoever reads the end of the page sees it grow; whoever has scrolled up is left in peace.
+const atEnd = () => scrollY + innerHeight > document.documentElement.scrollHeight - 40;
+const toEnd = () => scrollTo(0, document.documentElement.scrollHeight);
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -150,7 +155,7 @@ class Pane {
       item.append(element("b", this.colour(name), name), ` weight ${percent(weights[i] / sum)}`);
       if (total) item.append(`, wrote ${percent((counts[name] || 0) / total)}`);
       return item;
-    }));
+    }), element("li", "faint", `bold: under ${100 * UNLIKELY} % likely`));
   }
 
   body(seed) {
@@ -192,6 +197,7 @@ class Pane {
     talk.append(reply);
     const figures = new Figures($(".figures", this.root), this.members.length, seed);
     this.timeline = new Timeline($(".timeline", this.root), this);
+    if (panes.length === 1) toEnd();
     const counts = {};
     let text = "", ran = {};
     try {
@@ -206,11 +212,13 @@ class Pane {
         const token = choice.logprobs.content[0];
         counts[member] = (counts[member] || 0) + 1;
         text += token.token;
+        const follow = atEnd();
         reply.append(this.token(token, member));
         this.timeline.add(member, ran, performance.now() - figures.start);
         ran = {};
         figures.token();
         this.legend(counts);
+        if (follow) toEnd();
       }
     } catch (error) {
       if (error.name !== "AbortError") reply.append(element("p", "error", error.message));

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         with sync_playwright() as one:
             browser = one.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--no-proxy-server"])
-            for scheme, size, compare in (("light", (1060, 730), True), ("dark", (420, 860), False)):
+            for scheme, size, compare in (("light", (1280, 760), True), ("dark", (380, 800), False)):
                 context = browser.new_context(
                     color_scheme=scheme,
                     viewport={"width": size[0], "height": size[1]},  # type: ignore[arg-type]

@@ -49,12 +49,21 @@ class Served:
     @property
     def seconds(self) -> float:
         """Processor time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100
+        return _seconds(Path(f"/proc/{self.process.pid}/stat"))
+
+    @property
+    def loop_seconds(self) -> float:
+        """Processor time so far of the thread that reads requests and writes responses."""
+        return _seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+
+def _seconds(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
 
 
 def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
@@ -78,9 +87,15 @@ async def streamed(port: int, prompt: str, seed: int, tokens: int) -> tuple[int,
     return count, sum(map(float, seconds))
 
 
+def middle(values: Sequence[float]) -> str:
+    """The middle half of some values, in words."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"middle half {low:.2f} to {high:.2f}"
+
+
 def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
     ensemble, server = mixlm.load(*models), Served(models)
-    ratios, direct, served, outside = [], [], [], {"direct": [], "served": []}
+    ratios, work, direct, served, outside = [], [], [], [], {"direct": [], "served": []}
     for turn in range(repeats + 1):
         prompt = PROMPTS[turn % len(PROMPTS)]
         worked, start = time.process_time(), time.perf_counter()
@@ -94,13 +109,15 @@ def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
             direct.append(written / (between - start))
             served.append(written / (end - between))
             ratios.append((end - between) / (between - start))
+            work.append(theirs / ours)
             inside = sum(one.forward_seconds for one in usage.members.values())
             outside["direct"].append(1000 * (between - start - inside) / written)
             outside["served"].append(1000 * (end - between - forwards) / written)
             print(f"time served / direct {ratios[-1]:.3f}; processor time {theirs / ours:.3f}")
     server.stop()
     print(f"direct {statistics.median(direct):.1f} tokens/s, served {statistics.median(served):.1f}")
-    print(f"time served / direct: median {statistics.median(ratios):.3f}")
+    print(f"time served / direct: median {statistics.median(ratios):.3f}, {middle(ratios)}")
+    print(f"processor time served / direct: median {statistics.median(work):.3f}, {middle(work)}")
     for name, times in outside.items():
         print(f"{name}: {statistics.median(times):.2f} ms a token outside forwards")
 
@@ -108,29 +125,39 @@ def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
 def measure_many(models: Sequence[str], tokens: int, repeats: int, clients: int) -> None:
     ensemble, server = mixlm.load(*models), Served(models, "--batch", str(clients))
 
-    def offline() -> float:
+    def offline() -> tuple[float, float, int]:
+        """Tokens a second, processor time, tokens."""
         scheduler = Scheduler(clients)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         for i in range(clients):
             settings = ensemble.settings(seed=i, max_tokens=tokens)
             prompts = ensemble.prompts(PROMPTS[i % len(PROMPTS)], settings)
             scheduler.add(ensemble.writer(settings).stream(prompts))
         written = sum(one.completion.usage.tokens for one in scheduler.run())
-        return written / (time.perf_counter() - start)
+        return written / (time.perf_counter() - start), time.process_time() - worked, written
 
-    async def online() -> float:
+    async def online() -> tuple[float, int]:
+        """Tokens a second, tokens."""
         start = time.perf_counter()
         asked = [streamed(server.port, PROMPTS[i % len(PROMPTS)], i, tokens) for i in range(clients)]
-        return sum(count for count, _ in await asyncio.gather(*asked)) / (time.perf_counter() - start)
+        written = sum(count for count, _ in await asyncio.gather(*asked))
+        return written / (time.perf_counter() - start), written
 
-    ratios = []
+    ratios, work, loop = [], [], []
     for turn in range(repeats + 1):
-        batch, live = offline(), asyncio.run(online())
+        batch, ours, there = offline()
+        before = server.seconds, server.loop_seconds
+        live, here = asyncio.run(online())
+        theirs, looping = server.seconds - before[0], server.loop_seconds - before[1]
         print(f"batch {batch:.1f} tokens/s, {clients} streams {live:.1f}, ratio {live / batch:.3f}")
         if turn:
             ratios.append(live / batch)
+            work.append(theirs / here / (ours / there))
+            loop.append(1000 * looping / here)
     server.stop()
-    print(f"streams / batch: median {statistics.median(ratios):.3f}")
+    print(f"streams / batch: median {statistics.median(ratios):.3f}, {middle(ratios)}")
+    print(f"processor time a token, streams / batch: median {statistics.median(work):.3f}, {middle(work)}")
+    print(f"of the event loop: median {statistics.median(loop):.3f} ms a token")
 
 
 def spoiled(rng: random.Random) -> tuple[str, bytes]:

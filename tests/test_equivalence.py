@@ -77,7 +77,7 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixlm.decoding, "words", mixlm.decoding.mixture)
+    monkeypatch.setattr(mixlm.decoding, "words", lambda: mixlm.decoding.mixture)
     report = check(ensemble(3, "word"), "hello", samples=1500)
     wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
     assert wrong == {("mixture", 2)}

@@ -97,6 +97,19 @@ def test_a_reply_goes_on_without_a_member_and_nothing_is_written_twice(method, c
     assert reply.as_dict()["usage"]["members"]["toy-2"]["dropped"] == dropped["toy-2"]
 
 
+@pytest.mark.parametrize("failing", range(3, 9))
+def test_the_word_of_a_member_that_is_gone_is_taken_over(failing):
+    one = ensemble(failing)
+    those = Ensemble(one.members, [0.2, 0.6, 0.2], unit="word")
+    healthy = Ensemble(ensemble(None).members, [0.2, 0.6, 0.2], unit="word").generate(PROMPT, **options())
+    reply = those.generate(PROMPT, **options(on_failure="drop"))
+    before = 20 - reply.usage.members["toy-2"].dropped
+    assert len(reply.tokens) == 20
+    assert 0 < before < 20
+    assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
+    assert not any(one.member == "toy-2" for one in reply.tokens[before:])
+
+
 def test_the_rest_is_the_law_of_the_others():
     # From the first position on without the member: the others' own ensemble, with the same noise.
     one = ensemble(1).generate(PROMPT, **options(method="conventional", on_failure="drop"))

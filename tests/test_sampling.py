@@ -9,6 +9,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -16,7 +17,7 @@ from transformers import (
 
 from mixlm import sampling as rules
 from mixlm.records import Sampling
-from mixlm.sampling import History, Transform, dense, largest
+from mixlm.sampling import Bias, History, Transform, dense, largest
 
 NONE = np.zeros(0, dtype=np.int64)
 PLAIN = {"temperature": 1.0, "top_k": 0}
@@ -52,6 +53,18 @@ class TestAgainstTransformers:
             rules.temperature(logits, value), by_transformers(TemperatureLogitsWarper(value), logits)
         )
 
+    @pytest.mark.parametrize("values", [[1.5], [-100, 100, 0.25]])
+    def test_bias(self, values, seed, dtype):
+        logits = logits_of(seed=seed, dtype=dtype)
+        given = {(7 * at + 3,): float(value) for at, value in enumerate(values)}
+        bias = Bias(np.array([one for (one,) in given]), np.array(list(given.values())))
+        found = rules.biased(logits, bias)
+        # Theirs looks for sequences of several tokens in the ids, so there have to be some.
+        np.testing.assert_allclose(
+            found, by_transformers(SequenceBiasLogitsProcessor(given), logits, [1, 2]), rtol=1e-6
+        )
+        assert (found != logits).sum() == len(values)
+
     @pytest.mark.parametrize("k", [1, 2, 20, 499, 500, 10_000])
     def test_top_k(self, k, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
@@ -86,7 +99,16 @@ class TestAgainstTransformers:
     def test_the_whole_chain(self, options, seed, dtype):
         logits, ids = logits_of(seed=seed, dtype=dtype), [1, 5, 7, 5]
         chosen = Sampling(**options)
-        chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty)])
+        # The order of transformers' own `generate`: biases first, temperature behind the penalties.
+        bias = Bias(np.array([5, 60, 300]), np.array([-3.0, 2.5, 1.0]))
+        chain = LogitsProcessorList(
+            [
+                SequenceBiasLogitsProcessor(
+                    {(one,): value for one, value in zip(*map(np.ndarray.tolist, bias), strict=True)}
+                ),
+                RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty),
+            ]
+        )
         chain.append(TemperatureLogitsWarper(chosen.temperature))
         if chosen.top_k:
             chain.append(TopKLogitsWarper(chosen.top_k))
@@ -94,7 +116,8 @@ class TestAgainstTransformers:
         chain.append(MinPLogitsWarper(chosen.min_p))
         expected = torch.softmax(torch.tensor(by_transformers(chain, logits.astype(np.float64), ids)), -1).numpy()
         history = History.of(np.array(ids[:2]), np.array(ids[2:]))
-        np.testing.assert_allclose(dense(logits, chosen, NONE, history), expected, rtol=1e-9)
+        # Theirs holds biases in single precision.
+        np.testing.assert_allclose(dense(logits, chosen, NONE, history, bias), expected, rtol=1e-6)
 
 
 def test_a_history_counts_the_reply_and_sees_the_prompt_too():
@@ -157,7 +180,7 @@ def as_dense(candidates: rules.Candidates, size: int) -> np.ndarray:
     return out
 
 
-def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | None]:
+def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | None, Bias | None]:
     """Logits of any size and precision, with and without ties, and any combination of options."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([rng.integers(3, 40), rng.integers(3, 5000)]))
@@ -181,17 +204,19 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | 
     )
     banned = np.flatnonzero(rng.random(size) < rng.choice([0, 0.1, 0.9]))[: size - 1]
     history = History.of(rng.integers(size, size=5), rng.integers(size, size=20)) if rng.random() < 0.5 else None
-    return logits.astype(rng.choice([np.float32, np.float64])), options, banned, history
+    some = rng.permutation(size)[: rng.integers(1, 4)]
+    bias = Bias(some, rng.choice([-100.0, -2.5, 3.0, 50.0], size=some.size)) if rng.random() < 0.3 else None
+    return logits.astype(rng.choice([np.float32, np.float64])), options, banned, history, bias
 
 
 @settings(max_examples=600)
 @given(seed=st.integers(0, 2**40))
 def test_the_fast_transform_is_the_dense_rule(seed):
-    logits, options, banned, history = random_case(seed)
-    found = Transform(options, banned)(logits, history)
-    expected = dense(logits, options, banned, history)
-    # Penalties are taken in the precision of the logits, and a small temperature enlarges what that loses.
-    exact = logits.dtype == np.float64 or history is None
+    logits, options, banned, history, bias = random_case(seed)
+    found = Transform(options, banned, bias)(logits, history)
+    expected = dense(logits, options, banned, history, bias)
+    # Penalties and biases are taken in the precision of the logits, and a small temperature enlarges what that loses.
+    exact = logits.dtype == np.float64 or (history is None and bias is None)
     tolerance = 1e-10 if exact else 5e-6 / min(options.temperature, 1)
     np.testing.assert_allclose(as_dense(found, logits.size), expected, atol=tolerance)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixlm.config import UNITS, UnitName
 from mixlm.decoding import Parts, Tally, refuse, strategy
-from mixlm.decoding.base import Member
+from mixlm.decoding.base import Manner, Member
 from mixlm.decoding.costs import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
@@ -21,9 +21,12 @@ from mixlm.mixing import checked_weights
 from mixlm.records import ROLES, Completion, Message, Token
 from mixlm.replies import Prompts, Stream, Writer
 from mixlm.routing import Fixed, Router
+from mixlm.sampling import Ids, Transform
 from mixlm.scheduler import Scheduler
 from mixlm.settings import Options, Settings
+from mixlm.vocab.bias import bias_of
 from mixlm.vocab.bytes import ByteUnit
+from mixlm.vocab.grammar import Grammars
 from mixlm.vocab.pieces import PieceUnit
 from mixlm.vocab.shared import TokenUnit, conflict
 from mixlm.vocab.units import Unit
@@ -71,6 +74,7 @@ class Ensemble:
         self.unit = _unit([one.engine for one in members], unit)
         refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
+        self.grammars = Grammars([one.engine.vocabulary for one in members])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,15 +204,24 @@ class Ensemble:
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
-        # What an engine draws by itself comes without alternatives.
+        # What an engine draws by itself comes without alternatives, and from its own logits as they are.
         alone = (
             settings.method in ("mixture", "single")
             and self.unit.name in ("token", "piece")
-            and not (settings.alternatives or settings.told_by_all)
+            and not (settings.alternatives or settings.told_by_all or settings.logit_bias or settings.json_schema)
+        )
+        grammars = (
+            [None] * len(self.members) if settings.json_schema is None else self.grammars.of(settings.json_schema)
         )
         members = [
-            Member(one.engine, one.name, settings.for_member(one.sampling), symbols, settings.alternatives, alone=alone)
-            for one, symbols in zip(self.members, drawable, strict=True)
+            Member(
+                one.engine,
+                one.name,
+                self._transform(one, settings, symbols),
+                symbols,
+                Manner(settings.alternatives, grammar, alone),
+            )
+            for one, symbols, grammar in zip(self.members, drawable, grammars, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]
         sizes = [one.engine.weights_bytes for one in self.members]
@@ -216,6 +229,11 @@ class Ensemble:
         parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
         return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
+
+    def _transform(self, member: MemberSpec, settings: Settings, symbols: Ids) -> Transform:
+        """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""
+        bias = bias_of(settings.logit_bias, member.engine.vocabulary, symbols, member.name, self.unit.name)
+        return Transform(settings.for_member(member.sampling), np.flatnonzero(symbols < 0), bias)
 
 
 class Chat:

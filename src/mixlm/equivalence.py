@@ -9,29 +9,28 @@ A comparison is Pearson's chi-square test over all outcomes expected at least fi
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.config import Method, methods_of
-from mixlm.engines.base import Run, Session, Written
+from mixlm.draws import Outcome, drawing, first_symbols
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.exact import Exact, Outcome
-from mixlm.noise import Noise
-from mixlm.replies import Prompts, Writer
-from mixlm.sampling import Floats, Ids, Logits
+from mixlm.exact import Exact
+from mixlm.replies import Prompts
+from mixlm.sampling import Floats
 from mixlm.settings import Options
 
 Progress = Callable[[str, int, int], None]
 
 # A verdict is wrong by chance once in a thousand checks, however many comparisons a check makes.
 LEVEL = 0.001
-_MEMO_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,22 @@ class Comparison:
     total_variation: float
     expected_total_variation: float
     equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Whose law counts as exact: the same members, in another engine perhaps.
+
+    tolerance: the total variation that the two laws may have from each other for each symbol, such as by rounding of
+    weights.
+    """
+
+    ensemble: Ensemble
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(f"tolerance is {self.tolerance:g}; it must be 0 or more and less than 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +91,21 @@ def check(
     *,
     samples: int = 2000,
     options: Options | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare every strategy that the options allow with the exact law, and mixture with conventional.
 
-    progress: called with what is being drawn, how many are, and how many will be.
+    reference: whose law is the exact one; the ensemble's own where it is left out. progress: called with what is being
+    drawn, how many are, and how many will be. Raises ConfigError for a reference of other members.
     """
     if samples < 100:
         raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**given)
     prompts = ensemble.prompts(prompt, settings)
+    reference = reference or Reference(ensemble)
+    _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.prompts(prompt, settings))
     methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
     if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
@@ -97,87 +116,43 @@ def check(
         # The draft is a member, so that guesses are wrong now and then.
         draft = ensemble.names[0] if method == "speculative" else None
         one = replace(settings, method=method, seed=settings.seed + number, draft=draft)
-        memo = [_Memo(member.engine.session()) for member in ensemble.members]
         try:
-            writer = ensemble.writer(one, memo)
+            writers = drawing(ensemble, one)
         except UnsupportedError:
             if method != "greedy":
                 raise
             continue  # its default is a plain average, which not every engine can give; the others have run
-        exact = Exact(ensemble, one, prompts)
+        exact = Exact(reference.ensemble, one, prompts)
         greedy = method == "greedy"
-        drawn = _draw(writer, prompts, 1 if greedy else samples, method, progress)
+        tell = None if progress is None else partial(progress, method)
+        drawn = first_symbols(writers, prompts, 1 if greedy else samples, tell)
         if greedy:
-            found += _greedy(ensemble, drawn[0], exact)
+            found += _greedy(ensemble, drawn[0], exact, reference.tolerance)
             continue
         pairs[method] = drawn
-        found += [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
+        compared = [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
+        found += [_tolerant(one, reference.tolerance) for one in compared]
     if "conventional" in pairs and "mixture" in pairs:
         found += [_between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], at) for at in (1, 2)]
     level = LEVEL / len(found)
     return Report(tuple(replace(one, equal=one.p_value >= level) for one in found))
 
 
-def _draw(writer: Writer, prompts: Prompts, samples: int, label: str, progress: Progress | None) -> list[Outcome]:
-    """Draw the first two symbols of `samples` replies, or one where a reply ends at once."""
-    out: list[Outcome] = []
-    end = writer.unit.end
-    for number in range(samples):
-        writing = writer.begin(prompts)
-        noise = Noise(writer.settings.seed, number)
-        found: list[int] = []
-        while len(found) < 2 and end not in found:
-            for choice in writer.choose(writing, noise.at(len(found)), 2 - len(found)):
-                found.append(choice.symbol)
-                if choice.symbol != end:
-                    writing.append(choice)
-        out.append(tuple(found))
-        if progress is not None:
-            progress(label, number + 1, samples)
-    return out
-
-
-class _Memo(Session):
-    """A session that remembers its answers, so that thousands of replies from one prompt cost few forwards."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session.context_length)
-        self._session = session
-        self._known: OrderedDict[bytes, Logits] = OrderedDict()
-        self._scores: dict[bytes, Floats] = {}
-
-    def token_logprobs(self, ids: Ids) -> Floats:
-        """Return the session's scores."""
-        key = ids.tobytes()
-        if key not in self._scores:
-            self._scores[key] = self._session.token_logprobs(ids)
-        return self._scores[key]
-
-    def write(self, run: Run) -> Written:
-        """Let the session write; what an engine draws is not to be remembered."""
-        return self._session.write(run)
-
-    def logits(self, ids: Ids, last: int = 1) -> Logits:
-        """Return the session's logits."""
-        key = ids.tobytes()
-        if last != 1:
-            return self._session.logits(ids, last)
-        if key not in self._known:
-            self._known[key] = self._session.logits(ids).copy()
-            if len(self._known) * self._known[key].nbytes > _MEMO_BYTES:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
-
-    def prepare(self, ids: Ids, last: int = 1) -> None:
-        """Have the answer at hand, so that an engine that runs several sessions at once has nothing to run for this."""
-        self._latest = self.logits(ids, last)
-
-    def _keep(self, length: int) -> int:
-        raise AssertionError("a memo holds no cache of its own")
-
-    def _forward(self, ids: Ids, last: int) -> Logits:
-        raise AssertionError("a memo runs no forward of its own")
+def _check_reference(ensemble: Ensemble, reference: Ensemble, ours: Prompts, theirs: Prompts) -> None:
+    """Raise ConfigError unless the reference has the same symbols and reads the prompt in the same tokens."""
+    alike = (
+        len(ensemble.members) == len(reference.members)
+        and (ensemble.unit.name, ensemble.unit.end) == (reference.unit.name, reference.unit.end)
+        and all(
+            np.array_equal(ensemble.unit.symbols(i), reference.unit.symbols(i)) and np.array_equal(one, other)
+            for i, (one, other) in enumerate(zip(ours.ids, theirs.ids, strict=True))
+        )
+    )
+    if not alike:
+        raise ConfigError(
+            f"{', '.join(reference.names)} do not read as {', '.join(ensemble.names)} do",
+            "name the same models for the exact law, in the same order",
+        )
 
 
 def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: Exact, position: int) -> Comparison:
@@ -199,6 +174,17 @@ def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: Exact,
     simulated = rng.multinomial(len(drawn), expected, size=200) / len(drawn)
     noise = 0.5 * float(np.abs(simulated - expected).sum(axis=1).mean())
     return Comparison(name, "exact", unit, position, len(drawn), statistic, p_value, distance, noise, equal=False)
+
+
+def _tolerant(found: Comparison, tolerance: float) -> Comparison:
+    """Return a comparison that allows the two laws a distance of their own.
+
+    The distance between counts and their law is above its mean by t with probability exp(-2 n t²) at most (McDiarmid).
+    """
+    if tolerance == 0:
+        return found
+    above = max(found.total_variation - found.expected_total_variation - tolerance * found.position, 0.0)
+    return replace(found, p_value=float(np.exp(-2 * found.samples * above**2)))
 
 
 def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> Comparison:
@@ -239,13 +225,13 @@ def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, fl
     return statistic, float(chi2.sf(statistic, freedom)) if freedom else 1.0
 
 
-def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact) -> list[Comparison]:
+def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact, tolerance: float) -> list[Comparison]:
     """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
     found = []
     for position, symbol in enumerate(drawn, start=1):
         law = exact.law(drawn[: position - 1])
         # Equally likely symbols may be told apart by rounding alone.
-        same = bool(law[symbol] >= law.max() * (1 - 1e-5))
+        same = bool(law[symbol] >= law.max() * (1 - 1e-5) - 2 * tolerance)
         p_value, distance = float(same), float(not same)
         found.append(
             Comparison("greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same)

@@ -19,6 +19,7 @@ from mixlm.replies import Prompts, bits_per_byte
 from mixlm.routing import Context
 from mixlm.sampling import Floats, History, dense
 from mixlm.settings import Settings
+from mixlm.vocab.bias import bias_of
 from mixlm.vocab.bytes import ByteUnit
 from mixlm.vocab.units import State
 from mixlm.vocab.words import WordState, WordUnit, begins_word
@@ -105,7 +106,9 @@ class Exact:
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
         history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
-        return dense(logits, self._settings.for_member(member.sampling), np.flatnonzero(~allowed), history)
+        given = self._settings.logit_bias
+        bias = bias_of(given, member.engine.vocabulary, symbols, member.name, self._ensemble.unit.name)
+        return dense(logits, self._settings.for_member(member.sampling), np.flatnonzero(~allowed), history, bias)
 
     def _word(self, weights: Floats, state: WordState, unit: WordUnit) -> Floats:
         """Return what goes on with the owner's word, and the next word's beginning for the mass that ends it."""

@@ -128,7 +128,9 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
         return False  # said again, where the reply is set up
     if settings.method in ("speculative", "auto"):
         return False  # llama.cpp gives one position a request, so checking several costs as much as writing them
-    return not sampling.penalises and 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
+    if sampling.penalises or settings.logit_bias or settings.json_schema is not None:
+        return False
+    return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
 
 
 def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:

@@ -60,7 +60,13 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether the transform looks at the tokens written so far."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return bool(self.penalties)
+
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        """The names of the penalties that do something."""
+        off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        return tuple(name for name, value in off.items() if getattr(self, name) != value)
 
 
 class Alternative(NamedTuple):

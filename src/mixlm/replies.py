@@ -171,7 +171,9 @@ class Stream(Iterator[Token]):
     def _write(self) -> Generator[list[Request], list[Reply], None]:
         writer, settings = self._writer, self._writer.settings
         writing = self._writing = writer.begin(self._prompts)
-        stops = () if settings.raw else {stop for one in writer.members for stop in one.engine.stops}
+        # What a schema holds a reply to says where it ends.
+        bare = settings.raw or settings.json_schema is not None
+        stops = () if bare else {stop for one in writer.members for stop in one.engine.stops}
         text = TextStream([*settings.stop, *stops])
         position = 0
         while position < settings.max_tokens and not writing.full:

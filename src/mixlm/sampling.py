@@ -1,6 +1,6 @@
 """A member's transform `A_i`: from logits to the distribution it is drawn from, in one fixed order.
 
-    mask, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
+    mask, bias, repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p, renormalise
 
 Two forms of one rule. The dense functions take and return logits over the whole vocabulary, shape (vocab,), with
 -inf for what is cut; they are the reference. `Transform` gives the same distribution as a short list of candidates
@@ -29,6 +29,27 @@ class Candidates(NamedTuple):
     logprobs: Floats
 
 
+class Bias(NamedTuple):
+    """What is added to the logits of some tokens: distinct ids, int64 (m,), and values, float64 (m,)."""
+
+    ids: Ids
+    values: Floats
+
+
+Row = Logits | Candidates  # logits of a whole vocabulary, or those that a `Cut` leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """All that a choice depends on: the `k` largest logits, those of `banned` ids aside, and those equal to the k-th.
+
+    An engine may tell these alone, as `Candidates` of ascending ids, their logits in place of log-probabilities.
+    """
+
+    k: int
+    banned: Ids
+
+
 Likeliest = tuple[tuple[int, float], ...]
 
 
@@ -54,6 +75,13 @@ class History:
         """Count the tokens of a prompt and of the reply so far."""
         written, counts = np.unique(reply, return_counts=True)
         return cls(np.unique(np.concatenate([prompt, reply])), written, counts.astype(np.int64))
+
+
+def biased(logits: Logits, bias: Bias) -> Logits:
+    """Add each token's bias to its logit."""
+    out = logits.copy()
+    out[bias.ids] += bias.values
+    return out
 
 
 def repetition(logits: Logits, seen: Ids, penalty: float) -> Logits:
@@ -104,10 +132,14 @@ def softmax(logits: Logits) -> Floats:
     return weights
 
 
-def dense(logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None) -> Floats:
+def dense(
+    logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None, bias: Bias | None = None
+) -> Floats:
     """Return the transformed distribution over the whole vocabulary, float64 (vocab,): the reference of `Transform`."""
     x: Logits = logits.astype(np.float64)
     x[banned] = -np.inf
+    if bias is not None:
+        x = biased(x, bias)
     if history is not None:
         x = repetition(x, history.seen, sampling.repetition_penalty)
         x = presence_and_frequency(x, history, sampling.presence_penalty, sampling.frequency_penalty)
@@ -147,24 +179,44 @@ def largest(x: Logits, k: int) -> Ids:
 
 
 class Transform:
-    """`A_i` for one member: options and the ids that it may never draw (`banned`, int64, distinct)."""
+    """`A_i` for one member: options, the ids that it may never draw (`banned`, int64, distinct), and a bias.
 
-    def __init__(self, sampling: Sampling, banned: Ids) -> None:
+    cut: what of the logits the distribution depends on, None for all of them.
+    """
+
+    def __init__(self, sampling: Sampling, banned: Ids, bias: Bias | None = None) -> None:
         self.sampling = sampling
         self.banned = banned
+        self.bias = bias
+        whole = not sampling.top_k or sampling.penalises or bias is not None
+        self.cut = None if whole else Cut(sampling.top_k, banned)
 
-    def __call__(self, logits: Logits, history: History | None = None) -> Candidates:
-        """Return the distribution to draw from. `logits`: (vocab,), any float; not changed."""
+    def __call__(
+        self, logits: Row, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
+
+        logits: (vocab,), any float, not changed; or what `cut` leaves, where all is allowed. allowed: ids that may be
+        drawn here, (vocab,).
+        """
         options = self.sampling
+        if isinstance(logits, Candidates):
+            return _normalised(_order(*logits, options))
         x = logits.copy()
         x[self.banned] = -np.inf
+        if allowed is not None:
+            x[~allowed] = -np.inf
+            if x.max() == -np.inf:
+                return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
+        if self.bias is not None:
+            x = biased(x, self.bias)
         if history is not None and options.penalises:
             x = repetition(x, history.seen, options.repetition_penalty)
             x = presence_and_frequency(x, history, options.presence_penalty, options.frequency_penalty)
         # Dividing by a temperature keeps the order, so the cut by rank comes first and the rest works on few values.
         if options.top_k:
             ids = largest(x, options.top_k)
-            kept = _order(ids, x, options)
+            kept = _order(ids, x[ids], options)
         elif options.top_p < 1:
             kept = self._nucleus(x)
         else:
@@ -183,13 +235,13 @@ class Transform:
             ids = largest(x, count)
             mass = np.exp(scaled[ids] - scaled.max()).sum() / total
             if mass >= options.top_p or count >= x.size:
-                return _order(ids, x, options, share=mass)
+                return _order(ids, x[ids], options, share=mass)
             count *= 8
 
 
-def _order(ids: Ids, x: Logits, options: Sampling, share: float = 1.0) -> Candidates:
+def _order(ids: Ids, logits: Logits, options: Sampling, share: float = 1.0) -> Candidates:
     """Sort candidates that hold `share` of the mass by probability, and cut them by top-p and min-p."""
-    values = x[ids].astype(np.float64) / options.temperature
+    values = logits.astype(np.float64) / options.temperature
     order = np.argsort(-values, kind="stable")
     ids, values = ids[order], values[order]
     keep = np.ones(ids.size, dtype=bool)

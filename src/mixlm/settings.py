@@ -37,6 +37,8 @@ class Options(TypedDict, total=False):
     on_failure: OnFailure
     alternatives: int
     logprobs_of: LogprobsOf
+    logit_bias: Mapping[str | int, float]
+    json_schema: Mapping[str, Any] | None
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -59,7 +61,10 @@ class Settings:
     on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
     alternatives: how many of the likeliest symbols each token tells beside itself. logprobs_of: "member" for
     log-probabilities under the law that a token was drawn from, "ensemble" for those of the average, which takes a
-    forward of every member for each symbol. sampling: options given for every member, by name.
+    forward of every member for each symbol. logit_bias: added to the logits of each member's tokens that have exactly a
+    text's bytes, in front of all other options; by ids where members share a vocabulary.
+    json_schema: the reply is JSON of this schema, if it ends before max_tokens (`vocab/grammar`).
+    sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -77,6 +82,8 @@ class Settings:
     on_failure: OnFailure = "error"
     alternatives: int = 0
     logprobs_of: LogprobsOf = "member"
+    logit_bias: Mapping[str | int, float] = field(default_factory=dict)
+    json_schema: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,6 +99,11 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        self._check_bias()
+        if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
+            raise ConfigError(f"json_schema is {self.json_schema!r}; it must be an object of JSON")
+        if self.json_schema is not None and self.ignore_end:
+            raise UnsupportedError("json_schema says where a reply ends, and ignore_end goes on", "leave one out")
         if self.draft is not None and self.method not in ("speculative", "greedy"):
             raise ConfigError(
                 f"draft is {self.draft!r}, and {self.method} writes nothing ahead",
@@ -104,6 +116,14 @@ class Settings:
             )
         if self.rule is not None:
             self._check_rule(self.rule)
+
+    def _check_bias(self) -> None:
+        for key, value in self.logit_bias.items():
+            named = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
+            if not named or key == "":
+                raise ConfigError(f"logit_bias has the key {key!r}; it must be a token's text, or its id")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise ConfigError(f"logit_bias is {value!r} for {key!r}; it must be a number from -100 to 100")
 
     def _check_rule(self, rule: Rule) -> None:
         if rule not in RULES:

@@ -39,6 +39,8 @@ def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
         forwards = [*log(c, s, [1, 2, 1, 3, 5, 1, 8, 2]), Forward(200, 0, 9.0), Forward(100, 7, 9.0)]
         assert fitted(forwards) == pytest.approx((c, s))
     assert fitted(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
+    slow = [one._replace(seconds=5.0) for one in log(0.05, 0.01, [1, 2, 4])]  # the first of each length
+    assert fitted([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
     assert np.isnan(fitted([])[0])
 
 
@@ -167,7 +169,7 @@ def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
     engine: Any = shapes().members[1].engine
     session = engine.session()
     session.logits(np.arange(20))
-    held = [one for pair in session.cache._layers.values() for one in pair]
+    held = [one for pair in session.cache.reserve(0).layers.values() for one in pair]
     assert sum(one.shape[0] * one.shape[2] for one in held) == Need.of(LARGE).cache
 
 

@@ -123,8 +123,8 @@ def test_mixture_runs_one_member_a_token(ensemble):
     [
         ({"top_k": 0}, r"top_k is 0 \(off\)"),
         ({"top_k": 65}, "top_k is 65"),
-        ({"repetition_penalty": 1.2}, "a penalty moves tokens"),
-        ({"presence_penalty": 0.5}, "a penalty moves tokens"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty moves tokens"),
+        ({"presence_penalty": 0.5}, "presence_penalty moves tokens"),
         ({"method": "greedy"}, r"top_k is 0 \(off\)"),
         ({"method": "conventional", "mix_then_truncate": True}, r"top_k is 0 \(off\)"),
         ({"top_k": 64, "ignore_end": True}, "top_k is 64"),

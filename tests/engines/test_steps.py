@@ -176,7 +176,7 @@ def test_a_model_that_steps_would_change_keeps_its_usual_forward(
 
 
 class Recorded:
-    """Stands for a CUDA graph on the CPU: replays the operations of a run, as they were, on the tensors they were on."""
+    """Stands for a CUDA graph on the CPU: replays the operations of a run, as they were, on their tensors."""
 
     replays = 0
 
@@ -193,7 +193,7 @@ class Recorded:
 def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
     load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(run: Callable[[], torch.Tensor]) -> tuple[Recorded, torch.Tensor]:
+    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
         recorded = Recorded(run)
         return recorded, recorded.out
 

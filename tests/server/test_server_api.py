@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 
 import pytest
 from serving import HELLO, endless, events, running
 
+from mixlm.errors import UnsupportedError
 from mixlm.loading import load
+from mixlm.server.problems import of_error
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}
@@ -102,6 +106,51 @@ def test_the_likeliest_tokens_are_told(toys, of):
         assert own == pytest.approx(token.logprob)
 
 
+def test_a_reply_is_held_to_a_schema(toys):
+    schema = {"enum": ["river", "bird", "stone"]}
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    for unit in ("token", "piece", "word", "byte"):
+        options = {"seed": 4, "max_tokens": 40}
+        whole = toys.chat(response_format=form, mixlm={"unit": unit}, **options).json()["choices"][0]
+        expected = PAIR.with_unit(unit).generate(HELLO, json_schema=schema, **options)
+        assert whole["message"]["content"] == expected.text
+        assert json.loads(expected.text) in schema["enum"]
+        assert whole["finish_reason"] == "stop"
+    chunks = events(toys.chat(response_format=form, stream=True, **options))
+    text = "".join(one["choices"][0]["delta"].get("content", "") for one in chunks)
+    assert text == PAIR.generate(HELLO, json_schema=schema, **options).text
+    found = toys.complete("one", response_format={"type": "json_object"}, seed=7, max_tokens=200).json()["choices"][0]
+    assert found["text"].startswith("{")
+    if found["finish_reason"] == "stop":
+        assert isinstance(json.loads(found["text"]), dict)
+
+
+def test_biases_are_by_text_or_by_id(toys):
+    """The toys share a vocabulary, so ids are taken; 7 is " river"."""
+    options = {"seed": 2, "max_tokens": 9}
+
+    def text(**more):
+        response = toys.chat(**options, **more)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"]
+
+    expected = PAIR.generate(HELLO, logit_bias={" river": 4}, **options).text
+    assert expected != PAIR.generate(HELLO, **options).text
+    assert text(logit_bias={" river": 4}) == text(logit_bias={"7": 4.0}) == expected
+    assert text(mixlm={"logit_bias": {" river": 4}}) == expected
+    digit = PAIR.generate(HELLO, logit_bias={"7": 100}, **options).text
+    assert text(mixlm={"logit_bias": {"7": 100}}) == digit
+    assert "77" in digit
+    pair = load("toy:1", "toy:2", unit="piece")
+    with running(pair) as one:
+        refused = one.chat(logit_bias={"7": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
+        assert "give the token's text" in refused.json()["error"]["message"]
+        refused = one.chat(logit_bias={" fjord": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
+        assert "toy:1 has no token" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
     asked = {"seed": 3, "max_tokens": 12, "n": 2}
@@ -119,14 +168,17 @@ def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
                 assert [one for part in found for one in part[name]] == told[name]
 
 
-@pytest.mark.parametrize("path", ["chat", "text"])
-def test_a_stream_adds_up_to_the_whole_response(toys, path):
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [("chat", "mixture"), ("text", "mixture"), ("chat", "conventional"), ("chat", "speculative"), ("chat", "greedy")],
+)
+def test_a_stream_adds_up_to_the_whole_response(toys, path, method):
     ask = toys.chat if path == "chat" else toys.complete
-    options = {"seed": 11, "max_tokens": 12, "n": 2}
+    options = {"seed": 11, "max_tokens": 12, "n": 2, "mixlm": {"method": method}}
     whole = ask(**options).json()
     response = ask(**options, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    texts, members, ends = ["", ""], [[], []], [None, None]
+    texts, members, ends, forwards = ["", ""], [[], []], [None, None], Counter()
     *chunks, last = events(response)
     for chunk in chunks:
         assert chunk["usage"] is None
@@ -134,6 +186,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         i = choice["index"]
         texts[i] += choice["delta"].get("content", "") if path == "chat" else choice["text"]
         members[i] += choice["mixlm"]["members"]
+        forwards.update(choice["mixlm"].get("forwards", {}))
         assert len(choice["mixlm"]["members"]) <= 1  # each token in an event of its own
         ends[i] = choice["finish_reason"] or ends[i]
     for i, choice in enumerate(whole["choices"]):
@@ -141,6 +194,7 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path):
         assert members[i] == choice["mixlm"]["members"]
         assert ends[i] == choice["finish_reason"]
     assert last["choices"] == []
+    assert forwards == {name: one["forwards"] for name, one in last["usage"]["mixlm"]["members"].items()}
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
@@ -229,8 +283,8 @@ def test_negative_seeds_are_seeds(toys):
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("logit_bias", {"5": 1}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}),
         ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
         ("store", True),
@@ -277,9 +331,16 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),
-        ({"mixlm": {"weights": [1]}}, None),
+        ({"mixlm": {"weights": [1]}}, "mixlm.weights"),
         ({"mixlm": {"weights": [1, -1]}}, "mixlm.weights.1"),
         ({"mixlm": {"weights": [0, 0]}}, "mixlm.weights"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {" river ": 1}}, "logit_bias"),
         ({"mixlm": {"unit": "letter"}}, "mixlm.unit"),
         ({"mixlm": {"unit": "word", "method": "conventional"}}, "mixlm.method"),
         ({"mixlm": {"unit": "byte"}, "temperature": 0}, "temperature"),
@@ -310,6 +371,15 @@ def test_what_does_not_fit_is_named(toys, body, param):
 def test_what_a_completion_refuses_is_named(toys, body, param):
     response = toys.post("/v1/completions", {"prompt": "x", **body})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
+    hint = "use a top_k from 1 to 64 and no penalties, or --engine hf (engine='hf')"
+    problem = of_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
+    assert (problem.status, problem.param) == (400, "presence_penalty")
+    assert problem.message.endswith("(use a top_k from 1 to 64 and no penalties)")
+    problem = of_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
+    assert problem.message.endswith('(use mixlm.method "greedy")')
 
 
 def test_an_unknown_model_is_not_found(toys):

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from serving import HELLO, endless, running
 
@@ -53,6 +55,28 @@ def test_openai_sdk_reads_the_likeliest_tokens(sdk):
     expected = PAIR.generate("one", seed=1, max_tokens=5, alternatives=2, raw=True)
     for told, token in zip(text.choices[0].logprobs.top_logprobs, expected.tokens, strict=True):
         assert told[token.text] == pytest.approx(token.logprob)
+
+
+def test_openai_sdk_parses_a_reply_of_a_type(sdk):
+    class Thing(pydantic.BaseModel):
+        kind: Literal["river", "bird"]
+        large: bool
+        parts: list[Literal["stone", "light"]] = pydantic.Field(max_length=2)
+
+    for seed in range(5):
+        reply = sdk.chat.completions.parse(
+            model="toys", messages=HELLO, seed=seed, response_format=Thing, max_tokens=400
+        )
+        assert isinstance(reply.choices[0].message.parsed, Thing)
+    [text] = [
+        one.choices[0].message.content
+        for one in [
+            sdk.chat.completions.create(
+                model="toys", messages=HELLO, seed=1, max_tokens=60, response_format={"type": "json_object"}
+            )
+        ]
+    ]
+    assert text.startswith("{")
 
 
 def test_openai_sdk_sends_back_what_it_got(sdk):

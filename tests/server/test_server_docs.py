@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
 from serving import MAIN, running
 
 from mixlm.loading import load
 from mixlm.server.fields import ChatBody, CompletionBody, Extras
+from mixlm.server.guard import OPEN
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
@@ -56,3 +60,24 @@ def test_every_field_is_described():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
         assert (Path(__file__).resolve().parents[2] / "docs" / target).is_file(), target
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
+def test_systemd_understands_the_unit(tmp_path):
+    [unit] = blocks("ini")
+    # The program itself is not there.
+    file = tmp_path / "mixlm.service"
+    file.write_text(unit.replace("/opt/mixlm/bin/mixlm", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(file) not in done.stderr, done.stderr
+
+
+def test_the_container_installs_what_there_is():
+    [text] = blocks("dockerfile")
+    extras = re.search(r"/src\[([\w,]+)\]", text)
+    assert extras
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(extras[1].split(",")) <= set(project["project"]["optional-dependencies"])
+    [asked] = re.findall(r"127.0.0.1:8000(/\w+)", text)
+    assert asked in OPEN

@@ -17,7 +17,15 @@ CHAT = {
     "seed": 1, "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 1,
     "mixlm": {"top_k": 2, "weights": [1, 2], "method": "mixture"},
 }  # fmt: skip
-TEXT = {"prompt": ["one", "two"], "max_tokens": 2, "logprobs": 1, "n": 2, "mixlm": {"min_p": 0.1}}
+TEXT = {
+    "prompt": ["one", "two"],
+    "max_tokens": 2,
+    "logprobs": 1,
+    "n": 2,
+    "logit_bias": {" river": 1.5},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, "b"]}}},
+    "mixlm": {"min_p": 0.1},
+}
 ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1e308, -1e308, 5e-324, 2**63, 2**64, 10**30, "", "x" * 2000, "\u0000", "\ud83d\ude00",
     [], {}, [None], [[]], {"": None}, "0", "null", [1, "a"], {"type": "text"},

@@ -252,6 +252,10 @@ def test_told_to_stop_replies_that_take_too_long_are_ended_cleanly(process):
     assert last["error"]["code"] == "stopping"
     assert whole.result().status_code == 503
     assert one.end() == 0
+    # What was written of them counts, though none was finished.
+    asked = [line for line in one.log if line["event"] == "request"]
+    assert [(line["closed"], line["finished"]) for line in asked] == [("shutdown", 0)] * 2
+    assert all(line["tokens"] > 0 for line in asked)
 
 
 def test_killed_and_started_again_the_same_seed_gives_the_same_text(process):
@@ -301,7 +305,8 @@ def test_the_log_says_what_happened_and_never_what_was_said(process):
 def test_metrics_add_up(toys):
     toys.chat(seed=1, max_tokens=5)
     before = {name: toys.metric("mixlm_tokens_total", member=name) for name in ("toy:1", "toy:2")}
-    forwards = toys.metric("mixlm_forwards_total")
+    forwards, run = toys.metric("mixlm_forwards_total"), toys.metric("mixlm_forward_tokens_total")
+    caught_up = toys.metric("mixlm_catch_up_tokens_count")
     first = toys.metric("mixlm_time_to_first_token_seconds_count")
     usage = toys.chat(seed=2, max_tokens=25, n=2).json()["usage"]["mixlm"]["members"]
     for name, count in before.items():
@@ -309,10 +314,24 @@ def test_metrics_add_up(toys):
     assert toys.metric("mixlm_forwards_total") - forwards == sum(one["forwards"] for one in usage.values())
     assert toys.metric("mixlm_time_to_first_token_seconds_count") - first == 1
     assert toys.metric("mixlm_writing") == toys.metric("mixlm_waiting") == 0
-    assert toys.metric("mixlm_catch_up_tokens_count") > 0
+    assert toys.metric("mixlm_forward_tokens_total") - run == sum(one["forward_tokens"] for one in usage.values())
+    # Of each of the two replies, the first pass of each member read the prompt.
+    passes = sum(one["forwards"] for one in usage.values())
+    assert passes - 4 <= toys.metric("mixlm_catch_up_tokens_count") - caught_up < passes
     toys.chat(max_tokens=20, mixlm={"method": "speculative", "draft": "toy:1"})
     assert toys.metric("mixlm_guesses_total") > 0
     assert toys.metric("mixlm_requests_total", path="/v1/chat/completions", status="200") >= 3
+
+
+def test_what_is_given_up_counts_too():
+    with running(endless(0.005)) as one:
+        with one.client.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}) as response:
+            found = events(response)
+            for _ in range(6):
+                next(found)
+        one.wait(lambda: one.server.worker.unended == 0)
+        assert one.metric("mixlm_replies_total") == 0
+        assert one.metric("mixlm_forwards_total") >= one.metric("mixlm_tokens_total") >= 4
 
 
 def test_nothing_is_admitted_that_the_thread_is_not_there_for():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -72,11 +74,24 @@ def test_a_conversation(toys, page):
     colours = {"toy:1": "m0", "toy:2": "m1"}
     assert [one.get_attribute("class").split()[1] for one in tokens] == [colours[one.member] for one in expected.tokens]
     assert len({one.evaluate("one => getComputedStyle(one).color") for one in tokens}) == 2
-    # A token tells its probability.
+    # A token tells its probability, and what could have come in its place.
+    told = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=12, alternatives=5).tokens[1]
+    assert page.is_hidden("#card")
     tokens[1].hover()
     said = page.inner_text(".token")
-    assert expected.tokens[1].member in said
-    assert "probability" in said
+    assert told.member in said
+    assert f"probability {100 * math.exp(told.logprob):.0f} %" in said
+    rows = [one.inner_text().split("\n") for one in page.query_selector_all("#card li")]
+    assert {json.loads(text) for text, _ in rows if text != '"<|endoftext|>"'} >= {
+        one.data.decode() for one in told.alternatives if one.data
+    }
+    shares = [float(share.removesuffix(" %")) for _, share in rows]
+    assert shares == pytest.approx([100 * math.exp(one.logprob) for one in told.alternatives], abs=0.51)
+    assert json.loads(page.inner_text("#card .drawn").split("\n")[0]) == told.text
+    box, token = page.query_selector("#card").bounding_box(), tokens[1].bounding_box()
+    assert box["y"] >= token["y"] + token["height"] or box["y"] + box["height"] <= token["y"]
+    page.hover("#prompt")
+    assert page.is_hidden("#card")
     # Who ran when, and what it saved.
     assert len(page.query_selector_all(".timeline rect")) == len(expected.tokens)
     assert f"{len(expected.tokens)} tokens" in page.get_attribute(".timeline", "aria-label")
@@ -117,6 +132,22 @@ def test_settings_are_sent(toys, page):
     assert page.query_selector_all(".reply")[1].query_selector(".m0") is None
     page.select_option("[name=method]", "greedy")
     assert page.is_disabled("[name=temperature]")
+
+
+@needs_browser
+def test_the_timeline_shows_everyone_who_ran(toys, page):
+    page.goto(toys.url)
+    page.wait_for_selector(".legend li")
+    page.click("summary")
+    page.fill("[name=seed]", "7")
+    page.fill("[name=max_tokens]", "8")
+    page.select_option("[name=method]", "conventional")
+    ask(page, "hello")
+    expected = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=8, method="conventional")
+    assert len(page.query_selector_all(".timeline rect")) == 2 * len(expected.tokens)
+    assert len(page.query_selector_all(".timeline .besides")) == len(expected.tokens)
+    about = page.get_attribute(".timeline", "aria-label")
+    assert f"toy:1 ran {len(expected.tokens)} times, toy:2 ran {len(expected.tokens)} times" in about
 
 
 @needs_browser
@@ -172,7 +203,11 @@ def test_keys_alone_do(toys, page):
         if page.evaluate("document.activeElement.className") == "reply":
             break
     first = page.inner_text(".token")
+    assert page.is_visible("#card")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#card")
     page.keyboard.press("ArrowRight")
+    assert page.is_visible("#card")
     assert page.inner_text(".token") not in ("", first)
     second = page.inner_text(".token")
     page.keyboard.press("ArrowRight")
@@ -187,6 +222,29 @@ def test_keys_alone_do(toys, page):
     for control in page.query_selector_all("input, select, textarea, button"):
         named = control.evaluate("one => one.labels?.length || one.textContent || one.getAttribute('aria-label')")
         assert named, control.evaluate("one => one.outerHTML")
+
+
+@needs_browser
+def test_the_page_follows_a_reply_unless_one_looks_elsewhere(page):
+    page.set_viewport_size({"width": 380, "height": 500})
+    with running(endless(0.002)) as one:
+        page.goto(one.url)
+        page.wait_for_selector(".legend li")
+        page.fill("#prompt", "hello")
+        page.press("#prompt", "Enter")
+
+        def height() -> float:
+            return page.evaluate("document.documentElement.scrollHeight")
+
+        one.wait(lambda: height() > 700)
+        assert page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY") < 40
+        page.evaluate("scrollTo(0, 0)")
+        before = height()
+        one.wait(lambda: height() > before + 60)
+        assert page.evaluate("scrollY") == 0
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#send:enabled")
+        page.goto("about:blank")
 
 
 @needs_browser

@@ -64,6 +64,7 @@ def test_without_a_key_only_the_page_and_health_answer():
             response = one.post("/v1/chat/completions", {"messages": HELLO}, headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
+            assert ("not known" in response.json()["error"]["message"]) == (header is not None and header != KEY)
         good = one.post(
             "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1}, headers={"authorization": f"Bearer {KEY}"}
         )

@@ -15,7 +15,7 @@ from mixlm.engines import Engine
 from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request, Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.sampling import Ids, Logits
+from mixlm.sampling import Ids, Logits, Row
 from mixlm.vocab.tokens import Vocabulary
 
 _ORDER = 3  # tokens that the law looks at
@@ -92,10 +92,10 @@ class AgreedEngine(Engine):
         if not isinstance(request, Draw):
             return request
 
-        def choose(_: Logits) -> Drawn:
+        def choose(_: Row) -> Drawn:
             return request.choose(self._law(self._member, request.ids))
 
-        return Draw(request.member, request.ids, choose)
+        return Draw(request.member, request.ids, choose, request.cut)
 
     def _rows(self, request: Ask) -> Logits:
         ends = range(len(request.ids) - request.last + 1, len(request.ids) + 1)

@@ -52,10 +52,12 @@ def fitted(log: Sequence[Forward]) -> tuple[float, float]:
     base = median(ones)
     if len(more) < _FEW or base <= 0:
         return base, _SLOPE
-    # Least squares through c: long forwards say most about what a further token costs.
-    extra = np.array([one.tokens - 1 for one in more], dtype=np.float64)
-    dearer = np.array([one.seconds / base - 1 for one in more])
-    return base, float(np.clip((extra * dearer).sum() / (extra**2).sum(), 0.0, 1.0))
+    # Least squares through c: long forwards say most about what a further token costs. Of each length the median, since
+    # the first of a length may take many times as long (on a GPU, until it is captured).
+    lengths, counts = np.unique([one.tokens for one in more], return_counts=True)
+    dearer = np.array([median(one.seconds for one in more if one.tokens == n) / base - 1 for n in lengths])
+    extra = lengths - 1.0
+    return base, float(np.clip((counts * extra * dearer).sum() / (counts * extra**2).sum(), 0.0, 1.0))
 
 
 def predicted(ensemble: Ensemble, one: Contestant, taken: Sequence[Sample], fit: Fit) -> float | None:

@@ -13,6 +13,8 @@ from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mixlm.config import EnsembleConfig
+    from mixlm.ensemble import Ensemble
     from mixlm.equivalence import Report
 
 _PROMPT = "Why is the sky blue?"
@@ -25,6 +27,19 @@ def check(
     shared: Shared,
     prompt: Annotated[str, Argument(help="What the replies answer.")] = _PROMPT,
     samples: Annotated[int, Option("--samples", metavar="N", help="How many replies each method begins.")] = 2000,
+    exact: Annotated[
+        list[str] | None,
+        Option(
+            "--exact",
+            metavar="MODEL",
+            help="Take the exact law from this model in place of a member, run by transformers in float32. Once for"
+            " each member, in order.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        Option("--tolerance", metavar="D", help="Total variation that members may have from --exact, for each symbol."),
+    ] = 0.0,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
     """Test that every method samples the law it promises.
@@ -36,15 +51,37 @@ def check(
         raise ConfigError("the prompt is empty", "leave it out to take the default")
     options = shared.options()
     ensemble = open_ensemble(shared, options, dtype="float32")
+    from mixlm.equivalence import Reference
     from mixlm.equivalence import check as compare
 
+    reference = None
+    if exact:
+        config = shared.config(dtype="float32")
+        reference = Reference(_as_reference(config, exact, shared.numbers()), tolerance)
+    elif tolerance:
+        raise ConfigError("--tolerance is given without --exact", "members have no distance from themselves")
     with progress_bars() as progress:
-        report = compare(ensemble, prompt, samples=samples, options=options, progress=progress)
+        report = compare(ensemble, prompt, samples=samples, options=options, reference=reference, progress=progress)
     if as_json:
         print_json(report.as_dict())
     else:
         _show(report)
     return 0 if report.equal else 1
+
+
+def _as_reference(config: EnsembleConfig, models: list[str], weights: list[float] | None) -> Ensemble:
+    """Load the same ensemble of these models, in transformers and float32."""
+    from mixlm.loading import load_config
+
+    if len(models) != len(config.members):
+        raise ConfigError(
+            f"--exact names {len(models)} models for {len(config.members)} members", "name one for each, in order"
+        )
+    own = {"engine": "hf", "dtype": "float32", "device": "auto", "tokenizer": None}
+    members = tuple(
+        member.model_copy(update={**own, "model": model}) for member, model in zip(config.members, models, strict=True)
+    )
+    return load_config(config.model_copy(update={"members": members}), weights=weights)
 
 
 def _show(report: Report) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, Option
 
 from mixlm.cli.batch import Batch
 from mixlm.cli.display import Display, print_json
+from mixlm.cli.inputs import read_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import ConfigError, UsageError
@@ -57,6 +59,24 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        Option(
+            "--json-schema",
+            metavar="FILE",
+            help="Write JSON of the schema in FILE (the extra grammar).",
+            show_default=False,
+        ),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        Option(
+            "--logit-bias",
+            metavar="TEXT=X",
+            help="Add X, from -100 to 100, to the logits of the tokens that are exactly TEXT. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     logprobs_of: Annotated[
         str | None,
         Option(
@@ -72,10 +92,15 @@ def generate(
     told = {name: value for name, value in told.items() if value is not None}
     if told and not as_json:
         raise UsageError(f"--{next(iter(told)).replace('_', '-')} goes with --json", "add --json, or leave it out")
+    more = cast("Options", {"raw": True} if raw else {})
+    if logit_bias:
+        more["logit_bias"] = _biases(logit_bias)
+    if json_schema is not None:
+        more["json_schema"] = _schema(json_schema)
     if input is not None or output is not None:
-        return _many(shared, (prompt, as_json, raw), Batch(input, output, batch) if input and output else None)
+        return _many(shared, more, (prompt, as_json), Batch(input, output, batch) if input and output else None)
     text = _text(prompt, raw)
-    options = cast("Options", {**shared.options(raw=raw), **told})
+    options = cast("Options", {**shared.options(), **more, **told})
     ensemble = open_ensemble(shared, options, whole=False)
     stream = ensemble.stream(text, **options)
     if as_json:
@@ -93,9 +118,9 @@ def generate(
     return 0
 
 
-def _many(shared: Shared, one: tuple[str | None, bool, bool], batch: Batch | None) -> int:
+def _many(shared: Shared, more: Options, one: tuple[str | None, bool], batch: Batch | None) -> int:
     """Answer a file of prompts."""
-    prompt, as_json, raw = one
+    prompt, as_json = one
     if batch is None:
         raise UsageError("--input and --output go together", "name the file of prompts and the file for the replies")
     if prompt is not None or as_json:
@@ -104,8 +129,31 @@ def _many(shared: Shared, one: tuple[str | None, bool, bool], batch: Batch | Non
             "prompts and replies are files",
         )
     prompts = batch.prompts()
-    options = shared.options(raw=raw)
+    options = cast("Options", {**shared.options(), **more})
     return batch.run(open_ensemble(shared, options), prompts, options)
+
+
+def _schema(path: Path) -> Any:
+    """Read a JSON schema. Raises ConfigError that names the file."""
+    [text] = read_texts([path]).values()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+
+
+def _biases(given: list[str]) -> dict[str | int, float]:
+    """Return biases by text. Raises UsageError for what is none."""
+    found: dict[str | int, float] = {}
+    for one in given:
+        text, equals, value = one.rpartition("=")
+        try:
+            found[text] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not text:
+            raise UsageError(f"--logit-bias is {one!r}", "give a text and a number, such as ' water=-2.5'")
+    return found
 
 
 def _text(prompt: str | None, raw: bool) -> str:

@@ -143,7 +143,7 @@ class Shared:
     system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
-    def options(self, *, raw: bool = False) -> Options:
+    def options(self) -> Options:
         """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
         given = {
             name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
@@ -156,8 +156,6 @@ class Shared:
             given["system"] = self.system or None
         if self.mix_then_truncate:
             given["mix_then_truncate"] = True
-        if raw:
-            given["raw"] = True
         return cast("Options", given)
 
     def config(self, *, dtype: str = "auto") -> EnsembleConfig:

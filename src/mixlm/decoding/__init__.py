@@ -75,7 +75,7 @@ def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
         drafted = speculative if settings.method == "speculative" else greedy_drafted
         return drafted(_draft(settings.draft, parts), settings.block, tally)
     if parts.unit in ("word", "byte"):
-        return words if parts.unit == "word" else bytewise()
+        return words() if parts.unit == "word" else bytewise()
     if settings.method == "auto":
         return Auto(parts.costs, parts.names, tally)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]

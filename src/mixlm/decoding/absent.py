@@ -30,7 +30,7 @@ class Absent:
         self._next: dict[int, float] = {}
         self.positions = [0] * len(names)
 
-    def __contains__(self, member: int) -> bool:
+    def __contains__(self, member: object) -> bool:
         return member in self._next
 
     def leave_out(self, member: int, error: EngineError) -> None:

@@ -7,7 +7,8 @@ a server, a test with numbers) runs the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import sys
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,9 @@ from mixlm.engines.base import Drawn, Engine, Reply, Request, Session
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.mixing import pooled
 from mixlm.noise import Noise
-from mixlm.records import Sampling
 from mixlm.routing import Route
-from mixlm.sampling import Candidates, Floats, History, Ids, Likeliest, Logits, Transform, likeliest
+from mixlm.sampling import Candidates, Cut, Floats, History, Ids, Likeliest, Row, Transform, likeliest
+from mixlm.vocab.grammar import Bools, Grammar
 from mixlm.vocab.units import State, Unit, doubled
 
 
@@ -41,36 +42,46 @@ class Choice(NamedTuple):
 Flow = Generator[list[Request], list[Reply], list[Choice]]
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a member is asked. alternatives: how many of the likeliest symbols are told beside a chosen one.
+
+    grammar: what its tokens are held to. alone: whether the strategy asks it for nothing but what it draws itself.
+    """
+
+    alternatives: int = 0
+    grammar: Grammar | None = None
+    alone: bool = False
+
+
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    alternatives: how many of the likeliest symbols are told beside a chosen one. alone: whether the strategy asks it for
-    nothing but what it draws itself. Then it `writes` runs, if its engine does.
+    symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. Where it is asked
+    alone, it `writes` runs, if its engine does.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        sampling: Sampling,
-        symbols: Ids,
-        alternatives: int = 0,
-        *,
-        alone: bool = False,
+        self, engine: Engine, name: str, transform: Transform, symbols: Ids, manner: Manner = Manner()
     ) -> None:
         self.engine = engine
         self.name = name
-        self.transform = Transform(sampling, np.flatnonzero(symbols < 0))
+        self.transform = transform
         self.symbols = symbols
-        self.alternatives = alternatives
+        self.alternatives = manner.alternatives
+        self.grammar = manner.grammar
+        # Whoever can write any byte can go on with any text.
+        self.may_be_stuck = manner.grammar is not None and bool(
+            (manner.grammar.byte_ids < 0).any() or (symbols[manner.grammar.byte_ids] < 0).any()
+        )
         self._doubled = doubled(symbols)
-        self.writes = alone and engine.writes(sampling, self.transform.banned)
+        self.writes = manner.alone and engine.writes(transform.sampling, transform.banned)
         if not self.writes:
-            _check_candidates(engine, sampling, symbols)
+            _check_candidates(self)
 
-    def law(self, logits: Logits, history: History | None = None) -> Candidates:
-        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits (vocab,)."""
-        return self.pooled(self.transform(logits, history))
+    def law(self, logits: Row, history: History | None = None, allowed: Bools | None = None) -> Candidates:
+        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
+        return self.pooled(self.transform(logits, history, allowed))
 
     def pooled(self, own: Candidates) -> Candidates:
         """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
@@ -85,23 +96,29 @@ class Member:
         )
 
 
-def _check_candidates(engine: Engine, sampling: Sampling, symbols: Ids) -> None:
+def _check_candidates(member: Member) -> None:
     """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+    engine, transform, symbols = member.engine, member.transform, member.symbols
     if engine.candidates is None:
         return
     tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
     # Tokens that the engine counts among its likeliest, and that may not be drawn here.
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     most = engine.candidates - unshared
-    if sampling.penalises:
-        found = "a penalty moves tokens from anywhere in the vocabulary"
+    sampling = transform.sampling
+    if member.grammar is not None:
+        found = "json_schema allows tokens from anywhere in the vocabulary"
+    elif transform.bias is not None:
+        found = "logit_bias moves tokens from anywhere in the vocabulary"
+    elif sampling.penalises:
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return
     raise UnsupportedError(
         f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
-        f"use a top_k from 1 to {most} and no penalties, or --engine hf (engine='hf')"
+        f"use a top_k from 1 to {most} and no penalties, biases or schema, or --engine hf (engine='hf')"
         if most >= 1
         else "use --unit piece, or --engine hf",
     )
@@ -114,6 +131,7 @@ class View:
         self.member = member
         self._index = index
         self._state = state
+        self._matcher = None if member.grammar is None else member.grammar.matcher()
 
     @property
     def state(self) -> State:
@@ -128,21 +146,38 @@ class View:
         """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
         return int(self.member.symbols[token])
 
-    def law(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over symbols from its logits (vocab,) for `ids`."""
+    @property
+    def stuck(self) -> bool:
+        """Whether the member has no token that keeps the text what it is held to."""
+        if self._matcher is None or not self.member.may_be_stuck:
+            return False
+        allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
+        return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
+
+    @property
+    def cut(self) -> Cut | None:
+        """What of the member's logits its law depends on, None for all of them."""
+        return self.member.transform.cut if self._matcher is None else None
+
+    def law(self, logits: Row) -> Candidates:
+        """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
         return self.law_here()(logits)
 
-    def law_here(self, ids: Ids | None = None) -> Callable[[Logits], Candidates]:
+    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[Row], Candidates]:
         """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
 
-        ids: what the member reads, where that is not the text but a beginning of it.
+        ids, text: what the member reads and what has been written, where that is not the text but a beginning of it.
         """
-        history = self._history(ids)
-        return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+        history, matcher = self._history(ids), self._matcher
+        if matcher is None:
+            return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+        written = self._state.tail(sys.maxsize) if text is None else text
+        return lambda logits: self.member.law(logits, history, matcher.allowed(written))
 
-    def own(self, logits: Logits) -> Candidates:
-        """Return the member's distribution over its own ids from its logits (vocab,) for `ids`: `A_i p_i`."""
-        return self.member.transform(logits, self._history())
+    def own(self, logits: Row) -> Candidates:
+        """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
+        allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
+        return self.member.transform(logits, self._history(), allowed)
 
     def _history(self, ids: Ids | None = None) -> History | None:
         """Return the tokens so far where the member's options look at them."""
@@ -151,17 +186,19 @@ class View:
         ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
-    def draw(self, noise: Noise) -> Callable[[Logits], Drawn]:
+    def draw(self, noise: Noise) -> Callable[[Row], Drawn]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
         law = self.law_here()
 
-        def choose(logits: Logits) -> Drawn:
+        def choose(logits: Row) -> Drawn:
             return self.drawn(law(logits), noise)
 
         return choose
 
     def drawn(self, law: Candidates, noise: Noise) -> Drawn:
-        """Draw a symbol from a law of the member's."""
+        """Draw a symbol from a law of the member's. Raises UnsupportedError for an empty one."""
+        if not law.ids.size:
+            raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
         at = noise.draw(law.ids, law.logprobs)
         return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
 
@@ -172,7 +209,8 @@ class Step:
 
     most: symbols that it may choose, of this position and those behind it.
     push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
-    on. Views then read the longer text. What a strategy has pushed is taken back when it is done.
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
     """
 
     weights: Floats
@@ -180,6 +218,7 @@ class Step:
     views: Sequence[View]
     push: Callable[[int], Step | None]
     most: int = 1
+    absent: Container[int] = ()
 
     def likeliest(self, law: Candidates) -> Likeliest:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -234,8 +273,8 @@ class Writing:
         pushed: list[int] = []
 
         def step(at: Noise) -> Step:
-            weights = self.absent.weights(self.route(self.state))
-            return Step(weights, at, self.views, partial(push, at), most - len(pushed))
+            weights = self._able(self.absent.weights(self.route(self.state)))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
 
         def push(at: Noise, symbol: int) -> Step | None:
             if symbol == self._end or len(pushed) + 1 >= most:
@@ -249,6 +288,22 @@ class Writing:
         finally:
             self.state.cut(len(pushed))
             self._room.written -= sum(len(self._unit.data(one)) for one in pushed)
+
+    def _able(self, weights: Floats) -> Floats:
+        """Return weights (members,) without those of members that cannot go on with the text, renormalised.
+
+        Whether one can is a matter of the text and its vocabulary, not of what it finds likely. Raises UnsupportedError
+        where none can.
+        """
+        stuck = [i for i, view in enumerate(self.views) if weights[i] > 0 and view.stuck]
+        if not stuck or self._unit.name == "byte":
+            return weights
+        kept = weights.copy()
+        kept[stuck] = 0.0
+        if kept.sum() == 0:
+            raise UnsupportedError("no member has a token that keeps the reply what json_schema allows")
+        kept /= kept.sum()
+        return kept
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         """Hand each engine all that is asked of it in one call; return the replies in the order of the requests.

@@ -28,6 +28,7 @@ import numpy as np
 
 from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
 from mixlm.engines.base import Ask, Reply, Request
+from mixlm.errors import UnsupportedError
 from mixlm.noise import Noise
 from mixlm.sampling import Candidates, Likeliest, likeliest
 from mixlm.vocab.bytes import ByteState, Known, Law
@@ -111,6 +112,8 @@ class _Reading:
         One choice of end-of-text, if that is drawn.
         """
         law, span = cover.law, cover.span
+        if span.start == span.stop:
+            raise UnsupportedError(f"{self._view.member.name} cannot go on with what json_schema allows here")
         at = span.start + noise.draw(law.symbols[span], law.logprobs[span])
         if law.symbols[at] == self.end:
             return [Choice(self.end, self._member, float(law.logprobs[at]))]
@@ -144,7 +147,7 @@ class _Reading:
         known = self._state.known(self._member, place)
         if known is None:
             ids = self._state.ids_at(self._member, place)
-            law = self._view.law_here(ids)
+            law = self._view.law_here(ids, self._state.part(0, place))
             [logits] = yield [Ask(self._member, ids)]
             known = Known(logits[0].copy(), law, Law.of(self._lexicon, law(logits[0])))
             self._state.learn(self._member, place, known)
@@ -196,6 +199,8 @@ class _Reading:
             if not np.isfinite(masked).any():
                 return None
             law = Law.of(self._lexicon, known.transform(masked))
+            if not law.ranks.size:
+                return None
             rank = int(law.ranks[noise.draw(law.symbols, law.logprobs)])
             if rank not in shorter:
                 return _Cover(place, law, law.span(*beyond))

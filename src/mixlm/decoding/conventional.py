@@ -45,7 +45,7 @@ def pick(noise: Noise, law: Candidates, after: Sampling | None) -> tuple[Candida
 
 def _averaged(step: Step, after: Sampling | None) -> Flow:
     asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-    replies = yield [Ask(i, step.views[i].ids()) for i in asked]
+    replies = yield [Ask(i, step.views[i].ids(), cut=step.views[i].cut) for i in asked]
     parts = [(step.weights[i], step.views[i].law(logits[0])) for i, logits in zip(asked, replies, strict=True)]
     law, at = pick(step.noise, mixed(parts), after)
     symbol = int(law.ids[at])

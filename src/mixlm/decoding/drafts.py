@@ -43,9 +43,11 @@ class MemberDraft:
         self.name = name
 
     def guess(self, step: Step) -> Guess:
-        """Let the member draw."""
+        """Let the member draw, if it has anything to go on with."""
         view = step.views[self.member]
-        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise))]
+        if view.stuck:
+            return None
+        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise), view.cut)]
         symbol: int = drawn.symbol
         return symbol
 

@@ -82,7 +82,7 @@ def greedy_drafted(draft: Draft, length: int, tally: Tally | None = None) -> Str
                 break
             if draft.member >= 0:
                 law = position.laws[draft.member](position.logits[draft.member])
-                position.guess = int(law.ids[np.argmax(law.logprobs)])
+                position.guess = int(law.ids[np.argmax(law.logprobs)]) if law.ids.size else None
             else:
                 position.guess = yield from draft.guess(here)
             if position.guess is None:

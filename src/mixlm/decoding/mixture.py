@@ -13,5 +13,5 @@ def mixture(step: Step) -> Flow:
     view = step.views[z]
     if view.member.writes:
         return (yield from written(step, z))
-    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise), view.cut)]
     return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]

@@ -14,7 +14,7 @@ def single(member: int) -> Strategy:
         view = step.views[member]
         if view.member.writes:
             return (yield from written(step, member, always=True))
-        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise))]
+        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise), view.cut)]
         return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
 
     return strategy

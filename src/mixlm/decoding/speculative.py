@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mixlm.decoding.base import Choice, Flow, Step, Strategy
 from mixlm.decoding.drafts import Draft, Tally, prefix_groups
 from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request
-from mixlm.sampling import Ids, Logits
+from mixlm.sampling import Cut, Ids, Row
 
 LONGEST = 32
 
@@ -29,7 +29,8 @@ class _Position:
 
     member: int
     ids: Ids
-    choose: Callable[[Logits], Drawn]
+    choose: Callable[[Row], Drawn]
+    cut: Cut | None
     guess: int | None = None
     drawn: Drawn | None = None
 
@@ -53,10 +54,10 @@ def _write_ahead(step: Step, draft: Draft, checks: int) -> Generator[list[Reques
         member = here.noise.choice(here.weights)
         view = here.views[member]
         # A copy: the state goes on changing.
-        position = _Position(member, view.ids().copy(), view.draw(here.noise))
+        position = _Position(member, view.ids().copy(), view.draw(here.noise), view.cut)
         block.append(position)
         if member == draft.member:
-            [drawn] = yield [Draw(member, view.ids(), position.choose)]
+            [drawn] = yield [Draw(member, view.ids(), position.choose, view.cut)]
             position.drawn = drawn
             position.guess = drawn.symbol
         elif guessed < checks:
@@ -75,7 +76,7 @@ def _checked(block: list[_Position], tally: Tally) -> Flow:
         mine = [one for one in waiting if one.member == waiting[0].member]
         group = [mine[at] for at in prefix_groups([one.ids for one in mine])[0]]
         ids, first = group[-1].ids, len(group[0].ids)
-        [logits] = yield [Ask(group[0].member, ids, len(ids) - first + 1)]
+        [logits] = yield [Ask(group[0].member, ids, len(ids) - first + 1, group[0].cut)]
         for one in group:
             one.drawn = one.choose(logits[len(one.ids) - first])
             if one.guess is None:

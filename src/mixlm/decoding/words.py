@@ -9,54 +9,259 @@ the first member's draw says something about the first noise.
 The symbols that a member's truncation leaves may all go on with the word. Then those that do not begin one are masked
 before truncation. Where a model gives none of them any probability, the symbol of the first member stands.
 
-A word costs one forward more than its symbols where it changes the member: the one that found the last word's end.
+Done in this order, a word costs a forward more than its symbols where it changes the member: the one in which the first
+member finds that its word has ended. So it is mostly left for later. The coin is known before anybody runs; where it
+falls on another member and the word has probably ended, that one goes on at once. The first member draws for that place
+in the next forward in which it is asked anyway, which covers all it has missed. With the noise a function of the place,
+it draws what it would have drawn before. If that begins a word, nothing was lost; if not, what was written behind the
+place is dropped, and the text goes on with what was drawn. Either way it is the same text.
+
+Whether a word has ended is guessed twice. Before the next member runs, from how often words ended behind the same
+symbol in this reply; then from what it gives itself to beginnings of words, for it reads the same text. To be wrong
+costs what is written until the first member is asked again; to be too careful costs a forward.
+
+Symbols are chosen as soon as no end in front of them is in doubt. What was drawn behind them is kept with the state,
+and found there when it is written again; so a doubt costs no forward by being carried on.
+
+A member that stopped answering, or that has no token with which a text held to a schema can go on, has no word to end:
+the next one drawn writes as it would without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from mixlm.decoding.base import Choice, Flow, Step, View
-from mixlm.engines.base import Draw, Drawn
+from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
+from mixlm.decoding.drafts import prefix_groups
+from mixlm.engines.base import Ask, Drawn, Reply, Request
 from mixlm.noise import Noise
-from mixlm.sampling import Candidates, Logits
-from mixlm.vocab.words import WordState
+from mixlm.sampling import Candidates, Ids, Logits
+from mixlm.vocab.words import WHITESPACE, WordState
+
+LONGEST = 16  # symbols written behind an end that is in doubt
+_SYMBOLS = 1.4  # of a word
 
 
-def words(step: Step) -> Flow:
-    """Draw from the member whose word it is, and from the next one where the word has ended."""
-    coin = step.noise.choice(step.weights)
-    state = cast(WordState, step.views[0].state)
-    z = coin if state.owner is None else state.owner
-    [drawn] = yield [Draw(z, step.views[z].ids(), step.views[z].draw(step.noise))]
-    if z == coin or not state.begins(np.array([drawn.symbol]))[0]:
-        return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]
-    view = step.views[coin]
-    [anew] = yield [Draw(coin, view.ids(), _beginning(view, step.noise.again(), drawn))]
-    return [Choice(anew.symbol, z if anew is drawn else coin, anew.logprob, anew.likeliest)]
+def words(longest: int = LONGEST) -> Strategy:
+    """Return the strategy that draws from the member whose word it is, and from the next one where the word has ended.
+
+    longest: how many symbols are written at most before an end in front of them is looked at; 1 looks at each at once.
+    """
+    ends = _Ends()
+
+    def strategy(step: Step) -> Flow:
+        return (yield from _Block(cast(WordState, step.views[0].state), ends, longest).write(step))
+
+    return strategy
 
 
-def _beginning(view: View, noise: Noise, otherwise: Drawn) -> Callable[[Logits], Drawn]:
-    """Return the function that draws a symbol that begins a word from a member's logits, if there is one."""
-    state = cast(WordState, view.state)
-    law = view.law_here()
+class _Ends:
+    """How often words ended behind each symbol.
 
-    def choose(logits: Logits) -> Drawn:
-        symbols, logprobs = law(logits)
-        kept = state.begins(symbols)
+    Every reply learns anew, so that what it runs, and with it the last digits, do not depend on other replies.
+    """
+
+    def __init__(self) -> None:
+        self._behind: dict[int, tuple[int, int]] = {}
+        self._all = (8.0, 10.0)  # behind any symbol; to begin with, most symbols are the last of their word
+
+    def behind(self, symbol: int) -> float:
+        """Return how likely a word has ended behind a symbol."""
+        ended, seen = self._behind.get(symbol, (0, 0))
+        return (ended + 2 * self._all[0] / self._all[1]) / (seen + 2)
+
+    def learn(self, symbol: int, ended: bool) -> None:
+        """Take down whether a word had ended behind a symbol."""
+        before, seen = self._behind.get(symbol, (0, 0))
+        self._behind[symbol] = before + ended, seen + 1
+        self._all = self._all[0] + ended, self._all[1] + 1
+
+
+class _Check(NamedTuple):
+    """A word's end that is in doubt: whose word, what it read there and how it draws, and what begins a word there."""
+
+    member: int
+    ids: Ids
+    choose: Callable[[Logits], Drawn]
+    noise: Noise
+    before: bytes
+    begins: Callable[[Ids], npt.NDArray[np.bool_]]
+    last: int
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """A symbol that is written, and the doubt whether a word had ended in front of it."""
+
+    choice: Choice
+    check: _Check | None = None
+
+
+class _NotEndedError(Exception):
+    """A word had not ended that was thought to. What was written behind has been dropped."""
+
+
+class _Block:
+    """Symbols behind a text of which nothing is in doubt."""
+
+    def __init__(self, state: WordState, ends: _Ends, longest: int) -> None:
+        self._state = state
+        self._ends = ends
+        self._longest = longest
+        self._places: list[_Place] = []
+
+    def write(self, step: Step) -> Flow:
+        """Write on until something is certain; return that."""
+        self._state.forget()
+        here: Step | None = step
+        try:
+            while here is not None and len(self._places) < self._longest:
+                self._places.append((yield from self._next(here)))
+                if certain := self._certain():
+                    return certain
+                here = here.push(self._places[-1].choice.symbol)
+        except _NotEndedError:
+            pass
+        while not (certain := self._certain()):
+            oldest = self._places[0].check
+            assert oldest is not None
+            with suppress(_NotEndedError):
+                yield from self._asked(oldest.member)
+        return certain
+
+    def _certain(self) -> list[Choice]:
+        """Return the symbols in front of the first doubt."""
+        doubtful = (at for at, one in enumerate(self._places) if one.check is not None)
+        return [one.choice for one in self._places[: next(doubtful, len(self._places))]]
+
+    def _next(self, here: Step) -> Generator[list[Request], list[Reply], _Place]:
+        """Write one symbol."""
+        state, views, turn = self._state, here.views, here.noise.again()
+        coin = here.noise.choice(here.weights)
+        z = coin if state.owner is None or self._left_out(here, state.owner) else state.owner
+        own = self._known(z, here.noise)
+        if own is None and z != coin:
+            anew = self._known(coin, turn) or (yield from self._ahead(here, coin, z, turn))
+            if anew is not None:
+                return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest), self._check(here, z))
+        if own is None:
+            logits = yield from self._asked(z, views[z].ids())
+            own = self._note(z, here.noise, views[z].draw(here.noise)(logits))
+            if state.last is not None:
+                self._ends.learn(state.last, self._begins(own))
+        if z == coin or not self._begins(own):
+            return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
+        anew = self._known(coin, turn)
+        if anew is None:
+            logits = yield from self._asked(coin, views[coin].ids())
+            anew, _ = _beginning(views[coin], turn, logits)
+        if anew is None:
+            return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
+        return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest))
+
+    def _left_out(self, here: Step, member: int) -> bool:
+        return member in here.absent or here.views[member].stuck
+
+    def _ahead(self, here: Step, coin: int, z: int, turn: Noise) -> Generator[list[Request], list[Reply], Drawn | None]:
+        """Let the next member begin a word, unless the last one should first be asked whether its word has ended."""
+        if not self._may_have_ended(here.views[z]):
+            return None
+        logits = yield from self._asked(coin, here.views[coin].ids())
+        anew, mass = _beginning(here.views[coin], turn, logits)
+        if anew is None:
+            return None
+        self._note(coin, turn, anew)
+        at_risk = min(self._longest - len(self._places), _SYMBOLS / max(float(here.weights[z]), 1e-9))
+        return anew if (1 - mass) * at_risk <= mass else None
+
+    def _may_have_ended(self, view: View) -> bool:
+        """Whether to let the next member go first.
+
+        An engine that tells its likeliest tokens only is asked for each place by itself: there is nothing to save.
+        """
+        last = self._state.last
+        assert last is not None
+        return (
+            self._longest > 1
+            and view.member.engine.candidates is None
+            and self._state.tail(1) not in WHITESPACE
+            and self._ends.behind(last) > 0.5
+        )
+
+    def _check(self, here: Step, z: int) -> _Check:
+        view, state = here.views[z], self._state
+        assert state.last is not None
+        ids, choose = view.ids().copy(), view.draw(here.noise)  # a copy: the state goes on changing
+        return _Check(z, ids, choose, here.noise, state.text(), state.begins_here(), state.last)
+
+    def _asked(self, member: int, ids: Ids | None = None) -> Generator[list[Request], list[Reply], Logits]:
+        """Let a member say where its words ended, and return its logits (vocab,) behind `ids`, in the same forward.
+
+        Raises _NotEndedError at the first word that had not ended.
+        """
+        doubts = [one for one in self._places if one.check is not None and one.check.member == member]
+        texts = [one.check.ids for one in doubts if one.check is not None] + ([] if ids is None else [ids])
+        row: Logits = np.zeros(0, dtype=np.float32)
+        for group in prefix_groups(texts):
+            first, longest = len(texts[group[0]]), texts[group[-1]]
+            [logits] = yield [Ask(member, longest, len(longest) - first + 1)]
+            for number in group:
+                row = logits[len(texts[number]) - first]
+                if number < len(doubts):
+                    self._settle(doubts[number], row)
+        return row
+
+    def _settle(self, place: _Place, logits: Logits) -> None:
+        """Draw what the last member says of the end of its word. Where it goes on with it, the text ends there."""
+        check = place.check
+        assert check is not None
+        own = check.choose(logits)
+        self._state.learn(check.member, check.noise, check.before, own)
+        ended = bool(check.begins(np.array([own.symbol]))[0])
+        self._ends.learn(check.last, ended)
+        place.check = None
+        if not ended:
+            place.choice = Choice(own.symbol, check.member, own.logprob, own.likeliest)
+            del self._places[self._places.index(place) + 1 :]
+            raise _NotEndedError
+
+    def _begins(self, drawn: Drawn) -> bool:
+        return bool(self._state.begins_here()(np.array([drawn.symbol]))[0])
+
+    def _known(self, member: int, noise: Noise) -> Drawn | None:
+        found = self._state.drawn(member, noise)
+        return None if found is None else Drawn(*found)
+
+    def _note(self, member: int, noise: Noise, drawn: Drawn) -> Drawn:
+        self._state.learn(member, noise, self._state.text(), drawn)
+        return drawn
+
+
+def _beginning(view: View, noise: Noise, logits: Logits) -> tuple[Drawn | None, float]:
+    """Draw a symbol that begins a word from a member's logits (vocab,), if there is one.
+
+    Also returns what the member gives to such symbols where it is not made to begin a word.
+    """
+    law, begins = view.law_here(), cast(WordState, view.state).begins_here()
+    symbols, logprobs = law(logits)
+    kept = begins(symbols)
+    mass = float(np.exp(logprobs[kept]).sum())
+    if not kept.any():
+        allowed = (view.member.symbols >= 0) & begins(view.member.symbols)
+        masked = np.where(allowed, logits, -np.inf)
+        if not np.isfinite(masked).any():
+            return None, 0.0
+        symbols, logprobs = law(masked)
+        kept = np.isfinite(logprobs)
         if not kept.any():
-            allowed = (view.member.symbols >= 0) & state.begins(view.member.symbols)
-            masked = np.where(allowed, logits, -np.inf)
-            if not np.isfinite(masked).any():
-                return otherwise
-            symbols, logprobs = law(masked)
-            kept = np.isfinite(logprobs)
-        symbols, logprobs = symbols[kept], logprobs[kept]
-        top = logprobs.max()
-        logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())
-        return view.drawn(Candidates(symbols, logprobs), noise)
-
-    return choose
+            return None, 0.0
+    symbols, logprobs = symbols[kept], logprobs[kept]
+    top = logprobs.max()
+    logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())
+    return view.drawn(Candidates(symbols, logprobs), noise), mass

@@ -33,6 +33,8 @@ def load(spec: EngineSpec) -> Engine:
         return _remote(spec)
     if spec.engine == "llamacpp":
         return _llamacpp(spec)
+    if spec.engine == "vllm":
+        return _vllm(spec)
     _require(spec.model, "hf", "torch", "transformers")
     if spec.model.startswith("shape:"):
         from mixlm.engines.shape import ShapeEngine
@@ -77,6 +79,18 @@ def _llamacpp(spec: EngineSpec) -> Engine:
     from mixlm.engines.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(replace(spec, name=spec.name or found.name), found.path, tokenizer_folder(found))
+
+
+def _vllm(spec: EngineSpec) -> Engine:
+    _require(spec.model, "vllm", "vllm")
+    _require(spec.model, "hf", "transformers")
+    if spec.model.startswith("shape:"):
+        raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
+    from mixlm.engines.vllm_engine import VllmEngine
+    from mixlm.models import resolve
+
+    found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
+    return VllmEngine(replace(spec, name=spec.name or found.name), found.path_or_id)
 
 
 def _remote(spec: EngineSpec) -> Engine:

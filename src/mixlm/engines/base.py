@@ -21,7 +21,7 @@ import numpy as np
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.records import Sampling
-from mixlm.sampling import Floats, Ids, Likeliest, Logits
+from mixlm.sampling import Cut, Floats, Ids, Likeliest, Logits
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
@@ -43,20 +43,28 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Ask a member for its logits after each of the last `last` prefixes of `ids`. Reply: float (last, vocab)."""
+    """Ask a member for its logits after each of the last `last` prefixes of `ids`. Reply: float (last, vocab).
+
+    cut: what of the logits is needed; an engine may reply with one `Row` for each prefix, cut or whole.
+    """
 
     member: int
     ids: Ids
     last: int = 1
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn."""
+    """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn.
+
+    choose: called with the logits (vocab,); where `cut` says what of them is needed, with any `Row`.
+    """
 
     member: int
     ids: Ids
-    choose: Callable[[Logits], Drawn]
+    choose: Callable[[Any], Drawn]
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +188,11 @@ class Session(ABC):
         self._cached.rewrite(len(cached) - keep, [])
         return keep
 
-    def settle(self, ids: Ids, logits: Logits, forward: Forward) -> None:
-        """Take down that a question was run. logits: float32 (last, vocab)."""
+    def settle(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+        """Take down that a question was run. logits: float32 (last, vocab); None where not all of them are known."""
         self.work.log.append(forward)
         self._cached.rewrite(0, ids[forward.cached :])
-        self._latest = logits[-1:]
+        self._latest = None if logits is None else logits[-1:]
 
     def forget(self) -> None:
         """Start anew: interrupted or out of memory, what the cache holds is unknown."""

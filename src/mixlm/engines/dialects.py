@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mixlm.engines.runs import run_parameters
+from mixlm.records import Sampling
 from mixlm.sampling import Candidates
 
 _ID = "token_id:"
@@ -71,7 +73,8 @@ class OpenAI:
 
     def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
-        body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "logprobs": count}
+        # A model's defaults would otherwise cut and bend what a server tells of the laws that it draws from.
+        body = {"prompt": ids, **run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
         return ({**body, "return_tokens_as_token_ids": True},)
 
     def read(self, answer: Any) -> Candidates | None:

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from mixlm.engines.base import Engine, Session
+from mixlm.engines.base import Engine, Session, Written
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.sampling import Candidates, Floats, Ids, Logits
 from mixlm.vocab.units import TokenBuffer
@@ -55,6 +55,11 @@ class PartialSession(Session):
     def token_logprobs(self, ids: Ids) -> Floats:
         """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
         raise whole_needed(self._partial, "the log-probability of a given text")
+
+    def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
+        """Take down a run behind `ids`."""
+        super().wrote(ids, written, seconds)
+        self._context.rewrite(len(self._context.ids), self._cached.ids)
 
     def _keep(self, length: int) -> int:
         self._context.rewrite(len(self._context.ids) - length, [])

@@ -13,22 +13,28 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mixlm.engines.base import Ask, Forward, Reply, Request, Run, Session, completed
+from mixlm.engines.base import Ask, Forward, Reply, Request, Run, Session, Written, completed
 from mixlm.engines.partial import PartialEngine, PartialSession
+from mixlm.engines.runs import run_parameters
+from mixlm.engines.served import Served
 from mixlm.engines.server import PROBE, Reader, Server, Told
+from mixlm.engines.session import Connection, Line, likeliest_in_session, written_in_session
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Background, Limits, Wire
 from mixlm.errors import ConfigError, EngineError, MixlmError, UnsupportedError
+from mixlm.records import Sampling
 from mixlm.sampling import Candidates, Ids, Logits
 
 _log = logging.getLogger("mixlm")
+_T = TypeVar("_T")
+_PLAIN = Sampling(temperature=1.0, top_k=0)
 
 
 class RemoteEngine(PartialEngine):
@@ -47,7 +53,7 @@ class RemoteEngine(PartialEngine):
     def __init__(self, spec: EngineSpec, folder: Path | None, limits: Limits | None = None) -> None:
         self.limits = limits or Limits(answer=spec.timeout)
         key = _key(spec)
-        self._loop = Background()
+        self._loop = Background(self.limits.connections)
         self.servers: list[Server] = []
         for url in spec.model.split(","):
             base, _, wanted = url.strip().partition("#")
@@ -82,7 +88,8 @@ class RemoteEngine(PartialEngine):
             "engine": first.dialect,
             "device": self.device,
             "dtype": "the server's",
-            "prefix cache": "reported" if first.reports_cached else "not reported",
+            **first.served.details(),
+            **({"sessions": "yes"} if first.line else {}),
         }
 
         self._joining = asyncio.Lock()
@@ -107,7 +114,7 @@ class RemoteEngine(PartialEngine):
         """Engines that differ in their prompts alone run as one."""
         return id(self.servers)
 
-    def wait(self, task: Coroutine[Any, Any, Told]) -> Told:
+    def wait(self, task: Coroutine[Any, Any, _T]) -> _T:
         """Run a task where requests are sent from, and return what it returns."""
         return self._loop.wait(task)
 
@@ -129,8 +136,31 @@ class RemoteEngine(PartialEngine):
         """Whether a server answers, with the model that it had."""
         return self._loop.wait(self._any_alive())
 
-    async def likeliest(self, session: RemoteSession, ids: Ids, count: int) -> Told:
-        """Ask for at least the `count` likeliest tokens after `ids`; another server where the session's own fails."""
+    @property
+    def served(self) -> Served:
+        """What its servers do beside telling their likeliest tokens."""
+        return self._reference.served
+
+    @property
+    def line(self) -> Line | None:
+        """How sessions are opened, where the servers have mixlm's route; set to None, they are done without."""
+        return self._reference.line
+
+    @line.setter
+    def line(self, line: Line | None) -> None:
+        for one in self.servers:
+            one.line = line
+
+    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether the servers draw by themselves what the options mean, and tell what they drew."""
+        return self.served.writes(sampling, banned)
+
+    def reach(self, run: Run) -> tuple[int, list[int]]:
+        """Return how many tokens of a run the context has room for, and the ids that end it."""
+        return min(run.length, self.context_length + 1 - len(run.ids)), sorted(self.vocabulary.ends)
+
+    async def at_home(self, session: RemoteSession, ask: Callable[[Server], Coroutine[Any, Any, _T]]) -> _T:
+        """Ask the server that a session stays with; another one where that fails."""
         tried: list[Server] = []
         while True:
             server = session.home
@@ -138,7 +168,7 @@ class RemoteEngine(PartialEngine):
                 server = await self._another(tried)
                 session.move(server)
             try:
-                return await server.likeliest(session, ids, count)
+                return await ask(server)
             except EngineError as error:
                 if len(self.servers) == 1:
                     raise
@@ -206,6 +236,8 @@ class RemoteEngine(PartialEngine):
             said = "has another model"
         elif server.told < self.candidates + self.spare:
             said = f"tells {server.told} of the likeliest tokens, others {self.candidates + self.spare}"
+        elif server.served.details() != self.served.details():
+            said = "does not do by itself what the others do"
         elif server.context() < self.context_length:
             said = f"has a context of {server.context()} tokens, others {self.context_length}"
         if said is not None:
@@ -219,28 +251,49 @@ class RemoteEngine(PartialEngine):
 
     async def _found(self, session: Session, request: Request) -> Any:
         assert isinstance(session, RemoteSession)
-        if isinstance(request, Run):
-            return await asyncio.to_thread(session.write, request)
         async with session.turn:
+            if isinstance(request, Run):
+                return await session.written(request)
             return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1)
 
 
 class RemoteSession(PartialSession):
-    """One sequence. Its server is told all of it at every question. home: the server that it stays with."""
+    """One sequence. Its server is told all of it at every question; where it has sessions, what is new.
+
+    home: the server that it stays with.
+    """
 
     def __init__(self, engine: RemoteEngine) -> None:
         super().__init__(engine)
         self._engine = engine
         self.turn = asyncio.Lock()
         self.home: Server | None = None
+        self._connection: Connection | None = None
 
     def move(self, server: Server | None) -> None:
         """Stay with another server."""
         if self.home is not None:
             self.home.homes.discard(self)
         self.home = server
+        self._hang_up()
         if server is not None:
             server.homes.add(self)
+
+    def forget(self) -> None:
+        """Start anew, and let the server's session go."""
+        super().forget()
+        self._hang_up()
+
+    def write(self, run: Run) -> Written:
+        """Let the server write."""
+        return self._engine.wait(self.written(run))
+
+    async def written(self, run: Run) -> Written:
+        """Return what `write` does, without keeping anyone waiting."""
+        start = time.perf_counter()
+        written = await self._engine.at_home(self, lambda server: self._written_by(server, run))
+        self.wrote(run.ids, written, time.perf_counter() - start)
+        return written
 
     async def asked(self, ids: Ids, last: int) -> Logits:
         """Return what `logits` does, without keeping anyone waiting."""
@@ -252,7 +305,7 @@ class RemoteSession(PartialSession):
         try:
             question = next(wanted)
             while True:
-                told = await self._engine.likeliest(self, *question)
+                told = await self._told(*question)
                 cached = cached if told.cached is None else min(told.cached, len(ids) - 1)
                 question = wanted.send(told.likeliest)
         except StopIteration as done:
@@ -266,7 +319,46 @@ class RemoteSession(PartialSession):
         return out
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        return self._engine.wait(self._engine.likeliest(self, ids, count)).likeliest
+        return self._engine.wait(self._told(ids, count)).likeliest
+
+    async def _told(self, ids: Ids, count: int) -> Told:
+        return await self._engine.at_home(self, lambda server: self._told_by(server, ids, count))
+
+    async def _told_by(self, server: Server, ids: Ids, count: int) -> Told:
+        if server.line is None:
+            return await server.likeliest(self, ids, count)
+        parameters = run_parameters(_PLAIN, 0, 1) | {"logprobs": count}
+        answer = await asyncio.to_thread(self._continue, server, ids, parameters)
+        return Told(server.known(likeliest_in_session(answer, server.wire.base)), None)
+
+    async def _written_by(self, server: Server, run: Run) -> Written:
+        length, ends = self._engine.reach(run)
+        served = server.served
+        if server.line is None:
+            return await server.write(run, length, ends)
+        parameters = served.parameters(run, length, ends)
+        answer = await asyncio.to_thread(self._continue, server, run.ids, parameters, served.banned(run))
+        return written_in_session(answer, server.wire.base)
+
+    def _continue(self, server: Server, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
+        """Write on in the server's session; in a new one where the connection is gone, which it may be after a rest."""
+        if self._connection is not None:
+            try:
+                return self._connection.write(ids, parameters, banned)
+            except EngineError:
+                self._connection = None
+        assert server.line is not None
+        connection = server.line.open()
+        self._engine.wait(server.check(anew=True))
+        answer = connection.write(ids, parameters, banned)
+        self._connection = connection
+        weakref.finalize(self, connection.close)
+        return answer
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 def _close(loop: Background, wires: Sequence[Wire]) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 
 from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import Reply, Request, Session
-from mixlm.engines.together import Part, answer_together
+from mixlm.engines.together import Found, Part, answer_together
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
 from mixlm.sampling import Floats, Ids, Logits
 
 if TYPE_CHECKING:
+    from mixlm.engines.largest import Largest
     from mixlm.engines.steps import Steps
 
 # A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once; and this is
@@ -46,7 +47,7 @@ class HFSession(Session):
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
-        [logits] = self._runner.run([Part(self, ids, last)])
+        [logits] = self._runner.whole([Part(self, ids, last)])
         return logits
 
     def _normalisers(self, logits: Logits) -> Floats:
@@ -61,7 +62,8 @@ class Runner:
     """A loaded model as a function from what sessions lack to logits.
 
     recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
-    several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used.
+    several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used. largest: brings no
+    more logits to the host than are needed, where that is not where they are.
     graphs: "auto" uses them on CUDA where the model can, "on" wherever it can, "off" nowhere. Raises UnsupportedError
     for "on" and a model that cannot.
     """
@@ -73,6 +75,11 @@ class Runner:
         self.recomputes = bool(getattr(self.model, "_is_stateful", False))
         self.batches = False
         self.steps: Steps | None = None
+        self.largest: Largest | None = None
+        if self.model.device.type == "cuda":
+            from mixlm.engines.largest import Largest
+
+            self.largest = Largest()
         self._name = name
         loaded.runners[None] = self
         self.batches = self._batches()
@@ -100,8 +107,8 @@ class Runner:
         """Answer requests of several sessions together."""
         return answer_together(requests, self.run, MOST)
 
-    def run(self, parts: Sequence[Part]) -> list[Logits]:
-        """Run what sessions lack: float32 (last, vocab) for each. Raises MemoryLimitError."""
+    def run(self, parts: Sequence[Part]) -> list[Found]:
+        """Run what sessions lack, and return what `together.Run` says for each part. Raises MemoryLimitError."""
         import torch
 
         with torch.inference_mode(), memory_errors(self._name), self._loaded.using(self._adapter):
@@ -113,7 +120,11 @@ class Runner:
                 behind.append(one._replace(ids=one.ids[head:]))
             return self._forward(behind)
 
-    def _forward(self, parts: Sequence[Part]) -> list[Logits]:
+    def whole(self, parts: Sequence[Part]) -> list[Logits]:
+        """Run parts without cuts: float32 (last, vocab) for each. Raises MemoryLimitError."""
+        return [cast("Logits", one) for one in self.run(parts)]
+
+    def _forward(self, parts: Sequence[Part]) -> list[Found]:
         import torch
 
         device = self.model.device
@@ -121,7 +132,7 @@ class Runner:
             [part] = parts
             ids = torch.tensor(part.ids[None], device=device)
             out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
-            return [_numbers(out[0, -part.last :])]
+            return self._brought(out[0, -part.last :], parts)
         from mixlm.engines.attention import KeyValues, Rows
 
         sessions = [cast(HFSession, one.session) for one in parts]
@@ -129,7 +140,7 @@ class Runner:
             session.cache = session.cache or KeyValues(None if self.steps is None else self.steps.rooms)
         counts = [len(one.ids) for one in parts]
         if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
-            return [_numbers(self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last))]
+            return self._brought(self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last), parts)
         # A copy: the callers' arrays are views of buffers that go on changing.
         ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
         rows = Rows([session.cache for session in sessions], counts)
@@ -144,7 +155,20 @@ class Runner:
             rows=rows,
         ).logits
         rows.done()
-        return np.split(_numbers(out[0]), np.cumsum([one.last for one in parts])[:-1])
+        return self._brought(out[0], parts)
+
+    def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
+        """Bring the logits of all parts, a tensor (rows, vocab), to the host, or as much of them as is needed."""
+        ends = np.cumsum([one.last for one in parts])
+        if self.largest is None or all(one.cut is None for one in parts):
+            whole: Logits = logits.float().cpu().numpy()
+            return list(np.split(whole, ends[:-1]))
+        rows = self.largest.of(logits, [one.cut for one in parts for _ in range(one.last)])
+        own = [rows[end - one.last : end] for one, end in zip(parts, ends.tolist(), strict=True)]
+        return [
+            those if one.cut is not None else np.stack(cast("list[Logits]", those))
+            for one, those in zip(parts, own, strict=True)
+        ]
 
     def _cached(self, session: Session) -> dict[str, Any]:
         """Return what a forward of one sequence is called with, for models that cannot run several at once."""
@@ -168,7 +192,7 @@ class Runner:
         usual = self.model.config._attn_implementation
         size = self.model.get_output_embeddings().weight.shape[0]
         ids = np.arange(_TRIED, dtype=np.int64) % size
-        expected = self.run([Part(self._session(), ids, 1)])[0]
+        expected = self.whole([Part(self._session(), ids, 1)])[0]
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         try:
             self.model.set_attn_implementation(NAME)
@@ -177,7 +201,7 @@ class Runner:
                 one, other = self._session(), self._session()
                 self.run([Part(one, ids[:9], 1), Part(other, ids[:4], 1)])
                 self.run([Part(other, ids[4:5], 1), Part(one, ids[9:], 1)])
-                found = self.run([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
+                found = self.whole([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
                 if _total_variation(found, expected) < _DIFFERENCE:
                     return True
         except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
@@ -195,7 +219,7 @@ class Runner:
             from mixlm.engines.steps import Steps
 
             ids = np.arange(_TRIED, dtype=np.int64) % self.model.get_output_embeddings().weight.shape[0]
-            [expected] = self.run([Part(self._session(), ids, 4)])
+            [expected] = self.whole([Part(self._session(), ids, 4)])
             self.steps = Steps(self.model, capture=cuda)
             try:
                 found = self._in_steps(ids)
@@ -219,16 +243,11 @@ class Runner:
         before = session.cache.length
         for _ in range(3):
             session.cache.length = before
-            [found] = self.run([Part(session, ids[before:], 4)])
+            [found] = self.whole([Part(session, ids[before:], 4)])
         return found
 
     def _session(self) -> HFSession:
         return HFSession(self, _TRIED)
-
-
-def _numbers(logits: Any) -> Logits:
-    numbers: Logits = logits.float().cpu().numpy()
-    return numbers
 
 
 def _total_variation(a: Logits, b: Logits) -> float:

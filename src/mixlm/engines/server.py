@@ -10,15 +10,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 
-from mixlm.engines.base import Session
+from mixlm.engines.base import Run, Session, Written
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI, cached_tokens
+from mixlm.engines.served import Served, try_out, written_by
+from mixlm.engines.session import Line
 from mixlm.engines.slots import Slots
 from mixlm.engines.wire import Wire
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
@@ -56,7 +59,8 @@ class Reader:
 class Server:
     """A server and one model that it has. wanted: the model's name, empty for its only one.
 
-    told: how many of the likeliest tokens it tells at most. homes: sessions that stay with it.
+    told: how many of the likeliest tokens it tells at most. served: what else it does. line: how sessions are opened,
+    where it has mixlm's route. homes: sessions that stay with it.
     """
 
     def __init__(self, wire: Wire, wanted: str) -> None:
@@ -66,7 +70,8 @@ class Server:
         self.props: dict[str, Any] = {}
         self.told = 0
         self.limited = True
-        self.reports_cached = False
+        self.served = Served()
+        self.line: Line | None = None
         self.homes: WeakSet[Session] = WeakSet()
         self.ready = False
         self._dialect: Dialect | None = None
@@ -103,8 +108,11 @@ class Server:
         await self._compare_tokenizers(reader)
         await self._choose_dialect(reader, wanted)
         self._fingerprint = await self._likeliest_of_probe()
-        # Asked the same once more, it should have the beginning in its cache.
-        self.reports_cached = bool((await self._ask(reader.probe, 5))[0].cached)
+        if isinstance(self._dialect, OpenAI):
+            self.served = await asyncio.to_thread(try_out, self._completed, reader.probe)
+            self.line = await asyncio.to_thread(self._session_line)
+        elif (await self._ask(reader.probe, 5))[0].cached is not None:
+            self.served = replace(self.served, caches=True)
         self.ready, self._wait = True, 0.0
 
     def context(self) -> int:
@@ -140,9 +148,46 @@ class Server:
         """Ask for at least the `count` likeliest tokens after `ids`. Raises EngineError."""
         async with self._slot(session, ids) as slot:
             told, anew = await self._ask(ids.tolist(), count, slot)
+        await self.check(anew)
+        return told
+
+    async def check(self, anew: bool) -> None:
+        """Raise EngineError when a connection was made anew, and the server has another model than it had."""
         if anew and not await self.still_the_same():
             raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
-        return told
+
+    async def write(self, run: Run, length: int, ends: list[int]) -> Written:
+        """Let it draw up to `length` tokens. Raises EngineError."""
+        answer, anew = await self.complete(self.served.body(run, length, ends))
+        await self.check(anew)
+        return written_by(answer, self.wire.base)
+
+    async def complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
+        """Ask for a completion. Also tells whether a connection was made for it."""
+        answer = await self.wire.ask("POST", "/v1/completions", {**body, "model": self.model})
+        if answer.status != 200:
+            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+        return answer.value, answer.anew
+
+    def known(self, found: Candidates) -> Candidates:
+        """Return what it tells without rows behind the last token, which are padding."""
+        assert self._reader is not None
+        here = found.ids < self._reader.size
+        return Candidates(found.ids[here], found.logprobs[here])
+
+    def _completed(self, body: dict[str, Any]) -> tuple[Any, bool]:
+        return self.wire.loop.wait(self.complete(body))
+
+    def _session_line(self) -> Line | None:
+        """Return how to open sessions, where the server has mixlm's route and this machine what it takes to use it."""
+        if find_spec("websockets") is None:
+            return None
+        line = Line(self.wire.base, self.wire.key, self.wire.limits.connect, self.wire.limits.answer)
+        try:
+            line.open().close()
+        except EngineError:
+            return None
+        return line
 
     async def alive(self) -> bool:
         """Whether it answers, with the model that it had."""
@@ -190,22 +235,17 @@ class Server:
 
     async def _ask(self, ids: list[int], count: int, slot: int | None = None) -> tuple[Told, bool]:
         assert self._dialect is not None
-        assert self._reader is not None
         anew = False
         place = {} if slot is None else {"id_slot": slot}
         for body in self._dialect.bodies(ids, count):
-            answer = await self.wire.ask("POST", "/v1/completions", {**body, **place, "model": self.model})
-            anew |= answer.anew
-            if answer.status != 200:
-                raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+            answer, new = await self.complete({**body, **place})
+            anew |= new
             try:
-                found = self._dialect.read(answer.value)
+                found = self._dialect.read(answer)
             except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.wire.base} gives no answer: {str(answer.value)[:200]}") from None
+                raise EngineError(f"{self.wire.base} gives no answer: {str(answer)[:200]}") from None
             if found is not None:
-                here = found.ids < self._reader.size  # rows behind the last token are padding
-                told = Candidates(found.ids[here], found.logprobs[here])
-                return Told(told, cached_tokens(answer.value)), anew
+                return Told(self.known(found), cached_tokens(answer)), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
 
     async def _find(self, wanted: str) -> dict[str, Any]:

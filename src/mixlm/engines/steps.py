@@ -98,11 +98,12 @@ class Step:
 class CapturedStep(Step):
     """A step as a CUDA graph: run as it is the first time, captured the second, and replayed from then on.
 
-    It is always run on the same room.
+    It is always run on the same room. pool: memory that the graphs of one model share, since no two run at once.
     """
 
-    def __init__(self, model: Any, tokens: int, asked: int) -> None:
+    def __init__(self, model: Any, tokens: int, asked: int, pool: Any = None) -> None:
         super().__init__(model, tokens, asked)
+        self._pool = pool
         self._graph: Any = None
         self._out: torch.Tensor | None = None
 
@@ -111,7 +112,7 @@ class CapturedStep(Step):
         if self._out is None:
             self._out = warmed_up(lambda: Step.run(self, room), self._model.device)
         elif self._graph is None:
-            self._graph, self._out = captured(lambda: Step.run(self, room))
+            self._graph, self._out = captured(lambda: Step.run(self, room), self._model.device, self._pool)
             self._graph.replay()
         else:
             self._graph.replay()
@@ -132,11 +133,13 @@ def warmed_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.Te
     return out
 
 
-def captured(run: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+def captured(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> tuple[Any, torch.Tensor]:
     """Return what replays all that `run` lets a device do, and what it fills with the result. Nothing is computed."""
     graph = torch.cuda.CUDAGraph()
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     # Another thread may be at work on another device, or on another model.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    others = "thread_local"
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
         out = run()
     return graph, out
 
@@ -153,6 +156,7 @@ class Steps:
         self._model = model
         self.captures = capture
         self._captured: WeakSet[Room] = WeakSet()
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     def anew(self) -> Steps:
         """Return the same steps with nothing captured yet."""
@@ -176,12 +180,16 @@ class Steps:
         room = cache.reserve(cache.length + tokens)
         step = room.steps.get((tokens, asked))
         if step is None:
-            kind = CapturedStep if self.captures else Step
-            step = room.steps[tokens, asked] = kind(self._model, tokens, asked)
+            step = room.steps[tokens, asked] = self._step(tokens, asked)
         step.fill(ids, cache.length, last)
         out: torch.Tensor = step.run(room)[:last]
         cache.length += len(ids)
         return out
+
+    def _step(self, tokens: int, asked: int) -> Step:
+        if self.captures:
+            return CapturedStep(self._model, tokens, asked, self._pool)
+        return Step(self._model, tokens, asked)
 
 
 def _padded(tokens: int) -> int:

@@ -8,18 +8,23 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from mixlm.engines.base import Ask, Draw, Forward, Reply, Request, Session
-from mixlm.sampling import Ids, Logits
+from mixlm.sampling import Cut, Ids, Logits, Row
 
 
 class Part(NamedTuple):
-    """What a session lacks for a question: ids behind its cache, and how many of the last positions are asked for."""
+    """What a session lacks for a question: ids behind its cache, how many of the last positions are asked for.
+
+    cut: what of their logits is needed, None for all.
+    """
 
     session: Session
     ids: Ids
     last: int
+    cut: Cut | None = None
 
 
-Run = Callable[[Sequence[Part]], list[Logits]]  # float32 (last, vocab) for each part
+Found = Logits | list[Row]  # float32 (last, vocab); or `last` rows, where the part has a cut
+Run = Callable[[Sequence[Part]], Sequence[Found]]
 
 
 def in_threads(
@@ -66,7 +71,8 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
             if keep is None:
                 replies[at] = session.latest
             else:
-                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last)))
+                cut = request.cut if isinstance(request, Ask | Draw) else None
+                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut)))
         for question, logits in zip(questions, _run(questions, run, most), strict=True):
             replies[question.at] = logits
         for at in now:
@@ -76,8 +82,8 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
     return replies
 
 
-def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Logits]:
-    out: list[Logits] = []
+def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Found]:
+    out: list[Found] = []
     try:
         while len(out) < len(questions):
             batch = _fitting(questions[len(out) :], most)
@@ -88,9 +94,8 @@ def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Logits]:
                 count = len(one.part.ids)
                 # A copy: a view would keep the logits of the whole batch in memory.
                 own = logits.copy() if len(batch) > 1 else logits
-                one.part.session.settle(
-                    one.ids, own, Forward(count, len(one.ids) - count, per_token * count, len(batch))
-                )
+                forward = Forward(count, len(one.ids) - count, per_token * count, len(batch))
+                one.part.session.settle(one.ids, None if isinstance(own, list) else own, forward)
                 out.append(own)
     except BaseException:
         for one in questions[len(out) :]:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,10 +46,14 @@ class Answer:
 
 
 class Background:
-    """An event loop in a thread of its own, which ends with `close` or with the program."""
+    """An event loop in a thread of its own, which ends with `close` or with the program.
 
-    def __init__(self) -> None:
+    threads: how many there are at most for what has to wait (`asyncio.to_thread`).
+    """
+
+    def __init__(self, threads: int) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(threads))
         self._thread = threading.Thread(target=self._run, name="mixlm-wire", daemon=True)
         self._thread.start()
 
@@ -87,14 +91,15 @@ class Wire:
     def __init__(self, base: str, loop: Background, key: str | None = None, limits: Limits | None = None) -> None:
         self.base = base
         self.loop = loop
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
+        self.key = key
         # Answers are short, and unpacking them would cost more than they weigh.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # Waiting for a free connection has no limit of its own: requests queue there.
-        timeout = httpx.Timeout(self._limits.answer, connect=self._limits.connect, pool=None)
+        timeout = httpx.Timeout(self.limits.answer, connect=self.limits.connect, pool=None)
         tls = httpx.create_ssl_context() if base.startswith("https:") else None
-        own = None if _proxied(base) else Connections(self._limits.connections, tls)
-        pool = httpx.Limits(max_connections=self._limits.connections)
+        own = None if _proxied(base) else Connections(self.limits.connections, tls)
+        pool = httpx.Limits(max_connections=self.limits.connections)
         self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout, transport=own, limits=pool)
 
     async def close(self) -> None:
@@ -113,7 +118,7 @@ class Wire:
         self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Answer:
         """Send a request and return the answer. seconds: a shorter limit than usual, with no second try."""
-        patience = time.monotonic() + (0.0 if seconds else self._limits.busy)
+        patience = time.monotonic() + (0.0 if seconds else self.limits.busy)
         tries = 0
         extensions: dict[str, Any] = {}
         more: dict[str, Any] = {} if seconds is None else {"timeout": seconds}
@@ -122,7 +127,7 @@ class Wire:
             try:
                 answer = await self._client.request(method, path, json=body, extensions=dict(extensions), **more)
             except httpx.TimeoutException as error:
-                limit = self._limits.connect if isinstance(error, httpx.ConnectTimeout) else self._limits.answer
+                limit = self.limits.connect if isinstance(error, httpx.ConnectTimeout) else self.limits.answer
                 raise EngineError(f"{self.base} does not answer within {seconds or limit:g} seconds") from error
             except httpx.TransportError as error:
                 # Servers close connections that were idle, and nothing was written of an answer that was cut off. Other

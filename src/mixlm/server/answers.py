@@ -69,14 +69,19 @@ class Answer:
             ]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in range(len(self._asked.tasks)) if self._echo(i)]
 
-    def token(self, index: int, token: Token) -> bytes:
-        """Return the event of one token."""
+    def token(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> bytes:
+        """Return the event of one token. forwards: those of each member since the event before."""
         content = {"content": token.text} if self._chat else token.text
-        return self._chunk(index, content, {"members": [token.member]}, logprobs=self._logprobs(index, [token]))
+        return self._chunk(
+            index,
+            content,
+            {"members": [token.member], "forwards": _counts(forwards)},
+            logprobs=self._logprobs(index, [token]),
+        )
 
-    def last(self, index: int, completion: Completion) -> bytes:
+    def last(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> bytes:
         """Return the event of one reply's end."""
-        mixlm = {"members": [], "seed": completion.seed}
+        mixlm = {"members": [], "forwards": _counts(forwards), "seed": completion.seed}
         return self._chunk(index, {} if self._chat else "", mixlm, finish_reason=completion.finish_reason)
 
     def totals(self, completions: Sequence[Completion]) -> bytes:
@@ -111,29 +116,29 @@ class Answer:
             },
         }
 
-    def attributes(self, completions: Sequence[Completion], closed: str | None) -> dict[str, Any]:
+    def attributes(
+        self, completions: Sequence[Completion], work: Mapping[tuple[str, str], int], closed: str | None
+    ) -> dict[str, Any]:
         """Return what a trace says of the request: its settings and figures, nothing of what was asked or written.
 
-        closed: why it was given up, if it was. Arrays have an element for each of `mixlm.members`.
+        completions: of finished replies. work: by what and by member, of all replies: `tokens` written, `forwards`,
+        `forward_tokens`. closed: why it was given up, if it was. Arrays have an element for each of `mixlm.members`.
         """
-        asked, settings = self._asked, self._asked.tasks[0].settings
-        usage = self.usage(completions)
-        members = usage["mixlm"]["members"]
+        asked, usage, names = self._asked, self.usage(completions), self._asked.ensemble.names
+        done = {what: [work.get((what, one), 0) for one in names] for what in ("tokens", "forwards", "forward_tokens")}
         attributes = {
             "gen_ai.operation.name": "chat" if self._chat else "text_completion",
             "gen_ai.request.model": asked.served.name,
             "gen_ai.response.id": self._head["id"],
             "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
             "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": usage["completion_tokens"],
-            "mixlm.method": settings.method,
+            "gen_ai.usage.output_tokens": sum(done["tokens"]),
+            "mixlm.method": asked.tasks[0].settings.method,
             "mixlm.unit": asked.ensemble.unit.name,
             "mixlm.replies": len(asked.tasks),
             "mixlm.stream": asked.stream,
-            "mixlm.members": list(members),
-            "mixlm.member.tokens": [one["tokens"] for one in members.values()],
-            "mixlm.member.forwards": [one["forwards"] for one in members.values()],
-            "mixlm.member.forward_tokens": [one["forward_tokens"] for one in members.values()],
+            "mixlm.members": list(names),
+            **{f"mixlm.member.{what}": counts for what, counts in done.items()},
             "mixlm.guesses.checked": usage["mixlm"]["checked"],
             "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
         }
@@ -200,7 +205,8 @@ def _told(token: Token) -> shapes.TokenLogprob:
 
 def _likeliest(token: Token) -> dict[str, float]:
     """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
-    found = {_spelled(one.data): _finite(one.logprob) for one in token.alternatives}
+    # Ids of one vocabulary may have equal bytes: the likelier one is told.
+    found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
     return {**found, _spelled(token.data): _finite(token.logprob)}
 
 
@@ -217,3 +223,7 @@ def _spelled(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LEAST)
+
+
+def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {name: len(tokens) for name, tokens in forwards.items()}

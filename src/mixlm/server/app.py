@@ -96,19 +96,21 @@ class Server:
         return _json(self.registry.find(request.path_params["name"]).as_dict())
 
     async def _chat(self, request: Request) -> ASGIApp:
-        body = await self._with_unit(read(ChatBody, await self._body(request)))
+        body = await self._prepared(read(ChatBody, await self._body(request)))
         return self._exchange(request, chat(body, self.registry, self.limits))
 
     async def _completion(self, request: Request) -> ASGIApp:
-        body = await self._with_unit(read(CompletionBody, await self._body(request)))
+        body = await self._prepared(read(CompletionBody, await self._body(request)))
         return self._exchange(request, completion(body, self.registry, self.limits))
 
-    async def _with_unit(self, body: B) -> B:
-        """Make the unit that a request asks for, where none did before; other requests do not wait for it."""
+    async def _prepared(self, body: B) -> B:
+        """Make the unit and read the schema that a request asks for; other requests do not wait for it."""
         unit = body.mixlm.unit if body.mixlm is not None else None
         served = self.registry.find(body.model)
         if not served.has_unit(unit):
             await asyncio.to_thread(served.in_unit, unit)
+        if body.schema_of_reply is not None:
+            await asyncio.to_thread(served.ensemble.grammars.of, body.schema_of_reply)
         return body
 
     def _exchange(self, request: Request, asked: Asked) -> ASGIApp:

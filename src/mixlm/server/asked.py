@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
+from mixlm.errors import ConfigError
 from mixlm.records import Message
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import Limits
@@ -82,7 +83,10 @@ def _asked(
     extras = body.mixlm or Extras()
     ensemble = served.in_unit(extras.unit)
     if extras.weights is not None:
-        ensemble = ensemble.with_weights(extras.weights)
+        try:
+            ensemble = ensemble.with_weights(extras.weights)
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="mixlm.weights", code="invalid_value") from None
     settings = ensemble.settings(**_options(body, extras, ensemble, options))
     _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
@@ -103,6 +107,15 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         given["stop"] = body.stop
     if body.seed is not None:
         given["seed"] = body.seed % 2**64  # the API allows negative ones
+    if body.logit_bias or extras.logit_bias:
+        # The API's keys are token ids, as digits; a text of digits has its place under mixlm.
+        ids = {
+            int(key) if key.isascii() and key.isdecimal() else key: value
+            for key, value in (body.logit_bias or {}).items()
+        }
+        given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
+    if body.response_format is not None:
+        given["json_schema"] = body.schema_of_reply
     method = extras.method
     served = ensemble.defaults.method
     if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):

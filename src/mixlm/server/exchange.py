@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -53,6 +54,8 @@ class Exchange:
         self._answer = Answer(asked, note["request"])
         self._done: dict[int, Completion] = {}
         self._steps = Steps()
+        self._work: Counter[tuple[str, str]] = Counter()
+        self._begun: set[tuple[int, str]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
@@ -135,9 +138,12 @@ class Exchange:
         self._take(event)
         if not isinstance(event, Wrote):
             return []
-        parts = [self._answer.token(event.index, one) for one in event.tokens]
+        # Several tokens that come at once were found by the same passes.
+        parts = [
+            self._answer.token(event.index, one, {} if i else event.forwards) for i, one in enumerate(event.tokens)
+        ]
         if event.completion is not None:
-            parts.append(self._answer.last(event.index, event.completion))
+            parts.append(self._answer.last(event.index, event.completion, {} if parts else event.forwards))
         return parts
 
     def _take(self, event: Event) -> None:
@@ -158,9 +164,20 @@ class Exchange:
             self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
             self._metrics.first(name, self._note["first"])
         self._metrics.wrote(name, event.tokens)
+        self._ran(event)
+        self._work.update(("tokens", one.member) for one in event.tokens)
         if event.completion is not None:
             self._done[event.index] = event.completion
-            self._metrics.finished(name, event, event.completion)
+            self._metrics.finished(name, event.completion)
+
+    def _ran(self, event: Wrote) -> None:
+        """Count forward passes; a member's first for a reply reads the prompt."""
+        for member, tokens in event.forwards.items():
+            self._work["forwards", member] += len(tokens)
+            self._work["forward_tokens", member] += sum(tokens)
+            begun = (event.index, member) in self._begun
+            self._begun.add((event.index, member))
+            self._metrics.ran(self._asked.served.name, member, tokens, begun=begun)
 
     def _started(self, at: float) -> None:
         """Take down how long a reply waited for its turn; the log says it of a request's first."""
@@ -182,10 +199,10 @@ class Exchange:
         return GoneError()
 
     def _figures(self) -> None:
-        usage = [one.usage for one in self._done.values()]
-        self._note["tokens"] = sum(one.tokens for one in usage)
-        self._note["finished"] = len(usage)
-        self._steps.attributes = self._answer.attributes(list(self._done.values()), self._note.get("closed"))
+        done = list(self._done.values())
+        self._note["tokens"] = sum(count for (what, _), count in self._work.items() if what == "tokens")
+        self._note["finished"] = len(done)
+        self._steps.attributes = self._answer.attributes(done, self._work, self._note.get("closed"))
 
     async def _part(self, send: Send, data: bytes) -> None:
         if data:

@@ -20,7 +20,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "replies are not ranked; ask for n and choose"),
     "function_call": (("none",), _ONE_TEXT),
     "functions": (([],), _ONE_TEXT),
-    "logit_bias": (({},), "members have token ids of their own"),
     "metadata": (({},), "nothing is stored"),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
@@ -29,7 +28,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_key": ((), "prompts are not kept between requests"),
     "prompt_cache_retention": ((), "prompts are not kept between requests"),
     "reasoning_effort": (("none",), "the members are not told how to reason"),
-    "response_format": (({"type": "text"},), "replies are not held to a grammar"),
     "service_tier": (("auto", "default"), "there is one kind of service"),
     "store": ((False,), "nothing is stored"),
     "suffix": (("",), "members continue a text, and do not fill gaps"),
@@ -41,6 +39,8 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 B = TypeVar("B", bound="Common")
 Short = Annotated[str, StringConstraints(max_length=512)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -66,6 +66,7 @@ class Extras(_Body):
         default=None,
         description="Whose log-probabilities: the drawn member's, or the ensemble's, for a forward of every member.",
     )
+    logit_bias: Biases | None = Field(default=None, description="By a token's text, digits too.")
     draft: Short | None = Field(default=None, description="What writes ahead: a member's name, or lookup.")
     block: int | None = Field(default=None, ge=1, le=64, description="Guesses checked at once.")
 
@@ -77,6 +78,34 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class PlainText(_Body):
+    """A reply of any text."""
+
+    type: Literal["text"]
+
+
+class JsonObject(_Body):
+    """A reply that is an object of JSON."""
+
+    type: Literal["json_object"]
+
+
+class Schema(_Body):
+    """A JSON schema. name, description and strict have no effect: replies are always held to it."""
+
+    name: Short
+    of: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+
+
+class JsonSchema(_Body):
+    """A reply that is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
 class Common(_Body):
     """Fields that both ways to ask have."""
 
@@ -85,18 +114,29 @@ class Common(_Body):
     model: Short | None = Field(
         default=None, description="The name of a served ensemble; may be left out where there is one."
     )
+    logit_bias: Biases | None = Field(
+        default=None, description="By a token's text; keys of digits are token ids, for members of one vocabulary."
+    )
     n: int | None = Field(default=None, ge=1, le=128, description="Replies to each prompt.")
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 asks for method greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")
     stop: Short | Annotated[list[Short], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = Field(default=None, description="Has no effect.")
     mixlm: Extras | None = None
+
+    @property
+    def schema_of_reply(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the reply is held to, if it is."""
+        if isinstance(self.response_format, JsonSchema):
+            return self.response_format.json_schema.of
+        return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
 
     @model_validator(mode="before")
     @classmethod

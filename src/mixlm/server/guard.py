@@ -95,9 +95,10 @@ class Guard:
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         holder = self._keys.holder(presented.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
+            why = "this API key is not known" if presented else "an API key is needed"
             raise ApiError(
                 401,
-                "an API key is needed: send it as 'Authorization: Bearer KEY'",
+                f"{why}: send it as 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )

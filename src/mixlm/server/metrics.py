@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mixlm.records import Completion, Token
-from mixlm.server.orders import Wrote
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -22,10 +21,8 @@ class Metrics:
         self._all = CollectorRegistry()
         by_member = ["model", "member"]
         self._tokens = self._counter("mixlm_tokens", "Tokens written, by the member that wrote them.", by_member)
-        self._forwards = self._counter("mixlm_forwards", "Forward passes, of finished replies.", by_member)
-        self._run = self._counter(
-            "mixlm_forward_tokens", "Tokens run through forward passes, of finished replies.", by_member
-        )
+        self._forwards = self._counter("mixlm_forwards", "Forward passes.", by_member)
+        self._run = self._counter("mixlm_forward_tokens", "Tokens run through forward passes.", by_member)
         self._caught_up = Histogram(
             "mixlm_catch_up_tokens",
             "Tokens in a forward pass behind the first of a reply: how much a member had missed.",
@@ -84,16 +81,18 @@ class Metrics:
         for member, count in Tally(one.member for one in tokens).items():
             self._tokens.labels(model, member).inc(count)
 
-    def finished(self, model: str, event: Wrote, completion: Completion) -> None:
+    def ran(self, model: str, member: str, tokens: Sequence[int], *, begun: bool) -> None:
+        """Count a member's forward passes. tokens: of each. begun: whether the first is behind another of its reply."""
+        self._forwards.labels(model, member).inc(len(tokens))
+        self._run.labels(model, member).inc(sum(tokens))
+        caught_up = self._caught_up.labels(model, member)
+        for length in tokens if begun else tokens[1:]:
+            caught_up.observe(length)
+
+    def finished(self, model: str, completion: Completion) -> None:
         """Count a finished reply."""
         usage = completion.usage
         self._replies.labels(model, completion.finish_reason).inc()
-        for name, one in usage.members.items():
-            self._forwards.labels(model, name).inc(one.forwards)
-            self._run.labels(model, name).inc(one.forward_tokens)
-            caught_up = self._caught_up.labels(model, name)
-            for length in (event.catch_up or {}).get(name, ()):
-                caught_up.observe(length)
         if usage.checked:
             self._guesses.labels(model, "accepted").inc(usage.accepted)
             self._guesses.labels(model, "rejected").inc(usage.checked - usage.accepted)

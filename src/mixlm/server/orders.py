@@ -40,13 +40,13 @@ class Started:
 class Wrote:
     """Tokens that a reply has got, and the whole of it once it is finished.
 
-    catch_up: tokens that each member ran in each of its forwards but the first, by member; of finished replies.
+    forwards: of each member that ran since the event before, the tokens of each of its passes.
     """
 
     index: int
     tokens: Sequence[Token]
+    forwards: Mapping[str, Sequence[int]]
     completion: Completion | None = None
-    catch_up: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

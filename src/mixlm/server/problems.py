@@ -25,8 +25,10 @@ _FIELDS = {
     **{one: one for one in ("max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty")},
     **{
         one: f"mixlm.{one}"
-        for one in ("method", "weights", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+        for one in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
     },
+    "logit_bias": "logit_bias",
+    "json_schema": "response_format",
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
 
@@ -122,10 +124,17 @@ def _lower(message: str) -> str:
 def _place(parts: tuple[int | str, ...]) -> str:
     """Return where in a body something is. The names that pydantic gives to the branches of a union are left out."""
     kept = [str(one) for one in parts if isinstance(one, int) or re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", one)]
-    branches = {"str", "int", "float", "bool", "TextPart", "constrained", "list"}
-    return ".".join(one for one in kept if one not in branches)[:200]
+    branches = {"str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object"}
+    named = [one for one in kept if one not in branches]
+    # The branch of a schema is called as the field in it.
+    return ".".join(one for at, one in enumerate(named) if named[at - 1 : at] != [one])[:200]
 
 
 def _for_clients(text: str) -> str:
-    """Return a message with the options of the command line as the fields that they are in a request."""
-    return re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)
+    """Return a message with the options of the command line as the fields that they are in a request.
+
+    What only whoever runs the server can choose is left out.
+    """
+    text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
+    text = re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)
+    return re.sub(r"^json_schema\b", "response_format", text)

@@ -52,9 +52,13 @@ class Usage(TypedDict):
 
 
 class Wrote(TypedDict):
-    """Who wrote each token. seed: what gives this reply again; at its end."""
+    """Who wrote each token. seed: what gives this reply again; at its end.
+
+    forwards: in a stream, how often each member ran since the chunk before, of those that did.
+    """
 
     members: list[str]
+    forwards: NotRequired[dict[str, int]]
     seed: NotRequired[int]
 
 

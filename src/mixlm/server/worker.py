@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 
 from mixlm.errors import MixlmError
 from mixlm.replies import Stream
@@ -25,7 +26,14 @@ from mixlm.server.problems import ApiError
 
 _log = logging.getLogger("mixlm.server")
 
-Place = tuple[Order, int]
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Which reply of an order a stream writes. forwards: those of each member that have been passed on."""
+
+    order: Order
+    index: int
+    forwards: list[int]
 
 
 class Worker:
@@ -38,7 +46,7 @@ class Worker:
         self._unended = 0  # the event loop's: replies of the above
         self._ends: deque[float] = deque(maxlen=32)  # the event loop's: when replies ended, seconds
         self._inbox: queue.SimpleQueue[tuple[str, Order | None]] = queue.SimpleQueue()
-        self._line: Line[tuple[Place, Stream]] = Line()
+        self._line: Line[tuple[Order, Stream]] = Line()
         self._places: dict[Stream, Place] = {}
         self._scheduler = Scheduler(limits.at_once)
         self._out: list[tuple[Order, Event | None]] = []
@@ -140,7 +148,7 @@ class Worker:
             try:
                 going = self._take_in()
                 while self._scheduler.room > 0 and len(self._line):
-                    (order, _), stream = self._line.pop()
+                    order, stream = self._line.pop()
                     self._scheduler.add(stream)
                     self._out.append((order, Started(time.monotonic())))
                 if going and not self._scheduler.idle:
@@ -180,12 +188,12 @@ class Worker:
             return
         self._out.append((order, Begun(time.monotonic())))
         for index, stream in enumerate(streams):
-            self._places[stream] = (order, index)
-            self._line.push(order.client, ((order, index), stream))
+            self._places[stream] = Place(order, index, [0] * len(stream.sessions))
+            self._line.push(order.client, (order, stream))
 
     def _give_up(self, order: Order) -> None:
-        self._line.remove(lambda item: item[0][0] is order)
-        for stream in [one for one, place in self._places.items() if place[0] is order]:
+        self._line.remove(lambda item: item[0] is order)
+        for stream in [one for one, place in self._places.items() if place.order is order]:
             del self._places[stream]
             self._scheduler.cancel(stream)
             self._out.append((order, None))
@@ -195,25 +203,31 @@ class Worker:
         place = self._places.get(stream)
         if place is None:
             return
-        order, index = place
+        order, index = place.order, place.index
         tokens = list(stream.ready)
         stream.ready.clear()
         if stream.error is not None:
             self._fail(order, stream.error)
         elif stream.finished:
             del self._places[stream]
-            catch_up = {
-                member.name: [one.tokens for one in session.work.log[1:]]
-                for member, session in zip(stream.members, stream.sessions, strict=True)
-            }
-            self._out.append((order, Wrote(index, tokens, stream.completion, catch_up)))
+            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place), stream.completion)))
         elif tokens:
-            self._out.append((order, Wrote(index, tokens)))
+            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place))))
+
+    def _forwards(self, stream: Stream, place: Place) -> dict[str, list[int]]:
+        """Return the tokens of each pass that members ran for a reply since this was last asked."""
+        new = {}
+        for at, (member, session) in enumerate(zip(stream.members, stream.sessions, strict=True)):
+            log = session.work.log
+            if len(log) > place.forwards[at]:
+                new[member.name] = [one.tokens for one in log[place.forwards[at] :]]
+                place.forwards[at] = len(log)
+        return new
 
     def _fail(self, order: Order, error: BaseException) -> None:
         """End a whole order: its other replies are of no use to anyone."""
-        self._line.remove(lambda item: item[0][0] is order)
-        for stream in [one for one, place in self._places.items() if place[0] is order]:
+        self._line.remove(lambda item: item[0] is order)
+        for stream in [one for one, place in self._places.items() if place.order is order]:
             del self._places[stream]
             self._scheduler.cancel(stream)
         self._out.append((order, Failed(error)))
@@ -221,7 +235,7 @@ class Worker:
     def _broken(self, error: Exception) -> None:
         """Something unexpected: what was in progress is lost, and a new scheduler takes what comes."""
         _log.error("a step failed", exc_info=error)
-        lost = {place[0] for place in self._places.values()}
+        lost = {place.order for place in self._places.values()}
         self._scheduler, self._line, self._places = Scheduler(self._limits.at_once), Line(), {}
         self._out += [(order, Failed(error)) for order in lost]
 

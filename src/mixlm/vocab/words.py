@@ -22,12 +22,13 @@ A symbol says who wrote it as well as its bytes, so that the state, a function o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.sampling import Ids
+from mixlm.noise import Noise
+from mixlm.sampling import Ids, Likeliest
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.pieces import PieceState, PieceUnit
 from mixlm.vocab.tokens import Vocabulary
@@ -86,23 +87,49 @@ class WordState(PieceState):
     def __init__(self, unit: WordUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
         super().__init__(unit, encoders, prompts)
         self._words = unit
-        self._owners: list[int] = []
+        self._written: list[int] = []
+        # What members have drawn, with the text in front of it: what has been taken back may be written again.
+        self._drawn: dict[tuple[int, Noise], tuple[bytes, tuple[int, float, Likeliest]]] = {}
+
+    @property
+    def last(self) -> int | None:
+        """The last symbol; None where nothing is written."""
+        return self._written[-1] if self._written else None
 
     @property
     def owner(self) -> int | None:
         """The member that wrote the last symbol; None where nothing is written."""
-        return self._owners[-1] if self._owners else None
+        return self._words.owner(self._written[-1]) if self._written else None
 
     def append(self, symbol: int) -> None:
         """Add a symbol's bytes to the text; its member has the word."""
         super().append(symbol)
-        self._owners.append(self._words.owner(symbol))
+        self._written.append(symbol)
 
     def cut(self, count: int) -> None:
         """Take back the last `count` symbols."""
         super().cut(count)
-        del self._owners[len(self._owners) - count :]
+        del self._written[len(self._written) - count :]
 
-    def begins(self, symbols: Ids) -> npt.NDArray[np.bool_]:
-        """Mark the symbols, (n,), that begin a word here."""
-        return self._words.begins(symbols, self.tail(1))
+    def text(self) -> bytes:
+        """Return the text so far."""
+        return bytes(self._text)
+
+    def begins_here(self) -> Callable[[Ids], npt.NDArray[np.bool_]]:
+        """Return the function that marks the symbols, (n,), that begin a word behind the text as it stands now."""
+        before = self.tail(1)
+        return lambda symbols: self._words.begins(symbols, before)
+
+    def drawn(self, member: int, noise: Noise) -> tuple[int, float, Likeliest] | None:
+        """Return what a member is known to draw here with some noise: a symbol and its log-probability."""
+        found = self._drawn.get((member, noise))
+        return found[1] if found is not None and found[0] == self._text else None
+
+    def learn(self, member: int, noise: Noise, before: bytes, drawn: tuple[int, float, Likeliest]) -> None:
+        """Remember what a member draws behind a text with some noise."""
+        self._drawn[member, noise] = before, drawn
+
+    def forget(self) -> None:
+        """Forget what was drawn behind texts that are shorter than this one."""
+        for key in [key for key, (before, _) in self._drawn.items() if len(before) < len(self._text)]:
+            del self._drawn[key]

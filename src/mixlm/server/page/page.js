@@ -2,8 +2,14 @@
 
 const COLOURS = 6;
 const UNLIKELY = 0.05; // below this probability a token is set bold
+const ALTERNATIVES = 5; // likely tokens that a token is shown with
 const $ = (selector, within = document) => within.querySelector(selector);
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 && share > 0 ? 1 : 0)} %`;
+const percent = (share) => share > 0 && share < 0.001 ? "< 0.1 %"
+  : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+
+// Whoever reads the end of the page sees it grow; whoever has scrolled up is left in peace.
+const atEnd = () => scrollY + innerHeight > document.documentElement.scrollHeight - 40;
+const toEnd = () => scrollTo(0, document.documentElement.scrollHeight);
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -61,6 +67,7 @@ class Pane {
   constructor(models, title) {
     this.models = models;
     this.messages = [];
+    this.details = new WeakMap(); // what is known of each token shown
     this.changed = new Set();
     this.root = $("#pane").content.cloneNode(true).firstElementChild;
     this.root.setAttribute("aria-label", title);
@@ -74,7 +81,8 @@ class Pane {
     }
     const talk = $(".talk", this.root);
     talk.addEventListener("pointerover", (event) => this.point(event.target.closest(".reply .m")));
-    talk.addEventListener("focusin", (event) => event.target.matches(".reply") && this.step(event.target, 0));
+    for (const name of ["pointerleave", "focusout"]) talk.addEventListener(name, () => card.hide());
+    talk.addEventListener("focusin", (event) => event.target.matches(":focus-visible.reply") && this.step(event.target, 0));
     talk.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
       if (step && event.target.matches(".reply")) { event.preventDefault(); this.step(event.target, step); }
@@ -147,7 +155,7 @@ class Pane {
       item.append(element("b", this.colour(name), name), ` weight ${percent(weights[i] / sum)}`);
       if (total) item.append(`, wrote ${percent((counts[name] || 0) / total)}`);
       return item;
-    }));
+    }), element("li", "faint", `bold: under ${100 * UNLIKELY} % likely`));
   }
 
   body(seed) {
@@ -155,11 +163,13 @@ class Pane {
     const mixlm = { method: this.input("method").value };
     const body = {
       model: this.model.id, messages: this.messages, stream: true, stream_options: { include_usage: true },
-      logprobs: true, max_tokens: number("max_tokens") || this.model.mixlm.max_tokens, seed, mixlm,
+      logprobs: true, top_logprobs: ALTERNATIVES, max_tokens: number("max_tokens") || this.model.mixlm.max_tokens, seed, mixlm,
     };
     if (this.changed.has("unit")) mixlm.unit = this.input("unit").value;
     if (this.changed.has("weights")) mixlm.weights = this.weights;
-    if (mixlm.method !== "greedy") {
+    // To tell the likeliest, greedy would have to run members that it can do without.
+    if (mixlm.method === "greedy") delete body.top_logprobs;
+    else {
       if (this.changed.has("temperature")) body.temperature = number("temperature");
       if (this.changed.has("top_k")) mixlm.top_k = number("top_k");
     }
@@ -187,23 +197,28 @@ class Pane {
     talk.append(reply);
     const figures = new Figures($(".figures", this.root), this.members.length, seed);
     this.timeline = new Timeline($(".timeline", this.root), this);
+    if (panes.length === 1) toEnd();
     const counts = {};
-    let text = "";
+    let text = "", ran = {};
     try {
       const response = await call("v1/chat/completions", { method: "POST", body: JSON.stringify(this.body(seed)), signal });
       for await (const event of events(response)) {
         if (event.error) throw new Error(event.error.message);
         if (event.usage) figures.end(event.usage);
         const choice = event.choices[0];
+        for (const [name, count] of Object.entries(choice?.mixlm.forwards ?? {})) ran[name] = (ran[name] || 0) + count;
         if (!choice?.mixlm.members.length) continue;
         const member = choice.mixlm.members[0];
         const token = choice.logprobs.content[0];
         counts[member] = (counts[member] || 0) + 1;
         text += token.token;
+        const follow = atEnd();
         reply.append(this.token(token, member));
-        this.timeline.add(member, performance.now() - figures.start);
+        this.timeline.add(member, ran, performance.now() - figures.start);
+        ran = {};
         figures.token();
         this.legend(counts);
+        if (follow) toEnd();
       }
     } catch (error) {
       if (error.name !== "AbortError") reply.append(element("p", "error", error.message));
@@ -218,7 +233,7 @@ class Pane {
     const probability = Math.exp(token.logprob);
     const span = element("span", this.colour(member), token.token);
     if (probability < UNLIKELY) span.classList.add("unlikely");
-    span.dataset.about = `${JSON.stringify(token.token)}  ${member}  probability ${percent(probability)}`;
+    this.details.set(span, { token, member });
     return span;
   }
 
@@ -226,7 +241,13 @@ class Pane {
     if (!span) return;
     $(".current", this.root)?.classList.remove("current");
     span.classList.add("current");
-    $(".token", this.root).textContent = span.dataset.about;
+    const { token, member } = this.details.get(span);
+    const others = token.top_logprobs.filter((one) => one.token !== token.token);
+    $(".token", this.root).textContent = [
+      `${JSON.stringify(token.token)}  ${member}  probability ${percent(Math.exp(token.logprob))}`,
+      ...others.map((one) => `${JSON.stringify(one.token)} ${percent(Math.exp(one.logprob))}`),
+    ].join(", ");
+    card.show(span, token, member, this.colour(member));
   }
 
   step(reply, by) {
@@ -236,6 +257,36 @@ class Pane {
   }
 }
 
+// --- What is known of the token that is pointed at
+
+const card = {
+  show(span, token, member, colour) {
+    const box = $("#card");
+    const likely = token.top_logprobs.length ? token.top_logprobs.slice(0, ALTERNATIVES) : [token];
+    if (!likely.some((one) => one.token === token.token)) likely.push(token);
+    const list = element("ol");
+    for (const one of likely) {
+      const item = element("li", one.token === token.token ? "drawn" : "");
+      const probability = Math.exp(one.logprob);
+      item.style.setProperty("--share", probability);
+      item.append(element("span", "", JSON.stringify(one.token)), element("span", "", percent(probability)));
+      list.append(item);
+    }
+    const title = element("p");
+    title.append(element("b", colour, member), " wrote this");
+    box.className = colour;
+    box.replaceChildren(title, list);
+    box.hidden = false;
+    // Below the token, or above where there is no room; never beyond the edge of the window.
+    const at = span.getClientRects()[0] ?? span.getBoundingClientRect();
+    const size = box.getBoundingClientRect();
+    const below = at.bottom + 6, above = at.top - size.height - 6;
+    box.style.top = `${below + size.height > innerHeight && above > 0 ? above : below}px`;
+    box.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - size.width - 8))}px`;
+  },
+  hide() { $("#card").hidden = true; },
+};
+
 // --- Who ran when: a lane for each member, time from left to right
 
 class Timeline {
@@ -244,24 +295,28 @@ class Timeline {
     this.pane = pane;
     this.last = 0;
     this.count = 0;
+    this.forwards = {};
     svg.replaceChildren();
     svg.setAttribute("aria-label", "Who ran when: nothing yet");
   }
 
-  add(member, time) {
-    const lane = this.pane.members.indexOf(member);
-    const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+  // ran: how often each member ran for a token. Members that ran and did not write it are drawn paler.
+  add(member, ran, time) {
     const width = Math.max(time - this.last, 1);
-    for (const [name, value] of Object.entries({ x: this.last, y: lane + 0.1, width: 0.92 * width, height: 0.8 })) {
-      rect.setAttribute(name, value);
+    for (const [name, times] of Object.entries(ran)) {
+      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      const place = { x: this.last, y: this.pane.members.indexOf(name) + 0.1, width: 0.92 * width, height: 0.8 };
+      for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
+      rect.setAttribute("class", `${this.pane.colour(name)}${name === member ? "" : " besides"}`);
+      this.svg.append(rect);
+      this.forwards[name] = (this.forwards[name] || 0) + times;
     }
-    rect.setAttribute("class", this.pane.colour(member));
-    this.svg.append(rect);
     this.last += width;
     this.count += 1;
     this.svg.setAttribute("viewBox", `0 0 ${this.last} ${this.pane.members.length}`);
+    const lanes = this.pane.members.map((name) => `${name} ran ${this.forwards[name] || 0} times`);
     this.svg.setAttribute("aria-label",
-      `Who ran when: ${this.count} tokens in ${(this.last / 1000).toFixed(1)} s, a lane for each of ${this.pane.members.join(", ")}`);
+      `Who ran when: ${this.count} tokens in ${(this.last / 1000).toFixed(1)} s; ${lanes.join(", ")}`);
   }
 }
 
@@ -359,7 +414,12 @@ async function begin() {
   $("#prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    card.hide();
+    running?.abort();
+  });
+  document.addEventListener("scroll", () => card.hide(), { passive: true });
   $("#stop").addEventListener("click", () => running?.abort());
   $("#anew").addEventListener("click", () => { running?.abort(); panes.forEach((one) => one.anew()); $("#prompt").focus(); });
 }

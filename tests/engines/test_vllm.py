@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+from contract import *  # noqa: F403
+from vllm_cases import *  # noqa: F403
+from vllm_cases import pair
+from vllm_server import write_tiny_model
+
+pytest.importorskip("vllm")
+from mixlm.engines import EngineSpec, load
+from mixlm.engines.base import Engine
+from mixlm.errors import ConfigError, EngineError, ModelLoadError, ReplyCutError
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.filterwarnings("ignore"),  # of vLLM's own
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Engine:
+    return load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", context=512))
+
+
+@pytest.fixture(scope="module")
+def exact(folder) -> Engine:
+    return load(EngineSpec(str(folder), "tiny", "float32", engine="hf"))
+
+
+def test_two_models_live_in_one_process(engine, exact, tmp_path):
+    other = load(EngineSpec(str(write_tiny_model(tmp_path, seed=1)), "other", "float32", engine="vllm", context=64))
+    assert other.runs != engine.runs
+    ids = random_ids(engine, 12)  # noqa: F405
+    assert engine.session().logits(ids)[0].argmax() == exact.session().logits(ids)[0].argmax()
+    assert other.session().logits(ids)[0].argmax() != engine.session().logits(ids)[0].argmax()
+    thread = other.loop._thread
+    del other
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_members_that_differ_in_prompts_share_one_model(engine):
+    shared = engine.sharing(EngineSpec(engine.name, "b", engine="vllm", system="Be brief."))
+    assert shared.runs == engine.runs
+    assert len(shared.prompts.chat([Message("user", "x")])) > len(engine.prompts.chat([Message("user", "x")]))  # noqa: F405
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"device": "tpu"}, ConfigError, "device is 'tpu'"),
+        ({"adapter": "somewhere"}, ConfigError, "has an adapter, and vLLM is given none"),
+        ({"context": 100000}, ModelLoadError, "vLLM cannot load"),
+    ],
+)
+def test_what_vllm_is_not_given_is_refused(folder, options, error, said):
+    with pytest.raises(error, match=said):
+        load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", **options))
+
+
+def test_a_request_that_vllm_refuses_is_named_and_the_others_go_on(engine):
+    with pytest.raises(EngineError, match="vLLM refuses"):
+        engine.loop.submit(random_ids(engine, 5), {"max_tokens": 0}).result()  # noqa: F405
+    engine.session().logits(random_ids(engine, 5))  # noqa: F405
+
+
+@pytest.fixture
+def doomed(folder) -> Engine:
+    return load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", context=128))
+
+
+def test_an_engine_that_fails_ends_the_reply_with_what_was_written(doomed, monkeypatch):
+    one = pair(doomed)
+    stream = one.stream("ab", raw=True, seed=1, max_tokens=30, ignore_end=True)
+    begun = [next(stream) for _ in range(5)]
+
+    def broken(finished):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("mixlm.engines.vllm_loop._output", broken)
+    with pytest.raises(ReplyCutError, match="vLLM has stopped: out of luck") as raised:
+        stream.finish()
+    assert list(raised.value.completion.tokens[:5]) == begun
+    assert not doomed.alive()

@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.records import Sampling
@@ -69,6 +69,7 @@ class SamplingConfig(_Strict):
 class MemberConfig(_Strict):
     """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
 
+    `url` stands in place of `model` for a member behind servers: their URLs; they are replicas, and all have the model.
     `system` stands in front of every conversation of this member, `adapter` is a LoRA adapter: a folder or a hub id.
     Members that differ in these alone share one copy of the weights.
     engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. The keys below it: see
@@ -93,6 +94,19 @@ class MemberConfig(_Strict):
     system: str | None = None
     adapter: str | None = None
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _urls(cls, given: Any) -> Any:
+        """Take `url` for `model`: what names several servers is their URLs with commas between them."""
+        if not isinstance(given, dict) or "url" not in given:
+            return given
+        urls = [given["url"]] if isinstance(given["url"], str) else given["url"]
+        if "model" in given:
+            raise ValueError("a member has a model or a url, not both")
+        if not isinstance(urls, list) or not urls or not all(_is_url(one) for one in urls):
+            raise ValueError("url is a server's URL or a list of them: http://host:port or https://host:port")
+        return {key: value for key, value in given.items() if key != "url"} | {"model": ",".join(urls)}
 
 
 class RouterConfig(_Strict):
@@ -185,6 +199,10 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
         if value is not None and (folder / value).exists():
             changes[key] = str(folder / value)
     return member.model_copy(update=changes)
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("http://", "https://")) and "," not in value
 
 
 def _explained(error: ValidationError, source: str) -> ConfigError:

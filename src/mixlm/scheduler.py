@@ -4,7 +4,8 @@ Each reply waits for one member, or for several. The engine with the most replie
 one call; a reply that ends makes room for the next prompt at once. Serving the longest queue is what makes a batched
 mixture worth having: stepping all replies in lockstep would read every member's weights at every step. With n equal
 members a forward then serves 2/(n + 1) of all replies, against 1/n in conventional: 2n/(n + 1) times as many tokens for
-a forward.
+a forward. An engine with a queue of its own, such as a server, is handed each question as it comes, so that it is never
+idle while another one works.
 
 A reply's text does not depend on what else is written at the same time: its noise is its own.
 """
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from mixlm.decoding.base import MemberError
-from mixlm.engines.base import Engine, Reply, Request, Session
+from mixlm.engines.base import Engine, Reply, Request, Session, completed
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.replies import Stream
 
@@ -56,7 +58,8 @@ class Scheduler:
         self._queues: dict[int, _Queue] = {}
         self._active: list[Stream] = []
         self._calls = 0
-        self._running: dict[Future[list[Reply | MixlmError]], tuple[_Queue, list[tuple[_Waiting, int]]]] = {}
+        self._running: dict[Future[Any], tuple[_Queue, list[tuple[_Waiting, int]]]] = {}
+        self._done: SimpleQueue[Future[Any]] = SimpleQueue()
         self._leaving: list[Stream] = []
         self._threads: ThreadPoolExecutor | None = None
 
@@ -94,7 +97,7 @@ class Scheduler:
         self._start()
         for future in self._finished():
             queue, served = self._running.pop(future)
-            for (waiting, at), reply in zip(served, future.result(), strict=True):
+            for (waiting, at), reply in zip(served, self._found(future, queue.engine, served), strict=True):
                 if waiting.stream.finished or waiting.void:
                     continue  # failed or cancelled meanwhile
                 if isinstance(reply, EngineError):
@@ -156,9 +159,28 @@ class Scheduler:
         for at, request in enumerate(requests):
             engine = stream.members[request.member].engine
             queue = self._queues.setdefault(engine.runs, _Queue(engine))
+            if engine.at_once:
+                self._wait_for(engine.begin(stream.sessions[request.member], request), queue, [(waiting, at)])
+                continue
             if not queue.asked:
                 queue.since = self._calls
             queue.asked.append((waiting, at))
+
+    def _wait_for(self, future: Future[Any], queue: _Queue, served: list[tuple[_Waiting, int]]) -> None:
+        self._running[future] = (queue, served)
+        future.add_done_callback(self._done.put)
+
+    def _found(
+        self, future: Future[Any], engine: Engine, served: Sequence[tuple[_Waiting, int]]
+    ) -> list[Reply | MixlmError]:
+        """Return the replies of a call that is over."""
+        if not engine.at_once:
+            return list(future.result())
+        [(waiting, at)] = served
+        try:
+            return [completed(waiting.requests[at], future.result())]
+        except MixlmError as error:
+            return [error]
 
     def _end(self, stream: Stream) -> None:
         """Make room. Caches that another device's thread is at work on are freed when it is done."""
@@ -171,7 +193,7 @@ class Scheduler:
 
     def _start(self) -> None:
         """Give every idle device the engine with the longest queue, or the one that waited longest."""
-        busy = {queue.engine.device for queue, _ in self._running.values()}
+        busy = {queue.engine.device for queue, _ in self._running.values() if not queue.engine.at_once}
         for device in {queue.engine.device for queue in self._queues.values() if queue.asked} - busy:
             queues = [one for one in self._queues.values() if one.asked and one.engine.device == device]
             oldest = min(queues, key=lambda one: one.since)
@@ -182,7 +204,7 @@ class Scheduler:
             asked = [
                 (waiting.stream.sessions[waiting.requests[at].member], waiting.requests[at]) for waiting, at in served
             ]
-            self._running[self._submit(queue.engine, asked)] = (queue, served)
+            self._wait_for(self._submit(queue.engine, asked), queue, served)
 
     def _submit(self, engine: Engine, asked: list[tuple[Session, Request]]) -> Future[list[Reply | MixlmError]]:
         devices = {queue.engine.device for queue in self._queues.values()}
@@ -194,7 +216,13 @@ class Scheduler:
         return done
 
     def _finished(self) -> list[Future[Any]]:
-        return list(wait(self._running, return_when=FIRST_COMPLETED).done) if self._running else []
+        """Wait for a call to be over; return it, and the others that are by now."""
+        if not self._running:
+            return []
+        found = [self._done.get()]
+        while not self._done.empty():
+            found.append(self._done.get())
+        return found
 
 
 def _answered(engine: Engine, asked: Sequence[tuple[Session, Request]]) -> list[Reply | MixlmError]:

@@ -20,7 +20,8 @@ from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load, runs_as_gguf
 from mixlm.engines.base import Ask, Engine, Session
 from mixlm.engines.hf import HFEngine
-from mixlm.engines.llamacpp import LlamaCppEngine, Slots
+from mixlm.engines.llamacpp import LlamaCppEngine
+from mixlm.engines.slots import Slots
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.equivalence import check

@@ -19,6 +19,7 @@ from mixlm.cli.generate import generate
 from mixlm.cli.inspect import inspect
 from mixlm.cli.models import models
 from mixlm.cli.paper import paper
+from mixlm.cli.plan import plan
 from mixlm.cli.score import score
 from mixlm.cli.serve import serve
 from mixlm.errors import UsageError
@@ -26,7 +27,7 @@ from mixlm.errors import UsageError
 __all__ = ["app", "main"]
 
 app = typer.Typer(name="mixlm", cls=Group, add_completion=False, pretty_exceptions_enable=False)
-for _command in (generate, chat, serve, inspect, check, bench, score, fit, paper):
+for _command in (generate, chat, serve, inspect, check, bench, plan, score, fit, paper):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(models)

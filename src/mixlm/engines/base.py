@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -174,7 +175,7 @@ class Session(ABC):
                 f"{len(ids)} tokens are more than the context of {self.context_length}", "shorten the prompt"
             )
         cached = self._cached.ids
-        common = _common_prefix(cached, ids)
+        common = common_prefix(cached, ids)
         if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
             return None
         keep = min(common, len(ids) - last) if self.keeps_cache else 0
@@ -220,7 +221,7 @@ class Session(ABC):
 
     def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
         """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
-        before = _common_prefix(self._cached.ids, ids)
+        before = common_prefix(self._cached.ids, ids)
         each = seconds / len(written.ids)
         for at in range(len(written.ids)):
             self.work.log.append(
@@ -251,7 +252,8 @@ class Engine(ABC):
     details: dtype, device and the like, for reports. reading: the tokenizer's family, its normaliser, its leading-space
     rule and where its prompt template is from, for reports. weights_bytes: memory of the weights. device: what it runs
     on; engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for
-    all; the logits of such an engine are -inf for the others, and right up to a constant for these.
+    all; the logits of such an engine are -inf for the others, and right up to a constant for these. at_once: it has a
+    queue of its own, and is best handed each question as it comes, with `begin`.
     """
 
     name: str
@@ -266,6 +268,7 @@ class Engine(ABC):
     weights_bytes: int = 0
     device: Any = "cpu"
     candidates: int | None = None
+    at_once: bool = False
 
     @property
     def runs(self) -> int:
@@ -300,6 +303,13 @@ class Engine(ABC):
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
         return [answer(session, request) for session, request in requests]
 
+    def begin(self, session: Session, request: Request) -> Future[Any]:
+        """Hand over one question, and return at once; `completed` makes its reply of what the future brings.
+
+        Only for engines that are asked `at_once`.
+        """
+        raise NotImplementedError
+
     def alive(self) -> bool:
         """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""
         return True
@@ -319,7 +329,12 @@ def answer(session: Session, request: Request) -> Reply:
     return session.logits(request.ids, request.last)
 
 
-def _common_prefix(a: Ids, b: Ids) -> int:
+def completed(request: Request, found: Any) -> Reply:
+    """Return the reply to a request that was handed over with `Engine.begin`."""
+    return request.choose(found[0]) if isinstance(request, Draw) else found
+
+
+def common_prefix(a: Ids, b: Ids) -> int:
     """Return the length of the longest common prefix."""
     length = min(len(a), len(b))
     same = a[:length] == b[:length]

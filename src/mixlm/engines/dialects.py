@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixlm.engines.runs import run_parameters
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Ids
+from mixlm.engines.runs import told_parameters
+from mixlm.sampling import Candidates
 
 _ID = "token_id:"
 
@@ -23,7 +22,7 @@ class Dialect(Protocol):
 
     name: str
 
-    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+    def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Return requests to make in turn until one is answered with numbers."""
         ...
 
@@ -43,13 +42,13 @@ class LlamaCpp:
     def __init__(self, whole_character: int) -> None:
         self._forced = [[whole_character, 1000.0]]
 
-    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+    def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Ask for the probabilities among the N likeliest; then for those before llama.cpp's own draw.
 
         Where what it drew is a part of a character, it keeps the numbers back until the rest comes. The second request
         has it draw a whole one. To ask like that every time would sort the whole vocabulary for each token.
         """
-        common = {"prompt": ids.tolist(), "n_predict": 1, "temperature": 1.0, "seed": 0, "n_probs": count}
+        common = {"prompt": ids, "n_predict": 1, "temperature": 1.0, "seed": 0, "n_probs": count}
         return (
             {**common, "samplers": ["top_k"], "top_k": count, "post_sampling_probs": True},
             {**common, "logit_bias": self._forced},
@@ -71,10 +70,10 @@ class OpenAI:
 
     name = "OpenAI completions"
 
-    def bodies(self, ids: Ids, count: int) -> Sequence[dict[str, Any]]:
+    def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
         # A model's defaults would otherwise cut and bend what a server tells of the laws that it draws from.
-        body = {"prompt": ids.tolist(), **run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+        body = {"prompt": ids, **told_parameters(count)}
         return ({**body, "return_tokens_as_token_ids": True},)
 
     def read(self, answer: Any) -> Candidates | None:
@@ -88,11 +87,22 @@ class OpenAI:
         return _candidates((int(one.removeprefix(_ID)), value) for one, value in likeliest.items())
 
 
+def cached_tokens(answer: Any) -> int | None:
+    """Return how many tokens of the prompt a server had read before, by what it reports; None where it does not."""
+    for at, name in (("timings", "cache_n"), ("usage", "prompt_tokens_details")):
+        value = (answer.get(at) or {}).get(name)
+        if isinstance(value, dict):
+            value = value.get("cached_tokens")
+        if isinstance(value, int):
+            return value
+    return None
+
+
 def _candidates(found: Iterable[tuple[int, float]]) -> Candidates:
     pairs = list(found)
     ids = np.array([one for one, _ in pairs], dtype=np.int64)
     values = np.array([value for _, value in pairs], dtype=np.float64)
-    if ids.size == 0 or np.isnan(values).any() or ids.min() < 0 or len(set(ids.tolist())) != ids.size:
+    if ids.size == 0 or np.isnan(values).any() or ids.min() < 0 or len(set(ids)) != ids.size:
         raise ValueError("the tokens told are not distinct ids with numbers")
     return Candidates(ids, values)
 

@@ -10,12 +10,8 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.dialects import LlamaCpp
 from mixlm.engines.partial import PartialEngine, PartialSession
+from mixlm.engines.slots import Slots
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
@@ -135,7 +132,7 @@ class LlamaCppSession(PartialSession):
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
         engine = self._engine
-        for body in engine.dialect.bodies(ids, count):
+        for body in engine.dialect.bodies(ids.tolist(), count):
             # Whether anything of what the slot holds is used is said with each request; the rest is found by llama.cpp.
             request = {**body, "id_slot": self._slot, "cache_prompt": self._builds_on}
             answer = engine.server.handle_completions(request)
@@ -148,45 +145,6 @@ class LlamaCppSession(PartialSession):
             if found is not None:
                 return found
         raise EngineError(f"llama.cpp keeps the probabilities of {engine.name} back", "use --engine hf")
-
-
-class Slots:
-    """Which session holds which slot. The session that has rested longest gives way when there are too few."""
-
-    def __init__(self, count: int) -> None:
-        self._owners: OrderedDict[int, weakref.ref[Session] | None] = OrderedDict.fromkeys(range(count))
-        self._busy: set[int] = set()
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def held(self, session: Session) -> Iterator[tuple[int, bool]]:
-        """Give a session a slot while it runs, its own where it has one. Also tells whether it had it already."""
-        with self._changed:
-            while (slot := self._choose(session)) is None:
-                self._changed.wait()
-            kept = self._owner(slot) is session
-            self._owners[slot] = weakref.ref(session)
-            self._owners.move_to_end(slot)
-            self._busy.add(slot)
-        try:
-            yield slot, kept
-        finally:
-            with self._changed:
-                self._busy.discard(slot)
-                self._changed.notify_all()
-
-    def _choose(self, session: Session) -> int | None:
-        """Return its own slot, else a free one, else the one that has rested longest; None while all are busy."""
-        idle = [slot for slot in self._owners if slot not in self._busy]
-        for wanted in (session, None):
-            for slot in idle:
-                if self._owner(slot) is wanted:
-                    return slot
-        return idle[0] if idle else None
-
-    def _owner(self, slot: int) -> Session | None:
-        held = self._owners[slot]
-        return None if held is None else held()
 
 
 def _serve(spec: EngineSpec, path: Path, context: int, exact: bool) -> Any:

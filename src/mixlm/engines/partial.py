@@ -7,6 +7,7 @@ likeliest and renormalising gives the same numbers. What needs more is refused w
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Generator
 
 import numpy as np
 
@@ -65,22 +66,33 @@ class PartialSession(Session):
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
+        wanted = self.wanted(ids, last)
+        try:
+            question = next(wanted)
+            while True:
+                question = wanted.send(self._likeliest(*question))
+        except StopIteration as done:
+            rows: Logits = done.value
+            return rows
+
+    def wanted(self, ids: Ids, last: int) -> Generator[tuple[Ids, int], Candidates, Logits]:
+        """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits."""
         self._context.rewrite(0, ids)
         read = self._context.ids
         engine = self._partial
         rows = np.full((last, engine.vocabulary.size), -np.inf, dtype=np.float32)
         for row, end in enumerate(range(len(read) - last + 1, len(read) + 1)):
-            found = self._enough(read[:end])
+            found = yield from self._enough(read[:end])
             rows[row, found.ids] = found.logprobs
         return rows
 
-    def _enough(self, ids: Ids) -> Candidates:
+    def _enough(self, ids: Ids) -> Generator[tuple[Ids, int], Candidates, Candidates]:
         """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
         engine = self._partial
         most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
         count = min(engine.candidates + engine.spare, most)
         while True:
-            found = self._likeliest(ids, count)
+            found = yield ids, count
             if np.count_nonzero(engine.drawable[found.ids]) >= engine.candidates or count >= engine.vocabulary.size:
                 return found
             if count >= most:

@@ -1,299 +1,319 @@
-"""A member behind a server with `/v1/completions`: llama.cpp's, vLLM's, or one that speaks as they do.
+"""A member behind servers with `/v1/completions`: llama.cpp's, vLLM's, or what speaks as they do.
 
 Every question is a request for one token with the likeliest N, by ids. The server's own prefix cache does the catching
-up. What it can do is tried out when the member is loaded, and refused by name when something is missing. Which model
-it serves is checked again whenever a connection had to be made anew: a text is never continued by another model.
+up, so a sequence stays with one server where there are several with the model. When that one fails, it goes on with
+another, which reads the text anew.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import logging
 import os
 import time
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-
-from mixlm.engines.base import Reply, Request, Run, Session, Written
-from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI
+from mixlm.engines.base import Ask, Forward, Reply, Request, Run, Session, Written, completed
 from mixlm.engines.partial import PartialEngine, PartialSession
-from mixlm.engines.runs import run_parameters
-from mixlm.engines.served import Served, try_out, written_by
-from mixlm.engines.session import Connection, Line, likeliest_in_session, written_in_session
+from mixlm.engines.server import PROBE, Reader, Server, Told
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.together import in_threads
 from mixlm.engines.tokenizer import Read, load_tokenizer
-from mixlm.engines.wire import Limits, Wire
-from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
+from mixlm.engines.wire import Background, Limits, Wire
+from mixlm.errors import ConfigError, EngineError, MixlmError, UnsupportedError
 from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Ids, softmax
+from mixlm.sampling import Candidates, Ids, Logits
 
-_PROBE = "The sky is blue, and 12 + 30 = 42."
-# A server computes the same question with other companions in its batch: what it says of one model differs this much.
-_SAME = 0.2
-_PLAIN = Sampling(temperature=1.0, top_k=0)
+_log = logging.getLogger("mixlm")
+_T = TypeVar("_T")
 
 
 class RemoteEngine(PartialEngine):
     """A model behind `http://host:port` or `https://host:port`, `#name` behind it where the server has several.
 
+    Several URLs with commas between them are replicas: servers that have the same model.
     tokenizer: folder of the model's tokenizer; where the server tells the path of its model and this machine has it,
     that is taken when the folder is left out.
 
-    Raises EngineError when the server does not answer, UnsupportedError when it lacks something, by name, ConfigError
-    when it has another model or the key is not there, TokenizerError when the tokenizer is another's.
+    Raises EngineError when no server answers, UnsupportedError when one lacks something, by name, ConfigError when it
+    has another model or the key is not there, TokenizerError when the tokenizer is another's.
     """
 
+    at_once = True
+
     def __init__(self, spec: EngineSpec, folder: Path | None, limits: Limits | None = None) -> None:
-        base, _, wanted = spec.model.partition("#")
-        base = base.rstrip("/").removesuffix("/v1")
         self.limits = limits or Limits(answer=spec.timeout)
-        self.wire = Wire(base, _key(spec), self.limits)
-        self._closing = weakref.finalize(self, self.wire.close)
-        card = self._card(wanted)
-        self.model = str(card["id"])
-        self.name = spec.name or self.model.rpartition("/")[2].removesuffix(".gguf")
-        self.device = base  # members behind different servers work at once
-        self._model_card = card
-        props = self._props()
-        folder = folder or _local_folder(card, props)
+        key = _key(spec)
+        self._loop = Background()
+        self.servers: list[Server] = []
+        for url in spec.model.split(","):
+            base, _, wanted = url.strip().partition("#")
+            wire = Wire(base.rstrip("/").removesuffix("/v1"), self._loop, key, self.limits)
+            self.servers.append(Server(wire, wanted))
+        self._closing = weakref.finalize(self.servers[0], _close, self._loop, [one.wire for one in self.servers])
+        first = self._loop.wait(self._meet())
+        self.name = spec.name or first.model.rpartition("/")[2].removesuffix(".gguf")
+        self.device = ",".join(one.wire.base for one in self.servers)  # members behind different servers work at once
+        folder = folder or first.folder()
         if folder is None:
             raise ConfigError(
-                f"the tokenizer of {self.name} at {base} is not known",
+                f"the tokenizer of {self.name} at {first.wire.base} is not known",
                 "give its folder: tokenizer = PATH, beside model",
             )
-        self._read_tokenizer(spec, folder, card)
-        self.context_length = spec.context or _context(card, props)
-        self._choose_dialect(spec)
-        self._threads = ThreadPoolExecutor(self.limits.connections)
-        self._probe_ids = self.encoder.encode(_PROBE.encode()).ids
-        self._fingerprint = self._likeliest_of_probe()
-        self.served = Served()
-        self.line: Line | None = None
-        if isinstance(self.dialect, OpenAI):
-            self.served = try_out(self._complete, self._probe_ids)
-            self.line = self._line(spec)
-        self.details = {**self.details, **self.served.details(), **({"sessions": "yes"} if self.line else {})}
+        self._tokenizer = load_tokenizer(str(folder), self.name)
+        self._rows = max(len(self._tokenizer), int((first.card.get("meta") or {}).get("n_vocab") or 0))
+        self._read = Read.of(self._tokenizer, self.name, str(folder))
+        self._set_prompts(spec)
+        self.prepare()
+        self.context_length = spec.context or first.context()
+        probe, start = (self.encoder.encode(text).ids for text in (PROBE.encode(), b"A"))
+        self._reader = Reader(probe, start, self.whole_character(), self.vocabulary.size, str(folder))
+        self._wanted = spec.candidates + self.spare
+        self._loop.wait(first.try_out(self._reader, self._wanted))
+        self.most = first.told if first.limited else None
+        self.spare = min(self.spare, first.told // 5)
+        self.candidates = min(spec.candidates, first.told - self.spare)
+        self._reference = first
+        self._loop.wait(self._join_others())
+        self.details = {
+            "engine": first.dialect,
+            "device": self.device,
+            "dtype": "the server's",
+            "prefix cache": "reported" if first.reports_cached else "not reported",
+            **first.served.details(),
+        }
+        self._joining = asyncio.Lock()
 
     def session(self) -> RemoteSession:
-        """Begin a sequence. The server keeps nothing of it but what its prefix cache holds."""
+        """Begin a sequence. A server keeps nothing of it but what its prefix cache holds."""
         return RemoteSession(self)
 
+    def sharing(self, spec: EngineSpec) -> RemoteEngine:
+        """Return an engine on the same servers, with prompts of its own."""
+        shared = copy.copy(self)
+        shared.name = spec.name or self.name
+        shared._set_prompts(replace(spec, name=shared.name))
+        return shared
+
+    def _set_prompts(self, spec: EngineSpec) -> None:
+        spec = replace(spec, name=self.name)
+        self.notes = tuple(self._read.give(self, self._tokenizer, spec, self._rows, ()))
+
+    @property
+    def runs(self) -> int:
+        """Engines that differ in their prompts alone run as one."""
+        return id(self.servers)
+
+    def wait(self, task: Coroutine[Any, Any, _T]) -> _T:
+        """Run a task where requests are sent from, and return what it returns."""
+        return self._loop.wait(task)
+
+    def begin(self, session: Session, request: Request) -> Future[Any]:
+        """Send one question; many may be on their way at once."""
+        # The caller's array is a view of a buffer that may go on changing when the question is no longer waited for.
+        return self._loop.start(self._found(session, replace(request, ids=request.ids.copy())))
+
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
-        """Send questions of several sequences at once."""
-        return in_threads(self._threads, super().answer, requests)
+        """Send questions at once, those of one session in turn."""
+        if not all(isinstance(session, RemoteSession) for session, _ in requests):
+            return super().answer(requests)  # something stands in front of the sessions
+        futures = [self.begin(session, request) for session, request in requests]
+        errors = [one.exception() for one in futures]  # all are waited for, also those beside one that failed
+        for error in errors:
+            if error is not None:
+                raise error
+        return [completed(request, one.result()) for (_, request), one in zip(requests, futures, strict=True)]
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether the server draws by itself what the options mean, and tells what it drew."""
-        return self.served.writes(sampling, banned)
-
-    def write(self, run: Run) -> Written:
-        """Let the server draw up to `length` tokens."""
-        answer, anew = self._complete(self.served.body(run, *self.reach(run)))
-        self.check(anew)
-        return written_by(answer, self.wire.base)
-
-    def reach(self, run: Run) -> tuple[int, list[int]]:
-        """Return how many tokens of a run the context has room for, and the ids that end it."""
-        return min(run.length, self.context_length + 1 - len(run.ids)), sorted(self.vocabulary.ends)
-
-    def check(self, anew: bool) -> None:
-        """Raise EngineError when a connection was made anew, and the server has another model than it had."""
-        if anew and not self._still_the_same():
-            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
+        """Whether the servers draw by themselves what the options mean, and tell what they drew."""
+        return self._reference.served.writes(sampling, banned)
 
     def alive(self) -> bool:
-        """Whether the server answers, with the model that it had."""
-        try:
-            return bool(self.wire.get("/v1/models", seconds=2.0).status == 200 and self._still_the_same())
-        except EngineError:
-            return False
+        """Whether a server answers, with the model that it had."""
+        return self._loop.wait(self._any_alive())
 
-    def likeliest(self, ids: Ids, count: int) -> Candidates:
+    async def likeliest(self, session: RemoteSession, ids: Ids, count: int) -> Told:
         """Ask for at least the `count` likeliest tokens after `ids`."""
-        found, anew = self._ask(ids, count)
-        self.check(anew)
-        return found
+        return await self._answered(session, lambda server: server.likeliest(session, ids, count))
 
-    def _ask(self, ids: Ids, count: int) -> tuple[Candidates, bool]:
-        anew = False
-        for body in self.dialect.bodies(ids, count):
-            value, new = self._complete(body)
-            anew |= new
+    async def drawn(self, session: RemoteSession, run: Run) -> Written:
+        """Let a server draw up to `length` tokens."""
+        length = min(run.length, self.context_length + 1 - len(run.ids))
+        ends = sorted(self.vocabulary.ends)
+        return await self._answered(session, lambda server: server.write(session, replace(run, length=length), ends))
+
+    async def _answered(self, session: RemoteSession, ask: Callable[[Server], Awaitable[_T]]) -> _T:
+        """Ask the session's own server, and another one where that fails."""
+        tried: list[Server] = []
+        while True:
+            server = session.home
+            if server is None or not server.ready:
+                server = await self._another(tried)
+                session.move(server)
             try:
-                found = self.dialect.read(value)
-            except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
-            if found is not None:
-                return self.known(found), anew
-        raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
+                return await ask(server)
+            except EngineError as error:
+                if len(self.servers) == 1:
+                    raise
+                if server.ready:
+                    server.failed()
+                    _log.warning("%s: a server is left out: %s", self.name, error.message)
+                tried.append(server)
+                session.move(None)
+                if all(one in tried or not (one.ready or one.due) for one in self.servers):
+                    raise
 
-    def known(self, found: Candidates) -> Candidates:
-        """Return what a server tells without rows behind the last token, which are padding."""
-        here = found.ids < self.vocabulary.size
-        return Candidates(found.ids[here], found.logprobs[here])
+    async def _another(self, tried: Sequence[Server]) -> Server:
+        """Return the server with the fewest sequences among those that answer."""
+        if len(self.servers) == 1:
+            return self.servers[0]
+        async with self._joining:
+            for one in self.servers:
+                if not one.ready and one.due and one not in tried and not await self._join(one):
+                    one.failed()
+        ready = [one for one in self.servers if one.ready and one not in tried]
+        if not ready:
+            raise EngineError(f"none of the {len(self.servers)} servers of {self.name} answers")
+        return min(ready, key=lambda one: len(one.homes))
 
-    def _line(self, spec: EngineSpec) -> Line | None:
-        """Return how to open sessions, where the server has mixlm's route and this machine what it takes to use it."""
-        if find_spec("websockets") is None:
-            return None
-        line = Line(self.wire.base, _key(spec), self.limits.connect, self.limits.answer)
+    async def _meet(self) -> Server:
+        """Return the first server that answers. Raises EngineError of the last one when none does."""
+        for at, one in enumerate(self.servers):
+            try:
+                await one.meet()
+                return one
+            except EngineError:
+                if at == len(self.servers) - 1:
+                    raise
+                one.failed()
+        raise AssertionError
+
+    async def _join_others(self) -> None:
+        for one in self.servers:
+            if one is self._reference or not one.due:
+                continue
+            try:
+                await self._tried_out(one)
+            except EngineError as error:
+                one.failed()
+                _log.warning("%s: a server is left out: %s", self.name, error.message)
+
+    async def _join(self, server: Server) -> bool:
+        """Take a server in that does not take part, or no longer. Returns whether it has the model."""
         try:
-            line.open().close()
-        except EngineError:
-            return None
-        return line
-
-    def _complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
-        """Ask for a completion. Also tells whether a connection was made for it."""
-        answer = self.wire.post("/v1/completions", {**body, "model": self.model})
-        if answer.status != 200:
-            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
-        return answer.value, answer.anew
-
-    def _card(self, wanted: str) -> dict[str, Any]:
-        """Return what the server says of the model that is asked for, or of its only one."""
-        answer = self.wire.get("/v1/models")
-        if answer.status in (401, 403):
-            raise ConfigError(
-                f"{self.wire.base} asks for a key (status {answer.status})",
-                "name the environment variable that holds it: key_env = NAME, beside model",
-            )
-        try:
-            cards = {str(one["id"]): one for one in answer.value["data"]}
-        except (TypeError, LookupError):
-            raise UnsupportedError(
-                f"{self.wire.base} has no /v1/models (status {answer.status})", "give the URL in front of /v1"
-            ) from None
-        if not wanted and len(cards) == 1:
-            return dict(next(iter(cards.values())))
-        if wanted not in cards:
-            names = ", ".join(cards) or "none"
-            asked = f"no model {wanted!r}" if wanted else "several models or none"
-            raise ConfigError(
-                f"{self.wire.base} has {asked}; it has: {names}",
-                did_you_mean(wanted, cards) or "put #NAME behind the URL",
-            )
-        return dict(cards[wanted])
-
-    def _props(self) -> dict[str, Any]:
-        """Return what llama.cpp's server says of itself; nothing of other servers."""
-        answer = self.wire.get("/props")
-        return answer.value if answer.status == 200 and isinstance(answer.value, dict) else {}
-
-    def _read_tokenizer(self, spec: EngineSpec, folder: Path, card: dict[str, Any]) -> None:
-        tokenizer = load_tokenizer(str(folder), self.name)
-        rows = max(len(tokenizer), int((card.get("meta") or {}).get("n_vocab") or 0))
-        read = Read.of(tokenizer, self.name, str(folder))
-        self.notes = tuple(read.give(self, tokenizer, replace(spec, name=self.name), rows, ()))
-        self.prepare()
-        ours = self.encoder.encode(_PROBE.encode()).ids
-        for body in ({"model": self.model, "prompt": _PROBE, "add_special_tokens": False}, {"content": _PROBE}):
-            answer = self.wire.post("/tokenize", body)
-            theirs = answer.value.get("tokens") if answer.status == 200 and isinstance(answer.value, dict) else None
-            if isinstance(theirs, list) and theirs:
-                if theirs != ours:
-                    raise TokenizerError(
-                        f"the tokenizer in {folder} and the server {self.wire.base} read a text differently",
-                        "give the folder of the model that the server has",
-                    )
-                return
-
-    def _choose_dialect(self, spec: EngineSpec) -> None:
-        """Try which dialect the server speaks, and how many tokens it tells."""
-        dialects: tuple[Dialect, ...] = (LlamaCpp(self.whole_character()), OpenAI())
-        ids, said = np.array(self.encoder.encode(b"A").ids), ""
-        for dialect in dialects:
-            for count in dict.fromkeys((spec.candidates + self.spare, 20, 5)):
-                self.dialect = dialect
-                try:
-                    found, _ = self._ask(ids, count)
-                except EngineError as error:
-                    said = error.message
-                    continue
-                told = len(found.ids)
-                if told < min(count, 5):
-                    said = f"it tells {told} tokens where {count} are asked for"
-                    continue
-                self.most = None if told >= count > 20 else told
-                self.spare = min(self.spare, told // 5)
-                self.candidates = min(spec.candidates, told - self.spare)
-                self.details = {"engine": dialect.name, "device": self.wire.base, "dtype": "the server's"}
-                return
-        raise UnsupportedError(
-            f"{self.wire.base} does not tell the likeliest next tokens by their ids: {said}",
-            "servers that do: llama.cpp's, and vLLM's with --max-logprobs 80",
-        )
-
-    def _likeliest_of_probe(self) -> dict[int, float]:
-        found, _ = self._ask(np.array(self._probe_ids), 5)
-        order = np.argsort(-found.logprobs)[:5]
-        return dict(zip(found.ids[order].tolist(), softmax(found.logprobs[order]).tolist(), strict=True))
-
-    def _still_the_same(self) -> bool:
-        """Whether the server has the model that it had: the same words of itself, and the same answer to a question."""
-        try:
-            card = self._card(self.model)
-        except ConfigError:
+            if (await server.wire.ask("GET", "/v1/models", seconds=2.0)).status != 200:
+                return False
+            await self._tried_out(server)
+        except MixlmError as error:
+            _log.warning("%s: %s stays left out: %s", self.name, server.wire.base, error.message)
             return False
-        if any(card.get(key) != self._model_card.get(key) for key in ("root", "max_model_len", "meta")):
-            return False
-        now, then = self._likeliest_of_probe(), self._fingerprint
-        return 0.5 * sum(abs(now.get(i, 0) - then.get(i, 0)) for i in {*now, *then}) < _SAME
+        _log.warning("%s: %s takes part", self.name, server.wire.base)
+        return True
+
+    async def _tried_out(self, server: Server) -> None:
+        """Find out whether a server is a replica. Raises UnsupportedError, or what trying it out raises."""
+        await server.meet()
+        await server.try_out(self._reader, self._wanted)
+        said = None
+        if not server.has_what(self._reference):
+            said = "has another model"
+        elif server.told < self.candidates + self.spare:
+            said = f"tells {server.told} of the likeliest tokens, others {self.candidates + self.spare}"
+        elif server.context() < self.context_length:
+            said = f"has a context of {server.context()} tokens, others {self.context_length}"
+        elif server.served.draws != self._reference.served.draws:
+            said = f"draws by itself: {server.served.draws}, others: {self._reference.served.draws}"
+        if said is not None:
+            server.ready = False
+            raise UnsupportedError(f"{server.wire.base} {said}: it is no replica", "servers of one member are alike")
+
+    async def _any_alive(self) -> bool:
+        if len(self.servers) == 1:
+            return await self.servers[0].alive()
+        return any(await asyncio.gather(*[self._join(one) for one in self.servers]))
+
+    async def _found(self, session: Session, request: Request) -> Any:
+        assert isinstance(session, RemoteSession)
+        async with session.turn:
+            if isinstance(request, Run):
+                return await session.drawn(request)
+            return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1)
 
 
 class RemoteSession(PartialSession):
-    """One sequence on a server, which is told all of it at every question; where it has sessions, what is new."""
+    """One sequence. Its server is told all of it at every question, or what is new where it has mixlm's route.
+
+    home: the server that it stays with.
+    """
 
     def __init__(self, engine: RemoteEngine) -> None:
         super().__init__(engine)
         self._engine = engine
-        self._connection: Connection | None = None
+        self.turn = asyncio.Lock()
+        self.home: Server | None = None
+
+    def move(self, server: Server | None) -> None:
+        """Stay with another server."""
+        if self.home is not None:
+            self.home.leave(self)
+        self.home = server
+        if server is not None:
+            server.homes.add(self)
+
+    def forget(self) -> None:
+        """Start anew."""
+        super().forget()
+        self.move(None)
 
     def write(self, run: Run) -> Written:
-        """Let the server write."""
-        engine, start = self._engine, time.perf_counter()
-        if engine.line is None:
-            written = engine.write(run)
-        else:
-            served = engine.served
-            answer = self._continue(run.ids, served.parameters(run, *engine.reach(run)), served.banned(run))
-            written = written_in_session(answer, engine.wire.base)
+        """Let a server write."""
+        return self._engine.wait(self.drawn(run))
+
+    async def drawn(self, run: Run) -> Written:
+        """Do what `write` does, without keeping anyone waiting."""
+        start = time.perf_counter()
+        written = await self._engine.drawn(self, run)
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
-    def forget(self) -> None:
-        """Start anew, and let the server's session go."""
-        super().forget()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    async def asked(self, ids: Ids, last: int) -> Logits:
+        """Return what `logits` does, without keeping anyone waiting."""
+        keep = self.prepare(ids, last)
+        if keep is None:
+            return self.latest
+        start = time.perf_counter()
+        wanted, cached = self.wanted(ids[keep:], last), keep
+        try:
+            question = next(wanted)
+            while True:
+                told = await self._engine.likeliest(self, *question)
+                cached = cached if told.cached is None else min(told.cached, len(ids) - 1)
+                question = wanted.send(told.likeliest)
+        except StopIteration as done:
+            out: Logits = done.value
+        except BaseException:
+            self.forget()
+            raise
+        seconds = time.perf_counter() - start
+        self.settle(ids, out, Forward(len(ids) - keep, keep, seconds))
+        self.work.log[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server tells
+        return out
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        if self._engine.line is None:
-            return self._engine.likeliest(ids, count)
-        answer = self._continue(ids, run_parameters(_PLAIN, 0, 1) | {"logprobs": count})
-        return self._engine.known(likeliest_in_session(answer, self._engine.wire.base))
+        return self._engine.wait(self._engine.likeliest(self, ids, count)).likeliest
 
-    def _continue(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
-        """Write on in the server's session; in a new one where the connection is gone, which it may be after a rest."""
-        if self._connection is not None:
-            try:
-                return self._connection.write(ids, parameters, banned)
-            except EngineError:
-                self._connection = None
-        assert self._engine.line is not None
-        connection = self._engine.line.open()
-        self._engine.check(anew=True)
-        answer = connection.write(ids, parameters, banned)
-        self._connection = connection
-        weakref.finalize(self, connection.close)
-        return answer
+
+def _close(loop: Background, wires: Sequence[Wire]) -> None:
+    async def closing() -> None:
+        for one in wires:
+            await one.close()
+
+    loop.close(closing())
 
 
 def _key(spec: EngineSpec) -> str | None:
@@ -303,33 +323,3 @@ def _key(spec: EngineSpec) -> str | None:
     if not key:
         raise ConfigError(f"the environment variable {spec.key_env} is not set, and key_env names it")
     return key
-
-
-def _local_folder(card: dict[str, Any], props: dict[str, Any]) -> Path | None:
-    """Return the folder of the tokenizer where the server tells its model's path, and this machine has it."""
-    from mixlm.models import find_gguf, tokenizer_folder
-
-    for path in (card.get("root"), props.get("model_path"), card.get("id")):
-        if not isinstance(path, str) or not Path(path).exists():
-            continue
-        if (Path(path) / "tokenizer.json").is_file():
-            return Path(path)
-        if (found := find_gguf(path)) is not None:
-            return tokenizer_folder(found)
-    return None
-
-
-def _context(card: dict[str, Any], props: dict[str, Any]) -> int:
-    """Return how many tokens the server takes. Raises UnsupportedError when it does not say."""
-    slot = (props.get("default_generation_settings") or {}).get("n_ctx")
-    found = card.get("max_model_len") or slot or (card.get("meta") or {}).get("n_ctx")
-    if not found:
-        raise UnsupportedError(
-            "the server does not say how many tokens its context holds", "give it: context = N, beside model"
-        )
-    return int(found)
-
-
-def _message(value: Any) -> str:
-    error = value.get("error", value) if isinstance(value, dict) else value
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]

@@ -1,22 +1,29 @@
 """JSON over HTTP to one server: kept connections, bounded in number; time limits, one retry, waiting when told to.
 
+An event loop in a thread of its own sends what is asked, so that many requests are on their way at once.
 The key, if there is one, is sent to the server that the user named and appears nowhere else, in no error and no log.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+import urllib.request
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import httpx
 
+from mixlm.engines.connections import Connections
 from mixlm.errors import EngineError
 
 _BUSY = (429, 503)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,14 @@ class Limits:
     connect: float = 5.0
     answer: float = 120.0
     busy: float = 60.0
-    connections: int = 16
+    connections: int = 64
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A server's key, if there is one; it is not shown."""
+
+    value: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -38,64 +52,112 @@ class Answer:
     anew: bool
 
 
+class Background:
+    """An event loop in a thread of its own, which ends with `close` or with the program."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="mixlm-wire", daemon=True)
+        self._thread.start()
+
+    def start(self, task: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Begin a task; its result comes with the future."""
+        return asyncio.run_coroutine_threadsafe(task, self._loop)
+
+    def wait(self, task: Coroutine[Any, Any, _T]) -> _T:
+        """Run a task and return its result. Not from within the loop."""
+        return self.start(task).result()
+
+    def close(self, last: Coroutine[Any, Any, None]) -> None:
+        """Run a last task and end, without waiting for it: whoever drops the last reference may be the loop itself."""
+
+        async def ending() -> None:
+            await last
+            self._loop.stop()
+
+        try:
+            asyncio.run_coroutine_threadsafe(ending(), self._loop)
+        except RuntimeError:  # ended before
+            last.close()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+
 class Wire:
-    """The connections to one server. Raises EngineError, which names the server, when there is no answer."""
+    """The connections to one server. Raises EngineError, which names the server, when there is no answer.
 
-    def __init__(self, base: str, key: str | None = None, limits: Limits | None = None) -> None:
+    loop: where the requests are sent from; several wires may share one. closing: what else is to be closed with it.
+    """
+
+    def __init__(self, base: str, loop: Background, key: str | None = None, limits: Limits | None = None) -> None:
         self.base = base
-        self._limits = limits or Limits()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.Timeout(self._limits.answer, connect=self._limits.connect)
-        pool = httpx.Limits(max_connections=self._limits.connections)
-        # Waiting for a free connection has no limit of its own: requests queue here.
-        timeout = httpx.Timeout(timeout.read, connect=timeout.connect, pool=None)
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=timeout, limits=pool)
-        self._made = threading.local()
+        self.loop = loop
+        self.limits = limits or Limits()
+        self.key = Secret(key)
+        self.closing: list[Callable[[], None]] = []
+        # Answers are short, and unpacking them would cost more than they weigh.
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # Waiting for a free connection has no limit of its own: requests queue there.
+        timeout = httpx.Timeout(self.limits.answer, connect=self.limits.connect, pool=None)
+        tls = httpx.create_ssl_context() if base.startswith("https:") else None
+        own = None if _proxied(base) else Connections(self.limits.connections, tls)
+        pool = httpx.Limits(max_connections=self.limits.connections)
+        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout, transport=own, limits=pool)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        for one in self.closing:
+            one()
+        await self._client.aclose()
 
-    def get(self, path: str, *, seconds: float | None = None) -> Answer:
-        """Ask for a path. seconds: a shorter limit than usual, with no second try."""
-        return self._ask("GET", path, None, seconds)
+    def get(self, path: str) -> Answer:
+        """Ask for a path, and wait for the answer."""
+        return self.loop.wait(self.ask("GET", path))
 
     def post(self, path: str, body: dict[str, Any]) -> Answer:
         """Send a body and return the answer, whatever its status, except where the server is busy."""
-        return self._ask("POST", path, body, None)
+        return self.loop.wait(self.ask("POST", path, body))
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None) -> Answer:
-        patience = time.monotonic() + (0.0 if seconds else self._limits.busy)
+    async def ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = None
+    ) -> Answer:
+        """Send a request and return the answer. seconds: a shorter limit than usual, with no second try."""
+        patience = time.monotonic() + (0.0 if seconds else self.limits.busy)
         tries = 0
+        extensions: dict[str, Any] = {}
+        more: dict[str, Any] = {} if seconds is None else {"timeout": seconds}
         while True:
             tries += 1
-            self._made.anew = False
             try:
-                answer = self._once(method, path, body, seconds)
+                answer = await self._client.request(method, path, json=body, extensions=dict(extensions), **more)
             except httpx.TimeoutException as error:
-                limit = self._limits.connect if isinstance(error, httpx.ConnectTimeout) else self._limits.answer
+                limit = self.limits.connect if isinstance(error, httpx.ConnectTimeout) else self.limits.answer
                 raise EngineError(f"{self.base} does not answer within {seconds or limit:g} seconds") from error
             except httpx.TransportError as error:
-                # Servers close connections that were idle, and nothing was written of an answer that was cut off.
+                # Servers close connections that were idle, and nothing was written of an answer that was cut off. Other
+                # kept connections are as old, so the second try makes one.
                 if tries > 1 or seconds:
                     raise EngineError(f"{self.base} does not answer: {_said(error)}") from error
+                extensions = {"anew": True}
                 continue
             if answer.status_code not in _BUSY:
-                return Answer(answer.status_code, _parsed(answer, self.base), self._made.anew)
+                anew = bool(answer.extensions.get("anew", True))
+                return Answer(answer.status_code, _parsed(answer, self.base), anew)
             wait = _wait(answer, tries)
             if time.monotonic() + wait > patience:
                 raise EngineError(
                     f"{self.base} is busy (status {answer.status_code}), for {wait:.0f} more seconds at least"
                 )
-            time.sleep(wait)
+            await asyncio.sleep(wait)
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None) -> httpx.Response:
-        more: dict[str, Any] = {} if seconds is None else {"timeout": seconds}
-        return self._client.request(method, path, json=body, extensions={"trace": self._trace}, **more)
 
-    def _trace(self, event: str, _info: dict[str, Any]) -> None:
-        if event == "connection.connect_tcp.complete":
-            self._made.anew = True
+def _proxied(base: str) -> bool:
+    """Whether the environment has a proxy stand in front of the server; httpx's own connections then go through it."""
+    url = httpx.URL(base)
+    proxies = urllib.request.getproxies()
+    return bool(proxies.get(url.scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(url.host)
 
 
 def _wait(answer: httpx.Response, tries: int) -> float:

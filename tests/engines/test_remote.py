@@ -279,9 +279,9 @@ def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
     assert one.details["draws by itself"] == ("yes, masking" if masks else "yes")
     alone = Ensemble([MemberSpec(one, "a")])
     fake.asked.clear()
-    reply = alone.generate("three", seed=1, max_tokens=20, ignore_end=True, top_k=0)
+    reply = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
     [asked] = fake.asked
-    assert (len(reply.tokens), asked["max_tokens"]) == (20, 20)
+    assert (len(reply.tokens), asked["max_tokens"]) == (12, 12)
     control = sorted(one.vocabulary.control)
     assert ("vllm_xargs" in asked) == masks
     if not masks:
@@ -291,7 +291,7 @@ def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
         law = Transform(Sampling(temperature=0.7, top_k=0), np.array(control))(fake.logits(ids))
         ids = [*ids, one.vocabulary.tokens.index(token.data)]
         assert token.logprob == pytest.approx(law.logprobs[law.ids == ids[-1]][0])
-    assert sum(one.forwards for one in reply.usage.members.values()) == 20
+    assert sum(one.forwards for one in reply.usage.members.values()) == 12
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What mixlm costs beside its engines, and how busy it keeps two servers of llama.cpp.
 
 Overhead of a run: from one token to the next, less what llama.cpp says it took for it, in this process and over the
-loopback; the median. Throughput: replies by equal weights over two servers, each with one thread, against the servers
+loopback; the median, which on a busy machine is mostly waiting for a processor; and mixlm's own processor time for a
+token. Throughput: replies by equal weights over two servers, each with one thread, against the servers
 by themselves: each writes as many tokens of every reply as its member did, with the prompts to read, both at once and
 without mixlm. The two take turns, since others may use the machine; ratios are of the two in one turn.
 
@@ -65,16 +66,18 @@ class Heard:
         return self._dialect.read(answer)
 
 
-def overhead(ensemble: Ensemble, heard: Sequence[Heard], tokens: int) -> float:
-    """Return the median milliseconds of a token outside the engine, of those that took one question."""
+def overhead(ensemble: Ensemble, heard: Sequence[Heard], tokens: int, clock) -> tuple[float, float]:
+    """Return milliseconds a token outside the engine: the median of those that took one question, and by `clock`."""
     stream = ensemble.stream(PROMPT, seed=1, max_tokens=tokens, ignore_end=True, top_k=40)
     found, before = [], None
+    next(stream)
+    used = clock()
     for _ in stream:
         now = (time.perf_counter(), sum(one.seconds for one in heard), sum(one.answers for one in heard))
         if before is not None and now[2] - before[2] == 1:
             found.append(now[0] - before[0] - (now[1] - before[1]))
         before = now
-    return 1000 * median(found)
+    return 1000 * median(found), 1000 * (clock() - used) / (tokens - 1)
 
 
 def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int):
@@ -123,8 +126,8 @@ def main() -> None:
         heard = [Heard(one.servers[0]._dialect) for one in engines]
         for one, ear in zip(engines, heard, strict=True):
             one.servers[0]._dialect = ear
-        over = min(overhead(pair, heard, 64) for _ in range(3))
-        print(f"overhead a run over the loopback: {over:.2f} ms")
+        over, used = min(overhead(pair, heard, 64, time.process_time) for _ in range(3))
+        print(f"a run over the loopback: {over:.2f} ms outside the server, {used:.2f} ms of processor time")
         ratios = []
         for turn in range(given.turns):
             texts = [f"{turn}.{at}: write a story about the number {at}." for at in range(given.replies)]
@@ -152,7 +155,9 @@ def main() -> None:
     heard = [Heard(one.engine.dialect) for one in here.members]
     for one, ear in zip(here.members, heard, strict=True):
         one.engine.dialect = ear
-    print(f"overhead a run in this process: {min(overhead(here, heard, 64) for _ in range(3)):.2f} ms")
+    # llama.cpp's work is in threads of its own.
+    over, used = min(overhead(here, heard, 64, time.thread_time) for _ in range(3))
+    print(f"a run in this process: {over:.2f} ms outside llama.cpp, {used:.2f} ms of processor time")
 
 
 if __name__ == "__main__":

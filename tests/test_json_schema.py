@@ -30,6 +30,7 @@ from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.exact import Exact
 from mixlm.records import Sampling
 from mixlm.sampling import dense
 
@@ -163,6 +164,36 @@ def test_one_member_has_one_law_in_every_unit(unit, tokens):
     def write(sequence: int) -> bytes:
         return other.generate(
             "a", raw=True, seed=3, sequence=sequence, json_schema=SCHEMA, max_tokens=60, **OPTIONS
+        ).text.encode()
+
+    assert_drawn_from(counted(write, 800), law)
+
+
+@pytest.mark.parametrize("unit", ["piece", "word", "byte"])
+def test_several_members_follow_the_exact_law_of_their_unit(unit):
+    """Against the reference, which sums over every way to write a text, dense and uncached."""
+    those = Ensemble(pair("piece").members, [0.6, 0.4], unit=unit)
+    settings = those.settings(raw=True, seed=0, json_schema=SCHEMA, **OPTIONS)
+    exact = Exact(those, settings, those.prompts("a", settings))
+    law: dict[bytes, float] = defaultdict(float)
+
+    def go_on(symbols: tuple[int, ...], mass: float) -> None:
+        following = exact.law(symbols)
+        for symbol in np.flatnonzero(following).tolist():
+            if symbol == those.unit.end:
+                law[b"".join(map(those.unit.data, symbols))] += mass * following[symbol]
+            else:
+                go_on((*symbols, symbol), mass * following[symbol])
+
+    go_on((), 1.0)
+    assert set(law) <= LANGUAGE
+    assert sum(law.values()) == pytest.approx(1)
+    if unit == "piece":
+        assert_same_law(law, whole_texts(those), 1e-9)
+
+    def write(sequence: int) -> bytes:
+        return those.generate(
+            "a", raw=True, seed=6, sequence=sequence, json_schema=SCHEMA, max_tokens=60, **OPTIONS
         ).text.encode()
 
     assert_drawn_from(counted(write, 800), law)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_hf import build
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import mixlm
 from mixlm.engines import EngineSpec, steps
 from mixlm.engines.attention import KeyValues
 from mixlm.engines.base import Ask
@@ -200,6 +202,29 @@ def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
     for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
         one = load("llama", graphs)
         assert {key: value for key, value in one.details.items() if key == "short forwards"} == said
+
+
+def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Path) -> None:
+    folder, file = load("llama")._source, tmp_path / "one.toml"
+    file.write_text(f'[[members]]\nmodel = "{folder}"\ndtype = "float32"\ngraphs = "on"\n')
+    loaded = (
+        (mixlm.load(folder, dtype="float32", graphs="on"), True),
+        (mixlm.load(file), True),
+        (mixlm.load(file, graphs="off"), False),
+    )
+    for given, used in loaded:
+        engine = given.members[0].engine
+        assert isinstance(engine, HFEngine)
+        assert (engine.runner.steps is not None) == used
+
+
+def test_another_adapter_has_steps_of_its_own(load: Load) -> None:
+    runner = load("llama").runner
+    other = runner.using("some adapter")
+    assert other.steps is not None
+    assert other.steps is not runner.steps
+    assert other.steps.rooms is not runner.steps.rooms  # type: ignore[union-attr]
+    assert runner.using("some adapter") is other
 
 
 def test_a_model_that_steps_would_change_keeps_its_usual_forward(

@@ -1,0 +1,95 @@
+"""What `mixlm plan` predicts beside what two real servers of llama.cpp then do, at several arrival rates.
+
+python scripts/plan_check.py [--models A,B] [--rates R,R] [--replies N] [--tokens N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import numpy as np
+from server_speed import started
+
+from mixlm.engines import EngineSpec, load
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.models import find_gguf
+from mixlm.planning.costs import Costs
+from mixlm.planning.measure import measure
+from mixlm.planning.plan import expected
+from mixlm.planning.simulation import Load, quantiles
+from mixlm.scheduler import Scheduler
+
+AT_ONCE = 16
+
+
+def seen(ensemble: Ensemble, rate: float, replies: int, tokens: int, turn: int):
+    """Let replies come at random times; return tokens/s, and seconds to first and last tokens of each."""
+    come = np.cumsum(np.random.default_rng(turn).exponential(1 / rate, replies))
+    scheduler, coming, at, ends = Scheduler(AT_ONCE), 0, {}, {}
+    first: dict = {}
+    wrote = []
+    start = time.perf_counter()
+    while len(ends) < replies:
+        now = time.perf_counter() - start
+        while coming < replies and come[coming] <= now:
+            settings = ensemble.settings(max_tokens=tokens, ignore_end=True, top_k=40, seed=coming)
+            prompts = ensemble.prompts(f"{turn}.{coming}: write a story about the number {coming}.", settings)
+            stream = ensemble.writer(settings).stream(prompts)
+            at[stream] = come[coming]
+            scheduler.add(stream)
+            coming += 1
+        if scheduler.idle:
+            time.sleep(max(come[coming] - now, 0) if coming < replies else 0)
+            continue
+        for stream in scheduler.step():
+            now = time.perf_counter() - start
+            if stream.ready:
+                first.setdefault(stream, now - at[stream])
+                wrote += [now] * len(stream.ready)
+                stream.ready.clear()
+            if stream.finished:
+                ends[stream] = now - at[stream]
+    last = come[-1]
+    within = sum(last / 5 < one <= last for one in wrote)
+    return within / (0.8 * last), np.array(list(first.values())), np.array(list(ends.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="smollm2-135m,smollm2-135m")
+    parser.add_argument("--rates", default="0.25,0.5,1")
+    parser.add_argument("--replies", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=32)
+    given = parser.parse_args()
+    running = [started(str(find_gguf(name).path), AT_ONCE + 1, 512) for name in given.models.split(",")]
+    try:
+        engines = [load(EngineSpec(url, f"member-{at}")) for at, (_, url) in enumerate(running)]
+        pair = Ensemble([MemberSpec(one, one.name) for one in engines])
+        costs: Costs = measure(pair, most=AT_ONCE)
+        for name, one in costs.members.items():
+            parts = " + ".join(f"{1000 * value:.2f}" for value in (one.forward, one.sequence, one.token))
+            print(f"{name}: {parts} ms (forward, each further sequence, each further token)")
+        print(f"mixlm: {1000 * costs.router.seconds:.2f} ms a run")
+        prompt = len(pair.prompts("0.10: write a story about the number 10.", pair.settings()).ids[0])
+        for turn, rate in enumerate(float(one) for one in given.rates.split(",")):
+            plan = expected(costs, Load(rate, prompt, given.tokens, AT_ONCE, "fixed")).seen
+            speed, first, whole = seen(pair, rate, given.replies, given.tokens, turn)
+            for name, tokens, one, other in (
+                ("predicted", plan.tokens_per_second, plan.first, plan.whole),
+                ("seen", speed, first, whole),
+            ):
+                times = "; ".join(
+                    f"{what} {quantiles(values)[0]:.2f} s, 95 % within {quantiles(values)[1]:.2f}"
+                    for what, values in (("first token", one), ("reply", other))
+                )
+                print(f"{rate:g} replies/s, {name}: {tokens:.1f} tokens/s; {times}; load {os.getloadavg()[0]:.1f}")
+    finally:
+        for one, _ in running:
+            one.kill()
+            one.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -101,6 +101,8 @@ def test_what_is_no_message_is_refused_and_the_next_is_answered(engine):
         text = await engine.servers[0].texts._line.open()
         await text._socket.send('{"keep": 5, "ids": [], "parameters": {}}')
         assert "keep is 5 of 0 tokens" in await text._socket.recv()
+        await text._socket.send("no JSON")
+        assert "error" in await text._socket.recv()
         await text._socket.send('{"keep": 0, "ids": [1, 2], "parameters": {"max_tokens": 1, "logprobs": 5}}')
         assert '"told"' in await text._socket.recv()
         text.close()

@@ -185,14 +185,15 @@ async def _serve(websocket: WebSocket) -> None:
     text = Text(websocket.app.state.mixlm_rest)
     try:
         while True:
-            message = await websocket.receive_json()
             try:
-                answer = await text.write(message)
+                answer = await text.write(await websocket.receive_json())
+            except WebSocketDisconnect:
+                break
             except Exception as error:  # whatever vLLM refuses it with: the client is told, and may go on
                 await text.abort()
                 answer = {"error": str(error) or type(error).__name__}
             await websocket.send_json(answer)
-    except WebSocketDisconnect:
-        pass
+    except (WebSocketDisconnect, RuntimeError):
+        pass  # gone before the answer was there
     finally:
         await text.abort()

@@ -32,7 +32,7 @@ case $kind in
 cpu)
     measure cpu-methods --methods all --rivals --tokens 64 --repeats 5
     measure cpu-shapes -m shape:qwen2.5-1.5b -m shape:qwen2.5-0.5b --methods all --rivals --tokens 32 --repeats 3
-    measure cpu-speculative -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --block 4 --methods mixture,speculative,single --tokens 128 --repeats 3
+    measure cpu-speculative -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --block 4 --methods mixture,speculative,single --tokens 64 --repeats 5
     measure cpu-drafted -m shape:llama-160m -m shape:qwen2.5-3b --agreement 0.8 --methods greedy,drafted --tokens 64 --repeats 3
     measure cpu-one-size -m gemma-3-270m -m gemma-3-270m --each --tokens 64 --repeats 5
     measure cpu-batch-demo --sweep batch --at 1,4,16,64 --tokens 32 --repeats 3
@@ -45,6 +45,7 @@ cpu)
     ;;
 gpu)
     measure gpu-methods -m shape:qwen2.5-3b -m shape:qwen2.5-1.5b --dtype bfloat16 --device cuda --methods all --rivals --tokens 256 --repeats 5
+    measure gpu-eager -m shape:qwen2.5-3b -m shape:qwen2.5-1.5b --dtype bfloat16 --device cuda --graphs off --tokens 256 --repeats 5
     measure gpu-speculative -m shape:qwen2.5-0.5b -m shape:qwen2.5-7b --dtype bfloat16 --device cuda --agreement 0.8 --methods mixture,speculative,single --tokens 256 --repeats 5
     measure gpu-batch -m shape:qwen2.5-3b -m shape:qwen2.5-3b#2 --dtype bfloat16 --device cuda --sweep batch --at 1,4,16,64 --tokens 64 --repeats 3
     measure gpu-context -m shape:qwen2.5-3b -m shape:qwen2.5-1.5b --dtype bfloat16 --device cuda --sweep context --at 256,1024,4096,8192 --tokens 64 --repeats 3

@@ -1,10 +1,10 @@
-"""What a run of tokens costs outside the engine that computes them: in vLLM in this process, and behind its server.
+"""What a run of tokens costs beside its tokens: in vLLM in this process, and behind its server.
 
 python scripts/run_overhead.py MODEL [--url URL] [--runs N] [--dtype NAME]
 
-In this process: the time of a run as the ensemble sees it, less what vLLM's engine spends in its steps meanwhile.
-Behind a server, whose steps are not seen: less what the steps of the same runs took in this process. There vLLM reads
-what fills no block of its cache again, and in a session it does not, so sessions come out a little too well.
+A further token of a run costs (T(16) - T(1)) / 15, and a run beside its tokens what T(1) has more; that is with the
+engine's own work of catching up with foreign tokens. In this process it is also seen what a run of one token takes
+outside vLLM's steps. Medians, and the best of N: other programs may use the machine.
 """
 
 from __future__ import annotations
@@ -63,33 +63,21 @@ def texts(engine: Engine, runs: int, length: int) -> Iterator[tuple[float, int]]
         ids = np.concatenate([ids, written.ids, rng.choice(drawable, size=FOREIGN)])
 
 
-def figures(values: list[float]) -> str:
-    return f"{1000 * statistics.median(values):6.2f} ms (best {1000 * min(values):.2f})"
+def show(path: str, times: dict[int, list[float]]) -> None:
+    """Print what a run costs beside its tokens, and a token of runs of several lengths."""
+    first, last = LENGTHS[0], LENGTHS[-1]
+    for name, best in (("median", statistics.median), ("best", min)):
+        whole = {length: 1000 * best(found[2:]) for length, found in times.items()}
+        further = (whole[last] - whole[first]) / (last - first)
+        each = ", ".join(f"{length}: {whole[length] / length:.2f}" for length in LENGTHS)
+        print(f"{path}, {name}: a run beside its tokens {whole[first] - further:.2f} ms; ms a token in runs of {each}")
 
 
-def inside(engine: Engine, runs: int) -> dict[int, float]:
-    """Print what is spent in this process, and return the median seconds of the steps of a run, by its length."""
-    found = {}
-    with stepped() as steps:
-        for length in LENGTHS:
-            outside, computing, each = [], [], []
-            for seconds, count in texts(engine, runs, length):
-                if count == length:
-                    outside.append(seconds - sum(steps))
-                    computing.append(sum(steps))
-                    each.append(seconds / count)
-                steps.clear()
-            found[length] = statistics.median(computing[2:])
-            print(f"in this process, {length:2d} tokens: outside {figures(outside[2:])}, a token {figures(each[2:])}")
-    return found
-
-
-def behind(engine: Engine, runs: int, path: str, steps: dict[int, float]) -> None:
-    """Print what is spent on the way to a server and in it, steps aside."""
-    for length in LENGTHS:
-        whole = [seconds for seconds, count in texts(engine, runs, length) if count == length][2:]
-        outside, each = [one - steps[length] for one in whole], [one / length for one in whole]
-        print(f"{path}, {length:2d} tokens: outside {figures(outside)}, a token {figures(each)}")
+def measured(engine: Engine, runs: int) -> dict[int, list[float]]:
+    """Return the seconds of whole runs, by their length. Those that ended early are left out."""
+    return {
+        length: [seconds for seconds, count in texts(engine, runs, length) if count == length] for length in LENGTHS
+    }
 
 
 def main() -> None:
@@ -99,15 +87,21 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=40)
     options.add_argument("--dtype", default="auto")
     given = options.parse_args()
-    steps = inside(load(EngineSpec(given.model, "", given.dtype, engine="vllm", context=1024)), given.runs)
     if given.url is None:
+        engine = load(EngineSpec(given.model, "", given.dtype, engine="vllm", context=512))
+        show("in this process", measured(engine, given.runs))
+        outside = []
+        with stepped() as steps:
+            for seconds, _ in texts(engine, given.runs, 1):
+                outside.append(1000 * (seconds - sum(steps)))
+                steps.clear()
+        print(f"outside vLLM's steps, one token: {statistics.median(outside):.2f} ms, best {min(outside):.2f}")
         return
-    engine = load(EngineSpec(given.url, "", tokenizer=given.model))
-    print(engine.details)
-    if engine.line is not None:
-        behind(engine, given.runs, "sessions", steps)
-        engine.line = None
-    behind(engine, given.runs, "completions", steps)
+    remote = load(EngineSpec(given.url, "", tokenizer=given.model))
+    if remote.servers[0].texts is not None:
+        show("sessions", measured(remote, given.runs))
+        remote.servers[0].texts = None
+    show("completions", measured(remote, given.runs))
 
 
 if __name__ == "__main__":

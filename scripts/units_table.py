@@ -1,15 +1,17 @@
 """What the units are worth: bits per byte of given texts, and the health and speed of texts that are written.
 
-    python scripts/units_table.py [--models A B] [--bytes N] [--prompts N] [--tokens N] [--out FILE.json]
+    python scripts/units_table.py [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
 
-Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit. That takes a
-forward at each byte of it, so the texts are short. Prints the two tables of docs/units.md.
+Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit
+(`mixlm.ways`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that a run that
+was stopped goes on where it was. Prints the two tables of docs/units.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,14 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
+from mixlm.passages import Passage, beginning
 from mixlm.records import Completion
-from mixlm.vocab.bytes import ByteUnit
+from mixlm.scoring import identity
+from mixlm.unit_scores import Reader, read_kept
 from mixlm.vocab.encoding import utf8_runs
 from mixlm.vocab.words import begins_word
+from mixlm.ways import Reading, bytes_logprobs, pieces_logprobs, words_logprobs
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXTS = {
-    "prose": "The ferry left at six, an hour before the fog. On the upper deck an old man was feeding bread to the "
-    "gulls, one crumb at a time, and his granddaughter counted them aloud. When she came to thirty she began again, "
-    "because nobody had told her what comes next, and the gulls did not seem to mind.",
-    "reference": "Structure\n\n" + (ROOT / "docs" / "structure.md").read_text(encoding="utf-8").split("\n\n", 3)[2][3:],
-    "code": (ROOT / "src" / "mixlm" / "vocab" / "units.py").read_text(encoding="utf-8").split("class TokenBuffer:")[1],
-}
 PROMPTS = (
     "Why is the sky blue?",
     "Describe a morning at a harbour.",
@@ -41,78 +38,40 @@ PROMPTS = (
 )
 
 
-class Laws:
-    """Each member's law of tokens, without options, at every place of one text.
+def bits(readings: Sequence[Reading], data: bytes, weights: npt.NDArray[np.float64], unit: str) -> float:
+    """Return bits per byte of a text under the law of texts of a unit, and of a mixture of members."""
+    if unit == "byte":
+        found = np.logaddexp.reduce(np.log(weights)[:, None] + [bytes_logprobs(one) for one in readings])
+    elif unit == "word":
+        found = np.logaddexp.reduce(np.log(weights) + words_logprobs(readings, data, weights)[1], axis=1)
+    else:
+        found = pieces_logprobs(readings, weights)
+    return float(-found.sum() / np.log(2) / len(data))
 
-    For each member and place: the probability of the tokens that the text goes on with, by where they end; that of all
-    tokens that reach a place or beyond it; and that of all that begin a word there.
-    """
 
-    def __init__(self, ensemble: Ensemble, text: bytes) -> None:
-        self._text = text
-        engines = [one.engine for one in ensemble.members]
-        self._unit = ByteUnit([one.vocabulary for one in engines], [one.encoder for one in engines])
-        self._prompts = [np.array(one.prompts.prefix(one.vocabulary.ends), dtype=np.int64) for one in engines]
-        self._places = [[*self._read(i, one.session())] for i, one in enumerate(engines)]
+def texts(given: Sequence[str], size: int) -> dict[str, bytes]:
+    """Return `size` bytes from the middle of each file of NAME=FILE, from the first line end there."""
+    out = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        data = Path(path).read_bytes()
+        start = data.find(b"\n", max((len(data) - size) // 2, 0)) + 1
+        out[name] = data[start : start + size].decode(errors="ignore").encode()
+    return out
 
-    def _read(self, i: int, session: Any) -> Any:
-        state = self._unit.begin(self._prompts)
-        lexicon = state.lexicons[i]
-        firsts = np.array([lexicon.spelled(rank)[0] for rank in range(len(lexicon) - 1)])
-        kinds = {
-            before: np.isin(firsts, [b for b in range(256) if begins_word(bytes([b]), before)])
-            for before in (b"", b"x")
-        }
-        symbols = self._unit.symbols(i)
-        allowed = np.flatnonzero(symbols >= 0)
-        for place, byte in enumerate(self._text):
-            logits = session.logits(state.ids(i))[0][allowed].astype(np.float64)
-            weights = np.exp(logits - logits.max())
-            masses = np.bincount(
-                lexicon.ranks[symbols[allowed]], weights=weights / weights.sum(), minlength=len(lexicon)
-            )
-            sums = np.concatenate([[0.0], np.cumsum(masses)])
-            exactly = {place + length: float(masses[rank]) for length, rank in lexicon.along(self._text[place:])}
-            over = {}
-            for stop in range(place + 1, len(self._text) + 1):
-                low, high = lexicon.within(self._text[place:stop])
-                if low == high:
-                    break
-                over[stop] = float(sums[high] - sums[low])
-            begin = kinds[b"x" if begins_word(b" ", self._text[:place]) else b""]
-            yield exactly, over, float(masses[:-1][begin].sum() + masses[-1])
-            state.append(byte)
 
-    def bits(self, weights: npt.NDArray[np.float64], unit: str) -> float:
-        """Return bits per byte of the text under the law of texts of a unit, and of a mixture of members."""
-        if unit == "byte":
-            each = [np.diff(self._prefixes(one, words=False)) for one in np.eye(len(weights))]
-            return float(-np.log2(weights @ np.exp(each)).mean())
-        return float(-self._prefixes(weights, words=unit == "word")[-1] / np.log(2) / len(self._text))
-
-    def _prefixes(self, weights: npt.NDArray[np.float64], *, words: bool) -> npt.NDArray[np.float64]:
-        """Return the log-probability that what is written begins with the text up to each place: (bytes + 1,)."""
-        n, members = len(self._text), range(len(weights))
-        reached = np.zeros((n + 1, len(weights)))  # probability that a symbol ends at a place, by who wrote it
-        reached[0] = weights
-        covered = np.zeros(n + 1)
-        covered[0] = 1
-        for place in range(n):
-            begins = begins_word(self._text[place : place + 1], self._text[:place])
-            for i in members:
-                exactly, over, begin = self._places[i][place]
-                if not words or place == 0:
-                    factor = weights[i] * reached[place].sum()
-                elif begins:
-                    ended = sum(reached[place, z] * self._places[z][place][2] for z in members)
-                    factor = weights[i] * ended / begin
-                else:
-                    factor = reached[place, i]
-                for stop, p in exactly.items():
-                    reached[stop, i] += factor * p
-                for stop, p in over.items():
-                    covered[stop] += factor * p
-        return np.log(covered)
+def likelihood(ensemble: Ensemble, models: Sequence[str], data: bytes) -> dict[str, float]:
+    """Return bits per byte of one text: of each member, and of equal weights in each unit. What was read is kept."""
+    passage = Passage(data, [beginning(one.engine) for one in ensemble.members])
+    readings = [
+        read_kept(Reader(one.name, one.engine, identity(model)), passage, i)
+        for i, (one, model) in enumerate(zip(ensemble.members, models, strict=True))
+    ]
+    equal = np.full(len(readings), 1 / len(readings))
+    alone = {
+        one.name: bits([mine], data, np.ones(1), "byte") for one, mine in zip(ensemble.members, readings, strict=True)
+    }
+    return alone | {unit: bits(readings, data, equal, unit) for unit in ("piece", "word", "byte")}
 
 
 def health(ensemble: Ensemble, replies: list[Completion]) -> dict[str, float | None]:
@@ -153,7 +112,8 @@ def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma-3-270m"])
-    parser.add_argument("--bytes", type=int, default=300, help="of each text; 0 leaves out the first table")
+    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="leave out for no first table")
+    parser.add_argument("--bytes", type=int, default=4000, help="of each text, from its middle")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=100, help="of each reply; five bytes are taken for one")
     parser.add_argument("--out", type=Path)
@@ -163,12 +123,16 @@ def main() -> None:
     found: dict[str, Any] = {"arguments": {name: str(one) for name, one in vars(given).items()}}
     rows = [(name, one, "byte") for name, one in zip(pair.names, np.eye(len(equal)), strict=True)]
     rows += [(unit, equal, unit) for unit in ("piece", "word", "byte")]
-    if given.bytes:
-        laws = {name: Laws(pair, text.encode()[: given.bytes]) for name, text in TEXTS.items()}
-        bits = {label: {name: one.bits(w, unit) for name, one in laws.items()} for label, w, unit in rows}
-        found["bits per byte"] = bits
+    if given.texts:
+        columns = {}
+        for name, data in texts(given.texts, given.bytes).items():
+            columns[name] = likelihood(pair, given.models, data)
+            print(name, len(data), columns[name], flush=True)
+        found["bits per byte"] = columns
+        labels = next(iter(columns.values()))
         show(
-            ["bits per byte", *TEXTS], [[label, *(f"{one:.3f}" for one in row.values())] for label, row in bits.items()]
+            ["bits per byte", *columns],
+            [[label, *(f"{one[label]:.3f}" for one in columns.values())] for label in labels],
         )
     written: dict[str, Any] = {}
     for label, weights, unit in rows if given.prompts else []:

@@ -89,6 +89,20 @@ def test_the_average_of_a_drawn_token_is_the_one_that_conventional_tells(method)
         pieces.append(token.data)
 
 
+def test_greedy_asks_every_member_where_alternatives_are_told():
+    """A heavy member is certain by itself; the figures are the average's all the same."""
+    those = toys("piece", 2).with_weights([0.9, 0.1])
+    options = {"raw": True, "method": "greedy", "max_tokens": 12, "temperature": 0.5}
+    plain, found = those.generate(PROMPT, **options), those.generate(PROMPT, alternatives=2, **options)
+    assert found.text == plain.text
+    # Without them, the lighter one is left out where the heavier is certain.
+    assert plain.usage.members["m1"].forwards < found.usage.members["m1"].forwards
+    pieces: list[bytes] = []
+    for token in found.tokens:
+        assert_likeliest(token, exact_law(those, {"temperature": 0.5, "top_k": 0}, PROMPT, pieces), 2)
+        pieces.append(token.data)
+
+
 def test_the_ensembles_cost_a_forward_of_every_member_and_the_members_cost_nothing():
     those = toys("piece", 3)
     options = {"raw": True, "seed": 1, "max_tokens": 12, "ignore_end": True}

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import engine, toys
 
 import mixlm.decoding
 from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.engines.base import Ask, Draw
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import Report, check
-from mixlm.errors import ConfigError
+from mixlm.equivalence import Reference, Report, check, check_units
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.settings import Settings
 from mixlm.vocab.bytes import ByteState
 
@@ -81,6 +82,22 @@ def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.Mo
     report = check(ensemble(3, "word"), "hello", samples=1500)
     wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
     assert wrong == {("mixture", 2)}
+
+
+def test_every_unit_is_checked_that_members_have() -> None:
+    report, left_out = check_units(ensemble(2, "token"), "hello", samples=100)
+    assert report.equal
+    assert left_out == {}
+    assert list(dict.fromkeys(one.unit for one in report.comparisons)) == ["token", "piece", "word", "byte"]
+    report, left_out = check_units(ensemble(2, "piece"), "hello", samples=100)
+    assert list(left_out) == ["token"]
+    assert "share no vocabulary" in left_out["token"]
+    assert {one.unit for one in report.comparisons} == {"piece", "word", "byte"}
+
+
+def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="conventional does not go with the unit word"):
+        check(ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
 @pytest.mark.parametrize(
@@ -222,3 +239,32 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_law(demo_pair: En
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=Settings())
     assert shared.unit.name == "token"
     assert check(shared, "Name a colour.", samples=600).equal
+
+
+RAW = {"raw": True}
+
+
+def drawing_pair(seed: int = 10, **options) -> Ensemble:
+    engines = [engine(seed=seed + i, **options) for i in range(2)]
+    return Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)], [0.6, 0.4])
+
+
+def test_engines_that_draw_by_themselves_are_held_against_those_of_a_reference():
+    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=Reference(drawing_pair()))
+    assert report.equal
+    assert {one.left for one in report.comparisons} >= {"mixture", "conventional", "single"}
+
+
+def test_another_law_than_the_references_is_found_unless_it_is_within_the_tolerance():
+    one, other = drawing_pair(writes=True), drawing_pair(seed=12)
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other)).equal
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.05)).equal
+    generous = check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.9)).comparisons
+    assert all(one.equal for one in generous if one.right == "exact")
+
+
+def test_a_reference_that_reads_otherwise_is_refused():
+    with pytest.raises(ConfigError, match="do not read as m0, m1 do"):
+        check(drawing_pair(), "ab", samples=100, options=RAW, reference=Reference(toys("piece", 2)))
+    with pytest.raises(ConfigError, match="tolerance is 1; it must be 0 or more and less than 1"):
+        Reference(drawing_pair(), 1.0)

@@ -27,7 +27,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.records import Sampling
 
-BIAS = {"ab": 2.5, "c": -1.25, " ": 100.0, "b": -100.0}
+BIAS = {"ab": 2.5, "c": -1.25, " ": 1.5, "b": -100.0}
 OPTIONS = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.5}
 
 

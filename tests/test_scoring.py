@@ -17,11 +17,12 @@ from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
 
 from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
+from mixlm.passages import Passage
 from mixlm.records import Message
 from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned
 from mixlm.routing.features import FEATURES
 from mixlm.scored import Scores, joined, router_weights, split
-from mixlm.scoring import _Passage, _scored, identity, score, score_answers, split_passages
+from mixlm.scoring import _scored, identity, score, score_answers, split_passages
 
 TEXT = "ab cab bab cacab a b c abba"
 BYTES = [bytes([b]) for b in range(256)]
@@ -248,7 +249,7 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
     answer = b"ab cab" if unit == "token" else b"abcab"
     pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([one]) for one in answer]
     prompts = those.prompts("ab" if unit == "token" else "ba", those.settings(raw=True))
-    found = _scored(those, [_Passage(answer, prompts.ids, prompts.text, ends)], None, None)
+    found = _scored(those, [Passage(answer, prompts.ids, prompts.text, ends)], None, None)
     expected = stepwise(those, prompts, [*pieces, END] if ends else pieces)
     weights = router_weights(found, those.router)
     assert found.mixture(weights).sum() == pytest.approx(expected, rel=1e-6)

@@ -201,6 +201,12 @@ class Ensemble:
                 f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
                 "use --unit piece, or leave it out for those of the drawn member",
             )
+        for one in self.members:
+            if settings.score_prompt and one.engine.candidates is not None:
+                raise UnsupportedError(
+                    f"score_prompt needs every token's probability, and {one.name} tells its likeliest only",
+                    "use --engine hf (engine='hf')",
+                )
         drawable = self._symbols
         if settings.ignore_end:
             drawable = [np.where(symbols == self.unit.end, -1, symbols) for symbols in drawable]
@@ -228,7 +234,16 @@ class Ensemble:
         costs = Costs(lambda: [one.work.log for one in drawn], sizes)
         parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
         tally = Tally()
-        return Writer(self.unit, self.router, settings, members, strategy(settings, parts, tally), drawn, tally)
+        return Writer(
+            self.unit,
+            self.router,
+            settings,
+            members,
+            strategy(settings, parts, tally),
+            drawn,
+            tally,
+            int(np.argmax(self.weights)),
+        )
 
     def _transform(self, member: MemberSpec, settings: Settings, symbols: Ids) -> Transform:
         """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""

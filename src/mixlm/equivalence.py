@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import Method, methods_of
+from mixlm.config import UNITS, Method, methods_of
+from mixlm.decoding import refuse
 from mixlm.draws import Outcome, drawing, first_symbols
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError, UnsupportedError
@@ -103,6 +104,7 @@ def check(
         raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**given)
+    refuse(settings.method, ensemble.unit.name)
     prompts = ensemble.prompts(prompt, settings)
     reference = reference or Reference(ensemble)
     _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.prompts(prompt, settings))
@@ -134,8 +136,38 @@ def check(
         found += [_tolerant(one, reference.tolerance) for one in compared]
     if "conventional" in pairs and "mixture" in pairs:
         found += [_between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], at) for at in (1, 2)]
+    return Report(_judged(found))
+
+
+def check_units(
+    ensemble: Ensemble,
+    prompt: Prompt,
+    *,
+    samples: int = 2000,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> tuple[Report, dict[str, str]]:
+    """Check the ensemble's members in every unit. Returns one report, and why the units that are not in it are not.
+
+    A verdict is wrong by chance as rarely as in the check of one unit. Raises UnsupportedError where no unit is left.
+    """
+    found: list[Comparison] = []
+    left_out: dict[str, str] = {}
+    for unit in UNITS[1:]:
+        try:
+            those = ensemble.with_unit(unit)
+            found += check(those, prompt, samples=samples, options=options, progress=progress).comparisons
+        except UnsupportedError as error:
+            left_out[unit] = error.message
+    if not found:
+        raise UnsupportedError(f"no unit can be checked: {'; '.join(left_out.values())}")
+    return Report(_judged(found)), left_out
+
+
+def _judged(found: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """Say of each comparison whether it found a difference; of all of them, one is found by chance once in 1/LEVEL."""
     level = LEVEL / len(found)
-    return Report(tuple(replace(one, equal=one.p_value >= level) for one in found))
+    return tuple(replace(one, equal=one.p_value >= level) for one in found)
 
 
 def _check_reference(ensemble: Ensemble, reference: Ensemble, ours: Prompts, theirs: Prompts) -> None:

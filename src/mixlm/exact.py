@@ -6,6 +6,7 @@ written down as it is said.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
@@ -60,6 +61,8 @@ class Exact:
         for i, weight in enumerate(weights):
             if weight > 0:
                 law += weight * self._member(i, state)
+        if self._settings.json_schema is not None:
+            law /= law.sum()  # without members that have nothing to go on with
         if after is not None:
             with np.errstate(divide="ignore"):
                 law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
@@ -103,6 +106,10 @@ class Exact:
         allowed = symbols >= 0
         if only is not None:
             allowed &= only[symbols]
+        if self._settings.json_schema is not None:
+            grammar = self._ensemble.grammars.of(self._settings.json_schema)[i]
+            held = grammar.matcher().allowed(state.tail(sys.maxsize))
+            allowed &= held if held is not None else False
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
         history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])

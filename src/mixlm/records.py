@@ -105,7 +105,8 @@ class Token:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        form: dict[str, Any] = {"text": self.text, "member": self.member, "logprob": self.logprob}
+        logprob = None if math.isnan(self.logprob) else self.logprob
+        form: dict[str, Any] = {"text": self.text, "member": self.member, "logprob": logprob}
         if self.alternatives:
             form["alternatives"] = [{"text": one.text, "logprob": one.logprob} for one in self.alternatives]
         return form
@@ -172,17 +173,25 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A finished reply. `finish_reason` is "stop" (end of text or a stop string), "length", or "error"
-    where a member failed (`ReplyCutError`)."""
+    where a member failed (`ReplyCutError`).
+
+    prompt: with `score_prompt`, the prompt's tokens, or the segments between places where all members have a boundary;
+    the log-probability of what nothing is in front of is nan. end: the end-of-text that was drawn, without bytes.
+    """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
     seed: int
     usage: Usage
+    prompt: tuple[Token, ...] = ()
+    end: Token | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
+        prompt = {"prompt": [one.as_dict() for one in self.prompt]} if self.prompt else {}
         return {
+            **prompt,
             "text": self.text,
             "finish_reason": self.finish_reason,
             "seed": self.seed,

@@ -17,9 +17,10 @@ from mixlm.decoding.drafts import Tally
 from mixlm.decoding.told import told_by_all
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
+from mixlm.given import prompt_tokens
 from mixlm.noise import Noise
 from mixlm.records import Alternative, Completion, FinishReason, MemberUsage, Token, Usage
-from mixlm.routing import Context, Router
+from mixlm.routing import Context, Fixed, Router
 from mixlm.sampling import Floats, Ids
 from mixlm.settings import Settings
 from mixlm.text import TextStream
@@ -36,7 +37,7 @@ class Prompts:
 
 @dataclass
 class Writer:
-    """An ensemble set up for one kind of reply, and a session for each member."""
+    """An ensemble set up for one kind of reply, and a session for each member. heaviest: whom `single` takes."""
 
     unit: Unit
     router: Router
@@ -45,6 +46,14 @@ class Writer:
     strategy: Strategy
     sessions: Sequence[Session]
     tally: Tally
+    heaviest: int = 0
+
+    @property
+    def reader(self) -> Router:
+        """What weighs the members where they are asked about a given text."""
+        if self.settings.method != "single":
+            return self.router
+        return Fixed(np.eye(len(self.members))[self.heaviest])
 
     def begin(self, prompts: Prompts) -> Writing:
         """Begin a sequence behind the members' prompts."""
@@ -80,6 +89,8 @@ class Stream(Iterator[Token]):
         self._writer = writer
         self._prompts = prompts
         self._tokens: list[Token] = []
+        self._told: tuple[Token, ...] = ()
+        self._end_token: Token | None = None
         self._finish_reason: FinishReason = "length"
         self._start = self._first = self._end = time.perf_counter()
         self._before = [(len(s.work.log), s.work.tokens, s.work.seconds) for s in writer.sessions]
@@ -154,7 +165,15 @@ class Stream(Iterator[Token]):
     def completion(self) -> Completion:
         """The reply so far; the whole of it once it is finished."""
         text = "".join(one.text for one in self._tokens)
-        return Completion(text, tuple(self._tokens), self._finish_reason, self._writer.settings.seed, self._usage())
+        return Completion(
+            text,
+            tuple(self._tokens),
+            self._finish_reason,
+            self._writer.settings.seed,
+            self._usage(),
+            self._told,
+            self._end_token,
+        )
 
     def _advance(self, replies: list[Reply] | MemberError | None) -> None:
         # Whatever is raised in here ends the reply as far as it was written.
@@ -175,6 +194,9 @@ class Stream(Iterator[Token]):
         bare = settings.raw or settings.json_schema is not None
         stops = () if bare else {stop for one in writer.members for stop in one.engine.stops}
         text = TextStream([*settings.stop, *stops])
+        if settings.score_prompt:
+            given = (self._prompts.ids, self._prompts.text)
+            self._told = yield from prompt_tokens(writer.members, writer.unit, writer.reader, given)
         position = 0
         while position < settings.max_tokens and not writing.full:
             noise = Noise(settings.seed, settings.sequence, position)
@@ -185,6 +207,7 @@ class Stream(Iterator[Token]):
             for choice in choices:
                 if choice.symbol == writer.unit.end:
                     self._finish_reason = "stop"
+                    self._end_token = self._token(choice)
                     self._emit(text.flush())
                     return
                 writing.append(choice)
@@ -217,7 +240,8 @@ class Stream(Iterator[Token]):
             Alternative(b"" if symbol == unit.end else unit.data(symbol), logprob)
             for symbol, logprob in choice.likeliest
         )
-        return Token("", unit.data(choice.symbol), self.members[choice.member].name, choice.logprob, others)
+        data = b"" if choice.symbol == unit.end else unit.data(choice.symbol)
+        return Token("", data, self.members[choice.member].name, choice.logprob, others)
 
     def _emit(self, tokens: Sequence[Token]) -> None:
         self._tokens += tokens

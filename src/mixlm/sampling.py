@@ -196,8 +196,8 @@ class Transform:
     ) -> Candidates:
         """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
 
-        logits: (vocab,), any float, not changed; or what `cut` leaves, where all is allowed. allowed: ids that may be
-        drawn here, (vocab,).
+        logits: (vocab,), any float, not changed; or what `cut` leaves. allowed: ids that may be drawn, (vocab,), for
+        whole logits.
         """
         options = self.sampling
         if isinstance(logits, Candidates):

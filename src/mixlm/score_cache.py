@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from mixlm.errors import ConfigError
 from mixlm.models import cache_root
-from mixlm.scored import Scores
 
 LIMIT = "MIXLM_SCORES_MB"
 _MEGABYTES = 500.0
@@ -24,12 +25,26 @@ def folder() -> Path:
     return cache_root() / "scores"
 
 
-def get(path: Path) -> Scores | None:
-    """Return the scores in a file, and note that they were used; None where there are none, or they are spoiled."""
+class Kept(Protocol):
+    """What can be kept: scores, or what scores are made of."""
+
+    def save(self, path: str) -> None:
+        """Write it to a file."""
+        ...
+
+
+T = TypeVar("T")
+
+
+def get(path: Path, load: Callable[[Path], T]) -> T | None:
+    """Return what a file holds, and note that it was used; None where there is none, or it is spoiled.
+
+    load: reads a file, or raises ConfigError.
+    """
     if not path.is_file():
         return None
     try:
-        found = Scores.load(path)
+        found = load(path)
     except ConfigError:
         return None
     with suppress(OSError):
@@ -37,7 +52,7 @@ def get(path: Path) -> Scores | None:
     return found
 
 
-def put(scores: Scores, path: Path) -> None:
+def put(scores: Kept, path: Path) -> None:
     """Write scores by one rename, and make room. A cache that cannot be written is no reason to fail.
 
     Raises ConfigError for a limit that is no number.

@@ -3,8 +3,9 @@
 Members with one vocabulary meet at every token, and the mixture's probability is exact: `Σ_i λ_i p_i(t | before)`.
 Members with different vocabularies meet where all of them have a token boundary. Between two such places lies a
 segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the law of one coin a segment. That is
-not the law of `piece` or of `word`, whose probability of a text is a sum over all ways to write it; it is what the
-members' complementarity can be read from with one forward pass a member.
+not the law of `piece`, whose probability of a text is a sum over all ways to write it; it is what the members'
+complementarity can be read from with one forward pass a member. In the units `word` and `byte` the probability is that
+of the unit's own law, exactly, which takes a forward at each byte (`ways`, `unit_scores`).
 
 Members are scored as they are, without sampling options: what is measured is the models, not a way to draw from them.
 """
@@ -16,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -28,28 +29,15 @@ from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
 from mixlm.models import resolve
-from mixlm.sampling import Floats, Ids, Logits
+from mixlm.passages import PASSAGE_BYTES, Passage, beginning, fitting_contexts, split_passages
+from mixlm.sampling import Ids, Logits
 from mixlm.scored import Scores, joined
 from mixlm.settings import Settings
+from mixlm.unit_scores import Reader, exact_scores, prompt_bits
 
 __all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
 
-# Texts are read in passages of about this many bytes, each from the beginning of a context.
-PASSAGE_BYTES = 6000
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """A part of a text: the bytes to be scored, and in front of them what each member reads, and what an author wrote.
-
-    before: ids a member, int64. prompt: UTF-8, empty for a bare text. ends: whether the end of the text is scored too.
-    """
-
-    data: bytes
-    before: Sequence[Ids]
-    prompt: bytes = b""
-    ends: bool = False
 
 
 def score(
@@ -58,10 +46,12 @@ def score(
     *,
     progress: Progress | None = None,
     identities: Sequence[str] | None = None,
+    by_segment: bool = False,
 ) -> Scores:
-    """Score a text under every member of an ensemble, one pass a member.
+    """Score a text under every member of an ensemble, one pass a member; in the units `word` and `byte`, byte by byte.
 
-    progress: called with the member's name, passages read, passages. identities: what `identity` says of each member's
+    by_segment: members meet where all have a token boundary, whatever the unit. progress: called with the
+    member's name, passages read, passages (bytes in those units). identities: what `identity` says of each member's
     model; with them, scores are kept in the cache folder and the same text is not read again. Raises ConfigError for an
     empty text, and for one that a member's tokens do not spell exactly.
     """
@@ -71,11 +61,11 @@ def score(
     before = [beginning(one.engine) for one in ensemble.members]
     engines = [one.engine for one in ensemble.members]
     passages = [
-        _Passage(part, before)
+        Passage(part, before)
         for whole in split_passages(data)
-        for part in _fitting_contexts(whole, engines, [len(ids) for ids in before])
+        for part in fitting_contexts(whole, engines, [len(ids) for ids in before])
     ]
-    return _scored(ensemble, passages, progress, identities)
+    return _scored(ensemble, passages, progress, identities, by_segment=by_segment)
 
 
 def score_answers(
@@ -105,26 +95,8 @@ def score_answers(
         if not answer:
             raise ConfigError(f"answer {number} of {len(pairs)} is empty")
         prompts = ensemble.prompts(prompt, settings)
-        passages.append(_Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
+        passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
     return _scored(ensemble, passages, progress, identities)
-
-
-def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
-    """Cut a text into passages of at most `size` bytes, at the last line end, space or character that allows it."""
-    passages = []
-    start = 0
-    while len(data) - start > size:
-        middle, limit = start + size // 2, start + size
-        cut = data.rfind(b"\n", middle, limit) + 1 or data.rfind(b" ", middle, limit)
-        if cut <= start:
-            cut = limit
-            # A character has at most three bytes behind its first. Longer runs of them are no text.
-            while cut > max(start + 1, limit - 3) and data[cut] & 0xC0 == 0x80:
-                cut -= 1
-            cut = limit if data[cut] & 0xC0 == 0x80 else cut
-        passages.append(data[start:cut])
-        start = cut
-    return [*passages, data[start:]]
 
 
 def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str:
@@ -142,31 +114,19 @@ def _stamps(folder: Path) -> list[list[str | int]]:
     return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
 
 
-def beginning(engine: Engine) -> Ids:
-    """Return the ids that a member reads in front of a bare text, int64. Raises ConfigError where there are none."""
-    prefix = engine.prompts.prefix(engine.vocabulary.ends)
-    if not prefix:
-        raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
-    return np.array(prefix, dtype=np.int64)
-
-
-def _fitting_contexts(data: bytes, engines: Sequence[Engine], before: Sequence[int]) -> list[bytes]:
-    """Cut a passage further where it has more tokens than a member's context."""
-    fits = all(
-        length + len(engine.encoder.encode(data).ids) <= engine.context_length
-        for engine, length in zip(engines, before, strict=True)
-    )
-    if fits or len(data) < 8:
-        return [data]
-    return [
-        part for half in split_passages(data, len(data) // 2 + 1) for part in _fitting_contexts(half, engines, before)
-    ]
-
-
 def _scored(
-    ensemble: Ensemble, passages: Sequence[_Passage], progress: Progress | None, identities: Sequence[str] | None
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    progress: Progress | None,
+    identities: Sequence[str] | None,
+    *,
+    by_segment: bool = False,
 ) -> Scores:
     """Let every member read the passages, and bring their tokens together."""
+    if ensemble.unit.name in ("word", "byte") and not by_segment:
+        models: Sequence[str | None] = identities or [None] * len(ensemble.members)
+        readers = [Reader(one.name, one.engine, model) for one, model in zip(ensemble.members, models, strict=True)]
+        return exact_scores(ensemble.unit.name, readers, ensemble.weights, passages, progress)
     known: dict[tuple[int, bytes], Scores] = {}
     parts: list[Scores] = []
     for i, spec in enumerate(ensemble.members):
@@ -199,13 +159,13 @@ def _scored(
 
 
 def _read(
-    spec: MemberSpec, passages: Sequence[_Passage], member: int, progress: Progress | None, model: str | None
+    spec: MemberSpec, passages: Sequence[Passage], member: int, progress: Progress | None, model: str | None
 ) -> Scores:
     """Return one member's scores of its own tokens, from the cache where they are known."""
     engine = spec.engine
     read = [_tokens(engine, passage, member) for passage in passages]
     path = _cache_path(engine, model, read, passages) if model is not None else None
-    if path is not None and (found := score_cache.get(path)) is not None:
+    if path is not None and (found := score_cache.get(path, Scores.load)) is not None:
         if progress is not None:
             progress(spec.name, len(passages), len(passages))
         return found
@@ -221,7 +181,7 @@ def _read(
     return out
 
 
-def _passage_scores(engine: Engine, passage: _Passage, ids: Ids, bounds: npt.NDArray[np.int64]) -> Scores:
+def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDArray[np.int64]) -> Scores:
     """Read one passage from the beginning of a context. ids, bounds: what `_tokens` returns."""
     session = engine.session()
     scores = session.token_logprobs(ids)
@@ -243,14 +203,6 @@ def _passage_scores(engine: Engine, passage: _Passage, ids: Ids, bounds: npt.NDA
     )
 
 
-def prompt_bits(logprobs: Floats, prompt: bytes) -> float:
-    """Return bits per byte of a prompt from the log-probabilities of a member's tokens in front of a text, (n,).
-
-    Of no prompt nothing is said, whatever tokens begin the text.
-    """
-    return float(-logprobs.sum() / np.log(2) / len(prompt)) if prompt else 0.0
-
-
 def _end_logprob(engine: Engine, logits: Logits) -> float:
     """Return the natural log-probability that a text ends here. logits: (vocab,)."""
     values = logits.astype(np.float64)
@@ -258,7 +210,7 @@ def _end_logprob(engine: Engine, logits: Logits) -> float:
     return float(np.logaddexp.reduce(ends) - np.logaddexp.reduce(values)) if ends.size else -math.inf
 
 
-def _tokens(engine: Engine, passage: _Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+def _tokens(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
     own, bounds = spelling(engine, passage.data)
     ids: Ids = np.array([*passage.before[member], *own], dtype=np.int64)
@@ -299,7 +251,7 @@ def _cache_path(
     engine: Engine,
     model: str,
     read: Sequence[tuple[Ids, npt.NDArray[np.int64]]],
-    passages: Sequence[_Passage],
+    passages: Sequence[Passage],
 ) -> Path:
     """Return where a member's scores of these passages are kept: a hash of the model, the text and how it was cut."""
     about = [__version__, PASSAGE_BYTES, engine.name, dict(engine.details), model]

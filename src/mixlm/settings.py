@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     logprobs_of: LogprobsOf
     logit_bias: Mapping[str | int, float]
     json_schema: Mapping[str, Any] | None
+    score_prompt: bool
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -64,7 +65,8 @@ class Settings:
     forward of every member for each symbol. logit_bias: added to the logits of each member's tokens that have exactly a
     text's bytes, in front of all other options; by ids where members share a vocabulary.
     json_schema: the reply is JSON of this schema, if it ends before max_tokens (`vocab/grammar`).
-    sampling: options given for every member, by name.
+    score_prompt: the log-probabilities of a raw prompt are told too, under the members as they are; max_tokens may then
+    be 0. sampling: options given for every member, by name.
     """
 
     method: Method = "mixture"
@@ -84,6 +86,7 @@ class Settings:
     logprobs_of: LogprobsOf = "member"
     logit_bias: Mapping[str | int, float] = field(default_factory=dict)
     json_schema: Mapping[str, Any] | None = None
+    score_prompt: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,7 +97,15 @@ class Settings:
             raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
         if self.logprobs_of not in LOGPROBS_OF:
             raise ConfigError(f"logprobs_of is {self.logprobs_of!r}; it must be one of {', '.join(LOGPROBS_OF)}")
-        whole = (("max_tokens", 1), ("seed", 0), ("sequence", 0), ("block", 1), ("alternatives", 0))
+        if self.score_prompt and not self.raw:
+            raise UnsupportedError("score_prompt tells of a raw prompt, and this one is in a template", "use raw=True")
+        whole = (
+            ("max_tokens", 0 if self.score_prompt else 1),
+            ("seed", 0),
+            ("sequence", 0),
+            ("block", 1),
+            ("alternatives", 0),
+        )
         for name, least in whole:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:

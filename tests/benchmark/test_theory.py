@@ -16,7 +16,7 @@ from mixlm.benchmark.roofline import H100, Machine, Need, served
 from mixlm.benchmark.theory import Fit, drafted_cost, fitted, predicted
 from mixlm.benchmark.timing import Sample, contestants
 from mixlm.decoding.costs import mixture_cost, speculative_cost
-from mixlm.engines import shape
+from mixlm.engines import EngineSpec, norms, runner, shape
 from mixlm.engines.base import Forward, Reply, Request, Session
 from mixlm.engines.shape import SHAPES
 from mixlm.engines.toy import ToyEngine
@@ -200,6 +200,23 @@ def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
     assert five - three == 2 * a_layer
     assert a_layer > 20
     assert launches({**LARGE, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}) == two
+
+
+def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A norm is a kernel of its own on a GPU, and several operations here.
+    monkeypatch.setattr(norms.Norms, "_replaced", lambda *_: torch.clone)
+    monkeypatch.setattr(runner, "_DIFFERENCE", 2.0)  # whatever comes out
+    counts = []
+    for layers in (2, 3, 5):
+        sizes = {**SHAPES["qwen2.5-0.5b"], **{k: v for k, v in LARGE.items() if k.endswith(("_size", "_heads"))}}
+        spec = EngineSpec("shape:tiny", "", "bfloat16", "cpu", graphs="on")
+        session = shape.ShapeEngine(spec, {**sizes, "num_hidden_layers": layers}).session()
+        session.logits(np.arange(8))
+        session.logits(np.arange(9))
+        with Launches() as counted:
+            session.logits(np.arange(10))
+        counts.append(counted.count)
+    assert counts[1] - counts[0] == (counts[2] - counts[1]) / 2 == 26
 
 
 def test_members_cut_over_all_devices_are_n_times_as_fast_as_each_on_its_own_share() -> None:

@@ -170,6 +170,13 @@ def test_check_loads_in_float32_unless_told_otherwise(
     ]
 
 
+def test_check_of_every_unit_is_one_table(run: Run) -> None:
+    done = run("check", *TOYS, "--every-unit", "--samples", "200")
+    assert done.code == 0
+    assert "units token, piece, word, byte" in done.out
+    assert "--every-unit and --unit are both given" in run("check", *TOYS, "--every-unit", "--unit", "word").error
+
+
 def test_check_and_bench_on_toys(run: Run, tmp_path: Path) -> None:
     assert run("check", *TOYS, "--samples", "200", "--seed", "0").code == 0
     file = tmp_path / "speed.json"

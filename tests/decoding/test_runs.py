@@ -99,7 +99,7 @@ def test_a_run_is_as_long_as_it_was_read_in_the_members_own_tokens():
         patch.setattr(ToySession, "write", noted)
         reply = those.generate("b", raw=True, seed=1, max_tokens=30, ignore_end=True, top_k=0)
     assert b"ab" in reply.text.encode()
-    assert len(asked) > 1
+    assert len(asked) > 4  # 2, were it not for the tokens
     begin = [3, 1]
     for ids in asked:
         text = b"".join((b"a", b"b", b"ab")[i] for i in ids[2:])

@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from mixlm.records import Sampling
+from mixlm.sampling import Transform
+
 
 class Fake:
     """faults: what happens to the next requests for completions, first come first served.
 
     "drop" closes the connection; "cut" sends half of the answer; "garbage" sends no JSON; "slow" takes `delay` seconds;
     "429" and "503" say busy; "error" says that something is wrong; any other word is sent as the answer.
+
+    draws: whether it draws tokens by itself and gives their ids; with `processed`, it tells the probabilities that it
+    draws with; `seeds` and `bans` are heeded, the latter by `masks` or by biases.
     """
 
     def __init__(self, size: int = 260, seed: int = 0, *, key: str | None = None) -> None:
@@ -29,6 +35,8 @@ class Fake:
         self.asked: list[dict[str, Any]] = []
         self.most = 100
         self.spell_ids = True
+        self.draws = False
+        self.processed = self.seeds = self.bans = self.masks = True
         self.delay = 0.5
         self.retry_after: str | None = "0.05"
         self.busy = self.busiest = 0
@@ -141,11 +149,43 @@ class Fake:
         return np.random.default_rng([self.seed, *ids[-3:]]).normal(scale=2, size=self.size)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.draws and body.get("return_token_ids"):
+            return self.drawn(body)
         if "logprobs" not in body:
             return {"model": body["model"], "choices": [{"text": "x", "logprobs": None}]}
         x = self.logits(body["prompt"])
         x = x - np.log(np.exp(x).sum())
+        if self.processed and self.draws:
+            law = self.law(body)(x)
+            x = np.full(self.size, -9999.0)
+            x[law.ids] = law.logprobs
         top = np.argsort(-x)[: body["logprobs"]]
         spelled = "token_id:{}" if self.spell_ids else "text {}"
         told = {spelled.format(i): float(x[i]) for i in top}
         return {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [told]}}]}
+
+    def law(self, body: dict[str, Any]) -> Transform:
+        """The transform that a request asks for."""
+        sampling = Sampling(
+            **{name: body[name] for name in ("temperature", "top_p", "min_p")}, top_k=max(body["top_k"], 0)
+        )
+        banned = [int(one) for one, bias in body.get("logit_bias", {}).items() if bias == -100] if self.bans else []
+        given = body.get("vllm_xargs", {}).get("mixlm_banned", "")
+        for part in given.split(",") if given and self.masks and self.bans else ():
+            first, _, last = part.partition("-")
+            banned += range(int(first), int(last or first) + 1)
+        return Transform(sampling, np.array(banned, dtype=np.int64))
+
+    def drawn(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Draw tokens, and tell what is told of them."""
+        random = np.random.default_rng(body["seed"] if self.seeds else None)
+        ids: list[int] = []
+        told: list[float] = []
+        while len(ids) < body["max_tokens"] and not {*ids} & {*body.get("stop_token_ids", [])}:
+            x = self.logits([*body["prompt"], *ids])
+            law = self.law(body)(x)
+            at = random.choice(len(law.ids), p=np.exp(law.logprobs) / np.exp(law.logprobs).sum())
+            ids.append(int(law.ids[at]))
+            told.append(float(law.logprobs[at]) if self.processed else float(x[ids[-1]] - np.log(np.exp(x).sum())))
+        choice = {"text": "x", "token_ids": ids, "logprobs": {"token_logprobs": told}}
+        return {"model": body["model"], "choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": 0}}}

@@ -19,11 +19,13 @@ pytest.importorskip("httpx")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Ask, Engine
 from mixlm.engines.remote import RemoteEngine
+from mixlm.engines.served import Served
 from mixlm.engines.wire import Limits
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.models import find_gguf, tokenizer_folder
-from mixlm.sampling import Cut, softmax
+from mixlm.records import Sampling
+from mixlm.sampling import Cut, Transform, softmax
 
 QUICK = Limits(connect=1, answer=5, busy=1, connections=3)
 
@@ -92,7 +94,7 @@ def test_an_ensemble_with_a_member_behind_a_server_writes(engine):
 
 
 def test_the_name_is_the_models(remote, fake):
-    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 512, 64)
+    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 511, 64)
     found = remote.session().logits(np.array([5, 6, 7]))[0]
     wanted = fake.logits([5, 6, 7])
     best = np.argsort(-wanted)[:64]
@@ -226,7 +228,7 @@ def test_what_a_server_lacks_is_named(fake, folder):
 
 def test_one_of_several_models_is_named_behind_the_url(fake, folder):
     fake.models.append({"id": "second", "max_model_len": 64})
-    assert RemoteEngine(EngineSpec(fake.url + "/v1#second", ""), folder, QUICK).context_length == 64
+    assert RemoteEngine(EngineSpec(fake.url + "/v1#second", ""), folder, QUICK).context_length == 63
     with pytest.raises(ConfigError, match=r"no model 'secnd'; it has: fake, second.*did you mean 'second'"):
         RemoteEngine(EngineSpec(fake.url + "#secnd", ""), folder, QUICK)
     with pytest.raises(ConfigError, match=r"several models.*fake, second.*#NAME"):
@@ -271,6 +273,89 @@ def test_a_server_and_an_engine_must_fit(model, engine):
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9 does not answer"):
         load(EngineSpec("http://127.0.0.1:9", ""))
+
+
+@pytest.fixture
+def drawing(fake, folder) -> RemoteEngine:
+    """A member behind a server that draws by itself."""
+    fake.draws = True
+    return RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
+    fake.draws, fake.masks = True, masks
+    one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert one.servers[0].served == Served("", masks)
+    assert one.details["draws by itself"] == ("yes, masking" if masks else "yes")
+    alone = Ensemble([MemberSpec(one, "a")])
+    fake.asked.clear()
+    reply = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
+    [asked] = fake.asked
+    assert (len(reply.tokens), asked["max_tokens"]) == (12, 12)
+    control = sorted(one.vocabulary.control)
+    assert ("vllm_xargs" in asked) == masks
+    if not masks:
+        assert sorted(map(int, asked["logit_bias"])) == control
+    ids = asked["prompt"]
+    for token in reply.tokens:
+        law = Transform(Sampling(temperature=0.7, top_k=0), np.array(control))(fake.logits(ids))
+        ids = [*ids, one.vocabulary.tokens.index(token.data)]
+        assert token.logprob == pytest.approx(law.logprobs[law.ids == ids[-1]][0])
+    assert sum(one.forwards for one in reply.usage.members.values()) == 12
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ("draws", "tells no token ids"),
+        ("processed", "--logprobs-mode processed_logprobs"),
+        ("seeds", "equal seeds must draw equal tokens"),
+        ("bans", "cannot be kept from drawing some tokens"),
+    ],
+)
+def test_what_a_server_lacks_to_draw_by_itself_is_told_and_it_is_asked_token_by_token(fake, folder, lacking, said):
+    fake.draws = True
+    setattr(fake, lacking, False)
+    one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert said in one.details["draws by itself"]
+    fake.asked.clear()
+    reply = Ensemble([MemberSpec(one, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
+    assert len(reply.tokens) == len(fake.asked) == 6
+
+
+def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawing):
+    many = np.arange(301)
+    assert drawing.writes(Sampling(), many)
+    drawing.servers[0].served = Served("", masks=False)
+    assert not drawing.writes(Sampling(), many)
+    assert drawing.writes(Sampling(), many[:300])
+    assert not drawing.writes(Sampling(min_p=0.1, top_p=0.9), many[:0])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{}",
+        "null",
+        '{"choices": [{"token_ids": [], "logprobs": {"token_logprobs": []}}]}',
+        '{"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1]}}]}',
+        '{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [null]}}]}',
+        '{"choices": [{"token_ids": ["x"], "logprobs": {"token_logprobs": [-1]}}]}',
+    ],
+)
+def test_what_is_no_run_is_an_error_that_says_what_came(drawing, fake, answer):
+    fake.faults = [answer]
+    with pytest.raises(ReplyCutError, match="gives no answer"):
+        Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
+
+
+def test_a_run_of_a_server_that_came_back_with_another_model_is_not_taken(drawing, fake):
+    fake.stop()
+    fake.seed = 1
+    fake.start()
+    with pytest.raises(ReplyCutError, match="has another model now"):
+        Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
 
 
 SERVE = """

@@ -96,7 +96,7 @@ def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: 
     with pytest.raises(UnsupportedError, match="tells 20 of the likeliest tokens, others 80"):
         RemoteEngine(urls(fakes), folder, QUICK)
     fakes[1].most, fakes[1].models = 100, [{"id": "fake", "max_model_len": 100}]
-    with pytest.raises(UnsupportedError, match="a context of 100 tokens, others 512"):
+    with pytest.raises(UnsupportedError, match="a context of 99 tokens, others 511"):
         RemoteEngine(urls(fakes), folder, QUICK)
 
 

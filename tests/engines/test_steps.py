@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from test_hf import build
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import mixlm
 from mixlm.engines import EngineSpec, steps
 from mixlm.engines.attention import KeyValues
 from mixlm.engines.base import Ask
 from mixlm.engines.hf import HFEngine
+from mixlm.engines.norms import Norms
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 
@@ -159,10 +163,68 @@ def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
     assert texts[0][0] != texts[0][1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "count"), [("llama", 5), ("gemma3", 13)])  # gemma3 has six in a layer
+def test_norms_are_one_operation_inside_steps_only(load: Load, kind: str, count: int, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(load(kind, "off").model).to(dtype)
+    with torch.no_grad():
+        for one in model.modules():
+            if type(one).__name__.endswith("RMSNorm"):
+                one.weight.normal_()
+    norms = Norms(model)
+    assert len(norms) == count
+    norm = model.model.norm
+    x = torch.randn(3, norm.weight.numel(), dtype=dtype)
+    with torch.inference_mode():
+        usual = norm(x)
+        with norms.used():
+            fused = norm(x)
+            assert "forward" in vars(norm)
+    torch.testing.assert_close(fused, usual)
+    assert "forward" not in vars(norm)
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        eps = 1e-6
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight + 0.1
+
+    assert len(Norms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
+
+
 def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
     for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
         one = load("llama", graphs)
         assert {key: value for key, value in one.details.items() if key == "short forwards"} == said
+
+
+def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Path) -> None:
+    folder, file = load("llama")._source, tmp_path / "one.toml"
+    file.write_text(f'[[members]]\nmodel = "{folder}"\ndtype = "float32"\ngraphs = "on"\n')
+    loaded = (
+        (mixlm.load(folder, dtype="float32", graphs="on"), True),
+        (mixlm.load(file), True),
+        (mixlm.load(file, graphs="off"), False),
+    )
+    for given, used in loaded:
+        engine = given.members[0].engine
+        assert isinstance(engine, HFEngine)
+        assert (engine.runner.steps is not None) == used
+
+
+def test_another_adapter_has_steps_of_its_own(load: Load) -> None:
+    runner = load("llama").runner
+    other = runner.using("some adapter")
+    assert other.steps is not None
+    assert other.steps is not runner.steps
+    assert other.steps.rooms is not runner.steps.rooms  # type: ignore[union-attr]
+    assert runner.using("some adapter") is other
 
 
 def test_a_model_that_steps_would_change_keeps_its_usual_forward(

@@ -12,7 +12,7 @@ from vllm_server import write_tiny_model
 pytest.importorskip("vllm")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
-from mixlm.errors import ConfigError, EngineError, ModelLoadError, ReplyCutError
+from mixlm.errors import ConfigError, EngineError, ModelLoadError, ReplyCutError, UnsupportedError
 
 pytestmark = [
     pytest.mark.engines,
@@ -65,6 +65,12 @@ def test_members_that_differ_in_prompts_share_one_model(engine):
 def test_what_vllm_is_not_given_is_refused(folder, options, error, said):
     with pytest.raises(error, match=said):
         load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", **options))
+
+
+@pytest.mark.parametrize(("model", "said"), [("x.gguf", "is a GGUF file"), ("shape:qwen2.5-0.5b", "has no weights")])
+def test_what_vllm_cannot_load_is_refused(model, said):
+    with pytest.raises(UnsupportedError, match=said):
+        load(EngineSpec(model, "", engine="vllm"))
 
 
 def test_a_request_that_vllm_refuses_is_named_and_the_others_go_on(engine):

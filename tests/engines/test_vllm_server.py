@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ pytest.importorskip("websockets")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, Run
 from mixlm.engines.remote import RemoteEngine
-from mixlm.engines.wire import Limits
+from mixlm.engines.session import Line
+from mixlm.engines.wire import Limits, Secret
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError
 from mixlm.records import Sampling
@@ -47,12 +49,12 @@ def engine(request, server) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXLM_TEST_KEY", KEY)
         one = load(EngineSpec(server, "tiny", key_env="MIXLM_TEST_KEY"))
-        assert one.details["draws by itself"] == "yes"
+        assert one.details["draws by itself"] == "yes, masking"
         assert one.details["prefix cache"] == "reported"
-        assert one.served.masks
-        assert one.line is not None
+        [server] = one.servers
+        assert server.texts is not None
         if request.param == "completions":
-            one.line = None
+            server.texts = None
         yield one
 
 
@@ -64,17 +66,16 @@ def exact(folder) -> Engine:
 def test_the_key_holds_for_sessions_too(server):
     with pytest.raises(ConfigError, match="asks for a key"):
         load(EngineSpec(server, "tiny"))
-    from mixlm.engines.session import Line
-
-    with pytest.raises(EngineError, match="does not open a session"):
-        Line(server, "another", 2, 2).open()
+    for key, found in ((KEY, True), ("another", False)):
+        line = asyncio.run(Line.found(server, Secret(key), QUICK))
+        assert (line is not None) == found
 
 
 def test_a_connection_that_was_dropped_is_opened_again(engine):
     session, ids = engine.session(), random_ids(engine, 20)
     first = session.logits(ids).copy()
-    if engine.line is not None:
-        session._connection.close()
+    if engine.servers[0].texts is not None:
+        engine.servers[0].texts._open[session].close()
     session._latest = None
     np.testing.assert_allclose(session.logits(ids), first, atol=1e-4)
 
@@ -93,14 +94,18 @@ def test_more_sessions_than_may_rest(engine, exact):
 
 
 def test_what_is_no_message_is_refused_and_the_next_is_answered(engine):
-    if engine.line is None:
+    if engine.servers[0].texts is None:
         pytest.skip("only sessions have messages")
-    connection = engine.line.open()
-    connection._socket.send('{"keep": 5, "ids": [], "parameters": {}}')
-    assert "keep is 5 of 0 tokens" in connection._socket.recv()
-    connection._socket.send('{"keep": 0, "ids": [1, 2], "parameters": {"max_tokens": 1, "logprobs": 5}}')
-    assert '"told"' in connection._socket.recv()
-    connection.close()
+
+    async def talk() -> None:
+        text = await engine.servers[0].texts._line.open()
+        await text._socket.send('{"keep": 5, "ids": [], "parameters": {}}')
+        assert "keep is 5 of 0 tokens" in await text._socket.recv()
+        await text._socket.send('{"keep": 0, "ids": [1, 2], "parameters": {"max_tokens": 1, "logprobs": 5}}')
+        assert '"told"' in await text._socket.recv()
+        text.close()
+
+    asyncio.run(talk())
 
 
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
@@ -111,7 +116,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_anot
     with served(folder, *PROCESSED, *named, plugin=on_failure == "drop") as (process, url):
         engine = RemoteEngine(EngineSpec(url, "goes", tokenizer=str(folder)), folder, QUICK)
         assert engine.details["draws by itself"] == "yes"  # without the mask, by biases
-        assert (engine.line is None) == (on_failure == "error")
+        assert (engine.servers[0].texts is None) == (on_failure == "error")
         both = Ensemble([MemberSpec(exact, "stays"), MemberSpec(engine, "goes")])
         options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
         whole = both.generate("three", **options)

@@ -117,6 +117,17 @@ def test_speeds_follow_the_cost_model():
     }
 
 
+@pytest.mark.parametrize(
+    ("unit", "methods"),
+    [("piece", {"single", "conventional", "mixture"}), ("word", {"single", "mixture"}), ("byte", {"single"})],
+)
+def test_speeds_are_of_methods_that_the_unit_has(unit, methods):
+    those = ensemble([ToyEngine(), ToyEngine(seed=3)], [1, 1], unit=unit)
+    found = inspect(those)
+    assert {one.method for one in found.speeds} == methods
+    assert {one.measured is not None for one in found.speeds} == {unit != "byte"}
+
+
 def test_a_member_is_described_by_what_its_engine_says():
     one = ToyEngine(context_length=99)
     those = ensemble([one, ToyEngine(seed=3), one], [2, 1, 1])

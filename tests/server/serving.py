@@ -193,9 +193,8 @@ def raw(url: str, data: bytes, *, seconds: float = 10) -> socket.socket:
     return connection
 
 
-def request_bytes(body: Any, path: str = "/v1/chat/completions") -> bytes:
+def request_bytes(body: Any, path: str = "/v1/chat/completions", head: str = "") -> bytes:
+    """A request as it stands on the wire. head: further header lines, each with its end."""
     data = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    )
-    return head.encode() + b"\r\n" + data
+    first = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{first}{head}Content-Length: {len(data)}\r\n\r\n".encode() + data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from serving import HELLO, endless, events, running
@@ -123,6 +124,26 @@ def test_a_reply_is_held_to_a_schema(toys):
     assert found["text"].startswith("{")
     if found["finish_reason"] == "stop":
         assert isinstance(json.loads(found["text"]), dict)
+
+
+@pytest.mark.parametrize("most", [0, 1, 30])
+def test_a_prompt_is_scored_in_front_of_its_reply(toys, most):
+    prompts = ["one river", "two stones sing"]
+    found = toys.complete(prompts, n=2, seed=5, max_tokens=most, echo=True, logprobs=2).json()["choices"]
+    for at, choice in enumerate(found):
+        prompt = prompts[at // 2]
+        expected = PAIR.generate(
+            prompt, raw=True, seed=5, sequence=at, max_tokens=most, alternatives=2, score_prompt=True
+        )
+        told = choice["logprobs"]
+        end = (expected.end,) if expected.end else ()
+        tokens = [*expected.prompt, *expected.tokens, *end]
+        assert choice["text"] == prompt + expected.text == "".join(told["tokens"])
+        assert told["tokens"] == [one.text for one in tokens]
+        assert told["token_logprobs"] == pytest.approx([one.logprob for one in tokens])
+        assert [choice["text"][a:b] for a, b in pairwise([*told["text_offset"], None])] == told["tokens"]
+        assert all(len(one) in (2, 3) for one in told["top_logprobs"])
+        assert choice["mixlm"]["members"] == [one.member for one in expected.tokens]
 
 
 def test_biases_are_by_text_or_by_id(toys):
@@ -364,7 +385,9 @@ def test_what_does_not_fit_is_named(toys, body, param):
         ({"prompt": []}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0, "echo": True}, "echo"),
+        ({"logprobs": 0, "echo": True, "stream": True}, "stream"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
         ({"messages": HELLO}, "messages"),
     ],
 )

@@ -15,6 +15,7 @@ import pydantic
 import pytest
 from serving import HELLO, endless, running
 
+from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.loading import load
 from mixlm.server.keys import Keys, hashed
 
@@ -197,6 +198,55 @@ def test_lm_evaluation_harness(toys, kind):
         found = model.generate_until(instances, disable_tqdm=True)
     raw = kind == "local-completions"
     assert found == [PAIR.generate(one, method="greedy", max_tokens=6, raw=raw).text for one in prompts]
+
+
+def test_lm_evaluation_harness_scores_answers(tmp_path):
+    """A task of given answers over HTTP has the same numbers as in this process."""
+    from speaking import speaking
+    from trained import trained
+    from transformers import PreTrainedTokenizerFast
+
+    those = Ensemble([MemberSpec(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
+    PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path / "tokenizer")
+    places = ["the old river", "under the stone bridge", "it's 2024", "señor café", "over the birds"]
+    rows = [{"question": f"Where is {one}?\nAnswer:", "index": i % 3} for i, one in enumerate(places)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    task = {
+        "task": "places", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "doc_to_text": "{{question}}", "doc_to_choice": [" the bridge", " birds under it", " 3 books"],
+        "doc_to_target": "index", "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the harness's own
+        pytest.importorskip("lm_eval")
+        from lm_eval import simple_evaluate
+        from lm_eval.api.registry import get_model
+        from lm_eval.tasks import TaskManager
+
+        from mixlm.evaluation.lm import EnsembleLM
+
+        def scores(model):
+            manager = TaskManager(include_defaults=False)
+            done = simple_evaluate(
+                model=model, tasks=[dict(task)], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+            )
+            return [one["filtered_resps"] for one in done["samples"]["places"]], done["results"]["places"]["acc,none"]
+
+        expected, accuracy = scores(EnsembleLM(those))
+        with running(those) as one:
+            client = get_model("local-completions")(
+                model="toys", base_url=one.url + "/v1/completions", tokenizer=str(tmp_path / "tokenizer"),
+                tokenizer_backend="huggingface", tokenized_requests=False, batch_size=4,
+            )  # fmt: skip
+            found, theirs = scores(client)
+    assert theirs == accuracy
+    assert len(found) == len(expected) == len(rows)
+    for mine, other in zip(expected, found, strict=True):
+        for (logprob, greedy), (sent, sent_greedy) in zip(mine, other, strict=True):
+            assert sent == pytest.approx(logprob, abs=1e-4)
+            assert sent_greedy == greedy
 
 
 def test_litellm(toys):

@@ -9,13 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from serving import Running, endless, events, running
+from serving import Running, endless, events, raw, request_bytes, running
 
 from mixlm.errors import UsageError
 from mixlm.loading import load
@@ -122,24 +121,37 @@ def test_a_request_that_ends_in_the_queue_says_so():
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
-    with (
-        running(endless(0.01), traces=Traces(exporter), at_once=1, timeout=1.5) as one,
-        ThreadPoolExecutor(2) as threads,
-    ):
-        first = threads.submit(one.chat, max_tokens=10_000)
-        one.wait(lambda: one.server.worker.writing == 1)
-        both = [first, threads.submit(one.chat, max_tokens=10_000)]
-        assert [each.result().status_code for each in both] == [504, 504]
-    roots = {one.context.span_id: one for one in exporter.get_finished_spans() if one.parent is None}
-    children: dict[int, list[str]] = {one: [] for one in roots}
-    for each in exporter.get_finished_spans():
-        if each.parent is not None:
-            children[each.parent.span_id].append(each.name)
-    assert sorted(children.values(), key=len) == [PARTS[:2], PARTS]
-    for root in roots.values():
-        assert root.attributes["mixlm.closed"] == "timeout"
-        assert root.attributes["error.type"] == "timeout"
-        assert root.status.status_code.name == "ERROR"
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 10_000, "stream": True}
+    with running(endless(0.01), traces=Traces(exporter), at_once=1) as one:
+        with one.client.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "a"}) as first:
+            found = events(first)
+            next(found)
+            with raw(one.url, request_bytes(body, head="X-Request-Id: b\r\n")) as second:
+                assert second.recv(12) == b"HTTP/1.1 200"  # its prompt has been read
+            one.wait(lambda: one.server.worker.unended == 1)
+        one.wait(lambda: one.server.worker.unended == 0)
+    spans = exporter.get_finished_spans()
+    roots = {span.attributes["mixlm.request_id"]: span for span in spans if span.parent is None}
+    for name, parts in (("a", PARTS), ("b", PARTS[:2])):
+        assert [
+            span.name for span in spans if span.parent and span.parent.span_id == roots[name].context.span_id
+        ] == parts
+        assert roots[name].attributes["mixlm.closed"] == "gone"
+    assert roots["a"].attributes["gen_ai.usage.output_tokens"] > 0
+    assert sum(roots["a"].attributes["mixlm.member.forwards"]) > 0
+    assert roots["b"].attributes["gen_ai.usage.output_tokens"] == 0
+
+
+@needs_sdk
+def test_a_request_that_takes_too_long_is_an_error():
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    with running(endless(0.01), traces=Traces(exporter), timeout=0.3) as one:
+        assert one.chat(max_tokens=10_000).status_code == 504
+    [root] = [span for span in exporter.get_finished_spans() if span.parent is None]
+    assert root.attributes["mixlm.closed"] == root.attributes["error.type"] == "timeout"
+    assert root.status.status_code.name == "ERROR"
 
 
 class Receiver(ThreadingHTTPServer):

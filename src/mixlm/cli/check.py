@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from mixlm.cli.display import print_json, progress_bars
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
-from mixlm.cli.tables import console, print_table
-from mixlm.errors import ConfigError
+from mixlm.cli.tables import console, print_lines, print_table
+from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
@@ -40,6 +40,9 @@ def check(
         float,
         Option("--tolerance", metavar="D", help="Total variation that members may have from --exact, for each symbol."),
     ] = 0.0,
+    every_unit: Annotated[
+        bool, Option("--every-unit", help="Check the units token, piece, word and byte, as far as members allow.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
     """Test that every method samples the law it promises.
@@ -49,23 +52,32 @@ def check(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", "leave it out to take the default")
+    if every_unit and (shared.unit is not None or exact):
+        other = "--exact" if exact else "--unit"
+        raise UsageError(f"--every-unit and {other} are both given", "leave one out")
     options = shared.options()
     ensemble = open_ensemble(shared, options, dtype="float32")
-    from mixlm.equivalence import Reference
-    from mixlm.equivalence import check as compare
+    from mixlm import equivalence
 
     reference = None
     if exact:
         config = shared.config(dtype="float32")
-        reference = Reference(_as_reference(config, exact, shared.numbers()), tolerance)
+        reference = equivalence.Reference(_as_reference(config, exact, shared.numbers()), tolerance)
     elif tolerance:
         raise ConfigError("--tolerance is given without --exact", "members have no distance from themselves")
+    left_out: dict[str, str] = {}
     with progress_bars() as progress:
-        report = compare(ensemble, prompt, samples=samples, options=options, reference=reference, progress=progress)
+        about: dict[str, Any] = {"samples": samples, "options": options, "progress": progress}
+        if every_unit:
+            report, left_out = equivalence.check_units(ensemble, prompt, **about)
+        else:
+            report = equivalence.check(ensemble, prompt, reference=reference, **about)
     if as_json:
-        print_json(report.as_dict())
+        print_json(report.as_dict() | ({"left_out": left_out} if every_unit else {}))
     else:
         _show(report)
+        for unit, reason in left_out.items():
+            print_lines(f"The unit {unit} is left out: {reason}.")
     return 0 if report.equal else 1
 
 
@@ -85,8 +97,11 @@ def _as_reference(config: EnsembleConfig, models: list[str], weights: list[float
 
 
 def _show(report: Report) -> None:
+    units = list(dict.fromkeys(one.unit for one in report.comparisons))
+    several = len(units) > 1
     rows = [
         (
+            *([one.unit] if several else []),
             f"{one.left} / {one.right}",
             str(one.position),
             f"{one.total_variation:.4f}",
@@ -97,9 +112,9 @@ def _show(report: Report) -> None:
         for one in report.comparisons
     ]
     styles = ["green" if one.equal else "bold red" for one in report.comparisons]
-    print_table(_HEADS, rows, right=_NUMBERS, styles=styles)
+    print_table(("unit", *_HEADS) if several else _HEADS, rows, right=_NUMBERS, styles=styles)
     samples = max(one.samples for one in report.comparisons)
-    about = f"{samples} replies a method, unit {report.comparisons[0].unit}"
+    about = f"{samples} replies a method, {'units' if several else 'unit'} {', '.join(units)}"
     if report.equal:
         console().print(f"No difference was found: {about}.", style="green")
     else:

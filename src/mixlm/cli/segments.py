@@ -20,6 +20,13 @@ def about_unit(unit: str, segments: int, size: int) -> str:
     """Say what the mixture's figures mean in a unit."""
     if unit == "token":
         return f"{segments} tokens, {size} bytes. Members share their tokens: the mixture's probability is exact."
+    if unit == "byte":
+        return f"{size} bytes. Each is drawn anew, over every way to cut the text into tokens: probabilities are exact."
+    if unit == "word":
+        return (
+            f"{segments} words, {size} bytes. One member is drawn for each, and every way to write it counts: "
+            "probabilities are exact."
+        )
     return (
         f"{segments} segments, {size} bytes. Segments end where all members have a token boundary; the mixture draws "
         "one member for each."

@@ -147,17 +147,17 @@ class View:
         return int(self.member.symbols[token])
 
     @property
+    def cut(self) -> Cut | None:
+        """What of the member's logits its law depends on, None for all of them."""
+        return self.member.transform.cut if self._matcher is None else None
+
+    @property
     def stuck(self) -> bool:
         """Whether the member has no token that keeps the text what it is held to."""
         if self._matcher is None or not self.member.may_be_stuck:
             return False
         allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
         return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
-
-    @property
-    def cut(self) -> Cut | None:
-        """What of the member's logits its law depends on, None for all of them."""
-        return self.member.transform.cut if self._matcher is None else None
 
     def law(self, logits: Row) -> Candidates:
         """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""

@@ -13,7 +13,7 @@ from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.engines.base import Run
 from mixlm.errors import EngineError
 
-LONGEST = 32  # tokens of one request: a reader waits for all of them
+LONGEST = 16  # tokens of one request: a reader waits for all of them
 
 
 def written(step: Step, member: int, *, always: bool = False) -> Flow:

@@ -41,7 +41,7 @@ from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
 from mixlm.decoding.drafts import prefix_groups
 from mixlm.engines.base import Ask, Drawn, Reply, Request
 from mixlm.noise import Noise
-from mixlm.sampling import Candidates, Ids, Logits
+from mixlm.sampling import Candidates, Cut, Ids, Row
 from mixlm.vocab.words import WHITESPACE, WordState
 
 LONGEST = 16  # symbols written behind an end that is in doubt
@@ -88,11 +88,12 @@ class _Check(NamedTuple):
 
     member: int
     ids: Ids
-    choose: Callable[[Logits], Drawn]
+    choose: Callable[[Row], Drawn]
     noise: Noise
     before: bytes
     begins: Callable[[Ids], npt.NDArray[np.bool_]]
     last: int
+    cut: Cut | None
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +133,7 @@ class _Block:
             oldest = self._places[0].check
             assert oldest is not None
             with suppress(_NotEndedError):
-                yield from self._asked(oldest.member)
+                yield from self._asked(oldest.member, cut=oldest.cut)
         return certain
 
     def _certain(self) -> list[Choice]:
@@ -151,7 +152,7 @@ class _Block:
             if anew is not None:
                 return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest), self._check(here, z))
         if own is None:
-            logits = yield from self._asked(z, views[z].ids())
+            logits = yield from self._asked(z, views[z].ids(), views[z].cut)
             own = self._note(z, here.noise, views[z].draw(here.noise)(logits))
             if state.last is not None:
                 self._ends.learn(state.last, self._begins(own))
@@ -198,26 +199,28 @@ class _Block:
         view, state = here.views[z], self._state
         assert state.last is not None
         ids, choose = view.ids().copy(), view.draw(here.noise)  # a copy: the state goes on changing
-        return _Check(z, ids, choose, here.noise, state.text(), state.begins_here(), state.last)
+        return _Check(z, ids, choose, here.noise, state.text(), state.begins_here(), state.last, view.cut)
 
-    def _asked(self, member: int, ids: Ids | None = None) -> Generator[list[Request], list[Reply], Logits]:
-        """Let a member say where its words ended, and return its logits (vocab,) behind `ids`, in the same forward.
+    def _asked(
+        self, member: int, ids: Ids | None = None, cut: Cut | None = None
+    ) -> Generator[list[Request], list[Reply], Row]:
+        """Let a member say where its words ended, and return its logits behind `ids`, in the same forward.
 
-        Raises _NotEndedError at the first word that had not ended.
+        cut: what of the logits is needed. Raises _NotEndedError at the first word that had not ended.
         """
         doubts = [one for one in self._places if one.check is not None and one.check.member == member]
         texts = [one.check.ids for one in doubts if one.check is not None] + ([] if ids is None else [ids])
-        row: Logits = np.zeros(0, dtype=np.float32)
+        row: Row = np.zeros(0, dtype=np.float32)
         for group in prefix_groups(texts):
             first, longest = len(texts[group[0]]), texts[group[-1]]
-            [logits] = yield [Ask(member, longest, len(longest) - first + 1)]
+            [logits] = yield [Ask(member, longest, len(longest) - first + 1, cut)]
             for number in group:
                 row = logits[len(texts[number]) - first]
                 if number < len(doubts):
                     self._settle(doubts[number], row)
         return row
 
-    def _settle(self, place: _Place, logits: Logits) -> None:
+    def _settle(self, place: _Place, logits: Row) -> None:
         """Draw what the last member says of the end of its word. Where it goes on with it, the text ends there."""
         check = place.check
         assert check is not None
@@ -243,7 +246,7 @@ class _Block:
         return drawn
 
 
-def _beginning(view: View, noise: Noise, logits: Logits) -> tuple[Drawn | None, float]:
+def _beginning(view: View, noise: Noise, logits: Row) -> tuple[Drawn | None, float]:
     """Draw a symbol that begins a word from a member's logits (vocab,), if there is one.
 
     Also returns what the member gives to such symbols where it is not made to begin a word.

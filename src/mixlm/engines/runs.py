@@ -23,6 +23,11 @@ def draws_alike(sampling: Sampling) -> bool:
     )
 
 
+def told_parameters(count: int) -> dict[str, Any]:
+    """Return the parameters of a request for the `count` likeliest tokens of a model's own law."""
+    return {**run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+
+
 def run_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:
     """Return the parameters of a request. All that could change the law is given: models have defaults of their own."""
     return {

@@ -8,7 +8,7 @@ drawing control tokens. What is missing is named in the engine's details; then i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,7 @@ from mixlm.errors import EngineError
 from mixlm.records import Sampling
 from mixlm.sampling import Ids
 
-Complete = Callable[[dict[str, Any]], tuple[Any, bool]]
+Complete = Callable[[dict[str, Any]], Awaitable[tuple[Any, bool]]]
 
 _MOST_BIASES = 300  # what OpenAI allows; more are slow in every request
 _PROBED = 6
@@ -32,20 +32,22 @@ _PROBED = 6
 class Served:
     """What a server does. missing: what it lacks to draw by itself, "" for nothing, None where it was not tried.
 
-    masks: whether ids are banned by the argument of `vllm_mask`; else by `logit_bias`. caches: whether it reports what
-    its prefix cache held of a prompt.
+    masks: whether ids are banned by the argument of `vllm_mask`; else by `logit_bias`.
     """
 
     missing: str | None = None
     masks: bool = False
-    caches: bool = False
+
+    @property
+    def draws(self) -> str:
+        """Whether it draws by itself, in words, and why not."""
+        return f"no: {self.missing}" if self.missing else "yes, masking" if self.masks else "yes"
 
     def details(self) -> dict[str, str]:
         """Return what reports say of it."""
-        cache = {"prefix cache": "reported" if self.caches else "not reported"}
         if self.missing is None:
-            return cache
-        return {"draws by itself": f"no: {self.missing}" if self.missing else "yes", **cache}
+            return {}
+        return {"draws by itself": self.draws}
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it can draw with a transform."""
@@ -81,46 +83,48 @@ def written_by(answer: Any, base: str) -> Written:
     return written
 
 
-def try_out(complete: Complete, ids: Sequence[int]) -> Served:
+async def try_out(complete: Complete, ids: Sequence[int]) -> Served:
     """Find out what a server does behind a few ids."""
     prompt, none = np.array(ids), np.zeros(0, dtype=np.int64)
 
-    def draw(seed: int, banned: Ids = none, masks: bool = False, **other: Any) -> Written:
+    async def draw(seed: int, banned: Ids = none, masks: bool = False) -> list[int]:
         run = Run(0, prompt, _PROBED, Sampling(temperature=2.0, top_k=20), banned, seed)
-        body = Served(masks=masks).body(run, _PROBED, ()) | {"ignore_eos": True, **other}
-        return written_by(complete(body)[0], "the server")
+        body = Served(masks=masks).body(run, _PROBED, ()) | {"ignore_eos": True}
+        return written_by((await complete(body))[0], "the server").ids
 
     try:
-        first = draw(1)
-        if draw(1).ids != first.ids or all(draw(seed).ids == first.ids for seed in range(2, 7)):
+        drawn = [await draw(seed) for seed in (1, *range(1, 9))]
+        if drawn[0] != drawn[1] or all(one == drawn[0] for one in drawn):
             return Served("equal seeds must draw equal tokens there, and others others")
-        if not _told_as_drawn(complete, prompt):
+        if not await _told_as_drawn(complete, prompt):
             return Served(
                 "it tells other log-probabilities than it draws with; vLLM needs --logprobs-mode processed_logprobs"
             )
-        likely = np.unique([draw(seed).ids[0] for seed in range(1, 9)])
-        masks = _bans(draw, likely, masks=True)
-        if not masks and not _bans(draw, likely, masks=False):
-            return Served("it cannot be kept from drawing some tokens")
-        usage = complete(Served().body(Run(0, prompt, 1, Sampling(), none, 1), 1, ()))[0].get("usage") or {}
-        caches = "cached_tokens" in (usage.get("prompt_tokens_details") or {})
+        likely = np.unique([one[0] for one in drawn])
+        for masks in (True, False):
+            if await _bans(draw, likely, masks):
+                return Served("", masks)
     except EngineError as error:
         return Served(f"it does not take what is needed, or tells no token ids ({error.message})")
-    return Served("", masks, caches)
+    return Served("it cannot be kept from drawing some tokens")
 
 
-def _told_as_drawn(complete: Complete, prompt: Ids) -> bool:
+async def _told_as_drawn(complete: Complete, prompt: Ids) -> bool:
     """Whether the probabilities of the two tokens that top-k leaves sum to one: they are what is drawn from."""
     parameters = run_parameters(Sampling(temperature=0.5, top_k=2), 1, 1)
     body = {"prompt": prompt.tolist(), **parameters, "logprobs": 2, "return_tokens_as_token_ids": True}
-    told = complete(body)[0]["choices"][0]["logprobs"]["top_logprobs"][0]
-    return abs(sum(math.exp(one) for one in told.values()) - 1) < 0.01
+    value, _ = await complete(body)
+    try:
+        told = value["choices"][0]["logprobs"]["top_logprobs"][0]
+        return abs(sum(math.exp(one) for one in told.values()) - 1) < 0.01
+    except (TypeError, LookupError, AttributeError):
+        return False
 
 
-def _bans(draw: Callable[..., Written], likely: Ids, *, masks: bool) -> bool:
+async def _bans(draw: Callable[[int, Ids, bool], Awaitable[list[int]]], likely: Ids, masks: bool) -> bool:
     """Whether tokens that were drawn are not drawn any more when they are banned."""
     try:
-        return not any(draw(seed, likely, masks).ids[0] in likely for seed in range(1, 5))
+        return not any([(await draw(seed, likely, masks))[0] in likely for seed in range(1, 5)])
     except EngineError:
         return False
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -20,8 +19,9 @@ import numpy as np
 
 from mixlm.engines.base import Run, Session, Written
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI, cached_tokens
+from mixlm.engines.runs import told_parameters
 from mixlm.engines.served import Served, try_out, written_by
-from mixlm.engines.session import Line
+from mixlm.engines.session import Line, Texts, likeliest_in, written_in
 from mixlm.engines.slots import Slots
 from mixlm.engines.wire import Wire
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
@@ -59,8 +59,8 @@ class Reader:
 class Server:
     """A server and one model that it has. wanted: the model's name, empty for its only one.
 
-    told: how many of the likeliest tokens it tells at most. served: what else it does. line: how sessions are opened,
-    where it has mixlm's route. homes: sessions that stay with it.
+    told: how many of the likeliest tokens it tells at most. homes: sessions that stay with it. served: how it draws by
+    itself. line: where it has mixlm's route, on which a text is continued.
     """
 
     def __init__(self, wire: Wire, wanted: str) -> None:
@@ -70,8 +70,9 @@ class Server:
         self.props: dict[str, Any] = {}
         self.told = 0
         self.limited = True
+        self.reports_cached = False
         self.served = Served()
-        self.line: Line | None = None
+        self.texts: Texts | None = None
         self.homes: WeakSet[Session] = WeakSet()
         self.ready = False
         self._dialect: Dialect | None = None
@@ -108,17 +109,23 @@ class Server:
         await self._compare_tokenizers(reader)
         await self._choose_dialect(reader, wanted)
         self._fingerprint = await self._likeliest_of_probe()
+        # Asked the same once more, it should have the beginning in its cache.
+        self.reports_cached = bool((await self._ask(reader.probe, 5))[0].cached)
         if isinstance(self._dialect, OpenAI):
-            self.served = await asyncio.to_thread(try_out, self._completed, reader.probe)
-            self.line = await asyncio.to_thread(self._session_line)
-        elif (await self._ask(reader.probe, 5))[0].cached is not None:
-            self.served = replace(self.served, caches=True)
+            self.served = await try_out(self._complete, reader.probe)
+            line = await Line.found(self.wire.base, self.wire.key, self.wire.limits)
+            if line is not None:
+                self.wire.closing.append(line.close)
+                self.texts = Texts(line, self._check)
         self.ready, self._wait = True, 0.0
 
     def context(self) -> int:
         """Return how many tokens it takes. Raises UnsupportedError when it does not say."""
+        if self.card.get("max_model_len"):
+            # A question is answered with one token at least, and that has to fit in too.
+            return int(self.card["max_model_len"]) - 1
         slot = (self.props.get("default_generation_settings") or {}).get("n_ctx")
-        found = self.card.get("max_model_len") or slot or (self.card.get("meta") or {}).get("n_ctx")
+        found = slot or (self.card.get("meta") or {}).get("n_ctx")
         if not found:
             raise UnsupportedError(
                 "the server does not say how many tokens its context holds", "give it: context = N, beside model"
@@ -146,48 +153,33 @@ class Server:
 
     async def likeliest(self, session: Session, ids: Ids, count: int) -> Told:
         """Ask for at least the `count` likeliest tokens after `ids`. Raises EngineError."""
+        if self.texts is not None:
+            answer = await self.texts.write(session, ids, told_parameters(count))
+            return Told(self._known(likeliest_in(answer, self.wire.base)), answer.get("cached"))
         async with self._slot(session, ids) as slot:
             told, anew = await self._ask(ids.tolist(), count, slot)
-        await self.check(anew)
+        await self._check(anew)
         return told
 
-    async def check(self, anew: bool) -> None:
-        """Raise EngineError when a connection was made anew, and the server has another model than it had."""
-        if anew and not await self.still_the_same():
-            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
-
-    async def write(self, run: Run, length: int, ends: list[int]) -> Written:
-        """Let it draw up to `length` tokens. Raises EngineError."""
-        answer, anew = await self.complete(self.served.body(run, length, ends))
-        await self.check(anew)
+    async def write(self, session: Session, run: Run, ends: Sequence[int]) -> Written:
+        """Let it draw a run by itself. Raises EngineError."""
+        if self.texts is not None:
+            parameters, banned = self.served.parameters(run, run.length, ends), self.served.banned(run)
+            return written_in(await self.texts.write(session, run.ids, parameters, banned), self.wire.base)
+        answer, anew = await self._complete(self.served.body(run, run.length, ends))
+        await self._check(anew)
         return written_by(answer, self.wire.base)
 
-    async def complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
-        """Ask for a completion. Also tells whether a connection was made for it."""
-        answer = await self.wire.ask("POST", "/v1/completions", {**body, "model": self.model})
-        if answer.status != 200:
-            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
-        return answer.value, answer.anew
+    def leave(self, session: Session) -> None:
+        """Note that a sequence stays elsewhere from now on."""
+        self.homes.discard(session)
+        if self.texts is not None:
+            self.texts.drop(session)
 
-    def known(self, found: Candidates) -> Candidates:
-        """Return what it tells without rows behind the last token, which are padding."""
-        assert self._reader is not None
-        here = found.ids < self._reader.size
-        return Candidates(found.ids[here], found.logprobs[here])
-
-    def _completed(self, body: dict[str, Any]) -> tuple[Any, bool]:
-        return self.wire.loop.wait(self.complete(body))
-
-    def _session_line(self) -> Line | None:
-        """Return how to open sessions, where the server has mixlm's route and this machine what it takes to use it."""
-        if find_spec("websockets") is None:
-            return None
-        line = Line(self.wire.base, self.wire.key, self.wire.limits.connect, self.wire.limits.answer)
-        try:
-            line.open().close()
-        except EngineError:
-            return None
-        return line
+    async def _check(self, anew: bool = True) -> None:
+        """Raise EngineError when a connection was made anew, and it has another model than it had."""
+        if anew and not await self.still_the_same():
+            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
 
     async def alive(self) -> bool:
         """Whether it answers, with the model that it had."""
@@ -238,15 +230,28 @@ class Server:
         anew = False
         place = {} if slot is None else {"id_slot": slot}
         for body in self._dialect.bodies(ids, count):
-            answer, new = await self.complete({**body, **place})
+            value, new = await self._complete({**body, **place})
             anew |= new
             try:
-                found = self._dialect.read(answer)
+                found = self._dialect.read(value)
             except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.wire.base} gives no answer: {str(answer)[:200]}") from None
+                raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
             if found is not None:
-                return Told(self.known(found), cached_tokens(answer)), anew
+                return Told(self._known(found), cached_tokens(value)), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
+
+    async def _complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
+        """Ask for a completion. Also tells whether a connection was made for it."""
+        answer = await self.wire.ask("POST", "/v1/completions", {**body, "model": self.model})
+        if answer.status != 200:
+            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
+        return answer.value, answer.anew
+
+    def _known(self, found: Candidates) -> Candidates:
+        """Return what is told of without rows behind the last token, which are padding."""
+        assert self._reader is not None
+        here = found.ids < self._reader.size
+        return Candidates(found.ids[here], found.logprobs[here])
 
     async def _find(self, wanted: str) -> dict[str, Any]:
         """Return what the server says of the model that is asked for, or of its only one."""

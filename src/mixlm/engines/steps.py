@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mixlm.engines.attention import KeyValues, Room, Rooms, visible
+from mixlm.engines.norms import Norms
 from mixlm.sampling import Ids
 
 LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of a step; what is longer is run as it is
@@ -46,7 +47,9 @@ class OneRow:
         heads, count = key.shape[1], query.shape[2]
         groups = query.shape[1] // heads
         if window not in self._masks:
-            self._masks[window] = visible(self._positions, self._room.size, window).repeat(groups, 1)
+            # In numbers, which attention would otherwise make of it in every layer anew.
+            seen = visible(self._positions, self._room.size, window).repeat(groups, 1)
+            self._masks[window] = query.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
         grouped = query[0].reshape(1, heads, groups * count, -1)
         found = scaled_dot_product_attention(
             grouped, keys[None], values[None], attn_mask=self._masks[window], scale=scale
@@ -57,8 +60,8 @@ class OneRow:
 class Step:
     """A forward of `tokens` tokens that gives the logits of `asked` of them."""
 
-    def __init__(self, model: Any, tokens: int, asked: int) -> None:
-        self._model = model
+    def __init__(self, model: Any, norms: Norms, tokens: int, asked: int) -> None:
+        self._model, self._norms = model, norms
         self._tokens = tokens
         device = model.device
         # One array, so that one transfer fills all: ids, the length before, the positions asked for.
@@ -84,13 +87,14 @@ class Step:
         start, asked = numbers[:1], numbers[1:]
         # Padding gets the last token's position, since a model may have no further one.
         positions = start + torch.minimum(self._offsets, asked[-1])
-        out = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            logits_to_keep=asked,
-            use_cache=False,
-            rows=OneRow(room, start + self._offsets),
-        )
+        with self._norms.used():
+            out = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                logits_to_keep=asked,
+                use_cache=False,
+                rows=OneRow(room, start + self._offsets),
+            )
         logits: torch.Tensor = out.logits[0]
         return logits
 
@@ -101,8 +105,8 @@ class CapturedStep(Step):
     It is always run on the same room. pool: memory that the graphs of one model share, since no two run at once.
     """
 
-    def __init__(self, model: Any, tokens: int, asked: int, pool: Any = None) -> None:
-        super().__init__(model, tokens, asked)
+    def __init__(self, model: Any, norms: Norms, tokens: int, asked: int, *, pool: Any) -> None:
+        super().__init__(model, norms, tokens, asked)
         self._pool = pool
         self._graph: Any = None
         self._out: torch.Tensor | None = None
@@ -137,10 +141,14 @@ def captured(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -
     """Return what replays all that `run` lets a device do, and what it fills with the result. Nothing is computed."""
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    usual = torch.cuda.current_stream(device)
     # Another thread may be at work on another device, or on another model.
     others = "thread_local"
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
-        out = run()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
+            out = run()
+    finally:
+        torch.cuda.set_stream(usual)  # which a capture that failed does not see to
     return graph, out
 
 
@@ -154,6 +162,7 @@ class Steps:
     def __init__(self, model: Any, *, capture: bool) -> None:
         self.rooms = Rooms(_KEPT if capture else 0)
         self._model = model
+        self._norms = Norms(model)
         self.captures = capture
         self._captured: WeakSet[Room] = WeakSet()
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
@@ -188,8 +197,8 @@ class Steps:
 
     def _step(self, tokens: int, asked: int) -> Step:
         if self.captures:
-            return CapturedStep(self._model, tokens, asked, self._pool)
-        return Step(self._model, tokens, asked)
+            return CapturedStep(self._model, self._norms, tokens, asked, pool=self._pool)
+        return Step(self._model, self._norms, tokens, asked)
 
 
 def _padded(tokens: int) -> int:

@@ -103,6 +103,8 @@ class Text:
         keep, added, parameters = int(message["keep"]), message["ids"], message["parameters"]
         if not 0 <= keep <= len(self._held) or set(parameters) - _PARAMETERS:
             raise ValueError(f"keep is {keep} of {len(self._held)} tokens, parameters are {sorted(parameters)}")
+        if "logit_bias" in parameters:
+            parameters["logit_bias"] = {int(one): float(bias) for one, bias in parameters["logit_bias"].items()}
         params = SamplingParams(
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -186,9 +188,9 @@ async def _serve(websocket: WebSocket) -> None:
             message = await websocket.receive_json()
             try:
                 answer = await text.write(message)
-            except (ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # whatever vLLM refuses it with: the client is told, and may go on
                 await text.abort()
-                answer = {"error": str(error)}
+                answer = {"error": str(error) or type(error).__name__}
             await websocket.send_json(answer)
     except WebSocketDisconnect:
         pass

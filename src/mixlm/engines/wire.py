@@ -12,9 +12,9 @@ import random
 import threading
 import time
 import urllib.request
-from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
@@ -37,6 +37,13 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Secret:
+    """A server's key, if there is one; it is not shown."""
+
+    value: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a server said. anew: whether a connection was made for it, so that another server may have said it."""
 
@@ -46,14 +53,10 @@ class Answer:
 
 
 class Background:
-    """An event loop in a thread of its own, which ends with `close` or with the program.
+    """An event loop in a thread of its own, which ends with `close` or with the program."""
 
-    threads: how many there are at most for what has to wait (`asyncio.to_thread`).
-    """
-
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(threads))
         self._thread = threading.Thread(target=self._run, name="mixlm-wire", daemon=True)
         self._thread.start()
 
@@ -85,14 +88,15 @@ class Background:
 class Wire:
     """The connections to one server. Raises EngineError, which names the server, when there is no answer.
 
-    loop: where the requests are sent from; several wires may share one.
+    loop: where the requests are sent from; several wires may share one. closing: what else is to be closed with it.
     """
 
     def __init__(self, base: str, loop: Background, key: str | None = None, limits: Limits | None = None) -> None:
         self.base = base
         self.loop = loop
         self.limits = limits or Limits()
-        self.key = key
+        self.key = Secret(key)
+        self.closing: list[Callable[[], None]] = []
         # Answers are short, and unpacking them would cost more than they weigh.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # Waiting for a free connection has no limit of its own: requests queue there.
@@ -104,6 +108,8 @@ class Wire:
 
     async def close(self) -> None:
         """Close the connections."""
+        for one in self.closing:
+            one()
         await self._client.aclose()
 
     def get(self, path: str) -> Answer:

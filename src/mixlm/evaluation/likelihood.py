@@ -26,7 +26,8 @@ from mixlm.evaluation.contexts import Context
 from mixlm.routing import ByFunction, Fixed, Learned
 from mixlm.sampling import Floats, Ids
 from mixlm.scored import Scores, router_weights
-from mixlm.scoring import prompt_bits, score
+from mixlm.scoring import score
+from mixlm.unit_scores import prompt_bits
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
 _ROWS = 16
@@ -86,7 +87,7 @@ class Likelihood:
         """Return the natural log-probability of a text from its beginning, as `mixlm.scoring.score` reads it."""
         if not text:
             return 0.0
-        scores = score(self._ensemble, text)
+        scores = score(self._ensemble, text, by_segment=True)
         return float(scores.mixture(router_weights(scores, self._router)).sum())
 
     def _places(self, context: Context, data: bytes, *, prompts: bool) -> tuple[Scores, dict[int, _Part]]:

@@ -17,13 +17,15 @@ from statistics import median
 
 import numpy as np
 
+from mixlm.config import methods_of
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection.report import Cost, PairReport, Speed
 from mixlm.inspection.static import having
+from mixlm.passages import beginning
 from mixlm.sampling import Floats, Ids, Logits, softmax
-from mixlm.scoring import beginning, spelling
+from mixlm.scoring import spelling
 from mixlm.vocab.pieces import PieceUnit
 
 Progress = Callable[[str, int, int], None]
@@ -148,17 +150,20 @@ def forward_seconds(cost: Cost, tokens: float) -> float:
     return float(taken[-1] + slope * (tokens - lengths[-1]))
 
 
-def predicted(names: Sequence[str], weights: Floats, found: Sequence[Cost]) -> tuple[Speed, ...]:
-    """Return the speeds that forwards alone allow: each member alone, conventional, mixture."""
+def predicted(names: Sequence[str], weights: Floats, found: Sequence[Cost], unit: str = "piece") -> tuple[Speed, ...]:
+    """Return the speeds that forwards alone allow: each member alone, conventional, mixture.
+
+    As far as the unit has them. In `word` a token is taken for one forward, which it is but for what guesses of the
+    ends of words lose; how many forwards a token takes in `byte` depends on the text, and nothing is promised.
+    """
     once = [forward_seconds(one, 1) for one in found]
     drawn = [i for i, weight in enumerate(weights) if weight > 0]
     mixture = sum(float(weights[i]) * forward_seconds(found[i], 1 / float(weights[i])) for i in drawn)
     singles = [Speed("single", (name,), _per_second(seconds)) for name, seconds in zip(names, once, strict=True)]
-    return (
-        *singles,
-        Speed("conventional", tuple(names), _per_second(sum(once[i] for i in drawn))),
-        Speed("mixture", tuple(names), _per_second(mixture)),
-    )
+    together = {"conventional": sum(once[i] for i in drawn)} if "conventional" in methods_of(unit) else {}
+    if unit != "byte":
+        together["mixture"] = mixture
+    return (*singles, *(Speed(name, tuple(names), _per_second(cost)) for name, cost in together.items()))
 
 
 def _per_second(seconds: float) -> float:

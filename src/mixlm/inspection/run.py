@@ -12,7 +12,7 @@ from mixlm.errors import ConfigError
 from mixlm.inspection import static
 from mixlm.inspection.measure import Progress, agreement, costs, predicted, with_measured
 from mixlm.inspection.report import Inspection
-from mixlm.scoring import split_passages
+from mixlm.passages import split_passages
 from mixlm.settings import Options
 
 QUESTION = "Why is the sky blue?"
@@ -76,11 +76,21 @@ def inspect(
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
     pairs = agreement(ensemble, data, found.pairs, progress) if len(members) > 1 else ()
     timed = costs(ensemble, data, progress)
-    speeds = predicted(ensemble.names, ensemble.weights, timed)
+    speeds = predicted(ensemble.names, ensemble.weights, timed, ensemble.unit.name)
     possible = {one.name for one in found.possibilities if one.kind == "method" and one.possible}
+    methods = list(dict.fromkeys(one.method for one in speeds))
     long = sum(2 * _TOKENS / one.predicted for one in speeds) > _SECONDS
-    if possible >= {one.method for one in speeds} and not long:
+    # In the unit `byte` what is written is counted in bytes, and what forwards promise in tokens.
+    if possible >= set(methods) and not long and ensemble.unit.name != "byte":
         allowed = cast(Options, {name: value for name, value in given.items() if name not in _NOT_MEASURED})
-        report = bench(ensemble, tokens=_TOKENS, repeats=1, prompt=question, options=allowed, progress=progress)
+        report = bench(
+            ensemble,
+            tokens=_TOKENS,
+            repeats=1,
+            prompt=question,
+            methods=methods,
+            options=allowed,
+            progress=progress,
+        )
         speeds = with_measured(speeds, {(one.method, one.members): one.tokens_per_second for one in report.runs})
     return replace(found, text_bytes=len(data), pairs=pairs, costs=timed, speeds=speeds)

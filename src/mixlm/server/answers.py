@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any, cast
 
 from mixlm.records import Completion, Token
@@ -52,7 +53,7 @@ class Answer:
                 "index": i,
                 **self._content(i, one),
                 "finish_reason": one.finish_reason,
-                "logprobs": self._logprobs(i, one.tokens),
+                "logprobs": self._logprobs(i, self._shown(i, one)),
                 "mixlm": {"members": [token.member for token in one.tokens], "seed": one.seed},
             }
             for i, one in enumerate(completions)
@@ -176,6 +177,13 @@ class Answer:
     def _echo(self, index: int) -> str:
         return self._asked.echo[index // self._asked.n] if self._asked.echo else ""
 
+    def _shown(self, index: int, completion: Completion) -> Sequence[Token]:
+        """Return the tokens whose log-probabilities are told: with a prompt's, also the end, which clients count on."""
+        if not completion.prompt:
+            return completion.tokens
+        self._offsets[index] = 0
+        return [*completion.prompt, *completion.tokens, *((completion.end,) if completion.end else ())]
+
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
             return None
@@ -187,7 +195,7 @@ class Answer:
             self._offsets[index] += len(one.text)
         return {
             "tokens": [one.text for one in tokens],
-            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "token_logprobs": [None if isnan(one.logprob) else _finite(one.logprob) for one in tokens],
             "top_logprobs": [_likeliest(one) for one in tokens] if self._asked.alternatives else None,
             "text_offset": offsets,
         }
@@ -203,8 +211,10 @@ def _told(token: Token) -> shapes.TokenLogprob:
     return cast("shapes.TokenLogprob", {**own, "top_logprobs": others})
 
 
-def _likeliest(token: Token) -> dict[str, float]:
+def _likeliest(token: Token) -> dict[str, float] | None:
     """Return a token's alternatives as a continuation has them: by their text, and the token itself."""
+    if isnan(token.logprob):
+        return None
     # Ids of one vocabulary may have equal bytes: the likelier one is told.
     found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
     return {**found, _spelled(token.data): _finite(token.logprob)}

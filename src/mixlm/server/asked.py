@@ -65,6 +65,7 @@ def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Aske
         _check_length(len(one), "prompt", limits)
     options = {"raw": True, "system": None, "alternatives": body.logprobs or 0}
     echo = prompts if body.echo else ()
+    options["score_prompt"] = bool(body.echo) and body.logprobs is not None
     return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
 
 

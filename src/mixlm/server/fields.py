@@ -211,7 +211,8 @@ class CompletionBody(Common):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="How many of the likeliest; 0 gives the drawn tokens' own alone."
     )
-    echo: bool | None = None
+    echo: bool | None = Field(default=None, description="With logprobs, the prompt's log-probabilities too.")
+    max_tokens: int | None = Field(default=None, ge=0, le=2**31, description="0 goes with echo and logprobs.")
 
     @model_validator(mode="before")
     @classmethod
@@ -222,9 +223,16 @@ class CompletionBody(Common):
         prompt = given.get("prompt")
         if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
             raise refused("prompt", "token ids are those of one vocabulary, and members have their own; send text")
-        if given.get("echo") is True and given.get("logprobs") is not None:
-            raise refused("echo", "together with logprobs it asks to score the prompt; use mixlm score for that")
         return given
+
+    @model_validator(mode="after")
+    def _scored_at_once(self) -> CompletionBody:
+        scores = bool(self.echo) and self.logprobs is not None
+        if scores and self.stream:
+            raise refused("stream", "a prompt's log-probabilities (echo with logprobs) come in one piece")
+        if self.max_tokens == 0 and not scores:
+            raise refused("max_tokens", "0 is for the prompt's log-probabilities alone: echo with logprobs")
+        return self
 
 
 def read(kind: type[B], data: bytes) -> B:

@@ -29,6 +29,7 @@ _FIELDS = {
     },
     "logit_bias": "logit_bias",
     "json_schema": "response_format",
+    "score_prompt": "echo",
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
 

@@ -89,12 +89,13 @@ class ChatLogprobs(TypedDict):
 class TextLogprobs(TypedDict):
     """Log-probabilities of a continuation. text_offset: characters before each token.
 
-    top_logprobs: the likeliest tokens at each place, and the one that is there.
+    top_logprobs: the likeliest tokens at each place, and the one that is there. Of a prompt's first token there is
+    nothing to say where a member has no token that begins a text.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -165,7 +165,7 @@ def _source(library: Any, schema: str) -> str:
 
     Nothing is forced: where one text alone can follow, members still write it in tokens of their own.
     """
-    whole = json.loads(schema)
+    whole = json.loads(schema, parse_int=_exact)
     whole.setdefault("x-guidance", {"whitespace_pattern": _WHITESPACE})
     lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(whole)}'
     source: str = library.LLMatcher.grammar_from_lark(lark)
@@ -173,6 +173,13 @@ def _source(library: Any, schema: str) -> str:
     if failed:
         raise _refused(messages[0])
     return source
+
+
+def _exact(digits: str) -> int:
+    """Return an integer of a schema. Raises ConfigError for one that llguidance would round."""
+    if abs(number := int(digits)) > 2**53:
+        raise ConfigError(f"json_schema has the integer {digits[:40]}; it must be at most 2^53 = {2**53}")
+    return number
 
 
 def _refused(message: str) -> ConfigError:

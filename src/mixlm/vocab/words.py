@@ -66,6 +66,12 @@ class WordUnit(PieceUnit):
         """Return the byte string of a symbol."""
         return self._pieces[symbol % self._count]
 
+    def unowned(self, symbols: Ids) -> Ids:
+        """Return symbols, int64 (n,), as those of the first member: equal for equal bytes, whoever writes them."""
+        own = (symbols >= 0) & (symbols != self.end)
+        numbers: Ids = np.where(own, symbols % self._count, symbols)
+        return numbers
+
     def owner(self, symbol: int) -> int:
         """Return the member that writes a symbol, which is not end-of-text."""
         return symbol // self._count

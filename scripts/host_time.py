@@ -1,0 +1,58 @@
+"""What a token takes on the host beside the forward: the model is taken out, and ready-made logits take its place.
+
+"whole" hands over rows of the vocabulary, as a forward on the CPU does; "cut" what top-k leaves, as one on a GPU does.
+python scripts/host_time.py [tokens] [repeats]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from mixlm.benchmark.timing import Own
+from mixlm.engines import EngineSpec
+from mixlm.engines.runner import HFSession, Runner
+from mixlm.engines.shape import SHAPES, ShapeEngine
+from mixlm.engines.together import Found, Part
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.sampling import Candidates
+
+TINY: dict[str, Any] = {**SHAPES["qwen2.5-0.5b"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+METHODS, LENGTHS, TOP_K = ("mixture", "speculative"), (20, 1000, 7000), 20
+
+
+def main() -> None:
+    tokens, repeats = (int(one) for one in (*sys.argv[1:], 400, 5)[:2])
+    engines = [ShapeEngine(EngineSpec(f"shape:tiny#{i}", "", "bfloat16", "cpu"), TINY) for i in (1, 2)]
+    pair = Ensemble([MemberSpec(one, f"tiny-{i}") for i, one in enumerate(engines)])
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(64, TINY["vocab_size"])).astype(np.float32)
+    likely = np.sort(rng.choice(TINY["vocab_size"], TOP_K, replace=False))
+    short = Candidates(likely, rows[0, likely])
+
+    def taken_out(cut: bool) -> Any:
+        def run(_: Runner, parts: Sequence[Part]) -> list[Found]:
+            return [[short] * one.last if cut and one.cut is not None else rows[: one.last] for one in parts]
+
+        return patch.object(Runner, "run", run)
+
+    for method in METHODS:
+        for words in LENGTHS:
+            given = {"top_k": TOP_K, **({"draft": "tiny-0"} if method == "speculative" else {})}
+            own = Own(pair, method, "the river " * (words // 2), given)
+            found = []
+            for cut in (False, True):
+                with taken_out(cut), patch.object(HFSession, "_keep", lambda _, length: length):
+                    samples = [own.measure(repeat, tokens) for repeat in range(repeats + 1)][1:]
+                found.append(1e6 * median(one.seconds / one.tokens for one in samples))
+            print(f"{method:12} prompt of {words:4} words: {found[0]:4.0f} us a token whole, {found[1]:4.0f} cut")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.models import find_gguf, tokenizer_folder
 from mixlm.records import Sampling
-from mixlm.sampling import Transform, softmax
+from mixlm.sampling import Cut, Transform, softmax
 
 QUICK = Limits(connect=1, answer=5, busy=1, connections=3)
 
@@ -204,6 +204,17 @@ def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
     alone.writer(alone.settings(top_k=16))
     with pytest.raises(UnsupportedError, match="its 16 likeliest tokens only"):
         alone.writer(alone.settings(top_k=17))
+
+
+def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
+    alone, options = Ensemble([MemberSpec(remote, "a")]), {"seed": 1, "max_tokens": 6, "ignore_end": True}
+    del fake.asked[:]
+    alone.generate("one two", top_k=9, **options)
+    assert {body["logprobs"] for body in fake.asked if body["logprobs"] > 5} == {9 + 16}
+    banned = np.sort(np.argsort(-fake.logits([4, 5, 6]))[:30])
+    [found] = remote.answer([(remote.session(), Ask(0, np.array([4, 5, 6]), cut=Cut(9, banned)))])
+    assert fake.asked[-1]["logprobs"] == 4 * (9 + 16)
+    assert np.count_nonzero(np.delete(found[0], banned) > -np.inf) >= 9
 
 
 def test_what_a_server_lacks_is_named(fake, folder):

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixlm.engines.base import Engine, Session, Written
 from mixlm.errors import EngineError, UnsupportedError
-from mixlm.sampling import Candidates, Floats, Ids, Logits
+from mixlm.sampling import Candidates, Cut, Floats, Ids, Logits
 from mixlm.vocab.units import TokenBuffer
 
 
@@ -75,32 +75,48 @@ class PartialSession(Session):
             rows: Logits = done.value
             return rows
 
-    def wanted(self, ids: Ids, last: int) -> Generator[tuple[Ids, int], Candidates, Logits]:
-        """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits."""
+    def wanted(self, ids: Ids, last: int, cut: Cut | None = None) -> Generator[tuple[Ids, int], Candidates, Logits]:
+        """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
+
+        cut: what of them is needed. The others are -inf then, though the engine may tell more.
+        """
         self._context.rewrite(0, ids)
         read = self._context.ids
         engine = self._partial
         rows = np.full((last, engine.vocabulary.size), -np.inf, dtype=np.float32)
         for row, end in enumerate(range(len(read) - last + 1, len(read) + 1)):
-            found = yield from self._enough(read[:end])
+            found = yield from self._enough(read[:end], cut)
             rows[row, found.ids] = found.logprobs
         return rows
 
-    def _enough(self, ids: Ids) -> Generator[tuple[Ids, int], Candidates, Candidates]:
+    def _enough(self, ids: Ids, cut: Cut | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
         """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
         engine = self._partial
         most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
-        count = min(engine.candidates + engine.spare, most)
+        enough = engine.candidates if cut is None else min(cut.k, engine.candidates)
+        count = min(enough + engine.spare, most)
         while True:
             found = yield ids, count
-            if np.count_nonzero(engine.drawable[found.ids]) >= engine.candidates or count >= engine.vocabulary.size:
+            usable = engine.drawable[found.ids]
+            if cut is not None:
+                usable &= ~_among(found.ids, cut.banned)
+            if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
                 return found
             if count >= most:
                 raise EngineError(
-                    f"fewer than {engine.candidates} of the {count} likeliest tokens of {engine.name} may be drawn",
+                    f"fewer than {enough} of the {count} likeliest tokens of {engine.name} may be drawn",
                     "use fewer candidates, or let its server tell more of them",
                 )
             count = min(4 * count, most)
+
+
+def _among(ids: Ids, ascending: Ids) -> np.ndarray:
+    """Whether each id is one of many ascending ones, bool (n,)."""
+    if ascending.size == 0:
+        return np.zeros(ids.size, dtype=np.bool_)
+    at = np.minimum(np.searchsorted(ascending, ids), ascending.size - 1)
+    found: np.ndarray = ascending[at] == ids
+    return found
 
 
 def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:

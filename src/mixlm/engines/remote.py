@@ -27,7 +27,7 @@ from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Background, Limits, Wire
 from mixlm.errors import ConfigError, EngineError, MixlmError, UnsupportedError
 from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Ids, Logits
+from mixlm.sampling import Candidates, Cut, Ids, Logits
 
 _log = logging.getLogger("mixlm")
 _T = TypeVar("_T")
@@ -242,7 +242,7 @@ class RemoteEngine(PartialEngine):
         async with session.turn:
             if isinstance(request, Run):
                 return await session.drawn(request)
-            return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1)
+            return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1, request.cut)
 
 
 class RemoteSession(PartialSession):
@@ -281,13 +281,13 @@ class RemoteSession(PartialSession):
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
-    async def asked(self, ids: Ids, last: int) -> Logits:
-        """Return what `logits` does, without keeping anyone waiting."""
+    async def asked(self, ids: Ids, last: int, cut: Cut | None) -> Logits:
+        """Return what `logits` does, or as much of it as `cut` needs, without keeping anyone waiting."""
         keep = self.prepare(ids, last)
         if keep is None:
             return self.latest
         start = time.perf_counter()
-        wanted, cached = self.wanted(ids[keep:], last), keep
+        wanted, cached = self.wanted(ids[keep:], last, cut), keep
         try:
             question = next(wanted)
             while True:
@@ -300,7 +300,7 @@ class RemoteSession(PartialSession):
             self.forget()
             raise
         seconds = time.perf_counter() - start
-        self.settle(ids, out, Forward(len(ids) - keep, keep, seconds))
+        self.settle(ids, out if cut is None else None, Forward(len(ids) - keep, keep, seconds))
         self.work.log[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server tells
         return out
 

@@ -3,8 +3,8 @@
     python scripts/units_table.py [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
 
 Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit
-(`mixlm.ways`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that a run that
-was stopped goes on where it was. Prints the two tables of docs/units.md.
+(`mixlm.scoring.ways`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that
+a run that was stopped goes on where it was. Prints the two tables of docs/units.md.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
-from mixlm.passages import Passage, beginning
 from mixlm.records import Completion
-from mixlm.scoring import identity
-from mixlm.unit_scores import Reader, read_kept
+from mixlm.scoring.passages import Passage, beginning
+from mixlm.scoring.score import identity
+from mixlm.scoring.units import Reader, read_kept
+from mixlm.scoring.ways import Reading, bytes_logprobs, pieces_logprobs, words_logprobs
 from mixlm.vocab.encoding import utf8_runs
 from mixlm.vocab.words import begins_word
-from mixlm.ways import Reading, bytes_logprobs, pieces_logprobs, words_logprobs
 
 PROMPTS = (
     "Why is the sky blue?",

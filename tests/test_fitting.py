@@ -20,8 +20,8 @@ from mixlm.fitting import GateLoss, bootstrap, expectation_maximisation, fit_by_
 from mixlm.heldout import Plan, study
 from mixlm.routing import ByPrompt, Learned
 from mixlm.routing.prompt import by_bits
-from mixlm.scored import Scores, prompted, router_weights, split
-from mixlm.scoring import score
+from mixlm.scoring.score import score
+from mixlm.scoring.scored import Scores, prompted, router_weights, split
 
 problems = st.tuples(st.integers(2, 5), st.integers(5, 60), st.integers(0, 10_000))
 

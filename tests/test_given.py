@@ -9,13 +9,13 @@ import pytest
 from speaking import speaking
 from toys import SHARED, engine, ensemble
 
-from mixlm import given
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import ByFunction
 from mixlm.sampling import softmax
-from mixlm.scored import router_weights
-from mixlm.scoring import score
+from mixlm.scoring import given
+from mixlm.scoring.score import score
+from mixlm.scoring.scored import router_weights
 
 TEXT = "The river turns under the old stone bridge; it's 2024 and señor naïve café 日本 🎉 ok"
 

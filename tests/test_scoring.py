@@ -17,12 +17,12 @@ from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
 
 from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
-from mixlm.passages import Passage
 from mixlm.records import Message
 from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned
 from mixlm.routing.features import FEATURES
-from mixlm.scored import Scores, joined, router_weights, split
-from mixlm.scoring import _scored, identity, score, score_answers, split_passages
+from mixlm.scoring.passages import Passage
+from mixlm.scoring.score import _scored, identity, score, score_answers, split_passages
+from mixlm.scoring.scored import Scores, joined, router_weights, split
 
 TEXT = "ab cab bab cacab a b c abba"
 BYTES = [bytes([b]) for b in range(256)]
@@ -119,8 +119,8 @@ def test_passages_end_at_lines_or_words_where_they_can() -> None:
 
 
 def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixlm.scoring.PASSAGE_BYTES", 8)
-    monkeypatch.setattr("mixlm.scoring.split_passages.__defaults__", (8,))
+    monkeypatch.setattr("mixlm.scoring.score.PASSAGE_BYTES", 8)
+    monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (8,))
     those = toys("token", 2)
     found = score(those, "ab ba c\nab ba c\n".replace("\n", " "))
     assert found.passages > 1
@@ -361,7 +361,7 @@ def test_what_differs_is_read_anew(reads: list[int], change: str, monkeypatch: p
     if change == "details":
         those.members[0].engine.details = {"dtype": "bfloat16"}
     if change == "passages":
-        monkeypatch.setattr("mixlm.scoring.split_passages.__defaults__", (10,))
+        monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (10,))
     models = {"model": ["a", "c"], "none": None}.get(change, ["a", "b"])
     score(those, TEXT + "a" if change == "text" else TEXT, identities=models)
     assert reads

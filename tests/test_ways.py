@@ -10,12 +10,12 @@ from toys import END, engine, ensemble, member_law
 
 from mixlm.errors import UnsupportedError
 from mixlm.exact import Exact
-from mixlm.passages import beginning
 from mixlm.records import Sampling
-from mixlm.scored import router_weights
-from mixlm.scoring import score, score_answers
+from mixlm.scoring.passages import beginning
+from mixlm.scoring.score import score, score_answers
+from mixlm.scoring.scored import router_weights
+from mixlm.scoring.ways import bytes_logprobs, pieces_logprobs, read
 from mixlm.vocab.words import begins_word
-from mixlm.ways import bytes_logprobs, pieces_logprobs, read
 
 TOKENS = ((b"a", b"b", b"ab", b" ", b" a", b"ba", b"bab"), (b" a", b"b", b"a", b" ", b" ab", b"bb"))
 WEIGHTS = np.array([0.6, 0.4])

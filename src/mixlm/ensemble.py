@@ -12,8 +12,8 @@ import numpy as np
 
 from mixlm.config import UNITS, UnitName
 from mixlm.decoding import Parts, Tally, refuse, strategy
-from mixlm.decoding.base import Manner, Member
 from mixlm.decoding.costs import Costs
+from mixlm.decoding.member import Manner, Member
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean

@@ -1,8 +1,8 @@
 """Weights and routers from data: the likelihood of the mixture, maximised.
 
-Everything here works on scored text (`mixlm.scoring`): one forward pass a member, once; after that a fit is a matter of
-milliseconds, because the members' log-probabilities do not depend on the weights. The paper searches a grid of weights
-(appendix A.3), which needs no derivative and no likelihood, and one evaluation for each of its points.
+Everything here works on scored text (`scoring/score`): one forward pass a member, once; after that a fit is a matter
+of milliseconds, because the members' log-probabilities do not depend on the weights. The paper searches a grid of
+weights (appendix A.3), which needs no derivative and no likelihood, and one evaluation for each of its points.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mixlm.routing import ByPrompt
 from mixlm.routing.features import FEATURES
 from mixlm.routing.learned import Learned, gate
 from mixlm.sampling import Floats
-from mixlm.scored import Scores, context_features, joined, router_weights, split
+from mixlm.scoring.scored import Scores, context_features, joined, router_weights, split
 
 _MOST_POINTS = 200_000
 # With fewer blocks than this, resampling them says little about how sure a weight is.

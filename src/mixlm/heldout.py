@@ -24,7 +24,7 @@ from mixlm.fitting import (
 )
 from mixlm.routing import ByPrompt, Learned, Router
 from mixlm.sampling import Floats
-from mixlm.scored import Scores, joined, prompted, router_weights, split
+from mixlm.scoring.scored import Scores, joined, prompted, router_weights, split
 
 Progress = Callable[[str, int, int], None]
 _ROUTER_ROUNDS = 500

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Member, MemberError, Strategy, Writing, run
+from mixlm.decoding.base import Choice, MemberError, Strategy, Writing, run
 from mixlm.decoding.drafts import Tally
+from mixlm.decoding.member import Member
 from mixlm.decoding.told import told_by_all
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
-from mixlm.given import prompt_tokens
 from mixlm.noise import Noise
 from mixlm.records import Alternative, Completion, FinishReason, MemberUsage, Token, Usage
 from mixlm.routing import Context, Fixed, Router
 from mixlm.sampling import Floats, Ids
+from mixlm.scoring.given import prompt_tokens
 from mixlm.settings import Settings
 from mixlm.text import TextStream
 from mixlm.vocab.units import Unit

@@ -15,8 +15,8 @@ from mixlm.engines.toy import ToySession
 from mixlm.fitting import expectation_maximisation
 from mixlm.loading import load
 from mixlm.routing import Learned
-from mixlm.scored import split
-from mixlm.scoring import score, score_answers
+from mixlm.scoring.score import score, score_answers
+from mixlm.scoring.scored import split
 
 WORDS = " the river sings and one bird falls under two stone light of the tree turns to cloud over"
 FAST = ("--bootstrap", "10")

@@ -17,8 +17,8 @@ from mixlm.engines.toy import ToySession
 from mixlm.loading import load
 from mixlm.routing import Learned
 from mixlm.routing.features import FEATURES
-from mixlm.scored import router_weights
-from mixlm.scoring import score, score_answers
+from mixlm.scoring.score import score, score_answers
+from mixlm.scoring.scored import router_weights
 
 TEXT = "the river and the stone"
 

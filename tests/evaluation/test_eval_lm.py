@@ -20,8 +20,8 @@ from mixlm.evaluation.lm import EnsembleLM
 from mixlm.records import Message
 from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned, Router
 from mixlm.routing.features import FEATURES
-from mixlm.scored import router_weights
-from mixlm.scoring import score
+from mixlm.scoring.score import score
+from mixlm.scoring.scored import router_weights
 
 LETTERS = (b"a", b"b", b"c")
 

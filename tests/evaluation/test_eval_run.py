@@ -59,7 +59,7 @@ def test_choices_and_given_text_run_once_for_all_that_share_a_law(task, tmp_path
         assert found.score(name, "mixture").seeds == (3,)
         assert {one.name for one in (tmp_path / name).iterdir()} == {"mixture", "single%3Atoy0", "single%3Atoy1"}
     assert found.score("choice", "mixture").metric == "acc"
-    from mixlm.scoring import score
+    from mixlm.scoring.score import score
 
     bits = sum(-score(those, one).mixture(those.weights).sum() for one in QUESTIONS) / np.log(2)
     assert found.score("rolling", "mixture").mean == pytest.approx(bits / sum(len(one) for one in QUESTIONS))

@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
-    from mixlm.scored import Scores
+    from mixlm.scoring.scored import Scores
 
 ends_option = Annotated[
     bool | None,
@@ -97,7 +97,7 @@ def scored(
     system: str | None,
 ) -> dict[str, Scores]:
     """Let every member read every text, and show how far it is. pairs: of those texts that are prompts and answers."""
-    from mixlm.scoring import score, score_answers
+    from mixlm.scoring.score import score, score_answers
 
     settings = ensemble.settings() if system is None else ensemble.settings(system=system or None)
     scores = {}
@@ -168,6 +168,6 @@ def refuse_reply_options(shared: Shared, command: str, allowed: Collection[str] 
 
 def identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
     """Return what tells each member's model from others, for the cache of scores; None to read every text anew."""
-    from mixlm.scoring import identity
+    from mixlm.scoring.score import identity
 
     return [identity(one.model, one.dtype, one.adapter) for one in config.members] if cache else None

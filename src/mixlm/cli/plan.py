@@ -57,15 +57,16 @@ def plan(
 
     Replies, mixlm and the members' machines are simulated as queues, from what runs cost: the file has them in seconds.
 
-        [router]                  # mixlm itself
-        seconds = 0.002           # of one processor for each run;  also: delay = 0.0, processes = 1
-
-        [members.NAME]
+        \\[router]               # mixlm itself
+        seconds = 0.002        # of one processor, for each run
+                               # also: delay = 0.0, processes = 1
+        \\[members.NAME]
         weight = 0.6
-        forward = 0.010           # one sequence, one token
-        sequence = 0.002          # each further sequence in a forward
-        token = 0.003             # each further token: caught up with, or of a prompt
-                                  # also: slots = 256, replicas = 1, runs = false, device = "shared"
+        forward = 0.010        # one sequence, one token
+        sequence = 0.002       # each further sequence in a forward
+        token = 0.003          # each further token: missed, or of a prompt
+                               # also: slots = 256, replicas = 1,
+                               # runs = false, device = "shared"
 
     With --measure, it is made from the members given by -m or -e, such as servers that run.
     """

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Member, Step, Strategy
+from mixlm.decoding.base import Choice, Flow, Step, Strategy
 from mixlm.decoding.conventional import pick
+from mixlm.decoding.member import Member
 from mixlm.engines.base import Ask
 from mixlm.mixing import mixed, pooled, responsibilities
 from mixlm.records import Sampling

@@ -17,8 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Member, Step, Strategy
+from mixlm.decoding.base import Choice, Flow, Step, Strategy
 from mixlm.decoding.conventional import pick
+from mixlm.decoding.member import Member
 from mixlm.engines.base import Ask
 from mixlm.errors import TokenizerError
 from mixlm.mixing import mixed, responsibilities

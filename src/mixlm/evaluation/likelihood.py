@@ -1,7 +1,7 @@
 """The probability of a given continuation under the mixture.
 
 Context and continuation are encoded apart, so that every member has a token boundary between them. Inside the
-continuation the members meet where all of them have a boundary, as in `mixlm.scoring`: a segment's probability is
+continuation the members meet where all of them have a boundary, as in `mixlm.scoring.score`: a segment's probability is
 `Σ_i λ_i(s) P_i(segment | before)`, where `s` is what stands before the segment. In the unit `token` every token is a
 segment, and the result is exact: the product of what `conventional` gives, step by step, under the same router. Where a
 tokenizer changes or drops characters, its boundaries are unknown, and the whole continuation is one segment.
@@ -25,9 +25,9 @@ from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import Context
 from mixlm.routing import ByFunction, Fixed, Learned
 from mixlm.sampling import Floats, Ids
-from mixlm.scored import Scores, router_weights
-from mixlm.scoring import score
-from mixlm.unit_scores import prompt_bits
+from mixlm.scoring.score import score
+from mixlm.scoring.scored import Scores, router_weights
+from mixlm.scoring.units import prompt_bits
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
 _ROWS = 16
@@ -84,7 +84,7 @@ class Likelihood:
         return self._filled(scores, parts, self._apart(parts)[0])
 
     def text(self, text: str) -> float:
-        """Return the natural log-probability of a text from its beginning, as `mixlm.scoring.score` reads it."""
+        """Return the natural log-probability of a text from its beginning, as `mixlm.scoring.score.score` reads it."""
         if not text:
             return 0.0
         scores = score(self._ensemble, text, by_segment=True)

@@ -93,7 +93,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return [(float(one), bool(greedy)) for one, greedy in self._answers(requests, _each(self._score))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the natural log-probability of each request's text, read as `mixlm.scoring` does, in passages."""
+        """Return the natural log-probability of each request's text, read as `scoring/score` does, in passages."""
         return [float(one) for one in self._answers(requests, _each(self._roll))]
 
     def readings(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixlm.routing import Router
 from mixlm.sampling import Floats
-from mixlm.scored import Scores, joined, router_weights
+from mixlm.scoring.scored import Scores, joined, router_weights
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection.report import Cost, PairReport, Speed
 from mixlm.inspection.static import having
-from mixlm.passages import beginning
 from mixlm.sampling import Floats, Ids, Logits, softmax
-from mixlm.scoring import spelling
+from mixlm.scoring.passages import beginning
+from mixlm.scoring.score import spelling
 from mixlm.vocab.pieces import PieceUnit
 
 Progress = Callable[[str, int, int], None]

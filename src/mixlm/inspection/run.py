@@ -12,7 +12,7 @@ from mixlm.errors import ConfigError
 from mixlm.inspection import static
 from mixlm.inspection.measure import Progress, agreement, costs, predicted, with_measured
 from mixlm.inspection.report import Inspection
-from mixlm.passages import split_passages
+from mixlm.scoring.passages import split_passages
 from mixlm.settings import Options
 
 QUESTION = "Why is the sky blue?"

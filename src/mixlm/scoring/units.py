@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixlm import __version__, score_cache
+from mixlm import __version__
 from mixlm.engines.base import Engine
-from mixlm.passages import Passage
 from mixlm.sampling import Floats
-from mixlm.scored import Scores, joined
-from mixlm.ways import Reading, bytes_logprobs, read, words_logprobs
+from mixlm.scoring import cache
+from mixlm.scoring.passages import Passage
+from mixlm.scoring.scored import Scores, joined
+from mixlm.scoring.ways import Reading, bytes_logprobs, read, words_logprobs
 
 
 class Reader(NamedTuple):
@@ -100,11 +101,11 @@ def read_kept(reader: Reader, passage: Passage, member: int, progress: Callable[
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for part in (before.tobytes(), passage.data):
         digest.update(len(part).to_bytes(8, "little") + part)
-    path = score_cache.folder() / f"{digest.hexdigest()}.npz"
-    if (found := score_cache.get(path, Reading.load)) is not None:
+    path = cache.folder() / f"{digest.hexdigest()}.npz"
+    if (found := cache.get(path, Reading.load)) is not None:
         return found
     reading = read(reader.engine, before, passage.data, progress)
-    score_cache.put(reading, path)
+    cache.put(reading, path)
     return reading
 
 

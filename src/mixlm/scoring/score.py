@@ -24,16 +24,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mixlm import __version__, score_cache
+from mixlm import __version__
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
 from mixlm.models import resolve
-from mixlm.passages import PASSAGE_BYTES, Passage, beginning, fitting_contexts, split_passages
 from mixlm.sampling import Ids, Logits
-from mixlm.scored import Scores, joined
+from mixlm.scoring import cache
+from mixlm.scoring.passages import PASSAGE_BYTES, Passage, beginning, fitting_contexts, split_passages
+from mixlm.scoring.scored import Scores, joined
+from mixlm.scoring.units import Reader, exact_scores, prompt_bits
 from mixlm.settings import Settings
-from mixlm.unit_scores import Reader, exact_scores, prompt_bits
 
 __all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
 
@@ -165,7 +166,7 @@ def _read(
     engine = spec.engine
     read = [_tokens(engine, passage, member) for passage in passages]
     path = _cache_path(engine, model, read, passages) if model is not None else None
-    if path is not None and (found := score_cache.get(path, Scores.load)) is not None:
+    if path is not None and (found := cache.get(path, Scores.load)) is not None:
         if progress is not None:
             progress(spec.name, len(passages), len(passages))
         return found
@@ -177,7 +178,7 @@ def _read(
             progress(spec.name, at + 1, len(passages))
     out = replace(joined(parts), seconds=time.perf_counter() - start)
     if path is not None:
-        score_cache.put(out, path)
+        cache.put(out, path)
     return out
 
 
@@ -259,4 +260,4 @@ def _cache_path(
     for (ids, _), passage in zip(read, passages, strict=True):
         for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.ends else b""):
             digest.update(len(part).to_bytes(8, "little") + part)
-    return score_cache.folder() / f"{digest.hexdigest()}.npz"
+    return cache.folder() / f"{digest.hexdigest()}.npz"

@@ -15,13 +15,13 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.decoding.base import Member
+from mixlm.decoding.member import Member
 from mixlm.engines.base import Ask, Reply, Request
 from mixlm.errors import ConfigError
 from mixlm.records import Alternative, Token
 from mixlm.routing import Fixed, Router
 from mixlm.sampling import Candidates, Floats, Ids, likeliest
-from mixlm.scored import Scores, router_weights
+from mixlm.scoring.scored import Scores, router_weights
 from mixlm.vocab.units import Unit
 from mixlm.vocab.words import WordUnit
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from mixlm import sampling as rules
 from mixlm.records import Sampling
-from mixlm.sampling import Bias, History, Transform, dense, largest
+from mixlm.sampling import Bias, Candidates, History, Transform, dense, largest
 
 NONE = np.zeros(0, dtype=np.int64)
 PLAIN = {"temperature": 1.0, "top_k": 0}
@@ -243,3 +243,16 @@ def test_top_p_finds_its_mass_among_more_than_the_first_few_values():
     found = Transform(Sampling(temperature=1.0, top_k=0, top_p=0.9), NONE)(logits)
     assert 4400 < found.ids.size < 4600
     np.testing.assert_allclose(as_dense(found, 5000), dense(logits, Sampling(1, 0, 0, 1.0, 0, 0.9), NONE), atol=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_cut_leaves_of_told_tokens_gives_the_law_of_the_whole(seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-6, 6, 300).astype(np.float32) / 2  # many are equal
+    banned = np.sort(rng.choice(300, 40, replace=False))
+    transform = Transform(Sampling(temperature=0.7, top_k=int(rng.integers(1, 30)), top_p=0.9), banned)
+    told = rng.permutation(np.argsort(-logits, kind="stable")[:200])
+    whole = transform(logits)
+    cut = transform(transform.cut.of(Candidates(told, logits[told])))
+    assert cut.ids.tolist() == whole.ids.tolist()
+    assert cut.logprobs.tolist() == whole.logprobs.tolist()

@@ -49,6 +49,26 @@ class Cut:
     k: int
     banned: Ids
 
+    def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Tell which ids, (n,), may be drawn. `banned` has to be ascending."""
+        if self.banned.size == 0:
+            return np.ones(ids.size, dtype=np.bool_)
+        at = np.minimum(np.searchsorted(self.banned, ids), self.banned.size - 1)
+        allowed: npt.NDArray[np.bool_] = self.banned[at] != ids
+        return allowed
+
+    def of(self, told: Candidates) -> Candidates:
+        """Return what it leaves of an engine's likeliest tokens, which hold at least that."""
+        kept = self.allows(told.ids)
+        ids, values = told.ids[kept], told.logprobs[kept]
+        if ids.size > self.k:
+            kept = values >= np.partition(values, -self.k)[-self.k]
+            ids, values = ids[kept], values[kept]
+        order = np.argsort(ids)
+        return Candidates(ids[order], values[order])
+
+
+Rows = Logits | list[Candidates]  # one `Row` for each position
 
 Likeliest = tuple[tuple[int, float], ...]
 

@@ -21,7 +21,7 @@ import numpy as np
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.records import Sampling
-from mixlm.sampling import Cut, Floats, Ids, Likeliest, Logits
+from mixlm.sampling import Cut, Floats, Ids, Likeliest, Logits, Rows
 from mixlm.vocab.encoding import Encoder
 from mixlm.vocab.prompts import PromptEncoder
 from mixlm.vocab.tokens import Vocabulary
@@ -153,6 +153,10 @@ class Session(ABC):
             raise
         self.settle(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
         return out
+
+    def rows(self, ids: Ids, last: int = 1, cut: Cut | None = None) -> Rows:
+        """Return what `logits` does; engines for which it is cheaper, only what `cut` leaves of it."""
+        return self.logits(ids, last)
 
     @property
     def latest(self) -> Logits:
@@ -323,10 +327,10 @@ def memory(engines: Iterable[Engine]) -> int:
 def answer(session: Session, request: Request) -> Reply:
     """Answer one request with a session's logits."""
     if isinstance(request, Draw):
-        return request.choose(session.logits(request.ids)[0])
+        return request.choose(session.rows(request.ids, 1, request.cut)[0])
     if isinstance(request, Run):
         return session.write(request)
-    return session.logits(request.ids, request.last)
+    return session.rows(request.ids, request.last, request.cut)
 
 
 def completed(request: Request, found: Any) -> Reply:

@@ -11,9 +11,9 @@ from collections.abc import Generator
 
 import numpy as np
 
-from mixlm.engines.base import Engine, Session, Written
+from mixlm.engines.base import Engine, Forward, Session, Written
 from mixlm.errors import EngineError, UnsupportedError
-from mixlm.sampling import Candidates, Cut, Floats, Ids, Logits
+from mixlm.sampling import Candidates, Cut, Floats, Ids, Logits, Rows
 from mixlm.vocab.units import TokenBuffer
 
 
@@ -46,11 +46,24 @@ class PartialSession(Session):
     def __init__(self, engine: PartialEngine) -> None:
         super().__init__(engine.context_length)
         self._partial = engine
+        self._cut: Cut | None = None  # of the question that is being answered
         self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     @abstractmethod
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
         """Return at least the `count` likeliest tokens after `ids`; log-probabilities may be off by a constant."""
+
+    def rows(self, ids: Ids, last: int = 1, cut: Cut | None = None) -> Rows:
+        """Return what `logits` does, or what `cut` leaves of it: no row is as long as the vocabulary then."""
+        self._cut = cut
+        try:
+            return self.logits(ids, last)
+        finally:
+            self._cut = None
+
+    def settle(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+        """Take down that a question was run."""
+        super().settle(ids, logits if self._cut is None else None, forward)
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
@@ -66,7 +79,7 @@ class PartialSession(Session):
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
-        wanted = self.wanted(ids, last)
+        wanted = self.wanted(ids, last, self._cut)
         try:
             question = next(wanted)
             while True:
@@ -75,18 +88,21 @@ class PartialSession(Session):
             rows: Logits = done.value
             return rows
 
-    def wanted(self, ids: Ids, last: int, cut: Cut | None = None) -> Generator[tuple[Ids, int], Candidates, Logits]:
+    def wanted(self, ids: Ids, last: int, cut: Cut | None = None) -> Generator[tuple[Ids, int], Candidates, Rows]:
         """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
 
-        cut: what of them is needed. The others are -inf then, though the engine may tell more.
+        They are float32 (last, vocab), or what `cut` leaves of each row.
         """
         self._context.rewrite(0, ids)
         read = self._context.ids
-        engine = self._partial
-        rows = np.full((last, engine.vocabulary.size), -np.inf, dtype=np.float32)
-        for row, end in enumerate(range(len(read) - last + 1, len(read) + 1)):
-            found = yield from self._enough(read[:end], cut)
-            rows[row, found.ids] = found.logprobs
+        found = []
+        for end in range(len(read) - last + 1, len(read) + 1):
+            found.append((yield from self._enough(read[:end], cut)))
+        if cut is not None:
+            return [cut.of(one) for one in found]
+        rows = np.full((last, self._partial.vocabulary.size), -np.inf, dtype=np.float32)
+        for row, one in zip(rows, found, strict=True):
+            row[one.ids] = one.logprobs
         return rows
 
     def _enough(self, ids: Ids, cut: Cut | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
@@ -99,7 +115,7 @@ class PartialSession(Session):
             found = yield ids, count
             usable = engine.drawable[found.ids]
             if cut is not None:
-                usable &= ~_among(found.ids, cut.banned)
+                usable &= cut.allows(found.ids)
             if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
                 return found
             if count >= most:
@@ -108,15 +124,6 @@ class PartialSession(Session):
                     "use fewer candidates, or let its server tell more of them",
                 )
             count = min(4 * count, most)
-
-
-def _among(ids: Ids, ascending: Ids) -> np.ndarray:
-    """Whether each id is one of many ascending ones, bool (n,)."""
-    if ascending.size == 0:
-        return np.zeros(ids.size, dtype=np.bool_)
-    at = np.minimum(np.searchsorted(ascending, ids), ascending.size - 1)
-    found: np.ndarray = ascending[at] == ids
-    return found
 
 
 def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:

@@ -27,7 +27,7 @@ from mixlm.engines.tokenizer import Read, load_tokenizer
 from mixlm.engines.wire import Background, Limits, Wire
 from mixlm.errors import ConfigError, EngineError, MixlmError, UnsupportedError
 from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Cut, Ids, Logits
+from mixlm.sampling import Candidates, Cut, Ids, Rows
 
 _log = logging.getLogger("mixlm")
 _T = TypeVar("_T")
@@ -281,8 +281,8 @@ class RemoteSession(PartialSession):
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
-    async def asked(self, ids: Ids, last: int, cut: Cut | None) -> Logits:
-        """Return what `logits` does, or as much of it as `cut` needs, without keeping anyone waiting."""
+    async def asked(self, ids: Ids, last: int, cut: Cut | None) -> Rows:
+        """Do what `rows` does, without keeping anyone waiting."""
         keep = self.prepare(ids, last)
         if keep is None:
             return self.latest
@@ -295,12 +295,13 @@ class RemoteSession(PartialSession):
                 cached = cached if told.cached is None else min(told.cached, len(ids) - 1)
                 question = wanted.send(told.likeliest)
         except StopIteration as done:
-            out: Logits = done.value
+            out: Rows = done.value
         except BaseException:
             self.forget()
             raise
         seconds = time.perf_counter() - start
-        self.settle(ids, out if cut is None else None, Forward(len(ids) - keep, keep, seconds))
+        whole = None if isinstance(out, list) else out
+        self.settle(ids, whole, Forward(len(ids) - keep, keep, seconds))
         self.work.log[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server tells
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -73,7 +74,11 @@ def served(
     command += ["--api-key", key] if key else []
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
-        command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env={**os.environ, **own},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as process:
         try:
             until = time.monotonic() + _STARTED_WITHIN
@@ -88,4 +93,6 @@ def served(
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            process.kill()
+            # Its workers are processes of their own, and outlive a server that is killed.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -99,6 +99,6 @@ def test_a_state_knows_whose_word_it_is_in_and_forgets_it_when_cut():
     assert (state.owner, state.tail(9)) == (0, b"a ca")
     state.cut(1)
     assert (state.owner, state.tail(9), state.ids(0).tolist()) == (1, b"a c", [6, 0, 3])
-    assert state.begins(np.array([a, c, those.unit.end])).tolist() == [False, True, True]
+    assert state.begins_here()(np.array([a, c, those.unit.end])).tolist() == [False, True, True]
     state.cut(2)
     assert (state.owner, state.tail(9)) == (None, b"")

@@ -312,7 +312,7 @@ class Engine(ABC):
 
         Only for engines that are asked `at_once`.
         """
-        raise NotImplementedError
+        raise UnsupportedError("this engine is handed no questions one by one; `answer` is")
 
     def alive(self) -> bool:
         """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""

@@ -1,23 +1,32 @@
 """What mixlm costs beside its engines, and how busy it keeps two servers of llama.cpp.
 
-Overhead of a run: from one token to the next, less what llama.cpp says it took for it, in this process and over the
-loopback; the median, which on a busy machine is mostly waiting for a processor; and mixlm's own processor time for a
-token. Throughput: replies by equal weights over two servers, each with one thread, against the servers
-by themselves: each writes as many tokens of every reply as its member did, with the prompts to read, both at once and
-without mixlm. The two take turns, since others may use the machine; ratios are of the two in one turn.
+Overhead of a run: from one answer to the next, less what llama.cpp says it took for it, in this process and over the
+loopback; the median, which on a busy machine is mostly waiting for a processor; and mixlm's own processor time.
 
-python scripts/server_speed.py [--models A,B] [--replies N] [--tokens N] [--turns N]   (turns: 0 for the overhead alone)
+Throughput: replies by equal weights over two servers, each with one thread, against the servers by themselves:
+  the same work    each sequence's requests once more, one behind the other: all that was read and written, with
+                   nobody between the servers
+  written alone    each server writes as many tokens of every reply as its member did, in one request, and reads
+                   nothing of the other's
+Both servers work at once, and as many replies in all as with mixlm. They take turns, since others may use the machine;
+ratios are of one turn.
+
+python scripts/server_speed.py [--models A,B] [--replies N] [--at-once N] [--tokens N] [--turns N]
+(turns: 0 for the overhead alone)
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from statistics import median
 
 import httpx
@@ -53,108 +62,167 @@ def started(path: str, slots: int, context: int) -> tuple[subprocess.Popen[str],
 
 
 class Heard:
-    """Stands in front of a dialect and adds up what llama.cpp says its answers took, in seconds."""
+    """What a server was asked, when it answered, and what it says that took, in seconds."""
 
-    def __init__(self, dialect) -> None:
-        self._dialect, self.seconds, self.answers = dialect, 0.0, 0
-        self.bodies, self.name = dialect.bodies, dialect.name
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict]] = []
+        self.answers: list[tuple[float, float]] = []
 
-    def read(self, answer):
-        timings = answer["timings"]
-        self.seconds += (timings["prompt_ms"] + timings["predicted_ms"]) / 1000
-        self.answers += 1
-        return self._dialect.read(answer)
+    def note(self, answer) -> None:
+        took = answer["timings"]["prompt_ms"] + answer["timings"]["predicted_ms"]
+        self.answers.append((time.perf_counter(), took / 1000))
+
+    def on(self, server) -> None:
+        """Listen to one of the servers of a remote member."""
+        complete = server._complete
+
+        async def listening(body, path="/v1/completions"):
+            self.asked.append((path, body))
+            answer = await complete(body, path)
+            self.note(answer[0])
+            return answer
+
+        server._complete = listening
+
+    def here(self, engine) -> None:
+        """Listen to llama.cpp in this process."""
+        read = engine.dialect.read
+
+        def listening(answer):
+            self.note(answer)
+            return read(answer)
+
+        engine.dialect.read = listening
 
 
 def overhead(ensemble: Ensemble, heard: Sequence[Heard], tokens: int, clock) -> tuple[float, float]:
-    """Return milliseconds a token outside the engine: the median of those that took one question, and by `clock`."""
-    stream = ensemble.stream(PROMPT, seed=1, max_tokens=tokens, ignore_end=True, top_k=40)
-    found, before = [], None
+    """Return milliseconds a run outside the engine, the median, and those of processor time, by `clock`."""
+    for one in heard:
+        one.answers.clear()
+    stream = ensemble.stream(PROMPT, seed=1, max_tokens=tokens, ignore_end=True, top_k=20)
     next(stream)
-    used = clock()
+    first, used = sum(len(one.answers) for one in heard), clock()
     for _ in stream:
-        now = (time.perf_counter(), sum(one.seconds for one in heard), sum(one.answers for one in heard))
-        if before is not None and now[2] - before[2] == 1:
-            found.append(now[0] - before[0] - (now[1] - before[1]))
-        before = now
-    return 1000 * median(found), 1000 * (clock() - used) / (tokens - 1)
+        pass
+    used = clock() - used
+    answers = sorted(each for one in heard for each in one.answers)[first - 1 :]
+    found = [now[0] - before[0] - now[1] for before, now in pairwise(answers)]
+    return 1000 * median(found), 1000 * used / len(found)
 
 
-def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int):
-    """Write all replies at once; return seconds, processor seconds of this process, and the replies."""
+def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int, at_once: int):
+    """Write all replies, so many at once; return seconds, processor seconds of this process, and the replies."""
     start, cpu = time.perf_counter(), time.process_time()
-    options = {"max_tokens": tokens, "ignore_end": True, "top_k": 40, "seed": 1}
-    found = dict(ensemble.replies(prompts, at_once=len(prompts), **options))
+    options = {"max_tokens": tokens, "ignore_end": True, "top_k": 20, "seed": 1}
+    found = dict(ensemble.replies(prompts, at_once=at_once, **options))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return seconds, cpu, [found[at].completion for at in range(len(prompts))]
 
 
-def alone(urls: Sequence[str], prompts, written) -> float:
+def alone(urls: Sequence[str], prompts, written, at_once: int) -> float:
     """Let each server write its part of every reply by itself, both at once; return seconds."""
-    client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=len(urls) * len(prompts)))
+    client = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=2 * at_once))
 
     def ask(server: int, at: int) -> int:
         body = {"prompt": prompts[at][server].tolist(), "n_predict": written[at][server], "ignore_eos": True}
-        body |= {"temperature": 1.0, "top_k": 40, "seed": 0, "id_slot": at, "cache_prompt": False}
+        body |= {"temperature": 1.0, "top_k": 20, "seed": 0, "cache_prompt": False}
         return client.post(urls[server] + "/v1/completions", json=body).json()["usage"]["completion_tokens"]
 
-    jobs = [(server, at) for at in range(len(prompts)) for server in range(len(urls)) if written[at][server]]
-    with client, ThreadPoolExecutor(len(jobs)) as threads:
-        start = time.perf_counter()
-        got = sum(threads.map(lambda job: ask(*job), jobs))
-        seconds = time.perf_counter() - start
+    with client:
+        seconds, got = together(urls, at_once, lambda at: range(len(prompts)), ask)
     assert got == sum(map(sum, written))
     return seconds
+
+
+def together(urls, at_once: int, jobs, do) -> tuple[float, int]:
+    """Do each server's jobs, half of `at_once` at a time at each; return seconds, and the sum of what was returned."""
+    pools = [ThreadPoolExecutor(at_once // len(urls)) for _ in urls]
+    start = time.perf_counter()
+    done = [pool.submit(do, server, job) for server, pool in enumerate(pools) for job in jobs(server)]
+    got = sum(one.result() for one in done)
+    seconds = time.perf_counter() - start
+    for pool in pools:
+        pool.shutdown()
+    return seconds, got
+
+
+def again(urls: Sequence[str], heard: Sequence[Heard], at_once: int) -> float:
+    """Ask both servers what they were asked, each sequence's requests in turn, without mixlm; return seconds."""
+    chains: list[dict[int, list[tuple[str, bytes]]]] = [{} for _ in urls]
+    for known, one in zip(chains, heard, strict=True):
+        for path, body in one.asked:
+            # What the sequence left behind would spare reading it.
+            chain = known.setdefault(body["id_slot"], [])
+            chain.append((path, json.dumps(body if chain else {**body, "cache_prompt": False}).encode()))
+
+    def ask(server: int, requests: Sequence[tuple[str, bytes]]) -> int:
+        connection = http.client.HTTPConnection(urls[server].removeprefix("http://"), timeout=600)
+        for path, data in requests:
+            connection.request("POST", path, data, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            assert answer.status == 200, text
+        return len(requests)
+
+    return together(urls, at_once, lambda server: chains[server].values(), ask)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
-    parser.add_argument("--replies", type=int, default=32)
+    parser.add_argument("--replies", type=int, default=64)
+    parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     names = given.models.split(",")
     paths = [str(find_gguf(one).path) for one in names]
-    running = [started(path, given.replies + 1, 512) for path in paths]
+    running = [started(path, given.at_once + 1, 512) for path in paths]
     try:
         urls = [url for _, url in running]
         engines = [
             load(EngineSpec(url, f"{name}-{at}")) for at, (name, url) in enumerate(zip(names, urls, strict=True))
         ]
         pair = Ensemble([MemberSpec(one, one.name) for one in engines])
-        heard = [Heard(one.servers[0]._dialect) for one in engines]
+        heard = [Heard() for _ in engines]
         for one, ear in zip(engines, heard, strict=True):
-            one.servers[0]._dialect = ear
+            ear.on(one.servers[0])
         over, used = min(overhead(pair, heard, 64, time.process_time) for _ in range(3))
-        print(f"a run over the loopback: {over:.2f} ms outside the server, {used:.2f} ms of processor time")
+        print(f"a run over the loopback: {over:.2f} ms outside the server, {used:.2f} ms of processor time", flush=True)
         ratios = []
         for turn in range(given.turns):
             texts = [f"{turn}.{at}: write a story about the number {at}." for at in range(given.replies)]
-            seconds, cpu, replies = mixed(pair, texts, given.tokens)
+            for ear in heard:
+                ear.asked.clear()
+            seconds, cpu, replies = mixed(pair, texts, given.tokens, given.at_once)
             settings = pair.settings()
             ids = [pair.prompts(text, settings).ids for text in texts]
             written = [[sum(t.member == one.name for t in reply.tokens) for one in engines] for reply in replies]
             total = sum(map(sum, written))
             caught = sum(u.forward_tokens for reply in replies for u in reply.usage.members.values())
-            own = alone(urls, ids, written)
-            ratios.append(own / seconds)
+            runs = sum(len(ear.asked) for ear in heard)
+            same, own = again(urls, heard, given.at_once), alone(urls, ids, written, given.at_once)
+            ratios.append((same / seconds, own / seconds))
             print(
-                f"turn {turn + 1}: {total} tokens, mixlm {total / seconds:.1f} tokens/s, the servers {total / own:.1f},"
-                f" ratio {ratios[-1]:.2f}; {caught} tokens read; {1000 * cpu / total:.2f} ms of processor time a token"
-                f" in mixlm; load {os.getloadavg()[0]:.1f}",
+                f"turn {turn + 1}: {total} tokens in {runs} requests, {caught} tokens read; tokens/s: mixlm"
+                f" {total / seconds:.1f}, the same work {total / same:.1f} ({ratios[-1][0]:.2f}), written alone"
+                f" {total / own:.1f} ({ratios[-1][1]:.2f}); {1000 * cpu / total:.2f} ms of processor time a token in"
+                f" mixlm; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-        if ratios:
-            print(f"ratio, median of {given.turns} turns: {median(ratios):.2f}, best {max(ratios):.2f}")
+        for at, name in enumerate(("the same work", "written alone") if ratios else ()):
+            found = [one[at] for one in ratios]
+            print(
+                f"of {name}, median of {given.turns} turns: {median(found):.2f}, {min(found):.2f} to {max(found):.2f}"
+            )
     finally:
         for one, _ in running:
             one.kill()
             one.wait()
     here = mixlm.load(*names, engine="llamacpp")
-    heard = [Heard(one.engine.dialect) for one in here.members]
+    heard = [Heard() for _ in here.members]
     for one, ear in zip(here.members, heard, strict=True):
-        one.engine.dialect = ear
+        ear.here(one.engine)
     # llama.cpp's work is in threads of its own.
     over, used = min(overhead(here, heard, 64, time.thread_time) for _ in range(3))
     print(f"a run in this process: {over:.2f} ms outside llama.cpp, {used:.2f} ms of processor time")

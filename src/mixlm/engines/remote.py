@@ -72,7 +72,8 @@ class RemoteEngine(PartialEngine):
         self.prepare()
         self.context_length = spec.context or first.context()
         probe, start = (self.encoder.encode(text).ids for text in (PROBE.encode(), b"A"))
-        self._reader = Reader(probe, start, self.whole_character(), self.vocabulary.size, str(folder))
+        known = self.vocabulary.tokens, self.vocabulary.ends
+        self._reader = Reader(probe, start, self.whole_character(), *known, str(folder))
         self._wanted = spec.candidates + self.spare
         self._loop.wait(first.try_out(self._reader, self._wanted))
         self.most = first.told if first.limited else None
@@ -85,7 +86,7 @@ class RemoteEngine(PartialEngine):
             "device": self.device,
             "dtype": "the server's",
             "prefix cache": "reported" if first.reports_cached else "not reported",
-            **first.served.details(),
+            **({"draws by itself": first.served.draws} if first.served.draws else {}),
         }
         self._joining = asyncio.Lock()
 

@@ -2,7 +2,8 @@
 
 It may draw by itself, several tokens a request, if what it draws follows our law and can be told: it gives token ids,
 log-probabilities of what it draws from (vLLM's `--logprobs-mode processed_logprobs`), takes seeds, and can be kept from
-drawing control tokens. What is missing is named in the engine's details; then it is asked token by token.
+drawing control tokens. What is missing is named in the engine's details; then it is asked token by token. How servers
+of llama.cpp draw is in `engines/llama_runs`.
 """
 
 from __future__ import annotations
@@ -40,14 +41,10 @@ class Served:
 
     @property
     def draws(self) -> str:
-        """Whether it draws by itself, in words, and why not."""
-        return f"no: {self.missing}" if self.missing else "yes, masking" if self.masks else "yes"
-
-    def details(self) -> dict[str, str]:
-        """Return what reports say of it."""
+        """Whether it draws by itself, in words, and why not; "" where that was not tried."""
         if self.missing is None:
-            return {}
-        return {"draws by itself": self.draws}
+            return ""
+        return f"no: {self.missing}" if self.missing else "yes, masking" if self.masks else "yes"
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it can draw with a transform."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from mixlm.engines.base import Run, Session, Written
 from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI, cached_tokens
+from mixlm.engines.llama_runs import PATH, LlamaRuns, lacking
 from mixlm.engines.runs import told_parameters
 from mixlm.engines.served import Served, try_out, written_by
 from mixlm.engines.session import Line, Texts, likeliest_in, written_in
@@ -45,14 +46,15 @@ class Told:
 class Reader:
     """What has to be known of a model's tokenizer to try out a server.
 
-    probe: ids of `PROBE`. start: ids to ask something with. character: a token that is whole characters. size: of the
-    vocabulary. folder: where it is from, for errors.
+    probe: ids of `PROBE`. start: ids to ask something with. character: a token that is whole characters. tokens: the
+    bytes of each id. ends: ids that end a text. folder: where it is from, for errors.
     """
 
     probe: list[int]
     start: list[int]
     character: int
-    size: int
+    tokens: Sequence[bytes]
+    ends: frozenset[int]
     folder: str
 
 
@@ -71,7 +73,7 @@ class Server:
         self.told = 0
         self.limited = True
         self.reports_cached = False
-        self.served = Served()
+        self.served: Served | LlamaRuns = Served()
         self.texts: Texts | None = None
         self.homes: WeakSet[Session] = WeakSet()
         self.ready = False
@@ -111,7 +113,10 @@ class Server:
         self._fingerprint = await self._likeliest_of_probe()
         # Asked the same once more, it should have the beginning in its cache.
         self.reports_cached = bool((await self._ask(reader.probe, 5))[0].cached)
-        if isinstance(self._dialect, OpenAI):
+        if isinstance(self._dialect, LlamaCpp):
+            lacks = await lacking(self._llama_run, np.array(reader.probe))
+            self.served = LlamaRuns(lacks, reader.tokens, reader.ends)
+        else:
             self.served = await try_out(self._complete, reader.probe)
             line = await Line.found(self.wire.base, self.wire.key, self.wire.limits)
             if line is not None:
@@ -163,12 +168,31 @@ class Server:
 
     async def write(self, session: Session, run: Run, ends: Sequence[int]) -> Written:
         """Let it draw a run by itself. Raises EngineError."""
+        if isinstance(self.served, LlamaRuns):
+            return await self._llama_write(session, run)
         if self.texts is not None:
             parameters, banned = self.served.parameters(run, run.length, ends), self.served.banned(run)
             return written_in(await self.texts.write(session, run.ids, parameters, banned), self.wire.base)
         answer, anew = await self._complete(self.served.body(run, run.length, ends))
         await self._check(anew)
         return written_by(answer, self.wire.base)
+
+    async def _llama_write(self, session: Session, run: Run) -> Written:
+        assert isinstance(self.served, LlamaRuns)
+
+        async def ask(body: dict[str, Any]) -> Any:
+            async with self._slot(session, run.ids) as slot:
+                return await self._llama_run({**body, **({} if slot is None else {"id_slot": slot})})
+
+        async def likeliest(ids: Ids, count: int) -> Candidates:
+            return (await self.likeliest(session, ids, count)).likeliest
+
+        return await self.served.write(run, ask, likeliest)
+
+    async def _llama_run(self, body: dict[str, Any]) -> Any:
+        value, anew = await self._complete(body, PATH)
+        await self._check(anew)
+        return value
 
     def leave(self, session: Session) -> None:
         """Note that a sequence stays elsewhere from now on."""
@@ -240,9 +264,9 @@ class Server:
                 return Told(self._known(found), cached_tokens(value)), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
 
-    async def _complete(self, body: dict[str, Any]) -> tuple[Any, bool]:
+    async def _complete(self, body: dict[str, Any], path: str = "/v1/completions") -> tuple[Any, bool]:
         """Ask for a completion. Also tells whether a connection was made for it."""
-        answer = await self.wire.ask("POST", "/v1/completions", {**body, "model": self.model})
+        answer = await self.wire.ask("POST", path, {**body, "model": self.model})
         if answer.status != 200:
             raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
         return answer.value, answer.anew
@@ -250,7 +274,7 @@ class Server:
     def _known(self, found: Candidates) -> Candidates:
         """Return what is told of without rows behind the last token, which are padding."""
         assert self._reader is not None
-        here = found.ids < self._reader.size
+        here = found.ids < len(self._reader.tokens)
         return Candidates(found.ids[here], found.logprobs[here])
 
     async def _find(self, wanted: str) -> dict[str, Any]:

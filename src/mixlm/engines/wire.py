@@ -102,9 +102,11 @@ class Wire:
         # Waiting for a free connection has no limit of its own: requests queue there.
         timeout = httpx.Timeout(self.limits.answer, connect=self.limits.connect, pool=None)
         tls = httpx.create_ssl_context() if base.startswith("https:") else None
-        own = None if _proxied(base) else Connections(self.limits.connections, tls)
+        self._own = None if _proxied(base) else Connections(self.limits.connections, tls)
         pool = httpx.Limits(max_connections=self.limits.connections)
-        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout, transport=own, limits=pool)
+        self._client = httpx.AsyncClient(
+            base_url=base, headers=headers, timeout=timeout, transport=self._own, limits=pool
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -131,7 +133,10 @@ class Wire:
         while True:
             tries += 1
             try:
-                answer = await self._client.request(method, path, json=body, extensions=dict(extensions), **more)
+                request = self._client.build_request(method, path, json=body, extensions=dict(extensions), **more)
+                # Sending by the client costs as much again: it looks for redirects, cookies and log-ins.
+                send = self._client.send if self._own is None else self._own.handle_async_request
+                answer = await send(request)
             except httpx.TimeoutException as error:
                 limit = self.limits.connect if isinstance(error, httpx.ConnectTimeout) else self.limits.answer
                 raise EngineError(f"{self.base} does not answer within {seconds or limit:g} seconds") from error

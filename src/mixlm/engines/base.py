@@ -84,10 +84,14 @@ class Run:
 
 
 class Written(NamedTuple):
-    """What a member wrote by itself: its own ids, and their natural log-probabilities under its transform."""
+    """What a member wrote by itself: its own ids, and their natural log-probabilities under its transform.
+
+    cached: tokens in front of them that it had read before, where the engine knows better than its session.
+    """
 
     ids: list[int]
     logprobs: list[float]
+    cached: int | None = None
 
 
 Request = Ask | Draw | Run
@@ -226,6 +230,8 @@ class Session(ABC):
     def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
         """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
         before = common_prefix(self._cached.ids, ids)
+        if written.cached is not None:
+            before = min(written.cached, len(ids) - 1)
         each = seconds / len(written.ids)
         for at in range(len(written.ids)):
             self.work.log.append(

@@ -14,11 +14,13 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from mixlm.engines.base import Run, Written
+from mixlm.engines.dialects import cached_tokens
 from mixlm.errors import EngineError
 from mixlm.noise import Noise
 from mixlm.records import Sampling
@@ -82,7 +84,11 @@ class LlamaRuns:
                 break
             kept.append(token)
             logprobs.append(told.logprob)
-        return Written(kept, logprobs) if kept else _drawn(_law(run, await likeliest(run.ids, wanted)), run.seed)
+        if not kept:
+            law = _law(run, await likeliest(run.ids, wanted))
+            at = Noise(run.seed).draw(law.ids, law.logprobs)
+            kept, logprobs = [int(law.ids[at])], [float(law.logprobs[at])]
+        return Written(kept, logprobs, cached_tokens(answer))
 
 
 @dataclass(frozen=True)
@@ -123,16 +129,12 @@ def _body(run: Run, banned: Sequence[int], told: int) -> dict[str, Any]:
 def _read(answer: Any, tokens: Sequence[bytes]) -> list[tuple[int, _Told | None]]:
     """Return the tokens of an answer, and what it tells of each. Raises EngineError for what is no answer."""
     try:
-        ids, entries = [int(one) for one in answer["tokens"]], iter(answer.get("completion_probabilities", ()))
-        found: list[tuple[int, _Told | None]] = []
-        text = b""
-        for token in ids:
-            text += tokens[token]
-            entry = None if _cut_short(text) else next(entries, None)
-            told = None
-            if entry is not None and entry["id"] == token and entry["prob"] > 0:
-                told = _Told(math.log(entry["prob"]), frozenset(one["id"] for one in entry["top_probs"]))
-            found.append((token, told))
+        ids, entries = [int(one) for one in answer["tokens"]], list(answer.get("completion_probabilities", ()))
+        whole = _ends_of_characters([tokens[one] for one in ids])
+        if [one["id"] for one in entries] != [one for one, here in zip(ids, whole, strict=True) if here]:
+            whole = [False] * len(ids)  # whatever it tells, of which tokens is not certain
+        rest = iter(entries)
+        found = [(one, _told(next(rest)) if here else None) for one, here in zip(ids, whole, strict=True)]
     except (TypeError, LookupError, ValueError, AttributeError):
         found = []
     if not found:
@@ -140,12 +142,21 @@ def _read(answer: Any, tokens: Sequence[bytes]) -> list[tuple[int, _Told | None]
     return found
 
 
+def _told(entry: Any) -> _Told:
+    return _Told(math.log(entry["prob"]), frozenset(one["id"] for one in entry["top_probs"]))
+
+
+def _ends_of_characters(parts: Sequence[bytes]) -> list[bool]:
+    """Tell of each part of a text whether a character ends with it."""
+    return [not _cut_short(text) for text in accumulate(parts)]
+
+
 def _cut_short(text: bytes) -> bool:
     """Whether a text ends within a character, as llama.cpp sees it: by the last first byte of one."""
     for back in range(1, min(len(text), 4) + 1):
         byte = text[-back]
         if byte & 0xC0 != 0x80:
-            return back < (4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1)
+            return back < (1 if byte >= 0xF8 or byte < 0xC0 else 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2)
     return False
 
 
@@ -165,12 +176,6 @@ def _looked_up(run: Run, found: Candidates, token: int) -> _Told:
 def _law(run: Run, found: Candidates) -> Candidates:
     """Return what a run draws from, by what was told of the likeliest tokens."""
     return Transform(run.sampling, run.banned)(Cut(run.sampling.top_k, run.banned).of(found))
-
-
-def _drawn(law: Candidates, seed: int) -> Written:
-    """Draw a token here."""
-    at = Noise(seed).draw(law.ids, law.logprobs)
-    return Written([int(law.ids[at])], [float(law.logprobs[at])])
 
 
 async def lacking(ask: Ask, prompt: Ids) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.engines.base import Run, Written
+from mixlm.engines.dialects import cached_tokens
 from mixlm.engines.ranges import ARGUMENT, as_ranges
 from mixlm.engines.runs import draws_alike, run_parameters
 from mixlm.errors import EngineError
@@ -72,7 +73,7 @@ def written_by(answer: Any, base: str) -> Written:
         [choice] = answer["choices"]
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         good = len(ids) == len(logprobs) > 0 and all(type(one) is int for one in ids)
-        written = Written(list(ids), [float(one) for one in logprobs])
+        written = Written(list(ids), [float(one) for one in logprobs], cached_tokens(answer))
     except (TypeError, LookupError, ValueError, AttributeError):
         good = False
     if not good or not all(math.isfinite(one) for one in written.logprobs):

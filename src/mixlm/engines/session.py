@@ -160,7 +160,7 @@ def written_in(answer: dict[str, Any], base: str) -> Written:
         ids, logprobs = [], []
     if not ids or not all(map(math.isfinite, logprobs)):
         raise EngineError(f"{base} gives no answer: {str(answer)[:200]}")
-    return Written(ids, logprobs)
+    return Written(ids, logprobs, answer.get("cached"))
 
 
 def likeliest_in(answer: dict[str, Any], base: str) -> Candidates:

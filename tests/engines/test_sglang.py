@@ -23,7 +23,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.records import Sampling
-from mixlm.sampling import Transform
+from mixlm.sampling import Cut, Transform
 
 OPTIONS = {"seed": 2, "max_tokens": 24, "ignore_end": True, "top_k": 9}
 
@@ -180,6 +180,15 @@ def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
     assert np.isfinite(engine.session().logits(np.array([5, 6]))).all()
 
 
+def test_as_many_tokens_are_asked_for_as_a_choice_needs_and_there_are(engine, fake):
+    ids = random_ids(engine, 5)
+    banned = np.sort(np.argsort(-fake.logits(ids.tolist()))[:245])
+    [found] = engine.answer([(engine.session(), Ask(0, ids, cut=Cut(9, banned)))])
+    assert [body["top_logprobs_num"] for body in fake.asked[-3:]] == [9 + 16, 4 * (9 + 16), 260]
+    assert found[0].ids.size == 9
+    assert not np.isin(found[0].ids, banned).any()
+
+
 def test_what_its_cache_held_is_reported(fake, loaded):
     engine = loaded()
     assert engine.details["prefix cache"] == "reported"
@@ -319,6 +328,7 @@ def test_a_server_that_comes_back_as_it_was_goes_on(engine, fake):
     assert not engine.alive()
     with pytest.raises(EngineError, match="does not answer"):
         engine.session().logits(np.array([8, 9]))
+    fake.models[0]["created"] += 60  # the time of the question
     fake.start()
     assert engine.alive()
     assert engine.session().logits(np.array([8, 9]))[0].argmax() == fake.logits([8, 9]).argmax()

@@ -24,15 +24,21 @@ class Fake:
     "drop" closes the connection; "cut" sends half of the answer; "garbage" sends no JSON; "slow" takes `delay` seconds;
     "429" and "503" say busy; "error" says that something is wrong; any other word is sent as the answer.
 
+    asked: the bodies of questions; paths: of all requests. pages: what else is there to get.
+
     draws: whether it draws tokens by itself and gives their ids; with `processed`, it tells the probabilities that it
     draws with; `seeds` and `bans` are heeded, the latter by `masks` or by biases.
     """
+
+    question = "/v1/completions"  # the path of questions
 
     def __init__(self, size: int = 260, seed: int = 0, *, key: str | None = None) -> None:
         self.size, self.seed, self.key = size, seed, key
         self.models: list[dict[str, Any]] = [{"id": "fake", "max_model_len": 512}]
         self.faults: list[str] = []
         self.asked: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.pages: dict[str, Any] = {}
         self.most = 100
         self.spell_ids = True
         self.draws = False
@@ -55,6 +61,7 @@ class Fake:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def setup(self) -> None:
                 super().setup()
@@ -64,17 +71,21 @@ class Fake:
                 pass
 
             def do_GET(self) -> None:
+                fake.paths.append(self.path)
                 if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
                     self.say(401, {"error": {"message": "who are you"}})
                 elif self.path == "/v1/models":
                     self.say(200, {"data": fake.models})
+                elif self.path in fake.pages:
+                    self.say(200, fake.pages[self.path])
                 else:
                     self.say(404, {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self.path != "/v1/completions":
-                    return self.say(404, {})
+                fake.paths.append(self.path)
+                if self.path != fake.question:
+                    return self.say(*fake.beside(self.path, body))
                 with fake._lock:
                     fake.asked.append(body)
                     fault = fake.faults.pop(0) if fake.faults else None
@@ -104,8 +115,8 @@ class Fake:
                     self.say(200, fake.answer(body), cut=True)
                 elif fault not in (None, "slow"):
                     self.say(200, fault.encode())
-                elif body.get("logprobs", 0) > fake.most:
-                    self.say(400, {"error": {"message": f"logprobs is more than {fake.most}"}})
+                elif (refusal := fake.refusal(body)) is not None:
+                    self.say(400, refusal)
                 else:
                     self.say(200, fake.answer(body))
 
@@ -147,6 +158,16 @@ class Fake:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return np.random.default_rng([self.seed, *ids[-3:]]).normal(scale=2, size=self.size)
+
+    def beside(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and answer of what is posted elsewhere."""
+        return 404, {}
+
+    def refusal(self, body: dict[str, Any]) -> Any:
+        """What is said of a question that is not answered, None for one that is."""
+        if body.get("logprobs", 0) > self.most:
+            return {"error": {"message": f"logprobs is more than {self.most}"}}
+        return None
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.draws and body.get("return_token_ids"):

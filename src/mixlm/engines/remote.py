@@ -1,4 +1,4 @@
-"""A member behind servers with `/v1/completions`: llama.cpp's, vLLM's, or what speaks as they do.
+"""A member behind servers: llama.cpp's, vLLM's, SGLang's, or what speaks as they do.
 
 Every question is a request for one token with the likeliest N, by ids. The server's own prefix cache does the catching
 up, so a sequence stays with one server where there are several with the model. When that one fails, it goes on with
@@ -74,7 +74,8 @@ class RemoteEngine(PartialEngine):
         probe, start = (self.encoder.encode(text).ids for text in (PROBE.encode(), b"A"))
         known = self.vocabulary.tokens, self.vocabulary.ends
         self._reader = Reader(probe, start, self.whole_character(), *known, str(folder))
-        self._wanted = spec.candidates + self.spare
+        # More than there are is more than some servers survive.
+        self._wanted = min(spec.candidates + self.spare, self.vocabulary.size)
         self._loop.wait(first.try_out(self._reader, self._wanted))
         self.most = first.told if first.limited else None
         self.spare = min(self.spare, first.told // 5)

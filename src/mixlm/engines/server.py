@@ -1,4 +1,4 @@
-"""One server with `/v1/completions`: what it has, how it is asked, and whether it still has what it had.
+"""One server of llama.cpp, vLLM or SGLang: what it has, how it is asked, and whether it still has what it had.
 
 Which model it serves is looked at again whenever a connection had to be made anew: a text is never continued by another
 model under the same name.
@@ -18,7 +18,7 @@ from weakref import WeakSet
 import numpy as np
 
 from mixlm.engines.base import Run, Session, Written
-from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI, cached_tokens
+from mixlm.engines.dialects import Dialect, LlamaCpp, OpenAI, SGLang, cached_tokens, is_sglang, sglang_context
 from mixlm.engines.llama_runs import PATH, LlamaRuns, lacking
 from mixlm.engines.runs import told_parameters
 from mixlm.engines.served import Served, try_out, written_by
@@ -99,8 +99,12 @@ class Server:
         """Ask what it has. Raises EngineError, ConfigError or UnsupportedError."""
         self.card = await self._find(self.model)
         self.model = str(self.card["id"])
-        answer = await self.wire.ask("GET", "/props")
-        self.props = answer.value if answer.status == 200 and isinstance(answer.value, dict) else {}
+        # SGLang's has had two names: the second until version 0.5.5, and with a warning since.
+        for path in ("/server_info", "/get_server_info") if is_sglang(self.card) else ("/props",):
+            answer = await self.wire.ask("GET", path)
+            self.props = answer.value if answer.status == 200 and isinstance(answer.value, dict) else {}
+            if self.props:
+                break
 
     async def try_out(self, reader: Reader, wanted: int) -> None:
         """Find out how it is asked and whether it reads as the tokenizer does. wanted: tokens it should tell.
@@ -116,6 +120,8 @@ class Server:
         if isinstance(self._dialect, LlamaCpp):
             lacks = await lacking(self._llama_run, np.array(reader.probe))
             self.served = LlamaRuns(lacks, reader.tokens, reader.ends)
+        elif isinstance(self._dialect, SGLang):
+            self.served = Served(SGLang.missing)
         else:
             self.served = await try_out(self._complete, reader.probe)
             line = await Line.found(self.wire.base, self.wire.key, self.wire.limits)
@@ -126,6 +132,8 @@ class Server:
 
     def context(self) -> int:
         """Return how many tokens it takes. Raises UnsupportedError when it does not say."""
+        if is_sglang(self.card) and (limit := sglang_context(self.card, self.props)) is not None:
+            return limit
         if self.card.get("max_model_len"):
             # A question is answered with one token at least, and that has to fit in too.
             return int(self.card["max_model_len"]) - 1
@@ -141,7 +149,8 @@ class Server:
         """Return the folder of the tokenizer where it tells its model's path, and this machine has it."""
         from mixlm.models import find_gguf, tokenizer_folder
 
-        for path in (self.card.get("root"), self.props.get("model_path"), self.card.get("id")):
+        told = (self.props.get("tokenizer_path"), self.card.get("root"), self.props.get("model_path"))
+        for path in (*told, self.card.get("id")):
             if not isinstance(path, str) or not Path(path).exists():
                 continue
             if (Path(path) / "tokenizer.json").is_file():
@@ -254,7 +263,7 @@ class Server:
         anew = False
         place = {} if slot is None else {"id_slot": slot}
         for body in self._dialect.bodies(ids, count):
-            value, new = await self._complete({**body, **place})
+            value, new = await self._complete({**body, **place}, self._dialect.path)
             anew |= new
             try:
                 found = self._dialect.read(value)
@@ -317,6 +326,8 @@ class Server:
     async def _choose_dialect(self, reader: Reader, wanted: int) -> None:
         """Try which dialect the server speaks, and how many tokens it tells."""
         dialects: tuple[Dialect, ...] = (LlamaCpp(reader.character), OpenAI())
+        if is_sglang(self.card):
+            dialects = (SGLang(self.model if self.card.get("parent") else ""),)
         said = ""
         for dialect in dialects:
             for count in dict.fromkeys((wanted, 20, 5)):
@@ -335,7 +346,7 @@ class Server:
                 return
         raise UnsupportedError(
             f"{self.wire.base} does not tell the likeliest next tokens by their ids: {said}",
-            "servers that do: llama.cpp's, and vLLM's with --max-logprobs 80",
+            "servers that do: llama.cpp's, SGLang's, and vLLM's with --max-logprobs 80",
         )
 
     def _reserve_slots(self) -> None:

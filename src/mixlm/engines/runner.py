@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mixlm.engines.adapters import Loaded
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Ahead, Reply, Request, Session
 from mixlm.engines.together import Found, Part, answer_together
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
-from mixlm.sampling import Floats, Ids, Logits
+from mixlm.noise import Noise
+from mixlm.records import Sampling
+from mixlm.sampling import Candidates, Floats, Ids, Logits, Row, Transform
 
 if TYPE_CHECKING:
+    from mixlm.engines.ahead import Draws, Lead
     from mixlm.engines.largest import Largest
     from mixlm.engines.steps import Steps
 
@@ -26,6 +29,8 @@ MOST = 1024
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 _TRIED = 24  # tokens
 _DIFFERENCE = 0.05  # total variation; bfloat16 alone makes up to 0.03
+# Calls of one sequence, behind one of several, before it goes ahead again: where others are at work, they would wait.
+_CROWDED = 16
 
 
 class HFSession(Session):
@@ -36,8 +41,20 @@ class HFSession(Session):
         self._runner = runner
         self.keeps_cache = not runner.recomputes
         self.cache: Any = None
+        self.lead: Lead | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether forwards were run that nobody has asked for yet."""
+        return bool(self.lead)
+
+    def drop(self) -> None:
+        """Give up what was run ahead."""
+        self.work.vain += len(self.lead or ())
+        self.lead = None
 
     def _keep(self, length: int) -> int:
+        self.drop()
         if length == 0:
             self.cache = None
         elif self._runner.batches:
@@ -63,7 +80,8 @@ class Runner:
 
     recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
     several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used. largest: brings no
-    more logits to the host than are needed, where that is not where they are.
+    more logits to the host than are needed, where that is not where they are. draws: where forwards are run before they
+    are asked for, what draws their tokens.
     graphs: "auto" uses them on CUDA where the model can, "on" wherever it can, "off" nowhere. Raises UnsupportedError
     for "on" and a model that cannot.
     """
@@ -76,6 +94,8 @@ class Runner:
         self.batches = False
         self.steps: Steps | None = None
         self.largest: Largest | None = None
+        self.draws: Draws | None = None
+        self._crowded = 0
         if self.model.device.type == "cuda":
             from mixlm.engines.largest import Largest
 
@@ -84,6 +104,17 @@ class Runner:
         loaded.runners[None] = self
         self.batches = self._batches()
         self.steps = self._stepped(graphs)
+        if self.steps is not None:
+            self.draws = self._ahead()
+
+    @property
+    def ahead(self) -> int:
+        """How many positions behind the one in question it runs ahead; 0 where it does not."""
+        if self.draws is None:
+            return 0
+        from mixlm.engines.ahead import DEPTH
+
+        return DEPTH
 
     @property
     def details(self) -> dict[str, str]:
@@ -133,15 +164,35 @@ class Runner:
             ids = torch.tensor(part.ids[None], device=device)
             out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
             return self._brought(out[0, -part.last :], parts)
+        self._crowded = _CROWDED if len(parts) > 1 else max(self._crowded - 1, 0)
+        row = self._known(parts[0]) if len(parts) == 1 else None
+        if row is not None:
+            return [[row]]
+        logits = self._run(parts)
+        if self._leads(parts, logits.shape[-1]):
+            row = self._led(parts[0], logits)
+            if row is not None:
+                return [[row]]
+            # Another step has written over the logits by now.
+            cast(HFSession, parts[0].session).cache.length -= 1
+            logits = self._run([parts[0]._replace(ids=parts[0].ids[-1:])])
+        return self._brought(logits, parts)
+
+    def _run(self, parts: Sequence[Part]) -> Any:
+        """Run all parts in one forward: the logits that are asked for, a tensor (rows, vocab)."""
+        import torch
+
         from mixlm.engines.attention import KeyValues, Rows
 
         sessions = [cast(HFSession, one.session) for one in parts]
         for session in sessions:
+            session.drop()
             session.cache = session.cache or KeyValues(None if self.steps is None else self.steps.rooms)
         counts = [len(one.ids) for one in parts]
         if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
-            return self._brought(self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last), parts)
+            return self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last)
         # A copy: the callers' arrays are views of buffers that go on changing.
+        device = self.model.device
         ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
         rows = Rows([session.cache for session in sessions], counts)
         asked = np.concatenate(
@@ -155,7 +206,37 @@ class Runner:
             rows=rows,
         ).logits
         rows.done()
-        return self._brought(out[0], parts)
+        return out[0]
+
+    def _known(self, part: Part) -> Row | None:
+        """Return the answer to a part that was run before it was asked for, if it was."""
+        session = cast(HFSession, part.session)
+        lead = session.lead
+        if not lead or part.cut is not lead.cut or len(part.ids) > 1:
+            return None
+        row = lead.after(int(part.ids[0]), part.ahead)
+        session.work.ahead += row is not None
+        return row
+
+    def _led(self, part: Part, logits: Any) -> Row | None:
+        """Run on behind a part's logits, and return its answer; None for a row that has to come whole."""
+        from mixlm.engines.ahead import Lead
+
+        session = cast(HFSession, part.session)
+        assert self.steps is not None
+        assert self.draws is not None
+        assert part.cut is not None
+        assert part.ahead is not None
+        session.lead = Lead(self.steps, self.draws, session.cache, part.cut, session.context_length)
+        return session.lead.begin(logits, part.ahead)
+
+    def _leads(self, parts: Sequence[Part], size: int) -> bool:
+        """Whether to run on behind what was run, of whose logits each row has `size`."""
+        if self.draws is None or self.steps is None or self._crowded or len(parts) > 1 or parts[0].ahead is None:
+            return False
+        from mixlm.engines.ahead import Lead
+
+        return Lead.can(self.steps, cast(HFSession, parts[0].session).cache, parts[0].cut, size)
 
     def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
         """Bring the logits of all parts, a tensor (rows, vocab), to the host, or as much of them as is needed."""
@@ -253,6 +334,41 @@ class Runner:
             session.cache.length = before
             [found] = self.whole([Part(session, ids[before:], 4)])
         return found
+
+    def _ahead(self) -> Draws | None:
+        """Return what draws tokens of forwards that are run ahead, where that gives what steps give: tried."""
+        from mixlm.engines.ahead import Draws
+        from mixlm.engines.largest import Largest
+
+        self.draws = Draws(self.largest or Largest())
+        try:
+            if self._is_led():
+                return self.draws
+        except (MemoryLimitError, NotImplementedError, TypeError, ValueError, RuntimeError):
+            pass  # whatever a device cannot do of this, it can run one forward at a time
+        return None
+
+    def _is_led(self) -> bool:
+        """Whether forwards that are run ahead are those that are asked for then, and find what others find."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
+        rows: list[Candidates] = []
+        session, ids = self._session(), np.arange(1, dtype=np.int64)
+        symbols = np.arange(size)
+        for at in range(_TRIED // 4):
+            keys = tuple(noise.at(further).draw_key for further in range(at, min(at + self.ahead, _TRIED // 4 - 1)))
+            ahead = Ahead(keys, transform.sampling, symbols) if keys else None
+            [[row]] = self.run([Part(session, ids[-1:], 1, transform.cut, ahead)])
+            if not isinstance(row, Candidates):
+                return False
+            rows.append(row)
+            law = transform(row)
+            ids = np.append(ids, law.ids[noise.at(at).draw(*law)])
+        if session.work.ahead < len(rows) - 1:
+            return False
+        [expected] = self.whole([Part(self._session(), ids[:-1], len(rows))])
+        both = zip(rows, expected, strict=True)
+        return all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
 
     def _session(self) -> HFSession:
         return HFSession(self, _TRIED)

@@ -19,15 +19,18 @@ import numpy as np
 import torch
 
 from mixlm.engines.attention import KeyValues
-from mixlm.engines.base import Ahead
+from mixlm.engines.base import Ahead, Session
 from mixlm.engines.largest import Largest, kept, shortened
 from mixlm.engines.steps import Steps
+from mixlm.engines.together import Part, Run
+from mixlm.noise import Noise
 from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Cut, Ids
+from mixlm.sampling import Candidates, Cut, Ids, Transform
 
 # Forwards that wait for their questions: while one runs, the next one is queued behind it and the host draws from the
 # one before. More would hide no more, and a guess in vain would cost as many.
 DEPTH = 2
+_TRIED = 6  # tokens
 
 
 def _signed(number: int) -> int:
@@ -115,9 +118,9 @@ class Lead:
         return len(self._rows)
 
     @staticmethod
-    def can(steps: Steps, cache: KeyValues, cut: Cut | None, size: int) -> bool:
+    def can(steps: Steps, cache: KeyValues, cut: Cut, size: int) -> bool:
         """Whether a sequence can go ahead behind its cache; its rows have `size` logits."""
-        return cut is not None and shortened(cut, size) and steps.fit(cache, 1)
+        return shortened(cut, size) and steps.fit(cache, 1)
 
     def begin(self, logits: torch.Tensor, ahead: Ahead) -> Candidates | None:
         """Go on behind the logits of the cache's last token, (1, vocab); return what the cut leaves, None for a tie."""
@@ -166,3 +169,23 @@ class Lead:
         if row.done is not None:
             row.done.synchronize()
         return kept(row.part.numpy(), self.cut)
+
+
+def written(run: Run, session: Session, size: int) -> tuple[Ids, list[Candidates]]:
+    """Write a few tokens as one run, to try it: the ids that were run, int64 (n,), and what was found behind each.
+
+    run: what runs the session's parts. size: of the vocabulary. Raises ValueError for rows that come whole.
+    """
+    transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
+    ids, rows = np.zeros(1, dtype=np.int64), []
+    symbols = np.arange(size)
+    for at in range(_TRIED):
+        keys = tuple(noise.at(further).draw_key for further in range(at, min(at + DEPTH, _TRIED - 1)))
+        ahead = Ahead(keys, transform.sampling, symbols) if keys else None
+        [[row]] = run([Part(session, ids[-1:], 1, transform.cut, ahead)])
+        if not isinstance(row, Candidates):
+            raise ValueError("nothing is cut of this row")
+        rows.append(row)
+        law = transform(row)
+        ids = np.append(ids, law.ids[noise.at(at).draw(*law)])
+    return ids[:-1], rows

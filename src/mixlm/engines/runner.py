@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mixlm.engines.adapters import Loaded
-from mixlm.engines.base import Ahead, Reply, Request, Session
+from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.together import Found, Part, answer_together
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
-from mixlm.noise import Noise
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Floats, Ids, Logits, Row, Transform
+from mixlm.sampling import Floats, Ids, Logits, Row
 
 if TYPE_CHECKING:
     from mixlm.engines.ahead import Draws, Lead
@@ -29,6 +27,8 @@ MOST = 1024
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 _TRIED = 24  # tokens
 _DIFFERENCE = 0.05  # total variation; bfloat16 alone makes up to 0.03
+# What may be raised where a model or a device cannot do what is tried.
+_UNFIT = (MemoryLimitError, NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError)
 # Calls of one sequence, behind one of several, before it goes ahead again: where others are at work, they would wait.
 _CROWDED = 16
 
@@ -169,11 +169,10 @@ class Runner:
         if row is not None:
             return [[row]]
         logits = self._run(parts)
-        if self._leads(parts, logits.shape[-1]):
-            row = self._led(parts[0], logits)
-            if row is not None:
-                return [[row]]
-            # Another step has written over the logits by now.
+        row = self._led(parts[0], logits) if len(parts) == 1 else None
+        if row is not None:
+            return [[row]]
+        if parts[0].session.waiting:  # for what is needed whole; but other steps have written over the logits by now
             cast(HFSession, parts[0].session).cache.length -= 1
             logits = self._run([parts[0]._replace(ids=parts[0].ids[-1:])])
         return self._brought(logits, parts)
@@ -219,24 +218,17 @@ class Runner:
         return row
 
     def _led(self, part: Part, logits: Any) -> Row | None:
-        """Run on behind a part's logits, and return its answer; None for a row that has to come whole."""
+        """Run on behind a part's logits, if what comes next is told. Returns its answer, None where it did not."""
+        if self.draws is None or part.ahead is None or part.cut is None or self._crowded:
+            return None
         from mixlm.engines.ahead import Lead
 
         session = cast(HFSession, part.session)
         assert self.steps is not None
-        assert self.draws is not None
-        assert part.cut is not None
-        assert part.ahead is not None
+        if not Lead.can(self.steps, session.cache, part.cut, logits.shape[1]):
+            return None
         session.lead = Lead(self.steps, self.draws, session.cache, part.cut, session.context_length)
         return session.lead.begin(logits, part.ahead)
-
-    def _leads(self, parts: Sequence[Part], size: int) -> bool:
-        """Whether to run on behind what was run, of whose logits each row has `size`."""
-        if self.draws is None or self.steps is None or self._crowded or len(parts) > 1 or parts[0].ahead is None:
-            return False
-        from mixlm.engines.ahead import Lead
-
-        return Lead.can(self.steps, cast(HFSession, parts[0].session).cache, parts[0].cut, size)
 
     def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
         """Bring the logits of all parts, a tensor (rows, vocab), to the host, or as much of them as is needed."""
@@ -285,7 +277,7 @@ class Runner:
                 found = self.whole([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
                 if _total_variation(found, expected) < _DIFFERENCE:
                     return True
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        except _UNFIT:
             pass  # models differ in what their attention asks for, and in what they let a caller say
         self.batches = False
         self.model.set_attn_implementation(usual)
@@ -306,15 +298,7 @@ class Runner:
                 found = self._in_steps(ids)
                 if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
                     return self.steps
-            except (
-                MemoryLimitError,
-                NotImplementedError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-                KeyError,
-                AttributeError,
-            ):
+            except _UNFIT:
                 pass  # a model may look at numbers on the host, which a captured forward cannot
             self.steps = None
         if graphs == "on":
@@ -336,39 +320,20 @@ class Runner:
         return found
 
     def _ahead(self) -> Draws | None:
-        """Return what draws tokens of forwards that are run ahead, where that gives what steps give: tried."""
-        from mixlm.engines.ahead import Draws
+        """Return what draws tokens of forwards that are run ahead, where that finds what steps find: tried."""
+        from mixlm.engines.ahead import Draws, written
         from mixlm.engines.largest import Largest
 
         self.draws = Draws(self.largest or Largest())
         try:
-            if self._is_led():
-                return self.draws
-        except (MemoryLimitError, NotImplementedError, TypeError, ValueError, RuntimeError):
-            pass  # whatever a device cannot do of this, it can run one forward at a time
-        return None
-
-    def _is_led(self) -> bool:
-        """Whether forwards that are run ahead are those that are asked for then, and find what others find."""
-        size = self.model.get_output_embeddings().weight.shape[0]
-        transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
-        rows: list[Candidates] = []
-        session, ids = self._session(), np.arange(1, dtype=np.int64)
-        symbols = np.arange(size)
-        for at in range(_TRIED // 4):
-            keys = tuple(noise.at(further).draw_key for further in range(at, min(at + self.ahead, _TRIED // 4 - 1)))
-            ahead = Ahead(keys, transform.sampling, symbols) if keys else None
-            [[row]] = self.run([Part(session, ids[-1:], 1, transform.cut, ahead)])
-            if not isinstance(row, Candidates):
-                return False
-            rows.append(row)
-            law = transform(row)
-            ids = np.append(ids, law.ids[noise.at(at).draw(*law)])
-        if session.work.ahead < len(rows) - 1:
-            return False
-        [expected] = self.whole([Part(self._session(), ids[:-1], len(rows))])
-        both = zip(rows, expected, strict=True)
-        return all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
+            session = self._session()
+            ids, rows = written(self.run, session, self.model.get_output_embeddings().weight.shape[0])
+            [expected] = self.whole([Part(self._session(), ids, len(rows))])
+            both = zip(rows, expected, strict=True)
+            agree = all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
+            return self.draws if agree and session.work.ahead == len(rows) - 1 else None
+        except _UNFIT:
+            return None  # what a device cannot do of this, it can do one forward at a time
 
     def _session(self) -> HFSession:
         return HFSession(self, _TRIED)

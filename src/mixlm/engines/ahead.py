@@ -84,13 +84,16 @@ def order(values: torch.Tensor, ids: torch.Tensor, k: int, options: Sampling) ->
 
 
 def gumbel(starts: torch.Tensor, key: int) -> torch.Tensor:
-    """Return `Noise.gumbel` of the draw of a key, float64. starts: of each symbol, (symbol + 1) · golden, int64."""
+    """Return `Noise.gumbel` of the draw of a key, float64. starts: of each symbol, (symbol + 1) · golden, int64.
+
+    One number in 2**54 is infinite, where the host takes the largest below that.
+    """
     # int64 wraps as uint64 does; its shifts to the right drag the sign along, which the masks take away.
     x = starts + _signed(key)
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _FIRST
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _SECOND
     x = (x ^ (x >> 31 & (1 << 33) - 1)) >> 11 & (1 << 53) - 1
-    u = ((x.double() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-53)
+    u = x.double().add_(0.5).mul_(2.0**-53)
     return u.log_().neg_().log_().neg_()
 
 

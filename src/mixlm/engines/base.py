@@ -110,7 +110,7 @@ Reply = Any  # what the request's docstring says
 
 
 class Forward(NamedTuple):
-    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds.
+    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds that it was waited for.
 
     Where several sequences were run at once, `rows` is how many, and seconds are shared out by tokens.
     """

@@ -205,6 +205,19 @@ class Asking:
             self.ids = np.append(self.ids, self.next(row))
 
 
+def record(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine's steps be recorded, as a GPU captures them."""
+
+    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
+        recorded = Recorded(run)
+        return recorded, recorded.out
+
+    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    engine.runner.steps = steps.Steps(engine.model, capture=True)
+
+
 @pytest.fixture
 def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_CROWDED", 0)
@@ -279,8 +292,11 @@ def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
     assert one.session.work.ahead == 1
 
 
-def test_rows_that_are_tied_come_whole(load: Load) -> None:  # noqa: F811
+@pytest.mark.parametrize("captures", [False, True])
+def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     one = Asking(load("qwen2"))
+    if captures:  # where the logits of one step are written over by the next
+        record(one.engine, monkeypatch)
     head = one.engine.model.get_output_embeddings()
     held = head.weight
     # Most logits are 0, so the fifth is tied wherever fewer than five of the others are above that.
@@ -381,18 +397,9 @@ def test_steps_that_are_recorded_once_go_ahead_alike(
     method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
-        recorded = Recorded(run)
-        return recorded, recorded.out
-
-    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
-    monkeypatch.setattr(steps, "captured", captured)
-    monkeypatch.setattr(Recorded, "replays", 0)
     fixed, usual = (pair(load, graphs, ("gemma3", "qwen2"), unit="token") for graphs in ("on", "off"))
     for one in fixed.members:
-        those = one.engine
-        assert isinstance(those, HFEngine)
-        those.runner.steps = steps.Steps(those.model, capture=True)
+        record(one.engine, monkeypatch)
     for seed in range(3):  # on rooms that go from one reply to the next
         found, expected = (
             write(one, method=method, seed=seed, max_tokens=60, ignore_end=True) for one in (fixed, usual)

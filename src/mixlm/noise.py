@@ -87,9 +87,14 @@ class Noise:
         """Return a seed for random numbers of an engine's own, from 0 to 2**63 - 1."""
         return _key(self.seed, self.sequence, self.position, -1 - self.turn) >> 1
 
+    @property
+    def draw_key(self) -> int:
+        """What `gumbel` hashes symbols with, 0 to 2**64 - 1: all that it takes to draw alike elsewhere."""
+        return self._key(_DRAW)
+
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
-        noise = _uniform(self._key(_DRAW), symbols)
+        noise = _uniform(self.draw_key, symbols)
         for _ in range(2):
             np.log(noise, out=noise)
             np.negative(noise, out=noise)

@@ -30,7 +30,7 @@ class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
     symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. Where it is asked
-    alone, it `writes` runs, if its engine does.
+    alone, it `writes` runs, if its engine does. ahead: how many positions behind one in question its engine is told of.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class Member:
         )
         self._doubled = doubled(symbols)
         self.writes = manner.alone and engine.writes(transform.sampling, transform.banned)
+        # What is drawn from a whole row is not drawn where the row was computed.
+        self.ahead = engine.ahead if manner.alone and transform.cut is not None else 0
         if not self.writes:
             _check_candidates(self)
 

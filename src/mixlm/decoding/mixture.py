@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mixlm.decoding.base import Choice, Flow, Step
-from mixlm.decoding.runs import written
-from mixlm.engines.base import Draw
+from mixlm.decoding.runs import asked, written
 
 
 def mixture(step: Step) -> Flow:
@@ -13,5 +12,5 @@ def mixture(step: Step) -> Flow:
     view = step.views[z]
     if view.member.writes:
         return (yield from written(step, z))
-    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise), view.cut)]
+    [drawn] = yield [asked(step, z)]
     return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]

@@ -1,4 +1,7 @@
-"""Runs: a member whose engine draws by itself is asked for several tokens at once.
+"""Runs: consecutive equal coins, and what an engine is told of them.
+
+A member whose engine draws by itself is asked for several tokens at once. Another is asked for one after the other,
+and its engine may be told what comes next, so that it can go on before it is asked.
 
 The coins of the next positions are numbers known beforehand, so they say how long a member goes on writing: consecutive
 equal coins are one request. Nothing of the law changes. The run is cut where a coin falls on another member after all
@@ -10,7 +13,7 @@ so what is drawn there anew follows the law of its own place.
 from __future__ import annotations
 
 from mixlm.decoding.base import Choice, Flow, Step
-from mixlm.engines.base import Run
+from mixlm.engines.base import Ahead, Draw, Run
 from mixlm.errors import EngineError
 
 LONGEST = 16  # tokens of one request: a reader waits for all of them
@@ -41,6 +44,22 @@ def written(step: Step, member: int, *, always: bool = False) -> Flow:
             break
         step = here
     return choices
+
+
+def asked(step: Step, member: int, *, always: bool = False) -> Draw:
+    """Ask a member for the symbol of a position, and tell its engine of those behind it, where it wants to know.
+
+    always: the coins are on this member to the end of the reply.
+    """
+    view, noise = step.views[member], step.noise
+    reach = min(view.member.ahead + 1, step.most)
+    if reach > 1 and not always:
+        reach = _reach(step, member, reach)
+    ahead = None
+    if reach > 1:
+        keys = tuple(noise.at(noise.position + further).draw_key for further in range(reach - 1))
+        ahead = Ahead(keys, view.member.transform.sampling, view.member.symbols)
+    return Draw(member, view.ids(), view.draw(noise), view.cut, ahead)
 
 
 def _reach(step: Step, member: int, most: int) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mixlm.decoding.base import Choice, Flow, Step, Strategy
-from mixlm.decoding.runs import written
-from mixlm.engines.base import Draw
+from mixlm.decoding.runs import asked, written
 
 
 def single(member: int) -> Strategy:
@@ -14,7 +13,7 @@ def single(member: int) -> Strategy:
         view = step.views[member]
         if view.member.writes:
             return (yield from written(step, member, always=True))
-        [drawn] = yield [Draw(member, view.ids(), view.draw(step.noise), view.cut)]
+        [drawn] = yield [asked(step, member, always=True)]
         return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
 
     return strategy

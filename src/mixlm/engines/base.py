@@ -55,16 +55,31 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """What it takes to draw as `choose` will, and so to go on before the next question comes.
+
+    keys: of the draws that lead to another one of the same member, this position's first: `Noise.draw_key`, at least
+    one. sampling: the member's options. symbols: the shared symbol of each of its ids, int64 (vocab,).
+    """
+
+    keys: tuple[int, ...]
+    sampling: Sampling
+    symbols: Ids
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn.
 
-    choose: called with the logits (vocab,); where `cut` says what of them is needed, with any `Row`.
+    choose: called with the logits (vocab,); where `cut` says what of them is needed, with any `Row`. ahead: for engines
+    that want it (`Engine.ahead`), what is probably asked next. It changes no reply.
     """
 
     member: int
     ids: Ids
     choose: Callable[[Any], Drawn]
     cut: Cut | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +114,7 @@ Reply = Any  # what the request's docstring says
 
 
 class Forward(NamedTuple):
-    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds.
+    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds that it was waited for.
 
     Where several sequences were run at once, `rows` is how many, and seconds are shared out by tokens.
     """
@@ -112,9 +127,14 @@ class Forward(NamedTuple):
 
 @dataclass
 class Work:
-    """What a session has done so far."""
+    """What a session has done so far. log: the forwards that answered questions.
+
+    ahead: how many of these were run before they were asked for. vain: how many others were run, and never asked for.
+    """
 
     log: list[Forward] = field(default_factory=list)
+    ahead: int = 0
+    vain: int = 0
 
     @property
     def tokens(self) -> int:
@@ -167,6 +187,11 @@ class Session(ABC):
         """The logits after the last token of the last question: float32 (1, vocab)."""
         assert self._latest is not None
         return self._latest
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was run that nobody has asked for yet; it is looked at for one question at a time."""
+        return False
 
     def prepare(self, ids: Ids, last: int = 1) -> int | None:
         """Cut the cache to what it has in common with a question, and return how many tokens it then holds.
@@ -284,6 +309,11 @@ class Engine(ABC):
     def runs(self) -> int:
         """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
         return id(self)
+
+    @property
+    def ahead(self) -> int:
+        """How many positions behind the one in question it wants to know of (`Draw.ahead`); 0 for none."""
+        return 0
 
     @property
     def weights(self) -> Mapping[Hashable, int]:

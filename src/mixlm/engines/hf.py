@@ -69,6 +69,11 @@ class HFEngine(Engine):
         """Bytes of the model, and of the adapter."""
         return self.loaded.weights(self.adapter)
 
+    @property
+    def ahead(self) -> int:
+        """As many as are run before they are asked for, where forwards are run in steps."""
+        return self.runner.ahead
+
     def sharing(self, spec: EngineSpec) -> HFEngine:
         """Return an engine on the same weights, with prompts and an adapter of its own."""
         own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name

@@ -31,16 +31,16 @@ class Largest:
         """
         rows: dict[Cut, list[int]] = {}
         for at, cut in enumerate(cuts):
-            if cut is not None and _brought(cut) < min(_MOST, logits.shape[1]):
+            if cut is not None and shortened(cut, logits.shape[1]):
                 rows.setdefault(cut, []).append(at)
         out: list[Any] = [None] * len(cuts)
         if rows:
-            parts = torch.cat([self._part(logits, cut, at) for cut, at in rows.items()]).cpu().numpy()
+            parts = torch.cat([self.part(logits, cut, at) for cut, at in rows.items()]).cpu().numpy()
             begin = 0
             for cut, places in rows.items():
                 end = begin + 2 * _brought(cut) * len(places)
                 for at, part in zip(places, parts[begin:end].reshape(len(places), 2, -1), strict=True):
-                    out[at] = _kept(part[0].view(np.float32), part[1], cut.k)
+                    out[at] = kept(part, cut)
                 begin = end
         whole = [at for at, row in enumerate(out) if row is None]
         if whole:
@@ -49,8 +49,11 @@ class Largest:
                 out[at] = row
         return out
 
-    def _part(self, logits: torch.Tensor, cut: Cut, places: list[int]) -> torch.Tensor:
-        """Return the largest logits of some rows and their ids, both as int32: flat (rows · 2 · count)."""
+    def part(self, logits: torch.Tensor, cut: Cut, places: list[int]) -> torch.Tensor:
+        """Return the largest logits of some rows, falling, and their ids: int32, flat (rows · 2 · count).
+
+        The logits are float32, taken for int32. What `kept` is handed is a row of these, (2, count), on the host.
+        """
         if cut not in self._banned:
             self._banned[cut] = torch.tensor(cut.banned, device=logits.device)
         own = logits if len(places) == logits.shape[0] else logits[places]
@@ -62,11 +65,17 @@ def _brought(cut: Cut) -> int:
     return 2 * cut.k + _MORE
 
 
-def _kept(values: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], k: int) -> Candidates | None:
-    """Return what a cut leaves, of the largest logits in falling order; None where more might be tied with the k-th."""
-    least = values[k - 1]
+def shortened(cut: Cut, size: int) -> bool:
+    """Whether less is brought over of a row of `size` logits than all."""
+    return _brought(cut) < min(_MOST, size)
+
+
+def kept(part: np.ndarray[Any, Any], cut: Cut) -> Candidates | None:
+    """Return what a cut leaves, of a row's `Largest.part`; None where more might be tied with the k-th."""
+    values, ids = part[0].view(np.float32), part[1]
+    least = values[cut.k - 1]
     if not values[-1] < least or np.isnan(values[0]):  # what is no number counts as the largest
         return None
-    kept = values >= least
-    order = np.argsort(ids[kept])
-    return Candidates(ids[kept][order].astype(np.int64), values[kept][order])
+    above = values >= least
+    order = np.argsort(ids[above])
+    return Candidates(ids[above][order].astype(np.int64), values[above][order])

@@ -13,9 +13,10 @@ from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import Reply, Request, Session
 from mixlm.engines.together import Found, Part, answer_together
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
-from mixlm.sampling import Floats, Ids, Logits
+from mixlm.sampling import Floats, Ids, Logits, Row
 
 if TYPE_CHECKING:
+    from mixlm.engines.ahead import Draws, Lead
     from mixlm.engines.largest import Largest
     from mixlm.engines.steps import Steps
 
@@ -26,6 +27,10 @@ MOST = 1024
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 _TRIED = 24  # tokens
 _DIFFERENCE = 0.05  # total variation; bfloat16 alone makes up to 0.03
+# What may be raised where a model or a device cannot do what is tried.
+_UNFIT = (MemoryLimitError, NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError)
+# Calls of one sequence, behind one of several, before it goes ahead again: where others are at work, they would wait.
+_CROWDED = 16
 
 
 class HFSession(Session):
@@ -36,8 +41,20 @@ class HFSession(Session):
         self._runner = runner
         self.keeps_cache = not runner.recomputes
         self.cache: Any = None
+        self.lead: Lead | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether forwards were run that nobody has asked for yet."""
+        return bool(self.lead)
+
+    def drop(self) -> None:
+        """Give up what was run ahead."""
+        self.work.vain += len(self.lead or ())
+        self.lead = None
 
     def _keep(self, length: int) -> int:
+        self.drop()
         if length == 0:
             self.cache = None
         elif self._runner.batches:
@@ -63,7 +80,8 @@ class Runner:
 
     recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
     several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used. largest: brings no
-    more logits to the host than are needed, where that is not where they are.
+    more logits to the host than are needed, where that is not where they are. draws: where forwards are run before they
+    are asked for, what draws their tokens.
     graphs: "auto" uses them on CUDA where the model can, "on" wherever it can, "off" nowhere. Raises UnsupportedError
     for "on" and a model that cannot.
     """
@@ -76,6 +94,8 @@ class Runner:
         self.batches = False
         self.steps: Steps | None = None
         self.largest: Largest | None = None
+        self.draws: Draws | None = None
+        self._crowded = 0
         if self.model.device.type == "cuda":
             from mixlm.engines.largest import Largest
 
@@ -84,6 +104,17 @@ class Runner:
         loaded.runners[None] = self
         self.batches = self._batches()
         self.steps = self._stepped(graphs)
+        if self.steps is not None:
+            self.draws = self._ahead()
+
+    @property
+    def ahead(self) -> int:
+        """How many positions behind the one in question it runs ahead; 0 where it does not."""
+        if self.draws is None:
+            return 0
+        from mixlm.engines.ahead import DEPTH
+
+        return DEPTH
 
     @property
     def details(self) -> dict[str, str]:
@@ -133,15 +164,34 @@ class Runner:
             ids = torch.tensor(part.ids[None], device=device)
             out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
             return self._brought(out[0, -part.last :], parts)
+        self._crowded = _CROWDED if len(parts) > 1 else max(self._crowded - 1, 0)
+        row = self._known(parts[0]) if len(parts) == 1 else None
+        if row is not None:
+            return [[row]]
+        logits = self._run(parts)
+        row = self._led(parts[0], logits) if len(parts) == 1 else None
+        if row is not None:
+            return [[row]]
+        if parts[0].session.waiting:  # for what is needed whole; but other steps have written over the logits by now
+            cast(HFSession, parts[0].session).cache.length -= 1
+            logits = self._run([parts[0]._replace(ids=parts[0].ids[-1:])])
+        return self._brought(logits, parts)
+
+    def _run(self, parts: Sequence[Part]) -> Any:
+        """Run all parts in one forward: the logits that are asked for, a tensor (rows, vocab)."""
+        import torch
+
         from mixlm.engines.attention import KeyValues, Rows
 
         sessions = [cast(HFSession, one.session) for one in parts]
         for session in sessions:
+            session.drop()
             session.cache = session.cache or KeyValues(None if self.steps is None else self.steps.rooms)
         counts = [len(one.ids) for one in parts]
         if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
-            return self._brought(self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last), parts)
+            return self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last)
         # A copy: the callers' arrays are views of buffers that go on changing.
+        device = self.model.device
         ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
         rows = Rows([session.cache for session in sessions], counts)
         asked = np.concatenate(
@@ -155,7 +205,30 @@ class Runner:
             rows=rows,
         ).logits
         rows.done()
-        return self._brought(out[0], parts)
+        return out[0]
+
+    def _known(self, part: Part) -> Row | None:
+        """Return the answer to a part that was run before it was asked for, if it was."""
+        session = cast(HFSession, part.session)
+        lead = session.lead
+        if not lead or part.cut is not lead.cut or len(part.ids) > 1:
+            return None
+        row = lead.after(int(part.ids[0]), part.ahead)
+        session.work.ahead += row is not None
+        return row
+
+    def _led(self, part: Part, logits: Any) -> Row | None:
+        """Run on behind a part's logits, if what comes next is told. Returns its answer, None where it did not."""
+        if self.draws is None or part.ahead is None or part.cut is None or self._crowded:
+            return None
+        from mixlm.engines.ahead import Lead
+
+        session = cast(HFSession, part.session)
+        assert self.steps is not None
+        if not Lead.can(self.steps, session.cache, part.cut, logits.shape[1]):
+            return None
+        session.lead = Lead(self.steps, self.draws, session.cache, part.cut, session.context_length)
+        return session.lead.begin(logits, part.ahead)
 
     def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
         """Bring the logits of all parts, a tensor (rows, vocab), to the host, or as much of them as is needed."""
@@ -204,7 +277,7 @@ class Runner:
                 found = self.whole([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
                 if _total_variation(found, expected) < _DIFFERENCE:
                     return True
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        except _UNFIT:
             pass  # models differ in what their attention asks for, and in what they let a caller say
         self.batches = False
         self.model.set_attn_implementation(usual)
@@ -225,15 +298,7 @@ class Runner:
                 found = self._in_steps(ids)
                 if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
                     return self.steps
-            except (
-                MemoryLimitError,
-                NotImplementedError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-                KeyError,
-                AttributeError,
-            ):
+            except _UNFIT:
                 pass  # a model may look at numbers on the host, which a captured forward cannot
             self.steps = None
         if graphs == "on":
@@ -253,6 +318,22 @@ class Runner:
             session.cache.length = before
             [found] = self.whole([Part(session, ids[before:], 4)])
         return found
+
+    def _ahead(self) -> Draws | None:
+        """Return what draws tokens of forwards that are run ahead, where that finds what steps find: tried."""
+        from mixlm.engines.ahead import Draws, written
+        from mixlm.engines.largest import Largest
+
+        self.draws = Draws(self.largest or Largest())
+        try:
+            session = self._session()
+            ids, rows = written(self.run, session, self.model.get_output_embeddings().weight.shape[0])
+            [expected] = self.whole([Part(self._session(), ids, len(rows))])
+            both = zip(rows, expected, strict=True)
+            agree = all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
+            return self.draws if agree and session.work.ahead == len(rows) - 1 else None
+        except _UNFIT:
+            return None  # what a device cannot do of this, it can do one forward at a time
 
     def _session(self) -> HFSession:
         return HFSession(self, _TRIED)

@@ -81,6 +81,14 @@ class Step:
         asked[:last] = range(count - last, count)
         self._inputs.copy_(self._host, non_blocking=True)
 
+    def put(self, token: torch.Tensor, length: int) -> None:
+        """Say what is run next where the device alone knows it: one token, int64 (1,), behind `length` others.
+
+        Nothing of it lies on the host, so any number of these may be on their way at once. For steps of one token.
+        """
+        self._inputs[:1].copy_(token)
+        self._inputs[1:2].fill_(length)
+
     def run(self, room: Room) -> torch.Tensor:
         """Run it: (asked, vocab). Nothing in here waits for the device, or depends on what it computes."""
         ids, numbers = self._inputs[: self._tokens], self._inputs[self._tokens :]
@@ -187,18 +195,30 @@ class Steps:
         tokens = _padded(len(ids))
         asked = 1 if last == 1 else tokens
         room = cache.reserve(cache.length + tokens)
-        step = room.steps.get((tokens, asked))
-        if step is None:
-            step = room.steps[tokens, asked] = self._step(tokens, asked)
+        step = self._step(room, tokens, asked)
         step.fill(ids, cache.length, last)
-        out: torch.Tensor = step.run(room)[:last]
+        out = step.run(room)[:last]
         cache.length += len(ids)
         return out
 
-    def _step(self, tokens: int, asked: int) -> Step:
-        if self.captures:
-            return CapturedStep(self._model, self._norms, tokens, asked, pool=self._pool)
-        return Step(self._model, self._norms, tokens, asked)
+    def run_on(self, room: Room, token: torch.Tensor, length: int) -> torch.Tensor:
+        """Run one token, int64 (1,) on the device, behind `length` others: its logits, (1, vocab), until the next run.
+
+        It must `fit`. No cache takes it down: what is there counts once a cache's length says so.
+        """
+        step = self._step(room, 1, 1)
+        step.put(token, length)
+        return step.run(room)
+
+    def _step(self, room: Room, tokens: int, asked: int) -> Step:
+        step: Step | None = room.steps.get((tokens, asked))
+        if step is None:
+            if self.captures:
+                step = CapturedStep(self._model, self._norms, tokens, asked, pool=self._pool)
+            else:
+                step = Step(self._model, self._norms, tokens, asked)
+            room.steps[tokens, asked] = step
+        return step
 
 
 def _padded(tokens: int) -> int:

@@ -7,20 +7,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mixlm.engines.base import Ask, Draw, Forward, Reply, Request, Session
+from mixlm.engines.base import Ahead, Ask, Draw, Forward, Reply, Request, Session
 from mixlm.sampling import Cut, Ids, Logits, Row
 
 
 class Part(NamedTuple):
     """What a session lacks for a question: ids behind its cache, how many of the last positions are asked for.
 
-    cut: what of their logits is needed, None for all.
+    cut: what of their logits is needed, None for all. ahead: what is probably asked next.
     """
 
     session: Session
     ids: Ids
     last: int
     cut: Cut | None = None
+    ahead: Ahead | None = None
 
 
 Found = Logits | list[Row]  # float32 (last, vocab); or `last` rows, where the part has a cut
@@ -72,7 +73,8 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
                 replies[at] = session.latest
             else:
                 cut = request.cut if isinstance(request, Ask | Draw) else None
-                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut)))
+                ahead = request.ahead if isinstance(request, Draw) else None
+                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut, ahead)))
         for question, logits in zip(questions, _run(questions, run, most), strict=True):
             replies[question.at] = logits
         for at in now:
@@ -105,10 +107,10 @@ def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Found]:
 
 
 def _fitting(questions: Sequence[_Question], most: int) -> Sequence[_Question]:
-    """Return the first questions that fit into one forward; at least one."""
+    """Return the first questions that fit into one forward; at least one, and no more where its answer may be there."""
     total = 0
     for count, one in enumerate(questions):
         total += len(one.part.ids)
-        if total > most and count:
+        if count and (total > most or one.part.session.waiting or questions[0].part.session.waiting):
             return questions[:count]
     return questions

@@ -1,0 +1,454 @@
+"""Forwards that are run before they are asked for: what a session answers is what it would have answered without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract import *  # noqa: F403
+from contract import random_ids, uncached
+from test_largest import random_case
+from test_steps import KINDS, Load, Recorded, load  # noqa: F401
+from toys import toys
+
+from mixlm.decoding import runs
+from mixlm.engines import ahead, runner, steps
+from mixlm.engines.ahead import DEPTH, Draws
+from mixlm.engines.base import Ahead, Ask, Draw, Session
+from mixlm.engines.hf import HFEngine
+from mixlm.engines.largest import Largest, kept
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.noise import Noise
+from mixlm.records import Sampling
+from mixlm.routing import ByFunction
+from mixlm.sampling import Candidates, Transform
+
+TRUNCATED = {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8}
+
+
+@pytest.fixture(scope="module")
+def engine(load: Load) -> HFEngine:  # noqa: F811
+    return load("gemma3")
+
+
+def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
+    """What the device and the host draw from a random row; None for a row that comes whole."""
+    logits, transform = random_case(seed)
+    cut, noise = transform.cut, Noise(seed, 3, 5)
+    if cut is None or not ahead.shortened(cut, len(logits)):
+        return None
+    symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
+    draws = Draws(Largest())
+    part = draws.largest.part(logits[None].to(device), cut, [0]).view(2, -1)
+    row = kept(part.cpu().numpy(), cut)
+    if row is None:
+        return None
+    told = Ahead((noise.draw_key,), transform.sampling, symbols)
+    law = transform(row)
+    return int(draws.token(part, cut, told, noise.draw_key)), int(law.ids[noise.draw(symbols[law.ids], law.logprobs)])
+
+
+def test_the_device_draws_what_the_host_draws() -> None:
+    both = [found for seed in range(1500) if (found := drawn_twice(seed)) is not None]
+    assert len(both) > 400
+    assert [device for device, _ in both] == [host for _, host in both]
+
+
+@pytest.mark.parametrize("key", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_noise_is_the_same_number_for_number(key: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noise, "draw_key", key)
+    symbols = np.arange(300_000)
+    found = ahead.gumbel((torch.from_numpy(symbols) + 1) * ahead._GOLDEN, key)
+    np.testing.assert_allclose(found.numpy(), Noise(0).gumbel(symbols), rtol=1e-13, atol=1e-13)
+
+
+def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
+    logits = torch.tensor([1.0] * 4 + [3.0] * 6 + [2.0] * 5 + [0.0] * 100)[torch.randperm(115)]
+    for p in np.linspace(0.02, 0.99, 60):
+        transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
+        assert transform.cut is not None
+        part = Largest().part(logits[None], transform.cut, [0]).view(2, -1)
+        ids, values = ahead.order(part[0].view(torch.float32), part[1], 14, transform.sampling)
+        assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
+
+
+class Log:
+    """The forwards that sessions answered with, and those that nobody asked for."""
+
+    def __init__(self, sessions: list[Session]) -> None:
+        works = [one.work for one in sessions]
+        self.forwards = sum(len(one.log) for one in works)
+        self.ahead = sum(one.ahead for one in works)
+        self.vain = sum(one.vain for one in works)
+
+
+def write(those: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], str, Log]:
+    """A reply's pieces and who wrote them, why it ended, and what its sessions did."""
+    stream = those.stream("the river", **options)
+    tokens = [(token.data, token.member) for token in stream]
+    stream.release()
+    return tokens, stream.completion.finish_reason, Log(list(stream.sessions))
+
+
+def pair(load: Load, graphs: str, kinds: tuple[str, str], *, device: str = "cpu", **options: Any) -> Ensemble:  # noqa: F811
+    members = [MemberSpec(load(kind, graphs, device), kind) for kind in kinds]
+    return Ensemble(members, **{"weights": [0.7, 0.3], **options})
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+@pytest.mark.parametrize("method", ["mixture", "single"])
+@pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
+def test_texts_are_those_of_one_forward_at_a_time(
+    load: Load,  # noqa: F811
+    kinds: tuple[str, str],
+    method: str,
+    unit: Any,
+) -> None:
+    for weights in ([0.9, 0.1], [0.5, 0.5]):
+        fixed, usual = (pair(load, graphs, kinds, weights=weights, unit=unit) for graphs in ("on", "off"))
+        for seed, more in enumerate([{}, TRUNCATED, {"stop": []}, {"top_k": 300}, {"top_k": 0}]):
+            options = {"method": method, "seed": seed, "max_tokens": 50, **more}
+            if "stop" in more:  # something that is written
+                options["stop"] = [usual.generate("the river", **options).text[20:22]]
+            found, expected = write(fixed, **options), write(usual, **options)
+            assert found[:2] == expected[:2]
+            assert found[1] == "stop" or "stop" not in more
+            assert found[2].forwards == expected[2].forwards
+            assert expected[2].ahead == expected[2].vain == 0
+            if len(found[0]) > 5:
+                assert (found[2].ahead > 0) == (more.get("top_k") not in (0, 300))
+
+
+@pytest.mark.parametrize("method", ["mixture", "single"])
+def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> None:  # noqa: F811
+    fixed = pair(load, "on", ("llama", "qwen2"), unit="token")
+    for seed in range(3):
+        tokens, _, log = write(fixed, method=method, seed=seed, max_tokens=300, ignore_end=True)
+        assert len(tokens) == log.forwards == 300  # more than a room's least size
+        inside = sum(one[1] == other[1] for one, other in pairwise(tokens))
+        assert inside - 2 <= log.ahead <= inside  # a member's sequence moves to a larger room once
+        assert log.vain == 0
+
+
+def test_what_is_run_in_vain_is_bounded(load: Load) -> None:  # noqa: F811
+    fixed = pair(load, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
+    tokens, _, log = write(fixed, seed=1, max_tokens=200, ignore_end=True)
+    runs = sum(one[1] == other[1] for one, other in pairwise(tokens))
+    assert 0 < log.vain <= DEPTH * (runs - log.ahead)
+    ended = write(pair(load, "on", ("llama", "qwen2"), unit="token"), method="single", seed=2, stop=["e"])
+    assert ended[1] == "stop"
+    assert ended[2].ahead == len(ended[0]) - 1
+    assert ended[2].vain == DEPTH
+
+
+def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
+    router = ByFunction(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
+    fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
+    found, expected = (write(one, seed=3, max_tokens=80) for one in (fixed, usual))
+    assert found[:2] == expected[:2]
+    assert found[2].ahead > 0 < found[2].vain
+
+
+def test_draws_that_are_wrong_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
+    token = Draws.token
+    for off, hits in ((0, True), (1, False)):
+        monkeypatch.setattr(Draws, "token", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
+        for seed in range(2):
+            found, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
+            assert found[:2] == expected[:2]
+            assert (found[2].ahead > 10) == hits
+            assert (found[2].ahead == 0) == (found[2].vain > 10) == (not hits)
+
+
+class Asking:
+    """One sequence that is asked with draws, as a strategy would: its session, its ids, and the noise of each place."""
+
+    def __init__(self, engine: HFEngine, k: int = 5, seed: int = 0) -> None:
+        self.engine = engine
+        self.session = engine.session()
+        self.transform = Transform(Sampling(top_k=k), np.array([1, 2]))
+        self.ids = random_ids(engine, 4, seed)
+        self._symbols = np.arange(engine.vocabulary.size)
+        self._noise = Noise(seed)
+
+    def draw(self, reach: int = DEPTH) -> Draw:
+        keys = tuple(self._noise.at(len(self.ids) + further).draw_key for further in range(reach))
+        told = Ahead(keys, self.transform.sampling, self._symbols) if keys else None
+        return Draw(0, self.ids.copy(), lambda row: row, self.transform.cut, told)
+
+    def next(self, row: Any) -> int:
+        law = self.transform(row)
+        return int(law.ids[self._noise.at(len(self.ids)).draw(*law)])
+
+    def check(self, row: Any) -> None:
+        whole = uncached(self.engine, self.ids)[0]
+        if isinstance(row, Candidates):
+            whole[[1, 2]] = -np.inf
+            np.testing.assert_array_equal(
+                row.ids, np.flatnonzero(whole >= np.sort(whole)[-self.transform.sampling.top_k])
+            )
+            np.testing.assert_allclose(row.logprobs, whole[row.ids], atol=1e-4)
+        else:
+            np.testing.assert_allclose(row, whole, atol=1e-4)
+
+    def go_on(self, count: int, *, checked: bool = True) -> None:
+        """Write tokens, and check each row, which runs forwards of another sequence."""
+        for _ in range(count):
+            [row] = self.engine.answer([(self.session, self.draw())])
+            if checked:
+                self.check(row)
+            self.ids = np.append(self.ids, self.next(row))
+
+
+def record(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine's steps be recorded, as a GPU captures them."""
+
+    def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
+        recorded = Recorded(run)
+        return recorded, recorded.out
+
+    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(Recorded, "replays", 0)
+    engine.runner.steps = steps.Steps(engine.model, capture=True)
+
+
+@pytest.fixture
+def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_CROWDED", 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("uncrowded")
+def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = Asking(engine, seed=seed), Asking(engine, 9, seed + 50)
+    asked = ["whole", "several", "back", "replaced", "both", "cut", "other cut", "forgotten", "again", "none"]
+    for kind in rng.permutation(asked * 2):
+        one.go_on(int(rng.integers(1, 4)))
+        if kind == "whole":
+            one.session.logits(one.ids)
+        elif kind == "several":
+            found = one.session.logits(one.ids, 3)
+            np.testing.assert_allclose(found, uncached(engine, one.ids, 3), atol=1e-4)
+        elif kind == "back":
+            one.ids = one.ids[: -int(rng.integers(1, 4))]
+        elif kind == "replaced":
+            one.ids[-1:] = random_ids(engine, 1, int(rng.integers(1000)))
+        elif kind == "both":
+            other.go_on(1)
+            rows = engine.answer([(one.session, one.draw()), (other.session, other.draw())])
+            for each, row in zip((one, other), rows, strict=True):
+                each.check(row)
+                each.ids = np.append(each.ids, each.next(row))
+        elif kind == "cut":
+            [[row]] = engine.answer([(one.session, Ask(0, one.ids, 1, one.transform.cut))])
+            one.check(row)
+        elif kind == "other cut":
+            held, one.transform = one.transform, other.transform
+            one.go_on(1)
+            one.transform = held
+        elif kind == "forgotten":
+            one.session.forget()
+        elif kind == "again":
+            one.check(engine.answer([(one.session, one.draw())])[0])
+        else:
+            one.check(engine.answer([(one.session, one.draw(0))])[0])
+        assert (one.session.cache.length if one.session.cache else 0) == len(one.session._cached.ids)
+    assert one.session.work.ahead > 15
+    assert one.session.work.vain > 5
+
+
+@pytest.mark.usefixtures("uncrowded")
+def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEngine) -> None:
+    one, other = Asking(engine), Asking(engine, seed=1)
+    for each in (one, other):
+        each.go_on(2)
+    before = one.session.work.ahead
+    rows = engine.answer([(each.session, each.draw()) for each in (one, other)])
+    for each, row in zip((one, other), rows, strict=True):
+        each.check(row)
+        assert each.session.work.log[-1][:2] == (1, len(each.ids) - 1)
+        assert each.session.work.log[-1].rows == 1
+    assert one.session.work.ahead == before + 1
+
+
+def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
+    engine: HFEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_CROWDED", 6)
+    one, other = Asking(engine), Asking(engine, seed=1)
+    engine.answer([(each.session, each.draw()) for each in (one, other)])
+    one.go_on(6, checked=False)  # the first is known by now
+    assert not one.session.waiting
+    assert one.session.work.ahead == one.session.work.vain == 0
+    one.go_on(2, checked=False)
+    assert one.session.waiting
+    assert one.session.work.ahead == 1
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    one = Asking(load("qwen2"))
+    if captures:  # where the logits of one step are written over by the next
+        record(one.engine, monkeypatch)
+    head = one.engine.model.get_output_embeddings()
+    held = head.weight
+    # Most logits are 0, so the fifth is tied wherever fewer than five of the others are above that.
+    few = torch.zeros_like(held)
+    few[20:29] = held[20:29]
+    head.weight = torch.nn.Parameter(few)
+    try:
+        whole, cut = 0, 0
+        for _ in range(60):
+            [row] = one.engine.answer([(one.session, one.draw())])
+            one.check(row)
+            whole, cut = whole + isinstance(row, np.ndarray), cut + isinstance(row, Candidates)
+            one.ids = np.append(one.ids, one.next(row))
+    finally:
+        head.weight = held
+    assert whole > 5 < cut
+    assert one.session.work.ahead > 2
+    assert len(one.session.work.log) == 60
+
+
+def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    ran: list[tuple[int, int]] = []
+    run_on = steps.Steps.run_on
+
+    def noted(self: steps.Steps, room: Any, token: torch.Tensor, length: int) -> Any:
+        ran.append((length, room.size))
+        return run_on(self, room, token, length)
+
+    one = Asking(load("mistral"))
+    monkeypatch.setattr(steps.Steps, "run_on", noted)
+    one.ids = random_ids(one.engine, 250)
+    one.session.context_length = 262
+    one.go_on(12)
+    assert [length for length, _ in ran] == [*range(250, 256), *range(257, 262)]
+    assert all(length < size for length, size in ran)
+    assert one.session.work.ahead == 10
+
+
+def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
+    # Two members may be set up with one transform, and mean other symbols by their ids.
+    logits, transform = (
+        torch.randn(500, generator=torch.Generator().manual_seed(0)),
+        Transform(Sampling(), np.arange(3)),
+    )
+    draws = Draws(Largest())
+    assert transform.cut is not None
+    part = draws.largest.part(logits[None], transform.cut, [0]).view(2, -1)
+    law = transform(logits.numpy())
+    for key, shift in enumerate([0, 1000, 0, 77]):
+        noise, symbols = Noise(key), np.arange(500) + shift
+        told = Ahead((noise.draw_key,), transform.sampling, symbols)
+        found = int(draws.token(part, transform.cut, told, noise.draw_key))
+        assert found == law.ids[noise.draw(symbols[law.ids], law.logprobs)]
+
+
+def test_engines_that_do_not_go_ahead_are_told_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def never(*_: Any) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(runs, "_reach", never)
+    toys("token", 2).generate("ab", raw=True, max_tokens=5)
+    pair(load, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
+    whole = pair(load, "on", ("llama", "qwen2"))
+    whole.generate("the river", max_tokens=5, top_k=0)
+    whole.generate("the river", max_tokens=5, repetition_penalty=1.1)
+    whole.generate("the river", max_tokens=5, logprobs_of="ensemble")
+    with pytest.raises(AssertionError):
+        whole.generate("the river", max_tokens=5)
+
+
+@pytest.mark.parametrize("broken", ["fails", "errs", "steps err"])
+def test_a_device_that_cannot_draw_runs_in_steps_alone(
+    load: Load,  # noqa: F811
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if broken == "fails":
+        monkeypatch.setattr(ahead, "gumbel", lambda starts, key: starts.no_such_operation)
+    elif broken == "errs":
+        monkeypatch.setattr(ahead, "gumbel", lambda starts, key: starts.double())
+    else:
+        monkeypatch.setattr(steps.Step, "put", lambda self, token, length: None)
+    one = load("llama")
+    assert one.runner.steps is not None
+    assert one.ahead == 0
+    assert not one.session().waiting
+
+
+def test_only_engines_that_run_in_steps_go_ahead(load: Load) -> None:  # noqa: F811
+    assert load("llama").ahead == DEPTH
+    assert load("llama", "off").ahead == 0
+    assert load("llama").runner.using("some adapter").ahead == DEPTH
+
+
+@pytest.mark.parametrize("method", ["mixture", "single"])
+def test_steps_that_are_recorded_once_go_ahead_alike(
+    load: Load,  # noqa: F811
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fixed, usual = (pair(load, graphs, ("gemma3", "qwen2"), unit="token") for graphs in ("on", "off"))
+    for one in fixed.members:
+        record(one.engine, monkeypatch)
+    for seed in range(3):  # on rooms that go from one reply to the next
+        found, expected = (
+            write(one, method=method, seed=seed, max_tokens=60, ignore_end=True) for one in (fixed, usual)
+        )
+        assert found[:2] == expected[:2]
+        assert found[2].ahead == sum(one[1] == other[1] for one, other in pairwise(found[0]))
+    assert Recorded.replays > 60
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+
+
+@CUDA
+def test_a_gpu_draws_what_the_host_draws() -> None:
+    both = [found for seed in range(1500) if (found := drawn_twice(seed, "cuda")) is not None]
+    assert sum(device == host for device, host in both) > 0.99 * len(both) > 400
+
+
+@CUDA
+@pytest.mark.parametrize("unit", ["token", "piece"])
+@pytest.mark.parametrize("method", ["mixture", "single"])
+@pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
+def test_captured_steps_go_ahead_alike(load: Load, kinds: tuple[str, str], method: str, unit: Any) -> None:  # noqa: F811
+    captured, usual = (pair(load, graphs, kinds, device="cuda", unit=unit) for graphs in ("auto", "off"))
+    assert [one.engine.ahead for one in captured.members] == [DEPTH] * 2
+    for seed, more in enumerate([{}, TRUNCATED, {"stop": ["e"]}, {}]):
+        options = {"method": method, "seed": seed, "max_tokens": 60, **more}
+        found, expected = write(captured, **options), write(usual, **options)
+        assert found[:2] == expected[:2]
+        assert found[2].forwards == expected[2].forwards
+        assert found[2].ahead > 0 or len(found[0]) < 12
+
+
+@CUDA
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # noqa: F811
+    one = Asking(load("llama", "auto", "cuda"))
+    one.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
+    go_on = ahead.Lead._go_on
+
+    def strictly(self: ahead.Lead, told: Ahead, run: int) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            go_on(self, told, run)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    one.go_on(6, checked=False)  # what is captured, and what is brought to the device once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead.Lead, "_go_on", strictly)
+        one.go_on(20, checked=False)
+    assert one.session.work.ahead >= 20

@@ -46,6 +46,8 @@ params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cpuparams.poll = params.cpuparams_batch.poll = 0
 params.verbosity, params.warmup, params.fit_params, params.endpoint_props = -1, False, False, True
 params.swa_full, params.cache_ram_mib, params.n_ctx_checkpoints = True, 0, 0
+# Of long prompts, as many tokens a forward as take about as long as a few replies do: others wait for them.
+params.n_batch = params.n_ubatch = max(slots, 40)
 server = xllamacpp.Server(params)
 server.handle_completions({"prompt": [1], "n_predict": 1})
 print(server.listening_address, flush=True)

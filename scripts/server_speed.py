@@ -115,7 +115,7 @@ def overhead(ensemble: Ensemble, heard: Sequence[Heard], tokens: int, clock) -> 
 def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int, at_once: int):
     """Write all replies, so many at once; return seconds, processor seconds of this process, and the replies."""
     start, cpu = time.perf_counter(), time.process_time()
-    options = {"max_tokens": tokens, "ignore_end": True, "top_k": 20, "seed": 1}
+    options = {"max_tokens": tokens, "ignore_end": True, "top_k": 20, "seed": 1, "raw": True}
     found = dict(ensemble.replies(prompts, at_once=at_once, **options))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return seconds, cpu, [found[at].completion for at in range(len(prompts))]
@@ -172,9 +172,9 @@ def again(urls: Sequence[str], heard: Sequence[Heard], at_once: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
-    parser.add_argument("--replies", type=int, default=64)
+    parser.add_argument("--replies", type=int, default=32)
     parser.add_argument("--at-once", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     names = given.models.split(",")
@@ -193,11 +193,11 @@ def main() -> None:
         print(f"a run over the loopback: {over:.2f} ms outside the server, {used:.2f} ms of processor time", flush=True)
         ratios = []
         for turn in range(given.turns):
-            texts = [f"{turn}.{at}: write a story about the number {at}." for at in range(given.replies)]
+            texts = [f"{turn}.{at}. This is the story of the number {at}, and it begins" for at in range(given.replies)]
             for ear in heard:
                 ear.asked.clear()
             seconds, cpu, replies = mixed(pair, texts, given.tokens, given.at_once)
-            settings = pair.settings()
+            settings = pair.settings(raw=True)
             ids = [pair.prompts(text, settings).ids for text in texts]
             written = [[sum(t.member == one.name for t in reply.tokens) for one in engines] for reply in replies]
             total = sum(map(sum, written))

@@ -407,3 +407,20 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine,
         tokens = tokens[: 30 - dropped]
     assert list(tokens[:8]) == begun
     assert [one.data for one in tokens] == [one.data for one in whole.tokens][: len(tokens)]
+
+
+def test_connections_that_are_made_together_are_looked_at_together(fake, folder):
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, Limits(connect=5, answer=5, connections=5))
+    begin = np.array([3, 4, 5])
+    remote.session().logits(begin)
+    fake.stop()
+    fake.start()
+    before = len(fake.asked)
+    fake.faults, fake.delay = ["slow"] * 5, 0.1
+    remote.answer([(remote.session(), Ask(0, np.append(begin, i))) for i in range(5)])
+    assert len(fake.asked) - before <= 5 + 3  # what was asked, and a few looks at who it is
+    fake.stop()
+    fake.seed = 1
+    fake.start()
+    with pytest.raises(EngineError, match="another model now"):
+        remote.answer([(remote.session(), Ask(0, np.append(begin, i))) for i in range(5)])

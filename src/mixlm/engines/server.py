@@ -82,6 +82,9 @@ class Server:
         self._slots: Slots | None = None
         self._room: asyncio.Semaphore | None = None
         self._fingerprint: dict[int, float] = {}
+        self._looking = asyncio.Lock()
+        self._looks_begun = 0
+        self._look = (0, True)  # the last that came to an end: its number, and whether it was the same
         self._wait = 0.0
         self._again = 0.0
 
@@ -210,8 +213,21 @@ class Server:
             self.texts.drop(session)
 
     async def _check(self, anew: bool = True) -> None:
-        """Raise EngineError when a connection was made anew, and it has another model than it had."""
-        if anew and not await self.still_the_same():
+        """Raise EngineError when a connection was made anew, and it has another model than it had.
+
+        Connections are made many at a time, when replies begin together: what begins to be looked at from now on counts
+        for all that wait by then.
+        """
+        if not anew:
+            return
+        wanted = self._looks_begun + 1
+        async with self._looking:
+            if self._look[0] < wanted:
+                self._looks_begun += 1
+                number = self._looks_begun
+                self._look = (number, await self.still_the_same())
+            same = self._look[1]
+        if not same:
             raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
 
     async def alive(self) -> bool:

@@ -136,6 +136,13 @@ def test_costs_of_an_ensemble_are_measured():
     assert [one.weight for one in costs.members.values()] == [0.7, 0.3]
     assert all(one.forward > 0 and one.device == "cpu" for one in costs.members.values())
     assert costs.router.seconds > 0
+    assert not any(one.runs for one in costs.members.values())
+
+
+def test_members_that_draw_by_themselves_are_planned_by_runs():
+    members = [MemberSpec(ToyEngine(seed=seed, writes=seed == 1), f"m{seed}") for seed in (1, 2)]
+    costs = measure(Ensemble(members), most=2)
+    assert {name: one.runs for name, one in costs.members.items()} == {"m1": True, "m2": False}
 
 
 def test_a_file_of_costs_is_read_back_and_mistakes_are_named(tmp_path):

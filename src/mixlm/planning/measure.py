@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -28,8 +29,11 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
     such as are behind servers have machines of their own.
     """
     devices = [str(one.engine.device) for one in ensemble.members]
+    options = _options(ensemble)
+    writes = [one.writes for one in ensemble.writer(ensemble.settings(**options)).members]
     members = {}
-    for spec, device, weight in zip(ensemble.members, devices, ensemble.weights.tolist(), strict=True):
+    weights = ensemble.weights.tolist()
+    for spec, device, weight, runs in zip(ensemble.members, devices, weights, writes, strict=True):
         if progress is not None:
             progress(f"measuring {spec.name}")
         shared = devices.count(device) > 1
@@ -40,11 +44,18 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
             sequence=sequence,
             token=token,
             slots=most,
+            runs=runs,
             device=device if shared else None,
         )
     if progress is not None:
         progress("measuring mixlm")
-    return Costs(members=members, router=_router(ensemble))
+    return Costs(members=members, router=_router(ensemble, options, members))
+
+
+def _options(ensemble: Ensemble) -> dict[str, Any]:
+    """Return the options of a reply that any engine can write."""
+    partial = any(one.engine.candidates is not None for one in ensemble.members)
+    return {"ignore_end": True, "seed": 1, **({"top_k": 10} if partial else {})}
 
 
 def fitted(timed: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
@@ -96,17 +107,18 @@ def _turned(ids: Ids, by: int) -> Ids:
     return np.roll(ids, -by * 7)
 
 
-def _router(ensemble: Ensemble, tokens: int = 48) -> RouterCost:
-    """Measure one reply: what is not in forwards, or, of members behind servers, this process's own time."""
-    options: dict[str, Any] = {"max_tokens": tokens, "ignore_end": True, "seed": 1}
-    if any(one.engine.candidates is not None for one in ensemble.members):
-        options["top_k"] = 10
+def _router(
+    ensemble: Ensemble, options: dict[str, Any], members: Mapping[str, MemberCost], tokens: int = 48
+) -> RouterCost:
+    """Measure one reply: what is not in forwards, or, of members behind servers, this process's own time; by runs."""
     served = all(one.engine.at_once for one in ensemble.members)
-    stream = ensemble.stream("Tell a story.", **options)
-    next(stream)
+    stream = ensemble.stream("Tell a story.", max_tokens=tokens, **options)
+    first = next(stream)
     start, processor = time.perf_counter(), time.process_time()
     before = sum(session.work.seconds for session in stream.sessions)
-    written = sum(1 for _ in stream)
+    written = [first.member, *(token.member for token in stream)]
     used, seconds = time.process_time() - processor, time.perf_counter() - start
     outside = seconds - sum(session.work.seconds for session in stream.sessions) + before
-    return RouterCost(seconds=(used if served else max(outside, 0.0)) / max(written, 1))
+    # The first run was over when the clock was started.
+    runs = sum(last != now or not members[now].runs for last, now in pairwise(written))
+    return RouterCost(seconds=(used if served else max(outside, 0.0)) / max(runs, 1))

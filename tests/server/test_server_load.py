@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw, request_bytes, running, wait
 
+from mixlm.engines.toy import ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import MemoryLimitError
+from mixlm.errors import EngineError, MemoryLimitError
 from mixlm.loading import load
 from mixlm.server.limits import Limits
 from mixlm.server.line import Line
 from mixlm.server.orders import Begun, Closed, Order, Task, Wrote
 from mixlm.server.problems import ApiError
 from mixlm.server.worker import Worker
+from mixlm.settings import Settings
 
 
 def test_clients_take_turns():
@@ -352,3 +356,29 @@ def forward(self, ids, last):
     return out
 toy.ToySession._forward = forward
 """
+
+
+def test_what_was_written_without_a_member_is_told():
+    class Failing(EndlessToy):
+        def session(self) -> ToySession:
+            session = super().session()
+            forward, count = session._forward, itertools.count()
+
+            def failing(ids: np.ndarray, last: int) -> np.ndarray:
+                if next(count) == 3:
+                    raise EngineError("the line is dead")
+                return forward(ids, last)
+
+            session._forward = failing
+            return session
+
+        def alive(self) -> bool:
+            return False
+
+    pair = Ensemble(
+        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(Failing(2), "goes")], defaults=Settings(on_failure="drop")
+    )
+    with running(pair) as server:
+        members = server.chat(max_tokens=20, seed=1).json()["usage"]["mixlm"]["members"]
+    assert members["stays"]["tokens"] + members["goes"]["tokens"] == 20
+    assert (members["stays"]["dropped"], members["goes"]["dropped"] > 5) == (0, True)

@@ -95,14 +95,13 @@ class Answer:
         prompts = 0
         for i, completion in enumerate(completions):
             for name, one in completion.usage.members.items():
-                sums = members.setdefault(
-                    name, {"prompt_tokens": 0, "tokens": 0, "forwards": 0, "forward_tokens": 0, "forward_seconds": 0.0}
-                )
+                sums = members.setdefault(name, _no_work())
                 sums["prompt_tokens"] += one.prompt_tokens if i % self._asked.n == 0 else 0
                 sums["tokens"] += one.tokens
                 sums["forwards"] += one.forwards
                 sums["forward_tokens"] += one.forward_tokens
                 sums["forward_seconds"] = round(sums["forward_seconds"] + one.forward_seconds, 6)
+                sums["dropped"] += one.dropped
             if i % self._asked.n == 0:
                 prompts += max(one.prompt_tokens for one in completion.usage.members.values())
         written = sum(one.usage.tokens for one in completions)
@@ -233,6 +232,17 @@ def _spelled(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LEAST)
+
+
+def _no_work() -> shapes.MemberWork:
+    return {
+        "prompt_tokens": 0,
+        "tokens": 0,
+        "forwards": 0,
+        "forward_tokens": 0,
+        "forward_seconds": 0.0,
+        "dropped": 0,
+    }
 
 
 def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -25,13 +25,17 @@ class Error(TypedDict):
 
 
 class MemberWork(TypedDict):
-    """What one member did: tokens written, forward passes, tokens run through them, seconds in them."""
+    """What one member did: tokens written, forward passes, tokens run through them, seconds in them.
+
+    dropped: symbols that were written without it, since it did not answer.
+    """
 
     prompt_tokens: int
     tokens: int
     forwards: int
     forward_tokens: int
     forward_seconds: float
+    dropped: int
 
 
 class Work(TypedDict):

@@ -146,6 +146,8 @@ class Stand:
         self.wrong = wrong
 
     async def __call__(self, body: dict[str, Any]) -> Any:
+        if self.wrong == "raises":
+            raise EngineError("refuses (404)")
         if self.wrong == "refuses":
             return {"error": {"message": "no"}}
         rng = np.random.default_rng(0 if self.wrong == "seeds" else body["seed"])
@@ -162,6 +164,7 @@ class Stand:
     ("wrong", "said"),
     [
         ("", ""),
+        ("raises", r"does not take what is needed (refuses (404))"),
         ("refuses", "gives no token ids"),
         ("tokens", "gives no token ids"),
         ("seeds", "seeds make no difference"),

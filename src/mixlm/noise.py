@@ -8,7 +8,9 @@ The hash is SplitMix64 (Steele, Lea and Flood, 2014): its finaliser for each par
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -77,11 +79,12 @@ class Noise:
 
     def choice(self, weights: npt.NDArray[np.float64]) -> int:
         """Draw the coin: an index with probability proportional to `weights`, shape (n,), not all zero."""
-        u = self.uniform()
-        edges = np.cumsum(weights)
-        # `side="right"` never picks an index of weight zero; the clip guards the last edge against rounding.
-        drawn = int(np.searchsorted(edges, u * edges[-1], side="right"))
-        return min(drawn, int(np.flatnonzero(weights)[-1]))
+        # Members are few, and coins are tossed ahead: plain floats take less than half the time of arrays.
+        parts = weights.tolist()
+        edges = list(accumulate(parts))
+        # The edge on the right never picks an index of weight zero; the rest guards the last one against rounding.
+        drawn = bisect_right(edges, self.uniform() * edges[-1])
+        return drawn if drawn < len(parts) and parts[drawn] else max(i for i, part in enumerate(parts) if part)
 
     def for_engine(self) -> int:
         """Return a seed for random numbers of an engine's own, from 0 to 2**63 - 1."""

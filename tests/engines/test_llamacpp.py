@@ -319,4 +319,4 @@ def test_the_demo_pair_writes_the_law(real):
     pair = mixlm.load(*real, engine="llamacpp", dtype="float32")
     report = check(pair, "Why is the sky blue?", samples=300)
     assert report.equal
-    assert {one.left for one in report.comparisons} == {"mixture", "conventional", "single"}
+    assert {one.left for one in report.comparisons} == {"mixture", "conventional", "single", "speculative"}

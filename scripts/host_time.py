@@ -16,11 +16,11 @@ import numpy as np
 
 from mixlm.benchmark.timing import Own
 from mixlm.engines import EngineSpec
-from mixlm.engines.runner import HFSession, Runner
-from mixlm.engines.shape import SHAPES, ShapeEngine
-from mixlm.engines.together import Found, Part
+from mixlm.engines.batching import Found, Part
+from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
+from mixlm.engines.transformers.runner import HFSession, Runner
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.sampling import Candidates
+from mixlm.types import Candidates
 
 TINY: dict[str, Any] = {**SHAPES["qwen2.5-0.5b"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -14,12 +14,12 @@ from server_speed import started
 
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.generation.scheduler import Scheduler
 from mixlm.models import find_gguf
-from mixlm.planning.costs import Costs
-from mixlm.planning.measure import measure
-from mixlm.planning.plan import expected
-from mixlm.planning.simulation import Load, quantiles
-from mixlm.scheduler import Scheduler
+from research.planning.costs import Costs
+from research.planning.measure import measure
+from research.planning.plan import expected
+from research.planning.simulation import Load, quantiles
 
 AT_ONCE = 16
 

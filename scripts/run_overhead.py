@@ -19,7 +19,7 @@ import numpy as np
 
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, Run
-from mixlm.records import Sampling
+from mixlm.types import Sampling
 
 LENGTHS = (1, 2, 4, 8, 16)
 FOREIGN = 3  # tokens of other members between two runs

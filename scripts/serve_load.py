@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import mixlm
-from mixlm.scheduler import Scheduler
+from mixlm.generation.scheduler import Scheduler
 
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 PROMPTS = ("Why is the sky blue?", "Name three rivers.", "What is a mixture?", "Tell me about birds.")

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
-from mixlm.records import Completion
 from mixlm.scoring.passages import Passage, beginning
 from mixlm.scoring.score import identity
 from mixlm.scoring.units import Reader, read_kept
 from mixlm.scoring.ways import Reading, bytes_logprobs, pieces_logprobs, words_logprobs
-from mixlm.vocab.encoding import utf8_runs
-from mixlm.vocab.words import begins_word
+from mixlm.tokenization.incremental import utf8_runs
+from mixlm.types import Completion
+from mixlm.units.word import begins_word
 
 PROMPTS = (
     "Why is the sky blue?",

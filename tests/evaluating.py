@@ -38,10 +38,15 @@ def write_questions(folder: Path, count: int = 3) -> Path:
 
 
 def command_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    main: Callable[[list[str]], int] | None = None,
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process, away from any folder that is in use: exit code, stdout, stderr."""
-    from mixlm.cli import main
+    """Run a command line, by default `mixlm`, in this process and an empty folder: exit code, stdout, stderr."""
+    from mixlm.cli import main as mixlm
+
+    main = main or mixlm
 
     monkeypatch.setenv("MIXLM_CACHE", str(folder / "models"))
     for name in ("NO_COLOR", "FORCE_COLOR"):

@@ -10,7 +10,7 @@ from toys import END, SHARED, Recorder, driven, named, table
 from mixlm.decoding.conventional import conventional
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, Prompts
-from mixlm.scoring.scored import Scores
+from mixlm.scoring.scores import Scores
 
 
 def made(logprobs: np.ndarray, *, text: bytes | None = None, begins: Sequence[int] | None = None) -> Scores:

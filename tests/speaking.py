@@ -8,7 +8,7 @@ from toys import table
 from trained import SENTENCEPIECE, encoder, trained
 
 from mixlm.engines.toy import ToyEngine
-from mixlm.vocab.tokens import Family, token_bytes
+from mixlm.tokenization.vocabulary import Family, token_bytes
 
 
 @cache

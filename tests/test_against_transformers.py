@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixlm.engines.hf import HFEngine
+from mixlm.core.options import Settings
+from mixlm.core.sampling import History, dense
+from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble
-from mixlm.sampling import History, dense
-from mixlm.settings import Settings
 
 PROMPTS = ["Why is the sky blue?", "Name three rivers."]
 

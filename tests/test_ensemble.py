@@ -9,7 +9,7 @@ from toys import END, OPTIONS, SHARED, VOCABULARIES, engine, ensemble, exact_law
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError
-from mixlm.records import Message
+from mixlm.types import Message
 
 METHODS = ["mixture", "conventional", "greedy", "single"]
 RAW = {"raw": True, "seed": 3, "max_tokens": 12, "ignore_end": True}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mixlm import Ensemble
-from mixlm.records import Completion
+from mixlm.types import Completion
 
 pytestmark = pytest.mark.models
 

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from mixlm.errors import ConfigError
-from mixlm.records import Completion, MemberUsage, Sampling, Token, Usage
+from mixlm.types import Completion, MemberUsage, Sampling, Token, Usage
 
 
 @pytest.mark.parametrize(

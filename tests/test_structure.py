@@ -73,7 +73,7 @@ def test_a_module_imports_modules_of_lower_rows_only(name):
 def test_what_a_module_imports_is_found(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
-        "import mixlm\nimport mixlm.noise\nfrom mixlm.vocab import tokens\nfrom mixlm.errors import MixlmError\n"
+        "import mixlm\nimport mixlm.core.rng\nfrom mixlm.units import tokens\nfrom mixlm.errors import MixlmError\n"
         "def f():\n    from mixlm.engines.toy import ToyEngine\nfrom numpy import linalg\n"
     )
     assert imported("x", path, set(modules())) == {"noise", "vocab/tokens", "errors", "engines/toy"}

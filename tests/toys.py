@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mixlm.decoding.base import Step, Strategy, Writing
+from mixlm.core.sampling import History, dense
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.records import Sampling
-from mixlm.sampling import History, dense
+from mixlm.generation.sequence import Step, Strategy, Writing
+from mixlm.types import Sampling
 
 Law = dict[bytes, float]
 END = b""  # no token has these bytes

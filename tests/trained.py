@@ -9,8 +9,8 @@ from random import Random
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mixlm.vocab.encoding import TokenizerEncoder
-from mixlm.vocab.tokens import describe, family
+from mixlm.tokenization.incremental import TokenizerEncoder
+from mixlm.tokenization.vocabulary import describe, family
 
 CORPUS = [
     "The river turns under the old stone bridge, and the birds fly over it.",

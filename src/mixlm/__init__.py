@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mixlm.errors import MixlmError
-from mixlm.records import Completion, Message, Sampling, Token, Usage
+from mixlm.types import Completion, Message, Sampling, Token, Usage
+from mixlm.version import __version__
 
 if TYPE_CHECKING:
     from mixlm.ensemble import Chat, Ensemble
+    from mixlm.generation.generation import Stream
     from mixlm.loading import load
-    from mixlm.replies import Stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Chat",
@@ -28,7 +27,7 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"Chat": "ensemble", "Ensemble": "ensemble", "Stream": "replies", "load": "loading"}
+_LAZY = {"Chat": "ensemble", "Ensemble": "ensemble", "Stream": "generation.generation", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.records import Sampling
+from mixlm.types import Sampling
 
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]

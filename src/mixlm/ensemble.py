@@ -11,26 +11,26 @@ from typing import Any, Unpack, cast, overload
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.decoding import Parts, Tally, refuse, strategy
-from mixlm.decoding.costs import Costs
-from mixlm.decoding.member import Manner, Member
+from mixlm.core.grammar import Grammars
+from mixlm.core.logit_bias import bias_of
+from mixlm.core.mixing import checked_weights
+from mixlm.core.options import Options, Settings
+from mixlm.core.sampling import Transform
+from mixlm.decoding import Parts, SpeculationStats, refuse, strategy
+from mixlm.decoding.cost_model import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean
-from mixlm.mixing import checked_weights
-from mixlm.records import ROLES, Completion, Message, Token
-from mixlm.replies import Prompts, Stream, Writer
+from mixlm.generation.generation import Prompts, Stream, Writer
+from mixlm.generation.member import Manner, Member
+from mixlm.generation.scheduler import Scheduler
 from mixlm.routing import Fixed, Router
-from mixlm.sampling import Ids, Transform
-from mixlm.scheduler import Scheduler
-from mixlm.settings import Options, Settings
-from mixlm.vocab.bias import bias_of
-from mixlm.vocab.bytes import ByteUnit
-from mixlm.vocab.grammar import Grammars
-from mixlm.vocab.pieces import PieceUnit
-from mixlm.vocab.shared import TokenUnit, conflict
-from mixlm.vocab.units import Unit
-from mixlm.vocab.words import WordUnit
+from mixlm.types import ROLES, Completion, Ids, Message, Token
+from mixlm.units.base import Unit
+from mixlm.units.byte import ByteUnit
+from mixlm.units.piece import PieceUnit
+from mixlm.units.token import TokenUnit, conflict
+from mixlm.units.word import WordUnit
 
 AT_ONCE = 16
 
@@ -233,7 +233,7 @@ class Ensemble:
         sizes = [one.engine.weights_bytes for one in self.members]
         costs = Costs(lambda: [one.work.log for one in drawn], sizes)
         parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
-        tally = Tally()
+        tally = SpeculationStats()
         return Writer(
             self.unit,
             self.router,

@@ -23,14 +23,14 @@ from mixlm.config import (
     parse_config,
     read_config,
 )
+from mixlm.core.mixing import checked_weights
+from mixlm.core.options import Options, Settings
 from mixlm.engines import Engine, EngineSpec, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UsageError
-from mixlm.mixing import checked_weights
 from mixlm.routing import ByPrompt, Fixed, Learned, Router
-from mixlm.sampling import Floats
-from mixlm.settings import Options, Settings
+from mixlm.types import Floats
 
 Progress = Callable[[str], None]
 # Ends of text that a reply without end takes out of a member's likeliest tokens; no model has more.

@@ -11,11 +11,11 @@ from toys import toys
 
 from mixlm.benchmark import bench
 from mixlm.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
+from mixlm.core.options import Options
 from mixlm.engines.base import memory
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.settings import Options
 
 
 def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:

@@ -18,11 +18,11 @@ from mixlm.benchmark import Plan, bench, sweep_along
 from mixlm.benchmark.roofline import H100, H200, Need, served
 from mixlm.benchmark.sweeps import AXES
 from mixlm.cli import app
-from mixlm.engines.shape import SHAPES
+from mixlm.core.rng import Noise
 from mixlm.engines.toy import ToyEngine
+from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.models.catalog import CATALOG
-from mixlm.noise import Noise
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")

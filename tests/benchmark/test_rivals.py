@@ -7,8 +7,8 @@ from tiny import shapes
 
 from mixlm.benchmark import bench
 from mixlm.benchmark.rivals import ASSISTED, Rival, rivals
-from mixlm.engines.attention import NAME
 from mixlm.engines.toy import ToyEngine
+from mixlm.engines.transformers.kv_cache import NAME
 from mixlm.ensemble import Ensemble, MemberSpec
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from tiny import shapes
 
-from mixlm import figures
 from mixlm.benchmark import Plan, bench, plots, sweep_along
 from mixlm.benchmark.agreement import label
 from mixlm.benchmark.batch import Batch
@@ -18,6 +17,7 @@ from mixlm.benchmark.sweeps import AXES, METHODS, Point, Sweep
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
+from research import figures
 
 SMALL: dict[str, Any] = {"tokens": 8, "repeats": 1}
 

@@ -15,15 +15,18 @@ from mixlm.benchmark.agreement import agreed
 from mixlm.benchmark.roofline import H100, Machine, Need, served
 from mixlm.benchmark.theory import Fit, drafted_cost, fitted, predicted
 from mixlm.benchmark.timing import Sample, contestants
-from mixlm.decoding.costs import mixture_cost, speculative_cost
-from mixlm.engines import EngineSpec, norms, runner, shape
+from mixlm.core.rng import Noise
+from mixlm.decoding.cost_model import mixture_cost, speculative_cost
+from mixlm.engines import EngineSpec
 from mixlm.engines.base import Forward, Reply, Request, Session
-from mixlm.engines.shape import SHAPES
 from mixlm.engines.toy import ToyEngine
+from mixlm.engines.transformers import dummy_weights as shape
+from mixlm.engines.transformers import fused_norms as norms
+from mixlm.engines.transformers import runner
+from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.noise import Noise
-from mixlm.replies import Stream
-from mixlm.scheduler import Scheduler
+from mixlm.generation.generation import Stream
+from mixlm.generation.scheduler import Scheduler
 
 
 def toys(weights: tuple[float, ...]) -> Ensemble:

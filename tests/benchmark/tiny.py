@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixlm.engines import EngineSpec
-from mixlm.engines.shape import SHAPES, ShapeEngine
+from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 
 SMALL: dict[str, Any] = {

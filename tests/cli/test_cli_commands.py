@@ -20,8 +20,8 @@ def test_help(run: Run, command: tuple[str, ...]) -> None:
 
 
 def test_help_shows_the_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.records import Sampling
-    from mixlm.settings import Settings
+    from mixlm.core.options import Settings
+    from mixlm.types import Sampling
 
     monkeypatch.setenv("COLUMNS", "200")
     text = run("generate", "--help").out
@@ -116,7 +116,7 @@ def test_models_get(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _report(equal: bool) -> Any:
-    from mixlm.equivalence import Comparison, Report
+    from mixlm.verification.check import Comparison, Report
 
     return Report((Comparison("mixture", "exact", "token", 1, 500, 9.5, 0.3, 0.02, float("inf"), equal=equal),))
 
@@ -129,7 +129,7 @@ def test_check_says_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch, eq
         asked.update(given, prompt=prompt, names=ensemble.names)
         return _report(equal)
 
-    monkeypatch.setattr("mixlm.equivalence.check", compare)
+    monkeypatch.setattr("mixlm.verification.check.check", compare)
     done = run("check", "Hello?", *TOYS, "--samples", "500", "--top-k", "5", "--seed", "1")
     assert done.code == (0 if equal else 1)
     assert ("equal" if equal else "different") in done.out
@@ -153,7 +153,7 @@ def test_check_loads_in_float32_unless_told_otherwise(
         return load_config(config, **given)
 
     monkeypatch.setattr("mixlm.loading.load_config", load)
-    monkeypatch.setattr("mixlm.equivalence.check", lambda *_, **__: _report(True))
+    monkeypatch.setattr("mixlm.verification.check.check", lambda *_, **__: _report(True))
     file = tmp_path / "pair.toml"
     file.write_text('[[members]]\nmodel = "toy:1"\ndtype = "float16"\n[[members]]\nmodel = "toy:2"\ndevice = "cuda"\n')
     run("check", *TOYS)

@@ -12,11 +12,11 @@ from programs import TOYS, Run
 
 from mixlm.config import read_config
 from mixlm.engines.toy import ToySession
-from mixlm.fitting import expectation_maximisation
+from mixlm.fitting.em import expectation_maximisation
 from mixlm.loading import load
 from mixlm.routing import Learned
 from mixlm.scoring.score import score, score_answers
-from mixlm.scoring.scored import split
+from mixlm.scoring.scores import split
 
 WORDS = " the river sings and one bird falls under two stone light of the tree turns to cloud over"
 FAST = ("--bootstrap", "10")

@@ -148,8 +148,8 @@ def test_the_unexpected(
 
 
 def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.records import Token
-    from mixlm.replies import Stream
+    from mixlm.generation.generation import Stream
+    from mixlm.types import Token
 
     plain, seen = Stream.__next__, list[Token]()
 

@@ -18,7 +18,7 @@ from mixlm.loading import load
 from mixlm.routing import Learned
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.score import score, score_answers
-from mixlm.scoring.scored import router_weights
+from mixlm.scoring.scores import router_weights
 
 TEXT = "the river and the stone"
 

@@ -21,13 +21,13 @@ from toys import (
     written,
 )
 
+from mixlm.core.rng import Noise
 from mixlm.decoding.bytes import bytewise
 from mixlm.engines.base import Ask
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
-from mixlm.exact import Exact
-from mixlm.noise import Noise
-from mixlm.records import Sampling
+from mixlm.types import Sampling
+from mixlm.verification.exact import Exact
 
 PLAIN = {"temperature": 1.0, "top_k": 0}
 # Every byte can be written in several ways, and tokens lie across each other.

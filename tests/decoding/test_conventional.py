@@ -18,14 +18,14 @@ from toys import (
     written,
 )
 
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import dense
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.engines.base import Ask
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import MemoryLimitError, UnsupportedError
-from mixlm.noise import Noise
-from mixlm.records import Sampling
-from mixlm.sampling import dense
+from mixlm.types import Sampling
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 

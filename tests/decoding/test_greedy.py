@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import END, OPTIONS, SHARED, VOCABULARIES, driven, engine, ensemble, exact_law, fixed, toys, written
 
+from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_alone
 from mixlm.engines.base import Ask
-from mixlm.noise import Noise
 
 PLAIN = OPTIONS["plain"]
 

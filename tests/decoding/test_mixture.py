@@ -20,9 +20,9 @@ from toys import (
     written,
 )
 
+from mixlm.core.rng import Noise
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.base import Draw
-from mixlm.noise import Noise
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law, fixed, toys, written
 
-from mixlm import references
 from mixlm.config import parse_config
+from mixlm.core.options import Settings
+from mixlm.core.sampling import History, dense
 from mixlm.decoding.gac import strings
 from mixlm.ensemble import Ensemble
-from mixlm.equivalence import check
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.loading import load, load_config
-from mixlm.references import Part
-from mixlm.sampling import History, dense
-from mixlm.settings import Settings
-from mixlm.vocab.tokens import Vocabulary
+from mixlm.tokenization.vocabulary import Vocabulary
+from mixlm.verification import baselines as references
+from mixlm.verification.baselines import Part
+from mixlm.verification.check import check
 
 PLACES = [(), (b"a",), (b"ab", b"b", b"c")]
 PUBLISHED = {**OPTIONS, "most likely": {"temperature": 0.0}}

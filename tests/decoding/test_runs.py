@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toys import END, OPTIONS, WEIGHTS, assert_drawn_from, counted, driven, engine, ensemble, exact_law, toys, written
 
+from mixlm.core.rng import Noise
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.runs import LONGEST
 from mixlm.decoding.single import single
@@ -13,9 +14,8 @@ from mixlm.engines.base import Run, Written
 from mixlm.engines.toy import ToyEngine, ToySession
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, UnsupportedError
-from mixlm.noise import Noise
+from mixlm.generation.scheduler import Scheduler
 from mixlm.routing import ByFunction
-from mixlm.scheduler import Scheduler
 
 
 def writing(those: Ensemble) -> Ensemble:

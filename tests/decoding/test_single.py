@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from toys import OPTIONS, Recorder, assert_same_law, driven, ensemble, exact_law, named, toys, written
 
-from mixlm.decoding import Parts, Tally, strategy
+from mixlm.core.rng import Noise
+from mixlm.decoding import Parts, SpeculationStats, strategy
 from mixlm.decoding.single import single
 from mixlm.engines.base import Ask, Draw
-from mixlm.noise import Noise
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -29,7 +29,7 @@ def test_the_heaviest_member_writes_and_of_equals_the_first():
     those = toys("token", 3)
     settings = those.settings(method="single")
     for weights, expected in (([0.2, 0.5, 0.3], 1), ([0.4, 0.4, 0.2], 0)):
-        chosen = strategy(settings, Parts.unmeasured(np.array(weights), those.names, [{}] * 3), Tally())
+        chosen = strategy(settings, Parts.unmeasured(np.array(weights), those.names, [{}] * 3), SpeculationStats())
         choice, _ = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
         assert choice.member == expected
 
@@ -38,6 +38,6 @@ def test_the_heaviest_member_writes_and_of_equals_the_first():
 def test_temperature_zero_makes_it_greedy(options, kind):
     those = toys("token", 2)
     settings = those.settings(method="single", **options)
-    chosen = strategy(settings, Parts.unmeasured(those.weights, those.names, [{}] * 2), Tally())
+    chosen = strategy(settings, Parts.unmeasured(those.weights, those.names, [{}] * 2), SpeculationStats())
     _, [[request]] = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
     assert isinstance(request, kind)

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from toys import OPTIONS, SHARED, engine, ensemble, toys
 
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.costs import Costs, mixture_cost, speculative_cost
-from mixlm.decoding.drafts import LookupDraft, Tally, continued, prefix_groups
+from mixlm.decoding.cost_model import Costs, mixture_cost, speculative_cost
+from mixlm.decoding.drafts import LookupDraft, continued, prefix_groups
 from mixlm.decoding.speculative import speculative
 from mixlm.engines.base import Forward
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.sequence import SpeculationStats
 from mixlm.routing import ByFunction
 
 DRAFTS = ("lookup", "m0", "m1")
@@ -116,7 +117,7 @@ def test_a_wrong_guess_is_never_kept():
     settings = those.settings(raw=True, seed=9, max_tokens=60, ignore_end=True)
     prompts = those.prompts("ab", settings)
     expected = those.writer(settings).stream(prompts).finish()
-    writer, tally = those.writer(settings), Tally()
+    writer, tally = those.writer(settings), SpeculationStats()
     writer.strategy = speculative(Random(), 4, tally)
     assert writer.stream(prompts).finish().text == expected.text
     assert 0 < tally.accepted < tally.checked
@@ -161,9 +162,9 @@ def forwards(one, count=8):
 
 def plan(seconds, agreement):
     costs = Costs(lambda: [forwards(one) for one in seconds], [1] * len(seconds))
-    auto = Auto(costs, ["small", "large"], Tally())
-    auto._known["small"] = Tally(1000, int(1000 * agreement))
-    auto._known["large"] = Tally(1000, int(1000 * agreement))
+    auto = Auto(costs, ["small", "large"], SpeculationStats())
+    auto._known["small"] = SpeculationStats(1000, int(1000 * agreement))
+    auto._known["large"] = SpeculationStats(1000, int(1000 * agreement))
     auto._hopeful_at = 1 << 30
     return auto._plan(np.array([0.5, 0.5]))
 

@@ -23,14 +23,14 @@ from toys import (
     written,
 )
 
-from mixlm.decoding.base import Choice
+from mixlm.core.rng import Noise
 from mixlm.decoding.words import LONGEST, words
 from mixlm.engines.base import Draw, Drawn
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import UnsupportedError
-from mixlm.noise import Noise
-from mixlm.records import Sampling
-from mixlm.vocab.words import begins_word
+from mixlm.generation.sequence import Choice
+from mixlm.types import Sampling
+from mixlm.units.word import begins_word
 
 WEIGHTS = [0.5, 0.2, 0.3]
 

@@ -12,8 +12,8 @@ import pytest
 
 from mixlm.engines.base import Ask, Draw, Drawn, Engine, Session
 from mixlm.errors import PromptTooLongError, UsageError
-from mixlm.records import Message
-from mixlm.vocab.tokens import Vocabulary
+from mixlm.tokenization.vocabulary import Vocabulary
+from mixlm.types import Message
 
 
 def random_ids(engine: Engine, length: int, seed: int = 0) -> np.ndarray:

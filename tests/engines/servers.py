@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.records import Sampling
-from mixlm.sampling import Transform
+from mixlm.core.sampling import Transform
+from mixlm.types import Sampling
 
 
 class Fake:

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
-from mixlm.engines.adapters import Loaded
 from mixlm.engines.base import memory
-from mixlm.engines.hf import HFEngine
-from mixlm.equivalence import check
+from mixlm.engines.transformers.engine import HFEngine
+from mixlm.engines.transformers.lora import Loaded
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.loading import load_config
-from mixlm.records import Message
+from mixlm.types import Message
+from mixlm.verification.check import check
 
 TARGETS = {"a": ["q_proj", "v_proj", "down_proj"], "b": ["k_proj", "o_proj", "up_proj", "v_proj"]}
 
@@ -274,6 +274,6 @@ def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("mixlm.engines.adapters.find_spec", lambda _: None)
+    monkeypatch.setattr("mixlm.engines.transformers.lora.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
         Loaded(torch.nn.Linear(1, 1)).add("x", "tiny")

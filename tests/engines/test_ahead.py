@@ -15,17 +15,19 @@ from test_largest import random_case
 from test_steps import KINDS, Load, Recorded, load  # noqa: F401
 from toys import toys
 
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import Transform
 from mixlm.decoding import runs
-from mixlm.engines import ahead, runner, steps
-from mixlm.engines.ahead import DEPTH, Draws
 from mixlm.engines.base import Ahead, Ask, Draw, Session
-from mixlm.engines.hf import HFEngine
-from mixlm.engines.largest import Largest, kept
+from mixlm.engines.transformers import cuda_graphs as steps
+from mixlm.engines.transformers import run_ahead as ahead
+from mixlm.engines.transformers import runner
+from mixlm.engines.transformers.device_topk import Largest, kept
+from mixlm.engines.transformers.engine import HFEngine
+from mixlm.engines.transformers.run_ahead import DEPTH, Draws
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.noise import Noise
-from mixlm.records import Sampling
 from mixlm.routing import ByFunction
-from mixlm.sampling import Candidates, Transform
+from mixlm.types import Candidates, Sampling
 
 TRUNCATED = {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8}
 

@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mixlm.engines import EngineSpec, runner
+from mixlm.engines import EngineSpec
 from mixlm.engines.base import Ask
-from mixlm.engines.hf import HFEngine
+from mixlm.engines.transformers import runner
+from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
-from mixlm.records import Message
+from mixlm.types import Message
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -132,7 +133,7 @@ def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders,
     for kind in ("llama", "mistral", "gemma3"):
         assert load(folders(kind)).runner.batches
     assert not load(folders("mamba")).runner.batches
-    monkeypatch.setattr("mixlm.engines.attention._KNOWN", {"rows"})
+    monkeypatch.setattr("mixlm.engines.transformers.kv_cache._KNOWN", {"rows"})
     asks_for_more = load(folders("llama"))
     assert not asks_for_more.runner.batches
     ids = random_ids(asks_for_more, 12)

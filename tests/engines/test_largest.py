@@ -10,14 +10,14 @@ import pytest
 import torch
 from test_hf import build
 
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import Ask, Draw
-from mixlm.engines.hf import HFEngine
-from mixlm.engines.largest import Largest
+from mixlm.engines.transformers.device_topk import Largest
+from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.noise import Noise
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Cut, Transform
+from mixlm.types import Candidates, Cut, Sampling
 
 METHODS = ("mixture", "conventional", "speculative", "single")
 

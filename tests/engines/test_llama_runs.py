@@ -14,14 +14,14 @@ from test_remote import cache, file, folder, llama  # noqa: F401
 
 pytest.importorskip("xllamacpp")
 
+from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Run
-from mixlm.engines.llama_runs import LlamaRuns, lacking
-from mixlm.engines.remote import RemoteEngine
+from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.remote.llamacpp_runs import LlamaRuns, lacking
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Transform
+from mixlm.types import Candidates, Sampling
 
 NONE = np.zeros(0, dtype=np.int64)
 BEGIN = np.array([70, 71, 72, 73, 74])

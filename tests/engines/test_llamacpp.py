@@ -17,19 +17,19 @@ pytest.importorskip("xllamacpp")
 
 import mixlm
 from mixlm.config import parse_config
+from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
 from mixlm.engines.base import Ask, Engine, Session
-from mixlm.engines.hf import HFEngine
-from mixlm.engines.llamacpp import LlamaCppEngine
-from mixlm.engines.slots import Slots
+from mixlm.engines.llamacpp.engine import LlamaCppEngine
+from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.toy import ToyEngine
+from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import check
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError, UnsupportedError
 from mixlm.loading import load_config
 from mixlm.models import find_gguf, tokenizer_folder
-from mixlm.records import Message
-from mixlm.sampling import softmax
+from mixlm.types import Message
+from mixlm.verification.check import check
 
 USERS_CACHE = os.environ.get("MIXLM_CACHE")
 TEXTS = ("The capital of France is", "Once upon a time there was a")

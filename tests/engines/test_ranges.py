@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.engines.ranges import as_ids, as_ranges
+from mixlm.engines.vllm.id_ranges import as_ids, as_ranges
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))

@@ -16,16 +16,16 @@ from servers import Fake
 
 pytest.importorskip("httpx")
 
+from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Ask, Engine
-from mixlm.engines.remote import RemoteEngine
-from mixlm.engines.served import Served
-from mixlm.engines.wire import Limits
+from mixlm.engines.remote.capabilities import Served
+from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.remote.http_client import Limits
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.models import find_gguf, tokenizer_folder
-from mixlm.records import Sampling
-from mixlm.sampling import Cut, Transform, softmax
+from mixlm.types import Cut, Sampling
 
 QUICK = Limits(connect=1, answer=5, busy=1, connections=3)
 

@@ -22,7 +22,7 @@ from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Ask
-from mixlm.engines.remote import RemoteEngine
+from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, UnsupportedError
 
@@ -101,7 +101,7 @@ def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: 
 
 
 def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("mixlm.engines.server._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("mixlm.engines.remote.server._FIRST_WAIT", 0.0)
     for missing in (0, 1):
         fakes[missing].stop()
         one = RemoteEngine(urls(fakes), folder, QUICK)
@@ -114,7 +114,7 @@ def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder, monkeyp
 
 
 def test_a_server_that_comes_back_with_another_model_stays_out(both, fakes, monkeypatch):
-    monkeypatch.setattr("mixlm.engines.server._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("mixlm.engines.remote.server._FIRST_WAIT", 0.0)
     one = both.session()
     one.logits(np.arange(5, 9))
     fakes[0].stop()

@@ -16,14 +16,14 @@ pytest.importorskip("httpx")
 
 from test_remote import QUICK, cache, file, folder  # noqa: F401
 
+from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import Ask, Engine
-from mixlm.engines.remote import RemoteEngine
+from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError, TokenizerError, UnsupportedError
-from mixlm.records import Sampling
-from mixlm.sampling import Cut, Transform
+from mixlm.types import Cut, Sampling
 
 OPTIONS = {"seed": 2, "max_tokens": 24, "ignore_end": True, "top_k": 9}
 

@@ -11,9 +11,10 @@ from contract import *  # noqa: F403
 from contract import random_ids
 
 from mixlm.config import EnsembleConfig, MemberConfig
-from mixlm.engines import EngineSpec, load, shape
-from mixlm.engines.shape import SHAPES, ShapeEngine
+from mixlm.engines import EngineSpec, load
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
+from mixlm.engines.transformers import dummy_weights as shape
+from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ModelNotFoundError
 from mixlm.loading import load_config

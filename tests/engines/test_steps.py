@@ -17,11 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mixlm
-from mixlm.engines import EngineSpec, steps
-from mixlm.engines.attention import KeyValues
+from mixlm.engines import EngineSpec
 from mixlm.engines.base import Ask
-from mixlm.engines.hf import HFEngine
-from mixlm.engines.norms import Norms
+from mixlm.engines.transformers import cuda_graphs as steps
+from mixlm.engines.transformers.engine import HFEngine
+from mixlm.engines.transformers.fused_norms import Norms
+from mixlm.engines.transformers.kv_cache import KeyValues
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 

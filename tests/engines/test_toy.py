@@ -8,7 +8,7 @@ from toys import SHARED
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.toy import WORD_TOKENS, LongestMatch, ToyEngine, random_table
 from mixlm.errors import TokenizerError
-from mixlm.records import Message
+from mixlm.types import Message
 
 
 @pytest.fixture

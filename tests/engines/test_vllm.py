@@ -92,7 +92,7 @@ def test_an_engine_that_fails_ends_the_reply_with_what_was_written(doomed, monke
     def broken(finished):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("mixlm.engines.vllm_loop._output", broken)
+    monkeypatch.setattr("mixlm.engines.vllm.engine_thread._output", broken)
     with pytest.raises(ReplyCutError, match="vLLM has stopped: out of luck") as raised:
         stream.finish()
     assert list(raised.value.completion.tokens[:5]) == begun

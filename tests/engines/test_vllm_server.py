@@ -18,18 +18,18 @@ pytest.importorskip("httpx")
 pytest.importorskip("websockets")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, Run
-from mixlm.engines.remote import RemoteEngine
-from mixlm.engines.session import Line
-from mixlm.engines.wire import Limits, Secret
+from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.remote.http_client import Limits, Secret
+from mixlm.engines.remote.session_client import Line
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError
-from mixlm.records import Sampling
+from mixlm.types import Sampling
 
 pytestmark = pytest.mark.engines
 
 QUICK = Limits(connect=2, answer=20, busy=2)
 PROCESSED = ("--logprobs-mode", "processed_logprobs", "--max-logprobs", "100")
-MASK = ("--logits-processors", "mixlm.engines.vllm_mask:Banned")
+MASK = ("--logits-processors", "mixlm.engines.vllm.banned_tokens_plugin:Banned")
 KEY = "secret-7"
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from contract import random_ids
 
+from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine, Run
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import Reference, check
-from mixlm.records import Sampling
-from mixlm.sampling import Transform
+from mixlm.types import Sampling
+from mixlm.verification.check import Reference, check
 
 LAWS = [
     Sampling(temperature=1.0, top_k=0),

@@ -22,7 +22,7 @@ from mixlm.evaluation import evaluate
 from mixlm.evaluation.accuracy import Setup, Way, best, held_out, measure
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.log import AnswerLog, locked
-from mixlm.fitting import simplex
+from mixlm.fitting.em import simplex
 from mixlm.routing import ByPrompt, Fixed, Learned
 from mixlm.routing.features import FEATURES
 

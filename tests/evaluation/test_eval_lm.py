@@ -17,11 +17,11 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
 from mixlm.evaluation.contexts import is_greedy, pack, reply_options, unpack
 from mixlm.evaluation.lm import EnsembleLM
-from mixlm.records import Message
 from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned, Router
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.score import score
-from mixlm.scoring.scored import router_weights
+from mixlm.scoring.scores import router_weights
+from mixlm.types import Message
 
 LETTERS = (b"a", b"b", b"c")
 

@@ -11,16 +11,16 @@ import pytest
 
 import mixlm.decoding
 from mixlm.config import RouterConfig, parse_config, read_config, write_config
-from mixlm.decoding.base import Flow, Step
+from mixlm.core.options import Settings
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.equivalence import check
 from mixlm.errors import ConfigError
+from mixlm.generation.sequence import Flow, Step
 from mixlm.loading import load_config
 from mixlm.routing import ByFunction, ByPrompt, Context, Fixed, Learned, Route, Router
 from mixlm.routing.features import FEATURES
 from mixlm.routing.prompt import by_bits
-from mixlm.settings import Settings
+from mixlm.verification.check import check
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b" "]
 

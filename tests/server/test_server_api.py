@@ -277,7 +277,7 @@ def test_what_a_request_leaves_out_is_the_ensembles_own():
 
 
 def _messages(given):
-    from mixlm.records import Message
+    from mixlm.types import Message
 
     return [Message(one["role"], one["content"]) for one in given]
 

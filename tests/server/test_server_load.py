@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw, request_bytes, running, wait
 
+from mixlm.core.options import Settings
 from mixlm.engines.toy import ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError, MemoryLimitError
@@ -23,7 +24,6 @@ from mixlm.server.line import Line
 from mixlm.server.orders import Begun, Closed, Order, Task, Wrote
 from mixlm.server.problems import ApiError
 from mixlm.server.worker import Worker
-from mixlm.settings import Settings
 
 
 def test_clients_take_turns():

@@ -8,8 +8,8 @@ import pytest
 from serving import running
 from toys import VOCABULARIES, engine, ensemble
 
+from mixlm.core.options import Settings
 from mixlm.loading import load
-from mixlm.settings import Settings
 
 
 @pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])

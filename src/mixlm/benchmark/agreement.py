@@ -15,8 +15,8 @@ from mixlm.engines import Engine
 from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request, Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.sampling import Ids, Logits, Row
-from mixlm.vocab.tokens import Vocabulary
+from mixlm.tokenization.vocabulary import Vocabulary
+from mixlm.types import Ids, Logits, Row
 
 _ORDER = 3  # tokens that the law looks at
 _TOKENS = 512  # that can be written

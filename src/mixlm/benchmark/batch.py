@@ -18,8 +18,8 @@ from mixlm.benchmark.timing import Sample, alone, drafted_by, settings_of
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.replies import Stream
-from mixlm.scheduler import Scheduler
+from mixlm.generation.generation import Stream
+from mixlm.generation.scheduler import Scheduler
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("single", "conventional", "mixture")

@@ -15,10 +15,10 @@ from mixlm.benchmark.report import BenchReport, Run, environment
 from mixlm.benchmark.rivals import rivals
 from mixlm.benchmark.theory import Fit, predicted
 from mixlm.benchmark.timing import DEFAULT, Contestant, Sample, contestants
+from mixlm.core.options import Options
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.settings import Options
 
 Progress = Callable[[str, int, int], None]
 PROMPT = "Explain how a suspension bridge carries its load, and why the towers are so tall."

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixlm import figures
-from mixlm.figures import BLUE, CONVENTIONAL, GREEN, MIXTURE, ORANGE, PINK, RED, SKY
+from research import figures
+from research.figures import BLUE, CONVENTIONAL, GREEN, MIXTURE, ORANGE, PINK, RED, SKY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from mixlm.engines import Engine
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
-from mixlm.records import Sampling
+from mixlm.types import Sampling
 
 ASSISTED = "transformers assistant_ensemble_weight"
 _GUESSES = 20  # what transformers drafts at most, unless told otherwise
@@ -197,7 +197,7 @@ def _generating(models: list[Any]) -> Iterator[None]:
     """Give the models transformers' own attention for a while, and keep it from talking."""
     from transformers.utils import logging
 
-    from mixlm.engines.attention import NAME
+    from mixlm.engines.transformers.kv_cache import NAME
 
     verbosity = logging.get_verbosity()
     changed = [one for one in models if one.config._attn_implementation == NAME]

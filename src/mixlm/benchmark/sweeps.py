@@ -14,11 +14,11 @@ from mixlm.benchmark.report import environment
 from mixlm.benchmark.theory import Fit, predicted
 from mixlm.benchmark.timing import DEFAULT, Contestant, Own, Sample, alone, contestants, timed
 from mixlm.config import UnitName
+from mixlm.core.options import Options
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.replies import Prompts
-from mixlm.settings import Options
+from mixlm.generation.generation import Prompts
 
 AXES: Mapping[str, str] = {
     "batch": "replies at once",

@@ -13,10 +13,10 @@ from statistics import median
 import numpy as np
 
 from mixlm.benchmark.timing import Contestant, Own, Sample
-from mixlm.decoding.costs import mixture_cost, speculative_cost
+from mixlm.decoding.cost_model import mixture_cost, speculative_cost
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 _SHORT = 16  # tokens; longer forwards read prompts
 _FEW = 4  # forwards of a kind below which they say nothing

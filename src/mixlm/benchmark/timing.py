@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
 from mixlm.config import METHODS, Method, methods_of
+from mixlm.core.options import Settings
+from mixlm.core.rng import Noise
 from mixlm.engines.base import Forward, Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.noise import Noise
-from mixlm.replies import Prompts
-from mixlm.settings import Settings
+from mixlm.generation.generation import Prompts
 
 DEFAULT = ("single", "conventional", "mixture")
 # "drafted" is greedy decoding with a draft.

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from mixlm import __version__
 from mixlm.cli.bench import bench
 from mixlm.cli.chat import chat
 from mixlm.cli.check import check
-from mixlm.cli.errors import Group, failed
+from mixlm.cli.errors import Group
 from mixlm.cli.eval import evaluate
 from mixlm.cli.fit import fit
 from mixlm.cli.generate import generate
 from mixlm.cli.inspect import inspect
 from mixlm.cli.models import models
-from mixlm.cli.paper import paper
-from mixlm.cli.plan import plan
+from mixlm.cli.run import run_app
 from mixlm.cli.score import score
 from mixlm.cli.serve import serve
 from mixlm.errors import UsageError
+from mixlm.version import __version__
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(name="mixlm", cls=Group, add_completion=False, pretty_exceptions_enable=False)
-for _command in (generate, chat, serve, inspect, check, bench, plan, score, fit, paper):
+for _command in (generate, chat, serve, inspect, check, bench, score, fit):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(models)
+
+
+@app.command("paper", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _paper() -> None:
+    raise UsageError("mixlm paper is run from a clone of mixlm now", "there: python -m research.paper NAME")
+
+
+@app.command("plan", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _plan() -> None:
+    raise UsageError("mixlm plan is run from a clone of mixlm now", "there: python -m research.planning FILE")
 
 
 def _version(wanted: bool) -> None:
@@ -52,21 +60,5 @@ def _mixlm(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. Whatever goes wrong becomes one sentence and a hint."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            # A terminal that cannot show a character shows a stand-in; a reply does not end over it.
-            reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
-    try:
-        if sys.stdout is None:
-            raise UsageError("standard output is closed", "leave it open, or send it to /dev/null")
-        command = typer.main.get_command(app)
-        with command.make_context("mixlm", list(given)) as context:
-            code = command.invoke(context)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except typer.Exit as ended:
-        return ended.exit_code
-    except (Exception, KeyboardInterrupt) as error:
-        return failed(error, given)
+    """Run `mixlm` and return its exit code."""
+    return run_app(app, "mixlm", arguments)

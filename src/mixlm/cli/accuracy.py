@@ -17,11 +17,11 @@ from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
+    from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble
     from mixlm.evaluation.accuracy import Measured, Setup, Way
-    from mixlm.heldout import Study
+    from mixlm.fitting.study import Study
     from mixlm.routing import Router
-    from mixlm.settings import Options
 
 _PANEL = "Accuracy"
 

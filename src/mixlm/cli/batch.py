@@ -21,9 +21,9 @@ from mixlm.cli.inputs import STDIN, check_writable, read_texts
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
+    from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble, Prompt
-    from mixlm.replies import Stream
-    from mixlm.settings import Options
+    from mixlm.generation.generation import Stream
 
 _FORM = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 

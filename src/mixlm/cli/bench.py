@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
-from mixlm import figures
 from mixlm.cli.display import dim, json_text, print_json, progress_bars
 from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
@@ -20,8 +19,8 @@ from mixlm.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from mixlm.benchmark import Plan
     from mixlm.config import UnitName
+    from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble
-    from mixlm.settings import Options
 
 _HEADS = ("method", "tokens/s", "predicted", "bytes/s", "first token", "outside forwards", "forwards", "right")
 _NUMBERS = frozenset(_HEADS[1:])
@@ -93,6 +92,8 @@ def bench(
         check_writable("--output", Path(output))
     if plot is not None:
         check_writable("--plot", plot)
+        from research import figures
+
         figures.require(plot)
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "leave --prompt out to take the default")
@@ -172,7 +173,7 @@ def _devices(shared: Shared) -> tuple[Callable[[], Ensemble] | None, Shared]:
     Where there are too few devices: None, and the options as they are.
     """
     from mixlm.loading import load_config
-    from mixlm.paper.loaded import apart, placed
+    from research.paper.loaded import apart, placed
 
     config, weights = shared.config(), shared.numbers()
     devices = apart(config)

@@ -15,7 +15,7 @@ from mixlm.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
-    from mixlm.equivalence import Report
+    from mixlm.verification.check import Report
 
 _PROMPT = "Why is the sky blue?"
 _HEADS = ("comparison", "symbol", "distance", "expected", "p-value", "verdict")
@@ -57,7 +57,7 @@ def check(
         raise UsageError(f"--every-unit and {other} are both given", "leave one out")
     options = shared.options()
     ensemble = open_ensemble(shared, options, dtype="float32")
-    from mixlm import equivalence
+    from mixlm.verification import check as equivalence
 
     reference = None
     if exact:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from mixlm.ensemble import Ensemble
-    from mixlm.records import Completion, Token
+    from mixlm.types import Completion, Token
 
 # Of the 256 colours, some that keep a contrast of about 4 with a black and with a white background alike.
 _PALETTE = (32, 166, 133, 29, 161, 99)

@@ -14,9 +14,9 @@ from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mixlm.core.options import Options
     from mixlm.evaluation.results import Results, Score
     from mixlm.evaluation.statistics import Interval
-    from mixlm.settings import Options
 
 _METHODS = ("mixture", "conventional", "single")
 _DIFFERENCES = ("task", "comparison", "difference", "95 % interval", "p-value", "questions", "better", "worse")

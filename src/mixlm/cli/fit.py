@@ -19,7 +19,7 @@ from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
-    from mixlm.heldout import Study
+    from mixlm.fitting.study import Study
 
 
 @with_shared
@@ -98,7 +98,7 @@ def fit(
     pairs = pairs_of(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = asked.load(shared)
     ensemble = open_ensemble(shared, {})
-    from mixlm.heldout import Plan, study
+    from mixlm.fitting.study import Plan, study
 
     scores = scored(ensemble, texts, pairs, identities(config, not no_cache), ends=ends, system=shared.system)
     given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
@@ -130,7 +130,7 @@ def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float |
     if bootstrap < 0:
         raise ConfigError(f"--bootstrap is {bootstrap}; it must be 0 or more", "0 leaves the intervals out")
     if step is not None:
-        from mixlm.fitting import grid_points
+        from mixlm.fitting.em import grid_points
 
         grid_points(len(config.members), step)
 

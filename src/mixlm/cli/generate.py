@@ -17,7 +17,7 @@ from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from mixlm.settings import Options
+    from mixlm.core.options import Options
 
 _EXAMPLE = 'such as: mixlm generate "Why is the sky blue?"'
 

@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
-    from mixlm.scoring.scored import Scores
+    from mixlm.scoring.scores import Scores
 
 ends_option = Annotated[
     bool | None,

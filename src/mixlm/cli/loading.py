@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from mixlm.cli.display import dim, terminal, visible
 from mixlm.cli.options import Shared
+from mixlm.core.options import Settings
 from mixlm.errors import ConfigError
-from mixlm.settings import Settings
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
+    from mixlm.core.options import Options
     from mixlm.engines import Engine, EngineSpec
     from mixlm.ensemble import Ensemble
-    from mixlm.settings import Options
 
 
 def open_ensemble(
@@ -48,8 +48,8 @@ def open_ensemble(
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:
     """Refuse early what the ensemble would refuse: loading large models takes long."""
-    from mixlm.decoding import Parts, Tally, strategy
-    from mixlm.mixing import checked_weights
+    from mixlm.core.mixing import checked_weights
+    from mixlm.decoding import Parts, SpeculationStats, strategy
 
     try:
         checked = checked_weights(weights if weights is not None else config.weights(), len(config.members))
@@ -62,7 +62,7 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
         settings.for_member(one)
     # A draft is named as its member will be once it is loaded, so that is checked then.
     names = [one.name or one.model for one in config.members]
-    strategy(replace(settings, draft=None), Parts.unmeasured(checked, names, own), Tally())
+    strategy(replace(settings, draft=None), Parts.unmeasured(checked, names, own), SpeculationStats())
 
 
 @contextmanager

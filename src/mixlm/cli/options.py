@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 from typer import Option
 
 from mixlm.config import DTYPES, ENGINES, GRAPHS, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.core.options import Settings
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
-from mixlm.records import Sampling
-from mixlm.settings import Settings
+from mixlm.types import Sampling
 
 if TYPE_CHECKING:
-    from mixlm.settings import Options
+    from mixlm.core.options import Options
 
 _SAMPLING = tuple(one.name for one in fields(Sampling))
 _DEFAULTS = {one.name: one.default for one in (*fields(Sampling), *fields(Settings))}

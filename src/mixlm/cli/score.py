@@ -16,8 +16,8 @@ from mixlm.cli.segments import about_unit, show_segments
 from mixlm.cli.tables import print_lines, print_table
 
 if TYPE_CHECKING:
-    from mixlm.sampling import Floats
-    from mixlm.scoring.scored import Scores
+    from mixlm.scoring.scores import Scores
+    from mixlm.types import Floats
 
 
 @with_shared
@@ -50,7 +50,7 @@ def score(
     texts = read_texts(files or [])
     pairs = pairs_of(texts, ends=ends, system=shared.system)
     ensemble = open_ensemble(shared, {})
-    from mixlm.scoring.scored import joined, router_weights
+    from mixlm.scoring.scores import joined, router_weights
 
     models = identities(shared.config(), not no_cache)
     scores = list(scored(ensemble, texts, pairs, models, ends=ends, system=shared.system).values())

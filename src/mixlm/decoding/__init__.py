@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixlm.config import methods_of
+from mixlm.core.options import Settings
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.base import Strategy
 from mixlm.decoding.bytes import bytewise
 from mixlm.decoding.conventional import conventional, mix_then_truncate
-from mixlm.decoding.costs import Costs
-from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, Tally
+from mixlm.decoding.cost_model import Costs
+from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft
 from mixlm.decoding.gac import gac
 from mixlm.decoding.greedy import greedy, greedy_alone, greedy_drafted
 from mixlm.decoding.mixture import mixture
@@ -22,10 +22,10 @@ from mixlm.decoding.speculative import speculative
 from mixlm.decoding.unite import unite
 from mixlm.decoding.words import words
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
-from mixlm.sampling import Floats
-from mixlm.settings import Settings
+from mixlm.generation.sequence import SpeculationStats, Strategy
+from mixlm.types import Floats
 
-__all__ = ["Parts", "Tally", "refuse", "strategy"]
+__all__ = ["Parts", "SpeculationStats", "refuse", "strategy"]
 
 # Members whose sizes differ by less are not worth drafting with: a guess costs as much as what it saves.
 _CHEAPER = 0.75
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
         return cls(weights, names, own, sizes, Costs(lambda: [[] for _ in names], sizes))
 
 
-def strategy(settings: Settings, parts: Parts, tally: Tally) -> Strategy:
+def strategy(settings: Settings, parts: Parts, tally: SpeculationStats) -> Strategy:
     """Return the strategy that settings ask for. tally: takes down what became of guesses.
 
     `single` writes with the member of the largest weight, the first of them where several have it. Raises ConfigError

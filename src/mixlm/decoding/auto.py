@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixlm.decoding.base import Flow, Step
-from mixlm.decoding.costs import Costs, mixture_cost, speculative_cost
-from mixlm.decoding.drafts import LookupDraft, MemberDraft, Tally
+from mixlm.decoding.cost_model import Costs, mixture_cost, speculative_cost
+from mixlm.decoding.drafts import LookupDraft, MemberDraft
 from mixlm.decoding.speculative import speculative
-from mixlm.sampling import Floats
+from mixlm.generation.sequence import Flow, SpeculationStats, Step
+from mixlm.types import Floats
 
 CHECKS = (1, 2, 3, 4, 6, 8)
 _GAIN = 0.97  # a plan must be this much cheaper than the mixture, or its forwards are not worth the variance
@@ -22,18 +22,18 @@ _LOOKUP = 0.25  # acceptance from which guesses that cost no forward are worth c
 class Auto:
     """A strategy that picks the draft and the length of each block."""
 
-    def __init__(self, costs: Costs, names: Sequence[str], tally: Tally) -> None:
+    def __init__(self, costs: Costs, names: Sequence[str], tally: SpeculationStats) -> None:
         self._costs = costs
         self._names = names
         self._tally = tally
-        self._known: dict[str, Tally] = {}
+        self._known: dict[str, SpeculationStats] = {}
         self._steps = 0
         self._hopeful_at = 0
 
     def __call__(self, step: Step) -> Flow:
         """Write with the plan that promises most."""
         draft, checks = self._plan(step.weights)
-        own = self._known.setdefault(draft.name, Tally())
+        own = self._known.setdefault(draft.name, SpeculationStats())
         before = own.checked, own.accepted
         choices = yield from speculative(draft, checks, own)(step)
         self._tally.checked += own.checked - before[0]
@@ -61,6 +61,6 @@ class Auto:
 
     def _acceptance(self, name: str, hopeful: bool) -> float:
         """Return how often a draft's guesses were right, as far as is known; at least a good rate where hopeful."""
-        known = self._known.get(name, Tally())
+        known = self._known.get(name, SpeculationStats())
         measured = (known.accepted + 3.6) / (known.checked + 4)
         return max(measured, 0.9) if hopeful else measured

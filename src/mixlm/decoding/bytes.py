@@ -26,13 +26,14 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import likeliest
 from mixlm.engines.base import Ask, Reply, Request
 from mixlm.errors import UnsupportedError
-from mixlm.noise import Noise
-from mixlm.sampling import Candidates, Likeliest, likeliest
-from mixlm.vocab.bytes import ByteState, Known, Law
-from mixlm.vocab.words import WHITESPACE
+from mixlm.generation.sequence import Choice, Flow, Step, Strategy, View
+from mixlm.types import Candidates, Likeliest
+from mixlm.units.byte import ByteState, Known, Law
+from mixlm.units.word import WHITESPACE
 
 LONGEST = 32  # bytes of one member that are chosen at once
 _STOPS = frozenset(WHITESPACE)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy
+from mixlm.core.mixing import mixed, responsibilities
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import Transform
 from mixlm.engines.base import Ask
-from mixlm.mixing import mixed, responsibilities
-from mixlm.noise import Noise
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Transform
+from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.types import Candidates, Sampling
 
 
 def conventional(step: Step) -> Flow:

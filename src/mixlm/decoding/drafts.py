@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from mixlm.decoding.base import Step
 from mixlm.engines.base import Draw, Reply, Request
-from mixlm.sampling import Ids
+from mixlm.generation.sequence import Step
+from mixlm.types import Ids
 
 Guess = Generator[list[Request], list[Reply], int | None]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of guesses. chosen: what a strategy that chooses among others is using."""
-
-    checked: int = 0
-    accepted: int = 0
-    chosen: str | None = None
 
 
 class Draft(Protocol):

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy
+from mixlm.core.mixing import mixed, pooled, responsibilities
 from mixlm.decoding.conventional import pick
-from mixlm.decoding.member import Member
 from mixlm.engines.base import Ask
-from mixlm.mixing import mixed, pooled, responsibilities
-from mixlm.records import Sampling
-from mixlm.sampling import Ids
-from mixlm.vocab.tokens import SPACE, Vocabulary
+from mixlm.generation.member import Member
+from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.tokenization.vocabulary import SPACE, Vocabulary
+from mixlm.types import Ids, Sampling
 
 
 def gac(after: Sampling) -> Strategy:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy
-from mixlm.decoding.drafts import Draft, Tally, prefix_groups
+from mixlm.core.mixing import mixed, responsibilities
+from mixlm.decoding.drafts import Draft, prefix_groups
 from mixlm.engines.base import Ask, Request
-from mixlm.mixing import mixed, responsibilities
-from mixlm.sampling import Candidates, Floats, Ids, Logits
+from mixlm.generation.sequence import Choice, Flow, SpeculationStats, Step, Strategy
+from mixlm.types import Candidates, Floats, Ids, Logits
 
 
 def greedy(step: Step) -> Flow:
@@ -60,13 +60,13 @@ class _Position:
     guess: int | None = None
 
 
-def greedy_drafted(draft: Draft, length: int, tally: Tally | None = None) -> Strategy:
+def greedy_drafted(draft: Draft, length: int, tally: SpeculationStats | None = None) -> Strategy:
     """Return greedy decoding with `length` symbols written ahead: by a member, its likeliest ones, or by looking back.
 
     Members other than the draft run one forward for a block, and the block yields one symbol more than was guessed
     right.
     """
-    tally = tally or Tally()
+    tally = tally or SpeculationStats()
 
     def strategy(step: Step) -> Flow:
         block: list[_Position] = []
@@ -112,7 +112,7 @@ def _reading(block: list[_Position]) -> tuple[list[Request], list[list[int]]]:
     return asks, places
 
 
-def _verified(block: list[_Position], tally: Tally) -> list[Choice]:
+def _verified(block: list[_Position], tally: SpeculationStats) -> list[Choice]:
     """Take the average's likeliest symbol at each position, as far as the guesses before it were right."""
     out: list[Choice] = []
     for one in block:

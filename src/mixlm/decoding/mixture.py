@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.decoding.runs import asked, written
+from mixlm.generation.sequence import Choice, Flow, Step
 
 
 def mixture(step: Step) -> Flow:

@@ -12,9 +12,9 @@ so what is drawn there anew follows the law of its own place.
 
 from __future__ import annotations
 
-from mixlm.decoding.base import Choice, Flow, Step
 from mixlm.engines.base import Ahead, Draw, Run
 from mixlm.errors import EngineError
+from mixlm.generation.sequence import Choice, Flow, Step
 
 LONGEST = 16  # tokens of one request: a reader waits for all of them
 

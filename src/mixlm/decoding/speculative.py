@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy
-from mixlm.decoding.drafts import Draft, Tally, prefix_groups
+from mixlm.decoding.drafts import Draft, prefix_groups
 from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request
-from mixlm.sampling import Cut, Ids, Row
+from mixlm.generation.sequence import Choice, Flow, SpeculationStats, Step, Strategy
+from mixlm.types import Cut, Ids, Row
 
 LONGEST = 32
 
@@ -35,9 +35,9 @@ class _Position:
     drawn: Drawn | None = None
 
 
-def speculative(draft: Draft, checks: int, tally: Tally | None = None) -> Strategy:
+def speculative(draft: Draft, checks: int, tally: SpeculationStats | None = None) -> Strategy:
     """Return the strategy with blocks of at most `checks` guessed positions; with none it is the mixture itself."""
-    tally = tally or Tally()
+    tally = tally or SpeculationStats()
 
     def strategy(step: Step) -> Flow:
         block = yield from _write_ahead(step, draft, checks)
@@ -69,7 +69,7 @@ def _write_ahead(step: Step, draft: Draft, checks: int) -> Generator[list[Reques
     return block
 
 
-def _checked(block: list[_Position], tally: Tally) -> Flow:
+def _checked(block: list[_Position], tally: SpeculationStats) -> Flow:
     """Ask the members for their positions, the earliest first, until a guess was wrong or all are known."""
     reached = len(block)
     while waiting := [one for one in block[:reached] if one.drawn is None]:

@@ -17,14 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy
+from mixlm.core.mixing import mixed, responsibilities
+from mixlm.core.sampling import largest
 from mixlm.decoding.conventional import pick
-from mixlm.decoding.member import Member
 from mixlm.engines.base import Ask
 from mixlm.errors import TokenizerError
-from mixlm.mixing import mixed, responsibilities
-from mixlm.records import Sampling
-from mixlm.sampling import Candidates, Floats, Ids, largest
+from mixlm.generation.member import Member
+from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.types import Candidates, Floats, Ids, Sampling
 
 
 def unite(after: Sampling) -> Strategy:

@@ -37,12 +37,12 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.decoding.base import Choice, Flow, Step, Strategy, View
+from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import prefix_groups
 from mixlm.engines.base import Ask, Drawn, Reply, Request
-from mixlm.noise import Noise
-from mixlm.sampling import Candidates, Cut, Ids, Row
-from mixlm.vocab.words import WHITESPACE, WordState
+from mixlm.generation.sequence import Choice, Flow, Step, Strategy, View
+from mixlm.types import Candidates, Cut, Ids, Row
+from mixlm.units.word import WHITESPACE, WordState
 
 LONGEST = 16  # symbols written behind an end that is in doubt
 _SYMBOLS = 1.4  # of a word

@@ -37,10 +37,10 @@ def load(spec: EngineSpec) -> Engine:
         return _vllm(spec)
     _require(spec.model, "hf", "torch", "transformers")
     if spec.model.startswith("shape:"):
-        from mixlm.engines.shape import ShapeEngine
+        from mixlm.engines.transformers.dummy_weights import ShapeEngine
 
         return ShapeEngine.from_spec(spec)
-    from mixlm.engines.hf import HFEngine
+    from mixlm.engines.transformers.engine import HFEngine
     from mixlm.models import resolve
 
     found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
@@ -76,7 +76,7 @@ def _llamacpp(spec: EngineSpec) -> Engine:
         )
     if spec.device not in ("auto", "cpu"):
         raise ConfigError(f"device is {spec.device!r}, and llama.cpp is used on the CPU only", "use --engine hf")
-    from mixlm.engines.llamacpp import LlamaCppEngine
+    from mixlm.engines.llamacpp.engine import LlamaCppEngine
 
     return LlamaCppEngine(replace(spec, name=spec.name or found.name), found.path, tokenizer_folder(found))
 
@@ -91,7 +91,7 @@ def _vllm(spec: EngineSpec) -> Engine:
     _require(spec.model, "vllm", "transformers")
     if spec.model.startswith("shape:"):
         raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
-    from mixlm.engines.vllm_engine import VllmEngine
+    from mixlm.engines.vllm.engine import VllmEngine
     from mixlm.models import resolve
 
     found = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
@@ -107,7 +107,7 @@ def _remote(spec: EngineSpec) -> Engine:
         raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
     _require(spec.model, "remote", "httpx")
     _require(spec.model, "hf", "transformers")
-    from mixlm.engines.remote import RemoteEngine
+    from mixlm.engines.remote.engine import RemoteEngine
     from mixlm.models import find_gguf, resolve, tokenizer_folder
 
     folder = None

@@ -20,12 +20,11 @@ import numpy as np
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
-from mixlm.records import Sampling
-from mixlm.sampling import Cut, Floats, Ids, Likeliest, Logits, Rows
-from mixlm.vocab.encoding import Encoder
-from mixlm.vocab.prompts import PromptEncoder
-from mixlm.vocab.tokens import Vocabulary
-from mixlm.vocab.units import TokenBuffer
+from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.incremental import Encoder
+from mixlm.tokenization.vocabulary import Vocabulary
+from mixlm.types import Cut, Floats, Ids, Likeliest, Logits, Rows, Sampling
+from mixlm.units.base import TokenBuffer
 
 _SCORED_AT_ONCE = 128
 

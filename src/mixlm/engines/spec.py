@@ -12,7 +12,7 @@ class EngineSpec:
     model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
     template: a Jinja chat template in place of the model's own. system: a text in front of every conversation.
     adapter: a folder or hub id of a LoRA adapter. engine: "auto", "hf", "llamacpp", "vllm" or "remote".
-    graphs: "auto", "on" or "off": forwards of a transformers model in fixed shapes, see `engines/steps`.
+    graphs: "auto", "on" or "off": forwards of a transformers model in fixed shapes, see `cuda_graphs`.
     candidates: how many of its likeliest tokens a member that cannot tell all of them tells. context, slots: tokens of
     one sequence, and sequences kept at once, in llama.cpp and vLLM. tokenizer: where the tokenizer of a model behind a
     server lies. key_env: the environment variable that holds the server's key. timeout: seconds to wait for its answer.

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine, Run, Session, Written
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
-from mixlm.records import Message, Sampling
-from mixlm.sampling import Ids, Logits, Transform
-from mixlm.vocab.encoding import Encoded
-from mixlm.vocab.prompts import PromptEncoder
-from mixlm.vocab.tokens import Vocabulary
+from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.incremental import Encoded
+from mixlm.tokenization.vocabulary import Vocabulary
+from mixlm.types import Ids, Logits, Message, Sampling
 
 Table = Callable[[tuple[int, ...]], Logits]
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.config import UnitName
+from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.evaluation.judging import build_requests, judge, to_scores
@@ -26,10 +27,9 @@ from mixlm.evaluation.log import AnswerLog, locked
 from mixlm.evaluation.readings import Readings
 from mixlm.evaluation.results import Score
 from mixlm.evaluation.run import Progress, describe, describe_router, evaluate
-from mixlm.fitting import simplex
+from mixlm.fitting.em import simplex
 from mixlm.routing import Fixed, Router
-from mixlm.sampling import Floats
-from mixlm.settings import Options
+from mixlm.types import Floats
 
 
 @dataclass(frozen=True)

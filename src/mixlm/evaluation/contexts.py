@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.records import Message
+from mixlm.types import Message
 
 # Record separators do not occur in prompts that people write.
 _MARK = "\x1emixlm conversation\x1e"

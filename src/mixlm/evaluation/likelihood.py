@@ -24,10 +24,10 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import Context
 from mixlm.routing import ByFunction, Fixed, Learned
-from mixlm.sampling import Floats, Ids
 from mixlm.scoring.score import score
-from mixlm.scoring.scored import Scores, router_weights
+from mixlm.scoring.scores import Scores, router_weights
 from mixlm.scoring.units import prompt_bits
+from mixlm.types import Floats, Ids
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
 _ROWS = 16

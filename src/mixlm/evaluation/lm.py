@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
+from mixlm.core.options import Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
 from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
 from mixlm.evaluation.readings import as_plain
-from mixlm.records import Message
-from mixlm.replies import Prompts, Stream
-from mixlm.scheduler import Scheduler
-from mixlm.settings import Options
+from mixlm.generation.generation import Prompts, Stream
+from mixlm.generation.scheduler import Scheduler
+from mixlm.types import Message
 
 try:
     from lm_eval.api.model import LM

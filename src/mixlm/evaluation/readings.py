@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.routing import Router
-from mixlm.sampling import Floats
-from mixlm.scoring.scored import Scores, joined, router_weights
+from mixlm.scoring.scores import Scores, joined, router_weights
+from mixlm.types import Floats
 
 
 @dataclass(frozen=True)

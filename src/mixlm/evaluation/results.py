@@ -10,7 +10,7 @@ import numpy as np
 
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.statistics import Interval, sign_flip_p, t_interval
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
-from mixlm import __version__
 from mixlm.config import METHODS
+from mixlm.core.options import Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
@@ -25,10 +25,9 @@ from mixlm.evaluation.contexts import is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.log import AnswerLog, answers_path, locked
 from mixlm.evaluation.results import Results, Score
-from mixlm.records import Message
 from mixlm.routing import Router
-from mixlm.sampling import Ids
-from mixlm.settings import Options
+from mixlm.types import Ids, Message
+from mixlm.version import __version__
 
 Progress = Callable[[str, int, int], None]
 

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 Interval = tuple[float, float]
 

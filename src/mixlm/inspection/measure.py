@@ -18,15 +18,16 @@ from statistics import median
 import numpy as np
 
 from mixlm.config import methods_of
+from mixlm.core.sampling import softmax
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection.report import Cost, PairReport, Speed
 from mixlm.inspection.static import having
-from mixlm.sampling import Floats, Ids, Logits, softmax
 from mixlm.scoring.passages import beginning
 from mixlm.scoring.score import spelling
-from mixlm.vocab.pieces import PieceUnit
+from mixlm.types import Floats, Ids, Logits
+from mixlm.units.piece import PieceUnit
 
 Progress = Callable[[str, int, int], None]
 LENGTHS = (1, 2, 4, 8, 16)

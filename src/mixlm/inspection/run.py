@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from mixlm.benchmark import bench
+from mixlm.core.options import Options
 from mixlm.engines.base import memory
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -13,7 +14,6 @@ from mixlm.inspection import static
 from mixlm.inspection.measure import Progress, agreement, costs, predicted, with_measured
 from mixlm.inspection.report import Inspection
 from mixlm.scoring.passages import split_passages
-from mixlm.settings import Options
 
 QUESTION = "Why is the sky blue?"
 # Prose and code, so that members show what they know of both.

@@ -14,7 +14,7 @@ from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.inspection.report import MemberReport, PairReport, Possibility
-from mixlm.sampling import Ids
+from mixlm.types import Ids
 
 # Beside the methods themselves, options that change the law of one.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {

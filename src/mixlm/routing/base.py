@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from mixlm.sampling import Floats
-from mixlm.vocab.units import Text
+from mixlm.types import Floats
+from mixlm.units.base import Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 WINDOWS = (16, 128, 1024, 8192)
 TAIL = max(WINDOWS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixlm.routing.base import Context, Route
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 
 class Fixed:

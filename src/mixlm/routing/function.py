@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mixlm.mixing import checked_weights
+from mixlm.core.mixing import checked_weights
 from mixlm.routing.base import Context, Route
-from mixlm.sampling import Floats
-from mixlm.vocab.units import Text
+from mixlm.types import Floats
+from mixlm.units.base import Text
 
 TAIL = 4096
 

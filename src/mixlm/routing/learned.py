@@ -1,6 +1,6 @@
 """A small gate: weights from features of the text so far, `softmax(W · features)`.
 
-Trained by the likelihood of the mixture itself (`mixlm.fitting.fit_router`), on text that every member has scored.
+Trained by the likelihood of the mixture itself (`mixlm.fitting.em.fit_router`), on text that every member has scored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy.typing as npt
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Context, Route
 from mixlm.routing.features import FEATURES, TAIL, features
-from mixlm.sampling import Floats
-from mixlm.vocab.units import Text
+from mixlm.types import Floats
+from mixlm.units.base import Text
 
 
 class Learned:

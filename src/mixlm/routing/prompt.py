@@ -9,7 +9,7 @@ import numpy as np
 
 from mixlm.errors import ConfigError
 from mixlm.routing.base import Context, Route
-from mixlm.sampling import Floats
+from mixlm.types import Floats
 
 
 class ByPrompt:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError
-from mixlm.sampling import Ids
+from mixlm.types import Ids
 
 # Texts are read in passages of about this many bytes, each from the beginning of a context.
 PASSAGE_BYTES = 6000

@@ -24,17 +24,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mixlm import __version__
+from mixlm.core.options import Settings
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
 from mixlm.models import resolve
-from mixlm.sampling import Ids, Logits
 from mixlm.scoring import cache
 from mixlm.scoring.passages import PASSAGE_BYTES, Passage, beginning, fitting_contexts, split_passages
-from mixlm.scoring.scored import Scores, joined
+from mixlm.scoring.scores import Scores, joined
 from mixlm.scoring.units import Reader, exact_scores, prompt_bits
-from mixlm.settings import Settings
+from mixlm.types import Ids, Logits
+from mixlm.version import __version__
 
 __all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixlm import __version__
 from mixlm.engines.base import Engine
-from mixlm.sampling import Floats
 from mixlm.scoring import cache
 from mixlm.scoring.passages import Passage
-from mixlm.scoring.scored import Scores, joined
+from mixlm.scoring.scores import Scores, joined
 from mixlm.scoring.ways import Reading, bytes_logprobs, read, words_logprobs
+from mixlm.types import Floats
+from mixlm.version import __version__
 
 
 class Reader(NamedTuple):

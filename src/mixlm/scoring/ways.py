@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.engines.base import Ask, Engine
-from mixlm.engines.partial import whole_needed
+from mixlm.engines.topk_only import whole_needed
 from mixlm.errors import ConfigError
-from mixlm.sampling import Floats, Ids, Logits
-from mixlm.vocab.bytes import ByteUnit, Lexicon
-from mixlm.vocab.words import begins_word
+from mixlm.types import Floats, Ids, Logits
+from mixlm.units.byte import ByteUnit, Lexicon
+from mixlm.units.word import begins_word
 
 AT_ONCE = 8  # places that are asked in one forward
 _ROWS = 32  # logits that lie in memory at once

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any, cast
 
-from mixlm.records import Completion, Token
 from mixlm.server import shapes
 from mixlm.server.asked import Asked
+from mixlm.types import Completion, Token
 
 DONE = b"data: [DONE]\n\n"
 # The least that JSON readers in all languages take for a finite number; -inf is the log of what cannot be drawn.
@@ -135,7 +135,7 @@ class Answer:
             "gen_ai.usage.output_tokens": sum(done["tokens"]),
             "mixlm.method": asked.tasks[0].settings.method,
             "mixlm.unit": asked.ensemble.unit.name,
-            "mixlm.replies": len(asked.tasks),
+            "mixlm.generation.generation": len(asked.tasks),
             "mixlm.stream": asked.stream,
             "mixlm.members": list(names),
             **{f"mixlm.member.{what}": counts for what, counts in done.items()},

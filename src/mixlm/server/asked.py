@@ -9,12 +9,12 @@ from typing import Any, Literal
 from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError
-from mixlm.records import Message
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import Limits
 from mixlm.server.orders import Task
 from mixlm.server.problems import ApiError, refused
 from mixlm.server.served import Registry, Served
+from mixlm.types import Message
 
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _EXTRAS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from mixlm import __version__
 from mixlm.server import shapes
 from mixlm.server.fields import ChatBody, CompletionBody
 from mixlm.server.limits import Limits
+from mixlm.version import __version__
 
 _REFERENCE = "#/components/schemas/{model}"
 _ALWAYS = {"401": "No API key, or one that is not known.", "403": "A host name that is not this server's."}

@@ -15,7 +15,6 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from mixlm.records import Completion
 from mixlm.server.answers import DONE, Answer, as_json, event
 from mixlm.server.asked import Asked
 from mixlm.server.limits import Limits
@@ -24,6 +23,7 @@ from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Started, Wr
 from mixlm.server.problems import ApiError, of_error
 from mixlm.server.traces import Steps
 from mixlm.server.worker import Worker
+from mixlm.types import Completion
 
 # A client that reads nothing for this long is told that the response is still coming; so is every proxy in between.
 _SILENCE = 15.0

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mixlm.core.options import Settings
 from mixlm.ensemble import Ensemble, Prompt
-from mixlm.records import Completion, Token
-from mixlm.settings import Settings
+from mixlm.types import Completion, Token
 
 Reason = Literal["gone", "timeout", "shutdown"]
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from threading import Lock
 from typing import Any
 
-from mixlm import __version__
 from mixlm.config import UNITS, Method, UnitName, methods_of
 from mixlm.ensemble import Ensemble
-from mixlm.records import Sampling
 from mixlm.server.problems import ApiError, refused
-from mixlm.vocab.shared import conflict
+from mixlm.types import Sampling
+from mixlm.units.token import conflict
+from mixlm.version import __version__
 
 
 class Served:

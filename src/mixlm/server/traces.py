@@ -16,8 +16,8 @@ from threading import Timer
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from mixlm import __version__
 from mixlm.errors import MixlmError, UsageError
+from mixlm.version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mixlm.errors import MixlmError
-from mixlm.replies import Stream
-from mixlm.scheduler import Scheduler
+from mixlm.generation.generation import Stream
+from mixlm.generation.scheduler import Scheduler
 from mixlm.server.limits import Limits
 from mixlm.server.line import Line
 from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Started, Task, Wrote

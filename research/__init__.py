@@ -1,0 +1,1 @@
+"""What reproduces papers and figures: run from a clone, not installed."""

@@ -1,0 +1,152 @@
+"""What an experiment found, as plain values: what is kept in JSON, and what tables and figures are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixlm.errors import ConfigError
+from mixlm.evaluation.results import Comparison, Score
+
+_PLAIN = ("experiment", "title", "reduced", "settings", "environment", "notes", "ensembles")
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One method of one ensemble on one task. weights: none for a single member."""
+
+    ensemble: str
+    weights: tuple[float, ...]
+    top_k: int
+    score: Score
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that is kept as JSON."""
+        return {**_about(self), **self.score.as_dict()}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """ME minus CE on the same questions of a task, each averaged over its seeds."""
+
+    ensemble: str
+    weights: tuple[float, ...]
+    top_k: int
+    pair: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that is kept as JSON."""
+        return {**_about(self), **self.pair.as_dict()}
+
+
+def _about(one: Accuracy | Difference) -> dict[str, Any]:
+    return {"ensemble": one.ensemble, "weights": list(one.weights), "top_k": one.top_k}
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second of one ensemble on one machine.
+
+    single: each member alone. parallel: CE with a device for each member, None when there were too few. paired: mixture
+    over conventional, the median of the ratios within a repeat.
+    """
+
+    ensemble: str
+    machine: str
+    weights: tuple[float, ...]
+    top_k: int
+    single: Mapping[str, float]
+    sequential: float
+    parallel: float | None
+    mixture: float
+    paired: float
+
+    @property
+    def alone(self) -> float:
+        """Speed of the members alone, each for its share of the tokens: the most that ME could reach."""
+        return 1 / sum(w / one for w, one in zip(self.weights, self.single.values(), strict=True) if w)
+
+    def ratio(self, value: float) -> float:
+        """Return a speed as a multiple of sequential CE's."""
+        return value / self.sequential
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that an experiment found. reduced: what is smaller than in the paper, None when nothing is."""
+
+    experiment: str
+    title: str
+    reduced: str | None
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    accuracies: tuple[Accuracy, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    speeds: tuple[Speed, ...] = ()
+    notes: tuple[str, ...] = ()
+    ensembles: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
+    """Labels of the ensembles, each with the paper's names of its models where it is one of the paper's."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(dict.fromkeys(one.score.task for one in self.accuracies))
+
+    def accuracy(self, ensemble: str, method: str, top_k: int, task: str) -> Accuracy | None:
+        """Return the first score that fits."""
+        for one in self.accuracies:
+            if (one.ensemble, one.score.method, one.top_k, one.score.task) == (ensemble, method, top_k, task):
+                return one
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that is kept as JSON."""
+        from research.paper import published
+
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "accuracies": [one.as_dict() for one in self.accuracies],
+            "differences": [one.as_dict() for one in self.differences],
+            "speeds": [{**asdict(one), "alone": one.alone} for one in self.speeds],
+            "published": published.numbers(self.experiment),
+        }
+
+
+def read(path: str | Path) -> Findings:
+    """Read findings that were kept as JSON. Raises ConfigError for a file that is none."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _findings(raw)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} holds no results of mixlm paper: {type(error).__name__}: {error}",
+            "give the JSON file that mixlm paper wrote",
+        ) from error
+
+
+def _findings(raw: Mapping[str, Any]) -> Findings:
+    return Findings(
+        raw["experiment"],
+        raw["title"],
+        raw["reduced"],
+        raw["settings"],
+        raw["environment"],
+        tuple(
+            Accuracy(one["ensemble"], tuple(one["weights"]), one["top_k"], Score.read(one)) for one in raw["accuracies"]
+        ),
+        tuple(
+            Difference(one["ensemble"], tuple(one["weights"]), one["top_k"], Comparison.read(one))
+            for one in raw["differences"]
+        ),
+        tuple(
+            Speed(**{key: value for key, value in one.items() if key != "alone"} | {"weights": tuple(one["weights"])})
+            for one in raw["speeds"]
+        ),
+        tuple(raw["notes"]),
+        {label: None if names is None else tuple(names) for label, names in raw["ensembles"].items()},
+    )

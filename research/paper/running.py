@@ -1,0 +1,229 @@
+"""Running an experiment: every accuracy and speed run that is not finished yet, one ensemble in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import mean
+from typing import Any, cast
+
+from mixlm import __version__
+from mixlm.benchmark.report import environment
+from mixlm.config import EnsembleConfig
+from mixlm.core.options import Options
+from mixlm.evaluation.results import Comparison, Score
+from research.paper.experiments import SEARCH_SEED, Experiment, Lineup, Weights, grid
+from research.paper.findings import Accuracy, Difference, Findings, Speed
+from research.paper.loaded import Loaded, alone, apart, key, machine, placed, single, weighted
+from research.paper.store import Store
+
+Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+
+
+def run(experiment: Experiment, store: Store, *, progress: Progress | None = None, say: Say | None = None) -> Findings:
+    """Run what is not finished, and return all that was found.
+
+    progress: called within a run with a label, work done, work. say: called with one line for each run. Raises
+    ConfigError before anything is loaded when tasks or questions are not there.
+    """
+    return _Running(experiment, store, progress, say or (lambda line: None)).all()
+
+
+class _Running:
+    def __init__(self, experiment: Experiment, store: Store, progress: Progress | None, say: Say) -> None:
+        self.experiment = experiment
+        self.store = store
+        self.progress = progress
+        self.say = say
+        self.loaded = Loaded(say)
+        self.tasks: Mapping[str, Any] = {}
+        self.notes: dict[str, None] = {}
+        self.accuracies: list[Accuracy] = []
+        self.differences: list[Difference] = []
+        self.speeds: list[Speed] = []
+        self.environment: dict[str, Any] = {}
+        self.place = ""
+
+    def all(self) -> Findings:
+        """Run everything."""
+        one = self.experiment
+        if one.methods:
+            from mixlm.evaluation.catalog import load_tasks
+
+            # Questions are read before models: what is wrong with them is said at once.
+            self.tasks = load_tasks(one.tasks, data=one.data)
+        work = [step for lineup in one.lineups for step in self._steps(lineup)]
+        for at, step in enumerate(work, 1):
+            self.place = f"{at}/{len(work)}"
+            step()
+        return Findings(
+            one.name,
+            one.title,
+            one.reduced,
+            one.settings(),
+            {**environment([], {}), **self.environment, "settings": {}},
+            tuple(self.accuracies),
+            tuple(self.differences),
+            tuple(self.speeds),
+            tuple(self.notes),
+            {lineup.label: lineup.published for lineup in one.lineups},
+        )
+
+    def _steps(self, lineup: Lineup) -> Sequence[Callable[[], None]]:
+        one = self.experiment
+        steps: list[Callable[[], None]] = []
+        for top_k in one.top_k:
+            if "single" in one.methods:
+                steps += [partial(self._accuracy, lineup, top_k, member=at) for at in range(len(lineup.names))]
+            if one.search:
+                steps.append(partial(self._searched, lineup, top_k))
+                continue
+            for weights in one.weights(lineup):
+                if one.methods:
+                    steps.append(partial(self._accuracy, lineup, top_k, weights=weights))
+                if one.speed:
+                    steps.append(partial(self._speed, lineup, top_k, weights))
+        return steps
+
+    def _accuracy(self, lineup: Lineup, top_k: int, *, member: int | None = None, weights: Weights = ()) -> None:
+        """Evaluate an ensemble, or one of its members alone."""
+        found = self._evaluated(lineup, top_k, range(self.experiment.seeds), member=member, weights=weights)
+        name = lineup.label if member is None else lineup.names[member]
+        self.notes |= {f"{name}, k = {top_k}: {note}": None for note in found["notes"]}
+        self.accuracies += [Accuracy(lineup.label, weights, top_k, Score.read(one)) for one in found["scores"]]
+        self.differences += [
+            Difference(lineup.label, weights, top_k, Comparison.read(pair))
+            for pair in found["comparisons"]
+            if (pair["left"], pair["right"]) == ("mixture", "conventional")
+        ]
+
+    def _searched(self, lineup: Lineup, top_k: int) -> None:
+        """Evaluate an ensemble with the weights of a grid that do best on these questions, all tasks together."""
+        tried = {}
+        for weights in grid(len(lineup.names)):
+            # A seed of its own: the texts that chose the weights are not those that are reported.
+            found = self._evaluated(lineup, top_k, [SEARCH_SEED], weights=weights, methods=["mixture"])
+            tried[weights] = mean(score["mean"] for score in found["scores"])
+        best = max(tried, key=lambda one: tried[one])
+        shown = ", ".join(f"{one:g}" for one in best)
+        self.notes[
+            f"{lineup.label}, k = {top_k}: {shown} are the best of {len(tried)} weights by the accuracy of ME on the "
+            "same questions, with a seed of its own; gains over single members are flattered"
+        ] = None
+        self._accuracy(lineup, top_k, weights=best)
+
+    def _evaluated(
+        self,
+        lineup: Lineup,
+        top_k: int,
+        seeds: Sequence[int],
+        *,
+        member: int | None = None,
+        weights: Weights = (),
+        methods: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        one = self.experiment
+        config = lineup.config if member is None else alone(lineup.config, member)
+        options: dict[str, Any] = {"temperature": 1.0, "top_k": top_k}
+        if one.max_tokens is not None:
+            options["max_tokens"] = one.max_tokens
+        if member is not None:
+            methods = ["single"]
+        methods = list(methods) or [name for name in one.methods if name != "single"]
+        same = {"mixlm": __version__, "ensemble": key(config), "weights": list(weights), "options": options}
+        amount = {"tasks": list(one.tasks), "seeds": list(seeds), "limit": one.limit, "data": one.data}
+        name = lineup.label if member is None else lineup.names[member]
+        label = f"{name}{self._shown(weights)}, k = {top_k}: accuracy"
+
+        def work() -> dict[str, Any]:
+            from mixlm.evaluation import evaluate
+
+            ensemble = self.loaded.get(lineup.config)
+            results = evaluate(
+                weighted(ensemble, weights) if member is None else single(ensemble, member),
+                self.tasks,
+                methods=methods,
+                seeds=seeds,
+                limit=one.limit,
+                data=one.data,
+                options=cast(Options, options),
+                out=self.store.answers(label, same),
+                progress=self.progress,
+            )
+            scores = [results.score(task, method) for method in results.methods for task in results.tasks]
+            where = environment([own.engine for own in ensemble.members], {})
+            return {**results.as_dict(), "scores": [score.as_dict() for score in scores], "environment": where}
+
+        return self._once(label, {**same, **amount, "methods": methods}, work)
+
+    def _speed(self, lineup: Lineup, top_k: int, weights: Weights) -> None:
+        """Measure an ensemble on one device, and conventional with a device for each member where there are enough."""
+        devices, parallel = apart(lineup.config), None
+        together = placed(lineup.config, [devices[0]] * len(devices)) if devices else lineup.config
+        label = f"{lineup.label}{self._shown(weights)}, k = {top_k}: speed"
+        found = self._bench(label, together, top_k, weights)
+        if self.experiment.name != "figure2":  # which shows no CE
+            if devices:
+                more = self._bench(f"{label} with a device each", placed(lineup.config, devices), top_k, weights)
+                parallel = _tokens_per_second(more, "conventional")
+            else:
+                self.notes[
+                    f"{lineup.label}: CE (parallel) was not measured, for want of a device for each of its "
+                    f"{len(lineup.names)} members"
+                ] = None
+        singles = [run for run in found["runs"] if run["method"] == "single"]
+        where = found["environment"]
+        self.speeds.append(
+            Speed(
+                lineup.label,
+                str(where.get("accelerator") or f"{where['processor']}, {where['cores']} cores"),
+                weights,
+                top_k,
+                {run["members"][0]: run["tokens_per_second"] for run in singles},
+                _tokens_per_second(found, "conventional"),
+                parallel,
+                _tokens_per_second(found, "mixture"),
+                found["ratios"]["mixture/conventional"],
+            )
+        )
+
+    def _bench(self, label: str, config: EnsembleConfig, top_k: int, weights: Weights) -> dict[str, Any]:
+        one = self.experiment
+        options = {"temperature": 1.0, "top_k": top_k}
+        settings = {
+            "mixlm": __version__,
+            "machine": machine(config),
+            "ensemble": key(config),
+            "weights": list(weights),
+            "options": options,
+            "tokens": one.tokens,
+            "repeats": one.repeats,
+        }
+
+        def work() -> dict[str, Any]:
+            from mixlm.benchmark import bench
+
+            ensemble = weighted(self.loaded.get(config), weights)
+            amount: dict[str, Any] = {"tokens": one.tokens, "repeats": one.repeats, "progress": self.progress}
+            return bench(ensemble, options=cast(Options, options), **amount).as_dict()
+
+        return self._once(label, settings, work)
+
+    def _once(self, label: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a run found, from the store when it is finished."""
+        found = self.store.get(label, settings)
+        self.say(f"[{self.place}] {label}{'' if found is None else ': finished before'}")
+        if found is None:
+            found = self.store.put(label, settings, work())
+        self.environment = found["environment"]
+        return found
+
+    def _shown(self, weights: Weights) -> str:
+        if weights and self.experiment.lambdas:
+            return f", λ = {weights[0]:g}"
+        return f", weights {' '.join(f'{one:g}' for one in weights)}" if weights and self.experiment.search else ""
+
+
+def _tokens_per_second(found: Mapping[str, Any], method: str) -> float:
+    return float(next(run["tokens_per_second"] for run in found["runs"] if run["method"] == method))

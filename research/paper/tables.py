@@ -1,0 +1,230 @@
+"""Findings as Markdown: pure functions, with the paper's own numbers beside those of its ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mixlm.evaluation.results import Score
+from mixlm.evaluation.statistics import Interval
+from research.paper import published
+from research.paper.experiments import COLUMNS
+from research.paper.findings import Accuracy, Findings, Speed
+
+SHORT = {"mixture": "ME", "conventional": "CE"}
+_OWN_LAW = (
+    "CE averages what each member leaves after its own truncation, the law that ME samples. ± is half of a 95 % "
+    "interval over seeds; in parentheses, the gain over the best single member."
+)
+_WEIGHTS = (
+    "The paper's rows are of the weights that a search in steps of 0.1 found best, which its text does not give, and "
+    "of prompts of its own; its single models are of an unnamed k. They are for comparison, not targets."
+)
+_PAIRED = (
+    "ME minus CE in percentage points, each question averaged over its seeds: mean with its 95 % interval over "
+    "questions, the p-value of no difference (signs flipped at random), and the questions on which ME did better and "
+    "worse."
+)
+_SPEED = (
+    "Tokens per second of decoding, after the prompt is read; in parentheses, the multiple of sequential CE. "
+    "Single is the members alone, each for its share of the tokens: the most that ME could reach. CE (parallel) has "
+    "each member on a device of its own, all asked at once."
+)
+
+
+def markdown(findings: Findings, *, image: str | None = None) -> str:
+    """Return the whole report. image: the file of the figure, to be shown on top."""
+    parts = [f"# {findings.title}"]
+    if findings.reduced:
+        parts.append(f"**{findings.reduced[0].upper()}{findings.reduced[1:]}.**")
+    if image is not None:
+        parts.append(f"![{findings.title}]({image})")
+    if findings.accuracies:
+        parts += _curves(findings) if findings.experiment.startswith("figure") else _accuracies(findings)
+    if findings.differences:
+        parts += ["## ME against CE", _PAIRED, _differences(findings)]
+    if findings.speeds:
+        parts += _speeds(findings)
+    parts += _apart(findings)
+    if findings.notes:
+        parts += ["## Notes", "\n".join(f"- {one}" for one in findings.notes)]
+    parts += ["## Settings", _settings(findings)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table whose first `left` columns are texts and whose others are numbers."""
+    marks = [":--" if at < left else "--:" for at in range(len(heads))]
+    cells = [[one.replace("|", "\\|") for one in row] for row in (heads, marks, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def method_name(method: str) -> str:
+    """Return a method as tables call it."""
+    return method.removeprefix("single:") if method.startswith("single:") else SHORT.get(method, method)
+
+
+def task_name(task: str) -> str:
+    """Return a task as tables call it: the paper's name, with the part of ARC, which the paper does not say."""
+    name = COLUMNS.get(task, task)
+    return f"{name} ({task.rpartition('_')[2]})" if name == "ARC" else name
+
+
+def percent(score: Score) -> str:
+    """Return an accuracy in percent with half of its interval."""
+    half = "" if score.interval is None else f" ± {50 * (score.interval[1] - score.interval[0]):.2f}"
+    return f"{100 * score.mean:.2f}{half}"
+
+
+def span(interval: Interval | None, scale: float = 100) -> str:
+    """Return an interval; nothing for none."""
+    return "" if interval is None else f"{scale * interval[0]:+.2f} to {scale * interval[1]:+.2f}"
+
+
+def _accuracies(findings: Findings) -> list[str]:
+    parts = [f"Accuracy in percent. {_OWN_LAW}", _WEIGHTS]
+    for label, names in findings.ensembles.items():
+        mine = [one for one in findings.accuracies if one.ensemble == label]
+        rows = []
+        for top_k, method in dict.fromkeys((one.top_k, one.score.method) for one in mine):
+            row = [f"{method_name(method)} (k = {top_k})"]
+            for task in findings.tasks:
+                score = findings.accuracy(label, method, top_k, task)
+                row.append("" if score is None else percent(score.score) + _gain(findings, score))
+                if names is not None:
+                    row.append(_theirs(names, method, top_k, COLUMNS.get(task, "")))
+            rows.append(row)
+        heads = ["method"]
+        for task in findings.tasks:
+            heads += [task_name(task), *(["paper"] if names is not None else [])]
+        weights = {one.top_k: f"Weights {_weights(one.weights)} (k = {one.top_k})." for one in mine if one.weights}
+        parts += [f"## {label}", " ".join(weights.values()), table(heads, rows)]
+    return parts
+
+
+def _gain(findings: Findings, found: Accuracy) -> str:
+    """Return the gain over the best single member of the same ensemble, k and task; nothing for the singles."""
+    alone = [
+        one.score.mean
+        for one in findings.accuracies
+        if one.score.method.startswith("single")
+        and (one.ensemble, one.top_k, one.score.task) == (found.ensemble, found.top_k, found.score.task)
+    ]
+    score = found.score
+    return f" ({100 * (score.mean - max(alone)):+.2f})" if alone and not score.method.startswith("single") else ""
+
+
+def _theirs(names: published.Names, method: str, top_k: int, task: str) -> str:
+    if method.startswith("single:"):
+        value = published.single(method.removeprefix("single:"), task)
+        return "" if value is None else f"{value:.2f}"
+    cell = published.accuracy(names, method, top_k, task)
+    return "" if cell is None else f"{cell.value:.2f} ({cell.gain:+.2f})"
+
+
+def _curves(findings: Findings) -> list[str]:
+    rows = []
+    for one in findings.accuracies:
+        about = (one.ensemble, task_name(one.score.task), SHORT[one.score.method])
+        rows.append([*about, f"{one.weights[0]:g}", percent(one.score), str(one.score.count)])
+    heads = ("ensemble", "task", "method", "λ", "accuracy, %", "questions")
+    return [
+        "λ is the weight of the first member of an ensemble. The paper's values are a plot only. ± is half of a 95 % "
+        "interval over seeds.",
+        table(heads, rows, left=3),
+    ]
+
+
+def _differences(findings: Findings) -> str:
+    heads = ("ensemble", "task", "k", "weights", "difference", "95 % interval", "p", "questions", "better", "worse")
+    rows = []
+    for one in findings.differences:
+        pair = one.pair
+        about = (one.ensemble, task_name(pair.task), str(one.top_k), _weights(one.weights))
+        found = (f"{100 * pair.difference:+.2f}", span(pair.interval), f"{pair.p_value:.3g}")
+        rows.append([*about, *found, str(pair.questions), str(pair.better), str(pair.worse)])
+    return table(heads, rows, left=2)
+
+
+def _speeds(findings: Findings) -> list[str]:
+    if findings.experiment == "figure2":
+        return ["## Speed", "Tokens per second; the paper's values are a plot only.", _speed_curves(findings)]
+    parts = ["## Speed", _SPEED]
+    for one in findings.speeds:
+        rows = [[f"single: {name}", _pace(one, value)] for name, value in one.single.items()]
+        rows += [["single", _pace(one, one.alone)], ["CE (sequential)", _pace(one, one.sequential)]]
+        rows += [["CE (parallel)", "not measured" if one.parallel is None else _pace(one, one.parallel)]]
+        rows += [["ME", _pace(one, one.mixture)]]
+        heads = ["method", "tokens/s"]
+        pace = published.SPEED.get(findings.ensembles.get(one.ensemble) or ())
+        if pace is not None and findings.experiment == "table4":
+            heads.append("paper, H100")
+            rows = [[*row, cell] for row, cell in zip(rows, [""] * len(one.single) + _printed(pace), strict=True)]
+        ratio = f"ME over CE within a repeat, the median: {one.paired:.2f}×."
+        parts += [
+            f"### {one.ensemble}",
+            f"On {one.machine}, weights {_weights(one.weights)}, k = {one.top_k}. {ratio}",
+            table(heads, rows),
+        ]
+    return parts
+
+
+def _speed_curves(findings: Findings) -> str:
+    rows = []
+    for one in findings.speeds:
+        alone = " / ".join(f"{value:.2f}" for value in one.single.values())
+        rows.append([one.ensemble, f"{one.weights[0]:g}", f"{one.mixture:.2f}", alone])
+    return table(("ensemble", "λ", "ME", "members alone"), rows)
+
+
+def _printed(pace: published.Pace) -> list[str]:
+    values = (pace.single, pace.sequential, pace.parallel, pace.mixture)
+    return [f"{value:.2f} ({ratio:.2f}×)" for value, ratio in zip(values, pace.ratios, strict=True)]
+
+
+def _pace(speed: Speed, value: float) -> str:
+    return f"{value:.2f} ({speed.ratio(value):.2f}×)"
+
+
+def _apart(findings: Findings) -> list[str]:
+    """Return the paper's rows of ensembles that were not run here."""
+    here = {frozenset(names) for names in findings.ensembles.values() if names is not None}
+    lacking = [one for one in published.ENSEMBLES[findings.experiment] if frozenset(one) not in here]
+    if not lacking:
+        return []
+    head = ["## The paper's own models", f"From {published.SOURCE}; other models than those above."]
+    if findings.experiment.startswith("figure"):
+        shown = "; ".join(published.title(one) for one in lacking)
+        lost = "taken from table 2, since the text has lost the symbols that name them"
+        shown = f"{shown} ({lost})" if findings.experiment == "figure4" else shown
+        return [*head, f"Models: {shown}; plot only, the text has no numbers."]
+    if findings.experiment == "table4":
+        rows = [[published.title(names), *_printed(published.SPEED[names])] for names in lacking]
+        return [*head, table(("models (H100, tokens/s)", "single", "CE (sequential)", "CE (parallel)", "ME"), rows)]
+    alone = dict.fromkeys(one for names in lacking for one in names)
+    rows = [[name, *(f"{value:.2f}" for value in published.SINGLE[name])] for name in alone]
+    for names in lacking:
+        for (method, top_k), cells in published.ACCURACY[names].items():
+            label = f"{published.title(names)}: {SHORT[method]} (k = {top_k})"
+            rows.append([label, *(f"{cell.value:.2f} ({cell.gain:+.2f})" for cell in cells)])
+    return [*head, table(("models", *published.TASKS), rows)]
+
+
+def _settings(findings: Findings) -> str:
+    lines = []
+    for label, about in findings.settings["ensembles"].items():
+        lines.append(f"- {label}: {', '.join(about['models'])}")
+    shown = {key: value for key, value in findings.settings.items() if key not in ("ensembles", "data") and value}
+    lines += [
+        f"- {key.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in shown.items()
+    ]
+    where = findings.environment
+    machine = [str(where[key]) for key in ("accelerator", "processor", "system") if where.get(key)]
+    lines.append(f"- machine: {', '.join(machine)}, {where.get('cores', '?')} cores")
+    versions = where.get("versions", {})
+    lines.append(f"- versions: {', '.join(f'{name} {one}' for name, one in versions.items())}")
+    return "\n".join(lines)
+
+
+def _weights(weights: Sequence[float]) -> str:
+    return ", ".join(f"{one:.3g}" for one in weights)

@@ -1,0 +1,181 @@
+"""`python -m research.planning`: how fast, how soon, on how many machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option, Typer
+
+from mixlm.cli.display import dim, print_json
+from mixlm.cli.loading import open_ensemble
+from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.run import run_app
+from mixlm.cli.tables import console, print_table
+from mixlm.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from research.planning.costs import Costs
+    from research.planning.plan import Point
+
+
+@with_shared
+def plan(
+    *,
+    shared: Shared,
+    file: Annotated[Path, Argument(help="The file of costs (TOML).", show_default=False)],
+    measure: Annotated[
+        bool, Option("--measure", help="Measure the members' costs and write them to the file; then plan.")
+    ] = False,
+    rate: Annotated[
+        str | None,
+        Option("--rate", metavar="R[,R]", help="Replies that come in a second. Default: --at-once at any time."),
+    ] = None,
+    at_once: Annotated[int, Option("--at-once", metavar="N", help="Replies written together at most.")] = 16,
+    prompt: Annotated[int, Option("--prompt", metavar="N", help="Tokens of a prompt.")] = 100,
+    reply: Annotated[float, Option("--reply", metavar="N", help="Tokens of a reply, on average.")] = 200,
+    fixed: Annotated[bool, Option("--fixed", help="All replies have that length; else a geometric law.")] = False,
+    coin: Annotated[
+        float, Option("--coin", metavar="N", help="Tokens that a coin decides on average: 1, or those of a word.")
+    ] = 1.0,
+    replicas: Annotated[
+        list[str] | None, Option("--replicas", metavar="NAME=N", help="Machines of a member. Can be repeated.")
+    ] = None,
+    need: Annotated[
+        bool, Option("--need", help="Find how many machines each member needs, in place of taking those given.")
+    ] = False,
+    first: Annotated[
+        float | None, Option("--first", metavar="S", help="With --need: 95 in 100 first tokens within S seconds.")
+    ] = None,
+    busy: Annotated[
+        float, Option("--busy", metavar="SHARE", help="With --need: the share of time that a machine may work.")
+    ] = 0.85,
+    replies: Annotated[int, Option("--replies", metavar="N", help="How many replies are simulated.")] = 1000,
+    plot: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw the rates: .png or .svg.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Predict tokens/s, the time to the first token, and the machines that each member needs.
+
+    Replies, mixlm and the members' machines are simulated as queues, from what runs cost: the file has them in seconds.
+
+        \\[router]               # mixlm itself
+        seconds = 0.002        # of one processor, for each run
+                               # also: delay = 0.0, processes = 1
+        \\[members.NAME]
+        weight = 0.6
+        forward = 0.010        # one sequence, one token
+        sequence = 0.002       # each further sequence in a forward
+        token = 0.003          # each further token: missed, or of a prompt
+                               # also: slots = 256, replicas = 1,
+                               # runs = false, device = "shared"
+
+    With --measure, it is made from the members given by -m or -e, such as servers that run.
+    """
+    from research.planning.costs import read_costs, write_costs
+    from research.planning.plan import Target, needed, sweep
+    from research.planning.simulation import Load
+
+    rates = _rates(rate)
+    _check(at_once=at_once, prompt=prompt, reply=reply, replies=replies, coin=coin)
+    if plot is not None:
+        from research.figures import require
+        from research.planning.chart import save
+
+        require(plot)
+        if need or len(rates) < 2:
+            raise UsageError("--plot draws several rates", "give them: --rate 0.5,1,2")
+    if measure:
+        from research.planning.measure import measure as measured
+
+        options = shared.options()
+        ensemble = open_ensemble(shared, {**options, "top_k": options.get("top_k", 10)})
+        costs = measured(ensemble, most=min(at_once, 32), progress=dim)
+        write_costs(costs, file)
+    elif shared.model or shared.ensemble is not None:
+        raise UsageError("members are given, and the costs come from the file", "measure them: --measure")
+    else:
+        costs = read_costs(file)
+    costs = costs.with_replicas(_replicas(replicas or []))
+    load = Load(rates[0], prompt, reply, at_once, "fixed" if fixed else "geometric", coin)
+    if need:
+        points = [needed(costs, load, Target(first, busy), replies=replies)]
+    else:
+        points = sweep(costs, load, rates, replies=replies)
+    if plot is not None:
+        save(points, plot)
+    if as_json:
+        print_json({"costs": costs.model_dump(), "points": [one.as_dict() for one in points]})
+    else:
+        _show(costs, points)
+    return 0
+
+
+def _show(costs: Costs, points: list[Point]) -> None:
+    heads = [
+        "replies/s come",
+        "tokens/s",
+        "replies/s",
+        "first token s",
+        "95 % within",
+        "reply s",
+        "95 % within",
+        "busy",
+    ]
+    rows = []
+    for point in points:
+        form = point.as_dict()
+        shares = [f"{name} × {point.replicas[name]}: {share:.0%}" for name, share in form["busy"].items()]
+        shares.append(f"mixlm × {point.processes}: {point.seen.router:.0%}")
+        times = [form[what][share] for what in ("first_token", "whole_reply") for share in ("p50", "p95")]
+        rows.append(
+            [
+                "always full" if point.rate is None else f"{point.rate:g}",
+                f"{form['tokens_per_second']:.1f}",
+                f"{form['replies_per_second']:.3g}",
+                *(f"{one:.3g}" for one in times),
+                ", ".join(shares) + ("" if point.keeps_up else "; cannot keep up"),
+            ]
+        )
+    print_table(heads, rows, right=heads[:-1])
+    if not all(point.keeps_up for point in points):
+        console().print("Where it cannot keep up, the times grow with the replies simulated. See --need.")
+
+
+def _rates(text: str | None) -> list[float | None]:
+    if text is None:
+        return [None]
+    try:
+        rates = [float(one) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rate is {text!r}; it must be numbers with commas between them") from None
+    if not all(0 < one < float("inf") for one in rates):
+        raise ConfigError(f"--rate is {text!r}; rates must be more than 0")
+    return list(rates)
+
+
+def _replicas(given: list[str]) -> dict[str, int]:
+    found = {}
+    for one in given:
+        name, _, number = one.rpartition("=")
+        if not name or not number.isdigit():
+            raise ConfigError(f"--replicas is {one!r}; it must be a member's name and a number", "such as: smollm2=3")
+        found[name] = int(number)
+    return found
+
+
+def _check(**given: float) -> None:
+    for name, value in given.items():
+        if not 1 <= value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be 1 or more")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    app = Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(plan)
+    return run_app(app, "python -m research.planning", arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""Costs of an ensemble's members as they are: forwards of one and several sequences, and mixlm's own work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from mixlm.engines.base import Ask, Engine, Session
+from mixlm.ensemble import Ensemble
+from mixlm.types import Ids
+from research.planning.costs import Costs, MemberCost, RouterCost
+
+Progress = Callable[[str], None]
+
+_AT_ONCE = (1, 2, 4, 8, 16, 32)
+_TOKENS = (2, 4, 8, 16, 32)
+_TEXT = " One morning the river had risen over the fields, and nobody knew how far the road went."
+
+
+def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: Progress | None = None) -> Costs:
+    """Measure what runs of each member cost, with up to `most` sequences at once, and what mixlm adds to each.
+
+    Takes about a hundred forwards of each member. Members that are engines of one device take turns on it in a plan;
+    such as are behind servers have machines of their own.
+    """
+    devices = [str(one.engine.device) for one in ensemble.members]
+    options = _options(ensemble)
+    writes = [one.writes for one in ensemble.writer(ensemble.settings(**options)).members]
+    members = {}
+    weights = ensemble.weights.tolist()
+    for spec, device, weight, runs in zip(ensemble.members, devices, weights, writes, strict=True):
+        if progress is not None:
+            progress(f"measuring {spec.name}")
+        shared = devices.count(device) > 1
+        forward, sequence, token = fitted(_timed(spec.engine, most, repeats))
+        members[spec.name] = MemberCost(
+            weight=weight,
+            forward=forward,
+            sequence=sequence,
+            token=token,
+            slots=most,
+            runs=runs,
+            device=device if shared else None,
+        )
+    if progress is not None:
+        progress("measuring mixlm")
+    return Costs(members=members, router=_router(ensemble, options, members))
+
+
+def _options(ensemble: Ensemble) -> dict[str, Any]:
+    """Return the options of a reply that any engine can write."""
+    partial = any(one.engine.candidates is not None for one in ensemble.members)
+    return {"ignore_end": True, "seed": 1, **({"top_k": 10} if partial else {})}
+
+
+def fitted(timed: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """Fit forward + sequence·(n - 1) + token·(tokens - n) to (n, tokens, seconds), by least relative squares.
+
+    Costs below 0, which noise makes of small ones, are taken for 0.
+    """
+    rows = np.array([[1.0, n - 1, tokens - n] for n, tokens, _ in timed])
+    seconds = np.array([one for _, _, one in timed])
+    from scipy.optimize import nnls
+
+    found, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
+    forward, sequence, token = (float(one) for one in found)
+    return forward, sequence, token
+
+
+def _timed(engine: Engine, most: int, repeats: int) -> list[tuple[int, int, float]]:
+    """Return (sequences, tokens, seconds): each the median of `repeats`."""
+    text = engine.encoder.encode((_TEXT * 40).encode()).ids
+    ids = np.array(text, dtype=np.int64)
+    start = min(48, engine.context_length // 4)
+    found = []
+    sessions = [engine.session() for _ in range(most)]
+    reach = [start + at for at in range(most)]  # no two sequences are alike
+
+    def run(those: Sequence[int], tokens: int) -> float:
+        asked: list[tuple[Session, Ask]] = []
+        for at in those:
+            reach[at] += tokens
+            asked.append((sessions[at], Ask(0, _turned(ids, at)[: reach[at]])))
+        before, processor = time.perf_counter(), time.process_time()
+        engine.answer(asked)
+        seconds, used = time.perf_counter() - before, time.process_time() - processor
+        # What this process did for a server's member is not the server's; for others it is the forward itself.
+        return max(seconds - used, seconds / 10) if engine.at_once else seconds
+
+    run(range(most), 1)
+    for n in [one for one in _AT_ONCE if one <= most]:
+        found.append((n, n, median(run(range(n), 1) for _ in range(repeats))))
+    for tokens in _TOKENS:
+        if max(reach) + repeats * tokens < min(engine.context_length, len(ids)):
+            found.append((1, tokens, median(run([0], tokens) for _ in range(repeats))))
+    for session in sessions:
+        session.forget()
+    return found
+
+
+def _turned(ids: Ids, by: int) -> Ids:
+    return np.roll(ids, -by * 7)
+
+
+def _router(
+    ensemble: Ensemble, options: dict[str, Any], members: Mapping[str, MemberCost], tokens: int = 48
+) -> RouterCost:
+    """Measure one reply: what is not in forwards, or, of members behind servers, this process's own time; by runs."""
+    served = all(one.engine.at_once for one in ensemble.members)
+    stream = ensemble.stream("Tell a story.", max_tokens=tokens, **options)
+    first = next(stream)
+    start, processor = time.perf_counter(), time.process_time()
+    before = sum(session.work.seconds for session in stream.sessions)
+    written = [first.member, *(token.member for token in stream)]
+    used, seconds = time.process_time() - processor, time.perf_counter() - start
+    outside = seconds - sum(session.work.seconds for session in stream.sessions) + before
+    # The first run was over when the clock was started.
+    runs = sum(last != now or not members[now].runs for last, now in pairwise(written))
+    return RouterCost(seconds=(used if served else max(outside, 0.0)) / max(runs, 1))

@@ -1,0 +1,94 @@
+"""From costs and a load to what to expect: speeds, waiting times, and how many machines each member needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mixlm.errors import ConfigError
+from research.planning.costs import Costs
+from research.planning.simulation import Load, Seen, quantiles, simulate
+
+# It cannot keep up where more than this share of the replies still waits when the last one comes, or something never
+# rests.
+_LATE, _FULL = 0.02, 0.98
+_MOST = 256
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is good enough: seconds to the first token of 95 in 100 replies, share of time that machines may work."""
+
+    first: float | None = None
+    busy: float = 0.85
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to expect of one load on one number of machines."""
+
+    rate: float | None
+    replicas: Mapping[str, int]
+    processes: int
+    seen: Seen
+    keeps_up: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return figures as plain values; times in seconds."""
+        first, last = quantiles(self.seen.first), quantiles(self.seen.whole)
+        return {
+            "rate": self.rate,
+            "replicas": dict(self.replicas),
+            "processes": self.processes,
+            "keeps_up": self.keeps_up,
+            "tokens_per_second": self.seen.tokens_per_second,
+            "replies_per_second": self.seen.replies_per_second,
+            "first_token": {"p50": first[0], "p95": first[1]},
+            "whole_reply": {"p50": last[0], "p95": last[1]},
+            "busy": {name: sum(those) / len(those) for name, those in self.seen.busy.items()},
+            "router_busy": self.seen.router,
+        }
+
+
+def expected(costs: Costs, load: Load, *, replies: int = 1000, seed: int = 0) -> Point:
+    """Simulate one load."""
+    seen = simulate(costs, load, replies=replies, seed=seed)
+    replicas = {name: one.replicas for name, one in costs.members.items()}
+    busiest = max(*(sum(those) / len(those) for those in seen.busy.values()), seen.router)
+    keeps_up = load.rate is None or (seen.late <= _LATE and busiest < _FULL)
+    return Point(load.rate, replicas, costs.router.processes, seen, keeps_up)
+
+
+def sweep(
+    costs: Costs, load: Load, rates: Sequence[float | None], *, replies: int = 1000, seed: int = 0
+) -> list[Point]:
+    """Simulate a load at several arrival rates."""
+    return [expected(costs, replace(load, rate=rate), replies=replies, seed=seed) for rate in rates]
+
+
+def needed(costs: Costs, load: Load, target: Target, *, replies: int = 1000, seed: int = 0) -> Point:
+    """Return the expectation with as few machines as keep the target: what is busiest gets one more until they do.
+
+    Members that share a device keep it. Raises ConfigError for a load without a rate, and when no number is enough.
+    """
+    if load.rate is None:
+        raise ConfigError("how many machines are needed depends on how often replies come", "give --rate")
+    while True:
+        point = expected(costs, load, replies=replies, seed=seed)
+        busy = {name: sum(those) / len(those) for name, those in point.seen.busy.items()}
+        slow = target.first is not None and quantiles(point.seen.first)[1] > target.first
+        if point.keeps_up and not slow and max(*busy.values(), point.seen.router) <= target.busy:
+            return point
+        free = [name for name, one in costs.members.items() if one.device is None]
+        busiest = max(free, key=lambda name: busy[name], default=None)
+        if point.seen.router > max([busy[name] for name in free], default=0.0):
+            router = costs.router.model_copy(update={"processes": costs.router.processes + 1})
+            costs = costs.model_copy(update={"router": router})
+        elif busiest is None or costs.members[busiest].replicas >= _MOST:
+            raise ConfigError(
+                "no number of machines keeps this target",
+                "the wait may be for a turn (--at-once), or a reply alone may take longer: see it at a low --rate",
+            )
+        else:
+            costs = costs.with_replicas({busiest: costs.members[busiest].replicas + 1})

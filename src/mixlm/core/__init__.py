@@ -1,0 +1,1 @@
+"""The mathematics, pure: transforms of logits, random numbers, sums of distributions."""

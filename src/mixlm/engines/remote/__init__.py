@@ -1,0 +1,1 @@
+"""Members behind servers of llama.cpp, vLLM or SGLang."""

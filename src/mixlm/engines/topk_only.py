@@ -1,0 +1,134 @@
+"""Engines that tell only their likeliest tokens: what they run lies behind a request for "the N likeliest, next".
+
+That is all a member needs whose transform keeps the k likeliest with k ≤ N: cutting the whole distribution to its k
+likeliest and renormalising gives the same numbers. What needs more is refused when an ensemble is set up (`decoding`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator
+
+import numpy as np
+
+from mixlm.engines.base import Engine, Forward, Session, Written
+from mixlm.errors import EngineError, UnsupportedError
+from mixlm.types import Candidates, Cut, Floats, Ids, Logits, Rows
+from mixlm.units.base import TokenBuffer
+
+
+class PartialEngine(Engine):
+    """An engine that tells its `candidates` likeliest tokens that may be drawn.
+
+    spare: how many more are asked for, since control tokens may be among the likeliest and are never drawn. most: how
+    many can be asked for at all, None for no limit.
+    """
+
+    candidates: int
+    spare: int = 16
+    most: int | None = None
+
+    def prepare(self) -> None:
+        """Note which rows may be drawn; called once the vocabulary is known."""
+        drawable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
+        drawable[list(self.vocabulary.ends)] = True
+        self.drawable = drawable
+
+    def whole_character(self) -> int:
+        """Return the id of a token that is whole characters."""
+        letters = (i for i, token in enumerate(self.vocabulary.tokens) if token.isalpha() and token.isascii())
+        return next(letters, 0)
+
+
+class PartialSession(Session):
+    """One sequence, known to the engine by its ids alone. A subclass asks for the likeliest tokens after them."""
+
+    def __init__(self, engine: PartialEngine) -> None:
+        super().__init__(engine.context_length)
+        self._partial = engine
+        self._cut: Cut | None = None  # of the question that is being answered
+        self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
+
+    @abstractmethod
+    def _likeliest(self, ids: Ids, count: int) -> Candidates:
+        """Return at least the `count` likeliest tokens after `ids`; log-probabilities may be off by a constant."""
+
+    def rows(self, ids: Ids, last: int = 1, cut: Cut | None = None) -> Rows:
+        """Return what `logits` does, or what `cut` leaves of it: no row is as long as the vocabulary then."""
+        self._cut = cut
+        try:
+            return self.logits(ids, last)
+        finally:
+            self._cut = None
+
+    def settle(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+        """Take down that a question was run."""
+        super().settle(ids, logits if self._cut is None else None, forward)
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
+        raise whole_needed(self._partial, "the log-probability of a given text")
+
+    def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
+        """Take down a run behind `ids`."""
+        super().wrote(ids, written, seconds)
+        self._context.rewrite(len(self._context.ids), self._cached.ids)
+
+    def _keep(self, length: int) -> int:
+        self._context.rewrite(len(self._context.ids) - length, [])
+        return length
+
+    def _forward(self, ids: Ids, last: int) -> Logits:
+        wanted = self.wanted(ids, last, self._cut)
+        try:
+            question = next(wanted)
+            while True:
+                question = wanted.send(self._likeliest(*question))
+        except StopIteration as done:
+            rows: Logits = done.value
+            return rows
+
+    def wanted(self, ids: Ids, last: int, cut: Cut | None = None) -> Generator[tuple[Ids, int], Candidates, Rows]:
+        """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
+
+        They are float32 (last, vocab), or what `cut` leaves of each row.
+        """
+        self._context.rewrite(0, ids)
+        read = self._context.ids
+        found = []
+        for end in range(len(read) - last + 1, len(read) + 1):
+            found.append((yield from self._enough(read[:end], cut)))
+        if cut is not None:
+            return [cut.of(one) for one in found]
+        rows = np.full((last, self._partial.vocabulary.size), -np.inf, dtype=np.float32)
+        for row, one in zip(rows, found, strict=True):
+            row[one.ids] = one.logprobs
+        return rows
+
+    def _enough(self, ids: Ids, cut: Cut | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
+        """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
+        engine = self._partial
+        most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
+        enough = engine.candidates if cut is None else min(cut.k, engine.candidates)
+        count = min(enough + engine.spare, most)
+        while True:
+            found = yield ids, count
+            usable = engine.drawable[found.ids]
+            if cut is not None:
+                usable &= cut.allows(found.ids)
+            if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
+                return found
+            if count >= most:
+                raise EngineError(
+                    f"fewer than {enough} of the {count} likeliest tokens of {engine.name} may be drawn",
+                    "use fewer candidates, or let its server tell more of them",
+                )
+            count = min(4 * count, most)
+
+
+def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:
+    """Return the error for what an engine that tells its likeliest tokens only cannot do."""
+    return UnsupportedError(
+        f"{purpose} needs every token's probability, and {engine.name} tells its {engine.candidates} likeliest only",
+        "use --engine hf (engine='hf' in mixlm.load)",
+    )

@@ -1,0 +1,1 @@
+"""Models through transformers: safetensors, on CPUs and CUDA."""

@@ -1,0 +1,177 @@
+"""Models of a real architecture and size whose weights are filled with numbers: for measuring speed only.
+
+What a forward costs depends on the sizes of the matrices, not on what stands in them, so such a model tells how fast
+the real one would be where its weights are not to be had. What it writes means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixlm.engines.spec import EngineSpec
+from mixlm.engines.toy import WORD_TOKENS, LongestMatch, render
+from mixlm.engines.transformers.engine import HFEngine, _device, _dtype
+from mixlm.engines.transformers.lora import Loaded
+from mixlm.engines.transformers.runner import Runner, memory_errors
+from mixlm.errors import ModelNotFoundError, did_you_mean
+from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.vocabulary import Vocabulary
+
+PREFIX = "shape:"
+LABEL = "real architecture and size, weights filled with numbers: for measuring speed only"
+
+_QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
+_SMOLLM = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_LLAMA = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
+# JackFram's, which many measurements of speculative decoding use as drafts (SpecInfer, Miao et al., 2023).
+_DRAFT = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+_LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}
+
+
+def _sizes(hidden: int, inner: int, layers: int, heads: int, key_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+    }
+
+
+def _qwen(sizes: dict[str, int], *, tied: bool, **others: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return {**_QWEN, **sizes, "tie_word_embeddings": tied, "rope_parameters": rope, **others}
+
+
+def _smollm(sizes: dict[str, int], theta: float) -> dict[str, Any]:
+    return {**_SMOLLM, **sizes, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def _llama(sizes: dict[str, int], *, tied: bool, head_dim: int, factor: float) -> dict[str, Any]:
+    rope = {**_LLAMA_ROPE, "factor": factor}
+    return {**_LLAMA, **sizes, "tie_word_embeddings": tied, "head_dim": head_dim, "rope_parameters": rope}
+
+
+# As in the config.json that each model is published with.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2.5-0.5b": _qwen(_sizes(896, 4864, 24, 14, 2), tied=True),
+    "qwen2.5-1.5b": _qwen(_sizes(1536, 8960, 28, 12, 2), tied=True),
+    "qwen2.5-3b": _qwen(_sizes(2048, 11_008, 36, 16, 2), tied=True),
+    "qwen2.5-7b": _qwen(_sizes(3584, 18_944, 28, 28, 4), tied=False, vocab_size=152_064),
+    "smollm2-135m": _smollm(_sizes(576, 1536, 30, 9, 3), 1e5),
+    "smollm2-360m": _smollm(_sizes(960, 2560, 32, 15, 5), 1e5),
+    "smollm2-1.7b": _smollm(_sizes(2048, 8192, 24, 32, 32), 1.3e5),
+    "llama-68m": {**_DRAFT, **_sizes(768, 3072, 2, 12, 12)},
+    "llama-160m": {**_DRAFT, **_sizes(768, 3072, 12, 12, 12)},
+    "llama-3.2-1b": _llama(_sizes(2048, 8192, 16, 32, 8), tied=True, head_dim=64, factor=32.0),
+    "llama-3.2-3b": _llama(_sizes(3072, 8192, 28, 24, 8), tied=True, head_dim=128, factor=32.0),
+    "llama-3.1-8b": _llama(_sizes(4096, 14_336, 32, 32, 8), tied=False, head_dim=128, factor=8.0),
+}
+
+_BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat each other
+_SCALE = 0.02
+
+
+class ShapeEngine(HFEngine):
+    """A model of a known shape with filled weights; equal weights for equal shapes.
+
+    Its vocabulary begins with the toys' words and bytes, then a begin and an end; every further row is a made-up word,
+    so that what is done with a vocabulary of this size costs what it does with the real one. Members of any shapes, and
+    toys, share the vocabulary as far as the smaller one goes. Raises MemoryLimitError.
+    """
+
+    def __init__(self, spec: EngineSpec, shape: Mapping[str, Any]) -> None:
+        self.name = spec.name or spec.model
+        self.device = _device(spec.device)
+        self.dtype = _dtype(spec.dtype, self.device)
+        with memory_errors(self.name):
+            self.loaded = Loaded(filled(shape, self.dtype, self.device))
+        self.model = self.loaded.model
+        self.adapter = None
+        self.details = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "weights": "filled with numbers",
+        }
+        self.weights_bytes = self.loaded.size
+        self.context_length = int(shape["max_position_embeddings"])
+        self.runner = Runner(self.loaded, self.name, spec.graphs)
+        self.details |= self.runner.details
+        self.notes = (f"{self.name}: {LABEL}",)
+        self.stops = ()
+        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
+        tokens, begin = spelled(int(shape["vocab_size"]))
+        self.encoder = LongestMatch(tokens)
+        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])
+        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": begin + 1}, render, begin=[begin])
+
+    @classmethod
+    def from_spec(cls, spec: EngineSpec) -> ShapeEngine:
+        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
+
+        `shape:NAME#2` is the same again with memory of its own, as another model of that size would have.
+        """
+        name = spec.model.removeprefix(PREFIX).partition("#")[0]
+        if name not in SHAPES:
+            raise ModelNotFoundError(
+                f"there is no shape {name!r}", did_you_mean(name, SHAPES) or f"there are {', '.join(SHAPES)}"
+            )
+        return cls(spec, SHAPES[name])
+
+
+def spelled(rows: int) -> tuple[list[bytes], int]:
+    """Return the bytes of each row of a vocabulary, and the row of the begin mark, which the end mark follows."""
+    begin = len(WORD_TOKENS)
+    return [*WORD_TOKENS, b"", b"", *(b" w%d" % i for i in range(begin + 2, rows))], begin
+
+
+def filled(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
+    """Return a transformers model of this shape: torch dtype and device. Filling takes about as long as writing it."""
+    import torch
+
+    with torch.device("meta"):
+        model = described(shape, dtype)
+    model = model.to_empty(device=device).eval()
+    model.tie_weights()
+    # What a model computes when it is built, and no file holds, `to_empty` has lost.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(2 * _BLOCK, generator=generator) * _SCALE).to(dtype).to(device)
+    at = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            flat = parameter.view(-1)
+            whole = flat.numel() - flat.numel() % _BLOCK
+            part = block[at : at + _BLOCK]
+            flat[:whole].view(-1, _BLOCK).copy_(part)
+            flat[whole:].copy_(part[: flat.numel() - whole])
+            at = (at + 7919) % _BLOCK  # each matrix begins elsewhere
+    return model
+
+
+def described(shape: Mapping[str, Any], dtype: Any) -> Any:
+    """Return the model on torch's current default device, with whatever weights building it gives."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    others = dict(shape)
+    config = AutoConfig.for_model(others.pop("model_type"), **others)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)

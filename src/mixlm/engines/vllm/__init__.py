@@ -1,0 +1,1 @@
+"""Models through vLLM, and what mixlm adds inside vLLM."""

@@ -1,0 +1,1 @@
+"""Weights and routers learned from scored text."""

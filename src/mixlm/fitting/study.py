@@ -1,0 +1,230 @@
+"""A fit and its check: weights from one part of scored texts, bits per byte on the other part.
+
+What is fitted looks at the training part only, and the weights that are kept are those; the held-out part says what
+they are worth on text they have not seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlm.fitting.em import (
+    Fit,
+    bootstrap,
+    equal_weights,
+    expectation_maximisation,
+    fit_by_prompt,
+    fit_router,
+    grid_search,
+)
+from mixlm.routing import ByPrompt, Learned, Router
+from mixlm.scoring.scores import Scores, joined, prompted, router_weights, split
+from mixlm.types import Floats
+
+Progress = Callable[[str, int, int], None]
+_ROUTER_ROUNDS = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does.
+
+    holdout: share of every text that is held out; 0 checks on the training text itself. bootstrap: refits for the
+    intervals, 0 for none. step: of the grid, None for no grid. router: whether to train one. given: weights to compare.
+    prompt: how many bytes of each passage of a bare text are its prompt, which is not scored.
+    """
+
+    holdout: float = 0.5
+    bootstrap: int = 200
+    step: float | None = None
+    router: bool = False
+    given: Floats | None = None
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to write, and its bits per byte on the check text: of each file, and of all. kind: "member" or "mixture".
+
+    weights: of the members, where they are the same for all text.
+    """
+
+    name: str
+    kind: str
+    files: tuple[float, ...]
+    all: float
+    weights: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was fitted, and how it did.
+
+    train, check: scored parts of each file by its name; `held_out` says whether they are different text. by_prompt:
+    EM's weights by prompt, and their sharpness, where texts have prompts.
+    """
+
+    train: Mapping[str, Scores]
+    check: Mapping[str, Scores]
+    held_out: bool
+    em: Fit
+    intervals: Floats | None
+    grid: Fit | None
+    by_prompt: tuple[ByPrompt, float] | None
+    router: Learned | None
+    router_seconds: float
+    rows: tuple[Row, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names."""
+        return next(iter(self.train.values())).names
+
+    @property
+    def best_member(self) -> Row:
+        """The single member that does best on the check text."""
+        return min((one for one in self.rows if one.kind == "member"), key=lambda one: one.all)
+
+    @property
+    def seconds(self) -> float:
+        """What the members took to read the training part, whenever they did."""
+        return sum(one.seconds for one in self.train.values())
+
+    def below(self, row: Row) -> float:
+        """Return how many percent of bits per byte a row lies below the best single member."""
+        return 100 * (1 - row.all / self.best_member.all)
+
+    def readings(self, engines: int) -> tuple[int, int | None]:
+        """Return how many times a model reads a passage to fit by EM, and by a grid whose points are run anew."""
+        once = engines * sum(one.passages for one in self.train.values())
+        return once, None if self.grid is None else once * len(self.grid.trace)
+
+    def as_dict(self, engines: int) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        once, anew = self.readings(engines)
+        grid = self.grid and {
+            "weights": self._named(self.grid.weights),
+            "bits_per_byte": min(self.grid.trace),
+            "points": len(self.grid.trace),
+            "seconds": self.grid.seconds,
+            "readings_anew": anew,
+        }
+        return {
+            "members": list(self.names),
+            "unit": next(iter(self.train.values())).unit,
+            "files": [
+                {"file": name, "train_bytes": one.size, "check_bytes": self.check[name].size}
+                for name, one in self.train.items()
+            ],
+            "weights": self._named(self.em.weights),
+            "intervals": None
+            if self.intervals is None
+            else dict(zip(self.names, self.intervals.tolist(), strict=True)),
+            "em": {
+                "rounds": len(self.em.trace),
+                "converged": self.em.converged,
+                "start_bits_per_byte": self.em.trace[0],
+                "end_bits_per_byte": self.em.trace[-1],
+                "seconds": self.em.seconds,
+                "readings": once,
+                "reading_seconds": self.seconds,
+            },
+            "by_prompt": self.by_prompt and {"sharpness": self.by_prompt[1]},
+            "grid": grid,
+            "router": self.router and {"seconds": self.router_seconds},
+            "check": {
+                "held_out": self.held_out,
+                "best_member": self.best_member.name,
+                "rows": [
+                    {
+                        "name": one.name,
+                        "kind": one.kind,
+                        "bits_per_byte": one.all,
+                        "percent_below_best_member": self.below(one),
+                        "files": dict(zip(self.check, one.files, strict=True)),
+                    }
+                    for one in self.rows
+                ],
+            },
+        }
+
+    def _named(self, weights: Floats) -> dict[str, float]:
+        return dict(zip(self.names, weights.tolist(), strict=True))
+
+
+def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None = None) -> Study:
+    """Fit weights, and a router where one is asked for, and check them.
+
+    files: scored texts by name, of the same members. progress: called with what is done, how much of it, of how much.
+    """
+    if plan.prompt:
+        files = {name: prompted(one, plan.prompt) for name, one in files.items()}
+    train, check = dict(files), dict(files)
+    if plan.holdout:
+        parts = {name: split(one, plan.holdout) for name, one in files.items()}
+        train, check = ({name: one[side] for name, one in parts.items()} for side in (0, 1))
+    whole = joined(list(train.values()))
+    em = expectation_maximisation(whole)
+    intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
+    grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
+    by_prompt = fit_by_prompt(whole, em.weights) if whole.prompts.any() else None
+    router, seconds = None, 0.0
+    if plan.router:
+        start = time.perf_counter()
+
+        def report(done: int, bits: float) -> None:
+            if progress is not None:
+                progress("training the router", done, _ROUTER_ROUNDS)
+
+        router = fit_router(list(train.values()), progress=report)
+        seconds = time.perf_counter() - start
+    rows = _members(check)
+    rows.append(_fixed("equal weights", check, equal_weights(whole)))
+    if plan.given is not None:
+        rows.append(_fixed("weights as given", check, plan.given))
+    rows.append(_fixed("EM", check, em.weights))
+    if grid is not None:
+        rows.append(_fixed("grid", check, grid.weights))
+    if len(files) > 1:
+        own = [check[name].mixture(expectation_maximisation(one).weights) for name, one in train.items()]
+        rows.append(_row("EM, each file by itself", check, own))
+    if by_prompt is not None:
+        rows.append(_routed(f"by prompt, sharpness {by_prompt[1]:g}", check, by_prompt[0]))
+    if router is not None:
+        rows.append(_routed("router", check, router))
+    return Study(train, check, plan.holdout > 0, em, intervals, grid, by_prompt, router, seconds, tuple(rows))
+
+
+def _members(check: Mapping[str, Scores]) -> list[Row]:
+    names = next(iter(check.values())).names
+    weights = np.eye(len(names))
+    return [
+        _row(name, check, [one.logprobs[:, i] for one in check.values()], kind="member", weights=weights[i])
+        for i, name in enumerate(names)
+    ]
+
+
+def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> Row:
+    return _row(name, check, [one.mixture(weights) for one in check.values()], weights=weights)
+
+
+def _routed(name: str, check: Mapping[str, Scores], router: Router) -> Row:
+    return _row(name, check, [one.mixture(router_weights(one, router)) for one in check.values()])
+
+
+def _row(
+    name: str,
+    check: Mapping[str, Scores],
+    logprobs: Sequence[Floats],
+    *,
+    kind: str = "mixture",
+    weights: Floats | None = None,
+) -> Row:
+    files = tuple(one.bits_per_byte(lp) for one, lp in zip(check.values(), logprobs, strict=True))
+    sizes = [one.size for one in check.values()]
+    return Row(name, kind, files, float(np.average(files, weights=sizes)), weights)

@@ -1,0 +1,1 @@
+"""Writing sequences: members, requests to engines, one generation or many at once."""

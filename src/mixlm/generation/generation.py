@@ -1,0 +1,266 @@
+"""The loop that writes a reply.
+
+until an end:  weights ← route(state);  choices ← strategy(state, weights, noise);  state ← choices;  emit their text
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixlm.core.detokenize import TextStream
+from mixlm.core.options import Settings
+from mixlm.core.rng import Noise
+from mixlm.engines.base import Reply, Request, Session
+from mixlm.errors import EngineError, MixlmError, ReplyCutError
+from mixlm.generation.ensemble_logprobs import told_by_all
+from mixlm.generation.member import Member
+from mixlm.generation.prompt_logprobs import prompt_tokens
+from mixlm.generation.sequence import Choice, MemberError, SpeculationStats, Strategy, Writing, run
+from mixlm.routing import Context, Fixed, Router
+from mixlm.types import Alternative, Completion, FinishReason, Floats, Ids, MemberUsage, Token, Usage
+from mixlm.units.base import Unit
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
+
+    ids: tuple[Ids, ...]
+    text: bytes
+
+
+@dataclass
+class Writer:
+    """An ensemble set up for one kind of reply, and a session for each member. heaviest: whom `single` takes."""
+
+    unit: Unit
+    router: Router
+    settings: Settings
+    members: Sequence[Member]
+    strategy: Strategy
+    sessions: Sequence[Session]
+    tally: SpeculationStats
+    heaviest: int = 0
+
+    @property
+    def reader(self) -> Router:
+        """What weighs the members where they are asked about a given text."""
+        if self.settings.method != "single":
+            return self.router
+        return Fixed(np.eye(len(self.members))[self.heaviest])
+
+    def begin(self, prompts: Prompts) -> Writing:
+        """Begin a sequence behind the members' prompts."""
+        route = self.router.begin(Context(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
+        return Writing(self.members, self.unit, prompts.ids, self.sessions, route)
+
+    def choose(self, writing: Writing, noise: Noise, most: int = 1) -> list[Choice]:
+        """Find what follows in a sequence, 1 to `most` symbols; its state is not changed."""
+        return run(writing.choose(self.strategy, noise, most), writing.answer)
+
+    def stream(self, prompts: Prompts) -> Stream:
+        """Begin a reply."""
+        return Stream(self, prompts)
+
+
+def bits_per_byte(sessions: Sequence[Session], prompts: Prompts) -> Floats:
+    """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
+    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
+    return np.array(bits) / max(len(prompts.text), 1)
+
+
+class Stream(Iterator[Token]):
+    """A reply while it is written. After the last token, `completion` holds the whole of it.
+
+    Iterating over it asks its members' engines itself. What writes many replies at once takes the `questions` of each
+    in their place, and hands the answers to `resume`; the tokens written since are then `ready`.
+    """
+
+    def __init__(self, writer: Writer, prompts: Prompts) -> None:
+        self.sessions = writer.sessions
+        self.members = writer.members
+        self.ready: deque[Token] = deque()
+        self._writer = writer
+        self._prompts = prompts
+        self._tokens: list[Token] = []
+        self._told: tuple[Token, ...] = ()
+        self._end_token: Token | None = None
+        self._finish_reason: FinishReason = "length"
+        self._start = self._first = self._end = time.perf_counter()
+        self._before = [(len(s.work.log), s.work.tokens, s.work.seconds) for s in writer.sessions]
+        self._writing: Writing | None = None
+        self._flow = self._write()
+        self._questions: list[Request] | None = None
+        self.finished = False
+        self.error: MixlmError | None = None
+
+    def __next__(self) -> Token:
+        while not self.ready:
+            try:
+                questions = self.questions()
+                if self._writing is None or self.finished:
+                    raise StopIteration
+                self.resume(self._writing.answer(questions))
+            except MemberError as error:
+                self.without(error)
+        return self.ready.popleft()
+
+    def questions(self) -> list[Request]:
+        """Return what the reply waits for. Empty when it is finished."""
+        if self._questions is None and not self.finished:
+            self._advance(None)
+        return self._questions or []
+
+    def resume(self, replies: list[Reply]) -> None:
+        """Go on with the answers to `questions`, in their order."""
+        self._advance(replies)
+
+    def without(self, error: MemberError) -> None:
+        """Go on without the member that failed, if that was chosen and others are left. What was asked is void.
+
+        Raises ReplyCutError, which carries what was written, where the reply ends here.
+        """
+        writing, reason = self._writing, error.message
+        if self._writer.settings.on_failure == "drop" and writing is not None and error.member not in writing.absent:
+            writing.absent.leave_out(error.member, error)
+            try:
+                return self._advance(error)
+            except EngineError as last:
+                reason = f"{reason}; {last.message}"
+        self._finish_reason = "error"
+        name = self.members[error.member].name
+        cut = ReplyCutError(f"{name} failed in the middle of a reply: {reason}", error.hint, self.completion)
+        self.fail(cut)
+        raise cut from error
+
+    def fail(self, error: MixlmError) -> None:
+        """End the reply as far as it was written."""
+        self._flow.close()
+        self._questions, self.finished, self.error = None, True, error
+
+    def close(self) -> None:
+        """End the reply as far as it was written."""
+        self._flow.close()
+        self._questions, self.finished = None, True
+
+    def release(self) -> None:
+        """End the reply and free the members' caches. What was written, and its figures, stay."""
+        self.close()
+        for session in self.sessions:
+            session.forget()
+
+    def finish(self) -> Completion:
+        """Write the rest and return the whole reply."""
+        for _ in self:
+            pass
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """The reply so far; the whole of it once it is finished."""
+        text = "".join(one.text for one in self._tokens)
+        return Completion(
+            text,
+            tuple(self._tokens),
+            self._finish_reason,
+            self._writer.settings.seed,
+            self._usage(),
+            self._told,
+            self._end_token,
+        )
+
+    def _advance(self, replies: list[Reply] | MemberError | None) -> None:
+        # Whatever is raised in here ends the reply as far as it was written.
+        self._questions, self.finished = None, True
+        try:
+            if isinstance(replies, MemberError):
+                self._questions = self._flow.throw(replies)
+            else:
+                self._questions = next(self._flow) if replies is None else self._flow.send(replies)
+        except StopIteration:
+            return
+        self.finished = False
+
+    def _write(self) -> Generator[list[Request], list[Reply], None]:
+        writer, settings = self._writer, self._writer.settings
+        writing = self._writing = writer.begin(self._prompts)
+        # What a schema holds a reply to says where it ends.
+        bare = settings.raw or settings.json_schema is not None
+        stops = () if bare else {stop for one in writer.members for stop in one.engine.stops}
+        text = TextStream([*settings.stop, *stops])
+        if settings.score_prompt:
+            given = (self._prompts.ids, self._prompts.text)
+            self._told = yield from prompt_tokens(writer.members, writer.unit, writer.reader, given)
+        position = 0
+        while position < settings.max_tokens and not writing.full:
+            noise = Noise(settings.seed, settings.sequence, position)
+            choices = yield from self._choices(writing, noise, settings.max_tokens - position)
+            self._end = time.perf_counter()
+            if position == 0:
+                self._first = self._end
+            for choice in choices:
+                if choice.symbol == writer.unit.end:
+                    self._finish_reason = "stop"
+                    self._end_token = self._token(choice)
+                    self._emit(text.flush())
+                    return
+                writing.append(choice)
+                self._emit(text.push(self._token(choice)))
+                if text.stopped:
+                    self._finish_reason = "stop"
+                    return
+            position += len(choices)
+            writing.absent.count(len(choices))
+        self._emit(text.flush())
+
+    def _choices(
+        self, writing: Writing, noise: Noise, most: int
+    ) -> Generator[list[Request], list[Reply], list[Choice]]:
+        """Choose what follows, anew where a member is left out meanwhile: of the first try, nothing is written."""
+        writing.absent.look_again()
+        while True:
+            try:
+                choices = yield from writing.choose(self._writer.strategy, noise, most)
+                if self._writer.settings.told_by_all:
+                    choices = yield from writing.choose(told_by_all(choices), noise, len(choices))
+                return choices
+            except MemberError:
+                continue
+
+    def _token(self, choice: Choice) -> Token:
+        """Return what was chosen as a token whose text is not known yet."""
+        unit = self._writer.unit
+        others = tuple(
+            Alternative(b"" if symbol == unit.end else unit.data(symbol), logprob)
+            for symbol, logprob in choice.likeliest
+        )
+        data = b"" if choice.symbol == unit.end else unit.data(choice.symbol)
+        return Token("", data, self.members[choice.member].name, choice.logprob, others)
+
+    def _emit(self, tokens: Sequence[Token]) -> None:
+        self._tokens += tokens
+        self.ready += tokens
+
+    def _usage(self) -> Usage:
+        members: dict[str, MemberUsage] = {}
+        parts = zip(self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True)
+        for at, (one, prompt, session, before) in enumerate(parts):
+            work = session.work
+            absent = 0 if self._writing is None else self._writing.absent.positions[at]
+            members[one.name] = MemberUsage(
+                prompt_tokens=len(prompt),
+                tokens=sum(token.member == one.name for token in self._tokens),
+                forwards=len(work.log) - before[0],
+                forward_tokens=work.tokens - before[1],
+                forward_seconds=work.seconds - before[2],
+                dropped=absent,
+            )
+        size = sum(len(token.data) for token in self._tokens)
+        seconds, first = self._end - self._start, self._first - self._start
+        tally = self._writer.tally
+        return Usage(len(self._tokens), size, seconds, first, members, tally.checked, tally.accepted, tally.chosen)

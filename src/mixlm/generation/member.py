@@ -1,0 +1,99 @@
+"""A member's part in an ensemble: what turns its logits into a distribution over shared symbols."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixlm.core.grammar import Bools, Grammar
+from mixlm.core.mixing import pooled
+from mixlm.core.sampling import History, Transform
+from mixlm.engines.base import Engine
+from mixlm.errors import UnsupportedError
+from mixlm.types import Candidates, Ids, Row
+from mixlm.units.base import doubled
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a member is asked. alternatives: how many of the likeliest symbols are told beside a chosen one.
+
+    grammar: what its tokens are held to. alone: whether the strategy asks it for nothing but what it draws itself.
+    """
+
+    alternatives: int = 0
+    grammar: Grammar | None = None
+    alone: bool = False
+
+
+class Member:
+    """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
+
+    symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. Where it is asked
+    alone, it `writes` runs, if its engine does. ahead: how many positions behind one in question its engine is told of.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, transform: Transform, symbols: Ids, manner: Manner = Manner()
+    ) -> None:
+        self.engine = engine
+        self.name = name
+        self.transform = transform
+        self.symbols = symbols
+        self.alternatives = manner.alternatives
+        self.grammar = manner.grammar
+        # Whoever can write any byte can go on with any text.
+        self.may_be_stuck = manner.grammar is not None and bool(
+            (manner.grammar.byte_ids < 0).any() or (symbols[manner.grammar.byte_ids] < 0).any()
+        )
+        self._doubled = doubled(symbols)
+        self.writes = manner.alone and engine.writes(transform.sampling, transform.banned)
+        # What is drawn from a whole row is not drawn where the row was computed.
+        self.ahead = engine.ahead if manner.alone and transform.cut is not None else 0
+        if not self.writes:
+            _check_candidates(self)
+
+    def law(self, logits: Row, history: History | None = None, allowed: Bools | None = None) -> Candidates:
+        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
+        return self.pooled(self.transform(logits, history, allowed))
+
+    def pooled(self, own: Candidates) -> Candidates:
+        """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
+        ids, logprobs = own
+        symbols = self.symbols[ids]
+        twice = self._doubled[ids]
+        if not twice.any():
+            return Candidates(symbols, logprobs)
+        joined = pooled(symbols[twice], logprobs[twice])
+        return Candidates(
+            np.concatenate([symbols[~twice], joined.ids]), np.concatenate([logprobs[~twice], joined.logprobs])
+        )
+
+
+def _check_candidates(member: Member) -> None:
+    """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+    engine, transform, symbols = member.engine, member.transform, member.symbols
+    if engine.candidates is None:
+        return
+    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
+    # Tokens that the engine counts among its likeliest, and that may not be drawn here.
+    unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
+    most = engine.candidates - unshared
+    sampling = transform.sampling
+    if member.grammar is not None:
+        found = "json_schema allows tokens from anywhere in the vocabulary"
+    elif transform.bias is not None:
+        found = "logit_bias moves tokens from anywhere in the vocabulary"
+    elif sampling.penalises:
+        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
+    elif not 1 <= sampling.top_k <= most:
+        found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
+    else:
+        return
+    raise UnsupportedError(
+        f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
+        f"use a top_k from 1 to {most} and no penalties, biases or schema, or --engine hf (engine='hf')"
+        if most >= 1
+        else "use --unit piece, or --engine hf",
+    )

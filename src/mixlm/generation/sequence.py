@@ -1,0 +1,287 @@
+"""What strategies are made of: one position of one sequence, and the driver that carries their questions to engines.
+
+A strategy is a generator without input or output of its own: it yields questions for members, is sent the replies, and
+returns what was chosen: one symbol, or several where it can tell more at once. Whatever drives it (one sequence, many,
+a server, a test with numbers) runs the same code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Container, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import History, likeliest
+from mixlm.engines.base import Drawn, Reply, Request, Session
+from mixlm.errors import EngineError, UnsupportedError
+from mixlm.generation.member import Member
+from mixlm.generation.unavailable import Absent
+from mixlm.routing import Route
+from mixlm.types import Candidates, Cut, Floats, Ids, Likeliest, Row
+from mixlm.units.base import State, Unit
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """What became of guesses. chosen: what a strategy that chooses among others is using."""
+
+    checked: int = 0
+    accepted: int = 0
+    chosen: str | None = None
+
+
+class Choice(NamedTuple):
+    """What a strategy chose for one position: a shared symbol, the member that wrote it, its log-probability.
+
+    likeliest: the likeliest symbols of the law it is from and their log-probabilities, where they were asked for.
+    """
+
+    symbol: int
+    member: int
+    logprob: float
+    likeliest: Likeliest = ()
+
+
+Flow = Generator[list[Request], list[Reply], list[Choice]]
+
+
+class View:
+    """One member's view of one sequence. member: the part of it that is the same for every sequence."""
+
+    def __init__(self, member: Member, index: int, state: State) -> None:
+        self.member = member
+        self._index = index
+        self._state = state
+        self._matcher = None if member.grammar is None else member.grammar.matcher()
+
+    @property
+    def state(self) -> State:
+        """The sequence's state, to be looked at: `Step.push` is what changes it."""
+        return self._state
+
+    def ids(self) -> Ids:
+        """Return what the member reads now: `τ_i(s)`, int64 (n,)."""
+        return self._state.ids(self._index)
+
+    def symbol(self, token: int) -> int:
+        """Return the shared symbol of one of the member's ids; -1 for one it may not draw."""
+        return int(self.member.symbols[token])
+
+    @property
+    def cut(self) -> Cut | None:
+        """What of the member's logits its law depends on, None for all of them."""
+        return self.member.transform.cut if self._matcher is None else None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the member has no token that keeps the text what it is held to."""
+        if self._matcher is None or not self.member.may_be_stuck:
+            return False
+        allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
+        return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
+
+    def law(self, logits: Row) -> Candidates:
+        """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
+        return self.law_here()(logits)
+
+    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[Row], Candidates]:
+        """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
+
+        ids, text: what the member reads and what has been written, where that is not the text but a beginning of it.
+        """
+        history, matcher = self._history(ids), self._matcher
+        if matcher is None:
+            return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+        written = self._state.tail(sys.maxsize) if text is None else text
+        return lambda logits: self.member.law(logits, history, matcher.allowed(written))
+
+    def own(self, logits: Row) -> Candidates:
+        """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
+        allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
+        return self.member.transform(logits, self._history(), allowed)
+
+    def _history(self, ids: Ids | None = None) -> History | None:
+        """Return the tokens so far where the member's options look at them."""
+        if not self.member.transform.sampling.penalises:
+            return None
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
+        return History.of(ids[:prompt], ids[prompt:])
+
+    def draw(self, noise: Noise) -> Callable[[Row], Drawn]:
+        """Return the function that draws a symbol from the member's logits with the noise of this position."""
+        law = self.law_here()
+
+        def choose(logits: Row) -> Drawn:
+            return self.drawn(law(logits), noise)
+
+        return choose
+
+    def drawn(self, law: Candidates, noise: Noise) -> Drawn:
+        """Draw a symbol from a law of the member's. Raises UnsupportedError for an empty one."""
+        if not law.ids.size:
+            raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
+        at = noise.draw(law.ids, law.logprobs)
+        return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
+
+    most: symbols that it may choose, of this position and those behind it.
+    push: writes a symbol down as if it had been chosen, and returns the step behind it; None where the reply may not go
+    on. Views then read the longer text. What a strategy has pushed is taken back when it is done. absent: members that
+    stopped answering and are left out; their weight is 0.
+    """
+
+    weights: Floats
+    noise: Noise
+    views: Sequence[View]
+    push: Callable[[int], Step | None]
+    most: int = 1
+    absent: Container[int] = ()
+
+    def likeliest(self, law: Candidates) -> Likeliest:
+        """Return the likeliest symbols of a law, as many as are told."""
+        return likeliest(law, self.views[0].member.alternatives)
+
+
+Strategy = Callable[[Step], Flow]
+
+
+class MemberError(EngineError):
+    """A member's engine failed while it was asked."""
+
+    def __init__(self, member: int, error: EngineError) -> None:
+        super().__init__(error.message, error.hint)
+        self.member = member
+
+
+class Writing:
+    """One text being written: its state, each member's session and view, and the route that weighs them."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        unit: Unit,
+        prompts: Sequence[Ids],
+        sessions: Sequence[Session],
+        route: Route,
+    ) -> None:
+        self.members = members
+        self.sessions = sessions
+        self.route = route
+        self.state = unit.begin(prompts)
+        self.absent = Absent([one.engine.alive for one in members], [one.name for one in members])
+        self._threads: ThreadPoolExecutor | None = None
+        self.views = [View(member, i, self.state) for i, member in enumerate(members)]
+        self._end = unit.end
+        self._room = _Room(members, prompts)
+        self._unit = unit
+
+    @property
+    def full(self) -> bool:
+        """Whether some member's context has no room for another token: the reply ends here, whoever is drawn."""
+        return self._room.full(self.state)
+
+    def append(self, choice: Choice) -> None:
+        """Add a chosen symbol that is not end-of-text."""
+        self.state.append(choice.symbol)
+        self._room.written += len(self._unit.data(choice.symbol))
+
+    def choose(self, strategy: Strategy, noise: Noise, most: int = 1) -> Flow:
+        """Let a strategy choose what follows, 1 to `most` symbols. The state is as before when it is done."""
+        pushed: list[int] = []
+
+        def step(at: Noise) -> Step:
+            weights = self._able(self.absent.weights(self.route(self.state)))
+            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
+
+        def push(at: Noise, symbol: int) -> Step | None:
+            if symbol == self._end or len(pushed) + 1 >= most:
+                return None
+            pushed.append(symbol)
+            self.append(Choice(symbol, 0, 0.0))
+            return None if self.full else step(at.at(at.position + 1))
+
+        try:
+            return (yield from strategy(step(noise)))
+        finally:
+            self.state.cut(len(pushed))
+            self._room.written -= sum(len(self._unit.data(one)) for one in pushed)
+
+    def _able(self, weights: Floats) -> Floats:
+        """Return weights (members,) without those of members that cannot go on with the text, renormalised.
+
+        Whether one can is a matter of the text and its vocabulary, not of what it finds likely. Raises UnsupportedError
+        where none can.
+        """
+        stuck = [i for i, view in enumerate(self.views) if weights[i] > 0 and view.stuck]
+        if not stuck or self._unit.name == "byte":
+            return weights
+        kept = weights.copy()
+        kept[stuck] = 0.0
+        if kept.sum() == 0:
+            raise UnsupportedError("no member has a token that keeps the reply what json_schema allows")
+        kept /= kept.sum()
+        return kept
+
+    def answer(self, requests: Sequence[Request]) -> list[Reply]:
+        """Hand each engine all that is asked of it in one call; return the replies in the order of the requests.
+
+        Engines on devices of their own work at once. On one device they would only share it, so they work in turn.
+        """
+        asked: dict[int, list[int]] = {}
+        for at, request in enumerate(requests):
+            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
+        calls = [partial(self._ask, places, requests) for places in asked.values()]
+        engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
+        if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):
+            # The threads live as long as the sequence: starting them for each token would cost more than they save.
+            self._threads = self._threads or ThreadPoolExecutor(len(self.members))
+            answers = [future.result() for future in [self._threads.submit(call) for call in calls]]
+        else:
+            answers = [call() for call in calls]
+        replies: list[Reply] = [None] * len(requests)
+        for places, found in zip(asked.values(), answers, strict=True):
+            for at, reply in zip(places, found, strict=True):
+                replies[at] = reply
+        return replies
+
+    def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Reply]:
+        engine = self.members[requests[places[0]].member].engine
+        try:
+            return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+        except EngineError as error:
+            raise MemberError(requests[places[0]].member, error) from error
+
+
+class _Room:
+    """Whether every member's context can take one more token. A reply ends where the first of them is full."""
+
+    def __init__(self, members: Sequence[Member], prompts: Sequence[Ids]) -> None:
+        self._limits = [one.engine.context_length for one in members]
+        self._left = [limit - len(prompt) for limit, prompt in zip(self._limits, prompts, strict=True)]
+        self.written = 0
+
+    def full(self, state: State) -> bool:
+        """Count tokens only when the bytes written, which are never fewer, might not fit."""
+        return any(
+            self.written >= left and len(state.ids(i)) > limit
+            for i, (left, limit) in enumerate(zip(self._left, self._limits, strict=True))
+        )
+
+
+def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> list[Choice]:
+    """Carry a strategy's questions to `answer` and back until it has chosen."""
+    try:
+        requests = next(flow)
+        while True:
+            requests = flow.send(answer(requests))
+    except StopIteration as done:
+        choices: list[Choice] = done.value
+        return choices

@@ -1,0 +1,1 @@
+"""Text, token ids and bytes: vocabularies, canonical tokens of growing text, chat templates."""

@@ -1,0 +1,1 @@
+"""What members share a distribution over: tokens, pieces, words or bytes."""

@@ -1,0 +1,1 @@
+"""The statistical proof that every strategy samples its distribution."""

@@ -1,0 +1,190 @@
+"""The exact law of the next symbol, computed another way than the strategies compute anything: the reference.
+
+Uncached forwards, dense over the whole vocabulary, by the reference form of the transforms; every unit's definition
+written down as it is said.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.core.logit_bias import bias_of
+from mixlm.core.options import Settings
+from mixlm.core.sampling import History, dense
+from mixlm.ensemble import Ensemble
+from mixlm.generation.generation import Prompts, bits_per_byte
+from mixlm.routing import Context
+from mixlm.types import Floats
+from mixlm.units.base import State
+from mixlm.units.byte import ByteUnit
+from mixlm.units.word import WordState, WordUnit, begins_word
+from mixlm.verification import baselines as references
+
+Outcome = tuple[int, ...]
+_FIRST_SYMBOLS = 24  # how many first symbols get a law of their own for the second; the rest share one cell
+
+
+class Exact:
+    """The exact law of one strategy behind a prompt. first: that of the first symbol, float64 (symbols + 1,)."""
+
+    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Prompts) -> None:
+        self._ensemble = ensemble
+        self._settings = settings
+        self._prompts = prompts.ids
+        sessions = [one.engine.session() for one in ensemble.members]
+        self._route = ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(sessions, prompts)))
+        self.first = self.law(())
+
+    def law(self, symbols: Sequence[int]) -> Floats:
+        """Return the law of the symbol behind the given ones: float64 (symbols of the unit, the last is the end)."""
+        state = self._state(symbols)
+        weights = self._route(state)
+        if self._settings.method == "single":
+            weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
+        if isinstance(self._ensemble.unit, WordUnit):
+            return self._word(weights, cast(WordState, state), self._ensemble.unit)
+        if isinstance(self._ensemble.unit, ByteUnit):
+            return self._bytes(weights, bytes(symbols))
+        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+        if self._settings.rule is not None and after is not None:
+            parts = [
+                references.Part(float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine)
+                for i, (weight, member) in enumerate(zip(weights, self._ensemble.members, strict=True))
+            ]
+            return references.law(self._settings.rule, parts, self._ensemble.unit.end + 1, after)
+        law = np.zeros(self._ensemble.unit.end + 1)
+        for i, weight in enumerate(weights):
+            if weight > 0:
+                law += weight * self._member(i, state)
+        if self._settings.json_schema is not None:
+            law /= law.sum()  # without members that have nothing to go on with
+        if after is not None:
+            with np.errstate(divide="ignore"):
+                law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
+        return law
+
+    def pairs(self) -> dict[Outcome, float]:
+        """Return the law of the first two symbols for the likeliest first ones; the rest of the mass is missing."""
+        law: dict[Outcome, float] = {}
+        end = self._ensemble.unit.end
+        for first in np.argsort(-self.first, kind="stable")[:_FIRST_SYMBOLS]:
+            mass = float(self.first[first])
+            if mass == 0:
+                break
+            if first == end:
+                law[(end,)] = mass
+                continue
+            second = self.law([int(first)])
+            law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
+        return law
+
+    def _state(self, symbols: Sequence[int]) -> State:
+        state = self._ensemble.unit.begin(self._prompts)
+        for symbol in symbols:
+            state.append(symbol)
+        return state
+
+    def _member(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+        """Return a member's law of symbols; with `only`, as if no others were in its vocabulary, or 0 throughout."""
+        symbols = self._ensemble.unit.symbols(i)
+        probs = self._probs(i, state, only)
+        law = np.zeros(self._ensemble.unit.end + 1)
+        np.add.at(law, symbols[symbols >= 0], probs[symbols >= 0])
+        return law
+
+    def _probs(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+        """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be drawn."""
+        member = self._ensemble.members[i]
+        ids = state.ids(i)
+        logits = member.engine.session().logits(ids)[0]
+        symbols = self._ensemble.unit.symbols(i)
+        allowed = symbols >= 0
+        if only is not None:
+            allowed &= only[symbols]
+        if self._settings.json_schema is not None:
+            grammar = self._ensemble.grammars.of(self._settings.json_schema)[i]
+            held = grammar.matcher().allowed(state.tail(sys.maxsize))
+            allowed &= held if held is not None else False
+        if not np.isfinite(logits[allowed]).any():
+            return np.zeros(logits.size)
+        history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
+        given = self._settings.logit_bias
+        bias = bias_of(given, member.engine.vocabulary, symbols, member.name, self._ensemble.unit.name)
+        return dense(logits, self._settings.for_member(member.sampling), np.flatnonzero(~allowed), history, bias)
+
+    def _word(self, weights: Floats, state: WordState, unit: WordUnit) -> Floats:
+        """Return what goes on with the owner's word, and the next word's beginning for the mass that ends it."""
+        if state.owner is None:
+            return cast(Floats, sum(weight * self._member(i, state) for i, weight in enumerate(weights) if weight > 0))
+        tail = state.tail(1)
+        begins = np.array([*(begins_word(unit.data(u), tail) for u in range(unit.end)), True])
+        own = self._member(state.owner, state)
+        ended = float(own[begins].sum())
+        if ended == 0:
+            return own
+        law = np.where(begins, 0.0, own)
+        for i, weight in enumerate(weights):
+            following = own if i == state.owner else self._member(i, state)
+            if following[begins].sum() == 0:
+                following = self._member(i, state, only=begins)
+            if following[begins].sum() == 0:
+                following = own
+            law += weight * ended * np.where(begins, following, 0.0) / following[begins].sum()
+        return law
+
+    def _bytes(self, weights: Floats, text: bytes) -> Floats:
+        """Return the average of the members' laws of the next byte, each a sum over all covers behind its last seam."""
+        law = np.zeros(self._ensemble.unit.end + 1)
+        for i, weight in enumerate(weights):
+            if weight > 0:
+                begun = self._covers(i, text, over=False)
+                if begun.sum() == 0:
+                    begun = self._covers(i, text, over=True)
+                law += weight * begun / begun.sum()
+        return law
+
+    def _covers(self, i: int, text: bytes, *, over: bool) -> Floats:
+        """Return a member's mass of each next byte. over: it writes the text again, a token that agrees at a time."""
+        unit = self._ensemble.unit
+        pieces = {int(one): unit.data(int(one)) for one in self._ensemble.unit.symbols(i) if 0 <= one < unit.end}
+        seam = _last_seam(set(pieces.values()), text)
+        law = np.zeros(unit.end + 1)
+        mass = defaultdict(float, {seam: 1.0})
+        for place in range(seam, len(text)):
+            rest = text[place:]
+            agree = np.zeros(unit.end + 1, dtype=bool)
+            agree[[one for one, data in pieces.items() if data.startswith(rest) or rest.startswith(data)]] = True
+            if mass[place] == 0:
+                continue
+            own = self._member(i, self._state(text[:place]), agree if over else None)
+            if over and own.sum() == 0:
+                mass[len(text)] += mass[place]
+            for one in np.flatnonzero(own * agree).tolist():
+                data = pieces[one]
+                if len(data) > len(rest):
+                    law[data[len(rest)]] += mass[place] * own[one]
+                else:
+                    mass[place + len(data)] += mass[place] * own[one]
+        if mass[len(text)] > 0:
+            behind = self._member(i, self._state(text))
+            for one, data in pieces.items():
+                law[data[0]] += mass[len(text)] * behind[one]
+            law[unit.end] += mass[len(text)] * behind[unit.end]
+        return law
+
+
+def _last_seam(tokens: set[bytes], text: bytes) -> int:
+    """Return the last place in front of the last byte that no token lies across, wherever it begins."""
+
+    def across(token: bytes, start: int, place: int) -> bool:
+        end = start + len(token)
+        return end > place and token[: len(text) - start] == text[start:end]
+
+    places = (m for m in range(len(text) - 1, 0, -1) if not any(across(t, s, m) for s in range(m) for t in tokens))
+    return next(places, 0)

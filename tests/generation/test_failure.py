@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from mixlm.engines.toy import ToyEngine, ToySession
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, EngineError, ReplyCutError
+from mixlm.generation.scheduler import Scheduler
+from mixlm.generation.unavailable import Absent
+
+PROMPT = "the river"
+
+
+class Flaky(ToyEngine):
+    """A toy that stops answering at its `fails`-th forward and answers again after `back` looks at it."""
+
+    def __init__(self, seed: int, fails: int | None = None, back: int | None = None) -> None:
+        super().__init__(seed=seed, name=f"toy-{seed}")
+        self.fails, self.back = fails, back
+        self.forwards = self.looks = 0
+        self.down = False
+
+    def session(self) -> FlakySession:
+        return FlakySession(self)
+
+    def alive(self) -> bool:
+        self.looks += 1
+        if self.back is not None and self.looks > self.back:
+            self.down, self.fails = False, None
+        return not self.down
+
+
+class FlakySession(ToySession):
+    def __init__(self, engine: Flaky) -> None:
+        super().__init__(engine)
+        self._flaky = engine
+
+    def _forward(self, ids: np.ndarray, last: int) -> np.ndarray:
+        one = self._flaky
+        one.forwards += 1
+        one.down = one.down or one.forwards == one.fails
+        if one.down:
+            raise EngineError("the line is dead", "plug it in")
+        return super()._forward(ids, last)
+
+
+def ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:
+    engines = [Flaky(1), Flaky(2, fails, back), Flaky(3, other)]
+    return Ensemble([MemberSpec(one, one.name) for one in engines], [0.4, 0.4, 0.2])
+
+
+def options(**given):
+    return {"seed": 5, "max_tokens": 20, "ignore_end": True, **given}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr("mixlm.generation.unavailable._FIRST_WAIT", 0.0)
+
+
+@pytest.mark.parametrize("method", ["mixture", "conventional", "single", "greedy", "speculative"])
+def test_a_reply_ends_with_what_was_written(method):
+    healthy = ensemble(None).generate(PROMPT, **options(method=method))
+    one = ensemble(3)
+    one.weights = np.array([0.2, 0.6, 0.2])
+    stream = one.stream(PROMPT, **options(method=method))
+    with pytest.raises(ReplyCutError, match="toy-2 failed in the middle of a reply: the line is dead") as raised:
+        stream.finish()
+    cut = raised.value.completion
+    assert cut == stream.completion
+    assert cut.finish_reason == "error"
+    assert raised.value.hint == "plug it in"
+    assert stream.finished
+    assert next(stream, None) is None
+    if method != "single":
+        written = [token.data for token in cut.tokens]
+        assert 2 <= len(written) < 20
+        assert written == [token.data for token in healthy.tokens][: len(written)]
+
+
+@pytest.mark.parametrize("method", ["mixture", "conventional", "greedy", "speculative"])
+def test_a_reply_goes_on_without_a_member_and_nothing_is_written_twice(method, caplog):
+    caplog.set_level(logging.WARNING, "mixlm")
+    healthy = ensemble(None).generate(PROMPT, **options(method=method))
+    reply = ensemble(3).generate(PROMPT, **options(method=method, on_failure="drop"))
+    dropped = {name: one.dropped for name, one in reply.usage.members.items()}
+    assert len(reply.tokens) == 20
+    assert dropped["toy-1"] == dropped["toy-3"] == 0
+    assert 0 < dropped["toy-2"] < 20
+    before = 20 - dropped["toy-2"]
+    assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
+    assert not any(one.member == "toy-2" for one in reply.tokens[before:])
+    assert caplog.messages == ["toy-2 is left out of a reply: the line is dead"]
+    assert reply.as_dict()["usage"]["members"]["toy-2"]["dropped"] == dropped["toy-2"]
+
+
+@pytest.mark.parametrize("failing", range(3, 9))
+def test_the_word_of_a_member_that_is_gone_is_taken_over(failing):
+    one = ensemble(failing)
+    those = Ensemble(one.members, [0.2, 0.6, 0.2], unit="word")
+    healthy = Ensemble(ensemble(None).members, [0.2, 0.6, 0.2], unit="word").generate(PROMPT, **options())
+    reply = those.generate(PROMPT, **options(on_failure="drop"))
+    before = 20 - reply.usage.members["toy-2"].dropped
+    assert len(reply.tokens) == 20
+    assert 0 < before < 20
+    assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
+    assert not any(one.member == "toy-2" for one in reply.tokens[before:])
+
+
+def test_the_rest_is_the_law_of_the_others():
+    # From the first position on without the member: the others' own ensemble, with the same noise.
+    one = ensemble(1).generate(PROMPT, **options(method="conventional", on_failure="drop"))
+    engines = [Flaky(1), Flaky(3)]
+    pair = Ensemble([MemberSpec(one, one.name) for one in engines], [0.4, 0.2])
+    two = pair.generate(PROMPT, **options(method="conventional"))
+    assert [token.data for token in one.tokens] == [token.data for token in two.tokens]
+    np.testing.assert_allclose([token.logprob for token in one.tokens], [token.logprob for token in two.tokens])
+
+
+def test_a_member_comes_back_when_it_answers_again(caplog):
+    caplog.set_level(logging.WARNING, "mixlm")
+    reply = ensemble(3, back=2).generate(PROMPT, **options(max_tokens=40, on_failure="drop"))
+    dropped = reply.usage.members["toy-2"].dropped
+    assert 0 < dropped < 10
+    assert any(one.member == "toy-2" for one in reply.tokens[-20:])
+    assert caplog.messages[-1] == "toy-2 answers again"
+
+
+def test_a_reply_ends_where_nobody_is_left():
+    engines = [Flaky(1, 4), Flaky(2, 3)]
+    pair = Ensemble([MemberSpec(one, one.name) for one in engines])
+    with pytest.raises(ReplyCutError, match="every member that could write here has stopped answering") as raised:
+        pair.generate(PROMPT, **options(on_failure="drop"))
+    assert len(raised.value.completion.tokens) >= 4
+
+
+def test_a_member_that_must_write_cannot_be_left_out():
+    one = ensemble(3)
+    one.weights = np.array([0.2, 0.6, 0.2])
+    with pytest.raises(ReplyCutError):
+        one.generate(PROMPT, **options(method="single", on_failure="drop"))
+
+
+@pytest.mark.parametrize("method", ["mixture", "conventional"])
+def test_replies_that_are_written_together_go_on_or_end_each_by_itself(method):
+    alone = ensemble(None)
+    expected = [alone.generate(PROMPT, **options(method=method, sequence=i)).tokens[0].data for i in range(4)]
+    for on_failure in ("drop", "error"):
+        one = ensemble(6)
+        scheduler = Scheduler()
+        streams = [one.stream(PROMPT, **options(method=method, sequence=i, on_failure=on_failure)) for i in range(4)]
+        for stream in streams:
+            scheduler.add(stream)
+        assert {id(stream) for stream in scheduler.run()} == {id(stream) for stream in streams}
+        for stream, first in zip(streams, expected, strict=True):
+            tokens = stream.completion.tokens
+            if on_failure == "drop":
+                assert stream.error is None
+                assert len(tokens) == 20
+                assert stream.completion.usage.members["toy-2"].dropped > 0
+            else:
+                assert isinstance(stream.error, ReplyCutError)
+                assert stream.error.completion.tokens == tokens
+                assert len(tokens) < 20
+            if tokens:
+                assert tokens[0].data == first
+
+
+def test_a_choice_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="on_failure is 'ignore'; it must be one of error, drop"):
+        ensemble().generate(PROMPT, on_failure="ignore")
+
+
+def test_a_member_is_asked_after_ever_longer_times(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("mixlm.generation.unavailable._FIRST_WAIT", 0.5)
+    monkeypatch.setattr("mixlm.generation.unavailable.time.monotonic", lambda: now[0])
+    looks = []
+    absent = Absent([lambda: bool(looks.append(now[0]))], ["one"])
+    absent.leave_out(0, EngineError("gone"))
+    for step in range(1, 2000):
+        now[0] = step / 10
+        absent.look_again()
+    gaps = np.diff([0.0, *looks])
+    np.testing.assert_allclose(gaps[:7], [0.5, 1, 2, 4, 8, 16, 30], atol=0.11)
+    np.testing.assert_allclose(gaps[7:], 30, atol=0.11)

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import json
+from itertools import accumulate, pairwise
+from random import Random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from toys import VOCABULARIES
+from trained import ALL, CONTROL, EXACT, any_bytes, encoder, random_pieces, texts, trained
+
+from mixlm.engines.toy import LongestMatch
+from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.incremental import Encoded, Encoder, Growing, TokenizerEncoder, utf8_runs
+from mixlm.tokenization.vocabulary import byte_alphabet, describe, family, token_bytes
+
+PROSE = "The old river turns under the bridge, and 12 birds don't mind it. " * 150
+CUTS = st.lists(st.integers(1, 8), max_size=40)
+
+
+def steps(data: bytes, lengths: list[int]) -> list[bytes]:
+    """Cut a text into its growing prefixes."""
+    ends, at = [], 0
+    for length in lengths:
+        at += length
+        ends.append(at)
+    return [data[:end] for end in [*(one for one in ends if one < len(data)), len(data)]]
+
+
+def assert_grows(one: Encoder, prefixes: list[bytes]) -> None:
+    """Whatever the steps in which a text came, its ids are those of the whole, and what is stable stays."""
+    growing, ids, settled = Growing(one), [], []
+    for prefix in prefixes:
+        fallen, new = growing.extend(bytearray(prefix))
+        kept = ids[: len(ids) - fallen]
+        assert kept[: len(settled)] == settled
+        ids, settled = kept + new, kept
+        assert ids == one.encode(prefix).ids, prefix
+
+
+def assert_stable(one: Encoder, data: bytes, more: bytes) -> None:
+    """What an encoding calls stable is a part of its own in the encoding of a longer text."""
+    first, whole = one.encode(data), one.encode(data + more)
+    assert 0 <= first.stable_ids <= len(first.ids)
+    assert 0 <= first.stable_bytes <= len(data)
+    assert whole.ids[: first.stable_ids] == first.ids[: first.stable_ids]
+    assert one.encode((data + more)[first.stable_bytes :]).ids == whole.ids[first.stable_ids :]
+
+
+def assert_many_grow(one: Encoder) -> None:
+    rng = Random(7)
+    for _ in range(300):
+        assert_grows(one, list(accumulate(random_pieces(rng))))
+
+
+def assert_many_are_stable(one: Encoder) -> None:
+    rng = Random(8)
+    for _ in range(300):
+        assert_stable(one, b"".join(random_pieces(rng)), b"".join(random_pieces(rng)))
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=any_bytes, lengths=CUTS)
+def test_a_growing_text_has_the_ids_of_the_whole(name, data, lengths):
+    assert_grows(encoder(trained(name)), steps(data, lengths))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_random_pieces_have_the_ids_of_the_whole(name):
+    assert_many_grow(encoder(trained(name)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_stable_stays(name):
+    assert_many_are_stable(encoder(trained(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        # A space in front of a word belongs to the word, also where the tokenizer trims offsets.
+        ("trimmed", ["one two", "one two three four", "one two three four five"]),
+        # One character that normalises to two, in two pre-tokens.
+        ("gpt4", ["\u0959 ", "\u0959 x"]),
+        # A mark that sorts in front of another when the text is normalised.
+        ("gpt4", ["e\u0301", "e\u0301\u0327", "e\u0301\u0327\u0274\u0301", "e\u0301\u0327\u0274\u0301  x"]),
+        # A plain added token that comes in parts.
+        ("tools", [" <tool_ca", " <tool_call>"]),
+        ("tools", ["x </tool", "x </tool_", "x </tool_call", "x </tool_call>"]),
+        ("gemma", ["a\n", "a\n\n", "a\n\n\n", "a\n\n\nb", "a\n\n\nb <", "a\n\n\nb <b", "a\n\n\nb <b>"]),
+        # SentencePiece's own sign for a space.
+        ("gemma", ["a  ▁", "a  ▁▁", "a  ▁▁ "]),
+        ("llama2", ["  ▁", "  ▁▁"]),
+    ],
+)
+def test_a_growing_text_has_the_ids_of_the_whole_in_hard_cases(name, prefixes):
+    assert_grows(encoder(trained(name)), [one.encode() for one in prefixes])
+
+
+@given(parts=st.lists(st.sampled_from(["<tool_call>", "</tool_call>", " ", "x", "<", "call", "\n"])), lengths=CUTS)
+def test_added_tokens_that_come_in_parts_have_the_ids_of_the_whole(parts, lengths):
+    assert_grows(encoder(trained("tools")), steps("".join(parts).encode(), lengths))
+
+
+@pytest.mark.parametrize("tokens", VOCABULARIES)
+@given(text=st.text("abc ", max_size=40), lengths=CUTS)
+def test_a_growing_toy_text_has_the_ids_of_the_whole(tokens, text, lengths):
+    one = LongestMatch(tokens)
+    assert_grows(one, steps(text.encode(), lengths))
+    assert b"".join(tokens[i] for i in one.encode(text.encode()).ids) == text.encode()
+
+
+class Counting:
+    """An encoder that notes how much it was given."""
+
+    def __init__(self, one: Encoder) -> None:
+        self.one = one
+        self.lengths: list[int] = []
+
+    def encode(self, data: bytes) -> Encoded:
+        self.lengths.append(len(data))
+        return self.one.encode(data)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_the_end_of_a_long_text_is_read_again(name):
+    one = Counting(encoder(trained(name)))
+    growing = Growing(one)
+    data = PROSE.encode()
+    for end in range(7, len(data), 7):
+        growing.extend(data[:end])
+    assert max(one.lengths) < 100
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(text=texts, more=st.lists(st.sampled_from(CONTROL), max_size=3))
+def test_control_tokens_never_result_from_text(name, text, more):
+    tokenizer = trained(name)
+    control = {tokenizer.token_to_id(one) for one in CONTROL}
+    assert not control & set(encoder(tokenizer).encode((text + "".join(more) + text).encode()).ids)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(data=any_bytes)
+@example(data="日本語🎉é".encode())
+@example(data="क\u0959é".encode())
+def test_every_prefix_is_spelled_by_its_tokens_also_inside_a_character(name, data):
+    tokenizer = trained(name)
+    tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    one = encoder(tokenizer)
+    if tokenizer.normalizer is not None and "NFC" in repr(tokenizer.normalizer):
+        text = normalizers.NFC().normalize_str(data.decode(errors="ignore"))
+        data = text.encode()
+    if "▁".encode() in data:
+        return
+    for end in range(max(0, len(data) - 12), len(data) + 1):
+        assert b"".join(tokens[i] for i in one.encode(data[:end]).ids) == data[:end]
+
+
+@given(data=any_bytes)
+def test_runs_of_text_and_of_stray_bytes_make_up_the_data(data):
+    runs, cut = utf8_runs(data)
+    assert b"".join(raw for _, raw in runs) + cut == data
+    for text, raw in runs:
+        assert raw
+        assert text is None or text.encode() == raw
+    assert not any(a[0] is None and b[0] is None for a, b in pairwise(runs))
+
+
+@pytest.mark.parametrize(
+    ("data", "runs", "cut"),
+    [
+        (b"", [], b""),
+        (b"a\xc3", [("a", b"a")], b"\xc3"),
+        (b"\xf0\x9f\x8e", [], b"\xf0\x9f\x8e"),
+        (b"\xffa", [(None, b"\xff"), ("a", b"a")], b""),
+        (b"\xe2\x82(\xff\xff", [(None, b"\xe2\x82"), ("(", b"("), (None, b"\xff\xff")], b""),
+    ],
+)
+def test_stray_bytes_and_cut_characters_are_told_apart(data, runs, cut):
+    assert utf8_runs(data) == (runs, cut)
+
+
+def test_stray_bytes_are_one_token_each():
+    one = encoder(trained("gpt2"))
+    assert len(one.encode(b"\xff\xfe\x80").ids) == 3
+
+
+def test_bytes_without_a_token_are_unknown_or_left_out():
+    fragment = {"a": 0, "b": 1, "<unk>": 2}
+    known = Tokenizer(models.BPE(fragment, [], unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    unknown = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    unknown.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert encoder(known).encode(b"a\xffb").ids == [0, 2, 1]
+    assert encoder(unknown).encode(b"a\xffb").ids == [0, 1]
+
+
+@given(text=st.text("ab \x04é1", max_size=20), lengths=CUTS)
+@example(text="\x04a b", lengths=[])
+def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    one = encoder(tokenizer)
+    assert_grows(one, steps(text.encode(), lengths))
+    assert "".join("ab "[i] for i in one.encode(text.encode()).ids) == "".join(c for c in text if c in "ab ")
+
+
+def test_a_character_whose_first_byte_a_vocabulary_lacks_does_not_come_twice():
+    # As SmolLM2's does, for characters that are not assigned; a cut character follows.
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    tokenizer = Tokenizer(models.BPE({alphabet[b]: b for b in range(256) if b != 0xF2}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = b"\xf2\xa5\xa5\xae\xf2\xa6\x96\xa3\xf2\x98\x91\xbd\xf2\xae\x9a\xae"
+    one = encoder(tokenizer)
+    assert bytes(one.encode(text + b"\xc8").ids) == text.replace(b"\xf2", b"") + b"\xc8"
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("gpt2", "never"),
+        ("gpt4", "never"),
+        ("prefixed", "always"),
+        ("llama2", "doubled"),
+        ("gemma", "never"),
+        ("unigram", "always"),
+    ],
+)
+def test_a_tokenizers_leading_space_is_known_and_taken_away(name, rule):
+    tokenizer = trained(name)
+    one = encoder(tokenizer)
+    assert one.leading_space == rule
+    tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    assert tokens[one.encode(b"river").ids[0]][:1] == b"r"
+
+
+def test_a_leading_space_at_the_first_place_only_is_known():
+    tokenizer = trained("unigram")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    assert encoder(tokenizer).leading_space == "first"
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(text=texts.filter(lambda text: text and not any(one in text for one in CONTROL)))
+@example(text=" a river")
+@example(text="  two")
+def test_a_raw_prompt_has_the_ids_that_the_tokenizer_itself_gives(name, text):
+    mine = encoder(trained(name))
+    raw = PromptEncoder(mine, {}, lambda _: "", leading_space=mine.leading_space).raw(text)
+    assert raw.tolist() == trained(name).encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def demo(demo_models) -> dict[str, TokenizerEncoder]:
+    from mixlm.engines.tokenizer_setup import _make_special
+
+    found = {}
+    for name, folder in demo_models.items():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        _make_special(tokenizer, json.loads((folder / "mixlm.json").read_text())["control"])
+        found[name] = encoder(tokenizer)
+    return found
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+class TestRealTokenizers:
+    @given(data=any_bytes, lengths=CUTS)
+    @example(data=b"\x04a b", lengths=[])
+    def test_a_growing_text_has_the_ids_of_the_whole(self, demo, name, data, lengths):
+        assert_grows(demo[name], steps(data, lengths))
+
+    def test_random_pieces_have_the_ids_of_the_whole(self, demo, name):
+        assert_many_grow(demo[name])
+
+    def test_what_is_stable_stays(self, demo, name):
+        assert_many_are_stable(demo[name])
+
+    def test_only_the_end_of_a_long_text_is_read_again(self, demo, name):
+        one = Counting(demo[name])
+        growing = Growing(one)
+        data = PROSE.encode()
+        for end in range(7, len(data), 7):
+            growing.extend(data[:end])
+        assert max(one.lengths) < 100

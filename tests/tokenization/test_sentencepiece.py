@@ -1,0 +1,208 @@
+"""Folders with nothing but a `tokenizer.model`: SentencePiece's BPE and unigram, with and without byte fallback."""
+
+from __future__ import annotations
+
+import io
+import json
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import sentencepiece
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_encoding import CUTS, PROSE, Counting, assert_grows, assert_many_are_stable, assert_many_grow, steps
+from test_tokens import HARD
+from tokenizers import Tokenizer
+from trained import CORPUS, any_bytes, texts
+
+from mixlm.engines.tokenizer_setup import load_tokenizer
+from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.incremental import Growing, TokenizerEncoder
+from mixlm.tokenization.vocabulary import Family, describe, falls_back_to_bytes, family, token_bytes
+
+KINDS = [f"{model} {bytes_} {norm}" for model in ("bpe", "unigram") for bytes_ in ("bytes", "unknown")
+         for norm in ("identity", "nmt_nfkc")]  # fmt: skip
+EXACT = [one for one in KINDS if "bytes identity" in one]
+
+
+@lru_cache
+def train(kind: str, *, prefix: bool = True, extra: bool = False) -> bytes:
+    """A SentencePiece model of a few lines, as its file. extra: whether extra spaces are taken away."""
+    model, bytes_, norm = kind.split()
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=out,
+        model_type=model,
+        vocab_size=500 if bytes_ == "bytes" else 240,
+        byte_fallback=bytes_ == "bytes",
+        normalization_rule_name=norm,
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=extra,
+        hard_vocab_limit=False,
+        character_coverage=0.98,
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+class Read(NamedTuple):
+    """What is read from a folder."""
+
+    backend: Tokenizer
+    encoder: TokenizerEncoder
+    tokens: dict[int, bytes]
+    control: frozenset[int]
+    raw: PromptEncoder
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    known: dict[str, Read] = {}
+
+    def load(kind: str, **options: bool) -> Read:
+        key = json.dumps([kind, options])
+        if key not in known:
+            folder: Path = tmp_path_factory.mktemp("spm")
+            (folder / "tokenizer.model").write_bytes(train(kind, **options))
+            (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+            backend = load_tokenizer(str(folder), "bare").backend_tokenizer
+            assert family(describe(backend), "bare") is Family.SENTENCEPIECE
+            tokens, control = token_bytes(backend, Family.SENTENCEPIECE, "bare")
+            encoder = TokenizerEncoder(backend, Family.SENTENCEPIECE)
+            raw = PromptEncoder(encoder, {}, lambda _: "", leading_space=encoder.leading_space)
+            known[key] = Read(backend, encoder, tokens, control, raw)
+        return known[key]
+
+    return load
+
+
+def spelled(one: Read, data: bytes) -> bytes:
+    return b"".join(one.tokens[i] for i in one.encoder.encode(data).ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_single_byte_has_a_token_where_characters_fall_back_to_bytes(read, kind):
+    one = read(kind)
+    assert falls_back_to_bytes(one.backend) is ("bytes" in kind)
+    single = {data for data in one.tokens.values() if len(data) == 1}
+    assert ({bytes([b]) for b in range(256)} <= single) is ("bytes" in kind)
+    assert not any(data.startswith(b"<0x") for data in one.tokens.values())
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@given(data=any_bytes)
+@example(data="日本\x00語🎉é\r\n".encode()[:-4])
+@example(data=b"a <0x0A><<0x0A>> b c <0x0")
+def test_any_bytes_are_spelled_by_their_tokens(read, kind, data):
+    if "▁".encode() not in data:
+        assert spelled(read(kind), data) == data
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
+def test_hard_texts_are_spelled_by_their_tokens(read, kind, text):
+    assert spelled(read(kind), text.encode()) == text.encode()
+
+
+@pytest.mark.parametrize("kind", [one for one in KINDS if "bytes nmt_nfkc" in one])
+@given(text=texts.filter(lambda text: "▁" not in text))
+def test_a_normalised_text_is_spelled_by_its_tokens(read, kind, text):
+    one = read(kind)
+    assert one.encoder.normaliser == "Precompiled"
+    assert spelled(one, text.encode()) == one.backend.normalizer.normalize_str(text).replace("▁", " ").encode()
+
+
+@pytest.mark.parametrize("kind", [one for one in KINDS if "unknown" in one])
+def test_without_bytes_what_is_not_in_the_vocabulary_is_the_unknown_token(read, kind):
+    one = read(kind)
+    known = "The river turns under the old stone bridge"
+    assert spelled(one, known.encode()) == known.encode()
+    ids = one.encoder.encode("the\U0001f9ca".encode()).ids
+    assert ids[-1] == one.backend.token_to_id("<unk>")
+    assert ids[-1] in one.control
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text", ["</s>", "a</s><s>b", "<<s>/s>", "<unk>", "x <unk></s", "\uff1c/s\uff1e", "<\uff0fs>", "<0x41><0x0A>"]
+)
+def test_text_is_never_read_as_a_control_token_or_a_byte_token(read, kind, text):
+    one = read(kind)
+    ids = one.encoder.encode(text.encode()).ids
+    unknown = one.backend.token_to_id("<unk>")
+    assert not {i for i in ids if i != unknown} & one.control
+    if "bytes identity" in kind:
+        assert spelled(one, text.encode()) == text.encode()
+    elif "bytes" in kind:
+        assert spelled(one, text.encode()) == unicodedata.normalize("NFKC", text).encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.sampled_from(["<", "/s>", "0x0A>", "</s>", "<0x", "41>", " ", "a", "unk>"])), lengths=CUTS)
+def test_disguises_that_come_in_parts_have_the_ids_of_the_whole(read, kind, parts, lengths):
+    assert_grows(read(kind).encoder, steps("".join(parts).encode(), lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=any_bytes, lengths=CUTS)
+def test_a_growing_text_has_the_ids_of_the_whole(read, kind, data, lengths):
+    assert_grows(read(kind).encoder, steps(data, lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(read, kind):
+    assert_many_grow(read(kind).encoder)
+    assert_many_are_stable(read(kind).encoder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_end_of_a_long_text_is_read_again(read, kind):
+    one = Counting(read(kind).encoder)
+    growing = Growing(one)
+    data = PROSE.encode()
+    for end in range(7, len(data), 7):
+        growing.extend(data[:end])
+    assert max(one.lengths) < 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"prefix": True, "extra": False}, "doubled"),
+        ({"prefix": True, "extra": True}, "first"),
+        ({"prefix": False, "extra": False}, "never"),
+    ],
+)
+def test_a_raw_prompt_has_the_ids_of_sentencepiece_itself(read, kind, options, rule):
+    one = read(kind, **options)
+    assert one.encoder.leading_space == rule
+    itself = sentencepiece.SentencePieceProcessor(model_proto=train(kind, **options))
+    cases = [
+        "The river",
+        "a",
+        "It's 2024; they've paid 1,250.75 for 3 books",
+        "Größe, naïve café",
+        "日本語のテキスト",
+        " a b",
+    ]
+    if not options["extra"]:
+        cases += ["  two  spaces ", " ", "   "]
+    for text in cases:
+        mine = one.raw.raw(text).tolist()
+        theirs = itself.encode(text)
+        pieces = [[itself.id_to_piece(i) for i in ids] for ids in (mine, theirs)]
+        assert pieces[0] == pieces[1], text
+
+
+def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train("bpe bytes identity"))
+    for name, rule in (("GemmaTokenizer", "never"), ("LlamaTokenizer", "first")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma" if "Gemma" in name else "llama"}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        backend = load_tokenizer(str(tmp_path), "known").backend_tokenizer
+        assert TokenizerEncoder(backend, Family.SENTENCEPIECE).leading_space == rule

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import unicodedata
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from trained import ALL, BROKEN, BYTE_LEVEL, CONTROL, EXACT, FRAGMENTS, texts, trained
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from mixlm.errors import TokenizerError
+from mixlm.tokenization.incremental import TokenizerEncoder, utf8_runs
+from mixlm.tokenization.vocabulary import Family, Vocabulary, byte_alphabet, describe, family, token_bytes
+
+NFC = normalizers.NFC()
+HARD = [
+    "",
+    "👩‍👩‍👧‍👦 and 🏳️‍🌈 and 👍🏽",
+    "漢字かな交じり文、中文字符。한국어",
+    "caf\u00e9 and cafe\u0301, n\u0303 and \u00f1, q\u0323\u0307",
+    "a\tb\r\nc\rd\n\n\n  e",
+    "\u00a0\u3000\u200b\ufeff",
+    "The old bridge, 1250 birds; it's so. " * 270,
+    "\x00 a\x00\x00b\x01\x1f\x7f",
+    "a\r\n\r\nb\r\r\n\tc \r d",
+    "🏴\U000e0067\U000e0062\U000e007f ❤️‍🔥 👩🏿‍🚀 🇨🇭🇨",
+    "q\u0307\u0323 \u1e69 s\u0323\u0307 \u212b \ud55c\uae00 \u1112\u1161\u11ab",
+    # Longer than any buffer, and in the middle of it what may be normalised across a boundary.
+    "The old bridge, 1250 birds; caf\u00e9 日本 🎉\n" * 2100,
+]
+
+
+def test_the_byte_alphabet_is_gpt2s():
+    assert byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_family_is_told_from_the_tokenizer(name):
+    expected = Family.BYTE_LEVEL if name in BYTE_LEVEL else Family.SENTENCEPIECE
+    assert family(describe(trained(name)), name) is expected
+
+
+def test_a_byte_level_tokenizer_without_a_decoder_is_known_by_its_pre_tokenizer():
+    assert family({"decoder": None, "pre_tokenizer": {"type": "ByteLevel"}}, "x") is Family.BYTE_LEVEL
+
+
+@pytest.mark.parametrize(
+    ("decoder", "shown"),
+    [
+        (decoders.WordPiece(), "WordPiece"),
+        (decoders.BPEDecoder(), "BPEDecoder"),
+        (decoders.CTC(), "CTC"),
+        (None, "none"),
+    ],
+)
+def test_other_families_are_refused_by_name(decoder, shown):
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    with pytest.raises(TokenizerError, match=f"the tokenizer of this-one cannot be mapped to bytes.*{shown}"):
+        family(describe(tokenizer), "this-one")
+
+
+def test_a_description_leaves_out_the_vocabulary():
+    assert set(describe(trained("gpt2"))) == {"normalizer", "pre_tokenizer", "decoder"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_control_tokens_have_no_bytes_and_every_other_token_has(name):
+    tokenizer = trained(name)
+    tokens, control = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    assert {tokenizer.token_to_id(one) for one in CONTROL} <= control
+    assert not control & set(tokens)
+    assert control | set(tokens) == set(tokenizer.get_vocab(with_added_tokens=True).values())
+    assert all(tokens.values())
+
+
+def test_single_bytes_are_spelled_in_each_familys_way():
+    for name in EXACT:
+        tokenizer = trained(name)
+        tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+        assert {bytes([b]) for b in range(256)} <= set(tokens.values())
+
+
+def test_byte_spellings_are_text_where_a_tokenizer_does_not_fall_back_to_bytes():
+    tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    assert token_bytes(tokenizer, Family.SENTENCEPIECE, "x")[0] == {0: b"<0x0A>", 1: b" a"}
+
+
+def test_a_token_outside_the_byte_alphabet_is_refused():
+    with pytest.raises(TokenizerError, match="token 0 of x, 'a b', is not spelled in the byte-level alphabet"):
+        token_bytes(Tokenizer(models.BPE({"a b": 0}, [])), Family.BYTE_LEVEL, "x")
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    tokenizer = trained("tools")
+    tokens, _ = token_bytes(tokenizer, Family.BYTE_LEVEL, "tools")
+    assert tokens[tokenizer.token_to_id("<tool_call>")] == b"<tool_call>"
+
+
+class Read:
+    """A tokenizer's pieces of a text."""
+
+    def __init__(self, tokenizer: Tokenizer, control: list[int] | None = None) -> None:
+        if control:
+            from mixlm.engines.tokenizer_setup import _make_special
+
+            _make_special(tokenizer, control)
+        kind = family(describe(tokenizer), "a test's")
+        self.tokens, self.control = token_bytes(tokenizer, kind, "a test's")
+        self.encoder = TokenizerEncoder(tokenizer, kind)
+
+    def __call__(self, text: str) -> bytes:
+        return b"".join(self.tokens[i] for i in self.encoder.encode(text.encode()).ids)
+
+
+def normalised(name: str, text: str) -> bytes:
+    return (unicodedata.normalize("NFC", text) if name in ("gpt4", "tools") else text).encode()
+
+
+# SentencePiece itself spells a space so, and reads it as one.
+readable = texts.filter(lambda text: "▁" not in text)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(text=readable)
+def test_the_pieces_of_a_text_join_to_its_bytes(name, text):
+    assert Read(trained(name))(text) == normalised(name, text)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("text", HARD)
+def test_the_pieces_of_a_hard_text_join_to_its_bytes(name, text):
+    assert Read(trained(name))(text) == normalised(name, text)
+
+
+def test_a_unigram_tokenizer_spells_the_text_it_was_trained_on():
+    assert Read(trained("unigram"))("The river turns under the old bridge.") == b"The river turns under the old bridge."
+
+
+@pytest.fixture(scope="module")
+def demo(demo_models) -> dict[str, Read]:
+    found = {}
+    for name, folder in demo_models.items():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        found[name] = Read(tokenizer, json.loads((folder / "mixlm.json").read_text())["control"])
+    return found
+
+
+def has_bytes(read: Read, text: str) -> bool:
+    """Whether the vocabulary has a token for every single byte of the text: some lack rare ones."""
+    single = {one for one in read.tokens.values() if len(one) == 1}
+    return all(bytes([b]) in single for b in text.encode())
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+@pytest.mark.parametrize("text", HARD)
+def test_a_real_tokenizers_pieces_of_a_hard_text_join_to_its_bytes(demo, name, text):
+    assert demo[name](text) == text.encode()
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+@given(text=readable | st.text(max_size=50).filter(lambda text: "▁" not in text))
+def test_a_real_tokenizers_pieces_of_any_text_join_to_its_bytes(demo, name, text):
+    if has_bytes(demo[name], text):
+        assert demo[name](text) == text.encode()
+
+
+def fuzz(rng: Random) -> bytes:
+    """A short text of any characters, among them hard ones; some are cut inside a character or are no text at all."""
+    planes = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF), (0x1F000, 0x1FAFF)]
+    planes += [(0x10000, 0x10FFFF), (0xE0000, 0xE01EF), (0x1100, 0x11FF), (0x2000, 0x206F)]
+    parts = []
+    for _ in range(rng.randint(1, 8)):
+        kind = rng.random()
+        if kind < 0.4:
+            parts.append(rng.choice(FRAGMENTS).encode())
+        elif kind < 0.9:
+            first, last = rng.choice(planes)
+            parts.append("".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 4))).encode())
+        else:
+            parts.append(rng.choice([*BROKEN, rng.randbytes(rng.randint(1, 3))]))
+    whole = b"".join(parts)
+    return whole[: len(whole) - rng.randint(0, 3)] if rng.random() < 0.2 else whole
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, Read]:
+    """Every tokenizer of a model that is installed."""
+    from mixlm.models import installed
+
+    folders = {one.name: one.path for one in installed() if (one.path / "tokenizer.json").is_file()}
+    found = {}
+    for name, folder in folders.items():
+        notes = folder / "mixlm.json"
+        control = json.loads(notes.read_text())["control"] if notes.is_file() else []
+        found[name] = Read(Tokenizer.from_file(str(folder / "tokenizer.json")), control)
+    return found
+
+
+@pytest.mark.models
+def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(everything, demo_installed):
+    assert len(everything) >= 2
+    for name, read in everything.items():
+        rng = Random(3)
+        single = {data[0] for data in read.tokens.values() if len(data) == 1}
+        normaliser = read.encoder.normaliser
+        assert normaliser in ("none", "NFC"), name
+        for _ in range(10_000):
+            data = fuzz(rng).replace("▁".encode(), b"_")
+            ids = read.encoder.encode(data).ids
+            assert not read.control & set(ids), (name, data)
+            spelled = b"".join(read.tokens[i] for i in ids)
+            # Some byte-level vocabularies lack rare bytes: these alone are left out.
+            runs, cut = utf8_runs(data)
+            expected = [
+                NFC.normalize_str(text).encode() if normaliser == "NFC" and text is not None else raw
+                for text, raw in [*runs, (None, cut)]
+            ]
+            assert spelled == bytes(b for b in b"".join(expected) if b in single), (name, data)
+
+
+def test_a_vocabulary_has_one_row_for_each_output_row():
+    vocabulary = Vocabulary.of({0: b"a", 1: b"b", 2: b"c", 9: b"z"}, 5, ends=[3, 7], control=[1, 8])
+    assert vocabulary.size == 5
+    assert vocabulary.tokens == (b"a", b"", b"c", b"", b"")
+    assert vocabulary.ends == {3}
+    assert vocabulary.control == {1, 3}

@@ -1,0 +1,270 @@
+"""`check` passes on every strategy, unit and option, and fails when a sampler is broken."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from toys import engine, toys
+
+import mixlm.decoding
+from mixlm.core.options import Settings
+from mixlm.engines.base import Ask, Draw
+from mixlm.engines.toy import ToyEngine, random_table
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.sequence import Choice, Flow, Step
+from mixlm.units.byte import ByteState
+from mixlm.verification.check import Reference, Report, check, check_units
+
+LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
+
+
+def ensemble(members: int, unit: str) -> Ensemble:
+    """Members of one vocabulary for `token`; otherwise each with an order and extra tokens of its own."""
+    specs = []
+    for i in range(members):
+        tokens = [bytes([b]) for b in range(256)] + LETTERS[3:]
+        if unit != "token":
+            tokens = tokens[i:] + tokens[:i] + [b"x" * (i + 2), b"a"]
+        size = len(tokens) + 2
+        bias = np.full(size, -9.0)
+        bias[[tokens.index(one) for one in LETTERS]] = 0
+        bias[[size - 1, size - 3]] = 0
+        table = random_table(size, seed=i)
+        engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
+        specs.append(MemberSpec(engine, engine.name))
+    return Ensemble(specs, [1 + i for i in range(members)], unit=unit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("unit", ["token", "piece"])
+@pytest.mark.parametrize("members", [2, 3, 5])
+def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
+    report = check(ensemble(members, unit), "hello", samples=1500)
+    assert report.equal, report
+    assert {(one.left, one.right) for one in report.comparisons} == {
+        ("mixture", "exact"),
+        ("conventional", "exact"),
+        ("single", "exact"),
+        ("speculative", "exact"),
+        ("greedy", "exact"),
+        ("mixture", "conventional"),
+    }
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws(members: int, unit: str) -> None:
+    report = check(ensemble(members, unit), "hello", samples=1500)
+    assert report.equal, report
+    assert {one.left for one in report.comparisons} == {"mixture", "single"}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_words_and_bytes_follow_their_laws_with_options(unit: str, options: dict[str, Any]) -> None:
+    assert check(ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+
+
+def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law of bytes is not that of the bytes behind a boundary."""
+    monkeypatch.setattr(ByteState, "seam", lambda self, member: len(self))
+    report = check(ensemble(2, "byte"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2), ("single", 2)}
+
+
+def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixlm.decoding, "words", lambda: mixlm.decoding.mixture)
+    report = check(ensemble(3, "word"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2)}
+
+
+def test_every_unit_is_checked_that_members_have() -> None:
+    report, left_out = check_units(ensemble(2, "token"), "hello", samples=100)
+    assert report.equal
+    assert left_out == {}
+    assert list(dict.fromkeys(one.unit for one in report.comparisons)) == ["token", "piece", "word", "byte"]
+    report, left_out = check_units(ensemble(2, "piece"), "hello", samples=100)
+    assert list(left_out) == ["token"]
+    assert "share no vocabulary" in left_out["token"]
+    assert {one.unit for one in report.comparisons} == {"piece", "word", "byte"}
+
+
+def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="conventional does not go with the unit word"):
+        check(ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 0.5, "top_k": 0},
+        {"temperature": 1.6, "top_k": 4},
+        {"top_p": 0.8, "top_k": 0},
+        {"min_p": 0.1, "top_k": 0},
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "temperature": 0.9, "repetition_penalty": 1.2},
+    ],
+)
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_every_sampling_option_keeps_the_law(unit: str, options: dict[str, Any]) -> None:
+    assert check(ensemble(2, unit), "abc", samples=1000, options=options).equal  # type: ignore[arg-type]
+
+
+def test_members_with_sampling_of_their_own_keep_the_law() -> None:
+    plain = ensemble(2, "token")
+    one, two = plain.members
+    own = Ensemble([MemberSpec(one.engine, "a", {"temperature": 0.4}), MemberSpec(two.engine, "b", {"top_k": 3})])
+    assert check(own, "abc", samples=1000).equal
+
+
+def test_mix_then_truncate_follows_its_own_law_in_conventional() -> None:
+    options = {"mix_then_truncate": True, "method": "conventional", "top_k": 3}
+    report = check(ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
+    assert report.equal
+    assert {one.left for one in report.comparisons} == {"conventional"}
+
+
+def broken_coin(step: Step) -> Flow:
+    """Draw the coin from wrong weights."""
+    z = step.noise.choice(step.weights[::-1])
+    view = step.views[z]
+    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    return [Choice(drawn.symbol, z, drawn.logprob)]
+
+
+def most_confident(step: Step) -> Flow:
+    """Let the member that is surest write: weights that look at current distributions."""
+    replies = yield [Ask(i, view.ids()) for i, view in enumerate(step.views)]
+    laws = [view.law(logits[0]) for view, logits in zip(step.views, replies, strict=True)]
+    z = int(np.argmax([law.logprobs.max() for law in laws]))
+    at = step.noise.draw(*laws[z])
+    return [Choice(int(laws[z].ids[at]), z, float(laws[z].logprobs[at]))]
+
+
+def coin_is_the_noise(step: Step) -> Flow:
+    """Let the coin tell what is drawn: with coin 0 always the member's most likely symbol."""
+    z = step.noise.choice(step.weights)
+    [logits] = yield [Ask(z, step.views[z].ids())]
+    symbols, logprobs = step.views[z].law(logits[0])
+    at = int(np.argmax(logprobs)) if z == 0 else step.noise.draw(symbols, logprobs)
+    return [Choice(int(symbols[at]), z, float(logprobs[at]))]
+
+
+@pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
+def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
+    monkeypatch.setattr(mixlm.decoding, "mixture", broken)
+    report = check(ensemble(2, "token"), "hello", samples=1500)
+    assert not report.equal
+    assert all(one.equal for one in report.comparisons if "mixture" not in (one.left, one.right))
+
+
+def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(step: Step) -> Flow:
+        z = step.noise.choice(step.weights)
+        view = step.views[z]
+        ids = view.ids()
+        [drawn] = yield [Draw(z, ids[:-1] if z == 1 and step.noise.position else ids, view.draw(step.noise))]
+        return [Choice(drawn.symbol, z, drawn.logprob)]
+
+    monkeypatch.setattr(mixlm.decoding, "mixture", stale)
+    report = check(ensemble(2, "token"), "hello", samples=1500)
+    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    assert wrong == {("mixture", 2)}
+
+
+def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_member_only(step: Step) -> Flow:
+        [logits] = yield [Ask(0, step.views[0].ids())]
+        law = step.views[0].law(logits[0])
+        at = int(np.argmax(law.logprobs))
+        return [Choice(int(law.ids[at]), 0, float(law.logprobs[at]))]
+
+    monkeypatch.setattr(mixlm.decoding, "greedy", first_member_only)
+    assert not check(ensemble(3, "token"), "hello", samples=100).equal
+
+
+def test_guesses_that_are_kept_unchecked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(block: list[Any], tally: Any) -> Any:
+        yield from ()
+        return [Choice(one.guess, one.member, 0.0) for one in block if one.guess is not None]
+
+    # The package's name for the module is the strategy.
+    monkeypatch.setattr(sys.modules["mixlm.decoding.speculative"], "_checked", unchecked)
+    report = check(ensemble(2, "token"), "hello", samples=1500)
+    assert {one.left for one in report.comparisons if not one.equal} == {"speculative"}
+
+
+def test_json_form() -> None:
+    report = check(ensemble(2, "token"), "hello", samples=200)
+    form = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert form["equal"] is True
+    assert set(form["comparisons"][0]) >= {
+        "left", "right", "unit", "samples", "statistic", "p_value", "total_variation", "expected_total_variation",
+        "equal",
+    }  # fmt: skip
+
+
+def test_too_few_samples_are_refused() -> None:
+    with pytest.raises(ConfigError, match="samples is 5"):
+        check(ensemble(2, "token"), "hello", samples=5)
+
+
+@pytest.mark.models
+def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
+    report = check(demo_pair, "Why is the sky blue?", samples=600)
+    assert isinstance(report, Report)
+    assert report.equal, report
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_the_real_pair_follows_the_laws_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
+    those = Ensemble(demo_pair.members, unit=unit)
+    report = check(those, "Why is the sky blue?", samples=400)
+    assert report.equal, report
+
+
+@pytest.mark.models
+def test_real_members_that_share_a_vocabulary_follow_the_exact_law(demo_pair: Ensemble) -> None:
+    first = demo_pair.members[0]
+    terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
+    shared = Ensemble([first, terse], [0.6, 0.4], defaults=Settings())
+    assert shared.unit.name == "token"
+    assert check(shared, "Name a colour.", samples=600).equal
+
+
+RAW = {"raw": True}
+
+
+def drawing_pair(seed: int = 10, **options) -> Ensemble:
+    engines = [engine(seed=seed + i, **options) for i in range(2)]
+    return Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)], [0.6, 0.4])
+
+
+def test_engines_that_draw_by_themselves_are_held_against_those_of_a_reference():
+    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=Reference(drawing_pair()))
+    assert report.equal
+    assert {one.left for one in report.comparisons} >= {"mixture", "conventional", "single"}
+
+
+def test_another_law_than_the_references_is_found_unless_it_is_within_the_tolerance():
+    one, other = drawing_pair(writes=True), drawing_pair(seed=12)
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other)).equal
+    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.05)).equal
+    generous = check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.9)).comparisons
+    assert all(one.equal for one in generous if one.right == "exact")
+
+
+def test_a_reference_that_reads_otherwise_is_refused():
+    with pytest.raises(ConfigError, match="do not read as m0, m1 do"):
+        check(drawing_pair(), "ab", samples=100, options=RAW, reference=Reference(toys("piece", 2)))
+    with pytest.raises(ConfigError, match="tolerance is 1; it must be 0 or more and less than 1"):
+        Reference(drawing_pair(), 1.0)

@@ -9,7 +9,7 @@ from toys import END, SHARED, Recorder, driven, named, table
 
 from mixlm.decoding.conventional import conventional
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, Prompts
+from mixlm.ensemble import EncodedPrompt, Ensemble
 from mixlm.scoring.scores import Scores
 
 
@@ -52,7 +52,7 @@ def speaking(seed: int, tokens: Sequence[bytes] = SHARED) -> ToyEngine:
     return ToyEngine(tokens, silent)
 
 
-def stepwise(those: Ensemble, prompts: Prompts, pieces: Sequence[bytes]) -> float:
+def stepwise(those: Ensemble, prompts: EncodedPrompt, pieces: Sequence[bytes]) -> float:
     """The log-probability of pieces, END the last of them or not, by `conventional`, step by step under the router."""
     settings = those.settings(method="conventional", temperature=1.0, top_k=0, seed=0)
     writing = those.writer(settings).begin(prompts)

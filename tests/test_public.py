@@ -13,10 +13,10 @@ def test_the_public_names_are_these():
         "Chat",
         "Completion",
         "Ensemble",
+        "Generation",
         "Message",
         "MixlmError",
         "Sampling",
-        "Stream",
         "Token",
         "Usage",
         "__version__",
@@ -55,3 +55,7 @@ def test_a_toy_ensemble_needs_no_torch():
         f"[one for one in {HEAVY} if one in sys.modules])"
     )
     assert in_a_fresh_process(code) == "3 []"
+
+
+def test_the_older_name_of_a_generation_is_an_alias():
+    assert mixlm.Stream is mixlm.Generation

@@ -13,7 +13,7 @@ from scipy import stats
 from mixlm.core.sampling import History, dense
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.generation.sequence import Step, Strategy, Writing
+from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
 from mixlm.types import Sampling
 
 Law = dict[bytes, float]
@@ -152,7 +152,7 @@ def named(those: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> La
     return dict(zip(keys, probabilities.tolist(), strict=True))
 
 
-def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> Writing:
+def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> SequenceState:
     """A text that stands at a given place."""
     settings = those.settings(raw=True, seed=0, **options)
     writing = those.writer(settings).begin(those.prompts(prompt, settings))
@@ -162,9 +162,9 @@ def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Se
     return writing
 
 
-def driven(strategy: Strategy, writing: Writing, weights: np.ndarray, noise: Any) -> tuple[Any, list[list[Any]]]:
+def driven(strategy: Strategy, writing: SequenceState, weights: np.ndarray, noise: Any) -> tuple[Any, list[list[Any]]]:
     """Drive a strategy by hand. Returns its choice and the requests it made, round by round."""
-    flow = strategy(Step(weights, noise, writing.views, lambda symbol: None))
+    flow = strategy(DecodeStep(weights, noise, writing.views, lambda symbol: None))
     rounds = []
     try:
         requests = next(flow)

@@ -14,17 +14,17 @@ from mixlm.config import UNITS, UnitName
 from mixlm.core.grammar import Grammars
 from mixlm.core.logit_bias import bias_of
 from mixlm.core.mixing import checked_weights
-from mixlm.core.options import Options, Settings
+from mixlm.core.options import GenerationOptions, Options
 from mixlm.core.sampling import Transform
-from mixlm.decoding import Parts, SpeculationStats, refuse, strategy
+from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy, refuse
 from mixlm.decoding.cost_model import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError, did_you_mean
-from mixlm.generation.generation import Prompts, Stream, Writer
-from mixlm.generation.member import Manner, Member
+from mixlm.generation.generation import EncodedPrompt, Generation, GenerationContext
+from mixlm.generation.member import Member, MemberOptions
 from mixlm.generation.scheduler import Scheduler
-from mixlm.routing import Fixed, Router
+from mixlm.routing import FixedRouter, Router
 from mixlm.types import ROLES, Completion, Ids, Message, Token
 from mixlm.units.base import Unit
 from mixlm.units.byte import ByteUnit
@@ -63,14 +63,14 @@ class Ensemble:
         *,
         unit: UnitName = "auto",
         router: Router | None = None,
-        defaults: Settings | None = None,
+        defaults: GenerationOptions | None = None,
     ) -> None:
         if not members:
             raise ConfigError("an ensemble needs at least one member")
         self.members = tuple(members)
         self.weights = checked_weights(weights, len(members))
-        self.router = router or Fixed(self.weights)
-        self.defaults = defaults or Settings()
+        self.router = router or FixedRouter(self.weights)
+        self.defaults = defaults or GenerationOptions()
         self.unit = _unit([one.engine for one in members], unit)
         refuse(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
@@ -108,7 +108,7 @@ class Ensemble:
 
     def replies(
         self, prompts: Iterable[Prompt], *, at_once: int = AT_ONCE, **options: Unpack[Options]
-    ) -> Iterator[tuple[int, Stream]]:
+    ) -> Iterator[tuple[int, Generation]]:
         """Reply to many prompts, `at_once` at a time. Gives each prompt's number and its finished reply as they come.
 
         The reply to prompt i is the one that `generate` gives with sequence=i, whatever is written at the same time.
@@ -118,7 +118,7 @@ class Ensemble:
 
     def numbered_replies(
         self, prompts: Iterable[tuple[int, Prompt]], *, at_once: int = AT_ONCE, **options: Unpack[Options]
-    ) -> Iterator[tuple[int, Stream]]:
+    ) -> Iterator[tuple[int, Generation]]:
         """Reply to prompts that have numbers of their own: `replies`, for going on where it stopped."""
         if at_once < 1:
             raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
@@ -131,7 +131,7 @@ class Ensemble:
                 try:
                     stream = writer.stream(self.prompts(prompt, settings))
                 except MixlmError as error:
-                    stream = writer.stream(Prompts(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
+                    stream = writer.stream(EncodedPrompt(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
                     stream.fail(error)
                     yield at, stream
                     continue
@@ -141,7 +141,7 @@ class Ensemble:
                 return
             yield from ((numbers.pop(one), one) for one in scheduler.step() if one.finished)
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Write a reply token by token: iterate over it, then read its `completion`."""
         settings = self.settings(**options)
         return self.writer(settings).stream(self.prompts(prompt, settings))
@@ -154,7 +154,7 @@ class Ensemble:
         """Return this ensemble with other weights, in place of a router too. The engines are shared."""
         other = copy(self)
         other.weights = checked_weights(weights, len(self.members))
-        other.router = Fixed(other.weights)
+        other.router = FixedRouter(other.weights)
         return other
 
     def with_unit(self, unit: UnitName) -> Ensemble:
@@ -168,11 +168,11 @@ class Ensemble:
         other._symbols = [other.unit.symbols(i) for i in range(len(self.members))]
         return other
 
-    def settings(self, **options: Unpack[Options]) -> Settings:
+    def settings(self, **options: Unpack[Options]) -> GenerationOptions:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
 
-    def prompts(self, prompt: Prompt, settings: Settings) -> Prompts:
+    def prompts(self, prompt: Prompt, settings: GenerationOptions) -> EncodedPrompt:
         """Return each member's prompt. Raises PromptTooLongError when a member's context cannot hold its own."""
         if settings.raw:
             if not isinstance(prompt, str) or settings.system is not None:
@@ -192,9 +192,9 @@ class Ensemble:
                     f"the prompt has {len(ids)} tokens for {one.name}, whose context holds {one.engine.context_length}",
                     "shorten it; the reply needs room too",
                 )
-        return Prompts(tuple(prompts), text.encode(errors="replace"))
+        return EncodedPrompt(tuple(prompts), text.encode(errors="replace"))
 
-    def writer(self, settings: Settings, sessions: Sequence[Session] | None = None) -> Writer:
+    def writer(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
         """Return what writes replies by these settings, with new sessions or given ones."""
         if settings.told_by_all and self.unit.name in ("word", "byte"):
             raise UnsupportedError(
@@ -202,7 +202,7 @@ class Ensemble:
                 "use --unit piece, or leave it out for those of the drawn member",
             )
         for one in self.members:
-            if settings.score_prompt and one.engine.candidates is not None:
+            if settings.score_prompt and one.engine.top_k_limit is not None:
                 raise UnsupportedError(
                     f"score_prompt needs every token's probability, and {one.name} tells its likeliest only",
                     "use --engine hf (engine='hf')",
@@ -225,27 +225,29 @@ class Ensemble:
                 one.name,
                 self._transform(one, settings, symbols),
                 symbols,
-                Manner(settings.alternatives, grammar, alone),
+                MemberOptions(settings.alternatives, grammar, alone),
             )
             for one, symbols, grammar in zip(self.members, drawable, grammars, strict=True)
         ]
         drawn = sessions or [one.engine.session() for one in self.members]
         sizes = [one.engine.weights_bytes for one in self.members]
-        costs = Costs(lambda: [one.work.log for one in drawn], sizes)
-        parts = Parts(self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name)
+        costs = Costs(lambda: [one.stats.forwards for one in drawn], sizes)
+        parts = StrategyContext(
+            self.weights, self.names, [one.sampling for one in self.members], sizes, costs, self.unit.name
+        )
         tally = SpeculationStats()
-        return Writer(
+        return GenerationContext(
             self.unit,
             self.router,
             settings,
             members,
-            strategy(settings, parts, tally),
+            build_strategy(settings, parts, tally),
             drawn,
             tally,
             int(np.argmax(self.weights)),
         )
 
-    def _transform(self, member: MemberSpec, settings: Settings, symbols: Ids) -> Transform:
+    def _transform(self, member: MemberSpec, settings: GenerationOptions, symbols: Ids) -> Transform:
         """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""
         bias = bias_of(settings.logit_bias, member.engine.vocabulary, symbols, member.name, self.unit.name)
         return Transform(settings.for_member(member.sampling), np.flatnonzero(symbols < 0), bias)
@@ -280,7 +282,7 @@ class Chat:
 class ChatStream(Iterator[Token]):
     """A reply of a conversation; what has been read of it is the last message of the history."""
 
-    def __init__(self, stream: Stream, messages: list[Message]) -> None:
+    def __init__(self, stream: Generation, messages: list[Message]) -> None:
         self._stream = stream
         self._messages = messages
         messages.append(Message("assistant", ""))

@@ -24,12 +24,12 @@ from mixlm.config import (
     read_config,
 )
 from mixlm.core.mixing import checked_weights
-from mixlm.core.options import Options, Settings
+from mixlm.core.options import GenerationOptions, Options
 from mixlm.engines import Engine, EngineSpec, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UsageError
-from mixlm.routing import ByPrompt, Fixed, Learned, Router
+from mixlm.routing import FixedRouter, LearnedRouter, PromptRouter, Router
 from mixlm.types import Floats
 
 Progress = Callable[[str], None]
@@ -106,7 +106,9 @@ def load_config(
             engines[key] = _engine(spec, engines, progress)
         name = _distinct(one.name or engines[key].name, [member.name for member in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
-    defaults = Settings(method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure)
+    defaults = GenerationOptions(
+        method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure
+    )
     router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
@@ -122,7 +124,7 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
     ):
         return False
     try:
-        settings = Settings(method=config.method).with_options(options)
+        settings = GenerationOptions(method=config.method).with_options(options)
         sampling = settings.for_member({**config.sampling.given(), **member.sampling.given()})
     except UsageError:
         return False  # said again, where the reply is set up
@@ -145,17 +147,17 @@ def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Pr
 
 def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:
     if config.kind == "prompt":
-        return ByPrompt(weights) if config.sharpness is None else ByPrompt(weights, config.sharpness)
+        return PromptRouter(weights) if config.sharpness is None else PromptRouter(weights, config.sharpness)
     if config.kind == "learned" and config.file is not None:
-        learned = Learned.load(config.file)
+        learned = LearnedRouter.load(config.file)
         if sorted(learned.names) != sorted(names):
             raise ConfigError(
                 f"the router in {config.file} was trained for {', '.join(learned.names)}",
                 f"this ensemble's members are {', '.join(names)}",
             )
         # Members may stand in another order than in training: each keeps its own row.
-        return Learned(learned.matrix[[learned.names.index(name) for name in names]], names)
-    return Fixed(weights)
+        return LearnedRouter(learned.matrix[[learned.names.index(name) for name in names]], names)
+    return FixedRouter(weights)
 
 
 def _distinct(name: str, taken: Sequence[str]) -> str:

@@ -18,14 +18,14 @@ from mixlm.benchmark.timing import Sample, contestants
 from mixlm.core.rng import Noise
 from mixlm.decoding.cost_model import mixture_cost, speculative_cost
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Forward, Reply, Request, Session
+from mixlm.engines.base import Forward, Request, Response, Session
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers import fused_norms as norms
 from mixlm.engines.transformers import runner
 from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.generation.generation import Stream
+from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 
 
@@ -54,7 +54,7 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
         assert run.forwards[name] / 3000 == pytest.approx(weight, abs=0.03)
     # Every member but the last to be drawn has read every token: tokens in all over forwards is 1/λ.
     seconds, slopes = np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3])
-    coins = [Noise(1, 0, at).choice(weights) for at in range(20_000)]
+    coins = [Noise(1, 0, at).coin(weights) for at in range(20_000)]
     last, total = np.full(3, -1), 0.0
     for at, z in enumerate(coins):
         total += seconds[z] * (1 + slopes[z] * (at - last[z] - 1))
@@ -127,7 +127,7 @@ class Counting(ToyEngine):
     calls = 0
     replies = 0
 
-    def answer(self, requests: Any) -> list[Reply]:
+    def answer(self, requests: Any) -> list[Response]:
         asked: list[tuple[Session, Request]] = list(requests)
         self.calls += 1
         self.replies += len(asked)
@@ -147,7 +147,7 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
         those = Ensemble([MemberSpec(one, f"toy-{i}") for i, one in enumerate(engines)])
         settings = those.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
         scheduler = Scheduler(48)
-        streams: list[Stream] = []
+        streams: list[Generation] = []
         for number in range(48):
             streams.append(those.writer(settings.with_turn(number)).stream(those.prompts("the river", settings)))
             scheduler.add(streams[-1])

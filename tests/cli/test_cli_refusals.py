@@ -148,18 +148,18 @@ def test_the_unexpected(
 
 
 def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.generation.generation import Stream
+    from mixlm.generation.generation import Generation
     from mixlm.types import Token
 
-    plain, seen = Stream.__next__, list[Token]()
+    plain, seen = Generation.__next__, list[Token]()
 
-    def interrupted(self: Stream) -> object:
+    def interrupted(self: Generation) -> object:
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(plain(self))
         return seen[-1]
 
-    monkeypatch.setattr(Stream, "__next__", interrupted)
+    monkeypatch.setattr(Generation, "__next__", interrupted)
     done = run("generate", "hello", *TOYS, "--seed", "3")
     assert (done.code, done.err) == (130, "mixlm: interrupted\n")
     assert done.out == "".join(one.text for one in seen) + "\n"

@@ -22,8 +22,8 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.bytes import bytewise
-from mixlm.engines.base import Ask
+from mixlm.decoding.byte_mixture import bytewise
+from mixlm.engines.base import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.types import Sampling
@@ -215,9 +215,9 @@ def test_a_tokens_bytes_stand_while_its_member_is_drawn():
         noise = Noise(1, sequence)
         choices = writer.choose(writing, noise, 8)
         lengths[len(choices)] += 1
-        assert {one.member for one in choices} == {noise.choice(those.weights)}
-        assert all(noise.at(k).choice(those.weights) == choices[0].member for k in range(len(choices)))
-        assert len(choices) == 8 or ended(choices, noise.at(len(choices)).choice(those.weights), those.unit.end)
+        assert {one.member for one in choices} == {noise.coin(those.weights)}
+        assert all(noise.at(k).coin(those.weights) == choices[0].member for k in range(len(choices)))
+        assert len(choices) == 8 or ended(choices, noise.at(len(choices)).coin(those.weights), those.unit.end)
         assert len(writing.state) == 0
         assert len(writer.choose(writing, noise, 1)) == 1
     assert {1, 2, 3, 4} <= set(lengths)
@@ -239,7 +239,7 @@ def test_one_forward_is_asked_at_a_time_and_what_was_asked_is_not_asked_again():
     writing = at(those, PLAIN, b"ab")
     for sequence in range(40):
         _, rounds = driven(bytewise(0), writing, those.weights, Noise(2, sequence))
-        assert all(isinstance(one, Ask) for [one] in rounds)
+        assert all(isinstance(one, LogitsRequest) for [one] in rounds)
         asked += [tuple(one.ids.tolist()) for [one] in rounds]
     assert len(asked) == len(set(asked)) <= 3
 

@@ -21,7 +21,7 @@ from toys import (
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense
 from mixlm.decoding.conventional import conventional, mix_then_truncate
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import MemoryLimitError, UnsupportedError
@@ -48,9 +48,9 @@ def test_every_member_with_a_weight_is_asked_once_and_all_at_the_same_moment():
     writing = written(those, {}, "ab", [b"a"])
     weights = np.array([0.5, 0, 0.25, 0, 0.25])
     _, [requests] = driven(conventional, writing, weights, Noise(0))
-    assert [type(one) for one in requests] == [Ask] * 3
+    assert [type(one) for one in requests] == [LogitsRequest] * 3
     assert [one.member for one in requests] == [0, 2, 4]
-    assert [len(session.work.log) for session in writing.sessions] == [1, 0, 1, 0, 1]
+    assert [len(session.stats.forwards) for session in writing.sessions] == [1, 0, 1, 0, 1]
 
 
 def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_it():

@@ -8,7 +8,7 @@ from toys import END, OPTIONS, SHARED, VOCABULARIES, driven, engine, ensemble, e
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_alone
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 
 PLAIN = OPTIONS["plain"]
 
@@ -93,7 +93,7 @@ def test_one_member_alone_takes_its_own_most_likely_symbol(member):
     those = toys("piece", 3)
     writing = written(those, {"method": "greedy"}, "ab", [])
     choice, [[request]] = driven(greedy_alone(member), writing, those.weights, Noise(0))
-    assert isinstance(request, Ask)
+    assert isinstance(request, LogitsRequest)
     assert request.member == choice.member == member
     law = exact_law(ensemble([those.members[member].engine], unit="piece"), PLAIN, "ab")
     assert piece_of(those, choice.symbol) == max(law, key=law.get)

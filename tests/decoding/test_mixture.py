@@ -22,7 +22,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.mixture import mixture
-from mixlm.engines.base import Draw
+from mixlm.engines.base import SampleRequest
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 
@@ -63,9 +63,11 @@ def test_exactly_one_member_is_asked_and_for_one_draw():
         noise = Noise(1, 0, position)
         choice, rounds = driven(mixture, writing, those.weights, noise)
         [[request]] = rounds
-        assert isinstance(request, Draw)
-        assert request.member == choice.member == noise.choice(those.weights)
-        assert [len(session.work.log) for session in writing.sessions] == [int(i == choice.member) for i in range(5)]
+        assert isinstance(request, SampleRequest)
+        assert request.member == choice.member == noise.coin(those.weights)
+        assert [len(session.stats.forwards) for session in writing.sessions] == [
+            int(i == choice.member) for i in range(5)
+        ]
 
 
 def test_the_choice_has_the_drawn_members_log_probability():
@@ -84,7 +86,7 @@ def test_a_member_that_was_not_drawn_catches_up_with_exactly_what_it_missed():
     for coin, symbol in ((0, 1), (0, 2), (0, 0), (1, 3), (0, 1)):
         driven(mixture, writing, those.weights, Recorder(coin))
         writing.state.append(symbol)
-    logs = [[(one.tokens, one.cached) for one in session.work.log] for session in writing.sessions]
+    logs = [[(one.tokens, one.cached) for one in session.stats.forwards] for session in writing.sessions]
     assert logs == [[(prompt, 0), (1, prompt), (1, prompt + 1), (2, prompt + 2)], [(prompt + 3, 0)]]
 
 

@@ -10,7 +10,7 @@ import pytest
 from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law, fixed, toys, written
 
 from mixlm.config import parse_config
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import History, dense
 from mixlm.decoding.gac import strings
 from mixlm.ensemble import Ensemble
@@ -148,9 +148,9 @@ def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_to
 
 
 def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
-    assert Settings(method="conventional", rule="unite").after_mixing({}).top_k == 10
-    assert Settings(method="conventional", rule="unite").after_mixing({"top_k": 4}).top_k == 4
-    assert Settings(method="conventional", rule="gac").after_mixing({}).top_k == 20
+    assert GenerationOptions(method="conventional", rule="unite").after_mixing({}).top_k == 10
+    assert GenerationOptions(method="conventional", rule="unite").after_mixing({"top_k": 4}).top_k == 4
+    assert GenerationOptions(method="conventional", rule="gac").after_mixing({}).top_k == 20
 
 
 def test_members_of_no_weight_take_no_part():
@@ -176,9 +176,9 @@ def test_a_rule_is_for_conventional_alone(rule, method):
 
 def test_what_does_not_go_with_a_rule_is_refused():
     with pytest.raises(ConfigError, match=r"rule is 'unit'; it must be one of gac, unite .did you mean 'unite'"):
-        Settings(method="conventional", rule="unit")
+        GenerationOptions(method="conventional", rule="unit")
     with pytest.raises(UnsupportedError, match="rule gac and mix-then-truncate are both given"):
-        Settings(method="conventional", rule="gac", mix_then_truncate=True)
+        GenerationOptions(method="conventional", rule="gac", mix_then_truncate=True)
     with pytest.raises(ConfigError, match="top_k is 0, and rule unite"):
         load("toy:1", "toy:2").generate("a", method="conventional", rule="unite", top_k=0)
     own = ensemble([fixed({b"a": 1.0}), fixed({b"a": 1.0})], own=[{"top_k": 1}, {}])

@@ -5,9 +5,9 @@ import pytest
 from toys import OPTIONS, Recorder, assert_same_law, driven, ensemble, exact_law, named, toys, written
 
 from mixlm.core.rng import Noise
-from mixlm.decoding import Parts, SpeculationStats, strategy
+from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
 from mixlm.decoding.single import single
-from mixlm.engines.base import Ask, Draw
+from mixlm.engines.base import LogitsRequest, SampleRequest
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -18,7 +18,7 @@ def test_the_law_is_that_one_members(unit, name):
         noise = Recorder()
         writing = written(those, OPTIONS[name], "ab", [b"a"])
         choice, [[request]] = driven(single(member), writing, those.weights, noise)
-        assert isinstance(request, Draw)
+        assert isinstance(request, SampleRequest)
         assert choice.member == request.member == member
         alone = ensemble([those.members[member].engine], unit=unit)
         expected = exact_law(alone, OPTIONS[name], "ab", [b"a"])
@@ -29,15 +29,21 @@ def test_the_heaviest_member_writes_and_of_equals_the_first():
     those = toys("token", 3)
     settings = those.settings(method="single")
     for weights, expected in (([0.2, 0.5, 0.3], 1), ([0.4, 0.4, 0.2], 0)):
-        chosen = strategy(settings, Parts.unmeasured(np.array(weights), those.names, [{}] * 3), SpeculationStats())
+        chosen = build_strategy(
+            settings, StrategyContext.unmeasured(np.array(weights), those.names, [{}] * 3), SpeculationStats()
+        )
         choice, _ = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
         assert choice.member == expected
 
 
-@pytest.mark.parametrize(("options", "kind"), [({"temperature": 0}, Ask), ({"temperature": 1}, Draw), ({}, Draw)])
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"temperature": 0}, LogitsRequest), ({"temperature": 1}, SampleRequest), ({}, SampleRequest)]
+)
 def test_temperature_zero_makes_it_greedy(options, kind):
     those = toys("token", 2)
     settings = those.settings(method="single", **options)
-    chosen = strategy(settings, Parts.unmeasured(those.weights, those.names, [{}] * 2), SpeculationStats())
+    chosen = build_strategy(
+        settings, StrategyContext.unmeasured(those.weights, those.names, [{}] * 2), SpeculationStats()
+    )
     _, [[request]] = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
     assert isinstance(request, kind)

@@ -13,7 +13,7 @@ from mixlm.decoding.speculative import speculative
 from mixlm.engines.base import Forward
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import SpeculationStats
-from mixlm.routing import ByFunction
+from mixlm.routing import FunctionRouter
 
 DRAFTS = ("lookup", "m0", "m1")
 
@@ -50,7 +50,7 @@ def test_weights_may_depend_on_the_text(unit, draft):
     def by_last_byte(prompt, text):
         return [0.8, 0.1, 0.1] if text[-1:] in (b"a", b"") else [0.1, 0.3, 0.6]
 
-    those = toys(unit, 3, router=ByFunction(by_last_byte, 3))
+    those = toys(unit, 3, router=FunctionRouter(by_last_byte, 3))
     for sequence in range(10):
         drafted(those, draft, 3, seed=1, sequence=sequence, max_tokens=25)
 
@@ -98,7 +98,7 @@ def test_large_forwards_a_token_are_as_the_formula_says():
         ).usage
         for s in range(3)
     ]
-    beta = sum(one.accepted for one in usages) / sum(one.checked for one in usages)
+    beta = sum(one.accepted for one in usages) / sum(one.drafted for one in usages)
     found = sum(one.members["m1"].forwards for one in usages) / sum(one.tokens for one in usages)
     expected = (1 - weights[0]) * (1 - beta) / (1 - beta ** (checks + 1))
     assert 0.5 < beta < 0.95
@@ -120,7 +120,7 @@ def test_a_wrong_guess_is_never_kept():
     writer, tally = those.writer(settings), SpeculationStats()
     writer.strategy = speculative(Random(), 4, tally)
     assert writer.stream(prompts).finish().text == expected.text
-    assert 0 < tally.accepted < tally.checked
+    assert 0 < tally.accepted < tally.drafted
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
@@ -143,7 +143,7 @@ def test_drafted_greedy_runs_fewer_forwards_where_members_agree():
     options = {"raw": True, "seed": 0, "max_tokens": 48, "ignore_end": True, "method": "greedy"}
     plain = those.generate("ab", **options).usage.members["m1"].forwards
     usage = those.generate("ab", **options, draft="m0", block=5).usage
-    assert usage.accepted == usage.checked
+    assert usage.accepted == usage.drafted
     assert usage.members["m1"].forwards == 8 < plain
 
 

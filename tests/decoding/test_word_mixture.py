@@ -24,8 +24,8 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.words import LONGEST, words
-from mixlm.engines.base import Draw, Drawn
+from mixlm.decoding.word_mixture import LONGEST, words
+from mixlm.engines.base import SampleRequest, SampleResponse
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice
@@ -127,7 +127,7 @@ def one_by_one(step):
     state = step.views[0].state
     z = coin if state.owner is None else state.owner
     view, following = step.views[z], step.views[coin]
-    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    [drawn] = yield [SampleRequest(z, view.ids(), view.draw(step.noise))]
     begun = state.begins_here()
     if z == coin or not begun(np.array([drawn.symbol]))[0]:
         return [Choice(drawn.symbol, z, drawn.logprob)]
@@ -143,10 +143,10 @@ def one_by_one(step):
         kept = begun(symbols) & np.isfinite(logprobs)
         symbols, logprobs = symbols[kept], logprobs[kept]
         logprobs = logprobs - np.logaddexp.reduce(logprobs)
-        at = step.noise.again().draw(symbols, logprobs)
-        return Drawn(int(symbols[at]), float(logprobs[at]))
+        at = step.noise.again().sample(symbols, logprobs)
+        return SampleResponse(int(symbols[at]), float(logprobs[at]))
 
-    [anew] = yield [Draw(coin, following.ids(), beginning)]
+    [anew] = yield [SampleRequest(coin, following.ids(), beginning)]
     return [Choice(drawn.symbol, z, drawn.logprob) if anew is None else Choice(anew.symbol, coin, anew.logprob)]
 
 
@@ -286,7 +286,7 @@ def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
     for position in range(200):
         writing = at(those, {}, [(b"a", 0)])
         noise = Noise(1, 0, position)
-        coin = noise.choice(those.weights)
+        coin = noise.coin(those.weights)
         choice, rounds = driven(words(1), writing, those.weights, noise)
         asked = [one.member for [one] in rounds]
         begun = choice.symbol == those.unit.end or begins_word(those.unit.data(choice.symbol), b"a")
@@ -358,7 +358,7 @@ def test_a_word_that_has_ended_costs_nothing_to_find_out(monkeypatch):
 def test_engines_that_answer_place_by_place_are_not_guessed_about(monkeypatch):
     those = wordy(0)
     for one in those.members:
-        one.engine.candidates = len(one.engine.vocabulary.tokens)
+        one.engine.top_k_limit = len(one.engine.vocabulary.tokens)
     options = {"max_tokens": 60, "seed": 1, "top_k": 3}
     assert replied(those, words(), options, monkeypatch)[2] == replied(those, one_by_one, options, monkeypatch)[2]
 

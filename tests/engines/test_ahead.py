@@ -17,8 +17,8 @@ from toys import toys
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.decoding import runs
-from mixlm.engines.base import Ahead, Ask, Draw, Session
+from mixlm.decoding import engine_sampling
+from mixlm.engines.base import LogitsRequest, RunAheadHint, SampleRequest, Session
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers import run_ahead as ahead
 from mixlm.engines.transformers import runner
@@ -26,7 +26,7 @@ from mixlm.engines.transformers.device_topk import Largest, kept
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.run_ahead import DEPTH, Draws
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.routing import ByFunction
+from mixlm.routing import FunctionRouter
 from mixlm.types import Candidates, Sampling
 
 TRUNCATED = {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8}
@@ -40,7 +40,7 @@ def engine(load: Load) -> HFEngine:  # noqa: F811
 def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     """What the device and the host draw from a random row; None for a row that comes whole."""
     logits, transform = random_case(seed)
-    cut, noise = transform.cut, Noise(seed, 3, 5)
+    cut, noise = transform.top_k_filter, Noise(seed, 3, 5)
     if cut is None or not ahead.shortened(cut, len(logits)):
         return None
     symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
@@ -49,9 +49,11 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     row = kept(part.cpu().numpy(), cut)
     if row is None:
         return None
-    told = Ahead((noise.draw_key,), transform.sampling, symbols)
+    told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
     law = transform(row)
-    return int(draws.token(part, cut, told, noise.draw_key)), int(law.ids[noise.draw(symbols[law.ids], law.logprobs)])
+    return int(draws.token(part, cut, told, noise.sample_key)), int(
+        law.ids[noise.sample(symbols[law.ids], law.logprobs)]
+    )
 
 
 def test_the_device_draws_what_the_host_draws() -> None:
@@ -62,7 +64,7 @@ def test_the_device_draws_what_the_host_draws() -> None:
 
 @pytest.mark.parametrize("key", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_noise_is_the_same_number_for_number(key: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Noise, "draw_key", key)
+    monkeypatch.setattr(Noise, "sample_key", key)
     symbols = np.arange(300_000)
     found = ahead.gumbel((torch.from_numpy(symbols) + 1) * ahead._GOLDEN, key)
     np.testing.assert_allclose(found.numpy(), Noise(0).gumbel(symbols), rtol=1e-13, atol=1e-13)
@@ -72,8 +74,8 @@ def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
     logits = torch.tensor([1.0] * 4 + [3.0] * 6 + [2.0] * 5 + [0.0] * 100)[torch.randperm(115)]
     for p in np.linspace(0.02, 0.99, 60):
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
-        assert transform.cut is not None
-        part = Largest().part(logits[None], transform.cut, [0]).view(2, -1)
+        assert transform.top_k_filter is not None
+        part = Largest().part(logits[None], transform.top_k_filter, [0]).view(2, -1)
         ids, values = ahead.order(part[0].view(torch.float32), part[1], 14, transform.sampling)
         assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
 
@@ -82,10 +84,10 @@ class Log:
     """The forwards that sessions answered with, and those that nobody asked for."""
 
     def __init__(self, sessions: list[Session]) -> None:
-        works = [one.work for one in sessions]
-        self.forwards = sum(len(one.log) for one in works)
-        self.ahead = sum(one.ahead for one in works)
-        self.vain = sum(one.vain for one in works)
+        works = [one.stats for one in sessions]
+        self.forwards = sum(len(one.forwards) for one in works)
+        self.ahead = sum(one.run_ahead for one in works)
+        self.vain = sum(one.wasted for one in works)
 
 
 def write(those: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], str, Log]:
@@ -148,7 +150,7 @@ def test_what_is_run_in_vain_is_bounded(load: Load) -> None:  # noqa: F811
 
 
 def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
-    router = ByFunction(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
+    router = FunctionRouter(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
     found, expected = (write(one, seed=3, max_tokens=80) for one in (fixed, usual))
     assert found[:2] == expected[:2]
@@ -178,14 +180,14 @@ class Asking:
         self._symbols = np.arange(engine.vocabulary.size)
         self._noise = Noise(seed)
 
-    def draw(self, reach: int = DEPTH) -> Draw:
-        keys = tuple(self._noise.at(len(self.ids) + further).draw_key for further in range(reach))
-        told = Ahead(keys, self.transform.sampling, self._symbols) if keys else None
-        return Draw(0, self.ids.copy(), lambda row: row, self.transform.cut, told)
+    def draw(self, reach: int = DEPTH) -> SampleRequest:
+        keys = tuple(self._noise.at(len(self.ids) + further).sample_key for further in range(reach))
+        told = RunAheadHint(keys, self.transform.sampling, self._symbols) if keys else None
+        return SampleRequest(0, self.ids.copy(), lambda row: row, self.transform.top_k_filter, told)
 
     def next(self, row: Any) -> int:
         law = self.transform(row)
-        return int(law.ids[self._noise.at(len(self.ids)).draw(*law)])
+        return int(law.ids[self._noise.at(len(self.ids)).sample(*law)])
 
     def check(self, row: Any) -> None:
         whole = uncached(self.engine, self.ids)[0]
@@ -249,7 +251,7 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
                 each.check(row)
                 each.ids = np.append(each.ids, each.next(row))
         elif kind == "cut":
-            [[row]] = engine.answer([(one.session, Ask(0, one.ids, 1, one.transform.cut))])
+            [[row]] = engine.answer([(one.session, LogitsRequest(0, one.ids, 1, one.transform.top_k_filter))])
             one.check(row)
         elif kind == "other cut":
             held, one.transform = one.transform, other.transform
@@ -262,8 +264,8 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
         else:
             one.check(engine.answer([(one.session, one.draw(0))])[0])
         assert (one.session.cache.length if one.session.cache else 0) == len(one.session._cached.ids)
-    assert one.session.work.ahead > 15
-    assert one.session.work.vain > 5
+    assert one.session.stats.run_ahead > 15
+    assert one.session.stats.wasted > 5
 
 
 @pytest.mark.usefixtures("uncrowded")
@@ -271,13 +273,13 @@ def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEn
     one, other = Asking(engine), Asking(engine, seed=1)
     for each in (one, other):
         each.go_on(2)
-    before = one.session.work.ahead
+    before = one.session.stats.run_ahead
     rows = engine.answer([(each.session, each.draw()) for each in (one, other)])
     for each, row in zip((one, other), rows, strict=True):
         each.check(row)
-        assert each.session.work.log[-1][:2] == (1, len(each.ids) - 1)
-        assert each.session.work.log[-1].rows == 1
-    assert one.session.work.ahead == before + 1
+        assert each.session.stats.forwards[-1][:2] == (1, len(each.ids) - 1)
+        assert each.session.stats.forwards[-1].rows == 1
+    assert one.session.stats.run_ahead == before + 1
 
 
 def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
@@ -288,10 +290,10 @@ def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
     engine.answer([(each.session, each.draw()) for each in (one, other)])
     one.go_on(6, checked=False)  # the first is known by now
     assert not one.session.waiting
-    assert one.session.work.ahead == one.session.work.vain == 0
+    assert one.session.stats.run_ahead == one.session.stats.wasted == 0
     one.go_on(2, checked=False)
     assert one.session.waiting
-    assert one.session.work.ahead == 1
+    assert one.session.stats.run_ahead == 1
 
 
 @pytest.mark.parametrize("captures", [False, True])
@@ -315,8 +317,8 @@ def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: 
     finally:
         head.weight = held
     assert whole > 5 < cut
-    assert one.session.work.ahead > 2
-    assert len(one.session.work.log) == 60
+    assert one.session.stats.run_ahead > 2
+    assert len(one.session.stats.forwards) == 60
 
 
 def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -334,7 +336,7 @@ def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: 
     one.go_on(12)
     assert [length for length, _ in ran] == [*range(250, 256), *range(257, 262)]
     assert all(length < size for length, size in ran)
-    assert one.session.work.ahead == 10
+    assert one.session.stats.run_ahead == 10
 
 
 def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
@@ -344,21 +346,21 @@ def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
         Transform(Sampling(), np.arange(3)),
     )
     draws = Draws(Largest())
-    assert transform.cut is not None
-    part = draws.largest.part(logits[None], transform.cut, [0]).view(2, -1)
+    assert transform.top_k_filter is not None
+    part = draws.largest.part(logits[None], transform.top_k_filter, [0]).view(2, -1)
     law = transform(logits.numpy())
     for key, shift in enumerate([0, 1000, 0, 77]):
         noise, symbols = Noise(key), np.arange(500) + shift
-        told = Ahead((noise.draw_key,), transform.sampling, symbols)
-        found = int(draws.token(part, transform.cut, told, noise.draw_key))
-        assert found == law.ids[noise.draw(symbols[law.ids], law.logprobs)]
+        told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
+        found = int(draws.token(part, transform.top_k_filter, told, noise.sample_key))
+        assert found == law.ids[noise.sample(symbols[law.ids], law.logprobs)]
 
 
 def test_engines_that_do_not_go_ahead_are_told_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def never(*_: Any) -> int:
         raise AssertionError
 
-    monkeypatch.setattr(runs, "_reach", never)
+    monkeypatch.setattr(engine_sampling, "_reach", never)
     toys("token", 2).generate("ab", raw=True, max_tokens=5)
     pair(load, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
     whole = pair(load, "on", ("llama", "qwen2"))
@@ -442,7 +444,7 @@ def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # no
     one.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
     go_on = ahead.Lead._go_on
 
-    def strictly(self: ahead.Lead, told: Ahead, run: int) -> None:
+    def strictly(self: ahead.Lead, told: RunAheadHint, run: int) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             go_on(self, told, run)
@@ -453,4 +455,4 @@ def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # no
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead.Lead, "_go_on", strictly)
         one.go_on(20, checked=False)
-    assert one.session.work.ahead >= 20
+    assert one.session.stats.run_ahead >= 20

@@ -118,7 +118,7 @@ def test_mix_then_truncate_tells_the_truncated_average():
     those = toys("token", 2)
     plain = {"raw": True, "seed": 3, "max_tokens": 6, "method": "conventional", "alternatives": 9}
     found = those.generate(PROMPT, mix_then_truncate=True, temperature=1.0, top_k=2, **plain)
-    assert all(len(one.alternatives) == 2 for one in found.tokens)
+    assert all(len(one.top_logprobs) == 2 for one in found.tokens)
     assert all(sum(map(math.exp, told(one).values())) == pytest.approx(1) for one in found.tokens)
     for rule in ("gac", "unite"):
         ruled = those.generate(PROMPT, rule=rule, temperature=1.0, **plain)
@@ -213,7 +213,7 @@ def test_a_real_members_are_those_of_transformers(demo_pair, member):
         for i in torch.topk(logprobs, 400).indices.tolist():
             mass[vocabulary.tokens[i]] += math.exp(logprobs[i])
         expected = sorted(mass, key=mass.__getitem__, reverse=True)[:8]
-        assert [one.data for one in token.alternatives] == expected
-        for one in token.alternatives:
+        assert [one.data for one in token.top_logprobs] == expected
+        for one in token.top_logprobs:
             assert one.logprob == pytest.approx(math.log(mass[one.data]), abs=2e-4)
         text += token.data

@@ -9,7 +9,7 @@ from mixlm.engines.toy import ToyEngine, ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError
 from mixlm.generation.scheduler import Scheduler
-from mixlm.generation.unavailable import Absent
+from mixlm.generation.unavailable import UnavailableMembers
 
 PROMPT = "the river"
 
@@ -179,11 +179,11 @@ def test_a_member_is_asked_after_ever_longer_times(monkeypatch):
     monkeypatch.setattr("mixlm.generation.unavailable._FIRST_WAIT", 0.5)
     monkeypatch.setattr("mixlm.generation.unavailable.time.monotonic", lambda: now[0])
     looks = []
-    absent = Absent([lambda: bool(looks.append(now[0]))], ["one"])
-    absent.leave_out(0, EngineError("gone"))
+    absent = UnavailableMembers([lambda: bool(looks.append(now[0]))], ["one"])
+    absent.exclude(0, EngineError("gone"))
     for step in range(1, 2000):
         now[0] = step / 10
-        absent.look_again()
+        absent.retry()
     gaps = np.diff([0.0, *looks])
     np.testing.assert_allclose(gaps[:7], [0.5, 1, 2, 4, 8, 16, 30], atol=0.11)
     np.testing.assert_allclose(gaps[7:], 30, atol=0.11)

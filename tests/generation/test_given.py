@@ -13,7 +13,7 @@ from mixlm.core.sampling import softmax
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation import prompt_logprobs as given
-from mixlm.routing import ByFunction
+from mixlm.routing import FunctionRouter
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import router_weights
 
@@ -60,8 +60,8 @@ def test_alternatives_are_those_of_the_plain_average():
         )
         named = {b"" if i == end else SHARED[i]: average[i] for i in range(end + 1) if i != begin}
         expected = sorted(named, key=named.__getitem__, reverse=True)[:4]
-        assert [one.data for one in token.alternatives] == expected
-        assert [math.exp(one.logprob) for one in token.alternatives] == pytest.approx([named[one] for one in expected])
+        assert [one.data for one in token.top_logprobs] == expected
+        assert [math.exp(one.logprob) for one in token.top_logprobs] == pytest.approx([named[one] for one in expected])
         assert math.exp(token.logprob) == pytest.approx(named[token.data])
         context.append(SHARED.index(token.data))
     assert b"".join(one.data for one in found.prompt) == text.encode()
@@ -93,7 +93,7 @@ def test_single_tells_its_members():
 
 def test_routers_weigh_the_segments():
     those = pair("piece")
-    those.router = ByFunction(lambda prompt, text: [0.9, 0.1] if text.endswith(b"e") else [0.2, 0.8], 2)
+    those.router = FunctionRouter(lambda prompt, text: [0.9, 0.1] if text.endswith(b"e") else [0.2, 0.8], 2)
     found = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0)
     expected = score(those, TEXT, by_segment=True)
     mixture = expected.mixture(router_weights(expected, those.router))
@@ -108,8 +108,8 @@ def test_nothing_in_front_of_a_text_says_nothing_about_its_beginning():
     finally:
         one.prompts._begin = begin
     assert math.isnan(found.prompt[0].logprob)
-    assert found.prompt[0].alternatives == ()
-    assert all(one.logprob < 0 and len(one.alternatives) == 2 for one in found.prompt[1:])
+    assert found.prompt[0].top_logprobs == ()
+    assert all(one.logprob < 0 and len(one.top_logprobs) == 2 for one in found.prompt[1:])
     assert found.as_dict()["prompt"][0]["logprob"] is None
     assert "".join(one.text for one in found.prompt) == TEXT
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_told_is_refused():
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         those.generate("x", raw=True, max_tokens=0)
     few = engine(SHARED)
-    few.candidates = 4
+    few.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="score_prompt needs every token"):
         ensemble([few]).generate("a", raw=True, top_k=2, score_prompt=True)
     # Composed by this tokenizer's normaliser: its tokens spell another text.

@@ -15,7 +15,7 @@ from mixlm.engines.batching import answer_together
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, MemoryLimitError, PromptTooLongError
 from mixlm.generation.scheduler import Scheduler
-from mixlm.routing import ByPrompt
+from mixlm.routing import PromptRouter
 from mixlm.types import Message
 
 PROMPTS = ["ab", "c", "b a", "a", "abc", "cc", "b", "ba", "cab"]
@@ -47,7 +47,7 @@ def test_replies_written_together_are_those_written_one_by_one(unit, method):
 
 
 def test_a_router_that_reads_prompts_works_too():
-    those = toys("token", 3, router=ByPrompt(np.full(3, 1 / 3)))
+    those = toys("token", 3, router=PromptRouter(np.full(3, 1 / 3)))
     options = {"raw": True, "seed": 4, "max_tokens": 15}
     expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
     assert [text(one) for one in those.generate(PROMPTS, **options)] == expected

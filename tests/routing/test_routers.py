@@ -11,13 +11,13 @@ import pytest
 
 import mixlm.decoding
 from mixlm.config import RouterConfig, parse_config, read_config, write_config
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
-from mixlm.generation.sequence import Flow, Step
+from mixlm.generation.sequence import DecodeStep, Flow
 from mixlm.loading import load_config
-from mixlm.routing import ByFunction, ByPrompt, Context, Fixed, Learned, Route, Router
+from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptContext, PromptRouter, Route, Router
 from mixlm.routing.features import FEATURES
 from mixlm.routing.prompt import by_bits
 from mixlm.verification.check import check
@@ -50,10 +50,10 @@ def routers() -> dict[str, Router]:
     matrix = np.random.default_rng(0).normal(scale=2.0, size=(2, FEATURES))
     weights = np.array([1 / 3, 2 / 3])
     return {
-        "fixed": Fixed(weights),
-        "prompt": ByPrompt(weights, 0.5),
-        "function": ByFunction(by_last_byte, 2),
-        "learned": Learned(matrix, ["toy-0", "toy-1"]),
+        "fixed": FixedRouter(weights),
+        "prompt": PromptRouter(weights, 0.5),
+        "function": FunctionRouter(by_last_byte, 2),
+        "learned": LearnedRouter(matrix, ["toy-0", "toy-1"]),
     }
 
 
@@ -70,7 +70,7 @@ class ByWriter:
     def __init__(self) -> None:
         self.last = 0
 
-    def begin(self, context: Context) -> Route:
+    def begin(self, context: PromptContext) -> Route:
         return self.route
 
     def route(self, state: Any) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch:
     router = ByWriter()
     plain = mixlm.decoding.mixture
 
-    def noting(step: Step) -> Flow:
+    def noting(step: DecodeStep) -> Flow:
         [choice] = yield from plain(step)
         router.last = choice.member
         return [choice]
@@ -95,15 +95,15 @@ def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch:
     wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
     assert wrong == {("mixture", 2)}
     # The same strategy with a router that sees the text alone: noting who wrote is not what is wrong.
-    fair = check(ensemble(unit, ByFunction(by_last_byte, 2)), "abc", samples=1500, options=options)  # type: ignore[arg-type]
+    fair = check(ensemble(unit, FunctionRouter(by_last_byte, 2)), "abc", samples=1500, options=options)  # type: ignore[arg-type]
     assert fair.equal
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
     plain = ensemble(unit)
-    those = ensemble(unit, ByPrompt(plain.weights, 0.1))
-    settings = Settings(seed=3, max_tokens=12, ignore_end=True, raw=True)
+    those = ensemble(unit, PromptRouter(plain.weights, 0.1))
+    settings = GenerationOptions(seed=3, max_tokens=12, ignore_end=True, raw=True)
     prompts = those.prompts("abcab", settings)
     writer = those.writer(settings)
     done = writer.stream(prompts).finish()
@@ -111,19 +111,19 @@ def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
     assert all(drawn)
     forwards = 0
     for session, ids in zip(writer.sessions, prompts.ids, strict=True):
-        first, *later = session.work.log
+        first, *later = session.stats.forwards
         # The prefill is the reading; the very first draw then needs no forward of its own, every later draw needs one.
         assert (first.tokens, first.cached) == (len(ids), 0)
         forwards += len(later)
         if unit == "token":
-            for before, after in pairwise(session.work.log):
+            for before, after in pairwise(session.stats.forwards):
                 assert after.cached == before.cached + before.tokens
     assert forwards == sum(drawn) - 1
 
 
 def test_weights_by_prompt() -> None:
     weights = np.array([0.2, 0.8])
-    route = ByPrompt(weights, 2.0).begin(Context(b"x", lambda: np.array([1.0, 2.0])))
+    route = PromptRouter(weights, 2.0).begin(PromptContext(b"x", lambda: np.array([1.0, 2.0])))
     assert route(None) == pytest.approx(np.array([0.2 * 4, 0.8]) / 1.6)  # type: ignore[arg-type]
     assert by_bits(weights, np.array([5.0, 1.0]), 0.0) == pytest.approx(weights)
     assert by_bits(weights, np.array([5.0, 5.0]), 9.0) == pytest.approx(weights)
@@ -141,7 +141,7 @@ def test_weights_by_prompt_are_always_weights(bits: list[float], weights: list[f
 @pytest.mark.parametrize("sharpness", [-1.0, float("nan"), float("inf")])
 def test_a_sharpness_that_means_nothing_is_refused(sharpness: float) -> None:
     with pytest.raises(ConfigError, match="sharpness is"):
-        ByPrompt(np.array([0.5, 0.5]), sharpness)
+        PromptRouter(np.array([0.5, 0.5]), sharpness)
 
 
 def test_a_function_sees_prompt_and_text_and_its_weights_are_checked() -> None:
@@ -151,12 +151,12 @@ def test_a_function_sees_prompt_and_text_and_its_weights_are_checked() -> None:
         seen.append((prompt, tail))
         return [1.0, 3.0]
 
-    those = ensemble("token", ByFunction(function, 2))
+    those = ensemble("token", FunctionRouter(function, 2))
     text = those.generate("ab", seed=0, max_tokens=4, ignore_end=True, raw=True).text.encode()
     assert [prompt for prompt, _ in seen] == [b"ab"] * 4
     assert seen[0][1] == b""
     assert all(text.startswith(tail) for _, tail in seen)
-    bad = ensemble("token", ByFunction(lambda prompt, tail: [1.0], 2))
+    bad = ensemble("token", FunctionRouter(lambda prompt, tail: [1.0], 2))
     with pytest.raises(ConfigError, match=r"1 weight \(1\) for 2 members"):
         bad.generate("ab", seed=0)
 
@@ -164,7 +164,7 @@ def test_a_function_sees_prompt_and_text_and_its_weights_are_checked() -> None:
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
     matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
-    Learned(matrix, ["toy:1", "toy:2"]).save(tmp_path / "router.json")
+    LearnedRouter(matrix, ["toy:1", "toy:2"]).save(tmp_path / "router.json")
     return tmp_path / "router.json"
 
 
@@ -187,14 +187,14 @@ def test_a_file_without_a_router_is_refused_by_name(tmp_path: Path, text: str, m
     path = tmp_path / "router.json"
     path.write_text(text.replace("nan", "NaN"))
     with pytest.raises(ConfigError, match=message) as caught:
-        Learned.load(path)
+        LearnedRouter.load(path)
     assert "router.json" in caught.value.message
     assert "mixlm fit" in str(caught.value.hint)
 
 
 def test_a_router_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        Learned.load(tmp_path / "none.json")
+        LearnedRouter.load(tmp_path / "none.json")
 
 
 MEMBERS = [{"model": "toy:1", "weight": 0.25}, {"model": "toy:2", "weight": 0.75}]
@@ -215,7 +215,7 @@ def test_a_file_with_a_router_is_written_and_read(tmp_path: Path, gate: Path, ro
         again = again.model_copy(update={"router": again.router.model_copy(update={"file": gate.name})})
     assert again == config
     built = load_config(read_config(tmp_path / "pair.toml"))
-    kind = {"prompt": ByPrompt, "learned": Learned}.get(config.router.kind, Fixed)
+    kind = {"prompt": PromptRouter, "learned": LearnedRouter}.get(config.router.kind, FixedRouter)
     assert isinstance(built.router, kind)
     assert built.generate("one", seed=0, max_tokens=3).text
 

@@ -11,12 +11,12 @@ import pytest
 from toys import engine, toys
 
 import mixlm.decoding
-from mixlm.core.options import Settings
-from mixlm.engines.base import Ask, Draw
+from mixlm.core.options import GenerationOptions
+from mixlm.engines.base import LogitsRequest, SampleRequest
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.generation.sequence import Choice, Flow, Step
+from mixlm.generation.sequence import Choice, DecodeStep, Flow
 from mixlm.units.byte import ByteState
 from mixlm.verification.check import Reference, Report, check, check_units
 
@@ -132,29 +132,29 @@ def test_mix_then_truncate_follows_its_own_law_in_conventional() -> None:
     assert {one.left for one in report.comparisons} == {"conventional"}
 
 
-def broken_coin(step: Step) -> Flow:
+def broken_coin(step: DecodeStep) -> Flow:
     """Draw the coin from wrong weights."""
-    z = step.noise.choice(step.weights[::-1])
+    z = step.noise.coin(step.weights[::-1])
     view = step.views[z]
-    [drawn] = yield [Draw(z, view.ids(), view.draw(step.noise))]
+    [drawn] = yield [SampleRequest(z, view.ids(), view.draw(step.noise))]
     return [Choice(drawn.symbol, z, drawn.logprob)]
 
 
-def most_confident(step: Step) -> Flow:
+def most_confident(step: DecodeStep) -> Flow:
     """Let the member that is surest write: weights that look at current distributions."""
-    replies = yield [Ask(i, view.ids()) for i, view in enumerate(step.views)]
-    laws = [view.law(logits[0]) for view, logits in zip(step.views, replies, strict=True)]
+    replies = yield [LogitsRequest(i, view.ids()) for i, view in enumerate(step.views)]
+    laws = [view.distribution(logits[0]) for view, logits in zip(step.views, replies, strict=True)]
     z = int(np.argmax([law.logprobs.max() for law in laws]))
-    at = step.noise.draw(*laws[z])
+    at = step.noise.sample(*laws[z])
     return [Choice(int(laws[z].ids[at]), z, float(laws[z].logprobs[at]))]
 
 
-def coin_is_the_noise(step: Step) -> Flow:
+def coin_is_the_noise(step: DecodeStep) -> Flow:
     """Let the coin tell what is drawn: with coin 0 always the member's most likely symbol."""
-    z = step.noise.choice(step.weights)
-    [logits] = yield [Ask(z, step.views[z].ids())]
-    symbols, logprobs = step.views[z].law(logits[0])
-    at = int(np.argmax(logprobs)) if z == 0 else step.noise.draw(symbols, logprobs)
+    z = step.noise.coin(step.weights)
+    [logits] = yield [LogitsRequest(z, step.views[z].ids())]
+    symbols, logprobs = step.views[z].distribution(logits[0])
+    at = int(np.argmax(logprobs)) if z == 0 else step.noise.sample(symbols, logprobs)
     return [Choice(int(symbols[at]), z, float(logprobs[at]))]
 
 
@@ -167,11 +167,11 @@ def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any)
 
 
 def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stale(step: Step) -> Flow:
-        z = step.noise.choice(step.weights)
+    def stale(step: DecodeStep) -> Flow:
+        z = step.noise.coin(step.weights)
         view = step.views[z]
         ids = view.ids()
-        [drawn] = yield [Draw(z, ids[:-1] if z == 1 and step.noise.position else ids, view.draw(step.noise))]
+        [drawn] = yield [SampleRequest(z, ids[:-1] if z == 1 and step.noise.position else ids, view.draw(step.noise))]
         return [Choice(drawn.symbol, z, drawn.logprob)]
 
     monkeypatch.setattr(mixlm.decoding, "mixture", stale)
@@ -181,9 +181,9 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
 
 
 def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_member_only(step: Step) -> Flow:
-        [logits] = yield [Ask(0, step.views[0].ids())]
-        law = step.views[0].law(logits[0])
+    def first_member_only(step: DecodeStep) -> Flow:
+        [logits] = yield [LogitsRequest(0, step.views[0].ids())]
+        law = step.views[0].distribution(logits[0])
         at = int(np.argmax(law.logprobs))
         return [Choice(int(law.ids[at]), 0, float(law.logprobs[at]))]
 
@@ -236,7 +236,7 @@ def test_the_real_pair_follows_the_laws_of_words_and_bytes(demo_pair: Ensemble, 
 def test_real_members_that_share_a_vocabulary_follow_the_exact_law(demo_pair: Ensemble) -> None:
     first = demo_pair.members[0]
     terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
-    shared = Ensemble([first, terse], [0.6, 0.4], defaults=Settings())
+    shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
     assert shared.unit.name == "token"
     assert check(shared, "Name a colour.", samples=600).equal
 

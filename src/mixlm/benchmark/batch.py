@@ -18,7 +18,7 @@ from mixlm.benchmark.timing import Sample, alone, drafted_by, settings_of
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.generation.generation import Stream
+from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -73,7 +73,7 @@ class Batch:
             one.release()
         return time.perf_counter() - start
 
-    def _streams(self, sequence: int, tokens: int) -> list[Stream]:
+    def _streams(self, sequence: int, tokens: int) -> list[Generation]:
         settings = replace(self._settings, max_tokens=tokens + 1)
         numbers = range(sequence * self.size, (sequence + 1) * self.size)
         writers = [self._ensemble.writer(replace(settings, sequence=number)) for number in numbers]
@@ -94,7 +94,7 @@ class _Window:
         self._before: int | None = None
         self._open = True
 
-    def look(self, streams: Sequence[Stream]) -> None:
+    def look(self, streams: Sequence[Generation]) -> None:
         """Take down what has been written by now."""
         self.latest = time.perf_counter()
         if not self._open:
@@ -103,7 +103,7 @@ class _Window:
         if self._before is None:
             if all(counts):
                 self.begin, self._before = self.latest, sum(counts)
-                self._logs = [[len(session.work.log) for session in one.sessions] for one in streams]
+                self._logs = [[len(session.stats.forwards) for session in one.sessions] for one in streams]
             elif any(one.finished for one in streams):
                 raise ConfigError(
                     f"a reply was finished before all {self._replies} had begun", "write more tokens in each"
@@ -113,7 +113,11 @@ class _Window:
         if any(one.finished for one in streams):
             self._open, self.memory = False, memory_in_use()
             self.forwards = [
-                [f for one, seen in zip(streams, self._logs, strict=True) for f in one.sessions[i].work.log[seen[i] :]]
+                [
+                    f
+                    for one, seen in zip(streams, self._logs, strict=True)
+                    for f in one.sessions[i].stats.forwards[seen[i] :]
+                ]
                 for i in range(len(streams[0].sessions))
             ]
 

@@ -18,7 +18,7 @@ from mixlm.core.options import Options
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.generation.generation import Prompts
+from mixlm.generation.generation import EncodedPrompt
 
 AXES: Mapping[str, str] = {
     "batch": "replies at once",
@@ -172,7 +172,7 @@ def _context(task: _Task) -> _Found:
         sessions = [one.engine.session() for one in task.ensemble.members]
         for session, ids in zip(sessions, long.ids, strict=True):
             session.logits(ids)
-        reading = {name: one.work.seconds for name, one in zip(task.ensemble.names, sessions, strict=True)}
+        reading = {name: one.stats.seconds for name, one in zip(task.ensemble.names, sessions, strict=True)}
         those = [_Long(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
         for one, taken in zip(those, in_turns(those, task.plan, task.progress), strict=True):
             ms = 1e3 / median(sample.speed for sample in taken)
@@ -184,11 +184,11 @@ def _context(task: _Task) -> _Found:
 class _Long:
     """A contestant behind a prompt that its sessions have read already."""
 
-    def __init__(self, own: Own, prompts: Prompts, sessions: Sequence[Session], names: Sequence[str]) -> None:
+    def __init__(self, own: Own, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]) -> None:
         self.label, self.method, self.members, self.draft = own.label, own.method, own.members, own.draft
         at = [names.index(name) for name in own.members]
         self._own = own
-        self._prompts = Prompts(tuple(prompts.ids[i] for i in at), prompts.text)
+        self._prompts = EncodedPrompt(tuple(prompts.ids[i] for i in at), prompts.text)
         self._sessions = [sessions[i] for i in at]
 
     def measure(self, sequence: int, tokens: int) -> Sample:
@@ -197,10 +197,10 @@ class _Long:
         return timed(self._own.ensemble, settings, self._prompts, self._sessions, tokens)
 
 
-def _long(task: _Task, length: int) -> Prompts:
+def _long(task: _Task, length: int) -> EncodedPrompt:
     """Return a prompt of so many tokens for every member: the usual one over and over, cut at the front."""
     text = f"{task.plan.prompt} " * (length // 2)
-    return Prompts(tuple(one.engine.prompts.raw(text)[-length:] for one in task.ensemble.members), text.encode())
+    return EncodedPrompt(tuple(one.engine.prompts.raw(text)[-length:] for one in task.ensemble.members), text.encode())
 
 
 def _members(task: _Task) -> _Found:

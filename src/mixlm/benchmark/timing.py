@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
 from mixlm.config import METHODS, Method, methods_of
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Forward, Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.generation.generation import Prompts
+from mixlm.generation.generation import EncodedPrompt
 
 DEFAULT = ("single", "conventional", "mixture")
 # "drafted" is greedy decoding with a draft.
@@ -116,7 +116,7 @@ def alone(ensemble: Ensemble, member: int) -> Ensemble:
     return Ensemble([ensemble.members[member]], defaults=ensemble.defaults)
 
 
-def settings_of(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> Settings:
+def settings_of(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> GenerationOptions:
     """Return the settings of a kind: a draft is for those that write ahead. End-of-text is never drawn."""
     given = {name: value for name, value in options.items() if name != "draft" or kind in _AHEAD}
     method: Method = next((one for one in METHODS if one == kind), "greedy")
@@ -125,7 +125,7 @@ def settings_of(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> Se
     return ensemble.settings(**{"seed": 0, **given, "method": method, "ignore_end": True})
 
 
-def drafted_by(ensemble: Ensemble, settings: Settings) -> str:
+def drafted_by(ensemble: Ensemble, settings: GenerationOptions) -> str:
     """Return what writes ahead by these settings: a member's name, or "lookup"."""
     return settings.draft if settings.draft is not None else default_draft(ensemble)
 
@@ -138,7 +138,9 @@ def default_draft(ensemble: Ensemble) -> str:
     return ensemble.names[smallest] if others and sizes[smallest] <= _CHEAPER * max(others) else "lookup"
 
 
-def timed(ensemble: Ensemble, settings: Settings, prompts: Prompts, sessions: Sequence[Session], tokens: int) -> Sample:
+def timed(
+    ensemble: Ensemble, settings: GenerationOptions, prompts: EncodedPrompt, sessions: Sequence[Session], tokens: int
+) -> Sample:
     """Write one token, let every member read, then write `tokens` more and time those."""
     writer = ensemble.writer(settings, sessions)
     start = time.perf_counter()
@@ -148,20 +150,20 @@ def timed(ensemble: Ensemble, settings: Settings, prompts: Prompts, sessions: Se
     for i, session in enumerate(sessions):
         session.logits(writing.state.ids(i))
     writing.append(choice)
-    before = [len(one.work.log) for one in sessions]
-    checked, accepted = writer.tally.checked, writer.tally.accepted
+    before = [len(one.stats.forwards) for one in sessions]
+    checked, accepted = writer.tally.drafted, writer.tally.accepted
     size = 0
     outside: list[float] = []
     begin = step = time.perf_counter()
     while len(outside) < tokens:
-        seen = [len(one.work.log) for one in sessions]
+        seen = [len(one.stats.forwards) for one in sessions]
         noise = Noise(settings.seed, settings.sequence, len(outside) + 1)
         choices = writer.choose(writing, noise, tokens - len(outside))
         for choice in choices:
             writing.append(choice)
             size += len(ensemble.unit.data(choice.symbol))
         now = time.perf_counter()
-        inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.work.log[n:])
+        inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.stats.forwards[n:])
         outside += [(now - step - inside) / len(choices)] * len(choices)
         step = now
     return Sample(
@@ -169,9 +171,9 @@ def timed(ensemble: Ensemble, settings: Settings, prompts: Prompts, sessions: Se
         seconds=step - begin,
         first=first,
         bytes=size,
-        forwards=[one.work.log[n:] for one, n in zip(sessions, before, strict=True)],
+        forwards=[one.stats.forwards[n:] for one, n in zip(sessions, before, strict=True)],
         outside=outside,
-        checked=writer.tally.checked - checked,
+        checked=writer.tally.drafted - checked,
         accepted=writer.tally.accepted - accepted,
         chosen=writer.tally.chosen,
         memory=memory_in_use(),

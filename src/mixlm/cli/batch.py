@@ -23,7 +23,7 @@ from mixlm.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble, Prompt
-    from mixlm.generation.generation import Stream
+    from mixlm.generation.generation import Generation
 
 _FORM = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
@@ -88,7 +88,7 @@ class Batch:
         return failed
 
 
-def _reply(stream: Stream) -> dict[str, Any]:
+def _reply(stream: Generation) -> dict[str, Any]:
     form = stream.completion.as_dict()
     form.pop("tokens", None)
     return form

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixlm.cli.display import dim, terminal, visible
 from mixlm.cli.options import Shared
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,20 +49,20 @@ def open_ensemble(
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:
     """Refuse early what the ensemble would refuse: loading large models takes long."""
     from mixlm.core.mixing import checked_weights
-    from mixlm.decoding import Parts, SpeculationStats, strategy
+    from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
 
     try:
         checked = checked_weights(weights if weights is not None else config.weights(), len(config.members))
     except ConfigError as error:
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
-    settings = Settings(method=config.method, system=config.system, rule=config.rule).with_options(options)
+    settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
     own = [{**config.sampling.given(), **one.sampling.given()} for one in config.members]
     for one in own:
         settings.for_member(one)
     # A draft is named as its member will be once it is loaded, so that is checked then.
     names = [one.name or one.model for one in config.members]
-    strategy(replace(settings, draft=None), Parts.unmeasured(checked, names, own), SpeculationStats())
+    build_strategy(replace(settings, draft=None), StrategyContext.unmeasured(checked, names, own), SpeculationStats())
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixlm.config import methods_of
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.bytes import bytewise
+from mixlm.decoding.byte_mixture import bytewise
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.cost_model import Costs
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft
@@ -20,18 +20,18 @@ from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.decoding.speculative import speculative
 from mixlm.decoding.unite import unite
-from mixlm.decoding.words import words
+from mixlm.decoding.word_mixture import words
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
 
-__all__ = ["Parts", "SpeculationStats", "refuse", "strategy"]
+__all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "refuse"]
 
 # Members whose sizes differ by less are not worth drafting with: a guess costs as much as what it saves.
 _CHEAPER = 0.75
 
 
-class Parts(NamedTuple):
+class StrategyContext(NamedTuple):
     """What a strategy is built for.
 
     weights: float64 (members,). names: the members'. own: their own sampling options. sizes: bytes of their weights.
@@ -46,13 +46,13 @@ class Parts(NamedTuple):
     unit: str = "piece"
 
     @classmethod
-    def unmeasured(cls, weights: Floats, names: Sequence[str], own: Sequence[Mapping[str, Any]]) -> Parts:
+    def unmeasured(cls, weights: Floats, names: Sequence[str], own: Sequence[Mapping[str, Any]]) -> StrategyContext:
         """Return the parts of members of which nothing is known yet but what was asked for."""
         sizes = [1] * len(names)
         return cls(weights, names, own, sizes, Costs(lambda: [[] for _ in names], sizes))
 
 
-def strategy(settings: Settings, parts: Parts, tally: SpeculationStats) -> Strategy:
+def build_strategy(settings: GenerationOptions, parts: StrategyContext, tally: SpeculationStats) -> Strategy:
     """Return the strategy that settings ask for. tally: takes down what became of guesses.
 
     `single` writes with the member of the largest weight, the first of them where several have it. Raises ConfigError
@@ -81,7 +81,7 @@ def strategy(settings: Settings, parts: Parts, tally: SpeculationStats) -> Strat
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]
 
 
-def _alone(settings: Settings, parts: Parts) -> Strategy:
+def _alone(settings: GenerationOptions, parts: StrategyContext) -> Strategy:
     heaviest = int(np.argmax(parts.weights))
     if not settings.picks_most_likely(parts.own[heaviest]):
         return bytewise(heaviest) if parts.unit == "byte" else single(heaviest)
@@ -101,7 +101,7 @@ def refuse(method: str, unit: str) -> None:
         )
 
 
-def _draft(name: str | None, parts: Parts) -> Draft:
+def _draft(name: str | None, parts: StrategyContext) -> Draft:
     """Return the draft of a name; with none, the cheapest member where one is clearly cheaper, else looking back."""
     names = list(parts.names)
     if name is None:

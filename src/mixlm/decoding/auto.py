@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mixlm.decoding.cost_model import Costs, mixture_cost, speculative_cost
 from mixlm.decoding.drafts import LookupDraft, MemberDraft
 from mixlm.decoding.speculative import speculative
-from mixlm.generation.sequence import Flow, SpeculationStats, Step
+from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats
 from mixlm.types import Floats
 
 CHECKS = (1, 2, 3, 4, 6, 8)
@@ -30,13 +30,13 @@ class Auto:
         self._steps = 0
         self._hopeful_at = 0
 
-    def __call__(self, step: Step) -> Flow:
+    def __call__(self, step: DecodeStep) -> Flow:
         """Write with the plan that promises most."""
         draft, checks = self._plan(step.weights)
         own = self._known.setdefault(draft.name, SpeculationStats())
-        before = own.checked, own.accepted
+        before = own.drafted, own.accepted
         choices = yield from speculative(draft, checks, own)(step)
-        self._tally.checked += own.checked - before[0]
+        self._tally.drafted += own.drafted - before[0]
         self._tally.accepted += own.accepted - before[1]
         self._tally.chosen = f"speculative: {draft.name} drafts, {checks} checked" if checks else "mixture"
         self._steps += len(choices)
@@ -62,5 +62,5 @@ class Auto:
     def _acceptance(self, name: str, hopeful: bool) -> float:
         """Return how often a draft's guesses were right, as far as is known; at least a good rate where hopeful."""
         known = self._known.get(name, SpeculationStats())
-        measured = (known.accepted + 3.6) / (known.checked + 4)
+        measured = (known.accepted + 3.6) / (known.drafted + 4)
         return max(measured, 0.9) if hopeful else measured

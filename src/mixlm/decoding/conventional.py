@@ -7,12 +7,12 @@ import numpy as np
 from mixlm.core.mixing import mixed, responsibilities
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Ask
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.engines.base import LogitsRequest
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, Sampling
 
 
-def conventional(step: Step) -> Flow:
+def conventional(step: DecodeStep) -> Flow:
     """Draw from `Σ λ_i K_i A_i p_i`, built in full."""
     return (yield from _averaged(step, None))
 
@@ -24,7 +24,7 @@ def mix_then_truncate(sampling: Sampling) -> Strategy:
     published ensembles sample it.
     """
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         return (yield from _averaged(step, sampling))
 
     return strategy
@@ -40,14 +40,14 @@ def pick(noise: Noise, law: Candidates, after: Sampling | None) -> tuple[Candida
     if after is not None:
         kept = Transform(after, np.zeros(0, dtype=np.int64))(law.logprobs)
         law = Candidates(law.ids[kept.ids], kept.logprobs)
-    return law, noise.draw(law.ids, law.logprobs)
+    return law, noise.sample(law.ids, law.logprobs)
 
 
-def _averaged(step: Step, after: Sampling | None) -> Flow:
+def _averaged(step: DecodeStep, after: Sampling | None) -> Flow:
     asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-    replies = yield [Ask(i, step.views[i].ids(), cut=step.views[i].cut) for i in asked]
-    parts = [(step.weights[i], step.views[i].law(logits[0])) for i, logits in zip(asked, replies, strict=True)]
+    replies = yield [LogitsRequest(i, step.views[i].ids(), cut=step.views[i].cut) for i in asked]
+    parts = [(step.weights[i], step.views[i].distribution(logits[0])) for i, logits in zip(asked, replies, strict=True)]
     law, at = pick(step.noise, mixed(parts), after)
     symbol = int(law.ids[at])
     author = asked[int(np.argmax(responsibilities(symbol, parts)))]
-    return [Choice(symbol, author, float(law.logprobs[at]), step.likeliest(law))]
+    return [Choice(symbol, author, float(law.logprobs[at]), step.top_logprobs(law))]

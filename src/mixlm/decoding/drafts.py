@@ -7,11 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
-from mixlm.engines.base import Draw, Reply, Request
-from mixlm.generation.sequence import Step
+from mixlm.engines.base import Request, Response, SampleRequest
+from mixlm.generation.sequence import DecodeStep
 from mixlm.types import Ids
 
-Guess = Generator[list[Request], list[Reply], int | None]
+Guess = Generator[list[Request], list[Response], int | None]
 
 
 class Draft(Protocol):
@@ -20,7 +20,7 @@ class Draft(Protocol):
     member: int
     name: str
 
-    def guess(self, step: Step) -> Guess:
+    def guess(self, step: DecodeStep) -> Guess:
         """Return a symbol for a position, or None where it has no guess."""
         ...
 
@@ -32,12 +32,12 @@ class MemberDraft:
         self.member = member
         self.name = name
 
-    def guess(self, step: Step) -> Guess:
+    def guess(self, step: DecodeStep) -> Guess:
         """Let the member draw, if it has anything to go on with."""
         view = step.views[self.member]
         if view.stuck:
             return None
-        [drawn] = yield [Draw(self.member, view.ids(), view.draw(step.noise), view.cut)]
+        [drawn] = yield [SampleRequest(self.member, view.ids(), view.draw(step.noise), view.cut)]
         symbol: int = drawn.symbol
         return symbol
 
@@ -54,10 +54,10 @@ class LookupDraft:
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._lengths = range(longest, shortest - 1, -1)
 
-    def guess(self, step: Step) -> Guess:
+    def guess(self, step: DecodeStep) -> Guess:
         """Look at the text; nothing is asked."""
         yield from ()
-        view = step.views[step.noise.choice(step.weights)]
+        view = step.views[step.noise.coin(step.weights)]
         follows = continued(view.ids(), self._lengths)
         symbol = -1 if follows is None else view.symbol(follows)
         return symbol if symbol >= 0 else None

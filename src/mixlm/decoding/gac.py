@@ -22,9 +22,9 @@ import numpy as np
 
 from mixlm.core.mixing import mixed, pooled, responsibilities
 from mixlm.decoding.conventional import pick
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.generation.member import Member
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.tokenization.vocabulary import SPACE, Vocabulary
 from mixlm.types import Ids, Sampling
 
@@ -33,12 +33,12 @@ def gac(after: Sampling) -> Strategy:
     """Return the strategy. after: temperature and truncation of the average; temperature 0 is the published choice."""
     unions: list[_Union] = []
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         if not unions:
             unions.append(_Union([view.member for view in step.views]))
         union = unions[0]
         asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-        replies = yield [Ask(i, step.views[i].ids()) for i in asked]
+        replies = yield [LogitsRequest(i, step.views[i].ids()) for i in asked]
         parts = []
         for i, logits in zip(asked, replies, strict=True):
             ids, logprobs = step.views[i].own(logits[0])
@@ -46,7 +46,7 @@ def gac(after: Sampling) -> Strategy:
         law, at = pick(step.noise, mixed(parts), after)
         cell = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(cell, parts)))]
-        named = tuple((int(union.symbols[one]), logprob) for one, logprob in step.likeliest(law))
+        named = tuple((int(union.symbols[one]), logprob) for one, logprob in step.top_logprobs(law))
         return [Choice(int(union.symbols[cell]), author, float(law.logprobs[at]), named)]
 
     return strategy

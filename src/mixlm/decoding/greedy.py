@@ -13,12 +13,12 @@ import numpy as np
 
 from mixlm.core.mixing import mixed, responsibilities
 from mixlm.decoding.drafts import Draft, prefix_groups
-from mixlm.engines.base import Ask, Request
-from mixlm.generation.sequence import Choice, Flow, SpeculationStats, Step, Strategy
+from mixlm.engines.base import LogitsRequest, Request
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Candidates, Floats, Ids, Logits
 
 
-def greedy(step: Step) -> Flow:
+def greedy(step: DecodeStep) -> Flow:
     """Ask members from the heaviest on, and stop as soon as the rest cannot change the winner.
 
     A symbol's lead is safe when it is larger than the whole weight of the members not asked yet. Equal probabilities go
@@ -30,8 +30,8 @@ def greedy(step: Step) -> Flow:
     left = 1.0
     while True:
         i = order[len(parts)]
-        [logits] = yield [Ask(i, step.views[i].ids())]
-        parts.append((float(step.weights[i]), step.views[i].law(logits[0])))
+        [logits] = yield [LogitsRequest(i, step.views[i].ids())]
+        parts.append((float(step.weights[i]), step.views[i].distribution(logits[0])))
         left -= step.weights[i]
         law = mixed(parts)
         best = int(np.argmax(law.logprobs))
@@ -43,7 +43,7 @@ def greedy(step: Step) -> Flow:
 def greedy_alone(member: int) -> Strategy:
     """Return the strategy that always takes one member's most likely symbol."""
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         return (yield from greedy(replace(step, weights=np.eye(len(step.views))[member])))
 
     return strategy
@@ -53,7 +53,7 @@ def greedy_alone(member: int) -> Strategy:
 class _Position:
     """One position of a block: what each member reads, how its logits become its law, and its logits."""
 
-    step: Step
+    step: DecodeStep
     ids: list[Ids]
     laws: list[Callable[[Logits], Candidates]]
     logits: dict[int, Logits]
@@ -68,15 +68,15 @@ def greedy_drafted(draft: Draft, length: int, tally: SpeculationStats | None = N
     """
     tally = tally or SpeculationStats()
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         block: list[_Position] = []
-        here: Step | None = step
+        here: DecodeStep | None = step
         while here is not None:
             views = here.views
             position = _Position(here, [v.ids().copy() for v in views], [v.law_here() for v in views], {})
             block.append(position)
             if draft.member >= 0:
-                [logits] = yield [Ask(draft.member, position.ids[draft.member])]
+                [logits] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
                 position.logits[draft.member] = logits[0]
             if len(block) > length:
                 break
@@ -107,7 +107,7 @@ def _reading(block: list[_Position]) -> tuple[list[Request], list[list[int]]]:
         for group in prefix_groups([block[at].ids[member] for at in open_at]):
             at = [open_at[one] for one in group]
             ids, first = block[at[-1]].ids[member], block[at[0]].ids[member]
-            asks.append(Ask(member, ids, len(ids) - len(first) + 1))
+            asks.append(LogitsRequest(member, ids, len(ids) - len(first) + 1))
             places.append(at)
     return asks, places
 
@@ -122,7 +122,7 @@ def _verified(block: list[_Position], tally: SpeculationStats) -> list[Choice]:
         out.append(_chosen(one.step, parts, order))
         if one.guess is None:
             break
-        tally.checked += 1
+        tally.drafted += 1
         if out[-1].symbol != one.guess:
             break
         tally.accepted += 1
@@ -133,13 +133,13 @@ def _heaviest_first(weights: Floats) -> list[int]:
     return [int(i) for i in np.argsort(-weights, kind="stable") if weights[i] > 0]
 
 
-def _chosen(step: Step, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
+def _chosen(step: DecodeStep, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
     """Return the likeliest symbol of an average, and the member that is likeliest to have written it."""
     law = mixed(parts)
     best = int(np.argmax(law.logprobs))
     symbol = int(law.ids[best])
     author = order[int(np.argmax(responsibilities(symbol, parts)))]
-    return Choice(symbol, author, float(law.logprobs[best]), step.likeliest(law))
+    return Choice(symbol, author, float(law.logprobs[best]), step.top_logprobs(law))
 
 
 def _lead(law: Candidates, best: int) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mixlm.decoding.runs import asked, written
-from mixlm.generation.sequence import Choice, Flow, Step
+from mixlm.decoding.engine_sampling import asked, written
+from mixlm.generation.sequence import Choice, DecodeStep, Flow
 
 
-def mixture(step: Step) -> Flow:
+def mixture(step: DecodeStep) -> Flow:
     """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
-    z = step.noise.choice(step.weights)
+    z = step.noise.coin(step.weights)
     view = step.views[z]
     if view.member.writes:
         return (yield from written(step, z))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mixlm.decoding.runs import asked, written
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.decoding.engine_sampling import asked, written
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 
 def single(member: int) -> Strategy:
     """Return the strategy that always draws from one member, whatever the weights."""
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         view = step.views[member]
         if view.member.writes:
             return (yield from written(step, member, always=True))

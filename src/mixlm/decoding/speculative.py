@@ -16,9 +16,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from mixlm.decoding.drafts import Draft, prefix_groups
-from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request
-from mixlm.generation.sequence import Choice, Flow, SpeculationStats, Step, Strategy
-from mixlm.types import Cut, Ids, Row
+from mixlm.engines.base import LogitsRequest, Request, Response, SampleRequest, SampleResponse
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.types import Ids, LogitsRow, TopKFilter
 
 LONGEST = 32
 
@@ -29,35 +29,37 @@ class _Position:
 
     member: int
     ids: Ids
-    choose: Callable[[Row], Drawn]
-    cut: Cut | None
+    choose: Callable[[LogitsRow], SampleResponse]
+    cut: TopKFilter | None
     guess: int | None = None
-    drawn: Drawn | None = None
+    drawn: SampleResponse | None = None
 
 
 def speculative(draft: Draft, checks: int, tally: SpeculationStats | None = None) -> Strategy:
     """Return the strategy with blocks of at most `checks` guessed positions; with none it is the mixture itself."""
     tally = tally or SpeculationStats()
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         block = yield from _write_ahead(step, draft, checks)
         return (yield from _checked(block, tally))
 
     return strategy
 
 
-def _write_ahead(step: Step, draft: Draft, checks: int) -> Generator[list[Request], list[Reply], list[_Position]]:
+def _write_ahead(
+    step: DecodeStep, draft: Draft, checks: int
+) -> Generator[list[Request], list[Response], list[_Position]]:
     block: list[_Position] = []
-    here: Step | None = step
+    here: DecodeStep | None = step
     guessed = 0
     while here is not None and len(block) < LONGEST:
-        member = here.noise.choice(here.weights)
+        member = here.noise.coin(here.weights)
         view = here.views[member]
         # A copy: the state goes on changing.
         position = _Position(member, view.ids().copy(), view.draw(here.noise), view.cut)
         block.append(position)
         if member == draft.member:
-            [drawn] = yield [Draw(member, view.ids(), position.choose, view.cut)]
+            [drawn] = yield [SampleRequest(member, view.ids(), position.choose, view.cut)]
             position.drawn = drawn
             position.guess = drawn.symbol
         elif guessed < checks:
@@ -76,12 +78,12 @@ def _checked(block: list[_Position], tally: SpeculationStats) -> Flow:
         mine = [one for one in waiting if one.member == waiting[0].member]
         group = [mine[at] for at in prefix_groups([one.ids for one in mine])[0]]
         ids, first = group[-1].ids, len(group[0].ids)
-        [logits] = yield [Ask(group[0].member, ids, len(ids) - first + 1, group[0].cut)]
+        [logits] = yield [LogitsRequest(group[0].member, ids, len(ids) - first + 1, group[0].cut)]
         for one in group:
             one.drawn = one.choose(logits[len(one.ids) - first])
             if one.guess is None:
                 continue
-            tally.checked += 1
+            tally.drafted += 1
             if one.guess != one.drawn.symbol:
                 reached = next(at for at, other in enumerate(block) if other is one) + 1
                 break

@@ -20,10 +20,10 @@ import numpy as np
 from mixlm.core.mixing import mixed, responsibilities
 from mixlm.core.sampling import largest
 from mixlm.decoding.conventional import pick
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.errors import TokenizerError
 from mixlm.generation.member import Member
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, Floats, Ids, Sampling
 
 
@@ -34,18 +34,18 @@ def unite(after: Sampling) -> Strategy:
     """
     spellings: list[_Spelling] = []
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         if not spellings:
             spellings.append(_Spelling([view.member for view in step.views]))
         asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-        replies = yield [Ask(i, step.views[i].ids()) for i in asked]
-        laws = {i: step.views[i].law(logits[0]) for i, logits in zip(asked, replies, strict=True)}
+        replies = yield [LogitsRequest(i, step.views[i].ids()) for i in asked]
+        laws = {i: step.views[i].distribution(logits[0]) for i, logits in zip(asked, replies, strict=True)}
         union = np.unique(np.concatenate([one.ids[largest(one.logprobs, after.top_k)] for one in laws.values()]))
         parts = [(float(step.weights[i]), _over(union, law, spellings[0].read_by(i, union))) for i, law in laws.items()]
         law, at = pick(step.noise, mixed(parts), replace(after, top_k=0))
         symbol = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(symbol, parts)))]
-        return [Choice(symbol, author, float(law.logprobs[at]), step.likeliest(law))]
+        return [Choice(symbol, author, float(law.logprobs[at]), step.top_logprobs(law))]
 
     return strategy
 

@@ -19,7 +19,7 @@ from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
 from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
 from mixlm.evaluation.log import AnswerLog
 from mixlm.evaluation.readings import as_plain
-from mixlm.generation.generation import Prompts, Stream
+from mixlm.generation.generation import EncodedPrompt, Generation
 from mixlm.generation.scheduler import Scheduler
 from mixlm.types import Message
 
@@ -147,7 +147,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                     yield at, (response, {**about, "seconds": round(now - since, 6)})
                     since = now
 
-    def _stream(self, packed: str, options: dict[str, Any]) -> Stream:
+    def _stream(self, packed: str, options: dict[str, Any]) -> Generation:
         """Begin a reply to a packed context. Raises PromptTooLongError."""
         context = unpack(packed)
         if context.messages is None:
@@ -164,7 +164,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 prompts = self._begun(Context(context.text, messages))
         return self.ensemble.writer(settings).stream(prompts)
 
-    def _begun(self, context: Context) -> Prompts:
+    def _begun(self, context: Context) -> EncodedPrompt:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
         ids = tuple(context_ids(one.engine, context) for one in self.ensemble.members)
         for one, mine in zip(self.ensemble.members, ids, strict=True):
@@ -172,7 +172,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 raise PromptTooLongError(
                     f"the prompt has {len(mine)} tokens for {one.name}, whose context holds {one.engine.context_length}"
                 )
-        return Prompts(ids, context_text(context))
+        return EncodedPrompt(ids, context_text(context))
 
     def _score(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
@@ -234,7 +234,7 @@ def _each(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
     return answers
 
 
-def _about(stream: Stream, method: str) -> _Answer:
+def _about(stream: Generation, method: str) -> _Answer:
     """Return a finished reply's text, and what the log says of it. Raises what ended it early."""
     if stream.error is not None:
         raise stream.error

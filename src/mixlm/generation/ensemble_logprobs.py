@@ -11,27 +11,28 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixlm.core.mixing import mixed
-from mixlm.engines.base import Ask
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy
+from mixlm.engines.base import LogitsRequest
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 
 def told_by_all(choices: Sequence[Choice]) -> Strategy:
     """Return the strategy that makes these choices again, with the average's figures: log-probability, alternatives."""
 
-    def strategy(step: Step) -> Flow:
-        here: Step | None = step
+    def strategy(step: DecodeStep) -> Flow:
+        here: DecodeStep | None = step
         out: list[Choice] = []
         for choice in choices:
             assert here is not None
             asked = [i for i, weight in enumerate(here.weights) if weight > 0]
-            replies = yield [Ask(i, here.views[i].ids()) for i in asked]
+            replies = yield [LogitsRequest(i, here.views[i].ids()) for i in asked]
             parts = [
-                (float(here.weights[i]), here.views[i].law(rows[0])) for i, rows in zip(asked, replies, strict=True)
+                (float(here.weights[i]), here.views[i].distribution(rows[0]))
+                for i, rows in zip(asked, replies, strict=True)
             ]
             law = mixed(parts)
             at = np.flatnonzero(law.ids == choice.symbol)
             logprob = float(law.logprobs[at[0]]) if at.size else -np.inf
-            out.append(choice._replace(logprob=logprob, likeliest=here.likeliest(law)))
+            out.append(choice._replace(logprob=logprob, top_logprobs=here.top_logprobs(law)))
             here = here.push(choice.symbol) if len(out) < len(choices) else None
         return out
 

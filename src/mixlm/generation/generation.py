@@ -13,21 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixlm.core.detokenize import TextStream
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Request, Response, Session
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.generation.ensemble_logprobs import told_by_all
 from mixlm.generation.member import Member
 from mixlm.generation.prompt_logprobs import prompt_tokens
-from mixlm.generation.sequence import Choice, MemberError, SpeculationStats, Strategy, Writing, run
-from mixlm.routing import Context, Fixed, Router
-from mixlm.types import Alternative, Completion, FinishReason, Floats, Ids, MemberUsage, Token, Usage
+from mixlm.generation.sequence import Choice, MemberError, SequenceState, SpeculationStats, Strategy, run
+from mixlm.routing import FixedRouter, PromptContext, Router
+from mixlm.types import Completion, FinishReason, Floats, Ids, MemberUsage, Token, TopLogprob, Usage
 from mixlm.units.base import Unit
 
 
 @dataclass(frozen=True)
-class Prompts:
+class EncodedPrompt:
     """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
 
     ids: tuple[Ids, ...]
@@ -35,12 +35,12 @@ class Prompts:
 
 
 @dataclass
-class Writer:
+class GenerationContext:
     """An ensemble set up for one kind of reply, and a session for each member. heaviest: whom `single` takes."""
 
     unit: Unit
     router: Router
-    settings: Settings
+    settings: GenerationOptions
     members: Sequence[Member]
     strategy: Strategy
     sessions: Sequence[Session]
@@ -52,36 +52,36 @@ class Writer:
         """What weighs the members where they are asked about a given text."""
         if self.settings.method != "single":
             return self.router
-        return Fixed(np.eye(len(self.members))[self.heaviest])
+        return FixedRouter(np.eye(len(self.members))[self.heaviest])
 
-    def begin(self, prompts: Prompts) -> Writing:
+    def begin(self, prompts: EncodedPrompt) -> SequenceState:
         """Begin a sequence behind the members' prompts."""
-        route = self.router.begin(Context(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
-        return Writing(self.members, self.unit, prompts.ids, self.sessions, route)
+        route = self.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
+        return SequenceState(self.members, self.unit, prompts.ids, self.sessions, route)
 
-    def choose(self, writing: Writing, noise: Noise, most: int = 1) -> list[Choice]:
+    def choose(self, writing: SequenceState, noise: Noise, most: int = 1) -> list[Choice]:
         """Find what follows in a sequence, 1 to `most` symbols; its state is not changed."""
         return run(writing.choose(self.strategy, noise, most), writing.answer)
 
-    def stream(self, prompts: Prompts) -> Stream:
+    def stream(self, prompts: EncodedPrompt) -> Generation:
         """Begin a reply."""
-        return Stream(self, prompts)
+        return Generation(self, prompts)
 
 
-def bits_per_byte(sessions: Sequence[Session], prompts: Prompts) -> Floats:
+def bits_per_byte(sessions: Sequence[Session], prompts: EncodedPrompt) -> Floats:
     """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
     bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
     return np.array(bits) / max(len(prompts.text), 1)
 
 
-class Stream(Iterator[Token]):
+class Generation(Iterator[Token]):
     """A reply while it is written. After the last token, `completion` holds the whole of it.
 
     Iterating over it asks its members' engines itself. What writes many replies at once takes the `questions` of each
     in their place, and hands the answers to `resume`; the tokens written since are then `ready`.
     """
 
-    def __init__(self, writer: Writer, prompts: Prompts) -> None:
+    def __init__(self, writer: GenerationContext, prompts: EncodedPrompt) -> None:
         self.sessions = writer.sessions
         self.members = writer.members
         self.ready: deque[Token] = deque()
@@ -92,8 +92,8 @@ class Stream(Iterator[Token]):
         self._end_token: Token | None = None
         self._finish_reason: FinishReason = "length"
         self._start = self._first = self._end = time.perf_counter()
-        self._before = [(len(s.work.log), s.work.tokens, s.work.seconds) for s in writer.sessions]
-        self._writing: Writing | None = None
+        self._before = [(len(s.stats.forwards), s.stats.tokens, s.stats.seconds) for s in writer.sessions]
+        self._writing: SequenceState | None = None
         self._flow = self._write()
         self._questions: list[Request] | None = None
         self.finished = False
@@ -116,7 +116,7 @@ class Stream(Iterator[Token]):
             self._advance(None)
         return self._questions or []
 
-    def resume(self, replies: list[Reply]) -> None:
+    def resume(self, replies: list[Response]) -> None:
         """Go on with the answers to `questions`, in their order."""
         self._advance(replies)
 
@@ -127,7 +127,7 @@ class Stream(Iterator[Token]):
         """
         writing, reason = self._writing, error.message
         if self._writer.settings.on_failure == "drop" and writing is not None and error.member not in writing.absent:
-            writing.absent.leave_out(error.member, error)
+            writing.absent.exclude(error.member, error)
             try:
                 return self._advance(error)
             except EngineError as last:
@@ -174,7 +174,7 @@ class Stream(Iterator[Token]):
             self._end_token,
         )
 
-    def _advance(self, replies: list[Reply] | MemberError | None) -> None:
+    def _advance(self, replies: list[Response] | MemberError | None) -> None:
         # Whatever is raised in here ends the reply as far as it was written.
         self._questions, self.finished = None, True
         try:
@@ -186,7 +186,7 @@ class Stream(Iterator[Token]):
             return
         self.finished = False
 
-    def _write(self) -> Generator[list[Request], list[Reply], None]:
+    def _write(self) -> Generator[list[Request], list[Response], None]:
         writer, settings = self._writer, self._writer.settings
         writing = self._writing = writer.begin(self._prompts)
         # What a schema holds a reply to says where it ends.
@@ -219,10 +219,10 @@ class Stream(Iterator[Token]):
         self._emit(text.flush())
 
     def _choices(
-        self, writing: Writing, noise: Noise, most: int
-    ) -> Generator[list[Request], list[Reply], list[Choice]]:
+        self, writing: SequenceState, noise: Noise, most: int
+    ) -> Generator[list[Request], list[Response], list[Choice]]:
         """Choose what follows, anew where a member is left out meanwhile: of the first try, nothing is written."""
-        writing.absent.look_again()
+        writing.absent.retry()
         while True:
             try:
                 choices = yield from writing.choose(self._writer.strategy, noise, most)
@@ -236,8 +236,8 @@ class Stream(Iterator[Token]):
         """Return what was chosen as a token whose text is not known yet."""
         unit = self._writer.unit
         others = tuple(
-            Alternative(b"" if symbol == unit.end else unit.data(symbol), logprob)
-            for symbol, logprob in choice.likeliest
+            TopLogprob(b"" if symbol == unit.end else unit.data(symbol), logprob)
+            for symbol, logprob in choice.top_logprobs
         )
         data = b"" if choice.symbol == unit.end else unit.data(choice.symbol)
         return Token("", data, self.members[choice.member].name, choice.logprob, others)
@@ -250,12 +250,12 @@ class Stream(Iterator[Token]):
         members: dict[str, MemberUsage] = {}
         parts = zip(self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True)
         for at, (one, prompt, session, before) in enumerate(parts):
-            work = session.work
+            work = session.stats
             absent = 0 if self._writing is None else self._writing.absent.positions[at]
             members[one.name] = MemberUsage(
                 prompt_tokens=len(prompt),
                 tokens=sum(token.member == one.name for token in self._tokens),
-                forwards=len(work.log) - before[0],
+                forwards=len(work.forwards) - before[0],
                 forward_tokens=work.tokens - before[1],
                 forward_seconds=work.seconds - before[2],
                 dropped=absent,
@@ -263,4 +263,4 @@ class Stream(Iterator[Token]):
         size = sum(len(token.data) for token in self._tokens)
         seconds, first = self._end - self._start, self._first - self._start
         tally = self._writer.tally
-        return Usage(len(self._tokens), size, seconds, first, members, tally.checked, tally.accepted, tally.chosen)
+        return Usage(len(self._tokens), size, seconds, first, members, tally.drafted, tally.accepted, tally.chosen)

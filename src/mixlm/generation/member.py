@@ -11,12 +11,12 @@ from mixlm.core.mixing import pooled
 from mixlm.core.sampling import History, Transform
 from mixlm.engines.base import Engine
 from mixlm.errors import UnsupportedError
-from mixlm.types import Candidates, Ids, Row
+from mixlm.types import Candidates, Ids, LogitsRow
 from mixlm.units.base import doubled
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class MemberOptions:
     """How a member is asked. alternatives: how many of the likeliest symbols are told beside a chosen one.
 
     grammar: what its tokens are held to. alone: whether the strategy asks it for nothing but what it draws itself.
@@ -35,7 +35,7 @@ class Member:
     """
 
     def __init__(
-        self, engine: Engine, name: str, transform: Transform, symbols: Ids, manner: Manner = Manner()
+        self, engine: Engine, name: str, transform: Transform, symbols: Ids, manner: MemberOptions = MemberOptions()
     ) -> None:
         self.engine = engine
         self.name = name
@@ -48,13 +48,15 @@ class Member:
             (manner.grammar.byte_ids < 0).any() or (symbols[manner.grammar.byte_ids] < 0).any()
         )
         self._doubled = doubled(symbols)
-        self.writes = manner.alone and engine.writes(transform.sampling, transform.banned)
+        self.writes = manner.alone and engine.samples_itself(transform.sampling, transform.banned)
         # What is drawn from a whole row is not drawn where the row was computed.
-        self.ahead = engine.ahead if manner.alone and transform.cut is not None else 0
+        self.ahead = engine.ahead if manner.alone and transform.top_k_filter is not None else 0
         if not self.writes:
             _check_candidates(self)
 
-    def law(self, logits: Row, history: History | None = None, allowed: Bools | None = None) -> Candidates:
+    def distribution(
+        self, logits: LogitsRow, history: History | None = None, allowed: Bools | None = None
+    ) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
         return self.pooled(self.transform(logits, history, allowed))
 
@@ -74,12 +76,12 @@ class Member:
 def _check_candidates(member: Member) -> None:
     """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
     engine, transform, symbols = member.engine, member.transform, member.symbols
-    if engine.candidates is None:
+    if engine.top_k_limit is None:
         return
     tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
     # Tokens that the engine counts among its likeliest, and that may not be drawn here.
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
-    most = engine.candidates - unshared
+    most = engine.top_k_limit - unshared
     sampling = transform.sampling
     if member.grammar is not None:
         found = "json_schema allows tokens from anywhere in the vocabulary"
@@ -92,7 +94,7 @@ def _check_candidates(member: Member) -> None:
     else:
         return
     raise UnsupportedError(
-        f"{found}, and {engine.name} runs in an engine that tells its {engine.candidates} likeliest tokens only",
+        f"{found}, and {engine.name} runs in an engine that tells its {engine.top_k_limit} likeliest tokens only",
         f"use a top_k from 1 to {most} and no penalties, biases or schema, or --engine hf (engine='hf')"
         if most >= 1
         else "use --unit piece, or --engine hf",

@@ -15,13 +15,13 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.sampling import likeliest
-from mixlm.engines.base import Ask, Reply, Request
+from mixlm.core.sampling import top_logprobs
+from mixlm.engines.base import LogitsRequest, Request, Response
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
-from mixlm.routing import Fixed, Router
+from mixlm.routing import FixedRouter, Router
 from mixlm.scoring.scores import Scores, router_weights
-from mixlm.types import Alternative, Candidates, Floats, Ids, Token
+from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob
 from mixlm.units.base import Unit
 from mixlm.units.word import WordUnit
 
@@ -62,7 +62,7 @@ class _Reading:
 
 def prompt_tokens(
     members: Sequence[Member], unit: Unit, router: Router, prompts: tuple[Sequence[Ids], bytes]
-) -> Generator[list[Request], list[Reply], tuple[Token, ...]]:
+) -> Generator[list[Request], list[Response], tuple[Token, ...]]:
     """Ask members about a raw prompt, and return its segments as tokens; each member's cache then holds its own.
 
     prompts: each member's ids, and the text. A token's member is the one most likely to have written it; its
@@ -72,7 +72,7 @@ def prompt_tokens(
     text = prompts[1]
     live = (
         [i for i, weight in enumerate(router.weights) if weight > 0]
-        if isinstance(router, Fixed)
+        if isinstance(router, FixedRouter)
         else range(len(members))
     )
     readings = {i: _Reading.of(members[i], prompts[0][i], text) for i in live}
@@ -96,7 +96,7 @@ def prompt_tokens(
     mixture, shares = scores.mixture(weights), scores.responsibilities(weights)
     tokens = []
     for at, (string, start, end) in enumerate(zip(scores.strings(), starts, common, strict=True)):
-        others: tuple[Alternative, ...] = ()
+        others: tuple[TopLogprob, ...] = ()
         if not unknown[at] and members[0].alternatives:
             others = _alternatives(members, unit, weights[at], readings, int(start))
         logprob = float("nan") if unknown[at] else float(mixture[at])
@@ -107,13 +107,13 @@ def prompt_tokens(
 
 def _read(
     i: int, member: Member, one: _Reading, unit: Unit, places: set[int]
-) -> Generator[list[Request], list[Reply], None]:
+) -> Generator[list[Request], list[Response], None]:
     """Let a member read its prompt in parts, to its end, and note what it thinks of the tokens."""
     columns = _columns(unit, member.symbols)
     for start in range(max(one.first, 1), len(one.ids) + 1, _ROWS):
         end = min(start + _ROWS, len(one.ids) + 1)
         # Row j is behind the first `start + j` ids. The last, behind all of them, is the reply's.
-        [logits] = yield [Ask(i, one.ids[: end - 1], end - start)]
+        [logits] = yield [LogitsRequest(i, one.ids[: end - 1], end - start)]
         for row, at in zip(logits, range(start, min(end, len(one.ids))), strict=False):
             values = row.astype(np.float64)
             values -= values.max()
@@ -133,12 +133,12 @@ def _columns(unit: Unit, symbols: Ids) -> Ids:
 
 def _alternatives(
     members: Sequence[Member], unit: Unit, weights: Floats, readings: dict[int, _Reading], start: int
-) -> tuple[Alternative, ...]:
+) -> tuple[TopLogprob, ...]:
     """Return the average's likeliest symbols at a place where all members have a boundary. weights: (members,)."""
     average = np.zeros(unit.end + 1)
     for i, one in readings.items():
         at = int(np.searchsorted(one.ends, start, side="right")) if start else 0
         average += weights[i] * one.averages[at]
     symbols = np.flatnonzero(average)
-    told = likeliest(Candidates(symbols, np.log(average[symbols])), members[0].alternatives)
-    return tuple(Alternative(b"" if one == unit.end else unit.data(one), logprob) for one, logprob in told)
+    told = top_logprobs(Candidates(symbols, np.log(average[symbols])), members[0].alternatives)
+    return tuple(TopLogprob(b"" if one == unit.end else unit.data(one), logprob) for one, logprob in told)

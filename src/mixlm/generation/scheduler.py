@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from mixlm.engines.base import Engine, Reply, Request, Session, completed
+from mixlm.engines.base import Engine, Request, Response, Session, completed
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
-from mixlm.generation.generation import Stream
+from mixlm.generation.generation import Generation
 from mixlm.generation.sequence import MemberError
 
 # An engine whose oldest request has seen this many other calls go first is served whatever its queue: on a busy server
@@ -33,9 +33,9 @@ _PATIENCE = 8
 class _Waiting:
     """A reply and the questions it waits for."""
 
-    stream: Stream
+    stream: Generation
     requests: list[Request]
-    replies: list[Reply]
+    replies: list[Response]
     missing: int
     void: bool = False  # a member was left out, and others were asked
 
@@ -54,13 +54,13 @@ class Scheduler:
 
     def __init__(self, most: int = 16) -> None:
         self.most = most
-        self._backlog: deque[Stream] = deque()
+        self._backlog: deque[Generation] = deque()
         self._queues: dict[int, _Queue] = {}
-        self._active: list[Stream] = []
+        self._active: list[Generation] = []
         self._calls = 0
         self._running: dict[Future[Any], tuple[_Queue, list[tuple[_Waiting, int]]]] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
-        self._leaving: list[Stream] = []
+        self._leaving: list[Generation] = []
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -73,11 +73,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._active and not self._backlog
 
-    def add(self, stream: Stream) -> None:
+    def add(self, stream: Generation) -> None:
         """Take in a reply that has not begun."""
         self._backlog.append(stream)
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: Generation) -> None:
         """Drop a reply; its place is free at once."""
         if stream in self._backlog:
             self._backlog.remove(stream)
@@ -86,12 +86,12 @@ class Scheduler:
         stream.close()
         self._end(stream)
 
-    def run(self) -> Iterator[Stream]:
+    def run(self) -> Iterator[Generation]:
         """Write all replies; give each when it is finished."""
         while not self.idle:
             yield from (one for one in self.step() if one.finished)
 
-    def step(self) -> list[Stream]:
+    def step(self) -> list[Generation]:
         """Make one call to an engine, or one for each device. Returns the replies that got further or are finished."""
         moved = self._admit()
         self._start()
@@ -132,7 +132,7 @@ class Scheduler:
             queue.asked = [one for one in queue.asked if one[0] is not waiting]
         self._advance(waiting.stream, None)
 
-    def _admit(self) -> list[Stream]:
+    def _admit(self) -> list[Generation]:
         """Begin replies while there is room. Returns those that ended at once."""
         ended = []
         while self._backlog and len(self._active) < self.most:
@@ -143,7 +143,7 @@ class Scheduler:
                 ended.append(stream)
         return ended
 
-    def _advance(self, stream: Stream, replies: list[Reply] | None) -> None:
+    def _advance(self, stream: Generation, replies: list[Response] | None) -> None:
         """Let a reply go on, and queue what it asks next."""
         try:
             if replies is not None:
@@ -158,7 +158,7 @@ class Scheduler:
         waiting = _Waiting(stream, requests, [None] * len(requests), len(requests))
         for at, request in enumerate(requests):
             engine = stream.members[request.member].engine
-            queue = self._queues.setdefault(engine.runs, _Queue(engine))
+            queue = self._queues.setdefault(engine.batch_key, _Queue(engine))
             if engine.at_once:
                 self._wait_for(engine.begin(stream.sessions[request.member], request), queue, [(waiting, at)])
                 continue
@@ -172,7 +172,7 @@ class Scheduler:
 
     def _found(
         self, future: Future[Any], engine: Engine, served: Sequence[tuple[_Waiting, int]]
-    ) -> list[Reply | MixlmError]:
+    ) -> list[Response | MixlmError]:
         """Return the replies of a call that is over."""
         if not engine.at_once:
             return list(future.result())
@@ -182,7 +182,7 @@ class Scheduler:
         except MixlmError as error:
             return [error]
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Generation) -> None:
         """Make room. Caches that another device's thread is at work on are freed when it is done."""
         if stream in self._active:
             self._active.remove(stream)
@@ -206,12 +206,12 @@ class Scheduler:
             ]
             self._wait_for(self._submit(queue.engine, asked), queue, served)
 
-    def _submit(self, engine: Engine, asked: list[tuple[Session, Request]]) -> Future[list[Reply | MixlmError]]:
+    def _submit(self, engine: Engine, asked: list[tuple[Session, Request]]) -> Future[list[Response | MixlmError]]:
         devices = {queue.engine.device for queue in self._queues.values()}
         if len(devices) > 1:
             self._threads = self._threads or ThreadPoolExecutor()
             return self._threads.submit(_answered, engine, asked)
-        done: Future[list[Reply | MixlmError]] = Future()
+        done: Future[list[Response | MixlmError]] = Future()
         done.set_result(_answered(engine, asked))
         return done
 
@@ -225,7 +225,7 @@ class Scheduler:
         return found
 
 
-def _answered(engine: Engine, asked: Sequence[tuple[Session, Request]]) -> list[Reply | MixlmError]:
+def _answered(engine: Engine, asked: Sequence[tuple[Session, Request]]) -> list[Response | MixlmError]:
     """Answer all; where that fails, each by itself, so that one reply's trouble is not the others'."""
     try:
         return engine.answer(asked)

@@ -15,13 +15,13 @@ from functools import partial
 from typing import NamedTuple
 
 from mixlm.core.rng import Noise
-from mixlm.core.sampling import History, likeliest
-from mixlm.engines.base import Drawn, Reply, Request, Session
+from mixlm.core.sampling import History, top_logprobs
+from mixlm.engines.base import Request, Response, SampleResponse, Session
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.generation.member import Member
-from mixlm.generation.unavailable import Absent
+from mixlm.generation.unavailable import UnavailableMembers
 from mixlm.routing import Route
-from mixlm.types import Candidates, Cut, Floats, Ids, Likeliest, Row
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter, TopLogprobs
 from mixlm.units.base import State, Unit
 
 
@@ -29,7 +29,7 @@ from mixlm.units.base import State, Unit
 class SpeculationStats:
     """What became of guesses. chosen: what a strategy that chooses among others is using."""
 
-    checked: int = 0
+    drafted: int = 0
     accepted: int = 0
     chosen: str | None = None
 
@@ -43,13 +43,13 @@ class Choice(NamedTuple):
     symbol: int
     member: int
     logprob: float
-    likeliest: Likeliest = ()
+    top_logprobs: TopLogprobs = ()
 
 
-Flow = Generator[list[Request], list[Reply], list[Choice]]
+Flow = Generator[list[Request], list[Response], list[Choice]]
 
 
-class View:
+class MemberView:
     """One member's view of one sequence. member: the part of it that is the same for every sequence."""
 
     def __init__(self, member: Member, index: int, state: State) -> None:
@@ -72,9 +72,9 @@ class View:
         return int(self.member.symbols[token])
 
     @property
-    def cut(self) -> Cut | None:
+    def cut(self) -> TopKFilter | None:
         """What of the member's logits its law depends on, None for all of them."""
-        return self.member.transform.cut if self._matcher is None else None
+        return self.member.transform.top_k_filter if self._matcher is None else None
 
     @property
     def stuck(self) -> bool:
@@ -84,22 +84,26 @@ class View:
         allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
         return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
 
-    def law(self, logits: Row) -> Candidates:
+    def distribution(self, logits: LogitsRow) -> Candidates:
         """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
         return self.law_here()(logits)
 
-    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[Row], Candidates]:
+    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
         """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
 
         ids, text: what the member reads and what has been written, where that is not the text but a beginning of it.
         """
         history, matcher = self._history(ids), self._matcher
         if matcher is None:
-            return self.member.law if history is None else lambda logits: self.member.law(logits, history)
+            return (
+                self.member.distribution
+                if history is None
+                else lambda logits: self.member.distribution(logits, history)
+            )
         written = self._state.tail(sys.maxsize) if text is None else text
-        return lambda logits: self.member.law(logits, history, matcher.allowed(written))
+        return lambda logits: self.member.distribution(logits, history, matcher.allowed(written))
 
-    def own(self, logits: Row) -> Candidates:
+    def own(self, logits: LogitsRow) -> Candidates:
         """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
         allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
         return self.member.transform(logits, self._history(), allowed)
@@ -111,25 +115,25 @@ class View:
         ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
         return History.of(ids[:prompt], ids[prompt:])
 
-    def draw(self, noise: Noise) -> Callable[[Row], Drawn]:
+    def draw(self, noise: Noise) -> Callable[[LogitsRow], SampleResponse]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
         law = self.law_here()
 
-        def choose(logits: Row) -> Drawn:
+        def choose(logits: LogitsRow) -> SampleResponse:
             return self.drawn(law(logits), noise)
 
         return choose
 
-    def drawn(self, law: Candidates, noise: Noise) -> Drawn:
+    def drawn(self, law: Candidates, noise: Noise) -> SampleResponse:
         """Draw a symbol from a law of the member's. Raises UnsupportedError for an empty one."""
         if not law.ids.size:
             raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
-        at = noise.draw(law.ids, law.logprobs)
-        return Drawn(int(law.ids[at]), float(law.logprobs[at]), likeliest(law, self.member.alternatives))
+        at = noise.sample(law.ids, law.logprobs)
+        return SampleResponse(int(law.ids[at]), float(law.logprobs[at]), top_logprobs(law, self.member.alternatives))
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DecodeStep:
     """One position of one sequence, as a strategy sees it. weights: float64 (members,), summing to 1.
 
     most: symbols that it may choose, of this position and those behind it.
@@ -140,17 +144,17 @@ class Step:
 
     weights: Floats
     noise: Noise
-    views: Sequence[View]
-    push: Callable[[int], Step | None]
+    views: Sequence[MemberView]
+    push: Callable[[int], DecodeStep | None]
     most: int = 1
     absent: Container[int] = ()
 
-    def likeliest(self, law: Candidates) -> Likeliest:
+    def top_logprobs(self, law: Candidates) -> TopLogprobs:
         """Return the likeliest symbols of a law, as many as are told."""
-        return likeliest(law, self.views[0].member.alternatives)
+        return top_logprobs(law, self.views[0].member.alternatives)
 
 
-Strategy = Callable[[Step], Flow]
+Strategy = Callable[[DecodeStep], Flow]
 
 
 class MemberError(EngineError):
@@ -161,7 +165,7 @@ class MemberError(EngineError):
         self.member = member
 
 
-class Writing:
+class SequenceState:
     """One text being written: its state, each member's session and view, and the route that weighs them."""
 
     def __init__(
@@ -176,11 +180,11 @@ class Writing:
         self.sessions = sessions
         self.route = route
         self.state = unit.begin(prompts)
-        self.absent = Absent([one.engine.alive for one in members], [one.name for one in members])
+        self.absent = UnavailableMembers([one.engine.alive for one in members], [one.name for one in members])
         self._threads: ThreadPoolExecutor | None = None
-        self.views = [View(member, i, self.state) for i, member in enumerate(members)]
+        self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
         self._end = unit.end
-        self._room = _Room(members, prompts)
+        self._room = ContextBudget(members, prompts)
         self._unit = unit
 
     @property
@@ -197,11 +201,11 @@ class Writing:
         """Let a strategy choose what follows, 1 to `most` symbols. The state is as before when it is done."""
         pushed: list[int] = []
 
-        def step(at: Noise) -> Step:
+        def step(at: Noise) -> DecodeStep:
             weights = self._able(self.absent.weights(self.route(self.state)))
-            return Step(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
+            return DecodeStep(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
 
-        def push(at: Noise, symbol: int) -> Step | None:
+        def push(at: Noise, symbol: int) -> DecodeStep | None:
             if symbol == self._end or len(pushed) + 1 >= most:
                 return None
             pushed.append(symbol)
@@ -230,14 +234,14 @@ class Writing:
         kept /= kept.sum()
         return kept
 
-    def answer(self, requests: Sequence[Request]) -> list[Reply]:
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
         """Hand each engine all that is asked of it in one call; return the replies in the order of the requests.
 
         Engines on devices of their own work at once. On one device they would only share it, so they work in turn.
         """
         asked: dict[int, list[int]] = {}
         for at, request in enumerate(requests):
-            asked.setdefault(self.members[request.member].engine.runs, []).append(at)
+            asked.setdefault(self.members[request.member].engine.batch_key, []).append(at)
         calls = [partial(self._ask, places, requests) for places in asked.values()]
         engines = [self.members[requests[places[0]].member].engine for places in asked.values()]
         if len(calls) > 1 and len({engine.device for engine in engines}) == len(calls):
@@ -246,13 +250,13 @@ class Writing:
             answers = [future.result() for future in [self._threads.submit(call) for call in calls]]
         else:
             answers = [call() for call in calls]
-        replies: list[Reply] = [None] * len(requests)
+        replies: list[Response] = [None] * len(requests)
         for places, found in zip(asked.values(), answers, strict=True):
             for at, reply in zip(places, found, strict=True):
                 replies[at] = reply
         return replies
 
-    def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Reply]:
+    def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Response]:
         engine = self.members[requests[places[0]].member].engine
         try:
             return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
@@ -260,7 +264,7 @@ class Writing:
             raise MemberError(requests[places[0]].member, error) from error
 
 
-class _Room:
+class ContextBudget:
     """Whether every member's context can take one more token. A reply ends where the first of them is full."""
 
     def __init__(self, members: Sequence[Member], prompts: Sequence[Ids]) -> None:
@@ -276,7 +280,7 @@ class _Room:
         )
 
 
-def run(flow: Flow, answer: Callable[[list[Request]], list[Reply]]) -> list[Choice]:
+def run(flow: Flow, answer: Callable[[list[Request]], list[Response]]) -> list[Choice]:
     """Carry a strategy's questions to `answer` and back until it has chosen."""
     try:
         requests = next(flow)

@@ -17,7 +17,7 @@ _log = logging.getLogger("mixlm")
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 
 
-class Absent:
+class UnavailableMembers:
     """Which members of one reply do not answer. alive: tells of each whether it would; may take a few seconds.
 
     positions: symbols written without each of them.
@@ -33,13 +33,13 @@ class Absent:
     def __contains__(self, member: object) -> bool:
         return member in self._next
 
-    def leave_out(self, member: int, error: EngineError) -> None:
+    def exclude(self, member: int, error: EngineError) -> None:
         """Leave a member out until it answers again. It is asked after ever longer times."""
         self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _LONGEST_WAIT)
         self._next[member] = time.monotonic() + self._waits[member]
         _log.warning("%s is left out of a reply: %s", self._names[member], error.message)
 
-    def look_again(self) -> None:
+    def retry(self) -> None:
         """Take members back that answer again; called between positions."""
         for member in [one for one, due in self._next.items() if time.monotonic() >= due]:
             if self._alive[member]():

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mixlm.errors import MixlmError
-from mixlm.generation.generation import Stream
+from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from mixlm.server.limits import Limits
 from mixlm.server.line import Line
@@ -46,8 +46,8 @@ class Worker:
         self._unended = 0  # the event loop's: replies of the above
         self._ends: deque[float] = deque(maxlen=32)  # the event loop's: when replies ended, seconds
         self._inbox: queue.SimpleQueue[tuple[str, Order | None]] = queue.SimpleQueue()
-        self._line: Line[tuple[Order, Stream]] = Line()
-        self._places: dict[Stream, Place] = {}
+        self._line: Line[tuple[Order, Generation]] = Line()
+        self._places: dict[Generation, Place] = {}
         self._scheduler = Scheduler(limits.at_once)
         self._out: list[tuple[Order, Event | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,7 +173,7 @@ class Worker:
     def _begin(self, order: Order) -> None:
         """Read an order's prompts and put its replies in line; all of them or none."""
         try:
-            streams: list[Stream] = []
+            streams: list[Generation] = []
             before: Task | None = None
             for task in order.tasks:
                 # Several replies to one prompt follow each other, and it is read once.
@@ -198,7 +198,7 @@ class Worker:
             self._scheduler.cancel(stream)
             self._out.append((order, None))
 
-    def _report(self, stream: Stream) -> None:
+    def _report(self, stream: Generation) -> None:
         """Pass on what a reply has got."""
         place = self._places.get(stream)
         if place is None:
@@ -214,11 +214,11 @@ class Worker:
         elif tokens:
             self._out.append((order, Wrote(index, tokens, self._forwards(stream, place))))
 
-    def _forwards(self, stream: Stream, place: Place) -> dict[str, list[int]]:
+    def _forwards(self, stream: Generation, place: Place) -> dict[str, list[int]]:
         """Return the tokens of each pass that members ran for a reply since this was last asked."""
         new = {}
         for at, (member, session) in enumerate(zip(stream.members, stream.sessions, strict=True)):
-            log = session.work.log
+            log = session.stats.forwards
             if len(log) > place.forwards[at]:
                 new[member.name] = [one.tokens for one in log[place.forwards[at] :]]
                 place.forwards[at] = len(log)

@@ -23,7 +23,7 @@ from mixlm.core.options import Options
 from mixlm.decoding import refuse
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.generation.generation import Prompts
+from mixlm.generation.generation import EncodedPrompt
 from mixlm.types import Floats
 from mixlm.verification.draws import Outcome, drawing, first_symbols
 from mixlm.verification.exact import Exact
@@ -170,7 +170,7 @@ def _judged(found: Sequence[Comparison]) -> tuple[Comparison, ...]:
     return tuple(replace(one, equal=one.p_value >= level) for one in found)
 
 
-def _check_reference(ensemble: Ensemble, reference: Ensemble, ours: Prompts, theirs: Prompts) -> None:
+def _check_reference(ensemble: Ensemble, reference: Ensemble, ours: EncodedPrompt, theirs: EncodedPrompt) -> None:
     """Raise ConfigError unless the reference has the same symbols and reads the prompt in the same tokens."""
     alike = (
         len(ensemble.members) == len(reference.members)

@@ -6,11 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from typing import cast
 
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
-from mixlm.engines.base import Reply, Request, Run, Session, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
 from mixlm.ensemble import Ensemble
-from mixlm.generation.generation import Prompts, Writer
+from mixlm.generation.generation import EncodedPrompt, GenerationContext
 from mixlm.generation.sequence import Choice
 from mixlm.types import Floats, Ids, Logits
 
@@ -19,7 +19,7 @@ _MEMO_BYTES = 512 << 20
 _TOGETHER = 16
 
 
-def drawing(ensemble: Ensemble, settings: Settings) -> list[Writer]:
+def drawing(ensemble: Ensemble, settings: GenerationOptions) -> list[GenerationContext]:
     """Return what draws: one that remembers answers, or several at once where engines draw themselves."""
     first = ensemble.writer(settings, [_Memo(member.engine.session()) for member in ensemble.members])
     if not all(member.writes for member in first.members):
@@ -28,7 +28,10 @@ def drawing(ensemble: Ensemble, settings: Settings) -> list[Writer]:
 
 
 def first_symbols(
-    writers: Sequence[Writer], prompts: Prompts, samples: int, progress: Callable[[int, int], None] | None = None
+    writers: Sequence[GenerationContext],
+    prompts: EncodedPrompt,
+    samples: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Draw the first two symbols of `samples` replies, or one where a reply ends at once.
 
@@ -41,7 +44,7 @@ def first_symbols(
             for at, writer in enumerate(writers)
             if first + at < samples
         }
-        replies: dict[int, list[Reply] | None] = dict.fromkeys(flows)
+        replies: dict[int, list[Response] | None] = dict.fromkeys(flows)
         while flows:
             asked: list[tuple[int, Session, Request]] = []
             for at, (writer, flow) in list(flows.items()):
@@ -53,20 +56,22 @@ def first_symbols(
             replies = {at: [] for at in flows}
             answers = _answers(writers[0], [(session, request) for _, session, request in asked])
             for (at, _, _), answer in zip(asked, answers, strict=True):
-                cast(list[Reply], replies[at]).append(answer)
+                cast(list[Response], replies[at]).append(answer)
         if progress is not None:
             progress(len(out), samples)
     return out
 
 
-def _outcome(writer: Writer, prompts: Prompts, number: int) -> Generator[list[Request], list[Reply] | None, Outcome]:
+def _outcome(
+    writer: GenerationContext, prompts: EncodedPrompt, number: int
+) -> Generator[list[Request], list[Response] | None, Outcome]:
     """Draw the first two symbols of one reply."""
     writing = writer.begin(prompts)
     noise, end = Noise(writer.settings.seed, number), writer.unit.end
     found: list[int] = []
     while len(found) < 2 and end not in found:
         choices = yield from cast(
-            Generator[list[Request], list[Reply] | None, list[Choice]],
+            Generator[list[Request], list[Response] | None, list[Choice]],
             writing.choose(writer.strategy, noise.at(len(found)), 2 - len(found)),
         )
         for choice in choices:
@@ -76,12 +81,12 @@ def _outcome(writer: Writer, prompts: Prompts, number: int) -> Generator[list[Re
     return tuple(found)
 
 
-def _answers(writer: Writer, asked: Sequence[tuple[Session, Request]]) -> list[Reply]:
+def _answers(writer: GenerationContext, asked: Sequence[tuple[Session, Request]]) -> list[Response]:
     """Hand each engine all that is asked of it in one call."""
-    replies: list[Reply] = [None] * len(asked)
+    replies: list[Response] = [None] * len(asked)
     by_engine: dict[int, list[int]] = {}
     for at, (_, request) in enumerate(asked):
-        by_engine.setdefault(writer.members[request.member].engine.runs, []).append(at)
+        by_engine.setdefault(writer.members[request.member].engine.batch_key, []).append(at)
     for places in by_engine.values():
         engine = writer.members[asked[places[0]][1].member].engine
         for at, reply in zip(places, engine.answer([asked[at] for at in places]), strict=True):
@@ -105,7 +110,7 @@ class _Memo(Session):
             self._scores[key] = self._session.token_logprobs(ids)
         return self._scores[key]
 
-    def write(self, run: Run) -> Written:
+    def write(self, run: GenerateRequest) -> GenerateResponse:
         """Let the session write; what an engine draws is not to be remembered."""
         return self._session.write(run)
 

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.logit_bias import bias_of
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import History, dense
 from mixlm.ensemble import Ensemble
-from mixlm.generation.generation import Prompts, bits_per_byte
-from mixlm.routing import Context
+from mixlm.generation.generation import EncodedPrompt, bits_per_byte
+from mixlm.routing import PromptContext
 from mixlm.types import Floats
 from mixlm.units.base import State
 from mixlm.units.byte import ByteUnit
@@ -33,12 +33,12 @@ _FIRST_SYMBOLS = 24  # how many first symbols get a law of their own for the sec
 class Exact:
     """The exact law of one strategy behind a prompt. first: that of the first symbol, float64 (symbols + 1,)."""
 
-    def __init__(self, ensemble: Ensemble, settings: Settings, prompts: Prompts) -> None:
+    def __init__(self, ensemble: Ensemble, settings: GenerationOptions, prompts: EncodedPrompt) -> None:
         self._ensemble = ensemble
         self._settings = settings
         self._prompts = prompts.ids
         sessions = [one.engine.session() for one in ensemble.members]
-        self._route = ensemble.router.begin(Context(prompts.text, lambda: bits_per_byte(sessions, prompts)))
+        self._route = ensemble.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts)))
         self.first = self.law(())
 
     def law(self, symbols: Sequence[int]) -> Floats:

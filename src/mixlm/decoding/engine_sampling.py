@@ -12,14 +12,14 @@ so what is drawn there anew follows the law of its own place.
 
 from __future__ import annotations
 
-from mixlm.engines.base import Ahead, Draw, Run
+from mixlm.engines.base import GenerateRequest, RunAheadHint, SampleRequest
 from mixlm.errors import EngineError
-from mixlm.generation.sequence import Choice, Flow, Step
+from mixlm.generation.sequence import Choice, DecodeStep, Flow
 
 LONGEST = 16  # tokens of one request: a reader waits for all of them
 
 
-def written(step: Step, member: int, *, always: bool = False) -> Flow:
+def written(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
     """Let a member write as far as the coins fall on it; to the end of the reply where it is `always` the one."""
     view = step.views[member]
     length = min(step.most, LONGEST)
@@ -28,7 +28,7 @@ def written(step: Step, member: int, *, always: bool = False) -> Flow:
     ids = view.ids().copy()
     transform = view.member.transform
     seed = step.noise.for_engine()
-    [run] = yield [Run(member, ids, length, transform.sampling, transform.banned, seed)]
+    [run] = yield [GenerateRequest(member, ids, length, transform.sampling, transform.banned, seed)]
     choices: list[Choice] = []
     read = ids.tolist()
     for token, logprob in zip(run.ids, run.logprobs, strict=True):
@@ -40,13 +40,13 @@ def written(step: Step, member: int, *, always: bool = False) -> Flow:
         here = step.push(symbol)
         if here is None or view.ids().tolist() != read:
             break
-        if not always and here.noise.choice(here.weights) != member:
+        if not always and here.noise.coin(here.weights) != member:
             break
         step = here
     return choices
 
 
-def asked(step: Step, member: int, *, always: bool = False) -> Draw:
+def asked(step: DecodeStep, member: int, *, always: bool = False) -> SampleRequest:
     """Ask a member for the symbol of a position, and tell its engine of those behind it, where it wants to know.
 
     always: the coins are on this member to the end of the reply.
@@ -57,15 +57,15 @@ def asked(step: Step, member: int, *, always: bool = False) -> Draw:
         reach = _reach(step, member, reach)
     ahead = None
     if reach > 1:
-        keys = tuple(noise.at(noise.position + further).draw_key for further in range(reach - 1))
-        ahead = Ahead(keys, view.member.transform.sampling, view.member.symbols)
-    return Draw(member, view.ids(), view.draw(noise), view.cut, ahead)
+        keys = tuple(noise.at(noise.position + further).sample_key for further in range(reach - 1))
+        ahead = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
+    return SampleRequest(member, view.ids(), view.draw(noise), view.cut, ahead)
 
 
-def _reach(step: Step, member: int, most: int) -> int:
+def _reach(step: DecodeStep, member: int, most: int) -> int:
     """Return how many coins fall on a member one after the other with the weights of this place; 1 to `most`."""
     noise = step.noise
     for ahead in range(1, most):
-        if noise.at(noise.position + ahead).choice(step.weights) != member:
+        if noise.at(noise.position + ahead).coin(step.weights) != member:
             return ahead
     return most

@@ -39,9 +39,9 @@ import numpy.typing as npt
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import prefix_groups
-from mixlm.engines.base import Ask, Drawn, Reply, Request
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy, View
-from mixlm.types import Candidates, Cut, Ids, Row
+from mixlm.engines.base import LogitsRequest, Request, Response, SampleResponse
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, MemberView, Strategy
+from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
 from mixlm.units.word import WHITESPACE, WordState
 
 LONGEST = 16  # symbols written behind an end that is in doubt
@@ -55,7 +55,7 @@ def words(longest: int = LONGEST) -> Strategy:
     """
     ends = _Ends()
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         return (yield from _Block(cast(WordState, step.views[0].state), ends, longest).write(step))
 
     return strategy
@@ -88,12 +88,12 @@ class _Check(NamedTuple):
 
     member: int
     ids: Ids
-    choose: Callable[[Row], Drawn]
+    choose: Callable[[LogitsRow], SampleResponse]
     noise: Noise
     before: bytes
     begins: Callable[[Ids], npt.NDArray[np.bool_]]
     last: int
-    cut: Cut | None
+    cut: TopKFilter | None
 
 
 @dataclass(slots=True, eq=False)
@@ -117,10 +117,10 @@ class _Block:
         self._longest = longest
         self._places: list[_Place] = []
 
-    def write(self, step: Step) -> Flow:
+    def write(self, step: DecodeStep) -> Flow:
         """Write on until something is certain; return that."""
         self._state.forget()
-        here: Step | None = step
+        here: DecodeStep | None = step
         try:
             while here is not None and len(self._places) < self._longest:
                 self._places.append((yield from self._next(here)))
@@ -141,10 +141,10 @@ class _Block:
         doubtful = (at for at, one in enumerate(self._places) if one.check is not None)
         return [one.choice for one in self._places[: next(doubtful, len(self._places))]]
 
-    def _next(self, here: Step) -> Generator[list[Request], list[Reply], _Place]:
+    def _next(self, here: DecodeStep) -> Generator[list[Request], list[Response], _Place]:
         """Write one symbol."""
         state, views, turn = self._state, here.views, here.noise.again()
-        coin = here.noise.choice(here.weights)
+        coin = here.noise.coin(here.weights)
         z = coin if state.owner is None or self._left_out(here, state.owner) else state.owner
         own = self._known(z, here.noise)
         if own is None and z != coin:
@@ -166,10 +166,12 @@ class _Block:
             return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
         return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest))
 
-    def _left_out(self, here: Step, member: int) -> bool:
+    def _left_out(self, here: DecodeStep, member: int) -> bool:
         return member in here.absent or here.views[member].stuck
 
-    def _ahead(self, here: Step, coin: int, z: int, turn: Noise) -> Generator[list[Request], list[Reply], Drawn | None]:
+    def _ahead(
+        self, here: DecodeStep, coin: int, z: int, turn: Noise
+    ) -> Generator[list[Request], list[Response], SampleResponse | None]:
         """Let the next member begin a word, unless the last one should first be asked whether its word has ended."""
         if not self._may_have_ended(here.views[z]):
             return None
@@ -181,7 +183,7 @@ class _Block:
         at_risk = min(self._longest - len(self._places), _SYMBOLS / max(float(here.weights[z]), 1e-9))
         return anew if (1 - mass) * at_risk <= mass else None
 
-    def _may_have_ended(self, view: View) -> bool:
+    def _may_have_ended(self, view: MemberView) -> bool:
         """Whether to let the next member go first.
 
         An engine that tells its likeliest tokens only is asked for each place by itself: there is nothing to save.
@@ -190,37 +192,37 @@ class _Block:
         assert last is not None
         return (
             self._longest > 1
-            and view.member.engine.candidates is None
+            and view.member.engine.top_k_limit is None
             and self._state.tail(1) not in WHITESPACE
             and self._ends.behind(last) > 0.5
         )
 
-    def _check(self, here: Step, z: int) -> _Check:
+    def _check(self, here: DecodeStep, z: int) -> _Check:
         view, state = here.views[z], self._state
         assert state.last is not None
         ids, choose = view.ids().copy(), view.draw(here.noise)  # a copy: the state goes on changing
         return _Check(z, ids, choose, here.noise, state.text(), state.begins_here(), state.last, view.cut)
 
     def _asked(
-        self, member: int, ids: Ids | None = None, cut: Cut | None = None
-    ) -> Generator[list[Request], list[Reply], Row]:
+        self, member: int, ids: Ids | None = None, cut: TopKFilter | None = None
+    ) -> Generator[list[Request], list[Response], LogitsRow]:
         """Let a member say where its words ended, and return its logits behind `ids`, in the same forward.
 
         cut: what of the logits is needed. Raises _NotEndedError at the first word that had not ended.
         """
         doubts = [one for one in self._places if one.check is not None and one.check.member == member]
         texts = [one.check.ids for one in doubts if one.check is not None] + ([] if ids is None else [ids])
-        row: Row = np.zeros(0, dtype=np.float32)
+        row: LogitsRow = np.zeros(0, dtype=np.float32)
         for group in prefix_groups(texts):
             first, longest = len(texts[group[0]]), texts[group[-1]]
-            [logits] = yield [Ask(member, longest, len(longest) - first + 1, cut)]
+            [logits] = yield [LogitsRequest(member, longest, len(longest) - first + 1, cut)]
             for number in group:
                 row = logits[len(texts[number]) - first]
                 if number < len(doubts):
                     self._settle(doubts[number], row)
         return row
 
-    def _settle(self, place: _Place, logits: Row) -> None:
+    def _settle(self, place: _Place, logits: LogitsRow) -> None:
         """Draw what the last member says of the end of its word. Where it goes on with it, the text ends there."""
         check = place.check
         assert check is not None
@@ -234,19 +236,19 @@ class _Block:
             del self._places[self._places.index(place) + 1 :]
             raise _NotEndedError
 
-    def _begins(self, drawn: Drawn) -> bool:
+    def _begins(self, drawn: SampleResponse) -> bool:
         return bool(self._state.begins_here()(np.array([drawn.symbol]))[0])
 
-    def _known(self, member: int, noise: Noise) -> Drawn | None:
+    def _known(self, member: int, noise: Noise) -> SampleResponse | None:
         found = self._state.drawn(member, noise)
-        return None if found is None else Drawn(*found)
+        return None if found is None else SampleResponse(*found)
 
-    def _note(self, member: int, noise: Noise, drawn: Drawn) -> Drawn:
+    def _note(self, member: int, noise: Noise, drawn: SampleResponse) -> SampleResponse:
         self._state.learn(member, noise, self._state.text(), drawn)
         return drawn
 
 
-def _beginning(view: View, noise: Noise, logits: Row) -> tuple[Drawn | None, float]:
+def _beginning(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[SampleResponse | None, float]:
     """Draw a symbol that begins a word from a member's logits (vocab,), if there is one.
 
     Also returns what the member gives to such symbols where it is not made to begin a word.

@@ -7,15 +7,15 @@ import pytest
 from toys import END, OPTIONS, WEIGHTS, assert_drawn_from, counted, driven, engine, ensemble, exact_law, toys, written
 
 from mixlm.core.rng import Noise
+from mixlm.decoding.engine_sampling import LONGEST
 from mixlm.decoding.mixture import mixture
-from mixlm.decoding.runs import LONGEST
 from mixlm.decoding.single import single
-from mixlm.engines.base import Run, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse
 from mixlm.engines.toy import ToyEngine, ToySession
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.generation.scheduler import Scheduler
-from mixlm.routing import ByFunction
+from mixlm.routing import FunctionRouter
 
 
 def writing(those: Ensemble) -> Ensemble:
@@ -25,9 +25,9 @@ def writing(those: Ensemble) -> Ensemble:
     return those
 
 
-def by_text(weights: np.ndarray) -> ByFunction:
+def by_text(weights: np.ndarray) -> FunctionRouter:
     """Weights that change places behind an a: coins cannot be known ahead."""
-    return ByFunction(lambda prompt, tail: weights[::-1] if tail[-1:] == b"a" else weights, len(weights))
+    return FunctionRouter(lambda prompt, tail: weights[::-1] if tail[-1:] == b"a" else weights, len(weights))
 
 
 def texts_law(those: Ensemble, options, length: int, router=None) -> dict[tuple[bytes, ...], float]:
@@ -65,12 +65,12 @@ def test_coins_that_fall_on_one_member_are_one_request():
     those = writing(toys("token", 2))
     for position in range(60):
         noise = Noise(1, 0, position)
-        coins = [noise.at(position + ahead).choice(those.weights) for ahead in range(9)]
+        coins = [noise.at(position + ahead).coin(those.weights) for ahead in range(9)]
         same = next((at for at, coin in enumerate(coins) if coin != coins[0]), 9)
         one = written(those, {}, "ab", [b"a"])
         flow = one.choose(mixture, noise, 9)
         [request] = next(flow)
-        assert isinstance(request, Run)
+        assert isinstance(request, GenerateRequest)
         assert (request.member, request.length) == (coins[0], same)
         flow.close()
 
@@ -154,7 +154,7 @@ def test_penalties_and_other_methods_draw_here():
 def test_an_engine_that_draws_by_itself_needs_to_tell_nothing():
     those = writing(toys("token", 2))
     for one in those.members:
-        one.engine.candidates = 3
+        one.engine.top_k_limit = 3
     those.generate("ab", raw=True, max_tokens=3, top_k=0)
     with pytest.raises(UnsupportedError, match="tells its 3 likeliest tokens only"):
         those.generate("ab", raw=True, max_tokens=3, top_k=0, method="conventional")
@@ -163,12 +163,12 @@ def test_an_engine_that_draws_by_itself_needs_to_tell_nothing():
 def test_a_token_that_may_not_be_drawn_is_never_written(monkeypatch):
     those = writing(toys("token", 2))
     begin = those.members[0].engine.vocabulary.size - 2
-    monkeypatch.setattr(ToySession, "write", lambda self, run: Written([begin], [-1.0]))
+    monkeypatch.setattr(ToySession, "write", lambda self, run: GenerateResponse([begin], [-1.0]))
     with pytest.raises(EngineError, match=f"drew the token {begin}, which it may not draw"):
         driven(mixture, written(those, {}, "ab", []), those.weights, Noise(0))
 
 
 def test_engines_that_write_no_runs_say_so():
-    run = Run(0, np.array([1]), 3, None, np.array([]), 0)
+    run = GenerateRequest(0, np.array([1]), 3, None, np.array([]), 0)
     with pytest.raises(UnsupportedError, match="writes no runs"):
         super(ToySession, engine().session()).write(run)

@@ -27,11 +27,11 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from mixlm.core.rng import Noise
-from mixlm.core.sampling import likeliest
-from mixlm.engines.base import Ask, Reply, Request
+from mixlm.core.sampling import top_logprobs
+from mixlm.engines.base import LogitsRequest, Request, Response
 from mixlm.errors import UnsupportedError
-from mixlm.generation.sequence import Choice, Flow, Step, Strategy, View
-from mixlm.types import Candidates, Likeliest
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, MemberView, Strategy
+from mixlm.types import Candidates, TopLogprobs
 from mixlm.units.byte import ByteState, Known, Law
 from mixlm.units.word import WHITESPACE
 
@@ -42,10 +42,10 @@ _STOPS = frozenset(WHITESPACE)
 def bytewise(member: int | None = None) -> Strategy:
     """Return the strategy that draws a member for each byte by its weight, or takes the given one always."""
 
-    def coin(step: Step) -> int:
-        return step.noise.choice(step.weights) if member is None else member
+    def coin(step: DecodeStep) -> int:
+        return step.noise.coin(step.weights) if member is None else member
 
-    def strategy(step: Step) -> Flow:
+    def strategy(step: DecodeStep) -> Flow:
         z = coin(step)
         reading = _Reading(z, step.views[z])
         cover = yield from reading.cover(step.noise)
@@ -83,7 +83,7 @@ class _Group(NamedTuple):
 class _Reading:
     """One member's reading of the text, as it stands when the member is drawn."""
 
-    def __init__(self, member: int, view: View) -> None:
+    def __init__(self, member: int, view: MemberView) -> None:
         self._member = member
         self._view = view
         self._state = cast(ByteState, view.state)
@@ -91,7 +91,7 @@ class _Reading:
         self._length = len(self._state)
         self.end = self._lexicon.end
 
-    def cover(self, noise: Noise) -> Generator[list[Request], list[Reply], _Cover]:
+    def cover(self, noise: Noise) -> Generator[list[Request], list[Response], _Cover]:
         """Draw a group of covers; one that ends with the text becomes all tokens behind it."""
         drawn: _Cover | None = None
         if self._length:
@@ -102,7 +102,7 @@ class _Reading:
                 drawn = groups[picked].cover
         return (yield from self.boundary()) if drawn is None else drawn
 
-    def boundary(self) -> Generator[list[Request], list[Reply], _Cover]:
+    def boundary(self) -> Generator[list[Request], list[Response], _Cover]:
         """Return all tokens behind a text that a token ends with."""
         law = (yield from self._known(self._length)).law
         return _Cover(self._length, law, slice(0, law.ranks.size))
@@ -115,7 +115,7 @@ class _Reading:
         law, span = cover.law, cover.span
         if span.start == span.stop:
             raise UnsupportedError(f"{self._view.member.name} cannot go on with what json_schema allows here")
-        at = span.start + noise.draw(law.symbols[span], law.logprobs[span])
+        at = span.start + noise.sample(law.symbols[span], law.logprobs[span])
         if law.symbols[at] == self.end:
             return [Choice(self.end, self._member, float(law.logprobs[at]))]
         data = self._lexicon.spelled(int(law.ranks[at]))
@@ -129,7 +129,7 @@ class _Reading:
             mass = narrower
         return out
 
-    def _likeliest_bytes(self, law: Law, span: slice, length: int) -> Likeliest:
+    def _likeliest_bytes(self, law: Law, span: slice, length: int) -> TopLogprobs:
         """Return the likeliest bytes behind the first `length` of a token, given that it stands in a span of a law."""
         count = self._view.member.alternatives
         if count == 0:
@@ -141,20 +141,20 @@ class _Reading:
             if ended or len(data) > length:
                 mass[self.end if ended else data[length]] += float(np.exp(law.logprobs[at]))
         symbols, masses = np.array(list(mass)), np.array(list(mass.values()))
-        return likeliest(Candidates(symbols, np.log(masses / law.mass(span))), count)
+        return top_logprobs(Candidates(symbols, np.log(masses / law.mass(span))), count)
 
-    def _known(self, place: int) -> Generator[list[Request], list[Reply], Known]:
+    def _known(self, place: int) -> Generator[list[Request], list[Response], Known]:
         """Return what the member says behind a place, from a forward if it has not been asked yet."""
         known = self._state.known(self._member, place)
         if known is None:
             ids = self._state.ids_at(self._member, place)
             law = self._view.law_here(ids, self._state.part(0, place))
-            [logits] = yield [Ask(self._member, ids)]
+            [logits] = yield [LogitsRequest(self._member, ids)]
             known = Known(logits[0].copy(), law, Law.of(self._lexicon, law(logits[0])))
             self._state.learn(self._member, place, known)
         return known
 
-    def _likely(self, u: float) -> Generator[list[Request], list[Reply], tuple[list[_Group], int | None]]:
+    def _likely(self, u: float) -> Generator[list[Request], list[Response], tuple[list[_Group], int | None]]:
         """Return groups of covers and which of them the number u picks; None where no cover has any probability."""
         groups: list[_Group] = []
         seam = self._state.seam(self._member)
@@ -187,7 +187,7 @@ class _Reading:
                     waiting[one] /= total
         return groups, _picked(groups, u, 0.0)
 
-    def _written_over(self, noise: Noise) -> Generator[list[Request], list[Reply], _Cover | None]:
+    def _written_over(self, noise: Noise) -> Generator[list[Request], list[Response], _Cover | None]:
         """Write the text over from its last seam, a token at a time; return what then reaches beyond it."""
         place = self._state.seam(self._member)
         while place < self._length:
@@ -202,7 +202,7 @@ class _Reading:
             law = Law.of(self._lexicon, known.transform(masked))
             if not law.ranks.size:
                 return None
-            rank = int(law.ranks[noise.draw(law.symbols, law.logprobs)])
+            rank = int(law.ranks[noise.sample(law.symbols, law.logprobs)])
             if rank not in shorter:
                 return _Cover(place, law, law.span(*beyond))
             place += shorter[rank]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import History, dense
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble
@@ -75,7 +75,7 @@ def test_a_prompt_has_the_ids_of_the_models_own_chat_template(
         expected = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
-        found = demo_pair.prompts(prompt, Settings()).ids[0]
+        found = demo_pair.prompts(prompt, GenerationOptions()).ids[0]
         assert found.tolist() == expected
 
 
@@ -94,7 +94,7 @@ def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, mem
 
     engine = demo_pair.members[member].engine
     assert isinstance(engine, HFEngine)
-    options = Settings(sampling={"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2})
+    options = GenerationOptions(sampling={"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2})
     ids = demo_pair.prompts(PROMPTS[0], options).ids[member]
     with torch.inference_mode(), own_attention(engine) as model:
         logits = model(torch.tensor(ids[None])).logits[:, -1].double()

@@ -25,7 +25,7 @@ def test_speculative_writes_the_mixtures_text(demo_pair: Ensemble, how: dict[str
     found = demo_pair.generate(QUESTIONS[0], method="speculative", **how, **options)
     assert pieces(found) == pieces(expected)
     if how["draft"] != "lookup":
-        assert 0 < found.usage.accepted <= found.usage.checked
+        assert 0 < found.usage.accepted <= found.usage.drafted
 
 
 def test_auto_writes_the_mixtures_text(demo_pair: Ensemble) -> None:

@@ -135,11 +135,11 @@ class Recorder:
         self.symbols = np.zeros(0, dtype=np.int64)
         self.logprobs = np.zeros(0)
 
-    def choice(self, weights: np.ndarray) -> int:
+    def coin(self, weights: np.ndarray) -> int:
         self.weights = weights
         return self.coin
 
-    def draw(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
+    def sample(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
         self.symbols, self.logprobs = symbols, logprobs
         return 0
 

@@ -136,7 +136,7 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
 
 
 def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
-    """Return an engine on weights that another one has loaded already, or load it."""
+    """Return an engine on weights that another one has loaded with_spec, or load it."""
     for other, engine in engines.items():
         if other.weights == spec.weights and (shared := engine.sharing(spec)) is not None:
             return shared

@@ -29,18 +29,18 @@ class Candidates(NamedTuple):
     logprobs: Floats
 
 
-class Bias(NamedTuple):
+class LogitBias(NamedTuple):
     """What is added to the logits of some tokens: distinct ids, int64 (m,), and values, float64 (m,)."""
 
     ids: Ids
     values: Floats
 
 
-Row = Logits | Candidates  # logits of a whole vocabulary, or those that a `Cut` leaves
+LogitsRow = Logits | Candidates  # logits of a whole vocabulary, or those that a `TopKFilter` keeps
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class TopKFilter:
     """All that a choice depends on: the `k` largest logits, those of `banned` ids aside, and those equal to the k-th.
 
     An engine may tell these alone, as `Candidates` of ascending ids, their logits in place of log-probabilities.
@@ -57,7 +57,7 @@ class Cut:
         allowed: npt.NDArray[np.bool_] = self.banned[at] != ids
         return allowed
 
-    def of(self, told: Candidates) -> Candidates:
+    def apply(self, told: Candidates) -> Candidates:
         """Return what it leaves of an engine's likeliest tokens, which hold at least that."""
         kept = self.allows(told.ids)
         ids, values = told.ids[kept], told.logprobs[kept]
@@ -68,9 +68,9 @@ class Cut:
         return Candidates(ids[order], values[order])
 
 
-Rows = Logits | list[Candidates]  # one `Row` for each position
+LogitsRows = Logits | list[Candidates]  # one `Row` for each position
 
-Likeliest = tuple[tuple[int, float], ...]
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Sampling:
         return tuple(name for name, value in off.items() if getattr(self, name) != value)
 
 
-class Alternative(NamedTuple):
+class TopLogprob(NamedTuple):
     """A symbol that could have come at a token's place, and its natural log-probability there.
 
     data: its exact bytes; none stand for end-of-text.
@@ -160,14 +160,14 @@ class Token:
     data: bytes
     member: str
     logprob: float
-    alternatives: tuple[Alternative, ...] = ()
+    top_logprobs: tuple[TopLogprob, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
         logprob = None if math.isnan(self.logprob) else self.logprob
         form: dict[str, Any] = {"text": self.text, "member": self.member, "logprob": logprob}
-        if self.alternatives:
-            form["alternatives"] = [{"text": one.text, "logprob": one.logprob} for one in self.alternatives]
+        if self.top_logprobs:
+            form["alternatives"] = [{"text": one.text, "logprob": one.logprob} for one in self.top_logprobs]
         return form
 
 
@@ -198,7 +198,7 @@ class Usage:
     seconds: float
     seconds_to_first_token: float
     members: Mapping[str, MemberUsage] = field(default_factory=dict)
-    checked: int = 0
+    drafted: int = 0
     accepted: int = 0
     chosen: str | None = None
 
@@ -223,7 +223,7 @@ class Usage:
             "tokens_per_second": self.tokens_per_second,
             "bytes_per_second": self.bytes_per_second,
             "members": {name: asdict(one) for name, one in self.members.items()},
-            "checked": self.checked,
+            "checked": self.drafted,
             "accepted": self.accepted,
             "chosen": self.chosen,
         }

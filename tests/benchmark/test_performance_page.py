@@ -81,7 +81,7 @@ def test_guesses_are_right_within_the_bounds() -> None:
     for _ in range(3):
         p, q = rng.dirichlet(np.full(6, 0.5), size=2)
         draws = [Noise(1, 0, at) for at in range(4000)]
-        right = np.mean([one.draw(symbols, np.log(p)) == one.draw(symbols, np.log(q)) for one in draws])
+        right = np.mean([one.sample(symbols, np.log(p)) == one.sample(symbols, np.log(q)) for one in draws])
         apart = 0.5 * np.abs(p - q).sum()
         assert (1 - apart) / (1 + apart) - 0.03 < right < 1 - apart + 0.03
 

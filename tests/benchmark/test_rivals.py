@@ -78,7 +78,7 @@ def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
     engine = those.members[0].engine
     twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
     assert f"{ASSISTED} was left out: both members are one model" in rivals(twice, "the river", {})[1]
-    shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.apart(), "b")])
+    shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.replica(), "b")])
     assert f"{ASSISTED} was left out: both members are one model" in rivals(shared, "the river", {})[1]
 
 

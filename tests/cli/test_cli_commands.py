@@ -20,7 +20,7 @@ def test_help(run: Run, command: tuple[str, ...]) -> None:
 
 
 def test_help_shows_the_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.core.options import Settings
+    from mixlm.core.options import GenerationOptions
     from mixlm.types import Sampling
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -28,7 +28,7 @@ def test_help_shows_the_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│ --")}
     assert f"Default: {Sampling().temperature}." in lines["--temperature"]
     assert f"Default: {Sampling().top_k}." in lines["--top-k"]
-    assert f"Default: {Settings().max_tokens}." in lines["--max-tokens"]
+    assert f"Default: {GenerationOptions().max_tokens}." in lines["--max-tokens"]
 
 
 def test_nothing_at_all_shows_the_help(run: Run) -> None:

@@ -14,7 +14,7 @@ from mixlm.config import read_config
 from mixlm.engines.toy import ToySession
 from mixlm.fitting.em import expectation_maximisation
 from mixlm.loading import load
-from mixlm.routing import Learned
+from mixlm.routing import LearnedRouter
 from mixlm.scoring.score import score, score_answers
 from mixlm.scoring.scores import split
 
@@ -153,7 +153,7 @@ def test_the_ensemble_file_finds_the_router_from_another_folder(
     assert 'file = "../gates/r.json"' in Path("out/pair.toml").read_text()
     monkeypatch.chdir("/")
     config = read_config(tmp_path / "out" / "pair.toml")
-    assert Learned.load(str(config.router.file)).names == ("toy:1", "toy:2")
+    assert LearnedRouter.load(str(config.router.file)).names == ("toy:1", "toy:2")
     assert run("generate", "hello", "-e", str(tmp_path / "out" / "pair.toml"), "--seed", "1").code == 0
 
 

@@ -15,7 +15,7 @@ from programs import TOYS, Run, Terminal
 
 from mixlm.engines.toy import ToySession
 from mixlm.loading import load
-from mixlm.routing import Learned
+from mixlm.routing import LearnedRouter
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.score import score, score_answers
 from mixlm.scoring.scores import router_weights
@@ -87,7 +87,7 @@ def test_several_files_have_a_row_each(run: Run, text: Path, tmp_path: Path) -> 
 
 
 def test_an_ensembles_router_weighs_the_text(run: Run, text: Path, tmp_path: Path) -> None:
-    gate = Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), ["toy:1", "toy:2"])
+    gate = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), ["toy:1", "toy:2"])
     gate.save(tmp_path / "router.json")
     file = tmp_path / "pair.toml"
     file.write_text(

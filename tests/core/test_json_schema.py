@@ -220,7 +220,7 @@ def test_greedy_takes_the_likeliest_of_the_held_average(unit):
             law = average(those, pieces)
             assert law[token.data] == pytest.approx(max(law.values()))
             assert np.exp(token.logprob) == pytest.approx(law[token.data])
-            assert {one.data for one in token.alternatives} <= set(law)
+            assert {one.data for one in token.top_logprobs} <= set(law)
             pieces = (*pieces, token.data)
         assert b"".join(pieces) in LANGUAGE
 
@@ -290,7 +290,7 @@ def test_the_ensembles_figures_are_those_of_the_held_laws():
         pieces: tuple[bytes, ...] = ()
         for token in those.generate("a", **{**options, "seed": seed}, **OPTIONS).tokens:
             law = average(those, pieces)
-            told = {one.data: np.exp(one.logprob) for one in token.alternatives}
+            told = {one.data: np.exp(one.logprob) for one in token.top_logprobs}
             assert told == pytest.approx(law)
             pieces = (*pieces, token.data)
 
@@ -405,7 +405,7 @@ def test_what_is_no_schema_is_refused():
 
 def test_an_engine_that_tells_few_tokens_refuses_it():
     one = engine(FIRST)
-    one.candidates = 4
+    one.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="json_schema allows tokens from anywhere"):
         ensemble([one]).generate("a", raw=True, top_k=2, json_schema=SCHEMA)
 

@@ -97,7 +97,7 @@ def test_every_token_of_the_bytes_is_biased():
         "a", raw=True, max_tokens=1, seed=1, temperature=1.0, top_k=0, alternatives=99, ignore_end=True,
         logit_bias={"ab": 1.5, "c": 0.5},
     ).tokens  # fmt: skip
-    told = {one.data: np.exp(one.logprob) for one in token.alternatives}
+    told = {one.data: np.exp(one.logprob) for one in token.top_logprobs}
     assert told[b"ab"] / told[b"c"] == pytest.approx(odds * np.e, rel=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_what_is_no_bias_is_refused(bias, message):
 
 def test_an_engine_that_tells_few_tokens_refuses_it():
     one = engine(SHARED)
-    one.candidates = 4
+    one.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="logit_bias moves tokens from anywhere"):
         ensemble([one]).generate("a", raw=True, top_k=2, logit_bias={"a": 1.0})
 

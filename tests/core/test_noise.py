@@ -50,9 +50,11 @@ def test_more_noise_of_a_position_is_other_noise():
 
 def test_the_second_draw_of_a_position_says_nothing_about_the_first():
     uniform = np.full(4, 0.25)
-    pairs = counted(lambda i: (Noise(1, i).draw(SYMBOLS, uniform), Noise(1, i).again().draw(SYMBOLS, uniform)), 8_000)
+    pairs = counted(
+        lambda i: (Noise(1, i).sample(SYMBOLS, uniform), Noise(1, i).again().sample(SYMBOLS, uniform)), 8_000
+    )
     assert_drawn_from(pairs, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
-    coins = counted(lambda i: (Noise(1, i).choice(uniform), Noise(1, i).again().choice(uniform)), 8_000)
+    coins = counted(lambda i: (Noise(1, i).coin(uniform), Noise(1, i).again().coin(uniform)), 8_000)
     assert_drawn_from(coins, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
 
 
@@ -64,7 +66,7 @@ def keys(count: int, vary: str) -> list[Noise]:
 def test_coins_follow_their_weights(vary):
     weights = np.array([0.05, 0.5, 0.15, 0.3])
     many = keys(6_000, vary)
-    assert_drawn_from(counted(lambda i: many[i].choice(weights), len(many)), dict(enumerate(weights)))
+    assert_drawn_from(counted(lambda i: many[i].coin(weights), len(many)), dict(enumerate(weights)))
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
@@ -75,7 +77,7 @@ def test_draws_follow_their_probabilities(vary, symbols):
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
     many = keys(6_000, vary)
     logprobs = np.log(probabilities)
-    counts = counted(lambda i: many[i].draw(symbols, logprobs), len(many))
+    counts = counted(lambda i: many[i].sample(symbols, logprobs), len(many))
     assert_drawn_from(counts, dict(enumerate(probabilities)))
 
 
@@ -85,7 +87,7 @@ def test_a_coin_says_nothing_about_the_draw_after_it(vary):
     weights, logprobs, symbols = np.full(3, 1 / 3), np.log(np.full(4, 0.25)), np.arange(4)
     table = np.zeros((3, 4))
     for one in many:
-        table[one.choice(weights), one.draw(symbols, logprobs)] += 1
+        table[one.coin(weights), one.sample(symbols, logprobs)] += 1
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
@@ -93,8 +95,8 @@ def test_a_coin_says_nothing_about_the_draw_after_it(vary):
 def test_neighbouring_keys_are_independent(vary):
     many = keys(6_000, vary)
     logprobs, symbols = np.log(np.full(4, 0.25)), np.arange(4)
-    drawn = [one.draw(symbols, logprobs) for one in many]
-    coins = [one.choice(np.full(4, 0.25)) for one in many]
+    drawn = [one.sample(symbols, logprobs) for one in many]
+    coins = [one.coin(np.full(4, 0.25)) for one in many]
     for first, second in ((drawn[:-1], drawn[1:]), (coins[:-1], coins[1:]), (drawn[:-1], coins[1:])):
         table = np.zeros((4, 4))
         np.add.at(table, (first, second), 1)
@@ -114,18 +116,18 @@ def test_a_weight_of_zero_is_never_chosen():
         ([1e-300, 0], {0}),
         ([0, 1e-9, 1], {1, 2}),
     ):
-        assert {one.choice(np.array(weights, dtype=float)) for one in keys(500, "position")} <= allowed
+        assert {one.coin(np.array(weights, dtype=float)) for one in keys(500, "position")} <= allowed
 
 
 @pytest.mark.parametrize("key", [0, 2**64 - 1])
 def test_the_ends_of_the_range_choose_no_weight_of_zero(key, monkeypatch):
     monkeypatch.setattr(noise, "_key", lambda *_: key)
-    assert Noise(0).choice(np.array([0, 0.3, 0.7, 0])) == (1 if key == 0 else 2)
+    assert Noise(0).coin(np.array([0, 0.3, 0.7, 0])) == (1 if key == 0 else 2)
 
 
 def test_weights_need_not_sum_to_one():
-    assert [one.choice(np.array([2.0, 6.0])) for one in keys(100, "seed")] == [
-        one.choice(np.array([0.25, 0.75])) for one in keys(100, "seed")
+    assert [one.coin(np.array([2.0, 6.0])) for one in keys(100, "seed")] == [
+        one.coin(np.array([0.25, 0.75])) for one in keys(100, "seed")
     ]
 
 

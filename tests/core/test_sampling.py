@@ -17,7 +17,7 @@ from transformers import (
 
 from mixlm.core import sampling as rules
 from mixlm.core.sampling import History, Transform, dense, largest
-from mixlm.types import Bias, Candidates, Sampling
+from mixlm.types import Candidates, LogitBias, Sampling
 
 NONE = np.zeros(0, dtype=np.int64)
 PLAIN = {"temperature": 1.0, "top_k": 0}
@@ -57,7 +57,7 @@ class TestAgainstTransformers:
     def test_bias(self, values, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
         given = {(7 * at + 3,): float(value) for at, value in enumerate(values)}
-        bias = Bias(np.array([one for (one,) in given]), np.array(list(given.values())))
+        bias = LogitBias(np.array([one for (one,) in given]), np.array(list(given.values())))
         found = rules.biased(logits, bias)
         # Theirs looks for sequences of several tokens in the ids, so there have to be some.
         np.testing.assert_allclose(
@@ -100,7 +100,7 @@ class TestAgainstTransformers:
         logits, ids = logits_of(seed=seed, dtype=dtype), [1, 5, 7, 5]
         chosen = Sampling(**options)
         # The order of transformers' own `generate`: biases first, temperature behind the penalties.
-        bias = Bias(np.array([5, 60, 300]), np.array([-3.0, 2.5, 1.0]))
+        bias = LogitBias(np.array([5, 60, 300]), np.array([-3.0, 2.5, 1.0]))
         chain = LogitsProcessorList(
             [
                 SequenceBiasLogitsProcessor(
@@ -180,7 +180,7 @@ def as_dense(candidates: rules.Candidates, size: int) -> np.ndarray:
     return out
 
 
-def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | None, Bias | None]:
+def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | None, LogitBias | None]:
     """Logits of any size and precision, with and without ties, and any combination of options."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([rng.integers(3, 40), rng.integers(3, 5000)]))
@@ -205,7 +205,7 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | 
     banned = np.flatnonzero(rng.random(size) < rng.choice([0, 0.1, 0.9]))[: size - 1]
     history = History.of(rng.integers(size, size=5), rng.integers(size, size=20)) if rng.random() < 0.5 else None
     some = rng.permutation(size)[: rng.integers(1, 4)]
-    bias = Bias(some, rng.choice([-100.0, -2.5, 3.0, 50.0], size=some.size)) if rng.random() < 0.3 else None
+    bias = LogitBias(some, rng.choice([-100.0, -2.5, 3.0, 50.0], size=some.size)) if rng.random() < 0.3 else None
     return logits.astype(rng.choice([np.float32, np.float64])), options, banned, history, bias
 
 
@@ -253,6 +253,6 @@ def test_what_a_cut_leaves_of_told_tokens_gives_the_law_of_the_whole(seed):
     transform = Transform(Sampling(temperature=0.7, top_k=int(rng.integers(1, 30)), top_p=0.9), banned)
     told = rng.permutation(np.argsort(-logits, kind="stable")[:200])
     whole = transform(logits)
-    cut = transform(transform.cut.of(Candidates(told, logits[told])))
+    cut = transform(transform.top_k_filter.apply(Candidates(told, logits[told])))
     assert cut.ids.tolist() == whole.ids.tolist()
     assert cut.logprobs.tolist() == whole.logprobs.tolist()

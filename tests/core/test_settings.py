@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 
 from mixlm.config import METHODS
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Sampling
 
 
-def settings(**options) -> Settings:
-    return Settings().with_options(options)
+def settings(**options) -> GenerationOptions:
+    return GenerationOptions().with_options(options)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_seeds_of_64_bits_are_allowed():
 
 def test_a_reply_without_a_seed_gets_one_of_its_own():
     assert len({settings().seed for _ in range(20)}) == 20
-    assert Settings(seed=5).with_options({"seed": 0}).seed == 0
+    assert GenerationOptions(seed=5).with_options({"seed": 0}).seed == 0
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])

@@ -171,4 +171,4 @@ def test_a_token_that_may_not_be_drawn_is_never_written(monkeypatch):
 def test_engines_that_write_no_runs_say_so():
     run = GenerateRequest(0, np.array([1]), 3, None, np.array([]), 0)
     with pytest.raises(UnsupportedError, match="writes no runs"):
-        super(ToySession, engine().session()).write(run)
+        super(ToySession, engine().session()).generate(run)

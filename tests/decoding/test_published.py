@@ -33,7 +33,7 @@ class Nth:
         self.n = n
         self.count = 1
 
-    def draw(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
+    def sample(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
         self.count = len(symbols)
         return min(self.n, self.count - 1)
 

@@ -88,7 +88,7 @@ class Path:
     def probability(self) -> float:
         return float(np.prod(self.odds))
 
-    def choice(self, weights: np.ndarray) -> int:
+    def coin(self, weights: np.ndarray) -> int:
         self.odds.append(float(weights[self.coin]))
         return self.coin
 
@@ -96,7 +96,7 @@ class Path:
         self.next = self.next or Path(self.coin, self.takes, self)
         return self.next
 
-    def draw(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
+    def sample(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
         assert not self.drawn, "a second draw needs noise of its own"
         self.drawn = True
         take = self.takes[len(self.sizes)] if len(self.sizes) < len(self.takes) else 0
@@ -123,7 +123,7 @@ def enumerated(strategy, writing, weights) -> Iterator[tuple[Any, float]]:
 
 def one_by_one(step):
     """The unit as its definition says it: who has the word draws first, and the next one where it has ended."""
-    coin = step.noise.choice(step.weights)
+    coin = step.noise.coin(step.weights)
     state = step.views[0].state
     z = coin if state.owner is None else state.owner
     view, following = step.views[z], step.views[coin]

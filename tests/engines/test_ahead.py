@@ -258,7 +258,7 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
             one.go_on(1)
             one.transform = held
         elif kind == "forgotten":
-            one.session.forget()
+            one.session.reset()
         elif kind == "again":
             one.check(engine.answer([(one.session, one.draw())])[0])
         else:

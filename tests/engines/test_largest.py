@@ -13,11 +13,11 @@ from test_hf import build
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Ask, Draw
+from mixlm.engines.base import LogitsRequest, SampleRequest
 from mixlm.engines.transformers.device_topk import Largest
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.types import Candidates, Cut, Sampling
+from mixlm.types import Candidates, Sampling, TopKFilter
 
 METHODS = ("mixture", "conventional", "speculative", "single")
 
@@ -45,21 +45,21 @@ def test_choices_are_those_of_the_whole_row() -> None:
     largest, short = Largest(), 0
     for seed in range(400):
         logits, transform = random_case(seed)
-        assert transform.cut is not None
-        [row] = largest.of(logits[None], [transform.cut])
+        assert transform.top_k_filter is not None
+        [row] = largest.of(logits[None], [transform.top_k_filter])
         short += isinstance(row, Candidates)
         found, expected = transform(row), transform(logits.float().numpy())
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.logprobs, expected.logprobs)
         noise = Noise(seed)
-        assert noise.draw(*found) == noise.draw(*expected)
+        assert noise.sample(*found) == noise.sample(*expected)
     assert short > 100
 
 
 def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=(7, 900)), dtype=torch.bfloat16)
-    cuts = [Cut(k, rng.choice(900, size=20, replace=False)) for k in (1, 5, 445)]
+    cuts = [TopKFilter(k, rng.choice(900, size=20, replace=False)) for k in (1, 5, 445)]
     asked = [cuts[0], None, cuts[1], cuts[0], cuts[2], None, cuts[1]]
     rows = Largest().of(logits, asked)
     for row, cut, own in zip(rows, asked, logits, strict=True):
@@ -78,15 +78,15 @@ def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
 def test_a_row_where_others_might_be_tied_with_the_last_comes_whole(value: float) -> None:
     logits = torch.full((1, 500), value)
     logits[0, 7] = 1.0
-    [row] = Largest().of(logits, [Cut(3, np.array([9]))])
+    [row] = Largest().of(logits, [TopKFilter(3, np.array([9]))])
     np.testing.assert_array_equal(row, logits[0].numpy())
 
 
 def test_what_depends_on_more_than_the_largest_has_no_cut() -> None:
     banned = np.array([1, 2])
     for options in ({"top_k": 0}, {"top_k": 5, "repetition_penalty": 1.1}, {"top_k": 5, "presence_penalty": 0.5}):
-        assert Transform(Sampling(**options), banned).cut is None
-    cut = Transform(Sampling(top_k=5), banned).cut
+        assert Transform(Sampling(**options), banned).top_k_filter is None
+    cut = Transform(Sampling(top_k=5), banned).top_k_filter
     assert cut is not None
     assert cut.k == 5
     assert cut.banned is banned
@@ -117,19 +117,23 @@ def test_an_engine_tells_what_is_needed_and_no_more(pair: list[HFEngine], monkey
     one = pair[0]
     monkeypatch.setattr(one.runner, "largest", Largest())
     seen: list[Any] = []
-    ids, cut = np.arange(20, 30), Cut(3, np.array([0]))
+    ids, cut = np.arange(20, 30), TopKFilter(3, np.array([0]))
     session = one.session()
 
     def choose(row: Any) -> Any:
         seen.append(row)
         return row
 
-    asked = [(session, Draw(0, ids, choose, cut)), (one.session(), Ask(0, ids[:8], 2, cut)), (session, Ask(0, ids))]
+    asked = [
+        (session, SampleRequest(0, ids, choose, cut)),
+        (one.session(), LogitsRequest(0, ids[:8], 2, cut)),
+        (session, LogitsRequest(0, ids)),
+    ]
     _, rows, whole = one.answer(asked)
     assert isinstance(seen[0], Candidates)
     assert [type(row) for row in rows] == [Candidates] * 2
     assert whole.shape == (1, one.vocabulary.size)
     order = np.argsort(-whole[0], kind="stable")
     assert set(order[:3]) <= set(seen[0].ids)
-    again = one.answer([(session, Draw(0, ids, choose, cut))])[0]
+    again = one.answer([(session, SampleRequest(0, ids, choose, cut))])[0]
     np.testing.assert_array_equal(again, whole[0])  # known by now, so nothing is run and nothing is brought over

@@ -23,7 +23,7 @@ from mixlm.evaluation.accuracy import Setup, Way, best, held_out, measure
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.log import AnswerLog, locked
 from mixlm.fitting.em import simplex
-from mixlm.routing import ByPrompt, Fixed, Learned
+from mixlm.routing import FixedRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES
 
 
@@ -44,7 +44,7 @@ def weighted(those: Ensemble, weights: np.ndarray) -> Ensemble:
 @pytest.mark.parametrize("piece", [False, True])
 def test_every_point_is_what_an_evaluation_of_it_finds(setup: Callable[..., Setup], kind: str, piece: bool) -> None:
     those, given = toys(piece=piece), setup(kind, seeds=(3, 4), options={"top_k": 20})
-    found = measure(those, {"equal": Fixed(np.array([0.5, 0.5]))}, given, step=0.25)
+    found = measure(those, {"equal": FixedRouter(np.array([0.5, 0.5]))}, given, step=0.25)
     points = list(simplex(2, 0.25))
     assert [one.weights.tolist() for one in found.grid] == [one.tolist() for one in points]
     for weights, way in zip([*points, [0.5, 0.5]], [*found.grid, *found.ways], strict=True):
@@ -60,8 +60,8 @@ def test_every_point_is_what_an_evaluation_of_it_finds(setup: Callable[..., Setu
 def test_routers_are_judged_from_the_same_reading(setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch) -> None:
     those, given = toys(piece=True), setup("choice")
     routers = {
-        "by prompt": ByPrompt(those.weights, 3.0),
-        "learned": Learned(np.random.default_rng(1).normal(size=(2, FEATURES)), those.names),
+        "by prompt": PromptRouter(those.weights, 3.0),
+        "learned": LearnedRouter(np.random.default_rng(1).normal(size=(2, FEATURES)), those.names),
     }
     found = measure(those, routers, given)
     assert (found.read, found.grid) == (2 * 5 * 3, ())
@@ -73,14 +73,14 @@ def test_routers_are_judged_from_the_same_reading(setup: Callable[..., Setup], m
         assert (way.values == score.questions).all()
     # A second time, nothing is read: not even for other routers.
     monkeypatch.setattr(ToySession, "_forward", lambda *_: pytest.fail("it was read"))
-    again = measure(those, {"other": ByPrompt(those.weights, 9.0)}, given, step=0.5)
+    again = measure(those, {"other": PromptRouter(those.weights, 9.0)}, given, step=0.5)
     assert again.read_seconds == pytest.approx(found.read_seconds)
     assert len(again.grid) == 3
 
 
 def test_a_router_writes_in_a_folder_of_its_own(setup: Callable[..., Setup]) -> None:
     those, given = toys(), setup("generate")
-    routers = {f"{sharpness}": ByPrompt(those.weights, sharpness) for sharpness in (0.5, 50.0)}
+    routers = {f"{sharpness}": PromptRouter(those.weights, sharpness) for sharpness in (0.5, 50.0)}
     found = measure(those, routers, given)
     assert len(list((given.out / "ways").iterdir())) == 2
     for way, router in zip(found.ways, routers.values(), strict=True):
@@ -120,7 +120,7 @@ def test_a_search_that_stopped_goes_on(setup: Callable[..., Setup], monkeypatch:
 
 def test_tokens_are_those_of_the_logs(setup: Callable[..., Setup]) -> None:
     given = setup("generate", seeds=(0, 1))
-    found = measure(toys(), {"a": Fixed(np.array([0.5, 0.5]))}, given)
+    found = measure(toys(), {"a": FixedRouter(np.array([0.5, 0.5]))}, given)
     logs = (given.out / "ways" / "0.5 0.5").glob("*/*/*.jsonl")
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert len(entries) == 10

@@ -17,7 +17,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
 from mixlm.evaluation.contexts import is_greedy, pack, reply_options, unpack
 from mixlm.evaluation.lm import EnsembleLM
-from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned, Router
+from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter, Router
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import router_weights
@@ -149,10 +149,10 @@ def routed(kind: str, unit: str) -> Ensemble:
     members = [MemberSpec(speaking(i, one), f"m{i}") for i, one in enumerate(vocabularies)]
     weights = np.array([0.3, 0.7])
     router: dict[str, Router] = {
-        "fixed": Fixed(weights),
-        "prompt": ByPrompt(weights, 0.5),
-        "learned": Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), ("m0", "m1")),
-        "function": ByFunction(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
+        "fixed": FixedRouter(weights),
+        "prompt": PromptRouter(weights, 0.5),
+        "learned": LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), ("m0", "m1")),
+        "function": FunctionRouter(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
     }
     return Ensemble(members, weights, router=router[kind], unit=cast(Any, unit))
 
@@ -190,7 +190,7 @@ def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
     def noting(context: Any) -> Any:
         seen.append(context.text)
         if kind == "prompt":
-            seen.append(context.read().round(6).tobytes())
+            seen.append(context.bits_per_byte().round(6).tobytes())
         return begin(context)
 
     those.router.begin = noting  # type: ignore[method-assign]
@@ -207,7 +207,9 @@ def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
 def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
     members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
     # The first member alone writes the first word, the second one the rest.
-    those = Ensemble(members, router=ByFunction(lambda prompt, tail: [0.999, 0.001] if not tail else [0.001, 0.999], 2))
+    those = Ensemble(
+        members, router=FunctionRouter(lambda prompt, tail: [0.999, 0.001] if not tail else [0.001, 0.999], 2)
+    )
     text = greedy_text(those, "river")
     found = EnsembleLM(those).loglikelihood([Request(("river", text)), Request(("river", text[:-1]))])
     assert found[0][1] is True
@@ -221,7 +223,7 @@ def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
 def test_weights_by_prompt_want_the_whole_prompt() -> None:
     engines = [ToyEngine(context_length=24), ToyEngine(seed=1)]
     members = [MemberSpec(one, f"m{i}") for i, one in enumerate(engines)]
-    lm = EnsembleLM(Ensemble(members, router=ByPrompt(np.array([0.5, 0.5]))))
+    lm = EnsembleLM(Ensemble(members, router=PromptRouter(np.array([0.5, 0.5]))))
     assert lm.loglikelihood([Request(("b" * 60, " the"))]) == [(-np.inf, False)]
     assert "weights depend on how it is read" in lm.log.entries[0]["error"]
     assert np.isfinite(EnsembleLM(Ensemble(members)).loglikelihood([Request(("b" * 60, " the"))])[0][0])
@@ -229,7 +231,7 @@ def test_weights_by_prompt_want_the_whole_prompt() -> None:
 
 def test_rolling_under_a_router_is_what_scoring_gives() -> None:
     those = toys(piece=True)
-    those.router = Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), those.names)
+    those.router = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), those.names)
     text = "the river turns under the stone " * 5
     (found,) = EnsembleLM(those).loglikelihood_rolling([Request((text,))])
     scores = score(those, text)

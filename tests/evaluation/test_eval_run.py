@@ -14,7 +14,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
 from mixlm.evaluation.log import AnswerLog
-from mixlm.routing import ByPrompt
+from mixlm.routing import PromptRouter
 
 METHODS = ("mixture", "conventional", "single")
 
@@ -143,8 +143,10 @@ def test_other_settings_are_refused_by_name(task, tmp_path: Path) -> None:
         evaluate(toys(weights=[1, 1]), [name], **plan, options={"top_k": 5})
     with pytest.raises(ConfigError, match=r"options\.max_tokens = null, and this run has 3"):
         evaluate(toys(), [name], **plan, options={"top_k": 5, "max_tokens": 3})
-    with pytest.raises(ConfigError, match=r"was begun with router = \"Fixed .*, and this run has \"ByPrompt "):
-        evaluate(toys(router=ByPrompt(np.array([0.7, 0.3]))), [name], **plan, options={"top_k": 5})
+    with pytest.raises(
+        ConfigError, match=r"was begun with router = \"FixedRouter .*, and this run has \"PromptRouter "
+    ):
+        evaluate(toys(router=PromptRouter(np.array([0.7, 0.3]))), [name], **plan, options={"top_k": 5})
     path = tmp_path / "generate.yaml"
     path.write_text(path.read_text().replace("max_gen_toks: 6", "max_gen_toks: 7"))
     with pytest.raises(ConfigError, match="request 0 was another when this folder was begun"):

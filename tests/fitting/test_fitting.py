@@ -26,7 +26,7 @@ from mixlm.fitting.em import (
     simplex,
 )
 from mixlm.fitting.study import Plan, study
-from mixlm.routing import ByPrompt, Learned
+from mixlm.routing import LearnedRouter, PromptRouter
 from mixlm.routing.prompt import by_bits
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores, prompted, router_weights, split
@@ -212,7 +212,7 @@ def test_where_there_is_nothing_to_learn_the_router_is_near_fixed_weights() -> N
 def test_a_router_saved_and_loaded_gives_the_same_weights(tmp_path: Path) -> None:
     router = fit_router(kinds(0, 300), penalty=3e-3)
     router.save(tmp_path / "router.json")
-    again = Learned.load(tmp_path / "router.json")
+    again = LearnedRouter.load(tmp_path / "router.json")
     assert again.names == router.names
     scores = kinds(1, 300)[0]
     assert (router_weights(scores, again) == router_weights(scores, router)).all()
@@ -268,7 +268,7 @@ def test_the_sharpness_of_weights_by_prompt_is_recovered() -> None:
     scores = made(np.log(likelihood[kept]), begins=np.searchsorted(at, at).tolist())
     found, sharpness = fit_by_prompt(replace(scores, prompts=bits[at]), weights)
     assert sharpness in (1.0, 2.0, 4.0)
-    assert isinstance(found, ByPrompt)
+    assert isinstance(found, PromptRouter)
     assert fit_by_prompt(scores, weights)[1] == 0.0
 
 

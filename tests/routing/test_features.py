@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.routing import Context, Learned
+from mixlm.routing import LearnedRouter, PromptContext
 from mixlm.routing.features import FEATURES, TAIL, WINDOWS, features
 
 texts = st.binary(max_size=200).map(lambda data: data * 12)
@@ -54,8 +54,8 @@ class Written:
 
 @given(st.binary(max_size=1500), st.binary(max_size=1500))
 def test_a_gate_sees_the_same_in_generation_as_in_scoring(prompt: bytes, reply: bytes) -> None:
-    gate = Learned(np.random.default_rng(0).normal(size=(3, FEATURES)), ["a", "b", "c"])
-    route = gate.begin(Context(prompt, lambda: np.zeros(3)))
+    gate = LearnedRouter(np.random.default_rng(0).normal(size=(3, FEATURES)), ["a", "b", "c"])
+    route = gate.begin(PromptContext(prompt, lambda: np.zeros(3)))
     place = np.array([len(prompt) + len(reply)])
     scored = gate.weights(prompt + reply, place)[0]
     assert (route(Written(reply)) == scored).all()  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
 
 from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
-from mixlm.routing import ByFunction, ByPrompt, Fixed, Learned
+from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.passages import Passage
 from mixlm.scoring.score import _scored, identity, score, score_answers, split_passages
@@ -216,7 +216,7 @@ def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
 def test_weights_by_prompt_are_those_of_a_reply(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
     members = [engine(one, seed=i) for i, one in enumerate(vocabularies)]
-    router = ByPrompt(np.array([0.3, 0.7]), 0.5)
+    router = PromptRouter(np.array([0.3, 0.7]), 0.5)
     those = ensemble(members, [0.3, 0.7], router=router)
     pairs = [("Why?", "ab a"), ("a long question", "bab"), ("abab", "c")]
     found = score_answers(those, pairs)
@@ -241,10 +241,10 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
     those = ensemble([speaking(i, one) for i, one in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
     matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
     those.router = {
-        "fixed": Fixed(those.weights),
-        "prompt": ByPrompt(those.weights, 0.5),
-        "learned": Learned(matrix, those.names),
-        "function": ByFunction(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
+        "fixed": FixedRouter(those.weights),
+        "prompt": PromptRouter(those.weights, 0.5),
+        "learned": LearnedRouter(matrix, those.names),
+        "function": FunctionRouter(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
     }[kind]
     answer = b"ab cab" if unit == "token" else b"abcab"
     pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([one]) for one in answer]
@@ -477,12 +477,12 @@ def test_both_parts_of_a_split_hold_something(count: int, holdout: float, passag
 def test_weights_of_every_kind_of_router() -> None:
     those = toys("piece", 2)
     scores = joined([score(those, TEXT), score(those, "c ab")])
-    assert (router_weights(scores, Fixed(those.weights)) == those.weights).all()
-    assert router_weights(scores, ByPrompt(those.weights)) == pytest.approx(
+    assert (router_weights(scores, FixedRouter(those.weights)) == those.weights).all()
+    assert router_weights(scores, PromptRouter(those.weights)) == pytest.approx(
         np.tile(those.weights, (len(scores.ends), 1))
     )
-    learned = Learned(np.random.default_rng(0).normal(size=(2, FEATURES)), scores.names)
-    by_function = ByFunction(
+    learned = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), scores.names)
+    by_function = FunctionRouter(
         lambda prompt, tail: learned.weights(tail, np.array([len(tail)]))[0].tolist() if not prompt else [1, 0], 2
     )
     assert router_weights(scores, learned) == pytest.approx(router_weights(scores, by_function))

@@ -162,7 +162,7 @@ def test_what_was_read_is_kept(tmp_path, monkeypatch):
 
 def test_engines_that_tell_their_likeliest_tokens_only_are_refused():
     those = pair("byte")
-    those.members[1].engine.candidates = 4
+    those.members[1].engine.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="the log-probability of a given text needs every token's probability"):
         score(those, b"ab")
 

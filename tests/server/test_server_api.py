@@ -92,9 +92,9 @@ def test_the_likeliest_tokens_are_told(toys, of):
     content = toys.chat(**asked, logprobs=True, top_logprobs=4).json()["choices"][0]["logprobs"]["content"]
     for told, token in zip(content, expected.tokens, strict=True):
         assert told["logprob"] == pytest.approx(token.logprob)
-        assert [bytes(one["bytes"]) for one in told["top_logprobs"]] == [one.data for one in token.alternatives]
-        assert [one["token"] for one in told["top_logprobs"]] == [spelled(one.data) for one in token.alternatives]
-        values = [one.logprob for one in token.alternatives]
+        assert [bytes(one["bytes"]) for one in told["top_logprobs"]] == [one.data for one in token.top_logprobs]
+        assert [one["token"] for one in told["top_logprobs"]] == [spelled(one.data) for one in token.top_logprobs]
+        values = [one.logprob for one in token.top_logprobs]
         assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx(values)
     expected = PAIR.generate("one", raw=True, **options)
     logprobs = toys.complete("one", **asked, logprobs=4).json()["choices"][0]["logprobs"]
@@ -102,7 +102,7 @@ def test_the_likeliest_tokens_are_told(toys, of):
         sum(len(token.text) for token in expected.tokens[:i]) for i in range(len(expected.tokens))
     ]
     for told, own, token in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], expected.tokens, strict=True):
-        found = {spelled(one.data): one.logprob for one in token.alternatives}
+        found = {spelled(one.data): one.logprob for one in token.top_logprobs}
         assert told == pytest.approx({**found, spelled(token.data): token.logprob})
         assert own == pytest.approx(token.logprob)
 

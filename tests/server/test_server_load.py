@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw, request_bytes, running, wait
 
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError, MemoryLimitError
@@ -376,7 +376,8 @@ def test_what_was_written_without_a_member_is_told():
             return False
 
     pair = Ensemble(
-        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(Failing(2), "goes")], defaults=Settings(on_failure="drop")
+        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(Failing(2), "goes")],
+        defaults=GenerationOptions(on_failure="drop"),
     )
     with running(pair) as server:
         members = server.chat(max_tokens=20, seed=1).json()["usage"]["mixlm"]["members"]

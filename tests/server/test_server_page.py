@@ -83,10 +83,10 @@ def test_a_conversation(toys, page):
     assert f"probability {100 * math.exp(told.logprob):.0f} %" in said
     rows = [one.inner_text().split("\n") for one in page.query_selector_all("#card li")]
     assert {json.loads(text) for text, _ in rows if text != '"<|endoftext|>"'} >= {
-        one.data.decode() for one in told.alternatives if one.data
+        one.data.decode() for one in told.top_logprobs if one.data
     }
     shares = [float(share.removesuffix(" %")) for _, share in rows]
-    assert shares == pytest.approx([100 * math.exp(one.logprob) for one in told.alternatives], abs=0.51)
+    assert shares == pytest.approx([100 * math.exp(one.logprob) for one in told.top_logprobs], abs=0.51)
     assert json.loads(page.inner_text("#card .drawn").split("\n")[0]) == told.text
     box, token = page.query_selector("#card").bounding_box(), tokens[1].bounding_box()
     assert box["y"] >= token["y"] + token["height"] or box["y"] + box["height"] <= token["y"]

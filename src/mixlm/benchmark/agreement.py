@@ -12,11 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from mixlm.engines import Engine
-from mixlm.engines.base import Ask, Draw, Drawn, Reply, Request, Session
+from mixlm.engines.base import LogitsRequest, Request, Response, SampleRequest, SampleResponse, Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Ids, Logits, Row
+from mixlm.types import Ids, Logits, LogitsRow
 
 _ORDER = 3  # tokens that the law looks at
 _TOKENS = 512  # that can be written
@@ -80,24 +80,24 @@ class AgreedEngine(Engine):
         """Begin a sequence of the other engine."""
         return self.inner.session()
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Run what is asked, and answer by the law."""
         replies = self.inner.answer([(session, self._own(request)) for session, request in requests])
         return [
-            self._rows(request) if isinstance(request, Ask) else reply
+            self._rows(request) if isinstance(request, LogitsRequest) else reply
             for (_, request), reply in zip(requests, replies, strict=True)
         ]
 
     def _own(self, request: Request) -> Request:
-        if not isinstance(request, Draw):
+        if not isinstance(request, SampleRequest):
             return request
 
-        def choose(_: Row) -> Drawn:
+        def choose(_: LogitsRow) -> SampleResponse:
             return request.choose(self._law(self._member, request.ids))
 
-        return Draw(request.member, request.ids, choose, request.cut)
+        return SampleRequest(request.member, request.ids, choose, request.cut)
 
-    def _rows(self, request: Ask) -> Logits:
+    def _rows(self, request: LogitsRequest) -> Logits:
         ends = range(len(request.ids) - request.last + 1, len(request.ids) + 1)
         return np.stack([self._law(self._member, request.ids[:end]) for end in ends])
 

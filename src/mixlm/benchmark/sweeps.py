@@ -207,7 +207,7 @@ def _members(task: _Task) -> _Found:
     first = task.ensemble.members[0]
     places: list[_At] = []
     for count in _whole(task.plan.places, 1) or MEMBERS:
-        copies = [MemberSpec(first.engine.apart(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
+        copies = [MemberSpec(first.engine.replica(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
         those = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
         places += [_At(count, one.label, one, those) for one in _own(task, those) if one.method != "single"]
     places.append(_At(1, "single", _own(task, alone(task.ensemble, 0), ["single"])[0], alone(task.ensemble, 0)))

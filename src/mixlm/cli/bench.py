@@ -151,7 +151,7 @@ def _measured(shared: Shared, plan: Plan, sweep: str | None, each: bool) -> dict
     apart, others = _devices(shared) if sweep == "devices" else (None, shared)
     ensemble = open_ensemble(others, _for_all(options))
     if each:
-        those = [replace(one, engine=one.engine.apart()) for one in ensemble.members]
+        those = [replace(one, engine=one.engine.replica()) for one in ensemble.members]
         unit = cast("UnitName", ensemble.unit.name)
         ensemble = Ensemble(those, ensemble.weights.tolist(), unit=unit, router=ensemble.router)
     with progress_bars(single=True) as progress:

@@ -136,8 +136,8 @@ def figures(completion: Completion) -> str:
     for name, one in usage.members.items():
         share = one.tokens / usage.tokens if usage.tokens else 0.0
         parts.append(f"{name} {share:.0%}, {one.forwards} forward{'' if one.forwards == 1 else 's'}")
-    if usage.checked:
-        parts.append(f"{usage.accepted} of {usage.checked} guesses right")
+    if usage.drafted:
+        parts.append(f"{usage.accepted} of {usage.drafted} guesses right")
     if usage.chosen:
         parts.append(f"auto: {usage.chosen}")
     return " · ".join([*parts, f"seed {completion.seed}"])

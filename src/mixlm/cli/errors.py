@@ -9,27 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from mixlm.cli.display import visible
-from mixlm.errors import MixlmError, UsageError, did_you_mean, near
+from mixlm.errors import MixlmError, UsageError, near
 
 INTERRUPTED = 130  # what a shell shows for SIGINT
 _PIPE_CLOSED = 141  # what a shell shows for SIGPIPE
 _OUT_OF_MEMORY = "take a smaller model, or --dtype bfloat16"
-
-
-class Group(TyperGroup):
-    """A group of commands that says which command an unknown one may have meant."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that the first argument names."""
-        name = args[0]
-        if self.get_command(ctx, name) is None:
-            known = self.list_commands(ctx)
-            hint = did_you_mean(name, known) or f"commands: {', '.join(known)}"
-            raise UsageError(f"{ctx.command_path} has no command {name!r}", hint)
-        return super().resolve_command(ctx, args)
 
 
 def failed(error: BaseException, arguments: Sequence[str]) -> int:

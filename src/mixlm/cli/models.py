@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixlm.cli.display import print_json, visible
-from mixlm.cli.errors import Group
+from mixlm.cli.groups import Command, CommandGroup
 from mixlm.cli.tables import print_table
 
 if TYPE_CHECKING:
     from mixlm.models import InstalledModel
 
-models = typer.Typer(name="models", cls=Group)
+models = typer.Typer(name="models", cls=CommandGroup, rich_markup_mode=None)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -53,7 +53,7 @@ def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) 
         print(f"Fetch one with: mixlm models get {lacking[0]}")
 
 
-@models.command()
+@models.command(cls=Command)
 def get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `mixlm models` lists, or demo.")],
     debug: _Debug = False,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 from typer import Option
 
 from mixlm.config import DTYPES, ENGINES, GRAPHS, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
 from mixlm.types import Sampling
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mixlm.core.options import Options
 
 _SAMPLING = tuple(one.name for one in fields(Sampling))
-_DEFAULTS = {one.name: one.default for one in (*fields(Sampling), *fields(Settings))}
+_DEFAULTS = {one.name: one.default for one in (*fields(Sampling), *fields(GenerationOptions))}
 _CONFIG = {name: field.default for name, field in EnsembleConfig.model_fields.items()}
 
 
@@ -144,7 +144,7 @@ class Shared:
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
 
     def options(self) -> Options:
-        """Return the options of a reply that are given. Raises nothing: `Settings` checks them."""
+        """Return the options of a reply that are given. Raises nothing: `GenerationOptions` checks them."""
         given = {
             name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
         }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from mixlm.cli.errors import failed
 from mixlm.errors import UsageError
+
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +31,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         if sys.stdout is None:
             raise UsageError("standard output is closed", "leave it open, or send it to /dev/null")
         command = typer.main.get_command(app)
-        with command.make_context(name, list(given)) as context:
+        with command.make_context(name, list(given), **_SETTINGS) as context:
             code = command.invoke(context)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -12,12 +12,12 @@ import numpy as np
 
 from mixlm.errors import ConfigError
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Bias, Ids
+from mixlm.types import Ids, LogitBias
 
 Given = Mapping[str | int, float]
 
 
-def bias_of(given: Given, vocabulary: Vocabulary, symbols: Ids, name: str, unit: str) -> Bias | None:
+def bias_of(given: Given, vocabulary: Vocabulary, symbols: Ids, name: str, unit: str) -> LogitBias | None:
     """Return a member's bias, None where nothing is given.
 
     given: by a token's text, or in the unit "token" by its id. symbols: the shared symbol of each of the member's ids,
@@ -51,4 +51,4 @@ def bias_of(given: Given, vocabulary: Vocabulary, symbols: Ids, name: str, unit:
             )
         for i, data in by_text.items():
             found[i] = found.get(i, 0.0) + texts[data]
-    return Bias(np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float64))
+    return LogitBias(np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float64))

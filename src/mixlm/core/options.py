@@ -20,7 +20,7 @@ _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Options(TypedDict, total=False):
-    """Options of `Ensemble.generate`, `stream` and `chat`; see `Settings` and `Sampling`."""
+    """Options of `Ensemble.generate`, `stream` and `chat`; see `GenerationOptions` and `Sampling`."""
 
     method: Method
     max_tokens: int
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class GenerationOptions:
     """The checked options of one reply.
 
     max_tokens: symbols written at most. stop: strings that end the reply and are not part of it. seed and sequence: the
@@ -151,7 +151,7 @@ class Settings:
                 "leave one out: rules truncate as they are published",
             )
 
-    def with_options(self, options: Mapping[str, Any]) -> Settings:
+    def with_options(self, options: Mapping[str, Any]) -> GenerationOptions:
         """Return these settings with a call's options over them. Raises ConfigError for an unknown one."""
         sampling = {name: value for name, value in options.items() if name in _SAMPLING}
         others = {name: value for name, value in options.items() if name not in _SAMPLING}
@@ -165,7 +165,7 @@ class Settings:
         others.setdefault("seed", secrets.randbits(32))
         return replace(self, **others, sampling={**self.sampling, **sampling})
 
-    def with_turn(self, turn: int) -> Settings:
+    def with_turn(self, turn: int) -> GenerationOptions:
         """Return these settings for another turn of a conversation: the same seed, noise of its own."""
         return replace(self, sequence=self.sequence + turn)
 

@@ -77,7 +77,7 @@ class Noise:
         """Return the number in (0, 1) that the coin is drawn with."""
         return (self._key(_COIN) + 0.5) * 2.0**-64
 
-    def choice(self, weights: npt.NDArray[np.float64]) -> int:
+    def coin(self, weights: npt.NDArray[np.float64]) -> int:
         """Draw the coin: an index with probability proportional to `weights`, shape (n,), not all zero."""
         # Members are few, and coins are tossed ahead: plain floats take less than half the time of arrays.
         parts = weights.tolist()
@@ -91,19 +91,19 @@ class Noise:
         return _key(self.seed, self.sequence, self.position, -1 - self.turn) >> 1
 
     @property
-    def draw_key(self) -> int:
+    def sample_key(self) -> int:
         """What `gumbel` hashes symbols with, 0 to 2**64 - 1: all that it takes to draw alike elsewhere."""
         return self._key(_DRAW)
 
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
-        noise = _uniform(self.draw_key, symbols)
+        noise = _uniform(self.sample_key, symbols)
         for _ in range(2):
             np.log(noise, out=noise)
             np.negative(noise, out=noise)
         return noise
 
-    def draw(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:
+    def sample(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:
         """Draw an index of `symbols` with probability exp(logprobs), by the Gumbel-max rule.
 
         Symbols must be distinct: two rows of one symbol share their noise and would not add up.

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.types import Bias, Candidates, Cut, Floats, Ids, Likeliest, Logits, Row, Sampling
+from mixlm.types import Candidates, Floats, Ids, LogitBias, Logits, LogitsRow, Sampling, TopKFilter, TopLogprobs
 
 
-def likeliest(law: Candidates, count: int) -> Likeliest:
+def top_logprobs(law: Candidates, count: int) -> TopLogprobs:
     """Return the `count` likeliest ids of a law with their log-probabilities, the likeliest first; fewer if it ends."""
     if count == 0:
         return ()
@@ -41,7 +41,7 @@ class History:
         return cls(np.unique(np.concatenate([prompt, reply])), written, counts.astype(np.int64))
 
 
-def biased(logits: Logits, bias: Bias) -> Logits:
+def biased(logits: Logits, bias: LogitBias) -> Logits:
     """Add each token's bias to its logit."""
     out = logits.copy()
     out[bias.ids] += bias.values
@@ -97,7 +97,7 @@ def softmax(logits: Logits) -> Floats:
 
 
 def dense(
-    logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None, bias: Bias | None = None
+    logits: Logits, sampling: Sampling, banned: Ids, history: History | None = None, bias: LogitBias | None = None
 ) -> Floats:
     """Return the transformed distribution over the whole vocabulary, float64 (vocab,): the reference of `Transform`."""
     x: Logits = logits.astype(np.float64)
@@ -148,15 +148,15 @@ class Transform:
     cut: what of the logits the distribution depends on, None for all of them.
     """
 
-    def __init__(self, sampling: Sampling, banned: Ids, bias: Bias | None = None) -> None:
+    def __init__(self, sampling: Sampling, banned: Ids, bias: LogitBias | None = None) -> None:
         self.sampling = sampling
         self.banned = banned
         self.bias = bias
         whole = not sampling.top_k or sampling.penalises or bias is not None
-        self.cut = None if whole else Cut(sampling.top_k, banned)
+        self.top_k_filter = None if whole else TopKFilter(sampling.top_k, banned)
 
     def __call__(
-        self, logits: Row, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
+        self, logits: LogitsRow, history: History | None = None, allowed: npt.NDArray[np.bool_] | None = None
     ) -> Candidates:
         """Return the distribution to draw from; an empty one where nothing that is allowed has any probability.
 

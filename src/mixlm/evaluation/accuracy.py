@@ -28,7 +28,7 @@ from mixlm.evaluation.readings import Readings
 from mixlm.evaluation.results import Score
 from mixlm.evaluation.run import Progress, describe, describe_router, evaluate
 from mixlm.fitting.em import simplex
-from mixlm.routing import Fixed, Router
+from mixlm.routing import FixedRouter, Router
 from mixlm.types import Floats
 
 
@@ -95,7 +95,7 @@ def measure(ensemble: Ensemble, ways: Mapping[str, Router], setup: Setup, *, ste
     that was begun otherwise or is in use, UnsupportedError for a task whose metric is no mean over questions.
     """
     grid = list(simplex(len(ensemble.members), step)) if step is not None else []
-    points = {" ".join(f"{one:g}" for one in weights): Fixed(weights) for weights in grid}
+    points = {" ".join(f"{one:g}" for one in weights): FixedRouter(weights) for weights in grid}
     with locked(setup.out, {"task": setup.name, **_unweighted(ensemble, setup)}):
         if setup.reads:
             return _by_reading(ensemble, ways, points, setup)
@@ -210,4 +210,4 @@ def _way(name: str, router: Router, score: Score, tokens: int, seconds: float) -
 
 def _weights(router: Router) -> Floats | None:
     """Return the weights of a router that has the same for every state."""
-    return router.weights if isinstance(router, Fixed) else None
+    return router.weights if isinstance(router, FixedRouter) else None

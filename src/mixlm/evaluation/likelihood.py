@@ -23,7 +23,7 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import Context
-from mixlm.routing import ByFunction, Fixed, Learned
+from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores, router_weights
 from mixlm.scoring.units import prompt_bits
@@ -42,9 +42,9 @@ class Likelihood:
     def __init__(self, ensemble: Ensemble, *, alone: bool = False) -> None:
         self._ensemble = ensemble
         weights = np.eye(len(ensemble.members))[np.argmax(ensemble.weights)] if alone else ensemble.weights
-        self._router = Fixed(weights) if alone else ensemble.router
+        self._router = FixedRouter(weights) if alone else ensemble.router
         self._live = list(range(len(ensemble.members)))
-        if isinstance(self._router, Fixed):
+        if isinstance(self._router, FixedRouter):
             self._live = [i for i in self._live if weights[i] > 0]
         # Members that share a model would score alike.
         self._engines = {id(one.engine): one.engine for one in (ensemble.members[i] for i in self._live)}
@@ -62,7 +62,7 @@ class Likelihood:
         context, data = _divided(context, text)
         if not data:
             return 0.0, True
-        knows_bytes_only = isinstance(self._router, Fixed | Learned | ByFunction)
+        knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter)
         scores, parts = self._places(context, data, prompts=not knows_bytes_only)
         weights = router_weights(scores, self._router)
         if self._ensemble.unit.name == "token" and len({tuple(one.ids) for one in parts.values()}) == 1:
@@ -129,7 +129,7 @@ class Likelihood:
     def _filled(self, scores: Scores, parts: dict[int, _Part], logprobs: dict[int, Floats]) -> Scores:
         """Return the scores of a continuation. logprobs: of each engine's own tokens."""
         for session in self._sessions.values():
-            session.work.log.clear()
+            session.stats.forwards.clear()
         common = scores.ends - scores.starts[0]
         columns = {key: _by_segment(part.bounds, logprobs[key], common) for key, part in parts.items()}
         table = np.zeros(scores.logprobs.shape)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mixlm.core.mixing import checked_weights
 from mixlm.errors import ConfigError
-from mixlm.routing import ByPrompt
+from mixlm.routing import PromptRouter
 from mixlm.routing.features import FEATURES
-from mixlm.routing.learned import Learned, gate
+from mixlm.routing.learned import LearnedRouter, gate
 from mixlm.scoring.scores import Scores, context_features, joined, router_weights, split
 from mixlm.types import Floats
 
@@ -165,12 +165,12 @@ def bootstrap(
     return np.quantile(np.array(found), [low, high], axis=0).T
 
 
-def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[ByPrompt, float]:
+def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[PromptRouter, float]:
     """Return weights by prompt whose sharpness makes scored text most likely, and that sharpness.
 
     weights: those that are scaled, float64 (members,). Text without prompts says nothing about it.
     """
-    routers = {one: ByPrompt(weights, one) for one in _SHARPNESS}
+    routers = {one: PromptRouter(weights, one) for one in _SHARPNESS}
     bits = {
         one: scores.bits_per_byte(scores.mixture(router_weights(scores, router))) for one, router in routers.items()
     }
@@ -180,7 +180,7 @@ def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[ByPrompt, float]:
 
 def fit_router(
     scores: Sequence[Scores], *, penalty: float | None = None, progress: Callable[[int, float], None] | None = None
-) -> Learned:
+) -> LearnedRouter:
     """Train the gate that makes scored texts most likely: `Σ log Σ_i softmax(W f)_i P_i`, with a squared penalty on W.
 
     scores: texts scored by the same members. penalty: per segment, on the coefficients of standardised features; the
@@ -206,7 +206,9 @@ def _chosen_penalty(scores: Sequence[Scores]) -> float:
     return min(_PENALTIES, key=loss)
 
 
-def _trained(scores: Sequence[Scores], penalty: float, progress: Callable[[int, float], None] | None = None) -> Learned:
+def _trained(
+    scores: Sequence[Scores], penalty: float, progress: Callable[[int, float], None] | None = None
+) -> LearnedRouter:
     from scipy.optimize import minimize
 
     if any(one.names != scores[0].names for one in scores):
@@ -231,7 +233,7 @@ def _trained(scores: Sequence[Scores], penalty: float, progress: Callable[[int, 
     # The gate works on features as they are: their standardisation goes into the matrix.
     matrix = found.x.reshape(start.shape) / scale
     matrix[:, -1] -= matrix[:, :-1] @ centre[:-1]
-    return Learned(matrix, whole.names)
+    return LearnedRouter(matrix, whole.names)
 
 
 class GateLoss:

@@ -22,7 +22,7 @@ from mixlm.fitting.em import (
     fit_router,
     grid_search,
 )
-from mixlm.routing import ByPrompt, Learned, Router
+from mixlm.routing import LearnedRouter, PromptRouter, Router
 from mixlm.scoring.scores import Scores, joined, prompted, router_weights, split
 from mixlm.types import Floats
 
@@ -75,8 +75,8 @@ class Study:
     em: Fit
     intervals: Floats | None
     grid: Fit | None
-    by_prompt: tuple[ByPrompt, float] | None
-    router: Learned | None
+    by_prompt: tuple[PromptRouter, float] | None
+    router: LearnedRouter | None
     router_seconds: float
     rows: tuple[Row, ...]
 

@@ -1,9 +1,9 @@
 """Routers: weights for a state. An ensemble with fixed weights is the simplest of them (paper, section 3.4)."""
 
-from mixlm.routing.base import Context, Route, Router
-from mixlm.routing.fixed import Fixed
-from mixlm.routing.function import ByFunction
-from mixlm.routing.learned import Learned
-from mixlm.routing.prompt import ByPrompt
+from mixlm.routing.base import PromptContext, Route, Router
+from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.function import FunctionRouter
+from mixlm.routing.learned import LearnedRouter
+from mixlm.routing.prompt import PromptRouter
 
-__all__ = ["ByFunction", "ByPrompt", "Context", "Fixed", "Learned", "Route", "Router"]
+__all__ = ["FunctionRouter", "PromptRouter", "PromptContext", "FixedRouter", "LearnedRouter", "Route", "Router"]

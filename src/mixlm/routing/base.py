@@ -11,7 +11,7 @@ from mixlm.units.base import Text
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class PromptContext:
     """What is known before a reply begins.
 
     text: the prompt as its author wrote it, UTF-8. read: lets every member read its own prompt and returns how well
@@ -19,7 +19,7 @@ class Context:
     """
 
     text: bytes
-    read: Callable[[], Floats]
+    bits_per_byte: Callable[[], Floats]
 
 
 Route = Callable[[Text], Floats]
@@ -32,6 +32,6 @@ class Router(Protocol):
     distribution, or at who happened to run, would make the mixture follow another law than the average.
     """
 
-    def begin(self, context: Context) -> Route:
+    def begin(self, context: PromptContext) -> Route:
         """Return the function that gives one weight a member, float64 (members,), 0 or more, summing to 1."""
         ...

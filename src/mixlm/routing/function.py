@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mixlm.core.mixing import checked_weights
-from mixlm.routing.base import Context, Route
+from mixlm.routing.base import PromptContext, Route
 from mixlm.types import Floats
 from mixlm.units.base import Text
 
 TAIL = 4096
 
 
-class ByFunction:
+class FunctionRouter:
     """Asks a function for weights: it is given the prompt and the end of the text so far (at most 4096 bytes).
 
     It must be a function of these alone; what it returns is checked and scaled to sum to 1.
@@ -22,7 +22,7 @@ class ByFunction:
         self._function = function
         self._members = members
 
-    def begin(self, context: Context) -> Route:
+    def begin(self, context: PromptContext) -> Route:
         """Return the function, bound to the prompt."""
 
         def route(state: Text) -> Floats:

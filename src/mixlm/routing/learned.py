@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError
-from mixlm.routing.base import Context, Route
+from mixlm.routing.base import PromptContext, Route
 from mixlm.routing.features import FEATURES, TAIL, features
 from mixlm.types import Floats
 from mixlm.units.base import Text
 
 
-class Learned:
+class LearnedRouter:
     """A trained gate. matrix: float64 (members, FEATURES). names: the members it was trained for, in order."""
 
     def __init__(self, matrix: Floats, names: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class Learned:
         self.matrix = matrix
         self.names = tuple(names)
 
-    def begin(self, context: Context) -> Route:
+    def begin(self, context: PromptContext) -> Route:
         """Return the gate on the prompt and the text so far."""
 
         def route(state: Text) -> Floats:
@@ -48,7 +48,7 @@ class Learned:
         Path(path).write_text(json.dumps(form) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Learned:
+    def load(cls, path: str | Path) -> LearnedRouter:
         """Read a gate. Raises ConfigError when the file holds none."""
         try:
             form = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from mixlm.errors import ConfigError
-from mixlm.routing.base import Context, Route
+from mixlm.routing.base import PromptContext, Route
 from mixlm.types import Floats
 
 
-class ByPrompt:
+class PromptRouter:
     """Scales an ensemble's weights by 2^(-sharpness · bits per byte of the prompt), for the whole reply.
 
     sharpness: 0 leaves the weights; the larger, the more the member that knows this kind of text writes.
@@ -24,9 +24,9 @@ class ByPrompt:
         self._weights = weights
         self._sharpness = sharpness
 
-    def begin(self, context: Context) -> Route:
+    def begin(self, context: PromptContext) -> Route:
         """Let every member read the prompt, and weigh it by what it made of it."""
-        weights = by_bits(self._weights, context.read(), self._sharpness)
+        weights = by_bits(self._weights, context.bits_per_byte(), self._sharpness)
         return lambda state: weights
 
 

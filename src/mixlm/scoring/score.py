@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec, Prompt
 from mixlm.errors import ConfigError
@@ -73,7 +73,7 @@ def score_answers(
     ensemble: Ensemble,
     pairs: Sequence[tuple[Prompt, str]],
     *,
-    settings: Settings | None = None,
+    settings: GenerationOptions | None = None,
     ends: bool | None = None,
     progress: Progress | None = None,
     identities: Sequence[str] | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.routing import ByPrompt, Context, Fixed, Learned, Router
+from mixlm.routing import FixedRouter, LearnedRouter, PromptContext, PromptRouter, Router
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.learned import gate
 from mixlm.types import Floats, Ids
@@ -213,14 +213,14 @@ def router_weights(scores: Scores, router: Router) -> Floats:
     prompt. A router that asks how well the members predicted the prompt is told what they scored. Raises
     UnsupportedError for a router that needs what scores do not hold.
     """
-    if isinstance(router, Learned):
+    if isinstance(router, LearnedRouter):
         return gate(context_features(scores), router.matrix)
     out = np.empty(scores.logprobs.shape)
     for rows in _by_passage(scores):
         begin = int(scores.begins[rows[0]])
         prompt = scores.text[begin : int(scores.starts[rows].min())]
-        route = router.begin(Context(prompt, partial(np.copy, scores.prompts[rows[0]])))
-        if isinstance(router, Fixed | ByPrompt):
+        route = router.begin(PromptContext(prompt, partial(np.copy, scores.prompts[rows[0]])))
+        if isinstance(router, FixedRouter | PromptRouter):
             out[rows] = route(_Given(b""))
             continue
         for row in rows:

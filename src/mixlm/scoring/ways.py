@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.engines.base import Ask, Engine
+from mixlm.engines.base import Engine, LogitsRequest
 from mixlm.engines.topk_only import whole_needed
 from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits
@@ -118,7 +118,7 @@ def read(engine: Engine, before: Ids, data: bytes, progress: Callable[[int], Non
     progress: called with the places asked so far, of len(data) + 1. Raises UnsupportedError for an engine that does not
     tell every token's probability, PromptTooLongError for a text that is longer than the context.
     """
-    if engine.candidates is not None:
+    if engine.top_k_limit is not None:
         raise whole_needed(engine, "the log-probability of a given text")
     unit = ByteUnit([engine.vocabulary], [engine.encoder])
     state = unit.begin([before])
@@ -132,18 +132,18 @@ def read(engine: Engine, before: Ids, data: bytes, progress: Callable[[int], Non
     session = engine.session()
     for start in range(len(before), len(whole) + 1, _ROWS):
         stop = min(start + _ROWS, len(whole) + 1)
-        [rows] = engine.answer([(session, Ask(0, whole[: stop - 1], stop - start))])
+        [rows] = engine.answer([(session, LogitsRequest(0, whole[: stop - 1], stop - start))])
         for length in range(start, stop):
             if length in along:
                 said.take(along[length], rows[length - start])
-    session.forget()
+    session.reset()
     aside = [at for at in range(len(texts)) if at not in set(along.values())]
     # Each of a few sessions goes through a part of the text, so that what it lacks is short.
     parts = [part.tolist() for part in np.array_split(np.array(aside, dtype=np.int64), AT_ONCE) if part.size]
     sessions = [engine.session() for _ in parts]
     for turn in range(max(map(len, parts), default=0)):
         now = [(one, part[turn]) for one, part in zip(sessions, parts, strict=True) if turn < len(part)]
-        answers = engine.answer([(one, Ask(0, texts[at])) for one, at in now])
+        answers = engine.answer([(one, LogitsRequest(0, texts[at])) for one, at in now])
         for (_, at), rows in zip(now, answers, strict=True):
             said.take(at, rows[0])
     return said.reading()

@@ -111,7 +111,7 @@ class Answer:
             "total_tokens": prompts + written,
             "mixlm": {
                 "members": members,
-                "checked": sum(one.usage.checked for one in completions),
+                "checked": sum(one.usage.drafted for one in completions),
                 "accepted": sum(one.usage.accepted for one in completions),
             },
         }
@@ -204,7 +204,7 @@ def _told(token: Token) -> shapes.TokenLogprob:
     """Return a token and its alternatives as a chat reply has them."""
     others: list[shapes.TopLogprob] = [
         {"token": _spelled(one.data), "logprob": _finite(one.logprob), "bytes": list(one.data)}
-        for one in token.alternatives
+        for one in token.top_logprobs
     ]
     own = {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
     return cast("shapes.TokenLogprob", {**own, "top_logprobs": others})
@@ -215,7 +215,7 @@ def _likeliest(token: Token) -> dict[str, float] | None:
     if isnan(token.logprob):
         return None
     # Ids of one vocabulary may have equal bytes: the likelier one is told.
-    found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.alternatives)}
+    found = {_spelled(one.data): _finite(one.logprob) for one in reversed(token.top_logprobs)}
     return {**found, _spelled(token.data): _finite(token.logprob)}
 
 

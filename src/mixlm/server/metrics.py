@@ -93,9 +93,9 @@ class Metrics:
         """Count a finished reply."""
         usage = completion.usage
         self._replies.labels(model, completion.finish_reason).inc()
-        if usage.checked:
+        if usage.drafted:
             self._guesses.labels(model, "accepted").inc(usage.accepted)
-            self._guesses.labels(model, "rejected").inc(usage.checked - usage.accepted)
+            self._guesses.labels(model, "rejected").inc(usage.drafted - usage.accepted)
 
     def closed(self, reason: str) -> None:
         """Count a request that was given up."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mixlm.core.options import Settings
+from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.types import Completion, Token
 
@@ -19,7 +19,7 @@ class Task:
     """One reply that is wanted."""
 
     prompt: Prompt
-    settings: Settings
+    settings: GenerationOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class _Memo(Session):
         """Return the session's scores."""
         key = ids.tobytes()
         if key not in self._scores:
-            self._scores[key] = self._session.token_logprobs(ids)
+            self._scores[key]generatelf._session.token_logprobs(ids)
         return self._scores[key]
 
     def write(self, run: GenerateRequest) -> GenerateResponse:

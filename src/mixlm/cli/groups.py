@@ -1,0 +1,110 @@
+"""Groups of commands: plain help with one section per panel of options, lazy loading, and hints for misspelled names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from mixlm.cli.display import painted
+from mixlm.errors import UsageError, did_you_mean
+
+_BOLD = "1"
+
+
+class Command(TyperCommand):
+    """A command whose help shows its options by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options."""
+        _write_parameters(self, ctx, formatter)
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands that suggests the closest name for an unknown one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the first argument names."""
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            known = self.list_commands(ctx)
+            hint = did_you_mean(name, known) or f"commands: {', '.join(known)}"
+            raise UsageError(f"{ctx.command_path} has no command {name!r}", hint)
+        return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, then the commands."""
+        _write_parameters(self, ctx, formatter)
+        with formatter.section(_heading("Commands")):
+            formatter.write_dl(list(self.summaries(ctx).items()))
+
+    def summaries(self, ctx: Any) -> Mapping[str, str]:
+        """Return the first sentence of each command's help, by the command's name."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        return {name: _summary(command) for name, command in commands.items() if command and not command.hidden}
+
+
+class LazyGroup(CommandGroup):
+    """A group whose commands are imported when they are used.
+
+    Subclasses set `sources`, "module:function" by command, and `texts`, the summary of each command that help lists.
+    """
+
+    sources: Mapping[str, str]
+    texts: Mapping[str, str]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands that help lists."""
+        return list(self.texts)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import and return one command, None if there is none of this name."""
+        if cmd_name not in self.commands and cmd_name in self.sources:
+            module, _, function = self.sources[cmd_name].partition(":")
+            self.commands[cmd_name] = as_command(cmd_name, getattr(import_module(module), function))
+        return self.commands.get(cmd_name)
+
+    def summaries(self, ctx: Any) -> Mapping[str, str]:
+        """Return the summaries without importing a command."""
+        return self.texts
+
+
+def as_command(name: str, source: typer.Typer | Callable[..., Any]) -> Any:
+    """Return a Typer application or a function as one command."""
+    app = source
+    if not isinstance(app, typer.Typer):
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(name, cls=Command)(cast("Callable[..., Any]", source))
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+def _summary(command: Any) -> str:
+    return " ".join((command.help or "").partition("\n\n")[0].split())
+
+
+def _write_parameters(command: Any, context: Any, formatter: Any) -> None:
+    """Write a section for the arguments and one for each panel of options; options without a panel come first."""
+    sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is None:
+            continue
+        name, text = record
+        section = getattr(parameter, "rich_help_panel", None) or "Options"
+        if parameter.param_type_name == "argument":
+            name, section = parameter.metavar or parameter.name.upper(), "Arguments"
+        sections.setdefault(section, []).append((name, text))
+    for section, records in sections.items():
+        if records:
+            with formatter.section(_heading(section)):
+                formatter.write_dl(records)
+
+
+def _heading(text: str) -> str:
+    return painted(text, _BOLD, sys.stdout)

@@ -20,12 +20,12 @@ import numpy as np
 
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, ToySession, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.server.api_keys import Keys
 from mixlm.server.app import Server
-from mixlm.server.keys import Keys
+from mixlm.server.http_server import Address, web_server
 from mixlm.server.limits import Limits
-from mixlm.server.run import Address, web_server
-from mixlm.server.served import Registry
-from mixlm.server.traces import Traces
+from mixlm.server.model_registry import Registry
+from mixlm.server.tracing import Traces
 
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 HELLO = [{"role": "user", "content": "hello"}]

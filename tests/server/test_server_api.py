@@ -12,7 +12,7 @@ from serving import HELLO, endless, events, running
 
 from mixlm.errors import UnsupportedError
 from mixlm.loading import load
-from mixlm.server.problems import of_error
+from mixlm.server.api_errors import of_error
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}

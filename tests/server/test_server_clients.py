@@ -17,7 +17,7 @@ from serving import HELLO, endless, running
 
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.loading import load
-from mixlm.server.keys import Keys, hashed
+from mixlm.server.api_keys import Keys, hashed
 
 PAIR = load("toy:1", "toy:2")
 

@@ -16,7 +16,7 @@ from serving import MAIN, running
 
 from mixlm.loading import load
 from mixlm.server.fields import ChatBody, CompletionBody, Extras
-from mixlm.server.guard import OPEN
+from mixlm.server.middleware import OPEN
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"

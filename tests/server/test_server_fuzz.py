@@ -33,8 +33,8 @@ ODD: tuple[Any, ...] = (
 
 
 def schemathesis_cases() -> list[tuple[str, str]]:
-    from mixlm.server.description import description
     from mixlm.server.limits import Limits
+    from mixlm.server.openapi import description
 
     return [(path, method) for path, item in description(Limits())["paths"].items() for method in item]
 

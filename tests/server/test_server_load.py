@@ -19,11 +19,11 @@ from mixlm.engines.toy import ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError, MemoryLimitError
 from mixlm.loading import load
+from mixlm.server.api_errors import ApiError
+from mixlm.server.fair_queue import Line
+from mixlm.server.jobs import Begun, Closed, Order, Task, Wrote
 from mixlm.server.limits import Limits
-from mixlm.server.line import Line
-from mixlm.server.orders import Begun, Closed, Order, Task, Wrote
-from mixlm.server.problems import ApiError
-from mixlm.server.worker import Worker
+from mixlm.server.model_thread import Worker
 
 
 def test_clients_take_turns():

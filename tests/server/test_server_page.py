@@ -14,7 +14,7 @@ import pytest
 from serving import endless, running
 
 from mixlm.loading import load
-from mixlm.server.keys import Keys, hashed
+from mixlm.server.api_keys import Keys, hashed
 
 PAGE = Path(__file__).resolve().parents[2] / "src" / "mixlm" / "server" / "page"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,9 +12,9 @@ from serving import HELLO, EndlessToy, endless, events, raw, request_bytes, runn
 
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
-from mixlm.server.connections import Connection
-from mixlm.server.keys import Keys, hashed, read_keys
-from mixlm.server.run import Address
+from mixlm.server.api_keys import Keys, hashed, read_keys
+from mixlm.server.http_protocol import Connection
+from mixlm.server.http_server import Address
 
 KEY = "a-long-and-random-key"
 

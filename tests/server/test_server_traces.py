@@ -18,7 +18,7 @@ from serving import Running, endless, events, raw, request_bytes, running
 
 from mixlm.errors import UsageError
 from mixlm.loading import load
-from mixlm.server.traces import Traces, traces_to
+from mixlm.server.tracing import Traces, traces_to
 
 needs_sdk = pytest.mark.skipif(find_spec("opentelemetry") is None, reason="OpenTelemetry is not installed")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -54,7 +54,7 @@ def kept() -> Iterator[Kept]:
 
 def test_nothing_is_imported_unless_a_receiver_is_named():
     code = (
-        "import sys, mixlm.server.run, mixlm.cli.serve; from mixlm.server.traces import traces_to\n"
+        "import sys, mixlm.server.http_server, mixlm.cli.serve; from mixlm.server.tracing import traces_to\n"
         "assert traces_to(None, {}) is None; assert 'opentelemetry' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -82,13 +82,13 @@ def serve(
     missing = [one for one in ("starlette", "uvicorn", "prometheus_client") if find_spec(one) is None]
     if missing:
         raise MixlmError(f"serving needs {' and '.join(missing)}", "install: pip install 'mixlm[serve]'")
+    from mixlm.server.api_keys import read_keys
     from mixlm.server.app import Server
-    from mixlm.server.keys import read_keys
+    from mixlm.server.http_server import Address, log_to_stderr
+    from mixlm.server.http_server import serve as run
     from mixlm.server.limits import Limits
-    from mixlm.server.run import Address, log_to_stderr
-    from mixlm.server.run import serve as run
-    from mixlm.server.served import Registry
-    from mixlm.server.traces import traces_to
+    from mixlm.server.model_registry import Registry
+    from mixlm.server.tracing import traces_to
 
     if log not in _LEVELS:
         raise ConfigError(f"--log is {log!r}; it must be one of {', '.join(_LEVELS)}", did_you_mean(log, _LEVELS))

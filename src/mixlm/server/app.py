@@ -13,19 +13,19 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mixlm.server.answers import as_json
-from mixlm.server.asked import Asked, chat, completion
-from mixlm.server.description import description
-from mixlm.server.exchange import Exchange
+from mixlm.server.api_errors import ApiError
+from mixlm.server.api_keys import Keys
+from mixlm.server.completion_handler import Exchange
 from mixlm.server.fields import B, ChatBody, CompletionBody, read
-from mixlm.server.guard import Guard
-from mixlm.server.keys import Keys
 from mixlm.server.limits import Limits
 from mixlm.server.metrics import TEXT, Metrics
-from mixlm.server.problems import ApiError
-from mixlm.server.served import Registry
-from mixlm.server.traces import Traces
-from mixlm.server.worker import Worker
+from mixlm.server.middleware import Guard
+from mixlm.server.model_registry import Registry
+from mixlm.server.model_thread import Worker
+from mixlm.server.openapi import description
+from mixlm.server.request_parsing import Asked, chat, completion
+from mixlm.server.responses import as_json
+from mixlm.server.tracing import Traces
 
 _PAGE = {
     "/": ("index.html", "text/html"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from mixlm.config import LogprobsOf, Method, UnitName
-from mixlm.server.problems import of_validation, refused
+from mixlm.server.api_errors import of_validation, refused
 
 # Below this a temperature divides logits beyond what float32 holds; 0 stands for the most likely token.
 _COLDEST = 1e-3

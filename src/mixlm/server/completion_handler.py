@@ -15,14 +15,14 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from mixlm.server.answers import DONE, Answer, as_json, event
-from mixlm.server.asked import Asked
+from mixlm.server.api_errors import ApiError, of_error
+from mixlm.server.jobs import Begun, Closed, Event, Failed, Order, Started, Wrote
 from mixlm.server.limits import Limits
 from mixlm.server.metrics import Metrics
-from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Started, Wrote
-from mixlm.server.problems import ApiError, of_error
-from mixlm.server.traces import Steps
-from mixlm.server.worker import Worker
+from mixlm.server.model_thread import Worker
+from mixlm.server.request_parsing import Asked
+from mixlm.server.responses import DONE, Answer, as_json, event
+from mixlm.server.tracing import Steps
 from mixlm.types import Completion
 
 # A client that reads nothing for this long is told that the response is still coming; so is every proxy in between.

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from mixlm.server import shapes
+from mixlm.server import response_schemas as shapes
 from mixlm.server.fields import ChatBody, CompletionBody
 from mixlm.server.limits import Limits
 from mixlm.version import __version__

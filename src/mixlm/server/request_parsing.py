@@ -9,11 +9,11 @@ from typing import Any, Literal
 from mixlm.config import Method, methods_of
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError
+from mixlm.server.api_errors import ApiError, refused
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
+from mixlm.server.jobs import Task
 from mixlm.server.limits import Limits
-from mixlm.server.orders import Task
-from mixlm.server.problems import ApiError, refused
-from mixlm.server.served import Registry, Served
+from mixlm.server.model_registry import Registry, Served
 from mixlm.types import Message
 
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
+from mixlm.server.api_errors import ApiError
+from mixlm.server.fair_queue import Line
+from mixlm.server.jobs import Begun, Closed, Event, Failed, Order, Reason, Started, Task, Wrote
 from mixlm.server.limits import Limits
-from mixlm.server.line import Line
-from mixlm.server.orders import Begun, Closed, Event, Failed, Order, Reason, Started, Task, Wrote
-from mixlm.server.problems import ApiError
 
 _log = logging.getLogger("mixlm.server")
 

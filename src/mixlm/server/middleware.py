@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixlm.errors import MixlmError
-from mixlm.server.answers import as_json
-from mixlm.server.keys import Keys
+from mixlm.server.api_errors import ApiError, of_error
+from mixlm.server.api_keys import Keys
 from mixlm.server.metrics import Metrics
-from mixlm.server.problems import ApiError, of_error
-from mixlm.server.traces import Ended, Traces
+from mixlm.server.responses import as_json
+from mixlm.server.tracing import Ended, Traces
 
 _log = logging.getLogger("mixlm.server")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mixlm.config import UNITS, Method, UnitName, methods_of
 from mixlm.ensemble import Ensemble
-from mixlm.server.problems import ApiError, refused
+from mixlm.server.api_errors import ApiError, refused
 from mixlm.types import Sampling
 from mixlm.units.token import conflict
 from mixlm.version import __version__

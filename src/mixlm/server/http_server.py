@@ -21,7 +21,7 @@ from prometheus_client import disable_created_metrics
 
 from mixlm.errors import UsageError
 from mixlm.server.app import Server
-from mixlm.server.connections import Connection
+from mixlm.server.http_protocol import Connection
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # How long a connection may lie idle between two requests, seconds.

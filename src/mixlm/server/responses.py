@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any, cast
 
-from mixlm.server import shapes
-from mixlm.server.asked import Asked
+from mixlm.server import response_schemas as shapes
+from mixlm.server.request_parsing import Asked
 from mixlm.types import Completion, Token
 
 DONE = b"data: [DONE]\n\n"

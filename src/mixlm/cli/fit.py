@@ -27,9 +27,7 @@ def fit(
     shared: Shared,
     files: Annotated[
         list[Path],
-        Argument(
-            metavar="FILE...", help="Texts, or .jsonl with a prompt and an answer a line; one file a kind of text."
-        ),
+        Argument(metavar="FILE", help="Texts, or .jsonl with a prompt and an answer a line; one file a kind of text."),
     ],
     output: Annotated[
         Path | None, Option("--output", metavar="FILE", help="Write an ensemble file with the weights.")

@@ -1,11 +1,11 @@
-"""Groups of commands: plain help with one section per panel of options, lazy loading, and hints for misspelled names."""
+"""Groups of commands: help with one section per panel of options, lazy loading, hints for misspelled names."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,6 +18,11 @@ _BOLD = "1"
 
 class Command(TyperCommand):
     """A command whose help shows its options by panel."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line behind the command's name."""
+        arguments = [parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "argument"]
+        return ["[OPTIONS]", *(_usage(argument) for argument in arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options."""
@@ -54,8 +59,8 @@ class LazyGroup(CommandGroup):
     Subclasses set `sources`, "module:function" by command, and `texts`, the summary of each command that help lists.
     """
 
-    sources: Mapping[str, str]
-    texts: Mapping[str, str]
+    sources: ClassVar[Mapping[str, str]]
+    texts: ClassVar[Mapping[str, str]]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands that help lists."""
@@ -82,6 +87,12 @@ def as_command(name: str, source: typer.Typer | Callable[..., Any]) -> Any:
     command = typer.main.get_command(app)
     command.name = name
     return command
+
+
+def _usage(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    name += "..." if argument.nargs == -1 else ""
+    return name if argument.required else f"[{name}]"
 
 
 def _summary(command: Any) -> str:

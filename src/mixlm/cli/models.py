@@ -13,7 +13,7 @@ from mixlm.cli.tables import print_table
 if TYPE_CHECKING:
     from mixlm.models import InstalledModel
 
-models = typer.Typer(name="models", cls=CommandGroup, rich_markup_mode=None)
+models = typer.Typer(name="models", cls=CommandGroup, add_completion=False, rich_markup_mode=None)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

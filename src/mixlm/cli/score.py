@@ -26,7 +26,7 @@ def score(
     files: Annotated[
         list[Path] | None,
         Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="Texts, or .jsonl with a prompt and an answer a line; standard input when left out or '-'.",
         ),
     ] = None,

@@ -16,9 +16,9 @@ pytest.importorskip("xllamacpp")
 
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Run
+from mixlm.engines.base import GenerateRequest
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.llamacpp_runs import LlamaRuns, lacking
+from mixlm.engines.remote.llamacpp_runs import LlamaCppRuns, find_missing
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Sampling
@@ -62,7 +62,7 @@ def test_what_is_told_of_a_run_is_the_members_law(engine, reference, sampling):
     banned = np.array([256, 257])
     cut = 0
     for seed in range(12):
-        run = engine.session().write(Run(0, BEGIN, 8, sampling, banned, seed))
+        run = engine.session().write(GenerateRequest(0, BEGIN, 8, sampling, banned, seed))
         ids = BEGIN
         for token, logprob in zip(run.ids, run.logprobs, strict=True):
             assert law(reference, ids, sampling, banned)[token] == pytest.approx(logprob, abs=1e-3)
@@ -91,7 +91,9 @@ def test_two_tokens_are_drawn_as_often_as_the_law_says(engine, reference, sampli
         drawn: list[int] = []
         while len(drawn) < 2:
             ids = np.append(BEGIN, drawn).astype(np.int64)
-            drawn += session.write(Run(0, ids, 2 - len(drawn), sampling, banned, 1000 * seed + len(drawn))).ids
+            drawn += session.write(
+                GenerateRequest(0, ids, 2 - len(drawn), sampling, banned, 1000 * seed + len(drawn))
+            ).ids
         seen[drawn[0], drawn[1]] += 1
     expected = {
         (one, other): np.exp(p + q)
@@ -173,9 +175,9 @@ class Stand:
     ],
 )
 def test_what_a_server_lacks_is_said(wrong, said):
-    found = asyncio.run(lacking(Stand(wrong), BEGIN))
+    found = asyncio.run(find_missing(Stand(wrong), BEGIN))
     assert (said in found) if said else found == ""
-    assert LlamaRuns(found, [], frozenset()).draws == (f"no: {found}" if said else "yes")
+    assert LlamaCppRuns(found, [], frozenset()).draws == (f"no: {found}" if said else "yes")
 
 
 def test_numbers_that_are_not_certain_are_asked_for_again():
@@ -189,8 +191,10 @@ def test_numbers_that_are_not_certain_are_asked_for_again():
         asked.append(ids.tolist())
         return Candidates(np.array([65, 66, 67]), np.log([0.2, 0.3, 0.5]))
 
-    runs = LlamaRuns("", [bytes([one]) for one in range(256)], frozenset())
-    found = asyncio.run(runs.write(Run(0, BEGIN, 3, Sampling(top_k=5, temperature=1.0), NONE, 1), ask, likeliest))
+    runs = LlamaCppRuns("", [bytes([one]) for one in range(256)], frozenset())
+    found = asyncio.run(
+        runs.write(GenerateRequest(0, BEGIN, 3, Sampling(top_k=5, temperature=1.0), NONE, 1), ask, likeliest)
+    )
     assert asked == [[*BEGIN], [*BEGIN, 65], [*BEGIN, 65, 67]]
     assert (found.ids, found.logprobs) == ([65, 67, 66], pytest.approx(np.log([0.2, 0.5, 0.3])))
 
@@ -203,6 +207,6 @@ def test_what_is_no_run_is_an_error(answer):
     async def likeliest(ids: np.ndarray, count: int) -> Candidates:
         raise AssertionError
 
-    runs = LlamaRuns("", [bytes([one]) for one in range(256)], frozenset())
+    runs = LlamaCppRuns("", [bytes([one]) for one in range(256)], frozenset())
     with pytest.raises(EngineError, match=r"llama\.cpp gives no answer"):
-        asyncio.run(runs.write(Run(0, BEGIN, 2, Sampling(top_k=5), NONE, 1), ask, likeliest))
+        asyncio.run(runs.write(GenerateRequest(0, BEGIN, 2, Sampling(top_k=5), NONE, 1), ask, likeliest))

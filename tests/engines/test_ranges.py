@@ -5,21 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.engines.vllm.id_ranges import as_ids, as_ranges
+from mixlm.engines.vllm.id_ranges import format_ranges, parse_ranges
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_what_is_written_as_ranges_is_read_back(ids):
     given = np.array(sorted(ids))
-    np.testing.assert_array_equal(as_ids(as_ranges(given)), given)
+    np.testing.assert_array_equal(parse_ranges(format_ranges(given)), given)
 
 
 def test_neighbours_are_one_range():
-    assert as_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
-    assert as_ranges(np.zeros(0, dtype=np.int64)) == ""
+    assert format_ranges(np.array([0, 1, 2, 7, 9, 10])) == "0-2,7,9-10"
+    assert format_ranges(np.zeros(0, dtype=np.int64)) == ""
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "1--2", "1 to 2"])
 def test_what_are_no_ranges_is_refused(text):
     with pytest.raises(ValueError, match="is no id and no range of ids"):
-        as_ids(text)
+        parse_ranges(text)

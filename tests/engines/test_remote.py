@@ -18,16 +18,16 @@ pytest.importorskip("httpx")
 
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Ask, Engine
-from mixlm.engines.remote.capabilities import Served
+from mixlm.engines.base import Engine, LogitsRequest
+from mixlm.engines.remote.capabilities import ServerCapabilities
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.http_client import Limits
+from mixlm.engines.remote.http_client import ClientLimits
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
 from mixlm.models import find_gguf, tokenizer_folder
-from mixlm.types import Cut, Sampling
+from mixlm.types import Sampling, TopKFilter
 
-QUICK = Limits(connect=1, answer=5, busy=1, connections=3)
+QUICK = ClientLimits(connect=1, answer=5, busy=1, connections=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,7 +104,7 @@ def test_the_name_is_the_models(remote, fake):
 def test_questions_of_several_sequences_are_sent_at_once_and_never_too_many(remote, fake):
     fake.faults, fake.delay = ["slow"] * 6, 0.1
     texts = [np.array([3, 4, i]) for i in range(6)]
-    found = remote.answer([(remote.session(), Ask(0, ids)) for ids in texts])
+    found = remote.answer([(remote.session(), LogitsRequest(0, ids)) for ids in texts])
     for row, ids in zip(found, texts, strict=True):
         assert row[0].argmax() == fake.logits(ids.tolist()).argmax()
     assert 2 <= fake.busiest <= QUICK.connections
@@ -114,7 +114,7 @@ def test_an_error_is_raised_when_all_that_was_asked_with_it_is_done(remote, fake
     fake.faults, fake.delay = ["error", "slow"], 0.3
     slow = [remote.session(), remote.session()]
     with pytest.raises(EngineError, match="it broke"):
-        remote.answer([(one, Ask(0, np.array([3, 4, 5]))) for one in slow])
+        remote.answer([(one, LogitsRequest(0, np.array([3, 4, 5]))) for one in slow])
     assert fake.busy == 0
     assert sorted(len(one.work.log) for one in slow) == [0, 1]
 
@@ -151,7 +151,7 @@ def test_what_does_not_pass_is_an_error_that_names_the_server(remote, fake, faul
 
 
 def test_an_answer_that_takes_too_long_is_not_waited_for(fake, folder):
-    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, Limits(connect=1, answer=0.2))
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=1, answer=0.2))
     fake.faults = ["slow"]
     with pytest.raises(EngineError, match=r"does not answer within 0.2 seconds"):
         remote.session().logits(np.array([8, 9]))
@@ -212,7 +212,7 @@ def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
     alone.generate("one two", top_k=9, **options)
     assert {body["logprobs"] for body in fake.asked if body["logprobs"] > 5} == {9 + 16}
     banned = np.sort(np.argsort(-fake.logits([4, 5, 6]))[:30])
-    [found] = remote.answer([(remote.session(), Ask(0, np.array([4, 5, 6]), cut=Cut(9, banned)))])
+    [found] = remote.answer([(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), cut=TopKFilter(9, banned)))])
     assert fake.asked[-1]["logprobs"] == 4 * (9 + 16)
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
@@ -287,7 +287,7 @@ def drawing(fake, folder) -> RemoteEngine:
 def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
     fake.draws, fake.masks = True, masks
     one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert one.servers[0].served == Served("", masks)
+    assert one.servers[0].served == ServerCapabilities("", masks)
     assert one.details["draws by itself"] == ("yes, masking" if masks else "yes")
     alone = Ensemble([MemberSpec(one, "a")])
     fake.asked.clear()
@@ -328,7 +328,7 @@ def test_what_a_server_lacks_to_draw_by_itself_is_told_and_it_is_asked_token_by_
 def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawing):
     many = np.arange(301)
     assert drawing.writes(Sampling(), many)
-    drawing.servers[0].served = Served("", masks=False)
+    drawing.servers[0].served = ServerCapabilities("", masks=False)
     assert not drawing.writes(Sampling(), many)
     assert drawing.writes(Sampling(), many[:300])
     assert not drawing.writes(Sampling(min_p=0.1, top_p=0.9), many[:0])
@@ -410,17 +410,17 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine,
 
 
 def test_connections_that_are_made_together_are_looked_at_together(fake, folder):
-    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, Limits(connect=5, answer=5, connections=5))
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=5, answer=5, connections=5))
     begin = np.array([3, 4, 5])
     remote.session().logits(begin)
     fake.stop()
     fake.start()
     before = len(fake.asked)
     fake.faults, fake.delay = ["slow"] * 5, 0.1
-    remote.answer([(remote.session(), Ask(0, np.append(begin, i))) for i in range(5)])
+    remote.answer([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
     assert len(fake.asked) - before <= 5 + 3  # what was asked, and a few looks at who it is
     fake.stop()
     fake.seed = 1
     fake.start()
     with pytest.raises(EngineError, match="another model now"):
-        remote.answer([(remote.session(), Ask(0, np.append(begin, i))) for i in range(5)])
+        remote.answer([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])

@@ -17,19 +17,19 @@ pytest.importorskip("vllm")
 pytest.importorskip("httpx")
 pytest.importorskip("websockets")
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Engine, Run
+from mixlm.engines.base import Engine, GenerateRequest
 from mixlm.engines.remote.engine import RemoteEngine
-from mixlm.engines.remote.http_client import Limits, Secret
-from mixlm.engines.remote.session_client import Line
+from mixlm.engines.remote.http_client import ApiKey, ClientLimits
+from mixlm.engines.remote.session_client import SessionConnector
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError
 from mixlm.types import Sampling
 
 pytestmark = pytest.mark.engines
 
-QUICK = Limits(connect=2, answer=20, busy=2)
+QUICK = ClientLimits(connect=2, answer=20, busy=2)
 PROCESSED = ("--logprobs-mode", "processed_logprobs", "--max-logprobs", "100")
-MASK = ("--logits-processors", "mixlm.engines.vllm.banned_tokens_plugin:Banned")
+MASK = ("--logits-processors", "mixlm.engines.vllm.banned_tokens_plugin:BannedTokensProcessor")
 KEY = "secret-7"
 
 
@@ -67,7 +67,7 @@ def test_the_key_holds_for_sessions_too(server):
     with pytest.raises(ConfigError, match="asks for a key"):
         load(EngineSpec(server, "tiny"))
     for key, found in ((KEY, True), ("another", False)):
-        line = asyncio.run(Line.found(server, Secret(key), QUICK))
+        line = asyncio.run(SessionConnector.found(server, ApiKey(key), QUICK))
         assert (line is not None) == found
 
 
@@ -87,7 +87,7 @@ def test_more_sessions_than_may_rest(engine, exact):
     texts = [random_ids(engine, 20, seed) for seed in range(12)]
     for _ in range(2):
         for at, session in enumerate(sessions):
-            run = Run(0, texts[at], 3, Sampling(top_k=8), none, at)
+            run = GenerateRequest(0, texts[at], 3, Sampling(top_k=8), none, at)
             written = session.write(run)
             assert_written(exact, run, written)  # noqa: F405
             texts[at] = np.concatenate([texts[at], written.ids])
@@ -151,7 +151,7 @@ def test_a_server_with_the_usual_settings_is_asked_token_by_token(folder, exact)
     with served(folder, plugin=False) as (_, url):
         engine = load(EngineSpec(url, "tiny"))
         assert "processed_logprobs" in engine.details["draws by itself"]
-        assert engine.candidates == 16
+        assert engine.top_k_limit == 16
         ids = random_ids(engine, 20)
         assert engine.session().logits(ids)[0].argmax() == exact.session().logits(ids)[0].argmax()
         assert len(pair(engine).generate("three", seed=1, max_tokens=6, top_k=9, ignore_end=True).tokens) == 6

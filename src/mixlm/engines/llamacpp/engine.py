@@ -21,10 +21,10 @@ import numpy as np
 # Spinning OpenMP threads starve each other on shared machines; this must be set before llama.cpp is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Request, Response, Session
 from mixlm.engines.batching import in_threads
 from mixlm.engines.llamacpp.slots import Slots
-from mixlm.engines.remote.protocols import LlamaCpp
+from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import Read, load_tokenizer
 from mixlm.engines.topk_only import PartialEngine, PartialSession
@@ -69,7 +69,7 @@ class LlamaCppEngine(PartialEngine):
         self._read = Read.of(tokenizer, spec.name, str(folder))
         self._set_prompts(spec)
         self.prepare()
-        self.dialect = LlamaCpp(self.whole_character())
+        self.dialect = LlamaCppProtocol(self.whole_character())
         self.weights_bytes = path.stat().st_size
         exact = spec.dtype == "float32"
         self.server = _serve(spec, path, self.context_length, exact)
@@ -107,9 +107,9 @@ class LlamaCppEngine(PartialEngine):
         """Begin a sequence; it takes a slot when it is first asked."""
         return LlamaCppSession(self)
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
-        return in_threads(self._threads, super().answer, requests)
+        return in_threads(self._threads, super().respond, requests)
 
 
 class LlamaCppSession(PartialSession):

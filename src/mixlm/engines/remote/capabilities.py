@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Run, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse
 from mixlm.engines.remote.protocols import cached_tokens
-from mixlm.engines.vllm.id_ranges import ARGUMENT, as_ranges
-from mixlm.engines.vllm.sampling_params import draws_alike, run_parameters
+from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
+from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
 from mixlm.errors import EngineError
 from mixlm.types import Ids, Sampling
 
@@ -30,7 +30,7 @@ _PROBED = 6
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerCapabilities:
     """What a server does. missing: what it lacks to draw by itself, "" for nothing, None where it was not tried.
 
     masks: whether ids are banned by the argument of `vllm_mask`; else by `logit_bias`.
@@ -48,31 +48,31 @@ class Served:
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it can draw with a transform."""
-        return self.missing == "" and draws_alike(sampling) and (self.masks or banned.size <= _MOST_BIASES)
+        return self.missing == "" and samples_identically(sampling) and (self.masks or banned.size <= _MOST_BIASES)
 
-    def parameters(self, run: Run, length: int, ends: Sequence[int]) -> dict[str, Any]:
+    def parameters(self, run: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
         """Return how a run is drawn, what `banned` says aside."""
-        own = {**run_parameters(run.sampling, run.seed, length), "stop_token_ids": list(ends), "logprobs": 0}
+        own = {**sampling_parameters(run.sampling, run.seed, length), "stop_token_ids": list(ends), "logprobs": 0}
         return own if self.masks or run.banned.size == 0 else {**own, "logit_bias": _biases(run.banned.tobytes())}
 
-    def banned(self, run: Run) -> str:
+    def banned(self, run: GenerateRequest) -> str:
         """Return the ids that may not be drawn where the server masks them, as ranges."""
         return _ranges(run.banned.tobytes()) if self.masks else ""
 
-    def body(self, run: Run, length: int, ends: Sequence[int]) -> dict[str, Any]:
+    def body(self, run: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
         """Return the request for a run."""
         body = {"prompt": run.ids.tolist(), **self.parameters(run, length, ends), "return_token_ids": True}
         banned = self.banned(run)
-        return {**body, "vllm_xargs": {ARGUMENT: banned}} if banned else body
+        return {**body, "vllm_xargs": {BANNED_ARGUMENT: banned}} if banned else body
 
 
-def written_by(answer: Any, base: str) -> Written:
+def parse_generation(answer: Any, base: str) -> GenerateResponse:
     """Read what a server wrote. Raises EngineError for what is no answer."""
     try:
         [choice] = answer["choices"]
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         good = len(ids) == len(logprobs) > 0 and all(type(one) is int for one in ids)
-        written = Written(list(ids), [float(one) for one in logprobs], cached_tokens(answer))
+        written = GenerateResponse(list(ids), [float(one) for one in logprobs], cached_tokens(answer))
     except (TypeError, LookupError, ValueError, AttributeError):
         good = False
     if not good or not all(math.isfinite(one) for one in written.logprobs):
@@ -80,35 +80,35 @@ def written_by(answer: Any, base: str) -> Written:
     return written
 
 
-async def try_out(complete: Complete, ids: Sequence[int]) -> Served:
+async def probe_capabilities(complete: Complete, ids: Sequence[int]) -> ServerCapabilities:
     """Find out what a server does behind a few ids."""
     prompt, none = np.array(ids), np.zeros(0, dtype=np.int64)
 
     async def draw(seed: int, banned: Ids = none, masks: bool = False) -> list[int]:
-        run = Run(0, prompt, _PROBED, Sampling(temperature=2.0, top_k=20), banned, seed)
-        body = Served(masks=masks).body(run, _PROBED, ()) | {"ignore_eos": True}
-        return written_by((await complete(body))[0], "the server").ids
+        run = GenerateRequest(0, prompt, _PROBED, Sampling(temperature=2.0, top_k=20), banned, seed)
+        body = ServerCapabilities(masks=masks).body(run, _PROBED, ()) | {"ignore_eos": True}
+        return parse_generation((await complete(body))[0], "the server").ids
 
     try:
         drawn = [await draw(seed) for seed in (1, *range(1, 9))]
         if drawn[0] != drawn[1] or all(one == drawn[0] for one in drawn):
-            return Served("equal seeds must draw equal tokens there, and others others")
+            return ServerCapabilities("equal seeds must draw equal tokens there, and others others")
         if not await _told_as_drawn(complete, prompt):
-            return Served(
+            return ServerCapabilities(
                 "it tells other log-probabilities than it draws with; vLLM needs --logprobs-mode processed_logprobs"
             )
         likely = np.unique([one[0] for one in drawn])
         for masks in (True, False):
             if await _bans(draw, likely, masks):
-                return Served("", masks)
+                return ServerCapabilities("", masks)
     except EngineError as error:
-        return Served(f"it does not take what is needed, or tells no token ids ({error.message})")
-    return Served("it cannot be kept from drawing some tokens")
+        return ServerCapabilities(f"it does not take what is needed, or tells no token ids ({error.message})")
+    return ServerCapabilities("it cannot be kept from drawing some tokens")
 
 
 async def _told_as_drawn(complete: Complete, prompt: Ids) -> bool:
     """Whether the probabilities of the two tokens that top-k leaves sum to one: they are what is drawn from."""
-    parameters = run_parameters(Sampling(temperature=0.5, top_k=2), 1, 1)
+    parameters = sampling_parameters(Sampling(temperature=0.5, top_k=2), 1, 1)
     body = {"prompt": prompt.tolist(), **parameters, "logprobs": 2, "return_tokens_as_token_ids": True}
     value, _ = await complete(body)
     try:
@@ -128,7 +128,7 @@ async def _bans(draw: Callable[[int, Ids, bool], Awaitable[list[int]]], likely: 
 
 @lru_cache(maxsize=64)
 def _ranges(banned: bytes) -> str:
-    return as_ranges(np.frombuffer(banned, dtype=np.int64))
+    return format_ranges(np.frombuffer(banned, dtype=np.int64))
 
 
 @lru_cache(maxsize=64)

@@ -19,14 +19,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixlm.engines.base import Ask, Forward, Reply, Request, Run, Session, Written, completed
-from mixlm.engines.remote.http_client import Background, Limits, Wire
-from mixlm.engines.remote.server import PROBE, Reader, Server, Told
+from mixlm.engines.base import (
+    Forward,
+    GenerateRequest,
+    GenerateResponse,
+    LogitsRequest,
+    Request,
+    Response,
+    Session,
+    complete,
+)
+from mixlm.engines.remote.http_client import ClientLimits, EventLoopThread, HttpClient
+from mixlm.engines.remote.server import PROBE, CandidatesResponse, ModelServer, TokenizerProbe
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import Read, load_tokenizer
 from mixlm.engines.topk_only import PartialEngine, PartialSession
 from mixlm.errors import ConfigError, EngineError, MixlmError, UnsupportedError
-from mixlm.types import Candidates, Cut, Ids, Rows, Sampling
+from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
 _log = logging.getLogger("mixlm")
 _T = TypeVar("_T")
@@ -45,15 +54,15 @@ class RemoteEngine(PartialEngine):
 
     at_once = True
 
-    def __init__(self, spec: EngineSpec, folder: Path | None, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits(answer=spec.timeout)
+    def __init__(self, spec: EngineSpec, folder: Path | None, limits: ClientLimits | None = None) -> None:
+        self.limits = limits or ClientLimits(answer=spec.timeout)
         key = _key(spec)
-        self._loop = Background()
-        self.servers: list[Server] = []
+        self._loop = EventLoopThread()
+        self.servers: list[ModelServer] = []
         for url in spec.model.split(","):
             base, _, wanted = url.strip().partition("#")
-            wire = Wire(base.rstrip("/").removesuffix("/v1"), self._loop, key, self.limits)
-            self.servers.append(Server(wire, wanted))
+            wire = HttpClient(base.rstrip("/").removesuffix("/v1"), self._loop, key, self.limits)
+            self.servers.append(ModelServer(wire, wanted))
         self._closing = weakref.finalize(self.servers[0], _close, self._loop, [one.wire for one in self.servers])
         first = self._loop.wait(self._meet())
         self.name = spec.name or first.model.rpartition("/")[2].removesuffix(".gguf")
@@ -72,7 +81,7 @@ class RemoteEngine(PartialEngine):
         self.context_length = spec.context or first.context()
         probe, start = (self.encoder.encode(text).ids for text in (PROBE.encode(), b"A"))
         known = self.vocabulary.tokens, self.vocabulary.ends
-        self._reader = Reader(probe, start, self.whole_character(), *known, str(folder))
+        self._reader = TokenizerProbe(probe, start, self.whole_character(), *known, str(folder))
         # More than there are is more than some servers survive.
         self._wanted = min(spec.candidates + self.spare, self.vocabulary.size)
         self._loop.wait(first.try_out(self._reader, self._wanted))
@@ -119,16 +128,16 @@ class RemoteEngine(PartialEngine):
         # The caller's array is a view of a buffer that may go on changing when the question is no longer waited for.
         return self._loop.start(self._found(session, replace(request, ids=request.ids.copy())))
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Send questions at once, those of one session in turn."""
         if not all(isinstance(session, RemoteSession) for session, _ in requests):
-            return super().answer(requests)  # something stands in front of the sessions
+            return super().respond(requests)  # something stands in front of the sessions
         futures = [self.begin(session, request) for session, request in requests]
         errors = [one.exception() for one in futures]  # all are waited for, also those beside one that failed
         for error in errors:
             if error is not None:
                 raise error
-        return [completed(request, one.result()) for (_, request), one in zip(requests, futures, strict=True)]
+        return [complete(request, one.result()) for (_, request), one in zip(requests, futures, strict=True)]
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether the servers draw by themselves what the options mean, and tell what they drew."""
@@ -138,19 +147,19 @@ class RemoteEngine(PartialEngine):
         """Whether a server answers, with the model that it had."""
         return self._loop.wait(self._any_alive())
 
-    async def likeliest(self, session: RemoteSession, ids: Ids, count: int) -> Told:
+    async def likeliest(self, session: RemoteSession, ids: Ids, count: int) -> CandidatesResponse:
         """Ask for at least the `count` likeliest tokens after `ids`."""
         return await self._answered(session, lambda server: server.likeliest(session, ids, count))
 
-    async def drawn(self, session: RemoteSession, run: Run) -> Written:
+    async def drawn(self, session: RemoteSession, run: GenerateRequest) -> GenerateResponse:
         """Let a server draw up to `length` tokens."""
         length = min(run.length, self.context_length + 1 - len(run.ids))
         ends = sorted(self.vocabulary.ends)
         return await self._answered(session, lambda server: server.write(session, replace(run, length=length), ends))
 
-    async def _answered(self, session: RemoteSession, ask: Callable[[Server], Awaitable[_T]]) -> _T:
+    async def _answered(self, session: RemoteSession, ask: Callable[[ModelServer], Awaitable[_T]]) -> _T:
         """Ask the session's own server, and another one where that fails."""
-        tried: list[Server] = []
+        tried: list[ModelServer] = []
         while True:
             server = session.home
             if server is None or not server.ready:
@@ -169,7 +178,7 @@ class RemoteEngine(PartialEngine):
                 if all(one in tried or not (one.ready or one.due) for one in self.servers):
                     raise
 
-    async def _another(self, tried: Sequence[Server]) -> Server:
+    async def _another(self, tried: Sequence[ModelServer]) -> ModelServer:
         """Return the server with the fewest sequences among those that answer."""
         if len(self.servers) == 1:
             return self.servers[0]
@@ -182,7 +191,7 @@ class RemoteEngine(PartialEngine):
             raise EngineError(f"none of the {len(self.servers)} servers of {self.name} answers")
         return min(ready, key=lambda one: len(one.homes))
 
-    async def _meet(self) -> Server:
+    async def _meet(self) -> ModelServer:
         """Return the first server that answers. Raises EngineError of the last one when none does."""
         for at, one in enumerate(self.servers):
             try:
@@ -204,7 +213,7 @@ class RemoteEngine(PartialEngine):
                 one.failed()
                 _log.warning("%s: a server is left out: %s", self.name, error.message)
 
-    async def _join(self, server: Server) -> bool:
+    async def _join(self, server: ModelServer) -> bool:
         """Take a server in that does not take part, or no longer. Returns whether it has the model."""
         try:
             if (await server.wire.ask("GET", "/v1/models", seconds=2.0)).status != 200:
@@ -216,7 +225,7 @@ class RemoteEngine(PartialEngine):
         _log.warning("%s: %s takes part", self.name, server.wire.base)
         return True
 
-    async def _tried_out(self, server: Server) -> None:
+    async def _tried_out(self, server: ModelServer) -> None:
         """Find out whether a server is a replica. Raises UnsupportedError, or what trying it out raises."""
         await server.meet()
         await server.try_out(self._reader, self._wanted)
@@ -241,9 +250,11 @@ class RemoteEngine(PartialEngine):
     async def _found(self, session: Session, request: Request) -> Any:
         assert isinstance(session, RemoteSession)
         async with session.turn:
-            if isinstance(request, Run):
+            if isinstance(request, GenerateRequest):
                 return await session.drawn(request)
-            return await session.asked(request.ids, request.last if isinstance(request, Ask) else 1, request.cut)
+            return await session.asked(
+                request.ids, request.last if isinstance(request, LogitsRequest) else 1, request.cut
+            )
 
 
 class RemoteSession(PartialSession):
@@ -256,9 +267,9 @@ class RemoteSession(PartialSession):
         super().__init__(engine)
         self._engine = engine
         self.turn = asyncio.Lock()
-        self.home: Server | None = None
+        self.home: ModelServer | None = None
 
-    def move(self, server: Server | None) -> None:
+    def move(self, server: ModelServer | None) -> None:
         """Stay with another server."""
         if self.home is not None:
             self.home.leave(self)
@@ -268,23 +279,23 @@ class RemoteSession(PartialSession):
 
     def forget(self) -> None:
         """Start anew."""
-        super().forget()
+        super().reset()
         self.move(None)
 
-    def write(self, run: Run) -> Written:
+    def write(self, run: GenerateRequest) -> GenerateResponse:
         """Let a server write."""
         return self._engine.wait(self.drawn(run))
 
-    async def drawn(self, run: Run) -> Written:
+    async def drawn(self, run: GenerateRequest) -> GenerateResponse:
         """Do what `write` does, without keeping anyone waiting."""
         start = time.perf_counter()
         written = await self._engine.drawn(self, run)
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
-    async def asked(self, ids: Ids, last: int, cut: Cut | None) -> Rows:
+    async def asked(self, ids: Ids, last: int, cut: TopKFilter | None) -> LogitsRows:
         """Do what `rows` does, without keeping anyone waiting."""
-        keep = self.prepare(ids, last)
+        keep = self.rollback(ids, last)
         if keep is None:
             return self.latest
         start = time.perf_counter()
@@ -296,21 +307,21 @@ class RemoteSession(PartialSession):
                 cached = cached if told.cached is None else min(told.cached, len(ids) - 1)
                 question = wanted.send(told.likeliest)
         except StopIteration as done:
-            out: Rows = done.value
+            out: LogitsRows = done.value
         except BaseException:
             self.forget()
             raise
         seconds = time.perf_counter() - start
         whole = None if isinstance(out, list) else out
         self.settle(ids, whole, Forward(len(ids) - keep, keep, seconds))
-        self.work.log[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server tells
+        self.stats.forwards[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server tells
         return out
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
         return self._engine.wait(self._engine.likeliest(self, ids, count)).likeliest
 
 
-def _close(loop: Background, wires: Sequence[Wire]) -> None:
+def _close(loop: EventLoopThread, wires: Sequence[HttpClient]) -> None:
     async def closing() -> None:
         for one in wires:
             await one.close()

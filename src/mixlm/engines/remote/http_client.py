@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from mixlm.engines.remote.http_transport import Connections
+from mixlm.engines.remote.http_transport import HttpTransport
 from mixlm.errors import EngineError
 
 _BUSY = (429, 503)
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClientLimits:
     """Seconds to wait for a connection, for an answer, and in all while a server says that it is busy; connections."""
 
     connect: float = 5.0
@@ -37,14 +37,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Secret:
+class ApiKey:
     """A server's key, if there is one; it is not shown."""
 
     value: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """What a server said. anew: whether a connection was made for it, so that another server may have said it."""
 
     status: int
@@ -52,7 +52,7 @@ class Answer:
     anew: bool
 
 
-class Background:
+class EventLoopThread:
     """An event loop in a thread of its own, which ends with `close` or with the program."""
 
     def __init__(self) -> None:
@@ -85,24 +85,26 @@ class Background:
         self._loop.close()
 
 
-class Wire:
+class HttpClient:
     """The connections to one server. Raises EngineError, which names the server, when there is no answer.
 
     loop: where the requests are sent from; several wires may share one. closing: what else is to be closed with it.
     """
 
-    def __init__(self, base: str, loop: Background, key: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, base: str, loop: EventLoopThread, key: str | None = None, limits: ClientLimits | None = None
+    ) -> None:
         self.base = base
         self.loop = loop
-        self.limits = limits or Limits()
-        self.key = Secret(key)
+        self.limits = limits or ClientLimits()
+        self.key = ApiKey(key)
         self.closing: list[Callable[[], None]] = []
         # Answers are short, and unpacking them would cost more than they weigh.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # Waiting for a free connection has no limit of its own: requests queue there.
         timeout = httpx.Timeout(self.limits.answer, connect=self.limits.connect, pool=None)
         tls = httpx.create_ssl_context() if base.startswith("https:") else None
-        self._own = None if _proxied(base) else Connections(self.limits.connections, tls)
+        self._own = None if _proxied(base) else HttpTransport(self.limits.connections, tls)
         pool = httpx.Limits(max_connections=self.limits.connections)
         self._client = httpx.AsyncClient(
             base_url=base, headers=headers, timeout=timeout, transport=self._own, limits=pool
@@ -114,17 +116,17 @@ class Wire:
             one()
         await self._client.aclose()
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str) -> HttpResponse:
         """Ask for a path, and wait for the answer."""
         return self.loop.wait(self.ask("GET", path))
 
-    def post(self, path: str, body: dict[str, Any]) -> Answer:
+    def post(self, path: str, body: dict[str, Any]) -> HttpResponse:
         """Send a body and return the answer, whatever its status, except where the server is busy."""
         return self.loop.wait(self.ask("POST", path, body))
 
     async def ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = None
-    ) -> Answer:
+    ) -> HttpResponse:
         """Send a request and return the answer. seconds: a shorter limit than usual, with no second try."""
         patience = time.monotonic() + (0.0 if seconds else self.limits.busy)
         tries = 0
@@ -149,7 +151,7 @@ class Wire:
                 continue
             if answer.status_code not in _BUSY:
                 anew = bool(answer.extensions.get("anew", True))
-                return Answer(answer.status_code, _parsed(answer, self.base), anew)
+                return HttpResponse(answer.status_code, _parsed(answer, self.base), anew)
             wait = _wait(answer, tries)
             if time.monotonic() + wait > patience:
                 raise EngineError(

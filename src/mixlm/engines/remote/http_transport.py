@@ -17,7 +17,7 @@ import httpx
 _READ = 1 << 16
 
 
-class Connections(httpx.AsyncBaseTransport):
+class HttpTransport(httpx.AsyncBaseTransport):
     """Connections to one server, `most` at once; further requests wait for one, first come first served.
 
     The extension "anew" of a response tells whether a connection was made for it; that of a request, that none which

@@ -21,12 +21,12 @@ import numpy as np
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Run, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse
 from mixlm.engines.remote.protocols import cached_tokens
 from mixlm.errors import EngineError
-from mixlm.types import Candidates, Cut, Ids, Sampling
+from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 
-PATH = "/completion"  # `/v1/completions` does not tell the ids of what it wrote
+COMPLETION_PATH = "/completion"  # `/v1/completions` does not tell the ids of what it wrote
 _BANNED = 32  # ids that a request bans
 _MOST = 256  # of the likeliest tokens, for each token of a run
 _FIELDS = ["tokens", "completion_probabilities", "timings"]
@@ -37,7 +37,7 @@ Likeliest = Callable[[Ids, int], Awaitable[Candidates]]
 
 
 @dataclass(frozen=True)
-class LlamaRuns:
+class LlamaCppRuns:
     """What a server of llama.cpp does beside telling its likeliest tokens. missing: what it lacks to draw by itself.
 
     tokens: the bytes of each of the model's ids. ends: ids that end a text. spare: how many more of the likeliest
@@ -66,7 +66,7 @@ class LlamaRuns:
             and (banned.size <= _BANNED or sampling.top_p == 1)
         )
 
-    async def write(self, run: Run, ask: Ask, likeliest: Likeliest) -> Written:
+    async def write(self, run: GenerateRequest, ask: Ask, likeliest: Likeliest) -> GenerateResponse:
         """Let the server draw a run. Raises EngineError, also what `ask` and `likeliest` raise.
 
         ask: sends a body to `PATH` and returns the answer. likeliest: returns at least so many of the likeliest tokens
@@ -86,9 +86,9 @@ class LlamaRuns:
             logprobs.append(told.logprob)
         if not kept:
             law = _law(run, await likeliest(run.ids, wanted))
-            at = Noise(run.seed).draw(law.ids, law.logprobs)
+            at = Noise(run.seed).sample(law.ids, law.logprobs)
             kept, logprobs = [int(law.ids[at])], [float(law.logprobs[at])]
-        return Written(kept, logprobs, cached_tokens(answer))
+        return GenerateResponse(kept, logprobs, cached_tokens(answer))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _split(banned: bytes, ends: frozenset[int]) -> tuple[list[int], frozenset[in
     return sorted(ids, key=lambda one: (one not in ends, one))[:_BANNED], frozenset(ids)
 
 
-def _body(run: Run, banned: Sequence[int], told: int) -> dict[str, Any]:
+def _body(run: GenerateRequest, banned: Sequence[int], told: int) -> dict[str, Any]:
     """Return the request for a run that tells so many of the tokens that each was drawn from."""
     options = run.sampling
     return {
@@ -164,7 +164,7 @@ def _behind(ids: Ids, more: Sequence[int]) -> Ids:
     return np.concatenate([ids, np.array(more, dtype=np.int64)])
 
 
-def _looked_up(run: Run, found: Candidates, token: int) -> _Told:
+def _looked_up(run: GenerateRequest, found: Candidates, token: int) -> _Told:
     """Return what would have been told of a token, by the likeliest ones at its place."""
     law = _law(run, found)
     at = np.flatnonzero(law.ids == token)
@@ -173,16 +173,16 @@ def _looked_up(run: Run, found: Candidates, token: int) -> _Told:
     return _Told(logprob, frozenset(found.ids[np.argsort(-found.logprobs)[: run.sampling.top_k]].tolist()))
 
 
-def _law(run: Run, found: Candidates) -> Candidates:
+def _law(run: GenerateRequest, found: Candidates) -> Candidates:
     """Return what a run draws from, by what was told of the likeliest tokens."""
-    return Transform(run.sampling, run.banned)(Cut(run.sampling.top_k, run.banned).of(found))
+    return Transform(run.sampling, run.banned)(TopKFilter(run.sampling.top_k, run.banned).apply(found))
 
 
-async def lacking(ask: Ask, prompt: Ids) -> str:
+async def find_missing(ask: Ask, prompt: Ids) -> str:
     """Return what a server lacks to draw by itself, "" for nothing: tried behind a few ids."""
 
     async def draw(seed: int, sampling: Sampling, banned: Sequence[int] = ()) -> list[dict[str, Any]]:
-        run = Run(0, prompt, _PROBED, sampling, np.zeros(0, dtype=np.int64), seed)
+        run = GenerateRequest(0, prompt, _PROBED, sampling, np.zeros(0, dtype=np.int64), seed)
         answer = await ask({**_body(run, banned, 2), "ignore_eos": True, "cache_prompt": False})
         entries: list[dict[str, Any]] = answer["completion_probabilities"]
         if len(answer["tokens"]) != _PROBED or not entries:
@@ -203,5 +203,5 @@ async def lacking(ask: Ask, prompt: Ids) -> str:
     except EngineError as error:
         return f"it does not take what is needed ({error.message})"
     except (TypeError, LookupError, AttributeError):
-        return f"{PATH} gives no token ids, or no probabilities of what it draws"
+        return f"{COMPLETION_PATH} gives no token ids, or no probabilities of what it draws"
     return ""

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixlm.engines.vllm.sampling_params import told_parameters
+from mixlm.engines.vllm.sampling_params import logprobs_parameters
 from mixlm.types import Candidates
 
 _ID = "token_id:"
 _LOWEST = -1e38
 
 
-class Dialect(Protocol):
+class ServerProtocol(Protocol):
     """How one kind of server is asked. path: where to."""
 
     name: str
@@ -37,7 +37,7 @@ class Dialect(Protocol):
         ...
 
 
-class LlamaCpp:
+class LlamaCppProtocol:
     """llama.cpp's server. whole_character: the id of a token that is one."""
 
     name = "llama.cpp"
@@ -69,7 +69,7 @@ class LlamaCpp:
         return _candidates((one["id"], one["logprob"]) for one in token["top_logprobs"])
 
 
-class OpenAI:
+class OpenAIProtocol:
     """`/v1/completions` as vLLM answers it: ids in, ids out."""
 
     name = "OpenAI completions"
@@ -78,7 +78,7 @@ class OpenAI:
     def bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
         # A model's defaults would otherwise cut and bend what a server tells of the laws that it draws from.
-        body = {"prompt": ids, **told_parameters(count)}
+        body = {"prompt": ids, **logprobs_parameters(count)}
         return ({**body, "return_tokens_as_token_ids": True},)
 
     def read(self, answer: Any) -> Candidates | None:
@@ -92,7 +92,7 @@ class OpenAI:
         return _candidates((int(one.removeprefix(_ID)), value) for one, value in likeliest.items())
 
 
-class SGLang:
+class SGLangProtocol:
     """SGLang's own `/generate`: its `/v1/completions` spells the likeliest tokens as text.
 
     adapter: name of the LoRA adapter to ask, "" for the model itself. Fields are those of version 0.5.23 of October

@@ -18,14 +18,22 @@ from weakref import WeakSet
 import numpy as np
 
 from mixlm.core.sampling import softmax
-from mixlm.engines.base import Run, Session, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse, Session
 from mixlm.engines.llamacpp.slots import Slots
-from mixlm.engines.remote.capabilities import Served, try_out, written_by
-from mixlm.engines.remote.http_client import Wire
-from mixlm.engines.remote.llamacpp_runs import PATH, LlamaRuns, lacking
-from mixlm.engines.remote.protocols import Dialect, LlamaCpp, OpenAI, SGLang, cached_tokens, is_sglang, sglang_context
-from mixlm.engines.remote.session_client import Line, Texts, likeliest_in, written_in
-from mixlm.engines.vllm.sampling_params import told_parameters
+from mixlm.engines.remote.capabilities import ServerCapabilities, parse_generation, probe_capabilities
+from mixlm.engines.remote.http_client import HttpClient
+from mixlm.engines.remote.llamacpp_runs import COMPLETION_PATH, LlamaCppRuns, find_missing
+from mixlm.engines.remote.protocols import (
+    LlamaCppProtocol,
+    OpenAIProtocol,
+    ServerProtocol,
+    SGLangProtocol,
+    cached_tokens,
+    is_sglang,
+    sglang_context,
+)
+from mixlm.engines.remote.session_client import SessionConnector, SessionPool, parse_candidates, parse_generate_response
+from mixlm.engines.vllm.sampling_params import logprobs_parameters
 from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
 from mixlm.types import Candidates, Ids
 
@@ -36,7 +44,7 @@ PROBE = "The sky is blue, and 12 + 30 = 42."
 
 
 @dataclass(frozen=True)
-class Told:
+class CandidatesResponse:
     """What a server answers. cached: tokens of the prompt that it had read before; None where it does not say."""
 
     likeliest: Candidates
@@ -44,7 +52,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Reader:
+class TokenizerProbe:
     """What has to be known of a model's tokenizer to try out a server.
 
     probe: ids of `PROBE`. start: ids to ask something with. character: a token that is whole characters. tokens: the
@@ -59,14 +67,14 @@ class Reader:
     folder: str
 
 
-class Server:
+class ModelServer:
     """A server and one model that it has. wanted: the model's name, empty for its only one.
 
     told: how many of the likeliest tokens it tells at most. homes: sessions that stay with it. served: how it draws by
     itself. line: where it has mixlm's route, on which a text is continued.
     """
 
-    def __init__(self, wire: Wire, wanted: str) -> None:
+    def __init__(self, wire: HttpClient, wanted: str) -> None:
         self.wire = wire
         self.model = wanted
         self.card: dict[str, Any] = {}
@@ -74,12 +82,12 @@ class Server:
         self.told = 0
         self.limited = True
         self.reports_cached = False
-        self.served: Served | LlamaRuns = Served()
-        self.texts: Texts | None = None
+        self.served: ServerCapabilities | LlamaCppRuns = ServerCapabilities()
+        self.texts: SessionPool | None = None
         self.homes: WeakSet[Session] = WeakSet()
         self.ready = False
-        self._dialect: Dialect | None = None
-        self._reader: Reader | None = None
+        self._dialect: ServerProtocol | None = None
+        self._reader: TokenizerProbe | None = None
         self._slots: Slots | None = None
         self._room: asyncio.Semaphore | None = None
         self._fingerprint: dict[int, float] = {}
@@ -110,7 +118,7 @@ class Server:
             if self.props:
                 break
 
-    async def try_out(self, reader: Reader, wanted: int) -> None:
+    async def try_out(self, reader: TokenizerProbe, wanted: int) -> None:
         """Find out how it is asked and whether it reads as the tokenizer does. wanted: tokens it should tell.
 
         Raises EngineError, TokenizerError or UnsupportedError, which names what it lacks.
@@ -121,17 +129,17 @@ class Server:
         self._fingerprint = await self._likeliest_of_probe()
         # Asked the same once more, it should have the beginning in its cache.
         self.reports_cached = bool((await self._ask(reader.probe, 5))[0].cached)
-        if isinstance(self._dialect, LlamaCpp):
-            lacks = await lacking(self._llama_run, np.array(reader.probe))
-            self.served = LlamaRuns(lacks, reader.tokens, reader.ends)
-        elif isinstance(self._dialect, SGLang):
-            self.served = Served(SGLang.missing)
+        if isinstance(self._dialect, LlamaCppProtocol):
+            lacks = await find_missing(self._llama_run, np.array(reader.probe))
+            self.served = LlamaCppRuns(lacks, reader.tokens, reader.ends)
+        elif isinstance(self._dialect, SGLangProtocol):
+            self.served = ServerCapabilities(SGLangProtocol.missing)
         else:
-            self.served = await try_out(self._complete, reader.probe)
-            line = await Line.found(self.wire.base, self.wire.key, self.wire.limits)
+            self.served = await probe_capabilities(self._complete, reader.probe)
+            line = await SessionConnector.found(self.wire.base, self.wire.key, self.wire.limits)
             if line is not None:
                 self.wire.closing.append(line.close)
-                self.texts = Texts(line, self._check)
+                self.texts = SessionPool(line, self._check)
         self.ready, self._wait = True, 0.0
 
     def context(self) -> int:
@@ -169,29 +177,29 @@ class Server:
         self._wait = min(max(2 * self._wait, _FIRST_WAIT), _LONGEST_WAIT)
         self._again = time.monotonic() + self._wait
 
-    async def likeliest(self, session: Session, ids: Ids, count: int) -> Told:
+    async def likeliest(self, session: Session, ids: Ids, count: int) -> CandidatesResponse:
         """Ask for at least the `count` likeliest tokens after `ids`. Raises EngineError."""
         if self.texts is not None:
-            answer = await self.texts.write(session, ids, told_parameters(count))
-            return Told(self._known(likeliest_in(answer, self.wire.base)), answer.get("cached"))
+            answer = await self.texts.write(session, ids, logprobs_parameters(count))
+            return CandidatesResponse(self._known(parse_candidates(answer, self.wire.base)), answer.get("cached"))
         async with self._slot(session, ids) as slot:
             told, anew = await self._ask(ids.tolist(), count, slot)
         await self._check(anew)
         return told
 
-    async def write(self, session: Session, run: Run, ends: Sequence[int]) -> Written:
+    async def write(self, session: Session, run: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
         """Let it draw a run by itself. Raises EngineError."""
-        if isinstance(self.served, LlamaRuns):
+        if isinstance(self.served, LlamaCppRuns):
             return await self._llama_write(session, run)
         if self.texts is not None:
             parameters, banned = self.served.parameters(run, run.length, ends), self.served.banned(run)
-            return written_in(await self.texts.write(session, run.ids, parameters, banned), self.wire.base)
+            return parse_generate_response(await self.texts.write(session, run.ids, parameters, banned), self.wire.base)
         answer, anew = await self._complete(self.served.body(run, run.length, ends))
         await self._check(anew)
-        return written_by(answer, self.wire.base)
+        return parse_generation(answer, self.wire.base)
 
-    async def _llama_write(self, session: Session, run: Run) -> Written:
-        assert isinstance(self.served, LlamaRuns)
+    async def _llama_write(self, session: Session, run: GenerateRequest) -> GenerateResponse:
+        assert isinstance(self.served, LlamaCppRuns)
 
         async def ask(body: dict[str, Any]) -> Any:
             async with self._slot(session, run.ids) as slot:
@@ -203,7 +211,7 @@ class Server:
         return await self.served.write(run, ask, likeliest)
 
     async def _llama_run(self, body: dict[str, Any]) -> Any:
-        value, anew = await self._complete(body, PATH)
+        value, anew = await self._complete(body, COMPLETION_PATH)
         await self._check(anew)
         return value
 
@@ -247,7 +255,7 @@ class Server:
             return False
         return self._same_card(card) and self._same_answer(await self._likeliest_of_probe())
 
-    def has_what(self, other: Server) -> bool:
+    def has_what(self, other: ModelServer) -> bool:
         """Whether two servers have one model, as far as can be asked."""
         return self._same_answer(other._fingerprint)
 
@@ -275,7 +283,7 @@ class Server:
             finally:
                 self._slots.free(found[0])
 
-    async def _ask(self, ids: list[int], count: int, slot: int | None = None) -> tuple[Told, bool]:
+    async def _ask(self, ids: list[int], count: int, slot: int | None = None) -> tuple[CandidatesResponse, bool]:
         assert self._dialect is not None
         anew = False
         place = {} if slot is None else {"id_slot": slot}
@@ -287,7 +295,7 @@ class Server:
             except (TypeError, LookupError, ValueError, AttributeError):
                 raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
             if found is not None:
-                return Told(self._known(found), cached_tokens(value)), anew
+                return CandidatesResponse(self._known(found), cached_tokens(value)), anew
         raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
 
     async def _complete(self, body: dict[str, Any], path: str = "/v1/completions") -> tuple[Any, bool]:
@@ -328,7 +336,7 @@ class Server:
             )
         return dict(cards[wanted])
 
-    async def _compare_tokenizers(self, reader: Reader) -> None:
+    async def _compare_tokenizers(self, reader: TokenizerProbe) -> None:
         for body in ({"model": self.model, "prompt": PROBE, "add_special_tokens": False}, {"content": PROBE}):
             answer = await self.wire.ask("POST", "/tokenize", body)
             theirs = answer.value.get("tokens") if answer.status == 200 and isinstance(answer.value, dict) else None
@@ -340,11 +348,11 @@ class Server:
                     )
                 return
 
-    async def _choose_dialect(self, reader: Reader, wanted: int) -> None:
+    async def _choose_dialect(self, reader: TokenizerProbe, wanted: int) -> None:
         """Try which dialect the server speaks, and how many tokens it tells."""
-        dialects: tuple[Dialect, ...] = (LlamaCpp(reader.character), OpenAI())
+        dialects: tuple[ServerProtocol, ...] = (LlamaCppProtocol(reader.character), OpenAIProtocol())
         if is_sglang(self.card):
-            dialects = (SGLang(self.model if self.card.get("parent") else ""),)
+            dialects = (SGLangProtocol(self.model if self.card.get("parent") else ""),)
         said = ""
         for dialect in dialects:
             for count in dict.fromkeys((wanted, 20, 5)):
@@ -369,7 +377,7 @@ class Server:
     def _reserve_slots(self) -> None:
         """Take llama.cpp's places for sequences; the last of several is for what is asked beside them."""
         total = int(self.props.get("total_slots") or 0)
-        if isinstance(self._dialect, LlamaCpp) and total:
+        if isinstance(self._dialect, LlamaCppProtocol) and total:
             self._slots = Slots(max(total - 1, 1))
             self._room = asyncio.Semaphore(max(total - 1, 1))
 

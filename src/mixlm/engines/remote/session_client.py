@@ -15,26 +15,26 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from mixlm.engines.base import Written, common_prefix
-from mixlm.engines.remote.http_client import Limits, Secret
+from mixlm.engines.base import GenerateResponse, common_prefix
+from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids
 from mixlm.units.base import TokenBuffer
 
-PATH = "/v1/mixlm/session"
+SESSION_PATH = "/v1/mixlm/session"
 
 
 @dataclass(frozen=True)
-class Line:
+class SessionConnector:
     """What it takes to connect: the server's URL, its key, seconds to wait for a connection and for an answer."""
 
     base: str
-    key: Secret
-    limits: Limits
-    texts: WeakSet[Text] = field(default_factory=WeakSet, compare=False)
+    key: ApiKey
+    limits: ClientLimits
+    texts: WeakSet[SessionConnection] = field(default_factory=WeakSet, compare=False)
 
     @classmethod
-    async def found(cls, base: str, key: Secret, limits: Limits) -> Line | None:
+    async def found(cls, base: str, key: ApiKey, limits: ClientLimits) -> SessionConnector | None:
         """Return how to connect where the server has the route, and this machine what it takes to use it."""
         if find_spec("websockets") is None:
             return None
@@ -45,7 +45,7 @@ class Line:
             return None
         return line
 
-    async def open(self) -> Text:
+    async def open(self) -> SessionConnection:
         """Connect. Raises EngineError when the server has no such route, or does not answer."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import WebSocketException
@@ -53,7 +53,7 @@ class Line:
         headers = {"Authorization": f"Bearer {self.key.value}"} if self.key.value else {}
         try:
             opened = await connect(
-                self.base.replace("http", "ws", 1) + PATH,
+                self.base.replace("http", "ws", 1) + SESSION_PATH,
                 additional_headers=headers,
                 open_timeout=self.limits.connect,
                 compression=None,
@@ -63,7 +63,7 @@ class Line:
             )
         except (OSError, WebSocketException) as error:
             raise EngineError(f"{self.base} does not open a session: {error or type(error).__name__}") from error
-        text = Text(self, opened)
+        text = SessionConnection(self, opened)
         self.texts.add(text)
         return text
 
@@ -73,10 +73,10 @@ class Line:
             one.abort()
 
 
-class Text:
+class SessionConnection:
     """One text on a server. To be used in the event loop that it was opened in, except for `close`."""
 
-    def __init__(self, line: Line, opened: Any) -> None:
+    def __init__(self, line: SessionConnector, opened: Any) -> None:
         self._line = line
         self._socket = opened
         self._held = TokenBuffer(np.zeros(0, dtype=np.int64))
@@ -119,13 +119,13 @@ class Text:
         return answer
 
 
-class Texts:
+class SessionPool:
     """The texts that go on on one server's route. check: raises EngineError where it is not the server it was."""
 
-    def __init__(self, line: Line, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, line: SessionConnector, check: Callable[[], Awaitable[None]]) -> None:
         self._line = line
         self._check = check
-        self._open: WeakKeyDictionary[Any, Text] = WeakKeyDictionary()
+        self._open: WeakKeyDictionary[Any, SessionConnection] = WeakKeyDictionary()
 
     async def write(self, owner: object, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
         """Write on in the owner's text; in a new one where the connection is gone, which it may be after a rest."""
@@ -151,7 +151,7 @@ class Texts:
             text.close()
 
 
-def written_in(answer: dict[str, Any], base: str) -> Written:
+def parse_generate_response(answer: dict[str, Any], base: str) -> GenerateResponse:
     """Read what was written. Raises EngineError for what is no answer."""
     try:
         ids = [int(one) for one in answer["ids"]]
@@ -160,10 +160,10 @@ def written_in(answer: dict[str, Any], base: str) -> Written:
         ids, logprobs = [], []
     if not ids or not all(map(math.isfinite, logprobs)):
         raise EngineError(f"{base} gives no answer: {str(answer)[:200]}")
-    return Written(ids, logprobs, answer.get("cached"))
+    return GenerateResponse(ids, logprobs, answer.get("cached"))
 
 
-def likeliest_in(answer: dict[str, Any], base: str) -> Candidates:
+def parse_candidates(answer: dict[str, Any], base: str) -> Candidates:
     """Read the likeliest tokens of the only position. Raises EngineError for what is no answer."""
     try:
         [told] = answer["told"]

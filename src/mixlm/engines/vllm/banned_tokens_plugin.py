@@ -2,7 +2,7 @@
 
 Requests name them by `extra_args` (`vllm_xargs` in HTTP), as ranges: "0-16,151643,151665-151935". A member may have
 thousands, which would be slow to send and to apply one by one. A server has it when it was started with
-`--logits-processors mixlm.engines.vllm.banned_tokens_plugin:Banned`.
+`--logits-processors mixlm.engines.vllm.banned_tokens_plugin:BannedTokensProcessor`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from mixlm.engines.vllm.id_ranges import ARGUMENT, as_ids
+from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, parse_ranges
 
 
-class Banned(LogitsProcessor):  # type: ignore[misc]
+class BannedTokensProcessor(LogitsProcessor):  # type: ignore[misc]
     """Masks what requests name, before penalties, temperature and truncation: the first step of `A_i`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -33,7 +33,7 @@ class Banned(LogitsProcessor):  # type: ignore[misc]
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise ValueError for what is no list of ranges."""
         if given := _given(sampling_params):
-            as_ids(given)
+            parse_ranges(given)
 
     def is_argmax_invariant(self) -> bool:
         """The likeliest token may be one of these."""
@@ -57,9 +57,9 @@ class Banned(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def _tensor(self, given: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(as_ids(given))).to(self._device)
+        return torch.from_numpy(np.asarray(parse_ranges(given))).to(self._device)
 
 
 def _given(params: SamplingParams) -> str | None:
     arguments: dict[str, Any] = params.extra_args or {}
-    return arguments.get(ARGUMENT)
+    return arguments.get(BANNED_ARGUMENT)

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Reply, Request, Run, Session, Written
+from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
 from mixlm.engines.batching import in_threads
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import Read, as_ids, first_line, load_tokenizer
 from mixlm.engines.topk_only import PartialEngine, PartialSession
-from mixlm.engines.vllm.engine_thread import Loop
-from mixlm.engines.vllm.id_ranges import ARGUMENT, as_ranges
-from mixlm.engines.vllm.sampling_params import draws_alike, run_parameters
+from mixlm.engines.vllm.engine_thread import EngineThread
+from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
+from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
 from mixlm.errors import ConfigError, EngineError, ModelLoadError
 from mixlm.types import Candidates, Ids, Sampling
 
@@ -49,7 +49,7 @@ class VllmEngine(PartialEngine):
         self._tokenizer = load_tokenizer(source, spec.name)
         self._read = Read.of(self._tokenizer, spec.name, source)
         try:
-            self.loop = Loop(_options(spec, source))
+            self.loop = EngineThread(_options(spec, source))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise ModelLoadError(
                 f"vLLM cannot load {spec.name}: {first_line(error)}",
@@ -99,11 +99,11 @@ class VllmEngine(PartialEngine):
 
     def writes(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether the options mean the same in vLLM."""
-        return draws_alike(sampling)
+        return samples_identically(sampling)
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together, in one batch of vLLM's."""
-        return in_threads(self._threads, super().answer, requests)
+        return in_threads(self._threads, super().respond, requests)
 
     def alive(self) -> bool:
         """Whether vLLM takes requests."""
@@ -117,31 +117,31 @@ class VllmSession(PartialSession):
         super().__init__(engine)
         self._engine = engine
 
-    def write(self, run: Run) -> Written:
+    def write(self, run: GenerateRequest) -> GenerateResponse:
         """Let vLLM draw up to `length` tokens."""
         engine = self._engine
         ends = sorted(engine.vocabulary.ends)
         length = min(run.length, engine.context_length + 1 - len(run.ids))
-        params = run_parameters(run.sampling, run.seed, length) | {"stop_token_ids": ends, "logprobs": 0}
+        params = sampling_parameters(run.sampling, run.seed, length) | {"stop_token_ids": ends, "logprobs": 0}
         if run.banned.size:
-            params["extra_args"] = {ARGUMENT: _ranges(run.banned.tobytes())}
+            params["extra_args"] = {BANNED_ARGUMENT: _ranges(run.banned.tobytes())}
         start = time.perf_counter()
         found = engine.loop.submit(run.ids, params).result()
         if not found.ids:
             raise EngineError(f"vLLM wrote nothing for {engine.name}")
-        written = Written(found.ids, [told[i] for i, told in zip(found.ids, found.logprobs, strict=True)])
+        written = GenerateResponse(found.ids, [told[i] for i, told in zip(found.ids, found.logprobs, strict=True)])
         self.wrote(run.ids, written, time.perf_counter() - start)
         return written
 
     def _likeliest(self, ids: Ids, count: int) -> Candidates:
-        params = run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1) | {"logprobs": count}
+        params = sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1) | {"logprobs": count}
         told = self._engine.loop.submit(ids, params).result().logprobs[0]
         return Candidates(np.fromiter(told, dtype=np.int64), np.fromiter(told.values(), dtype=np.float64))
 
 
 @lru_cache(maxsize=64)
 def _ranges(banned: bytes) -> str:
-    return as_ranges(np.frombuffer(banned, dtype=np.int64))
+    return format_ranges(np.frombuffer(banned, dtype=np.int64))
 
 
 def _options(spec: EngineSpec, source: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _options(spec: EngineSpec, source: str) -> dict[str, Any]:
         "enforce_eager": True,
         "max_logprobs": -1,
         "logprobs_mode": "processed_logprobs",
-        "logits_processors": ["mixlm.engines.vllm.banned_tokens_plugin:Banned"],
+        "logits_processors": ["mixlm.engines.vllm.banned_tokens_plugin:BannedTokensProcessor"],
     }
 
 

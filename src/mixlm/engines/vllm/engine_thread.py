@@ -36,7 +36,7 @@ _ended: list[Any] = []
 
 
 @dataclass(frozen=True)
-class Output:
+class VllmOutput:
     """What one request wrote: ids, for each its log-probability and the likeliest tokens where they were asked for."""
 
     ids: list[int]
@@ -44,7 +44,7 @@ class Output:
     cached: int
 
 
-class Loop:
+class EngineThread:
     """vLLM's engine in a thread of its own. Raises what vLLM raises when it cannot load a model.
 
     options: of `vllm.LLM`.
@@ -53,8 +53,8 @@ class Loop:
     def __init__(self, options: dict[str, Any]) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._inbox: queue.SimpleQueue[tuple[Ids, dict[str, Any], Future[Output]] | None] = queue.SimpleQueue()
-        self._waiting: dict[str, Future[Output]] = {}
+        self._inbox: queue.SimpleQueue[tuple[Ids, dict[str, Any], Future[VllmOutput]] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[VllmOutput]] = {}
         self._failed: str | None = None
         ready: Future[Any] = Future()
         self._thread = threading.Thread(target=self._run, args=(options, ready), name="mixlm-vllm", daemon=True)
@@ -66,9 +66,9 @@ class Loop:
         """Whether it takes requests."""
         return self._thread.is_alive() and self._failed is None
 
-    def submit(self, ids: Ids, params: dict[str, Any]) -> Future[Output]:
+    def submit(self, ids: Ids, params: dict[str, Any]) -> Future[VllmOutput]:
         """Ask for tokens behind `ids`. params: of `vllm.SamplingParams`."""
-        future: Future[Output] = Future()
+        future: Future[VllmOutput] = Future()
         self._inbox.put((ids, params, future))
         if not self.alive:
             self._give_up()
@@ -125,7 +125,7 @@ class Loop:
                     output = _output(one)
                     self._waiting.pop(one.request_id).set_result(output)
 
-    def _add(self, engine: Any, name: str, ids: Ids, params: dict[str, Any], future: Future[Output]) -> None:
+    def _add(self, engine: Any, name: str, ids: Ids, params: dict[str, Any], future: Future[VllmOutput]) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -138,7 +138,7 @@ class Loop:
             self._waiting[name] = future
 
 
-def _output(finished: Any) -> Output:
+def _output(finished: Any) -> VllmOutput:
     [written] = finished.outputs
     told = [{i: one.logprob for i, one in position.items()} for position in written.logprobs or ()]
-    return Output(list(written.token_ids), told, finished.num_cached_tokens or 0)
+    return VllmOutput(list(written.token_ids), told, finished.num_cached_tokens or 0)

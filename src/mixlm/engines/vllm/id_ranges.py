@@ -8,10 +8,10 @@ import numpy as np
 
 from mixlm.types import Ids
 
-ARGUMENT = "mixlm_banned"  # what requests call the ids that may not be drawn
+BANNED_ARGUMENT = "mixlm_banned"  # what requests call the ids that may not be drawn
 
 
-def as_ranges(ids: Ids) -> str:
+def format_ranges(ids: Ids) -> str:
     """Write ids, int64 (n,) in ascending order, as ranges."""
     if ids.size == 0:
         return ""
@@ -20,7 +20,7 @@ def as_ranges(ids: Ids) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def as_ids(ranges: str) -> Ids:
+def parse_ranges(ranges: str) -> Ids:
     """Read what `as_ranges` wrote. Raises ValueError for anything else."""
     out: list[int] = []
     for part in ranges.split(","):

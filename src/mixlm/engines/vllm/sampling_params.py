@@ -10,7 +10,7 @@ from mixlm.types import Sampling
 _COLDEST, _HOTTEST = 0.01, 2.0
 
 
-def draws_alike(sampling: Sampling) -> bool:
+def samples_identically(sampling: Sampling) -> bool:
     """Whether the options mean there what they mean here.
 
     There min-p is applied in front of top-k and top-p. With top-k alone it is the same; top-p would take its mass from
@@ -23,12 +23,12 @@ def draws_alike(sampling: Sampling) -> bool:
     )
 
 
-def told_parameters(count: int) -> dict[str, Any]:
+def logprobs_parameters(count: int) -> dict[str, Any]:
     """Return the parameters of a request for the `count` likeliest tokens of a model's own law."""
-    return {**run_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+    return {**sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
 
 
-def run_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:
+def sampling_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:
     """Return the parameters of a request. All that could change the law is given: models have defaults of their own."""
     return {
         "max_tokens": length,

@@ -24,8 +24,8 @@ from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient, StreamingInput
 from vllm.sampling_params import RequestOutputKind
 
-from mixlm.engines.remote.session_client import PATH
-from mixlm.engines.vllm.id_ranges import ARGUMENT
+from mixlm.engines.remote.session_client import SESSION_PATH
+from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT
 
 _RESTING = 10.0  # seconds after which a session that is not continued gives its memory back
 _PARAMETERS = frozenset(
@@ -46,7 +46,7 @@ _PARAMETERS = frozenset(
 )
 
 
-class Plugin:
+class SessionPlugin:
     """What vLLM's entry point `vllm.endpoint_plugins` asks for."""
 
     name = "mixlm"
@@ -54,43 +54,43 @@ class Plugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the route."""
-        app.add_api_websocket_route(PATH, _serve)
+        app.add_api_websocket_route(SESSION_PATH, _serve)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Note the engine."""
         if engine_client is not None:
             most = engine_client.vllm_config.scheduler_config.max_num_seqs
-            state.mixlm_rest = Rest(engine_client, max(most // 2, 1))
+            state.mixlm_rest = IdleSessions(engine_client, max(most // 2, 1))
 
 
-class Rest:
+class IdleSessions:
     """The sessions that wait to be continued. The one that has rested longest is ended when there are too many."""
 
     def __init__(self, engine: EngineClient, most: int) -> None:
         self.engine = engine
         self._most = most
-        self._sessions: OrderedDict[Text, asyncio.TimerHandle] = OrderedDict()
+        self._sessions: OrderedDict[StreamingSession, asyncio.TimerHandle] = OrderedDict()
 
-    def add(self, text: Text) -> None:
+    def add(self, text: StreamingSession) -> None:
         """Let a session rest."""
         self._sessions[text] = asyncio.get_running_loop().call_later(_RESTING, self._end, text)
         while len(self._sessions) > self._most:
             self._end(next(iter(self._sessions)))
 
-    def remove(self, text: Text) -> None:
+    def remove(self, text: StreamingSession) -> None:
         """A session is continued, or gone."""
         if (timer := self._sessions.pop(text, None)) is not None:
             timer.cancel()
 
-    def _end(self, text: Text) -> None:
+    def _end(self, text: StreamingSession) -> None:
         self.remove(text)
         text.end()
 
 
-class Text:
+class StreamingSession:
     """One connection's text, and the session of vLLM's that holds it, if there is one."""
 
-    def __init__(self, rest: Rest) -> None:
+    def __init__(self, rest: IdleSessions) -> None:
         self._rest = rest
         self._held: list[int] = []
         self._read = 0  # tokens that the session has keys and values of
@@ -108,7 +108,7 @@ class Text:
         params = SamplingParams(
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={ARGUMENT: message["banned"]} if message.get("banned") else None,
+            extra_args={BANNED_ARGUMENT: message["banned"]} if message.get("banned") else None,
             **parameters,
         )
         self._rest.remove(self)
@@ -182,7 +182,7 @@ async def _drain(outputs: AsyncGenerator[Any, None] | None) -> None:
 async def _serve(websocket: WebSocket) -> None:
     """Answer one connection's messages, one after the other."""
     await websocket.accept()
-    text = Text(websocket.app.state.mixlm_rest)
+    text = StreamingSession(websocket.app.state.mixlm_rest)
     try:
         while True:
             try:

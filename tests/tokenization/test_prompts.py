@@ -158,3 +158,25 @@ def test_a_real_prompt_has_the_ids_that_transformers_gives(demo_models, messages
     control = {one.content: i for i, one in tokenizer.get_added_tokens_decoder().items() if one.special}
     prompts = PromptEncoder(encoder(tokenizer), control, render)
     assert prompts.chat(messages).tolist() == list(expected)
+
+
+@given(
+    st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=6, unique=True), st.text("ab<", max_size=40)
+)
+def test_a_message_is_text_whatever_the_control_tokens(spellings, content):
+    control = {spelling: i for i, spelling in enumerate(spellings) if len(spelling) > 1} | {"[": 99}
+    prompts = PromptEncoder(Characters(), control, lambda messages: "[" + messages[0].content)
+    assert spelled(prompts.chat([Message("user", content)])) == "{99}" + content
+
+
+def test_a_long_message_of_control_tokens_is_text():
+    content = "<bos>" * 50_000
+    control = {f"<unused{i}>": i % 99 for i in range(6000)} | {"<bos>": 99}
+    prompts = PromptEncoder(Characters(), control, lambda messages: messages[0].content)
+    assert spelled(prompts.chat([Message("user", content)])) == content
+
+
+def test_a_message_may_hold_every_private_use_character_of_the_basic_plane():
+    content = "".join(map(chr, range(0xE000, 0xF900))) + "<a>"
+    prompts = PromptEncoder(Characters(), {"<a>": 1}, lambda messages: messages[0].content)
+    assert spelled(prompts.chat([Message("user", content)])) == content

@@ -8,11 +8,13 @@ occurs in none of them; after rendering, whatever still spells a control token c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from mixlm.errors import ConfigError
 from mixlm.tokenization.incremental import Encoder, LeadingSpace
 from mixlm.types import Ids, Message
 
@@ -54,9 +56,9 @@ class PromptEncoder:
         self._render = render
         self._begin = list(begin)
         self._leading_space = leading_space
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._pattern = _any_of(longest_first)
-        self._breakable = _any_of([one for one in longest_first if len(one) > 1])
+        self._pattern = re.compile(_longest_of(self._control))
+        # The rest of a spelling is looked at and not consumed, so that one inside another is found too.
+        self._breakable = re.compile(f"(?=({_longest_of(one for one in self._control if len(one) > 1)}))(.)", re.DOTALL)
 
     def chat(self, messages: Sequence[Message]) -> Ids:
         """Return the ids of a conversation, up to where the reply begins."""
@@ -68,10 +70,8 @@ class PromptEncoder:
         return self._ids(self._render(safe), mark)
 
     def _broken(self, text: str, mark: str) -> str:
-        """Put the mark into every spelling of a control token. Breaking one can uncover another, so look again."""
-        while found := self._breakable.search(text):
-            text = text[: found.start() + 1] + mark + text[found.start() + 1 :]
-        return text
+        """Put the mark behind the first character of every spelling of a control token, overlapping ones included."""
+        return self._breakable.sub(lambda match: match[2] + mark, text)
 
     def raw(self, text: str) -> Ids:
         """Return the ids of a text to be continued as it stands; nothing in it is a control token."""
@@ -101,11 +101,33 @@ class PromptEncoder:
         return self._encoder.encode(text.encode(errors="replace")).ids
 
 
-def _any_of(spellings: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(one) for one in spellings) or r"(?!)")
+def _longest_of(spellings: Iterable[str]) -> str:
+    """Return a regular expression for the longest of several spellings: a trie, so that searching takes linear time."""
+    root: dict[str, Any] = {}
+    for spelling in spellings:
+        node = root
+        for character in spelling:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def source(node: dict[str, Any]) -> str:
+        options = [re.escape(character) + source(child) for character, child in node.items() if character]
+        if not options:
+            return ""
+        return f"(?:{'|'.join(options)})" + ("?" if "" in node else "")
+
+    return source(root) or "(?!)"
 
 
 def _unused_character(text: str) -> str:
-    """Return a private-use character that the text does not contain."""
+    """Return a private-use character that the text does not contain.
+
+    Raises:
+        ConfigError: the text contains all of them.
+    """
     used = set(text)
-    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)
+    for block in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
+        for code in block:
+            if chr(code) not in used:
+                return chr(code)
+    raise ConfigError("the messages contain every private-use character of Unicode", "take some of them out")

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from mixlm.cli.display import dim, print_json, progress_bars
+from mixlm.cli.display import dim, print_json
 from mixlm.cli.run import run_app
 from mixlm.errors import ConfigError, UsageError
+from mixlm.terminal import progress_bars
 
 
 def paper(

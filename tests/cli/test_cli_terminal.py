@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from programs import SLOW, TOYS, Run, Terminal, process
 
-from mixlm.cli.display import visible
+from mixlm.terminal import visible
 
 Start = Callable[..., Terminal]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from ggufs import write_tiny_gguf
 
-from mixlm.models import CatalogModel, Reporter, fetch
+from mixlm.models import CatalogModel, fetch
 from mixlm.models.catalog import CATALOG, Member
 from mixlm.models.header import GgufHeader
+from mixlm.terminal import ProgressDisplay
 
 CONTENT = b"GGUF" + bytes(range(256)) * 20
 
@@ -67,8 +68,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 
 @pytest.fixture
-def quiet() -> Reporter:
-    return Reporter(show=False)
+def quiet() -> ProgressDisplay:
+    return ProgressDisplay(show=False)
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mixlm.errors import ModelLoadError
-from mixlm.models import ModelInfo, Reporter, cache_root, find, installed
+from mixlm.models import ModelInfo, cache_root, find, installed
 from mixlm.models.cache import Build, install, model_folder
+from mixlm.terminal import ProgressDisplay
 
 INFO = ModelInfo("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
 
@@ -86,7 +87,7 @@ def _install_in_a_process(start, built) -> None:
         return build(folders)
 
     start.wait()
-    install("m", counted, Reporter(show=False))
+    install("m", counted, ProgressDisplay(show=False))
 
 
 def test_two_processes_build_a_model_once():

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from mixlm.errors import DownloadError, ModelNotFoundError
-from mixlm.models import CATALOG, GROUPS, Reporter, fetch, find, get, installed, read_info
+from mixlm.models import CATALOG, GROUPS, fetch, find, get, installed, read_info
 from mixlm.models.catalog import expand
+from mixlm.terminal import ProgressDisplay
 
 
 def everything_below(folder: Path) -> list[str]:
@@ -107,7 +108,7 @@ def test_no_pip_in_the_environment(tiny, quiet, monkeypatch):
 
 def test_without_a_terminal_each_stage_is_one_line(tiny, pip):
     text = io.StringIO()
-    get("tiny", Reporter(Console(file=text, width=200)))
+    get("tiny", ProgressDisplay(Console(file=text, width=200)))
     assert text.getvalue().splitlines() == [
         "Tiny: Test licence",
         "tiny: downloading",
@@ -118,6 +119,6 @@ def test_without_a_terminal_each_stage_is_one_line(tiny, pip):
 
 def test_at_a_terminal_bars_end_full(tiny, pip):
     text = io.StringIO()
-    get("tiny", Reporter(Console(file=text, width=120, force_terminal=True)))
+    get("tiny", ProgressDisplay(Console(file=text, width=120, force_terminal=True)))
     assert "3/3" in text.getvalue()
     assert "tiny: converting, once" in text.getvalue()

@@ -11,7 +11,7 @@ from mixlm.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from mixlm.models import convert as convert_module
 from mixlm.models import converted, find, installed, read_info, resolve
 from mixlm.models.header import GgufHeader, read_header
-from mixlm.models.progress import Stage
+from mixlm.terminal import Stage
 
 
 def test_the_header_of_a_whole_file(tmp_path, write_gguf):
@@ -65,7 +65,7 @@ def test_a_part_of_a_split_file(tmp_path):
 def test_a_missing_file_names_its_neighbours(tmp_path, write_gguf, quiet):
     write_gguf(tmp_path / "small.gguf")
     with pytest.raises(ModelNotFoundError) as caught:
-        converted(tmp_path / "smal.gguf", reporter=quiet)
+        converted(tmp_path / "smal.gguf", display=quiet)
     assert "small.gguf" in (caught.value.hint or "")
 
 
@@ -102,14 +102,14 @@ def test_a_file_is_converted_once_whole_and_silently(tmp_path, write_gguf, quiet
     monkeypatch.setattr(convert_module, "convert_gguf", None)
     monkeypatch.setattr(convert_module.hashlib, "sha256", None)
     assert converted(path, "float32", quiet) == folder
-    assert resolve(str(path), "float32", reporter=quiet).name == "my model"
+    assert resolve(str(path), "float32", display=quiet).name == "my model"
     assert resolve(folder.name).path_or_id == str(folder)
 
 
 def test_an_architecture_that_is_not_known(tmp_path, write_gguf, quiet):
     path = write_gguf(tmp_path / "a.gguf", architecture="quux")
     with pytest.raises(ModelLoadError, match=r"GGUF architecture 'quux'\): .*not supported"):
-        converted(path, reporter=quiet)
+        converted(path, display=quiet)
     assert installed() == []
 
 

@@ -33,17 +33,17 @@ def test_a_folder_without_config(tmp_path):
 def test_a_gguf_file_that_is_not_there(tmp_path, quiet):
     a_folder(tmp_path / "x", "small-q4.gguf")
     with pytest.raises(ModelNotFoundError) as caught:
-        resolve(str(tmp_path / "x" / "small-q8.gguf"), reporter=quiet)
+        resolve(str(tmp_path / "x" / "small-q8.gguf"), display=quiet)
     assert "small-q4.gguf" in (caught.value.hint or "")
     with pytest.raises(ModelNotFoundError, match="there is no folder"):
-        resolve(str(tmp_path / "y" / "small.gguf"), reporter=quiet)
+        resolve(str(tmp_path / "y" / "small.gguf"), display=quiet)
 
 
 def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
     with pytest.raises(ModelNotFoundError, match="not installed") as caught:
         resolve("tiny")
     assert caught.value.hint == "mixlm models get tiny"
-    found = resolve("tiny", fetch=True, reporter=quiet)
+    found = resolve("tiny", fetch=True, display=quiet)
     assert (found.name, found.local) == ("tiny", True)
     assert resolve("tiny") == found
 
@@ -51,7 +51,7 @@ def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
 def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_path, monkeypatch):
     a_folder(tmp_path / "here" / "tiny", "notes.txt")
     monkeypatch.chdir(tmp_path / "here")
-    assert resolve("tiny", fetch=True, reporter=quiet).path_or_id.endswith("models/tiny")
+    assert resolve("tiny", fetch=True, display=quiet).path_or_id.endswith("models/tiny")
 
 
 def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):

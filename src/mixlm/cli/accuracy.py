@@ -11,10 +11,10 @@ from urllib.parse import quote
 import numpy as np
 from typer import Option
 
-from mixlm.cli.display import progress_bars
 from mixlm.cli.options import Shared
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from mixlm.cli.display import dim, json_text, progress_bars
+from mixlm.cli.display import dim, json_text
 from mixlm.cli.inputs import STDIN, check_writable, read_texts
 from mixlm.errors import ConfigError, UsageError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options

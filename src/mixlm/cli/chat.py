@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from mixlm.cli.display import Display, coloured, dim, print_json, terminal
+from mixlm.cli.display import Display, dim, print_json
 from mixlm.cli.errors import say
 from mixlm.cli.generate import decoded
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import MixlmError, PromptTooLongError, did_you_mean
+from mixlm.terminal import has_colours, is_terminal
 
 if TYPE_CHECKING:
     from mixlm.ensemble import Chat
@@ -45,7 +46,7 @@ def chat(
     display = Display(ensemble, ensemble.settings(**options).method)
     if not as_json:
         display.legend()
-    if terminal(sys.stdin):
+    if is_terminal(sys.stdin):
         dim("/help lists the commands; Ctrl-C stops a reply")
     talk = ensemble.chat(**options)
     ended = -_GRACE
@@ -63,7 +64,7 @@ def chat(
                 _reply(talk, line, display, as_json=as_json)
             except MixlmError as error:
                 # A script is told by the exit code; at a terminal the conversation can go on.
-                if not terminal(sys.stdin):
+                if not is_terminal(sys.stdin):
                     raise
                 hint = "/reset begins a new conversation" if isinstance(error, PromptTooLongError) else error.hint
                 say(f"mixlm: error: {error.message}" + (f"\nhint: {hint}" if hint else ""))
@@ -103,18 +104,18 @@ def _read(ended: float) -> str | None:
         stay = False
     except KeyboardInterrupt:
         stay = time.monotonic() - ended < _GRACE
-    if terminal(sys.stdin):
+    if is_terminal(sys.stdin):
         print(file=sys.stderr, flush=True)
     return "" if stay else None
 
 
 def _line() -> str:
     """Return one line of standard input. Raises EOFError at its end."""
-    if not terminal(sys.stdin):
+    if not is_terminal(sys.stdin):
         if sys.stdin is None or not (data := sys.stdin.buffer.readline()):
             raise EOFError
         return decoded(data).removesuffix("\n").removesuffix("\r")
-    if not terminal(sys.stdout):
+    if not is_terminal(sys.stdout):
         # Stdout holds the replies alone.
         print(_PROMPT, end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
@@ -123,7 +124,7 @@ def _line() -> str:
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` editing and a history
     # The marks \1 and \2 tell readline which characters take no room.
-    return input(f"\1\x1b[1m\2{_PROMPT}\1\x1b[0m\2" if coloured(sys.stdout) else _PROMPT)
+    return input(f"\1\x1b[1m\2{_PROMPT}\1\x1b[0m\2" if has_colours(sys.stdout) else _PROMPT)
 
 
 def _command(line: str) -> str | None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from mixlm.cli.display import print_json, progress_bars
+from mixlm.cli.display import print_json
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig

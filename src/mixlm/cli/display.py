@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+from mixlm.terminal import has_colours, is_terminal, styled, visible
 
+if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.types import Completion, Token
 
@@ -23,39 +21,11 @@ if TYPE_CHECKING:
 _PALETTE = (32, 166, 133, 29, 161, 99)
 _DIM = "2"
 
-# Control characters would be obeyed by a terminal, and a text may contain any. They are shown in place.
-_SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def visible(text: str) -> str:
-    """Return the text with a visible character in place of every control character but newline and tab."""
-    return text.translate(_SHOWN)
-
-
-def coloured(stream: IO[str] | None) -> bool:
-    """Whether to write colours to a stream. NO_COLOR and FORCE_COLOR say so before the stream itself does."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR", "0") != "0":
-        return True
-    return terminal(stream) and os.environ.get("TERM") != "dumb"
-
-
-def terminal(stream: IO[str] | None) -> bool:
-    """Whether a stream is a terminal."""
-    return stream is not None and not stream.closed and stream.isatty()
-
-
-def painted(text: str, style: str, stream: IO[str] | None) -> str:
-    """Return the text in a style, an ANSI code, where the stream takes colours."""
-    return f"\x1b[{style}m{text}\x1b[0m" if text and coloured(stream) else text
-
 
 def dim(line: str) -> None:
     """Write a line to stderr that is not the point."""
     if sys.stderr is not None:
-        print(painted(visible(line), _DIM, sys.stderr), file=sys.stderr, flush=True)
+        print(styled(visible(line), _DIM, sys.stderr), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
@@ -93,7 +63,7 @@ class Display:
         self._method = method
         self._styles = {name: f"38;5;{code}" for name, code in member_colours(ensemble.names).items()}
         self._colours = len(ensemble.members) > 1
-        self._direct = terminal(sys.stdout) or coloured(sys.stdout)
+        self._direct = is_terminal(sys.stdout) or has_colours(sys.stdout)
 
     def legend(self) -> None:
         """Show who writes in which colour, with which weight, and how. Only where the text is shown directly."""
@@ -103,7 +73,7 @@ class Display:
             f"{self._paint(visible(name), name, sys.stderr)} {weight:.0%}"
             for name, weight in zip(self._ensemble.names, self._ensemble.weights, strict=True)
         ]
-        how = painted(f"{self._method} by {self._ensemble.unit.name}", _DIM, sys.stderr)
+        how = styled(f"{self._method} by {self._ensemble.unit.name}", _DIM, sys.stderr)
         print("  ".join([*parts, how]), file=sys.stderr, flush=True)
 
     def write(self, token: Token) -> None:
@@ -122,7 +92,7 @@ class Display:
         dim(figures(completion))
 
     def _paint(self, text: str, member: str, stream: IO[str]) -> str:
-        return painted(text, self._styles[member], stream) if self._colours else text
+        return styled(text, self._styles[member], stream) if self._colours else text
 
 
 def figures(completion: Completion) -> str:
@@ -141,28 +111,3 @@ def figures(completion: Completion) -> str:
     if usage.chosen:
         parts.append(f"auto: {usage.chosen}")
     return " · ".join([*parts, f"seed {completion.seed}"])
-
-
-@contextmanager
-def progress_bars(*, single: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Give a function that shows work as bars on stderr; None where stderr is no terminal.
-
-    single: one bar whose label changes, in place of one bar a label.
-    """
-    if not terminal(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def show(label: str, done: int, total: int) -> None:
-            key = "" if single else label
-            if key not in tasks:
-                tasks[key] = bars.add_task(visible(label), total=total)
-            bars.update(tasks[key], description=visible(label), completed=done, total=total)
-
-        yield show

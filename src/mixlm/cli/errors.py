@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from mixlm.cli.display import visible
 from mixlm.errors import MixlmError, UsageError, near
+from mixlm.terminal import visible
 
 INTERRUPTED = 130  # what a shell shows for SIGINT
 _PIPE_CLOSED = 141  # what a shell shows for SIGPIPE

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Option
 
-from mixlm.cli.display import dim, print_json, progress_bars
+from mixlm.cli.display import dim, print_json
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options

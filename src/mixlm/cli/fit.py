@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
-from mixlm.cli.display import dim, print_json, progress_bars
+from mixlm.cli.display import dim, print_json
 from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.segments import about_unit
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from mixlm.cli.display import painted
 from mixlm.errors import UsageError, did_you_mean
+from mixlm.terminal import styled
 
 _BOLD = "1"
 
@@ -118,4 +118,4 @@ def _write_parameters(command: Any, context: Any, formatter: Any) -> None:
 
 
 def _heading(text: str) -> str:
-    return painted(text, _BOLD, sys.stdout)
+    return styled(text, _BOLD, sys.stdout)

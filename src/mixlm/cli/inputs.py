@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from mixlm.cli.display import progress_bars
 from mixlm.cli.options import Shared
 from mixlm.errors import ConfigError, UsageError, did_you_mean
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from mixlm.cli.display import dim, member_colours, painted, print_json, progress_bars, visible
+from mixlm.cli.display import dim, member_colours, print_json
 from mixlm.cli.inputs import read_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import UsageError
+from mixlm.terminal import progress_bars, styled, visible
 
 if TYPE_CHECKING:
     from mixlm.inspection import Inspection
@@ -113,7 +114,7 @@ def _show_prompts(found: Inspection) -> None:
     """Show what each member reads for the question."""
     colours = member_colours([one.name for one in found.members])
     for one in found.members:
-        head = painted(visible(one.name), f"38;5;{colours[one.name]}", sys.stdout)
+        head = styled(visible(one.name), f"38;5;{colours[one.name]}", sys.stdout)
         print(f"\n{head} reads, for {visible(found.question)!r}:")
         print("\n".join(f"  {line}" for line in visible(one.prompt).rstrip("\n").split("\n")))
 

@@ -1,17 +1,16 @@
-"""From the options of a command to a loaded ensemble, with what a user sees meanwhile."""
+"""Load the ensemble that a command's options describe, and show the progress."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING
 
-from mixlm.cli.display import dim, terminal, visible
+from mixlm.cli.display import dim
 from mixlm.cli.options import Shared
 from mixlm.core.options import GenerationOptions
 from mixlm.errors import ConfigError
+from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
@@ -28,26 +27,39 @@ def open_ensemble(
     engines: dict[EngineSpec, Engine] | None = None,
     whole: bool = True,
 ) -> Ensemble:
-    """Load the ensemble that is asked for, and show what its engines note.
+    """Load the ensemble and show the notes of its engines.
 
-    dtype: for members of which neither option nor file says anything. engines: see `load_config`. whole: whether more
-    will be asked of the members than a reply with these options needs. What does not fit is said before anything loads.
+    Args:
+        shared: The shared options of the command.
+        options: The generation options of the command.
+        dtype: The dtype of members for which neither an option nor the ensemble file sets one.
+        engines: Engines to reuse; see `load_config`.
+        whole: False if the members only generate completions with these options, so that less has to be loaded.
+
+    Raises:
+        ConfigError, UsageError: The options do not fit; raised before anything is loaded.
     """
     config = shared.config(dtype=dtype)
     weights = shared.numbers()
     _check(config, weights, options)
     from mixlm.loading import load_config
 
-    with _spinner(config) as progress:
-        replies = None if whole else options
-        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, options=replies)
-    for note in dict.fromkeys(note for one in ensemble.members for note in one.engine.notes):
+    loaded = count()
+    with progress_bars(single=True) as show:
+
+        def progress(name: str) -> None:
+            if show is not None:
+                show(f"loading {name}", next(loaded), len(config.members))
+
+        needed = None if whole else options
+        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, options=needed)
+    for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")
     return ensemble
 
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:
-    """Refuse early what the ensemble would refuse: loading large models takes long."""
+    """Check options as the ensemble would, but before large models are loaded."""
     from mixlm.core.mixing import checked_weights
     from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
 
@@ -57,36 +69,10 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
     settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
-    own = [{**config.sampling.given(), **one.sampling.given()} for one in config.members]
-    for one in own:
-        settings.for_member(one)
-    # A draft is named as its member will be once it is loaded, so that is checked then.
-    names = [one.name or one.model for one in config.members]
-    build_strategy(replace(settings, draft=None), StrategyContext.unmeasured(checked, names, own), SpeculationStats())
-
-
-@contextmanager
-def _spinner(config: EnsembleConfig) -> Iterator[Callable[[str], None] | None]:
-    """Give a function that shows which model is being loaded; None where stderr is no terminal."""
-    if not terminal(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    # A GGUF file is converted the first time, which shows bars of its own; two displays at once would mix.
-    with_bars = {one.name or one.model for one in config.members if one.model.lower().endswith(".gguf")}
-    status = Console(stderr=True).status("")
-
-    def show(name: str) -> None:
-        status.stop()
-        if name in with_bars:
-            dim(f"loading {name}")
-        else:
-            status.update(Text(visible(f"loading {name}"), style="dim"))
-            status.start()
-
-    try:
-        yield show
-    finally:
-        status.stop()
+    sampling = [{**config.sampling.given(), **member.sampling.given()} for member in config.members]
+    for member_sampling in sampling:
+        settings.for_member(member_sampling)
+    # Names of members are final once they are loaded, so the draft is checked then.
+    names = [member.name or member.model for member in config.members]
+    context = StrategyContext.unmeasured(checked, names, sampling)
+    build_strategy(replace(settings, draft=None), context, SpeculationStats())

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixlm.cli.display import print_json, visible
+from mixlm.cli.display import print_json
 from mixlm.cli.groups import Command, CommandGroup
 from mixlm.cli.tables import print_table
+from mixlm.terminal import visible
 
 if TYPE_CHECKING:
     from mixlm.models import InstalledModel

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mixlm.cli.display import _PALETTE, visible
+from mixlm.cli.display import _PALETTE
 from mixlm.cli.segments import LEGEND, about_unit, bits, level, responsible
+from mixlm.terminal import visible
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1c1c; --faint: #666; --line: #ddd; --toward: #000 }

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mixlm.cli.display import _PALETTE, coloured, painted, visible
+from mixlm.cli.display import _PALETTE
 from mixlm.cli.tables import print_table
+from mixlm.terminal import has_colours, styled, visible
 
 # Bits from which on a segment is no longer expected, and from which on it is a surprise.
 _EXPECTED, _SURPRISING = 1.0, 8.0
@@ -53,7 +54,7 @@ def responsible(segment: Mapping[str, Any]) -> str:
 def show_segments(found: Mapping[str, Any]) -> None:
     """Show a text in the form that `--json` prints. Without colours, a line for each segment."""
     names = list(found["bits_per_byte"]["members"])
-    if not coloured(sys.stdout):
+    if not has_colours(sys.stdout):
         rows = [
             (f"{bits(one['logprob']):.2f}", responsible(one), f"{max(one['responsibilities'].values()):.0%}", shown)
             for one in found["segments"]
@@ -62,13 +63,13 @@ def show_segments(found: Mapping[str, Any]) -> None:
         print_table(("bits", "member", "share", "text"), rows, right={"bits", "share"})
         return
     codes = {name: f"38;5;{_PALETTE[i % len(_PALETTE)]}" for i, name in enumerate(names)}
-    legend = "  ".join(painted(visible(name), codes[name], sys.stdout) for name in names)
-    sys.stdout.write(f"{legend}  {painted(LEGEND, '2', sys.stdout)}\n\n")
+    legend = "  ".join(styled(visible(name), codes[name], sys.stdout) for name in names)
+    sys.stdout.write(f"{legend}  {styled(LEGEND, '2', sys.stdout)}\n\n")
     for one in found["segments"]:
         style = f"{_STYLES[level(one['logprob'])]}{codes[responsible(one)]}"
         # A line break inside a style would colour the rest of the line at some terminals.
         lines = visible(one["text"]).split("\n")
-        sys.stdout.write("\n".join(painted(line, style, sys.stdout) for line in lines))
+        sys.stdout.write("\n".join(styled(line, style, sys.stdout) for line in lines))
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mixlm.cli.display import coloured, terminal, visible
+from mixlm.terminal import has_colours, is_terminal, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,12 +16,12 @@ def console() -> Console:
     """Return what prints to stdout. Where that is no terminal, lines are as long as they need to be."""
     from rich.console import Console
 
-    colours = coloured(sys.stdout)
+    colours = has_colours(sys.stdout)
     return Console(
         file=sys.stdout,
         force_terminal=colours,
         no_color=not colours,
-        width=None if terminal(sys.stdout) else 1000,
+        width=None if is_terminal(sys.stdout) else 1000,
         highlight=False,
         markup=False,
         emoji=False,
@@ -62,4 +62,4 @@ def print_table(
 
 def print_lines(text: str) -> None:
     """Print an explanation, dim where there are colours."""
-    console().print(visible(text), style="dim" if coloured(sys.stdout) else None)
+    console().print(visible(text), style="dim" if has_colours(sys.stdout) else None)

@@ -5,7 +5,6 @@ from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel
 from mixlm.models.convert import DTYPES, convert_gguf, converted
 from mixlm.models.fetch import get
 from mixlm.models.gguf import GgufModel, find_gguf, tokenizer_folder
-from mixlm.models.progress import Reporter
 from mixlm.models.resolve import Resolved, resolve
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "GgufModel",
     "InstalledModel",
     "ModelInfo",
-    "Reporter",
     "Resolved",
     "cache_root",
     "convert_gguf",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ModelLoadError
-from mixlm.models.progress import Reporter
+from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
 
@@ -102,7 +102,7 @@ def installed() -> list[InstalledModel]:
     return [model for name in names if (model := find(name))]
 
 
-def install(name: str, build: Callable[[Build], ModelInfo], reporter: Reporter) -> InstalledModel:
+def install(name: str, build: Callable[[Build], ModelInfo], display: ProgressDisplay) -> InstalledModel:
     """Return the model `name`, building it when it is not installed.
 
     Of several processes that ask at once one builds, and the others wait for it.
@@ -110,11 +110,11 @@ def install(name: str, build: Callable[[Build], ModelInfo], reporter: Reporter) 
     Args:
         name: the model's folder in the cache.
         build: fills `target` with the model and returns what to write into `mixlm.json`.
-        reporter: told when another process is at work on the same model.
+        display: told when another process is at work on the same model.
     """
     if found := find(name):
         return found
-    with _writing(), _lock(name, reporter):
+    with _writing(), _lock(name, display):
         if found := find(name):
             return found
         folder = model_folder(name)
@@ -157,7 +157,7 @@ def _writing() -> Iterator[None]:
 
 
 @contextmanager
-def _lock(name: str, reporter: Reporter) -> Iterator[None]:
+def _lock(name: str, display: ProgressDisplay) -> Iterator[None]:
     """Hold the lock of one model. The file stays behind: removing it would let two processes hold it at once."""
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def _lock(name: str, reporter: Reporter) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with reporter.stage(f"{name}: waiting for another process that is making it"):
+            with display.stage(f"{name}: waiting for another process that is making it"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -17,7 +17,7 @@ from typing import Any
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundError, near
 from mixlm.models.cache import Build, ModelInfo, cache_root, install, write_json
 from mixlm.models.header import GgufHeader, read_header
-from mixlm.models.progress import Reporter, Stage
+from mixlm.terminal import ProgressDisplay, Stage
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK = 1 << 20
@@ -58,7 +58,7 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
     return header
 
 
-def converted(path: Path, dtype: str = "bfloat16", reporter: Reporter | None = None) -> Path:
+def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | None = None) -> Path:
     """Return the cached Hugging Face folder of a GGUF file, converting it the first time.
 
     Raises:
@@ -69,18 +69,18 @@ def converted(path: Path, dtype: str = "bfloat16", reporter: Reporter | None = N
     path = Path(path).expanduser().absolute()
     if not path.is_file():
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
-    reporter = reporter or Reporter()
+    display = display or ProgressDisplay()
     require_libraries()
     read_header(path)
-    sha256 = checksum(path, reporter)
+    sha256 = checksum(path, display)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
     def build(folders: Build) -> ModelInfo:
-        with reporter.stage(f"{path.name}: converting, once", unit="items") as stage:
+        with display.stage(f"{path.name}: converting, once", unit="items") as stage:
             header = convert_gguf(path, folders.target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
 
-    return install(f"{stem}-{sha256[:12]}-{dtype}", build, reporter).path
+    return install(f"{stem}-{sha256[:12]}-{dtype}", build, display).path
 
 
 def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None) -> ModelInfo:
@@ -246,7 +246,7 @@ class _Counted:
         return lambda *_args, **_kwargs: None
 
 
-def checksum(path: Path, reporter: Reporter) -> str:
+def checksum(path: Path, display: ProgressDisplay) -> str:
     """Return the file's checksum, from the index when the file has not changed since it was last computed."""
     index_file = cache_root() / "gguf-index.json"
     stat = path.stat()
@@ -257,7 +257,7 @@ def checksum(path: Path, reporter: Reporter) -> str:
         index = {}
     if key not in index:
         digest = hashlib.sha256()
-        with path.open("rb") as file, reporter.stage(f"{path.name}: checksum", stat.st_size, unit="bytes") as stage:
+        with path.open("rb") as file, display.stage(f"{path.name}: checksum", stat.st_size, unit="bytes") as stage:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 stage.update(file.tell())

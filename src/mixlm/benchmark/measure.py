@@ -9,11 +9,9 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from mixlm.benchmark.agreement import agreed, checked_share, label
+from mixlm.benchmark.prediction import Fit, predicted
 from mixlm.benchmark.ratios import against, ratios
 from mixlm.benchmark.report import BenchReport, Run, environment
-from mixlm.benchmark.rivals import rivals
-from mixlm.benchmark.theory import Fit, predicted
 from mixlm.benchmark.timing import DEFAULT, Contestant, Sample, contestants
 from mixlm.core.options import Options
 from mixlm.engines.base import Forward
@@ -32,34 +30,24 @@ class Amount(TypedDict, total=False):
     repeats: int
     prompt: str
     methods: Sequence[str]
-    agreement: float | None
-    rivals: bool
-    places: Sequence[float]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is measured.
 
-    tokens: of a run. methods: of `timing.KINDS`, `single` for each member alone. agreement: the share of contexts in
-    which members agree, by construction; None for their own laws. rivals: measure transformers' own generation too.
-    places: of a sweep, in place of its usual ones.
+    tokens: of a run. methods: of `timing.KINDS`, `single` for each member alone.
     """
 
     tokens: int = 64
     repeats: int = 5
     prompt: str = PROMPT
     methods: Sequence[str] = DEFAULT
-    agreement: float | None = None
-    rivals: bool = False
-    places: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         for name, value, least in (("tokens", self.tokens, 4), ("repeats", self.repeats, 1)):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be {least} or more")
-        if self.agreement is not None:
-            checked_share(self.agreement)
 
 
 def bench(
@@ -68,26 +56,20 @@ def bench(
     *,
     options: Options | None = None,
     progress: Progress | None = None,
+    rivals: Sequence[Contestant] = (),
     **amount: Unpack[Amount],
 ) -> BenchReport:
     """Measure methods: by default each member alone, conventional and mixture. End-of-text is masked.
 
     plan: what is measured; or `amount`, the fields of a plan by name, over the plan's.
     Ratios are medians over repeats of the ratio within a repeat. progress: called with the method, runs done, runs.
+    rivals: measured in turn with the methods, such as another library with the same models.
     Raises ConfigError for amounts and methods that cannot be.
     """
     plan = replace(plan or Plan(), **amount)
-    if plan.places:
-        raise ConfigError("places are given, and nothing is varied", "name a sweep with them")
     given: dict[str, Any] = {"seed": 0, **(options or {})}
-    notes: tuple[str, ...] = ()
-    if plan.agreement is not None:
-        ensemble, notes = agreed(ensemble, plan.agreement), (label(plan.agreement),)
     own = contestants(ensemble, plan.methods, plan.prompt, given)
-    those: list[Contestant] = [*own]
-    if plan.rivals:
-        found, left_out = rivals(ensemble, plan.prompt, given)
-        those, notes = [*those, *found], (*notes, *left_out)
+    those: list[Contestant] = [*own, *rivals]
     samples = in_turns(those, plan, progress)
     fit = Fit.of(ensemble, those, samples)
     runs = [_run(one, taken, predicted(ensemble, one, taken, fit)) for one, taken in zip(those, samples, strict=True)]
@@ -96,10 +78,9 @@ def bench(
         tuple(runs),
         {
             **ratios(ensemble, {one.label: by_label[one.label] for one in own}),
-            **against(by_label, [one.label for one in those[len(own) :]]),
+            **against(by_label, [one.label for one in rivals]),
         },
         environment([one.engine for one in ensemble.members], recorded(ensemble, plan, given)),
-        notes,
     )
 
 
@@ -127,7 +108,6 @@ def recorded(ensemble: Ensemble, plan: Plan, options: Mapping[str, Any]) -> dict
         "repeats": plan.repeats,
         "prompt": plan.prompt,
         "unit": ensemble.unit.name,
-        "agreement": plan.agreement,
         "weights": dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
         "sampling": dict(settings.sampling),
         "block": settings.block,

@@ -161,7 +161,7 @@ def timed(
         choices = writer.choose(writing, noise, tokens - len(outside))
         for choice in choices:
             writing.append(choice)
-            size += len(ensemble.unit.data(choice.symbol))
+            size += len(ensemble.unit.symbol_bytes(choice.symbol))
         now = time.perf_counter()
         inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.stats.forwards[n:])
         outside += [(now - step - inside) / len(choices)] * len(choices)

@@ -26,7 +26,7 @@ class _Commands(LazyGroup):
         "serve": "Serve an ensemble as one model through an OpenAI-compatible API.",
         "inspect": "Report on an ensemble: members, memory, possible methods, agreement and speed.",
         "check": "Test that every method samples from the distribution it promises.",
-        "bench": "Measure the speed of every method, or along an axis.",
+        "bench": "Measure the speed of every method.",
         "score": "Score text: bits per byte and log-probability under each member and the mixture.",
         "fit": "Fit the weights, or a router, to text.",
         "eval": "Evaluate methods on tasks, and compare them on the same questions.",

@@ -2,7 +2,7 @@
 
 Its figure is drawn beside it.
 
-    python scripts/performance_table.py [PAGE [FOLDER]]
+    python -m research.benchmark.page [PAGE [FOLDER]]
 
 A part of the page begins with `<!-- results: NAME -->` and ends with `<!-- end of results -->`; what stands between is
 replaced where FOLDER/NAME.json is there, and left alone where it is not.
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixlm.benchmark import plots
+from research.benchmark import plots
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _PART = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 _REPORTS = ("--output", "--json", "--plot")
 
@@ -32,11 +32,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, form: str = ".1f") -> str:
+    """Format a number; empty where there is none."""
     return "" if value is None else format(value, form)
 
 
 def runs(report: dict[str, Any]) -> str:
-    """The runs of `mixlm bench`, and how many times as fast they are as each other."""
+    """The runs of a benchmark, and how many times as fast they are as each other."""
     rows = [
         (
             one["label"],
@@ -102,7 +103,8 @@ def points(report: dict[str, Any]) -> str:
 def part(name: str, report: dict[str, Any]) -> str:
     """What is said of one report: the command, the table, the machine, notes, and its figure."""
     where = report["environment"]
-    words = ["mixlm", *shlex.split(where["command"])[1:]]
+    arguments = shlex.split(where["command"])[1:]
+    words = ["python", "-m", "research.benchmark", *arguments[arguments[:1] == ["bench"] :]]
     for option in _REPORTS:
         if option in words:
             at = words.index(option)
@@ -134,6 +136,7 @@ def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
 
 
 def main(page: Path, folder: Path) -> None:
+    """Fill the page with the reports of a folder, and draw their figures beside them."""
     reports = {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("*.json"))}
     text = page.read_text(encoding="utf-8")
     places = [found[2] for found in _PART.finditer(text)]

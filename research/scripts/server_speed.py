@@ -11,7 +11,7 @@ Throughput: replies by equal weights over two servers, each with one thread, aga
 Both servers work at once, and as many replies in all as with mixlm. They take turns, since others may use the machine;
 ratios are of one turn.
 
-python scripts/server_speed.py [--models A,B] [--replies N] [--at-once N] [--tokens N] [--turns N]
+python -m research.scripts.server_speed [--models A,B] [--replies N] [--at-once N] [--tokens N] [--turns N]
 (turns: 0 for the overhead alone)
 """
 

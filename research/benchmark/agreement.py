@@ -82,7 +82,7 @@ class AgreedEngine(Engine):
 
     def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Run what is asked, and answer by the law."""
-        replies = self.inner.answer([(session, self._own(request)) for session, request in requests])
+        replies = self.inner.respond([(session, self._own(request)) for session, request in requests])
         return [
             self._rows(request) if isinstance(request, LogitsRequest) else reply
             for (_, request), reply in zip(requests, replies, strict=True)

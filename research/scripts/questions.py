@@ -1,6 +1,6 @@
 """Write questions with answers for `mixlm fit`, made by reasoning-gym: those to fit first, those to check last.
 
-    python scripts/questions.py questions.jsonl    # then: mixlm fit … questions.jsonl --holdout 0.34
+    python -m research.scripts.questions questions.jsonl    # then: mixlm fit … questions.jsonl --holdout 0.34
 
 The first two thirds are of one seed, the last third of another, so that what is held out was made apart. None of them
 is a question of a benchmark.

@@ -1,6 +1,6 @@
 """Make docs/reply.svg: a real reply of the demo pair, as a terminal shows it.
 
-Usage: python scripts/picture.py [PROMPT]   (after `make models`)
+Usage: python -m research.scripts.picture [PROMPT]   (after `make models`)
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Measures `mixlm serve` against the same ensemble without a server. Served and direct runs take turns.
 
-python scripts/serve_load.py one      [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
-python scripts/serve_load.py many     [-m MODEL ...] [--clients N]                 N streams at once against a batch
-python scripts/serve_load.py malformed [--requests N]                              spoiled requests: statuses, memory
-python scripts/serve_load.py cancel                                                clients that leave, under load
+python -m research.scripts.serve_load KIND …
+    one        [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
+    many       [-m MODEL ...] [--clients N]                 N streams at once against a batch
+    malformed  [--requests N]                               spoiled requests: statuses, memory
+    cancel                                                  clients that leave, under load
 """
 
 from __future__ import annotations

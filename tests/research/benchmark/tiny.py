@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixlm.engines import EngineSpec
-from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
+from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 
 SMALL: dict[str, Any] = {
@@ -22,5 +22,5 @@ LARGE: dict[str, Any] = {**SMALL, "intermediate_size": 400, "num_hidden_layers":
 
 def shapes(weights: tuple[float, float] = (1, 1)) -> Ensemble:
     """A pair of which the first is clearly the smaller one."""
-    engines = [ShapeEngine(EngineSpec("shape:tiny", "", "float32", "cpu"), sizes) for sizes in (SMALL, LARGE)]
+    engines = [DummyWeightsEngine(EngineSpec("shape:tiny", "", "float32", "cpu"), sizes) for sizes in (SMALL, LARGE)]
     return Ensemble([MemberSpec(one, name) for one, name in zip(engines, ("small", "large"), strict=True)], weights)

@@ -5,7 +5,7 @@ rest stand small models, processors for GPUs, and this file for the cluster. The
 by both of mixlm's pods; a replica of the large member is killed in the middle of replies; the small member is killed,
 and comes back; one of mixlm's pods is killed. Needs root, and vLLM in an environment of its own (`make test-engines`).
 
-python scripts/manifest_run.py [--engines .venv-engines] [--large FOLDER] [--small FOLDER]
+python -m research.scripts.manifest_run [--engines .venv-engines] [--large FOLDER] [--small FOLDER]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from statistics import median
 import httpx
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BRIDGE, NET = "mixlm-run", "10.87.0"
 # In place of GPUs; the rest of what a container is started with stays.
 CPU = ["--dtype=bfloat16", "--max-model-len=1024", "--enforce-eager", "--block-size=32", "--max-num-seqs=16"]

@@ -1,6 +1,6 @@
 """What the units are worth: bits per byte of given texts, and the health and speed of texts that are written.
 
-    python scripts/units_table.py [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
+    python -m research.scripts.units_table [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
 
 Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit
 (`mixlm.scoring.ways`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that

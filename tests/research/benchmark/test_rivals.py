@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from tiny import shapes
 
-from mixlm.benchmark import bench
-from mixlm.benchmark.rivals import ASSISTED, Rival, rivals
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.kv_cache import NAME
 from mixlm.ensemble import Ensemble, MemberSpec
+from research.benchmark import compare
+from research.benchmark.rivals import ASSISTED, Rival, rivals
 
 
 def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
-    report = bench(shapes((1, 3)), tokens=12, repeats=1, methods=["single", "mixture"], rivals=True)
+    report = compare(shapes((1, 3)), tokens=12, repeats=1, methods=["single", "mixture"], rivals=True)
     by_label = {run.label: run for run in report.runs}
     assert list(by_label)[3:] == ["transformers small", "transformers large", ASSISTED]
     assert by_label["transformers large"].forwards == {"large": 12}
@@ -91,6 +91,6 @@ def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_agreement_by_construction_is_mixlms_own() -> None:
-    report = bench(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
+    report = compare(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
     assert [run.label for run in report.runs] == ["mixture", "transformers small", "transformers large"]
     assert any("agreement by construction is not known to it" in one for one in report.notes)

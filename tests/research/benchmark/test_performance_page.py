@@ -5,43 +5,30 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
 
-from mixlm.benchmark import Plan, bench, sweep_along
-from mixlm.benchmark.roofline import H100, H200, Need, served
-from mixlm.benchmark.sweeps import AXES
-from mixlm.cli import app
 from mixlm.core.rng import Noise
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.models.catalog import CATALOG
+from research.benchmark import ComparisonPlan, compare, page, sweep_along
+from research.benchmark.__main__ import app
+from research.benchmark.roofline import H100, H200, Need, served
+from research.benchmark.sweeps import AXES
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def script() -> ModuleType:
-    pytest.importorskip("matplotlib")
-    spec = spec_from_file_location("performance_table", ROOT / "scripts" / "performance_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def measurements() -> dict[str, list[str]]:
     """The commands of the script by name, without the shell."""
-    text = (ROOT / "scripts" / "performance.sh").read_text(encoding="utf-8")
+    text = (ROOT / "research" / "benchmark" / "performance.sh").read_text(encoding="utf-8")
     lines = [shlex.split(line) for line in text.splitlines() if re.match(r"\s+measure (cpu|gpu)-", line)]
     return {words[1]: words[2:] for words in lines}
 
@@ -94,35 +81,36 @@ def test_every_measurement_has_its_place_and_every_place_its_measurement() -> No
 @pytest.mark.parametrize("name", measurements())
 def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
     words = measurements()[name]
-    with typer.main.get_command(app).make_context("mixlm", ["bench", *words]) as context:
-        command = context.command.get_command(context, "bench")  # type: ignore[attr-defined]
-        with command.make_context("bench", list(words), parent=context) as own:
-            given = own.params
+    with typer.main.get_command(app).make_context("benchmark", list(words)) as context:
+        given = context.params
     for model in given["model"] or []:
         assert model.removeprefix("shape:").partition("#")[0] in {*SHAPES, *CATALOG}
     assert given["sweep"] in (None, *AXES)
 
 
-def test_reports_go_into_their_places_and_twice_is_once(script: ModuleType, tmp_path: Path) -> None:
+def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     pair = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
     small: dict[str, Any] = {"tokens": 6, "repeats": 1}
     reports = {
-        "cpu-methods": bench(pair, methods=["single", "mixture", "speculative"], rivals=True, **small).as_dict(),
-        "cpu-batch-two": sweep_along("batch", pair, Plan(places=[1, 2], **small)).as_dict(),
-        "cpu-weights": sweep_along("weights", pair, Plan(places=[0, 1], methods=["mixture"], **small)).as_dict(),
+        "cpu-methods": compare(pair, methods=["single", "mixture", "speculative"], rivals=True, **small).as_dict(),
+        "cpu-batch-two": sweep_along("batch", pair, ComparisonPlan(places=[1, 2], **small)).as_dict(),
+        "cpu-weights": sweep_along(
+            "weights", pair, ComparisonPlan(places=[0, 1], methods=["mixture"], **small)
+        ).as_dict(),
     }
-    page = tmp_path / "performance.md"
-    page.write_text(PAGE, encoding="utf-8")
+    file = tmp_path / "performance.md"
+    file.write_text(PAGE, encoding="utf-8")
     for name, report in reports.items():
-        report["environment"]["command"] = f"program bench --tokens 6 --output there/{name}.json"
+        report["environment"]["command"] = f"__main__.py --tokens 6 --output there/{name}.json"
         (tmp_path / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
-    script.main(page, tmp_path)
-    text = page.read_text(encoding="utf-8")
-    script.main(page, tmp_path)
-    assert page.read_text(encoding="utf-8") == text
+    page.main(file, tmp_path)
+    text = file.read_text(encoding="utf-8")
+    page.main(file, tmp_path)
+    assert file.read_text(encoding="utf-8") == text
     begin = PAGE.index("<!-- results: cpu-methods -->")
     assert text.startswith(PAGE[:begin])
-    assert "```sh\nmixlm bench --tokens 6\n```" in text
+    assert "```sh\npython -m research.benchmark --tokens 6\n```" in text
     assert "- transformers toy-1 was left out: it is no model of transformers" in text
     ratio = reports["cpu-methods"]["ratios"]["speculative/mixture"]
     [head, _, *table] = text[text.index("| speed over that of |") :].split("\n\n")[0].splitlines()

@@ -9,13 +9,13 @@ import pytest
 from tiny import shapes
 from toys import toys
 
-from mixlm.benchmark import bench
-from mixlm.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
 from mixlm.core.options import Options
 from mixlm.engines.base import memory
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
+from research.benchmark import compare
+from research.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
 
 
 def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:
@@ -52,7 +52,9 @@ def test_the_law_is_a_function_of_the_last_three_tokens() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
-    report = bench(pair(), tokens=300, repeats=2, methods=["speculative"], agreement=share, options={"draft": "toy-1"})
+    report = compare(
+        pair(), tokens=300, repeats=2, methods=["speculative"], agreement=share, options={"draft": "toy-1"}
+    )
     [run] = report.runs
     assert run.acceptance is not None
     assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.checked)
@@ -75,7 +77,7 @@ def test_forwards_are_run_by_the_models_themselves() -> None:
     those = agreed(shapes(), 1.0)
     engine = those.members[0].engine
     assert isinstance(engine, AgreedEngine)
-    [run] = bench(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
+    [run] = compare(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
     assert run.forwards == {"small": 10, "large": 10}
     assert all(seconds > 0 for by in run.seconds_by_forward_length.values() for seconds in by.values())
     assert label(1.0) in engine.notes

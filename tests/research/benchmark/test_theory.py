@@ -10,10 +10,7 @@ import torch
 from tiny import LARGE, shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixlm.benchmark import bench
-from mixlm.benchmark.agreement import agreed
-from mixlm.benchmark.roofline import H100, Machine, Need, served
-from mixlm.benchmark.theory import Fit, drafted_cost, fitted, predicted
+from mixlm.benchmark.prediction import Fit, drafted_cost, fitted, predicted
 from mixlm.benchmark.timing import Sample, contestants
 from mixlm.core.rng import Noise
 from mixlm.decoding.cost_model import mixture_cost, speculative_cost
@@ -27,6 +24,9 @@ from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
+from research.benchmark import compare
+from research.benchmark.agreement import agreed
+from research.benchmark.roofline import H100, Machine, Need, served
 
 
 def toys(weights: tuple[float, ...]) -> Ensemble:
@@ -49,7 +49,7 @@ def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
 
 def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
     weights = np.array([0.5, 0.3, 0.2])
-    [run] = bench(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
+    [run] = compare(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
     for name, weight in zip(run.members, weights, strict=True):
         assert run.forwards[name] / 3000 == pytest.approx(weight, abs=0.03)
     # Every member but the last to be drawn has read every token: tokens in all over forwards is 1/λ.
@@ -66,7 +66,7 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
 def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     those = toys((weight, 1 - weight))
-    [run] = bench(those, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
+    [run] = compare(those, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
     found = run.forwards["toy-1"] / 4000
     assert found == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
     # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
@@ -89,7 +89,7 @@ def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_t
 def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     those = toys((1, 1))
-    [run] = bench(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
+    [run] = compare(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
         fit = Fit(np.array(c), np.zeros(2))
@@ -131,7 +131,7 @@ class Counting(ToyEngine):
         asked: list[tuple[Session, Request]] = list(requests)
         self.calls += 1
         self.replies += len(asked)
-        return super().answer(asked)
+        return super().respond(asked)
 
 
 @pytest.mark.parametrize("members", range(2, 9))
@@ -207,13 +207,13 @@ def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
 
 def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm is a kernel of its own on a GPU, and several operations here.
-    monkeypatch.setattr(norms.Norms, "_replaced", lambda *_: torch.clone)
+    monkeypatch.setattr(norms.FusedNorms, "_replaced", lambda *_: torch.clone)
     monkeypatch.setattr(runner, "_DIFFERENCE", 2.0)  # whatever comes out
     counts = []
     for layers in (2, 3, 5):
         sizes = {**SHAPES["qwen2.5-0.5b"], **{k: v for k, v in LARGE.items() if k.endswith(("_size", "_heads"))}}
         spec = EngineSpec("shape:tiny", "", "bfloat16", "cpu", graphs="on")
-        session = shape.ShapeEngine(spec, {**sizes, "num_hidden_layers": layers}).session()
+        session = shape.DummyWeightsEngine(spec, {**sizes, "num_hidden_layers": layers}).session()
         session.logits(np.arange(8))
         session.logits(np.arange(9))
         with Launches() as counted:

@@ -1,11 +1,11 @@
 #!/bin/sh
-# All measurements of docs/performance.md: scripts/performance.sh cpu, or gpu. What is finished is not run again.
+# All measurements of docs/performance.md: research/benchmark/performance.sh cpu, or gpu. What is finished is not run again.
 # Each writes one report to docs/performance; then tables and figures are made of them and put into the page.
 #   PYTHON  what runs mixlm, .venv/bin/python unless it is set; the figures need its matplotlib
 #   ONLY    names of the measurements to take, with blanks between them
 #   TIMES   repeats of each, where others are wanted
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 kind=${1:-cpu}
 out=docs/performance
 python=${PYTHON:-.venv/bin/python}
@@ -21,9 +21,9 @@ measure() {
     fi
     # --repeats is always the last option below.
     [ -z "${TIMES:-}" ] || set -- $(echo "$@" | sed "s/--repeats [0-9]*\$/--repeats $TIMES/")
-    echo "== $name: mixlm bench $*"
+    echo "== $name: python -m research.benchmark $*"
     begin=$(date +%s)
-    "$python" -c 'import sys; from mixlm.cli import main; sys.exit(main())' bench "$@" --output "$out/$name.json"
+    "$python" -m research.benchmark "$@" --output "$out/$name.json"
     echo "== $name: $(($(date +%s) - begin)) s"
 }
 
@@ -54,8 +54,8 @@ gpu)
     measure gpu-devices -m shape:qwen2.5-3b -m shape:qwen2.5-1.5b --dtype bfloat16 --sweep devices --tokens 256 --repeats 5
     ;;
 *)
-    echo "usage: scripts/performance.sh cpu|gpu" >&2
+    echo "usage: research/benchmark/performance.sh cpu|gpu" >&2
     exit 2
     ;;
 esac
-"$python" scripts/performance_table.py
+"$python" -m research.benchmark.page

@@ -1,6 +1,6 @@
 """What a run of tokens costs beside its tokens: in vLLM in this process, and behind its server.
 
-python scripts/run_overhead.py MODEL [--url URL] [--runs N] [--dtype NAME]
+python -m research.scripts.run_overhead MODEL [--url URL] [--runs N] [--dtype NAME]
 
 A further token of a run costs (T(16) - T(1)) / 15, and a run beside its tokens what T(1) has more; that is with the
 engine's own work of catching up with foreign tokens. In this process it is also seen what a run of one token takes
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Engine, Run
+from mixlm.engines.base import Engine, GenerateRequest
 from mixlm.types import Sampling
 
 LENGTHS = (1, 2, 4, 8, 16)
@@ -29,7 +29,7 @@ SAMPLING = Sampling()
 @contextmanager
 def stepped() -> Iterator[list[float]]:
     """Note the time that vLLM's engine spends in steps, in this process."""
-    from vllm.v1.engine.core_client import InprocClient  # noqa: PLC0415 - vLLM reads its settings when it is imported
+    from vllm.v1.engine.core_client import InprocClient  # vLLM reads its settings when it is imported
 
     seconds, output = [], InprocClient.get_output
 
@@ -56,9 +56,9 @@ def texts(engine: Engine, runs: int, length: int) -> Iterator[tuple[float, int]]
     for number in range(runs):
         if len(ids) > 320:
             ids = ids[:64]
-        run = Run(0, ids, length, SAMPLING, banned, number)
+        run = GenerateRequest(0, ids, length, SAMPLING, banned, number)
         start = time.perf_counter()
-        written = session.write(run)
+        written = session.generate(run)
         yield time.perf_counter() - start, len(written.ids)
         ids = np.concatenate([ids, written.ids, rng.choice(drawable, size=FOREIGN)])
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from tiny import shapes
 
-from mixlm.benchmark import Plan, bench, plots, sweep_along
-from mixlm.benchmark.agreement import label
-from mixlm.benchmark.batch import Batch
-from mixlm.benchmark.sweeps import AXES, METHODS, Point, Sweep
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
 from research import figures
+from research.benchmark import ComparisonPlan, compare, plots, sweep_along
+from research.benchmark.agreement import label
+from research.benchmark.batch import Batch
+from research.benchmark.sweeps import AXES, METHODS, Point, Sweep
 
 SMALL: dict[str, Any] = {"tokens": 8, "repeats": 1}
 
@@ -32,7 +32,7 @@ def at(found: Sweep, series: str) -> dict[float | str, Point]:
 
 
 def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> None:
-    found = sweep_along("batch", pair, Plan(places=[1, 3], **SMALL))
+    found = sweep_along("batch", pair, ComparisonPlan(places=[1, 3], **SMALL))
     assert list(dict.fromkeys(one.series for one in found.points)) == [
         "single toy-1",
         "single toy-2",
@@ -59,13 +59,15 @@ def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair:
 
 
 def test_replies_of_a_batch_share_forwards_of_real_models() -> None:
-    found = sweep_along("batch", shapes(), Plan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1))
+    found = sweep_along(
+        "batch", shapes(), ComparisonPlan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1)
+    )
     assert at(found, "conventional")[4].more["replies_a_forward"] == 4
     assert 1 < at(found, "mixture")[4].more["replies_a_forward"] < 4
 
 
 def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
-    found = sweep_along("context", pair, Plan(places=[40, 80, 5000], **SMALL))
+    found = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
     assert list(at(found, "mixture")) == [40, 80, 4086]
     assert "4086 tokens in place of 5000" in found.notes[0]
     for one in found.points:
@@ -77,7 +79,7 @@ def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
 
 
 def test_members_are_copies_that_are_run_for_themselves() -> None:
-    found = sweep_along("members", shapes(), Plan(places=[1, 3], methods=METHODS["members"], **SMALL))
+    found = sweep_along("members", shapes(), ComparisonPlan(places=[1, 3], methods=METHODS["members"], **SMALL))
     assert set(at(found, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
     assert sum(at(found, "conventional")[3].forwards.values()) == 3
     assert sum(at(found, "mixture")[3].forwards.values()) == 1
@@ -86,7 +88,9 @@ def test_members_are_copies_that_are_run_for_themselves() -> None:
 
 
 def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(pair: Ensemble) -> None:
-    found = sweep_along("weights", pair, Plan(places=[0, 0.5, 1], methods=("mixture", "speculative"), **SMALL))
+    found = sweep_along(
+        "weights", pair, ComparisonPlan(places=[0, 0.5, 1], methods=("mixture", "speculative"), **SMALL)
+    )
     mixture = at(found, "mixture")
     assert mixture[0].forwards == {"toy-1": 0, "toy-2": 1}
     assert mixture[1].forwards == {"toy-1": 1, "toy-2": 0}
@@ -95,13 +99,13 @@ def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(
 
 
 def test_one_device_is_said_to_be_one(pair: Ensemble) -> None:
-    found = sweep_along("devices", pair, Plan(**SMALL))
+    found = sweep_along("devices", pair, ComparisonPlan(**SMALL))
     assert {one.x for one in found.points} == {"one for all"}
     assert found.notes == ("there is one device here, so the 2 members were measured on it alone",)
 
 
 def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensemble) -> None:
-    found = sweep_along("devices", pair, Plan(agreement=0.5, **SMALL), apart=lambda: pair)
+    found = sweep_along("devices", pair, ComparisonPlan(agreement=0.5, **SMALL), apart=lambda: pair)
     assert set(at(found, "conventional")) == {"one for all", "one for each"}
     assert set(at(found, "single toy-1")) == {"one for all"}
     assert found.notes == (label(0.5),)
@@ -118,15 +122,15 @@ def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensembl
 )
 def test_places_that_cannot_be_are_refused(pair: Ensemble, axis: str, places: Sequence[float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        sweep_along(axis, pair, Plan(places=places, **SMALL))
+        sweep_along(axis, pair, ComparisonPlan(places=places, **SMALL))
     with pytest.raises(ConfigError, match="nothing is varied"):
-        bench(pair, places=[1])
+        compare(pair, places=[1])
 
 
 def test_a_weight_of_one_among_three_has_no_axis() -> None:
     three = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in range(3)])
     with pytest.raises(ConfigError, match="there are 3 members"):
-        sweep_along("weights", three, Plan(**SMALL))
+        sweep_along("weights", three, ComparisonPlan(**SMALL))
 
 
 @pytest.mark.parametrize("axis", [None, *AXES])
@@ -134,9 +138,9 @@ def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str
     pytest.importorskip("matplotlib")
     places = {"batch": [1, 2], "context": [20, 40], "members": [1, 2], "weights": [0, 1]}.get(axis or "", [])
     if axis is None:
-        form = bench(pair, methods=["single", "mixture", "auto"], **SMALL).as_dict()
+        form = compare(pair, methods=["single", "mixture", "auto"], **SMALL).as_dict()
     else:
-        form = sweep_along(axis, pair, Plan(places=places, methods=METHODS[axis], **SMALL)).as_dict()
+        form = sweep_along(axis, pair, ComparisonPlan(places=places, methods=METHODS[axis], **SMALL)).as_dict()
         assert set(form) >= {"sweep", "axis", "points", "environment", "notes"}
     form = json.loads(json.dumps(form, allow_nan=False))
     figure = plots.draw(form)

@@ -1,7 +1,7 @@
 """What a token takes on the host beside the forward: the model is taken out, and ready-made logits take its place.
 
 "whole" hands over rows of the vocabulary, as a forward on the CPU does; "cut" what top-k leaves, as one on a GPU does.
-python scripts/host_time.py [tokens] [repeats]
+python -m research.scripts.host_time [tokens] [repeats]
 """
 
 from __future__ import annotations

@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from mixlm.benchmark import batch
-from mixlm.benchmark.agreement import agreed, label
-from mixlm.benchmark.measure import Plan, Progress, in_turns, recorded
+from mixlm.benchmark.measure import Progress, in_turns, recorded
+from mixlm.benchmark.prediction import Fit, predicted
 from mixlm.benchmark.report import environment
-from mixlm.benchmark.theory import Fit, predicted
 from mixlm.benchmark.timing import DEFAULT, Contestant, Own, Sample, alone, contestants, timed
 from mixlm.config import UnitName
 from mixlm.core.options import Options
@@ -19,6 +17,9 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.generation import EncodedPrompt
+from research.benchmark import batch
+from research.benchmark.agreement import agreed
+from research.benchmark.compare import ComparisonPlan, with_agreement
 
 AXES: Mapping[str, str] = {
     "batch": "replies at once",
@@ -101,7 +102,7 @@ class _Task:
     """What every sweep is given."""
 
     ensemble: Ensemble
-    plan: Plan
+    plan: ComparisonPlan
     options: Mapping[str, Any]
     progress: Progress | None
     apart: Callable[[], Ensemble] | None
@@ -110,7 +111,7 @@ class _Task:
 def sweep_along(
     kind: str,
     ensemble: Ensemble,
-    plan: Plan,
+    plan: ComparisonPlan,
     *,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -122,13 +123,11 @@ def sweep_along(
     Raises ConfigError for an unknown axis and for places that cannot be.
     """
     kind = checked_axis(kind)
-    notes: tuple[str, ...] = ()
-    if plan.agreement is not None:
-        ensemble, notes = agreed(ensemble, plan.agreement), (label(plan.agreement),)
+    ensemble, notes = plan.apply_agreement(ensemble)
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     found = _SWEEPS[kind](_Task(ensemble, plan, given, progress, apart))
     settings = recorded(ensemble, plan, given)
-    where = environment([one.engine for one in ensemble.members], settings)
+    where = with_agreement(environment([one.engine for one in ensemble.members], settings), plan)
     return Sweep(kind, tuple(found.points), where, (*notes, *found.notes), found.more)
 
 

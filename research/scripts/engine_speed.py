@@ -1,7 +1,7 @@
 """Speed of the demo pair in two engines, on a machine that others use too: the best of several runs at each position.
 
 Equal seeds give equal texts, so position by position the runs do the same; what is slower than the fastest of them is
-the machine's other work. python scripts/engine_speed.py [tokens] [repeats]
+the machine's other work. python -m research.scripts.engine_speed [tokens] [repeats]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `mixlm plan` predicts beside what two real servers of llama.cpp then do, at several arrival rates.
+"""What `python -m research.planning` predicts beside what two real servers of llama.cpp then do, at several rates.
 
-python scripts/plan_check.py [--models A,B] [--rates R,R] [--replies N] [--tokens N]
+python -m research.scripts.plan_check [--models A,B] [--rates R,R] [--replies N] [--tokens N]
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import time
 
 import numpy as np
-from server_speed import started
 
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -20,6 +19,7 @@ from research.planning.costs import Costs
 from research.planning.measure import measure
 from research.planning.plan import expected
 from research.planning.simulation import Load, quantiles
+from research.scripts.server_speed import started
 
 AT_ONCE = 16
 

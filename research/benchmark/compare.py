@@ -1,0 +1,70 @@
+"""`mixlm.benchmark.bench`, with agreement by construction and with transformers' own generation in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
+
+from mixlm.benchmark import BenchReport, Plan, bench
+from mixlm.benchmark.measure import Amount, Progress
+from mixlm.core.options import Options
+from mixlm.ensemble import Ensemble
+from mixlm.errors import ConfigError
+from research.benchmark.agreement import agreed, checked_share, label
+from research.benchmark.rivals import rivals
+
+
+class ComparisonAmount(Amount, total=False):
+    """The fields of a `ComparisonPlan` by name."""
+
+    agreement: float | None
+    rivals: bool
+    places: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ComparisonPlan(Plan):
+    """A plan of `mixlm.benchmark`, and what is measured beyond it.
+
+    agreement: the share of contexts in which members agree, by construction; None for their own distributions.
+    rivals: measure transformers' own generation too. places: of a sweep, in place of its usual ones.
+    """
+
+    agreement: float | None = None
+    rivals: bool = False
+    places: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.agreement is not None:
+            checked_share(self.agreement)
+
+    def apply_agreement(self, ensemble: Ensemble) -> tuple[Ensemble, tuple[str, ...]]:
+        """Return the ensemble that is measured, and the notes that belong to it."""
+        if self.agreement is None:
+            return ensemble, ()
+        return agreed(ensemble, self.agreement), (label(self.agreement),)
+
+
+def compare(
+    ensemble: Ensemble,
+    plan: ComparisonPlan | None = None,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    **amount: Unpack[ComparisonAmount],
+) -> BenchReport:
+    """Measure methods as `mixlm.benchmark.bench` does, with what else the plan names."""
+    plan = replace(plan or ComparisonPlan(), **amount)
+    if plan.places:
+        raise ConfigError("places are given, and nothing is varied", "name a sweep with them")
+    ensemble, notes = plan.apply_agreement(ensemble)
+    found, left_out = rivals(ensemble, plan.prompt, {"seed": 0, **(options or {})}) if plan.rivals else ([], [])
+    report = bench(ensemble, plan, options=options, progress=progress, rivals=found)
+    return replace(report, environment=with_agreement(report.environment, plan), notes=(*notes, *left_out))
+
+
+def with_agreement(environment: Mapping[str, Any], plan: ComparisonPlan) -> dict[str, Any]:
+    """Return the environment of a report with the plan's agreement among its settings."""
+    return {**environment, "settings": {**environment["settings"], "agreement": plan.agreement}}

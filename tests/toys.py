@@ -148,7 +148,7 @@ def named(those: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> La
     """A law over symbols as one over byte strings; a symbol that comes twice is an error."""
     unit = those.unit
     assert len(set(symbols.tolist())) == len(symbols)
-    keys = [END if symbol == unit.end else unit.data(symbol) for symbol in symbols.tolist()]
+    keys = [END if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist()]
     return dict(zip(keys, probabilities.tolist(), strict=True))
 
 
@@ -158,7 +158,7 @@ def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Se
     writing = those.writer(settings).begin(those.prompts(prompt, settings))
     for piece in pieces:
         known = range(those.unit.end)
-        writing.state.append(next(symbol for symbol in known if those.unit.data(symbol) == piece))
+        writing.state.append(next(symbol for symbol in known if those.unit.symbol_bytes(symbol) == piece))
     return writing
 
 

@@ -80,7 +80,7 @@ class AgreedEngine(Engine):
         """Begin a sequence of the other engine."""
         return self.inner.session()
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Run what is asked, and answer by the law."""
         replies = self.inner.respond([(session, self._own(request)) for session, request in requests])
         return [

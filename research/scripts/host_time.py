@@ -17,8 +17,8 @@ import numpy as np
 from mixlm.benchmark.timing import Own
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import Found, Part
-from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
-from mixlm.engines.transformers.runner import HFSession, Runner
+from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
+from mixlm.engines.transformers.runner import HFSession, ModelRunner
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.types import Candidates
 
@@ -29,7 +29,7 @@ METHODS, LENGTHS, TOP_K = ("mixture", "speculative"), (20, 1000, 7000), 20
 
 def main() -> None:
     tokens, repeats = (int(one) for one in (*sys.argv[1:], 400, 5)[:2])
-    engines = [ShapeEngine(EngineSpec(f"shape:tiny#{i}", "", "bfloat16", "cpu"), TINY) for i in (1, 2)]
+    engines = [DummyWeightsEngine(EngineSpec(f"shape:tiny#{i}", "", "bfloat16", "cpu"), TINY) for i in (1, 2)]
     pair = Ensemble([MemberSpec(one, f"tiny-{i}") for i, one in enumerate(engines)])
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(64, TINY["vocab_size"])).astype(np.float32)
@@ -37,10 +37,10 @@ def main() -> None:
     short = Candidates(likely, rows[0, likely])
 
     def taken_out(cut: bool) -> Any:
-        def run(_: Runner, parts: Sequence[Part]) -> list[Found]:
+        def run(_: ModelRunner, parts: Sequence[Part]) -> list[Found]:
             return [[short] * one.last if cut and one.cut is not None else rows[: one.last] for one in parts]
 
-        return patch.object(Runner, "run", run)
+        return patch.object(ModelRunner, "run", run)
 
     for method in METHODS:
         for words in LENGTHS:

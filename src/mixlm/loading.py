@@ -138,7 +138,7 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
 def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
     """Return an engine on weights that another one has loaded with_spec, or load it."""
     for other, engine in engines.items():
-        if other.weights == spec.weights and (shared := engine.sharing(spec)) is not None:
+        if other.weights == spec.weights and (shared := engine.with_spec(spec)) is not None:
             return shared
     if progress is not None:
         progress(spec.name or spec.model)

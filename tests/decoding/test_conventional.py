@@ -61,7 +61,7 @@ def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_
         choice, _ = driven(
             conventional, written(those, {"temperature": 1}, "", []), those.weights, Noise(0, 0, position)
         )
-        data = those.unit.data(choice.symbol)
+        data = those.unit.symbol_bytes(choice.symbol)
         assert np.isclose(np.exp(choice.logprob), shares[data][0])
         assert choice.member == shares[data][1]
         seen.add(data)
@@ -107,9 +107,9 @@ def test_engines_on_devices_of_their_own_work_at_once():
     class Waiting(ToyEngine):
         """Answers only when the other one has been asked too."""
 
-        def answer(self, requests):
+        def respond(self, requests):
             meeting.wait()
-            return super().answer(requests)
+            return super().respond(requests)
 
     engines = [Waiting(seed=1, name="a"), Waiting(seed=2, name="b")]
     in_turn = Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)])
@@ -122,7 +122,7 @@ def test_engines_on_devices_of_their_own_work_at_once():
 
 def test_a_failing_engine_among_several_is_heard():
     class Failing(ToyEngine):
-        def answer(self, requests):
+        def respond(self, requests):
             raise MemoryLimitError("no memory left")
 
     one, other = ToyEngine(seed=1, name="a"), Failing(seed=2, name="b")

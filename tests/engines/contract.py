@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from mixlm.engines.base import Ask, Draw, Drawn, Engine, Session
+from mixlm.engines.base import Engine, LogitsRequest, SampleRequest, SampleResponse, Session
 from mixlm.errors import PromptTooLongError, UsageError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Message
@@ -78,9 +78,9 @@ def test_answers_have_one_number_for_each_row_of_the_vocabulary(engine):
 def test_the_same_question_twice_runs_no_forward(engine):
     session, ids = engine.session(), random_ids(engine, 5)
     first = session.logits(ids).copy()
-    count = len(session.work.log)
+    count = len(session.stats.forwards)
     np.testing.assert_array_equal(session.logits(ids.copy()), first)
-    assert len(session.work.log) == count == 1
+    assert len(session.stats.forwards) == count == 1
 
 
 def test_a_forward_runs_exactly_the_tokens_that_are_missing(engine):
@@ -90,10 +90,10 @@ def test_a_forward_runs_exactly_the_tokens_that_are_missing(engine):
     session.logits(ids)
     missing = [(5, 0), (1, 5), (6, 6)]
     everything = [(5, 0), (6, 0), (12, 0)]
-    log = [(one.tokens, one.cached) for one in session.work.log]
+    log = [(one.tokens, one.cached) for one in session.stats.forwards]
     assert log == (missing if session.keeps_cache else everything)
-    assert session.work.tokens == sum(tokens for tokens, _ in log)
-    assert session.work.seconds == sum(one.seconds for one in session.work.log) >= 0
+    assert session.stats.tokens == sum(tokens for tokens, _ in log)
+    assert session.stats.seconds == sum(one.seconds for one in session.stats.forwards) >= 0
 
 
 def test_an_answer_does_not_change_with_later_questions(engine):
@@ -148,16 +148,16 @@ def test_a_forward_that_fails_leaves_the_session_usable(engine, error):
 
     with patch.object(type(session), "_forward", halfway), pytest.raises(error):
         session.logits(ids)
-    count = len(session.work.log)
+    count = len(session.stats.forwards)
     assert_close(session.logits(ids), uncached(engine, ids))
-    assert [(one.tokens, one.cached) for one in session.work.log[count:]] == [(12, 0)]
+    assert [(one.tokens, one.cached) for one in session.stats.forwards[count:]] == [(12, 0)]
     assert_close(session.logits(ids[:7]), uncached(engine, ids[:7]))
 
 
 def test_a_cut_that_fails_leaves_the_session_usable(engine):
     session, ids = engine.session(), random_ids(engine, 8)
     session.logits(ids)
-    keep, cuts = type(session)._keep, []
+    keep, cuts = type(session)._truncate, []
 
     def once(self: Session, length: int) -> int:
         cuts.append(length)
@@ -165,7 +165,7 @@ def test_a_cut_that_fails_leaves_the_session_usable(engine):
             raise KeyboardInterrupt
         return keep(self, length)
 
-    with patch.object(type(session), "_keep", once), pytest.raises(KeyboardInterrupt):
+    with patch.object(type(session), "_truncate", once), pytest.raises(KeyboardInterrupt):
         session.logits(ids[:4])
     assert_close(session.logits(ids[:4]), uncached(engine, ids[:4]))
 
@@ -173,20 +173,26 @@ def test_a_cut_that_fails_leaves_the_session_usable(engine):
 def test_requests_are_answered_in_their_order(engine):
     one, other = engine.session(), engine.session()
     ids = random_ids(engine, 6)
-    asked = [(one, Ask(0, ids, 2)), (other, Draw(1, ids[:4], lambda x: Drawn(int(np.argmax(x)), -0.5)))]
-    logits, drawn = engine.answer(asked)
+    asked = [
+        (one, LogitsRequest(0, ids, 2)),
+        (other, SampleRequest(1, ids[:4], lambda x: SampleResponse(int(np.argmax(x)), -0.5))),
+    ]
+    logits, drawn = engine.respond(asked)
     assert_close(logits, uncached(engine, ids, 2))
-    assert drawn == Drawn(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
+    assert drawn == SampleResponse(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
 
 
 def test_many_sessions_are_answered_as_each_alone(engine):
     sessions = [engine.session() for _ in range(4)]
     texts = [random_ids(engine, length, length) for length in (3, 9, 1, 6)]
     sessions[1].logits(texts[1][:5])
-    asked = [(session, Ask(0, ids)) for session, ids in zip(sessions, texts, strict=True)]
+    asked = [(session, LogitsRequest(0, ids)) for session, ids in zip(sessions, texts, strict=True)]
     # One of them is asked three things at once, of which the last takes text back.
-    asked += [(sessions[3], Ask(0, np.append(texts[3], texts[0]), 2)), (sessions[3], Ask(0, texts[3][:2], 2))]
-    for (_, ask), found in zip(asked, engine.answer(asked), strict=True):
+    asked += [
+        (sessions[3], LogitsRequest(0, np.append(texts[3], texts[0]), 2)),
+        (sessions[3], LogitsRequest(0, texts[3][:2], 2)),
+    ]
+    for (_, ask), found in zip(asked, engine.respond(asked), strict=True):
         assert_close(found, uncached(engine, ask.ids, ask.last))
 
 
@@ -195,12 +201,16 @@ def test_a_failed_answer_to_many_leaves_all_sessions_usable(engine):
     for session in sessions:
         session.logits(ids[:4])
 
-    def fails(logits: np.ndarray) -> Drawn:
+    def fails(logits: np.ndarray) -> SampleResponse:
         raise KeyboardInterrupt
 
-    asked = [(sessions[0], Ask(0, ids)), (sessions[1], Draw(0, ids, fails)), (sessions[2], Ask(0, ids))]
+    asked = [
+        (sessions[0], LogitsRequest(0, ids)),
+        (sessions[1], SampleRequest(0, ids, fails)),
+        (sessions[2], LogitsRequest(0, ids)),
+    ]
     with pytest.raises(KeyboardInterrupt):
-        engine.answer(asked)
+        engine.respond(asked)
     for session in sessions:
         assert_close(session.logits(ids), uncached(engine, ids))
 

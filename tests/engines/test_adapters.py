@@ -18,7 +18,7 @@ from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import memory
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.lora import Loaded
+from mixlm.engines.transformers.lora import LoadedModel
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.loading import load_config
@@ -59,7 +59,7 @@ def base(folders) -> HFEngine:
 @pytest.fixture(scope="module")
 def engines(folders, base) -> dict[str | None, HFEngine]:
     """The model without an adapter and with either, on one copy of the weights."""
-    return {None: base, **{name: base.sharing(spec(folders, adapter=str(folders[name]))) for name in TARGETS}}
+    return {None: base, **{name: base.with_spec(spec(folders, adapter=str(folders[name]))) for name in TARGETS}}
 
 
 def merged(folders: dict[str, Path], name: str | None, ids: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_caches_are_a_sequences_own(engines):
     for end in (3, 6, 9):
         one.logits(ids[:end])
         other.logits(ids[:end])
-    assert [(f.tokens, f.cached) for f in one.work.log] == [(3, 0), (3, 3), (3, 6)]
+    assert [(f.tokens, f.cached) for f in one.stats.forwards] == [(3, 0), (3, 3), (3, 6)]
     assert_close(one.logits(ids), uncached(engines["a"], ids))
     assert_close(other.logits(ids), uncached(engines["b"], ids))
 
@@ -111,7 +111,7 @@ def test_weights_are_held_once(folders, engines):
 def test_the_same_adapter_twice_is_loaded_once(folders, engines):
     before = memory(engines.values())
     path = str(folders["base"].parent / "a")
-    again = engines["b"].sharing(spec(folders, adapter=path, template="{{ messages[0].content }}"))
+    again = engines["b"].with_spec(spec(folders, adapter=path, template="{{ messages[0].content }}"))
     assert memory([*engines.values(), again]) == before
     ids = random_ids(again, 5)
     assert_close(uncached(again, ids), uncached(engines["a"], ids))
@@ -194,7 +194,7 @@ def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folde
     settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
     sessions = [one.engine.session() for one in those.members]
     those.writer(settings, sessions).stream(those.prompts("u", settings)).finish()
-    assert [{forward.rows for forward in one.work.log} for one in sessions] == [{3}, {3}, {1}, {3}]
+    assert [{forward.rows for forward in one.stats.forwards} for one in sessions] == [{3}, {3}, {1}, {3}]
 
 
 def test_a_members_own_system_text_stands_in_front_of_others(folders):
@@ -235,28 +235,28 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_as_it_was(f
     other = build(tmp_path / "other", "mamba")
     wrong = adapter(tmp_path / "wrong", other, target_modules=["in_proj"])
     with pytest.raises(ModelLoadError, match=r"the adapter .*wrong does not fit tiny.*trained on this model"):
-        base.sharing(spec(folders, adapter=str(wrong)))
+        base.with_spec(spec(folders, adapter=str(wrong)))
     shapes = adapter(tmp_path / "shapes", folders["base"], target_modules=["q_proj"], r=4)
     from safetensors.torch import load_file, save_file
 
     file = shapes / "adapter_model.safetensors"
     save_file({key: one[:, :-1].contiguous() for key, one in load_file(file).items()}, file)
     with pytest.raises(ModelLoadError, match=r"the adapter .*shapes does not fit tiny"):
-        base.sharing(spec(folders, adapter=str(shapes)))
+        base.with_spec(spec(folders, adapter=str(shapes)))
     assert_close(uncached(base, ids), before)
 
 
 def test_an_adapter_that_changes_the_model_itself_is_refused(folders, base, tmp_path):
     saved = adapter(tmp_path / "head", folders["base"], target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(UnsupportedError, match=r"replaces lm_head of the model, which other members share .merge it"):
-        base.sharing(spec(folders, adapter=str(saved)))
+        base.with_spec(spec(folders, adapter=str(saved)))
 
 
 def test_another_kind_of_adapter_is_refused_by_name(folders, base, tmp_path):
     IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes((folders["a"] / "adapter_model.safetensors").read_bytes())
     with pytest.raises(UnsupportedError, match=r"is of the kind IA3 .LoRA adapters can be switched"):
-        base.sharing(spec(folders, adapter=str(tmp_path)))
+        base.with_spec(spec(folders, adapter=str(tmp_path)))
 
 
 def test_a_toy_takes_a_system_text_and_no_adapter():
@@ -276,4 +276,4 @@ def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("mixlm.engines.transformers.lora.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
-        Loaded(torch.nn.Linear(1, 1)).add("x", "tiny")
+        LoadedModel(torch.nn.Linear(1, 1)).add("x", "tiny")

@@ -22,9 +22,9 @@ from mixlm.engines.base import LogitsRequest, RunAheadHint, SampleRequest, Sessi
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers import run_ahead as ahead
 from mixlm.engines.transformers import runner
-from mixlm.engines.transformers.device_topk import Largest, kept
+from mixlm.engines.transformers.device_topk import DeviceTopK, kept
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.run_ahead import DEPTH, Draws
+from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.routing import FunctionRouter
 from mixlm.types import Candidates, Sampling
@@ -44,7 +44,7 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     if cut is None or not ahead.shortened(cut, len(logits)):
         return None
     symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
-    draws = Draws(Largest())
+    draws = DeviceSampler(DeviceTopK())
     part = draws.largest.part(logits[None].to(device), cut, [0]).view(2, -1)
     row = kept(part.cpu().numpy(), cut)
     if row is None:
@@ -75,7 +75,7 @@ def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
     for p in np.linspace(0.02, 0.99, 60):
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
         assert transform.top_k_filter is not None
-        part = Largest().part(logits[None], transform.top_k_filter, [0]).view(2, -1)
+        part = DeviceTopK().part(logits[None], transform.top_k_filter, [0]).view(2, -1)
         ids, values = ahead.order(part[0].view(torch.float32), part[1], 14, transform.sampling)
         assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
 
@@ -159,9 +159,9 @@ def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  
 
 def test_draws_that_are_wrong_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
-    token = Draws.token
+    token = DeviceSampler.token
     for off, hits in ((0, True), (1, False)):
-        monkeypatch.setattr(Draws, "token", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
+        monkeypatch.setattr(DeviceSampler, "token", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
         for seed in range(2):
             found, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
             assert found[:2] == expected[:2]
@@ -203,7 +203,7 @@ class Asking:
     def go_on(self, count: int, *, checked: bool = True) -> None:
         """Write tokens, and check each row, which runs forwards of another sequence."""
         for _ in range(count):
-            [row] = self.engine.answer([(self.session, self.draw())])
+            [row] = self.engine.respond([(self.session, self.draw())])
             if checked:
                 self.check(row)
             self.ids = np.append(self.ids, self.next(row))
@@ -219,7 +219,7 @@ def record(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
     monkeypatch.setattr(steps, "captured", captured)
     monkeypatch.setattr(Recorded, "replays", 0)
-    engine.runner.steps = steps.Steps(engine.model, capture=True)
+    engine.runner.steps = steps.CudaGraphRunner(engine.model, capture=True)
 
 
 @pytest.fixture
@@ -246,12 +246,12 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
             one.ids[-1:] = random_ids(engine, 1, int(rng.integers(1000)))
         elif kind == "both":
             other.go_on(1)
-            rows = engine.answer([(one.session, one.draw()), (other.session, other.draw())])
+            rows = engine.respond([(one.session, one.draw()), (other.session, other.draw())])
             for each, row in zip((one, other), rows, strict=True):
                 each.check(row)
                 each.ids = np.append(each.ids, each.next(row))
         elif kind == "cut":
-            [[row]] = engine.answer([(one.session, LogitsRequest(0, one.ids, 1, one.transform.top_k_filter))])
+            [[row]] = engine.respond([(one.session, LogitsRequest(0, one.ids, 1, one.transform.top_k_filter))])
             one.check(row)
         elif kind == "other cut":
             held, one.transform = one.transform, other.transform
@@ -260,9 +260,9 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
         elif kind == "forgotten":
             one.session.reset()
         elif kind == "again":
-            one.check(engine.answer([(one.session, one.draw())])[0])
+            one.check(engine.respond([(one.session, one.draw())])[0])
         else:
-            one.check(engine.answer([(one.session, one.draw(0))])[0])
+            one.check(engine.respond([(one.session, one.draw(0))])[0])
         assert (one.session.cache.length if one.session.cache else 0) == len(one.session._cached.ids)
     assert one.session.stats.run_ahead > 15
     assert one.session.stats.wasted > 5
@@ -274,7 +274,7 @@ def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEn
     for each in (one, other):
         each.go_on(2)
     before = one.session.stats.run_ahead
-    rows = engine.answer([(each.session, each.draw()) for each in (one, other)])
+    rows = engine.respond([(each.session, each.draw()) for each in (one, other)])
     for each, row in zip((one, other), rows, strict=True):
         each.check(row)
         assert each.session.stats.forwards[-1][:2] == (1, len(each.ids) - 1)
@@ -287,12 +287,12 @@ def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
 ) -> None:
     monkeypatch.setattr(runner, "_CROWDED", 6)
     one, other = Asking(engine), Asking(engine, seed=1)
-    engine.answer([(each.session, each.draw()) for each in (one, other)])
+    engine.respond([(each.session, each.draw()) for each in (one, other)])
     one.go_on(6, checked=False)  # the first is known by now
-    assert not one.session.waiting
+    assert not one.session.has_run_ahead
     assert one.session.stats.run_ahead == one.session.stats.wasted == 0
     one.go_on(2, checked=False)
-    assert one.session.waiting
+    assert one.session.has_run_ahead
     assert one.session.stats.run_ahead == 1
 
 
@@ -310,7 +310,7 @@ def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: 
     try:
         whole, cut = 0, 0
         for _ in range(60):
-            [row] = one.engine.answer([(one.session, one.draw())])
+            [row] = one.engine.respond([(one.session, one.draw())])
             one.check(row)
             whole, cut = whole + isinstance(row, np.ndarray), cut + isinstance(row, Candidates)
             one.ids = np.append(one.ids, one.next(row))
@@ -323,14 +323,14 @@ def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: 
 
 def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     ran: list[tuple[int, int]] = []
-    run_on = steps.Steps.run_on
+    run_on = steps.CudaGraphRunner.run_on
 
-    def noted(self: steps.Steps, room: Any, token: torch.Tensor, length: int) -> Any:
+    def noted(self: steps.CudaGraphRunner, room: Any, token: torch.Tensor, length: int) -> Any:
         ran.append((length, room.size))
         return run_on(self, room, token, length)
 
     one = Asking(load("mistral"))
-    monkeypatch.setattr(steps.Steps, "run_on", noted)
+    monkeypatch.setattr(steps.CudaGraphRunner, "run_on", noted)
     one.ids = random_ids(one.engine, 250)
     one.session.context_length = 262
     one.go_on(12)
@@ -345,7 +345,7 @@ def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
         torch.randn(500, generator=torch.Generator().manual_seed(0)),
         Transform(Sampling(), np.arange(3)),
     )
-    draws = Draws(Largest())
+    draws = DeviceSampler(DeviceTopK())
     assert transform.top_k_filter is not None
     part = draws.largest.part(logits[None], transform.top_k_filter, [0]).view(2, -1)
     law = transform(logits.numpy())
@@ -386,7 +386,7 @@ def test_a_device_that_cannot_draw_runs_in_steps_alone(
     one = load("llama")
     assert one.runner.steps is not None
     assert one.ahead == 0
-    assert not one.session().waiting
+    assert not one.session().has_run_ahead
 
 
 def test_only_engines_that_run_in_steps_go_ahead(load: Load) -> None:  # noqa: F811
@@ -442,9 +442,9 @@ def test_captured_steps_go_ahead_alike(load: Load, kinds: tuple[str, str], metho
 def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # noqa: F811
     one = Asking(load("llama", "auto", "cuda"))
     one.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
-    go_on = ahead.Lead._go_on
+    go_on = ahead.RunAhead._go_on
 
-    def strictly(self: ahead.Lead, told: RunAheadHint, run: int) -> None:
+    def strictly(self: ahead.RunAhead, told: RunAheadHint, run: int) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             go_on(self, told, run)
@@ -453,6 +453,6 @@ def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # no
 
     one.go_on(6, checked=False)  # what is captured, and what is brought to the device once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead.Lead, "_go_on", strictly)
+        patch.setattr(ahead.RunAhead, "_go_on", strictly)
         one.go_on(20, checked=False)
     assert one.session.stats.run_ahead >= 20

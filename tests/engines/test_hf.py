@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.engines.transformers import runner
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
@@ -148,11 +148,11 @@ def test_one_forward_serves_many_sessions(folders, kind):
     texts = [random_ids(one, int(rng.integers(1, 30)), i) for i in range(6)]
     for turn in range(4):
         lasts = [int(rng.integers(1, min(4, len(ids)) + 1)) for ids in texts]
-        asked = [(s, Ask(0, ids, last)) for s, ids, last in zip(sessions, texts, lasts, strict=True)]
-        for found, ids, last in zip(one.answer(asked), texts, lasts, strict=True):
+        asked = [(s, LogitsRequest(0, ids, last)) for s, ids, last in zip(sessions, texts, lasts, strict=True)]
+        for found, ids, last in zip(one.respond(asked), texts, lasts, strict=True):
             assert_close(found, uncached(one, ids, last))
         if turn:
-            assert {session.work.log[-1].rows for session in sessions} == {6}
+            assert {session.stats.forwards[-1].rows for session in sessions} == {6}
         texts = [
             np.concatenate([ids[: max(1, len(ids) - 2)], random_ids(one, int(rng.integers(3, 9)), i + turn)])
             for i, ids in enumerate(texts)
@@ -163,12 +163,12 @@ def test_a_forward_takes_no_more_tokens_than_it_may(llama, monkeypatch):
     monkeypatch.setattr(runner, "MOST", 20)
     sessions = [llama.session() for _ in range(5)]
     asked = [
-        (session, Ask(0, random_ids(llama, length, length)))
+        (session, LogitsRequest(0, random_ids(llama, length, length)))
         for session, length in zip(sessions, (8, 9, 9, 50, 3), strict=True)
     ]
-    for found, (_, ask) in zip(llama.answer(asked), asked, strict=True):
+    for found, (_, ask) in zip(llama.respond(asked), asked, strict=True):
         assert_close(found, uncached(llama, ask.ids))
-    assert [session.work.log[0].rows for session in sessions] == [2, 2, 1, 1, 1]
+    assert [session.stats.forwards[0].rows for session in sessions] == [2, 2, 1, 1, 1]
 
 
 def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
     session = llama.session()
     assert_close(session.logits(ids, 3), whole)
     assert_close(session.logits(ids[:45], 20), uncached(llama, ids[:45], 20))
-    assert [(one.tokens, one.cached) for one in session.work.log] == [(50, 0), (20, 25)]
+    assert [(one.tokens, one.cached) for one in session.stats.forwards] == [(50, 0), (20, 25)]
 
 
 def test_the_output_layer_decides_the_rows_and_padding_has_no_bytes(llama):

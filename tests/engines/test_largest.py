@@ -14,7 +14,7 @@ from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import LogitsRequest, SampleRequest
-from mixlm.engines.transformers.device_topk import Largest
+from mixlm.engines.transformers.device_topk import DeviceTopK
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.types import Candidates, Sampling, TopKFilter
@@ -42,7 +42,7 @@ def random_case(seed: int) -> tuple[torch.Tensor, Transform]:
 
 
 def test_choices_are_those_of_the_whole_row() -> None:
-    largest, short = Largest(), 0
+    largest, short = DeviceTopK(), 0
     for seed in range(400):
         logits, transform = random_case(seed)
         assert transform.top_k_filter is not None
@@ -61,7 +61,7 @@ def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
     logits = torch.tensor(rng.normal(size=(7, 900)), dtype=torch.bfloat16)
     cuts = [TopKFilter(k, rng.choice(900, size=20, replace=False)) for k in (1, 5, 445)]
     asked = [cuts[0], None, cuts[1], cuts[0], cuts[2], None, cuts[1]]
-    rows = Largest().of(logits, asked)
+    rows = DeviceTopK().of(logits, asked)
     for row, cut, own in zip(rows, asked, logits, strict=True):
         whole = own.float().numpy()
         if cut is None or cut.k == 445:  # nearly all of the row
@@ -78,7 +78,7 @@ def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
 def test_a_row_where_others_might_be_tied_with_the_last_comes_whole(value: float) -> None:
     logits = torch.full((1, 500), value)
     logits[0, 7] = 1.0
-    [row] = Largest().of(logits, [TopKFilter(3, np.array([9]))])
+    [row] = DeviceTopK().of(logits, [TopKFilter(3, np.array([9]))])
     np.testing.assert_array_equal(row, logits[0].numpy())
 
 
@@ -105,7 +105,7 @@ def test_texts_are_those_of_whole_rows(
 ) -> None:
     both = Ensemble([MemberSpec(one, f"m{at}") for at, one in enumerate(pair)], [0.6, 0.4])
     written = []
-    for largest in (None, Largest()):
+    for largest in (None, DeviceTopK()):
         for one in pair:
             monkeypatch.setattr(one.runner, "largest", largest)
         replies = [both.generate("the river", method=method, max_tokens=30, seed=seed, **options) for seed in range(3)]
@@ -115,7 +115,7 @@ def test_texts_are_those_of_whole_rows(
 
 def test_an_engine_tells_what_is_needed_and_no_more(pair: list[HFEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     one = pair[0]
-    monkeypatch.setattr(one.runner, "largest", Largest())
+    monkeypatch.setattr(one.runner, "largest", DeviceTopK())
     seen: list[Any] = []
     ids, cut = np.arange(20, 30), TopKFilter(3, np.array([0]))
     session = one.session()
@@ -129,11 +129,11 @@ def test_an_engine_tells_what_is_needed_and_no_more(pair: list[HFEngine], monkey
         (one.session(), LogitsRequest(0, ids[:8], 2, cut)),
         (session, LogitsRequest(0, ids)),
     ]
-    _, rows, whole = one.answer(asked)
+    _, rows, whole = one.respond(asked)
     assert isinstance(seen[0], Candidates)
     assert [type(row) for row in rows] == [Candidates] * 2
     assert whole.shape == (1, one.vocabulary.size)
     order = np.argsort(-whole[0], kind="stable")
     assert set(order[:3]) <= set(seen[0].ids)
-    again = one.answer([(session, SampleRequest(0, ids, choose, cut))])[0]
+    again = one.respond([(session, SampleRequest(0, ids, choose, cut))])[0]
     np.testing.assert_array_equal(again, whole[0])  # known by now, so nothing is run and nothing is brought over

@@ -62,7 +62,7 @@ def test_what_is_told_of_a_run_is_the_members_law(engine, reference, sampling):
     banned = np.array([256, 257])
     cut = 0
     for seed in range(12):
-        run = engine.session().write(GenerateRequest(0, BEGIN, 8, sampling, banned, seed))
+        run = engine.session().generate(GenerateRequest(0, BEGIN, 8, sampling, banned, seed))
         ids = BEGIN
         for token, logprob in zip(run.ids, run.logprobs, strict=True):
             assert law(reference, ids, sampling, banned)[token] == pytest.approx(logprob, abs=1e-3)
@@ -91,7 +91,7 @@ def test_two_tokens_are_drawn_as_often_as_the_law_says(engine, reference, sampli
         drawn: list[int] = []
         while len(drawn) < 2:
             ids = np.append(BEGIN, drawn).astype(np.int64)
-            drawn += session.write(
+            drawn += session.generate(
                 GenerateRequest(0, ids, 2 - len(drawn), sampling, banned, 1000 * seed + len(drawn))
             ).ids
         seen[drawn[0], drawn[1]] += 1
@@ -134,11 +134,11 @@ def test_requests_are_as_many_as_runs(engine, monkeypatch):
 
 def test_what_it_cannot_draw_is_asked_for_token_by_token(engine):
     many, few = np.arange(33), np.arange(32)
-    assert engine.writes(Sampling(top_k=20), many)
-    assert engine.writes(Sampling(top_k=20, top_p=0.9), few)
-    assert not engine.writes(Sampling(top_k=20, top_p=0.9), many)
-    assert not engine.writes(Sampling(top_k=0), few)
-    assert not engine.writes(Sampling(top_k=20, presence_penalty=0.5), few)
+    assert engine.samples_itself(Sampling(top_k=20), many)
+    assert engine.samples_itself(Sampling(top_k=20, top_p=0.9), few)
+    assert not engine.samples_itself(Sampling(top_k=20, top_p=0.9), many)
+    assert not engine.samples_itself(Sampling(top_k=0), few)
+    assert not engine.samples_itself(Sampling(top_k=20, presence_penalty=0.5), few)
 
 
 class Stand:
@@ -193,7 +193,7 @@ def test_numbers_that_are_not_certain_are_asked_for_again():
 
     runs = LlamaCppRuns("", [bytes([one]) for one in range(256)], frozenset())
     found = asyncio.run(
-        runs.write(GenerateRequest(0, BEGIN, 3, Sampling(top_k=5, temperature=1.0), NONE, 1), ask, likeliest)
+        runs.generate(GenerateRequest(0, BEGIN, 3, Sampling(top_k=5, temperature=1.0), NONE, 1), ask, likeliest)
     )
     assert asked == [[*BEGIN], [*BEGIN, 65], [*BEGIN, 65, 67]]
     assert (found.ids, found.logprobs) == ([65, 67, 66], pytest.approx(np.log([0.2, 0.5, 0.3])))
@@ -209,4 +209,4 @@ def test_what_is_no_run_is_an_error(answer):
 
     runs = LlamaCppRuns("", [bytes([one]) for one in range(256)], frozenset())
     with pytest.raises(EngineError, match=r"llama\.cpp gives no answer"):
-        asyncio.run(runs.write(GenerateRequest(0, BEGIN, 2, Sampling(top_k=5), NONE, 1), ask, likeliest))
+        asyncio.run(runs.generate(GenerateRequest(0, BEGIN, 2, Sampling(top_k=5), NONE, 1), ask, likeliest))

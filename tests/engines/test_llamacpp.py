@@ -19,7 +19,7 @@ import mixlm
 from mixlm.config import parse_config
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
-from mixlm.engines.base import Ask, Engine, Session
+from mixlm.engines.base import Engine, LogitsRequest, Session
 from mixlm.engines.llamacpp.engine import LlamaCppEngine
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.toy import ToyEngine
@@ -65,7 +65,7 @@ def distance(engine: Engine, exact: Engine, text: str) -> float:
     ids = engine.prompts.raw(text)
     assert ids.tolist() == exact.prompts.raw(text).tolist()
     wanted, found = exact.session().logits(ids)[0], engine.session().logits(ids)[0]
-    assert np.isfinite(found).sum() >= engine.candidates
+    assert np.isfinite(found).sum() >= engine.top_k_limit
     top = np.argsort(-wanted)[:20]
     return float(0.5 * np.abs(softmax(found[top]) - softmax(wanted[top])).sum())
 
@@ -87,7 +87,7 @@ def test_a_tokenizer_is_converted_once_and_without_the_weights(file, monkeypatch
 
 def test_a_text_that_ends_in_half_a_character_is_answered(engine):
     ids = engine.encoder.encode("Smile: 😀 und Grüße 中文 ".encode() + "😀".encode()[:2]).ids
-    assert np.isfinite(engine.session().logits(np.array(ids))).sum() >= engine.candidates
+    assert np.isfinite(engine.session().logits(np.array(ids))).sum() >= engine.top_k_limit
 
 
 def test_numbers_that_are_kept_back_are_asked_for_another_way(engine):
@@ -153,7 +153,7 @@ def test_more_tokens_are_asked_for_while_too_few_may_be_drawn(engine, monkeypatc
     drawable[np.flatnonzero(first)[:30]] = False
     monkeypatch.setattr(engine, "drawable", drawable)
     more = np.isfinite(engine.session().logits(ids)[0])
-    assert (more & drawable).sum() >= engine.candidates
+    assert (more & drawable).sum() >= engine.top_k_limit
     assert (more & first).sum() == first.sum()
 
 
@@ -164,15 +164,15 @@ def test_a_session_that_lost_its_slot_reads_its_text_anew(engine):
         session.logits(ids[:5])
     found = sessions[0].logits(texts[0])
     np.testing.assert_array_equal(found, engine.session().logits(texts[0]))
-    assert [(one.tokens, one.cached) for one in sessions[0].work.log] == [(5, 0), (6, 0)]
+    assert [(one.tokens, one.cached) for one in sessions[0].stats.forwards] == [(5, 0), (6, 0)]
     sessions[3].logits(texts[3])
-    assert sessions[3].work.log[-1].cached == 5
+    assert sessions[3].stats.forwards[-1].cached == 5
 
 
 def test_several_sequences_are_answered_at_once_and_in_order(engine):
     texts = [random_ids(engine, 4 + seed, seed) for seed in range(5)]
-    asked = [(engine.session(), Ask(0, ids)) for ids in texts]
-    for row, ids in zip(engine.answer(asked), texts, strict=True):
+    asked = [(engine.session(), LogitsRequest(0, ids)) for ids in texts]
+    for row, ids in zip(engine.respond(asked), texts, strict=True):
         expected = engine.session().logits(ids)
         assert row[0].argmax() == expected[0].argmax()
         np.testing.assert_allclose(softmax(row[0]), softmax(expected[0]), atol=1e-4)

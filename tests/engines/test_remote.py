@@ -81,7 +81,7 @@ def remote(fake, folder) -> RemoteEngine:
 def test_a_real_server_says_what_the_same_model_says_in_this_process(engine, file):
     here = load(EngineSpec(str(file), "", "float32", engine="llamacpp", slots=1))
     assert engine.vocabulary == here.vocabulary
-    assert (engine.context_length, engine.candidates) == (512, 64)
+    assert (engine.context_length, engine.top_k_limit) == (512, 64)
     ids = random_ids(engine, 9)
     ours, theirs = here.session().logits(ids)[0], engine.session().logits(ids)[0]
     np.testing.assert_allclose(softmax(theirs), softmax(ours), atol=1e-5)
@@ -94,7 +94,7 @@ def test_an_ensemble_with_a_member_behind_a_server_writes(engine):
 
 
 def test_the_name_is_the_models(remote, fake):
-    assert (remote.name, remote.context_length, remote.candidates) == ("fake", 511, 64)
+    assert (remote.name, remote.context_length, remote.top_k_limit) == ("fake", 511, 64)
     found = remote.session().logits(np.array([5, 6, 7]))[0]
     wanted = fake.logits([5, 6, 7])
     best = np.argsort(-wanted)[:64]
@@ -104,7 +104,7 @@ def test_the_name_is_the_models(remote, fake):
 def test_questions_of_several_sequences_are_sent_at_once_and_never_too_many(remote, fake):
     fake.faults, fake.delay = ["slow"] * 6, 0.1
     texts = [np.array([3, 4, i]) for i in range(6)]
-    found = remote.answer([(remote.session(), LogitsRequest(0, ids)) for ids in texts])
+    found = remote.respond([(remote.session(), LogitsRequest(0, ids)) for ids in texts])
     for row, ids in zip(found, texts, strict=True):
         assert row[0].argmax() == fake.logits(ids.tolist()).argmax()
     assert 2 <= fake.busiest <= QUICK.connections
@@ -114,9 +114,9 @@ def test_an_error_is_raised_when_all_that_was_asked_with_it_is_done(remote, fake
     fake.faults, fake.delay = ["error", "slow"], 0.3
     slow = [remote.session(), remote.session()]
     with pytest.raises(EngineError, match="it broke"):
-        remote.answer([(one, LogitsRequest(0, np.array([3, 4, 5]))) for one in slow])
+        remote.respond([(one, LogitsRequest(0, np.array([3, 4, 5]))) for one in slow])
     assert fake.busy == 0
-    assert sorted(len(one.work.log) for one in slow) == [0, 1]
+    assert sorted(len(one.stats.forwards) for one in slow) == [0, 1]
 
 
 @pytest.mark.parametrize("fault", ["drop", "cut", "429", "503"])
@@ -199,7 +199,7 @@ def test_a_server_that_comes_back_as_it_was_goes_on(remote, fake):
 def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
     fake.most = 20
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert remote.candidates == 16
+    assert remote.top_k_limit == 16
     alone = Ensemble([MemberSpec(remote, "a")])
     alone.writer(alone.settings(top_k=16))
     with pytest.raises(UnsupportedError, match="its 16 likeliest tokens only"):
@@ -212,7 +212,7 @@ def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
     alone.generate("one two", top_k=9, **options)
     assert {body["logprobs"] for body in fake.asked if body["logprobs"] > 5} == {9 + 16}
     banned = np.sort(np.argsort(-fake.logits([4, 5, 6]))[:30])
-    [found] = remote.answer([(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), cut=TopKFilter(9, banned)))])
+    [found] = remote.respond([(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), cut=TopKFilter(9, banned)))])
     assert fake.asked[-1]["logprobs"] == 4 * (9 + 16)
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
@@ -327,11 +327,11 @@ def test_what_a_server_lacks_to_draw_by_itself_is_told_and_it_is_asked_token_by_
 
 def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawing):
     many = np.arange(301)
-    assert drawing.writes(Sampling(), many)
+    assert drawing.samples_itself(Sampling(), many)
     drawing.servers[0].served = ServerCapabilities("", masks=False)
-    assert not drawing.writes(Sampling(), many)
-    assert drawing.writes(Sampling(), many[:300])
-    assert not drawing.writes(Sampling(min_p=0.1, top_p=0.9), many[:0])
+    assert not drawing.samples_itself(Sampling(), many)
+    assert drawing.samples_itself(Sampling(), many[:300])
+    assert not drawing.samples_itself(Sampling(min_p=0.1, top_p=0.9), many[:0])
 
 
 @pytest.mark.parametrize(
@@ -417,10 +417,10 @@ def test_connections_that_are_made_together_are_looked_at_together(fake, folder)
     fake.start()
     before = len(fake.asked)
     fake.faults, fake.delay = ["slow"] * 5, 0.1
-    remote.answer([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
+    remote.respond([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
     assert len(fake.asked) - before <= 5 + 3  # what was asked, and a few looks at who it is
     fake.stop()
     fake.seed = 1
     fake.start()
     with pytest.raises(EngineError, match="another model now"):
-        remote.answer([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
+        remote.respond([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])

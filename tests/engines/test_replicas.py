@@ -21,7 +21,7 @@ from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, UnsupportedError
@@ -54,7 +54,7 @@ def test_sequences_are_shared_out_and_each_stays_with_its_server(both, fakes):
     sessions = [both.session() for _ in range(4)]
     before = [asked(one) for one in fakes]
     for length in range(3, 7):
-        both.answer([(one, Ask(0, np.arange(5, 5 + length) + at)) for at, one in enumerate(sessions)])
+        both.respond([(one, LogitsRequest(0, np.arange(5, 5 + length) + at)) for at, one in enumerate(sessions)])
     assert [asked(one) - was for one, was in zip(fakes, before, strict=True)] == [8, 8]
     assert [both.servers.index(one.home) for one in sessions] == [0, 1, 0, 1]
 
@@ -164,7 +164,7 @@ def test_a_server_killed_in_the_middle_of_a_reply_is_replaced_by_its_replica(pro
     stream = pair.stream("three", **OPTIONS)
     begun = [next(stream) for _ in range(8)]
     session = stream.sessions[1]
-    home, before = session.home, len(session.work.log)
+    home, before = session.home, len(session.stats.forwards)
     server, _ = processes[goes.servers.index(home)]
     server.send_signal(signal.SIGKILL)
     server.wait()
@@ -173,8 +173,8 @@ def test_a_server_killed_in_the_middle_of_a_reply_is_replaced_by_its_replica(pro
     assert list(reply.tokens[:8]) == begun
     assert [one.data for one in reply.tokens] == [one.data for one in whole.tokens]
     assert reply.usage.members["goes"].dropped == 0
-    assert session.work.log[before].tokens >= 8  # the other server had not read the text
-    assert all(one.tokens < 20 < one.cached for one in session.work.log[before + 1 :])
+    assert session.stats.forwards[before].tokens >= 8  # the other server had not read the text
+    assert all(one.tokens < 20 < one.cached for one in session.stats.forwards[before + 1 :])
 
 
 def test_sequences_with_one_beginning_keep_their_places(processes):
@@ -184,7 +184,7 @@ def test_sequences_with_one_beginning_keep_their_places(processes):
     one = alone.session()
     for end in (30, 32, 34):
         one.logits(ids[:end])
-    assert [(work.tokens, work.cached) for work in one.work.log] == [(30, 0), (2, 30), (2, 32)]
+    assert [(work.tokens, work.cached) for work in one.stats.forwards] == [(30, 0), (2, 30), (2, 32)]
     assert alone.details["prefix cache"] == "reported"
 
 
@@ -194,8 +194,8 @@ def test_a_place_that_was_left_serves_who_begins_alike(processes):
     ids = random_ids(alone, 40)
     alone.session().logits(ids[:30])
     other = alone.session()
-    alone.answer([(other, Ask(0, ids))])
-    assert other.work.log[0].cached == 30
+    alone.respond([(other, LogitsRequest(0, ids))])
+    assert other.stats.forwards[0].cached == 30
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(folder, tmp_path, monkeypatch):  # noqa: F811

@@ -18,12 +18,12 @@ from test_remote import QUICK, cache, file, folder  # noqa: F401
 
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Ask, Engine
+from mixlm.engines.base import Engine, LogitsRequest
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, ReplyCutError, TokenizerError, UnsupportedError
-from mixlm.types import Cut, Sampling
+from mixlm.types import Sampling, TopKFilter
 
 OPTIONS = {"seed": 2, "max_tokens": 24, "ignore_end": True, "top_k": 9}
 
@@ -175,7 +175,7 @@ def test_a_tokenizer_that_reads_as_the_server_does_not_is_refused(engine, fake, 
 
 def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
     engine = loaded(candidates=5000)
-    assert engine.candidates == 260 - engine.spare
+    assert engine.top_k_limit == 260 - engine.spare
     assert max(body["top_logprobs_num"] for body in fake.asked) == 260
     assert np.isfinite(engine.session().logits(np.array([5, 6]))).all()
 
@@ -183,7 +183,7 @@ def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
 def test_as_many_tokens_are_asked_for_as_a_choice_needs_and_there_are(engine, fake):
     ids = random_ids(engine, 5)
     banned = np.sort(np.argsort(-fake.logits(ids.tolist()))[:245])
-    [found] = engine.answer([(engine.session(), Ask(0, ids, cut=Cut(9, banned)))])
+    [found] = engine.respond([(engine.session(), LogitsRequest(0, ids, cut=TopKFilter(9, banned)))])
     assert [body["top_logprobs_num"] for body in fake.asked[-3:]] == [9 + 16, 4 * (9 + 16), 260]
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
@@ -194,8 +194,8 @@ def test_what_its_cache_held_is_reported(fake, loaded):
     assert engine.details["prefix cache"] == "reported"
     session, ids = engine.session(), random_ids(engine, 40)
     for end in (30, 32, 34):
-        engine.answer([(session, Ask(0, ids[:end]))])
-    assert [(work.tokens, work.cached) for work in session.work.log] == [(30, 0), (2, 30), (2, 32)]
+        engine.respond([(session, LogitsRequest(0, ids[:end]))])
+    assert [(work.tokens, work.cached) for work in session.stats.forwards] == [(30, 0), (2, 30), (2, 32)]
     fake.caches = False
     assert loaded().details["prefix cache"] == "not reported"
 

@@ -14,7 +14,7 @@ from mixlm.config import EnsembleConfig, MemberConfig
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
-from mixlm.engines.transformers.dummy_weights import SHAPES, ShapeEngine
+from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ModelNotFoundError
 from mixlm.loading import load_config
@@ -48,12 +48,12 @@ PARAMETERS = {
 }
 
 
-def tiny(sizes: dict[str, Any] = TINY, dtype: str = "float32") -> ShapeEngine:
-    return ShapeEngine(EngineSpec("shape:tiny", "", dtype, "cpu"), sizes)
+def tiny(sizes: dict[str, Any] = TINY, dtype: str = "float32") -> DummyWeightsEngine:
+    return DummyWeightsEngine(EngineSpec("shape:tiny", "", dtype, "cpu"), sizes)
 
 
 @pytest.fixture(scope="module")
-def engine() -> ShapeEngine:
+def engine() -> DummyWeightsEngine:
     return tiny()
 
 
@@ -64,7 +64,7 @@ def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name: str
     assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
 
 
-def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engine: ShapeEngine) -> None:
+def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engine: DummyWeightsEngine) -> None:
     for sizes, filled in ((TINY, engine), (SMALLER, tiny(SMALLER))):
         plain = shape.described(sizes, torch.float32).eval()
         plain.load_state_dict(filled.model.state_dict())
@@ -74,7 +74,7 @@ def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engi
         np.testing.assert_allclose(filled.session().logits(ids)[0], expected, atol=1e-4)
 
 
-def test_answers_depend_on_what_is_read_and_are_numbers(engine: ShapeEngine) -> None:
+def test_answers_depend_on_what_is_read_and_are_numbers(engine: DummyWeightsEngine) -> None:
     ids = random_ids(engine, 12)
     first = engine.session().logits(ids)
     assert np.isfinite(first).all()
@@ -83,7 +83,7 @@ def test_answers_depend_on_what_is_read_and_are_numbers(engine: ShapeEngine) -> 
     assert np.abs(first - other).max() > 1e-3
 
 
-def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine: ShapeEngine) -> None:
+def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine: DummyWeightsEngine) -> None:
     for name, one in engine.model.named_parameters():
         values = one.detach().flatten()
         assert (values == 1).all() if name.endswith("norm.weight") else 0.01 < values.std() < 0.03
@@ -92,7 +92,7 @@ def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine
     assert engine.weights_bytes == sum(one.numel() * 4 for one in engine.model.parameters())
 
 
-def test_a_shape_says_what_it_is(engine: ShapeEngine) -> None:
+def test_a_shape_says_what_it_is(engine: DummyWeightsEngine) -> None:
     assert engine.name == "shape:tiny"
     assert engine.notes == (f"shape:tiny: {shape.LABEL}",)
     assert "filled" in engine.details["weights"]
@@ -104,7 +104,7 @@ def test_bfloat16_weights_keep_exact_frequencies() -> None:
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_many_sequences_run_in_one_forward(engine: ShapeEngine) -> None:
+def test_many_sequences_run_in_one_forward(engine: DummyWeightsEngine) -> None:
     assert engine.runner.batches
 
 
@@ -129,7 +129,7 @@ def test_an_unknown_shape_is_refused_with_the_nearest_name() -> None:
 def test_a_shape_is_loaded_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
     found = load(EngineSpec("shape:tiny", "mine", "float32", "cpu"))
-    assert isinstance(found, ShapeEngine)
+    assert isinstance(found, DummyWeightsEngine)
     assert found.name == "mine"
 
 

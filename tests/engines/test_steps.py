@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mixlm
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Ask
+from mixlm.engines.base import LogitsRequest
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.fused_norms import Norms
-from mixlm.engines.transformers.kv_cache import KeyValues
+from mixlm.engines.transformers.fused_norms import FusedNorms
+from mixlm.engines.transformers.kv_cache import KVCache
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 
@@ -108,7 +108,7 @@ def test_short_forwards_are_steps_and_long_ones_are_not(load: Load, monkeypatch:
     session, ids = one.session(), random_ids(one, 300)
     for end, last in ((40, 1), (41, 1), (44, 1), (50, 6), (53, 2), (255, 1), (256, 1), (257, 1)):
         session.logits(ids[:end], last)
-    one.answer([(session, Ask(0, ids[:258])), (one.session(), Ask(0, ids[:5]))])
+    one.respond([(session, LogitsRequest(0, ids[:258])), (one.session(), LogitsRequest(0, ids[:5]))])
     assert ran == [(1, 1, 256), (4, 1, 256), (8, 8, 256), (4, 4, 256), (1, 1, 256), (1, 1, 512)]
 
 
@@ -118,8 +118,8 @@ def test_a_sequence_goes_from_steps_to_forwards_of_many_and_back(load: Load) -> 
     texts = [random_ids(one, 50, seed) for seed in (1, 2)]
     for end in (3, 4, 11, 12, 30, 50):
         sessions[0].logits(texts[0][: end - 1])
-        asked = [(session, Ask(0, ids[:end], 2)) for session, ids in zip(sessions, texts, strict=True)]
-        for found, ids in zip(one.answer(asked), texts, strict=True):
+        asked = [(session, LogitsRequest(0, ids[:end], 2)) for session, ids in zip(sessions, texts, strict=True)]
+        for found, ids in zip(one.respond(asked), texts, strict=True):
             assert_close(found, uncached(one, ids[:end], 2))
 
 
@@ -144,13 +144,13 @@ def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytes
 
 def test_few_sequences_at_a_time_have_captured_steps(load: Load) -> None:
     # Whether a room is to have steps is decided before anything is captured, so no device is needed to ask.
-    those = steps.Steps(load("llama").model, capture=True)
-    caches = [KeyValues(those.rooms) for _ in range(6)]
+    those = steps.CudaGraphRunner(load("llama").model, capture=True)
+    caches = [KVCache(those.rooms) for _ in range(6)]
     assert [those.fit(one, 1) for one in caches] == [True] * 4 + [False] * 2
     assert [those.fit(one, 33) for one in caches] == [False] * 6
     del caches[0]
     assert [those.fit(one, 2) for one in caches] == [True] * 4 + [False]  # the next in line takes its place
-    assert those.fit(KeyValues(those.rooms), 1)  # in the room that was left, with what is captured there
+    assert those.fit(KVCache(those.rooms), 1)  # in the room that was left, with what is captured there
     assert not those.fit(caches[-1], 1)
 
 
@@ -172,7 +172,7 @@ def test_norms_are_one_operation_inside_steps_only(load: Load, kind: str, count:
         for one in model.modules():
             if type(one).__name__.endswith("RMSNorm"):
                 one.weight.normal_()
-    norms = Norms(model)
+    norms = FusedNorms(model)
     assert len(norms) == count
     norm = model.model.norm
     x = torch.randn(3, norm.weight.numel(), dtype=dtype)
@@ -196,7 +196,7 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * self.weight + 0.1
 
-    assert len(Norms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
+    assert len(FusedNorms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
 
 
 def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
@@ -264,7 +264,7 @@ def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
     monkeypatch.setattr(steps, "captured", captured)
     monkeypatch.setattr(Recorded, "replays", 0)
     one, usual = load(kind), load(kind, "off")
-    one.runner.steps = steps.Steps(one.model, capture=True)
+    one.runner.steps = steps.CudaGraphRunner(one.model, capture=True)
     agree(one, usual)
     assert Recorded.replays > 30
 

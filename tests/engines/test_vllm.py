@@ -37,7 +37,7 @@ def exact(folder) -> Engine:
 
 def test_two_models_live_in_one_process(engine, exact, tmp_path):
     other = load(EngineSpec(str(write_tiny_model(tmp_path, seed=1)), "other", "float32", engine="vllm", context=64))
-    assert other.runs != engine.runs
+    assert other.batch_key != engine.batch_key
     ids = random_ids(engine, 12)  # noqa: F405
     assert engine.session().logits(ids)[0].argmax() == exact.session().logits(ids)[0].argmax()
     assert other.session().logits(ids)[0].argmax() != engine.session().logits(ids)[0].argmax()
@@ -49,8 +49,8 @@ def test_two_models_live_in_one_process(engine, exact, tmp_path):
 
 
 def test_members_that_differ_in_prompts_share_one_model(engine):
-    shared = engine.sharing(EngineSpec(engine.name, "b", engine="vllm", system="Be brief."))
-    assert shared.runs == engine.runs
+    shared = engine.with_spec(EngineSpec(engine.name, "b", engine="vllm", system="Be brief."))
+    assert shared.batch_key == engine.batch_key
     assert len(shared.prompts.chat([Message("user", "x")])) > len(engine.prompts.chat([Message("user", "x")]))  # noqa: F405
 
 

@@ -88,7 +88,7 @@ def test_more_sessions_than_may_rest(engine, exact):
     for _ in range(2):
         for at, session in enumerate(sessions):
             run = GenerateRequest(0, texts[at], 3, Sampling(top_k=8), none, at)
-            written = session.write(run)
+            written = session.generate(run)
             assert_written(exact, run, written)  # noqa: F405
             texts[at] = np.concatenate([texts[at], written.ids])
 

@@ -10,7 +10,7 @@ import pytest
 from contract import random_ids
 
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Engine, Run
+from mixlm.engines.base import Engine, GenerateRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.types import Sampling
 from mixlm.verification.check import Reference, check
@@ -28,7 +28,7 @@ def pair(engine: Engine) -> Ensemble:
     return Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")], [0.6, 0.4], unit="piece")
 
 
-def assert_written(exact: Engine, run: Run, written) -> None:
+def assert_written(exact: Engine, run: GenerateRequest, written) -> None:
     """Every token may be drawn, and has the log-probability that transformers' own numbers give it."""
     assert 1 <= len(written.ids) <= run.length
     transform, ids = Transform(run.sampling, run.banned), run.ids
@@ -45,11 +45,11 @@ def assert_written(exact: Engine, run: Run, written) -> None:
 @pytest.mark.parametrize("sampling", LAWS, ids=str)
 def test_what_it_draws_has_the_log_probabilities_of_our_law(engine, exact, sampling):
     banned = np.array([*range(40, 120), *sorted(engine.vocabulary.control)])
-    assert engine.writes(sampling, banned)
+    assert engine.samples_itself(sampling, banned)
     session = engine.session()
     for seed in range(3):
-        run = Run(0, random_ids(engine, 40, seed), 12, sampling, banned, seed)
-        written = session.write(run)
+        run = GenerateRequest(0, random_ids(engine, 40, seed), 12, sampling, banned, seed)
+        written = session.generate(run)
         assert_written(exact, run, written)
 
 
@@ -58,8 +58,8 @@ def test_a_text_that_is_continued_taken_back_and_changed_is_read_as_it_stands(en
     session, ids = engine.session(), random_ids(engine, 30)
     none = np.zeros(0, dtype=np.int64)
     for step in range(16):
-        run = Run(0, ids, int(rng.integers(1, 6)), Sampling(top_k=8), none, step)
-        written = session.write(run)
+        run = GenerateRequest(0, ids, int(rng.integers(1, 6)), Sampling(top_k=8), none, step)
+        written = session.generate(run)
         assert_written(exact, run, written)
         ids = np.concatenate([ids, written.ids])
         move = rng.choice(["go on", "foreign", "cut", "cut and change", "ask"])
@@ -75,14 +75,19 @@ def test_a_text_that_is_continued_taken_back_and_changed_is_read_as_it_stands(en
 
 
 def test_a_run_ends_with_the_text_and_not_before(engine, exact):
-    run = Run(0, random_ids(engine, 10), 200, Sampling(temperature=2.0, top_k=0), np.zeros(0, dtype=np.int64), 4)
-    written = engine.session().write(run)
+    run = GenerateRequest(
+        0, random_ids(engine, 10), 200, Sampling(temperature=2.0, top_k=0), np.zeros(0, dtype=np.int64), 4
+    )
+    written = engine.session().generate(run)
     assert_written(exact, run, written)
 
 
 def test_equal_seeds_write_equal_tokens_and_others_others(engine):
     ids, none = random_ids(engine, 20), np.zeros(0, dtype=np.int64)
-    runs = [engine.session().write(Run(0, ids, 10, Sampling(temperature=1.5), none, seed)).ids for seed in (1, 1, 2, 3)]
+    runs = [
+        engine.session().generate(GenerateRequest(0, ids, 10, Sampling(temperature=1.5), none, seed)).ids
+        for seed in (1, 1, 2, 3)
+    ]
     assert runs[0] == runs[1]
     assert len({tuple(one) for one in runs}) == 3
 
@@ -95,7 +100,7 @@ def test_options_that_mean_something_else_there_are_drawn_here(engine):
         {"temperature": 2.1},
         {"repetition_penalty": 1.1},
     ):
-        assert not engine.writes(Sampling(**options), none)
+        assert not engine.samples_itself(Sampling(**options), none)
     reply = pair(engine).generate("three", seed=1, max_tokens=12, min_p=0.1, top_p=0.9, ignore_end=True)
     assert len(reply.tokens) == 12
 

@@ -105,9 +105,9 @@ class Slow(ToyEngine):
 
     served: ClassVar[list[str]] = []
 
-    def answer(self, requests):
+    def respond(self, requests):
         Slow.served.append(self.name)
-        return super().answer(requests)
+        return super().respond(requests)
 
 
 def test_an_engine_with_a_short_queue_is_not_forgotten():
@@ -128,7 +128,7 @@ def test_an_engine_with_a_short_queue_is_not_forgotten():
 
 def test_a_reply_that_fails_does_not_disturb_the_others():
     those = toys("token", 2)
-    real = Engine.answer
+    real = Engine.respond
 
     def fails(self, requests):
         if any(len(request.ids) == 7 for _, request in requests):
@@ -177,13 +177,13 @@ def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_t
     """Two devices; the second one's forward is held up while the reply is given up."""
     first, second = engine(seed=1), engine(seed=2)
     second.device = "other"
-    gate, real = Event(), second.answer
+    gate, real = Event(), second.respond
 
     def held(requests):
         gate.wait(10)
         return real(requests)
 
-    second.answer = held
+    second.respond = held
     those = ensemble([first, second])
     settings = those.settings(raw=True, seed=1, max_tokens=5, method="conventional")
     stream, scheduler = those.writer(settings).stream(those.prompts("ab", settings)), Scheduler(1)

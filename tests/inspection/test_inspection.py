@@ -90,7 +90,7 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
     assert len(seen) == 2
     assert found[0].seconds == found[2].seconds
     assert set(found[0].seconds) == set(LENGTHS)
-    timed = [(one.tokens, one.cached) for one in seen[0].work.log[1::2]]
+    timed = [(one.tokens, one.cached) for one in seen[0].stats.forwards[1::2]]
     assert timed == [(length, 128) for length in LENGTHS] * 4
 
 
@@ -186,7 +186,7 @@ def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
 
 def test_members_that_tell_no_whole_distribution_are_not_measured():
     those = words()
-    those.members[1].engine.candidates = 64
+    those.members[1].engine.top_k_limit = 64
     found = inspect(those)
     assert found.unmeasured == "m2 cannot tell a whole distribution, so agreement and forwards are not measured"
     assert (found.costs, found.speeds, found.pairs[0].distance) == ((), (), None)

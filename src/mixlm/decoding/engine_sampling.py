@@ -52,7 +52,7 @@ def asked(step: DecodeStep, member: int, *, always: bool = False) -> SampleReque
     always: the coins are on this member to the end of the reply.
     """
     view, noise = step.views[member], step.noise
-    reach = min(view.member.ahead + 1, step.most)
+    reach = min(view.member.run_ahead + 1, step.most)
     if reach > 1 and not always:
         reach = _reach(step, member, reach)
     ahead = None

@@ -10,7 +10,7 @@ def mixture(step: DecodeStep) -> Flow:
     """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
     z = step.noise.coin(step.weights)
     view = step.views[z]
-    if view.member.writes:
+    if view.member.samples_itself:
         return (yield from written(step, z))
     [drawn] = yield [asked(step, z)]
-    return [Choice(drawn.symbol, z, drawn.logprob, drawn.likeliest)]
+    return [Choice(drawn.symbol, z, drawn.logprob, drawn.top_logprobs)]

@@ -11,9 +11,9 @@ def single(member: int) -> Strategy:
 
     def strategy(step: DecodeStep) -> Flow:
         view = step.views[member]
-        if view.member.writes:
+        if view.member.samples_itself:
             return (yield from written(step, member, always=True))
         [drawn] = yield [asked(step, member, always=True)]
-        return [Choice(drawn.symbol, member, drawn.logprob, drawn.likeliest)]
+        return [Choice(drawn.symbol, member, drawn.logprob, drawn.top_logprobs)]
 
     return strategy

@@ -89,4 +89,4 @@ def _checked(block: list[_Position], tally: SpeculationStats) -> Flow:
                 break
             tally.accepted += 1
     drawn = [(one.member, one.drawn) for one in block[:reached] if one.drawn]
-    return [Choice(one.symbol, member, one.logprob, one.likeliest) for member, one in drawn]
+    return [Choice(one.symbol, member, one.logprob, one.top_logprobs) for member, one in drawn]

@@ -119,7 +119,7 @@ class _Block:
 
     def write(self, step: DecodeStep) -> Flow:
         """Write on until something is certain; return that."""
-        self._state.forget()
+        self._state.evict_stale_samples()
         here: DecodeStep | None = step
         try:
             while here is not None and len(self._places) < self._longest:
@@ -150,21 +150,21 @@ class _Block:
         if own is None and z != coin:
             anew = self._known(coin, turn) or (yield from self._ahead(here, coin, z, turn))
             if anew is not None:
-                return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest), self._check(here, z))
+                return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs), self._check(here, z))
         if own is None:
             logits = yield from self._asked(z, views[z].ids(), views[z].cut)
             own = self._note(z, here.noise, views[z].draw(here.noise)(logits))
-            if state.last is not None:
-                self._ends.learn(state.last, self._begins(own))
+            if state.last_symbol is not None:
+                self._ends.learn(state.last_symbol, self._begins(own))
         if z == coin or not self._begins(own):
-            return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
+            return _Place(Choice(own.symbol, z, own.logprob, own.top_logprobs))
         anew = self._known(coin, turn)
         if anew is None:
             logits = yield from self._asked(coin, views[coin].ids())
             anew, _ = _beginning(views[coin], turn, logits)
         if anew is None:
-            return _Place(Choice(own.symbol, z, own.logprob, own.likeliest))
-        return _Place(Choice(anew.symbol, coin, anew.logprob, anew.likeliest))
+            return _Place(Choice(own.symbol, z, own.logprob, own.top_logprobs))
+        return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs))
 
     def _left_out(self, here: DecodeStep, member: int) -> bool:
         return member in here.absent or here.views[member].stuck
@@ -188,7 +188,7 @@ class _Block:
 
         An engine that tells its likeliest tokens only is asked for each place by itself: there is nothing to save.
         """
-        last = self._state.last
+        last = self._state.last_symbol
         assert last is not None
         return (
             self._longest > 1
@@ -199,9 +199,9 @@ class _Block:
 
     def _check(self, here: DecodeStep, z: int) -> _Check:
         view, state = here.views[z], self._state
-        assert state.last is not None
+        assert state.last_symbol is not None
         ids, choose = view.ids().copy(), view.draw(here.noise)  # a copy: the state goes on changing
-        return _Check(z, ids, choose, here.noise, state.text(), state.begins_here(), state.last, view.cut)
+        return _Check(z, ids, choose, here.noise, state.text(), state.word_start_marker(), state.last_symbol, view.cut)
 
     def _asked(
         self, member: int, ids: Ids | None = None, cut: TopKFilter | None = None
@@ -227,24 +227,24 @@ class _Block:
         check = place.check
         assert check is not None
         own = check.choose(logits)
-        self._state.learn(check.member, check.noise, check.before, own)
+        self._state.cache_sample(check.member, check.noise, check.before, own)
         ended = bool(check.begins(np.array([own.symbol]))[0])
         self._ends.learn(check.last, ended)
         place.check = None
         if not ended:
-            place.choice = Choice(own.symbol, check.member, own.logprob, own.likeliest)
+            place.choice = Choice(own.symbol, check.member, own.logprob, own.top_logprobs)
             del self._places[self._places.index(place) + 1 :]
             raise _NotEndedError
 
     def _begins(self, drawn: SampleResponse) -> bool:
-        return bool(self._state.begins_here()(np.array([drawn.symbol]))[0])
+        return bool(self._state.word_start_marker()(np.array([drawn.symbol]))[0])
 
     def _known(self, member: int, noise: Noise) -> SampleResponse | None:
-        found = self._state.drawn(member, noise)
+        found = self._state.cached_sample(member, noise)
         return None if found is None else SampleResponse(*found)
 
     def _note(self, member: int, noise: Noise, drawn: SampleResponse) -> SampleResponse:
-        self._state.learn(member, noise, self._state.text(), drawn)
+        self._state.cache_sample(member, noise, self._state.text(), drawn)
         return drawn
 
 
@@ -253,7 +253,7 @@ def _beginning(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[Sampl
 
     Also returns what the member gives to such symbols where it is not made to begin a word.
     """
-    law, begins = view.law_here(), cast(WordState, view.state).begins_here()
+    law, begins = view.law_here(), cast(WordState, view.state).word_start_marker()
     symbols, logprobs = law(logits)
     kept = begins(symbols)
     mass = float(np.exp(logprobs[kept]).sum())

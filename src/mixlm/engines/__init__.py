@@ -37,9 +37,9 @@ def load(spec: EngineSpec) -> Engine:
         return _vllm(spec)
     _require(spec.model, "hf", "torch", "transformers")
     if spec.model.startswith("shape:"):
-        from mixlm.engines.transformers.dummy_weights import ShapeEngine
+        from mixlm.engines.transformers.dummy_weights import DummyWeightsEngine
 
-        return ShapeEngine.from_spec(spec)
+        return DummyWeightsEngine.from_spec(spec)
     from mixlm.engines.transformers.engine import HFEngine
     from mixlm.models import resolve
 

@@ -23,13 +23,13 @@ from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Cut, Floats, Ids, Likeliest, Logits, Rows, Sampling
+from mixlm.types import Floats, Ids, Logits, LogitsRows, Sampling, TopKFilter, TopLogprobs
 from mixlm.units.base import TokenBuffer
 
 _SCORED_AT_ONCE = 128
 
 
-class Drawn(NamedTuple):
+class SampleResponse(NamedTuple):
     """A symbol drawn from one member, its natural log-probability under what it was drawn from, and what else it had.
 
     likeliest: symbols of that law and their log-probabilities, where they were asked for.
@@ -37,11 +37,11 @@ class Drawn(NamedTuple):
 
     symbol: int
     logprob: float
-    likeliest: Likeliest = ()
+    top_logprobs: TopLogprobs = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LogitsRequest:
     """Ask a member for its logits after each of the last `last` prefixes of `ids`. Reply: float (last, vocab).
 
     cut: what of the logits is needed; an engine may reply with one `Row` for each prefix, cut or whole.
@@ -50,14 +50,14 @@ class Ask:
     member: int
     ids: Ids
     last: int = 1
-    cut: Cut | None = None
+    cut: TopKFilter | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class RunAheadHint:
     """What it takes to draw as `choose` will, and so to go on before the next question comes.
 
-    keys: of the draws that lead to another one of the same member, this position's first: `Noise.draw_key`, at least
+    keys: of the draws that lead to another one of the same member, this position's first: `Noise.sample_key`, at least
     one. sampling: the member's options. symbols: the shared symbol of each of its ids, int64 (vocab,).
     """
 
@@ -67,7 +67,7 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampleRequest:
     """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn.
 
     choose: called with the logits (vocab,); where `cut` says what of them is needed, with any `Row`. ahead: for engines
@@ -76,13 +76,13 @@ class Draw:
 
     member: int
     ids: Ids
-    choose: Callable[[Any], Drawn]
-    cut: Cut | None = None
-    ahead: Ahead | None = None
+    choose: Callable[[Any], SampleResponse]
+    cut: TopKFilter | None = None
+    ahead: RunAheadHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class GenerateRequest:
     """Ask a member to write on behind `ids` by itself: `length` tokens, or fewer where one of them ends the text.
 
     sampling, banned: its transform `A_i`; the options, and the ids that it may not draw, int64. seed: of the engine's
@@ -97,7 +97,7 @@ class Run:
     seed: int
 
 
-class Written(NamedTuple):
+class GenerateResponse(NamedTuple):
     """What a member wrote by itself: its own ids, and their natural log-probabilities under its transform.
 
     cached: tokens in front of them that it had read before, where the engine knows better than its session.
@@ -108,8 +108,8 @@ class Written(NamedTuple):
     cached: int | None = None
 
 
-Request = Ask | Draw | Run
-Reply = Any  # what the request's docstring says
+Request = LogitsRequest | SampleRequest | GenerateRequest
+Response = Any  # what the request's docstring says
 
 
 class Forward(NamedTuple):
@@ -125,25 +125,25 @@ class Forward(NamedTuple):
 
 
 @dataclass
-class Work:
+class SessionStats:
     """What a session has done so far. log: the forwards that answered questions.
 
     ahead: how many of these were run before they were asked for. vain: how many others were run, and never asked for.
     """
 
-    log: list[Forward] = field(default_factory=list)
-    ahead: int = 0
-    vain: int = 0
+    forwards: list[Forward] = field(default_factory=list)
+    run_ahead: int = 0
+    wasted: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens run in all forwards."""
-        return sum(one.tokens for one in self.log)
+        return sum(one.tokens for one in self.forwards)
 
     @property
     def seconds(self) -> float:
         """Time spent in all forwards."""
-        return sum(one.seconds for one in self.log)
+        return sum(one.seconds for one in self.forwards)
 
 
 class Session(ABC):
@@ -156,7 +156,7 @@ class Session(ABC):
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
-        self.work = Work()
+        self.stats = SessionStats()
         self._cached = TokenBuffer(np.zeros(0, dtype=np.int64))
         self._latest: Logits | None = None
 
@@ -165,19 +165,19 @@ class Session(ABC):
 
         Raises UsageError for no ids, PromptTooLongError for more than the context holds.
         """
-        keep = self.prepare(ids, last)
+        keep = self.rollback(ids, last)
         if keep is None:
             return self.latest
         start = time.perf_counter()
         try:
             out = self._forward(ids[keep:], last)
         except BaseException:
-            self.forget()
+            self.reset()
             raise
-        self.settle(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
+        self.record(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
         return out
 
-    def rows(self, ids: Ids, last: int = 1, cut: Cut | None = None) -> Rows:
+    def rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
         """Return what `logits` does; engines for which it is cheaper, only what `cut` leaves of it."""
         return self.logits(ids, last)
 
@@ -188,11 +188,11 @@ class Session(ABC):
         return self._latest
 
     @property
-    def waiting(self) -> bool:
+    def has_run_ahead(self) -> bool:
         """Whether something was run that nobody has asked for yet; it is looked at for one question at a time."""
         return False
 
-    def prepare(self, ids: Ids, last: int = 1) -> int | None:
+    def rollback(self, ids: Ids, last: int = 1) -> int | None:
         """Cut the cache to what it has in common with a question, and return how many tokens it then holds.
 
         None where nothing is missing, and `latest` is the answer. Raises what `logits` raises. For engines that run
@@ -213,24 +213,24 @@ class Session(ABC):
         keep = min(common, len(ids) - last) if self.keeps_cache else 0
         if keep < len(cached):
             try:
-                keep = self._keep(keep)
+                keep = self._truncate(keep)
             except BaseException:
-                self.forget()
+                self.reset()
                 raise
-        self._cached.rewrite(len(cached) - keep, [])
+        self._cached.replace_tail(len(cached) - keep, [])
         return keep
 
-    def settle(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+    def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
         """Take down that a question was run. logits: float32 (last, vocab); None where not all of them are known."""
-        self.work.log.append(forward)
-        self._cached.rewrite(0, ids[forward.cached :])
+        self.stats.forwards.append(forward)
+        self._cached.replace_tail(0, ids[forward.cached :])
         self._latest = None if logits is None else logits[-1:]
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start anew: interrupted or out of memory, what the cache holds is unknown."""
-        self._cached.rewrite(len(self._cached.ids), [])
+        self._cached.replace_tail(len(self._cached.ids), [])
         self._latest = None
-        self._keep(0)
+        self._truncate(0)
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
@@ -244,34 +244,34 @@ class Session(ABC):
             end = min(start + _SCORED_AT_ONCE, len(ids))
             targets = ids[start + 1 : end + 1]
             logits = self.logits(ids[:end], last=end - start)[: len(targets)]
-            out[start : start + len(targets)] = logits[np.arange(len(targets)), targets] - self._normalisers(logits)
+            out[start : start + len(targets)] = logits[np.arange(len(targets)), targets] - self._log_normalizers(logits)
         return out
 
-    def write(self, run: Run) -> Written:
+    def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Write on by itself. Raises UnsupportedError where the engine cannot, EngineError where it fails."""
         raise UnsupportedError(f"this engine writes no runs; {run.length} tokens were asked for")
 
-    def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
+    def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
         """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
         before = common_prefix(self._cached.ids, ids)
         if written.cached is not None:
             before = min(written.cached, len(ids) - 1)
         each = seconds / len(written.ids)
         for at in range(len(written.ids)):
-            self.work.log.append(
+            self.stats.forwards.append(
                 Forward(1, len(ids) + at - 1, each) if at else Forward(len(ids) - before, before, each)
             )
-        self._cached.rewrite(len(self._cached.ids), np.concatenate([ids, written.ids]))
+        self._cached.replace_tail(len(self._cached.ids), np.concatenate([ids, written.ids]))
         self._latest = None
 
-    def _normalisers(self, logits: Logits) -> Floats:
+    def _log_normalizers(self, logits: Logits) -> Floats:
         """Return log Σ exp of each row."""
         top = logits.max(axis=1)
         sums: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
         return sums
 
     @abstractmethod
-    def _keep(self, length: int) -> int:
+    def _truncate(self, length: int) -> int:
         """Cut the cache to its first `length` tokens. Returns how many it kept: `length`, or 0 if it cannot be cut."""
 
     @abstractmethod
@@ -301,11 +301,11 @@ class Engine(ABC):
     reading: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
-    candidates: int | None = None
+    top_k_limit: int | None = None
     at_once: bool = False
 
     @property
-    def runs(self) -> int:
+    def batch_key(self) -> int:
         """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
         return id(self)
 
@@ -323,26 +323,26 @@ class Engine(ABC):
     def session(self) -> Session:
         """Begin a sequence, with an empty cache."""
 
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it can draw with these options by itself, and write runs of tokens (`Run`) in that way."""
         return False
 
-    def apart(self) -> Engine:
+    def replica(self) -> Engine:
         """Return an engine on the same weights that is asked for itself, as another model of its size would be."""
         return copy(self)
 
-    def sharing(self, spec: EngineSpec) -> Engine | None:
+    def with_spec(self, spec: EngineSpec) -> Engine | None:
         """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.
 
         The spec's `weights` are those of this engine's own.
         """
         return None
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
-        return [answer(session, request) for session, request in requests]
+        return [respond(session, request) for session, request in requests]
 
-    def begin(self, session: Session, request: Request) -> Future[Any]:
+    def submit(self, session: Session, request: Request) -> Future[Any]:
         """Hand over one question, and return at once; `completed` makes its reply of what the future brings.
 
         Only for engines that are asked `at_once`.
@@ -359,18 +359,18 @@ def memory(engines: Iterable[Engine]) -> int:
     return sum({key: size for one in engines for key, size in one.weights.items()}.values())
 
 
-def answer(session: Session, request: Request) -> Reply:
+def respond(session: Session, request: Request) -> Response:
     """Answer one request with a session's logits."""
-    if isinstance(request, Draw):
+    if isinstance(request, SampleRequest):
         return request.choose(session.rows(request.ids, 1, request.cut)[0])
-    if isinstance(request, Run):
-        return session.write(request)
+    if isinstance(request, GenerateRequest):
+        return session.generate(request)
     return session.rows(request.ids, request.last, request.cut)
 
 
-def completed(request: Request, found: Any) -> Reply:
+def to_response(request: Request, found: Any) -> Response:
     """Return the reply to a request that was handed over with `Engine.begin`."""
-    return request.choose(found[0]) if isinstance(request, Draw) else found
+    return request.choose(found[0]) if isinstance(request, SampleRequest) else found
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mixlm.engines.base import Ahead, Ask, Draw, Forward, Reply, Request, Session
-from mixlm.types import Cut, Ids, Logits, Row
+from mixlm.engines.base import Forward, LogitsRequest, Request, Response, RunAheadHint, SampleRequest, Session
+from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 
 class Part(NamedTuple):
@@ -20,26 +20,26 @@ class Part(NamedTuple):
     session: Session
     ids: Ids
     last: int
-    cut: Cut | None = None
-    ahead: Ahead | None = None
+    cut: TopKFilter | None = None
+    ahead: RunAheadHint | None = None
 
 
-Found = Logits | list[Row]  # float32 (last, vocab); or `last` rows, where the part has a cut
+Found = Logits | list[LogitsRow]  # float32 (last, vocab); or `last` rows, where the part has a cut
 Run = Callable[[Sequence[Part]], Sequence[Found]]
 
 
 def in_threads(
     threads: ThreadPoolExecutor,
-    answered: Callable[[Sequence[tuple[Session, Request]]], list[Reply]],
+    answered: Callable[[Sequence[tuple[Session, Request]]], list[Response]],
     requests: Sequence[tuple[Session, Request]],
-) -> list[Reply]:
+) -> list[Response]:
     """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
     by_session: dict[int, list[int]] = {}
     for at, (session, _) in enumerate(requests):
         by_session.setdefault(id(session), []).append(at)
     if len(by_session) == 1:
         return answered(requests)
-    replies: list[Reply] = [None] * len(requests)
+    replies: list[Response] = [None] * len(requests)
     parts = [[requests[at] for at in places] for places in by_session.values()]
     futures = [threads.submit(answered, part) for part in parts]
     wait(futures)  # also those beside one that failed: their sessions must not be asked again before they are done
@@ -55,9 +55,9 @@ class _Question(NamedTuple):
     part: Part
 
 
-def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Reply]:
+def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Response]:
     """Answer in the order of the requests. most: tokens of one forward, unless a single question has more."""
-    replies: list[Reply] = [None] * len(requests)
+    replies: list[Response] = [None] * len(requests)
     waiting = list(range(len(requests)))
     while waiting:
         # A session that is asked several things at once answers them one after the other.
@@ -67,19 +67,19 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
         questions = []
         for at in now:
             session, request = requests[at]
-            last = request.last if isinstance(request, Ask) else 1
-            keep = session.prepare(request.ids, last)
+            last = request.last if isinstance(request, LogitsRequest) else 1
+            keep = session.rollback(request.ids, last)
             if keep is None:
                 replies[at] = session.latest
             else:
-                cut = request.cut if isinstance(request, Ask | Draw) else None
-                ahead = request.ahead if isinstance(request, Draw) else None
+                cut = request.cut if isinstance(request, LogitsRequest | SampleRequest) else None
+                ahead = request.ahead if isinstance(request, SampleRequest) else None
                 questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut, ahead)))
         for question, logits in zip(questions, _run(questions, run, most), strict=True):
             replies[question.at] = logits
         for at in now:
             request = requests[at][1]
-            if isinstance(request, Draw):
+            if isinstance(request, SampleRequest):
                 replies[at] = request.choose(replies[at][0])
     return replies
 
@@ -97,11 +97,11 @@ def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Found]:
                 # A copy: a view would keep the logits of the whole batch in memory.
                 own = logits.copy() if len(batch) > 1 else logits
                 forward = Forward(count, len(one.ids) - count, per_token * count, len(batch))
-                one.part.session.settle(one.ids, None if isinstance(own, list) else own, forward)
+                one.part.session.record(one.ids, None if isinstance(own, list) else own, forward)
                 out.append(own)
     except BaseException:
         for one in questions[len(out) :]:
-            one.part.session.forget()
+            one.part.session.reset()
         raise
     return out
 
@@ -111,6 +111,6 @@ def _fitting(questions: Sequence[_Question], most: int) -> Sequence[_Question]:
     total = 0
     for count, one in enumerate(questions):
         total += len(one.part.ids)
-        if count and (total > most or one.part.session.waiting or questions[0].part.session.waiting):
+        if count and (total > most or one.part.session.has_run_ahead or questions[0].part.session.has_run_ahead):
             return questions[:count]
     return questions

@@ -26,7 +26,7 @@ _PROBE = "0123456789"
 
 
 @dataclass(frozen=True)
-class Read:
+class TokenizerSetup:
     """What a tokenizer says, whatever prompts it is used for.
 
     spelled: id of each control token by its spelling. begin: ids in front of a text. ends: those a conversion noted.
@@ -42,7 +42,7 @@ class Read:
     ends: list[int]
 
     @classmethod
-    def of(cls, tokenizer: Any, name: str, source: str) -> Read:
+    def of(cls, tokenizer: Any, name: str, source: str) -> TokenizerSetup:
         """Read a tokenizer. Raises TokenizerError when its tokens cannot be mapped to bytes."""
         extra = _converted_notes(source)
         backend = tokenizer.backend_tokenizer

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Engine, Forward, Session, Written
+from mixlm.engines.base import Engine, Forward, GenerateResponse, Session
 from mixlm.errors import EngineError, UnsupportedError
-from mixlm.types import Candidates, Cut, Floats, Ids, Logits, Rows
+from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter
 from mixlm.units.base import TokenBuffer
 
 
-class PartialEngine(Engine):
+class TopKOnlyEngine(Engine):
     """An engine that tells its `candidates` likeliest tokens that may be drawn.
 
     spare: how many more are asked for, since control tokens may be among the likeliest and are never drawn. most: how
     many can be asked for at all, None for no limit.
     """
 
-    candidates: int
+    top_k_limit: int
     spare: int = 16
     most: int | None = None
 
-    def prepare(self) -> None:
-        """Note which rows may be drawn; called once the vocabulary is known."""
+    @cached_property
+    def drawable(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which ids may be sampled: bool (vocab,)."""
         drawable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
         drawable[list(self.vocabulary.ends)] = True
-        self.drawable = drawable
+        return drawable
 
     def whole_character(self) -> int:
         """Return the id of a token that is whole characters."""
@@ -40,20 +43,20 @@ class PartialEngine(Engine):
         return next(letters, 0)
 
 
-class PartialSession(Session):
+class TopKOnlySession(Session):
     """One sequence, known to the engine by its ids alone. A subclass asks for the likeliest tokens after them."""
 
-    def __init__(self, engine: PartialEngine) -> None:
+    def __init__(self, engine: TopKOnlyEngine) -> None:
         super().__init__(engine.context_length)
         self._partial = engine
-        self._cut: Cut | None = None  # of the question that is being answered
+        self._cut: TopKFilter | None = None  # of the question that is being answered
         self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     @abstractmethod
-    def _likeliest(self, ids: Ids, count: int) -> Candidates:
+    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
         """Return at least the `count` likeliest tokens after `ids`; log-probabilities may be off by a constant."""
 
-    def rows(self, ids: Ids, last: int = 1, cut: Cut | None = None) -> Rows:
+    def rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
         """Return what `logits` does, or what `cut` leaves of it: no row is as long as the vocabulary then."""
         self._cut = cut
         try:
@@ -61,21 +64,21 @@ class PartialSession(Session):
         finally:
             self._cut = None
 
-    def settle(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+    def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
         """Take down that a question was run."""
-        super().settle(ids, logits if self._cut is None else None, forward)
+        super().record(ids, logits if self._cut is None else None, forward)
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
         raise whole_needed(self._partial, "the log-probability of a given text")
 
-    def wrote(self, ids: Ids, written: Written, seconds: float) -> None:
+    def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
         """Take down a run behind `ids`."""
-        super().wrote(ids, written, seconds)
-        self._context.rewrite(len(self._context.ids), self._cached.ids)
+        super().record_generation(ids, written, seconds)
+        self._context.replace_tail(len(self._context.ids), self._cached.ids)
 
-    def _keep(self, length: int) -> int:
-        self._context.rewrite(len(self._context.ids) - length, [])
+    def _truncate(self, length: int) -> int:
+        self._context.replace_tail(len(self._context.ids) - length, [])
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
@@ -83,33 +86,35 @@ class PartialSession(Session):
         try:
             question = next(wanted)
             while True:
-                question = wanted.send(self._likeliest(*question))
+                question = wanted.send(self._top_tokens(*question))
         except StopIteration as done:
             rows: Logits = done.value
             return rows
 
-    def wanted(self, ids: Ids, last: int, cut: Cut | None = None) -> Generator[tuple[Ids, int], Candidates, Rows]:
+    def wanted(
+        self, ids: Ids, last: int, cut: TopKFilter | None = None
+    ) -> Generator[tuple[Ids, int], Candidates, LogitsRows]:
         """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
 
         They are float32 (last, vocab), or what `cut` leaves of each row.
         """
-        self._context.rewrite(0, ids)
+        self._context.replace_tail(0, ids)
         read = self._context.ids
         found = []
         for end in range(len(read) - last + 1, len(read) + 1):
             found.append((yield from self._enough(read[:end], cut)))
         if cut is not None:
-            return [cut.of(one) for one in found]
+            return [cut.apply(one) for one in found]
         rows = np.full((last, self._partial.vocabulary.size), -np.inf, dtype=np.float32)
         for row, one in zip(rows, found, strict=True):
             row[one.ids] = one.logprobs
         return rows
 
-    def _enough(self, ids: Ids, cut: Cut | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
+    def _enough(self, ids: Ids, cut: TopKFilter | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
         """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
         engine = self._partial
         most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
-        enough = engine.candidates if cut is None else min(cut.k, engine.candidates)
+        enough = engine.top_k_limit if cut is None else min(cut.k, engine.top_k_limit)
         count = min(enough + engine.spare, most)
         while True:
             found = yield ids, count
@@ -129,6 +134,6 @@ class PartialSession(Session):
 def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:
     """Return the error for what an engine that tells its likeliest tokens only cannot do."""
     return UnsupportedError(
-        f"{purpose} needs every token's probability, and {engine.name} tells its {engine.candidates} likeliest only",
+        f"{purpose} needs every token's probability, and {engine.name} tells its {engine.top_k_limit} likeliest only",
         "use --engine hf (engine='hf' in mixlm.load)",
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Engine, Run, Session, Written
+from mixlm.engines.base import Engine, GenerateRequest, GenerateResponse, Session
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.tokenization.chat_template import PromptEncoder
@@ -114,7 +114,7 @@ class ToyEngine(Engine):
         """Begin a sequence."""
         return ToySession(self)
 
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it was told to; it cannot look back, as penalties do."""
         return self._writes and not sampling.penalises
 
@@ -133,7 +133,7 @@ class ToySession(Session):
         self._ends = engine.vocabulary.ends
         self._context: list[int] = []
 
-    def _keep(self, length: int) -> int:
+    def _truncate(self, length: int) -> int:
         del self._context[length:]
         return length
 
@@ -143,10 +143,10 @@ class ToySession(Session):
         rows = [self._table(tuple(self._context[: at + 1])) for at in range(end - last, end)]
         return np.array(rows, dtype=np.float32)
 
-    def write(self, run: Run) -> Written:
+    def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Draw token by token, by inverting the cumulative sum."""
         transform, random = Transform(run.sampling, run.banned), np.random.default_rng(run.seed)
-        start, written = time.perf_counter(), Written([], [])
+        start, written = time.perf_counter(), GenerateResponse([], [])
         while len(written.ids) < run.length and not self._ends & {*written.ids}:
             context = (*run.ids.tolist(), *written.ids)
             law = transform(np.asarray(self._table(context), dtype=np.float32))
@@ -154,6 +154,6 @@ class ToySession(Session):
             at = min(at, len(law.ids) - 1)
             written.ids.append(int(law.ids[at]))
             written.logprobs.append(float(law.logprobs[at]))
-        self.wrote(run.ids, written, time.perf_counter() - start)
+        self.record_generation(run.ids, written, time.perf_counter() - start)
         self._context = [*run.ids.tolist(), *written.ids]
         return written

@@ -152,7 +152,7 @@ class Generation(Iterator[Token]):
         """End the reply and free the members' caches. What was written, and its figures, stay."""
         self.close()
         for session in self.sessions:
-            session.forget()
+            session.reset()
 
     def finish(self) -> Completion:
         """Write the rest and return the whole reply."""
@@ -236,10 +236,10 @@ class Generation(Iterator[Token]):
         """Return what was chosen as a token whose text is not known yet."""
         unit = self._writer.unit
         others = tuple(
-            TopLogprob(b"" if symbol == unit.end else unit.data(symbol), logprob)
+            TopLogprob(b"" if symbol == unit.end else unit.symbol_bytes(symbol), logprob)
             for symbol, logprob in choice.top_logprobs
         )
-        data = b"" if choice.symbol == unit.end else unit.data(choice.symbol)
+        data = b"" if choice.symbol == unit.end else unit.symbol_bytes(choice.symbol)
         return Token("", data, self.members[choice.member].name, choice.logprob, others)
 
     def _emit(self, tokens: Sequence[Token]) -> None:

@@ -79,7 +79,7 @@ def prompt_tokens(
     common: npt.NDArray[np.int64] = reduce(np.intersect1d, [one.ends for one in readings.values()])
     common = common[common > 0]
     for i, one in readings.items():
-        places = {0, *(np.searchsorted(one.ends, common, side="right").tolist())} if members[i].alternatives else set()
+        places = {0, *(np.searchsorted(one.ends, common, side="right").tolist())} if members[i].top_logprobs else set()
         yield from _read(i, members[i], one, unit, places)
     starts = np.concatenate([[0], common[:-1]]).astype(np.int64)
     table = np.full((len(common), len(members)), -np.inf)
@@ -97,7 +97,7 @@ def prompt_tokens(
     tokens = []
     for at, (string, start, end) in enumerate(zip(scores.strings(), starts, common, strict=True)):
         others: tuple[TopLogprob, ...] = ()
-        if not unknown[at] and members[0].alternatives:
+        if not unknown[at] and members[0].top_logprobs:
             others = _alternatives(members, unit, weights[at], readings, int(start))
         logprob = float("nan") if unknown[at] else float(mixture[at])
         name = members[int(np.argmax(shares[at]))].name
@@ -128,7 +128,7 @@ def _read(
 
 def _columns(unit: Unit, symbols: Ids) -> Ids:
     """Return the symbol of each id whoever writes it: in the unit `word` symbols say that too."""
-    return unit.unowned(symbols) if isinstance(unit, WordUnit) else symbols
+    return unit.without_owner(symbols) if isinstance(unit, WordUnit) else symbols
 
 
 def _alternatives(
@@ -140,5 +140,5 @@ def _alternatives(
         at = int(np.searchsorted(one.ends, start, side="right")) if start else 0
         average += weights[i] * one.averages[at]
     symbols = np.flatnonzero(average)
-    told = top_logprobs(Candidates(symbols, np.log(average[symbols])), members[0].alternatives)
-    return tuple(TopLogprob(b"" if one == unit.end else unit.data(one), logprob) for one, logprob in told)
+    told = top_logprobs(Candidates(symbols, np.log(average[symbols])), members[0].top_logprobs)
+    return tuple(TopLogprob(b"" if one == unit.end else unit.symbol_bytes(one), logprob) for one, logprob in told)

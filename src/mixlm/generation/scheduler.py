@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from mixlm.engines.base import Engine, Request, Response, Session, completed
+from mixlm.engines.base import Engine, Request, Response, Session, to_response
 from mixlm.errors import EngineError, MixlmError, ReplyCutError
 from mixlm.generation.generation import Generation
 from mixlm.generation.sequence import MemberError
@@ -160,7 +160,7 @@ class Scheduler:
             engine = stream.members[request.member].engine
             queue = self._queues.setdefault(engine.batch_key, _Queue(engine))
             if engine.at_once:
-                self._wait_for(engine.begin(stream.sessions[request.member], request), queue, [(waiting, at)])
+                self._wait_for(engine.submit(stream.sessions[request.member], request), queue, [(waiting, at)])
                 continue
             if not queue.asked:
                 queue.since = self._calls
@@ -178,7 +178,7 @@ class Scheduler:
             return list(future.result())
         [(waiting, at)] = served
         try:
-            return [completed(waiting.requests[at], future.result())]
+            return [to_response(waiting.requests[at], future.result())]
         except MixlmError as error:
             return [error]
 
@@ -228,7 +228,7 @@ class Scheduler:
 def _answered(engine: Engine, asked: Sequence[tuple[Session, Request]]) -> list[Response | MixlmError]:
     """Answer all; where that fails, each by itself, so that one reply's trouble is not the others'."""
     try:
-        return engine.answer(asked)
+        return engine.respond(asked)
     except MixlmError as error:
         if len(asked) == 1:
             return [error]

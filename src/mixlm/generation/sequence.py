@@ -22,7 +22,7 @@ from mixlm.generation.member import Member
 from mixlm.generation.unavailable import UnavailableMembers
 from mixlm.routing import Route
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter, TopLogprobs
-from mixlm.units.base import State, Unit
+from mixlm.units.base import TextState, Unit
 
 
 @dataclass(slots=True)
@@ -52,14 +52,14 @@ Flow = Generator[list[Request], list[Response], list[Choice]]
 class MemberView:
     """One member's view of one sequence. member: the part of it that is the same for every sequence."""
 
-    def __init__(self, member: Member, index: int, state: State) -> None:
+    def __init__(self, member: Member, index: int, state: TextState) -> None:
         self.member = member
         self._index = index
         self._state = state
         self._matcher = None if member.grammar is None else member.grammar.matcher()
 
     @property
-    def state(self) -> State:
+    def state(self) -> TextState:
         """The sequence's state, to be looked at: `Step.push` is what changes it."""
         return self._state
 
@@ -129,7 +129,7 @@ class MemberView:
         if not law.ids.size:
             raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
         at = noise.sample(law.ids, law.logprobs)
-        return SampleResponse(int(law.ids[at]), float(law.logprobs[at]), top_logprobs(law, self.member.alternatives))
+        return SampleResponse(int(law.ids[at]), float(law.logprobs[at]), top_logprobs(law, self.member.top_logprobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class DecodeStep:
 
     def top_logprobs(self, law: Candidates) -> TopLogprobs:
         """Return the likeliest symbols of a law, as many as are told."""
-        return top_logprobs(law, self.views[0].member.alternatives)
+        return top_logprobs(law, self.views[0].member.top_logprobs)
 
 
 Strategy = Callable[[DecodeStep], Flow]
@@ -179,7 +179,7 @@ class SequenceState:
         self.members = members
         self.sessions = sessions
         self.route = route
-        self.state = unit.begin(prompts)
+        self.state = unit.initial_state(prompts)
         self.absent = UnavailableMembers([one.engine.alive for one in members], [one.name for one in members])
         self._threads: ThreadPoolExecutor | None = None
         self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
@@ -195,7 +195,7 @@ class SequenceState:
     def append(self, choice: Choice) -> None:
         """Add a chosen symbol that is not end-of-text."""
         self.state.append(choice.symbol)
-        self._room.written += len(self._unit.data(choice.symbol))
+        self._room.written += len(self._unit.symbol_bytes(choice.symbol))
 
     def choose(self, strategy: Strategy, noise: Noise, most: int = 1) -> Flow:
         """Let a strategy choose what follows, 1 to `most` symbols. The state is as before when it is done."""
@@ -215,8 +215,8 @@ class SequenceState:
         try:
             return (yield from strategy(step(noise)))
         finally:
-            self.state.cut(len(pushed))
-            self._room.written -= sum(len(self._unit.data(one)) for one in pushed)
+            self.state.rollback(len(pushed))
+            self._room.written -= sum(len(self._unit.symbol_bytes(one)) for one in pushed)
 
     def _able(self, weights: Floats) -> Floats:
         """Return weights (members,) without those of members that cannot go on with the text, renormalised.
@@ -259,7 +259,7 @@ class SequenceState:
     def _ask(self, places: Sequence[int], requests: Sequence[Request]) -> list[Response]:
         engine = self.members[requests[places[0]].member].engine
         try:
-            return engine.answer([(self.sessions[requests[at].member], requests[at]) for at in places])
+            return engine.respond([(self.sessions[requests[at].member], requests[at]) for at in places])
         except EngineError as error:
             raise MemberError(requests[places[0]].member, error) from error
 
@@ -272,7 +272,7 @@ class ContextBudget:
         self._left = [limit - len(prompt) for limit, prompt in zip(self._limits, prompts, strict=True)]
         self.written = 0
 
-    def full(self, state: State) -> bool:
+    def full(self, state: TextState) -> bool:
         """Count tokens only when the bytes written, which are never fewer, might not fit."""
         return any(
             self.written >= left and len(state.ids(i)) > limit

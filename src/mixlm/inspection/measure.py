@@ -134,7 +134,7 @@ def _cost(engine: Engine, data: bytes) -> Cost:
             session.logits(ids[:cached])
             session.logits(ids[: cached + length])
             if repeat:  # the first round only warms up
-                seconds[length].append(session.work.log[-1].seconds)
+                seconds[length].append(session.stats.forwards[-1].seconds)
     return Cost(engine.name, cached, {length: median(taken) for length, taken in seconds.items()})
 
 

@@ -67,7 +67,7 @@ def inspect(
         possibilities=static.possibilities(ensemble, given),
         pairs=static.pairs(ensemble),
     )
-    partial = [one.name for one in ensemble.members if one.engine.candidates is not None]
+    partial = [one.name for one in ensemble.members if one.engine.top_k_limit is not None]
     if measure and partial:
         reason = f"{', '.join(partial)} cannot tell a whole distribution, so agreement and forwards are not measured"
         return replace(found, unmeasured=reason)

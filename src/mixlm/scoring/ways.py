@@ -22,7 +22,7 @@ from mixlm.engines.base import Engine, LogitsRequest
 from mixlm.engines.topk_only import whole_needed
 from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits
-from mixlm.units.byte import ByteUnit, Lexicon
+from mixlm.units.byte import ByteUnit, PrefixIndex
 from mixlm.units.word import begins_word
 
 AT_ONCE = 8  # places that are asked in one forward
@@ -69,14 +69,16 @@ class Reading:
 class _Said:
     """What one member says at every place, while it is being asked."""
 
-    def __init__(self, unit: ByteUnit, lexicon: Lexicon, data: bytes, progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, unit: ByteUnit, lexicon: PrefixIndex, data: bytes, progress: Callable[[int], None] | None
+    ) -> None:
         self._lexicon = lexicon
         self._data = data
         self._progress = progress
         symbols = unit.symbols(0)
         self._drawn = np.flatnonzero(symbols >= 0)
         self._ranks = lexicon.ranks[symbols[self._drawn]]
-        firsts = [lexicon.spelled(rank)[:1] for rank in range(len(lexicon) - 1)]
+        firsts = [lexicon.token_bytes(rank)[:1] for rank in range(len(lexicon) - 1)]
         # Of tokens in the order of the lexicon, end-of-text last, by whether whitespace begins a word.
         self._beginning = [np.array([*(begins_word(one, before) for one in firsts), True]) for before in (b"", b"x")]
         self.exactly: list[list[tuple[int, float]]] = [[] for _ in range(len(data) + 1)]
@@ -90,9 +92,11 @@ class _Said:
         weights = np.exp(own - own.max())
         masses = np.bincount(self._ranks, weights=weights / weights.sum(), minlength=len(self._lexicon))
         rest = self._data[place:]
-        self.exactly[place] = [(place + length, float(masses[rank])) for length, rank in self._lexicon.along(rest)]
+        self.exactly[place] = [
+            (place + length, float(masses[rank])) for length, rank in self._lexicon.prefixes_of(rest)
+        ]
         for length in range(1, len(rest) + 1):
-            low, high = self._lexicon.within(rest[:length])
+            low, high = self._lexicon.with_prefix(rest[:length])
             if low == high:
                 break
             self.over[place].append((place + length, float(masses[low:high].sum())))
@@ -121,18 +125,18 @@ def read(engine: Engine, before: Ids, data: bytes, progress: Callable[[int], Non
     if engine.top_k_limit is not None:
         raise whole_needed(engine, "the log-probability of a given text")
     unit = ByteUnit([engine.vocabulary], [engine.encoder])
-    state = unit.begin([before])
+    state = unit.initial_state([before])
     texts = [state.ids(0).copy()]
     for byte in data:
         state.append(byte)
         texts.append(state.ids(0).copy())
-    said = _Said(unit, state.lexicons[0], data, progress)
+    said = _Said(unit, state.prefix_indexes[0], data, progress)
     whole = texts[-1]
     along = {len(ids): at for at, ids in enumerate(texts) if np.array_equal(ids, whole[: len(ids)])}
     session = engine.session()
     for start in range(len(before), len(whole) + 1, _ROWS):
         stop = min(start + _ROWS, len(whole) + 1)
-        [rows] = engine.answer([(session, LogitsRequest(0, whole[: stop - 1], stop - start))])
+        [rows] = engine.respond([(session, LogitsRequest(0, whole[: stop - 1], stop - start))])
         for length in range(start, stop):
             if length in along:
                 said.take(along[length], rows[length - start])
@@ -143,7 +147,7 @@ def read(engine: Engine, before: Ids, data: bytes, progress: Callable[[int], Non
     sessions = [engine.session() for _ in parts]
     for turn in range(max(map(len, parts), default=0)):
         now = [(one, part[turn]) for one, part in zip(sessions, parts, strict=True) if turn < len(part)]
-        answers = engine.answer([(one, LogitsRequest(0, texts[at])) for one, at in now])
+        answers = engine.respond([(one, LogitsRequest(0, texts[at])) for one, at in now])
         for (_, at), rows in zip(now, answers, strict=True):
             said.take(at, rows[0])
     return said.reading()

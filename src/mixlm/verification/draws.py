@@ -22,7 +22,7 @@ _TOGETHER = 16
 def drawing(ensemble: Ensemble, settings: GenerationOptions) -> list[GenerationContext]:
     """Return what draws: one that remembers answers, or several at once where engines draw themselves."""
     first = ensemble.writer(settings, [_Memo(member.engine.session()) for member in ensemble.members])
-    if not all(member.writes for member in first.members):
+    if not all(member.samples_itself for member in first.members):
         return [first]
     return [ensemble.writer(settings) for _ in range(_TOGETHER)]
 
@@ -89,7 +89,7 @@ def _answers(writer: GenerationContext, asked: Sequence[tuple[Session, Request]]
         by_engine.setdefault(writer.members[request.member].engine.batch_key, []).append(at)
     for places in by_engine.values():
         engine = writer.members[asked[places[0]][1].member].engine
-        for at, reply in zip(places, engine.answer([asked[at] for at in places]), strict=True):
+        for at, reply in zip(places, engine.respond([asked[at] for at in places]), strict=True):
             replies[at] = reply
     return replies
 
@@ -107,12 +107,12 @@ class _Memo(Session):
         """Return the session's scores."""
         key = ids.tobytes()
         if key not in self._scores:
-            self._scores[key]generatelf._session.token_logprobs(ids)
+            self._scores[key] = self._session.token_logprobs(ids)
         return self._scores[key]
 
-    def write(self, run: GenerateRequest) -> GenerateResponse:
+    def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Let the session write; what an engine draws is not to be remembered."""
-        return self._session.write(run)
+        return self._session.generate(run)
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the session's logits."""
@@ -130,7 +130,7 @@ class _Memo(Session):
         """Have the answer at hand, so that an engine that runs several sessions at once has nothing to run for this."""
         self._latest = self.logits(ids, last)
 
-    def _keep(self, length: int) -> int:
+    def _truncate(self, length: int) -> int:
         raise AssertionError("a memo holds no cache of its own")
 
     def _forward(self, ids: Ids, last: int) -> Logits:

@@ -127,7 +127,7 @@ class Counting(ToyEngine):
     calls = 0
     replies = 0
 
-    def answer(self, requests: Any) -> list[Response]:
+    def respond(self, requests: Any) -> list[Response]:
         asked: list[tuple[Session, Request]] = list(requests)
         self.calls += 1
         self.replies += len(asked)

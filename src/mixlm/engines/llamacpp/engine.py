@@ -26,8 +26,8 @@ from mixlm.engines.batching import in_threads
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import Read, load_tokenizer
-from mixlm.engines.topk_only import PartialEngine, PartialSession
+from mixlm.engines.tokenizer_setup import TokenizerSetup, load_tokenizer
+from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, TokenizerError
 from mixlm.models.header import read_header
 from mixlm.types import Candidates, Ids, Logits
@@ -36,7 +36,7 @@ from mixlm.types import Candidates, Ids, Logits
 _CONTEXT = 8192
 
 
-class LlamaCppEngine(PartialEngine):
+class LlamaCppEngine(TopKOnlyEngine):
     """A GGUF model in llama.cpp, with the tokenizer in `folder`.
 
     Sessions hold a slot each; when there are more of them than slots, the one that has rested longest loses its own and
@@ -57,7 +57,7 @@ class LlamaCppEngine(PartialEngine):
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
         header = read_header(path)
-        self.candidates = min(spec.candidates, header.tokens)
+        self.top_k_limit = min(spec.candidates, header.tokens)
         self.context_length = spec.context or min(header.context or _CONTEXT, _CONTEXT)
         tokenizer = load_tokenizer(str(folder), spec.name)
         if len(tokenizer) > header.tokens:
@@ -66,9 +66,8 @@ class LlamaCppEngine(PartialEngine):
                 "it belongs to another model",
             )
         self._tokenizer, self._header = tokenizer, header
-        self._read = Read.of(tokenizer, spec.name, str(folder))
+        self._read = TokenizerSetup.of(tokenizer, spec.name, str(folder))
         self._set_prompts(spec)
-        self.prepare()
         self.dialect = LlamaCppProtocol(self.whole_character())
         self.weights_bytes = path.stat().st_size
         exact = spec.dtype == "float32"
@@ -80,7 +79,7 @@ class LlamaCppEngine(PartialEngine):
         # that the server's loop runs: a server that is dropped before never ends.
         self.session().logits(np.flatnonzero(self.drawable)[:1])
 
-    def sharing(self, spec: EngineSpec) -> LlamaCppEngine | None:
+    def with_spec(self, spec: EngineSpec) -> LlamaCppEngine | None:
         """Return an engine on the same server and slots, with prompts of its own; None for an adapter."""
         if spec.adapter is not None:
             return None
@@ -94,7 +93,7 @@ class LlamaCppEngine(PartialEngine):
         self.notes = tuple(self._read.give(self, self._tokenizer, spec, header.tokens, header.ends))
 
     @property
-    def runs(self) -> int:
+    def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
         return id(self.server)
 
@@ -107,12 +106,12 @@ class LlamaCppEngine(PartialEngine):
         """Begin a sequence; it takes a slot when it is first asked."""
         return LlamaCppSession(self)
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
         return in_threads(self._threads, super().respond, requests)
 
 
-class LlamaCppSession(PartialSession):
+class LlamaCppSession(TopKOnlySession):
     """One sequence. Its cache is the slot that it holds, if it still holds one."""
 
     def __init__(self, engine: LlamaCppEngine) -> None:
@@ -130,7 +129,7 @@ class LlamaCppSession(PartialSession):
             finally:
                 self.keeps_cache = True
 
-    def _likeliest(self, ids: Ids, count: int) -> Candidates:
+    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
         engine = self._engine
         for body in engine.dialect.bodies(ids.tolist(), count):
             # Whether anything of what the slot holds is used is said with each request; the rest is found by llama.cpp.

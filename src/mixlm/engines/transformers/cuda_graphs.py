@@ -19,8 +19,8 @@ from weakref import WeakSet
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mixlm.engines.transformers.fused_norms import Norms
-from mixlm.engines.transformers.kv_cache import KeyValues, Room, Rooms, visible
+from mixlm.engines.transformers.fused_norms import FusedNorms
+from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, visible
 from mixlm.types import Ids
 
 LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of a step; what is longer is run as it is
@@ -31,7 +31,7 @@ _CAPTURED = 4  # sequences at once that steps are captured for: each takes a fra
 class OneRow:
     """The sequence of a step: its room, and where its tokens stand, int64 (tokens,) on the device."""
 
-    def __init__(self, room: Room, positions: torch.Tensor) -> None:
+    def __init__(self, room: KVBuffer, positions: torch.Tensor) -> None:
         self._room = room
         self._positions = positions
         self._masks: dict[int | None, torch.Tensor] = {}
@@ -60,7 +60,7 @@ class OneRow:
 class Step:
     """A forward of `tokens` tokens that gives the logits of `asked` of them."""
 
-    def __init__(self, model: Any, norms: Norms, tokens: int, asked: int) -> None:
+    def __init__(self, model: Any, norms: FusedNorms, tokens: int, asked: int) -> None:
         self._model, self._norms = model, norms
         self._tokens = tokens
         device = model.device
@@ -89,7 +89,7 @@ class Step:
         self._inputs[:1].copy_(token)
         self._inputs[1:2].fill_(length)
 
-    def run(self, room: Room) -> torch.Tensor:
+    def run(self, room: KVBuffer) -> torch.Tensor:
         """Run it: (asked, vocab). Nothing in here waits for the device, or depends on what it computes."""
         ids, numbers = self._inputs[: self._tokens], self._inputs[self._tokens :]
         start, asked = numbers[:1], numbers[1:]
@@ -113,13 +113,13 @@ class CapturedStep(Step):
     It is always run on the same room. pool: memory that the graphs of one model share, since no two run at once.
     """
 
-    def __init__(self, model: Any, norms: Norms, tokens: int, asked: int, *, pool: Any) -> None:
+    def __init__(self, model: Any, norms: FusedNorms, tokens: int, asked: int, *, pool: Any) -> None:
         super().__init__(model, norms, tokens, asked)
         self._pool = pool
         self._graph: Any = None
         self._out: torch.Tensor | None = None
 
-    def run(self, room: Room) -> torch.Tensor:
+    def run(self, room: KVBuffer) -> torch.Tensor:
         """Run it, or let the device do all of it at once. What it returns is good until the next run."""
         if self._out is None:
             self._out = warmed_up(lambda: Step.run(self, room), self._model.device)
@@ -160,7 +160,7 @@ def captured(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -
     return graph, out
 
 
-class Steps:
+class CudaGraphRunner:
     """All steps of one model. captures: into CUDA graphs. rooms: where its sequences' keys and values lie.
 
     Steps that are captured belong to a room, and a room goes from one sequence to the next. Few rooms at a time have
@@ -168,18 +168,18 @@ class Steps:
     """
 
     def __init__(self, model: Any, *, capture: bool) -> None:
-        self.rooms = Rooms(_KEPT if capture else 0)
+        self.rooms = KVBufferPool(_KEPT if capture else 0)
         self._model = model
-        self._norms = Norms(model)
+        self._norms = FusedNorms(model)
         self.captures = capture
-        self._captured: WeakSet[Room] = WeakSet()
+        self._captured: WeakSet[KVBuffer] = WeakSet()
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def anew(self) -> Steps:
+    def anew(self) -> CudaGraphRunner:
         """Return the same steps with nothing captured yet."""
-        return Steps(self._model, capture=self.captures)
+        return CudaGraphRunner(self._model, capture=self.captures)
 
-    def fit(self, cache: KeyValues, tokens: int) -> bool:
+    def fit(self, cache: KVCache, tokens: int) -> bool:
         """Whether there is a step for so many tokens of a sequence."""
         if tokens > LENGTHS[-1]:
             return False
@@ -190,7 +190,7 @@ class Steps:
             self._captured.add(room)
         return True
 
-    def run(self, cache: KeyValues, ids: Ids, last: int) -> torch.Tensor:
+    def run(self, cache: KVCache, ids: Ids, last: int) -> torch.Tensor:
         """Run ids, int64 (n,), that `fit`: the logits of the last positions, (last, vocab), until the next run."""
         tokens = _padded(len(ids))
         asked = 1 if last == 1 else tokens
@@ -201,7 +201,7 @@ class Steps:
         cache.length += len(ids)
         return out
 
-    def run_on(self, room: Room, token: torch.Tensor, length: int) -> torch.Tensor:
+    def run_on(self, room: KVBuffer, token: torch.Tensor, length: int) -> torch.Tensor:
         """Run one token, int64 (1,) on the device, behind `length` others: its logits, (1, vocab), until the next run.
 
         It must `fit`. No cache takes it down: what is there counts once a cache's length says so.
@@ -210,7 +210,7 @@ class Steps:
         step.put(token, length)
         return step.run(room)
 
-    def _step(self, room: Room, tokens: int, asked: int) -> Step:
+    def _step(self, room: KVBuffer, tokens: int, asked: int) -> Step:
         step: Step | None = room.steps.get((tokens, asked))
         if step is None:
             if self.captures:

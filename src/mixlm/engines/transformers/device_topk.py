@@ -12,24 +12,24 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from mixlm.types import Candidates, Cut, Row
+from mixlm.types import Candidates, LogitsRow, TopKFilter
 
 _MORE = 16  # than twice k
 _MOST = 1024  # logits of a row; a longer list is no cheaper to find than the whole row to bring over
 
 
-class Largest:
+class DeviceTopK:
     """Brings over what cuts leave of logits. Masks of ids that may not be drawn are kept as long as their cuts are."""
 
     def __init__(self) -> None:
-        self._banned: WeakKeyDictionary[Cut, torch.Tensor] = WeakKeyDictionary()
+        self._banned: WeakKeyDictionary[TopKFilter, torch.Tensor] = WeakKeyDictionary()
 
-    def of(self, logits: torch.Tensor, cuts: list[Cut | None]) -> list[Row]:
+    def of(self, logits: torch.Tensor, cuts: list[TopKFilter | None]) -> list[LogitsRow]:
         """Return each row of logits, (rows, vocab), as its cut leaves it, or float32 (vocab,) whole.
 
         All that is cut comes in one transfer; rows that are needed whole come in another.
         """
-        rows: dict[Cut, list[int]] = {}
+        rows: dict[TopKFilter, list[int]] = {}
         for at, cut in enumerate(cuts):
             if cut is not None and shortened(cut, logits.shape[1]):
                 rows.setdefault(cut, []).append(at)
@@ -49,7 +49,7 @@ class Largest:
                 out[at] = row
         return out
 
-    def part(self, logits: torch.Tensor, cut: Cut, places: list[int]) -> torch.Tensor:
+    def part(self, logits: torch.Tensor, cut: TopKFilter, places: list[int]) -> torch.Tensor:
         """Return the largest logits of some rows, falling, and their ids: int32, flat (rows · 2 · count).
 
         The logits are float32, taken for int32. What `kept` is handed is a row of these, (2, count), on the host.
@@ -61,16 +61,16 @@ class Largest:
         return torch.stack([values.float().view(torch.int32), ids.int()], dim=1).flatten()
 
 
-def _brought(cut: Cut) -> int:
+def _brought(cut: TopKFilter) -> int:
     return 2 * cut.k + _MORE
 
 
-def shortened(cut: Cut, size: int) -> bool:
+def shortened(cut: TopKFilter, size: int) -> bool:
     """Whether less is brought over of a row of `size` logits than all."""
     return _brought(cut) < min(_MOST, size)
 
 
-def kept(part: np.ndarray[Any, Any], cut: Cut) -> Candidates | None:
+def kept(part: np.ndarray[Any, Any], cut: TopKFilter) -> Candidates | None:
     """Return what a cut leaves, of a row's `Largest.part`; None where more might be tied with the k-th."""
     values, ids = part[0].view(np.float32), part[1]
     least = values[cut.k - 1]

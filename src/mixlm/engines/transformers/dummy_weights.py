@@ -12,8 +12,8 @@ from typing import Any
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.toy import WORD_TOKENS, LongestMatch, render
 from mixlm.engines.transformers.engine import HFEngine, _device, _dtype
-from mixlm.engines.transformers.lora import Loaded
-from mixlm.engines.transformers.runner import Runner, memory_errors
+from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.transformers.runner import ModelRunner, memory_errors
 from mixlm.errors import ModelNotFoundError, did_you_mean
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
@@ -86,7 +86,7 @@ _BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat each other
 _SCALE = 0.02
 
 
-class ShapeEngine(HFEngine):
+class DummyWeightsEngine(HFEngine):
     """A model of a known shape with filled weights; equal weights for equal shapes.
 
     Its vocabulary begins with the toys' words and bytes, then a begin and an end; every further row is a made-up word,
@@ -99,7 +99,7 @@ class ShapeEngine(HFEngine):
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
         with memory_errors(self.name):
-            self.loaded = Loaded(filled(shape, self.dtype, self.device))
+            self.loaded = LoadedModel(filled(shape, self.dtype, self.device))
         self.model = self.loaded.model
         self.adapter = None
         self.details = {
@@ -109,7 +109,7 @@ class ShapeEngine(HFEngine):
         }
         self.weights_bytes = self.loaded.size
         self.context_length = int(shape["max_position_embeddings"])
-        self.runner = Runner(self.loaded, self.name, spec.graphs)
+        self.runner = ModelRunner(self.loaded, self.name, spec.graphs)
         self.details |= self.runner.details
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
@@ -120,7 +120,7 @@ class ShapeEngine(HFEngine):
         self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": begin + 1}, render, begin=[begin])
 
     @classmethod
-    def from_spec(cls, spec: EngineSpec) -> ShapeEngine:
+    def from_spec(cls, spec: EngineSpec) -> DummyWeightsEngine:
         """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
 
         `shape:NAME#2` is the same again with memory of its own, as another model of that size would have.

@@ -13,11 +13,11 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-from mixlm.engines.base import Engine, Reply, Request, Session
+from mixlm.engines.base import Engine, Request, Response, Session
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import Read, as_ids, first_line, load_tokenizer
-from mixlm.engines.transformers.lora import Loaded
-from mixlm.engines.transformers.runner import HFSession, Runner, memory_errors
+from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids, first_line, load_tokenizer
+from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.transformers.runner import HFSession, ModelRunner, memory_errors
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError
 
 
@@ -35,7 +35,7 @@ class HFEngine(Engine):
         self.device = _device(spec.device)
         self.dtype = _dtype(spec.dtype, self.device)
         model = _load_model(source, spec.name, self.dtype, self.device) if like is None else None
-        self.loaded: Loaded = Loaded(model) if like is None else like.loaded
+        self.loaded: LoadedModel = LoadedModel(model) if like is None else like.loaded
         self.model = self.loaded.model
         self.adapter = spec.adapter
         self.details = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
@@ -46,21 +46,23 @@ class HFEngine(Engine):
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])
-        self.runner: Runner = (Runner(self.loaded, spec.name, spec.graphs) if like is None else like.runner).using(
-            spec.adapter
-        )
+        self.runner: ModelRunner = (
+            ModelRunner(self.loaded, spec.name, spec.graphs) if like is None else like.runner
+        ).using(spec.adapter)
         self.details |= self.runner.details
         notes = []
         if self.runner.recomputes:
             notes.append(f"{spec.name} keeps no cache that can be cut back: it reads the whole text at every token")
-        self._read: Read = Read.of(self._tokenizer, spec.name, source) if like is None else like._read
+        self._read: TokenizerSetup = (
+            TokenizerSetup.of(self._tokenizer, spec.name, source) if like is None else like._read
+        )
         ends = set(as_ids(self.model.config.eos_token_id))
         ends |= set(as_ids(getattr(self.model.generation_config, "eos_token_id", None)))
         notes += self._read.give(self, self._tokenizer, spec, rows, ends)
         self.notes = tuple(notes)
 
     @property
-    def runs(self) -> int:
+    def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
         return id(self.runner)
 
@@ -74,12 +76,12 @@ class HFEngine(Engine):
         """As many as are run before they are asked for, where forwards are run in steps."""
         return self.runner.ahead
 
-    def sharing(self, spec: EngineSpec) -> HFEngine:
+    def with_spec(self, spec: EngineSpec) -> HFEngine:
         """Return an engine on the same weights, with prompts and an adapter of its own."""
         own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name
         return HFEngine(replace(spec, name=spec.name or own), self._source, like=self)
 
-    def apart(self) -> HFEngine:
+    def replica(self) -> HFEngine:
         """Return an engine on the same weights that runs for itself."""
         other = copy(self)
         other.runner = copy(self.runner)
@@ -89,11 +91,11 @@ class HFEngine(Engine):
         """Begin a sequence."""
         return HFSession(self.runner, self.context_length)
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer all requests, in one forward where they fit and the model can."""
         # A session may stand in for another, as one that remembers its answers does: it is asked by itself.
         together = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
-        return self.runner.answer(requests) if together else super().answer(requests)
+        return self.runner.respond(requests) if together else super().respond(requests)
 
 
 def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:

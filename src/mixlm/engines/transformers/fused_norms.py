@@ -19,7 +19,7 @@ _ROWS = 4  # that a layer is tried with
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, and of the largest value
 
 
-class Norms:
+class FusedNorms:
     """The norms of a model that one operation gives the same numbers as: found by trying, whatever they are called."""
 
     def __init__(self, model: Any) -> None:

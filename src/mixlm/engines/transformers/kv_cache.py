@@ -25,7 +25,7 @@ _KNOWN = {"dropout", "scaling", "sliding_window", "is_causal", "rows", "position
 _LEAST = 256  # tokens that a sequence has room for
 
 
-class Room:
+class KVBuffer:
     """Buffers for one sequence of up to `size` tokens: for each layer two, (key-value heads, size, head size).
 
     They begin as zeros, so that what is not to be looked at is a number that attention can multiply by 0. steps: what
@@ -49,19 +49,19 @@ class Room:
         return like.new_zeros(like.shape[0], self.size, like.shape[2])
 
 
-class Rooms:
+class KVBufferPool:
     """Where the rooms of one model's sequences come from, and go to. kept: how many of each size wait for others."""
 
     def __init__(self, kept: int = 0) -> None:
         self._kept = kept
-        self._free: dict[int, list[Room]] = {}
+        self._free: dict[int, list[KVBuffer]] = {}
 
-    def take(self, tokens: int) -> Room:
+    def take(self, tokens: int) -> KVBuffer:
         """Return a room for so many tokens, the next power of two."""
         size = max(1 << (tokens - 1).bit_length(), _LEAST)
         free = self._free.get(size)
         if not free:
-            return Room(size)
+            return KVBuffer(size)
         room = free.pop()
         room.idle = False
         for one in room.layers.values():
@@ -69,7 +69,7 @@ class Rooms:
                 buffer.zero_()
         return room
 
-    def give(self, room: Room) -> None:
+    def give(self, room: KVBuffer) -> None:
         """Take a room back."""
         room.idle = True
         free = self._free.setdefault(room.size, [])
@@ -77,19 +77,19 @@ class Rooms:
             free.append(room)
 
 
-class KeyValues:
+class KVCache:
     """Keys and values of one sequence. length: tokens; it changes when a forward is done."""
 
-    def __init__(self, rooms: Rooms | None = None) -> None:
+    def __init__(self, rooms: KVBufferPool | None = None) -> None:
         self.length = 0
-        self._rooms = rooms or Rooms()
-        self._room: Room | None = None
+        self._rooms = rooms or KVBufferPool()
+        self._room: KVBuffer | None = None
 
     def __del__(self) -> None:
         if self._room is not None:
             self._rooms.give(self._room)
 
-    def reserve(self, tokens: int) -> Room:
+    def reserve(self, tokens: int) -> KVBuffer:
         """Return the room, with a place for so many tokens in all."""
         held = self._room
         if held is not None and held.size >= tokens:
@@ -111,7 +111,7 @@ class KeyValues:
         return keys[:, :end], values[:, :end]
 
 
-class Attending(Protocol):
+class AttentionBatch(Protocol):
     """The sequences of one forward."""
 
     def attend(self, layer: int, asked: tuple[torch.Tensor, ...], window: int | None, scale: float | None) -> Any:
@@ -122,10 +122,10 @@ class Attending(Protocol):
         ...
 
 
-class Rows:
+class PackedSequences:
     """Any number of sequences: each one's cache, and how many of the tokens are its own."""
 
-    def __init__(self, caches: Sequence[KeyValues], counts: Sequence[int]) -> None:
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
         self.caches = caches
         self.counts = counts
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -190,6 +190,6 @@ def attend(
     unknown = [name for name, given in options.items() if name not in _KNOWN and given is not None]
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
-    rows: Attending = options["rows"]
+    rows: AttentionBatch = options["rows"]
     asked = query, key, value
     return rows.attend(module.layer_idx, asked, options.get("sliding_window"), options.get("scaling")), None

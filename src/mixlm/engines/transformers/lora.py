@@ -18,7 +18,7 @@ from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 _PREFIX = "base_model.model."  # what PEFT's files put in front of the names of a model's layers
 
 
-class Loaded:
+class LoadedModel:
     """A transformers model that several engines run, each with an adapter of its own or with none.
 
     size: bytes of the weights without adapters. runners: what runs it with each adapter, as they are asked for.

@@ -20,12 +20,12 @@ import torch
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Ahead, Session
+from mixlm.engines.base import RunAheadHint, Session
 from mixlm.engines.batching import Part, Run
-from mixlm.engines.transformers.cuda_graphs import Steps
-from mixlm.engines.transformers.device_topk import Largest, kept, shortened
-from mixlm.engines.transformers.kv_cache import KeyValues
-from mixlm.types import Candidates, Cut, Ids, Sampling
+from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
+from mixlm.engines.transformers.device_topk import DeviceTopK, kept, shortened
+from mixlm.engines.transformers.kv_cache import KVCache
+from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 
 # Forwards that wait for their questions: while one runs, the next one is queued behind it and the host draws from the
 # one before. More would hide no more, and a guess in vain would cost as many.
@@ -41,14 +41,14 @@ def _signed(number: int) -> int:
 _GOLDEN, _FIRST, _SECOND = (_signed(one) for one in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-class Draws:
+class DeviceSampler:
     """Draws that repeat the host's where the logits are. What symbols are hashed from is kept as long as their cuts."""
 
-    def __init__(self, largest: Largest) -> None:
+    def __init__(self, largest: DeviceTopK) -> None:
         self.largest = largest
-        self._starts: WeakKeyDictionary[Cut, tuple[Ids, torch.Tensor]] = WeakKeyDictionary()
+        self._starts: WeakKeyDictionary[TopKFilter, tuple[Ids, torch.Tensor]] = WeakKeyDictionary()
 
-    def token(self, part: torch.Tensor, cut: Cut, ahead: Ahead, key: int) -> torch.Tensor:
+    def token(self, part: torch.Tensor, cut: TopKFilter, ahead: RunAheadHint, key: int) -> torch.Tensor:
         """Return the id that is probably drawn with a key, int64 (1,). part: `Largest.part` of a row, (2, count).
 
         Nothing in here waits for the device. Ids that share their symbol are not pooled, which hardly ever matters.
@@ -105,13 +105,15 @@ class _Row(NamedTuple):
     done: Any
 
 
-class Lead:
+class RunAhead:
     """How far one sequence is ahead of its questions: forwards that nobody has asked for yet, len(lead) of them.
 
     cache: its length counts what was asked for. cut: of all its rows. most: tokens that the sequence may have.
     """
 
-    def __init__(self, steps: Steps, draws: Draws, cache: KeyValues, cut: Cut, most: int) -> None:
+    def __init__(
+        self, steps: CudaGraphRunner, draws: DeviceSampler, cache: KVCache, cut: TopKFilter, most: int
+    ) -> None:
         self.cut = cut
         self._steps, self._draws, self._cache, self._most = steps, draws, cache, most
         self._rows: deque[_Row] = deque()
@@ -121,17 +123,17 @@ class Lead:
         return len(self._rows)
 
     @staticmethod
-    def can(steps: Steps, cache: KeyValues, cut: Cut, size: int) -> bool:
+    def can(steps: CudaGraphRunner, cache: KVCache, cut: TopKFilter, size: int) -> bool:
         """Whether a sequence can go ahead behind its cache; its rows have `size` logits."""
         return shortened(cut, size) and steps.fit(cache, 1)
 
-    def begin(self, logits: torch.Tensor, ahead: Ahead) -> Candidates | None:
+    def begin(self, logits: torch.Tensor, ahead: RunAheadHint) -> Candidates | None:
         """Go on behind the logits of the cache's last token, (1, vocab); return what the cut leaves, None for a tie."""
         first = self._found(torch.zeros(1, dtype=torch.int64), logits)
         self._go_on(ahead, 0)
         return self._kept(first)
 
-    def after(self, token: int, ahead: Ahead | None) -> Candidates | None:
+    def after(self, token: int, ahead: RunAheadHint | None) -> Candidates | None:
         """Return what the cut leaves of the logits behind the cache's tokens and one more, and go on.
 
         None where something else was run, or where more is needed. What waits is then worth nothing.
@@ -146,7 +148,7 @@ class Lead:
             self._go_on(ahead, len(self._rows))
         return found
 
-    def _go_on(self, ahead: Ahead, run: int) -> None:
+    def _go_on(self, ahead: RunAheadHint, run: int) -> None:
         """Start what is not run yet, of which `run` is. The first key is of the draw behind the cache's last token."""
         room = self._cache.reserve(0)
         for further, key in enumerate(ahead.keys[run:], self._cache.length + run):
@@ -183,12 +185,12 @@ def written(run: Run, session: Session, size: int) -> tuple[Ids, list[Candidates
     ids, rows = np.zeros(1, dtype=np.int64), []
     symbols = np.arange(size)
     for at in range(_TRIED):
-        keys = tuple(noise.at(further).draw_key for further in range(at, min(at + DEPTH, _TRIED - 1)))
-        ahead = Ahead(keys, transform.sampling, symbols) if keys else None
-        [[row]] = run([Part(session, ids[-1:], 1, transform.cut, ahead)])
+        keys = tuple(noise.at(further).sample_key for further in range(at, min(at + DEPTH, _TRIED - 1)))
+        ahead = RunAheadHint(keys, transform.sampling, symbols) if keys else None
+        [[row]] = run([Part(session, ids[-1:], 1, transform.top_k_filter, ahead)])
         if not isinstance(row, Candidates):
             raise ValueError("nothing is cut of this row")
         rows.append(row)
         law = transform(row)
-        ids = np.append(ids, law.ids[noise.at(at).draw(*law)])
+        ids = np.append(ids, law.ids[noise.at(at).sample(*law)])
     return ids[:-1], rows

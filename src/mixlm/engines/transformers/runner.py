@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mixlm.engines.base import Reply, Request, Session
+from mixlm.engines.base import Request, Response, Session
 from mixlm.engines.batching import Found, Part, answer_together
-from mixlm.engines.transformers.lora import Loaded
+from mixlm.engines.transformers.lora import LoadedModel
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
-from mixlm.types import Floats, Ids, Logits, Row
+from mixlm.types import Floats, Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
-    from mixlm.engines.transformers.cuda_graphs import Steps
-    from mixlm.engines.transformers.device_topk import Largest
-    from mixlm.engines.transformers.run_ahead import Draws, Lead
+    from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
+    from mixlm.engines.transformers.device_topk import DeviceTopK
+    from mixlm.engines.transformers.run_ahead import DeviceSampler, RunAhead
 
 # A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once; and this is
 # how many tokens of all sequences together are run in one forward.
@@ -36,24 +36,24 @@ _CROWDED = 16
 class HFSession(Session):
     """One sequence. Every position is kept, also where the model attends to a window only: text may be taken back."""
 
-    def __init__(self, runner: Runner, context_length: int) -> None:
+    def __init__(self, runner: ModelRunner, context_length: int) -> None:
         super().__init__(context_length)
         self._runner = runner
         self.keeps_cache = not runner.recomputes
         self.cache: Any = None
-        self.lead: Lead | None = None
+        self.lead: RunAhead | None = None
 
     @property
-    def waiting(self) -> bool:
+    def has_run_ahead(self) -> bool:
         """Whether forwards were run that nobody has asked for yet."""
         return bool(self.lead)
 
     def drop(self) -> None:
         """Give up what was run ahead."""
-        self.work.vain += len(self.lead or ())
+        self.stats.wasted += len(self.lead or ())
         self.lead = None
 
-    def _keep(self, length: int) -> int:
+    def _truncate(self, length: int) -> int:
         self.drop()
         if length == 0:
             self.cache = None
@@ -67,7 +67,7 @@ class HFSession(Session):
         [logits] = self._runner.whole([Part(self, ids, last)])
         return logits
 
-    def _normalisers(self, logits: Logits) -> Floats:
+    def _log_normalizers(self, logits: Logits) -> Floats:
         """Return log Σ exp of each row, on all cores."""
         import torch
 
@@ -75,7 +75,7 @@ class HFSession(Session):
         return sums
 
 
-class Runner:
+class ModelRunner:
     """A loaded model as a function from what sessions lack to logits.
 
     recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
@@ -86,20 +86,20 @@ class Runner:
     for "on" and a model that cannot.
     """
 
-    def __init__(self, loaded: Loaded, name: str, graphs: str = "auto") -> None:
+    def __init__(self, loaded: LoadedModel, name: str, graphs: str = "auto") -> None:
         self.model = loaded.model
         self._loaded = loaded
         self._adapter: str | None = None
         self.recomputes = bool(getattr(self.model, "_is_stateful", False))
         self.batches = False
-        self.steps: Steps | None = None
-        self.largest: Largest | None = None
-        self.draws: Draws | None = None
+        self.steps: CudaGraphRunner | None = None
+        self.largest: DeviceTopK | None = None
+        self.draws: DeviceSampler | None = None
         self._crowded = 0
         if self.model.device.type == "cuda":
-            from mixlm.engines.transformers.device_topk import Largest
+            from mixlm.engines.transformers.device_topk import DeviceTopK
 
-            self.largest = Largest()
+            self.largest = DeviceTopK()
         self._name = name
         loaded.runners[None] = self
         self.batches = self._batches()
@@ -123,7 +123,7 @@ class Runner:
             return {}
         return {"short forwards": "captured graphs" if self.steps.captures else "fixed shapes"}
 
-    def using(self, adapter: str | None) -> Runner:
+    def using(self, adapter: str | None) -> ModelRunner:
         """Return the runner of the same model with an adapter, or without one: the same one for the same adapter."""
         if adapter == self._adapter:
             return self
@@ -131,10 +131,10 @@ class Runner:
         other._adapter = adapter
         if self.steps is not None:
             other.steps = self.steps.anew()  # what is captured runs the model as it was then
-        known: Runner = self._loaded.runners.setdefault(adapter, other)
+        known: ModelRunner = self._loaded.runners.setdefault(adapter, other)
         return known
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Reply]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer requests of several sessions together."""
         return answer_together(requests, self.run, MOST)
 
@@ -172,7 +172,9 @@ class Runner:
         row = self._led(parts[0], logits) if len(parts) == 1 else None
         if row is not None:
             return [[row]]
-        if parts[0].session.waiting:  # for what is needed whole; but other steps have written over the logits by now
+        if parts[
+            0
+        ].session.has_run_ahead:  # for what is needed whole; but other steps have written over the logits by now
             cast(HFSession, parts[0].session).cache.length -= 1
             logits = self._run([parts[0]._replace(ids=parts[0].ids[-1:])])
         return self._brought(logits, parts)
@@ -181,19 +183,19 @@ class Runner:
         """Run all parts in one forward: the logits that are asked for, a tensor (rows, vocab)."""
         import torch
 
-        from mixlm.engines.transformers.kv_cache import KeyValues, Rows
+        from mixlm.engines.transformers.kv_cache import KVCache, PackedSequences
 
         sessions = [cast(HFSession, one.session) for one in parts]
         for session in sessions:
             session.drop()
-            session.cache = session.cache or KeyValues(None if self.steps is None else self.steps.rooms)
+            session.cache = session.cache or KVCache(None if self.steps is None else self.steps.rooms)
         counts = [len(one.ids) for one in parts]
         if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
             return self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last)
         # A copy: the callers' arrays are views of buffers that go on changing.
         device = self.model.device
         ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
-        rows = Rows([session.cache for session in sessions], counts)
+        rows = PackedSequences([session.cache for session in sessions], counts)
         asked = np.concatenate(
             [np.arange(end - one.last, end) for one, end in zip(parts, np.cumsum(counts), strict=True)]
         )
@@ -207,27 +209,27 @@ class Runner:
         rows.done()
         return out[0]
 
-    def _known(self, part: Part) -> Row | None:
+    def _known(self, part: Part) -> LogitsRow | None:
         """Return the answer to a part that was run before it was asked for, if it was."""
         session = cast(HFSession, part.session)
         lead = session.lead
         if not lead or part.cut is not lead.cut or len(part.ids) > 1:
             return None
         row = lead.after(int(part.ids[0]), part.ahead)
-        session.work.ahead += row is not None
+        session.stats.run_ahead += row is not None
         return row
 
-    def _led(self, part: Part, logits: Any) -> Row | None:
+    def _led(self, part: Part, logits: Any) -> LogitsRow | None:
         """Run on behind a part's logits, if what comes next is told. Returns its answer, None where it did not."""
         if self.draws is None or part.ahead is None or part.cut is None or self._crowded:
             return None
-        from mixlm.engines.transformers.run_ahead import Lead
+        from mixlm.engines.transformers.run_ahead import RunAhead
 
         session = cast(HFSession, part.session)
         assert self.steps is not None
-        if not Lead.can(self.steps, session.cache, part.cut, logits.shape[1]):
+        if not RunAhead.can(self.steps, session.cache, part.cut, logits.shape[1]):
             return None
-        session.lead = Lead(self.steps, self.draws, session.cache, part.cut, session.context_length)
+        session.lead = RunAhead(self.steps, self.draws, session.cache, part.cut, session.context_length)
         return session.lead.begin(logits, part.ahead)
 
     def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
@@ -283,17 +285,17 @@ class Runner:
         self.model.set_attn_implementation(usual)
         return False
 
-    def _stepped(self, graphs: str) -> Steps | None:
+    def _stepped(self, graphs: str) -> CudaGraphRunner | None:
         """Return the steps, where they are wanted and give what the usual forward gives: tried, not guessed."""
         cuda = self.model.device.type == "cuda"
         if graphs == "off" or (graphs == "auto" and not cuda):
             return None
         if self.batches:
-            from mixlm.engines.transformers.cuda_graphs import Steps
+            from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
 
             ids = np.arange(_TRIED, dtype=np.int64) % self.model.get_output_embeddings().weight.shape[0]
             [expected] = self.whole([Part(self._session(), ids, 4)])
-            self.steps = Steps(self.model, capture=cuda)
+            self.steps = CudaGraphRunner(self.model, capture=cuda)
             try:
                 found = self._in_steps(ids)
                 if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
@@ -319,19 +321,19 @@ class Runner:
             [found] = self.whole([Part(session, ids[before:], 4)])
         return found
 
-    def _ahead(self) -> Draws | None:
+    def _ahead(self) -> DeviceSampler | None:
         """Return what draws tokens of forwards that are run ahead, where that finds what steps find: tried."""
-        from mixlm.engines.transformers.device_topk import Largest
-        from mixlm.engines.transformers.run_ahead import Draws, written
+        from mixlm.engines.transformers.device_topk import DeviceTopK
+        from mixlm.engines.transformers.run_ahead import DeviceSampler, written
 
-        self.draws = Draws(self.largest or Largest())
+        self.draws = DeviceSampler(self.largest or DeviceTopK())
         try:
             session = self._session()
             ids, rows = written(self.run, session, self.model.get_output_embeddings().weight.shape[0])
             [expected] = self.whole([Part(self._session(), ids, len(rows))])
             both = zip(rows, expected, strict=True)
             agree = all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
-            return self.draws if agree and session.work.ahead == len(rows) - 1 else None
+            return self.draws if agree and session.stats.run_ahead == len(rows) - 1 else None
         except _UNFIT:
             return None  # what a device cannot do of this, it can do one forward at a time
 

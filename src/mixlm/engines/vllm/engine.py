@@ -22,8 +22,8 @@ import numpy as np
 from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
 from mixlm.engines.batching import in_threads
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import Read, as_ids, first_line, load_tokenizer
-from mixlm.engines.topk_only import PartialEngine, PartialSession
+from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids, first_line, load_tokenizer
+from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.vllm.engine_thread import EngineThread
 from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
 from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
@@ -35,7 +35,7 @@ _BLOCK = 32  # the smallest that vLLM runs on a CPU: what lies in no whole block
 _AT_ONCE = 64
 
 
-class VllmEngine(PartialEngine):
+class VllmEngine(TopKOnlyEngine):
     """A model in vLLM, in this process, with the tokenizer in the same folder. slots: sequences that have room at once.
 
     Raises ModelLoadError when it cannot be loaded, ConfigError for what vLLM is not given here.
@@ -45,9 +45,9 @@ class VllmEngine(PartialEngine):
         self.name = spec.name
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and vLLM is given none", "use --engine hf")
-        self.candidates = spec.candidates
+        self.top_k_limit = spec.candidates
         self._tokenizer = load_tokenizer(source, spec.name)
-        self._read = Read.of(self._tokenizer, spec.name, source)
+        self._read = TokenizerSetup.of(self._tokenizer, spec.name, source)
         try:
             self.loop = EngineThread(_options(spec, source))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -62,8 +62,7 @@ class VllmEngine(PartialEngine):
         # A question is answered with one token at least, and that has to fit in too.
         self.context_length = model.max_model_len - 1
         self._set_prompts(spec)
-        self.prepare()
-        self.candidates = min(spec.candidates, self.vocabulary.size)
+        self.top_k_limit = min(spec.candidates, self.vocabulary.size)
         dtype = str(model.dtype).removeprefix("torch.")
         self.device = self.loop.config.device_config.device_type
         self.details = {"engine": "vLLM", "device": self.device, "dtype": dtype}
@@ -71,7 +70,7 @@ class VllmEngine(PartialEngine):
         self._threads = ThreadPoolExecutor(_AT_ONCE)
         self.session().logits(np.flatnonzero(self.drawable)[:1])
 
-    def sharing(self, spec: EngineSpec) -> VllmEngine | None:
+    def with_spec(self, spec: EngineSpec) -> VllmEngine | None:
         """Return an engine on the same weights with prompts of its own; None for an adapter."""
         if spec.adapter is not None:
             return None
@@ -84,7 +83,7 @@ class VllmEngine(PartialEngine):
         self.notes = tuple(self._read.give(self, self._tokenizer, spec, self._rows, self._model_ends))
 
     @property
-    def runs(self) -> int:
+    def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
         return id(self.loop)
 
@@ -97,11 +96,11 @@ class VllmEngine(PartialEngine):
         """Begin a sequence. What vLLM keeps of it is its prefix cache's affair."""
         return VllmSession(self)
 
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether the options mean the same in vLLM."""
         return samples_identically(sampling)
 
-    def answer(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
+    def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together, in one batch of vLLM's."""
         return in_threads(self._threads, super().respond, requests)
 
@@ -110,14 +109,14 @@ class VllmEngine(PartialEngine):
         return self.loop.alive
 
 
-class VllmSession(PartialSession):
+class VllmSession(TopKOnlySession):
     """One sequence, known to vLLM by its ids alone."""
 
     def __init__(self, engine: VllmEngine) -> None:
         super().__init__(engine)
         self._engine = engine
 
-    def write(self, run: GenerateRequest) -> GenerateResponse:
+    def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Let vLLM draw up to `length` tokens."""
         engine = self._engine
         ends = sorted(engine.vocabulary.ends)
@@ -130,10 +129,10 @@ class VllmSession(PartialSession):
         if not found.ids:
             raise EngineError(f"vLLM wrote nothing for {engine.name}")
         written = GenerateResponse(found.ids, [told[i] for i, told in zip(found.ids, found.logprobs, strict=True)])
-        self.wrote(run.ids, written, time.perf_counter() - start)
+        self.record_generation(run.ids, written, time.perf_counter() - start)
         return written
 
-    def _likeliest(self, ids: Ids, count: int) -> Candidates:
+    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
         params = sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1) | {"logprobs": count}
         told = self._engine.loop.submit(ids, params).result().logprobs[0]
         return Candidates(np.fromiter(told, dtype=np.int64), np.fromiter(told.values(), dtype=np.float64))

@@ -100,9 +100,9 @@ def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tm
     for change in (["--temperature", "0.9"], ["--method", "conventional"], ["-w", "0.9,0.1"]):
         done = run(*arguments(prompts, output), *change)
         assert done.code == 2
-        assert "holds replies to other prompts or with other options (line 1)" in done.err
+        assert "holds completions of other prompts or with other options (line 1)" in done.err
     output.write_text("something else\n")
-    assert "line 1: this is no reply of mixlm" in run(*arguments(prompts, output)).err
+    assert "line 1: not a completion by mixlm" in run(*arguments(prompts, output)).err
     assert output.read_text() == "something else\n"
     output.write_bytes(before)
 
@@ -128,11 +128,11 @@ def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("nothing", "line 2: it is no JSON"),
-        ("[]", "line 2: it is no object with either"),
-        ('{"prompt": "a", "messages": []}', "line 2: it is no object with either"),
-        ('{"prompt": 3}', 'line 2: its "prompt" is no text'),
-        ('{"messages": "a"}', 'line 2: its "messages" are no list'),
+        ("nothing", "line 2: not valid JSON"),
+        ("[]", "line 2: not a JSON object"),
+        ('{"prompt": "a", "messages": []}', "line 2: it needs either"),
+        ('{"prompt": 3}', 'line 2: "prompt" is empty or not a string'),
+        ('{"messages": "a"}', 'line 2: "messages" is not a list'),
     ],
 )
 def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:

@@ -18,7 +18,7 @@ def test_help(run: Run, command: tuple[str, ...]) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(" ".join(("Usage: mixlm", *command)))
     assert "<bool>" not in done.out
-    assert "..\n" not in done.out
+    assert "...\n" not in done.out.partition("\n")[2]  # no text is cut short
     assert run(*command, "-h").out == done.out
 
 
@@ -90,8 +90,7 @@ def test_help_imports_nothing_heavy_and_no_command() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_imports_that_command_alone(name: str) -> None:
     modules = imported(name, "--help")
-    # `chat` shows its completions as `generate` does.
-    assert {*COMMANDS} & {module.removeprefix("mixlm.cli.") for module in modules} == {name}
+    assert {command for command in COMMANDS if f"mixlm.cli.{command}" in modules} == {name}
     assert not {*HEAVY} & {*modules}
 
 
@@ -115,7 +114,7 @@ def test_reset_begins_a_new_conversation(run: Run) -> None:
 def test_chat_commands_are_not_messages(run: Run) -> None:
     done = run("chat", *TOYS, stdin="/help\n/rest\n/exit\n")
     assert done.out == ""
-    assert "/reset   begin a new conversation" in done.err
+    assert "/reset   start a new conversation" in done.err
     assert "there is no command /rest; did you mean '/reset'" in done.err
     assert run("chat", *TOYS, stdin="/usr/bin is what?\n").out != ""
 

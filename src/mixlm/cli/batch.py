@@ -1,7 +1,7 @@
-"""`mixlm generate --input … --output …`: replies to a file of prompts, written as they come and continued after a stop.
+"""`mixlm generate --input … --output …`: completions of a file of prompts, written as they finish, and resumable.
 
-A line of the output is a finished reply. It holds the key of what was asked (prompt, options, members), so that a
-second run knows which prompts are done, and refuses a file that was written with other settings.
+Each line of the output is one completion with the key of its request (prompt, options, members). A second run skips
+the requests that are done, and refuses a file that was written with other settings.
 """
 
 from __future__ import annotations
@@ -17,117 +17,111 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from mixlm.cli.display import dim, json_text
-from mixlm.cli.inputs import STDIN, check_writable, read_texts
+from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble, Prompt
-    from mixlm.generation.generation import Generation
 
-_FORM = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
+_RECORD = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A file of prompts and the file of their replies. at_once: how many are written together."""
+class PromptFile:
+    """A file of prompts and the file of their completions.
+
+    Args:
+        input: The prompts, JSON Lines; "-" is standard input.
+        output: The completions, JSON Lines.
+        batch_size: The number of completions generated together.
+    """
 
     input: Path
     output: Path
-    at_once: int
+    batch_size: int
 
     def prompts(self) -> list[Prompt]:
-        """Read the prompts. Raises ConfigError that names the file and the line."""
-        if self.at_once < 1:
-            raise ConfigError(f"--batch is {self.at_once}; it must be 1 or more")
+        """Read the prompts.
+
+        Raises:
+            ConfigError: A line is not a prompt, or the output cannot be written; the message names the file and line.
+            UsageError: Input and output are the same file.
+        """
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch is {self.batch_size}; it must be 1 or more")
         check_writable("--output", self.output)
         [(name, text)] = read_texts([self.input]).items()
         if name != STDIN and self.input.resolve() == self.output.resolve():
-            raise UsageError(f"--input and --output are both {self.input}", "replies need a file of their own")
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [_prompt(name, number, line) for number, line in lines]
+            raise UsageError(f"--input and --output are both {self.input}", "name another file for the completions")
+        return [_prompt(name, number, record) for number, record in json_lines(name, text, _RECORD)]
 
     def run(self, ensemble: Ensemble, prompts: Sequence[Prompt], options: Options) -> int:
-        """Write the replies that are missing. Returns the exit code: 1 where a prompt could not be answered."""
+        """Generate the missing completions. Returns the exit code: 1 if a prompt failed."""
         settings = ensemble.settings(**options)
-        given = {name: value for name, value in options.items() if name != "seed"}
-        how = {"method": settings.method, "unit": ensemble.unit.name, "system": settings.system}
-        asked = {"options": given, **how, "members": ensemble.names, "weights": ensemble.weights.tolist()}
-        keys = [_key({**asked, "prompt": _plain(prompt), "number": at}) for at, prompt in enumerate(prompts)]
+        request = {
+            "options": {name: value for name, value in options.items() if name != "seed"},
+            "method": settings.method,
+            "unit": ensemble.unit.name,
+            "system": settings.system,
+            "members": ensemble.names,
+            "weights": ensemble.weights.tolist(),
+        }
+        keys = [_key({**request, "prompt": _plain(prompt), "number": i}) for i, prompt in enumerate(prompts)]
         with _locked(self.output) as file:
-            done, seed = _done(self.output, file, keys)
+            done, seed = _completed(self.output, file, keys)
             options = cast("Options", {**options, "seed": options.get("seed", settings.seed if seed is None else seed)})
             if done:
-                dim(f"{len(done)} of {len(prompts)} are in {self.output}; going on with the others")
-            left = [at for at in range(len(prompts)) if at not in done]
-            failed = self._write(ensemble, prompts, left, (options, keys, file))
+                dim(f"{len(done)} of {len(prompts)} are in {self.output}; continuing with the rest")
+            failed = 0
+            with progress_bars(single=True) as show:
+                if show is not None:
+                    show("completions", len(done), len(prompts))
+                missing = [(i, prompt) for i, prompt in enumerate(prompts) if i not in done]
+                generations = ensemble.numbered_replies(missing, at_once=self.batch_size, **options)
+                for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
+                    if generation.error is not None:
+                        failed += 1
+                        dim(f"prompt {i + 1}: {generation.error}")
+                        continue
+                    record = {"number": i, "key": keys[i], **generation.completion.as_dict()}
+                    record.pop("tokens", None)
+                    print(json_text(record, indent=None), file=file, flush=True)
+                    os.fsync(file.fileno())
+                    if show is not None:
+                        show("completions", finished, len(prompts))
         if failed:
-            dim(f"{failed} of {len(prompts)} failed; run the same command again to try those")
+            dim(f"{failed} of {len(prompts)} failed; run the same command again to retry them")
         return 1 if failed else 0
 
-    def _write(
-        self, ensemble: Ensemble, prompts: Sequence[Prompt], left: Sequence[int], to: tuple[Options, list[str], IO[str]]
-    ) -> int:
-        options, keys, file = to
-        failed = written = 0
-        with progress_bars(single=True) as show:
-            if show is not None:
-                show("replies", len(prompts) - len(left), len(prompts))
-            for number, (at, stream) in enumerate(
-                ensemble.numbered_replies([(at, prompts[at]) for at in left], at_once=self.at_once, **options), start=1
-            ):
-                if stream.error is not None:
-                    failed += 1
-                    dim(f"prompt {at + 1}: {stream.error}")
-                    continue
-                written += 1
-                print(json_text({"number": at, "key": keys[at], **_reply(stream)}, indent=None), file=file, flush=True)
-                os.fsync(file.fileno())
-                if show is not None:
-                    show("replies", len(prompts) - len(left) + number, len(prompts))
-        return failed
 
-
-def _reply(stream: Generation) -> dict[str, Any]:
-    form = stream.completion.as_dict()
-    form.pop("tokens", None)
-    return form
-
-
-def _prompt(name: str, number: int, line: str) -> Prompt:
+def _prompt(name: str, number: int, record: dict[str, Any]) -> Prompt:
     """Return the prompt of one line."""
-    try:
-        form = json.loads(line)
-    except ValueError as error:
-        raise _wrong(name, number, f"it is no JSON: {error}") from error
-    if not isinstance(form, dict) or ("prompt" in form) == ("messages" in form):
-        raise _wrong(name, number, 'it is no object with either a "prompt" or "messages"')
-    if "prompt" in form:
-        if not isinstance(form["prompt"], str) or not form["prompt"].strip():
-            raise _wrong(name, number, 'its "prompt" is no text, or empty')
-        return cast("Prompt", form["prompt"])
-    messages = form["messages"]
-    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise _wrong(name, number, 'its "messages" are no list of messages')
+    if ("prompt" in record) == ("messages" in record):
+        raise line_error(name, number, 'it needs either "prompt" or "messages"', _RECORD)
+    if "prompt" in record:
+        prompt = record["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise line_error(name, number, '"prompt" is empty or not a string', _RECORD)
+        return prompt
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise line_error(name, number, '"messages" is not a list of messages', _RECORD)
     return cast("Prompt", messages)
 
 
-def _wrong(name: str, number: int, reason: str) -> ConfigError:
-    return ConfigError(f"{name}, line {number}: {reason}", f"each line is an object {_FORM}")
-
-
 def _plain(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else [dict(cast(Any, one)) for one in prompt]
+    return prompt if isinstance(prompt, str) else [dict(cast(Any, message)) for message in prompt]
 
 
-def _key(asked: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+def _key(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[str]]:
-    """Open the output for one process alone; the lock goes with the process, however it ends."""
+    """Open the output and lock it; the lock ends with the process, however it ends."""
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,30 +132,32 @@ def _locked(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def _done(path: Path, file: IO[str], keys: Sequence[str]) -> tuple[set[int], int | None]:
-    """Return which prompts have their reply, and the seed of the replies.
+def _completed(path: Path, file: IO[str], keys: Sequence[str]) -> tuple[set[int], int | None]:
+    """Return the indices of the completed prompts, and the seed of their completions.
 
-    A last line that a kill cut off is taken away: its reply is written again. Raises ConfigError for a file that is not
-    this run's.
+    Removes a last line that was cut off when its writer was killed; its completion is generated again.
+
+    Raises:
+        ConfigError: The file belongs to another run.
     """
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    done: set[int] = set()
+    end = data.rfind(b"\n") + 1
+    completed: set[int] = set()
     seed = None
-    for number, line in enumerate(data[:whole].decode("utf-8", "replace").split("\n"), start=1):
+    for number, line in enumerate(data[:end].decode("utf-8", "replace").split("\n"), start=1):
         if not line:
             continue
         try:
-            form = json.loads(line)
-            at, key, seed = form["number"], form["key"], form["seed"]
+            record = json.loads(line)
+            i, key, seed = record["number"], record["key"], record["seed"]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path}, line {number}: this is no reply of mixlm", "name another file") from None
-        if not 0 <= at < len(keys) or keys[at] != key:
+            raise ConfigError(f"{path}, line {number}: not a completion by mixlm", "name another file") from None
+        if not 0 <= i < len(keys) or keys[i] != key:
             raise ConfigError(
-                f"{path} holds replies to other prompts or with other options (line {number})",
+                f"{path} holds completions of other prompts or with other options (line {number})",
                 "name another file, or remove it",
             )
-        done.add(at)
-    if whole < len(data):
-        file.truncate(whole)
-    return done, seed
+        completed.add(i)
+    if end < len(data):
+        file.truncate(end)
+    return completed, seed

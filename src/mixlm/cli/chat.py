@@ -1,4 +1,4 @@
-"""`mixlm chat`: a conversation at a terminal, or one message a line from a pipe."""
+"""`mixlm chat`: a conversation at a terminal, or with one message per line from a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer import Option
 
 from mixlm.cli.display import Display, dim, print_json
 from mixlm.cli.errors import say
-from mixlm.cli.generate import decoded
+from mixlm.cli.inputs import STDIN, decode
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import MixlmError, PromptTooLongError, did_you_mean
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from mixlm.ensemble import Chat
 
 _COMMANDS = {
-    "/help": "show this",
-    "/reset": "begin a new conversation",
-    "/exit": "end; so do Ctrl-D, and Ctrl-C while no reply is being written",
+    "/help": "show this list",
+    "/reset": "start a new conversation",
+    "/exit": "end the chat; so do Ctrl-D, and Ctrl-C while nothing is being generated",
 }
 _PROMPT = "> "
-# A Ctrl-C that comes this many seconds behind a reply was meant to stop that reply.
+# A Ctrl-C within this many seconds after a completion was meant to stop that completion.
 _GRACE = 1.0
 
 
@@ -34,12 +34,12 @@ _GRACE = 1.0
 def chat(
     shared: Shared,
     as_json: Annotated[
-        bool, Option("--json", help="Print each reply as one JSON object on a line of its own.")
+        bool, Option("--json", help="Print each completion as one JSON object on its own line.")
     ] = False,
 ) -> int:
-    """Talk with an ensemble.
+    """Chat with an ensemble.
 
-    Ctrl-C stops a reply; /help lists the commands. From a pipe, each line is a message.
+    Ctrl-C stops a completion; /help lists the commands. From a pipe, each line is a message.
     """
     options = shared.options()
     ensemble = open_ensemble(shared, options, whole=False)
@@ -47,37 +47,37 @@ def chat(
     if not as_json:
         display.legend()
     if is_terminal(sys.stdin):
-        dim("/help lists the commands; Ctrl-C stops a reply")
-    talk = ensemble.chat(**options)
+        dim("/help lists the commands; Ctrl-C stops a completion")
+    conversation = ensemble.chat(**options)
     ended = -_GRACE
     while (line := _read(ended)) is not None:
         command = _command(line)
         if command == "/exit":
             break
         if command == "/reset":
-            talk = ensemble.chat(**options)
+            conversation = ensemble.chat(**options)
             dim("a new conversation")
         elif command is not None:
             _help(command)
         elif line.strip():
             try:
-                _reply(talk, line, display, as_json=as_json)
+                _complete(conversation, line, display, as_json=as_json)
             except MixlmError as error:
-                # A script is told by the exit code; at a terminal the conversation can go on.
+                # A script learns of it from the exit code; at a terminal the conversation can continue.
                 if not is_terminal(sys.stdin):
                     raise
-                hint = "/reset begins a new conversation" if isinstance(error, PromptTooLongError) else error.hint
+                hint = "/reset starts a new conversation" if isinstance(error, PromptTooLongError) else error.hint
                 say(f"mixlm: error: {error.message}" + (f"\nhint: {hint}" if hint else ""))
             ended = time.monotonic()
     return 0
 
 
-def _reply(talk: Chat, line: str, display: Display, *, as_json: bool) -> None:
-    """Write one reply. Ctrl-C ends it where it is; what was written stays in the history."""
+def _complete(conversation: Chat, line: str, display: Display, *, as_json: bool) -> None:
+    """Generate one completion. Ctrl-C stops it; the text so far stays in the history."""
     stopped = False
-    stream = talk.stream(line)
+    generation = conversation.stream(line)
     try:
-        for token in stream:
+        for token in generation:
             if not as_json:
                 display.write(token)
     except KeyboardInterrupt:
@@ -86,17 +86,18 @@ def _reply(talk: Chat, line: str, display: Display, *, as_json: bool) -> None:
         if not as_json:
             display.end()
     if as_json:
-        print_json(stream.completion.as_dict(), indent=None)
+        print_json(generation.completion.as_dict(), indent=None)
         return
     if stopped:
         dim("stopped")
-    display.figures(stream.completion)
+    display.figures(generation.completion)
 
 
 def _read(ended: float) -> str | None:
     """Return the next message, or None at the end of input and for Ctrl-C.
 
-    ended: when the last reply ended. A Ctrl-C right behind it gives an empty message.
+    Args:
+        ended: When the last completion ended, by `time.monotonic`. Ctrl-C right after it returns an empty message.
     """
     try:
         return _line()
@@ -114,21 +115,21 @@ def _line() -> str:
     if not is_terminal(sys.stdin):
         if sys.stdin is None or not (data := sys.stdin.buffer.readline()):
             raise EOFError
-        return decoded(data).removesuffix("\n").removesuffix("\r")
+        return decode(STDIN, data).removesuffix("\n").removesuffix("\r")
     if not is_terminal(sys.stdout):
-        # Stdout holds the replies alone.
+        # Stdout is for the completions only.
         print(_PROMPT, end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             raise EOFError
         return line.removesuffix("\n")
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` editing and a history
-    # The marks \1 and \2 tell readline which characters take no room.
+    # \1 and \2 tell readline which characters have no width.
     return input(f"\1\x1b[1m\2{_PROMPT}\1\x1b[0m\2" if has_colours(sys.stdout) else _PROMPT)
 
 
 def _command(line: str) -> str | None:
-    """Return the command that a line is: a slash and one word of letters. Anything else is a message."""
+    """Return the line if it is a command: a slash and one word of letters. Anything else is a message."""
     word = line.strip()
     return word if word.startswith("/") and word[1:].isalpha() else None
 
@@ -137,5 +138,5 @@ def _help(command: str) -> None:
     if command != "/help":
         dim(f"there is no command {command}; {did_you_mean(command, _COMMANDS) or '/help lists them'}")
         return
-    for name, what in _COMMANDS.items():
-        dim(f"{name:<8} {what}")
+    for name, text in _COMMANDS.items():
+        dim(f"{name:<8} {text}")

@@ -46,10 +46,10 @@ def check(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
-    """Test that every method samples the law it promises.
+    """Test that every method samples from the distribution it promises.
 
-    The exit code is 1 when a difference is found. Models are loaded in float32 unless --dtype or the ensemble file says
-    otherwise.
+    The exit code is 1 if a difference is found. Models are loaded in float32 unless --dtype or the ensemble file sets
+    another dtype.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", "leave it out to take the default")

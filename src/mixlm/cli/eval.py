@@ -61,10 +61,10 @@ def evaluate(
     as_json: Annotated[bool, Option("--json", help="Print the results as one JSON object.")] = False,
     listed: Annotated[bool, Option("--list", help="List mixlm's own tasks and exit.")] = False,
 ) -> int:
-    """Evaluate on tasks, and compare methods on the same questions.
+    """Evaluate methods on tasks, and compare them on the same questions.
 
-    What a task says of sampling goes before an ensemble file, and options here before both; with --temperature, tasks
-    that ask for greedy decoding sample.
+    A task's sampling options take precedence over an ensemble file, and options given here over both. With
+    --temperature, tasks that use greedy decoding sample instead.
     """
     if listed:
         return _list(as_json)

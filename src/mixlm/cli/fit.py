@@ -10,7 +10,15 @@ from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, print_json
-from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
+from mixlm.cli.inputs import (
+    EndsOption,
+    check_writable,
+    model_identities,
+    prompts_and_answers,
+    read_texts,
+    refuse_generation_options,
+    score_texts,
+)
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.segments import about_unit
@@ -56,7 +64,7 @@ def fit(
             show_default=False,
         ),
     ] = 0,
-    ends: ends_option = None,
+    ends: EndsOption = None,
     accuracy: Annotated[
         str | None,
         accuracy_option(
@@ -77,14 +85,15 @@ def fit(
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the texts anew, and keep no scores.")] = False,
 ) -> int:
-    """Fit weights to text: the mixture that makes it most likely.
+    """Fit the weights, or a router, to text.
 
-    Every member reads each text once. Weights are fitted by EM on the first part of each and checked on the rest. With
-    --accuracy they answer questions too, and options of replies are for those.
+    The fit maximises the likelihood of the mixture. Every member scores each text once; EM fits the weights to the
+    first part of each text, and the rest validates them. With --accuracy, the weights are also evaluated on a task,
+    and the generation options apply to it.
     """
     asked = AccuracyOptions(accuracy, limit, seeds, data, out)
     asked.check()
-    refuse_reply_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
+    refuse_generation_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
@@ -94,12 +103,14 @@ def fit(
     check_writable("--output", output)
     check_writable("--router", router)
     texts = read_texts(files)
-    pairs = pairs_of(texts, ends=ends, system=shared.system if accuracy is None else None)
+    pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = asked.load(shared)
     ensemble = open_ensemble(shared, {})
     from mixlm.fitting.study import Plan, study
 
-    scores = scored(ensemble, texts, pairs, identities(config, not no_cache), ends=ends, system=shared.system)
+    scores = score_texts(
+        ensemble, texts, pairs, model_identities(config, not no_cache), ends=ends, system=shared.system
+    )
     given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
     plan = Plan(holdout, bootstrap, step, router is not None, given, prompt_bytes)
     with progress_bars() as progress:

@@ -1,4 +1,4 @@
-"""`mixlm generate`: one reply, or the continuation of a text."""
+"""`mixlm generate`: a completion of a prompt, or of each prompt in a file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, Option
 
-from mixlm.cli.batch import Batch
+from mixlm.cli.batch import PromptFile
 from mixlm.cli.display import Display, print_json
-from mixlm.cli.inputs import read_texts
+from mixlm.cli.inputs import STDIN, decode, input_is_piped, read_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import ConfigError, UsageError
@@ -26,14 +26,14 @@ _EXAMPLE = 'such as: mixlm generate "Why is the sky blue?"'
 def generate(
     shared: Shared,
     prompt: Annotated[
-        str | None, Argument(help="What to answer; read from standard input when left out or '-'.", show_default=False)
+        str | None, Argument(help="The prompt. Omit it, or write '-', to read standard input.", show_default=False)
     ] = None,
     input: Annotated[
         Path | None,
         Option(
             "--input",
             metavar="FILE",
-            help="Answer many prompts: JSON lines with a prompt, or with messages; - for standard input.",
+            help="A file of prompts: JSON Lines, each with a prompt or messages. '-' reads standard input.",
             show_default=False,
         ),
     ] = None,
@@ -42,20 +42,21 @@ def generate(
         Option(
             "--output",
             metavar="FILE",
-            help="Where the replies to --input go, one JSON object a line as they are finished. Given once more, the "
-            "command goes on where it stopped.",
+            help="Write the completions of --input here, one JSON object per line. If the file exists, continue it.",
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[int, Option("--batch", metavar="N", help="Replies to --input that are written together.")] = 16,
-    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it stands, without any template.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the reply and its figures as one JSON object.")] = False,
+    batch: Annotated[
+        int, Option("--batch", metavar="N", help="With --input: the number of completions generated together.")
+    ] = 16,
+    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the completion and its usage as one JSON object.")] = False,
     alternatives: Annotated[
         int | None,
         Option(
             "--alternatives",
             metavar="K",
-            help="With --json: the K likeliest symbols at each token's place, of the law that it was drawn from.",
+            help="With --json: also print the K most likely tokens at each position, with their log-probabilities.",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +65,7 @@ def generate(
         Option(
             "--json-schema",
             metavar="FILE",
-            help="Write JSON of the schema in FILE (the extra grammar).",
+            help="Generate JSON that matches the schema in FILE. Needs mixlm[grammar].",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +74,7 @@ def generate(
         Option(
             "--logit-bias",
             metavar="TEXT=X",
-            help="Add X, from -100 to 100, to the logits of the tokens that are exactly TEXT. Can be repeated.",
+            help="Add X, from -100 to 100, to the logit of the token that is exactly TEXT. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -82,55 +83,50 @@ def generate(
         Option(
             "--logprobs-of",
             metavar="NAME",
-            help="With --json: member, or ensemble for the average's, which runs every member.",
+            help="With --json: log-probabilities of the sampled member's distribution (member) or of the average"
+            " (ensemble, which runs every member).",
             show_default=False,
         ),
     ] = None,
 ) -> int:
-    """Write a reply to a prompt, or to each prompt of a file."""
-    told = {"alternatives": alternatives, "logprobs_of": logprobs_of}
-    told = {name: value for name, value in told.items() if value is not None}
-    if told and not as_json:
-        raise UsageError(f"--{next(iter(told)).replace('_', '-')} goes with --json", "add --json, or leave it out")
-    more = cast("Options", {"raw": True} if raw else {})
+    """Generate a completion of a prompt, or of each prompt in a file."""
+    reported = {"alternatives": alternatives, "logprobs_of": logprobs_of}
+    reported = {name: value for name, value in reported.items() if value is not None}
+    if reported and not as_json:
+        name = next(iter(reported)).replace("_", "-")
+        raise UsageError(f"--{name} needs --json", "add --json, or omit it")
+    extra = cast("Options", {"raw": True} if raw else {})
     if logit_bias:
-        more["logit_bias"] = _biases(logit_bias)
+        extra["logit_bias"] = _biases(logit_bias)
     if json_schema is not None:
-        more["json_schema"] = _schema(json_schema)
+        extra["json_schema"] = _schema(json_schema)
     if input is not None or output is not None:
-        return _many(shared, more, (prompt, as_json), Batch(input, output, batch) if input and output else None)
+        if input is None or output is None:
+            raise UsageError("--input and --output go together", "name a file of prompts and one for the completions")
+        if prompt is not None or as_json:
+            unwanted = "prompt" if prompt is not None else "--json"
+            raise UsageError(f"--input takes no {unwanted}", "prompts and completions are in files")
+        file = PromptFile(input, output, batch)
+        prompts = file.prompts()
+        options = cast("Options", {**shared.options(), **extra})
+        return file.run(open_ensemble(shared, options), prompts, options)
     text = _text(prompt, raw)
-    options = cast("Options", {**shared.options(), **more, **told})
+    options = cast("Options", {**shared.options(), **extra, **reported})
     ensemble = open_ensemble(shared, options, whole=False)
-    stream = ensemble.stream(text, **options)
+    generation = ensemble.stream(text, **options)
     if as_json:
-        print_json(stream.finish().as_dict())
+        print_json(generation.finish().as_dict())
         return 0
     display = Display(ensemble, ensemble.settings(**options).method)
     display.legend()
     try:
-        for token in stream:
+        for token in generation:
             display.write(token)
     finally:
-        # Interrupted or failed, the text so far stands on lines of its own.
+        # After an interruption or a failure, the text so far ends with a newline too.
         display.end()
-    display.figures(stream.completion)
+    display.figures(generation.completion)
     return 0
-
-
-def _many(shared: Shared, more: Options, one: tuple[str | None, bool], batch: Batch | None) -> int:
-    """Answer a file of prompts."""
-    prompt, as_json = one
-    if batch is None:
-        raise UsageError("--input and --output go together", "name the file of prompts and the file for the replies")
-    if prompt is not None or as_json:
-        raise UsageError(
-            f"--input takes no {'prompt' if prompt is not None else '--json'} beside it",
-            "prompts and replies are files",
-        )
-    prompts = batch.prompts()
-    options = cast("Options", {**shared.options(), **more})
-    return batch.run(open_ensemble(shared, options), prompts, options)
 
 
 def _schema(path: Path) -> Any:
@@ -139,41 +135,31 @@ def _schema(path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
-def _biases(given: list[str]) -> dict[str | int, float]:
-    """Return biases by text. Raises UsageError for what is none."""
-    found: dict[str | int, float] = {}
-    for one in given:
-        text, equals, value = one.rpartition("=")
+def _biases(values: list[str]) -> dict[str | int, float]:
+    """Return biases by text. Raises UsageError for a value that is not TEXT=X."""
+    biases: dict[str | int, float] = {}
+    for value in values:
+        text, _, number = value.rpartition("=")
         try:
-            found[text] = float(value)
+            biases[text] = float(number)
         except ValueError:
-            equals = ""
-        if not equals or not text:
-            raise UsageError(f"--logit-bias is {one!r}", "give a text and a number, such as ' water=-2.5'")
-    return found
+            text = ""
+        if not text:
+            raise UsageError(f"--logit-bias is {value!r}", "give a text and a number, such as ' water=-2.5'")
+    return biases
 
 
 def _text(prompt: str | None, raw: bool) -> str:
-    """Return the prompt. Of a message from standard input, the newline that ends it is left out; `raw` keeps it."""
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("there is no prompt", f"give one here or on standard input, {_EXAMPLE}")
+    """Return the prompt. Removes the newline that ends a message on standard input; `raw` keeps it."""
+    if prompt is None and not input_is_piped():
+        raise UsageError("there is no prompt", f"give one as an argument or on standard input, {_EXAMPLE}")
     if prompt is None or prompt == "-":
-        prompt = decoded(sys.stdin.buffer.read())
+        prompt = decode(STDIN, sys.stdin.buffer.read())
         if not raw:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not raw and not prompt.strip():
         raise ConfigError("the prompt is empty", f"write something, {_EXAMPLE}")
     return prompt
-
-
-def decoded(data: bytes) -> str:
-    """Return what came from standard input as text. Raises ConfigError when it is not UTF-8."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"standard input is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}", "convert it first"
-        ) from error

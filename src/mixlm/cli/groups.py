@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -83,7 +83,7 @@ def as_command(name: str, source: typer.Typer | Callable[..., Any]) -> Any:
     app = source
     if not isinstance(app, typer.Typer):
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name, cls=Command)(cast("Callable[..., Any]", source))
+        app.command(name, cls=Command)(source)
     command = typer.main.get_command(app)
     command.name = name
     return command

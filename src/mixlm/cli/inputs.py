@@ -1,11 +1,11 @@
-"""The files of `mixlm score` and `mixlm fit`, and what those commands ask of the options that all commands share."""
+"""Input from files and standard input, and what `mixlm score` and `mixlm fit` have in common."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,119 +20,29 @@ if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.scoring.scores import Scores
 
-ends_option = Annotated[
+EndsOption = Annotated[
     bool | None,
     Option(
         "--ends/--no-ends",
-        help="Score the end of each answer too. Default: where no member relies on stop strings.",
+        help="Include the end of each answer in its score. Default: on, unless a member relies on stop strings.",
         show_default=False,
     ),
 ]
 STDIN = "standard input"
-_FORM = '{"prompt": "…", "answer": "…"}'
+_PAIR = '{"prompt": "…", "answer": "…"}'
 
 
-def read_texts(files: Sequence[Path]) -> dict[str, str]:
-    """Return the text of each file by its name as given; "-", or no file at all, is standard input.
+def input_is_piped() -> bool:
+    """Whether standard input comes from a file or another program, not from a keyboard."""
+    return sys.stdin is not None and not sys.stdin.isatty()
 
-    Raises UsageError or ConfigError that names the file.
+
+def decode(name: str, data: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        ConfigError: The data is not UTF-8; the message starts with `name`.
     """
-    if not files and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("there is no text", "name files, or give a text on standard input")
-    texts: dict[str, str] = {}
-    for file in files or [Path("-")]:
-        name = STDIN if str(file) == "-" else str(file)
-        if name in texts:
-            raise UsageError(f"{name} is given twice", "give each text once")
-        texts[name] = _decoded(name, sys.stdin.buffer.read() if name == STDIN else _bytes(file))
-        if not texts[name].strip():
-            raise ConfigError(f"{name} is empty", "give a text of a few sentences or more")
-    return texts
-
-
-def read_pairs(name: str, text: str) -> list[tuple[str, str]]:
-    """Return the prompts and answers of JSON lines. Raises ConfigError that names the file and the line."""
-    pairs = []
-    # Not splitlines(): JSON strings may hold the other characters that it takes for ends of lines.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            form = json.loads(line)
-        except ValueError as error:
-            raise _wrong(name, number, f"it is no JSON: {error}") from error
-        if not isinstance(form, dict):
-            raise _wrong(name, number, "it is no object")
-        for key in ("prompt", "answer"):
-            if not isinstance(form.get(key), str):
-                raise _wrong(name, number, f'it has no text "{key}"')
-            if not form[key].strip():
-                raise _wrong(name, number, f'its "{key}" is empty')
-        pairs.append((form["prompt"], form["answer"]))
-    return pairs
-
-
-def pairs_of(texts: Mapping[str, str], *, ends: bool | None, system: str | None) -> dict[str, list[tuple[str, str]]]:
-    """Return the prompts and answers of the files that hold such, by name: those that end in .jsonl.
-
-    ends, system: options that are of answers and prompts; raises UsageError where there are none.
-    """
-    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
-    if ends is not None and not pairs:
-        raise UsageError(
-            "--ends and --no-ends are of answers, and there are none", "leave it out, or give a .jsonl file"
-        )
-    if system is not None and not pairs:
-        raise UsageError("--system goes in front of prompts, and there are none", "leave it out, or give a .jsonl file")
-    return pairs
-
-
-def scored(
-    ensemble: Ensemble,
-    texts: Mapping[str, str],
-    pairs: Mapping[str, Sequence[tuple[str, str]]],
-    models: Sequence[str] | None,
-    *,
-    ends: bool | None,
-    system: str | None,
-) -> dict[str, Scores]:
-    """Let every member read every text, and show how far it is. pairs: of those texts that are prompts and answers."""
-    from mixlm.scoring.score import score, score_answers
-
-    settings = ensemble.settings() if system is None else ensemble.settings(system=system or None)
-    scores = {}
-    for name, text in texts.items():
-        try:
-            with progress_bars() as progress:
-                about: dict[str, Any] = {"progress": progress, "identities": models}
-                if name in pairs:
-                    scores[name] = score_answers(ensemble, pairs[name], settings=settings, ends=ends, **about)
-                else:
-                    scores[name] = score(ensemble, text, **about)
-        except UsageError as error:
-            # Which of several files it is cannot be read from the sentence alone.
-            raise type(error)(f"{name}: {error.message}" if len(texts) > 1 else error.message, error.hint) from error
-    return scores
-
-
-def _wrong(name: str, number: int, reason: str) -> ConfigError:
-    return ConfigError(f"{name}, line {number}: {reason}", f"each line is an object {_FORM}")
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        beside = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
-        hint = did_you_mean(file.name, beside) or "give the path of a text file, or - for standard input"
-        raise ConfigError(f"there is no file {file}", hint) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{file} is a folder", "name the files in it") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}", "give a text file") from error
-
-
-def _decoded(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -141,11 +51,148 @@ def _decoded(name: str, data: bytes) -> str:
         ) from error
 
 
+def read_texts(files: Sequence[Path]) -> dict[str, str]:
+    """Read files.
+
+    Args:
+        files: Paths; "-", or no path at all, means standard input.
+
+    Returns:
+        Texts by the file's name, as the user wrote it.
+
+    Raises:
+        UsageError: There is no text, or a file is named twice.
+        ConfigError: A file is missing, empty, or not UTF-8; the message names it.
+    """
+    if not files and not input_is_piped():
+        raise UsageError("there is no text", "name files, or pass a text on standard input")
+    texts: dict[str, str] = {}
+    for file in files or [Path("-")]:
+        name = STDIN if str(file) == "-" else str(file)
+        if name in texts:
+            raise UsageError(f"{name} is given twice", "give each text once")
+        texts[name] = decode(name, sys.stdin.buffer.read() if name == STDIN else _bytes(file))
+        if not texts[name].strip():
+            raise ConfigError(f"{name} is empty", "give a text of at least a few sentences")
+    return texts
+
+
+def json_lines(name: str, text: str, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line of JSON Lines; blank lines are skipped.
+
+    Raises:
+        ConfigError: A line is not a JSON object; the message names the file and the line.
+    """
+    # Not splitlines(): JSON strings may contain the other characters that it takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise line_error(name, number, f"not valid JSON: {error}", expected) from error
+        if not isinstance(record, dict):
+            raise line_error(name, number, "not a JSON object", expected)
+        yield number, record
+
+
+def line_error(name: str, number: int, reason: str, expected: str) -> ConfigError:
+    """Return the error for a line of a file that does not have the expected form."""
+    return ConfigError(f"{name}, line {number}: {reason}", f"each line must be an object {expected}")
+
+
+def read_pairs(name: str, text: str) -> list[tuple[str, str]]:
+    """Return the prompts and answers of JSON Lines.
+
+    Raises:
+        ConfigError: A line does not have the expected form; the message names the file and the line.
+    """
+    pairs = []
+    for number, record in json_lines(name, text, _PAIR):
+        for key in ("prompt", "answer"):
+            if not isinstance(record.get(key), str):
+                raise line_error(name, number, f'"{key}" is missing or not a string', _PAIR)
+            if not record[key].strip():
+                raise line_error(name, number, f'"{key}" is empty', _PAIR)
+        pairs.append((record["prompt"], record["answer"]))
+    return pairs
+
+
+def prompts_and_answers(
+    texts: Mapping[str, str], *, ends: bool | None, system: str | None
+) -> dict[str, list[tuple[str, str]]]:
+    """Return the prompts and answers of the .jsonl files, by name.
+
+    Raises:
+        UsageError: `ends` or `system` is given, which apply to answers and prompts, and there is no .jsonl file.
+    """
+    pairs = {name: read_pairs(name, text) for name, text in texts.items() if name.endswith(".jsonl")}
+    if ends is not None and not pairs:
+        raise UsageError("--ends and --no-ends apply to answers, and there are none", "omit it, or give a .jsonl file")
+    if system is not None and not pairs:
+        raise UsageError("--system applies to prompts, and there are none", "omit it, or give a .jsonl file")
+    return pairs
+
+
+def score_texts(
+    ensemble: Ensemble,
+    texts: Mapping[str, str],
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    models: Sequence[str] | None,
+    *,
+    ends: bool | None,
+    system: str | None,
+) -> dict[str, Scores]:
+    """Score every text under every member, and show the progress.
+
+    Args:
+        ensemble: The ensemble.
+        texts: Texts by name.
+        pairs: The prompts and answers of those texts that consist of them, by name.
+        models: What identifies each member's model in the cache of scores; None to bypass the cache.
+        ends: Whether to score the ends of answers; None for the default.
+        system: The system message for prompts; None for the ensemble's own.
+    """
+    from mixlm.scoring.score import score, score_answers
+
+    settings = ensemble.settings() if system is None else ensemble.settings(system=system or None)
+    scores = {}
+    for name, text in texts.items():
+        try:
+            with progress_bars() as progress:
+                arguments: dict[str, Any] = {"progress": progress, "identities": models}
+                if name in pairs:
+                    scores[name] = score_answers(ensemble, pairs[name], settings=settings, ends=ends, **arguments)
+                else:
+                    scores[name] = score(ensemble, text, **arguments)
+        except UsageError as error:
+            # Among several files, the message must say which one it means.
+            raise type(error)(f"{name}: {error.message}" if len(texts) > 1 else error.message, error.hint) from error
+    return scores
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        siblings = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
+        hint = did_you_mean(file.name, siblings) or "give the path of a text file, or - for standard input"
+        raise ConfigError(f"there is no file {file}", hint) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file} is a folder", "name the files in it") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}", "give a text file") from error
+
+
 def check_writable(option: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written before the time for measuring is spent."""
-    reason = None
+    """Check that an output file can be written, before long work starts.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     if path is None:
         return
+    reason = None
     if path.is_dir():
         reason = "it is a folder"
     elif not path.parent.is_dir():
@@ -153,21 +200,27 @@ def check_writable(option: str, path: Path | None) -> None:
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         reason = "permission denied"
     if reason is not None:
-        raise ConfigError(f"{option} {path} cannot be written: {reason}", "give the name of a file")
+        raise ConfigError(
+            f"{option} {path} cannot be written: {reason}", "name a file in a folder that you can write to"
+        )
 
 
-def refuse_reply_options(shared: Shared, command: str, allowed: Collection[str] = ()) -> None:
-    """Refuse options of replies: members are scored as they are, and an option that does nothing would mislead."""
+def refuse_generation_options(shared: Shared, command: str, allowed: Collection[str] = ()) -> None:
+    """Refuse generation options, which would do nothing: members are scored as they are.
+
+    Raises:
+        UsageError: One that is not `allowed` is given.
+    """
     given: list[str] = [name for name in shared.options() if name not in allowed]
     if shared.method is not None and "method" not in allowed:
         given.append("method")
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"mixlm {command} has no use for {named}: members are scored as they are", "leave it out")
+        raise UsageError(f"mixlm {command} does not use {named}: members are scored as they are", "omit it")
 
 
-def identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
-    """Return what tells each member's model from others, for the cache of scores; None to read every text anew."""
+def model_identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
+    """Return what identifies each member's model in the cache of scores; None to bypass the cache."""
     from mixlm.scoring.score import identity
 
-    return [identity(one.model, one.dtype, one.adapter) for one in config.members] if cache else None
+    return [identity(member.model, member.dtype, member.adapter) for member in config.members] if cache else None

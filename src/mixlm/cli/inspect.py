@@ -40,11 +40,11 @@ def inspect(
     no_measure: Annotated[bool, Option("--no-measure", help="Run no model: a quick look.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
-    """Report on an ensemble before anything is generated.
+    """Report on an ensemble: members, memory, possible methods, agreement and speed.
 
-    Its members, their tokenizers, prompts and memory; which units and methods are possible, and why the others are not;
-    how many pieces members have in common and how far their predictions lie apart on a text; what forwards cost, and
-    which speed that promises.
+    The report covers the members with their tokenizers, prompts and memory; the units and methods that are possible,
+    and why others are not; the vocabulary that members share and the distance between their predictions on a text;
+    the cost of forward passes, and the speed it predicts.
     """
     if text is not None and no_measure:
         raise UsageError("--text and --no-measure are both given", "a text is read by running the models")

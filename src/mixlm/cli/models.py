@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 models = typer.Typer(name="models", cls=CommandGroup, add_completion=False, rich_markup_mode=None)
 
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the list as one JSON object.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @models.callback(invoke_without_command=True)
 def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) -> None:
-    """List models, or fetch one.
+    """List the models, or fetch one.
 
-    Without a command, the models that can be fetched by name and those that are installed.
+    Without a command: the models that can be fetched by name, and those that are installed.
     """
     if context.invoked_subcommand is not None:
         return
@@ -56,10 +56,12 @@ def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) 
 
 @models.command(cls=Command)
 def get(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `mixlm models` lists, or demo.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name listed by `mixlm models`, or demo for the demo pair.")
+    ],
     debug: _Debug = False,
 ) -> None:
-    """Fetch a model, or the demo pair. What is installed already is left as it is."""
+    """Fetch a model, or the demo pair, unless it is installed."""
     import mixlm.models as store
 
     for one in store.get(name):

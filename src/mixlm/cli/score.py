@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from mixlm.cli.display import dim, print_json
-from mixlm.cli.inputs import check_writable, ends_option, identities, pairs_of, read_texts, refuse_reply_options, scored
+from mixlm.cli.inputs import (
+    EndsOption,
+    check_writable,
+    model_identities,
+    prompts_and_answers,
+    read_texts,
+    refuse_generation_options,
+    score_texts,
+)
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.page import page
@@ -36,24 +44,23 @@ def score(
     html: Annotated[
         Path | None, Option("--html", metavar="FILE", help="Write the coloured text as a page.", show_default=False)
     ] = None,
-    ends: ends_option = None,
+    ends: EndsOption = None,
     as_json: Annotated[bool, Option("--json", help="Print the scores as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Read the text anew, and keep no scores.")] = False,
 ) -> int:
-    """Score given text: bits per byte and log-probability under each member and under the mixture.
+    """Score text: bits per byte and log-probability under each member and the mixture.
 
-    The members are scored as they are, without sampling options, and the mixture by the ensemble's weights or its
-    router.
+    Members are scored as they are, without sampling options; the mixture uses the ensemble's weights or its router.
     """
-    refuse_reply_options(shared, "score", allowed=("system",))
+    refuse_generation_options(shared, "score", allowed=("system",))
     check_writable("--html", html)
     texts = read_texts(files or [])
-    pairs = pairs_of(texts, ends=ends, system=shared.system)
+    pairs = prompts_and_answers(texts, ends=ends, system=shared.system)
     ensemble = open_ensemble(shared, {})
     from mixlm.scoring.scores import joined, router_weights
 
-    models = identities(shared.config(), not no_cache)
-    scores = list(scored(ensemble, texts, pairs, models, ends=ends, system=shared.system).values())
+    models = model_identities(shared.config(), not no_cache)
+    scores = list(score_texts(ensemble, texts, pairs, models, ends=ends, system=shared.system).values())
     weights = [router_weights(one, ensemble.router) for one in scores]
     whole = joined(scores)
     import numpy as np

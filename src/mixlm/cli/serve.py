@@ -74,38 +74,38 @@ def serve(
         str, _server("--log", metavar="LEVEL", text=f"{', '.join(_LEVELS)}; JSON lines on stderr.")
     ] = "info",
 ) -> int:
-    """Serve an ensemble as if it were one model.
+    """Serve an ensemble as one model through an OpenAI-compatible API.
 
-    The API is OpenAI's: give a client http://127.0.0.1:8000/v1 as its base URL. The page is at /. Options of sampling
-    and replies hold where a request says nothing.
+    Give clients the base URL http://127.0.0.1:8000/v1; a web page is at /. Sampling and generation options given here
+    are the defaults for requests.
     """
     missing = [one for one in ("starlette", "uvicorn", "prometheus_client") if find_spec(one) is None]
     if missing:
         raise MixlmError(f"serving needs {' and '.join(missing)}", "install: pip install 'mixlm[serve]'")
-    from mixlm.server.api_keys import read_keys
-    from mixlm.server.app import Server
-    from mixlm.server.http_server import Address, log_to_stderr
+    from mixlm.server.api_keys import load_api_keys
+    from mixlm.server.app import ServerApp
+    from mixlm.server.http_server import ListenAddress, log_to_stderr
     from mixlm.server.http_server import serve as run
-    from mixlm.server.limits import Limits
-    from mixlm.server.model_registry import Registry
-    from mixlm.server.tracing import traces_to
+    from mixlm.server.limits import ServerLimits
+    from mixlm.server.model_registry import ModelRegistry
+    from mixlm.server.tracing import tracer_for
 
     if log not in _LEVELS:
         raise ConfigError(f"--log is {log!r}; it must be one of {', '.join(_LEVELS)}", did_you_mean(log, _LEVELS))
-    limits = Limits(at_once=batch, queue=queue, timeout=timeout, grace=grace, body=max_body, prompt=max_prompt)
-    keys = read_keys(api_keys, os.environ)
-    address = Address(host, port, tuple(one.lower() for one in allow_host or ()))
+    limits = ServerLimits(max_batch=batch, queue=queue, timeout=timeout, grace=grace, body=max_body, prompt=max_prompt)
+    keys = load_api_keys(api_keys, os.environ)
+    address = ListenAddress(host, port, tuple(one.lower() for one in allow_host or ()))
     if not address.local and not keys and not open_to_all:
         raise UsageError(
             f"{host} can be reached from other machines, and no API key is asked for",
             "give --api-keys FILE, or --open to let anyone in",
         )
-    tracing = traces_to(traces, os.environ)
+    tracing = tracer_for(traces, os.environ)
     listening = address.listen()
     try:
-        registry = Registry(_ensembles(shared, config, name))
+        registry = ModelRegistry(_ensembles(shared, config, name))
         log_to_stderr(log)
-        server = Server(registry, limits, keys, address.hosts, tracing)
+        server = ServerApp(registry, limits, keys, address.hosts, tracing)
         names = ", ".join(one.name for one in registry)
         run(server, listening, ready=lambda url: dim(f"serving {names} at {url}"))
     finally:

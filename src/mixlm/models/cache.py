@@ -21,6 +21,8 @@ from mixlm.errors import ModelLoadError
 from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
+GGUF_FILE = "model.gguf"  # the file that a model was fetched as, beside what was made of it
+TOKENIZER_VERSION = 2  # of how tokenizers are made from GGUF files
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ModelInfo:
     ends: tuple[int, ...]  # token ids that end a text, a turn or a message
     context: int | None
     licence: str | None = None
+    tokenizer: int = 1  # `TOKENIZER_VERSION` of its tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ def read_info(folder: Path) -> ModelInfo | None:
         return None
 
 
+def write_info(folder: Path, info: ModelInfo) -> None:
+    """Write `mixlm.json` into a folder."""
+    write_json(folder / INFO_FILE, asdict(info))
+
+
 def find(name: str) -> InstalledModel | None:
     """Return the installed model `name`, or None."""
     # A name that is a path would lead out of the cache, and one with a leading dot is a build under way.
@@ -87,7 +95,7 @@ def find(name: str) -> InstalledModel | None:
         return None
     folder = model_folder(name)
     info = read_info(folder)
-    if info is None or not (folder / "config.json").is_file():
+    if info is None or not any((folder / file).is_file() for file in ("config.json", GGUF_FILE)):
         return None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return InstalledModel(name, folder, info.source, size, info.dtype, info.licence)
@@ -114,7 +122,7 @@ def install(name: str, build: Callable[[Build], ModelInfo], display: ProgressDis
     """
     if found := find(name):
         return found
-    with _writing(), _lock(name, display):
+    with _writing(), locked(name, display):
         if found := find(name):
             return found
         folder = model_folder(name)
@@ -122,12 +130,12 @@ def install(name: str, build: Callable[[Build], ModelInfo], display: ProgressDis
             raise ModelLoadError(f"{folder} is in the way: mixlm did not make it", "move that folder elsewhere")
         with _workspace(name) as build_folders:
             info = build(build_folders)
-            write_json(build_folders.target / INFO_FILE, asdict(info))
+            write_info(build_folders.target, info)
             _open_modes(build_folders.target)
             build_folders.target.rename(folder)
     if found := find(name):
         return found
-    raise ModelLoadError(f"{folder} was written without a config.json", "report this: no model can be loaded from it")
+    raise ModelLoadError(f"{folder} was written without a model", "report this: no model can be loaded from it")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -157,7 +165,7 @@ def _writing() -> Iterator[None]:
 
 
 @contextmanager
-def _lock(name: str, display: ProgressDisplay) -> Iterator[None]:
+def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
     """Hold the lock of one model. The file stays behind: removing it would let two processes hold it at once."""
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)

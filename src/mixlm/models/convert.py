@@ -10,18 +10,30 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundError, near
-from mixlm.models.cache import Build, ModelInfo, cache_root, install, write_json
-from mixlm.models.header import GgufHeader, read_header
+from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundError, close_matches
+from mixlm.models.cache import (
+    GGUF_FILE,
+    TOKENIZER_VERSION,
+    Build,
+    ModelInfo,
+    cache_root,
+    install,
+    locked,
+    read_info,
+    write_info,
+    write_json,
+)
+from mixlm.models.gguf_tokenizer import write_tokenizer
+from mixlm.models.header import GgufHeader, read_header, read_metadata
 from mixlm.terminal import ProgressDisplay, Stage
 
 DTYPES = ("bfloat16", "float16", "float32")
 _CHUNK = 1 << 20
-_FILE_NAME = "model.gguf"
 
 
 def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: Stage | None = None) -> GgufHeader:
@@ -80,7 +92,50 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
             header = convert_gguf(path, folders.target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
 
-    return install(f"{stem}-{sha256[:12]}-{dtype}", build, display).path
+    return with_tokenizer(install(f"{stem}-{sha256[:12]}-{dtype}", build, display).path, path)
+
+
+def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
+    """Return a model's folder of the cache, once it holds weights that transformers can load.
+
+    A model is fetched as a GGUF file; its weights are unpacked beside it when an engine first needs them.
+
+    Raises:
+        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+    """
+    if (folder / "config.json").is_file() or not (folder / GGUF_FILE).is_file():
+        return folder
+    display = display or ProgressDisplay()
+    require_libraries()
+    with locked(folder.name, display):
+        if (folder / "config.json").is_file():
+            return folder
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+            with display.stage(f"{folder.name}: converting, once", unit="items") as stage:
+                convert_gguf(folder / GGUF_FILE, Path(scratch), "bfloat16", stage)
+            # The configuration comes last: with it the folder counts as complete.
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
+                file.chmod(0o644)
+                file.replace(folder / file.name)
+    return folder
+
+
+def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
+    """Return a model's folder of the cache, with its tokenizer as this version makes it from the GGUF file.
+
+    gguf: that file; where it is not known or gone, the tokenizer stays as it is.
+    """
+    info = read_info(folder)
+    source = gguf or folder / GGUF_FILE
+    if info is None or info.tokenizer == TOKENIZER_VERSION or not source.is_file():
+        return folder
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        write_tokenizer(read_metadata(source), Path(scratch), source.name)
+        for file in Path(scratch).iterdir():
+            file.chmod(0o644)
+            file.replace(folder / file.name)
+    write_info(folder, replace(info, tokenizer=TOKENIZER_VERSION))
+    return folder
 
 
 def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None) -> ModelInfo:
@@ -94,6 +149,7 @@ def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, lice
         ends=header.ends,
         context=header.context,
         licence=licence,
+        tokenizer=TOKENIZER_VERSION,
     )
 
 
@@ -115,20 +171,20 @@ def near_paths(path: Path) -> str | None:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
     entries = [one.name for one in path.parent.iterdir() if path.suffix == ".gguf" or one.is_dir()]
-    close = near(path.name, entries) or sorted(one for one in entries if one.endswith(".gguf"))[:3]
+    close = close_matches(path.name, entries) or sorted(one for one in entries if one.endswith(".gguf"))[:3]
     return f"{path.parent} holds {', '.join(close)}" if close else None
 
 
 def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:
     # From a folder of its own: a config.json or tokenizer beside the user's file must not be taken for this model's.
     with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
-        (Path(alone) / _FILE_NAME).symlink_to(path.absolute())
+        (Path(alone) / GGUF_FILE).symlink_to(path.absolute())
         from transformers import AutoModelForCausalLM, GgufConfig
 
         stage.pulse(f"{path.name}: reading")
         model, loading = AutoModelForCausalLM.from_pretrained(
             alone,
-            gguf_file=_FILE_NAME,
+            gguf_file=GGUF_FILE,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
@@ -140,53 +196,8 @@ def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: St
         del model
         if header.tokens > rows:
             raise ModelLoadError(f"{path} has {header.tokens} tokens but embeddings for only {rows}")
-        _save_tokenizer(Path(alone), path, target, header, stage)
-
-
-def convert_tokenizer(path: Path, target: Path, header: GgufHeader, stage: Stage) -> None:
-    """Convert only the tokenizer of the GGUF file at `path` into the folder `target`.
-
-    Raises:
-        ModelLoadError: it cannot be converted.
-    """
-    require_libraries()
-    try:
-        with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
-            (Path(alone) / _FILE_NAME).symlink_to(path.absolute())
-            _save_tokenizer(Path(alone), path, target, header, stage)
-    except MixlmError:
-        raise
-    except Exception as error:  # as in `convert_gguf`
-        raise ModelLoadError(f"cannot convert the tokenizer of {path}: {_one_sentence(error)}") from error
-
-
-def _save_tokenizer(alone: Path, path: Path, target: Path, header: GgufHeader, stage: Stage) -> None:
-    from transformers import AutoTokenizer
-
-    stage.pulse(f"{path.name}: converting the tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_FILE_NAME)
-    tokenizer.save_pretrained(target)
-    _drop_invented_tokens(target, header.tokens)
-
-
-def _drop_invented_tokens(folder: Path, tokens: int) -> None:
-    """Take tokens out of the saved tokenizer that the file does not have.
-
-    A file that names no unknown token gets one invented, with the next free id. The model has no embedding for it, so
-    a text with that token spelled out would break the model instead of being read as plain text.
-    """
-    tokenizer_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    tokenizer = json.loads(tokenizer_file.read_text("utf-8"))
-    invented = {token["content"] for token in tokenizer["added_tokens"] if token["id"] >= tokens}
-    if not invented:
-        return
-    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < tokens]
-    if tokenizer["model"].get("unk_token") in invented:
-        tokenizer["model"]["unk_token"] = None
-    tokenizer_file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
-    config = json.loads(config_file.read_text("utf-8"))
-    config = {key: value for key, value in config.items() if not (isinstance(value, str) and value in invented)}
-    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")
+        stage.pulse(f"{path.name}: writing the tokenizer")
+        write_tokenizer(read_metadata(path), target, path.name)
 
 
 def _check_weights(path: Path, model: Any, loading: dict[str, Any]) -> None:

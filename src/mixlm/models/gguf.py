@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError
-from mixlm.models.cache import INFO_FILE, cache_root, find, model_folder, read_info, write_json
-from mixlm.models.convert import DTYPES, checksum, convert_tokenizer, model_info, near_paths
-from mixlm.models.header import read_header
+from mixlm.models.cache import GGUF_FILE, INFO_FILE, cache_root, find, model_folder, read_info, write_info
+from mixlm.models.convert import DTYPES, checksum, model_info, near_paths, with_tokenizer
+from mixlm.models.gguf_tokenizer import write_tokenizer
+from mixlm.models.header import read_header, read_metadata
 from mixlm.terminal import ProgressDisplay
-
-KEPT_FILE = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,13 @@ def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | 
     if path.suffix.lower() == ".gguf":
         return GgufModel(path.absolute(), None, path.stem) if path.is_file() else None
     named = find(spec)
-    folder = path.absolute() if path.is_dir() and (path / "config.json").is_file() else named.path if named else None
+    whole = path.is_dir() and any((path / file).is_file() for file in ("config.json", GGUF_FILE))
+    folder = path.absolute() if whole else named.path if named else None
     if folder is None or (info := read_info(folder)) is None:
         return None
     name = folder.name
-    if (folder / KEPT_FILE).is_file():
-        return GgufModel(folder / KEPT_FILE, folder, name)
+    if (folder / GGUF_FILE).is_file():
+        return GgufModel(folder / GGUF_FILE, folder, name)
     source = Path(info.source)
     if (
         source.suffix.lower() == ".gguf"
@@ -59,7 +59,7 @@ def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -
         ModelLoadError: the file is broken, or its tokenizer cannot be converted.
     """
     if model.folder is not None:
-        return model.folder
+        return with_tokenizer(model.folder, model.path)
     path, display = model.path, display or ProgressDisplay()
     if not path.is_file():
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
@@ -71,16 +71,16 @@ def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -
     folder = cache_root() / "tokenizers" / name
     for made in (*whole, folder):
         if (made / INFO_FILE).is_file():
-            return made
+            return with_tokenizer(made, path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
     except OSError as error:
         raise ModelLoadError(f"the cache {cache_root()} cannot be written: {error.strerror or error}") from error
     try:
-        with display.stage(f"{path.name}: converting the tokenizer, once") as stage:
-            convert_tokenizer(path, draft, header, stage)
-        write_json(draft / INFO_FILE, asdict(model_info(header, source=str(path), sha256=sha256, dtype="none")))
+        with display.stage(f"{path.name}: reading the tokenizer, once"):
+            write_tokenizer(read_metadata(path), draft, path.name)
+        write_info(draft, model_info(header, source=str(path), sha256=sha256, dtype="none"))
         draft.chmod(0o755)
         if not folder.exists():  # another process may have been faster
             draft.rename(folder)

@@ -1,7 +1,8 @@
 """The header of a GGUF file: what mixlm keeps of it, and whether the file is whole.
 
 The general reader makes an array view of every token, which takes ten seconds for a vocabulary of 262 144. Here the
-token texts are only stepped over, so a broken file is refused at once and a good one costs little.
+token texts are only stepped over unless they are wanted, so a broken file is refused at once and a good one costs
+little.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class GgufHeader:
 
 
 class _Cursor:
-    """Reads little-endian values one after another."""
+    """Reads little-endian values one after another. texts: whether arrays of strings are read, or only counted."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, *, texts: bool = False) -> None:
         self._data = data
+        self._texts = texts
         self.at = 0
 
     def values(self, code: str, count: int = 1) -> tuple[Any, ...]:
@@ -61,7 +63,7 @@ class _Cursor:
         return self._data[start : self.at].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """Return a value; of an array of strings only how many there are."""
+        """Return a value; of an array of strings only how many there are, unless `texts` are wanted."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -69,6 +71,8 @@ class _Cursor:
         kind, count = self.values("IQ")
         if kind in _SCALARS:
             return self.values(_SCALARS[kind], count)
+        if kind == _STRING and self._texts:
+            return [self.string() for _ in range(count)]
         for _ in range(count):
             if kind == _STRING:
                 self.skip_string()
@@ -83,6 +87,30 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         ModelLoadError: the file cannot be read, is not GGUF, is cut off, or is one part of a split file.
     """
+    meta = _read(path, texts=False)
+    architecture = str(meta.get("general.architecture", "unknown"))
+    tokenizer = "tokenizer.ggml."
+    kinds = meta.get(tokenizer + "token_type", ())
+    ends = (meta.get(f"{tokenizer}{end}_token_id") for end in ("eos", "eot", "eom"))
+    return GgufHeader(
+        architecture=architecture,
+        context=meta.get(f"{architecture}.context_length"),
+        tokens=meta.get(tokenizer + "tokens", 0),
+        control=tuple(number for number, kind in enumerate(kinds) if kind == _CONTROL),
+        ends=tuple(dict.fromkeys(end for end in ends if end is not None)),
+    )
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return all key-value pairs of the GGUF file at `path`, token texts included.
+
+    Raises:
+        ModelLoadError: as `read_header`.
+    """
+    return _read(path, texts=True)
+
+
+def _read(path: Path, *, texts: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -94,7 +122,7 @@ def read_header(path: Path) -> GgufHeader:
                     _AGAIN,
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data)
+                return _parse(path, data, texts=texts)
     except OSError as error:
         raise ModelLoadError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
     except struct.error as error:
@@ -103,8 +131,8 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelLoadError(f"{path} is broken: no GGUF value has type {error.args[0]}", _AGAIN) from error
 
 
-def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
-    cursor = _Cursor(data)
+def _parse(path: Path, data: mmap.mmap, *, texts: bool) -> dict[str, Any]:
+    cursor = _Cursor(data, texts=texts)
     cursor.at = 4
     (version,) = cursor.values("I")
     if version not in _VERSIONS:
@@ -120,17 +148,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
             "merge the parts into one file first (llama-gguf-split --merge)",
         )
     _check_whole(path, cursor, tensors, meta.get("general.alignment", 32), len(data))
-    architecture = str(meta.get("general.architecture", "unknown"))
-    tokenizer = "tokenizer.ggml."
-    kinds = meta.get(tokenizer + "token_type", ())
-    ends = (meta.get(f"{tokenizer}{end}_token_id") for end in ("eos", "eot", "eom"))
-    return GgufHeader(
-        architecture=architecture,
-        context=meta.get(f"{architecture}.context_length"),
-        tokens=meta.get(tokenizer + "tokens", 0),
-        control=tuple(number for number, kind in enumerate(kinds) if kind == _CONTROL),
-        ends=tuple(dict.fromkeys(end for end in ends if end is not None)),
-    )
+    return meta
 
 
 def _check_whole(path: Path, cursor: _Cursor, tensors: int, alignment: int, size: int) -> None:

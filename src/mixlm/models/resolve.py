@@ -9,7 +9,7 @@ from pathlib import Path
 from mixlm.errors import ModelNotFoundError, did_you_mean
 from mixlm.models.cache import find, installed
 from mixlm.models.catalog import CATALOG
-from mixlm.models.convert import check_dtype, converted
+from mixlm.models.convert import check_dtype, converted, with_tokenizer, with_weights
 from mixlm.models.fetch import get
 from mixlm.terminal import ProgressDisplay
 
@@ -58,7 +58,7 @@ def resolve(
             raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
         named = get(spec, display)[0]
     if named:
-        return Resolved(str(named.path), named.name, local=True)
+        return Resolved(str(with_tokenizer(with_weights(named.path, display))), named.name, local=True)
     if hub := _from_hub(spec, path):
         return hub
     raise _not_found(spec, path)

@@ -1,0 +1,251 @@
+"""The tokenizer inside a GGUF file, as llama.cpp reads it, written as a Hugging Face tokenizer folder.
+
+A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`) in place of describing it. `PRE_TOKENIZERS` has the pattern
+behind each name, from llama.cpp's src/llama-vocab.cpp; a test compares the ids with llama.cpp's own. No model library
+is needed: a tokenizer is there in seconds, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlm.errors import ModelLoadError, UnsupportedError, did_you_mean
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_SPACE = "▁"
+
+_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
+)
+_CJK = "[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}"
+)
+_NOT_LOWER, _NOT_UPPER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}*{_NOT_UPPER}+|[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}+{_NOT_UPPER}*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}*{_NOT_UPPER}+{_CONTRACTION}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_NOT_LOWER}+{_NOT_UPPER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}"
+)
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How llama.cpp cuts a text before it merges bytes.
+
+    Args:
+        patterns: applied one after another; each cuts the parts that those before it left, at its matches.
+        whole_words: a part that is a token itself is not cut further ("ignore merges").
+        begin: whether a beginning-of-text token stands in front of a text unless the file says otherwise.
+    """
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False
+    begin: bool = False
+
+
+def _names(rule: PreTokenizer, *names: str) -> dict[str, PreTokenizer]:
+    return dict.fromkeys(names, rule)
+
+
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    **_names(PreTokenizer(_DEFAULT), "default"),
+    **_names(
+        PreTokenizer((_GPT2,)),
+        *("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum"),
+        *("modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
+    ),
+    **_names(
+        PreTokenizer((r"\p{N}", _GPT2)),
+        *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    ),
+    **_names(
+        PreTokenizer((_LLAMA3,), whole_words=True, begin=True),
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    ),
+    **_names(PreTokenizer((_LLAMA3,)), "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
+    **_names(
+        PreTokenizer((_QWEN2,)),
+        *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2"),
+    ),
+    **_names(PreTokenizer((_QWEN35,)), "qwen35"),
+    **_names(PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)), "deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
+    **_names(PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")), "deepseek-coder"),
+    **_names(PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")), "falcon"),
+    **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+",)), "poro-chat", "bloom", "gpt3-finnish"),
+    **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+", r"\p{N}")), "viking"),
+    **_names(PreTokenizer((_TEKKEN,), whole_words=True, begin=True), "tekken"),
+    **_names(PreTokenizer((_GPT4O,)), "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
+    **_names(
+        PreTokenizer(
+            (
+                r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+            )
+        ),
+        *("bailingmoe", "bailingmoe2", "llada-moe"),
+    ),
+    **_names(
+        PreTokenizer((rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}",)),
+        "seed-coder",
+    ),
+    **_names(PreTokenizer((r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words=True), "minicpm5"),
+    **_names(PreTokenizer(("[^\\n]+|[\\n]+", _QWEN2)), "laguna"),
+    **_names(
+        PreTokenizer(
+            (
+                rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+            )
+        ),
+        "exaone-moe",
+    ),
+}
+# What begins with a number behind it is numbers alone for these; llama.cpp has code of its own for them.
+_UNREAD = ("kimi-k2", "afmoe", "superbpe", "tiny_aya", "cohere2moe", "chameleon", "gemma4", "sarvam-moe", "youtu")
+
+
+def write_tokenizer(metadata: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write the tokenizer of a GGUF file into a folder: tokenizer.json, its configuration and its chat template.
+
+    Args:
+        metadata: the file's key-value pairs (`header.read_metadata`).
+        folder: an existing folder.
+        name: the file, for messages.
+
+    Raises:
+        ModelLoadError: the file lacks a part of its tokenizer.
+        UnsupportedError: it has a tokenizer of another kind than byte-level BPE and SentencePiece BPE, or a
+            pre-tokenizer that is not known.
+    """
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    tokens: Sequence[str] = fields.get("tokens") or ()
+    if not tokens:
+        raise ModelLoadError(f"{name} has no tokenizer", "use a GGUF file of a language model")
+    kind = fields.get("model")
+    if kind == "gpt2":
+        tokenizer, begin = _byte_level(fields, tokens, name)
+    elif kind == "llama":
+        tokenizer, begin = _sentencepiece(fields, tokens, name)
+    else:
+        raise UnsupportedError(
+            f"{name} has a tokenizer of the kind {kind!r}; mixlm reads 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece)",
+            "a folder with the same model in safetensors may load",
+        )
+    _add_tokens(tokenizer, fields, tokens)
+    special = {
+        f"{role}_token": tokens[fields[f"{key}_token_id"]]
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if fields.get(f"{key}_token_id") is not None and fields[f"{key}_token_id"] < len(tokens)
+    }
+    _put_in_front(tokenizer, special.get("bos_token") if fields.get("add_bos_token", begin) else None)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    if template := metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> tuple[Any, bool]:
+    """Return a byte-level BPE tokenizer, and whether it puts a beginning-of-text token in front by default."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = fields.get("pre") or "default"
+    rule = PRE_TOKENIZERS.get(pre)
+    if rule is None:
+        hint = None if pre in _UNREAD else did_you_mean(pre, PRE_TOKENIZERS)
+        raise UnsupportedError(
+            f"{name} has the pre-tokenizer {pre!r}, which mixlm does not read from GGUF files",
+            hint or "a folder with the same model in safetensors may load",
+        )
+    merges = [_merge(merge) for merge in fields.get("merges") or ()]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rule.whole_words))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, rule.begin
+
+
+def _merge(text: str) -> tuple[str, str]:
+    """Return the two parts of a merge; the first may itself begin with a space."""
+    at = text.index(" ", 1)
+    return text[:at], text[at + 1 :]
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> tuple[Any, bool]:
+    """Return a SentencePiece BPE tokenizer, and whether it puts a beginning-of-text token in front by default.
+
+    SentencePiece merges the pair whose whole has the best score, the leftmost of equal ones; as a list of merges that
+    is every way to cut a token into two others, in the order of the scores.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = fields.get("scores")
+    if scores is None or len(scores) < len(tokens):
+        raise ModelLoadError(f"{name} has no scores for its {len(tokens)} tokens", "download or copy the file again")
+    kinds = fields.get("token_type") or ()
+    mergeable = {
+        token: scores[i] for i, token in enumerate(tokens) if i >= len(kinds) or kinds[i] in (_NORMAL, _USER_DEFINED)
+    }
+    merges = [
+        (-score, token[:cut], token[cut:])
+        for token, score in mergeable.items()
+        for cut in range(1, len(token))
+        if token[:cut] in mergeable and token[cut:] in mergeable
+    ]
+    merges.sort(key=lambda merge: merge[0])
+    unknown = fields.get("unknown_token_id", 0)
+    byte_fallback = "<0x00>" in set(tokens)
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [(left, right) for _, left, right in merges],
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
+    )
+    prefix = bool(fields.get("add_space_prefix", True))
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer, True
+
+
+def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str]) -> None:
+    """Mark the file's control tokens, and those that are found in a text before anything is merged."""
+    from tokenizers import AddedToken
+
+    kinds = fields.get("token_type") or ()
+    by_kind = {kind: [tokens[i] for i, each in enumerate(kinds) if each == kind] for kind in (_CONTROL, _USER_DEFINED)}
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in by_kind[_CONTROL]])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in by_kind[_USER_DEFINED]])
+
+
+def _put_in_front(tokenizer: Any, begin: str | None) -> None:
+    from tokenizers import processors
+
+    special = [] if begin is None else [(begin, tokenizer.token_to_id(begin))]
+    single = "$A" if begin is None else f"{begin} $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)

@@ -55,8 +55,10 @@ def speaking(seed: int, tokens: Sequence[bytes] = SHARED) -> ToyEngine:
 def stepwise(those: Ensemble, prompts: EncodedPrompt, pieces: Sequence[bytes]) -> float:
     """The log-probability of pieces, END the last of them or not, by `conventional`, step by step under the router."""
     settings = those.settings(method="conventional", temperature=1.0, top_k=0, seed=0)
-    writing = those.writer(settings).begin(prompts)
-    symbols = {END if one == those.unit.end else those.unit.data(one): one for one in range(those.unit.end, -1, -1)}
+    writing = those.context(settings).begin_sequence(prompts)
+    symbols = {
+        END if one == those.unit.end else those.unit.symbol_bytes(one): one for one in range(those.unit.end, -1, -1)
+    }
     total = 0.0
     for piece in pieces:
         seen = Recorder()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixlm.core.options import GenerationOptions
-from mixlm.core.sampling import History, dense
+from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble
 
@@ -38,9 +38,9 @@ def theirs(engine: HFEngine, ids: np.ndarray, **options: object) -> list[int]:
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             max_new_tokens=16,
             do_sample=False,
-            eos_token_id=sorted(engine.vocabulary.ends),
+            eos_token_id=sorted(engine.vocabulary.end_ids),
             pad_token_id=0,
-            suppress_tokens=sorted(engine.vocabulary.control - engine.vocabulary.ends),
+            suppress_tokens=sorted(engine.vocabulary.special_ids - engine.vocabulary.end_ids),
             **options,
         )
     return out[0, len(ids) :].tolist()
@@ -55,9 +55,9 @@ def test_greedy_is_transformers_greedy(demo_pair: Ensemble, member: int, penalty
     assert isinstance(engine, HFEngine)
     for prompt in PROMPTS:
         settings = alone.settings(method="greedy", max_tokens=16, repetition_penalty=penalty, seed=0)
-        prompts = alone.prompts(prompt, settings)
-        writer = alone.writer(settings)
-        ours = writer.stream(prompts).finish()
+        prompts = alone.encode_prompt(prompt, settings)
+        writer = alone.context(settings)
+        ours = writer.start(prompts).finish()
         expected = theirs(engine, prompts.ids[0], repetition_penalty=penalty)
         data = b"".join(engine.vocabulary.tokens[i] for i in expected)
         stop = min((at for one in engine.stops if (at := data.find(one.encode())) >= 0), default=len(data))
@@ -75,7 +75,7 @@ def test_a_prompt_has_the_ids_of_the_models_own_chat_template(
         expected = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
-        found = demo_pair.prompts(prompt, GenerationOptions()).ids[0]
+        found = demo_pair.encode_prompt(prompt, GenerationOptions()).ids[0]
         assert found.tolist() == expected
 
 
@@ -95,10 +95,10 @@ def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, mem
     engine = demo_pair.members[member].engine
     assert isinstance(engine, HFEngine)
     options = GenerationOptions(sampling={"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.2})
-    ids = demo_pair.prompts(PROMPTS[0], options).ids[member]
+    ids = demo_pair.encode_prompt(PROMPTS[0], options).ids[member]
     with torch.inference_mode(), own_attention(engine) as model:
         logits = model(torch.tensor(ids[None])).logits[:, -1].double()
-    banned = [i for i, token in enumerate(engine.vocabulary.tokens) if not token and i not in engine.vocabulary.ends]
+    banned = [i for i, token in enumerate(engine.vocabulary.tokens) if not token and i not in engine.vocabulary.end_ids]
     processors = LogitsProcessorList(
         [
             SuppressTokensLogitsProcessor(banned),
@@ -109,6 +109,6 @@ def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, mem
         ]
     )
     expected = processors(torch.tensor(ids[None]), logits).softmax(-1)[0].numpy()
-    history = History.of(ids, ids[:0])
-    found = dense(engine.session().logits(ids)[0], options.for_member({}), np.array(banned), history)
+    history = TokenHistory.from_tokens(ids, ids[:0])
+    found = dense_distribution(engine.session().logits(ids)[0], options.member_sampling({}), np.array(banned), history)
     np.testing.assert_allclose(found, expected, atol=2e-5)

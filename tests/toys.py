@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mixlm.core.sampling import History, dense
+from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
@@ -100,14 +100,14 @@ def member_law(
     """One member's law over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
     logits = one.table((*prompt, *reply)).astype(np.float32)
     vocabulary = one.vocabulary
-    control = vocabulary.control - vocabulary.ends
+    control = vocabulary.special_ids - vocabulary.end_ids
     masked = [i for i in range(vocabulary.size) if i not in control and without(vocabulary.tokens[i])]
     banned = np.array(sorted([*control, *masked]), dtype=np.int64)
-    history = History.of(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
+    history = TokenHistory.from_tokens(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
     law: Law = defaultdict(float)
-    for i, probability in enumerate(dense(logits, sampling, banned, history)):
+    for i, probability in enumerate(dense_distribution(logits, sampling, banned, history)):
         if probability > 0:
-            law[END if i in vocabulary.ends else vocabulary.tokens[i]] += float(probability)
+            law[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
     return dict(law)
 
 
@@ -155,7 +155,7 @@ def named(those: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> La
 def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> SequenceState:
     """A text that stands at a given place."""
     settings = those.settings(raw=True, seed=0, **options)
-    writing = those.writer(settings).begin(those.prompts(prompt, settings))
+    writing = those.context(settings).begin_sequence(those.encode_prompt(prompt, settings))
     for piece in pieces:
         known = range(those.unit.end)
         writing.state.append(next(symbol for symbol in known if those.unit.symbol_bytes(symbol) == piece))

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.benchmark.timing import Sample, alone, drafted_by, settings_of
+from mixlm.benchmark.timing import TimedRun, draft_name, method_settings, single_member
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
@@ -26,7 +26,7 @@ KINDS = ("single", "conventional", "mixture")
 _AHEAD = ("speculative", "drafted")
 
 
-class Batch:
+class BatchContestant:
     """One method writing `size` replies at once. whole: seconds of each whole batch so far, the warm-up's first."""
 
     def __init__(self, ensemble: Ensemble, kind: str, size: int, prompt: str, options: Mapping[str, Any]) -> None:
@@ -38,17 +38,17 @@ class Batch:
         self.whole: list[float] = []
         self._ensemble = ensemble
         # Continued as it stands, without a template: its strings that end a reply would end some sooner than others.
-        self._settings = settings_of(ensemble, kind, {**options, "raw": True})
-        self.draft = drafted_by(ensemble, self._settings) if kind in _AHEAD else None
-        self._prompts = ensemble.prompts(prompt, self._settings)
+        self._settings = method_settings(ensemble, kind, {**options, "raw": True})
+        self.draft = draft_name(ensemble, self._settings) if kind in _AHEAD else None
+        self._prompts = ensemble.encode_prompt(prompt, self._settings)
 
-    def measure(self, sequence: int, tokens: int) -> Sample:
+    def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write replies of `tokens` + 1 tokens. The sample is of the window in which all of them are under way."""
         scheduler = Scheduler(self.size)
         streams = self._streams(sequence, tokens)
         for one in streams:
             scheduler.add(one)
-        window = _Window(len(streams))
+        window = _SteadyWindow(len(streams))
         while not scheduler.idle:
             scheduler.step()
             window.look(streams)
@@ -56,7 +56,7 @@ class Batch:
             if one.error is not None:
                 raise one.error
         self.whole.append(window.latest - window.start)
-        return Sample(
+        return TimedRun(
             tokens=window.tokens,
             seconds=window.seconds,
             first=window.begin - window.start,
@@ -76,11 +76,11 @@ class Batch:
     def _streams(self, sequence: int, tokens: int) -> list[Generation]:
         settings = replace(self._settings, max_tokens=tokens + 1)
         numbers = range(sequence * self.size, (sequence + 1) * self.size)
-        writers = [self._ensemble.writer(replace(settings, sequence=number)) for number in numbers]
-        return [one.stream(self._prompts) for one in writers]
+        writers = [self._ensemble.context(replace(settings, sequence=number)) for number in numbers]
+        return [one.start(self._prompts) for one in writers]
 
 
-class _Window:
+class _SteadyWindow:
     """The time between the last reply's first token and the first reply's last."""
 
     def __init__(self, replies: int) -> None:
@@ -123,7 +123,7 @@ class _Window:
 
 
 @dataclass(frozen=True)
-class Offline:
+class OfflineBatch:
     """A whole batch of replies together, and the same one by one: seconds."""
 
     label: str
@@ -137,19 +137,21 @@ class Offline:
         return self.one_by_one / self.together
 
 
-def batches(
+def batch_contestants(
     ensemble: Ensemble, kinds: Sequence[str], sizes: Sequence[int], prompt: str, options: Mapping[str, Any]
-) -> list[Batch]:
+) -> list[BatchContestant]:
     """Return what is measured: every method at every size, `single` for each member alone."""
-    found: list[Batch] = []
+    found: list[BatchContestant] = []
     for size in sizes:
         for kind in kinds:
-            those = [ensemble] if kind != "single" else [alone(ensemble, i) for i in range(len(ensemble.members))]
-            found += [Batch(one, kind, size, prompt, options) for one in those]
+            those = (
+                [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
+            )
+            found += [BatchContestant(one, kind, size, prompt, options) for one in those]
     return found
 
 
-def offline(those: Sequence[Batch], tokens: int) -> Offline | None:
+def compare_offline(those: Sequence[BatchContestant], tokens: int) -> OfflineBatch | None:
     """Set the largest batch of the mixture (of the last method, without one) against its replies one by one."""
     largest = max(one.size for one in those)
     of_it = [one for one in those if one.size == largest]
@@ -157,4 +159,4 @@ def offline(those: Sequence[Batch], tokens: int) -> Offline | None:
     if largest < 2:
         return None
     together = median(one.whole[1:] or one.whole)
-    return Offline(one.series, largest, together, one.one_by_one(1, tokens))
+    return OfflineBatch(one.series, largest, together, one.one_by_one(1, tokens))

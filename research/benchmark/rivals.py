@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.benchmark.timing import Sample, settings_of
+from mixlm.benchmark.timing import TimedRun, method_settings
 from mixlm.engines import Engine
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
@@ -41,15 +41,15 @@ class Rival:
         self._assisted = len(members) > 1
         self.draft = self.members[1] if self._assisted else None
         self._engines = [_own(ensemble.members[i].engine) for i in members]
-        settings = settings_of(ensemble, "mixture", options)
+        settings = method_settings(ensemble, "mixture", options)
         self._seed = settings.seed
-        self._ids = ensemble.prompts(prompt, settings).ids[members[0]]
-        self._options = _options(settings.for_member(ensemble.members[members[0]].sampling), self._engines[0])
+        self._ids = ensemble.encode_prompt(prompt, settings).ids[members[0]]
+        self._options = _options(settings.member_sampling(ensemble.members[members[0]].sampling), self._engines[0])
         if self._assisted:
             weights = ensemble.weights[list(members)]
             self._options["assistant_ensemble_weight"] = float(weights[0] / weights.sum())
 
-    def measure(self, sequence: int, tokens: int) -> Sample:
+    def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write behind the first token, or with an assistant behind the first block."""
         import torch
         from transformers import GenerationConfig
@@ -60,14 +60,14 @@ class Rival:
         main = models[0]
         ids = torch.tensor(self._ids[None], device=main.device)
         more: dict[str, Any] = {"assistant_model": models[1]} if self._assisted else {}
-        clock = _Clock()
+        clock = _TokenClock()
         with _generating(models), _counted(models, clock), torch.inference_mode():
             torch.manual_seed(self._seed + sequence)
             start = time.perf_counter()
             main.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock, **more)
         first, end = clock.puts[1][0], clock.puts[-1][0]  # the first of all is the prompt
         written = [one for _, ids in clock.puts[2:] for one in ids]
-        return Sample(
+        return TimedRun(
             tokens=len(written),
             seconds=end - first,
             first=first - start,
@@ -77,7 +77,7 @@ class Rival:
         )
 
 
-def rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]) -> tuple[list[Rival], list[str]]:
+def available_rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]) -> tuple[list[Rival], list[str]]:
     """Return the rivals that can run with these members, and a sentence on each that cannot."""
     found: list[Rival] = []
     notes: list[str] = []
@@ -107,7 +107,7 @@ def _reason(ensemble: Ensemble, member: int, options: Mapping[str, Any]) -> str 
     if getattr(_own(one.engine), "adapter", None) is not None:
         return "its adapter is switched on by mixlm alone"
     try:
-        sampling = settings_of(ensemble, "mixture", options).for_member(one.sampling)
+        sampling = method_settings(ensemble, "mixture", options).member_sampling(one.sampling)
     except MixlmError as error:
         return error.message
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -144,7 +144,7 @@ def _models(engines: Sequence[Engine]) -> list[Any]:
 
 
 def _options(sampling: Sampling, engine: Engine) -> dict[str, Any]:
-    ends = sorted(engine.vocabulary.ends)
+    ends = sorted(engine.vocabulary.end_ids)
     return {
         "do_sample": True,
         "temperature": sampling.temperature,
@@ -157,7 +157,7 @@ def _options(sampling: Sampling, engine: Engine) -> dict[str, Any]:
     }
 
 
-class _Clock:
+class _TokenClock:
     """Takes down when tokens came, as transformers' streamers do, and what the models ran."""
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class _Clock:
 
 
 @contextmanager
-def _counted(models: list[Any], clock: _Clock) -> Iterator[None]:
+def _counted(models: list[Any], clock: _TokenClock) -> Iterator[None]:
     """Count forwards and their tokens. Their seconds are not known: a device works on after a call returns."""
     handles = []
     for model in models:

@@ -30,7 +30,7 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
     """
     devices = [str(one.engine.device) for one in ensemble.members]
     options = _options(ensemble)
-    writes = [one.samples_itself for one in ensemble.writer(ensemble.settings(**options)).members]
+    writes = [one.samples_itself for one in ensemble.context(ensemble.settings(**options)).members]
     members = {}
     weights = ensemble.weights.tolist()
     for spec, device, weight, runs in zip(ensemble.members, devices, weights, writes, strict=True):

@@ -35,8 +35,8 @@ def seen(ensemble: Ensemble, rate: float, replies: int, tokens: int, turn: int):
         now = time.perf_counter() - start
         while coming < replies and come[coming] <= now:
             settings = ensemble.settings(max_tokens=tokens, ignore_end=True, top_k=40, seed=coming)
-            prompts = ensemble.prompts(f"{turn}.{coming}: write a story about the number {coming}.", settings)
-            stream = ensemble.writer(settings).stream(prompts)
+            prompts = ensemble.encode_prompt(f"{turn}.{coming}: write a story about the number {coming}.", settings)
+            stream = ensemble.context(settings).start(prompts)
             at[stream] = come[coming]
             scheduler.add(stream)
             coming += 1
@@ -72,7 +72,7 @@ def main() -> None:
             parts = " + ".join(f"{1000 * value:.2f}" for value in (one.forward, one.sequence, one.token))
             print(f"{name}: {parts} ms (forward, each further sequence, each further token)")
         print(f"mixlm: {1000 * costs.router.seconds:.2f} ms a run")
-        prompt = len(pair.prompts("0.10: write a story about the number 10.", pair.settings()).ids[0])
+        prompt = len(pair.encode_prompt("0.10: write a story about the number 10.", pair.settings()).ids[0])
         for turn, rate in enumerate(float(one) for one in given.rates.split(",")):
             plan = expected(costs, Load(rate, prompt, given.tokens, AT_ONCE, "fixed")).seen
             speed, first, whole = seen(pair, rate, given.replies, given.tokens, turn)

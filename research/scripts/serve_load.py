@@ -132,8 +132,8 @@ def measure_many(models: Sequence[str], tokens: int, repeats: int, clients: int)
         start, worked = time.perf_counter(), time.process_time()
         for i in range(clients):
             settings = ensemble.settings(seed=i, max_tokens=tokens)
-            prompts = ensemble.prompts(PROMPTS[i % len(PROMPTS)], settings)
-            scheduler.add(ensemble.writer(settings).stream(prompts))
+            prompts = ensemble.encode_prompt(PROMPTS[i % len(PROMPTS)], settings)
+            scheduler.add(ensemble.context(settings).start(prompts))
         written = sum(one.completion.usage.tokens for one in scheduler.run())
         return written / (time.perf_counter() - start), time.process_time() - worked, written
 

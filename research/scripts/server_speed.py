@@ -125,7 +125,7 @@ def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int, at_once: int)
     """Write all replies, so many at once; return seconds, processor seconds of this process, and the replies."""
     start, cpu = time.perf_counter(), time.process_time()
     options = {"max_tokens": tokens, "ignore_end": True, "top_k": 20, "seed": 1, "raw": True}
-    found = dict(ensemble.replies(prompts, at_once=at_once, **options))
+    found = dict(ensemble.generations(prompts, at_once=at_once, **options))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return seconds, cpu, [found[at].completion for at in range(len(prompts))]
 
@@ -207,7 +207,7 @@ def main() -> None:
                 ear.asked.clear()
             seconds, cpu, replies = mixed(pair, texts, given.tokens, given.at_once)
             settings = pair.settings(raw=True)
-            ids = [pair.prompts(text, settings).ids for text in texts]
+            ids = [pair.encode_prompt(text, settings).ids for text in texts]
             written = [[sum(t.member == one.name for t in reply.tokens) for one in engines] for reply in replies]
             total = sum(map(sum, written))
             caught = sum(u.forward_tokens for reply in replies for u in reply.usage.members.values())

@@ -11,12 +11,12 @@ from typing import Any, Unpack, cast, overload
 import numpy as np
 
 from mixlm.config import UNITS, UnitName
-from mixlm.core.grammar import Grammars
-from mixlm.core.logit_bias import bias_of
-from mixlm.core.mixing import checked_weights
+from mixlm.core.grammar import GrammarCache
+from mixlm.core.logit_bias import member_logit_bias
+from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import GenerationOptions, Options
 from mixlm.core.sampling import Transform
-from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy, refuse
+from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy, check_method
 from mixlm.decoding.cost_model import Costs
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
@@ -29,7 +29,7 @@ from mixlm.types import ROLES, Completion, Ids, Message, Token
 from mixlm.units.base import Unit
 from mixlm.units.byte import ByteUnit
 from mixlm.units.piece import PieceUnit
-from mixlm.units.token import TokenUnit, conflict
+from mixlm.units.token import TokenUnit, vocabulary_conflict
 from mixlm.units.word import WordUnit
 
 AT_ONCE = 16
@@ -68,13 +68,13 @@ class Ensemble:
         if not members:
             raise ConfigError("an ensemble needs at least one member")
         self.members = tuple(members)
-        self.weights = checked_weights(weights, len(members))
+        self.weights = normalized_weights(weights, len(members))
         self.router = router or FixedRouter(self.weights)
         self.defaults = defaults or GenerationOptions()
         self.unit = _unit([one.engine for one in members], unit)
-        refuse(self.defaults.method, self.unit.name)
+        check_method(self.defaults.method, self.unit.name)
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
-        self.grammars = Grammars([one.engine.vocabulary for one in members])
+        self.grammars = GrammarCache([one.engine.vocabulary for one in members])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,13 +100,13 @@ class Ensemble:
         if not _several(prompt):
             return self.stream(cast(Prompt, prompt), **options).finish()
         found: dict[int, Completion] = {}
-        for at, stream in self.replies(cast(Sequence[Prompt], prompt), **options):
+        for at, stream in self.generations(cast(Sequence[Prompt], prompt), **options):
             if stream.error is not None:
                 raise stream.error
             found[at] = stream.completion
         return [found[at] for at in range(len(found))]
 
-    def replies(
+    def generations(
         self, prompts: Iterable[Prompt], *, at_once: int = AT_ONCE, **options: Unpack[Options]
     ) -> Iterator[tuple[int, Generation]]:
         """Reply to many prompts, `at_once` at a time. Gives each prompt's number and its finished reply as they come.
@@ -114,9 +114,9 @@ class Ensemble:
         The reply to prompt i is the one that `generate` gives with sequence=i, whatever is written at the same time.
         A reply that fails has an `error`, and the text so far; the others go on.
         """
-        return self.numbered_replies(enumerate(prompts), at_once=at_once, **options)
+        return self.numbered_generations(enumerate(prompts), at_once=at_once, **options)
 
-    def numbered_replies(
+    def numbered_generations(
         self, prompts: Iterable[tuple[int, Prompt]], *, at_once: int = AT_ONCE, **options: Unpack[Options]
     ) -> Iterator[tuple[int, Generation]]:
         """Reply to prompts that have numbers of their own: `replies`, for going on where it stopped."""
@@ -126,12 +126,12 @@ class Ensemble:
         scheduler, numbers = Scheduler(at_once), {}
         left = iter(prompts)
         while True:
-            for at, prompt in islice(left, scheduler.room):
-                writer = self.writer(settings.with_turn(at))
+            for at, prompt in islice(left, scheduler.free_slots):
+                writer = self.context(settings.with_turn(at))
                 try:
-                    stream = writer.stream(self.prompts(prompt, settings))
+                    stream = writer.start(self.encode_prompt(prompt, settings))
                 except MixlmError as error:
-                    stream = writer.stream(EncodedPrompt(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
+                    stream = writer.start(EncodedPrompt(tuple(np.zeros(0, dtype=np.int64) for _ in self.members), b""))
                     stream.fail(error)
                     yield at, stream
                     continue
@@ -144,7 +144,7 @@ class Ensemble:
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Write a reply token by token: iterate over it, then read its `completion`."""
         settings = self.settings(**options)
-        return self.writer(settings).stream(self.prompts(prompt, settings))
+        return self.context(settings).start(self.encode_prompt(prompt, settings))
 
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their caches between them."""
@@ -153,7 +153,7 @@ class Ensemble:
     def with_weights(self, weights: Sequence[float]) -> Ensemble:
         """Return this ensemble with other weights, in place of a router too. The engines are shared."""
         other = copy(self)
-        other.weights = checked_weights(weights, len(self.members))
+        other.weights = normalized_weights(weights, len(self.members))
         other.router = FixedRouter(other.weights)
         return other
 
@@ -172,7 +172,7 @@ class Ensemble:
         """Return the checked settings of a call."""
         return self.defaults.with_options(options)
 
-    def prompts(self, prompt: Prompt, settings: GenerationOptions) -> EncodedPrompt:
+    def encode_prompt(self, prompt: Prompt, settings: GenerationOptions) -> EncodedPrompt:
         """Return each member's prompt. Raises PromptTooLongError when a member's context cannot hold its own."""
         if settings.raw:
             if not isinstance(prompt, str) or settings.system is not None:
@@ -194,9 +194,9 @@ class Ensemble:
                 )
         return EncodedPrompt(tuple(prompts), text.encode(errors="replace"))
 
-    def writer(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
+    def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
         """Return what writes replies by these settings, with new sessions or given ones."""
-        if settings.told_by_all and self.unit.name in ("word", "byte"):
+        if settings.wants_ensemble_logprobs and self.unit.name in ("word", "byte"):
             raise UnsupportedError(
                 f"logprobs_of is 'ensemble', and in the unit {self.unit.name} members have no common law of a symbol",
                 "use --unit piece, or leave it out for those of the drawn member",
@@ -214,10 +214,14 @@ class Ensemble:
         alone = (
             settings.method in ("mixture", "single")
             and self.unit.name in ("token", "piece")
-            and not (settings.alternatives or settings.told_by_all or settings.logit_bias or settings.json_schema)
+            and not (
+                settings.top_logprobs or settings.wants_ensemble_logprobs or settings.logit_bias or settings.json_schema
+            )
         )
         grammars = (
-            [None] * len(self.members) if settings.json_schema is None else self.grammars.of(settings.json_schema)
+            [None] * len(self.members)
+            if settings.json_schema is None
+            else self.grammars.for_schema(settings.json_schema)
         )
         members = [
             Member(
@@ -225,7 +229,7 @@ class Ensemble:
                 one.name,
                 self._transform(one, settings, symbols),
                 symbols,
-                MemberOptions(settings.alternatives, grammar, alone),
+                MemberOptions(settings.top_logprobs, grammar, alone),
             )
             for one, symbols, grammar in zip(self.members, drawable, grammars, strict=True)
         ]
@@ -249,8 +253,8 @@ class Ensemble:
 
     def _transform(self, member: MemberSpec, settings: GenerationOptions, symbols: Ids) -> Transform:
         """Return a member's transform `A_i`. symbols: of its ids, -1 for those it may not draw."""
-        bias = bias_of(settings.logit_bias, member.engine.vocabulary, symbols, member.name, self.unit.name)
-        return Transform(settings.for_member(member.sampling), np.flatnonzero(symbols < 0), bias)
+        bias = member_logit_bias(settings.logit_bias, member.engine.vocabulary, symbols, member.name, self.unit.name)
+        return Transform(settings.member_sampling(member.sampling), np.flatnonzero(symbols < 0), bias)
 
 
 class Chat:
@@ -272,8 +276,8 @@ class Chat:
     def stream(self, text: str) -> ChatStream:
         """Say something and iterate over the reply. The question joins the history once it fits the members."""
         settings = self._ensemble.settings(**self._options).with_turn(self._turn)
-        prompts = self._ensemble.prompts([*self.messages, Message("user", text)], settings)
-        stream = self._ensemble.writer(settings, self._sessions).stream(prompts)
+        prompts = self._ensemble.encode_prompt([*self.messages, Message("user", text)], settings)
+        stream = self._ensemble.context(settings, self._sessions).start(prompts)
         self._turn += 1
         self.messages.append(Message("user", text))
         return ChatStream(stream, self.messages)
@@ -333,7 +337,7 @@ def _unit(engines: Sequence[Engine], name: UnitName) -> Unit:
     if name == "byte":
         return ByteUnit(vocabularies, encoders)
     if name != "piece":
-        reason = conflict(vocabularies)
+        reason = vocabulary_conflict(vocabularies)
         if reason is None:
             return TokenUnit(vocabularies)
         if name == "token":

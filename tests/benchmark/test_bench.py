@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mixlm.benchmark import bench
-from mixlm.benchmark.ratios import against, ratios
-from mixlm.benchmark.timing import Sample, contestants, default_draft
+from mixlm.benchmark.ratios import rival_ratios, speed_ratios
+from mixlm.benchmark.timing import TimedRun, contestants, default_draft
 from mixlm.engines.base import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -99,7 +99,7 @@ def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
         those = Ensemble([MemberSpec(one, f"toy-{i + 1}") for i, one in enumerate(engines)])
         assert default_draft(those) == expected
         settings = those.settings(method="speculative", seed=0)
-        writer = those.writer(settings)
+        writer = those.context(settings)
         found = inspect.getclosurevars(writer.strategy).nonlocals["draft"]
         assert found.name == expected
 
@@ -115,8 +115,8 @@ def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
 
 
 def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
-    def samples(*seconds: float) -> list[Sample]:
-        return [Sample(10, one, 0.1, 20, [[Forward(1, 5, one / 2)]]) for one in seconds]
+    def samples(*seconds: float) -> list[TimedRun]:
+        return [TimedRun(10, one, 0.1, 20, [[Forward(1, 5, one / 2)]]) for one in seconds]
 
     measured = {
         "single toy-1": samples(1, 1, 1),
@@ -125,13 +125,13 @@ def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
         "mixture": samples(1.5, 1, 3),
         "speculative": samples(0.5, 0.25, 3),
     }
-    found = ratios(pair, measured)
+    found = speed_ratios(pair, measured)
     assert found["mixture/conventional"] == 3  # 2, 3, 3
     assert found["speculative/mixture"] == 3  # 3, 4, 1
     assert found["speculative/single toy-2"] == 4
     assert found["mixture/single"] == pytest.approx(1.25 / 1.5)  # of 1.25/1.5, 1.25/1, 1.75/3
     assert found["mixture/forwards"] == 0.5
-    rivals = against({**measured, "transformers toy-1": samples(2, 2, 2)}, ["transformers toy-1"])
+    rivals = rival_ratios({**measured, "transformers toy-1": samples(2, 2, 2)}, ["transformers toy-1"])
     assert rivals["single toy-1/transformers toy-1"] == 2
     assert "single toy-2/transformers toy-1" not in rivals
 

@@ -25,7 +25,7 @@ from toys import (
     written,
 )
 
-from mixlm.core.sampling import dense
+from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine
@@ -55,7 +55,7 @@ def held_law(one: ToyEngine, sampling: Sampling, text: bytes, reply) -> dict[byt
     vocabulary = one.vocabulary
 
     def fits(i: int) -> bool:
-        if i in vocabulary.ends:
+        if i in vocabulary.end_ids:
             return text in LANGUAGE
         data = vocabulary.tokens[i]
         return bool(data) and any(whole.startswith(text + data) for whole in LANGUAGE)
@@ -65,9 +65,9 @@ def held_law(one: ToyEngine, sampling: Sampling, text: bytes, reply) -> dict[byt
     if len(banned) == vocabulary.size:
         return {}
     law: dict[bytes, float] = defaultdict(float)
-    for i, probability in enumerate(dense(logits, sampling, banned)):
+    for i, probability in enumerate(dense_distribution(logits, sampling, banned)):
         if probability > 0:
-            law[END if i in vocabulary.ends else vocabulary.tokens[i]] += float(probability)
+            law[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
     return dict(law)
 
 
@@ -174,14 +174,14 @@ def test_several_members_follow_the_exact_law_of_their_unit(unit):
     """Against the reference, which sums over every way to write a text, dense and uncached."""
     those = Ensemble(pair("piece").members, [0.6, 0.4], unit=unit)
     settings = those.settings(raw=True, seed=0, json_schema=SCHEMA, **OPTIONS)
-    exact = Exact(those, settings, those.prompts("a", settings))
+    exact = Exact(those, settings, those.encode_prompt("a", settings))
     law: dict[bytes, float] = defaultdict(float)
 
     def go_on(symbols: tuple[int, ...], mass: float) -> None:
         following = exact.law(symbols)
         for symbol in np.flatnonzero(following).tolist():
             if symbol == those.unit.end:
-                law[b"".join(map(those.unit.data, symbols))] += mass * following[symbol]
+                law[b"".join(map(those.unit.symbol_bytes, symbols))] += mass * following[symbol]
             else:
                 go_on((*symbols, symbol), mass * following[symbol])
 
@@ -213,7 +213,7 @@ def test_greedy_takes_the_likeliest_of_the_held_average(unit):
     those = pair(unit)
     for draft in (None, "m1", "lookup"):
         found = those.generate(
-            "a", raw=True, method="greedy", json_schema=SCHEMA, draft=draft, alternatives=3, **OPTIONS
+            "a", raw=True, method="greedy", json_schema=SCHEMA, draft=draft, top_logprobs=3, **OPTIONS
         )  # fmt: skip
         pieces: tuple[bytes, ...] = ()
         for token in found.tokens:
@@ -420,12 +420,12 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
 
 def test_schemas_are_read_once_and_only_the_latest_are_kept():
     grammars = pair("piece").grammars
-    first = grammars.of(SCHEMA)
-    assert grammars.of(dict(SCHEMA)) is first
+    first = grammars.for_schema(SCHEMA)
+    assert grammars.for_schema(dict(SCHEMA)) is first
     for i in range(20):
-        grammars.of({"const": i})
-    assert grammars.of(SCHEMA) is not first
-    assert pair("token").grammars.of(SCHEMA)[0] is not None
+        grammars.for_schema({"const": i})
+    assert grammars.for_schema(SCHEMA) is not first
+    assert pair("token").grammars.for_schema(SCHEMA)[0] is not None
 
 
 def test_the_command_line_takes_a_file(capfd, tmp_path):

@@ -22,7 +22,7 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.byte_mixture import bytewise
+from mixlm.decoding.byte_mixture import byte_mixture
 from mixlm.engines.base import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
@@ -80,7 +80,7 @@ def average(those, options, text: bytes) -> dict[bytes, float]:
 
 def exact(those, options, text: bytes) -> dict[bytes, float]:
     settings = those.settings(raw=True, seed=0, **options)
-    law = Exact(those, settings, those.prompts("ab", settings)).law(tuple(text))
+    law = Exact(those, settings, those.encode_prompt("ab", settings)).law(tuple(text))
     return {END if one == those.unit.end else bytes([one]): law[one] for one in np.flatnonzero(law).tolist()}
 
 
@@ -107,7 +107,7 @@ def drawn(strategy, those, options, text: bytes, noise):
 
 
 def first(those, options, text: bytes, noise) -> bytes:
-    choice = drawn(bytewise(), those, options, text, noise)
+    choice = drawn(byte_mixture(), those, options, text, noise)
     return END if choice.symbol == those.unit.end else bytes([choice.symbol])
 
 
@@ -125,7 +125,7 @@ def test_the_next_byte_follows_the_members_own_law_whichever_it_is(text, member)
     those = pair()
     counts = defaultdict(int)
     for sequence in range(1500):
-        choice = drawn(bytewise(member), those, PLAIN, text, Noise(4, sequence, 1))
+        choice = drawn(byte_mixture(member), those, PLAIN, text, Noise(4, sequence, 1))
         assert choice.member == member
         counts[END if choice.symbol == those.unit.end else bytes([choice.symbol])] += 1
     law = next_byte(those, member, PLAIN, text)
@@ -210,16 +210,16 @@ def test_a_tokens_bytes_stand_while_its_member_is_drawn():
     lengths = defaultdict(int)
     for sequence in range(300):
         settings = those.settings(raw=True, seed=1, sequence=sequence, **PLAIN)
-        writer = those.writer(settings)
-        writing = writer.begin(those.prompts("ab", settings))
+        writer = those.context(settings)
+        writing = writer.begin_sequence(those.encode_prompt("ab", settings))
         noise = Noise(1, sequence)
-        choices = writer.choose(writing, noise, 8)
+        choices = writer.decode_step(writing, noise, 8)
         lengths[len(choices)] += 1
         assert {one.member for one in choices} == {noise.coin(those.weights)}
         assert all(noise.at(k).coin(those.weights) == choices[0].member for k in range(len(choices)))
         assert len(choices) == 8 or ended(choices, noise.at(len(choices)).coin(those.weights), those.unit.end)
         assert len(writing.state) == 0
-        assert len(writer.choose(writing, noise, 1)) == 1
+        assert len(writer.decode_step(writing, noise, 1)) == 1
     assert {1, 2, 3, 4} <= set(lengths)
 
 
@@ -238,7 +238,7 @@ def test_one_forward_is_asked_at_a_time_and_what_was_asked_is_not_asked_again():
     asked = []
     writing = at(those, PLAIN, b"ab")
     for sequence in range(40):
-        _, rounds = driven(bytewise(0), writing, those.weights, Noise(2, sequence))
+        _, rounds = driven(byte_mixture(0), writing, those.weights, Noise(2, sequence))
         assert all(isinstance(one, LogitsRequest) for [one] in rounds)
         asked += [tuple(one.ids.tolist()) for [one] in rounds]
     assert len(asked) == len(set(asked)) <= 3
@@ -280,13 +280,13 @@ def test_equal_seeds_give_equal_texts(method):
 def test_the_real_pair_follows_the_exact_law_inside_words_and_characters(demo_pair, text, options):
     those = Ensemble(demo_pair.members, [0.5, 0.5], unit="byte")
     settings = those.settings(raw=True, seed=0, **options)
-    prompts = those.prompts("Look at the map.", settings)
-    writing = those.writer(settings).begin(prompts)
+    prompts = those.encode_prompt("Look at the map.", settings)
+    writing = those.context(settings).begin_sequence(prompts)
     for byte in text:
         writing.state.append(byte)
     counts = defaultdict(int)
     for sequence in range(500):
-        choice, _ = driven(bytewise(), writing, those.weights, Noise(9, sequence, len(text)))
+        choice, _ = driven(byte_mixture(), writing, those.weights, Noise(9, sequence, len(text)))
         counts[choice.symbol] += 1
     law = Exact(those, settings, prompts).law(tuple(text))
     assert_drawn_from(counts, {one: law[one] for one in np.flatnonzero(law).tolist()})

@@ -19,7 +19,7 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.core.sampling import dense
+from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.engines.base import LogitsRequest
 from mixlm.engines.toy import ToyEngine
@@ -76,7 +76,7 @@ def test_truncating_after_mixing_is_truncating_the_plain_average(unit):
     options = {"method": "conventional", "mix_then_truncate": True, "temperature": 0.6, "top_k": 3}
     driven(mix_then_truncate(after), written(those, options, "ab", [b"a"]), those.weights, noise)
     plain = exact_law(those, OPTIONS["plain"], "ab", [b"a"])
-    cut = dense(np.log(list(plain.values())), after, np.zeros(0, dtype=np.int64))
+    cut = dense_distribution(np.log(list(plain.values())), after, np.zeros(0, dtype=np.int64))
     expected = {key: p for key, p in zip(plain, cut, strict=True) if p > 0}
     assert len(expected) == 3
     assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), expected)
@@ -87,7 +87,7 @@ def test_truncating_before_and_after_mixing_are_two_laws():
     laws = []
     for options in ({}, {"mix_then_truncate": True}):
         noise, settings = Recorder(), {"method": "conventional", "top_k": 1, "temperature": 1.0, **options}
-        writer = those.writer(those.settings(**settings))
+        writer = those.context(those.settings(**settings))
         driven(writer.strategy, written(those, settings, "", []), those.weights, noise)
         laws.append(named(those, noise.symbols, np.exp(noise.logprobs)))
     assert_same_law(laws[0], {b"a": 0.5, b"c": 0.5})

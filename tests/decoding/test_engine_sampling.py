@@ -68,7 +68,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
         coins = [noise.at(position + ahead).coin(those.weights) for ahead in range(9)]
         same = next((at for at, coin in enumerate(coins) if coin != coins[0]), 9)
         one = written(those, {}, "ab", [b"a"])
-        flow = one.choose(mixture, noise, 9)
+        flow = one.decode_step(mixture, noise, 9)
         [request] = next(flow)
         assert isinstance(request, GenerateRequest)
         assert (request.member, request.length) == (coins[0], same)
@@ -78,7 +78,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
 def test_a_member_alone_is_asked_for_no_more_than_the_reply_or_a_reader_waits_for():
     those = writing(toys("token", 2))
     for most, expected in ((1, 1), (5, 5), (1000, LONGEST)):
-        flow = written(those, {}, "ab", []).choose(single(1), Noise(0), most)
+        flow = written(those, {}, "ab", []).decode_step(single(1), Noise(0), most)
         [request] = next(flow)
         assert request.length == expected
         flow.close()
@@ -144,11 +144,11 @@ def test_equal_seeds_give_equal_texts_alone_and_together():
 def test_penalties_and_other_methods_draw_here():
     those = writing(toys("token", 2))
     for options in ({"repetition_penalty": 1.2}, {"method": "conventional"}, {"method": "auto"}):
-        writer = those.writer(those.settings(**options))
-        assert not any(one.writes for one in writer.members)
-    assert all(one.writes for one in those.writer(those.settings()).members)
+        writer = those.context(those.settings(**options))
+        assert not any(one.samples_itself for one in writer.members)
+    assert all(one.samples_itself for one in those.context(those.settings()).members)
     toyed = ensemble([engine()], unit="word")
-    assert not any(one.writes for one in writing(toyed).writer(toyed.settings()).members)
+    assert not any(one.samples_itself for one in writing(toyed).context(toyed.settings()).members)
 
 
 def test_an_engine_that_draws_by_itself_needs_to_tell_nothing():

@@ -14,7 +14,7 @@ PLAIN = OPTIONS["plain"]
 
 
 def piece_of(those, symbol: int) -> bytes:
-    return END if symbol == those.unit.end else those.unit.data(symbol)
+    return END if symbol == those.unit.end else those.unit.symbol_bytes(symbol)
 
 
 def chosen(those, options=(), pieces=()):
@@ -49,7 +49,7 @@ def test_the_choice_is_the_most_likely_symbol_of_the_average(seed):
 def test_it_is_not_the_choice_of_the_heaviest_member():
     those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})], [0.5, 0.5])
     choice, _ = chosen(those)
-    assert those.unit.data(choice.symbol) == b"b"
+    assert those.unit.symbol_bytes(choice.symbol) == b"b"
     assert np.isclose(np.exp(choice.logprob), 0.4)
 
 

@@ -75,7 +75,7 @@ def test_the_choice_has_the_drawn_members_log_probability():
     for position in range(30):
         choice, _ = driven(mixture, written(those, {}, "ab", [b"a"]), those.weights, Noise(2, 0, position))
         alone = ensemble([those.members[choice.member].engine])
-        piece = END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)
+        piece = END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)
         assert np.isclose(np.exp(choice.logprob), exact_law(alone, {}, "ab", [b"a"])[piece], rtol=1e-9)
 
 

@@ -11,7 +11,7 @@ from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law
 
 from mixlm.config import parse_config
 from mixlm.core.options import GenerationOptions
-from mixlm.core.sampling import History, dense
+from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.decoding.gac import strings
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
@@ -42,13 +42,13 @@ def law(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Law:
     """What a rule may choose, with its probability: every choice is made once, and equal symbols are added up."""
     out: Law = defaultdict(float)
     settings = those.settings(method="conventional", **options)
-    chosen = those.writer(settings).strategy
+    chosen = those.context(settings).strategy
     n, count = 0, 1
     while n < count:
         noise = Nth(n)
         writing = written(those, {"method": "conventional", **options}, prompt, pieces)
         choice, _ = driven(chosen, writing, those.weights, noise)
-        key = END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)
+        key = END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)
         out[key] += 1.0 if settings.sampling.get("temperature") == 0 else float(np.exp(choice.logprob))
         n, count = n + 1, noise.count
     return dict(out)
@@ -67,11 +67,11 @@ def reference(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> 
         read = one.prompts.raw(prompt).tolist()
         logits = one.table((*read, *reply)).astype(np.float32)
         symbols = those.unit.symbols(i)
-        history = History.of(np.array(read, dtype=np.int64), np.array(reply, dtype=np.int64))
-        probs = dense(logits, settings.for_member({}), np.flatnonzero(symbols < 0), history)
+        history = TokenHistory.from_tokens(np.array(read, dtype=np.int64), np.array(reply, dtype=np.int64))
+        probs = dense_distribution(logits, settings.member_sampling({}), np.flatnonzero(symbols < 0), history)
         parts.append(Part(float(those.weights[i]), probs, symbols, one))
-    found = references.law(options["rule"], parts, those.unit.end + 1, settings.after_mixing({}))
-    return {END if u == those.unit.end else those.unit.data(u): float(p) for u, p in enumerate(found) if p > 0}
+    found = references.law(options["rule"], parts, those.unit.end + 1, settings.mixed_sampling({}))
+    return {END if u == those.unit.end else those.unit.symbol_bytes(u): float(p) for u, p in enumerate(found) if p > 0}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -92,7 +92,7 @@ def spelled(engine, **names: str):
     vocabulary = engine.vocabulary
     by_bytes = {(b"" if key == "END" else key.encode()): name for key, name in names.items()}
     rows = [
-        by_bytes.get(data, vocabulary.name(i)) if data or i in vocabulary.ends else vocabulary.name(i)
+        by_bytes.get(data, vocabulary.name(i)) if data or i in vocabulary.end_ids else vocabulary.name(i)
         for i, data in enumerate(vocabulary.tokens)
     ]
     engine.vocabulary = replace(vocabulary, names=tuple(rows))
@@ -148,9 +148,9 @@ def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_to
 
 
 def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
-    assert GenerationOptions(method="conventional", rule="unite").after_mixing({}).top_k == 10
-    assert GenerationOptions(method="conventional", rule="unite").after_mixing({"top_k": 4}).top_k == 4
-    assert GenerationOptions(method="conventional", rule="gac").after_mixing({}).top_k == 20
+    assert GenerationOptions(method="conventional", rule="unite").mixed_sampling({}).top_k == 10
+    assert GenerationOptions(method="conventional", rule="unite").mixed_sampling({"top_k": 4}).top_k == 4
+    assert GenerationOptions(method="conventional", rule="gac").mixed_sampling({}).top_k == 20
 
 
 def test_members_of_no_weight_take_no_part():

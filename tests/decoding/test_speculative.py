@@ -115,11 +115,11 @@ def test_a_wrong_guess_is_never_kept():
 
     those = toys("piece", 3)
     settings = those.settings(raw=True, seed=9, max_tokens=60, ignore_end=True)
-    prompts = those.prompts("ab", settings)
-    expected = those.writer(settings).stream(prompts).finish()
-    writer, tally = those.writer(settings), SpeculationStats()
+    prompts = those.encode_prompt("ab", settings)
+    expected = those.context(settings).start(prompts).finish()
+    writer, tally = those.context(settings), SpeculationStats()
     writer.strategy = speculative(Random(), 4, tally)
-    assert writer.stream(prompts).finish().text == expected.text
+    assert writer.start(prompts).finish().text == expected.text
     assert 0 < tally.accepted < tally.drafted
 
 

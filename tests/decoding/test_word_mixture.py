@@ -24,7 +24,7 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.word_mixture import LONGEST, words
+from mixlm.decoding.word_mixture import LONGEST, word_mixture
 from mixlm.engines.base import SampleRequest, SampleResponse
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import UnsupportedError
@@ -127,13 +127,13 @@ def one_by_one(step):
     state = step.views[0].state
     z = coin if state.owner is None else state.owner
     view, following = step.views[z], step.views[coin]
-    [drawn] = yield [SampleRequest(z, view.ids(), view.draw(step.noise))]
-    begun = state.begins_here()
+    [drawn] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
+    begun = state.word_start_marker()
     if z == coin or not begun(np.array([drawn.symbol]))[0]:
         return [Choice(drawn.symbol, z, drawn.logprob)]
 
     def beginning(logits):
-        law = following.law_here()
+        law = following.bind_distribution()
         symbols, logprobs = law(logits)
         if not begun(symbols).any():
             others = (following.member.symbols < 0) | ~begun(following.member.symbols)
@@ -161,10 +161,12 @@ def at(those, options, path):
 
 def strategy_law(those, options, path, longest: int = LONGEST) -> dict[tuple[bytes, int], float]:
     law = defaultdict(float)
-    for choice, probability in enumerated(lambda: words(longest), lambda: at(those, options, path), those.weights):
+    for choice, probability in enumerated(
+        lambda: word_mixture(longest), lambda: at(those, options, path), those.weights
+    ):
         if probability == 0:
             continue
-        data = END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)
+        data = END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)
         assert data == END or those.unit.owner(choice.symbol) == choice.member
         law[data, choice.member] += probability
     return dict(law)
@@ -271,8 +273,8 @@ def test_the_second_draw_does_not_follow_from_the_first():
     for longest in (1, LONGEST):
         counts = defaultdict(int)
         for sequence in range(2500):
-            choice, _ = driven(words(longest), at_plain(those, [(b"a", 0)]), those.weights, Noise(1, sequence))
-            counts[END if choice.symbol == those.unit.end else those.unit.data(choice.symbol)] += 1
+            choice, _ = driven(word_mixture(longest), at_plain(those, [(b"a", 0)]), those.weights, Noise(1, sequence))
+            counts[END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)] += 1
         assert_drawn_from(counts, {b"a": 0.9, b" ": 0.07, END: 0.03})
 
 
@@ -287,9 +289,9 @@ def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
         writing = at(those, {}, [(b"a", 0)])
         noise = Noise(1, 0, position)
         coin = noise.coin(those.weights)
-        choice, rounds = driven(words(1), writing, those.weights, noise)
+        choice, rounds = driven(word_mixture(1), writing, those.weights, noise)
         asked = [one.member for [one] in rounds]
-        begun = choice.symbol == those.unit.end or begins_word(those.unit.data(choice.symbol), b"a")
+        begun = choice.symbol == those.unit.end or begins_word(those.unit.symbol_bytes(choice.symbol), b"a")
         assert asked == ([0, coin] if begun and coin != 0 else [0])
         assert choice.member == asked[-1]
         switched.add(len(asked))
@@ -315,7 +317,7 @@ def test_a_text_is_the_same_whenever_the_ends_of_words_are_looked_at(name, weigh
         options = {"seed": seed, "max_tokens": 3 + 9 * seed, **OPTIONS[name]}
         expected = replied(those, one_by_one, options, monkeypatch)
         for longest in (1, 3, LONGEST):
-            found = replied(those, words(longest), options, monkeypatch)
+            found = replied(those, word_mixture(longest), options, monkeypatch)
             assert found[0] == expected[0]
             assert found[1] == pytest.approx(expected[1], abs=1e-9)
             assert longest > 1 or found[2] == expected[2]
@@ -324,7 +326,7 @@ def test_a_text_is_the_same_whenever_the_ends_of_words_are_looked_at(name, weigh
 def test_replies_written_together_are_those_written_alone(monkeypatch):
     those, options = three(), {"seed": 3, "max_tokens": 30}
     alone = [replied(those, one_by_one, {**options, "sequence": i}, monkeypatch)[0][0] for i in range(6)]
-    assert replied(those, words(), options, monkeypatch, ["ab"] * 6)[0] == alone
+    assert replied(those, word_mixture(), options, monkeypatch, ["ab"] * 6)[0] == alone
 
 
 def wordy(seed: int):
@@ -349,7 +351,7 @@ def test_a_word_that_has_ended_costs_nothing_to_find_out(monkeypatch):
     for seed in range(5):
         options = {"seed": seed, "max_tokens": 120}
         expected = replied(wordy(seed), one_by_one, options, monkeypatch)
-        found = replied(wordy(seed), words(), options, monkeypatch)
+        found = replied(wordy(seed), word_mixture(), options, monkeypatch)
         assert found[:2] == (expected[0], pytest.approx(expected[1]))
         assert expected[2] > 145
         assert found[2] <= 130
@@ -360,7 +362,9 @@ def test_engines_that_answer_place_by_place_are_not_guessed_about(monkeypatch):
     for one in those.members:
         one.engine.top_k_limit = len(one.engine.vocabulary.tokens)
     options = {"max_tokens": 60, "seed": 1, "top_k": 3}
-    assert replied(those, words(), options, monkeypatch)[2] == replied(those, one_by_one, options, monkeypatch)[2]
+    assert (
+        replied(those, word_mixture(), options, monkeypatch)[2] == replied(those, one_by_one, options, monkeypatch)[2]
+    )
 
 
 def test_a_law_cut_to_symbols_that_begin_no_word_is_cut_again_without_them():

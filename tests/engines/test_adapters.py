@@ -193,7 +193,7 @@ def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folde
     those = members(folders, {"system": "x"}, {"system": "the river"}, {"adapter": str(folders["a"])}, {})
     settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
     sessions = [one.engine.session() for one in those.members]
-    those.writer(settings, sessions).stream(those.prompts("u", settings)).finish()
+    those.context(settings, sessions).start(those.encode_prompt("u", settings)).finish()
     assert [{forward.rows for forward in one.stats.forwards} for one in sessions] == [{3}, {3}, {1}, {3}]
 
 

@@ -193,7 +193,7 @@ def test_ends_are_gathered_from_tokenizer_config_generation_config_and_template(
     folder = build(tmp_path / "m", "llama")
     tokenizer = trained("gpt2")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.token_to_id("<s>"), 505]}))
-    found = load(folder).vocabulary.ends
+    found = load(folder).vocabulary.end_ids
     assert found == {504, 505, *(tokenizer.token_to_id(one) for one in ("</s>", "<s>", "<|im_end|>"))}
 
 
@@ -202,8 +202,8 @@ def test_what_a_conversion_noted_joins_the_control_tokens_and_the_ends(tmp_path)
     control, end = 300, 301
     (folder / "mixlm.json").write_text(json.dumps({"control": [control], "ends": [end]}))
     one = load(folder)
-    assert {control, end} <= one.vocabulary.control
-    assert end in one.vocabulary.ends
+    assert {control, end} <= one.vocabulary.special_ids
+    assert end in one.vocabulary.end_ids
     assert one.vocabulary.tokens[control] == one.vocabulary.tokens[end] == b""
 
 
@@ -262,7 +262,7 @@ def test_a_tokenizers_own_beginning_stands_in_front_of_a_raw_text(tmp_path):
     one = load(folder)
     assert one.prompts.raw("the").tolist()[0] == begin
     chat = one.prompts.chat([Message("user", "Why?")]).tolist()
-    assert [i for i in chat if i in one.vocabulary.control] == [begin]
+    assert [i for i in chat if i in one.vocabulary.special_ids] == [begin]
     assert chat[0] == begin
 
 

@@ -132,13 +132,13 @@ def test_mixture_runs_one_member_a_token(ensemble):
 )
 def test_options_that_need_more_than_its_candidates_are_refused_before_anything_runs(ensemble, options, found):
     with pytest.raises(UnsupportedError, match=f"{found}.*64 likeliest") as raised:
-        ensemble.writer(ensemble.settings(**options))
+        ensemble.context(ensemble.settings(**options))
     assert "--engine hf" in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 64}, {"top_k": 1}, {"method": "greedy", "top_k": 40}])
 def test_options_that_its_candidates_are_enough_for_are_taken(ensemble, options):
-    ensemble.writer(ensemble.settings(**options))
+    ensemble.context(ensemble.settings(**options))
 
 
 def test_log_probabilities_of_given_texts_are_refused(engine):
@@ -306,7 +306,7 @@ def test_the_demo_models_are_those_of_transformers(real):
     # The file's weights are 4-bit numbers; llama.cpp rounds what they are multiplied with, transformers does not.
     for name in real:
         exact, one = load(EngineSpec(name, "", "float32")), load(spec(name, name=name, context=256, slots=1))
-        assert one.vocabulary.ends == exact.vocabulary.ends
+        assert one.vocabulary.end_ids == exact.vocabulary.end_ids
         assert one.prompts.chat([Message("user", "Hi <|im_end|> é½")]).tolist() == (
             exact.prompts.chat([Message("user", "Hi <|im_end|> é½")]).tolist()
         )

@@ -23,7 +23,14 @@ from mixlm.engines.remote.capabilities import ServerCapabilities
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ClientLimits
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, MixlmError, ReplyCutError, TokenizerError, UnsupportedError
+from mixlm.errors import (
+    ConfigError,
+    EngineError,
+    GenerationInterruptedError,
+    MixlmError,
+    TokenizerError,
+    UnsupportedError,
+)
 from mixlm.models import find_gguf, tokenizer_folder
 from mixlm.types import Sampling, TopKFilter
 
@@ -201,9 +208,9 @@ def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     assert remote.top_k_limit == 16
     alone = Ensemble([MemberSpec(remote, "a")])
-    alone.writer(alone.settings(top_k=16))
+    alone.context(alone.settings(top_k=16))
     with pytest.raises(UnsupportedError, match="its 16 likeliest tokens only"):
-        alone.writer(alone.settings(top_k=17))
+        alone.context(alone.settings(top_k=17))
 
 
 def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
@@ -212,7 +219,9 @@ def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
     alone.generate("one two", top_k=9, **options)
     assert {body["logprobs"] for body in fake.asked if body["logprobs"] > 5} == {9 + 16}
     banned = np.sort(np.argsort(-fake.logits([4, 5, 6]))[:30])
-    [found] = remote.respond([(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), cut=TopKFilter(9, banned)))])
+    [found] = remote.respond(
+        [(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), top_k_filter=TopKFilter(9, banned)))]
+    )
     assert fake.asked[-1]["logprobs"] == 4 * (9 + 16)
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
@@ -294,7 +303,7 @@ def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
     reply = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
     [asked] = fake.asked
     assert (len(reply.tokens), asked["max_tokens"]) == (12, 12)
-    control = sorted(one.vocabulary.control)
+    control = sorted(one.vocabulary.special_ids)
     assert ("vllm_xargs" in asked) == masks
     if not masks:
         assert sorted(map(int, asked["logit_bias"])) == control
@@ -347,7 +356,7 @@ def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawi
 )
 def test_what_is_no_run_is_an_error_that_says_what_came(drawing, fake, answer):
     fake.faults = [answer]
-    with pytest.raises(ReplyCutError, match="gives no answer"):
+    with pytest.raises(GenerationInterruptedError, match="gives no answer"):
         Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
 
 
@@ -355,7 +364,7 @@ def test_a_run_of_a_server_that_came_back_with_another_model_is_not_taken(drawin
     fake.stop()
     fake.seed = 1
     fake.start()
-    with pytest.raises(ReplyCutError, match="has another model now"):
+    with pytest.raises(GenerationInterruptedError, match="has another model now"):
         Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
 
 
@@ -394,7 +403,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine,
     server.send_signal(signal.SIGKILL)
     server.wait()
     if on_failure == "error":
-        with pytest.raises(ReplyCutError, match="goes failed in the middle of a reply") as raised:
+        with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a reply") as raised:
             stream.finish()
         tokens = raised.value.completion.tokens
         assert 8 <= len(tokens) < 30

@@ -22,7 +22,7 @@ from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.engines.remote.session_client import SessionConnector
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, ReplyCutError
+from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.types import Sampling
 
 pytestmark = pytest.mark.engines
@@ -127,7 +127,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_anot
         process.send_signal(signal.SIGKILL)
         process.wait()
         if on_failure == "error":
-            with pytest.raises(ReplyCutError, match="goes failed in the middle of a reply") as raised:
+            with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a reply") as raised:
                 stream.finish()
             tokens = raised.value.completion.tokens
             assert 8 <= len(tokens) < 30

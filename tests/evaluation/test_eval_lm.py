@@ -165,7 +165,7 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
     text = b"".join(pieces).decode()
     found = EnsembleLM(those).loglikelihood([Request((context, text)) for context in ("ba", "cabba", "ba")])
     for context, (value, _) in zip(("ba", "cabba", "ba"), found, strict=True):
-        prompts = those.prompts(context, those.settings(raw=True))
+        prompts = those.encode_prompt(context, those.settings(raw=True))
         assert value == pytest.approx(stepwise(those, prompts, pieces), rel=1e-6)
     plain = EnsembleLM(routed("fixed", unit)).loglikelihood([Request(("ba", text))])
     assert (found[0][0] == pytest.approx(plain[0][0])) == (kind == "fixed")
@@ -174,7 +174,7 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
 @pytest.mark.parametrize("kind", ["prompt", "learned", "function"])
 def test_all_texts_of_two_letters_and_all_shorter_ones_that_end_have_probability_one(kind: str) -> None:
     those = routed(kind, "piece")
-    prompts = those.prompts("ba", those.settings(raw=True))
+    prompts = those.encode_prompt("ba", those.settings(raw=True))
     texts = [b"".join(one).decode() for one in product(LETTERS, repeat=2)]
     found = EnsembleLM(those).loglikelihood([Request(("ba", one)) for one in texts])
     shorter = [stepwise(those, prompts, pieces) for pieces in ([END], *([one, END] for one in LETTERS))]
@@ -348,12 +348,12 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
     lm = EnsembleLM(those, options={"method": "conventional", "system": "sing", "seed": 3})
     history = [*HISTORY, {"role": "assistant", "content": "It"}]
     asked: list[tuple[np.ndarray, ...]] = []
-    writer = those.writer
+    writer = those.context
 
     def noting(settings: Any) -> Any:
         made = writer(settings)
-        stream = made.stream
-        made.stream = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
+        stream = made.start
+        made.start = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
         return made
 
     monkeypatch.setattr(those, "writer", noting)

@@ -51,7 +51,7 @@ def test_they_are_those_of_the_law_that_was_drawn_from(unit, method, of, count):
     those, seen = toys(unit, 3), 0
     for seed in (1, 5, 6):
         plain = {"raw": True, "seed": seed, "max_tokens": 8, "method": method, **OPTIONS}
-        found = those.generate(PROMPT, alternatives=count, logprobs_of=of, **plain)
+        found = those.generate(PROMPT, top_logprobs=count, logprobs_of=of, **plain)
         assert [(one.data, one.member) for one in found.tokens] == [
             (one.data, one.member) for one in those.generate(PROMPT, **plain).tokens
         ]
@@ -78,7 +78,7 @@ def test_the_average_of_a_drawn_token_is_the_one_that_conventional_tells(method)
         seed=2,
         max_tokens=9,
         method=method,
-        alternatives=2,
+        top_logprobs=2,
         logprobs_of="ensemble",
         **OPTIONS,
         **draft,
@@ -93,7 +93,7 @@ def test_greedy_asks_every_member_where_alternatives_are_told():
     """A heavy member is certain by itself; the figures are the average's all the same."""
     those = toys("piece", 2).with_weights([0.9, 0.1])
     options = {"raw": True, "method": "greedy", "max_tokens": 12, "temperature": 0.5}
-    plain, found = those.generate(PROMPT, **options), those.generate(PROMPT, alternatives=2, **options)
+    plain, found = those.generate(PROMPT, **options), those.generate(PROMPT, top_logprobs=2, **options)
     assert found.text == plain.text
     # Without them, the lighter one is left out where the heavier is certain.
     assert plain.usage.members["m1"].forwards < found.usage.members["m1"].forwards
@@ -129,7 +129,7 @@ def test_mix_then_truncate_tells_the_truncated_average():
 def test_words_tell_the_law_of_the_member_whose_word_it_is():
     those = toys("piece", 3)
     those = Ensemble(those.members, those.weights, unit="word")
-    found = those.generate(PROMPT, raw=True, seed=8, max_tokens=30, ignore_end=True, alternatives=100, temperature=1.0)
+    found = those.generate(PROMPT, raw=True, seed=8, max_tokens=30, ignore_end=True, top_logprobs=100, temperature=1.0)
     pieces: list[bytes] = []
     whole = begun = 0
     for token in found.tokens:
@@ -153,7 +153,7 @@ def test_words_tell_the_law_of_the_member_whose_word_it_is():
 def test_bytes_tell_the_law_of_the_byte():
     those = toys("piece", 1)
     those = Ensemble(those.members, unit="byte")
-    found = those.generate(PROMPT, raw=True, seed=4, max_tokens=25, alternatives=9, temperature=1.0)
+    found = those.generate(PROMPT, raw=True, seed=4, max_tokens=25, top_logprobs=9, temperature=1.0)
     first = defaultdict(float)
     for data, probability in own_law(those, "m0", [], Sampling(temperature=1.0)).items():
         first[data[:1]] += probability
@@ -181,7 +181,7 @@ def test_wrong_values_are_refused(options, message):
 
 def test_json_has_them_where_they_were_asked_for():
     those = toys("token", 2)
-    [token] = those.generate(PROMPT, raw=True, max_tokens=1, seed=0, alternatives=2, ignore_end=True).as_dict()[
+    [token] = those.generate(PROMPT, raw=True, max_tokens=1, seed=0, top_logprobs=2, ignore_end=True).as_dict()[
         "tokens"
     ]
     assert [set(one) for one in token["alternatives"]] == [{"text", "logprob"}] * 2
@@ -197,9 +197,9 @@ def test_a_real_members_are_those_of_transformers(demo_pair, member):
 
     alone = Ensemble([demo_pair.members[member]])
     engine = alone.members[0].engine
-    settings = alone.settings(seed=3, max_tokens=4, temperature=1.0, top_k=0, alternatives=8, ignore_end=True)
-    prompts = alone.prompts("Name three rivers.", settings)
-    found = alone.writer(settings).stream(prompts).finish().tokens
+    settings = alone.settings(seed=3, max_tokens=4, temperature=1.0, top_k=0, top_logprobs=8, ignore_end=True)
+    prompts = alone.encode_prompt("Name three rivers.", settings)
+    found = alone.context(settings).start(prompts).finish().tokens
     assert len(found) == 4
     vocabulary, text = engine.vocabulary, b""
     allowed = np.array([bool(one) for one in vocabulary.tokens])

@@ -7,7 +7,7 @@ import pytest
 
 from mixlm.engines.toy import ToyEngine, ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, ReplyCutError
+from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.generation.scheduler import Scheduler
 from mixlm.generation.unavailable import UnavailableMembers
 
@@ -67,7 +67,9 @@ def test_a_reply_ends_with_what_was_written(method):
     one = ensemble(3)
     one.weights = np.array([0.2, 0.6, 0.2])
     stream = one.stream(PROMPT, **options(method=method))
-    with pytest.raises(ReplyCutError, match="toy-2 failed in the middle of a reply: the line is dead") as raised:
+    with pytest.raises(
+        GenerationInterruptedError, match="toy-2 failed in the middle of a reply: the line is dead"
+    ) as raised:
         stream.finish()
     cut = raised.value.completion
     assert cut == stream.completion
@@ -132,7 +134,9 @@ def test_a_member_comes_back_when_it_answers_again(caplog):
 def test_a_reply_ends_where_nobody_is_left():
     engines = [Flaky(1, 4), Flaky(2, 3)]
     pair = Ensemble([MemberSpec(one, one.name) for one in engines])
-    with pytest.raises(ReplyCutError, match="every member that could write here has stopped answering") as raised:
+    with pytest.raises(
+        GenerationInterruptedError, match="every member that could write here has stopped answering"
+    ) as raised:
         pair.generate(PROMPT, **options(on_failure="drop"))
     assert len(raised.value.completion.tokens) >= 4
 
@@ -140,7 +144,7 @@ def test_a_reply_ends_where_nobody_is_left():
 def test_a_member_that_must_write_cannot_be_left_out():
     one = ensemble(3)
     one.weights = np.array([0.2, 0.6, 0.2])
-    with pytest.raises(ReplyCutError):
+    with pytest.raises(GenerationInterruptedError):
         one.generate(PROMPT, **options(method="single", on_failure="drop"))
 
 
@@ -162,7 +166,7 @@ def test_replies_that_are_written_together_go_on_or_end_each_by_itself(method):
                 assert len(tokens) == 20
                 assert stream.completion.usage.members["toy-2"].dropped > 0
             else:
-                assert isinstance(stream.error, ReplyCutError)
+                assert isinstance(stream.error, GenerationInterruptedError)
                 assert stream.error.completion.tokens == tokens
                 assert len(tokens) < 20
             if tokens:

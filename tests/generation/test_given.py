@@ -41,16 +41,16 @@ def test_a_prompts_segments_are_those_of_scoring(unit):
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_it_does_not_matter_in_how_many_parts_a_prompt_is_read(rows, monkeypatch):
     those = pair("piece")
-    whole = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, alternatives=3)
+    whole = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=3)
     monkeypatch.setattr(given, "_ROWS", rows)
-    parts = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, alternatives=3)
+    parts = those.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=3)
     assert parts.prompt == whole.prompt
 
 
 def test_alternatives_are_those_of_the_plain_average():
     those = ensemble([engine(SHARED, seed=1), engine(SHARED, seed=2)], [0.6, 0.4], unit="token")
     text = "ab c abca"
-    found = those.generate(text, raw=True, score_prompt=True, max_tokens=0, alternatives=4)
+    found = those.generate(text, raw=True, score_prompt=True, max_tokens=0, top_logprobs=4)
     begin, end = len(SHARED), len(SHARED) + 1
     context = [begin]
     for token in found.prompt:
@@ -104,7 +104,7 @@ def test_nothing_in_front_of_a_text_says_nothing_about_its_beginning():
     one = speaking("gpt4", 5)
     begin, one.prompts._begin = one.prompts._begin, []
     try:
-        found = ensemble([one]).generate(TEXT, raw=True, score_prompt=True, max_tokens=0, alternatives=2)
+        found = ensemble([one]).generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=2)
     finally:
         one.prompts._begin = begin
     assert math.isnan(found.prompt[0].logprob)

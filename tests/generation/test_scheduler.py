@@ -42,7 +42,7 @@ def test_replies_written_together_are_those_written_one_by_one(unit, method):
     expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
     assert [text(one) for one in those.generate(PROMPTS, **options)] == expected
     for at_once in (1, 2, 5):
-        found = {at: text(one.completion) for at, one in those.replies(PROMPTS, at_once=at_once, **options)}
+        found = {at: text(one.completion) for at, one in those.generations(PROMPTS, at_once=at_once, **options)}
         assert [found[at] for at in range(len(PROMPTS))] == expected
 
 
@@ -70,7 +70,7 @@ def test_prompts_are_taken_in_as_there_is_room():
             next(taken)
             yield prompt
 
-    replies = those.replies(prompts(), at_once=2, seed=1, raw=True, max_tokens=5)
+    replies = those.generations(prompts(), at_once=2, seed=1, raw=True, max_tokens=5)
     next(replies)
     assert next(taken) <= 4
 
@@ -86,7 +86,7 @@ def counted(method, replies, tokens):
 
     with patch.object(ToyEngine, "answer", together):
         options = {"raw": True, "seed": 4, "max_tokens": tokens, "ignore_end": True, "method": method}
-        for _ in those.replies(["ab"] * replies, at_once=replies, **options):
+        for _ in those.generations(["ab"] * replies, at_once=replies, **options):
             pass
     return len(calls), sum(calls) / len(calls)
 
@@ -118,7 +118,7 @@ def test_an_engine_with_a_short_queue_is_not_forgotten():
     settings = those.settings(raw=True, seed=1, max_tokens=400, ignore_end=True)
     for i in range(40):
         one = settings.with_turn(i)
-        scheduler.add(those.writer(one).stream(those.prompts(" the", one)))
+        scheduler.add(those.context(one).start(those.encode_prompt(" the", one)))
     for _ in range(300):
         scheduler.step()
     gaps = np.diff([at for at, name in enumerate(Slow.served) if name == "seldom"])
@@ -138,7 +138,7 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
     options = {"raw": True, "seed": 4, "max_tokens": 25, "ignore_end": True}
     expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS[:4])]
     with patch.object(ToyEngine, "answer", fails):
-        found = dict(those.replies(PROMPTS[:4], **options))
+        found = dict(those.generations(PROMPTS[:4], **options))
         with pytest.raises(MemoryLimitError):
             those.generate(PROMPTS[:4], **options)
     assert all(isinstance(one.error, MemoryLimitError) and one.finished for one in found.values())
@@ -151,7 +151,7 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
         return real(self, requests)
 
     with patch.object(ToyEngine, "answer", fails_for_one):
-        found = dict(those.replies(PROMPTS[:4], **options))
+        found = dict(those.generations(PROMPTS[:4], **options))
     assert [at for at in range(4) if found[at].error] == [1]
     assert [text(found[at].completion) for at in (0, 2, 3)] == [expected[at] for at in (0, 2, 3)]
 
@@ -159,14 +159,14 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
 def test_a_cancelled_reply_makes_room_at_once():
     those = toys("token", 2)
     scheduler, settings = Scheduler(2), those.settings(raw=True, seed=4, max_tokens=50, ignore_end=True)
-    streams = [those.writer(settings).stream(those.prompts("ab", settings)) for _ in range(4)]
+    streams = [those.context(settings).start(those.encode_prompt("ab", settings)) for _ in range(4)]
     for one in streams:
         scheduler.add(one)
     scheduler.step()
-    assert scheduler.room == -2
+    assert scheduler.free_slots == -2
     scheduler.cancel(streams[0])
     scheduler.cancel(streams[3])
-    assert scheduler.room == 0
+    assert scheduler.free_slots == 0
     finished = list(scheduler.run())
     assert finished == [streams[1], streams[2]] or finished == [streams[2], streams[1]]
     assert len(streams[1].completion.tokens) == 50
@@ -186,12 +186,12 @@ def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_t
     second.respond = held
     those = ensemble([first, second])
     settings = those.settings(raw=True, seed=1, max_tokens=5, method="conventional")
-    stream, scheduler = those.writer(settings).stream(those.prompts("ab", settings)), Scheduler(1)
+    stream, scheduler = those.context(settings).start(those.encode_prompt("ab", settings)), Scheduler(1)
     scheduler.add(stream)
     scheduler.step()  # the first member's answer; the second is still at it
     with patch.object(stream, "release", wraps=stream.release) as release:
         scheduler.cancel(stream)
-        assert (scheduler.room, stream.finished, release.call_count) == (1, True, 0)
+        assert (scheduler.free_slots, stream.finished, release.call_count) == (1, True, 0)
         gate.set()
         scheduler.step()
         assert release.call_count == 1
@@ -199,7 +199,7 @@ def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_t
 
 def test_caches_are_freed_when_a_reply_ends():
     those = toys("token", 2)
-    for _, stream in those.replies(PROMPTS, raw=True, seed=1, max_tokens=5):
+    for _, stream in those.generations(PROMPTS, raw=True, seed=1, max_tokens=5):
         assert all(not session._context for session in stream.sessions)
         assert stream.completion.usage.members["m0"].forwards >= 0
 
@@ -207,7 +207,7 @@ def test_caches_are_freed_when_a_reply_ends():
 def test_what_cannot_be_written_is_said_at_once():
     those = toys("token", 2)
     with pytest.raises(ConfigError, match="at_once is 0"):
-        next(those.replies(PROMPTS, at_once=0))
+        next(those.generations(PROMPTS, at_once=0))
     short = ensemble([engine(seed=1, context_length=6)])
     with pytest.raises(PromptTooLongError):
         short.generate(["a", "abababababab" * 3], raw=True)

@@ -148,7 +148,7 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
         Ensemble(those.members, unit="token")
     assert (found["token"].possible, found["token"].reason) == (False, str(refused.value))
     with pytest.raises(UnsupportedError) as refused:
-        those.writer(those.settings(temperature=0.0))
+        those.context(those.settings(temperature=0.0))
     assert (found["mixture"].possible, found["mixture"].reason) == (False, str(refused.value))
     assert found["piece"].possible
     assert found["greedy"].possible

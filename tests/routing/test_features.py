@@ -57,6 +57,6 @@ def test_a_gate_sees_the_same_in_generation_as_in_scoring(prompt: bytes, reply: 
     gate = LearnedRouter(np.random.default_rng(0).normal(size=(3, FEATURES)), ["a", "b", "c"])
     route = gate.begin(PromptContext(prompt, lambda: np.zeros(3)))
     place = np.array([len(prompt) + len(reply)])
-    scored = gate.weights(prompt + reply, place)[0]
+    scored = gate.weights_at(prompt + reply, place)[0]
     assert (route(Written(reply)) == scored).all()  # type: ignore[arg-type]
     assert scored.sum() == pytest.approx(1)

@@ -19,7 +19,7 @@ from mixlm.generation.sequence import DecodeStep, Flow
 from mixlm.loading import load_config
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptContext, PromptRouter, Route, Router
 from mixlm.routing.features import FEATURES
-from mixlm.routing.prompt import by_bits
+from mixlm.routing.prompt import weights_by_bits
 from mixlm.verification.check import check
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b" "]
@@ -104,9 +104,9 @@ def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
     plain = ensemble(unit)
     those = ensemble(unit, PromptRouter(plain.weights, 0.1))
     settings = GenerationOptions(seed=3, max_tokens=12, ignore_end=True, raw=True)
-    prompts = those.prompts("abcab", settings)
-    writer = those.writer(settings)
-    done = writer.stream(prompts).finish()
+    prompts = those.encode_prompt("abcab", settings)
+    writer = those.context(settings)
+    done = writer.start(prompts).finish()
     drawn = [sum(token.member == name for token in done.tokens) for name in those.names]
     assert all(drawn)
     forwards = 0
@@ -125,14 +125,14 @@ def test_weights_by_prompt() -> None:
     weights = np.array([0.2, 0.8])
     route = PromptRouter(weights, 2.0).begin(PromptContext(b"x", lambda: np.array([1.0, 2.0])))
     assert route(None) == pytest.approx(np.array([0.2 * 4, 0.8]) / 1.6)  # type: ignore[arg-type]
-    assert by_bits(weights, np.array([5.0, 1.0]), 0.0) == pytest.approx(weights)
-    assert by_bits(weights, np.array([5.0, 5.0]), 9.0) == pytest.approx(weights)
+    assert weights_by_bits(weights, np.array([5.0, 1.0]), 0.0) == pytest.approx(weights)
+    assert weights_by_bits(weights, np.array([5.0, 5.0]), 9.0) == pytest.approx(weights)
 
 
 @pytest.mark.parametrize("bits", [[1.0, 5000.0], [np.inf, 1.0], [np.inf, np.inf], [0.0, 0.0]])
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
 def test_weights_by_prompt_are_always_weights(bits: list[float], weights: list[float]) -> None:
-    found = by_bits(np.array(weights), np.array(bits), 4.0)
+    found = weights_by_bits(np.array(weights), np.array(bits), 4.0)
     assert found.sum() == pytest.approx(1)
     assert (found >= 0).all()
     assert (found[np.array(weights) == 0] == 0).all()

@@ -223,7 +223,7 @@ def test_weights_by_prompt_are_those_of_a_reply(unit: str) -> None:
     weights = router_weights(found, router)
     for begin, (prompt, _) in zip(np.unique(found.begins), pairs, strict=True):
         settings = those.settings(seed=0)
-        writing = those.writer(settings).begin(those.prompts(prompt, settings))
+        writing = those.context(settings).begin_sequence(those.encode_prompt(prompt, settings))
         expected = writing.route(writing.state)
         assert weights[found.begins == begin] == pytest.approx(np.tile(expected, ((found.begins == begin).sum(), 1)))
         assert abs(expected - [0.3, 0.7]).max() > 1e-4
@@ -248,7 +248,7 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
     }[kind]
     answer = b"ab cab" if unit == "token" else b"abcab"
     pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([one]) for one in answer]
-    prompts = those.prompts("ab" if unit == "token" else "ba", those.settings(raw=True))
+    prompts = those.encode_prompt("ab" if unit == "token" else "ba", those.settings(raw=True))
     found = _scored(those, [Passage(answer, prompts.ids, prompts.text, ends)], None, None)
     expected = stepwise(those, prompts, [*pieces, END] if ends else pieces)
     weights = router_weights(found, those.router)
@@ -483,7 +483,7 @@ def test_weights_of_every_kind_of_router() -> None:
     )
     learned = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), scores.names)
     by_function = FunctionRouter(
-        lambda prompt, tail: learned.weights(tail, np.array([len(tail)]))[0].tolist() if not prompt else [1, 0], 2
+        lambda prompt, tail: learned.weights_at(tail, np.array([len(tail)]))[0].tolist() if not prompt else [1, 0], 2
     )
     assert router_weights(scores, learned) == pytest.approx(router_weights(scores, by_function))
 

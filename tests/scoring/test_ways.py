@@ -112,7 +112,7 @@ def test_a_member_alone_has_one_law_of_texts_in_every_unit(unit, tokens):
 def test_a_text_in_bytes_has_the_exact_law_of_every_byte(text):
     those = pair("byte")
     settings = those.settings(raw=True, **PLAIN)
-    exact = Exact(those, settings, those.prompts("", settings))
+    exact = Exact(those, settings, those.encode_prompt("", settings))
     expected = [np.log(exact.law(list(text[:at]))[text[at]]) for at in range(len(text))]
     np.testing.assert_allclose(score(those, text).mixture(WEIGHTS), expected)
 
@@ -125,7 +125,7 @@ def test_the_end_of_an_answer_is_scored():
     assert (found.starts[-1], found.ends[-1]) == (4, 4)
     found = score_answers(pair("byte"), [("", text.decode())], settings=those.settings(raw=True), ends=True)
     settings = those.settings(raw=True, **PLAIN)
-    exact = Exact(pair("byte"), settings, those.prompts("", settings))
+    exact = Exact(pair("byte"), settings, those.encode_prompt("", settings))
     assert found.mixture(WEIGHTS)[-1] == pytest.approx(np.log(exact.law(list(text))[-1]))
 
 

@@ -136,7 +136,7 @@ def broken_coin(step: DecodeStep) -> Flow:
     """Draw the coin from wrong weights."""
     z = step.noise.coin(step.weights[::-1])
     view = step.views[z]
-    [drawn] = yield [SampleRequest(z, view.ids(), view.draw(step.noise))]
+    [drawn] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
     return [Choice(drawn.symbol, z, drawn.logprob)]
 
 
@@ -171,7 +171,9 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         z = step.noise.coin(step.weights)
         view = step.views[z]
         ids = view.ids()
-        [drawn] = yield [SampleRequest(z, ids[:-1] if z == 1 and step.noise.position else ids, view.draw(step.noise))]
+        [drawn] = yield [
+            SampleRequest(z, ids[:-1] if z == 1 and step.noise.position else ids, view.sampler(step.noise))
+        ]
         return [Choice(drawn.symbol, z, drawn.logprob)]
 
     monkeypatch.setattr(mixlm.decoding, "mixture", stale)

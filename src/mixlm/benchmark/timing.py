@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.config import METHODS, Method, methods_of
+from mixlm.config import METHODS, Method, supported_methods
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Forward, Session
@@ -28,7 +28,7 @@ _CHEAPER = 0.75  # of the weights of the largest member, up to which the smalles
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TimedRun:
     """One timed run.
 
     tokens: that were written in `seconds`. first: seconds to the first token, which is not among them. forwards: those
@@ -65,12 +65,12 @@ class Contestant(Protocol):
     members: tuple[str, ...]
     draft: str | None
 
-    def measure(self, sequence: int, tokens: int) -> Sample:
+    def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write `tokens` tokens behind the first one. Equal sequences write equal texts."""
         ...
 
 
-class Own:
+class EnsembleContestant:
     """One method of an ensemble, or one of its members alone. kind: one of `KINDS`."""
 
     def __init__(self, ensemble: Ensemble, kind: str, prompt: str, options: Mapping[str, Any]) -> None:
@@ -79,24 +79,26 @@ class Own:
         self.label = kind if kind != "single" else f"single {ensemble.names[0]}"
         self.ensemble = ensemble
         self._prompt = prompt
-        self.settings = settings_of(ensemble, kind, options)
-        self.draft = drafted_by(ensemble, self.settings) if kind in _AHEAD else None
+        self.settings = method_settings(ensemble, kind, options)
+        self.draft = draft_name(ensemble, self.settings) if kind in _AHEAD else None
 
-    def measure(self, sequence: int, tokens: int) -> Sample:
+    def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write with new sessions."""
         settings = replace(self.settings, sequence=sequence)
         sessions = [one.engine.session() for one in self.ensemble.members]
-        return timed(self.ensemble, settings, self.ensemble.prompts(self._prompt, settings), sessions, tokens)
+        return time_run(self.ensemble, settings, self.ensemble.encode_prompt(self._prompt, settings), sessions, tokens)
 
 
-def contestants(ensemble: Ensemble, kinds: Sequence[str], prompt: str, options: Mapping[str, Any]) -> list[Own]:
+def contestants(
+    ensemble: Ensemble, kinds: Sequence[str], prompt: str, options: Mapping[str, Any]
+) -> list[EnsembleContestant]:
     """Return what is measured for these kinds; `single` stands for each member alone. Raises ConfigError."""
     if tuple(kinds) == DEFAULT:
-        kinds = [one for one in kinds if one in methods_of(ensemble.unit.name)]
-    found: list[Own] = []
+        kinds = [one for one in kinds if one in supported_methods(ensemble.unit.name)]
+    found: list[EnsembleContestant] = []
     for kind in dict.fromkeys(checked_kinds(kinds)):
-        those = [ensemble] if kind != "single" else [alone(ensemble, i) for i in range(len(ensemble.members))]
-        found += [Own(one, kind, prompt, options) for one in those]
+        those = [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
+        found += [EnsembleContestant(one, kind, prompt, options) for one in those]
     return found
 
 
@@ -111,12 +113,12 @@ def checked_kinds(kinds: Sequence[str]) -> Sequence[str]:
     return kinds
 
 
-def alone(ensemble: Ensemble, member: int) -> Ensemble:
+def single_member(ensemble: Ensemble, member: int) -> Ensemble:
     """Return one member as an ensemble of its own."""
     return Ensemble([ensemble.members[member]], defaults=ensemble.defaults)
 
 
-def settings_of(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> GenerationOptions:
+def method_settings(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> GenerationOptions:
     """Return the settings of a kind: a draft is for those that write ahead. End-of-text is never drawn."""
     given = {name: value for name, value in options.items() if name != "draft" or kind in _AHEAD}
     method: Method = next((one for one in METHODS if one == kind), "greedy")
@@ -125,7 +127,7 @@ def settings_of(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> Ge
     return ensemble.settings(**{"seed": 0, **given, "method": method, "ignore_end": True})
 
 
-def drafted_by(ensemble: Ensemble, settings: GenerationOptions) -> str:
+def draft_name(ensemble: Ensemble, settings: GenerationOptions) -> str:
     """Return what writes ahead by these settings: a member's name, or "lookup"."""
     return settings.draft if settings.draft is not None else default_draft(ensemble)
 
@@ -138,27 +140,27 @@ def default_draft(ensemble: Ensemble) -> str:
     return ensemble.names[smallest] if others and sizes[smallest] <= _CHEAPER * max(others) else "lookup"
 
 
-def timed(
+def time_run(
     ensemble: Ensemble, settings: GenerationOptions, prompts: EncodedPrompt, sessions: Sequence[Session], tokens: int
-) -> Sample:
+) -> TimedRun:
     """Write one token, let every member read, then write `tokens` more and time those."""
-    writer = ensemble.writer(settings, sessions)
+    writer = ensemble.context(settings, sessions)
     start = time.perf_counter()
-    writing = writer.begin(prompts)
-    [choice] = writer.choose(writing, Noise(settings.seed, settings.sequence, 0))
+    writing = writer.begin_sequence(prompts)
+    [choice] = writer.decode_step(writing, Noise(settings.seed, settings.sequence, 0))
     first = time.perf_counter() - start
     for i, session in enumerate(sessions):
         session.logits(writing.state.ids(i))
     writing.append(choice)
     before = [len(one.stats.forwards) for one in sessions]
-    checked, accepted = writer.tally.drafted, writer.tally.accepted
+    checked, accepted = writer.speculation.drafted, writer.speculation.accepted
     size = 0
     outside: list[float] = []
     begin = step = time.perf_counter()
     while len(outside) < tokens:
         seen = [len(one.stats.forwards) for one in sessions]
         noise = Noise(settings.seed, settings.sequence, len(outside) + 1)
-        choices = writer.choose(writing, noise, tokens - len(outside))
+        choices = writer.decode_step(writing, noise, tokens - len(outside))
         for choice in choices:
             writing.append(choice)
             size += len(ensemble.unit.symbol_bytes(choice.symbol))
@@ -166,15 +168,15 @@ def timed(
         inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.stats.forwards[n:])
         outside += [(now - step - inside) / len(choices)] * len(choices)
         step = now
-    return Sample(
+    return TimedRun(
         tokens=tokens,
         seconds=step - begin,
         first=first,
         bytes=size,
         forwards=[one.stats.forwards[n:] for one, n in zip(sessions, before, strict=True)],
         outside=outside,
-        checked=writer.tally.drafted - checked,
-        accepted=writer.tally.accepted - accepted,
-        chosen=writer.tally.chosen,
+        checked=writer.speculation.drafted - checked,
+        accepted=writer.speculation.accepted - accepted,
+        chosen=writer.speculation.plan,
         memory=memory_in_use(),
     )

@@ -79,7 +79,7 @@ class PromptFile:
                 if show is not None:
                     show("completions", len(done), len(prompts))
                 missing = [(i, prompt) for i, prompt in enumerate(prompts) if i not in done]
-                generations = ensemble.numbered_replies(missing, at_once=self.batch_size, **options)
+                generations = ensemble.numbered_generations(missing, at_once=self.batch_size, **options)
                 for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
                     if generation.error is not None:
                         failed += 1

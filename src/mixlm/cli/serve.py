@@ -136,5 +136,5 @@ def _opened(shared: Shared, engines: dict[EngineSpec, Engine]) -> Ensemble:
     ensemble = open_ensemble(shared, options, engines=engines)
     ensemble.defaults = ensemble.settings(**options)
     # What cannot be written by these options is better known now than at the first request.
-    ensemble.writer(ensemble.defaults)
+    ensemble.context(ensemble.defaults)
     return ensemble

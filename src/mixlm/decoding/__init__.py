@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixlm.config import methods_of
+from mixlm.config import supported_methods
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.byte_mixture import bytewise
+from mixlm.decoding.byte_mixture import byte_mixture
 from mixlm.decoding.conventional import conventional, mix_then_truncate
 from mixlm.decoding.cost_model import Costs
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft
@@ -20,12 +20,12 @@ from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.decoding.speculative import speculative
 from mixlm.decoding.unite import unite
-from mixlm.decoding.word_mixture import words
+from mixlm.decoding.word_mixture import word_mixture
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
 
-__all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "refuse"]
+__all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "check_method"]
 
 # Members whose sizes differ by less are not worth drafting with: a guess costs as much as what it saves.
 _CHEAPER = 0.75
@@ -59,11 +59,11 @@ def build_strategy(settings: GenerationOptions, parts: StrategyContext, tally: S
     for a draft that is no member, UnsupportedError for options that have no common average, and for a method that the
     unit has no law for.
     """
-    refuse(settings.method, parts.unit)
+    check_method(settings.method, parts.unit)
     if settings.method == "single":
         return _alone(settings, parts)
-    after = settings.after_mixing(parts.own[0])
-    if any(settings.after_mixing(one) != after for one in parts.own):
+    after = settings.mixed_sampling(parts.own[0])
+    if any(settings.mixed_sampling(one) != after for one in parts.own):
         raise UnsupportedError(
             "members have sampling options of their own, and "
             f"{settings.rule or 'mix-then-truncate'} has one average to apply them to",
@@ -75,7 +75,7 @@ def build_strategy(settings: GenerationOptions, parts: StrategyContext, tally: S
         drafted = speculative if settings.method == "speculative" else greedy_drafted
         return drafted(_draft(settings.draft, parts), settings.block, tally)
     if parts.unit in ("word", "byte"):
-        return words() if parts.unit == "word" else bytewise()
+        return word_mixture() if parts.unit == "word" else byte_mixture()
     if settings.method == "auto":
         return Auto(parts.costs, parts.names, tally)
     return {"mixture": mixture, "conventional": conventional, "greedy": greedy}[settings.method]
@@ -83,8 +83,8 @@ def build_strategy(settings: GenerationOptions, parts: StrategyContext, tally: S
 
 def _alone(settings: GenerationOptions, parts: StrategyContext) -> Strategy:
     heaviest = int(np.argmax(parts.weights))
-    if not settings.picks_most_likely(parts.own[heaviest]):
-        return bytewise(heaviest) if parts.unit == "byte" else single(heaviest)
+    if not settings.is_greedy(parts.own[heaviest]):
+        return byte_mixture(heaviest) if parts.unit == "byte" else single(heaviest)
     if parts.unit == "byte":
         raise UnsupportedError(
             "temperature is 0, and the most likely byte of a member is not known", "use --unit piece"
@@ -92,9 +92,9 @@ def _alone(settings: GenerationOptions, parts: StrategyContext) -> Strategy:
     return greedy_alone(heaviest)
 
 
-def refuse(method: str, unit: str) -> None:
+def check_method(method: str, unit: str) -> None:
     """Raise UnsupportedError for a method that a unit has no law for."""
-    if method not in methods_of(unit):
+    if method not in supported_methods(unit):
         raise UnsupportedError(
             f"{method} does not go with the unit {unit}: a member's law of {unit}s is sampled, and never known in full",
             f"use --method mixture, or --unit piece with {method}",

@@ -38,7 +38,7 @@ class Auto:
         choices = yield from speculative(draft, checks, own)(step)
         self._tally.drafted += own.drafted - before[0]
         self._tally.accepted += own.accepted - before[1]
-        self._tally.chosen = f"speculative: {draft.name} drafts, {checks} checked" if checks else "mixture"
+        self._tally.plan = f"speculative: {draft.name} drafts, {checks} checked" if checks else "mixture"
         self._steps += len(choices)
         return choices
 

@@ -32,14 +32,14 @@ from mixlm.engines.base import LogitsRequest, Request, Response
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, MemberView, Strategy
 from mixlm.types import Candidates, TopLogprobs
-from mixlm.units.byte import ByteState, Known, Law
+from mixlm.units.byte import BoundaryOutput, ByteState, RankedDistribution
 from mixlm.units.word import WHITESPACE
 
 LONGEST = 32  # bytes of one member that are chosen at once
 _STOPS = frozenset(WHITESPACE)
 
 
-def bytewise(member: int | None = None) -> Strategy:
+def byte_mixture(member: int | None = None) -> Strategy:
     """Return the strategy that draws a member for each byte by its weight, or takes the given one always."""
 
     def coin(step: DecodeStep) -> int:
@@ -69,7 +69,7 @@ class _Cover(NamedTuple):
     """A group of covers: where their last token begins, and the span of the law there that it is drawn from."""
 
     place: int
-    law: Law
+    law: RankedDistribution
     span: slice
 
 
@@ -87,7 +87,7 @@ class _Reading:
         self._member = member
         self._view = view
         self._state = cast(ByteState, view.state)
-        self._lexicon = self._state.lexicons[member]
+        self._lexicon = self._state.prefix_indexes[member]
         self._length = len(self._state)
         self.end = self._lexicon.end
 
@@ -95,16 +95,16 @@ class _Reading:
         """Draw a group of covers; one that ends with the text becomes all tokens behind it."""
         drawn: _Cover | None = None
         if self._length:
-            groups, picked = yield from self._likely(noise.again().uniform())
+            groups, picked = yield from self._likely(noise.next_round().uniform())
             if picked is None:
-                drawn = yield from self._written_over(noise.again())
+                drawn = yield from self._written_over(noise.next_round())
             else:
                 drawn = groups[picked].cover
         return (yield from self.boundary()) if drawn is None else drawn
 
     def boundary(self) -> Generator[list[Request], list[Response], _Cover]:
         """Return all tokens behind a text that a token ends with."""
-        law = (yield from self._known(self._length)).law
+        law = (yield from self._known(self._length)).distribution
         return _Cover(self._length, law, slice(0, law.ranks.size))
 
     def revealed(self, cover: _Cover, noise: Noise) -> list[Choice]:
@@ -118,46 +118,48 @@ class _Reading:
         at = span.start + noise.sample(law.symbols[span], law.logprobs[span])
         if law.symbols[at] == self.end:
             return [Choice(self.end, self._member, float(law.logprobs[at]))]
-        data = self._lexicon.spelled(int(law.ranks[at]))
+        data = self._lexicon.token_bytes(int(law.ranks[at]))
         out = []
         mass = law.mass(span)
         for length in range(self._length - cover.place, len(data)):
             told = self._likeliest_bytes(law, span, length)
-            span = law.span(*self._lexicon.within(data[: length + 1]))
+            span = law.span(*self._lexicon.with_prefix(data[: length + 1]))
             narrower = law.mass(span)
             out.append(Choice(data[length], self._member, min(float(np.log(narrower / mass)), 0.0), told))
             mass = narrower
         return out
 
-    def _likeliest_bytes(self, law: Law, span: slice, length: int) -> TopLogprobs:
+    def _likeliest_bytes(self, law: RankedDistribution, span: slice, length: int) -> TopLogprobs:
         """Return the likeliest bytes behind the first `length` of a token, given that it stands in a span of a law."""
-        count = self._view.member.alternatives
+        count = self._view.member.top_logprobs
         if count == 0:
             return ()
         mass: defaultdict[int, float] = defaultdict(float)
         for at in range(span.start, span.stop):
             ended = law.symbols[at] == self.end
-            data = b"" if ended else self._lexicon.spelled(int(law.ranks[at]))
+            data = b"" if ended else self._lexicon.token_bytes(int(law.ranks[at]))
             if ended or len(data) > length:
                 mass[self.end if ended else data[length]] += float(np.exp(law.logprobs[at]))
         symbols, masses = np.array(list(mass)), np.array(list(mass.values()))
         return top_logprobs(Candidates(symbols, np.log(masses / law.mass(span))), count)
 
-    def _known(self, place: int) -> Generator[list[Request], list[Response], Known]:
+    def _known(self, place: int) -> Generator[list[Request], list[Response], BoundaryOutput]:
         """Return what the member says behind a place, from a forward if it has not been asked yet."""
-        known = self._state.known(self._member, place)
+        known = self._state.cached_output(self._member, place)
         if known is None:
             ids = self._state.ids_at(self._member, place)
-            law = self._view.law_here(ids, self._state.part(0, place))
+            law = self._view.bind_distribution(ids, self._state.substring(0, place))
             [logits] = yield [LogitsRequest(self._member, ids)]
-            known = Known(logits[0].copy(), law, Law.of(self._lexicon, law(logits[0])))
-            self._state.learn(self._member, place, known)
+            known = BoundaryOutput(
+                logits[0].copy(), law, RankedDistribution.from_candidates(self._lexicon, law(logits[0]))
+            )
+            self._state.cache_output(self._member, place, known)
         return known
 
     def _likely(self, u: float) -> Generator[list[Request], list[Response], tuple[list[_Group], int | None]]:
         """Return groups of covers and which of them the number u picks; None where no cover has any probability."""
         groups: list[_Group] = []
-        seam = self._state.seam(self._member)
+        seam = self._state.forced_boundary(self._member)
         waiting = defaultdict(float, {seam: 1.0})
         looks = 0
         while waiting:
@@ -169,15 +171,15 @@ class _Reading:
             place = min(waiting) if left else max(waiting, key=lambda one: (waiting[one], -one))
             looks += 1
             mass = waiting.pop(place)
-            law = (yield from self._known(place)).law
-            rest = self._state.part(place)
-            for length, rank in self._lexicon.along(rest):
+            law = (yield from self._known(place)).distribution
+            rest = self._state.substring(place)
+            for length, rank in self._lexicon.prefixes_of(rest):
                 probability = mass * law.mass(law.span(rank, rank + 1))
                 if probability > 0 and length < len(rest):
                     waiting[place + length] += probability
                 elif probability > 0:
                     groups.append(_Group(probability, None))
-            beyond = law.span(*self._lexicon.beyond(rest))
+            beyond = law.span(*self._lexicon.extensions_of(rest))
             if (probability := mass * law.mass(beyond)) > 0:
                 groups.append(_Group(probability, _Cover(place, law, beyond)))
             if not groups:
@@ -189,24 +191,24 @@ class _Reading:
 
     def _written_over(self, noise: Noise) -> Generator[list[Request], list[Response], _Cover | None]:
         """Write the text over from its last seam, a token at a time; return what then reaches beyond it."""
-        place = self._state.seam(self._member)
+        place = self._state.forced_boundary(self._member)
         while place < self._length:
             known = yield from self._known(place)
-            rest = self._state.part(place)
-            shorter = {rank: length for length, rank in self._lexicon.along(rest)}
-            beyond = self._lexicon.beyond(rest)
+            rest = self._state.substring(place)
+            shorter = {rank: length for length, rank in self._lexicon.prefixes_of(rest)}
+            beyond = self._lexicon.extensions_of(rest)
             agree = self._lexicon.symbols([*shorter, *range(*beyond)])
             masked = np.where(np.isin(self._view.member.symbols, agree), known.logits, -np.inf)
             if not np.isfinite(masked).any():
                 return None
-            law = Law.of(self._lexicon, known.transform(masked))
+            law = RankedDistribution.from_candidates(self._lexicon, known.transform(masked))
             if not law.ranks.size:
                 return None
             rank = int(law.ranks[noise.sample(law.symbols, law.logprobs)])
             if rank not in shorter:
                 return _Cover(place, law, law.span(*beyond))
             place += shorter[rank]
-            noise = noise.again()
+            noise = noise.next_round()
         return None
 
 

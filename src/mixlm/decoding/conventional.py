@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixlm.core.mixing import mixed, responsibilities
+from mixlm.core.mixing import mix, responsibilities
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines.base import LogitsRequest
@@ -45,9 +45,9 @@ def pick(noise: Noise, law: Candidates, after: Sampling | None) -> tuple[Candida
 
 def _averaged(step: DecodeStep, after: Sampling | None) -> Flow:
     asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-    replies = yield [LogitsRequest(i, step.views[i].ids(), cut=step.views[i].cut) for i in asked]
+    replies = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in asked]
     parts = [(step.weights[i], step.views[i].distribution(logits[0])) for i, logits in zip(asked, replies, strict=True)]
-    law, at = pick(step.noise, mixed(parts), after)
+    law, at = pick(step.noise, mix(parts), after)
     symbol = int(law.ids[at])
     author = asked[int(np.argmax(responsibilities(symbol, parts)))]
     return [Choice(symbol, author, float(law.logprobs[at]), step.top_logprobs(law))]

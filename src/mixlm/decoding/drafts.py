@@ -11,7 +11,7 @@ from mixlm.engines.base import Request, Response, SampleRequest
 from mixlm.generation.sequence import DecodeStep
 from mixlm.types import Ids
 
-Guess = Generator[list[Request], list[Response], int | None]
+Proposal = Generator[list[Request], list[Response], int | None]
 
 
 class Draft(Protocol):
@@ -20,7 +20,7 @@ class Draft(Protocol):
     member: int
     name: str
 
-    def guess(self, step: DecodeStep) -> Guess:
+    def propose(self, step: DecodeStep) -> Proposal:
         """Return a symbol for a position, or None where it has no guess."""
         ...
 
@@ -32,12 +32,12 @@ class MemberDraft:
         self.member = member
         self.name = name
 
-    def guess(self, step: DecodeStep) -> Guess:
+    def propose(self, step: DecodeStep) -> Proposal:
         """Let the member draw, if it has anything to go on with."""
         view = step.views[self.member]
         if view.stuck:
             return None
-        [drawn] = yield [SampleRequest(self.member, view.ids(), view.draw(step.noise), view.cut)]
+        [drawn] = yield [SampleRequest(self.member, view.ids(), view.sampler(step.noise), view.top_k_filter)]
         symbol: int = drawn.symbol
         return symbol
 
@@ -54,7 +54,7 @@ class LookupDraft:
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._lengths = range(longest, shortest - 1, -1)
 
-    def guess(self, step: DecodeStep) -> Guess:
+    def propose(self, step: DecodeStep) -> Proposal:
         """Look at the text; nothing is asked."""
         yield from ()
         view = step.views[step.noise.coin(step.weights)]

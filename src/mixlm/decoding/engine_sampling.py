@@ -19,15 +19,15 @@ from mixlm.generation.sequence import Choice, DecodeStep, Flow
 LONGEST = 16  # tokens of one request: a reader waits for all of them
 
 
-def written(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
+def generate_run(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
     """Let a member write as far as the coins fall on it; to the end of the reply where it is `always` the one."""
     view = step.views[member]
-    length = min(step.most, LONGEST)
+    length = min(step.max_symbols, LONGEST)
     if not always:
         length = _reach(step, member, length)
     ids = view.ids().copy()
     transform = view.member.transform
-    seed = step.noise.for_engine()
+    seed = step.noise.engine_seed()
     [run] = yield [GenerateRequest(member, ids, length, transform.sampling, transform.banned, seed)]
     choices: list[Choice] = []
     read = ids.tolist()
@@ -46,20 +46,20 @@ def written(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
     return choices
 
 
-def asked(step: DecodeStep, member: int, *, always: bool = False) -> SampleRequest:
+def sample_request(step: DecodeStep, member: int, *, always: bool = False) -> SampleRequest:
     """Ask a member for the symbol of a position, and tell its engine of those behind it, where it wants to know.
 
     always: the coins are on this member to the end of the reply.
     """
     view, noise = step.views[member], step.noise
-    reach = min(view.member.run_ahead + 1, step.most)
+    reach = min(view.member.run_ahead + 1, step.max_symbols)
     if reach > 1 and not always:
         reach = _reach(step, member, reach)
     ahead = None
     if reach > 1:
         keys = tuple(noise.at(noise.position + further).sample_key for further in range(reach - 1))
         ahead = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
-    return SampleRequest(member, view.ids(), view.draw(noise), view.cut, ahead)
+    return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, ahead)
 
 
 def _reach(step: DecodeStep, member: int, most: int) -> int:

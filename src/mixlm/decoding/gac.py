@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.core.mixing import mixed, pooled, responsibilities
+from mixlm.core.mixing import mix, pool, responsibilities
 from mixlm.decoding.conventional import pick
 from mixlm.engines.base import LogitsRequest
 from mixlm.generation.member import Member
@@ -41,9 +41,9 @@ def gac(after: Sampling) -> Strategy:
         replies = yield [LogitsRequest(i, step.views[i].ids()) for i in asked]
         parts = []
         for i, logits in zip(asked, replies, strict=True):
-            ids, logprobs = step.views[i].own(logits[0])
-            parts.append((float(step.weights[i]), pooled(union.cells[i][ids], logprobs)))
-        law, at = pick(step.noise, mixed(parts), after)
+            ids, logprobs = step.views[i].token_distribution(logits[0])
+            parts.append((float(step.weights[i]), pool(union.cells[i][ids], logprobs)))
+        law, at = pick(step.noise, mix(parts), after)
         cell = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(cell, parts)))]
         named = tuple((int(union.symbols[one]), logprob) for one, logprob in step.top_logprobs(law))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mixlm.core.mixing import mixed, responsibilities
+from mixlm.core.mixing import mix, responsibilities
 from mixlm.decoding.drafts import Draft, prefix_groups
 from mixlm.engines.base import LogitsRequest, Request
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
@@ -33,9 +33,9 @@ def greedy(step: DecodeStep) -> Flow:
         [logits] = yield [LogitsRequest(i, step.views[i].ids())]
         parts.append((float(step.weights[i]), step.views[i].distribution(logits[0])))
         left -= step.weights[i]
-        law = mixed(parts)
+        law = mix(parts)
         best = int(np.argmax(law.logprobs))
-        certain = not step.views[0].member.alternatives and _lead(law, best) > left + 1e-9
+        certain = not step.views[0].member.top_logprobs and _lead(law, best) > left + 1e-9
         if certain or len(parts) == len(order):
             return [_chosen(step, parts, order)]
 
@@ -73,7 +73,7 @@ def greedy_drafted(draft: Draft, length: int, tally: SpeculationStats | None = N
         here: DecodeStep | None = step
         while here is not None:
             views = here.views
-            position = _Position(here, [v.ids().copy() for v in views], [v.law_here() for v in views], {})
+            position = _Position(here, [v.ids().copy() for v in views], [v.bind_distribution() for v in views], {})
             block.append(position)
             if draft.member >= 0:
                 [logits] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
@@ -84,7 +84,7 @@ def greedy_drafted(draft: Draft, length: int, tally: SpeculationStats | None = N
                 law = position.laws[draft.member](position.logits[draft.member])
                 position.guess = int(law.ids[np.argmax(law.logprobs)]) if law.ids.size else None
             else:
-                position.guess = yield from draft.guess(here)
+                position.guess = yield from draft.propose(here)
             if position.guess is None:
                 break
             here = here.push(position.guess)
@@ -135,7 +135,7 @@ def _heaviest_first(weights: Floats) -> list[int]:
 
 def _chosen(step: DecodeStep, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
     """Return the likeliest symbol of an average, and the member that is likeliest to have written it."""
-    law = mixed(parts)
+    law = mix(parts)
     best = int(np.argmax(law.logprobs))
     symbol = int(law.ids[best])
     author = order[int(np.argmax(responsibilities(symbol, parts)))]

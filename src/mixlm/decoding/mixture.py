@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlm.decoding.engine_sampling import asked, written
+from mixlm.decoding.engine_sampling import generate_run, sample_request
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 
 
@@ -11,6 +11,6 @@ def mixture(step: DecodeStep) -> Flow:
     z = step.noise.coin(step.weights)
     view = step.views[z]
     if view.member.samples_itself:
-        return (yield from written(step, z))
-    [drawn] = yield [asked(step, z)]
+        return (yield from generate_run(step, z))
+    [drawn] = yield [sample_request(step, z)]
     return [Choice(drawn.symbol, z, drawn.logprob, drawn.top_logprobs)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixlm.decoding.engine_sampling import asked, written
+from mixlm.decoding.engine_sampling import generate_run, sample_request
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 
@@ -12,8 +12,8 @@ def single(member: int) -> Strategy:
     def strategy(step: DecodeStep) -> Flow:
         view = step.views[member]
         if view.member.samples_itself:
-            return (yield from written(step, member, always=True))
-        [drawn] = yield [asked(step, member, always=True)]
+            return (yield from generate_run(step, member, always=True))
+        [drawn] = yield [sample_request(step, member, always=True)]
         return [Choice(drawn.symbol, member, drawn.logprob, drawn.top_logprobs)]
 
     return strategy

@@ -56,14 +56,14 @@ def _write_ahead(
         member = here.noise.coin(here.weights)
         view = here.views[member]
         # A copy: the state goes on changing.
-        position = _Position(member, view.ids().copy(), view.draw(here.noise), view.cut)
+        position = _Position(member, view.ids().copy(), view.sampler(here.noise), view.top_k_filter)
         block.append(position)
         if member == draft.member:
-            [drawn] = yield [SampleRequest(member, view.ids(), position.choose, view.cut)]
+            [drawn] = yield [SampleRequest(member, view.ids(), position.choose, view.top_k_filter)]
             position.drawn = drawn
             position.guess = drawn.symbol
         elif guessed < checks:
-            position.guess = yield from draft.guess(here)
+            position.guess = yield from draft.propose(here)
             guessed += 1
         if position.guess is None:
             break

@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mixlm.core.mixing import mixed, responsibilities
-from mixlm.core.sampling import largest
+from mixlm.core.mixing import mix, responsibilities
+from mixlm.core.sampling import largest_indices
 from mixlm.decoding.conventional import pick
 from mixlm.engines.base import LogitsRequest
 from mixlm.errors import TokenizerError
@@ -40,9 +40,11 @@ def unite(after: Sampling) -> Strategy:
         asked = [i for i, weight in enumerate(step.weights) if weight > 0]
         replies = yield [LogitsRequest(i, step.views[i].ids()) for i in asked]
         laws = {i: step.views[i].distribution(logits[0]) for i, logits in zip(asked, replies, strict=True)}
-        union = np.unique(np.concatenate([one.ids[largest(one.logprobs, after.top_k)] for one in laws.values()]))
+        union = np.unique(
+            np.concatenate([one.ids[largest_indices(one.logprobs, after.top_k)] for one in laws.values()])
+        )
         parts = [(float(step.weights[i]), _over(union, law, spellings[0].read_by(i, union))) for i, law in laws.items()]
-        law, at = pick(step.noise, mixed(parts), replace(after, top_k=0))
+        law, at = pick(step.noise, mix(parts), replace(after, top_k=0))
         symbol = int(law.ids[at])
         author = asked[int(np.argmax(responsibilities(symbol, parts)))]
         return [Choice(symbol, author, float(law.logprobs[at]), step.top_logprobs(law))]

@@ -48,7 +48,7 @@ LONGEST = 16  # symbols written behind an end that is in doubt
 _SYMBOLS = 1.4  # of a word
 
 
-def words(longest: int = LONGEST) -> Strategy:
+def word_mixture(longest: int = LONGEST) -> Strategy:
     """Return the strategy that draws from the member whose word it is, and from the next one where the word has ended.
 
     longest: how many symbols are written at most before an end in front of them is looked at; 1 looks at each at once.
@@ -143,7 +143,7 @@ class _Block:
 
     def _next(self, here: DecodeStep) -> Generator[list[Request], list[Response], _Place]:
         """Write one symbol."""
-        state, views, turn = self._state, here.views, here.noise.again()
+        state, views, turn = self._state, here.views, here.noise.next_round()
         coin = here.noise.coin(here.weights)
         z = coin if state.owner is None or self._left_out(here, state.owner) else state.owner
         own = self._known(z, here.noise)
@@ -152,8 +152,8 @@ class _Block:
             if anew is not None:
                 return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs), self._check(here, z))
         if own is None:
-            logits = yield from self._asked(z, views[z].ids(), views[z].cut)
-            own = self._note(z, here.noise, views[z].draw(here.noise)(logits))
+            logits = yield from self._asked(z, views[z].ids(), views[z].top_k_filter)
+            own = self._note(z, here.noise, views[z].sampler(here.noise)(logits))
             if state.last_symbol is not None:
                 self._ends.learn(state.last_symbol, self._begins(own))
         if z == coin or not self._begins(own):
@@ -167,7 +167,7 @@ class _Block:
         return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs))
 
     def _left_out(self, here: DecodeStep, member: int) -> bool:
-        return member in here.absent or here.views[member].stuck
+        return member in here.unavailable or here.views[member].stuck
 
     def _ahead(
         self, here: DecodeStep, coin: int, z: int, turn: Noise
@@ -200,8 +200,10 @@ class _Block:
     def _check(self, here: DecodeStep, z: int) -> _Check:
         view, state = here.views[z], self._state
         assert state.last_symbol is not None
-        ids, choose = view.ids().copy(), view.draw(here.noise)  # a copy: the state goes on changing
-        return _Check(z, ids, choose, here.noise, state.text(), state.word_start_marker(), state.last_symbol, view.cut)
+        ids, choose = view.ids().copy(), view.sampler(here.noise)  # a copy: the state goes on changing
+        return _Check(
+            z, ids, choose, here.noise, state.text(), state.word_start_marker(), state.last_symbol, view.top_k_filter
+        )
 
     def _asked(
         self, member: int, ids: Ids | None = None, cut: TopKFilter | None = None
@@ -253,7 +255,7 @@ def _beginning(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[Sampl
 
     Also returns what the member gives to such symbols where it is not made to begin a word.
     """
-    law, begins = view.law_here(), cast(WordState, view.state).word_start_marker()
+    law, begins = view.bind_distribution(), cast(WordState, view.state).word_start_marker()
     symbols, logprobs = law(logits)
     kept = begins(symbols)
     mass = float(np.exp(logprobs[kept]).sum())
@@ -269,4 +271,4 @@ def _beginning(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[Sampl
     symbols, logprobs = symbols[kept], logprobs[kept]
     top = logprobs.max()
     logprobs = logprobs - top - np.log(np.exp(logprobs - top).sum())
-    return view.drawn(Candidates(symbols, logprobs), noise), mass
+    return view.sample(Candidates(symbols, logprobs), noise), mass

@@ -127,7 +127,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         scheduler, left, numbers = Scheduler(self._at_once), iter(pending), {}
         since = time.perf_counter()
         while True:
-            for at, arguments in islice(left, scheduler.room):
+            for at, arguments in islice(left, scheduler.free_slots):
                 options = {**reply_options(arguments[1], self.options), "sequence": at}
                 try:
                     stream = self._stream(arguments[0], options)
@@ -154,15 +154,15 @@ class EnsembleLM(LM):  # type: ignore[misc]
             options |= {"raw": True, "system": None}
         settings = self.ensemble.settings(**cast(Options, options))
         if context.messages is None:
-            prompts = self.ensemble.prompts(context.text, settings)
+            prompts = self.ensemble.encode_prompt(context.text, settings)
         else:
             messages = _with_system(context.messages, settings.system)
-            prompts = self.ensemble.prompts(
+            prompts = self.ensemble.encode_prompt(
                 messages, self.ensemble.settings(**cast(Options, options | {"system": None}))
             )
             if context.text:
                 prompts = self._begun(Context(context.text, messages))
-        return self.ensemble.writer(settings).stream(prompts)
+        return self.ensemble.context(settings).start(prompts)
 
     def _begun(self, context: Context) -> EncodedPrompt:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""

@@ -164,7 +164,7 @@ def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> di
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise ConfigError(f"there is no method {name!r}", hint)
     for one, method in out.values():
-        one.writer(one.settings(**cast(Options, {**options, "method": method, "seed": 0})))
+        one.context(one.settings(**cast(Options, {**options, "method": method, "seed": 0})))
     return out
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.core.mixing import mixed
+from mixlm.core.mixing import mix
 from mixlm.engines.base import LogitsRequest
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 
-def told_by_all(choices: Sequence[Choice]) -> Strategy:
+def ensemble_logprobs(choices: Sequence[Choice]) -> Strategy:
     """Return the strategy that makes these choices again, with the average's figures: log-probability, alternatives."""
 
     def strategy(step: DecodeStep) -> Flow:
@@ -29,7 +29,7 @@ def told_by_all(choices: Sequence[Choice]) -> Strategy:
                 (float(here.weights[i]), here.views[i].distribution(rows[0]))
                 for i, rows in zip(asked, replies, strict=True)
             ]
-            law = mixed(parts)
+            law = mix(parts)
             at = np.flatnonzero(law.ids == choice.symbol)
             logprob = float(law.logprobs[at[0]]) if at.size else -np.inf
             out.append(choice._replace(logprob=logprob, top_logprobs=here.top_logprobs(law)))

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixlm.core.detokenize import TextStream
+from mixlm.core.detokenize import StreamingDetokenizer
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Request, Response, Session
-from mixlm.errors import EngineError, MixlmError, ReplyCutError
-from mixlm.generation.ensemble_logprobs import told_by_all
+from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
+from mixlm.generation.ensemble_logprobs import ensemble_logprobs
 from mixlm.generation.member import Member
 from mixlm.generation.prompt_logprobs import prompt_tokens
-from mixlm.generation.sequence import Choice, MemberError, SequenceState, SpeculationStats, Strategy, run
+from mixlm.generation.sequence import Choice, MemberError, SequenceState, SpeculationStats, Strategy, drive
 from mixlm.routing import FixedRouter, PromptContext, Router
 from mixlm.types import Completion, FinishReason, Floats, Ids, MemberUsage, Token, TopLogprob, Usage
 from mixlm.units.base import Unit
@@ -44,26 +44,26 @@ class GenerationContext:
     members: Sequence[Member]
     strategy: Strategy
     sessions: Sequence[Session]
-    tally: SpeculationStats
-    heaviest: int = 0
+    speculation: SpeculationStats
+    heaviest_member: int = 0
 
     @property
-    def reader(self) -> Router:
+    def scoring_router(self) -> Router:
         """What weighs the members where they are asked about a given text."""
         if self.settings.method != "single":
             return self.router
-        return FixedRouter(np.eye(len(self.members))[self.heaviest])
+        return FixedRouter(np.eye(len(self.members))[self.heaviest_member])
 
-    def begin(self, prompts: EncodedPrompt) -> SequenceState:
+    def begin_sequence(self, prompts: EncodedPrompt) -> SequenceState:
         """Begin a sequence behind the members' prompts."""
         route = self.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
         return SequenceState(self.members, self.unit, prompts.ids, self.sessions, route)
 
-    def choose(self, writing: SequenceState, noise: Noise, most: int = 1) -> list[Choice]:
+    def decode_step(self, writing: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
         """Find what follows in a sequence, 1 to `most` symbols; its state is not changed."""
-        return run(writing.choose(self.strategy, noise, most), writing.answer)
+        return drive(writing.decode_step(self.strategy, noise, max_symbols), writing.answer)
 
-    def stream(self, prompts: EncodedPrompt) -> Generation:
+    def start(self, prompts: EncodedPrompt) -> Generation:
         """Begin a reply."""
         return Generation(self, prompts)
 
@@ -102,15 +102,15 @@ class Generation(Iterator[Token]):
     def __next__(self) -> Token:
         while not self.ready:
             try:
-                questions = self.questions()
+                questions = self.requests()
                 if self._writing is None or self.finished:
                     raise StopIteration
                 self.resume(self._writing.answer(questions))
             except MemberError as error:
-                self.without(error)
+                self.continue_without(error)
         return self.ready.popleft()
 
-    def questions(self) -> list[Request]:
+    def requests(self) -> list[Request]:
         """Return what the reply waits for. Empty when it is finished."""
         if self._questions is None and not self.finished:
             self._advance(None)
@@ -120,21 +120,27 @@ class Generation(Iterator[Token]):
         """Go on with the answers to `questions`, in their order."""
         self._advance(replies)
 
-    def without(self, error: MemberError) -> None:
+    def continue_without(self, error: MemberError) -> None:
         """Go on without the member that failed, if that was chosen and others are left. What was asked is void.
 
         Raises ReplyCutError, which carries what was written, where the reply ends here.
         """
         writing, reason = self._writing, error.message
-        if self._writer.settings.on_failure == "drop" and writing is not None and error.member not in writing.absent:
-            writing.absent.exclude(error.member, error)
+        if (
+            self._writer.settings.on_failure == "drop"
+            and writing is not None
+            and error.member not in writing.unavailable
+        ):
+            writing.unavailable.exclude(error.member, error)
             try:
                 return self._advance(error)
             except EngineError as last:
                 reason = f"{reason}; {last.message}"
         self._finish_reason = "error"
         name = self.members[error.member].name
-        cut = ReplyCutError(f"{name} failed in the middle of a reply: {reason}", error.hint, self.completion)
+        cut = GenerationInterruptedError(
+            f"{name} failed in the middle of a reply: {reason}", error.hint, self.completion
+        )
         self.fail(cut)
         raise cut from error
 
@@ -188,14 +194,14 @@ class Generation(Iterator[Token]):
 
     def _write(self) -> Generator[list[Request], list[Response], None]:
         writer, settings = self._writer, self._writer.settings
-        writing = self._writing = writer.begin(self._prompts)
+        writing = self._writing = writer.begin_sequence(self._prompts)
         # What a schema holds a reply to says where it ends.
         bare = settings.raw or settings.json_schema is not None
         stops = () if bare else {stop for one in writer.members for stop in one.engine.stops}
-        text = TextStream([*settings.stop, *stops])
+        text = StreamingDetokenizer([*settings.stop, *stops])
         if settings.score_prompt:
             given = (self._prompts.ids, self._prompts.text)
-            self._told = yield from prompt_tokens(writer.members, writer.unit, writer.reader, given)
+            self._told = yield from prompt_tokens(writer.members, writer.unit, writer.scoring_router, given)
         position = 0
         while position < settings.max_tokens and not writing.full:
             noise = Noise(settings.seed, settings.sequence, position)
@@ -215,19 +221,19 @@ class Generation(Iterator[Token]):
                     self._finish_reason = "stop"
                     return
             position += len(choices)
-            writing.absent.count(len(choices))
+            writing.unavailable.count(len(choices))
         self._emit(text.flush())
 
     def _choices(
         self, writing: SequenceState, noise: Noise, most: int
     ) -> Generator[list[Request], list[Response], list[Choice]]:
         """Choose what follows, anew where a member is left out meanwhile: of the first try, nothing is written."""
-        writing.absent.retry()
+        writing.unavailable.retry()
         while True:
             try:
-                choices = yield from writing.choose(self._writer.strategy, noise, most)
-                if self._writer.settings.told_by_all:
-                    choices = yield from writing.choose(told_by_all(choices), noise, len(choices))
+                choices = yield from writing.decode_step(self._writer.strategy, noise, most)
+                if self._writer.settings.wants_ensemble_logprobs:
+                    choices = yield from writing.decode_step(ensemble_logprobs(choices), noise, len(choices))
                 return choices
             except MemberError:
                 continue
@@ -251,7 +257,7 @@ class Generation(Iterator[Token]):
         parts = zip(self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True)
         for at, (one, prompt, session, before) in enumerate(parts):
             work = session.stats
-            absent = 0 if self._writing is None else self._writing.absent.positions[at]
+            absent = 0 if self._writing is None else self._writing.unavailable.positions[at]
             members[one.name] = MemberUsage(
                 prompt_tokens=len(prompt),
                 tokens=sum(token.member == one.name for token in self._tokens),
@@ -262,5 +268,5 @@ class Generation(Iterator[Token]):
             )
         size = sum(len(token.data) for token in self._tokens)
         seconds, first = self._end - self._start, self._first - self._start
-        tally = self._writer.tally
-        return Usage(len(self._tokens), size, seconds, first, members, tally.drafted, tally.accepted, tally.chosen)
+        tally = self._writer.speculation
+        return Usage(len(self._tokens), size, seconds, first, members, tally.drafted, tally.accepted, tally.plan)

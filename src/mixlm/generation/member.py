@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixlm.core.grammar import Bools, Grammar
-from mixlm.core.mixing import pooled
-from mixlm.core.sampling import History, Transform
+from mixlm.core.grammar import Grammar, TokenMask
+from mixlm.core.mixing import pool
+from mixlm.core.sampling import TokenHistory, Transform
 from mixlm.engines.base import Engine
 from mixlm.errors import UnsupportedError
 from mixlm.types import Candidates, Ids, LogitsRow
-from mixlm.units.base import doubled
+from mixlm.units.base import mark_duplicates
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,9 @@ class MemberOptions:
     grammar: what its tokens are held to. alone: whether the strategy asks it for nothing but what it draws itself.
     """
 
-    alternatives: int = 0
+    top_logprobs: int = 0
     grammar: Grammar | None = None
-    alone: bool = False
+    samples_only: bool = False
 
 
 class Member:
@@ -35,39 +35,39 @@ class Member:
     """
 
     def __init__(
-        self, engine: Engine, name: str, transform: Transform, symbols: Ids, manner: MemberOptions = MemberOptions()
+        self, engine: Engine, name: str, transform: Transform, symbols: Ids, options: MemberOptions = MemberOptions()
     ) -> None:
         self.engine = engine
         self.name = name
         self.transform = transform
         self.symbols = symbols
-        self.alternatives = manner.alternatives
-        self.grammar = manner.grammar
+        self.top_logprobs = options.top_logprobs
+        self.grammar = options.grammar
         # Whoever can write any byte can go on with any text.
-        self.may_be_stuck = manner.grammar is not None and bool(
-            (manner.grammar.byte_ids < 0).any() or (symbols[manner.grammar.byte_ids] < 0).any()
+        self.may_be_stuck = options.grammar is not None and bool(
+            (options.grammar.byte_ids < 0).any() or (symbols[options.grammar.byte_ids] < 0).any()
         )
-        self._doubled = doubled(symbols)
-        self.writes = manner.alone and engine.samples_itself(transform.sampling, transform.banned)
+        self._doubled = mark_duplicates(symbols)
+        self.samples_itself = options.samples_only and engine.samples_itself(transform.sampling, transform.banned)
         # What is drawn from a whole row is not drawn where the row was computed.
-        self.ahead = engine.ahead if manner.alone and transform.top_k_filter is not None else 0
-        if not self.writes:
+        self.run_ahead = engine.ahead if options.samples_only and transform.top_k_filter is not None else 0
+        if not self.samples_itself:
             _check_candidates(self)
 
     def distribution(
-        self, logits: LogitsRow, history: History | None = None, allowed: Bools | None = None
+        self, logits: LogitsRow, history: TokenHistory | None = None, allowed: TokenMask | None = None
     ) -> Candidates:
         """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
-        return self.pooled(self.transform(logits, history, allowed))
+        return self.map_to_symbols(self.transform(logits, history, allowed))
 
-    def pooled(self, own: Candidates) -> Candidates:
+    def map_to_symbols(self, own: Candidates) -> Candidates:
         """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
         ids, logprobs = own
         symbols = self.symbols[ids]
         twice = self._doubled[ids]
         if not twice.any():
             return Candidates(symbols, logprobs)
-        joined = pooled(symbols[twice], logprobs[twice])
+        joined = pool(symbols[twice], logprobs[twice])
         return Candidates(
             np.concatenate([symbols[~twice], joined.ids]), np.concatenate([logprobs[~twice], joined.logprobs])
         )
@@ -78,7 +78,7 @@ def _check_candidates(member: Member) -> None:
     engine, transform, symbols = member.engine, member.transform, member.symbols
     if engine.top_k_limit is None:
         return
-    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.ends
+    tokens, ends = engine.vocabulary.tokens, engine.vocabulary.end_ids
     # Tokens that the engine counts among its likeliest, and that may not be drawn here.
     unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     most = engine.top_k_limit - unshared
@@ -87,8 +87,8 @@ def _check_candidates(member: Member) -> None:
         found = "json_schema allows tokens from anywhere in the vocabulary"
     elif transform.bias is not None:
         found = "logit_bias moves tokens from anywhere in the vocabulary"
-    elif sampling.penalises:
-        found = f"{sampling.penalties[0]} moves tokens from anywhere in the vocabulary"
+    elif sampling.has_penalties:
+        found = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"
     elif not 1 <= sampling.top_k <= most:
         found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from mixlm.engines.base import Engine, Request, Response, Session, to_response
-from mixlm.errors import EngineError, MixlmError, ReplyCutError
+from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.generation.sequence import MemberError
 
@@ -52,8 +52,8 @@ class _Queue:
 class Scheduler:
     """Writes replies together. most: replies in progress; the others wait their turn, in order."""
 
-    def __init__(self, most: int = 16) -> None:
-        self.most = most
+    def __init__(self, max_active: int = 16) -> None:
+        self.max_active = max_active
         self._backlog: deque[Generation] = deque()
         self._queues: dict[int, _Queue] = {}
         self._active: list[Generation] = []
@@ -64,9 +64,9 @@ class Scheduler:
         self._threads: ThreadPoolExecutor | None = None
 
     @property
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """How many more replies could begin now."""
-        return self.most - len(self._active) - len(self._backlog)
+        return self.max_active - len(self._active) - len(self._backlog)
 
     @property
     def idle(self) -> bool:
@@ -123,8 +123,8 @@ class Scheduler:
     def _without(self, waiting: _Waiting, at: int, error: EngineError) -> None:
         """Let a reply go on without the member that failed, if it may: what it asked is void, and it asks anew."""
         try:
-            waiting.stream.without(MemberError(waiting.requests[at].member, error))
-        except ReplyCutError:
+            waiting.stream.continue_without(MemberError(waiting.requests[at].member, error))
+        except GenerationInterruptedError:
             self._end(waiting.stream)
             return
         waiting.void = True
@@ -135,7 +135,7 @@ class Scheduler:
     def _admit(self) -> list[Generation]:
         """Begin replies while there is room. Returns those that ended at once."""
         ended = []
-        while self._backlog and len(self._active) < self.most:
+        while self._backlog and len(self._active) < self.max_active:
             stream = self._backlog.popleft()
             self._active.append(stream)
             self._advance(stream, None)
@@ -148,7 +148,7 @@ class Scheduler:
         try:
             if replies is not None:
                 stream.resume(replies)
-            requests = stream.questions()
+            requests = stream.requests()
         except MixlmError as error:
             stream.fail(error)
             requests = []

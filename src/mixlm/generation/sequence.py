@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mixlm.core.rng import Noise
-from mixlm.core.sampling import History, top_logprobs
+from mixlm.core.sampling import TokenHistory, top_logprobs
 from mixlm.engines.base import Request, Response, SampleResponse, Session
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.generation.member import Member
@@ -31,7 +31,7 @@ class SpeculationStats:
 
     drafted: int = 0
     accepted: int = 0
-    chosen: str | None = None
+    plan: str | None = None
 
 
 class Choice(NamedTuple):
@@ -72,7 +72,7 @@ class MemberView:
         return int(self.member.symbols[token])
 
     @property
-    def cut(self) -> TopKFilter | None:
+    def top_k_filter(self) -> TopKFilter | None:
         """What of the member's logits its law depends on, None for all of them."""
         return self.member.transform.top_k_filter if self._matcher is None else None
 
@@ -86,9 +86,9 @@ class MemberView:
 
     def distribution(self, logits: LogitsRow) -> Candidates:
         """Return the member's distribution over symbols from its logits for `ids`: (vocab,), or what `cut` leaves."""
-        return self.law_here()(logits)
+        return self.bind_distribution()(logits)
 
-    def law_here(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
+    def bind_distribution(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
         """Return `law` for the text as it stands now, for logits that are known only when the text has grown.
 
         ids, text: what the member reads and what has been written, where that is not the text but a beginning of it.
@@ -103,28 +103,28 @@ class MemberView:
         written = self._state.tail(sys.maxsize) if text is None else text
         return lambda logits: self.member.distribution(logits, history, matcher.allowed(written))
 
-    def own(self, logits: LogitsRow) -> Candidates:
+    def token_distribution(self, logits: LogitsRow) -> Candidates:
         """Return the member's distribution over its own ids from its logits for `ids`: `A_i p_i`."""
         allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
         return self.member.transform(logits, self._history(), allowed)
 
-    def _history(self, ids: Ids | None = None) -> History | None:
+    def _history(self, ids: Ids | None = None) -> TokenHistory | None:
         """Return the tokens so far where the member's options look at them."""
-        if not self.member.transform.sampling.penalises:
+        if not self.member.transform.sampling.has_penalties:
             return None
         ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
-        return History.of(ids[:prompt], ids[prompt:])
+        return TokenHistory.from_tokens(ids[:prompt], ids[prompt:])
 
-    def draw(self, noise: Noise) -> Callable[[LogitsRow], SampleResponse]:
+    def sampler(self, noise: Noise) -> Callable[[LogitsRow], SampleResponse]:
         """Return the function that draws a symbol from the member's logits with the noise of this position."""
-        law = self.law_here()
+        law = self.bind_distribution()
 
         def choose(logits: LogitsRow) -> SampleResponse:
-            return self.drawn(law(logits), noise)
+            return self.sample(law(logits), noise)
 
         return choose
 
-    def drawn(self, law: Candidates, noise: Noise) -> SampleResponse:
+    def sample(self, law: Candidates, noise: Noise) -> SampleResponse:
         """Draw a symbol from a law of the member's. Raises UnsupportedError for an empty one."""
         if not law.ids.size:
             raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
@@ -146,8 +146,8 @@ class DecodeStep:
     noise: Noise
     views: Sequence[MemberView]
     push: Callable[[int], DecodeStep | None]
-    most: int = 1
-    absent: Container[int] = ()
+    max_symbols: int = 1
+    unavailable: Container[int] = ()
 
     def top_logprobs(self, law: Candidates) -> TopLogprobs:
         """Return the likeliest symbols of a law, as many as are told."""
@@ -180,7 +180,7 @@ class SequenceState:
         self.sessions = sessions
         self.route = route
         self.state = unit.initial_state(prompts)
-        self.absent = UnavailableMembers([one.engine.alive for one in members], [one.name for one in members])
+        self.unavailable = UnavailableMembers([one.engine.alive for one in members], [one.name for one in members])
         self._threads: ThreadPoolExecutor | None = None
         self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
         self._end = unit.end
@@ -197,16 +197,16 @@ class SequenceState:
         self.state.append(choice.symbol)
         self._room.written += len(self._unit.symbol_bytes(choice.symbol))
 
-    def choose(self, strategy: Strategy, noise: Noise, most: int = 1) -> Flow:
+    def decode_step(self, strategy: Strategy, noise: Noise, max_symbols: int = 1) -> Flow:
         """Let a strategy choose what follows, 1 to `most` symbols. The state is as before when it is done."""
         pushed: list[int] = []
 
         def step(at: Noise) -> DecodeStep:
-            weights = self._able(self.absent.weights(self.route(self.state)))
-            return DecodeStep(weights, at, self.views, partial(push, at), most - len(pushed), self.absent)
+            weights = self._able(self.unavailable.weights(self.route(self.state)))
+            return DecodeStep(weights, at, self.views, partial(push, at), max_symbols - len(pushed), self.unavailable)
 
         def push(at: Noise, symbol: int) -> DecodeStep | None:
-            if symbol == self._end or len(pushed) + 1 >= most:
+            if symbol == self._end or len(pushed) + 1 >= max_symbols:
                 return None
             pushed.append(symbol)
             self.append(Choice(symbol, 0, 0.0))
@@ -280,12 +280,12 @@ class ContextBudget:
         )
 
 
-def run(flow: Flow, answer: Callable[[list[Request]], list[Response]]) -> list[Choice]:
+def drive(flow: Flow, dispatch: Callable[[list[Request]], list[Response]]) -> list[Choice]:
     """Carry a strategy's questions to `answer` and back until it has chosen."""
     try:
         requests = next(flow)
         while True:
-            requests = flow.send(answer(requests))
+            requests = flow.send(dispatch(requests))
     except StopIteration as done:
         choices: list[Choice] = done.value
         return choices

@@ -25,7 +25,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:
     """Describe each member. Raises what `Ensemble.prompts` raises for the question."""
-    prompts = ensemble.prompts(question, ensemble.settings(**options)).ids
+    prompts = ensemble.encode_prompt(question, ensemble.settings(**options)).ids
     out = []
     for i, (one, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):
         engine, vocabulary = one.engine, one.engine.vocabulary
@@ -36,8 +36,8 @@ def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tu
                 weight=float(ensemble.weights[i]),
                 rows=vocabulary.size,
                 pieces=len(set(vocabulary.tokens) - {b""}),
-                control=len(vocabulary.control),
-                ends={vocabulary.name(end): end for end in sorted(vocabulary.ends)},
+                control=len(vocabulary.special_ids),
+                ends={vocabulary.name(end): end for end in sorted(vocabulary.end_ids)},
                 reading=dict(engine.reading),
                 details=dict(engine.details),
                 prompt=spelled(engine, ids),
@@ -77,7 +77,7 @@ def possibilities(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[Possi
 
 
 def _set_up(ensemble: Ensemble, options: dict[str, Any]) -> None:
-    ensemble.writer(ensemble.settings(**options))
+    ensemble.context(ensemble.settings(**options))
 
 
 def _refusal(attempt: Callable[[], object]) -> str | None:

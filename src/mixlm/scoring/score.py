@@ -95,7 +95,7 @@ def score_answers(
     for number, (prompt, answer) in enumerate(pairs, start=1):
         if not answer:
             raise ConfigError(f"answer {number} of {len(pairs)} is empty")
-        prompts = ensemble.prompts(prompt, settings)
+        prompts = ensemble.encode_prompt(prompt, settings)
         passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
     return _scored(ensemble, passages, progress, identities)
 
@@ -207,7 +207,7 @@ def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDAr
 def _end_logprob(engine: Engine, logits: Logits) -> float:
     """Return the natural log-probability that a text ends here. logits: (vocab,)."""
     values = logits.astype(np.float64)
-    ends = values[sorted(engine.vocabulary.ends)]
+    ends = values[sorted(engine.vocabulary.end_ids)]
     return float(np.logaddexp.reduce(ends) - np.logaddexp.reduce(values)) if ends.size else -math.inf
 
 

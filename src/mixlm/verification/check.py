@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import UNITS, Method, methods_of
+from mixlm.config import UNITS, Method, supported_methods
 from mixlm.core.options import Options
-from mixlm.decoding import refuse
+from mixlm.decoding import check_method
 from mixlm.ensemble import Ensemble, Prompt
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import EncodedPrompt
@@ -104,14 +104,14 @@ def check(
         raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     settings = ensemble.settings(**given)
-    refuse(settings.method, ensemble.unit.name)
-    prompts = ensemble.prompts(prompt, settings)
+    check_method(settings.method, ensemble.unit.name)
+    prompts = ensemble.encode_prompt(prompt, settings)
     reference = reference or Reference(ensemble)
-    _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.prompts(prompt, settings))
+    _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.encode_prompt(prompt, settings))
     methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
     if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
-    methods = [one for one in methods if one in methods_of(ensemble.unit.name)]
+    methods = [one for one in methods if one in supported_methods(ensemble.unit.name)]
     pairs: dict[str, list[Outcome]] = {}
     found: list[Comparison] = []
     for number, method in enumerate(methods):

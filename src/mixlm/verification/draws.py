@@ -21,10 +21,10 @@ _TOGETHER = 16
 
 def drawing(ensemble: Ensemble, settings: GenerationOptions) -> list[GenerationContext]:
     """Return what draws: one that remembers answers, or several at once where engines draw themselves."""
-    first = ensemble.writer(settings, [_Memo(member.engine.session()) for member in ensemble.members])
+    first = ensemble.context(settings, [_Memo(member.engine.session()) for member in ensemble.members])
     if not all(member.samples_itself for member in first.members):
         return [first]
-    return [ensemble.writer(settings) for _ in range(_TOGETHER)]
+    return [ensemble.context(settings) for _ in range(_TOGETHER)]
 
 
 def first_symbols(
@@ -66,13 +66,13 @@ def _outcome(
     writer: GenerationContext, prompts: EncodedPrompt, number: int
 ) -> Generator[list[Request], list[Response] | None, Outcome]:
     """Draw the first two symbols of one reply."""
-    writing = writer.begin(prompts)
+    writing = writer.begin_sequence(prompts)
     noise, end = Noise(writer.settings.seed, number), writer.unit.end
     found: list[int] = []
     while len(found) < 2 and end not in found:
         choices = yield from cast(
             Generator[list[Request], list[Response] | None, list[Choice]],
-            writing.choose(writer.strategy, noise.at(len(found)), 2 - len(found)),
+            writing.decode_step(writer.strategy, noise.at(len(found)), 2 - len(found)),
         )
         for choice in choices:
             found.append(choice.symbol)

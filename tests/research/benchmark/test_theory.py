@@ -10,8 +10,8 @@ import torch
 from tiny import LARGE, shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixlm.benchmark.prediction import Fit, drafted_cost, fitted, predicted
-from mixlm.benchmark.timing import Sample, contestants
+from mixlm.benchmark.prediction import ForwardCosts, drafted_cost, fit_forwards, predicted_speed
+from mixlm.benchmark.timing import TimedRun, contestants
 from mixlm.core.rng import Noise
 from mixlm.decoding.cost_model import mixture_cost, speculative_cost
 from mixlm.engines import EngineSpec
@@ -25,8 +25,8 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from research.benchmark import compare
-from research.benchmark.agreement import agreed
-from research.benchmark.roofline import H100, Machine, Need, served
+from research.benchmark.agreement import with_agreement
+from research.benchmark.roofline import H100, DeviceSpec, ForwardNeeds, batch_share
 
 
 def toys(weights: tuple[float, ...]) -> Ensemble:
@@ -40,11 +40,11 @@ def log(c: float, s: float, lengths: list[int]) -> list[Forward]:
 def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
     for c, s in ((0.05, 0.02), (0.3, 0.2)):
         forwards = [*log(c, s, [1, 2, 1, 3, 5, 1, 8, 2]), Forward(200, 0, 9.0), Forward(100, 7, 9.0)]
-        assert fitted(forwards) == pytest.approx((c, s))
-    assert fitted(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
+        assert fit_forwards(forwards) == pytest.approx((c, s))
+    assert fit_forwards(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
     slow = [one._replace(seconds=5.0) for one in log(0.05, 0.01, [1, 2, 4])]  # the first of each length
-    assert fitted([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
-    assert np.isnan(fitted([])[0])
+    assert fit_forwards([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
+    assert np.isnan(fit_forwards([])[0])
 
 
 def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
@@ -92,18 +92,18 @@ def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     [run] = compare(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
-        fit = Fit(np.array(c), np.zeros(2))
+        fit = ForwardCosts(np.array(c), np.zeros(2))
         expected = drafted_cost(those.weights, fit, (0, block, run.acceptance))
         assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 3000 == pytest.approx(expected, rel=0.06)
 
 
 def test_what_the_model_expects_of_each_method() -> None:
     those = toys((1, 3))
-    fit = Fit(np.array([0.1, 0.4]), np.zeros(2))
-    taken = [Sample(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
+    fit = ForwardCosts(np.array([0.1, 0.4]), np.zeros(2))
+    taken = [TimedRun(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
     kinds = ["single", "conventional", "mixture", "speculative", "drafted", "auto", "greedy"]
     found = [
-        predicted(those, one, taken, fit)
+        predicted_speed(those, one, taken, fit)
         for one in contestants(those, kinds, "the river", {"draft": "toy-0", "block": 1})
     ]
     speculative = speculative_cost(those.weights, fit.seconds, fit.slopes, (0, 1, 0.5))
@@ -118,7 +118,7 @@ def test_what_the_model_expects_of_each_method() -> None:
         None,
     ]
     [lookup] = contestants(those, ["speculative"], "the river", {"draft": "lookup"})
-    assert predicted(those, lookup, taken, fit) is None
+    assert predicted_speed(those, lookup, taken, fit) is None
 
 
 class Counting(ToyEngine):
@@ -136,7 +136,7 @@ class Counting(ToyEngine):
 
 @pytest.mark.parametrize("members", range(2, 9))
 def test_the_longest_queue_holds_two_of_n_plus_one_replies(members: int) -> None:
-    assert served(6400, members) == pytest.approx(2 / (members + 1), rel=0.02)
+    assert batch_share(6400, members) == pytest.approx(2 / (members + 1), rel=0.02)
 
 
 @pytest.mark.parametrize("members", [2, 3])
@@ -149,13 +149,13 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
         scheduler = Scheduler(48)
         streams: list[Generation] = []
         for number in range(48):
-            streams.append(those.writer(settings.with_turn(number)).stream(those.prompts("the river", settings)))
+            streams.append(those.context(settings.with_turn(number)).start(those.encode_prompt("the river", settings)))
             scheduler.add(streams[-1])
         for _ in range(60):  # all replies are under way
             scheduler.step()
         calls[method] = sum(one.replies for one in engines) / sum(one.calls for one in engines) / 48
     assert calls["conventional"] == 1.0
-    assert calls["mixture"] == pytest.approx(served(48, members), rel=0.08)
+    assert calls["mixture"] == pytest.approx(batch_share(48, members), rel=0.08)
     # A token takes one answer in mixture, and n in conventional.
     assert members * calls["mixture"] == pytest.approx(2 * members / (members + 1), rel=0.12)
 
@@ -165,7 +165,7 @@ def test_a_step_reads_every_weight_but_the_table_of_input_embeddings(name: str) 
     with torch.device("meta"):
         model = shape.described(SHAPES[name], torch.bfloat16)
     table = 0 if SHAPES[name]["tie_word_embeddings"] else model.get_input_embeddings().weight.numel()
-    assert Need.of(SHAPES[name]).weights == sum(one.numel() for one in model.parameters()) - table
+    assert ForwardNeeds.of(SHAPES[name]).weights == sum(one.numel() for one in model.parameters()) - table
 
 
 def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
@@ -173,7 +173,7 @@ def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
     session = engine.session()
     session.logits(np.arange(20))
     held = [one for pair in session.cache.reserve(0).layers.values() for one in pair]
-    assert sum(one.shape[0] * one.shape[2] for one in held) == Need.of(LARGE).cache
+    assert sum(one.shape[0] * one.shape[2] for one in held) == ForwardNeeds.of(LARGE).cache
 
 
 class Launches(TorchDispatchMode):
@@ -223,8 +223,8 @@ def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.Mon
 
 
 def test_members_cut_over_all_devices_are_n_times_as_fast_as_each_on_its_own_share() -> None:
-    free = Machine(H100.bandwidth, H100.compute)
-    need = Need.of(SHAPES["llama-3.1-8b"])
+    free = DeviceSpec(H100.bandwidth, H100.compute)
+    need = ForwardNeeds.of(SHAPES["llama-3.1-8b"])
     for members in (2, 4):
         # Conventional in parallel: each member on 8/n devices, all at once. Mixture: the one that is drawn, on all 8.
         assert need.seconds(free, devices=8 // members) / need.seconds(free, devices=8) == pytest.approx(members)
@@ -235,7 +235,7 @@ def test_members_cut_over_all_devices_are_n_times_as_fast_as_each_on_its_own_sha
 
 
 def test_reading_bounds_a_short_forward_and_arithmetic_a_long_one() -> None:
-    need = Need.of(SHAPES["qwen2.5-3b"])
+    need = ForwardNeeds.of(SHAPES["qwen2.5-3b"])
     assert need.seconds(H100) == need.bytes() / H100.bandwidth == need.seconds(H100, tokens=200)
     assert need.seconds(H100, tokens=1000) == need.operations(1000) / H100.compute
     assert need.seconds(H100, launches=1000) == 1000 * H100.launch > need.seconds(H100, launches=400)
@@ -243,7 +243,7 @@ def test_reading_bounds_a_short_forward_and_arithmetic_a_long_one() -> None:
 
 
 def test_agreed_members_take_no_more_forwards_than_the_rest_of_the_formulas_count() -> None:
-    those = agreed(toys((1, 1)), 1.0)
+    those = with_agreement(toys((1, 1)), 1.0)
     [one] = contestants(those, ["speculative"], "the river", {"draft": "toy-0", "block": 3})
     sample = one.measure(1, 400)
     assert sample.accepted == sample.checked > 0

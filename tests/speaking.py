@@ -8,14 +8,14 @@ from toys import table
 from trained import SENTENCEPIECE, encoder, trained
 
 from mixlm.engines.toy import ToyEngine
-from mixlm.tokenization.vocabulary import Family, token_bytes
+from mixlm.tokenization.vocabulary import TokenizerFamily, token_bytes
 
 
 @cache
 def speaking(kind: str, seed: int) -> ToyEngine:
     """A random table over a trained tokenizer's vocabulary."""
     tokenizer = trained(kind)
-    family = Family.SENTENCEPIECE if kind in SENTENCEPIECE else Family.BYTE_LEVEL
+    family = TokenizerFamily.SENTENCEPIECE if kind in SENTENCEPIECE else TokenizerFamily.BYTE_LEVEL
     spelled, control = token_bytes(tokenizer, family, kind)
     tokens = tuple(b"" if i in control else spelled.get(i, b"") for i in range(max(spelled) + 1))
     toy = ToyEngine(tokens, table(len(tokens) + 2, seed), name=f"{kind}:{seed}")

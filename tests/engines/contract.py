@@ -218,16 +218,16 @@ def test_a_failed_answer_to_many_leaves_all_sessions_usable(engine):
 def test_the_vocabulary_has_ends_among_its_control_tokens(engine):
     vocabulary = engine.vocabulary
     assert isinstance(vocabulary, Vocabulary)
-    assert vocabulary.ends
-    assert vocabulary.ends <= vocabulary.control
-    assert not any(vocabulary.tokens[i] for i in vocabulary.control)
+    assert vocabulary.end_ids
+    assert vocabulary.end_ids <= vocabulary.special_ids
+    assert not any(vocabulary.tokens[i] for i in vocabulary.special_ids)
 
 
 def test_the_engines_encoder_spells_text_in_its_own_tokens(engine):
     text = b" the river and of in"
     ids = engine.encoder.encode(text).ids
     assert b"".join(engine.vocabulary.tokens[i] for i in ids) == text
-    assert not set(ids) & engine.vocabulary.control
+    assert not set(ids) & engine.vocabulary.special_ids
 
 
 def test_a_raw_prompt_of_a_chat_and_of_a_text_can_be_run(engine):

@@ -22,7 +22,7 @@ from mixlm.engines.base import Engine, LogitsRequest
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, ReplyCutError, TokenizerError, UnsupportedError
+from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, TokenizerError, UnsupportedError
 from mixlm.types import Sampling, TopKFilter
 
 OPTIONS = {"seed": 2, "max_tokens": 24, "ignore_end": True, "top_k": 9}
@@ -64,7 +64,7 @@ def directly(engine: Engine, table) -> ToyEngine:
     ],
 )
 def test_the_law_of_a_token_is_that_of_the_model_asked_directly(engine, fake, sampling):
-    law = Transform(sampling, np.array(sorted(engine.vocabulary.control)))
+    law = Transform(sampling, np.array(sorted(engine.vocabulary.special_ids)))
     for ids in ([5, 6, 7], random_ids(engine, 30).tolist()):
         found, wanted = law(engine.session().logits(np.array(ids))[0]), law(fake.logits(ids))
         assert dict(zip(found.ids.tolist(), found.logprobs, strict=True)) == pytest.approx(
@@ -106,7 +106,7 @@ def test_what_is_improbable_beyond_float32_is_told_as_impossible(fake, loaded):
 
 def test_an_end_of_text_that_the_server_draws_is_told_as_any_token(fake, loaded):
     engine = loaded()
-    [end, *_] = engine.vocabulary.ends
+    [end, *_] = engine.vocabulary.end_ids
     table = fake.logits
     fake.logits = lambda ids, adapter=None: table(ids, adapter) + 30 * (np.arange(260) == end)
     found = engine.session().logits(np.array([5, 6, 7]))[0]
@@ -183,7 +183,7 @@ def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
 def test_as_many_tokens_are_asked_for_as_a_choice_needs_and_there_are(engine, fake):
     ids = random_ids(engine, 5)
     banned = np.sort(np.argsort(-fake.logits(ids.tolist()))[:245])
-    [found] = engine.respond([(engine.session(), LogitsRequest(0, ids, cut=TopKFilter(9, banned)))])
+    [found] = engine.respond([(engine.session(), LogitsRequest(0, ids, top_k_filter=TopKFilter(9, banned)))])
     assert [body["top_logprobs_num"] for body in fake.asked[-3:]] == [9 + 16, 4 * (9 + 16), 260]
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
@@ -370,6 +370,6 @@ def test_a_reply_ends_with_what_was_written_when_the_server_is_gone(engine, fake
     stream = Ensemble([MemberSpec(engine, "a")]).stream("three", **OPTIONS)
     begun = [next(stream) for _ in range(5)]
     fake.stop()
-    with pytest.raises(ReplyCutError, match="a failed in the middle of a reply") as raised:
+    with pytest.raises(GenerationInterruptedError, match="a failed in the middle of a reply") as raised:
         stream.finish()
     assert list(raised.value.completion.tokens[:5]) == begun

@@ -49,8 +49,8 @@ def test_a_byte_without_token_is_refused():
 def test_a_prompt_begins_with_the_token_before_the_end():
     one = ToyEngine(WORD_TOKENS)
     begin, end = len(WORD_TOKENS), len(WORD_TOKENS) + 1
-    assert one.vocabulary.ends == {end}
-    assert one.vocabulary.control == {begin, end}
+    assert one.vocabulary.end_ids == {end}
+    assert one.vocabulary.special_ids == {begin, end}
     assert one.prompts.raw("").tolist() == [begin]
     chat = one.prompts.chat([Message("user", "<end> the")]).tolist()
     assert chat[0] == begin

@@ -37,14 +37,14 @@ def assert_written(exact: Engine, run: GenerateRequest, written) -> None:
         [at] = np.flatnonzero(law.ids == token)
         assert logprob == pytest.approx(law.logprobs[at], abs=2e-3)
         ids = np.append(ids, token)
-    ended = [token in exact.vocabulary.ends for token in written.ids]
+    ended = [token in exact.vocabulary.end_ids for token in written.ids]
     assert not any(ended[:-1])
     assert ended[-1] or len(written.ids) == run.length
 
 
 @pytest.mark.parametrize("sampling", LAWS, ids=str)
 def test_what_it_draws_has_the_log_probabilities_of_our_law(engine, exact, sampling):
-    banned = np.array([*range(40, 120), *sorted(engine.vocabulary.control)])
+    banned = np.array([*range(40, 120), *sorted(engine.vocabulary.special_ids)])
     assert engine.samples_itself(sampling, banned)
     session = engine.session()
     for seed in range(3):

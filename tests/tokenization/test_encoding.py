@@ -13,8 +13,8 @@ from trained import ALL, CONTROL, EXACT, any_bytes, encoder, random_pieces, text
 
 from mixlm.engines.toy import LongestMatch
 from mixlm.tokenization.chat_template import PromptEncoder
-from mixlm.tokenization.incremental import Encoded, Encoder, Growing, TokenizerEncoder, utf8_runs
-from mixlm.tokenization.vocabulary import byte_alphabet, describe, family, token_bytes
+from mixlm.tokenization.incremental import Encoded, Encoder, IncrementalEncoder, TokenizerEncoder, utf8_runs
+from mixlm.tokenization.vocabulary import byte_alphabet, describe, detect_family, token_bytes
 
 PROSE = "The old river turns under the bridge, and 12 birds don't mind it. " * 150
 CUTS = st.lists(st.integers(1, 8), max_size=40)
@@ -31,9 +31,9 @@ def steps(data: bytes, lengths: list[int]) -> list[bytes]:
 
 def assert_grows(one: Encoder, prefixes: list[bytes]) -> None:
     """Whatever the steps in which a text came, its ids are those of the whole, and what is stable stays."""
-    growing, ids, settled = Growing(one), [], []
+    growing, ids, settled = IncrementalEncoder(one), [], []
     for prefix in prefixes:
-        fallen, new = growing.extend(bytearray(prefix))
+        fallen, new = growing.update(bytearray(prefix))
         kept = ids[: len(ids) - fallen]
         assert kept[: len(settled)] == settled
         ids, settled = kept + new, kept
@@ -127,10 +127,10 @@ class Counting:
 @pytest.mark.parametrize("name", ALL)
 def test_only_the_end_of_a_long_text_is_read_again(name):
     one = Counting(encoder(trained(name)))
-    growing = Growing(one)
+    growing = IncrementalEncoder(one)
     data = PROSE.encode()
     for end in range(7, len(data), 7):
-        growing.extend(data[:end])
+        growing.update(data[:end])
     assert max(one.lengths) < 100
 
 
@@ -148,7 +148,7 @@ def test_control_tokens_never_result_from_text(name, text, more):
 @example(data="क\u0959é".encode())
 def test_every_prefix_is_spelled_by_its_tokens_also_inside_a_character(name, data):
     tokenizer = trained(name)
-    tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
     one = encoder(tokenizer)
     if tokenizer.normalizer is not None and "NFC" in repr(tokenizer.normalizer):
         text = normalizers.NFC().normalize_str(data.decode(errors="ignore"))
@@ -233,7 +233,7 @@ def test_a_tokenizers_leading_space_is_known_and_taken_away(name, rule):
     tokenizer = trained(name)
     one = encoder(tokenizer)
     assert one.leading_space == rule
-    tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
     assert tokens[one.encode(b"river").ids[0]][:1] == b"r"
 
 
@@ -281,8 +281,8 @@ class TestRealTokenizers:
 
     def test_only_the_end_of_a_long_text_is_read_again(self, demo, name):
         one = Counting(demo[name])
-        growing = Growing(one)
+        growing = IncrementalEncoder(one)
         data = PROSE.encode()
         for end in range(7, len(data), 7):
-            growing.extend(data[:end])
+            growing.update(data[:end])
         assert max(one.lengths) < 100

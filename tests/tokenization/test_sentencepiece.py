@@ -20,8 +20,8 @@ from trained import CORPUS, any_bytes, texts
 
 from mixlm.engines.tokenizer_setup import load_tokenizer
 from mixlm.tokenization.chat_template import PromptEncoder
-from mixlm.tokenization.incremental import Growing, TokenizerEncoder
-from mixlm.tokenization.vocabulary import Family, describe, falls_back_to_bytes, family, token_bytes
+from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
+from mixlm.tokenization.vocabulary import TokenizerFamily, describe, detect_family, has_byte_fallback, token_bytes
 
 KINDS = [f"{model} {bytes_} {norm}" for model in ("bpe", "unigram") for bytes_ in ("bytes", "unknown")
          for norm in ("identity", "nmt_nfkc")]  # fmt: skip
@@ -70,9 +70,9 @@ def read(tmp_path_factory):
             (folder / "tokenizer.model").write_bytes(train(kind, **options))
             (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
             backend = load_tokenizer(str(folder), "bare").backend_tokenizer
-            assert family(describe(backend), "bare") is Family.SENTENCEPIECE
-            tokens, control = token_bytes(backend, Family.SENTENCEPIECE, "bare")
-            encoder = TokenizerEncoder(backend, Family.SENTENCEPIECE)
+            assert detect_family(describe(backend), "bare") is TokenizerFamily.SENTENCEPIECE
+            tokens, control = token_bytes(backend, TokenizerFamily.SENTENCEPIECE, "bare")
+            encoder = TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE)
             raw = PromptEncoder(encoder, {}, lambda _: "", leading_space=encoder.leading_space)
             known[key] = Read(backend, encoder, tokens, control, raw)
         return known[key]
@@ -87,7 +87,7 @@ def spelled(one: Read, data: bytes) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_single_byte_has_a_token_where_characters_fall_back_to_bytes(read, kind):
     one = read(kind)
-    assert falls_back_to_bytes(one.backend) is ("bytes" in kind)
+    assert has_byte_fallback(one.backend) is ("bytes" in kind)
     single = {data for data in one.tokens.values() if len(data) == 1}
     assert ({bytes([b]) for b in range(256)} <= single) is ("bytes" in kind)
     assert not any(data.startswith(b"<0x") for data in one.tokens.values())
@@ -162,10 +162,10 @@ def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(read, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_end_of_a_long_text_is_read_again(read, kind):
     one = Counting(read(kind).encoder)
-    growing = Growing(one)
+    growing = IncrementalEncoder(one)
     data = PROSE.encode()
     for end in range(7, len(data), 7):
-        growing.extend(data[:end])
+        growing.update(data[:end])
     assert max(one.lengths) < 100
 
 
@@ -205,4 +205,4 @@ def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma" if "Gemma" in name else "llama"}))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
         backend = load_tokenizer(str(tmp_path), "known").backend_tokenizer
-        assert TokenizerEncoder(backend, Family.SENTENCEPIECE).leading_space == rule
+        assert TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE).leading_space == rule

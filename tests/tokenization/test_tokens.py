@@ -13,7 +13,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mixlm.errors import TokenizerError
 from mixlm.tokenization.incremental import TokenizerEncoder, utf8_runs
-from mixlm.tokenization.vocabulary import Family, Vocabulary, byte_alphabet, describe, family, token_bytes
+from mixlm.tokenization.vocabulary import (
+    TokenizerFamily,
+    Vocabulary,
+    byte_alphabet,
+    describe,
+    detect_family,
+    token_bytes,
+)
 
 NFC = normalizers.NFC()
 HARD = [
@@ -39,12 +46,12 @@ def test_the_byte_alphabet_is_gpt2s():
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_family_is_told_from_the_tokenizer(name):
-    expected = Family.BYTE_LEVEL if name in BYTE_LEVEL else Family.SENTENCEPIECE
-    assert family(describe(trained(name)), name) is expected
+    expected = TokenizerFamily.BYTE_LEVEL if name in BYTE_LEVEL else TokenizerFamily.SENTENCEPIECE
+    assert detect_family(describe(trained(name)), name) is expected
 
 
 def test_a_byte_level_tokenizer_without_a_decoder_is_known_by_its_pre_tokenizer():
-    assert family({"decoder": None, "pre_tokenizer": {"type": "ByteLevel"}}, "x") is Family.BYTE_LEVEL
+    assert detect_family({"decoder": None, "pre_tokenizer": {"type": "ByteLevel"}}, "x") is TokenizerFamily.BYTE_LEVEL
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_other_families_are_refused_by_name(decoder, shown):
     if decoder is not None:
         tokenizer.decoder = decoder
     with pytest.raises(TokenizerError, match=f"the tokenizer of this-one cannot be mapped to bytes.*{shown}"):
-        family(describe(tokenizer), "this-one")
+        detect_family(describe(tokenizer), "this-one")
 
 
 def test_a_description_leaves_out_the_vocabulary():
@@ -72,7 +79,7 @@ def test_a_description_leaves_out_the_vocabulary():
 @pytest.mark.parametrize("name", ALL)
 def test_control_tokens_have_no_bytes_and_every_other_token_has(name):
     tokenizer = trained(name)
-    tokens, control = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+    tokens, control = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
     assert {tokenizer.token_to_id(one) for one in CONTROL} <= control
     assert not control & set(tokens)
     assert control | set(tokens) == set(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -82,24 +89,24 @@ def test_control_tokens_have_no_bytes_and_every_other_token_has(name):
 def test_single_bytes_are_spelled_in_each_familys_way():
     for name in EXACT:
         tokenizer = trained(name)
-        tokens, _ = token_bytes(tokenizer, family(describe(tokenizer), name), name)
+        tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
         assert {bytes([b]) for b in range(256)} <= set(tokens.values())
 
 
 def test_byte_spellings_are_text_where_a_tokenizer_does_not_fall_back_to_bytes():
     tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1}, []))
     tokenizer.decoder = decoders.Metaspace()
-    assert token_bytes(tokenizer, Family.SENTENCEPIECE, "x")[0] == {0: b"<0x0A>", 1: b" a"}
+    assert token_bytes(tokenizer, TokenizerFamily.SENTENCEPIECE, "x")[0] == {0: b"<0x0A>", 1: b" a"}
 
 
 def test_a_token_outside_the_byte_alphabet_is_refused():
     with pytest.raises(TokenizerError, match="token 0 of x, 'a b', is not spelled in the byte-level alphabet"):
-        token_bytes(Tokenizer(models.BPE({"a b": 0}, [])), Family.BYTE_LEVEL, "x")
+        token_bytes(Tokenizer(models.BPE({"a b": 0}, [])), TokenizerFamily.BYTE_LEVEL, "x")
 
 
 def test_added_tokens_that_are_not_special_are_text():
     tokenizer = trained("tools")
-    tokens, _ = token_bytes(tokenizer, Family.BYTE_LEVEL, "tools")
+    tokens, _ = token_bytes(tokenizer, TokenizerFamily.BYTE_LEVEL, "tools")
     assert tokens[tokenizer.token_to_id("<tool_call>")] == b"<tool_call>"
 
 
@@ -111,7 +118,7 @@ class Read:
             from mixlm.engines.tokenizer_setup import _make_special
 
             _make_special(tokenizer, control)
-        kind = family(describe(tokenizer), "a test's")
+        kind = detect_family(describe(tokenizer), "a test's")
         self.tokens, self.control = token_bytes(tokenizer, kind, "a test's")
         self.encoder = TokenizerEncoder(tokenizer, kind)
 
@@ -228,8 +235,8 @@ def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(
 
 
 def test_a_vocabulary_has_one_row_for_each_output_row():
-    vocabulary = Vocabulary.of({0: b"a", 1: b"b", 2: b"c", 9: b"z"}, 5, ends=[3, 7], control=[1, 8])
+    vocabulary = Vocabulary.of({0: b"a", 1: b"b", 2: b"c", 9: b"z"}, 5, end_ids=[3, 7], special_ids=[1, 8])
     assert vocabulary.size == 5
     assert vocabulary.tokens == (b"a", b"", b"c", b"", b"")
-    assert vocabulary.ends == {3}
-    assert vocabulary.control == {1, 3}
+    assert vocabulary.end_ids == {3}
+    assert vocabulary.special_ids == {1, 3}

@@ -11,22 +11,22 @@ from mixlm.units.piece import PieceUnit
 FIRST, SECOND = [b"a", b"ab", b"b", b"ab"], [b"b", b"abc", b"a", b"c"]
 
 
-def unit(*tokens, ends=(), control=()) -> PieceUnit:
-    vocabularies = [Vocabulary.of(dict(enumerate(one)), len(one) + 3, ends, control) for one in tokens]
-    return PieceUnit(vocabularies, [LongestMatch(one) for one in tokens])
+def unit(*tokens, end_ids=(), special_ids=()) -> PieceUnit:
+    vocabularies = [Vocabulary.of(dict(enumerate(pieces)), len(pieces) + 3, end_ids, special_ids) for pieces in tokens]
+    return PieceUnit(vocabularies, [LongestMatch(pieces) for pieces in tokens])
 
 
 def test_equal_bytes_are_one_symbol_whatever_their_ids():
-    both = unit(FIRST, SECOND, ends=[4, 5], control=[4, 6])
-    first, second = both.symbols(0), both.symbols(1)
+    pieces = unit(FIRST, SECOND, end_ids=[4, 5], special_ids=[4, 6])
+    first, second = pieces.symbols(0), pieces.symbols(1)
     assert first[1] == first[3]
     assert first[0] == second[2]
     assert first[2] == second[0]
-    assert len({*first[:4], *second[:4]}) == 5 == both.end
-    # Two ends are one symbol; the control token and nothing else is masked.
+    assert len({*first[:4], *second[:4]}) == 5 == pieces.end
+    # Two ends are one symbol; the special token and nothing else is masked.
     assert first[4:].tolist() == second[4:].tolist() == [5, 5, -1]
     for tokens, symbols in ((FIRST, first), (SECOND, second)):
-        assert [both.data(symbol) for symbol in symbols[:4]] == tokens
+        assert [pieces.symbol_bytes(symbol) for symbol in symbols[:4]] == tokens
 
 
 def test_rows_without_bytes_are_masked():
@@ -34,14 +34,14 @@ def test_rows_without_bytes_are_masked():
 
 
 def test_a_vocabulary_without_end_can_be_used():
-    both = unit(FIRST, SECOND)
-    assert both.end not in both.symbols(0)
+    pieces = unit(FIRST, SECOND)
+    assert pieces.end not in pieces.symbols(0)
 
 
 def test_each_member_reads_the_bytes_in_its_own_tokens():
-    both = unit(FIRST, SECOND)
-    state = both.begin([np.array([10]), np.array([20, 21])])
-    piece = {both.data(symbol): symbol for symbol in range(both.end)}
+    pieces = unit(FIRST, SECOND)
+    state = pieces.initial_state([np.array([10]), np.array([20, 21])])
+    piece = {pieces.symbol_bytes(symbol): symbol for symbol in range(pieces.end)}
     state.append(piece[b"a"])
     assert state.ids(0).tolist() == [10, 0]
     assert state.ids(1).tolist() == [20, 21, 2]
@@ -53,35 +53,35 @@ def test_each_member_reads_the_bytes_in_its_own_tokens():
 
 
 def test_what_a_member_reads_depends_on_the_text_alone():
-    those = unit(*VOCABULARIES)
+    pieces = unit(*VOCABULARIES)
     rng = np.random.default_rng(0)
     prompts = [np.array([99])] * len(VOCABULARIES)
-    usable = [symbol for symbol in range(those.end) if those.data(symbol)]
+    usable = [symbol for symbol in range(pieces.end) if pieces.symbol_bytes(symbol)]
     for _ in range(20):
-        state, text = those.begin(prompts), b""
+        state, text = pieces.initial_state(prompts), b""
         for symbol in rng.choice(usable, size=25):
             state.append(int(symbol))
-            text += those.data(int(symbol))
+            text += pieces.symbol_bytes(int(symbol))
             member = int(rng.integers(len(VOCABULARIES)))
             assert state.ids(member)[1:].tolist() == LongestMatch(VOCABULARIES[member]).encode(text).ids
 
 
-def test_a_text_that_was_cut_back_is_read_as_if_it_had_never_been_longer():
-    those = unit(*VOCABULARIES)
+def test_a_text_that_was_rolled_back_is_read_as_if_it_had_never_been_longer():
+    pieces = unit(*VOCABULARIES)
     rng = np.random.default_rng(1)
-    usable = [symbol for symbol in range(those.end) if those.data(symbol)]
-    state, written = those.begin([np.array([99])] * len(VOCABULARIES)), []
+    usable = [symbol for symbol in range(pieces.end) if pieces.symbol_bytes(symbol)]
+    state, symbols = pieces.initial_state([np.array([99])] * len(VOCABULARIES)), []
     for _ in range(400):
-        if written and rng.random() < 0.4:
-            count = int(rng.integers(0, min(len(written), 5) + 1))
-            state.cut(count)
-            written = written[: len(written) - count]
+        if symbols and rng.random() < 0.4:
+            count = int(rng.integers(0, min(len(symbols), 5) + 1))
+            state.rollback(count)
+            symbols = symbols[: len(symbols) - count]
         else:
-            written.append(int(rng.choice(usable)))
-            state.append(written[-1])
+            symbols.append(int(rng.choice(usable)))
+            state.append(symbols[-1])
         if rng.random() < 0.5:
             member = int(rng.integers(len(VOCABULARIES)))
-            text = b"".join(those.data(symbol) for symbol in written)
+            text = b"".join(pieces.symbol_bytes(symbol) for symbol in symbols)
             assert state.ids(member)[1:].tolist() == LongestMatch(VOCABULARIES[member]).encode(text).ids
             assert state.tail(7) == text[-7:]
 
@@ -94,12 +94,12 @@ class Counting(LongestMatch):
         return super().encode(data)
 
 
-def test_a_text_is_encoded_only_for_a_member_that_is_asked():
-    vocabularies = [Vocabulary.of(dict(enumerate(one)), len(one), [], []) for one in (FIRST, SECOND)]
+def test_a_text_is_encoded_only_for_the_member_whose_ids_are_read():
+    vocabularies = [Vocabulary.of(dict(enumerate(pieces)), len(pieces), [], []) for pieces in (FIRST, SECOND)]
     encoders = [Counting(FIRST), Counting(SECOND)]
-    state = PieceUnit(vocabularies, encoders).begin([np.array([0])] * 2)
+    state = PieceUnit(vocabularies, encoders).initial_state([np.array([0])] * 2)
     for _ in range(5):
         state.append(0)
     state.ids(0)
     state.ids(0)
-    assert [one.calls for one in encoders] == [1, 0]
+    assert [encoder.calls for encoder in encoders] == [1, 0]

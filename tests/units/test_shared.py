@@ -3,42 +3,42 @@ from __future__ import annotations
 import numpy as np
 
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.units.token import TokenUnit, conflict
+from mixlm.units.token import TokenUnit, vocabulary_conflict
 
 
-def vocabulary(tokens: str, size: int = 0, ends=(), control=()) -> Vocabulary:
-    return Vocabulary.of({i: c.encode() for i, c in enumerate(tokens)}, size or len(tokens), ends, control)
+def vocabulary(tokens: str, size: int = 0, end_ids=(), special_ids=()) -> Vocabulary:
+    return Vocabulary.of({i: c.encode() for i, c in enumerate(tokens)}, size or len(tokens), end_ids, special_ids)
 
 
 def test_equal_bytes_for_equal_ids_are_one_vocabulary_whatever_the_padding():
-    assert conflict([vocabulary("abc"), vocabulary("abc", size=8), vocabulary("abcd")]) is None
-    assert conflict([vocabulary("abc")]) is None
+    assert vocabulary_conflict([vocabulary("abc"), vocabulary("abc", size=8), vocabulary("abcd")]) is None
+    assert vocabulary_conflict([vocabulary("abc")]) is None
 
 
 def test_special_tokens_that_only_one_has_are_no_conflict():
-    assert conflict([vocabulary("abc", control=[2]), vocabulary("abx")]) is None
+    assert vocabulary_conflict([vocabulary("abc", special_ids=[2]), vocabulary("abx")]) is None
 
 
 def test_a_conflict_names_the_first_id_and_how_many_there_are():
-    assert conflict([vocabulary("abcd"), vocabulary("abcd"), vocabulary("axcy")]) == (
+    assert vocabulary_conflict([vocabulary("abcd"), vocabulary("abcd"), vocabulary("axcy")]) == (
         "2 ids spell different tokens, the first of them 1: b'b' and b'x'"
     )
 
 
 def test_symbols_are_the_shared_ids_and_one_end():
-    one = vocabulary("abcd", size=8, ends=[4, 5], control=[6])
-    other = vocabulary("abcde", size=6, ends=[5], control=[1])
-    unit = TokenUnit([one, other])
+    first = vocabulary("abcd", size=8, end_ids=[4, 5], special_ids=[6])
+    other = vocabulary("abcde", size=6, end_ids=[5], special_ids=[1])
+    unit = TokenUnit([first, other])
     assert unit.end == 8
-    # 1 is a control token of the other; 4 is text in the other only; 6 and 7 are a control token and padding.
+    # 1 is a special token of the other; 4 is text in the other only; 6 and 7 are a special token and padding.
     assert unit.symbols(0).tolist() == [0, -1, 2, 3, 8, 8, -1, -1]
     assert unit.symbols(1).tolist() == [0, -1, 2, 3, -1, 8]
-    assert [unit.data(i) for i in (0, 2, 3)] == [b"a", b"c", b"d"]
+    assert [unit.symbol_bytes(i) for i in (0, 2, 3)] == [b"a", b"c", b"d"]
 
 
 def test_the_state_is_the_ids_behind_each_members_prompt():
     unit = TokenUnit([vocabulary("abc"), vocabulary("abc")])
-    state = unit.begin([np.array([9, 8]), np.array([7])])
+    state = unit.initial_state([np.array([9, 8]), np.array([7])])
     assert state.ids(0).tolist() == [9, 8]
     for symbol in (2, 0, 2):
         state.append(symbol)

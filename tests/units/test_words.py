@@ -50,14 +50,14 @@ def words(pieces: list[str | bytes]) -> list[bytes]:
     ],
 )
 def test_where_words_begin(pieces, expected):
-    assert words(pieces) == [one.encode() for one in expected]
+    assert words(pieces) == [word.encode() for word in expected]
 
 
 @given(text=st.text(alphabet="日本語のテ한aé👍 \n", max_size=12), cuts=st.sets(st.integers(1, 30)))
 def test_no_character_is_split_between_words(text, cuts):
     data = text.encode()
-    places = [0, *sorted(one for one in cuts if one < len(data)), len(data)]
-    for word in words([data[a:b] for a, b in pairwise(places) if b > a]):
+    offsets = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
+    for word in words([data[a:b] for a, b in pairwise(offsets) if b > a]):
         assert not 0x80 <= word[0] < 0xC0 or not data[: data.index(word)]
 
 
@@ -65,40 +65,40 @@ TOKENS = [*VOCABULARIES[0], b"\n", b"\t\t", b"\x0b", b"\xe6\x97", b"\xa5", "本"
 
 
 @pytest.mark.parametrize("before", [b"", b"a", b" ", b"a\n", b"\xe6", "日".encode(), b"\xa0"])
-def test_the_table_of_symbols_says_what_the_rule_says(before):
+def test_word_starts_agree_with_the_rule(before):
     unit = ensemble([engine(TOKENS), engine(VOCABULARIES[2])], unit="word").unit
-    marks = unit.begins(np.arange(unit.end + 1), before)
-    assert marks.tolist() == [*(begins_word(unit.data(one), before) for one in range(unit.end)), True]
+    marks = unit.word_starts(np.arange(unit.end + 1), before)
+    assert marks.tolist() == [*(begins_word(unit.symbol_bytes(symbol), before) for symbol in range(unit.end)), True]
 
 
-def test_a_symbol_says_who_wrote_it():
-    those = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
-    unit = those.unit
+def test_a_symbol_belongs_to_one_member():
+    members = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    unit = members.unit
     seen: dict[int, tuple[int, bytes]] = {}
-    for member, one in enumerate(those.members):
-        vocabulary = one.engine.vocabulary
+    for member, spec in enumerate(members.members):
+        vocabulary = spec.engine.vocabulary
         for token, symbol in enumerate(unit.symbols(member).tolist()):
-            if token in vocabulary.ends:
+            if token in vocabulary.end_ids:
                 assert symbol == unit.end
-            elif token in vocabulary.control:
+            elif token in vocabulary.special_ids:
                 assert symbol == -1
             else:
-                assert (unit.owner(symbol), unit.data(symbol)) == (member, vocabulary.tokens[token])
+                assert (unit.owner(symbol), unit.symbol_bytes(symbol)) == (member, vocabulary.tokens[token])
                 assert seen.setdefault(symbol, (member, vocabulary.tokens[token])) == (member, vocabulary.tokens[token])
 
 
-def test_a_state_knows_whose_word_it_is_in_and_forgets_it_when_cut():
-    those = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
-    state = those.unit.begin([np.array([6]), np.array([8])])
+def test_a_state_knows_the_owner_of_its_word_also_after_a_rollback():
+    members = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    state = members.unit.initial_state([np.array([6]), np.array([8])])
     assert state.owner is None
-    a, c = (int(those.unit.symbols(i)[token]) for i, token in ((0, 0), (1, 2)))
+    a, c = (int(members.unit.symbols(i)[token]) for i, token in ((0, 0), (1, 2)))
     for symbol, owner in ((a, 0), (c, 1), (a, 0)):
         state.append(symbol)
         assert state.owner == owner
-    state.cut(0)
+    state.rollback(0)
     assert (state.owner, state.tail(9)) == (0, b"a ca")
-    state.cut(1)
+    state.rollback(1)
     assert (state.owner, state.tail(9), state.ids(0).tolist()) == (1, b"a c", [6, 0, 3])
-    assert state.begins_here()(np.array([a, c, those.unit.end])).tolist() == [False, True, True]
-    state.cut(2)
+    assert state.word_start_marker()(np.array([a, c, members.unit.end])).tolist() == [False, True, True]
+    state.rollback(2)
     assert (state.owner, state.tail(9)) == (None, b"")

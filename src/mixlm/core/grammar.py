@@ -25,7 +25,7 @@ from mixlm.errors import ConfigError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
 
-Bools = npt.NDArray[np.bool_]
+TokenMask = npt.NDArray[np.bool_]
 
 _WHITESPACE = r"( |\n {0,32})"
 # Bytes that JSON in UTF-8 may hold.
@@ -39,10 +39,10 @@ class Matcher:
     def __init__(self, parser: Any, vocabulary: Vocabulary) -> None:
         self._parser = parser
         self._size = vocabulary.size
-        self._ends = sorted(vocabulary.ends)
+        self._ends = sorted(vocabulary.end_ids)
         self._read = b""
 
-    def allowed(self, text: bytes) -> Bools | None:
+    def allowed(self, text: bytes) -> TokenMask | None:
         """Return the ids that keep the text a beginning of the language, (vocab,); its ends where it is complete.
 
         None for a text that is no beginning itself: a guess that is going to be given up. Raises ConfigError where the
@@ -78,7 +78,7 @@ class Grammar:
         return Matcher(self._parser.deep_copy(), self._vocabulary)
 
 
-class Grammars:
+class GrammarCache:
     """The grammars of an ensemble's members. Tries are made once, and the latest schemas kept; threads may share it."""
 
     def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
@@ -87,7 +87,7 @@ class Grammars:
         self._known: OrderedDict[str, list[Grammar]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, schema: Mapping[str, Any]) -> list[Grammar]:
+    def for_schema(self, schema: Mapping[str, Any]) -> list[Grammar]:
         """Return each member's grammar of a JSON schema.
 
         Raises ConfigError for a schema that cannot be held to, and where llguidance is not installed.

@@ -50,7 +50,7 @@ class LogitsRequest:
     member: int
     ids: Ids
     last: int = 1
-    cut: TopKFilter | None = None
+    top_k_filter: TopKFilter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class SampleRequest:
 
     member: int
     ids: Ids
-    choose: Callable[[Any], SampleResponse]
-    cut: TopKFilter | None = None
-    ahead: RunAheadHint | None = None
+    sample: Callable[[Any], SampleResponse]
+    top_k_filter: TopKFilter | None = None
+    run_ahead: RunAheadHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,11 +298,11 @@ class Engine(ABC):
     stops: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     details: Mapping[str, str] = MappingProxyType({})
-    reading: Mapping[str, str] = MappingProxyType({})
+    tokenizer_info: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
     top_k_limit: int | None = None
-    at_once: bool = False
+    asynchronous: bool = False
 
     @property
     def batch_key(self) -> int:
@@ -310,12 +310,12 @@ class Engine(ABC):
         return id(self)
 
     @property
-    def ahead(self) -> int:
+    def run_ahead_depth(self) -> int:
         """How many positions behind the one in question it wants to know of (`Draw.ahead`); 0 for none."""
         return 0
 
     @property
-    def weights(self) -> Mapping[Hashable, int]:
+    def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
         return {id(self): self.weights_bytes}
 
@@ -356,21 +356,21 @@ class Engine(ABC):
 
 def memory(engines: Iterable[Engine]) -> int:
     """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
-    return sum({key: size for one in engines for key, size in one.weights.items()}.values())
+    return sum({key: size for one in engines for key, size in one.weight_parts.items()}.values())
 
 
 def respond(session: Session, request: Request) -> Response:
     """Answer one request with a session's logits."""
     if isinstance(request, SampleRequest):
-        return request.choose(session.rows(request.ids, 1, request.cut)[0])
+        return request.sample(session.rows(request.ids, 1, request.top_k_filter)[0])
     if isinstance(request, GenerateRequest):
         return session.generate(request)
-    return session.rows(request.ids, request.last, request.cut)
+    return session.rows(request.ids, request.last, request.top_k_filter)
 
 
 def to_response(request: Request, found: Any) -> Response:
     """Return the reply to a request that was handed over with `Engine.begin`."""
-    return request.choose(found[0]) if isinstance(request, SampleRequest) else found
+    return request.sample(found[0]) if isinstance(request, SampleRequest) else found
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

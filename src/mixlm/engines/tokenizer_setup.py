@@ -19,7 +19,7 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, TokenizerError
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.incremental import TokenizerEncoder
 from mixlm.tokenization.sentencepiece import restore_leading_space
-from mixlm.tokenization.vocabulary import Family, Vocabulary, describe, family, token_bytes
+from mixlm.tokenization.vocabulary import TokenizerFamily, Vocabulary, describe, detect_family, token_bytes
 from mixlm.types import Message
 
 _PROBE = "0123456789"
@@ -32,7 +32,7 @@ class TokenizerSetup:
     spelled: id of each control token by its spelling. begin: ids in front of a text. ends: those a conversion noted.
     """
 
-    family: Family
+    family: TokenizerFamily
     encoder: TokenizerEncoder
     tokens: Mapping[int, bytes]
     names: Mapping[int, str]
@@ -46,7 +46,7 @@ class TokenizerSetup:
         """Read a tokenizer. Raises TokenizerError when its tokens cannot be mapped to bytes."""
         extra = _converted_notes(source)
         backend = tokenizer.backend_tokenizer
-        kind = family(describe(backend), name)
+        kind = detect_family(describe(backend), name)
         _make_special(backend, extra.get("control", []))
         tokens, control = token_bytes(backend, kind, name)
         names = {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()}
@@ -67,9 +67,9 @@ class TokenizerSetup:
         engine.prompts = PromptEncoder(self.encoder, self.spelled, renderer, self.begin, self.encoder.leading_space)
         engine.prompts.system = spec.system
         engine.stops = PLAIN_STOPS if renderer.plain else ()
-        engine.reading = {
+        engine.tokenizer_info = {
             "family": self.family.value,
-            "normaliser": self.encoder.normaliser,
+            "normaliser": self.encoder.normalizers,
             "leading space": self.encoder.leading_space,
             "template": "given" if spec.template is not None else "plain" if renderer.plain else "its own",
         }

@@ -34,7 +34,7 @@ class TopKOnlyEngine(Engine):
     def drawable(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which ids may be sampled: bool (vocab,)."""
         drawable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
-        drawable[list(self.vocabulary.ends)] = True
+        drawable[list(self.vocabulary.end_ids)] = True
         return drawable
 
     def whole_character(self) -> int:

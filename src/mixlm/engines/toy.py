@@ -92,10 +92,12 @@ class ToyEngine(Engine):
         size = len(tokens) + 2
         self.name = name
         names = {begin: "<begin>", end: "<end>"}
-        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), size, ends=[end], control=[begin, end], names=names)
+        self.vocabulary = Vocabulary.of(
+            dict(enumerate(tokens)), size, end_ids=[end], special_ids=[begin, end], names=names
+        )
         self.encoder = LongestMatch(tokens)
         self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, render, begin=[begin])
-        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
+        self.tokenizer_info = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
         self._writes = writes
@@ -116,7 +118,7 @@ class ToyEngine(Engine):
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
         """Whether it was told to; it cannot look back, as penalties do."""
-        return self._writes and not sampling.penalises
+        return self._writes and not sampling.has_penalties
 
 
 def render(messages: Sequence[Message]) -> str:
@@ -130,7 +132,7 @@ class ToySession(Session):
     def __init__(self, engine: ToyEngine) -> None:
         super().__init__(engine.context_length)
         self._table = engine.table
-        self._ends = engine.vocabulary.ends
+        self._ends = engine.vocabulary.end_ids
         self._context: list[int] = []
 
     def _truncate(self, length: int) -> int:

@@ -180,7 +180,7 @@ class _Part:
     def __init__(self, engine: Engine, context: Context, data: bytes) -> None:
         self.ids: Ids = np.array(engine.encoder.encode(data).ids, dtype=np.int64)
         self.bounds: npt.NDArray[np.int64] = np.cumsum([len(engine.vocabulary.tokens[i]) for i in self.ids])
-        prefix = engine.prompts.prefix(engine.vocabulary.ends)
+        prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
         before = context_ids(engine, context) if context.messages or context.text else np.array(prefix, dtype=np.int64)
         room = engine.context_length + 1 - len(self.ids)  # the last token is not run
         if room < len(prefix) + 1:

@@ -50,7 +50,7 @@ class Member:
         self._doubled = mark_duplicates(symbols)
         self.samples_itself = options.samples_only and engine.samples_itself(transform.sampling, transform.banned)
         # What is drawn from a whole row is not drawn where the row was computed.
-        self.run_ahead = engine.ahead if options.samples_only and transform.top_k_filter is not None else 0
+        self.run_ahead = engine.run_ahead_depth if options.samples_only and transform.top_k_filter is not None else 0
         if not self.samples_itself:
             _check_candidates(self)
 

@@ -29,7 +29,11 @@ def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tu
     out = []
     for i, (one, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):
         engine, vocabulary = one.engine, one.engine.vocabulary
-        earlier = [other.name for other in ensemble.members[:i] if other.engine.weights.keys() & engine.weights.keys()]
+        earlier = [
+            other.name
+            for other in ensemble.members[:i]
+            if other.engine.weight_parts.keys() & engine.weight_parts.keys()
+        ]
         out.append(
             MemberReport(
                 name=one.name,
@@ -38,7 +42,7 @@ def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tu
                 pieces=len(set(vocabulary.tokens) - {b""}),
                 control=len(vocabulary.special_ids),
                 ends={vocabulary.name(end): end for end in sorted(vocabulary.end_ids)},
-                reading=dict(engine.reading),
+                reading=dict(engine.tokenizer_info),
                 details=dict(engine.details),
                 prompt=spelled(engine, ids),
                 prompt_tokens=len(ids),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mixlm.types import Floats
-from mixlm.units.base import Text
+from mixlm.units.base import TextView
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class PromptContext:
     bits_per_byte: Callable[[], Floats]
 
 
-Route = Callable[[Text], Floats]
+Route = Callable[[TextView], Floats]
 
 
 class Router(Protocol):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mixlm.core.mixing import checked_weights
+from mixlm.core.mixing import normalized_weights
 from mixlm.routing.base import PromptContext, Route
 from mixlm.types import Floats
-from mixlm.units.base import Text
+from mixlm.units.base import TextView
 
 TAIL = 4096
 
@@ -25,7 +25,7 @@ class FunctionRouter:
     def begin(self, context: PromptContext) -> Route:
         """Return the function, bound to the prompt."""
 
-        def route(state: Text) -> Floats:
-            return checked_weights(self._function(context.text, state.tail(TAIL)), self._members)
+        def route(state: TextView) -> Floats:
+            return normalized_weights(self._function(context.text, state.tail(TAIL)), self._members)
 
         return route

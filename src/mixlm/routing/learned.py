@@ -16,7 +16,7 @@ from mixlm.errors import ConfigError
 from mixlm.routing.base import PromptContext, Route
 from mixlm.routing.features import FEATURES, TAIL, features
 from mixlm.types import Floats
-from mixlm.units.base import Text
+from mixlm.units.base import TextView
 
 
 class LearnedRouter:
@@ -31,16 +31,16 @@ class LearnedRouter:
     def begin(self, context: PromptContext) -> Route:
         """Return the gate on the prompt and the text so far."""
 
-        def route(state: Text) -> Floats:
+        def route(state: TextView) -> Floats:
             text = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
-            weights: Floats = self.weights(text, np.array([len(text)]))[0]
+            weights: Floats = self.weights_at(text, np.array([len(text)]))[0]
             return weights
 
         return route
 
-    def weights(self, text: bytes, places: npt.NDArray[np.int64]) -> Floats:
+    def weights_at(self, text: bytes, places: npt.NDArray[np.int64]) -> Floats:
         """Return the weights behind `text[:place]` for each place: float64 (places, members)."""
-        return gate(features(text, places), self.matrix)
+        return gate_weights(features(text, places), self.matrix)
 
     def save(self, path: str | Path) -> None:
         """Write the gate as JSON."""
@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
-def gate(inputs: Floats, matrix: Floats) -> Floats:
+def gate_weights(inputs: Floats, matrix: Floats) -> Floats:
     """Return `softmax(inputs · matrixᵀ)` by rows: float64 (rows, members)."""
     scores = inputs @ matrix.T
     scores -= scores.max(axis=1, keepdims=True)

@@ -48,7 +48,7 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
 
 def beginning(engine: Engine) -> Ids:
     """Return the ids that a member reads in front of a bare text, int64. Raises ConfigError where there are none."""
-    prefix = engine.prompts.prefix(engine.vocabulary.ends)
+    prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
     return np.array(prefix, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The ensembles that are served, by name."""
+"""The served models: ensembles by name."""
 
 from __future__ import annotations
 
@@ -10,71 +10,80 @@ from typing import Any
 
 from mixlm.config import UNITS, Method, UnitName, methods_of
 from mixlm.ensemble import Ensemble
-from mixlm.server.api_errors import ApiError, refused
+from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.types import Sampling
 from mixlm.units.token import conflict
 from mixlm.version import __version__
 
 
-class Served:
-    """An ensemble and the name that requests call it by. created: seconds since 1970.
+class ServedModel:
+    """An ensemble under the name by which requests select it.
 
-    The units that it was not loaded with are made when one is first asked for, on the same engines, and kept: there are
-    as many as there are names of units, and no request makes more.
+    Units other than the loaded one are built on first use, on the same engines, and kept. Requests cannot build more
+    than there are names of units.
+
+    Attributes:
+        name: The name in requests.
+        ensemble: The ensemble in the unit it was loaded with.
+        created: Unix time, in seconds.
+        units: The units its members can meet in, with the methods of each.
     """
 
     def __init__(self, name: str, ensemble: Ensemble) -> None:
         self.name = name
         self.ensemble = ensemble
         self.created = int(time.time())
-        self._conflict = conflict([one.engine.vocabulary for one in ensemble.members])
-        self._units = {ensemble.unit.name: ensemble}
-        self._making = Lock()
-
-    @property
-    def units(self) -> dict[str, tuple[Method, ...]]:
-        """The units that its members can meet in, and the methods of each."""
-        names = [one for one in UNITS if one != "auto" and (one != "token" or self._conflict is None)]
-        return {one: methods_of(one) for one in names}
+        self._conflict = conflict([member.engine.vocabulary for member in ensemble.members])
+        names = [unit for unit in UNITS if unit != "auto" and (unit != "token" or self._conflict is None)]
+        self.units: dict[str, tuple[Method, ...]] = {unit: methods_of(unit) for unit in names}
+        self._by_unit = {ensemble.unit.name: ensemble}
+        self._lock = Lock()
 
     def has_unit(self, unit: UnitName | None) -> bool:
-        """Whether `in_unit` has nothing to make."""
-        return unit in (None, "auto") or unit in self._units
+        """Whether `with_unit` returns at once."""
+        return unit in (None, "auto") or unit in self._by_unit
 
-    def in_unit(self, unit: UnitName | None) -> Ensemble:
-        """Return the ensemble in a unit; None and "auto" for the one it was loaded with.
+    def with_unit(self, unit: UnitName | None) -> Ensemble:
+        """Return the ensemble in a unit; None and "auto" select the loaded one.
 
-        The first time this looks at every token of every member, for up to a second: not for the event loop. Raises
-        ApiError where the members have no such unit.
+        The first call for a unit reads every member's vocabulary, for up to a second: not on the event loop.
+
+        Raises:
+            ApiError: The members cannot meet in this unit.
         """
         if unit is None or unit == "auto":
             return self.ensemble
         if unit not in self.units:
-            raise refused(
+            raise unsupported_field(
                 "mixlm.unit",
                 f"these members share no vocabulary ({self._conflict}); {', '.join(self.units)} are possible",
             )
-        if unit not in self._units:
-            with self._making:
-                if unit not in self._units:
-                    self._units[unit] = self.ensemble.with_unit(unit)
-        return self._units[unit]
+        with self._lock:
+            if unit not in self._by_unit:
+                self._by_unit[unit] = self.ensemble.with_unit(unit)
+            return self._by_unit[unit]
 
     @property
     def fingerprint(self) -> str:
-        """A short text that changes when equal requests may no longer be answered equally."""
-        one = self.ensemble
-        what = repr((one.names, one.weights.tolist(), one.unit.name, one.defaults.method, one.defaults.sampling))
-        return f"mixlm-{__version__}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+        """A text that changes when equal requests may no longer give equal completions."""
+        ensemble = self.ensemble
+        parts = (
+            ensemble.names,
+            ensemble.weights.tolist(),
+            ensemble.unit.name,
+            ensemble.defaults.method,
+            ensemble.defaults.sampling,
+        )
+        return f"mixlm-{__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what /v1/models says of it."""
-        one = self.ensemble
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry in /v1/models."""
+        ensemble, defaults = self.ensemble, self.ensemble.defaults
         members = [
             {"name": member.name, "weight": float(weight), "context_length": member.engine.context_length}
-            for member, weight in zip(one.members, one.weights, strict=True)
+            for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
         ]
-        plain = Sampling(**{**one.members[0].sampling, **one.defaults.sampling})
+        sampling = Sampling(**{**ensemble.members[0].sampling, **defaults.sampling})
         return {
             "id": self.name,
             "object": "model",
@@ -82,35 +91,34 @@ class Served:
             "owned_by": "mixlm",
             "mixlm": {
                 "members": members,
-                "unit": one.unit.name,
-                "method": one.defaults.method,
-                "methods": list(methods_of(one.unit.name)),
-                "units": {name: list(methods) for name, methods in self.units.items()},
-                "temperature": plain.temperature,
-                "top_k": plain.top_k,
-                "max_tokens": one.defaults.max_tokens,
+                "unit": ensemble.unit.name,
+                "method": defaults.method,
+                "methods": list(methods_of(ensemble.unit.name)),
+                "units": {unit: list(methods) for unit, methods in self.units.items()},
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "max_tokens": defaults.max_tokens,
             },
         }
 
 
-class Registry:
-    """Served ensembles by name. Raises nothing: names are distinct where it is built."""
+class ModelRegistry:
+    """The served models by name."""
 
     def __init__(self, ensembles: Mapping[str, Ensemble]) -> None:
-        self._served = {name: Served(name, one) for name, one in ensembles.items()}
+        self._models = {name: ServedModel(name, ensemble) for name, ensemble in ensembles.items()}
 
-    def __iter__(self) -> Iterator[Served]:
-        return iter(self._served.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
 
-    def find(self, name: str | None) -> Served:
-        """Return the ensemble of a name; of none, the only one. Raises ApiError when there is no such."""
-        if name is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
+    def get(self, name: str | None) -> ServedModel:
+        """Return a model by name; None selects the only one. Raises ApiError for an unknown or missing name."""
+        if name is None and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        names = ", ".join(self._models)
         if name is None:
-            raise ApiError(
-                400, f"model is missing; it is one of {', '.join(self._served)}", param="model", code="missing"
-            )
-        if name not in self._served:
-            known = ", ".join(self._served)
-            raise ApiError(404, f"there is no model {name!r}; there is {known}", param="model", code="model_not_found")
-        return self._served[name]
+            raise ApiError(400, f"model is missing; it must be one of {names}", param="model", code="missing")
+        if name not in self._models:
+            message = f"there is no model {name!r}; there is {names}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self._models[name]

@@ -77,9 +77,9 @@ class PromptEncoder:
         """Return the ids of a text to be continued as it stands; nothing in it is a control token."""
         return np.array([*self._begin, *self._text(text, first=True)], dtype=np.int64)
 
-    def prefix(self, ends: Collection[int]) -> list[int]:
+    def prefix(self, end_ids: Collection[int]) -> list[int]:
         """Return the ids that a bare text is scored behind: BOS, or an end-of-text where there is no BOS."""
-        return self._begin or sorted(ends)[:1]
+        return self._begin or sorted(end_ids)[:1]
 
     def _ids(self, rendered: str, mark: str) -> Ids:
         ids: list[int] = []

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, cast
 from unicodedata import category
 
-from mixlm.tokenization.vocabulary import SPACE, Family, byte_alphabet, describe
+from mixlm.tokenization.vocabulary import SPACE, TokenizerFamily, byte_alphabet, describe
 
 # Where a tokenizer puts a space of its own: nowhere; in front of a text; also behind every control token; or there even
 # if the text begins with a space already.
@@ -44,7 +44,7 @@ class _Settled(NamedTuple):
     seen: int
 
 
-class Growing:
+class IncrementalEncoder:
     """The canonical encoding of one text for one member; the text grows, and may be cut back."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -52,7 +52,7 @@ class Growing:
         self._settled = [_Settled(0, 0, 0)]
         self._ids = 0
 
-    def extend(self, data: bytes | bytearray) -> tuple[int, list[int]]:
+    def update(self, data: bytes | bytearray) -> tuple[int, list[int]]:
         """Read the whole text so far. Returns how many ids at the end of the last call fall, and those that follow.
 
         Only the part behind the last stable boundary is read.
@@ -65,7 +65,7 @@ class Growing:
             self._settled.append(_Settled(last.bytes + result.stable_bytes, last.ids + result.stable_ids, len(data)))
         return fallen, result.ids
 
-    def cut(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
         """Forget boundaries that only text behind the first `length` bytes has shown to be stable."""
         while self._settled[-1].seen > length:
             self._settled.pop()
@@ -105,22 +105,22 @@ class TokenizerEncoder:
     """
 
     leading_space: LeadingSpace
-    normaliser: str
+    normalizers: str
 
-    def __init__(self, tokenizer: Any, kind: Family) -> None:
+    def __init__(self, tokenizer: Any, kind: TokenizerFamily) -> None:
         from tokenizers import processors
 
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.leading_space = _take_leading_space(tokenizer)
-        self.normaliser = ", ".join(_changes(tokenizer)) or "none"
+        self.normalizers = ", ".join(_changes(tokenizer)) or "none"
         # What a post-processor does to ids is for prompts; what it does to offsets (trimming spaces) hides boundaries.
         tokenizer.post_processor = processors.Sequence([])
         self._tokenizer = tokenizer
         self._byte_ids = _byte_ids(tokenizer, kind)
-        self._boundary = _Words(tokenizer) if kind is Family.BYTE_LEVEL else _Pairs(tokenizer)
-        self._raw = {b: c for c, b in byte_alphabet().items()} if kind is Family.BYTE_LEVEL else None
+        self._boundary = _Words(tokenizer) if kind is TokenizerFamily.BYTE_LEVEL else _Pairs(tokenizer)
+        self._raw = {b: c for c, b in byte_alphabet().items()} if kind is TokenizerFamily.BYTE_LEVEL else None
         self._unknown = _unknown_id(tokenizer)
         self._disguises = _disguises(tokenizer)
 
@@ -322,8 +322,8 @@ def _load(base: Any, state: dict[str, Any]) -> Any:
     return getattr(Tokenizer.from_str(json.dumps(shell)), field)
 
 
-def _byte_ids(tokenizer: Any, kind: Family) -> dict[int, int]:
-    spelled = {b: c for c, b in byte_alphabet().items()} if kind is Family.BYTE_LEVEL else None
+def _byte_ids(tokenizer: Any, kind: TokenizerFamily) -> dict[int, int]:
+    spelled = {b: c for c, b in byte_alphabet().items()} if kind is TokenizerFamily.BYTE_LEVEL else None
     names = {b: spelled[b] if spelled else f"<0x{b:02X}>" for b in range(256)}
     found = {b: tokenizer.token_to_id(name) for b, name in names.items()}
     return {b: i for b, i in found.items() if i is not None}

@@ -24,7 +24,7 @@ SPACE = "▁"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Family(Enum):
+class TokenizerFamily(Enum):
     """How a tokenizer spells its tokens."""
 
     BYTE_LEVEL = "byte-level"
@@ -41,8 +41,8 @@ class Vocabulary:
     """
 
     tokens: tuple[bytes, ...]
-    ends: frozenset[int]
-    control: frozenset[int]
+    end_ids: frozenset[int]
+    special_ids: frozenset[int]
     names: tuple[str, ...] = ()
 
     @property
@@ -60,13 +60,13 @@ class Vocabulary:
         cls,
         tokens: Mapping[int, bytes],
         size: int,
-        ends: Iterable[int],
-        control: Iterable[int],
+        end_ids: Iterable[int],
+        special_ids: Iterable[int],
         names: Mapping[int, str] | None = None,
     ) -> Vocabulary:
         """Build from known bytes; ids without bytes are padding. Ids beyond the output layer cannot be drawn."""
-        end_ids = frozenset(one for one in ends if one < size)
-        control_ids = frozenset(one for one in control if one < size) | end_ids
+        end_ids = frozenset(one for one in end_ids if one < size)
+        control_ids = frozenset(one for one in special_ids if one < size) | end_ids
         rows = tuple(b"" if i in control_ids else tokens.get(i, b"") for i in range(size))
         spelled = tuple(names.get(i, "") for i in range(size)) if names is not None else ()
         return cls(rows, end_ids, control_ids, spelled)
@@ -91,7 +91,7 @@ def _parts(component: Any, field: str) -> list[dict[str, Any]]:
     return [component]
 
 
-def family(description: Mapping[str, Any], name: str) -> Family:
+def detect_family(description: Mapping[str, Any], name: str) -> TokenizerFamily:
     """Tell how a tokenizer spells tokens, from its description without the vocabulary (`describe`).
 
     Raises TokenizerError when it is neither byte-level nor SentencePiece.
@@ -100,10 +100,10 @@ def family(description: Mapping[str, Any], name: str) -> Family:
     kinds = {one["type"] for one in decoders}
     pre = {one["type"] for one in _parts(description.get("pre_tokenizer"), "pretokenizers")}
     if "ByteLevel" in kinds or (not kinds and "ByteLevel" in pre):
-        return Family.BYTE_LEVEL
+        return TokenizerFamily.BYTE_LEVEL
     spaces = any(d["type"] == "Replace" and d["pattern"].get("String") == SPACE for d in decoders)
     if "Metaspace" in kinds or spaces:
-        return Family.SENTENCEPIECE
+        return TokenizerFamily.SENTENCEPIECE
     found = ", ".join(sorted(kinds)) or "none"
     raise TokenizerError(
         f"the tokenizer of {name} cannot be mapped to bytes: its decoder is {found}",
@@ -120,7 +120,7 @@ def describe(tokenizer: Any) -> dict[str, Any]:
     return parts
 
 
-def falls_back_to_bytes(tokenizer: Any) -> bool:
+def has_byte_fallback(tokenizer: Any) -> bool:
     """Whether a `tokenizers.Tokenizer` spells characters that it has no token for byte by byte.
 
     BPE models say so themselves. Unigram models do not; their decoder joins the bytes again.
@@ -131,7 +131,7 @@ def falls_back_to_bytes(tokenizer: Any) -> bool:
     return type(tokenizer.model).__name__ == "Unigram" and any(one["type"] == "ByteFallback" for one in decoders)
 
 
-def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
+def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and its control ids, which have none.
 
     Raises TokenizerError when a token is not spelled in the family's alphabet.
@@ -139,12 +139,12 @@ def token_bytes(tokenizer: Any, kind: Family, name: str) -> tuple[dict[int, byte
     added = tokenizer.get_added_tokens_decoder()
     control = {i for i, token in added.items() if token.special}
     out = {i: token.content.encode() for i, token in added.items() if i not in control}
-    fallback = falls_back_to_bytes(tokenizer)
+    fallback = has_byte_fallback(tokenizer)
     alphabet = byte_alphabet()
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         if i in added:
             continue
-        if kind is Family.BYTE_LEVEL:
+        if kind is TokenizerFamily.BYTE_LEVEL:
             if not all(c in alphabet for c in token):
                 raise TokenizerError(f"token {i} of {name}, {token!r}, is not spelled in the byte-level alphabet")
             out[i] = bytes(alphabet[c] for c in token)

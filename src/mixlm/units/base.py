@@ -1,29 +1,50 @@
-"""What members share when they write one text: units, and the state of a text in them.
+"""What a unit is: the symbols that the members of an ensemble share, and the state of a text in them.
 
-A unit fixes three things: which tokens a member may draw, which shared symbol each of them stands for (the map `K_i`),
-and which tokens each member reads for a state (the function `τ_i`). Symbols are numbers; the last one is end-of-text.
+A unit fixes which tokens a member may sample, which shared symbol each of them stands for (the map `K_i`), and which
+tokens a member has for a text (the function `τ_i`). A symbol is an integer; the largest one is end-of-text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.config import METHODS, Method
 from mixlm.types import Ids
 
+MixtureStrategy = Literal["mixture", "word_mixture", "byte_mixture"]
 
-class Text(Protocol):
-    """What has been written so far, as it can be looked at."""
+
+@dataclass(frozen=True)
+class UnitTraits:
+    """What a unit can do. Code outside `units` asks for these, never for a unit's name or class.
+
+    methods: decoding methods that can sample the target distribution. mixture: the strategy behind the method
+    `mixture`. shared_vocabulary: equal ids are the same token for every member. full_distributions: one forward gives
+    a member's distribution over all symbols; where it does not, that distribution can be sampled and no more.
+    counts_bytes: a text is counted in bytes, and may end inside a member's token.
+    """
+
+    methods: tuple[Method, ...] = METHODS
+    mixture: MixtureStrategy = "mixture"
+    shared_vocabulary: bool = False
+    full_distributions: bool = True
+    counts_bytes: bool = False
+
+
+class TextView(Protocol):
+    """The text generated so far, to be read."""
 
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and its tokens for the text: int64 (n,), valid until the state changes."""
         ...
 
     def prompt_length(self, member: int) -> int:
-        """Return how many of `ids` are the prompt's."""
+        """Return the length of the member's prompt in tokens."""
         ...
 
     def tail(self, length: int) -> bytes:
@@ -31,64 +52,69 @@ class Text(Protocol):
         ...
 
 
-class State(Text, Protocol):
-    """What has been written so far, as every member reads it."""
+class TextState(TextView, Protocol):
+    """The text generated so far, as every member reads it; it grows at its end and can be rolled back."""
 
     def append(self, symbol: int) -> None:
         """Add a symbol that is not end-of-text."""
         ...
 
-    def cut(self, count: int) -> None:
-        """Take back the last `count` symbols."""
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` symbols."""
         ...
 
 
 class Unit(Protocol):
-    """A way for members to share a text, and the symbols it is written in."""
+    """The symbols in which members share one text. end: the symbol of end-of-text."""
 
     name: str
+    traits: UnitTraits
     end: int
 
     def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids, int64 (vocab,); -1 for those it may not draw."""
+        """Return the shared symbol of each of the member's ids, int64 (vocab,); -1 for ids it may not sample."""
         ...
 
-    def data(self, symbol: int) -> bytes:
-        """Return the bytes a symbol adds to the text."""
+    def symbol_bytes(self, symbol: int) -> bytes:
+        """Return the bytes that a symbol adds to the text."""
         ...
 
-    def begin(self, prompts: Sequence[Ids]) -> State:
-        """Return the empty state behind each member's prompt."""
+    def without_owner(self, symbols: Ids) -> Ids:
+        """Return symbols, int64 (n,), that are equal for equal bytes, whichever member they belong to."""
+        ...
+
+    def initial_state(self, prompts: Sequence[Ids]) -> TextState:
+        """Return the state of an empty text after each member's prompt."""
         ...
 
 
 class TokenBuffer:
-    """One member's tokens: a prompt, then a reply whose end may be taken back and written anew."""
+    """One member's tokens: a prompt, then tokens whose end can be replaced."""
 
     def __init__(self, prompt: Ids) -> None:
-        self._room = np.zeros(max(2 * prompt.size, 256), dtype=np.int64)
-        self._room[: prompt.size] = prompt
+        self._buffer = np.zeros(max(2 * prompt.size, 256), dtype=np.int64)
+        self._buffer[: prompt.size] = prompt
         self._length = prompt.size
 
-    def rewrite(self, fallen: int, ids: Sequence[int] | Ids) -> None:
-        """Drop the last `fallen` tokens and add `ids`."""
-        start = self._length - fallen
+    def replace_tail(self, dropped: int, ids: Sequence[int] | Ids) -> None:
+        """Drop the last `dropped` tokens and append `ids`."""
+        start = self._length - dropped
         self._length = start + len(ids)
-        if self._length > self._room.size:
-            room = np.zeros(2 * self._length, dtype=np.int64)
-            room[:start] = self._room[:start]
-            self._room = room
-        self._room[start : self._length] = ids
+        if self._length > self._buffer.size:
+            larger = np.zeros(2 * self._length, dtype=np.int64)
+            larger[:start] = self._buffer[:start]
+            self._buffer = larger
+        self._buffer[start : self._length] = ids
 
     @property
     def ids(self) -> Ids:
-        """All tokens, as a view that the next `rewrite` may change."""
-        return self._room[: self._length]
+        """All tokens, as a view that the next `replace_tail` may change."""
+        return self._buffer[: self._length]
 
 
-def doubled(symbols: Ids) -> npt.NDArray[np.bool_]:
-    """Mark the ids whose symbol another id has too, (vocab,): their probabilities have to be added up."""
-    drawn = symbols[symbols >= 0]
-    counts = np.bincount(drawn) if drawn.size else np.zeros(1, dtype=np.int64)
+def mark_duplicates(symbols: Ids) -> npt.NDArray[np.bool_]:
+    """Mark the ids that share their symbol with another id, (vocab,): their probabilities have to be added up."""
+    sampled = symbols[symbols >= 0]
+    counts = np.bincount(sampled) if sampled.size else np.zeros(1, dtype=np.int64)
     marks: npt.NDArray[np.bool_] = (symbols >= 0) & (counts[symbols] > 1)
     return marks

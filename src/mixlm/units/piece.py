@@ -1,8 +1,8 @@
-"""The unit `piece`: members of different vocabularies write tokens that meet as byte strings.
+"""The unit `piece`: members with different vocabularies, whose tokens meet as byte strings.
 
-Two tokens are one symbol when their bytes are equal, whatever ids or spellings they have; end-of-text of every kind is
-one symbol. The state is bytes. Each member reads `template ⊕ enc(bytes)`, its own canonical tokens of the whole text,
-so what it is asked depends on the text alone and never on who wrote which part.
+Two tokens are the same symbol when their bytes are equal, whatever their ids or spellings. All kinds of end-of-text are
+one symbol. The state of a text is its bytes. Each member reads `template ⊕ enc(bytes)`, its own canonical tokens of the
+whole text, so its distribution depends on the text alone and never on which member sampled which part.
 """
 
 from __future__ import annotations
@@ -11,83 +11,94 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.tokenization.incremental import Encoder, Growing
+from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import TokenBuffer
+from mixlm.units.base import TokenBuffer, UnitTraits
 
 
 class PieceUnit:
-    """Symbols number the distinct byte strings of all members' tokens."""
+    """Symbols number the distinct byte strings of all members' tokens.
+
+    Args:
+        vocabularies: One a member.
+        encoders: One a member.
+        first: Byte strings that get the first symbols, whether or not a member has a token for them.
+    """
 
     name = "piece"
+    traits = UnitTraits()
 
     def __init__(
         self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder], first: Sequence[bytes] = ()
     ) -> None:
         self._encoders = list(encoders)
-        table = {data: number for number, data in enumerate(first)}
+        symbol_of = {piece: symbol for symbol, piece in enumerate(first)}
         self._symbols = []
-        for one in vocabularies:
-            numbers = [table.setdefault(data, len(table)) if data else -1 for data in one.tokens]
-            self._symbols.append(np.array(numbers, dtype=np.int64))
-        self.end = len(table)
-        self._pieces = list(table)
-        for one, symbols in zip(vocabularies, self._symbols, strict=True):
-            symbols[list(one.ends)] = self.end
+        for vocabulary in vocabularies:
+            symbols = [symbol_of.setdefault(piece, len(symbol_of)) if piece else -1 for piece in vocabulary.tokens]
+            self._symbols.append(np.array(symbols, dtype=np.int64))
+        self.end = len(symbol_of)
+        self._pieces = list(symbol_of)
+        for vocabulary, array in zip(vocabularies, self._symbols, strict=True):
+            array[list(vocabulary.end_ids)] = self.end
 
     def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids; -1 for control tokens and padding."""
+        """Return the shared symbol of each of the member's ids; -1 for special tokens and padding."""
         return self._symbols[member]
 
-    def data(self, symbol: int) -> bytes:
+    def symbol_bytes(self, symbol: int) -> bytes:
         """Return the byte string of a symbol."""
         return self._pieces[symbol]
 
-    def begin(self, prompts: Sequence[Ids]) -> PieceState:
-        """Return the empty text behind each member's prompt."""
+    def without_owner(self, symbols: Ids) -> Ids:
+        """Return the symbols as they are: they belong to no member."""
+        return symbols
+
+    def initial_state(self, prompts: Sequence[Ids]) -> PieceState:
+        """Return the state of an empty text after each member's prompt."""
         return PieceState(self, self._encoders, prompts)
 
 
 class PieceState:
-    """The bytes written so far. A member's tokens are brought up to date when they are asked for."""
+    """The bytes generated so far. A member's tokens are brought up to date when `ids` asks for them."""
 
     def __init__(self, unit: PieceUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
         self._unit = unit
         self._text = bytearray()
-        self._lengths: list[int] = []
-        self._prompts = [prompt.size for prompt in prompts]
+        self._lengths: list[int] = []  # of the text in front of each symbol
+        self._prompt_lengths = [prompt.size for prompt in prompts]
         self._buffers = [TokenBuffer(prompt) for prompt in prompts]
-        self._growing = [Growing(one) for one in encoders]
-        self._read = [0] * len(prompts)
+        self._encodings = [IncrementalEncoder(encoder) for encoder in encoders]
+        self._encoded = [0] * len(prompts)  # length of the text that each buffer stands for
 
     def append(self, symbol: int) -> None:
         """Add a symbol's bytes to the text."""
         self._lengths.append(len(self._text))
-        self._text += self._unit.data(symbol)
+        self._text += self._unit.symbol_bytes(symbol)
 
-    def cut(self, count: int) -> None:
-        """Take back the last `count` symbols. What members read is brought up to date when they are asked."""
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` symbols."""
         if count == 0:
             return
         length = self._lengths[-count]
         del self._lengths[-count:], self._text[length:]
-        for member, growing in enumerate(self._growing):
-            growing.cut(length)
-            if self._read[member] > length:
-                self._read[member] = -1  # never the length of a text, so the next question reads it again
+        for member, encoding in enumerate(self._encodings):
+            encoding.truncate(length)
+            if self._encoded[member] > length:
+                self._encoded[member] = -1  # no text has this length, so the next `ids` encodes again
 
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and its canonical tokens of the text."""
-        if self._read[member] != len(self._text):
-            self._buffers[member].rewrite(*self._growing[member].extend(self._text))
-            self._read[member] = len(self._text)
+        if self._encoded[member] != len(self._text):
+            self._buffers[member].replace_tail(*self._encodings[member].update(self._text))
+            self._encoded[member] = len(self._text)
         return self._buffers[member].ids
 
     def prompt_length(self, member: int) -> int:
-        """Return the length of the member's prompt."""
-        return self._prompts[member]
+        """Return the length of the member's prompt in tokens."""
+        return self._prompt_lengths[member]
 
     def tail(self, length: int) -> bytes:
-        """Return the last bytes of the text."""
+        """Return at most the last `length` bytes of the text."""
         return bytes(self._text[max(len(self._text) - length, 0) :])

@@ -1,7 +1,7 @@
-"""The unit `token`: members that share a vocabulary write token by token.
+"""The unit `token`: members that share a vocabulary generate token by token.
 
-Whether they share one is decided by the tokens' bytes, not by names or sizes: ids that both use must spell the same.
-Rows that only one of them uses (padding, extra special tokens) are masked; end-of-text of every kind is one symbol.
+Members share a vocabulary when equal ids spell equal bytes, whatever names or sizes their tokenizers have. Ids that only
+some members use (padding rows, extra special tokens) are masked. All kinds of end-of-text are one symbol.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import TokenBuffer
+from mixlm.units.base import TokenBuffer, UnitTraits
 
 
-def conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
-    """Say why the members share no vocabulary, or return None when they do."""
+def vocabulary_conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
+    """Return why the members share no vocabulary, or None when they do."""
     first = vocabularies[0]
     for other in vocabularies[1:]:
-        both = zip(first.tokens, other.tokens, strict=False)
-        differing = [i for i, (a, b) in enumerate(both) if a and b and a != b]
+        pairs = zip(first.tokens, other.tokens, strict=False)
+        differing = [i for i, (a, b) in enumerate(pairs) if a and b and a != b]
         if differing:
             i, count = differing[0], len(differing)
             a, b = first.tokens[i], other.tokens[i]
@@ -29,65 +29,69 @@ def conflict(vocabularies: Sequence[Vocabulary]) -> str | None:
 
 
 class TokenUnit:
-    """Symbols are the shared ids; the state is the ids themselves."""
+    """Symbols are the shared ids, and the state of a text is the ids themselves."""
 
     name = "token"
+    traits = UnitTraits(shared_vocabulary=True)
 
     def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
-        self.end = max(one.size for one in vocabularies)
-        common = min(one.size for one in vocabularies)
-        spelled = [all(one.tokens[i] for one in vocabularies) for i in range(common)]
-        shared = np.flatnonzero(spelled)
+        self.end = max(vocabulary.size for vocabulary in vocabularies)
+        common_size = min(vocabulary.size for vocabulary in vocabularies)
+        shared = np.flatnonzero([all(v.tokens[i] for v in vocabularies) for i in range(common_size)])
         self._tokens = vocabularies[0].tokens
         self._symbols = []
-        for one in vocabularies:
-            symbols = np.full(one.size, -1, dtype=np.int64)
+        for vocabulary in vocabularies:
+            symbols = np.full(vocabulary.size, -1, dtype=np.int64)
             symbols[shared] = shared
-            symbols[list(one.ends)] = self.end
+            symbols[list(vocabulary.end_ids)] = self.end
             self._symbols.append(symbols)
 
     def symbols(self, member: int) -> Ids:
-        """Return the shared symbol of each of the member's ids; -1 for masked rows."""
+        """Return the shared symbol of each of the member's ids; -1 for masked ids."""
         return self._symbols[member]
 
-    def data(self, symbol: int) -> bytes:
+    def symbol_bytes(self, symbol: int) -> bytes:
         """Return the bytes of a shared id."""
         return self._tokens[symbol]
 
-    def begin(self, prompts: Sequence[Ids]) -> TokenState:
-        """Return the empty state behind each member's prompt."""
+    def without_owner(self, symbols: Ids) -> Ids:
+        """Return the symbols as they are: they belong to no member."""
+        return symbols
+
+    def initial_state(self, prompts: Sequence[Ids]) -> TokenState:
+        """Return the state of an empty text after each member's prompt."""
         return TokenState(self, prompts)
 
 
 class TokenState:
-    """The shared ids written so far, behind each member's own prompt."""
+    """The shared ids generated so far, after each member's own prompt."""
 
     def __init__(self, unit: TokenUnit, prompts: Sequence[Ids]) -> None:
         self._unit = unit
-        self._prompts = [prompt.size for prompt in prompts]
+        self._prompt_lengths = [prompt.size for prompt in prompts]
         self._buffers = [TokenBuffer(prompt) for prompt in prompts]
 
     def append(self, symbol: int) -> None:
         """Add one shared id."""
         for buffer in self._buffers:
-            buffer.rewrite(0, [symbol])
+            buffer.replace_tail(0, [symbol])
 
-    def cut(self, count: int) -> None:
-        """Take back the last `count` ids."""
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` ids."""
         for buffer in self._buffers:
-            buffer.rewrite(count, [])
+            buffer.replace_tail(count, [])
 
     def ids(self, member: int) -> Ids:
         """Return the member's prompt and the shared ids."""
         return self._buffers[member].ids
 
     def prompt_length(self, member: int) -> int:
-        """Return the length of the member's prompt."""
-        return self._prompts[member]
+        """Return the length of the member's prompt in tokens."""
+        return self._prompt_lengths[member]
 
     def tail(self, length: int) -> bytes:
-        """Return the last bytes of the text."""
-        written = self._buffers[0].ids[self._prompts[0] :]
-        # A token has a byte at least, so no more than `length` of them are needed.
-        data = b"".join(self._unit.data(int(i)) for i in written[max(len(written) - length, 0) :])
+        """Return at most the last `length` bytes of the text."""
+        generated = self._buffers[0].ids[self._prompt_lengths[0] :]
+        # Every token has at least one byte, so the last `length` tokens suffice.
+        data = b"".join(self._unit.symbol_bytes(int(i)) for i in generated[max(len(generated) - length, 0) :])
         return data[max(len(data) - length, 0) :]

@@ -1,9 +1,9 @@
-"""The unit `word`: one coin a word. The drawn member writes the whole word, and decides where it ends.
+"""The unit `word`: one coin a word. The sampled member generates the whole word and decides where it ends.
 
-Members meet in words, whatever tokens they write them in: `r(w | s) = Σ_i λ_i(s) P_i(w | s)`, where s is a text in
-which a word has just ended, and `P_i(w | s)` is the probability that member i, made to begin a word there, writes w and
-then ends it. No member continues another's half word. No average over tokens has this law, so there is no
-`conventional` and no `greedy` for it.
+Members meet in words, whatever tokens they spell them with: `r(w | s) = Σ_i λ_i(s) P_i(w | s)`, where s is a text in
+which a word has just ended, and `P_i(w | s)` is the probability that member i, conditioned on beginning a word there,
+generates w and then ends it. No member continues another member's word. No average over tokens has this distribution,
+so the unit has neither `conventional` nor `greedy`.
 
 Where a word begins is a rule on bytes. A symbol begins a word when
 
@@ -12,12 +12,13 @@ Where a word begins is a rule on bytes. A symbol begins a word when
     its first byte is 0xE3 to 0xE9: it begins with a character from U+3000 to U+9FFF, which are the punctuation, kana
     and ideographs of scripts that put no spaces between words.
 
-So a word brings the whitespace in front of it, all of it: a line break with the indentation behind it and the first
-word of the line are one. The other bytes of a character are from 0x80 to 0xBF and begin nothing, so no character is
-split. Hangul has spaces, and is outside the range. Symbols are never cut: where a word begins inside one (".\\n",
-"of the") is no place for a coin.
+So a word includes all the whitespace in front of it: a line break, the indentation after it and the first word of the
+line are one word. The other bytes of a character are 0x80 to 0xBF and begin no word, so no character is split. Hangul
+uses spaces and is outside the range. Symbols are never split: where a word begins inside a symbol (".\\n", "of the"),
+no coin is tossed.
 
-A symbol says who wrote it as well as its bytes, so that the state, a function of the symbols, knows whose word it is.
+A symbol identifies the member that generated it as well as its bytes. The state, a function of the symbols, therefore
+knows the owner of the current word.
 """
 
 from __future__ import annotations
@@ -30,25 +31,31 @@ import numpy.typing as npt
 from mixlm.core.rng import Noise
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Ids, Likeliest
+from mixlm.types import Ids, TopLogprobs
+from mixlm.units.base import UnitTraits
 from mixlm.units.piece import PieceState, PieceUnit
 
 WHITESPACE = b" \t\n\v\f\r"
 _UNSPACED = range(0xE3, 0xEA)
-_NEVER, _BEHIND_TEXT, _ALWAYS = 0, 1, 2
+_NEVER, _AFTER_TEXT, _ALWAYS = 0, 1, 2
 
 
 def begins_word(symbol: bytes, before: bytes) -> bool:
-    """Tell whether a symbol's bytes, not empty, begin a word behind the text `before`."""
+    """Return whether a symbol's bytes, not empty, begin a word after the text `before`.
+
+    >>> begins_word(b" the", b"in"), begins_word(b"the", b"in "), begins_word(b" ", b"\\n")
+    (True, False, False)
+    """
     if symbol[0] in _UNSPACED:
         return True
     return symbol[0] in WHITESPACE and bool(before) and before[-1] not in WHITESPACE
 
 
 class WordUnit(PieceUnit):
-    """Symbols number the distinct byte strings of all members' tokens, once for each member that may write them."""
+    """Symbols number the distinct byte strings of all members' tokens, once for each member that may generate them."""
 
     name = "word"
+    traits = UnitTraits(("mixture", "single", "auto"), "word_mixture", full_distributions=False)
 
     def __init__(self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder]) -> None:
         super().__init__(vocabularies, encoders)
@@ -58,84 +65,84 @@ class WordUnit(PieceUnit):
             ends = symbols == self._count
             symbols[symbols >= 0] += member * self._count
             symbols[ends] = self.end
-        firsts = [one[0] for one in self._pieces]
-        kinds = [_ALWAYS if b in _UNSPACED else _BEHIND_TEXT if b in WHITESPACE else _NEVER for b in firsts]
+        first_bytes = [piece[0] for piece in self._pieces]
+        kinds = [_ALWAYS if b in _UNSPACED else _AFTER_TEXT if b in WHITESPACE else _NEVER for b in first_bytes]
         self._kinds = np.array([*kinds * len(vocabularies), _ALWAYS], dtype=np.int8)
 
-    def data(self, symbol: int) -> bytes:
+    def symbol_bytes(self, symbol: int) -> bytes:
         """Return the byte string of a symbol."""
         return self._pieces[symbol % self._count]
 
-    def unowned(self, symbols: Ids) -> Ids:
-        """Return symbols, int64 (n,), as those of the first member: equal for equal bytes, whoever writes them."""
-        own = (symbols >= 0) & (symbols != self.end)
-        numbers: Ids = np.where(own, symbols % self._count, symbols)
+    def without_owner(self, symbols: Ids) -> Ids:
+        """Return symbols, int64 (n,), as those of the first member: equal for equal bytes."""
+        owned = (symbols >= 0) & (symbols != self.end)
+        numbers: Ids = np.where(owned, symbols % self._count, symbols)
         return numbers
 
     def owner(self, symbol: int) -> int:
-        """Return the member that writes a symbol, which is not end-of-text."""
+        """Return the member that a symbol belongs to; the symbol is not end-of-text."""
         return symbol // self._count
 
-    def begins(self, symbols: Ids, before: bytes) -> npt.NDArray[np.bool_]:
-        """Mark the symbols, (n,), that begin a word behind the text `before`, of which the last byte is enough."""
-        behind_text = bool(before) and before[-1] not in WHITESPACE
-        marks: npt.NDArray[np.bool_] = self._kinds[symbols] >= (_BEHIND_TEXT if behind_text else _ALWAYS)
+    def word_starts(self, symbols: Ids, before: bytes) -> npt.NDArray[np.bool_]:
+        """Mark the symbols, (n,), that begin a word after the text `before`; its last byte is enough."""
+        after_text = bool(before) and before[-1] not in WHITESPACE
+        marks: npt.NDArray[np.bool_] = self._kinds[symbols] >= (_AFTER_TEXT if after_text else _ALWAYS)
         return marks
 
-    def begin(self, prompts: Sequence[Ids]) -> WordState:
-        """Return the empty text behind each member's prompt."""
+    def initial_state(self, prompts: Sequence[Ids]) -> WordState:
+        """Return the state of an empty text after each member's prompt."""
         return WordState(self, self._encoders, prompts)
 
 
 class WordState(PieceState):
-    """The bytes written so far, and whose word they end in."""
+    """The bytes generated so far, and the owner of the word they end in."""
 
     def __init__(self, unit: WordUnit, encoders: Sequence[Encoder], prompts: Sequence[Ids]) -> None:
         super().__init__(unit, encoders, prompts)
-        self._words = unit
-        self._written: list[int] = []
-        # What members have drawn, with the text in front of it: what has been taken back may be written again.
-        self._drawn: dict[tuple[int, Noise], tuple[bytes, tuple[int, float, Likeliest]]] = {}
+        self._word_unit = unit
+        self._symbols: list[int] = []
+        # Samples by member and noise, each with the text in front of it: a rolled back text may be generated again.
+        self._samples: dict[tuple[int, Noise], tuple[bytes, tuple[int, float, TopLogprobs]]] = {}
 
     @property
-    def last(self) -> int | None:
-        """The last symbol; None where nothing is written."""
-        return self._written[-1] if self._written else None
+    def last_symbol(self) -> int | None:
+        """The last symbol; None for an empty text."""
+        return self._symbols[-1] if self._symbols else None
 
     @property
     def owner(self) -> int | None:
-        """The member that wrote the last symbol; None where nothing is written."""
-        return self._words.owner(self._written[-1]) if self._written else None
+        """The member that generated the last symbol; None for an empty text."""
+        return self._word_unit.owner(self._symbols[-1]) if self._symbols else None
 
     def append(self, symbol: int) -> None:
-        """Add a symbol's bytes to the text; its member has the word."""
+        """Add a symbol's bytes to the text; its member owns the word."""
         super().append(symbol)
-        self._written.append(symbol)
+        self._symbols.append(symbol)
 
-    def cut(self, count: int) -> None:
-        """Take back the last `count` symbols."""
-        super().cut(count)
-        del self._written[len(self._written) - count :]
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` symbols."""
+        super().rollback(count)
+        del self._symbols[len(self._symbols) - count :]
 
     def text(self) -> bytes:
         """Return the text so far."""
         return bytes(self._text)
 
-    def begins_here(self) -> Callable[[Ids], npt.NDArray[np.bool_]]:
-        """Return the function that marks the symbols, (n,), that begin a word behind the text as it stands now."""
+    def word_start_marker(self) -> Callable[[Ids], npt.NDArray[np.bool_]]:
+        """Return the function that marks the symbols, (n,), that begin a word after the text as it stands now."""
         before = self.tail(1)
-        return lambda symbols: self._words.begins(symbols, before)
+        return lambda symbols: self._word_unit.word_starts(symbols, before)
 
-    def drawn(self, member: int, noise: Noise) -> tuple[int, float, Likeliest] | None:
-        """Return what a member is known to draw here with some noise: a symbol and its log-probability."""
-        found = self._drawn.get((member, noise))
-        return found[1] if found is not None and found[0] == self._text else None
+    def cached_sample(self, member: int, noise: Noise) -> tuple[int, float, TopLogprobs] | None:
+        """Return what a member samples here with some noise, if that is known: symbol, log-probability, top logprobs."""
+        entry = self._samples.get((member, noise))
+        return entry[1] if entry is not None and entry[0] == self._text else None
 
-    def learn(self, member: int, noise: Noise, before: bytes, drawn: tuple[int, float, Likeliest]) -> None:
-        """Remember what a member draws behind a text with some noise."""
-        self._drawn[member, noise] = before, drawn
+    def cache_sample(self, member: int, noise: Noise, before: bytes, sample: tuple[int, float, TopLogprobs]) -> None:
+        """Keep what a member samples after the text `before` with some noise."""
+        self._samples[member, noise] = before, sample
 
-    def forget(self) -> None:
-        """Forget what was drawn behind texts that are shorter than this one."""
-        for key in [key for key, (before, _) in self._drawn.items() if len(before) < len(self._text)]:
-            del self._drawn[key]
+    def evict_stale_samples(self) -> None:
+        """Drop the samples that belong to texts shorter than this one."""
+        for key in [key for key, (before, _) in self._samples.items() if len(before) < len(self._text)]:
+            del self._samples[key]

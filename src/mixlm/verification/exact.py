@@ -14,14 +14,14 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.logit_bias import bias_of
+from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.options import GenerationOptions
-from mixlm.core.sampling import History, dense
+from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import EncodedPrompt, bits_per_byte
 from mixlm.routing import PromptContext
 from mixlm.types import Floats
-from mixlm.units.base import State
+from mixlm.units.base import TextState
 from mixlm.units.byte import ByteUnit
 from mixlm.units.word import WordState, WordUnit, begins_word
 from mixlm.verification import baselines as references
@@ -51,7 +51,7 @@ class Exact:
             return self._word(weights, cast(WordState, state), self._ensemble.unit)
         if isinstance(self._ensemble.unit, ByteUnit):
             return self._bytes(weights, bytes(symbols))
-        after = self._settings.after_mixing(self._ensemble.members[0].sampling)
+        after = self._settings.mixed_sampling(self._ensemble.members[0].sampling)
         if self._settings.rule is not None and after is not None:
             parts = [
                 references.Part(float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine)
@@ -66,7 +66,7 @@ class Exact:
             law /= law.sum()  # without members that have nothing to go on with
         if after is not None:
             with np.errstate(divide="ignore"):
-                law = dense(np.log(law), after, np.zeros(0, dtype=np.int64))
+                law = dense_distribution(np.log(law), after, np.zeros(0, dtype=np.int64))
         return law
 
     def pairs(self) -> dict[Outcome, float]:
@@ -84,13 +84,13 @@ class Exact:
             law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
         return law
 
-    def _state(self, symbols: Sequence[int]) -> State:
-        state = self._ensemble.unit.begin(self._prompts)
+    def _state(self, symbols: Sequence[int]) -> TextState:
+        state = self._ensemble.unit.initial_state(self._prompts)
         for symbol in symbols:
             state.append(symbol)
         return state
 
-    def _member(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+    def _member(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's law of symbols; with `only`, as if no others were in its vocabulary, or 0 throughout."""
         symbols = self._ensemble.unit.symbols(i)
         probs = self._probs(i, state, only)
@@ -98,7 +98,7 @@ class Exact:
         np.add.at(law, symbols[symbols >= 0], probs[symbols >= 0])
         return law
 
-    def _probs(self, i: int, state: State, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+    def _probs(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be drawn."""
         member = self._ensemble.members[i]
         ids = state.ids(i)
@@ -108,22 +108,24 @@ class Exact:
         if only is not None:
             allowed &= only[symbols]
         if self._settings.json_schema is not None:
-            grammar = self._ensemble.grammars.of(self._settings.json_schema)[i]
+            grammar = self._ensemble.grammars.for_schema(self._settings.json_schema)[i]
             held = grammar.matcher().allowed(state.tail(sys.maxsize))
             allowed &= held if held is not None else False
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
-        history = History.of(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
+        history = TokenHistory.from_tokens(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
         given = self._settings.logit_bias
-        bias = bias_of(given, member.engine.vocabulary, symbols, member.name, self._ensemble.unit.name)
-        return dense(logits, self._settings.for_member(member.sampling), np.flatnonzero(~allowed), history, bias)
+        bias = member_logit_bias(given, member.engine.vocabulary, symbols, member.name, self._ensemble.unit.name)
+        return dense_distribution(
+            logits, self._settings.member_sampling(member.sampling), np.flatnonzero(~allowed), history, bias
+        )
 
     def _word(self, weights: Floats, state: WordState, unit: WordUnit) -> Floats:
         """Return what goes on with the owner's word, and the next word's beginning for the mass that ends it."""
         if state.owner is None:
             return cast(Floats, sum(weight * self._member(i, state) for i, weight in enumerate(weights) if weight > 0))
         tail = state.tail(1)
-        begins = np.array([*(begins_word(unit.data(u), tail) for u in range(unit.end)), True])
+        begins = np.array([*(begins_word(unit.symbol_bytes(u), tail) for u in range(unit.end)), True])
         own = self._member(state.owner, state)
         ended = float(own[begins].sum())
         if ended == 0:
@@ -152,7 +154,9 @@ class Exact:
     def _covers(self, i: int, text: bytes, *, over: bool) -> Floats:
         """Return a member's mass of each next byte. over: it writes the text again, a token that agrees at a time."""
         unit = self._ensemble.unit
-        pieces = {int(one): unit.data(int(one)) for one in self._ensemble.unit.symbols(i) if 0 <= one < unit.end}
+        pieces = {
+            int(one): unit.symbol_bytes(int(one)) for one in self._ensemble.unit.symbols(i) if 0 <= one < unit.end
+        }
         seam = _last_seam(set(pieces.values()), text)
         law = np.zeros(unit.end + 1)
         mass = defaultdict(float, {seam: 1.0})

@@ -1,4 +1,4 @@
-"""The client's side of mixlm's route in vLLM's server: one connection a text (`vllm_session` has the other side)."""
+"""The client of mixlm's route in vLLM's server: one WebSocket a sequence (`vllm/session_plugin` is the other side)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import math
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -24,153 +23,161 @@ from mixlm.units.base import TokenBuffer
 SESSION_PATH = "/v1/mixlm/session"
 
 
-@dataclass(frozen=True)
-class SessionConnector:
-    """What it takes to connect: the server's URL, its key, seconds to wait for a connection and for an answer."""
+class SessionConnection:
+    """One sequence's connection. To be used in the event loop that it was opened in, except for `close`.
 
-    base: str
-    key: ApiKey
-    limits: ClientLimits
-    texts: WeakSet[SessionConnection] = field(default_factory=WeakSet, compare=False)
+    Args:
+        base_url: the server's URL, for errors.
+        socket: an open connection of `websockets`.
+        seconds: to wait for a response.
+    """
+
+    def __init__(self, base_url: str, socket: Any, seconds: float) -> None:
+        self._base_url = base_url
+        self._socket = socket
+        self._seconds = seconds
+        self._tokens = TokenBuffer(np.zeros(0, dtype=np.int64))  # of the sequence, as the server has it
+        self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def found(cls, base: str, key: ApiKey, limits: ClientLimits) -> SessionConnector | None:
-        """Return how to connect where the server has the route, and this machine what it takes to use it."""
-        if find_spec("websockets") is None:
-            return None
-        line = cls(base, key, limits)
-        try:
-            (await line.open()).close()
-        except EngineError:
-            return None
-        return line
-
-    async def open(self) -> SessionConnection:
+    async def open(cls, base_url: str, key: ApiKey, limits: ClientLimits) -> SessionConnection:
         """Connect. Raises EngineError when the server has no such route, or does not answer."""
         from websockets.asyncio.client import connect
         from websockets.exceptions import WebSocketException
 
-        headers = {"Authorization": f"Bearer {self.key.value}"} if self.key.value else {}
+        headers = {"Authorization": f"Bearer {key.value}"} if key.value else {}
         try:
-            opened = await connect(
-                self.base.replace("http", "ws", 1) + SESSION_PATH,
+            socket = await connect(
+                base_url.replace("http", "ws", 1) + SESSION_PATH,
                 additional_headers=headers,
-                open_timeout=self.limits.connect,
+                open_timeout=limits.connect,
                 compression=None,
                 max_size=None,
                 proxy=None,
                 ping_interval=None,
             )
         except (OSError, WebSocketException) as error:
-            raise EngineError(f"{self.base} does not open a session: {error or type(error).__name__}") from error
-        text = SessionConnection(self, opened)
-        self.texts.add(text)
-        return text
+            raise EngineError(f"{base_url} does not open a session: {error or type(error).__name__}") from error
+        return cls(base_url, socket, limits.response)
 
     def close(self) -> None:
-        """End all texts, in their event loop."""
-        for one in list(self.texts):
-            one.abort()
+        """Disconnect, from any thread. Returns at once."""
+        with suppress(RuntimeError):  # the loop has stopped, and the connection with it
+            self._loop.call_soon_threadsafe(self._socket.transport.abort)
 
+    async def generate(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
+        """Continue the sequence, which may have been changed, and return the server's response.
 
-class SessionConnection:
-    """One text on a server. To be used in the event loop that it was opened in, except for `close`."""
+        Args:
+            ids: the whole prompt; only what is new is sent.
+            parameters: of `vllm.SamplingParams`.
+            banned: ids that may not be sampled, as ranges.
 
-    def __init__(self, line: SessionConnector, opened: Any) -> None:
-        self._line = line
-        self._socket = opened
-        self._held = TokenBuffer(np.zeros(0, dtype=np.int64))
-        self._loop = asyncio.get_running_loop()
-
-    def close(self) -> None:
-        """End the text, from any thread. Returns at once."""
-        with suppress(RuntimeError):  # the loop has ended, and the connection with it
-            self._loop.call_soon_threadsafe(self.abort)
-
-    def abort(self) -> None:
-        """End the text, in its event loop."""
-        self._socket.transport.abort()
-
-    async def write(self, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
-        """Write on behind `ids`, and return the answer: `ids`, and what is `told` of each, by id.
-
-        Raises EngineError where the connection is gone, which is then of no further use, or the server refuses.
+        Raises:
+            EngineError: the connection is gone, and of no further use, or the server refuses.
         """
         from websockets.exceptions import WebSocketException
 
-        held = self._held.ids
-        keep = common_prefix(held, ids)
+        tokens = self._tokens.ids
+        keep = common_prefix(tokens, ids)
         message = {"keep": keep, "ids": ids[keep:].tolist(), "parameters": parameters, "banned": banned}
         try:
-            async with asyncio.timeout(self._line.limits.answer):
+            async with asyncio.timeout(self._seconds):
                 await self._socket.send(json.dumps(message))
-                answer = json.loads(await self._socket.recv())
+                response = json.loads(await self._socket.recv())
         except (OSError, ValueError, WebSocketException) as error:  # TimeoutError is an OSError
             self.close()
-            raise EngineError(f"{self._line.base} does not answer: {error or type(error).__name__}") from error
+            raise EngineError(f"{self._base_url} does not answer: {error or type(error).__name__}") from error
         except BaseException:
             self.close()
             raise
-        if not isinstance(answer, dict) or "error" in answer or not answer.get("ids"):
+        if not isinstance(response, dict) or "error" in response or not response.get("ids"):
             self.close()
-            said = answer.get("error", answer) if isinstance(answer, dict) else answer
-            raise EngineError(f"{self._line.base} refuses: {str(said)[:200]}")
-        self._held.rewrite(len(held), np.concatenate([ids, answer["ids"]]))
-        return answer
+            reason = response.get("error", response) if isinstance(response, dict) else response
+            raise EngineError(f"{self._base_url} refuses: {str(reason)[:200]}")
+        self._tokens.replace_tail(len(tokens), np.concatenate([ids, response["ids"]]))
+        return response
 
 
 class SessionPool:
-    """The texts that go on on one server's route. check: raises EngineError where it is not the server it was."""
+    """The connections of sequences to one server's session route.
 
-    def __init__(self, line: SessionConnector, check: Callable[[], Awaitable[None]]) -> None:
-        self._line = line
+    Args:
+        check: raises EngineError where the server has another model than it had.
+    """
+
+    def __init__(self, base_url: str, key: ApiKey, limits: ClientLimits, check: Callable[[], Awaitable[None]]) -> None:
+        self._base_url = base_url
+        self._key = key
+        self._limits = limits
         self._check = check
-        self._open: WeakKeyDictionary[Any, SessionConnection] = WeakKeyDictionary()
+        self._connections: WeakKeyDictionary[Any, SessionConnection] = WeakKeyDictionary()
 
-    async def write(self, owner: object, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
-        """Write on in the owner's text; in a new one where the connection is gone, which it may be after a rest."""
-        if (text := self._open.get(owner)) is not None:
+    async def is_available(self) -> bool:
+        """Whether the server has the route and accepts the key, and `websockets` is installed here."""
+        if find_spec("websockets") is None:
+            return False
+        try:
+            (await self._connect()).close()
+        except EngineError:
+            return False
+        return True
+
+    async def generate(self, owner: object, ids: Ids, parameters: dict[str, Any], banned: str = "") -> dict[str, Any]:
+        """Continue the owner's sequence, as `SessionConnection.generate` does; reconnect where the connection is gone.
+
+        The server ends sessions that were idle. Raises EngineError.
+        """
+        if (connection := self._connections.get(owner)) is not None:
             try:
-                return await text.write(ids, parameters, banned)
+                return await connection.generate(ids, parameters, banned)
             except EngineError:
-                self.drop(owner)
-        text = await self._line.open()
+                self.release(owner)
+        connection = await self._connect()
         try:
             await self._check()
-            answer = await text.write(ids, parameters, banned)
+            response = await connection.generate(ids, parameters, banned)
         except BaseException:
-            text.close()
+            connection.close()
             raise
-        self._open[owner] = text
-        weakref.finalize(owner, text.close)
-        return answer
+        self._connections[owner] = connection
+        weakref.finalize(owner, connection.close)
+        return response
 
-    def drop(self, owner: object) -> None:
-        """End the owner's text, from any thread."""
-        if (text := self._open.pop(owner, None)) is not None:
-            text.close()
+    def release(self, owner: object) -> None:
+        """Close the owner's connection, from any thread."""
+        if (connection := self._connections.pop(owner, None)) is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Close all connections, from any thread. A sequence that goes on opens a new one."""
+        for owner in list(self._connections):
+            self.release(owner)
+
+    async def _connect(self) -> SessionConnection:
+        return await SessionConnection.open(self._base_url, self._key, self._limits)
 
 
-def parse_generate_response(answer: dict[str, Any], base: str) -> GenerateResponse:
-    """Read what was written. Raises EngineError for what is no answer."""
+def parse_generated(response: dict[str, Any], base_url: str) -> GenerateResponse:
+    """Read the tokens that were generated. Raises EngineError for what is no such response."""
     try:
-        ids = [int(one) for one in answer["ids"]]
-        logprobs = [float(told[str(i)]) for i, told in zip(ids, answer["told"], strict=True)]
+        ids = [int(token) for token in response["ids"]]
+        logprobs = [float(top[str(token)]) for token, top in zip(ids, response["logprobs"], strict=True)]
     except (TypeError, LookupError, ValueError, AttributeError):
         ids, logprobs = [], []
     if not ids or not all(map(math.isfinite, logprobs)):
-        raise EngineError(f"{base} gives no answer: {str(answer)[:200]}")
-    return GenerateResponse(ids, logprobs, answer.get("cached"))
+        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
+    return GenerateResponse(ids, logprobs, response.get("cached"))
 
 
-def parse_candidates(answer: dict[str, Any], base: str) -> Candidates:
-    """Read the likeliest tokens of the only position. Raises EngineError for what is no answer."""
+def parse_top_tokens(response: dict[str, Any], base_url: str) -> Candidates:
+    """Read the most likely tokens at the only position. Raises EngineError for what is no such response."""
     try:
-        [told] = answer["told"]
-        ids = np.array([int(one) for one in told], dtype=np.int64)
-        logprobs = np.array([float(one) for one in told.values()], dtype=np.float64)
+        [top] = response["logprobs"]
+        ids = np.array([int(token) for token in top], dtype=np.int64)
+        logprobs = np.array([float(logprob) for logprob in top.values()], dtype=np.float64)
     except (TypeError, LookupError, ValueError, AttributeError):
         ids, logprobs = np.zeros(0, dtype=np.int64), np.zeros(0)
     if ids.size == 0 or np.isnan(logprobs).any():
-        raise EngineError(f"{base} gives no answer: {str(answer)[:200]}")
+        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
     return Candidates(ids, logprobs)

@@ -119,7 +119,7 @@ class VllmSession(TopKOnlySession):
     def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Let vLLM draw up to `length` tokens."""
         engine = self._engine
-        ends = sorted(engine.vocabulary.ends)
+        ends = sorted(engine.vocabulary.end_ids)
         length = min(run.length, engine.context_length + 1 - len(run.ids))
         params = sampling_parameters(run.sampling, run.seed, length) | {"stop_token_ids": ends, "logprobs": 0}
         if run.banned.size:

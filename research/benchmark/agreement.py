@@ -23,14 +23,14 @@ _TOKENS = 512  # that can be written
 _SCALE = 1.5  # of the logits, normal
 
 
-class AgreedLaw:
+class AgreementDistribution:
     """Made-up logits of every member. share: of the contexts in which they are the same for all.
 
     Raises UnsupportedError when the members have too few tokens in common.
     """
 
     def __init__(self, vocabularies: Sequence[Vocabulary], share: float, seed: int = 0) -> None:
-        self.share = checked_share(share)
+        self.share = check_share(share)
         self._seed = seed
         self._sizes = [one.size for one in vocabularies]
         common = range(min(self._sizes))
@@ -57,24 +57,24 @@ class AgreedLaw:
         return np.random.default_rng([self._seed, *ids[-_ORDER:].tolist()])
 
 
-class AgreedEngine(Engine):
+class AgreementEngine(Engine):
     """An engine whose forwards are another's, and whose answers are a law's."""
 
-    def __init__(self, inner: Engine, member: int, law: AgreedLaw) -> None:
+    def __init__(self, inner: Engine, member: int, law: AgreementDistribution) -> None:
         self.inner = inner
         self._member = member
         self._law = law
         self.name = inner.name
         self.vocabulary, self.encoder, self.prompts = inner.vocabulary, inner.encoder, inner.prompts
         self.context_length, self.stops, self.device = inner.context_length, inner.stops, inner.device
-        self.weights_bytes, self.reading = inner.weights_bytes, inner.reading
-        self.details = {**inner.details, "agreement": label(law.share)}
-        self.notes = (*inner.notes, label(law.share))
+        self.weights_bytes, self.tokenizer_info = inner.weights_bytes, inner.tokenizer_info
+        self.details = {**inner.details, "agreement": agreement_note(law.share)}
+        self.notes = (*inner.notes, agreement_note(law.share))
 
     @property
     def weights(self) -> Mapping[Hashable, int]:
         """The other engine's: members that share a model share its memory."""
-        return self.inner.weights
+        return self.inner.weight_parts
 
     def session(self) -> Session:
         """Begin a sequence of the other engine."""
@@ -93,28 +93,28 @@ class AgreedEngine(Engine):
             return request
 
         def choose(_: LogitsRow) -> SampleResponse:
-            return request.choose(self._law(self._member, request.ids))
+            return request.sample(self._law(self._member, request.ids))
 
-        return SampleRequest(request.member, request.ids, choose, request.cut)
+        return SampleRequest(request.member, request.ids, choose, request.top_k_filter)
 
     def _rows(self, request: LogitsRequest) -> Logits:
         ends = range(len(request.ids) - request.last + 1, len(request.ids) + 1)
         return np.stack([self._law(self._member, request.ids[:end]) for end in ends])
 
 
-def checked_share(share: float) -> float:
+def check_share(share: float) -> float:
     """Return a share. Raises ConfigError for a number that is none."""
     if not 0 <= share <= 1:
         raise ConfigError(f"agreement is {share:g}; it must be from 0 to 1", "0.8 is 80 % of all contexts")
     return share
 
 
-def label(share: float) -> str:
+def agreement_note(share: float) -> str:
     """Say what was set, for everything that shows such numbers."""
     return f"agreement set to {share:.0%} by construction; forward costs are real"
 
 
-def agreed(ensemble: Ensemble, share: float) -> Ensemble:
+def with_agreement(ensemble: Ensemble, share: float) -> Ensemble:
     """Return the ensemble with members that agree in this share of all contexts. share: 0 to 1.
 
     Members that share one model are run one by one, as different models would be. Raises ConfigError for no share,
@@ -125,9 +125,10 @@ def agreed(ensemble: Ensemble, share: float) -> Ensemble:
             f"agreement by construction needs the unit token, and these members write in {ensemble.unit.name}s",
             "take members that share a vocabulary, such as shape: models",
         )
-    law = AgreedLaw([one.engine.vocabulary for one in ensemble.members], share)
+    law = AgreementDistribution([one.engine.vocabulary for one in ensemble.members], share)
     members = [
-        MemberSpec(AgreedEngine(one.engine, i, law), one.name, one.sampling) for i, one in enumerate(ensemble.members)
+        MemberSpec(AgreementEngine(one.engine, i, law), one.name, one.sampling)
+        for i, one in enumerate(ensemble.members)
     ]
     return Ensemble(
         members, ensemble.weights.tolist(), unit="token", router=ensemble.router, defaults=ensemble.defaults

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from mixlm.benchmark import BenchReport, Plan, bench
-from mixlm.benchmark.measure import Amount, Progress
+from mixlm.benchmark import BenchPlan, BenchReport, bench
+from mixlm.benchmark.measure import BenchFields, Progress
 from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from research.benchmark.agreement import agreed, checked_share, label
-from research.benchmark.rivals import rivals
+from research.benchmark.agreement import agreement_note, check_share, with_agreement
+from research.benchmark.rivals import available_rivals
 
 
-class ComparisonAmount(Amount, total=False):
+class ComparisonFields(BenchFields, total=False):
     """The fields of a `ComparisonPlan` by name."""
 
     agreement: float | None
@@ -24,7 +24,7 @@ class ComparisonAmount(Amount, total=False):
 
 
 @dataclass(frozen=True)
-class ComparisonPlan(Plan):
+class ComparisonPlan(BenchPlan):
     """A plan of `mixlm.benchmark`, and what is measured beyond it.
 
     agreement: the share of contexts in which members agree, by construction; None for their own distributions.
@@ -38,13 +38,13 @@ class ComparisonPlan(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.agreement is not None:
-            checked_share(self.agreement)
+            check_share(self.agreement)
 
     def apply_agreement(self, ensemble: Ensemble) -> tuple[Ensemble, tuple[str, ...]]:
         """Return the ensemble that is measured, and the notes that belong to it."""
         if self.agreement is None:
             return ensemble, ()
-        return agreed(ensemble, self.agreement), (label(self.agreement),)
+        return with_agreement(ensemble, self.agreement), (agreement_note(self.agreement),)
 
 
 def compare(
@@ -53,18 +53,20 @@ def compare(
     *,
     options: Options | None = None,
     progress: Progress | None = None,
-    **amount: Unpack[ComparisonAmount],
+    **amount: Unpack[ComparisonFields],
 ) -> BenchReport:
     """Measure methods as `mixlm.benchmark.bench` does, with what else the plan names."""
     plan = replace(plan or ComparisonPlan(), **amount)
     if plan.places:
         raise ConfigError("places are given, and nothing is varied", "name a sweep with them")
     ensemble, notes = plan.apply_agreement(ensemble)
-    found, left_out = rivals(ensemble, plan.prompt, {"seed": 0, **(options or {})}) if plan.rivals else ([], [])
+    found, left_out = (
+        available_rivals(ensemble, plan.prompt, {"seed": 0, **(options or {})}) if plan.rivals else ([], [])
+    )
     report = bench(ensemble, plan, options=options, progress=progress, rivals=found)
-    return replace(report, environment=with_agreement(report.environment, plan), notes=(*notes, *left_out))
+    return replace(report, environment=record_agreement(report.environment, plan), notes=(*notes, *left_out))
 
 
-def with_agreement(environment: Mapping[str, Any], plan: ComparisonPlan) -> dict[str, Any]:
+def record_agreement(environment: Mapping[str, Any], plan: ComparisonPlan) -> dict[str, Any]:
     """Return the environment of a report with the plan's agreement among its settings."""
     return {**environment, "settings": {**environment["settings"], "agreement": plan.agreement}}

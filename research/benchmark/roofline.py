@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceSpec:
     """Figures of one device, from its data sheet. launch: seconds to start a kernel. reduce: seconds of an all-reduce.
 
     bandwidth: bytes a second. compute: operations a second, a multiplication and an addition being two.
@@ -24,12 +24,12 @@ class Machine:
     reduce: float = 0.0
 
 
-H100 = Machine(3.35e12, 989e12, launch=4e-6, reduce=1e-5)
-H200 = Machine(4.8e12, 989e12, launch=4e-6, reduce=1e-5)
+H100 = DeviceSpec(3.35e12, 989e12, launch=4e-6, reduce=1e-5)
+H200 = DeviceSpec(4.8e12, 989e12, launch=4e-6, reduce=1e-5)
 
 
 @dataclass(frozen=True)
-class Need:
+class ForwardNeeds:
     """What a forward of one model needs.
 
     weights, cache: numbers that are read, for each forward and for each token before it. attention: operations for each
@@ -42,7 +42,7 @@ class Need:
     attention: int
 
     @classmethod
-    def of(cls, shape: Mapping[str, Any]) -> Need:
+    def of(cls, shape: Mapping[str, Any]) -> ForwardNeeds:
         """Return what a shape needs, see `engines.shape.SHAPES`. Of the input embeddings, only single rows are read."""
         hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
         heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
@@ -61,7 +61,7 @@ class Need:
         return tokens * (2 * self.weights + context * self.attention)
 
     def seconds(
-        self, machine: Machine, context: int = 0, *, tokens: int = 1, devices: int = 1, launches: int = 0
+        self, machine: DeviceSpec, context: int = 0, *, tokens: int = 1, devices: int = 1, launches: int = 0
     ) -> float:
         """Return the least time of a forward of one sequence in 16-bit numbers, its weights cut over `devices`.
 
@@ -76,7 +76,7 @@ class Need:
         )
 
 
-def served(replies: int, members: int, calls: int = 4000) -> float:
+def batch_share(replies: int, members: int, calls: int = 4000) -> float:
     """Return the share of replies that a call serves on average, the longest queue first, by playing it through.
 
     Every reply waits for a member drawn anew, all equally likely, after each token. For many replies it is

@@ -7,10 +7,18 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from mixlm.benchmark.measure import Progress, in_turns, recorded
-from mixlm.benchmark.prediction import Fit, predicted
+from mixlm.benchmark.measure import Progress, run_interleaved, settings_record
+from mixlm.benchmark.prediction import ForwardCosts, predicted_speed
 from mixlm.benchmark.report import environment
-from mixlm.benchmark.timing import DEFAULT, Contestant, Own, Sample, alone, contestants, timed
+from mixlm.benchmark.timing import (
+    DEFAULT,
+    Contestant,
+    EnsembleContestant,
+    TimedRun,
+    contestants,
+    single_member,
+    time_run,
+)
 from mixlm.config import UnitName
 from mixlm.core.options import Options
 from mixlm.engines.base import Session
@@ -18,8 +26,8 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.generation import EncodedPrompt
 from research.benchmark import batch
-from research.benchmark.agreement import agreed
-from research.benchmark.compare import ComparisonPlan, with_agreement
+from research.benchmark.agreement import with_agreement
+from research.benchmark.compare import ComparisonPlan, record_agreement
 
 AXES: Mapping[str, str] = {
     "batch": "replies at once",
@@ -41,7 +49,7 @@ TOGETHER, APART = "one for all", "one for each"
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One method at one place of the axis. Speeds are medians over repeats, with the slowest and the fastest.
 
     predicted: tokens a second by the cost model. forwards: a token, by member, those of other replies in
@@ -65,7 +73,7 @@ class Sweep:
     """All points of a sweep, what they were measured on, and what has to be known to read them."""
 
     kind: str
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     environment: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +90,7 @@ class Sweep:
         }
 
 
-class _At(NamedTuple):
+class _Place(NamedTuple):
     """A contestant at its place of the axis. whole: the ensemble it belongs to."""
 
     x: float | str
@@ -91,14 +99,14 @@ class _At(NamedTuple):
     whole: Ensemble
 
 
-class _Found(NamedTuple):
-    points: Sequence[Point]
+class _SweepResult(NamedTuple):
+    points: Sequence[SweepPoint]
     notes: Sequence[str] = ()
     more: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class _Task:
+class _SweepTask:
     """What every sweep is given."""
 
     ensemble: Ensemble
@@ -125,9 +133,9 @@ def sweep_along(
     kind = checked_axis(kind)
     ensemble, notes = plan.apply_agreement(ensemble)
     given: dict[str, Any] = {"seed": 0, **(options or {})}
-    found = _SWEEPS[kind](_Task(ensemble, plan, given, progress, apart))
-    settings = recorded(ensemble, plan, given)
-    where = with_agreement(environment([one.engine for one in ensemble.members], settings), plan)
+    found = _SWEEPS[kind](_SweepTask(ensemble, plan, given, progress, apart))
+    settings = settings_record(ensemble, plan, given)
+    where = record_agreement(environment([one.engine for one in ensemble.members], settings), plan)
     return Sweep(kind, tuple(found.points), where, (*notes, *found.notes), found.more)
 
 
@@ -138,29 +146,29 @@ def checked_axis(name: str) -> str:
     return name
 
 
-def _batch(task: _Task) -> _Found:
+def _batch(task: _SweepTask) -> _SweepResult:
     plan = task.plan
     sizes = _whole(task.plan.places, 1) or batch.SIZES
-    those = batch.batches(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
-    samples = in_turns(those, plan, task.progress)
+    those = batch.batch_contestants(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
+    samples = run_interleaved(those, plan, task.progress)
     points = []
     for one, taken in zip(those, samples, strict=True):
-        served = [f.rows for sample in taken for log in sample.forwards for f in log]
+        served = [f.batch_size for sample in taken for log in sample.forwards for f in log]
         more = {"replies_a_forward": len(served) / sum(1 / rows for rows in served)} if served else {}
         more["seconds_of_the_batch"] = median(one.whole[1:])
-        points.append(_point(_At(one.size, one.series, one, task.ensemble), taken, None, more))
-    whole = batch.offline(those, plan.tokens)
+        points.append(_point(_Place(one.size, one.series, one, task.ensemble), taken, None, more))
+    whole = batch.compare_offline(those, plan.tokens)
     if whole is None:
-        return _Found(points)
+        return _SweepResult(points)
     note = (
         f"{whole.replies} replies of {plan.tokens + 1} tokens by {whole.label}: {whole.together:.1f} s together, "
         f"{whole.one_by_one:.1f} s one by one: {whole.ratio:.2f} times"
     )
-    return _Found(points, [note], {"offline": {**asdict(whole), "ratio": whole.ratio}})
+    return _SweepResult(points, [note], {"offline": {**asdict(whole), "ratio": whole.ratio}})
 
 
-def _context(task: _Task) -> _Found:
-    points: list[Point] = []
+def _context(task: _SweepTask) -> _SweepResult:
+    points: list[SweepPoint] = []
     notes: list[str] = []
     room = min(one.engine.context_length for one in task.ensemble.members) - task.plan.tokens - 2
     for length in _whole(task.plan.places, 2) or CONTEXTS:
@@ -172,76 +180,80 @@ def _context(task: _Task) -> _Found:
         for session, ids in zip(sessions, long.ids, strict=True):
             session.logits(ids)
         reading = {name: one.stats.seconds for name, one in zip(task.ensemble.names, sessions, strict=True)}
-        those = [_Long(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
-        for one, taken in zip(those, in_turns(those, task.plan, task.progress), strict=True):
+        those = [_LongContextContestant(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
+        for one, taken in zip(those, run_interleaved(those, task.plan, task.progress), strict=True):
             ms = 1e3 / median(sample.speed for sample in taken)
             more = {"ms_a_token": ms, **{f"seconds_to_read {name}": reading[name] for name in one.members}}
-            points.append(_point(_At(size, one.label, one, task.ensemble), taken, None, more))
-    return _Found(points, notes)
+            points.append(_point(_Place(size, one.label, one, task.ensemble), taken, None, more))
+    return _SweepResult(points, notes)
 
 
-class _Long:
+class _LongContextContestant:
     """A contestant behind a prompt that its sessions have read already."""
 
-    def __init__(self, own: Own, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]) -> None:
+    def __init__(
+        self, own: EnsembleContestant, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]
+    ) -> None:
         self.label, self.method, self.members, self.draft = own.label, own.method, own.members, own.draft
         at = [names.index(name) for name in own.members]
         self._own = own
         self._prompts = EncodedPrompt(tuple(prompts.ids[i] for i in at), prompts.text)
         self._sessions = [sessions[i] for i in at]
 
-    def measure(self, sequence: int, tokens: int) -> Sample:
+    def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write with the sessions as they are."""
         settings = self._own.settings.with_turn(sequence)
-        return timed(self._own.ensemble, settings, self._prompts, self._sessions, tokens)
+        return time_run(self._own.ensemble, settings, self._prompts, self._sessions, tokens)
 
 
-def _long(task: _Task, length: int) -> EncodedPrompt:
+def _long(task: _SweepTask, length: int) -> EncodedPrompt:
     """Return a prompt of so many tokens for every member: the usual one over and over, cut at the front."""
     text = f"{task.plan.prompt} " * (length // 2)
     return EncodedPrompt(tuple(one.engine.prompts.raw(text)[-length:] for one in task.ensemble.members), text.encode())
 
 
-def _members(task: _Task) -> _Found:
+def _members(task: _SweepTask) -> _SweepResult:
     first = task.ensemble.members[0]
-    places: list[_At] = []
+    places: list[_Place] = []
     for count in _whole(task.plan.places, 1) or MEMBERS:
         copies = [MemberSpec(first.engine.replica(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
         those = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
-        places += [_At(count, one.label, one, those) for one in _own(task, those) if one.method != "single"]
-    places.append(_At(1, "single", _own(task, alone(task.ensemble, 0), ["single"])[0], alone(task.ensemble, 0)))
+        places += [_Place(count, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+    places.append(
+        _Place(1, "single", _own(task, single_member(task.ensemble, 0), ["single"])[0], single_member(task.ensemble, 0))
+    )
     note = f"members are copies of {first.name}: each is run for itself, and all share one copy of the weights"
-    return _Found(_measured(task, places), [note])
+    return _SweepResult(_measured(task, places), [note])
 
 
-def _weights(task: _Task) -> _Found:
+def _weights(task: _SweepTask) -> _SweepResult:
     if len(task.ensemble.members) != 2:
         raise ConfigError(
             f"there are {len(task.ensemble.members)} members", "λ is one member's weight against another's"
         )
-    places: list[_At] = []
+    places: list[_Place] = []
     for one in task.plan.places or LAMBDAS:
         if not 0 <= one <= 1:
             raise ConfigError(f"λ is {one:g}; it must be from 0 to 1")
         those = weighted(task.ensemble, (one, 1 - one))
-        places += [_At(one, own.label, own, those) for own in _own(task, those) if own.method != "single"]
-    singles = [_At("alone", one.label, one, task.ensemble) for one in _own(task, task.ensemble, ["single"])]
-    return _Found(_measured(task, [*places, *singles]))
+        places += [_Place(one, own.label, own, those) for own in _own(task, those) if own.method != "single"]
+    singles = [_Place("alone", one.label, one, task.ensemble) for one in _own(task, task.ensemble, ["single"])]
+    return _SweepResult(_measured(task, [*places, *singles]))
 
 
-def _devices(task: _Task) -> _Found:
-    places = [_At(TOGETHER, one.label, one, task.ensemble) for one in _own(task, task.ensemble)]
+def _devices(task: _SweepTask) -> _SweepResult:
+    places = [_Place(TOGETHER, one.label, one, task.ensemble) for one in _own(task, task.ensemble)]
     if task.apart is None:
         note = f"there is one device here, so the {len(task.ensemble.members)} members were measured on it alone"
-        return _Found(_measured(task, places), [note])
+        return _SweepResult(_measured(task, places), [note])
     those = task.apart()
     if task.plan.agreement is not None:
-        those = agreed(those, task.plan.agreement)
-    places += [_At(APART, one.label, one, those) for one in _own(task, those) if one.method != "single"]
-    return _Found(_measured(task, places))
+        those = with_agreement(those, task.plan.agreement)
+    places += [_Place(APART, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+    return _SweepResult(_measured(task, places))
 
 
-_SWEEPS: Mapping[str, Callable[[_Task], _Found]] = {
+_SWEEPS: Mapping[str, Callable[[_SweepTask], _SweepResult]] = {
     "batch": _batch,
     "context": _context,
     "members": _members,
@@ -259,26 +271,26 @@ def _unit(ensemble: Ensemble) -> UnitName:
     return cast(UnitName, ensemble.unit.name)
 
 
-def _own(task: _Task, those: Ensemble, kinds: Sequence[str] = ()) -> list[Own]:
+def _own(task: _SweepTask, those: Ensemble, kinds: Sequence[str] = ()) -> list[EnsembleContestant]:
     return contestants(those, kinds or task.plan.methods, task.plan.prompt, task.options)
 
 
-def _measured(task: _Task, places: Sequence[_At]) -> list[Point]:
+def _measured(task: _SweepTask, places: Sequence[_Place]) -> list[SweepPoint]:
     """Measure all places in turns, and set the cost model's figure beside each."""
-    samples = in_turns([at.one for at in places], task.plan, task.progress)
+    samples = run_interleaved([at.one for at in places], task.plan, task.progress)
     known = [(at, taken) for at, taken in zip(places, samples, strict=True)]
     points = []
     for at, taken in known:
         alike = [(other.one, theirs) for other, theirs in known if set(other.one.members) <= set(at.whole.names)]
-        fit = Fit.of(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
-        points.append(_point(at, taken, predicted(at.whole, at.one, taken, fit), {}))
+        fit = ForwardCosts.of(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
+        points.append(_point(at, taken, predicted_speed(at.whole, at.one, taken, fit), {}))
     return points
 
 
-def _point(at: _At, taken: Sequence[Sample], expected: float | None, more: Mapping[str, float]) -> Point:
+def _point(at: _Place, taken: Sequence[TimedRun], expected: float | None, more: Mapping[str, float]) -> SweepPoint:
     tokens = sum(sample.tokens for sample in taken)
     checked = sum(sample.checked for sample in taken)
-    return Point(
+    return SweepPoint(
         series=at.series,
         x=at.x,
         tokens_per_second=median(sample.speed for sample in taken),

@@ -90,7 +90,7 @@ def _timed(engine: Engine, most: int, repeats: int) -> list[tuple[int, int, floa
         engine.respond(asked)
         seconds, used = time.perf_counter() - before, time.process_time() - processor
         # What this process did for a server's member is not the server's; for others it is the forward itself.
-        return max(seconds - used, seconds / 10) if engine.at_once else seconds
+        return max(seconds - used, seconds / 10) if engine.asynchronous else seconds
 
     run(range(most), 1)
     for n in [one for one in _AT_ONCE if one <= most]:
@@ -111,7 +111,7 @@ def _router(
     ensemble: Ensemble, options: dict[str, Any], members: Mapping[str, MemberCost], tokens: int = 48
 ) -> RouterCost:
     """Measure one reply: what is not in forwards, or, of members behind servers, this process's own time; by runs."""
-    served = all(one.engine.at_once for one in ensemble.members)
+    served = all(one.engine.asynchronous for one in ensemble.members)
     stream = ensemble.stream("Tell a story.", max_tokens=tokens, **options)
     first = next(stream)
     start, processor = time.perf_counter(), time.process_time()

@@ -23,7 +23,7 @@ from mixlm.config import (
     parse_config,
     read_config,
 )
-from mixlm.core.mixing import checked_weights
+from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import GenerationOptions, Options
 from mixlm.engines import Engine, EngineSpec, runs_as_gguf
 from mixlm.engines import load as load_engine
@@ -109,7 +109,7 @@ def load_config(
     defaults = GenerationOptions(
         method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure
     )
-    router = _router(config.router, checked_weights(weights, len(members)), [one.name for one in members])
+    router = _router(config.router, normalized_weights(weights, len(members)), [one.name for one in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
@@ -125,12 +125,12 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
         return False
     try:
         settings = GenerationOptions(method=config.method).with_options(options)
-        sampling = settings.for_member({**config.sampling.given(), **member.sampling.given()})
+        sampling = settings.member_sampling({**config.sampling.given(), **member.sampling.given()})
     except UsageError:
         return False  # said again, where the reply is set up
     if settings.method in ("speculative", "auto"):
         return False  # llama.cpp gives one position a request, so checking several costs as much as writing them
-    if sampling.penalises or settings.logit_bias or settings.json_schema is not None:
+    if sampling.has_penalties or settings.logit_bias or settings.json_schema is not None:
         return False
     return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
 
@@ -138,7 +138,7 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
 def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
     """Return an engine on weights that another one has loaded with_spec, or load it."""
     for other, engine in engines.items():
-        if other.weights == spec.weights and (shared := engine.with_spec(spec)) is not None:
+        if other.weights_key == spec.weights_key and (shared := engine.with_spec(spec)) is not None:
             return shared
     if progress is not None:
         progress(spec.name or spec.model)

@@ -71,7 +71,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
         flow = one.decode_step(mixture, noise, 9)
         [request] = next(flow)
         assert isinstance(request, GenerateRequest)
-        assert (request.member, request.length) == (coins[0], same)
+        assert (request.member, request.max_tokens) == (coins[0], same)
         flow.close()
 
 
@@ -80,13 +80,13 @@ def test_a_member_alone_is_asked_for_no_more_than_the_reply_or_a_reader_waits_fo
     for most, expected in ((1, 1), (5, 5), (1000, LONGEST)):
         flow = written(those, {}, "ab", []).decode_step(single(1), Noise(0), most)
         [request] = next(flow)
-        assert request.length == expected
+        assert request.max_tokens == expected
         flow.close()
 
 
 def test_a_run_is_as_long_as_it_was_read_in_the_members_own_tokens():
     """Tokens that the text is not read in: a member that wrote them is asked anew behind them."""
-    engines = [ToyEngine((b"a", b"b", b"ab"), lambda _: np.array([0.0, 0, -9, -99, -99]), writes=True)]
+    engines = [ToyEngine((b"a", b"b", b"ab"), lambda _: np.array([0.0, 0, -9, -99, -99]), samples_itself=True)]
     those = ensemble(engines, unit="piece")
     asked = []
     write = ToySession.write

@@ -1,4 +1,4 @@
-"""A server that speaks as vLLM does, over a random table, and that fails as it is told to."""
+"""A server with vLLM's API over a random table, which fails as it is told to; and one that records requests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -18,34 +20,34 @@ from mixlm.core.sampling import Transform
 from mixlm.types import Sampling
 
 
-class Fake:
+class FakeServer:
     """faults: what happens to the next requests for completions, first come first served.
 
-    "drop" closes the connection; "cut" sends half of the answer; "garbage" sends no JSON; "slow" takes `delay` seconds;
-    "429" and "503" say busy; "error" says that something is wrong; any other word is sent as the answer.
+    "drop" closes the connection; "cut" sends half of the response; "garbage" sends no JSON; "slow" takes `delay`
+    seconds; "429" and "503" say busy; "error" says that something is wrong; any other word is sent as the response.
 
-    asked: the bodies of questions; paths: of all requests. pages: what else is there to get.
+    requests: the bodies of requests for completions; paths: of all requests. pages: what else is there to get.
 
-    draws: whether it draws tokens by itself and gives their ids; with `processed`, it tells the probabilities that it
-    draws with; `seeds` and `bans` are heeded, the latter by `masks` or by biases.
+    samples: whether it samples tokens itself and returns their ids; with `processed`, it returns the probabilities that
+    it samples with; `seeds` and `bans` are heeded, the latter by `masks` or by biases.
     """
 
-    question = "/v1/completions"  # the path of questions
+    completion_path = "/v1/completions"
 
     def __init__(self, size: int = 260, seed: int = 0, *, key: str | None = None) -> None:
         self.size, self.seed, self.key = size, seed, key
         self.models: list[dict[str, Any]] = [{"id": "fake", "max_model_len": 512}]
         self.faults: list[str] = []
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.pages: dict[str, Any] = {}
-        self.most = 100
+        self.max_logprobs = 100
         self.spell_ids = True
-        self.draws = False
+        self.samples = False
         self.processed = self.seeds = self.bans = self.masks = True
         self.delay = 0.5
         self.retry_after: str | None = "0.05"
-        self.busy = self.busiest = 0
+        self.in_flight = self.max_in_flight = 0
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._server: ThreadingHTTPServer | None = None
@@ -56,7 +58,12 @@ class Fake:
     def url(self) -> str:
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
-    def start(self, tls: ssl.SSLContext | None = None) -> Fake:
+    @property
+    def connections(self) -> int:
+        """Connections that were accepted since it started."""
+        return len(self._open)
+
+    def start(self, tls: ssl.SSLContext | None = None) -> FakeServer:
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,29 +80,25 @@ class Fake:
             def do_GET(self) -> None:
                 fake.paths.append(self.path)
                 if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
-                    self.say(401, {"error": {"message": "who are you"}})
-                elif self.path == "/v1/models":
-                    self.say(200, {"data": fake.models})
-                elif self.path in fake.pages:
-                    self.say(200, fake.pages[self.path])
+                    self.send(401, {"error": {"message": "who are you"}})
                 else:
-                    self.say(404, {})
+                    self.send(*fake.get(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.paths.append(self.path)
-                if self.path != fake.question:
-                    return self.say(*fake.beside(self.path, body))
+                if self.path != fake.completion_path:
+                    return self.send(*fake.post(self.path, body))
                 with fake._lock:
-                    fake.asked.append(body)
+                    fake.requests.append(body)
                     fault = fake.faults.pop(0) if fake.faults else None
-                    fake.busy += 1
-                    fake.busiest = max(fake.busiest, fake.busy)
+                    fake.in_flight += 1
+                    fake.max_in_flight = max(fake.max_in_flight, fake.in_flight)
                 try:
                     self.complete(body, fault)
                 finally:
                     with fake._lock:
-                        fake.busy -= 1
+                        fake.in_flight -= 1
                 return None
 
             def complete(self, body: dict[str, Any], fault: str | None) -> None:
@@ -106,26 +109,26 @@ class Fake:
                     self.connection.close()
                 elif fault in ("429", "503"):
                     headers = {} if fake.retry_after is None else {"Retry-After": fake.retry_after}
-                    self.say(int(fault), {"error": {"message": "busy"}}, headers)
+                    self.send(int(fault), {"error": {"message": "busy"}}, headers)
                 elif fault == "garbage":
-                    self.say(200, b"<html>so sorry</html>")
+                    self.send(200, b"<html>so sorry</html>")
                 elif fault == "error":
-                    self.say(500, {"error": {"message": "it broke"}})
+                    self.send(500, {"error": {"message": "it broke"}})
                 elif fault == "cut":
-                    self.say(200, fake.answer(body), cut=True)
+                    self.send(200, fake.respond(body), cut=True)
                 elif fault not in (None, "slow"):
-                    self.say(200, fault.encode())
+                    self.send(200, fault.encode())
                 elif (refusal := fake.refusal(body)) is not None:
-                    self.say(400, refusal)
+                    self.send(400, refusal)
                 else:
-                    self.say(200, fake.answer(body))
+                    self.send(200, fake.respond(body))
 
-            def say(self, status: int, value: Any, headers: Any = None, *, cut: bool = False) -> None:
+            def send(self, status: int, value: Any, headers: Any = None, *, cut: bool = False) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
-                for name, one in (headers or {}).items():
-                    self.send_header(name, one)
+                for name, text in (headers or {}).items():
+                    self.send_header(name, text)
                 self.end_headers()
                 self.wfile.write(data[: len(data) // 2] if cut else data)
                 if cut:
@@ -150,63 +153,96 @@ class Fake:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-            for one in self._open:
+            for connection in self._open:
                 with suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RDWR)
             self._open.clear()
             self._server = None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return np.random.default_rng([self.seed, *ids[-3:]]).normal(scale=2, size=self.size)
 
-    def beside(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and answer of what is posted elsewhere."""
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of what is there to get."""
+        if path == "/v1/models":
+            return 200, {"data": self.models}
+        return (200, self.pages[path]) if path in self.pages else (404, {})
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and JSON of what is posted elsewhere than to `completion_path`."""
         return 404, {}
 
     def refusal(self, body: dict[str, Any]) -> Any:
-        """What is said of a question that is not answered, None for one that is."""
-        if body.get("logprobs", 0) > self.most:
-            return {"error": {"message": f"logprobs is more than {self.most}"}}
+        """The error for a request that is refused, None for one that is not."""
+        if body.get("logprobs", 0) > self.max_logprobs:
+            return {"error": {"message": f"logprobs is more than {self.max_logprobs}"}}
         return None
 
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        if self.draws and body.get("return_token_ids"):
-            return self.drawn(body)
+    def respond(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.samples and body.get("return_token_ids"):
+            return self.sample(body)
         if "logprobs" not in body:
             return {"model": body["model"], "choices": [{"text": "x", "logprobs": None}]}
         x = self.logits(body["prompt"])
         x = x - np.log(np.exp(x).sum())
-        if self.processed and self.draws:
-            law = self.law(body)(x)
+        if self.processed and self.samples:
+            distribution = self.transform(body)(x)
             x = np.full(self.size, -9999.0)
-            x[law.ids] = law.logprobs
-        top = np.argsort(-x)[: body["logprobs"]]
-        spelled = "token_id:{}" if self.spell_ids else "text {}"
-        told = {spelled.format(i): float(x[i]) for i in top}
-        return {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [told]}}]}
+            x[distribution.ids] = distribution.logprobs
+        spelling = "token_id:{}" if self.spell_ids else "text {}"
+        top = {spelling.format(i): float(x[i]) for i in np.argsort(-x)[: body["logprobs"]]}
+        return {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]}
 
-    def law(self, body: dict[str, Any]) -> Transform:
+    def transform(self, body: dict[str, Any]) -> Transform:
         """The transform that a request asks for."""
         sampling = Sampling(
             **{name: body[name] for name in ("temperature", "top_p", "min_p")}, top_k=max(body["top_k"], 0)
         )
-        banned = [int(one) for one, bias in body.get("logit_bias", {}).items() if bias == -100] if self.bans else []
-        given = body.get("vllm_xargs", {}).get("mixlm_banned", "")
-        for part in given.split(",") if given and self.masks and self.bans else ():
+        biases = body.get("logit_bias", {})
+        banned = [int(token) for token, bias in biases.items() if bias == -100] if self.bans else []
+        ranges = body.get("vllm_xargs", {}).get("mixlm_banned", "")
+        for part in ranges.split(",") if ranges and self.masks and self.bans else ():
             first, _, last = part.partition("-")
             banned += range(int(first), int(last or first) + 1)
         return Transform(sampling, np.array(banned, dtype=np.int64))
 
-    def drawn(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Draw tokens, and tell what is told of them."""
+    def sample(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Sample tokens, and return what is returned of them."""
         random = np.random.default_rng(body["seed"] if self.seeds else None)
         ids: list[int] = []
-        told: list[float] = []
+        logprobs: list[float] = []
         while len(ids) < body["max_tokens"] and not {*ids} & {*body.get("stop_token_ids", [])}:
             x = self.logits([*body["prompt"], *ids])
-            law = self.law(body)(x)
-            at = random.choice(len(law.ids), p=np.exp(law.logprobs) / np.exp(law.logprobs).sum())
-            ids.append(int(law.ids[at]))
-            told.append(float(law.logprobs[at]) if self.processed else float(x[ids[-1]] - np.log(np.exp(x).sum())))
-        choice = {"text": "x", "token_ids": ids, "logprobs": {"token_logprobs": told}}
+            distribution = self.transform(body)(x)
+            probabilities = np.exp(distribution.logprobs)
+            index = random.choice(len(distribution.ids), p=probabilities / probabilities.sum())
+            ids.append(int(distribution.ids[index]))
+            raw = float(x[ids[-1]] - np.log(np.exp(x).sum()))
+            logprobs.append(float(distribution.logprobs[index]) if self.processed else raw)
+        choice = {"text": "x", "token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
         return {"model": body["model"], "choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": 0}}}
+
+
+class RecordingServer(FakeServer):
+    """Passes requests on to another server. posted: path and body of what was posted."""
+
+    completion_path = ""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self.posted: list[tuple[str, dict[str, Any]]] = []
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self._pass_on(path)
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.posted.append((path, body))
+        return self._pass_on(path, json.dumps(body).encode())
+
+    def _pass_on(self, path: str, data: bytes | None = None) -> tuple[int, Any]:
+        try:
+            with urlopen(Request(self._url + path, data, {"Content-Type": "application/json"})) as response:
+                return response.status, response.read()
+        except HTTPError as error:
+            return error.code, error.read()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from servers import Fake
+from servers import FakeServer
 
 from mixlm.engines.toy import random_table
 
@@ -22,14 +22,14 @@ _PARAMETERS = {
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-class FakeSGLang(Fake):
+class FakeSGLang(FakeServer):
     """info: what `/server_info` says. preferred: the server's own defaults of sampling. scale: of the logits.
 
     caches: whether it keeps what it has read. tokenize: what `/tokenize` does, None where there is none. adapters: the
     seeds of LoRA adapters, by name.
     """
 
-    question = "/generate"
+    completion_path = "/generate"
 
     def __init__(self, size: int = 260, seed: int = 0, *, key: str | None = None, context: int = 512) -> None:
         super().__init__(size, seed, key=key)
@@ -66,7 +66,7 @@ class FakeSGLang(Fake):
         seed = self.seed if adapter is None else self.adapters[adapter]
         return random_table(self.size, seed, order=10_000, scale=self.scale)(tuple(ids)).astype(np.float32)
 
-    def beside(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/tokenize" and self.tokenize is not None and "prompt" in body:
             ids = self.tokenize(body["prompt"])
             return 200, {"tokens": ids, "count": len(ids), "max_model_len": self.context}
@@ -97,7 +97,7 @@ class FakeSGLang(Fake):
         said = next((words for is_so, words in wrong if is_so), None)
         return None if said is None else {"error": {"message": said}}
 
-    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def respond(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, count = body["input_ids"], body.get("top_logprobs_num") or 0
         if count > self.size:
             self.stop()  # what asks for more rows than there are ends the process that runs the model

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import memory
+from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.lora import LoadedModel
 from mixlm.errors import ModelLoadError, UnsupportedError
@@ -102,17 +102,17 @@ def test_weights_are_held_once(folders, engines):
     files = {name: (folders[name] / "adapter_model.safetensors").stat().st_size for name in TARGETS}
     for name in TARGETS:
         assert 0.5 * files[name] < own[name] < files[name]
-    assert memory(engines.values()) == base.weights_bytes + own["a"] + own["b"]
-    assert memory([a, a]) == a.weights_bytes
+    assert total_weight_bytes(engines.values()) == base.weights_bytes + own["a"] + own["b"]
+    assert total_weight_bytes([a, a]) == a.weights_bytes
     held = sum(one.numel() * one.element_size() for one in base.model.parameters())
-    assert held == memory(engines.values())
+    assert held == total_weight_bytes(engines.values())
 
 
 def test_the_same_adapter_twice_is_loaded_once(folders, engines):
-    before = memory(engines.values())
+    before = total_weight_bytes(engines.values())
     path = str(folders["base"].parent / "a")
     again = engines["b"].with_spec(spec(folders, adapter=path, template="{{ messages[0].content }}"))
-    assert memory([*engines.values(), again]) == before
+    assert total_weight_bytes([*engines.values(), again]) == before
     ids = random_ids(again, 5)
     assert_close(uncached(again, ids), uncached(engines["a"], ids))
 
@@ -169,7 +169,7 @@ def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_e
     assert those.names == ("base", "base+a", "base-2", "base-3")
     assert len({id(one.engine.model) for one in those.members}) == 1
     sizes = [one.engine.weights_bytes for one in those.members]
-    assert memory(one.engine for one in those.members) == sizes[1] > sizes[0] == sizes[2] == sizes[3]
+    assert total_weight_bytes(one.engine for one in those.members) == sizes[1] > sizes[0] == sizes[2] == sizes[3]
     assert check(those, "the bird", samples=600, options={"top_k": 6}).equal
     found = inspect(those, measure=False)
     assert found.weights_bytes == sizes[1]
@@ -194,7 +194,7 @@ def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folde
     settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
     sessions = [one.engine.session() for one in those.members]
     those.context(settings, sessions).start(those.encode_prompt("u", settings)).finish()
-    assert [{forward.rows for forward in one.stats.forwards} for one in sessions] == [{3}, {3}, {1}, {3}]
+    assert [{forward.batch_size for forward in one.stats.forwards} for one in sessions] == [{3}, {3}, {1}, {3}]
 
 
 def test_a_members_own_system_text_stands_in_front_of_others(folders):

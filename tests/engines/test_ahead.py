@@ -22,7 +22,7 @@ from mixlm.engines.base import LogitsRequest, RunAheadHint, SampleRequest, Sessi
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers import run_ahead as ahead
 from mixlm.engines.transformers import runner
-from mixlm.engines.transformers.device_topk import DeviceTopK, kept
+from mixlm.engines.transformers.device_topk import DeviceTopK, from_device
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -41,12 +41,12 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     """What the device and the host draw from a random row; None for a row that comes whole."""
     logits, transform = random_case(seed)
     cut, noise = transform.top_k_filter, Noise(seed, 3, 5)
-    if cut is None or not ahead.shortened(cut, len(logits)):
+    if cut is None or not ahead.applies(cut, len(logits)):
         return None
     symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
     draws = DeviceSampler(DeviceTopK())
     part = draws.largest.part(logits[None].to(device), cut, [0]).view(2, -1)
-    row = kept(part.cpu().numpy(), cut)
+    row = from_device(part.cpu().numpy(), cut)
     if row is None:
         return None
     told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
@@ -76,7 +76,7 @@ def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
         assert transform.top_k_filter is not None
         part = DeviceTopK().part(logits[None], transform.top_k_filter, [0]).view(2, -1)
-        ids, values = ahead.order(part[0].view(torch.float32), part[1], 14, transform.sampling)
+        ids, values = ahead.truncate_sorted(part[0].view(torch.float32), part[1], 14, transform.sampling)
         assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
 
 
@@ -278,7 +278,7 @@ def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEn
     for each, row in zip((one, other), rows, strict=True):
         each.check(row)
         assert each.session.stats.forwards[-1][:2] == (1, len(each.ids) - 1)
-        assert each.session.stats.forwards[-1].rows == 1
+        assert each.session.stats.forwards[-1].batch_size == 1
     assert one.session.stats.run_ahead == before + 1
 
 
@@ -428,7 +428,7 @@ def test_a_gpu_draws_what_the_host_draws() -> None:
 @pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
 def test_captured_steps_go_ahead_alike(load: Load, kinds: tuple[str, str], method: str, unit: Any) -> None:  # noqa: F811
     captured, usual = (pair(load, graphs, kinds, device="cuda", unit=unit) for graphs in ("auto", "off"))
-    assert [one.engine.ahead for one in captured.members] == [DEPTH] * 2
+    assert [one.engine.run_ahead_depth for one in captured.members] == [DEPTH] * 2
     for seed, more in enumerate([{}, TRUNCATED, {"stop": ["e"]}, {}]):
         options = {"method": method, "seed": seed, "max_tokens": 60, **more}
         found, expected = write(captured, **options), write(usual, **options)

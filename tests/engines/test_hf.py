@@ -152,7 +152,7 @@ def test_one_forward_serves_many_sessions(folders, kind):
         for found, ids, last in zip(one.respond(asked), texts, lasts, strict=True):
             assert_close(found, uncached(one, ids, last))
         if turn:
-            assert {session.stats.forwards[-1].rows for session in sessions} == {6}
+            assert {session.stats.forwards[-1].batch_size for session in sessions} == {6}
         texts = [
             np.concatenate([ids[: max(1, len(ids) - 2)], random_ids(one, int(rng.integers(3, 9)), i + turn)])
             for i, ids in enumerate(texts)

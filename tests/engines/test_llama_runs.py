@@ -1,4 +1,4 @@
-"""Runs that a server of llama.cpp draws by itself follow the member's law, also where it cannot be told everything."""
+"""Runs that a server of llama.cpp samples itself follow the member's law, also where it cannot be told everything."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_told_of_a_run_is_the_members_law(engine, reference, sampling):
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=str)
 def test_two_tokens_are_drawn_as_often_as_the_law_says(engine, reference, sampling, many):
     first = likely(reference, BEGIN, 40)
-    # Of those that may not be drawn, some are more than a request bans, and among the likeliest.
+    # Of servers that may not be drawn, some are more than a request bans, and among the likeliest.
     banned = np.unique(
         np.concatenate([np.arange(0, 120), first[[0, 3]], [256, 257]]) if many else np.sort([first[1], 256])
     )
@@ -117,7 +117,7 @@ def test_equal_seeds_write_equal_texts_and_other_seeds_others(engine):
 
 
 def test_requests_are_as_many_as_runs(engine, monkeypatch):
-    server = engine.servers[0]
+    server = engine.replicas[0]
     asked: list[dict[str, Any]] = []
     complete = server._complete
 

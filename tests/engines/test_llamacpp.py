@@ -94,8 +94,8 @@ def test_numbers_that_are_kept_back_are_asked_for_another_way(engine):
     ids = random_ids(engine, 5)
     session = engine.session()
     usual = session.logits(ids).copy()
-    bodies = engine.dialect.bodies
-    with patch.object(engine.dialect, "bodies", lambda ids, count: bodies(ids, count)[1:]):
+    bodies = engine.protocol.request_bodies
+    with patch.object(engine.protocol, "request_bodies", lambda ids, count: bodies(ids, count)[1:]):
         other = session.logits(np.array([*ids, *ids]))
     expected = engine.session().logits(np.array([*ids, *ids]))
     assert ((other > -np.inf) == (expected > -np.inf)).all()

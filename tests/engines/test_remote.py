@@ -12,9 +12,9 @@ import pytest
 from contract import *  # noqa: F403
 from contract import random_ids
 from ggufs import write_tiny_gguf
-from servers import Fake
+from servers import FakeServer
 
-pytest.importorskip("httpx")
+pytest.importorskip("aiohttp")
 
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
@@ -34,7 +34,7 @@ from mixlm.errors import (
 from mixlm.models import find_gguf, tokenizer_folder
 from mixlm.types import Sampling, TopKFilter
 
-QUICK = ClientLimits(connect=1, answer=5, busy=1, connections=3)
+QUICK = ClientLimits(connect=1, response=5, busy=1, connections=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,10 +74,10 @@ def engine(llama) -> Engine:
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
-    one = Fake().start()
-    yield one
-    one.stop()
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer().start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
@@ -85,58 +85,58 @@ def remote(fake, folder) -> RemoteEngine:
     return RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
 
 
-def test_a_real_server_says_what_the_same_model_says_in_this_process(engine, file):
-    here = load(EngineSpec(str(file), "", "float32", engine="llamacpp", slots=1))
-    assert engine.vocabulary == here.vocabulary
+def test_a_real_server_has_the_logits_of_the_same_model_in_this_process(engine, file):
+    local = load(EngineSpec(str(file), "", "float32", engine="llamacpp", slots=1))
+    assert engine.vocabulary == local.vocabulary
     assert (engine.context_length, engine.top_k_limit) == (512, 64)
     ids = random_ids(engine, 9)
-    ours, theirs = here.session().logits(ids)[0], engine.session().logits(ids)[0]
-    np.testing.assert_allclose(softmax(theirs), softmax(ours), atol=1e-5)
+    expected, logits = local.session().logits(ids)[0], engine.session().logits(ids)[0]
+    np.testing.assert_allclose(softmax(logits), softmax(expected), atol=1e-5)
 
 
-def test_an_ensemble_with_a_member_behind_a_server_writes(engine):
+def test_an_ensemble_with_a_member_behind_a_server_generates(engine):
     pair = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
     texts = [pair.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=9).text for _ in range(2)]
     assert texts[0] == texts[1]
 
 
-def test_the_name_is_the_models(remote, fake):
+def test_the_name_is_that_of_the_model(remote, fake):
     assert (remote.name, remote.context_length, remote.top_k_limit) == ("fake", 511, 64)
-    found = remote.session().logits(np.array([5, 6, 7]))[0]
-    wanted = fake.logits([5, 6, 7])
-    best = np.argsort(-wanted)[:64]
-    np.testing.assert_allclose(softmax(found[best]), softmax(wanted[best]), atol=1e-6)
+    logits = remote.session().logits(np.array([5, 6, 7]))[0]
+    expected = fake.logits([5, 6, 7])
+    top = np.argsort(-expected)[:64]
+    np.testing.assert_allclose(softmax(logits[top]), softmax(expected[top]), atol=1e-6)
 
 
-def test_questions_of_several_sequences_are_sent_at_once_and_never_too_many(remote, fake):
+def test_requests_of_several_sequences_are_in_flight_at_once_up_to_the_limit(remote, fake):
     fake.faults, fake.delay = ["slow"] * 6, 0.1
-    texts = [np.array([3, 4, i]) for i in range(6)]
-    found = remote.respond([(remote.session(), LogitsRequest(0, ids)) for ids in texts])
-    for row, ids in zip(found, texts, strict=True):
-        assert row[0].argmax() == fake.logits(ids.tolist()).argmax()
-    assert 2 <= fake.busiest <= QUICK.connections
+    prompts = [np.array([3, 4, i]) for i in range(6)]
+    responses = remote.respond([(remote.session(), LogitsRequest(0, ids)) for ids in prompts])
+    for logits, ids in zip(responses, prompts, strict=True):
+        assert logits[0].argmax() == fake.logits(ids.tolist()).argmax()
+    assert 2 <= fake.max_in_flight <= QUICK.connections
 
 
-def test_an_error_is_raised_when_all_that_was_asked_with_it_is_done(remote, fake):
+def test_an_error_is_raised_when_the_other_requests_are_done(remote, fake):
     fake.faults, fake.delay = ["error", "slow"], 0.3
-    slow = [remote.session(), remote.session()]
+    sessions = [remote.session(), remote.session()]
     with pytest.raises(EngineError, match="it broke"):
-        remote.respond([(one, LogitsRequest(0, np.array([3, 4, 5]))) for one in slow])
-    assert fake.busy == 0
-    assert sorted(len(one.stats.forwards) for one in slow) == [0, 1]
+        remote.respond([(session, LogitsRequest(0, np.array([3, 4, 5]))) for session in sessions])
+    assert fake.in_flight == 0
+    assert sorted(len(session.stats.forwards) for session in sessions) == [0, 1]
 
 
 @pytest.mark.parametrize("fault", ["drop", "cut", "429", "503"])
-def test_what_passes_is_tried_again(remote, fake, fault):
+def test_a_passing_failure_is_retried(remote, fake, fault):
     fake.faults = [fault]
-    before = len(fake.asked)
-    found = remote.session().logits(np.array([8, 9]))[0]
-    assert found.argmax() == fake.logits([8, 9]).argmax()
-    assert len(fake.asked) >= before + 2
+    before = len(fake.requests)
+    logits = remote.session().logits(np.array([8, 9]))[0]
+    assert logits.argmax() == fake.logits([8, 9]).argmax()
+    assert len(fake.requests) >= before + 2
 
 
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("faults", "message"),
     [
         (["drop", "drop"], "does not answer: "),
         (["cut", "cut"], "does not answer: "),
@@ -146,25 +146,25 @@ def test_what_passes_is_tried_again(remote, fake, fault):
         (["null"], "gives no answer"),
         (['{"choices": [{"logprobs": {"top_logprobs": [{}]}}]}'], "gives no answer"),
         (['{"choices": [{"logprobs": {"top_logprobs": [{"token_id:x": 1}]}}]}'], "gives no answer"),
-        (['{"choices": [{"logprobs": null}]}'], "tells no probabilities"),
+        (['{"choices": [{"logprobs": null}]}'], "returns no probabilities"),
     ],
 )
-def test_what_does_not_pass_is_an_error_that_names_the_server(remote, fake, faults, said):
+def test_a_lasting_failure_is_an_error_that_names_the_server(remote, fake, faults, message):
     fake.faults = list(faults)
-    with pytest.raises(EngineError, match=said) as raised:
+    with pytest.raises(EngineError, match=message) as raised:
         remote.session().logits(np.array([8, 9]))
     assert fake.url in str(raised.value)
     assert remote.session().logits(np.array([8, 9])).shape == (1, 260)
 
 
-def test_an_answer_that_takes_too_long_is_not_waited_for(fake, folder):
-    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=1, answer=0.2))
+def test_a_response_that_takes_too_long_is_not_waited_for(fake, folder):
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=1, response=0.2))
     fake.faults = ["slow"]
     with pytest.raises(EngineError, match=r"does not answer within 0.2 seconds"):
         remote.session().logits(np.array([8, 9]))
 
 
-def test_a_busy_server_is_waited_for_as_it_asks_and_not_for_ever(remote, fake):
+def test_a_busy_server_is_waited_for_as_it_asks_and_not_forever(remote, fake):
     fake.faults = ["429"] * 3
     start = time.monotonic()
     remote.session().logits(np.array([8, 9]))
@@ -203,8 +203,8 @@ def test_a_server_that_comes_back_as_it_was_goes_on(remote, fake):
     assert remote.session().logits(np.array([8, 9]))[0].argmax() == fake.logits([8, 9]).argmax()
 
 
-def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
-    fake.most = 20
+def test_a_server_that_returns_few_tokens_allows_a_small_top_k(fake, folder):
+    fake.max_logprobs = 20
     remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     assert remote.top_k_limit == 16
     alone = Ensemble([MemberSpec(remote, "a")])
@@ -213,23 +213,23 @@ def test_a_server_that_tells_few_tokens_allows_a_small_top_k(fake, folder):
         alone.context(alone.settings(top_k=17))
 
 
-def test_no_more_tokens_are_asked_for_than_a_choice_needs(remote, fake):
+def test_no_more_tokens_are_requested_than_sampling_needs(remote, fake):
     alone, options = Ensemble([MemberSpec(remote, "a")]), {"seed": 1, "max_tokens": 6, "ignore_end": True}
-    del fake.asked[:]
+    del fake.requests[:]
     alone.generate("one two", top_k=9, **options)
-    assert {body["logprobs"] for body in fake.asked if body["logprobs"] > 5} == {9 + 16}
+    assert {body["logprobs"] for body in fake.requests if body["logprobs"] > 5} == {9 + 16}
     banned = np.sort(np.argsort(-fake.logits([4, 5, 6]))[:30])
-    [found] = remote.respond(
+    [rows] = remote.respond(
         [(remote.session(), LogitsRequest(0, np.array([4, 5, 6]), top_k_filter=TopKFilter(9, banned)))]
     )
-    assert fake.asked[-1]["logprobs"] == 4 * (9 + 16)
-    assert found[0].ids.size == 9
-    assert not np.isin(found[0].ids, banned).any()
+    assert fake.requests[-1]["logprobs"] == 4 * (9 + 16)
+    assert rows[0].ids.size == 9
+    assert not np.isin(rows[0].ids, banned).any()
 
 
 def test_what_a_server_lacks_is_named(fake, folder):
     fake.spell_ids = False
-    with pytest.raises(UnsupportedError, match=r"likeliest next tokens by their ids.*tells no probabilities"):
+    with pytest.raises(UnsupportedError, match=r"most likely next tokens by their ids.*returns no probabilities"):
         RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
     del fake.models[0]["max_model_len"]
     with pytest.raises(UnsupportedError, match="how many tokens its context holds"):
@@ -286,65 +286,66 @@ def test_a_server_that_is_not_there_is_named():
 
 
 @pytest.fixture
-def drawing(fake, folder) -> RemoteEngine:
-    """A member behind a server that draws by itself."""
-    fake.draws = True
+def sampler(fake, folder) -> RemoteEngine:
+    """A member behind a server that samples itself."""
+    fake.samples = True
     return RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_a_server_that_draws_by_itself_is_asked_for_runs(fake, folder, masks):
-    fake.draws, fake.masks = True, masks
-    one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert one.servers[0].served == ServerCapabilities("", masks)
-    assert one.details["draws by itself"] == ("yes, masking" if masks else "yes")
-    alone = Ensemble([MemberSpec(one, "a")])
-    fake.asked.clear()
-    reply = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
-    [asked] = fake.asked
-    assert (len(reply.tokens), asked["max_tokens"]) == (12, 12)
-    control = sorted(one.vocabulary.special_ids)
-    assert ("vllm_xargs" in asked) == masks
+def test_a_server_that_samples_itself_is_asked_for_several_tokens(fake, folder, masks):
+    fake.samples, fake.masks = True, masks
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert remote.replicas[0].server.capabilities == ServerCapabilities("", masks)
+    assert remote.details["samples itself"] == ("yes, masking" if masks else "yes")
+    alone = Ensemble([MemberSpec(remote, "a")])
+    fake.requests.clear()
+    completion = alone.generate("three", seed=1, max_tokens=12, ignore_end=True, top_k=0)
+    [request] = fake.requests
+    assert (len(completion.tokens), request["max_tokens"]) == (12, 12)
+    control = sorted(remote.vocabulary.special_ids)
+    assert ("vllm_xargs" in request) == masks
     if not masks:
-        assert sorted(map(int, asked["logit_bias"])) == control
-    ids = asked["prompt"]
-    for token in reply.tokens:
-        law = Transform(Sampling(temperature=0.7, top_k=0), np.array(control))(fake.logits(ids))
-        ids = [*ids, one.vocabulary.tokens.index(token.data)]
-        assert token.logprob == pytest.approx(law.logprobs[law.ids == ids[-1]][0])
-    assert sum(one.forwards for one in reply.usage.members.values()) == 12
+        assert sorted(map(int, request["logit_bias"])) == control
+    ids = request["prompt"]
+    for token in completion.tokens:
+        distribution = Transform(Sampling(temperature=0.7, top_k=0), np.array(control))(fake.logits(ids))
+        ids = [*ids, remote.vocabulary.tokens.index(token.data)]
+        assert token.logprob == pytest.approx(distribution.logprobs[distribution.ids == ids[-1]][0])
+    assert sum(member.forwards for member in completion.usage.members.values()) == 12
 
 
 @pytest.mark.parametrize(
-    ("lacking", "said"),
+    ("lacking", "message"),
     [
-        ("draws", "tells no token ids"),
+        ("samples", "returns no token ids"),
         ("processed", "--logprobs-mode processed_logprobs"),
-        ("seeds", "equal seeds must draw equal tokens"),
-        ("bans", "cannot be kept from drawing some tokens"),
+        ("seeds", "equal seeds must sample equal tokens"),
+        ("bans", "cannot be kept from sampler some tokens"),
     ],
 )
-def test_what_a_server_lacks_to_draw_by_itself_is_told_and_it_is_asked_token_by_token(fake, folder, lacking, said):
-    fake.draws = True
+def test_what_a_server_lacks_to_sample_itself_is_named_and_it_is_asked_token_by_token(fake, folder, lacking, message):
+    fake.samples = True
     setattr(fake, lacking, False)
-    one = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
-    assert said in one.details["draws by itself"]
-    fake.asked.clear()
-    reply = Ensemble([MemberSpec(one, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
-    assert len(reply.tokens) == len(fake.asked) == 6
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert message in remote.details["samples itself"]
+    fake.requests.clear()
+    completion = Ensemble([MemberSpec(remote, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
+    assert len(completion.tokens) == len(fake.requests) == 6
 
 
-def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawing):
+def test_more_control_tokens_than_biases_may_name_are_not_left_to_the_server(sampler, fake, folder):
     many = np.arange(301)
-    assert drawing.samples_itself(Sampling(), many)
-    drawing.servers[0].served = ServerCapabilities("", masks=False)
-    assert not drawing.samples_itself(Sampling(), many)
-    assert drawing.samples_itself(Sampling(), many[:300])
-    assert not drawing.samples_itself(Sampling(min_p=0.1, top_p=0.9), many[:0])
+    assert sampler.samples_itself(Sampling(), many)
+    fake.masks = False
+    biased = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert not biased.samples_itself(Sampling(), many)
+    assert biased.samples_itself(Sampling(), many[:300])
+    assert not biased.samples_itself(Sampling(min_p=0.1, top_p=0.9), many[:0])
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
         "{}",
         "null",
@@ -354,18 +355,18 @@ def test_more_control_tokens_than_biases_may_name_are_left_to_what_is_told(drawi
         '{"choices": [{"token_ids": ["x"], "logprobs": {"token_logprobs": [-1]}}]}',
     ],
 )
-def test_what_is_no_run_is_an_error_that_says_what_came(drawing, fake, answer):
-    fake.faults = [answer]
+def test_a_malformed_response_is_an_error_that_shows_it(sampler, fake, response):
+    fake.faults = [response]
     with pytest.raises(GenerationInterruptedError, match="gives no answer"):
-        Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
+        Ensemble([MemberSpec(sampler, "a")]).generate("three", seed=1, max_tokens=6)
 
 
-def test_a_run_of_a_server_that_came_back_with_another_model_is_not_taken(drawing, fake):
+def test_tokens_of_a_server_that_came_back_with_another_model_are_not_taken(sampler, fake):
     fake.stop()
     fake.seed = 1
     fake.start()
     with pytest.raises(GenerationInterruptedError, match="has another model now"):
-        Ensemble([MemberSpec(drawing, "a")]).generate("three", seed=1, max_tokens=6)
+        Ensemble([MemberSpec(sampler, "a")]).generate("three", seed=1, max_tokens=6)
 
 
 SERVE = """
@@ -387,19 +388,19 @@ def process(file) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """llama.cpp's server in a process of its own, and its URL."""
     pytest.importorskip("xllamacpp")
     command = [sys.executable, "-c", SERVE, str(file)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
-        yield one, one.stdout.readline().strip()
-        one.kill()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield server, server.stdout.readline().strip()
+        server.kill()
 
 
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
-def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine, on_failure):
+def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, engine, on_failure):
     server, url = process
     pair = Ensemble([MemberSpec(engine, "stays"), MemberSpec(RemoteEngine(EngineSpec(url, ""), None, QUICK), "goes")])
     options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
     whole = pair.generate("three", **options)
     stream = pair.stream("three", **options, on_failure=on_failure)
-    begun = [next(stream) for _ in range(8)]
+    first_tokens = [next(stream) for _ in range(8)]
     server.send_signal(signal.SIGKILL)
     server.wait()
     if on_failure == "error":
@@ -412,24 +413,24 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply(process, file, engine,
         dropped = stream.completion.usage.members["goes"].dropped
         assert len(tokens) == 30
         assert 0 < dropped <= 22
-        assert {one.member for one in tokens[30 - dropped :]} == {"stays"}
+        assert {token.member for token in tokens[30 - dropped :]} == {"stays"}
         tokens = tokens[: 30 - dropped]
-    assert list(tokens[:8]) == begun
-    assert [one.data for one in tokens] == [one.data for one in whole.tokens][: len(tokens)]
+    assert list(tokens[:8]) == first_tokens
+    assert [token.data for token in tokens] == [token.data for token in whole.tokens][: len(tokens)]
 
 
-def test_connections_that_are_made_together_are_looked_at_together(fake, folder):
-    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=5, answer=5, connections=5))
-    begin = np.array([3, 4, 5])
-    remote.session().logits(begin)
+def test_connections_that_are_made_together_are_checked_together(fake, folder):
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, ClientLimits(connect=5, response=5, connections=5))
+    prompt = np.array([3, 4, 5])
+    remote.session().logits(prompt)
     fake.stop()
     fake.start()
-    before = len(fake.asked)
+    before = len(fake.requests)
     fake.faults, fake.delay = ["slow"] * 5, 0.1
-    remote.respond([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
-    assert len(fake.asked) - before <= 5 + 3  # what was asked, and a few looks at who it is
+    remote.respond([(remote.session(), LogitsRequest(0, np.append(prompt, i))) for i in range(5)])
+    assert len(fake.requests) - before <= 5 + 3  # the requests, and a few checks of the model
     fake.stop()
     fake.seed = 1
     fake.start()
     with pytest.raises(EngineError, match="another model now"):
-        remote.respond([(remote.session(), LogitsRequest(0, np.append(begin, i))) for i in range(5)])
+        remote.respond([(remote.session(), LogitsRequest(0, np.append(prompt, i))) for i in range(5)])

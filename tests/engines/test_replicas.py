@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from contract import random_ids
-from servers import Fake
+from servers import FakeServer
 
-pytest.importorskip("httpx")
+pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
@@ -30,19 +30,19 @@ OPTIONS = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
 
 
 @pytest.fixture
-def fakes() -> Iterator[list[Fake]]:
-    those = [Fake().start(), Fake().start()]
-    yield those
-    for one in those:
+def fakes() -> Iterator[list[FakeServer]]:
+    servers = [FakeServer().start(), FakeServer().start()]
+    yield servers
+    for one in servers:
         one.stop()
 
 
-def urls(those: list[Fake]) -> EngineSpec:
-    return EngineSpec(",".join(one.url for one in those), "")
+def urls(servers: list[FakeServer]) -> EngineSpec:
+    return EngineSpec(",".join(one.url for one in servers), "")
 
 
-def asked(one: Fake) -> int:
-    return sum(len(body["prompt"]) < 8 for body in one.asked)  # without the questions that tell who it is
+def asked(one: FakeServer) -> int:
+    return sum(len(body["prompt"]) < 8 for body in one.requests)  # without the questions that tell who it is
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_sequences_are_shared_out_and_each_stays_with_its_server(both, fakes):
     for length in range(3, 7):
         both.respond([(one, LogitsRequest(0, np.arange(5, 5 + length) + at)) for at, one in enumerate(sessions)])
     assert [asked(one) - was for one, was in zip(fakes, before, strict=True)] == [8, 8]
-    assert [both.servers.index(one.home) for one in sessions] == [0, 1, 0, 1]
+    assert [both.replicas.index(one.replica) for one in sessions] == [0, 1, 0, 1]
 
 
 def test_a_sequence_goes_on_at_another_server_and_the_first_one_comes_back(both, fakes, caplog):
@@ -65,15 +65,15 @@ def test_a_sequence_goes_on_at_another_server_and_the_first_one_comes_back(both,
     one.logits(ids)
     fakes[0].stop()
     assert one.logits(np.append(ids, 3))[0].argmax() == fakes[1].logits([10, 11, 3]).argmax()
-    assert one.home is both.servers[1]
+    assert one.replica is both.replicas[1]
     assert both.alive()
     assert "does not answer" in caplog.text
     fakes[0].start()
     time.sleep(0.6)
     other = both.session()
     other.logits(ids)
-    assert other.home is both.servers[0]
-    assert one.home is both.servers[1]
+    assert other.replica is both.replicas[0]
+    assert one.replica is both.replicas[1]
 
 
 def test_an_error_is_raised_when_no_server_is_left(both, fakes):
@@ -92,10 +92,10 @@ def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: 
     fakes[1].seed = 1
     with pytest.raises(UnsupportedError, match=f"{fakes[1].url} has another model: it is no replica"):
         RemoteEngine(urls(fakes), folder, QUICK)
-    fakes[1].seed, fakes[1].most = 0, 30
+    fakes[1].seed, fakes[1].max_logprobs = 0, 30
     with pytest.raises(UnsupportedError, match="tells 20 of the likeliest tokens, others 80"):
         RemoteEngine(urls(fakes), folder, QUICK)
-    fakes[1].most, fakes[1].models = 100, [{"id": "fake", "max_model_len": 100}]
+    fakes[1].max_logprobs, fakes[1].models = 100, [{"id": "fake", "max_model_len": 100}]
     with pytest.raises(UnsupportedError, match="a context of 99 tokens, others 511"):
         RemoteEngine(urls(fakes), folder, QUICK)
 
@@ -107,10 +107,10 @@ def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder, monkeyp
         one = RemoteEngine(urls(fakes), folder, QUICK)
         sessions = [one.session() for _ in range(2)]
         sessions[0].logits(np.arange(5, 9))
-        assert sessions[0].home is one.servers[1 - missing]
+        assert sessions[0].replica is one.replicas[1 - missing]
         fakes[missing].start()
         sessions[1].logits(np.arange(5, 9))
-        assert sessions[1].home is one.servers[missing]
+        assert sessions[1].replica is one.replicas[missing]
 
 
 def test_a_server_that_comes_back_with_another_model_stays_out(both, fakes, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_server_that_comes_back_with_another_model_stays_out(both, fakes, monk
     for last in range(9, 12):
         found = one.logits(np.arange(5, last + 1))
         assert found[0].argmax() == fakes[1].logits([last - 2, last - 1, last]).argmax()
-    assert one.home is both.servers[1]
+    assert one.replica is both.replicas[1]
 
 
 def test_a_file_names_servers_by_url():
@@ -164,12 +164,12 @@ def test_a_server_killed_in_the_middle_of_a_reply_is_replaced_by_its_replica(pro
     stream = pair.stream("three", **OPTIONS)
     begun = [next(stream) for _ in range(8)]
     session = stream.sessions[1]
-    home, before = session.home, len(session.stats.forwards)
-    server, _ = processes[goes.servers.index(home)]
+    home, before = session.replica, len(session.stats.forwards)
+    server, _ = processes[goes.replicas.index(home)]
     server.send_signal(signal.SIGKILL)
     server.wait()
     reply = stream.finish()
-    assert session.home is not home
+    assert session.replica is not home
     assert list(reply.tokens[:8]) == begun
     assert [one.data for one in reply.tokens] == [one.data for one in whole.tokens]
     assert reply.usage.members["goes"].dropped == 0
@@ -208,7 +208,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(folder, tmp_path, monk
         pytest.skip("openssl is not installed")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    one = Fake().start(context)
+    one = FakeServer().start(context)
     try:
         with pytest.raises(EngineError, match=r"(?i)certificate"):
             RemoteEngine(EngineSpec(one.url, ""), folder, QUICK)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from contract import *  # noqa: F403
 from contract import random_ids
-from servers import Fake
+from servers import FakeServer
 from sglang_server import FakeSGLang
 
-pytest.importorskip("httpx")
+pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, cache, file, folder  # noqa: F401
 
@@ -89,7 +89,7 @@ def test_the_servers_own_defaults_bend_nothing(fake, loaded):
     found, wanted = engine.session().logits(np.array([5, 6]))[0], fake.logits([5, 6])
     assert np.isfinite(found).sum() == 80
     np.testing.assert_allclose(np.diff(found[np.isfinite(found)]), np.diff(wanted[np.isfinite(found)]), atol=1e-5)
-    assert {*fake.preferred} <= {*fake.asked[-1]["sampling_params"]}
+    assert {*fake.preferred} <= {*fake.requests[-1]["sampling_params"]}
 
 
 def test_what_is_improbable_beyond_float32_is_told_as_impossible(fake, loaded):
@@ -121,7 +121,7 @@ def test_loading_takes_few_requests(fake, loaded):
 
 
 def test_other_servers_are_asked_nothing_that_is_sglangs(folder):  # noqa: F811
-    other = Fake().start()
+    other = FakeServer().start()
     try:
         RemoteEngine(EngineSpec(other.url, ""), folder, QUICK)
     finally:
@@ -176,7 +176,7 @@ def test_a_tokenizer_that_reads_as_the_server_does_not_is_refused(engine, fake, 
 def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
     engine = loaded(candidates=5000)
     assert engine.top_k_limit == 260 - engine.spare
-    assert max(body["top_logprobs_num"] for body in fake.asked) == 260
+    assert max(body["top_logprobs_num"] for body in fake.requests) == 260
     assert np.isfinite(engine.session().logits(np.array([5, 6]))).all()
 
 
@@ -184,7 +184,7 @@ def test_as_many_tokens_are_asked_for_as_a_choice_needs_and_there_are(engine, fa
     ids = random_ids(engine, 5)
     banned = np.sort(np.argsort(-fake.logits(ids.tolist()))[:245])
     [found] = engine.respond([(engine.session(), LogitsRequest(0, ids, top_k_filter=TopKFilter(9, banned)))])
-    assert [body["top_logprobs_num"] for body in fake.asked[-3:]] == [9 + 16, 4 * (9 + 16), 260]
+    assert [body["top_logprobs_num"] for body in fake.requests[-3:]] == [9 + 16, 4 * (9 + 16), 260]
     assert found[0].ids.size == 9
     assert not np.isin(found[0].ids, banned).any()
 
@@ -202,12 +202,12 @@ def test_what_its_cache_held_is_reported(fake, loaded):
 
 def test_it_is_asked_token_by_token_and_the_details_say_why(engine, fake):
     assert engine.details["engine"] == "SGLang"
-    assert "no: it takes seeds with --enable-deterministic-inference only" in engine.details["draws by itself"]
-    fake.asked.clear()
+    assert "no: it takes seeds with --enable-deterministic-inference only" in engine.details["samples itself"]
+    fake.requests.clear()
     reply = Ensemble([MemberSpec(engine, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
-    assert len(reply.tokens) == len(fake.asked) == 6
-    assert {body["sampling_params"]["max_new_tokens"] for body in fake.asked} == {1}
-    assert {body["top_logprobs_num"] for body in fake.asked} == {9 + 16}
+    assert len(reply.tokens) == len(fake.requests) == 6
+    assert {body["sampling_params"]["max_new_tokens"] for body in fake.requests} == {1}
+    assert {body["top_logprobs_num"] for body in fake.requests} == {9 + 16}
 
 
 def test_an_adapter_is_asked_by_its_name(fake, loaded, folder):  # noqa: F811
@@ -221,7 +221,7 @@ def test_an_adapter_is_asked_by_its_name(fake, loaded, folder):  # noqa: F811
     assert poet.context_length == 505
     ids = [5, 6, 7]
     assert base.session().logits(np.array(ids))[0].argmax() == fake.logits(ids).argmax()
-    assert "lora_path" not in fake.asked[-1]
+    assert "lora_path" not in fake.requests[-1]
     assert poet.session().logits(np.array(ids))[0].argmax() == fake.logits(ids, "poet").argmax()
     fake.adapters = {}
     with pytest.raises(EngineError, match="requested LoRA adapters are not loaded: poet"):
@@ -283,17 +283,17 @@ def test_a_server_that_stays_busy_is_not_waited_for_without_end(engine, fake):
 
 
 def test_a_server_that_does_not_tell_ids_is_refused(fake, loaded):
-    told = fake.answer
+    told = fake.respond
 
     def without(body):
         answer = told(body)
         answer["meta_info"].pop("output_top_logprobs", None)
         return answer
 
-    fake.answer = without
+    fake.respond = without
     with pytest.raises(UnsupportedError, match=r"likeliest next tokens by their ids: .*tells no probabilities"):
         loaded()
-    fake.question = "/elsewhere"
+    fake.completion_path = "/elsewhere"
     with pytest.raises(UnsupportedError, match=r"by their ids: .*refuses \(404\)"):
         loaded()
 
@@ -347,12 +347,12 @@ def test_a_replica_goes_on_in_the_middle_of_a_reply(both, engine, fake):
     whole = Ensemble([MemberSpec(directly(engine, fake.logits), "a"), MemberSpec(direct, "b")]).generate("x", **OPTIONS)
     stream = Ensemble([MemberSpec(replicated, "a"), MemberSpec(direct, "b")]).stream("x", **OPTIONS)
     begun = [next(stream) for _ in range(8)]
-    home = stream.sessions[0].home
-    fakes[replicated.servers.index(home)].stop()
+    home = stream.sessions[0].replica
+    fakes[replicated.replicas.index(home)].stop()
     reply = stream.finish()
     assert list(reply.tokens[:8]) == begun
     assert [one.data for one in reply.tokens] == [one.data for one in whole.tokens]
-    assert stream.sessions[0].home is not home
+    assert stream.sessions[0].replica is not home
 
 
 def test_servers_with_different_models_are_no_replicas(fake, both, folder):  # noqa: F811

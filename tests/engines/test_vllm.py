@@ -12,7 +12,7 @@ from vllm_server import write_tiny_model
 pytest.importorskip("vllm")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
-from mixlm.errors import ConfigError, EngineError, ModelLoadError, ReplyCutError, UnsupportedError
+from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, ModelLoadError, UnsupportedError
 
 pytestmark = [
     pytest.mark.engines,
@@ -93,7 +93,7 @@ def test_an_engine_that_fails_ends_the_reply_with_what_was_written(doomed, monke
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("mixlm.engines.vllm.engine_thread._output", broken)
-    with pytest.raises(ReplyCutError, match="vLLM has stopped: out of luck") as raised:
+    with pytest.raises(GenerationInterruptedError, match="vLLM has stopped: out of luck") as raised:
         stream.finish()
     assert list(raised.value.completion.tokens[:5]) == begun
     assert not doomed.alive()

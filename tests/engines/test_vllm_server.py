@@ -14,7 +14,7 @@ from vllm_cases import pair
 from vllm_server import served, write_tiny_model
 
 pytest.importorskip("vllm")
-pytest.importorskip("httpx")
+pytest.importorskip("aiohttp")
 pytest.importorskip("websockets")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, GenerateRequest
@@ -27,7 +27,7 @@ from mixlm.types import Sampling
 
 pytestmark = pytest.mark.engines
 
-QUICK = ClientLimits(connect=2, answer=20, busy=2)
+QUICK = ClientLimits(connect=2, response=20, busy=2)
 PROCESSED = ("--logprobs-mode", "processed_logprobs", "--max-logprobs", "100")
 MASK = ("--logits-processors", "mixlm.engines.vllm.banned_tokens_plugin:BannedTokensProcessor")
 KEY = "secret-7"
@@ -49,9 +49,9 @@ def engine(request, server) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXLM_TEST_KEY", KEY)
         one = load(EngineSpec(server, "tiny", key_env="MIXLM_TEST_KEY"))
-        assert one.details["draws by itself"] == "yes, masking"
+        assert one.details["samples itself"] == "yes, masking"
         assert one.details["prefix cache"] == "reported"
-        [server] = one.servers
+        [server] = one.replicas
         assert server.texts is not None
         if request.param == "completions":
             server.texts = None
@@ -74,8 +74,8 @@ def test_the_key_holds_for_sessions_too(server):
 def test_a_connection_that_was_dropped_is_opened_again(engine):
     session, ids = engine.session(), random_ids(engine, 20)
     first = session.logits(ids).copy()
-    if engine.servers[0].texts is not None:
-        engine.servers[0].texts._open[session].close()
+    if engine.replicas[0].texts is not None:
+        engine.replicas[0].texts._open[session].close()
     session._latest = None
     np.testing.assert_allclose(session.logits(ids), first, atol=1e-4)
 
@@ -94,11 +94,11 @@ def test_more_sessions_than_may_rest(engine, exact):
 
 
 def test_what_is_no_message_is_refused_and_the_next_is_answered(engine):
-    if engine.servers[0].texts is None:
+    if engine.replicas[0].texts is None:
         pytest.skip("only sessions have messages")
 
     async def talk() -> None:
-        text = await engine.servers[0].texts._line.open()
+        text = await engine.replicas[0].texts._line.open()
         await text._socket.send('{"keep": 5, "ids": [], "parameters": {}}')
         assert "keep is 5 of 0 tokens" in await text._socket.recv()
         await text._socket.send("no JSON")
@@ -117,8 +117,8 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_anot
     named = ("--served-model-name", "tiny")
     with served(folder, *PROCESSED, *named, plugin=on_failure == "drop") as (process, url):
         engine = RemoteEngine(EngineSpec(url, "goes", tokenizer=str(folder)), folder, QUICK)
-        assert engine.details["draws by itself"] == "yes"  # without the mask, by biases
-        assert (engine.servers[0].texts is None) == (on_failure == "error")
+        assert engine.details["samples itself"] == "yes"  # without the mask, by biases
+        assert (engine.replicas[0].texts is None) == (on_failure == "error")
         both = Ensemble([MemberSpec(exact, "stays"), MemberSpec(engine, "goes")])
         options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
         whole = both.generate("three", **options)
@@ -150,7 +150,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_anot
 def test_a_server_with_the_usual_settings_is_asked_token_by_token(folder, exact):
     with served(folder, plugin=False) as (_, url):
         engine = load(EngineSpec(url, "tiny"))
-        assert "processed_logprobs" in engine.details["draws by itself"]
+        assert "processed_logprobs" in engine.details["samples itself"]
         assert engine.top_k_limit == 16
         ids = random_ids(engine, 20)
         assert engine.session().logits(ids)[0].argmax() == exact.session().logits(ids)[0].argmax()

@@ -30,7 +30,7 @@ def pair(engine: Engine) -> Ensemble:
 
 def assert_written(exact: Engine, run: GenerateRequest, written) -> None:
     """Every token may be drawn, and has the log-probability that transformers' own numbers give it."""
-    assert 1 <= len(written.ids) <= run.length
+    assert 1 <= len(written.ids) <= run.max_tokens
     transform, ids = Transform(run.sampling, run.banned), run.ids
     for token, logprob in zip(written.ids, written.logprobs, strict=True):
         law = transform(exact.session().logits(ids)[0])
@@ -39,7 +39,7 @@ def assert_written(exact: Engine, run: GenerateRequest, written) -> None:
         ids = np.append(ids, token)
     ended = [token in exact.vocabulary.end_ids for token in written.ids]
     assert not any(ended[:-1])
-    assert ended[-1] or len(written.ids) == run.length
+    assert ended[-1] or len(written.ids) == run.max_tokens
 
 
 @pytest.mark.parametrize("sampling", LAWS, ids=str)

@@ -11,7 +11,7 @@ import pytest
 from toys import engine, ensemble, toys
 
 from mixlm.engines.base import Engine
-from mixlm.engines.batching import answer_together
+from mixlm.engines.batching import respond_batched
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, MemoryLimitError, PromptTooLongError
 from mixlm.generation.scheduler import Scheduler
@@ -82,7 +82,7 @@ def counted(method, replies, tokens):
 
     def together(self, requests):
         calls.append(len(requests))
-        return answer_together(requests, lambda parts: [one.session._forward(one.ids, one.last) for one in parts], 99)
+        return respond_batched(requests, lambda parts: [one.session._forward(one.ids, one.last) for one in parts], 99)
 
     with patch.object(ToyEngine, "answer", together):
         options = {"raw": True, "seed": 4, "max_tokens": tokens, "ignore_end": True, "method": method}

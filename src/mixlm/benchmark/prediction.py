@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from mixlm.benchmark.timing import Contestant, Own, Sample
+from mixlm.benchmark.timing import Contestant, EnsembleContestant, TimedRun
 from mixlm.decoding.cost_model import mixture_cost, speculative_cost
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
@@ -24,27 +24,27 @@ _SLOPE = 0.02  # of a further token, where nothing was measured
 
 
 @dataclass(frozen=True)
-class Fit:
+class ForwardCosts:
     """Each member's c in seconds and s, float64 (members,); NaN where it never ran one token alone."""
 
     seconds: Floats
     slopes: Floats
 
     @classmethod
-    def of(cls, ensemble: Ensemble, those: Sequence[Contestant], samples: Sequence[Sequence[Sample]]) -> Fit:
+    def of(cls, ensemble: Ensemble, those: Sequence[Contestant], samples: Sequence[Sequence[TimedRun]]) -> ForwardCosts:
         """Fit to all forwards of mixlm's runs."""
         logs: dict[str, list[Forward]] = {name: [] for name in ensemble.names}
         for one, taken in zip(those, samples, strict=True):
-            for sample in taken if isinstance(one, Own) else ():
+            for sample in taken if isinstance(one, EnsembleContestant) else ():
                 for name, log in zip(one.members, sample.forwards, strict=True):
                     logs[name] += log
-        pairs = [fitted(logs[name]) for name in ensemble.names]
+        pairs = [fit_forwards(logs[name]) for name in ensemble.names]
         return cls(np.array([c for c, _ in pairs]), np.array([s for _, s in pairs]))
 
 
-def fitted(log: Sequence[Forward]) -> tuple[float, float]:
+def fit_forwards(log: Sequence[Forward]) -> tuple[float, float]:
     """Return c and s of one member's forwards; c is NaN where none ran one token alone."""
-    short = [one for one in log if one.cached and one.tokens <= _SHORT and one.rows == 1]
+    short = [one for one in log if one.cached and one.tokens <= _SHORT and one.batch_size == 1]
     ones = [one.seconds for one in short if one.tokens == 1]
     more = [one for one in short if one.tokens > 1]
     if not ones:
@@ -60,14 +60,14 @@ def fitted(log: Sequence[Forward]) -> tuple[float, float]:
     return base, float(np.clip((counts * extra * dearer).sum() / (counts * extra**2).sum(), 0.0, 1.0))
 
 
-def predicted(ensemble: Ensemble, one: Contestant, taken: Sequence[Sample], fit: Fit) -> float | None:
+def predicted_speed(ensemble: Ensemble, one: Contestant, taken: Sequence[TimedRun], fit: ForwardCosts) -> float | None:
     """Return the tokens a second that the cost model expects of a run; None where it has no formula.
 
     Of `speculative` and `drafted` with a member as the draft, given the share of guesses that were right; not of
     guesses by looking back, whose number depends on the text, nor of `auto` and `greedy`, which decide as they go.
     """
     live = ensemble.weights > 0
-    if not isinstance(one, Own) or np.isnan(fit.seconds[live]).any():
+    if not isinstance(one, EnsembleContestant) or np.isnan(fit.seconds[live]).any():
         return None
     checked = sum(sample.checked for sample in taken)
     right = sum(sample.accepted for sample in taken) / checked if checked else None
@@ -90,7 +90,7 @@ def predicted(ensemble: Ensemble, one: Contestant, taken: Sequence[Sample], fit:
     return 1 / seconds if seconds else None
 
 
-def drafted_cost(weights: Floats, fit: Fit, plan: tuple[int, int, float]) -> float:
+def drafted_cost(weights: Floats, fit: ForwardCosts, plan: tuple[int, int, float]) -> float:
     """Return the expected seconds of a token by drafted greedy. plan: the draft, guesses a block, share that are right.
 
     A block of m guesses yields (1 - β^(m+1)) / (1 - β) tokens, for m + 1 forwards of the draft, whose law the last

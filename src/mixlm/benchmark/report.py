@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.engines import Engine
-from mixlm.engines.base import memory
+from mixlm.engines.base import total_weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MethodRun:
     """One method's medians over repeats. Speeds are of decoding alone, after every member has read the prompt.
 
     label: unique among the runs. tokens, forwards: of a repeat; the forwards by member. seconds_by_forward_length: mean
@@ -63,7 +63,7 @@ class BenchReport:
     ratios: see `ratios.ratios`. notes: what a reader has to know to take the numbers for what they are.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[MethodRun, ...]
     ratios: Mapping[str, float]
     environment: Mapping[str, Any]
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
         "python": platform.python_version(),
         "versions": versions,
         "engines": {one.name: dict(one.details) for one in distinct},
-        "weights_bytes": memory(engines),
+        "weights_bytes": total_weight_bytes(engines),
         "peak_memory_bytes": _peak_memory(),
         **_accelerator(),
         "settings": dict(settings),

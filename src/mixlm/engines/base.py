@@ -91,7 +91,7 @@ class GenerateRequest:
 
     member: int
     ids: Ids
-    length: int
+    max_tokens: int
     sampling: Sampling
     banned: Ids
     seed: int
@@ -105,7 +105,7 @@ class GenerateResponse(NamedTuple):
 
     ids: list[int]
     logprobs: list[float]
-    cached: int | None = None
+    cached_tokens: int | None = None
 
 
 Request = LogitsRequest | SampleRequest | GenerateRequest
@@ -121,7 +121,7 @@ class Forward(NamedTuple):
     tokens: int
     cached: int
     seconds: float
-    rows: int = 1
+    batch_size: int = 1
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Session(ABC):
         """
         keep = self.rollback(ids, last)
         if keep is None:
-            return self.latest
+            return self.last_logits
         start = time.perf_counter()
         try:
             out = self._forward(ids[keep:], last)
@@ -177,12 +177,12 @@ class Session(ABC):
         self.record(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
         return out
 
-    def rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
+    def logits_rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
         """Return what `logits` does; engines for which it is cheaper, only what `cut` leaves of it."""
         return self.logits(ids, last)
 
     @property
-    def latest(self) -> Logits:
+    def last_logits(self) -> Logits:
         """The logits after the last token of the last question: float32 (1, vocab)."""
         assert self._latest is not None
         return self._latest
@@ -249,13 +249,13 @@ class Session(ABC):
 
     def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Write on by itself. Raises UnsupportedError where the engine cannot, EngineError where it fails."""
-        raise UnsupportedError(f"this engine writes no runs; {run.length} tokens were asked for")
+        raise UnsupportedError(f"this engine writes no runs; {run.max_tokens} tokens were asked for")
 
     def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
         """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
         before = common_prefix(self._cached.ids, ids)
-        if written.cached is not None:
-            before = min(written.cached, len(ids) - 1)
+        if written.cached_tokens is not None:
+            before = min(written.cached_tokens, len(ids) - 1)
         each = seconds / len(written.ids)
         for at in range(len(written.ids)):
             self.stats.forwards.append(
@@ -354,7 +354,7 @@ class Engine(ABC):
         return True
 
 
-def memory(engines: Iterable[Engine]) -> int:
+def total_weight_bytes(engines: Iterable[Engine]) -> int:
     """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
     return sum({key: size for one in engines for key, size in one.weight_parts.items()}.values())
 
@@ -362,10 +362,10 @@ def memory(engines: Iterable[Engine]) -> int:
 def respond(session: Session, request: Request) -> Response:
     """Answer one request with a session's logits."""
     if isinstance(request, SampleRequest):
-        return request.sample(session.rows(request.ids, 1, request.top_k_filter)[0])
+        return request.sample(session.logits_rows(request.ids, 1, request.top_k_filter)[0])
     if isinstance(request, GenerateRequest):
         return session.generate(request)
-    return session.rows(request.ids, request.last, request.top_k_filter)
+    return session.logits_rows(request.ids, request.last, request.top_k_filter)
 
 
 def to_response(request: Request, found: Any) -> Response:

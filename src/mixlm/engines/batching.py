@@ -28,7 +28,7 @@ Found = Logits | list[LogitsRow]  # float32 (last, vocab); or `last` rows, where
 Run = Callable[[Sequence[Part]], Sequence[Found]]
 
 
-def in_threads(
+def respond_in_threads(
     threads: ThreadPoolExecutor,
     answered: Callable[[Sequence[tuple[Session, Request]]], list[Response]],
     requests: Sequence[tuple[Session, Request]],
@@ -55,7 +55,7 @@ class _Question(NamedTuple):
     part: Part
 
 
-def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Response]:
+def respond_batched(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Response]:
     """Answer in the order of the requests. most: tokens of one forward, unless a single question has more."""
     replies: list[Response] = [None] * len(requests)
     waiting = list(range(len(requests)))
@@ -70,17 +70,17 @@ def answer_together(requests: Sequence[tuple[Session, Request]], run: Run, most:
             last = request.last if isinstance(request, LogitsRequest) else 1
             keep = session.rollback(request.ids, last)
             if keep is None:
-                replies[at] = session.latest
+                replies[at] = session.last_logits
             else:
-                cut = request.cut if isinstance(request, LogitsRequest | SampleRequest) else None
-                ahead = request.ahead if isinstance(request, SampleRequest) else None
+                cut = request.top_k_filter if isinstance(request, LogitsRequest | SampleRequest) else None
+                ahead = request.run_ahead if isinstance(request, SampleRequest) else None
                 questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut, ahead)))
         for question, logits in zip(questions, _run(questions, run, most), strict=True):
             replies[question.at] = logits
         for at in now:
             request = requests[at][1]
             if isinstance(request, SampleRequest):
-                replies[at] = request.choose(replies[at][0])
+                replies[at] = request.sample(replies[at][0])
     return replies
 
 

@@ -35,6 +35,6 @@ class EngineSpec:
     timeout: float = 120.0
 
     @property
-    def weights(self) -> EngineSpec:
+    def weights_key(self) -> EngineSpec:
         """What of this decides which weights have to be loaded, adapters aside."""
         return replace(self, name="", template=None, system=None, adapter=None)

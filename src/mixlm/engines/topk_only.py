@@ -27,8 +27,8 @@ class TopKOnlyEngine(Engine):
     """
 
     top_k_limit: int
-    spare: int = 16
-    most: int | None = None
+    extra_tokens: int = 16
+    max_top_k: int | None = None
 
     @cached_property
     def drawable(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -37,7 +37,7 @@ class TopKOnlyEngine(Engine):
         drawable[list(self.vocabulary.end_ids)] = True
         return drawable
 
-    def whole_character(self) -> int:
+    def letter_token(self) -> int:
         """Return the id of a token that is whole characters."""
         letters = (i for i, token in enumerate(self.vocabulary.tokens) if token.isalpha() and token.isascii())
         return next(letters, 0)
@@ -56,7 +56,7 @@ class TopKOnlySession(Session):
     def _top_tokens(self, ids: Ids, count: int) -> Candidates:
         """Return at least the `count` likeliest tokens after `ids`; log-probabilities may be off by a constant."""
 
-    def rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
+    def logits_rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
         """Return what `logits` does, or what `cut` leaves of it: no row is as long as the vocabulary then."""
         self._cut = cut
         try:
@@ -70,7 +70,7 @@ class TopKOnlySession(Session):
 
     def token_logprobs(self, ids: Ids) -> Floats:
         """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
-        raise whole_needed(self._partial, "the log-probability of a given text")
+        raise full_distribution_error(self._partial, "the log-probability of a given text")
 
     def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
         """Take down a run behind `ids`."""
@@ -82,7 +82,7 @@ class TopKOnlySession(Session):
         return length
 
     def _forward(self, ids: Ids, last: int) -> Logits:
-        wanted = self.wanted(ids, last, self._cut)
+        wanted = self.top_k_queries(ids, last, self._cut)
         try:
             question = next(wanted)
             while True:
@@ -91,7 +91,7 @@ class TopKOnlySession(Session):
             rows: Logits = done.value
             return rows
 
-    def wanted(
+    def top_k_queries(
         self, ids: Ids, last: int, cut: TopKFilter | None = None
     ) -> Generator[tuple[Ids, int], Candidates, LogitsRows]:
         """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
@@ -113,9 +113,9 @@ class TopKOnlySession(Session):
     def _enough(self, ids: Ids, cut: TopKFilter | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
         """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
         engine = self._partial
-        most = min(engine.vocabulary.size, engine.most or engine.vocabulary.size)
+        most = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
         enough = engine.top_k_limit if cut is None else min(cut.k, engine.top_k_limit)
-        count = min(enough + engine.spare, most)
+        count = min(enough + engine.extra_tokens, most)
         while True:
             found = yield ids, count
             usable = engine.drawable[found.ids]
@@ -131,7 +131,7 @@ class TopKOnlySession(Session):
             count = min(4 * count, most)
 
 
-def whole_needed(engine: Engine, purpose: str) -> UnsupportedError:
+def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:
     """Return the error for what an engine that tells its likeliest tokens only cannot do."""
     return UnsupportedError(
         f"{purpose} needs every token's probability, and {engine.name} tells its {engine.top_k_limit} likeliest only",

@@ -86,7 +86,7 @@ class ToyEngine(Engine):
         name: str = "toy",
         seed: int = 0,
         context_length: int = 4096,
-        writes: bool = False,
+        samples_itself: bool = False,
     ) -> None:
         begin, end = len(tokens), len(tokens) + 1
         size = len(tokens) + 2
@@ -100,7 +100,7 @@ class ToyEngine(Engine):
         self.tokenizer_info = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         self.context_length = context_length
         self.table = table or random_table(size, seed)
-        self._writes = writes
+        self._writes = samples_itself
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ToyEngine:
@@ -149,7 +149,7 @@ class ToySession(Session):
         """Draw token by token, by inverting the cumulative sum."""
         transform, random = Transform(run.sampling, run.banned), np.random.default_rng(run.seed)
         start, written = time.perf_counter(), GenerateResponse([], [])
-        while len(written.ids) < run.length and not self._ends & {*written.ids}:
+        while len(written.ids) < run.max_tokens and not self._ends & {*written.ids}:
             context = (*run.ids.tolist(), *written.ids)
             law = transform(np.asarray(self._table(context), dtype=np.float32))
             at = int(np.searchsorted(np.cumsum(np.exp(law.logprobs)), random.random()))

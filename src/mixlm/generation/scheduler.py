@@ -159,7 +159,7 @@ class Scheduler:
         for at, request in enumerate(requests):
             engine = stream.members[request.member].engine
             queue = self._queues.setdefault(engine.batch_key, _Queue(engine))
-            if engine.at_once:
+            if engine.asynchronous:
                 self._wait_for(engine.submit(stream.sessions[request.member], request), queue, [(waiting, at)])
                 continue
             if not queue.asked:
@@ -174,7 +174,7 @@ class Scheduler:
         self, future: Future[Any], engine: Engine, served: Sequence[tuple[_Waiting, int]]
     ) -> list[Response | MixlmError]:
         """Return the replies of a call that is over."""
-        if not engine.at_once:
+        if not engine.asynchronous:
             return list(future.result())
         [(waiting, at)] = served
         try:
@@ -193,7 +193,7 @@ class Scheduler:
 
     def _start(self) -> None:
         """Give every idle device the engine with the longest queue, or the one that waited longest."""
-        busy = {queue.engine.device for queue, _ in self._running.values() if not queue.engine.at_once}
+        busy = {queue.engine.device for queue, _ in self._running.values() if not queue.engine.asynchronous}
         for device in {queue.engine.device for queue in self._queues.values() if queue.asked} - busy:
             queues = [one for one in self._queues.values() if one.asked and one.engine.device == device]
             oldest = min(queues, key=lambda one: one.since)

@@ -17,7 +17,7 @@ from statistics import median
 
 import numpy as np
 
-from mixlm.config import methods_of
+from mixlm.config import supported_methods
 from mixlm.core.sampling import softmax
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
@@ -161,7 +161,7 @@ def predicted(names: Sequence[str], weights: Floats, found: Sequence[Cost], unit
     drawn = [i for i, weight in enumerate(weights) if weight > 0]
     mixture = sum(float(weights[i]) * forward_seconds(found[i], 1 / float(weights[i])) for i in drawn)
     singles = [Speed("single", (name,), _per_second(seconds)) for name, seconds in zip(names, once, strict=True)]
-    together = {"conventional": sum(once[i] for i in drawn)} if "conventional" in methods_of(unit) else {}
+    together = {"conventional": sum(once[i] for i in drawn)} if "conventional" in supported_methods(unit) else {}
     if unit != "byte":
         together["mixture"] = mixture
     return (*singles, *(Speed(name, tuple(names), _per_second(cost)) for name, cost in together.items()))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from mixlm.benchmark import bench
 from mixlm.core.options import Options
-from mixlm.engines.base import memory
+from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
@@ -63,7 +63,7 @@ def inspect(
         router=type(ensemble.router).__name__,
         question=question,
         members=members,
-        weights_bytes=memory(one.engine for one in ensemble.members),
+        weights_bytes=total_weight_bytes(one.engine for one in ensemble.members),
         possibilities=static.possibilities(ensemble, given),
         pairs=static.pairs(ensemble),
     )

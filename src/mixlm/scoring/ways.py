@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.engines.base import Engine, LogitsRequest
-from mixlm.engines.topk_only import whole_needed
+from mixlm.engines.topk_only import full_distribution_error
 from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits
 from mixlm.units.byte import ByteUnit, PrefixIndex
@@ -123,7 +123,7 @@ def read(engine: Engine, before: Ids, data: bytes, progress: Callable[[int], Non
     tell every token's probability, PromptTooLongError for a text that is longer than the context.
     """
     if engine.top_k_limit is not None:
-        raise whole_needed(engine, "the log-probability of a given text")
+        raise full_distribution_error(engine, "the log-probability of a given text")
     unit = ByteUnit([engine.vocabulary], [engine.encoder])
     state = unit.initial_state([before])
     texts = [state.ids(0).copy()]

@@ -10,20 +10,20 @@ from tiny import shapes
 from toys import toys
 
 from mixlm.core.options import Options
-from mixlm.engines.base import memory
+from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from research.benchmark import compare
-from research.benchmark.agreement import AgreedEngine, AgreedLaw, agreed, label
+from research.benchmark.agreement import AgreementDistribution, AgreementEngine, agreement_note, with_agreement
 
 
 def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:
     return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], weights)
 
 
-def law(share: float) -> AgreedLaw:
-    return AgreedLaw([ToyEngine().vocabulary, ToyEngine().vocabulary], share)
+def law(share: float) -> AgreementDistribution:
+    return AgreementDistribution([ToyEngine().vocabulary, ToyEngine().vocabulary], share)
 
 
 def contexts(count: int) -> list[np.ndarray]:
@@ -58,13 +58,13 @@ def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
     [run] = report.runs
     assert run.acceptance is not None
     assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.checked)
-    assert report.notes == (label(share),)
+    assert report.notes == (agreement_note(share),)
     assert report.environment["settings"]["agreement"] == share
-    assert all(label(share) in one["agreement"] for one in report.environment["engines"].values())
+    assert all(agreement_note(share) in one["agreement"] for one in report.environment["engines"].values())
 
 
 def test_the_text_of_speculative_is_that_of_mixture() -> None:
-    those = agreed(pair([1, 3]), 0.7)
+    those = with_agreement(pair([1, 3]), 0.7)
     options: Options = {"seed": 5, "max_tokens": 60, "ignore_end": True}
     expected = those.generate("the river", **options)
     found = those.generate("the river", **options, method="speculative", draft="toy-1")
@@ -74,30 +74,30 @@ def test_the_text_of_speculative_is_that_of_mixture() -> None:
 
 
 def test_forwards_are_run_by_the_models_themselves() -> None:
-    those = agreed(shapes(), 1.0)
+    those = with_agreement(shapes(), 1.0)
     engine = those.members[0].engine
-    assert isinstance(engine, AgreedEngine)
+    assert isinstance(engine, AgreementEngine)
     [run] = compare(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
     assert run.forwards == {"small": 10, "large": 10}
     assert all(seconds > 0 for by in run.seconds_by_forward_length.values() for seconds in by.values())
-    assert label(1.0) in engine.notes
+    assert agreement_note(1.0) in engine.notes
     assert engine.inner.notes[0] in engine.notes
 
 
 def test_one_model_twice_is_run_for_each_member() -> None:
     engine = ToyEngine(seed=1)
-    those = agreed(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
+    those = with_agreement(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
     assert those.members[0].engine is not those.members[1].engine
     engine.weights_bytes = 7
-    assert memory([one.engine for one in those.members]) == 7  # and held once
+    assert total_weight_bytes([one.engine for one in those.members]) == 7  # and held once
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"agreement is 1\.2; it must be from 0 to 1"):
-        agreed(pair(), 1.2)
+        with_agreement(pair(), 1.2)
     with pytest.raises(UnsupportedError, match="needs the unit token"):
-        agreed(toys("piece", 2), 0.8)
+        with_agreement(toys("piece", 2), 0.8)
     one = ToyEngine([b"a"])
     tiny = Ensemble([MemberSpec(one, "a"), MemberSpec(one, "b")])
     with pytest.raises(UnsupportedError, match="share 1 tokens, too few"):
-        agreed(tiny, 0.8)
+        with_agreement(tiny, 0.8)

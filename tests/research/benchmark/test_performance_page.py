@@ -19,7 +19,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.models.catalog import CATALOG
 from research.benchmark import ComparisonPlan, compare, page, sweep_along
 from research.benchmark.__main__ import app
-from research.benchmark.roofline import H100, H200, Need, served
+from research.benchmark.roofline import H100, H200, ForwardNeeds, batch_share
 from research.benchmark.sweeps import AXES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,13 +44,13 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_table_of_what_a_step_needs_is_computed(name: str) -> None:
-    need = Need.of(SHAPES[name])
+    need = ForwardNeeds.of(SHAPES[name])
     on = [(f"{1e3 * need.seconds(one):.2f}", f"{1 / need.seconds(one):.0f}") for one in (H100, H200)]
     assert rows(name) == [f"{need.bytes() / 1e9:.2f}", f"{2 * need.cache / 1e3:.0f}", *on[0], *on[1]]
 
 
 def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
-    needs = [Need.of(SHAPES[f"qwen2.5-{one}"]) for one in ("3b", "1.5b")]
+    needs = [ForwardNeeds.of(SHAPES[f"qwen2.5-{one}"]) for one in ("3b", "1.5b")]
     assert f"reads {sum(one.bytes() for one in needs) / 2e9:.2f} GB a token" in PAGE
     seconds = sum(one.seconds(H100) for one in needs) / 2
     assert f"{1e3 * seconds:.2f} ms on an H100, {1 / seconds:.0f} tokens/s" in PAGE
@@ -58,7 +58,7 @@ def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
 
 def test_the_table_of_batches_is_simulated() -> None:
     for replies in (4, 16, 64, 1000):
-        assert rows(f"{replies} replies") == [f"{n * served(replies, n):.2f}" for n in (2, 3, 4, 8)]
+        assert rows(f"{replies} replies") == [f"{n * batch_share(replies, n):.2f}" for n in (2, 3, 4, 8)]
     assert rows("the limit") == [f"{2 * n / (n + 1):.2f}" for n in (2, 3, 4, 8)]
 
 

@@ -9,7 +9,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.kv_cache import NAME
 from mixlm.ensemble import Ensemble, MemberSpec
 from research.benchmark import compare
-from research.benchmark.rivals import ASSISTED, Rival, rivals
+from research.benchmark.rivals import ASSISTED, Rival, available_rivals
 
 
 def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
@@ -32,7 +32,7 @@ def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
 
 
 def test_generation_gets_the_same_options_and_the_weight_of_the_larger_member() -> None:
-    found, _ = rivals(shapes((1, 3)), "the river", {"seed": 1, "top_k": 7, "temperature": 0.5, "min_p": 0.1})
+    found, _ = available_rivals(shapes((1, 3)), "the river", {"seed": 1, "top_k": 7, "temperature": 0.5, "min_p": 0.1})
     for one in found:
         given = one._options
         assert (given["top_k"], given["temperature"], given["min_p"], given["top_p"]) == (7, 0.5, 0.1, 1.0)
@@ -53,7 +53,7 @@ def test_equal_seeds_write_equal_texts_and_models_are_as_before() -> None:
 
 def test_what_cannot_run_is_left_out_with_a_note() -> None:
     toys = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
-    found, notes = rivals(toys, "the river", {})
+    found, notes = available_rivals(toys, "the river", {})
     assert not found
     assert notes == [
         "transformers toy-1 was left out: it is no model of transformers",
@@ -67,25 +67,25 @@ def test_what_cannot_run_is_left_out_with_a_note() -> None:
     [({"presence_penalty": 0.5}, "presence and frequency penalties"), ({"temperature": 0.0}, "temperature is 0")],
 )
 def test_options_that_it_has_not_are_said(options: dict[str, float], reason: str) -> None:
-    found, notes = rivals(shapes(), "the river", options)
+    found, notes = available_rivals(shapes(), "the river", options)
     assert not found
     assert all(reason in one for one in notes)
 
 
 def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
     those = shapes((0, 1))
-    assert f"{ASSISTED} was left out: it needs weights between 0 and 1" in rivals(those, "the river", {})[1]
+    assert f"{ASSISTED} was left out: it needs weights between 0 and 1" in available_rivals(those, "the river", {})[1]
     engine = those.members[0].engine
     twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
-    assert f"{ASSISTED} was left out: both members are one model" in rivals(twice, "the river", {})[1]
+    assert f"{ASSISTED} was left out: both members are one model" in available_rivals(twice, "the river", {})[1]
     shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.replica(), "b")])
-    assert f"{ASSISTED} was left out: both members are one model" in rivals(shared, "the river", {})[1]
+    assert f"{ASSISTED} was left out: both members are one model" in available_rivals(shared, "the river", {})[1]
 
 
 def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     those = shapes()
     monkeypatch.setattr(those.members[0].engine, "adapter", "somewhere")
-    found, notes = rivals(those, "the river", {})
+    found, notes = available_rivals(those, "the river", {})
     assert [one.label for one in found] == ["transformers large"]
     assert "transformers small was left out: its adapter is switched on by mixlm alone" in notes
 

@@ -15,9 +15,9 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
 from research import figures
 from research.benchmark import ComparisonPlan, compare, plots, sweep_along
-from research.benchmark.agreement import label
-from research.benchmark.batch import Batch
-from research.benchmark.sweeps import AXES, METHODS, Point, Sweep
+from research.benchmark.agreement import agreement_note
+from research.benchmark.batch import BatchContestant
+from research.benchmark.sweeps import AXES, METHODS, Sweep, SweepPoint
 
 SMALL: dict[str, Any] = {"tokens": 8, "repeats": 1}
 
@@ -27,7 +27,7 @@ def pair() -> Ensemble:
     return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
 
 
-def at(found: Sweep, series: str) -> dict[float | str, Point]:
+def at(found: Sweep, series: str) -> dict[float | str, SweepPoint]:
     return {one.x: one for one in found.points if one.series == series}
 
 
@@ -49,11 +49,11 @@ def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> Non
 
 def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair: Ensemble) -> None:
     for size in (1, 4):
-        sample = Batch(pair, "single", size, "the river", {"seed": 1}).measure(0, 10)
+        sample = BatchContestant(pair, "single", size, "the river", {"seed": 1}).measure(0, 10)
         # All replies of one member go on in step: 10 tokens each behind the first one.
         assert sample.tokens == 10 * size
         assert len(sample.forwards[0]) == 10 * size
-    mixture = Batch(pair, "mixture", 4, "the river", {"seed": 1}).measure(0, 10)
+    mixture = BatchContestant(pair, "mixture", 4, "the river", {"seed": 1}).measure(0, 10)
     assert 10 <= mixture.tokens <= 40
     assert sum(len(log) for log in mixture.forwards) == mixture.tokens
 
@@ -108,7 +108,7 @@ def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensembl
     found = sweep_along("devices", pair, ComparisonPlan(agreement=0.5, **SMALL), apart=lambda: pair)
     assert set(at(found, "conventional")) == {"one for all", "one for each"}
     assert set(at(found, "single toy-1")) == {"one for all"}
-    assert found.notes == (label(0.5),)
+    assert found.notes == (agreement_note(0.5),)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_costs_of_an_ensemble_are_measured():
 
 
 def test_members_that_draw_by_themselves_are_planned_by_runs():
-    members = [MemberSpec(ToyEngine(seed=seed, writes=seed == 1), f"m{seed}") for seed in (1, 2)]
+    members = [MemberSpec(ToyEngine(seed=seed, samples_itself=seed == 1), f"m{seed}") for seed in (1, 2)]
     costs = measure(Ensemble(members), most=2)
     assert {name: one.runs for name, one in costs.members.items()} == {"m1": True, "m2": False}
 

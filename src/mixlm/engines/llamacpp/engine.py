@@ -22,7 +22,7 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from mixlm.engines.base import Request, Response, Session
-from mixlm.engines.batching import in_threads
+from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.spec import EngineSpec
@@ -68,7 +68,7 @@ class LlamaCppEngine(TopKOnlyEngine):
         self._tokenizer, self._header = tokenizer, header
         self._read = TokenizerSetup.of(tokenizer, spec.name, str(folder))
         self._set_prompts(spec)
-        self.dialect = LlamaCppProtocol(self.whole_character())
+        self.protocol = LlamaCppProtocol(self.letter_token())
         self.weights_bytes = path.stat().st_size
         exact = spec.dtype == "float32"
         self.server = _serve(spec, path, self.context_length, exact)
@@ -98,7 +98,7 @@ class LlamaCppEngine(TopKOnlyEngine):
         return id(self.server)
 
     @property
-    def weights(self) -> Mapping[Hashable, int]:
+    def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the file."""
         return {id(self.server): self.weights_bytes}
 
@@ -108,7 +108,7 @@ class LlamaCppEngine(TopKOnlyEngine):
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
-        return in_threads(self._threads, super().respond, requests)
+        return respond_in_threads(self._threads, super().respond, requests)
 
 
 class LlamaCppSession(TopKOnlySession):
@@ -131,13 +131,13 @@ class LlamaCppSession(TopKOnlySession):
 
     def _top_tokens(self, ids: Ids, count: int) -> Candidates:
         engine = self._engine
-        for body in engine.dialect.bodies(ids.tolist(), count):
+        for body in engine.protocol.request_bodies(ids.tolist(), count):
             # Whether anything of what the slot holds is used is said with each request; the rest is found by llama.cpp.
             request = {**body, "id_slot": self._slot, "cache_prompt": self._builds_on}
             answer = engine.server.handle_completions(request)
             self._builds_on = True
             try:
-                found = engine.dialect.read(answer)
+                found = engine.protocol.parse(answer)
             except (TypeError, LookupError, ValueError):
                 said = answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer
                 raise EngineError(f"llama.cpp gives no answer for {engine.name}: {str(said)[:200]}") from None

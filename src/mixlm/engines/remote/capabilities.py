@@ -1,9 +1,9 @@
-"""What a server with `/v1/completions` does beside telling its likeliest tokens: tried out when a member is loaded.
+"""What a server with `/v1/completions` can do beside returning its most likely tokens: probed when a member is loaded.
 
-It may draw by itself, several tokens a request, if what it draws follows our law and can be told: it gives token ids,
-log-probabilities of what it draws from (vLLM's `--logprobs-mode processed_logprobs`), takes seeds, and can be kept from
-drawing control tokens. What is missing is named in the engine's details; then it is asked token by token. How servers
-of llama.cpp draw is in `engines/remote/llamacpp_runs`.
+It may sample itself, several tokens a request, if what it samples follows the member's distribution and is reported in
+full: it returns token ids and log-probabilities of what it samples from (vLLM's `--logprobs-mode processed_logprobs`),
+takes seeds, and can be kept from sampling control tokens. What is missing is named in the engine's details; then it is
+asked token by token. How llama.cpp's servers sample is in `llamacpp_runs`.
 """
 
 from __future__ import annotations
@@ -25,103 +25,119 @@ from mixlm.types import Ids, Sampling
 
 Complete = Callable[[dict[str, Any]], Awaitable[tuple[Any, bool]]]
 
-_MOST_BIASES = 300  # what OpenAI allows; more are slow in every request
-_PROBED = 6
+_MAX_BIASES = 300  # what OpenAI allows; more are slow in every request
+_PROBE_LENGTH = 6
 
 
 @dataclass(frozen=True)
 class ServerCapabilities:
-    """What a server does. missing: what it lacks to draw by itself, "" for nothing, None where it was not tried.
+    """What a server with vLLM's API can do.
 
-    masks: whether ids are banned by the argument of `vllm_mask`; else by `logit_bias`.
+    missing: what it lacks to sample itself, "" for nothing. masks: whether it masks banned ids by the argument of
+    `vllm/banned_tokens_plugin`; else they are biased away.
     """
 
-    missing: str | None = None
+    missing: str = ""
     masks: bool = False
 
     @property
-    def draws(self) -> str:
-        """Whether it draws by itself, in words, and why not; "" where that was not tried."""
-        if self.missing is None:
-            return ""
+    def summary(self) -> str:
+        """Whether it samples itself, in words, and why not."""
         return f"no: {self.missing}" if self.missing else "yes, masking" if self.masks else "yes"
 
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether it can draw with a transform."""
-        return self.missing == "" and samples_identically(sampling) and (self.masks or banned.size <= _MOST_BIASES)
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether it can sample with these options and banned ids."""
+        return not self.missing and samples_identically(sampling) and (self.masks or banned.size <= _MAX_BIASES)
 
-    def parameters(self, run: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
-        """Return how a run is drawn, what `banned` says aside."""
-        own = {**sampling_parameters(run.sampling, run.seed, length), "stop_token_ids": list(ends), "logprobs": 0}
-        return own if self.masks or run.banned.size == 0 else {**own, "logit_bias": _biases(run.banned.tobytes())}
+    def parameters(self, request: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
+        """Return the sampling parameters of a request, but for what `banned` has.
 
-    def banned(self, run: GenerateRequest) -> str:
-        """Return the ids that may not be drawn where the server masks them, as ranges."""
-        return _ranges(run.banned.tobytes()) if self.masks else ""
+        Args:
+            length: tokens to generate.
+            ends: ids that end a text.
+        """
+        parameters = {
+            **sampling_parameters(request.sampling, request.seed, length),
+            "stop_token_ids": list(ends),
+            "logprobs": 0,
+        }
+        if not self.masks and request.banned.size:
+            parameters["logit_bias"] = _biases(request.banned.tobytes())
+        return parameters
 
-    def body(self, run: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
-        """Return the request for a run."""
-        body = {"prompt": run.ids.tolist(), **self.parameters(run, length, ends), "return_token_ids": True}
-        banned = self.banned(run)
+    def banned(self, request: GenerateRequest) -> str:
+        """Return the ids that may not be sampled, as ranges, where the server masks them; else ""."""
+        return _ranges(request.banned.tobytes()) if self.masks else ""
+
+    def body(self, request: GenerateRequest, length: int, ends: Sequence[int]) -> dict[str, Any]:
+        """Return a request for `/v1/completions`; arguments as for `parameters`."""
+        parameters = self.parameters(request, length, ends)
+        body = {"prompt": request.ids.tolist(), **parameters, "return_token_ids": True}
+        banned = self.banned(request)
         return {**body, "vllm_xargs": {BANNED_ARGUMENT: banned}} if banned else body
 
 
-def parse_generation(answer: Any, base: str) -> GenerateResponse:
-    """Read what a server wrote. Raises EngineError for what is no answer."""
+def parse_generation(response: Any, base_url: str) -> GenerateResponse:
+    """Read the tokens that a server generated. Raises EngineError for what is no such response."""
     try:
-        [choice] = answer["choices"]
+        [choice] = response["choices"]
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        good = len(ids) == len(logprobs) > 0 and all(type(one) is int for one in ids)
-        written = GenerateResponse(list(ids), [float(one) for one in logprobs], cached_tokens(answer))
+        is_valid = len(ids) == len(logprobs) > 0 and all(type(token) is int for token in ids)
+        generated = GenerateResponse(list(ids), [float(logprob) for logprob in logprobs], cached_tokens(response))
     except (TypeError, LookupError, ValueError, AttributeError):
-        good = False
-    if not good or not all(math.isfinite(one) for one in written.logprobs):
-        raise EngineError(f"{base} gives no answer: {str(answer)[:200]}")
-    return written
+        is_valid = False
+    if not is_valid or not all(map(math.isfinite, generated.logprobs)):
+        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
+    return generated
 
 
 async def probe_capabilities(complete: Complete, ids: Sequence[int]) -> ServerCapabilities:
-    """Find out what a server does behind a few ids."""
+    """Find out what a server can do.
+
+    Args:
+        complete: sends a body to `/v1/completions`.
+        ids: the prompt that it is tried with.
+    """
     prompt, none = np.array(ids), np.zeros(0, dtype=np.int64)
 
-    async def draw(seed: int, banned: Ids = none, masks: bool = False) -> list[int]:
-        run = GenerateRequest(0, prompt, _PROBED, Sampling(temperature=2.0, top_k=20), banned, seed)
-        body = ServerCapabilities(masks=masks).body(run, _PROBED, ()) | {"ignore_eos": True}
+    async def sample(seed: int, banned: Ids = none, masks: bool = False) -> list[int]:
+        request = GenerateRequest(0, prompt, _PROBE_LENGTH, Sampling(temperature=2.0, top_k=20), banned, seed)
+        body = ServerCapabilities(masks=masks).body(request, _PROBE_LENGTH, ()) | {"ignore_eos": True}
         return parse_generation((await complete(body))[0], "the server").ids
 
     try:
-        drawn = [await draw(seed) for seed in (1, *range(1, 9))]
-        if drawn[0] != drawn[1] or all(one == drawn[0] for one in drawn):
-            return ServerCapabilities("equal seeds must draw equal tokens there, and others others")
-        if not await _told_as_drawn(complete, prompt):
+        samples = [await sample(seed) for seed in (1, *range(1, 9))]
+        if samples[0] != samples[1] or all(tokens == samples[0] for tokens in samples):
+            return ServerCapabilities("equal seeds must sample equal tokens there, and other seeds other tokens")
+        if not await _returns_processed_logprobs(complete, prompt):
             return ServerCapabilities(
-                "it tells other log-probabilities than it draws with; vLLM needs --logprobs-mode processed_logprobs"
+                "it returns other log-probabilities than it samples with; vLLM needs --logprobs-mode processed_logprobs"
             )
-        likely = np.unique([one[0] for one in drawn])
+        likely = np.unique([tokens[0] for tokens in samples])
         for masks in (True, False):
-            if await _bans(draw, likely, masks):
+            if await _bans(sample, likely, masks):
                 return ServerCapabilities("", masks)
     except EngineError as error:
-        return ServerCapabilities(f"it does not take what is needed, or tells no token ids ({error.message})")
-    return ServerCapabilities("it cannot be kept from drawing some tokens")
+        return ServerCapabilities(f"it does not take what is needed, or returns no token ids ({error.message})")
+    return ServerCapabilities("it cannot be kept from sampling some tokens")
 
 
-async def _told_as_drawn(complete: Complete, prompt: Ids) -> bool:
-    """Whether the probabilities of the two tokens that top-k leaves sum to one: they are what is drawn from."""
+async def _returns_processed_logprobs(complete: Complete, prompt: Ids) -> bool:
+    """Whether the probabilities of the two tokens that top-k leaves sum to one: they are what is sampled from."""
     parameters = sampling_parameters(Sampling(temperature=0.5, top_k=2), 1, 1)
     body = {"prompt": prompt.tolist(), **parameters, "logprobs": 2, "return_tokens_as_token_ids": True}
-    value, _ = await complete(body)
+    response, _ = await complete(body)
     try:
-        told = value["choices"][0]["logprobs"]["top_logprobs"][0]
-        return abs(sum(math.exp(one) for one in told.values()) - 1) < 0.01
+        top = response["choices"][0]["logprobs"]["top_logprobs"][0]
+        return abs(sum(map(math.exp, top.values())) - 1) < 0.01
     except (TypeError, LookupError, AttributeError):
         return False
 
 
-async def _bans(draw: Callable[[int, Ids, bool], Awaitable[list[int]]], likely: Ids, masks: bool) -> bool:
-    """Whether tokens that were drawn are not drawn any more when they are banned."""
+async def _bans(sample: Callable[[int, Ids, bool], Awaitable[list[int]]], likely: Ids, masks: bool) -> bool:
+    """Whether tokens that were sampled are no longer sampled when they are banned."""
     try:
-        return not any([(await draw(seed, likely, masks))[0] in likely for seed in range(1, 5)])
+        return not any([(await sample(seed, likely, masks))[0] in likely for seed in range(1, 5)])
     except EngineError:
         return False
 
@@ -133,4 +149,4 @@ def _ranges(banned: bytes) -> str:
 
 @lru_cache(maxsize=64)
 def _biases(banned: bytes) -> dict[str, float]:
-    return {str(one): -100.0 for one in np.frombuffer(banned, dtype=np.int64).tolist()}
+    return {str(token): -100.0 for token in np.frombuffer(banned, dtype=np.int64).tolist()}

@@ -59,7 +59,7 @@ class RemoteEngine(TopKOnlyEngine):
         TokenizerError: the tokenizer is another's.
     """
 
-    at_once = True
+    asynchronous = True
 
     def __init__(
         self, spec: EngineSpec, folder: Path | None, limits: ClientLimits | None = None, *, use_sessions: bool = True
@@ -93,18 +93,18 @@ class RemoteEngine(TopKOnlyEngine):
         self.context_length = spec.context or info.context_length()
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
         tokenizer = TokenizerProbe(
-            ids, first_ids, self.whole_character(), self.vocabulary.tokens, self.vocabulary.end_ids, str(folder)
+            ids, first_ids, self.letter_token(), self.vocabulary.tokens, self.vocabulary.end_ids, str(folder)
         )
         # Some servers do not survive a request for more tokens than there are.
-        count = min(spec.candidates + self.spare, self.vocabulary.size)
+        count = min(spec.candidates + self.extra_tokens, self.vocabulary.size)
         server = self._loop.run(ModelServer.probe(first.client, info, tokenizer, count, use_sessions=use_sessions))
         first.use(server)
-        self.most = server.max_logprobs if server.is_limited else None
-        self.spare = min(self.spare, server.max_logprobs // 5)
-        self.top_k_limit = min(spec.candidates, server.max_logprobs - self.spare)
+        self.max_top_k = server.max_logprobs if server.is_limited else None
+        self.extra_tokens = min(self.extra_tokens, server.max_logprobs // 5)
+        self.top_k_limit = min(spec.candidates, server.max_logprobs - self.extra_tokens)
         self._capabilities = server.capabilities
         requirements = ReplicaRequirements(
-            tokenizer, server, self.top_k_limit + self.spare, self.context_length, count, use_sessions
+            tokenizer, server, self.top_k_limit + self.extra_tokens, self.context_length, count, use_sessions
         )
         self._replica_set = ReplicaSet(self.name, self.replicas, requirements)
         self._loop.run(self._replica_set.connect_others())
@@ -170,8 +170,8 @@ class RemoteEngine(TopKOnlyEngine):
 
     async def request_generation(self, session: RemoteSession, request: GenerateRequest) -> GenerateResponse:
         """Let a server sample up to `length` tokens. Raises EngineError."""
-        length = min(request.length, self.context_length + 1 - len(request.ids))
-        request, ends = replace(request, length=length), sorted(self.vocabulary.end_ids)
+        length = min(request.max_tokens, self.context_length + 1 - len(request.ids))
+        request, ends = replace(request, max_tokens=length), sorted(self.vocabulary.end_ids)
         return await self._with_failover(session, lambda server: server.generate(session, request, ends))
 
     async def _with_failover(self, session: RemoteSession, send: Callable[[ModelServer], Awaitable[_T]]) -> _T:
@@ -243,9 +243,9 @@ class RemoteSession(TopKOnlySession):
         """Do what `rows` does, without blocking."""
         keep = self.rollback(ids, last)
         if keep is None:
-            return self.latest
+            return self.last_logits
         start = time.perf_counter()
-        steps, cached = self.wanted(ids[keep:], last, cut), keep
+        steps, cached = self.top_k_queries(ids[keep:], last, cut), keep
         try:
             prompt, count = next(steps)
             while True:

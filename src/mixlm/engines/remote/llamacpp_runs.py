@@ -1,11 +1,12 @@
-"""Runs that a server of llama.cpp draws by itself: which transforms mean the same there, and what it tells of a run.
+"""Several tokens a request that a server of llama.cpp samples itself: with which options, and how they are read.
 
 llama.cpp applies samplers in the order that a request names, so temperature, top-k, top-p and min-p mean what they mean
 here. Two things it cannot do. To ban many ids costs it 3 µs for each in every request, which is too much for Gemma's
-6,249. So a few are banned, and of the others it is looked at whether one was among the k likeliest: where none was,
-banning it would have changed nothing, and where one was, the run is cut and the place is chosen from what is told.
-Whether a place is cut so depends on the text before it and not on what was drawn there, so the law stays. And where a
-character is not whole, llama.cpp tells nothing of the token: that place is asked about once more, for its numbers.
+6,249. So a few are banned, and each position is checked for the others: where none of them is among the top k, banning
+it would have changed nothing, and where one is, the response is cut there and that position is sampled here, from the
+top tokens. Whether a position is cut depends on the text before it and not on what was sampled there, so the
+distribution stays. And where a character is incomplete, llama.cpp returns no probabilities: that position is asked for
+once more, for its numbers.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from mixlm.engines.remote.protocols import cached_tokens
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 
-COMPLETION_PATH = "/completion"  # `/v1/completions` does not tell the ids of what it wrote
-_BANNED = 32  # ids that a request bans
-_MOST = 256  # of the likeliest tokens, for each token of a run
+COMPLETION_PATH = "/completion"  # `/v1/completions` does not return the ids of the tokens
+_MAX_BANNED = 32  # ids that a request bans
+_MAX_TOP_K = 256  # top tokens returned for each token
 _FIELDS = ["tokens", "completion_probabilities", "timings"]
-_PROBED = 4
+_PROBE_LENGTH = 4
 
-Ask = Callable[[dict[str, Any]], Awaitable[Any]]
-Likeliest = Callable[[Ids, int], Awaitable[Candidates]]
+Complete = Callable[[dict[str, Any]], Awaitable[Any]]
+TopTokens = Callable[[Ids, int], Awaitable[Candidates]]
 
 
 @dataclass(frozen=True)
 class LlamaCppRuns:
-    """What a server of llama.cpp does beside telling its likeliest tokens. missing: what it lacks to draw by itself.
+    """What a server of llama.cpp can do beside returning its most likely tokens.
 
-    tokens: the bytes of each of the model's ids. ends: ids that end a text. spare: how many more of the likeliest
-    tokens are asked for than may be drawn.
+    missing: what it lacks to sample itself, "" for nothing. tokens: the bytes of each of the model's ids. ends: ids
+    that end a text. spare: how many more of the top tokens are asked for than may be sampled.
     """
 
     missing: str
@@ -50,108 +51,115 @@ class LlamaCppRuns:
     spare: int = 16
 
     @property
-    def draws(self) -> str:
-        """Whether it draws by itself, in words, and why not."""
+    def summary(self) -> str:
+        """Whether it samples itself, in words, and why not."""
         return f"no: {self.missing}" if self.missing else "yes"
 
-    def writes(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether it can draw with a transform.
+    def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
+        """Whether it can sample with these options and banned ids.
 
-        Top-p takes its mass from the k likeliest, which are others where one of them is banned afterwards.
+        Top-p takes its mass from the top k, which are other tokens where one of them is banned afterwards.
         """
         return (
             not self.missing
-            and not sampling.penalises
-            and 1 <= sampling.top_k <= _MOST
-            and (banned.size <= _BANNED or sampling.top_p == 1)
+            and not sampling.has_penalties
+            and 1 <= sampling.top_k <= _MAX_TOP_K
+            and (banned.size <= _MAX_BANNED or sampling.top_p == 1)
         )
 
-    async def write(self, run: GenerateRequest, ask: Ask, likeliest: Likeliest) -> GenerateResponse:
-        """Let the server draw a run. Raises EngineError, also what `ask` and `likeliest` raise.
+    async def generate(self, request: GenerateRequest, complete: Complete, top_tokens: TopTokens) -> GenerateResponse:
+        """Let the server sample.
 
-        ask: sends a body to `PATH` and returns the answer. likeliest: returns at least so many of the likeliest tokens
-        behind ids.
+        Args:
+            complete: sends a body to `COMPLETION_PATH` and returns the response.
+            top_tokens: returns at least so many of the most likely tokens after ids.
+
+        Raises:
+            EngineError: the server fails, or what `complete` and `top_tokens` raise.
         """
-        first, banned = _split(run.banned.tobytes(), self.ends)
-        certain = len(banned) == len(first)
-        answer = await ask(_body(run, first, 1 if certain else run.sampling.top_k))
-        kept: list[int] = []
+        banned_there, banned = _select_banned(request.banned.tobytes(), self.ends)
+        all_banned = len(banned_there) == len(banned)
+        response = await complete(_body(request, banned_there, 1 if all_banned else request.sampling.top_k))
+        ids: list[int] = []
         logprobs: list[float] = []
-        wanted = run.sampling.top_k + self.spare
-        for token, said in _read(answer, self.tokens):
-            told = said or _looked_up(run, await likeliest(_behind(run.ids, kept), wanted), token)
-            if not certain and not banned.isdisjoint(told.among):
+        count = request.sampling.top_k + self.spare
+        for token, reported in _parse(response, self.tokens):
+            info = reported or _token_info(request, await top_tokens(_append(request.ids, ids), count), token)
+            if not all_banned and not banned.isdisjoint(info.top_k):
                 break
-            kept.append(token)
-            logprobs.append(told.logprob)
-        if not kept:
-            law = _law(run, await likeliest(run.ids, wanted))
-            at = Noise(run.seed).sample(law.ids, law.logprobs)
-            kept, logprobs = [int(law.ids[at])], [float(law.logprobs[at])]
-        return GenerateResponse(kept, logprobs, cached_tokens(answer))
+            ids.append(token)
+            logprobs.append(info.logprob)
+        if not ids:
+            distribution = _distribution(request, await top_tokens(request.ids, count))
+            index = Noise(request.seed).sample(distribution.ids, distribution.logprobs)
+            ids, logprobs = [int(distribution.ids[index])], [float(distribution.logprobs[index])]
+        return GenerateResponse(ids, logprobs, cached_tokens(response))
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What is told of a token. among: the ids it was drawn from, the k likeliest."""
+class _TokenInfo:
+    """A sampled token's log-probability, and the ids that it was sampled from, the top k."""
 
     logprob: float
-    among: frozenset[int]
+    top_k: frozenset[int]
 
 
 @lru_cache(maxsize=64)
-def _split(banned: bytes, ends: frozenset[int]) -> tuple[list[int], frozenset[int]]:
+def _select_banned(banned: bytes, ends: frozenset[int]) -> tuple[list[int], frozenset[int]]:
     """Return the ids that a request bans, and all. Ends of text are likely, and control tokens are often the first."""
     ids = np.frombuffer(banned, dtype=np.int64).tolist()
-    return sorted(ids, key=lambda one: (one not in ends, one))[:_BANNED], frozenset(ids)
+    return sorted(ids, key=lambda token: (token not in ends, token))[:_MAX_BANNED], frozenset(ids)
 
 
-def _body(run: GenerateRequest, banned: Sequence[int], told: int) -> dict[str, Any]:
-    """Return the request for a run that tells so many of the tokens that each was drawn from."""
-    options = run.sampling
+def _body(request: GenerateRequest, banned: Sequence[int], top_probs: int) -> dict[str, Any]:
+    """Return a request that has `top_probs` of the tokens returned that each token was sampled from."""
+    options = request.sampling
     return {
-        "prompt": run.ids.tolist(),
-        "n_predict": run.length,
+        "prompt": request.ids.tolist(),
+        "n_predict": request.max_tokens,
         "samplers": ["temperature", "top_k", "top_p", "min_p"],
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
         "min_p": options.min_p,
-        "seed": run.seed & 0x7FFFFFFF,  # it takes 32 bits, and the largest of those means any
-        "logit_bias": [[one, False] for one in banned],
-        "n_probs": told,
+        "seed": request.seed & 0x7FFFFFFF,  # it takes 32 bits, and the largest of those means any
+        "logit_bias": [[token, False] for token in banned],
+        "n_probs": top_probs,
         "post_sampling_probs": True,
         "return_tokens": True,
         "response_fields": _FIELDS,
     }
 
 
-def _read(answer: Any, tokens: Sequence[bytes]) -> list[tuple[int, _Told | None]]:
-    """Return the tokens of an answer, and what it tells of each. Raises EngineError for what is no answer."""
+def _parse(response: Any, tokens: Sequence[bytes]) -> list[tuple[int, _TokenInfo | None]]:
+    """Return the tokens of a response, and what it reports of each. Raises EngineError for what is no response."""
     try:
-        ids, entries = [int(one) for one in answer["tokens"]], list(answer.get("completion_probabilities", ()))
-        whole = _ends_of_characters([tokens[one] for one in ids])
-        if [one["id"] for one in entries] != [one for one, here in zip(ids, whole, strict=True) if here]:
-            whole = [False] * len(ids)  # whatever it tells, of which tokens is not certain
+        ids, entries = [int(token) for token in response["tokens"]], list(response.get("completion_probabilities", ()))
+        is_reported = _ends_of_characters([tokens[token] for token in ids])
+        if [entry["id"] for entry in entries] != [i for i, reported in zip(ids, is_reported, strict=True) if reported]:
+            is_reported = [False] * len(ids)  # it is not certain which tokens the entries belong to
         rest = iter(entries)
-        found = [(one, _told(next(rest)) if here else None) for one, here in zip(ids, whole, strict=True)]
+        parsed = [
+            (token, _parse_entry(next(rest)) if reported else None)
+            for token, reported in zip(ids, is_reported, strict=True)
+        ]
     except (TypeError, LookupError, ValueError, AttributeError):
-        found = []
-    if not found:
-        raise EngineError(f"llama.cpp gives no answer: {str(answer)[:200]}")
-    return found
+        parsed = []
+    if not parsed:
+        raise EngineError(f"llama.cpp gives no answer: {str(response)[:200]}")
+    return parsed
 
 
-def _told(entry: Any) -> _Told:
-    return _Told(math.log(entry["prob"]), frozenset(one["id"] for one in entry["top_probs"]))
+def _parse_entry(entry: Any) -> _TokenInfo:
+    return _TokenInfo(math.log(entry["prob"]), frozenset(top["id"] for top in entry["top_probs"]))
 
 
 def _ends_of_characters(parts: Sequence[bytes]) -> list[bool]:
-    """Tell of each part of a text whether a character ends with it."""
-    return [not _cut_short(text) for text in accumulate(parts)]
+    """Return for each part of a text whether a character ends with it."""
+    return [not _is_cut_short(text) for text in accumulate(parts)]
 
 
-def _cut_short(text: bytes) -> bool:
+def _is_cut_short(text: bytes) -> bool:
     """Whether a text ends within a character, as llama.cpp sees it: by the last first byte of one."""
     for back in range(1, min(len(text), 4) + 1):
         byte = text[-back]
@@ -160,48 +168,54 @@ def _cut_short(text: bytes) -> bool:
     return False
 
 
-def _behind(ids: Ids, more: Sequence[int]) -> Ids:
-    return np.concatenate([ids, np.array(more, dtype=np.int64)])
+def _append(ids: Ids, tokens: Sequence[int]) -> Ids:
+    return np.concatenate([ids, np.array(tokens, dtype=np.int64)])
 
 
-def _looked_up(run: GenerateRequest, found: Candidates, token: int) -> _Told:
-    """Return what would have been told of a token, by the likeliest ones at its place."""
-    law = _law(run, found)
-    at = np.flatnonzero(law.ids == token)
-    # Rounding may have it out of the law that it was drawn from.
-    logprob = float(law.logprobs[at[0]] if at.size else law.logprobs.min())
-    return _Told(logprob, frozenset(found.ids[np.argsort(-found.logprobs)[: run.sampling.top_k]].tolist()))
+def _token_info(request: GenerateRequest, candidates: Candidates, token: int) -> _TokenInfo:
+    """Return what would have been reported of a token, by the top tokens at its position."""
+    distribution = _distribution(request, candidates)
+    index = np.flatnonzero(distribution.ids == token)
+    # By rounding it may be missing from the distribution that it was sampled from.
+    logprob = float(distribution.logprobs[index[0]] if index.size else distribution.logprobs.min())
+    top_k = candidates.ids[np.argsort(-candidates.logprobs)[: request.sampling.top_k]]
+    return _TokenInfo(logprob, frozenset(top_k.tolist()))
 
 
-def _law(run: GenerateRequest, found: Candidates) -> Candidates:
-    """Return what a run draws from, by what was told of the likeliest tokens."""
-    return Transform(run.sampling, run.banned)(TopKFilter(run.sampling.top_k, run.banned).apply(found))
+def _distribution(request: GenerateRequest, candidates: Candidates) -> Candidates:
+    """Return what a request samples from, by the top tokens at its position."""
+    top_k = TopKFilter(request.sampling.top_k, request.banned).apply(candidates)
+    return Transform(request.sampling, request.banned)(top_k)
 
 
-async def find_missing(ask: Ask, prompt: Ids) -> str:
-    """Return what a server lacks to draw by itself, "" for nothing: tried behind a few ids."""
+async def find_missing(complete: Complete, prompt: Ids) -> str:
+    """Return what a server lacks to sample itself, "" for nothing: probed after a few ids.
 
-    async def draw(seed: int, sampling: Sampling, banned: Sequence[int] = ()) -> list[dict[str, Any]]:
-        run = GenerateRequest(0, prompt, _PROBED, sampling, np.zeros(0, dtype=np.int64), seed)
-        answer = await ask({**_body(run, banned, 2), "ignore_eos": True, "cache_prompt": False})
-        entries: list[dict[str, Any]] = answer["completion_probabilities"]
-        if len(answer["tokens"]) != _PROBED or not entries:
+    Args:
+        complete: sends a body to `COMPLETION_PATH` and returns the response.
+    """
+
+    async def sample(seed: int, sampling: Sampling, banned: Sequence[int] = ()) -> list[dict[str, Any]]:
+        request = GenerateRequest(0, prompt, _PROBE_LENGTH, sampling, np.zeros(0, dtype=np.int64), seed)
+        response = await complete({**_body(request, banned, 2), "ignore_eos": True, "cache_prompt": False})
+        entries: list[dict[str, Any]] = response["completion_probabilities"]
+        if len(response["tokens"]) != _PROBE_LENGTH or not entries:
             raise LookupError
         return entries
 
-    hot, two = Sampling(temperature=2.0, top_k=20), Sampling(temperature=0.5, top_k=2)
+    hot, top_two = Sampling(temperature=2.0, top_k=20), Sampling(temperature=0.5, top_k=2)
     try:
-        texts = [[one["id"] for one in await draw(seed, hot)] for seed in range(1, 4)]
-        if all(one == texts[0] for one in texts):
+        texts = [[entry["id"] for entry in await sample(seed, hot)] for seed in range(1, 4)]
+        if all(text == texts[0] for text in texts):
             return "seeds make no difference there"
-        for one in await draw(1, two):
-            if abs(sum(other["prob"] for other in one["top_probs"]) - 1) > 0.01:
-                return "it tells other probabilities than it draws with"
+        for entry in await sample(1, top_two):
+            if abs(sum(top["prob"] for top in entry["top_probs"]) - 1) > 0.01:
+                return "it returns other probabilities than it samples with"
         likely = [text[0] for text in texts]
-        if any([(await draw(seed, hot, likely))[0]["id"] in likely for seed in range(1, 3)]):
-            return "it cannot be kept from drawing some tokens"
+        if any([(await sample(seed, hot, likely))[0]["id"] in likely for seed in range(1, 3)]):
+            return "it cannot be kept from sampling some tokens"
     except EngineError as error:
         return f"it does not take what is needed ({error.message})"
     except (TypeError, LookupError, AttributeError):
-        return f"{COMPLETION_PATH} gives no token ids, or no probabilities of what it draws"
+        return f"{COMPLETION_PATH} returns no token ids, or no probabilities of what it samples"
     return ""

@@ -1,394 +1,272 @@
-"""One server of llama.cpp, vLLM or SGLang: what it has, how it is asked, and whether it still has what it had.
+"""One server of llama.cpp, vLLM or SGLang, probed: how it is asked, what it can do, whether it still has its model.
 
-Which model it serves is looked at again whenever a connection had to be made anew: a text is never continued by another
-model under the same name.
+The model is checked again whenever a connection had to be made anew: a text is never continued by another model under
+the same name.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 
-from mixlm.core.sampling import softmax
 from mixlm.engines.base import GenerateRequest, GenerateResponse, Session
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.capabilities import ServerCapabilities, parse_generation, probe_capabilities
+from mixlm.engines.remote.endpoint import CandidatesResponse, Endpoint, ModelIdentity
 from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.remote.llamacpp_runs import COMPLETION_PATH, LlamaCppRuns, find_missing
-from mixlm.engines.remote.protocols import (
-    LlamaCppProtocol,
-    OpenAIProtocol,
-    ServerProtocol,
-    SGLangProtocol,
-    cached_tokens,
-    is_sglang,
-    sglang_context,
-)
-from mixlm.engines.remote.session_client import SessionConnector, SessionPool, parse_candidates, parse_generate_response
+from mixlm.engines.remote.model_info import ModelInfo
+from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
+from mixlm.engines.remote.session_client import SessionPool, parse_generated, parse_top_tokens
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
-from mixlm.errors import ConfigError, EngineError, TokenizerError, UnsupportedError, did_you_mean
+from mixlm.errors import EngineError, TokenizerError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
-# A server computes the same question with other companions in its batch: what it says of one model differs this much.
-_SAME = 0.2
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
-PROBE = "The sky is blue, and 12 + 30 = 42."
-
-
-@dataclass(frozen=True)
-class CandidatesResponse:
-    """What a server answers. cached: tokens of the prompt that it had read before; None where it does not say."""
-
-    likeliest: Candidates
-    cached: int | None
+PROBE_TEXT = "The sky is blue, and 12 + 30 = 42."
 
 
 @dataclass(frozen=True)
 class TokenizerProbe:
-    """What has to be known of a model's tokenizer to try out a server.
+    """What has to be known of a model's tokenizer to probe a server.
 
-    probe: ids of `PROBE`. start: ids to ask something with. character: a token that is whole characters. tokens: the
-    bytes of each id. ends: ids that end a text. folder: where it is from, for errors.
+    ids: of `PROBE_TEXT`. first_ids: a shorter prompt. letter_token: a token that is a letter. tokens: the
+    bytes of each id. ends: ids that end a text. folder: where the tokenizer is from, for errors.
     """
 
-    probe: list[int]
-    start: list[int]
-    character: int
+    ids: list[int]
+    first_ids: list[int]
+    letter_token: int
     tokens: Sequence[bytes]
     ends: frozenset[int]
     folder: str
 
 
-class ModelServer:
-    """A server and one model that it has. wanted: the model's name, empty for its only one.
+@dataclass(frozen=True)
+class _ProbedProtocol:
+    """The protocol that a server answers to.
 
-    told: how many of the likeliest tokens it tells at most. homes: sessions that stay with it. served: how it draws by
-    itself. line: where it has mixlm's route, on which a text is continued.
+    max_logprobs: how many of the most likely tokens it returned. is_limited: whether that is all it would return.
     """
 
-    def __init__(self, wire: HttpClient, wanted: str) -> None:
-        self.wire = wire
-        self.model = wanted
-        self.card: dict[str, Any] = {}
-        self.props: dict[str, Any] = {}
-        self.told = 0
-        self.limited = True
-        self.reports_cached = False
-        self.served: ServerCapabilities | LlamaCppRuns = ServerCapabilities()
-        self.texts: SessionPool | None = None
-        self.homes: WeakSet[Session] = WeakSet()
-        self.ready = False
-        self._dialect: ServerProtocol | None = None
-        self._reader: TokenizerProbe | None = None
-        self._slots: Slots | None = None
-        self._room: asyncio.Semaphore | None = None
-        self._fingerprint: dict[int, float] = {}
-        self._looking = asyncio.Lock()
-        self._looks_begun = 0
-        self._look = (0, True)  # the last that came to an end: its number, and whether it was the same
-        self._wait = 0.0
-        self._again = 0.0
+    protocol: ServerProtocol
+    max_logprobs: int
+    is_limited: bool
 
-    @property
-    def dialect(self) -> str:
-        """Name of the way it is asked."""
-        return self._dialect.name if self._dialect is not None else ""
 
-    @property
-    def due(self) -> bool:
-        """Whether a server that failed should be looked at again."""
-        return time.monotonic() >= self._again
+class ModelServer:
+    """A model on a server. `ModelServer.probe` makes one.
 
-    async def meet(self) -> None:
-        """Ask what it has. Raises EngineError, ConfigError or UnsupportedError."""
-        self.card = await self._find(self.model)
-        self.model = str(self.card["id"])
-        # SGLang's has had two names: the second until version 0.5.5, and with a warning since.
-        for path in ("/server_info", "/get_server_info") if is_sglang(self.card) else ("/props",):
-            answer = await self.wire.ask("GET", path)
-            self.props = answer.value if answer.status == 200 and isinstance(answer.value, dict) else {}
-            if self.props:
-                break
+    max_logprobs: how many of the most likely tokens it returned when it was probed. is_limited: whether it returns no
+    more than that.
 
-    async def try_out(self, reader: TokenizerProbe, wanted: int) -> None:
-        """Find out how it is asked and whether it reads as the tokenizer does. wanted: tokens it should tell.
+    Args:
+        capabilities: whether it samples itself, and with which options.
+        sessions: connections to mixlm's session route, None where the server has none.
+        reports_cached: whether it reports what its prefix cache held.
+    """
 
-        Raises EngineError, TokenizerError or UnsupportedError, which names what it lacks.
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        probed: _ProbedProtocol,
+        capabilities: ServerCapabilities | LlamaCppRuns,
+        sessions: SessionPool | None,
+        *,
+        reports_cached: bool,
+    ) -> None:
+        self.protocol = identity.protocol
+        self.max_logprobs = probed.max_logprobs
+        self.is_limited = probed.is_limited
+        self.identity = identity
+        self.reports_cached = reports_cached
+        self.capabilities = capabilities
+        self.sessions = sessions
+        self._endpoint = identity.endpoint
+        slot_count = _slots_of(identity.info, identity.protocol)
+        self._slots = None if slot_count is None else _SlotPool(slot_count)
+
+    @classmethod
+    async def probe(
+        cls, client: HttpClient, info: ModelInfo, tokenizer: TokenizerProbe, count: int, *, use_sessions: bool = True
+    ) -> ModelServer:
+        """Find out how a server is asked, what it can do, and whether it tokenizes as the tokenizer does.
+
+        Args:
+            count: how many of the most likely tokens it should return.
+            use_sessions: whether mixlm's session route is used where the server has it.
+
+        Raises:
+            EngineError: it does not answer.
+            TokenizerError: it has another tokenizer.
+            UnsupportedError: it lacks something, which is named.
         """
-        self._reader = reader
-        await self._compare_tokenizers(reader)
-        await self._choose_dialect(reader, wanted)
-        self._fingerprint = await self._likeliest_of_probe()
+        endpoint = Endpoint(client, info.name, len(tokenizer.tokens))
+        await _compare_tokenizers(endpoint, tokenizer)
+        probed = await _probe_protocol(endpoint, info, tokenizer, count)
+        protocol = probed.protocol
+        probe_slot = None if _slots_of(info, protocol) is None else info.total_slots - 1
+        identity = await ModelIdentity.read(endpoint, info, protocol, tokenizer.ids, probe_slot)
         # Asked the same once more, it should have the beginning in its cache.
-        self.reports_cached = bool((await self._ask(reader.probe, 5))[0].cached)
-        if isinstance(self._dialect, LlamaCppProtocol):
-            lacks = await find_missing(self._llama_run, np.array(reader.probe))
-            self.served = LlamaCppRuns(lacks, reader.tokens, reader.ends)
-        elif isinstance(self._dialect, SGLangProtocol):
-            self.served = ServerCapabilities(SGLangProtocol.missing)
+        reports_cached = bool((await endpoint.candidates(protocol, tokenizer.ids, 5)).cached)
+        capabilities: ServerCapabilities | LlamaCppRuns
+        sessions: SessionPool | None = None
+        if isinstance(protocol, LlamaCppProtocol):
+            missing = await find_missing(_checked_runs(endpoint, identity), np.array(tokenizer.ids))
+            capabilities = LlamaCppRuns(missing, tokenizer.tokens, tokenizer.ends)
+        elif isinstance(protocol, SGLangProtocol):
+            capabilities = ServerCapabilities(protocol.missing)
         else:
-            self.served = await probe_capabilities(self._complete, reader.probe)
-            line = await SessionConnector.found(self.wire.base, self.wire.key, self.wire.limits)
-            if line is not None:
-                self.wire.closing.append(line.close)
-                self.texts = SessionPool(line, self._check)
-        self.ready, self._wait = True, 0.0
+            capabilities = await probe_capabilities(endpoint.complete, tokenizer.ids)
+            pool = SessionPool(client.base_url, client.key, client.limits, identity.check)
+            if use_sessions and await pool.is_available():
+                sessions = pool
+        return cls(identity, probed, capabilities, sessions, reports_cached=reports_cached)
 
-    def context(self) -> int:
-        """Return how many tokens it takes. Raises UnsupportedError when it does not say."""
-        if is_sglang(self.card) and (limit := sglang_context(self.card, self.props)) is not None:
-            return limit
-        if self.card.get("max_model_len"):
-            # A question is answered with one token at least, and that has to fit in too.
-            return int(self.card["max_model_len"]) - 1
-        slot = (self.props.get("default_generation_settings") or {}).get("n_ctx")
-        found = slot or (self.card.get("meta") or {}).get("n_ctx")
-        if not found:
-            raise UnsupportedError(
-                "the server does not say how many tokens its context holds", "give it: context = N, beside model"
-            )
-        return int(found)
-
-    def folder(self) -> Path | None:
-        """Return the folder of the tokenizer where it tells its model's path, and this machine has it."""
-        from mixlm.models import find_gguf, tokenizer_folder
-
-        told = (self.props.get("tokenizer_path"), self.card.get("root"), self.props.get("model_path"))
-        for path in (*told, self.card.get("id")):
-            if not isinstance(path, str) or not Path(path).exists():
-                continue
-            if (Path(path) / "tokenizer.json").is_file():
-                return Path(path)
-            if (found := find_gguf(path)) is not None:
-                return tokenizer_folder(found)
-        return None
-
-    def failed(self) -> None:
-        """Note that it does not answer. It is looked at again after ever longer times."""
-        self.ready = False
-        self._wait = min(max(2 * self._wait, _FIRST_WAIT), _LONGEST_WAIT)
-        self._again = time.monotonic() + self._wait
-
-    async def likeliest(self, session: Session, ids: Ids, count: int) -> CandidatesResponse:
-        """Ask for at least the `count` likeliest tokens after `ids`. Raises EngineError."""
-        if self.texts is not None:
-            answer = await self.texts.write(session, ids, logprobs_parameters(count))
-            return CandidatesResponse(self._known(parse_candidates(answer, self.wire.base)), answer.get("cached"))
+    async def candidates(self, session: Session, ids: Ids, count: int) -> CandidatesResponse:
+        """Ask for at least the `count` most likely tokens after `ids`. Raises EngineError."""
+        if self.sessions is not None:
+            response = await self.sessions.generate(session, ids, logprobs_parameters(count))
+            top_tokens = parse_top_tokens(response, self._endpoint.client.base_url)
+            return CandidatesResponse(self._endpoint.without_padding(top_tokens), response.get("cached"))
         async with self._slot(session, ids) as slot:
-            told, anew = await self._ask(ids.tolist(), count, slot)
-        await self._check(anew)
-        return told
+            found = await self._endpoint.candidates(self.protocol, ids.tolist(), count, slot)
+        await self.identity.check(found.new_connection)
+        return found
 
-    async def write(self, session: Session, run: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
-        """Let it draw a run by itself. Raises EngineError."""
-        if isinstance(self.served, LlamaCppRuns):
-            return await self._llama_write(session, run)
-        if self.texts is not None:
-            parameters, banned = self.served.parameters(run, run.length, ends), self.served.banned(run)
-            return parse_generate_response(await self.texts.write(session, run.ids, parameters, banned), self.wire.base)
-        answer, anew = await self._complete(self.served.body(run, run.length, ends))
-        await self._check(anew)
-        return parse_generation(answer, self.wire.base)
+    async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
+        """Let it sample tokens itself.
 
-    async def _llama_write(self, session: Session, run: GenerateRequest) -> GenerateResponse:
-        assert isinstance(self.served, LlamaCppRuns)
+        Args:
+            ends: ids that end a text.
 
-        async def ask(body: dict[str, Any]) -> Any:
-            async with self._slot(session, run.ids) as slot:
-                return await self._llama_run({**body, **({} if slot is None else {"id_slot": slot})})
-
-        async def likeliest(ids: Ids, count: int) -> Candidates:
-            return (await self.likeliest(session, ids, count)).likeliest
-
-        return await self.served.write(run, ask, likeliest)
-
-    async def _llama_run(self, body: dict[str, Any]) -> Any:
-        value, anew = await self._complete(body, COMPLETION_PATH)
-        await self._check(anew)
-        return value
-
-    def leave(self, session: Session) -> None:
-        """Note that a sequence stays elsewhere from now on."""
-        self.homes.discard(session)
-        if self.texts is not None:
-            self.texts.drop(session)
-
-    async def _check(self, anew: bool = True) -> None:
-        """Raise EngineError when a connection was made anew, and it has another model than it had.
-
-        Connections are made many at a time, when replies begin together: what begins to be looked at from now on counts
-        for all that wait by then.
+        Raises:
+            EngineError: it fails.
         """
-        if not anew:
-            return
-        wanted = self._looks_begun + 1
-        async with self._looking:
-            if self._look[0] < wanted:
-                self._looks_begun += 1
-                number = self._looks_begun
-                self._look = (number, await self.still_the_same())
-            same = self._look[1]
-        if not same:
-            raise EngineError(f"the server {self.wire.base} has another model now, under the name {self.model}")
+        if isinstance(self.capabilities, LlamaCppRuns):
+            return await self._generate_on_llamacpp(self.capabilities, session, request)
+        base_url = self._endpoint.client.base_url
+        if self.sessions is not None:
+            parameters = self.capabilities.parameters(request, request.max_tokens, ends)
+            banned = self.capabilities.banned(request)
+            return parse_generated(await self.sessions.generate(session, request.ids, parameters, banned), base_url)
+        body = self.capabilities.body(request, request.max_tokens, ends)
+        response, new_connection = await self._endpoint.complete(body)
+        await self.identity.check(new_connection)
+        return parse_generation(response, base_url)
 
-    async def alive(self) -> bool:
-        """Whether it answers, with the model that it had."""
-        try:
-            answer = await self.wire.ask("GET", "/v1/models", seconds=2.0)
-            return bool(answer.status == 200 and await self.still_the_same())
-        except EngineError:
-            return False
+    def release(self, session: Session) -> None:
+        """Note that a sequence goes on elsewhere, or begins anew."""
+        if self.sessions is not None:
+            self.sessions.release(session)
 
-    async def still_the_same(self) -> bool:
-        """Whether it has the model that it had: the same words of itself, and the same answer to a question."""
-        try:
-            card = await self._find(self.model)
-        except (ConfigError, UnsupportedError):
-            return False
-        return self._same_card(card) and self._same_answer(await self._likeliest_of_probe())
+    def close(self) -> None:
+        """Close the connections of sequences."""
+        if self.sessions is not None:
+            self.sessions.close()
 
-    def has_what(self, other: ModelServer) -> bool:
-        """Whether two servers have one model, as far as can be asked."""
-        return self._same_answer(other._fingerprint)
+    async def _generate_on_llamacpp(
+        self, runs: LlamaCppRuns, session: Session, request: GenerateRequest
+    ) -> GenerateResponse:
+        send = _checked_runs(self._endpoint, self.identity)
 
-    def _same_card(self, card: dict[str, Any]) -> bool:
-        return all(card.get(key) == self.card.get(key) for key in ("root", "max_model_len", "meta"))
+        async def complete(body: dict[str, Any]) -> Any:
+            async with self._slot(session, request.ids) as slot:
+                return await send(body if slot is None else {**body, "id_slot": slot})
 
-    def _same_answer(self, now: dict[int, float]) -> bool:
-        then = self._fingerprint
-        return 0.5 * sum(abs(now.get(i, 0) - then.get(i, 0)) for i in {*now, *then}) < _SAME
+        async def top_tokens(ids: Ids, count: int) -> Candidates:
+            return (await self.candidates(session, ids, count)).candidates
+
+        return await runs.generate(request, complete, top_tokens)
 
     @asynccontextmanager
     async def _slot(self, session: Session, ids: Ids) -> AsyncIterator[int | None]:
-        """Hold a place of llama.cpp's for a sequence, so that its cache is there when it is asked again.
-
-        Left to itself, the server would put sequences with a common beginning into one place, in turn.
-        """
-        if self._slots is None or self._room is None:
+        """Hold a slot for a sequence where the server has slots; None where it has none."""
+        if self._slots is None:
             yield None
-            return
-        async with self._room:
-            found = self._slots.take(session, ids)
-            assert found is not None  # no more are at work than there are places
+        else:
+            async with self._slots.hold(session, ids) as slot:
+                yield slot
+
+
+class _SlotPool:
+    """The slots of a llama.cpp server, so that a sequence finds its KV cache again.
+
+    Left to itself, the server would put sequences with a common beginning into one slot, in turn.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._slots = Slots(count)
+        self._capacity = asyncio.Semaphore(count)
+
+    @asynccontextmanager
+    async def hold(self, session: Session, ids: Ids) -> AsyncIterator[int]:
+        """Hold a slot for a sequence while it runs `ids`."""
+        async with self._capacity:
+            taken = self._slots.take(session, ids)
+            assert taken is not None  # no more are in use than there are
             try:
-                yield found[0]
+                yield taken[0]
             finally:
-                self._slots.free(found[0])
+                self._slots.free(taken[0])
 
-    async def _ask(self, ids: list[int], count: int, slot: int | None = None) -> tuple[CandidatesResponse, bool]:
-        assert self._dialect is not None
-        anew = False
-        place = {} if slot is None else {"id_slot": slot}
-        for body in self._dialect.bodies(ids, count):
-            value, new = await self._complete({**body, **place}, self._dialect.path)
-            anew |= new
+
+def _slots_of(info: ModelInfo, protocol: ServerProtocol) -> int | None:
+    """Return how many slots of llama.cpp are for sequences: the last of several is for checks of the model."""
+    total = info.total_slots
+    return max(total - 1, 1) if total and isinstance(protocol, LlamaCppProtocol) else None
+
+
+def _checked_runs(endpoint: Endpoint, identity: ModelIdentity) -> Any:
+    """Return what sends a body to llama.cpp's own route, and checks the model if the connection is new."""
+
+    async def send(body: dict[str, Any]) -> Any:
+        value, new_connection = await endpoint.complete(body, COMPLETION_PATH)
+        await identity.check(new_connection)
+        return value
+
+    return send
+
+
+async def _compare_tokenizers(endpoint: Endpoint, tokenizer: TokenizerProbe) -> None:
+    client = endpoint.client
+    vllm_body = {"model": endpoint.model, "prompt": PROBE_TEXT, "add_special_tokens": False}
+    for body in (vllm_body, {"content": PROBE_TEXT}):
+        response = await client.request("POST", "/tokenize", body)
+        ids = response.value.get("tokens") if response.status == 200 and isinstance(response.value, dict) else None
+        if isinstance(ids, list) and ids:
+            if ids != tokenizer.ids:
+                raise TokenizerError(
+                    f"the tokenizer in {tokenizer.folder} and the server {client.base_url} read a text differently",
+                    "give the folder of the model that the server has",
+                )
+            return
+
+
+async def _probe_protocol(
+    endpoint: Endpoint, info: ModelInfo, tokenizer: TokenizerProbe, wanted: int
+) -> _ProbedProtocol:
+    """Find out which protocol a server answers to, and how many tokens it returns. Raises UnsupportedError for none."""
+    protocols: tuple[ServerProtocol, ...] = (LlamaCppProtocol(tokenizer.letter_token), OpenAIProtocol())
+    if info.is_sglang:
+        protocols = (SGLangProtocol(info.adapter),)
+    reason = ""
+    for protocol in protocols:
+        for count in dict.fromkeys((wanted, 20, 5)):
             try:
-                found = self._dialect.read(value)
-            except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.wire.base} gives no answer: {str(value)[:200]}") from None
-            if found is not None:
-                return CandidatesResponse(self._known(found), cached_tokens(value)), anew
-        raise EngineError(f"{self.wire.base} tells no probabilities of {self.model}")
-
-    async def _complete(self, body: dict[str, Any], path: str = "/v1/completions") -> tuple[Any, bool]:
-        """Ask for a completion. Also tells whether a connection was made for it."""
-        answer = await self.wire.ask("POST", path, {**body, "model": self.model})
-        if answer.status != 200:
-            raise EngineError(f"{self.wire.base} refuses ({answer.status}): {_message(answer.value)}")
-        return answer.value, answer.anew
-
-    def _known(self, found: Candidates) -> Candidates:
-        """Return what is told of without rows behind the last token, which are padding."""
-        assert self._reader is not None
-        here = found.ids < len(self._reader.tokens)
-        return Candidates(found.ids[here], found.logprobs[here])
-
-    async def _find(self, wanted: str) -> dict[str, Any]:
-        """Return what the server says of the model that is asked for, or of its only one."""
-        answer = await self.wire.ask("GET", "/v1/models")
-        if answer.status in (401, 403):
-            raise ConfigError(
-                f"{self.wire.base} asks for a key (status {answer.status})",
-                "name the environment variable that holds it: key_env = NAME, beside model",
-            )
-        try:
-            cards = {str(one["id"]): one for one in answer.value["data"]}
-        except (TypeError, LookupError):
-            raise UnsupportedError(
-                f"{self.wire.base} has no /v1/models (status {answer.status})", "give the URL in front of /v1"
-            ) from None
-        if not wanted and len(cards) == 1:
-            return dict(next(iter(cards.values())))
-        if wanted not in cards:
-            names = ", ".join(cards) or "none"
-            asked = f"no model {wanted!r}" if wanted else "several models or none"
-            raise ConfigError(
-                f"{self.wire.base} has {asked}; it has: {names}",
-                did_you_mean(wanted, cards) or "put #NAME behind the URL",
-            )
-        return dict(cards[wanted])
-
-    async def _compare_tokenizers(self, reader: TokenizerProbe) -> None:
-        for body in ({"model": self.model, "prompt": PROBE, "add_special_tokens": False}, {"content": PROBE}):
-            answer = await self.wire.ask("POST", "/tokenize", body)
-            theirs = answer.value.get("tokens") if answer.status == 200 and isinstance(answer.value, dict) else None
-            if isinstance(theirs, list) and theirs:
-                if theirs != reader.probe:
-                    raise TokenizerError(
-                        f"the tokenizer in {reader.folder} and the server {self.wire.base} read a text differently",
-                        "give the folder of the model that the server has",
-                    )
-                return
-
-    async def _choose_dialect(self, reader: TokenizerProbe, wanted: int) -> None:
-        """Try which dialect the server speaks, and how many tokens it tells."""
-        dialects: tuple[ServerProtocol, ...] = (LlamaCppProtocol(reader.character), OpenAIProtocol())
-        if is_sglang(self.card):
-            dialects = (SGLangProtocol(self.model if self.card.get("parent") else ""),)
-        said = ""
-        for dialect in dialects:
-            for count in dict.fromkeys((wanted, 20, 5)):
-                self._dialect = dialect
-                try:
-                    found, _ = await self._ask(reader.start, count)
-                except EngineError as error:
-                    said = error.message
-                    continue
-                self.told = len(found.likeliest.ids)
-                if self.told < min(count, 5):
-                    said = f"it tells {self.told} tokens where {count} are asked for"
-                    continue
-                self.limited = not self.told >= count > 20
-                self._reserve_slots()
-                return
-        raise UnsupportedError(
-            f"{self.wire.base} does not tell the likeliest next tokens by their ids: {said}",
-            "servers that do: llama.cpp's, SGLang's, and vLLM's with --max-logprobs 80",
-        )
-
-    def _reserve_slots(self) -> None:
-        """Take llama.cpp's places for sequences; the last of several is for what is asked beside them."""
-        total = int(self.props.get("total_slots") or 0)
-        if isinstance(self._dialect, LlamaCppProtocol) and total:
-            self._slots = Slots(max(total - 1, 1))
-            self._room = asyncio.Semaphore(max(total - 1, 1))
-
-    async def _likeliest_of_probe(self) -> dict[int, float]:
-        assert self._reader is not None
-        total = int(self.props.get("total_slots") or 0)
-        found = (await self._ask(self._reader.probe, 5, total - 1 if self._slots and total else None))[0].likeliest
-        order = np.argsort(-found.logprobs)[:5]
-        return dict(zip(found.ids[order].tolist(), softmax(found.logprobs[order]).tolist(), strict=True))
-
-
-def _message(value: Any) -> str:
-    error = value.get("error", value) if isinstance(value, dict) else value
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]
+                response = await endpoint.candidates(protocol, tokenizer.first_ids, count)
+            except EngineError as error:
+                reason = error.message
+                continue
+            returned = len(response.candidates.ids)
+            if returned >= min(count, 5):
+                return _ProbedProtocol(protocol, returned, is_limited=not returned >= count > 20)
+            reason = f"it returns {returned} tokens where {count} are asked for"
+    raise UnsupportedError(
+        f"{endpoint.client.base_url} does not return the most likely next tokens by their ids: {reason}",
+        "servers that do: llama.cpp's, SGLang's, and vLLM's with --max-logprobs 80",
+    )

@@ -31,7 +31,7 @@ class DeviceTopK:
         """
         rows: dict[TopKFilter, list[int]] = {}
         for at, cut in enumerate(cuts):
-            if cut is not None and shortened(cut, logits.shape[1]):
+            if cut is not None and applies(cut, logits.shape[1]):
                 rows.setdefault(cut, []).append(at)
         out: list[Any] = [None] * len(cuts)
         if rows:
@@ -40,7 +40,7 @@ class DeviceTopK:
             for cut, places in rows.items():
                 end = begin + 2 * _brought(cut) * len(places)
                 for at, part in zip(places, parts[begin:end].reshape(len(places), 2, -1), strict=True):
-                    out[at] = kept(part, cut)
+                    out[at] = from_device(part, cut)
                 begin = end
         whole = [at for at, row in enumerate(out) if row is None]
         if whole:
@@ -65,12 +65,12 @@ def _brought(cut: TopKFilter) -> int:
     return 2 * cut.k + _MORE
 
 
-def shortened(cut: TopKFilter, size: int) -> bool:
+def applies(cut: TopKFilter, size: int) -> bool:
     """Whether less is brought over of a row of `size` logits than all."""
     return _brought(cut) < min(_MOST, size)
 
 
-def kept(part: np.ndarray[Any, Any], cut: TopKFilter) -> Candidates | None:
+def from_device(part: np.ndarray[Any, Any], cut: TopKFilter) -> Candidates | None:
     """Return what a cut leaves, of a row's `Largest.part`; None where more might be tied with the k-th."""
     values, ids = part[0].view(np.float32), part[1]
     least = values[cut.k - 1]

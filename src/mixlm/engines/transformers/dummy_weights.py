@@ -113,7 +113,7 @@ class DummyWeightsEngine(HFEngine):
         self.details |= self.runner.details
         self.notes = (f"{self.name}: {LABEL}",)
         self.stops = ()
-        self.reading = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
+        self.tokenizer_info = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
         tokens, begin = spelled(int(shape["vocab_size"]))
         self.encoder = LongestMatch(tokens)
         self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])

@@ -42,7 +42,7 @@ class HFEngine(Engine):
         if spec.adapter is not None:
             self.loaded.add(spec.adapter, spec.name)
             self.details["adapter"] = spec.adapter
-        self.weights_bytes = sum(self.weights.values())
+        self.weights_bytes = sum(self.weight_parts.values())
         text_config = self.model.config.get_text_config()
         self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         rows = int(self.model.get_output_embeddings().weight.shape[0])
@@ -67,14 +67,14 @@ class HFEngine(Engine):
         return id(self.runner)
 
     @property
-    def weights(self) -> Mapping[Hashable, int]:
+    def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the model, and of the adapter."""
         return self.loaded.weights(self.adapter)
 
     @property
-    def ahead(self) -> int:
+    def run_ahead_depth(self) -> int:
         """As many as are run before they are asked for, where forwards are run in steps."""
-        return self.runner.ahead
+        return self.runner.run_ahead_depth
 
     def with_spec(self, spec: EngineSpec) -> HFEngine:
         """Return an engine on the same weights, with prompts and an adapter of its own."""

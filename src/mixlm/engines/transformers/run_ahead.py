@@ -23,7 +23,7 @@ from mixlm.core.sampling import Transform
 from mixlm.engines.base import RunAheadHint, Session
 from mixlm.engines.batching import Part, Run
 from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
-from mixlm.engines.transformers.device_topk import DeviceTopK, kept, shortened
+from mixlm.engines.transformers.device_topk import DeviceTopK, applies, from_device
 from mixlm.engines.transformers.kv_cache import KVCache
 from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 
@@ -57,11 +57,13 @@ class DeviceSampler:
         if held is None or held[0] is not ahead.symbols:
             starts = (torch.from_numpy(ahead.symbols) + 1) * _GOLDEN
             held = self._starts[cut] = ahead.symbols, starts.to(part.device)
-        ids, logprobs = order(part[0].view(torch.float32), part[1].long(), cut.k, ahead.sampling)
+        ids, logprobs = truncate_sorted(part[0].view(torch.float32), part[1].long(), cut.k, ahead.sampling)
         return ids[torch.argmax(logprobs + gumbel(held[1][ids], key), 0, keepdim=True)]
 
 
-def order(values: torch.Tensor, ids: torch.Tensor, k: int, options: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate_sorted(
+    values: torch.Tensor, ids: torch.Tensor, k: int, options: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids, and logits over the temperature, float64, -inf for what the options cut: `sampling._order`.
 
     values, ids: the largest logits of a row in falling order, and whose they are, (count,), count >= k.
@@ -125,7 +127,7 @@ class RunAhead:
     @staticmethod
     def can(steps: CudaGraphRunner, cache: KVCache, cut: TopKFilter, size: int) -> bool:
         """Whether a sequence can go ahead behind its cache; its rows have `size` logits."""
-        return shortened(cut, size) and steps.fit(cache, 1)
+        return applies(cut, size) and steps.fit(cache, 1)
 
     def begin(self, logits: torch.Tensor, ahead: RunAheadHint) -> Candidates | None:
         """Go on behind the logits of the cache's last token, (1, vocab); return what the cut leaves, None for a tie."""
@@ -173,7 +175,7 @@ class RunAhead:
     def _kept(self, row: _Row) -> Candidates | None:
         if row.done is not None:
             row.done.synchronize()
-        return kept(row.part.numpy(), self.cut)
+        return from_device(row.part.numpy(), self.cut)
 
 
 def written(run: Run, session: Session, size: int) -> tuple[Ids, list[Candidates]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mixlm.engines.base import Request, Response, Session
-from mixlm.engines.batching import Found, Part, answer_together
+from mixlm.engines.batching import Found, Part, respond_batched
 from mixlm.engines.transformers.lora import LoadedModel
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
 from mixlm.types import Floats, Ids, Logits, LogitsRow
@@ -108,7 +108,7 @@ class ModelRunner:
             self.draws = self._ahead()
 
     @property
-    def ahead(self) -> int:
+    def run_ahead_depth(self) -> int:
         """How many positions behind the one in question it runs ahead; 0 where it does not."""
         if self.draws is None:
             return 0
@@ -136,7 +136,7 @@ class ModelRunner:
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer requests of several sessions together."""
-        return answer_together(requests, self.run, MOST)
+        return respond_batched(requests, self.run, MOST)
 
     def run(self, parts: Sequence[Part]) -> list[Found]:
         """Run what sessions lack, and return what `together.Run` says for each part. Raises MemoryLimitError."""

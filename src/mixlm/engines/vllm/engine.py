@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
-from mixlm.engines.batching import in_threads
+from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids, first_line, load_tokenizer
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
@@ -88,7 +88,7 @@ class VllmEngine(TopKOnlyEngine):
         return id(self.loop)
 
     @property
-    def weights(self) -> Mapping[Hashable, int]:
+    def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the model's files."""
         return {id(self.loop): self.weights_bytes}
 
@@ -102,7 +102,7 @@ class VllmEngine(TopKOnlyEngine):
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Answer questions of several sequences together, in one batch of vLLM's."""
-        return in_threads(self._threads, super().respond, requests)
+        return respond_in_threads(self._threads, super().respond, requests)
 
     def alive(self) -> bool:
         """Whether vLLM takes requests."""
@@ -120,7 +120,7 @@ class VllmSession(TopKOnlySession):
         """Let vLLM draw up to `length` tokens."""
         engine = self._engine
         ends = sorted(engine.vocabulary.end_ids)
-        length = min(run.length, engine.context_length + 1 - len(run.ids))
+        length = min(run.max_tokens, engine.context_length + 1 - len(run.ids))
         params = sampling_parameters(run.sampling, run.seed, length) | {"stop_token_ids": ends, "logprobs": 0}
         if run.banned.size:
             params["extra_args"] = {BANNED_ARGUMENT: _ranges(run.banned.tobytes())}

@@ -17,7 +17,7 @@ def samples_identically(sampling: Sampling) -> bool:
     fewer tokens. Penalties there look at what one request wrote, which is not the reply.
     """
     return (
-        not sampling.penalises
+        not sampling.has_penalties
         and _COLDEST <= sampling.temperature <= _HOTTEST
         and (sampling.min_p == 0 or sampling.top_p == 1)
     )

@@ -1,0 +1,135 @@
+"""What a server says of a model: its name, its context, where its tokenizer is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixlm.engines.remote.http_client import HttpClient
+from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as its server describes it.
+
+    card: its entry in `/v1/models`. properties: what `/props` (llama.cpp) or `/server_info` (SGLang) has, else empty.
+    """
+
+    card: dict[str, Any]
+    properties: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model's name at the server."""
+        return str(self.card["id"])
+
+    @property
+    def is_sglang(self) -> bool:
+        """Whether the server is SGLang's."""
+        return _is_sglang(self.card)
+
+    @property
+    def adapter(self) -> str:
+        """The name of the LoRA adapter that it is on SGLang's server, "" for none."""
+        return self.name if self.card.get("parent") else ""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the output layer, 0 where the server does not say it."""
+        return int((self.card.get("meta") or {}).get("n_vocab") or 0)
+
+    @property
+    def total_slots(self) -> int:
+        """Slots of a llama.cpp server, 0 for others."""
+        return int(self.properties.get("total_slots") or 0)
+
+    def context_length(self) -> int:
+        """Return how many tokens a prompt may have.
+
+        SGLang refuses prompts of `max_req_input_len` tokens and more: that is 6 less than the context, or than the
+        capacity of its KV cache where that is less.
+
+        Raises:
+            UnsupportedError: the server does not say it.
+        """
+        model_length = int(self.card.get("max_model_len") or 0)
+        if self.is_sglang and (limit := int(self.properties.get("max_req_input_len") or 0) or model_length - 6) > 1:
+            return limit - 1
+        if model_length:
+            return model_length - 1  # one token at least is generated, and has to fit in too
+        slot_length = (self.properties.get("default_generation_settings") or {}).get("n_ctx")
+        length = slot_length or (self.card.get("meta") or {}).get("n_ctx")
+        if not length:
+            raise UnsupportedError(
+                "the server does not say how many tokens its context holds", "give it: context = N, beside model"
+            )
+        return int(length)
+
+    def tokenizer_folder(self) -> Path | None:
+        """Return the folder of the tokenizer where the server says its model's path, and this machine has it."""
+        from mixlm.models import find_gguf, tokenizer_folder
+
+        paths = (self.properties.get("tokenizer_path"), self.card.get("root"), self.properties.get("model_path"))
+        for path in (*paths, self.card.get("id")):
+            if not isinstance(path, str) or not Path(path).exists():
+                continue
+            if (Path(path) / "tokenizer.json").is_file():
+                return Path(path)
+            if (model := find_gguf(path)) is not None:
+                return tokenizer_folder(model)
+        return None
+
+    def has_card(self, card: dict[str, Any]) -> bool:
+        """Whether the server still describes the model in the same words."""
+        return all(card.get(key) == self.card.get(key) for key in ("root", "max_model_len", "meta"))
+
+
+async def read_model_info(client: HttpClient, name: str) -> ModelInfo:
+    """Ask a server for its model.
+
+    Args:
+        name: the model's name, "" for the only one.
+
+    Raises:
+        EngineError: the server does not answer.
+        ConfigError: it asks for a key, or has no such model.
+        UnsupportedError: it has no `/v1/models`.
+    """
+    card = await read_model_card(client, name)
+    # SGLang's has had two names: the second until version 0.5.5, and with a warning since.
+    for path in ("/server_info", "/get_server_info") if _is_sglang(card) else ("/props",):
+        response = await client.request("GET", path)
+        if response.status == 200 and isinstance(response.value, dict) and response.value:
+            return ModelInfo(card, response.value)
+    return ModelInfo(card, {})
+
+
+async def read_model_card(client: HttpClient, name: str) -> dict[str, Any]:
+    """Return a model's entry in `/v1/models`; raises what `read_model_info` raises."""
+    response = await client.request("GET", "/v1/models")
+    if response.status in (401, 403):
+        raise ConfigError(
+            f"{client.base_url} asks for a key (status {response.status})",
+            "name the environment variable that holds it: key_env = NAME, beside model",
+        )
+    try:
+        cards = {str(card["id"]): card for card in response.value["data"]}
+    except (TypeError, LookupError):
+        raise UnsupportedError(
+            f"{client.base_url} has no /v1/models (status {response.status})", "give the URL in front of /v1"
+        ) from None
+    if not name and len(cards) == 1:
+        return dict(next(iter(cards.values())))
+    if name not in cards:
+        problem = f"no model {name!r}" if name else "several models or none"
+        raise ConfigError(
+            f"{client.base_url} has {problem}; it has: {', '.join(cards) or 'none'}",
+            did_you_mean(name, cards) or "put #NAME behind the URL",
+        )
+    return dict(cards[name])
+
+
+def _is_sglang(card: dict[str, Any]) -> bool:
+    return card.get("owned_by") == "sglang"

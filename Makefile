@@ -1,4 +1,4 @@
-# Everything a fresh clone needs: `make demo` and `make test` do their own set-up.
+# Everything a fresh clone needs: each target installs what it needs itself, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 # vLLM brings versions of its own, so it gets an environment of its own.
@@ -8,42 +8,69 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-engines lint format install models clean help
+.PHONY: demo test test-fast test-engines lint format install models docs paper chromium clean help
 
 help:            ## Show what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
-demo: models     ## Write a reply with the demo pair: two small models with different tokenizers
-	$(BIN)/mixlm generate "Why is the sky blue?" --max-tokens 120
+demo: $(VENV)/.demo  ## Generate text with the demo pair: two small models with different tokenizers
+	@$(BIN)/mixlm models get demo
+	@$(BIN)/mixlm generate "Why is the sky blue?" --max-tokens 120
 
-test: models     ## Run every test
-	$(BIN)/python -m pytest
+test: models chromium  ## Run every test
+	$(BIN)/python -m pytest -n auto
+
+test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a moment, without real models
+	$(BIN)/python -m pytest -n auto -q -m "not models and not engines and not slow"
 
 test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm check with real llama.cpp and vLLM (minutes)
-	$(ENGINES)/bin/python -m pytest tests/engines/test_llamacpp.py tests/engines/test_remote.py tests/engines/test_vllm.py \
-	  tests/engines/test_vllm_server.py tests/test_failure.py -m "engines or not engines"
+	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_failure.py -m "engines or not engines"
 	$(ENGINES)/bin/mixlm check --engine llamacpp --samples 1000 $(EXACT) --tolerance 0.1
 	$(ENGINES)/bin/mixlm check --engine vllm --samples 500 $(EXACT)
 
-lint: $(VENV)/.installed  ## Check style and types
+lint: $(VENV)/.installed  ## Check style, types and the imports between rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed  ## Put the sources into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-install: $(VENV)/.installed  ## Set up .venv with the pinned versions
+docs: $(VENV)/.docs  ## Build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-models: $(VENV)/.installed  ## Fetch and convert the demo pair, once
+paper: $(VENV)/.installed  ## Run a table or figure of the paper again: make paper TABLE=table2
+	$(BIN)/python -m research.paper $(TABLE) $(OPTIONS)
+
+install: $(VENV)/.installed  ## Set up .venv with everything, in the pinned versions
+
+models: $(VENV)/.installed  ## Fetch the demo pair, once
 	$(BIN)/mixlm models get demo
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+chromium:        # for the tests of the page, where it can be installed; they are skipped without it
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || true
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mixlm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,llamacpp,remote,peft,eval,paper,serve,otel,grammar,dev]'
+	@$(PYTHON) -m venv $(VENV)
+
+# llama.cpp and tokenizers: no torch.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@[ -e $(VENV)/.installed ] || { echo "installing what the demo needs"; $(call install,$(VENV),-c constraints.txt -e '.[llamacpp]'); }
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing everything"
+	@$(call install,$(VENV),-c constraints.txt -e '.[hf$(,)llamacpp$(,)remote$(,)peft$(,)eval$(,)paper$(,)serve$(,)otel$(,)grammar$(,)dev]')
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(call install,$(VENV),-c constraints.txt -e '.[docs]')
 	@touch $@
 
 $(ENGINES)/.installed: pyproject.toml constraints-engines.txt
@@ -54,5 +81,10 @@ $(ENGINES)/.installed: pyproject.toml constraints-engines.txt
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-clean:           ## Remove the virtual environment and what tools left
-	rm -rf $(VENV) $(ENGINES) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+, := ,
+define install
+if command -v uv >/dev/null; then uv pip install --quiet --python $(1)/bin/python $(2); else $(1)/bin/python -m pip install --quiet $(2); fi
+endef
+
+clean:           ## Remove the virtual environments and what tools left
+	rm -rf $(VENV) $(ENGINES) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -72,7 +72,7 @@ class AgreementEngine(Engine):
         self.notes = (*inner.notes, agreement_note(law.share))
 
     @property
-    def weights(self) -> Mapping[Hashable, int]:
+    def weight_parts(self) -> Mapping[Hashable, int]:
         """The other engine's: members that share a model share its memory."""
         return self.inner.weight_parts
 

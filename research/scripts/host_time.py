@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mixlm.benchmark.timing import Own
+from mixlm.benchmark.timing import EnsembleContestant
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import Found, Part
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
@@ -45,7 +45,7 @@ def main() -> None:
     for method in METHODS:
         for words in LENGTHS:
             given = {"top_k": TOP_K, **({"draft": "tiny-0"} if method == "speculative" else {})}
-            own = Own(pair, method, "the river " * (words // 2), given)
+            own = EnsembleContestant(pair, method, "the river " * (words // 2), given)
             found = []
             for cut in (False, True):
                 with taken_out(cut), patch.object(HFSession, "_keep", lambda _, length: length):

@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
-from mixlm.scoring.passages import Passage, beginning
+from mixlm.scoring.passages import Passage, text_prefix
 from mixlm.scoring.score import identity
-from mixlm.scoring.units import Reader, read_kept
-from mixlm.scoring.ways import Reading, bytes_logprobs, pieces_logprobs, words_logprobs
+from mixlm.scoring.units import ScoringMember, cached_matches
+from mixlm.scoring.ways import TokenMatches, byte_logprobs, piece_logprobs, word_logprobs
 from mixlm.tokenization.incremental import utf8_runs
 from mixlm.types import Completion
 from mixlm.units.word import begins_word
@@ -38,14 +38,14 @@ PROMPTS = (
 )
 
 
-def bits(readings: Sequence[Reading], data: bytes, weights: npt.NDArray[np.float64], unit: str) -> float:
+def bits(readings: Sequence[TokenMatches], data: bytes, weights: npt.NDArray[np.float64], unit: str) -> float:
     """Return bits per byte of a text under the law of texts of a unit, and of a mixture of members."""
     if unit == "byte":
-        found = np.logaddexp.reduce(np.log(weights)[:, None] + [bytes_logprobs(one) for one in readings])
+        found = np.logaddexp.reduce(np.log(weights)[:, None] + [byte_logprobs(one) for one in readings])
     elif unit == "word":
-        found = np.logaddexp.reduce(np.log(weights) + words_logprobs(readings, data, weights)[1], axis=1)
+        found = np.logaddexp.reduce(np.log(weights) + word_logprobs(readings, data, weights)[1], axis=1)
     else:
-        found = pieces_logprobs(readings, weights)
+        found = piece_logprobs(readings, weights)
     return float(-found.sum() / np.log(2) / len(data))
 
 
@@ -62,9 +62,9 @@ def texts(given: Sequence[str], size: int) -> dict[str, bytes]:
 
 def likelihood(ensemble: Ensemble, models: Sequence[str], data: bytes) -> dict[str, float]:
     """Return bits per byte of one text: of each member, and of equal weights in each unit. What was read is kept."""
-    passage = Passage(data, [beginning(one.engine) for one in ensemble.members])
+    passage = Passage(data, [text_prefix(one.engine) for one in ensemble.members])
     readings = [
-        read_kept(Reader(one.name, one.engine, identity(model)), passage, i)
+        cached_matches(ScoringMember(one.name, one.engine, identity(model)), passage, i)
         for i, (one, model) in enumerate(zip(ensemble.members, models, strict=True))
     ]
     equal = np.full(len(readings), 1 / len(readings))

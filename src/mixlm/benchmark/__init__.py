@@ -1,6 +1,6 @@
 """Speed, measured: every method in one run, interleaved, medians over repeats."""
 
-from mixlm.benchmark.measure import Plan, bench
-from mixlm.benchmark.report import BenchReport, Run
+from mixlm.benchmark.measure import BenchPlan, bench
+from mixlm.benchmark.report import BenchReport, MethodRun
 
-__all__ = ["BenchReport", "Plan", "Run", "bench"]
+__all__ = ["BenchPlan", "BenchReport", "MethodRun", "bench"]

@@ -9,10 +9,10 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from mixlm.benchmark.prediction import Fit, predicted
-from mixlm.benchmark.ratios import against, ratios
-from mixlm.benchmark.report import BenchReport, Run, environment
-from mixlm.benchmark.timing import DEFAULT, Contestant, Sample, contestants
+from mixlm.benchmark.prediction import ForwardCosts, predicted_speed
+from mixlm.benchmark.ratios import rival_ratios, speed_ratios
+from mixlm.benchmark.report import BenchReport, MethodRun, environment
+from mixlm.benchmark.timing import DEFAULT, Contestant, TimedRun, contestants
 from mixlm.core.options import Options
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
@@ -23,7 +23,7 @@ PROMPT = "Explain how a suspension bridge carries its load, and why the towers a
 _WARM_UP = 8  # tokens
 
 
-class Amount(TypedDict, total=False):
+class BenchFields(TypedDict, total=False):
     """What is measured, and how much of it; see `Plan`."""
 
     tokens: int
@@ -33,7 +33,7 @@ class Amount(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured.
 
     tokens: of a run. methods: of `timing.KINDS`, `single` for each member alone.
@@ -52,12 +52,12 @@ class Plan:
 
 def bench(
     ensemble: Ensemble,
-    plan: Plan | None = None,
+    plan: BenchPlan | None = None,
     *,
     options: Options | None = None,
     progress: Progress | None = None,
     rivals: Sequence[Contestant] = (),
-    **amount: Unpack[Amount],
+    **amount: Unpack[BenchFields],
 ) -> BenchReport:
     """Measure methods: by default each member alone, conventional and mixture. End-of-text is masked.
 
@@ -66,27 +66,31 @@ def bench(
     rivals: measured in turn with the methods, such as another library with the same models.
     Raises ConfigError for amounts and methods that cannot be.
     """
-    plan = replace(plan or Plan(), **amount)
+    plan = replace(plan or BenchPlan(), **amount)
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     own = contestants(ensemble, plan.methods, plan.prompt, given)
     those: list[Contestant] = [*own, *rivals]
-    samples = in_turns(those, plan, progress)
-    fit = Fit.of(ensemble, those, samples)
-    runs = [_run(one, taken, predicted(ensemble, one, taken, fit)) for one, taken in zip(those, samples, strict=True)]
+    samples = run_interleaved(those, plan, progress)
+    fit = ForwardCosts.of(ensemble, those, samples)
+    runs = [
+        _run(one, taken, predicted_speed(ensemble, one, taken, fit)) for one, taken in zip(those, samples, strict=True)
+    ]
     by_label = {one.label: taken for one, taken in zip(those, samples, strict=True)}
     return BenchReport(
         tuple(runs),
         {
-            **ratios(ensemble, {one.label: by_label[one.label] for one in own}),
-            **against(by_label, [one.label for one in rivals]),
+            **speed_ratios(ensemble, {one.label: by_label[one.label] for one in own}),
+            **rival_ratios(by_label, [one.label for one in rivals]),
         },
-        environment([one.engine for one in ensemble.members], recorded(ensemble, plan, given)),
+        environment([one.engine for one in ensemble.members], settings_record(ensemble, plan, given)),
     )
 
 
-def in_turns(those: Sequence[Contestant], plan: Plan, progress: Progress | None = None) -> list[list[Sample]]:
+def run_interleaved(
+    those: Sequence[Contestant], plan: BenchPlan, progress: Progress | None = None
+) -> list[list[TimedRun]]:
     """Run all of them once, then again, and so on: what changes on the machine meanwhile meets all of them."""
-    samples: list[list[Sample]] = [[] for _ in those]
+    samples: list[list[TimedRun]] = [[] for _ in those]
     total = (plan.repeats + 1) * len(those)
     for repeat in range(plan.repeats + 1):
         for at, one in enumerate(those):
@@ -100,7 +104,7 @@ def in_turns(those: Sequence[Contestant], plan: Plan, progress: Progress | None 
     return samples
 
 
-def recorded(ensemble: Ensemble, plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+def settings_record(ensemble: Ensemble, plan: BenchPlan, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was measured, for reports."""
     settings = ensemble.settings(**{name: value for name, value in options.items() if name != "draft"})
     return {
@@ -115,12 +119,12 @@ def recorded(ensemble: Ensemble, plan: Plan, options: Mapping[str, Any]) -> dict
     }
 
 
-def _run(one: Contestant, taken: Sequence[Sample], expected: float | None) -> Run:
+def _run(one: Contestant, taken: Sequence[TimedRun], expected: float | None) -> MethodRun:
     outside = [cost for sample in taken for cost in sample.outside]
     quarter = max(taken[0].tokens // 4, 1)
     logs = [[f for sample in taken for f in sample.forwards[i]] for i in range(len(one.members))]
     checked = sum(sample.checked for sample in taken)
-    return Run(
+    return MethodRun(
         method=one.method,
         label=one.label,
         tokens=sum(sample.tokens for sample in taken) / len(taken),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from mixlm.benchmark.timing import Sample
+from mixlm.benchmark.timing import TimedRun
 from mixlm.ensemble import Ensemble
 
 _PLAIN = ("conventional", "mixture")
 
 
-def ratios(ensemble: Ensemble, samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
+def speed_ratios(ensemble: Ensemble, samples: Mapping[str, Sequence[TimedRun]]) -> dict[str, float]:
     """Return ratios of speeds by name, "faster/slower".
 
     Each method of the whole ensemble over `conventional`, `mixture` and each "single NAME"; "drafted/greedy"; and of
@@ -30,40 +30,40 @@ def ratios(ensemble: Ensemble, samples: Mapping[str, Sequence[Sample]]) -> dict[
         bases += ["greedy"] if label == "drafted" else []
         for base in [*bases, *singles]:
             if base in samples:
-                found[f"{label}/{base}"] = over(taken, samples[base])
+                found[f"{label}/{base}"] = speed_ratio(taken, samples[base])
     return found
 
 
-def against(samples: Mapping[str, Sequence[Sample]], rivals: Sequence[str]) -> dict[str, float]:
+def rival_ratios(samples: Mapping[str, Sequence[TimedRun]], rivals: Sequence[str]) -> dict[str, float]:
     """Return the speed of each method of the ensemble over each rival's, and of each member alone over its own rival's.
 
     samples: by label, the rivals' among them.
     """
     own = [label for label in samples if label not in rivals]
     return {
-        f"{label}/{rival}": over(samples[label], samples[rival])
+        f"{label}/{rival}": speed_ratio(samples[label], samples[rival])
         for rival in rivals
         for label in own
         if not label.startswith("single ") or label.removeprefix("single ") == rival.removeprefix("transformers ")
     }
 
 
-def over(taken: Sequence[Sample], base: Sequence[Sample]) -> float:
+def speed_ratio(taken: Sequence[TimedRun], base: Sequence[TimedRun]) -> float:
     """Return how many times as many tokens a second."""
     return median(one.speed / other.speed for one, other in zip(taken, base, strict=True))
 
 
 def _of_mixture(
-    ensemble: Ensemble, samples: Mapping[str, Sequence[Sample]], singles: Sequence[str]
+    ensemble: Ensemble, samples: Mapping[str, Sequence[TimedRun]], singles: Sequence[str]
 ) -> dict[str, float]:
     mixture = samples["mixture"]
     found: dict[str, float] = {}
     if "conventional" in samples:
-        found["mixture/conventional"] = over(mixture, samples["conventional"])
+        found["mixture/conventional"] = speed_ratio(mixture, samples["conventional"])
     if all(one in samples for one in singles):
         own = [samples[one] for one in singles]
 
-        def weighted(cost: Callable[[Sample], float]) -> float:
+        def weighted(cost: Callable[[TimedRun], float]) -> float:
             """Return the mixture's speed over the members' own, where `cost` is what a unit of text takes."""
             weights: list[float] = ensemble.weights.tolist()
             return median(

@@ -10,9 +10,9 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.inspection import inspect
-from mixlm.inspection.measure import LENGTHS, agreement, costs, forward_seconds, predicted
-from mixlm.inspection.report import Cost
-from mixlm.inspection.static import members, pairs, possibilities
+from mixlm.inspection.measure import LENGTHS, forward_seconds, measure_agreement, measure_costs, predict_speeds
+from mixlm.inspection.report import ForwardCost
+from mixlm.inspection.static import check_feasibility, compare_vocabularies, describe_members
 
 TEXT = b"ab c abc a b c" * 9
 
@@ -20,26 +20,26 @@ TEXT = b"ab c abc a b c" * 9
 def test_pieces_are_counted_by_their_bytes():
     # The second spells "a" twice and lacks "ab"; its own piece is "x".
     those = ensemble([engine(SHARED), engine((b"a", b"b", b"c", b" ", b"a", b"x"))], unit="piece")
-    [pair] = pairs(those)
+    [pair] = compare_vocabularies(those)
     assert pair.common == 4
     assert pair.share == (4 / 6, 4 / 5)
     assert pair.distance is pair.mass is None
 
 
-def test_masses_and_distances_are_those_of_the_laws():
+def test_masses_and_distances_are_those_of_the_distributions():
     one = fixed({b"a": 0.5, b"ab": 0.25, END: 0.25})
     other = fixed({b"a": 0.125, b"b": 0.375, b"x": 0.25, END: 0.25}, (b"a", b"b", b"c", b" ", b"x"))
     those = ensemble([one, other], unit="piece")
-    [pair] = agreement(those, TEXT, pairs(those))
+    [pair] = measure_agreement(those, TEXT, compare_vocabularies(those))
     assert pair.mass == pytest.approx((0.75, 0.75))
     assert pair.distance == pytest.approx(0.5 * (0.375 + 0.25 + 0.375 + 0.25))
 
 
 def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundaries_alone():
-    # Beside a text, each law is another one at every position; a plain second computation over all of them.
+    # Beside a text, each distribution is another one at every position; a plain second computation over all of them.
     those = toys("piece", 3)
-    found = agreement(those, TEXT, pairs(those))
-    laws, marks = [], []
+    found = measure_agreement(those, TEXT, compare_vocabularies(those))
+    distributions, marks = [], []
     for one in those.members:
         tokens = one.engine.vocabulary.tokens
         ids = one.engine.encoder.encode(TEXT).ids
@@ -54,24 +54,27 @@ def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundarie
                 if key is not None:
                     mine[at][key] = mine[at].get(key, 0) + probability
             at += len(tokens[ids[count]]) if count < len(ids) else 0
-        laws.append(mine)
+        distributions.append(mine)
         marks.append({*tokens} - {b""} | {END})
     for pair, (i, j) in zip(found, [(0, 1), (0, 2), (1, 2)], strict=True):
-        places = sorted(laws[i].keys() & laws[j].keys())
+        places = sorted(distributions[i].keys() & distributions[j].keys())
         assert pair.places == len(places)
         assert {0, len(TEXT)} < set(places)
         distance = [
-            sum(abs(laws[i][at].get(u, 0) - laws[j][at].get(u, 0)) for u in marks[i] | marks[j]) / 2 for at in places
+            sum(abs(distributions[i][at].get(u, 0) - distributions[j][at].get(u, 0)) for u in marks[i] | marks[j]) / 2
+            for at in places
         ]
         assert pair.distance == pytest.approx(np.mean(distance), abs=1e-9)
         for (a, b), mass in zip([(i, j), (j, i)], pair.mass, strict=True):
-            expected = [sum(p for u, p in law.items() if u in marks[b]) for law in laws[a].values()]
+            expected = [
+                sum(p for u, p in distribution.items() if u in marks[b]) for distribution in distributions[a].values()
+            ]
             assert mass == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 def test_one_model_twice_agrees_wholly():
     one = engine()
-    [pair] = agreement(those := ensemble([one, one]), TEXT, pairs(those))
+    [pair] = measure_agreement(those := ensemble([one, one]), TEXT, compare_vocabularies(those))
     assert (pair.distance, pair.mass, pair.share) == (0, pytest.approx((1, 1)), (1, 1))
 
 
@@ -85,7 +88,7 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
 
     monkeypatch.setattr(ToyEngine, "session", session)
     one = engine()
-    found = costs(ensemble([one, engine(seed=2), one]), TEXT)
+    found = measure_costs(ensemble([one, engine(seed=2), one]), TEXT)
     assert [cost.member for cost in found] == ["m0", "m1", "m2"]
     assert len(seen) == 2
     assert found[0].seconds == found[2].seconds
@@ -95,19 +98,23 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
 
 
 def test_a_context_too_small_to_time_is_refused():
-    with pytest.raises(ConfigError, match="holds 16 tokens, too few"):
-        costs(ensemble([engine(context_length=16)]), TEXT)
+    with pytest.raises(ConfigError, match="context length of toy is 16, too short"):
+        measure_costs(ensemble([engine(context_length=16)]), TEXT)
 
 
 def test_costs_between_and_beyond_what_was_measured_lie_on_lines():
-    cost = Cost("m", 128, {1: 1.0, 2: 1.5, 4: 2.0, 16: 4.0})
+    cost = ForwardCost("m", 128, {1: 1.0, 2: 1.5, 4: 2.0, 16: 4.0})
     assert [forward_seconds(cost, tokens) for tokens in (1, 1.5, 3, 10, 31)] == [1.0, 1.25, 1.75, 3.0, 7.0]
     assert forward_seconds(replace(cost, seconds={1: 2.0, 16: 1.0}), 100) == 1.0
 
 
 def test_speeds_follow_the_cost_model():
-    found = [Cost("a", 1, {1: 0.1, 2: 0.2, 16: 0.2}), Cost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}), Cost("c", 1, {1: 9.0})]
-    speeds = {(one.method, one.members): one.predicted for one in predicted("abc", np.array([0.5, 0.5, 0]), found)}
+    found = [
+        ForwardCost("a", 1, {1: 0.1, 2: 0.2, 16: 0.2}),
+        ForwardCost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}),
+        ForwardCost("c", 1, {1: 9.0}),
+    ]
+    speeds = {(one.method, one.members): one.predicted for one in predict_speeds("abc", np.array([0.5, 0.5, 0]), found)}
     assert speeds == {
         ("single", ("a",)): pytest.approx(10),
         ("single", ("b",)): pytest.approx(1 / 0.3),
@@ -131,7 +138,7 @@ def test_speeds_are_of_methods_that_the_unit_has(unit, methods):
 def test_a_member_is_described_by_what_its_engine_says():
     one = ToyEngine(context_length=99)
     those = ensemble([one, ToyEngine(seed=3), one], [2, 1, 1])
-    first, second, third = members(those, "two <end>", {"system": "one"})
+    first, second, third = describe_members(those, "two <end>", {"system": "one"})
     assert (first.name, first.weight, first.rows, first.pieces, first.control) == ("m0", 0.5, 276, 274, 2)
     assert first.ends == {"<end>": 275}
     assert first.prompt == "<begin>system: one\nuser: two <end>\n"
@@ -143,7 +150,7 @@ def test_a_member_is_described_by_what_its_engine_says():
 
 def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     those = toys("piece", 2)
-    found = {one.name: one for one in possibilities(those, {"temperature": 0.0})}
+    found = {one.name: one for one in check_feasibility(those, {"temperature": 0.0})}
     with pytest.raises(UnsupportedError) as refused:
         Ensemble(those.members, unit="token")
     assert (found["token"].possible, found["token"].reason) == (False, str(refused.value))
@@ -153,7 +160,7 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     assert found["piece"].possible
     assert found["greedy"].possible
     assert found["single"].possible
-    assert all(one.possible for one in possibilities(toys("token", 2), {}))
+    assert all(one.possible for one in check_feasibility(toys("token", 2), {}))
 
 
 def words() -> Ensemble:
@@ -168,7 +175,7 @@ def test_a_whole_inspection():
     assert len(found.costs) == 2
     assert [one.method for one in found.speeds] == ["single", "single", "conventional", "mixture"]
     assert all(one.measured for one in found.speeds)
-    assert {label for label, _, _ in seen} >= {"reading the sample text", "timing forwards", "mixture"}
+    assert {label for label, _, _ in seen} >= {"reading the sample text", "timing forward passes", "mixture"}
     form = found.as_dict()
     assert form["members"][0]["ends"] == {"<end>": 275}
     assert form["pairs"][0]["distance"] == found.pairs[0].distance
@@ -178,7 +185,7 @@ def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
     def fail(*_):
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr("mixlm.engines.toy.ToySession._forward", fail)
+    monkeypatch.setattr("mixlm.engines.toy.ToySession.forward", fail)
     found = inspect(words(), measure=False)
     assert found.pairs[0].common == 274
     assert (found.costs, found.speeds, found.text_bytes) == ((), (), 0)
@@ -188,7 +195,9 @@ def test_members_that_tell_no_whole_distribution_are_not_measured():
     those = words()
     those.members[1].engine.top_k_limit = 64
     found = inspect(those)
-    assert found.unmeasured == "m2 cannot tell a whole distribution, so agreement and forwards are not measured"
+    assert (
+        found.unmeasured == "m2 returns only its most likely tokens, so agreement and forward passes are not measured"
+    )
     assert (found.costs, found.speeds, found.pairs[0].distance) == ((), (), None)
 
 
@@ -211,7 +220,7 @@ def test_what_is_empty_is_refused(given, message):
 
 def test_a_text_longer_than_a_context_is_refused():
     those = Ensemble([MemberSpec(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
-    with pytest.raises(ConfigError, match=r"the sample text has \d+ tokens for toy, whose context holds 50"):
+    with pytest.raises(ConfigError, match=r"the sample text has \d+ tokens for toy, whose context length is 50"):
         inspect(those)
 
 

@@ -12,7 +12,7 @@ import pytest
 from ggufs import write_tiny_gguf
 
 from mixlm.models import CatalogModel, convert, fetch
-from mixlm.models.catalog import CATALOG, Member
+from mixlm.models.catalog import CATALOG, WheelFile
 from mixlm.models.header import GgufHeader
 from mixlm.terminal import ProgressDisplay
 
@@ -24,8 +24,8 @@ def _catalog_model(content: bytes = CONTENT) -> CatalogModel:
     return CatalogModel(
         name="tiny",
         title="Tiny",
-        parts=(Member("tiny-part1==1.0", "tiny/a.part0"), Member("tiny-part2==1.0", "tiny/a.part1")),
-        licence_files=(Member("tiny-licence==1.0", "tiny/LICENSE"),),
+        parts=(WheelFile("tiny-part1==1.0", "tiny/a.part0"), WheelFile("tiny-part2==1.0", "tiny/a.part1")),
+        licence_files=(WheelFile("tiny-licence==1.0", "tiny/LICENSE"),),
         sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
         licence="Test licence",

@@ -7,13 +7,13 @@ import pytest
 
 from mixlm.errors import ModelLoadError
 from mixlm.models import ModelInfo, cache_root, find, installed
-from mixlm.models.cache import Build, install, model_folder
+from mixlm.models.cache import BuildFolders, install, model_folder
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelInfo("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
 
 
-def build(folders: Build) -> ModelInfo:
+def build(folders: BuildFolders) -> ModelInfo:
     (folders.target / "config.json").write_text("{}")
     (folders.target / "weights").touch(0o600)
     return INFO
@@ -45,7 +45,7 @@ def test_an_installed_model_is_found_with_readable_files(quiet):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_build_that_fails_leaves_nothing(quiet, error):
-    def failing(folders: Build) -> ModelInfo:
+    def failing(folders: BuildFolders) -> ModelInfo:
         build(folders)
         assert installed() == []
         raise error
@@ -64,7 +64,7 @@ def test_what_a_killed_build_left_is_cleared(quiet):
 
 
 def test_a_full_disk_names_the_cache(quiet):
-    def full(_: Build) -> ModelInfo:
+    def full(_: BuildFolders) -> ModelInfo:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelLoadError, match="No space left on device") as caught:
@@ -81,7 +81,7 @@ def test_a_folder_that_mixlm_did_not_make_is_left_alone(quiet):
 
 
 def _install_in_a_process(start, built) -> None:
-    def counted(folders: Build) -> ModelInfo:
+    def counted(folders: BuildFolders) -> ModelInfo:
         with built.get_lock():
             built.value += 1
         return build(folders)

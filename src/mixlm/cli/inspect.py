@@ -1,4 +1,4 @@
-"""`mixlm inspect`: what an ensemble is and what it will cost, before anything is generated."""
+"""`mixlm inspect`: a report on an ensemble before anything is generated."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _QUESTION = "Why is the sky blue?"
 @with_shared
 def inspect(
     shared: Shared,
-    question: Annotated[str, Argument(help="What the prompts that are shown ask.")] = _QUESTION,
+    question: Annotated[str, Argument(help="The user message whose prompts are shown.")] = _QUESTION,
     text: Annotated[
         Path | None,
         Option(
             "--text",
             metavar="FILE",
-            help="Measure how far members agree on this text ('-': standard input); its first 4,000 bytes are read. "
-            "Default: some prose and code.",
+            help="Measure agreement on the first 4,000 bytes of this text; '-' reads standard input. Default: prose and"
+            " code.",
             show_default=False,
         ),
     ] = None,
-    no_measure: Annotated[bool, Option("--no-measure", help="Run no model: a quick look.")] = False,
+    no_measure: Annotated[bool, Option("--no-measure", help="Run no model, for a quick report.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
     """Report on an ensemble: members, memory, possible methods, agreement and speed.
@@ -47,119 +47,123 @@ def inspect(
     the cost of forward passes, and the speed it predicts.
     """
     if text is not None and no_measure:
-        raise UsageError("--text and --no-measure are both given", "a text is read by running the models")
+        raise UsageError("--text and --no-measure are both given", "a text is only used to measure")
     sample = next(iter(read_texts([text]).values())) if text is not None else None
     ensemble = open_ensemble(shared, {})
-    from mixlm.inspection import inspect as look
+    from mixlm.inspection import inspect as inspect_ensemble
 
-    more: dict[str, Any] = {} if sample is None else {"text": sample}
+    extra: dict[str, Any] = {} if sample is None else {"text": sample}
     with progress_bars(single=True) as progress:
-        found = look(
+        report = inspect_ensemble(
             ensemble,
             question=question,
             measure=not no_measure,
             options=shared.options(),
             progress=progress,
-            **more,
+            **extra,
         )
     if as_json:
-        print_json(found.as_dict())
+        print_json(report.as_dict())
         return 0
-    _show_members(found)
-    _show_prompts(found)
-    _show_possibilities(found)
-    if found.pairs:
-        _show_pairs(found)
-    if found.costs:
-        _show_costs(found)
-    if found.unmeasured is not None:
-        dim(f"{found.unmeasured}; mixlm bench measures speed" if not no_measure else found.unmeasured)
+    _show_members(report)
+    _show_prompts(report)
+    _show_possibilities(report)
+    if report.pairs:
+        _show_pairs(report)
+    if report.costs:
+        _show_costs(report)
+    if report.unmeasured is not None:
+        dim(f"{report.unmeasured}; mixlm bench measures speed" if not no_measure else report.unmeasured)
     return 0
 
 
-def _show_members(found: Inspection) -> None:
+def _show_members(report: Inspection) -> None:
     """Show a column for each member."""
-    named = [(one.name, _facts(one)) for one in found.members]
+    facts_by_name = [(member.name, _facts(member)) for member in report.members]
     rows = [
-        (fact, *(facts.get(fact, "") for _, facts in named))
-        for fact in dict.fromkeys(fact for _, facts in named for fact in facts)
-        if any(facts.get(fact) for _, facts in named)
+        (fact, *(facts.get(fact, "") for _, facts in facts_by_name))
+        for fact in dict.fromkeys(fact for _, facts in facts_by_name for fact in facts)
+        if any(facts.get(fact) for _, facts in facts_by_name)
     ]
-    colours = member_colours([name for name, _ in named])
-    heads = ("", *(name for name, _ in named))
+    colours = member_colours([name for name, _ in facts_by_name])
+    heads = ("", *(name for name, _ in facts_by_name))
     print_table(heads, rows, head_styles={name: f"color({code})" for name, code in colours.items()})
-    print_lines(f"unit {found.unit} · weights in memory {_size(found.weights_bytes)}")
+    print_lines(f"unit {report.unit} · weights in memory {_size(report.weights_bytes)}")
 
 
-def _facts(one: MemberReport) -> dict[str, str]:
-    shared = f", shared with {one.shares}" if one.shares else ""
+def _facts(member: MemberReport) -> dict[str, str]:
+    shared = f", shared with {member.shares}" if member.shares else ""
     return {
-        "weight": f"{one.weight:.3g}",
-        "vocabulary": f"{one.rows:,} rows, {one.pieces:,} pieces",
-        "tokenizer": one.reading.get("family", ""),
-        "normaliser": one.reading.get("normaliser", ""),
-        "leading space": one.reading.get("leading space", ""),
-        "control tokens": f"{one.control:,}",
-        "ends of text": " ".join(one.ends),
-        "template": one.reading.get("template", ""),
-        "stops": " ".join(repr(stop) for stop in one.stops),
-        "prompt": f"{one.prompt_tokens} tokens",
-        "context": f"{one.context_length:,} tokens",
-        **one.details,
-        "weights": f"{_size(one.weights_bytes)}{shared}",
+        "weight": f"{member.weight:.3g}",
+        "vocabulary": f"{member.rows:,} rows, {member.pieces:,} pieces",
+        "tokenizer": member.reading.get("family", ""),
+        "normaliser": member.reading.get("normaliser", ""),
+        "leading space": member.reading.get("leading space", ""),
+        "control tokens": f"{member.control:,}",
+        "ends of text": " ".join(member.ends),
+        "template": member.reading.get("template", ""),
+        "stops": " ".join(repr(stop) for stop in member.stops),
+        "prompt": f"{member.prompt_tokens} tokens",
+        "context": f"{member.context_length:,} tokens",
+        **member.details,
+        "weights": f"{_size(member.weights_bytes)}{shared}",
     }
 
 
-def _show_prompts(found: Inspection) -> None:
-    """Show what each member reads for the question."""
-    colours = member_colours([one.name for one in found.members])
-    for one in found.members:
-        head = styled(visible(one.name), f"38;5;{colours[one.name]}", sys.stdout)
-        print(f"\n{head} reads, for {visible(found.question)!r}:")
-        print("\n".join(f"  {line}" for line in visible(one.prompt).rstrip("\n").split("\n")))
+def _show_prompts(report: Inspection) -> None:
+    """Show each member's prompt for the question."""
+    colours = member_colours([member.name for member in report.members])
+    for member in report.members:
+        name = styled(visible(member.name), f"38;5;{colours[member.name]}", sys.stdout)
+        print(f"\nPrompt of {name} for {visible(report.question)!r}:")
+        print("\n".join(f"  {line}" for line in visible(member.prompt).rstrip("\n").split("\n")))
 
 
-def _show_possibilities(found: Inspection) -> None:
+def _show_possibilities(report: Inspection) -> None:
     print()
-    rows = [(one.kind, one.name, "yes" if one.possible else f"no: {one.reason}") for one in found.possibilities]
-    styles = ["green" if one.possible else "red" for one in found.possibilities]
+    rows = [(item.kind, item.name, "yes" if item.possible else f"no: {item.reason}") for item in report.possibilities]
+    styles = ["green" if item.possible else "red" for item in report.possibilities]
     print_table(("", "name", "possible"), rows, styles=styles)
 
 
-def _show_pairs(found: Inspection) -> None:
-    """Show two lines for each pair: what either has of the other."""
-    heads = ["pieces of", "also in", "pieces", "of its own"]
-    if found.text_bytes:
-        heads += ["of its probability", "distance", "places"]
+def _show_pairs(report: Inspection) -> None:
+    """Show two lines for each pair: what each member shares with the other."""
+    heads = ["pieces of", "also in", "number", "share"]
+    if report.text_bytes:
+        heads += ["probability mass", "distance", "positions"]
     rows = []
-    for pair in found.pairs:
-        for at in (0, 1):
-            row = [pair.members[at], pair.members[1 - at], f"{pair.common:,}", f"{pair.share[at]:.1%}"]
+    for pair in report.pairs:
+        for i in (0, 1):
+            row = [pair.members[i], pair.members[1 - i], f"{pair.common:,}", f"{pair.share[i]:.1%}"]
             if pair.mass is not None and pair.distance is not None:
-                row += [f"{pair.mass[at]:.1%}", *(["", ""] if at else [f"{pair.distance:.3f}", str(pair.places)])]
+                row += [f"{pair.mass[i]:.1%}", *(["", ""] if i else [f"{pair.distance:.3f}", str(pair.places)])]
             rows.append(row)
     print_table(heads, rows, right=frozenset(heads[2:]))
-    if found.text_bytes:
+    if report.text_bytes:
         print_lines(
-            f"Measured on {found.text_bytes} bytes of text. distance: total variation between the two next-token "
-            "distributions, the mean over the places where both have a token boundary."
+            f"Measured on {report.text_bytes} bytes of text. distance: mean total variation between the two "
+            "next-token distributions, over the positions where both have a token boundary."
         )
 
 
-def _show_costs(found: Inspection) -> None:
-    lengths = sorted(found.costs[0].seconds)
-    heads = ["forward of", *(f"{length} token{'' if length == 1 else 's'}" for length in lengths)]
-    rows = [(one.member, *(f"{1e3 * one.seconds[length]:.1f} ms" for length in lengths)) for one in found.costs]
+def _show_costs(report: Inspection) -> None:
+    lengths = sorted(report.costs[0].seconds)
+    heads = ["forward pass of", *(f"{length} token{'' if length == 1 else 's'}" for length in lengths)]
+    rows = [(cost.member, *(f"{1e3 * cost.seconds[length]:.1f} ms" for length in lengths)) for cost in report.costs]
     print_table(heads, rows, right=frozenset(heads[1:]))
-    measured = any(one.measured is not None for one in found.speeds)
+    measured = any(speed.measured is not None for speed in report.speeds)
     heads = ["tokens/s", "predicted", *(["measured"] if measured else [])]
     table = []
-    for speed in found.speeds:
+    for speed in report.speeds:
         label = f"single {', '.join(speed.members)}" if speed.method == "single" else speed.method
         table.append([label, f"{speed.predicted:.1f}", *([] if speed.measured is None else [f"{speed.measured:.1f}"])])
     print_table(heads, table, right=frozenset(heads[1:]))
-    how = "Measured in one short run; mixlm bench does it well." if measured else "mixlm bench measures."
-    print_lines(f"Predicted from the cost of forwards alone, with the weights as they stand. {how}")
+    how = (
+        "Measured in one short run; mixlm bench measures more precisely."
+        if measured
+        else "mixlm bench measures the speed."
+    )
+    print_lines(f"Predicted from forward passes alone, with the current weights. {how}")
 
 
 def _size(size: int) -> str:

@@ -1,11 +1,12 @@
-"""What an ensemble is like when its members run: how far they agree on a text, and what their forwards cost.
+"""Measure an ensemble: how far its members agree on a text, and what their forward passes cost.
 
     single        1 / c_i(1)
     conventional  1 / Σ_i c_i(1)
     mixture       1 / Σ_i λ_i c_i(1 / λ_i)
 
-are the tokens a second that forwards alone allow, where `c_i(q)` are the seconds of a forward of q tokens behind a
-cache: member i is drawn every 1/λ_i tokens on average, and then reads as many. What mixlm itself costs is not in them.
+are the tokens per second that forward passes alone allow, where `c_i(q)` is the time of a forward pass of q tokens
+after a cached prefix: member i is sampled every 1/λ_i tokens on average, and then has to catch up on as many. The
+overhead of mixlm itself is not included.
 """
 
 from __future__ import annotations
@@ -22,47 +23,59 @@ from mixlm.core.sampling import softmax
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.inspection.report import Cost, PairReport, Speed
-from mixlm.inspection.static import having
-from mixlm.scoring.passages import beginning
-from mixlm.scoring.score import spelling
+from mixlm.inspection.report import ForwardCost, PairReport, SpeedEstimate
+from mixlm.inspection.static import shared_symbols
+from mixlm.scoring.passages import text_prefix
+from mixlm.scoring.score import encode_exactly
 from mixlm.types import Floats, Ids, Logits
 from mixlm.units.piece import PieceUnit
 
 Progress = Callable[[str, int, int], None]
 LENGTHS = (1, 2, 4, 8, 16)
-_CACHED = 128  # tokens behind which forwards are timed
+_CACHED = 128  # tokens in the KV cache when forward passes are timed
 _REPEATS = 3
-_WINDOW = 96  # bytes of text whose distributions lie in memory at once
+_WINDOW = 96  # bytes of text whose distributions are in memory at once
 
 
-def agreement(
-    ensemble: Ensemble, data: bytes, found: Sequence[PairReport], progress: Progress | None = None
+def measure_agreement(
+    ensemble: Ensemble, data: bytes, pairs: Sequence[PairReport], progress: Progress | None = None
 ) -> tuple[PairReport, ...]:
-    """Let every member read a text once, and measure masses and distances between them.
+    """Run every member on a text once, and compare their distributions.
 
-    found: the pairs as they were counted. Raises ConfigError for a text that a member's tokens do not spell.
+    Args:
+        ensemble: The members.
+        data: The text.
+        pairs: The pairs of members with their shared vocabulary, from `compare_vocabularies`.
+        progress: Called with the progress.
+
+    Returns:
+        The pairs with the shared probability mass and the distance between their distributions.
+
+    Raises:
+        ConfigError: A member's tokens cannot spell the text, or its context is too short.
     """
-    engines = [one.engine for one in ensemble.members]
-    unit = PieceUnit([one.vocabulary for one in engines], [one.encoder for one in engines])
+    engines = [member.engine for member in ensemble.members]
+    unit = PieceUnit([engine.vocabulary for engine in engines], [engine.encoder for engine in engines])
     symbols = [unit.symbols(i) for i in range(len(engines))]
-    readers = [_Reader(engine, own, unit.end + 1, data) for engine, own in zip(engines, symbols, strict=True)]
-    has = having(symbols, unit.end + 1)
+    readers = [
+        _TextDistributions(engine, ids, unit.end + 1, data) for engine, ids in zip(engines, symbols, strict=True)
+    ]
+    present = shared_symbols(symbols, unit.end + 1)
     count = len(engines)
     masses = np.zeros((count, count))
     distances: dict[tuple[int, int], list[float]] = {pair: [] for pair in combinations(range(count), 2)}
     windows = range(0, len(data) + 1, _WINDOW)
     for number, start in enumerate(windows):
-        laws = [one.laws(start, start + _WINDOW) for one in readers]
-        for i, mine in enumerate(laws):
-            for law in mine.values():
-                masses[i] += [law[other].sum() for other in has]
+        rows = [reader.distributions(start, start + _WINDOW) for reader in readers]
+        for i, row in enumerate(rows):
+            for distribution in row.values():
+                masses[i] += [distribution[symbols_of_other].sum() for symbols_of_other in present]
         for i, j in distances:
-            both = laws[i].keys() & laws[j].keys()
-            distances[i, j] += [0.5 * float(np.abs(laws[i][at] - laws[j][at]).sum()) for at in sorted(both)]
+            common = sorted(rows[i].keys() & rows[j].keys())
+            distances[i, j] += [0.5 * float(np.abs(rows[i][end] - rows[j][end]).sum()) for end in common]
         if progress is not None:
             progress("reading the sample text", number + 1, len(windows))
-    masses /= [[len(one.ends)] for one in readers]
+    masses /= [[len(reader.ends)] for reader in readers]
     return tuple(
         replace(
             pair,
@@ -70,107 +83,116 @@ def agreement(
             distance=float(np.mean(distances[i, j])),
             places=len(distances[i, j]),
         )
-        for pair, (i, j) in zip(found, distances, strict=True)
+        for pair, (i, j) in zip(pairs, distances, strict=True)
     )
 
 
-class _Reader:
-    """One member reading a text. ends: where in it, in bytes, each of its distributions stands; the first is 0."""
+class _TextDistributions:
+    """One member's next-token distributions along a text.
+
+    Attributes:
+        ends: The byte offset in the text at which each distribution applies; the first is 0.
+    """
 
     def __init__(self, engine: Engine, symbols: Ids, size: int, data: bytes) -> None:
-        own, bounds = spelling(engine, data)
-        before = beginning(engine)
-        self._ids = np.array([*before, *own], dtype=np.int64)
+        ids, bounds = encode_exactly(engine, data)
+        prefix = text_prefix(engine)
+        self._ids = np.array([*prefix, *ids], dtype=np.int64)
         if len(self._ids) > engine.context_length:
             raise ConfigError(
-                f"the sample text has {len(self._ids)} tokens for {engine.name}, whose context holds "
+                f"the sample text has {len(self._ids)} tokens for {engine.name}, whose context length is "
                 f"{engine.context_length}",
-                "give a shorter one",
+                "give a shorter text",
             )
         self.ends = np.array([0, *bounds], dtype=np.int64)
-        self._before = len(before)
-        self._drawable = np.flatnonzero(symbols >= 0)
-        self._symbols = symbols[self._drawable]
+        self._prefix = len(prefix)
+        self._tokens = np.flatnonzero(symbols >= 0)
+        self._symbols = symbols[self._tokens]
         self._size = size
         self._session = engine.session()
 
-    def laws(self, start: int, end: int) -> dict[int, Floats]:
-        """Return the distributions over shared symbols that stand in data[start:end], each float64 (size,)."""
-        first, last = (int(at) for at in np.searchsorted(self.ends, [start, end]))
+    def distributions(self, start: int, end: int) -> dict[int, Floats]:
+        """Return the distributions over shared symbols in data[start:end] by byte offset, each float64 (size,)."""
+        first, last = (int(index) for index in np.searchsorted(self.ends, [start, end]))
         if first == last:
             return {}
-        logits = self._session.logits(self._ids[: self._before + last - 1], last - first)
-        return {int(at): self._law(row) for at, row in zip(self.ends[first:last].tolist(), logits, strict=True)}
+        logits = self._session.logits(self._ids[: self._prefix + last - 1], last - first)
+        ends = self.ends[first:last].tolist()
+        return {offset: self._distribution(row) for offset, row in zip(ends, logits, strict=True)}
 
-    def _law(self, logits: Logits) -> Floats:
-        law: Floats = np.zeros(self._size)
-        np.add.at(law, self._symbols, softmax(logits[self._drawable]))
-        return law
+    def _distribution(self, logits: Logits) -> Floats:
+        distribution: Floats = np.zeros(self._size)
+        np.add.at(distribution, self._symbols, softmax(logits[self._tokens]))
+        return distribution
 
 
-def costs(ensemble: Ensemble, data: bytes, progress: Progress | None = None) -> tuple[Cost, ...]:
-    """Time forwards of 1, 2, 4, 8 and 16 tokens of each member behind a cache; a shared engine is timed once."""
-    known: dict[int, Cost] = {}
-    out = []
-    for i, one in enumerate(ensemble.members):
-        if id(one.engine) not in known:
-            known[id(one.engine)] = _cost(one.engine, data)
-        out.append(replace(known[id(one.engine)], member=one.name))
+def measure_costs(ensemble: Ensemble, data: bytes, progress: Progress | None = None) -> tuple[ForwardCost, ...]:
+    """Time forward passes of 1, 2, 4, 8 and 16 tokens of each member; a shared engine is timed once."""
+    costs: dict[int, ForwardCost] = {}
+    for i, member in enumerate(ensemble.members):
+        if id(member.engine) not in costs:
+            costs[id(member.engine)] = _measure_cost(member.engine, data)
         if progress is not None:
-            progress("timing forwards", i + 1, len(ensemble.members))
-    return tuple(out)
+            progress("timing forward passes", i + 1, len(ensemble.members))
+    return tuple(replace(costs[id(member.engine)], member=member.name) for member in ensemble.members)
 
 
-def _cost(engine: Engine, data: bytes) -> Cost:
+def _measure_cost(engine: Engine, data: bytes) -> ForwardCost:
     cached = min(_CACHED, engine.context_length - LENGTHS[-1])
     if cached < 2:
-        raise ConfigError(f"the context of {engine.name} holds {engine.context_length} tokens, too few to time it")
-    # What is read does not matter here, only how much.
-    ids = np.resize(spelling(engine, data)[0], cached + LENGTHS[-1]).astype(np.int64)
+        raise ConfigError(f"the context length of {engine.name} is {engine.context_length}, too short to time it")
+    # The time depends on the number of tokens, not on which they are.
+    ids = np.resize(encode_exactly(engine, data)[0], cached + LENGTHS[-1]).astype(np.int64)
     session = engine.session()
     seconds: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for repeat in range(_REPEATS + 1):
         for length in LENGTHS:
             session.logits(ids[:cached])
             session.logits(ids[: cached + length])
-            if repeat:  # the first round only warms up
+            if repeat:  # the first round is a warm-up
                 seconds[length].append(session.stats.forwards[-1].seconds)
-    return Cost(engine.name, cached, {length: median(taken) for length, taken in seconds.items()})
+    return ForwardCost(engine.name, cached, {length: median(times) for length, times in seconds.items()})
 
 
-def forward_seconds(cost: Cost, tokens: float) -> float:
-    """Return what a forward of `tokens` tokens should take: between measured lengths and beyond them, a straight line.
+def forward_seconds(cost: ForwardCost, tokens: float) -> float:
+    """Predict the time of a forward pass of `tokens` tokens, by linear interpolation and extrapolation.
 
-    A line that falls, which is noise, is taken as level.
+    A negative slope, which is noise, counts as zero.
     """
     lengths = np.array(sorted(cost.seconds), dtype=np.float64)
-    taken = np.array([cost.seconds[int(length)] for length in lengths])
+    seconds = np.array([cost.seconds[int(length)] for length in lengths])
     if tokens <= lengths[-1] or len(lengths) == 1:
-        return float(np.interp(tokens, lengths, taken))
-    slope = max(float(taken[-1] - taken[0]) / float(lengths[-1] - lengths[0]), 0.0)
-    return float(taken[-1] + slope * (tokens - lengths[-1]))
+        return float(np.interp(tokens, lengths, seconds))
+    slope = max(float(seconds[-1] - seconds[0]) / float(lengths[-1] - lengths[0]), 0.0)
+    return float(seconds[-1] + slope * (tokens - lengths[-1]))
 
 
-def predicted(names: Sequence[str], weights: Floats, found: Sequence[Cost], unit: str = "piece") -> tuple[Speed, ...]:
-    """Return the speeds that forwards alone allow: each member alone, conventional, mixture.
+def predict_speeds(
+    names: Sequence[str], weights: Floats, costs: Sequence[ForwardCost], unit: str = "piece"
+) -> tuple[SpeedEstimate, ...]:
+    """Predict the speeds that forward passes alone allow: each member alone, conventional, mixture.
 
-    As far as the unit has them. In `word` a token is taken for one forward, which it is but for what guesses of the
-    ends of words lose; how many forwards a token takes in `byte` depends on the text, and nothing is promised.
+    Covers the methods that the unit supports. In `word`, a token counts as one forward pass, which ignores rejected
+    drafts of word ends; in `byte`, the number of forward passes depends on the text, so `mixture` is not predicted.
     """
-    once = [forward_seconds(one, 1) for one in found]
-    drawn = [i for i, weight in enumerate(weights) if weight > 0]
-    mixture = sum(float(weights[i]) * forward_seconds(found[i], 1 / float(weights[i])) for i in drawn)
-    singles = [Speed("single", (name,), _per_second(seconds)) for name, seconds in zip(names, once, strict=True)]
-    together = {"conventional": sum(once[i] for i in drawn)} if "conventional" in supported_methods(unit) else {}
+    once = [forward_seconds(cost, 1) for cost in costs]
+    sampled = [i for i, weight in enumerate(weights) if weight > 0]
+    mixture = sum(float(weights[i]) * forward_seconds(costs[i], 1 / float(weights[i])) for i in sampled)
+    singles = [
+        SpeedEstimate("single", (name,), _per_second(seconds)) for name, seconds in zip(names, once, strict=True)
+    ]
+    together = {"conventional": sum(once[i] for i in sampled)} if "conventional" in supported_methods(unit) else {}
     if unit != "byte":
         together["mixture"] = mixture
-    return (*singles, *(Speed(name, tuple(names), _per_second(cost)) for name, cost in together.items()))
+    return (*singles, *(SpeedEstimate(name, tuple(names), _per_second(cost)) for name, cost in together.items()))
 
 
 def _per_second(seconds: float) -> float:
     return 1 / max(seconds, 1e-9)
 
 
-def with_measured(speeds: Sequence[Speed], measured: Mapping[tuple[str, tuple[str, ...]], float]) -> tuple[Speed, ...]:
-    """Return predictions with what was measured beside them."""
-    return tuple(replace(one, measured=measured.get((one.method, one.members))) for one in speeds)
+def with_measured_speeds(
+    speeds: Sequence[SpeedEstimate], measured: Mapping[tuple[str, tuple[str, ...]], float]
+) -> tuple[SpeedEstimate, ...]:
+    """Return the predictions with the measured speeds, which are by method and members."""
+    return tuple(replace(speed, measured=measured.get((speed.method, speed.members))) for speed in speeds)

@@ -1,4 +1,4 @@
-"""What an inspection says about an ensemble."""
+"""The results of an inspection."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from typing import Any
 class MemberReport:
     """One member, as far as it is known without running it.
 
-    rows: of the output layer, padding included. pieces: distinct byte strings among its tokens. control: how many ids
-    only templates may write. ends: the ids that end a reply, by their spelling. reading, details: what the engine says
-    of its tokenizer and of itself. prompt: what it reads for the question, control tokens spelled out; prompt_tokens:
-    their number. weights_bytes: of this member alone. shares: the first member whose weights it uses too.
+    Attributes:
+        rows: Size of the output layer, including padding.
+        pieces: Number of distinct byte strings among its tokens.
+        control: Number of control tokens.
+        ends: The ids that end a completion, by name.
+        reading: What the engine reports about its tokenizer.
+        details: What the engine reports about itself.
+        prompt: The prompt for the question, with its control tokens spelled out.
+        prompt_tokens: The number of tokens in the prompt.
+        weights_bytes: Memory of this member's weights.
+        shares: The first member that shares its weights, if any.
     """
 
     name: str
@@ -35,8 +42,8 @@ class MemberReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Possibility:
-    """Whether a unit, a method or a variant of one fits the ensemble; if not, the reason that it is refused with."""
+class Feasibility:
+    """Whether a unit or a method is possible for the ensemble, and if not, the reason."""
 
     kind: str
     name: str
@@ -46,12 +53,15 @@ class Possibility:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """How far two members agree. common: byte strings that tokens of both spell.
+    """How far two members agree. What is measured on a sample text is None if no model was run.
 
-    The rest is measured on a sample text, None where nothing was run. mass: the mean over each member's positions of
-    the probability that it gives to pieces that the other has too, end-of-text included. distance: the total variation
-    between the two next-token distributions over shared symbols, the mean over the places in the text where both have a
-    token boundary. places: how many these are.
+    Attributes:
+        members: The names of the two.
+        common: Number of byte strings that are tokens of both.
+        share: `common` as a fraction of each member's pieces.
+        mass: Each member's probability of pieces that the other has too, including end of text; mean over positions.
+        distance: Total variation between the two next-token distributions over shared symbols; mean over `places`.
+        places: Number of positions in the text where both members have a token boundary.
     """
 
     members: tuple[str, str]
@@ -63,8 +73,8 @@ class PairReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Measured forwards of a member. seconds: median by the number of tokens run at once behind `cached` others."""
+class ForwardCost:
+    """Median seconds of a member's forward pass, by its number of tokens, after `cached` tokens."""
 
     member: str
     cached: int
@@ -72,8 +82,8 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens a second of a method. predicted: from forward costs alone. measured: in a short run, if there was one."""
+class SpeedEstimate:
+    """Tokens per second of a method: predicted from forward passes alone, and measured if there was a run."""
 
     method: str
     members: tuple[str, ...]
@@ -83,9 +93,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The whole report.
+    """The report of an inspection.
 
-    text_bytes: of the sample text that was read; 0 where nothing was run. unmeasured: why that is so.
+    Attributes:
+        text_bytes: Size of the sample text that the members scored; 0 if no model was run.
+        unmeasured: Why nothing was measured, if so.
     """
 
     unit: str
@@ -93,11 +105,11 @@ class Inspection:
     question: str
     members: tuple[MemberReport, ...]
     weights_bytes: int
-    possibilities: tuple[Possibility, ...]
+    possibilities: tuple[Feasibility, ...]
     pairs: tuple[PairReport, ...]
     text_bytes: int = 0
-    costs: tuple[Cost, ...] = ()
-    speeds: tuple[Speed, ...] = ()
+    costs: tuple[ForwardCost, ...] = ()
+    speeds: tuple[SpeedEstimate, ...] = ()
     unmeasured: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

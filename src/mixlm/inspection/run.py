@@ -1,4 +1,4 @@
-"""A whole inspection."""
+"""Inspect an ensemble: `inspect`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
-from mixlm.inspection.measure import Progress, agreement, costs, predicted, with_measured
+from mixlm.inspection.measure import Progress, measure_agreement, measure_costs, predict_speeds, with_measured_speeds
 from mixlm.inspection.report import Inspection
 from mixlm.scoring.passages import split_passages
 
 QUESTION = "Why is the sky blue?"
-# Prose and code, so that members show what they know of both.
+# Prose and code, to compare members on both.
 TEXT = '''\
 The ferry left the harbour a little after six, when the fog had lifted from the water and the gulls were already
 quarrelling over what the fishermen had thrown away. Most of the passengers stood at the rail with their collars up;
@@ -31,10 +31,10 @@ def crossing_time(distance_km: float, speed_kmh: float, current_kmh: float = 0.0
     return 60 * distance_km / effective
 '''
 TEXT_BYTES = 4000
-# A short run of every method, unless it would take longer than this by the prediction.
+# Every method is run for this many tokens, unless the prediction says that takes longer than this many seconds.
 _TOKENS = 24
 _SECONDS = 30.0
-_NOT_MEASURED = ("method", "max_tokens", "stop")
+_NOT_FOR_RUNS = ("method", "max_tokens", "stop")
 
 
 def inspect(
@@ -46,43 +46,50 @@ def inspect(
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Report on an ensemble. Of the text, at most the first 4,000 bytes are read, up to an end of line or a space.
+    """Report on an ensemble.
 
-    measure: false to run no model. options: of the replies to be written; they decide which methods are possible.
-    progress: called with what is being done, steps done, steps. Raises ConfigError for an empty question or text, and
-    for a text that a member's tokens do not spell exactly.
+    Args:
+        ensemble: The ensemble.
+        question: The user message whose prompts are shown.
+        text: A sample text; at most its first 4,000 bytes are used, up to an end of line or a space.
+        measure: False runs no model.
+        options: Generation options, which determine the methods that are possible.
+        progress: Called with the progress.
+
+    Raises:
+        ConfigError: The question or the text is empty, or a member's tokens cannot spell the text.
     """
     for name, value in (("question", question), ("sample text", text)):
         if not value.strip():
-            raise ConfigError(f"the {name} is empty", "leave it out to take the default")
+            raise ConfigError(f"the {name} is empty", "omit it for the default")
     given: dict[str, Any] = dict(options or {})
-    of_prompts = {name: value for name, value in given.items() if name in ("system", "seed")}
-    members = static.members(ensemble, question, of_prompts)
-    found = Inspection(
+    prompt_options = {name: value for name, value in given.items() if name in ("system", "seed")}
+    members = static.describe_members(ensemble, question, prompt_options)
+    inspection = Inspection(
         unit=ensemble.unit.name,
         router=type(ensemble.router).__name__,
         question=question,
         members=members,
-        weights_bytes=total_weight_bytes(one.engine for one in ensemble.members),
-        possibilities=static.possibilities(ensemble, given),
-        pairs=static.pairs(ensemble),
+        weights_bytes=total_weight_bytes(member.engine for member in ensemble.members),
+        possibilities=static.check_feasibility(ensemble, given),
+        pairs=static.compare_vocabularies(ensemble),
     )
-    partial = [one.name for one in ensemble.members if one.engine.top_k_limit is not None]
+    partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
     if measure and partial:
-        reason = f"{', '.join(partial)} cannot tell a whole distribution, so agreement and forwards are not measured"
-        return replace(found, unmeasured=reason)
+        reason = f"{', '.join(partial)} returns only its most likely tokens, so agreement and forward passes are not measured"
+        return replace(inspection, unmeasured=reason)
     if not measure:
-        return replace(found, unmeasured="no model was run")
+        return replace(inspection, unmeasured="no model was run")
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
-    pairs = agreement(ensemble, data, found.pairs, progress) if len(members) > 1 else ()
-    timed = costs(ensemble, data, progress)
-    speeds = predicted(ensemble.names, ensemble.weights, timed, ensemble.unit.name)
-    possible = {one.name for one in found.possibilities if one.kind == "method" and one.possible}
-    methods = list(dict.fromkeys(one.method for one in speeds))
-    long = sum(2 * _TOKENS / one.predicted for one in speeds) > _SECONDS
-    # In the unit `byte` what is written is counted in bytes, and what forwards promise in tokens.
+    pairs = measure_agreement(ensemble, data, inspection.pairs, progress) if len(members) > 1 else ()
+    timed = measure_costs(ensemble, data, progress)
+    speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.name)
+    possible = {item.name for item in inspection.possibilities if item.kind == "method" and item.possible}
+    methods = list(dict.fromkeys(speed.method for speed in speeds))
+    long = sum(2 * _TOKENS / speed.predicted for speed in speeds) > _SECONDS
+    # In the unit `byte`, runs count bytes, and predictions count tokens.
     if possible >= set(methods) and not long and ensemble.unit.name != "byte":
-        allowed = cast(Options, {name: value for name, value in given.items() if name not in _NOT_MEASURED})
+        allowed = cast(Options, {name: value for name, value in given.items() if name not in _NOT_FOR_RUNS})
         report = bench(
             ensemble,
             tokens=_TOKENS,
@@ -92,5 +99,5 @@ def inspect(
             options=allowed,
             progress=progress,
         )
-        speeds = with_measured(speeds, {(one.method, one.members): one.tokens_per_second for one in report.runs})
-    return replace(found, text_bytes=len(data), pairs=pairs, costs=timed, speeds=speeds)
+        speeds = with_measured_speeds(speeds, {(run.method, run.members): run.tokens_per_second for run in report.runs})
+    return replace(inspection, text_bytes=len(data), pairs=pairs, costs=timed, speeds=speeds)

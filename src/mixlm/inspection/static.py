@@ -1,4 +1,4 @@
-"""What can be said of an ensemble without running a model: its members, and what they can do together."""
+"""Inspect an ensemble without running a model: its members, and the units and methods that are possible."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from mixlm.config import METHODS, RULES, UNITS
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
-from mixlm.inspection.report import MemberReport, PairReport, Possibility
+from mixlm.inspection.report import Feasibility, MemberReport, PairReport
 from mixlm.types import Ids
 
-# Beside the methods themselves, options that change the law of one.
+# Variants of methods: options that change the target distribution.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "conventional, mix-then-truncate": {"method": "conventional", "mix_then_truncate": True},
     **{f"conventional, rule {rule}": {"method": "conventional", "rule": rule} for rule in RULES},
 }
 
 
-def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:
+def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tuple[MemberReport, ...]:
     """Describe each member. Raises what `Ensemble.prompts` raises for the question."""
     prompts = ensemble.encode_prompt(question, ensemble.settings(**options)).ids
-    out = []
-    for i, (one, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):
-        engine, vocabulary = one.engine, one.engine.vocabulary
+    reports = []
+    for i, (member, ids) in enumerate(zip(ensemble.members, prompts, strict=True)):
+        engine, vocabulary = member.engine, member.engine.vocabulary
         earlier = [
             other.name
             for other in ensemble.members[:i]
             if other.engine.weight_parts.keys() & engine.weight_parts.keys()
         ]
-        out.append(
+        reports.append(
             MemberReport(
-                name=one.name,
+                name=member.name,
                 weight=float(ensemble.weights[i]),
                 rows=vocabulary.size,
                 pieces=len(set(vocabulary.tokens) - {b""}),
@@ -44,7 +44,7 @@ def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tu
                 ends={vocabulary.name(end): end for end in sorted(vocabulary.end_ids)},
                 reading=dict(engine.tokenizer_info),
                 details=dict(engine.details),
-                prompt=spelled(engine, ids),
+                prompt=spell_out(engine, ids),
                 prompt_tokens=len(ids),
                 stops=tuple(engine.stops),
                 context_length=engine.context_length,
@@ -53,31 +53,33 @@ def members(ensemble: Ensemble, question: str, options: Mapping[str, Any]) -> tu
                 notes=tuple(engine.notes),
             )
         )
-    return tuple(out)
+    return tuple(reports)
 
 
-def spelled(engine: Engine, ids: Ids) -> str:
-    """Return ids as a text in which control tokens are spelled out."""
+def spell_out(engine: Engine, ids: Ids) -> str:
+    """Return the text of ids, with control tokens spelled out."""
     vocabulary = engine.vocabulary
     pieces = [vocabulary.tokens[i] or vocabulary.name(i).encode() for i in ids.tolist()]
     return b"".join(pieces).decode(errors="replace")
 
 
-def possibilities(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[Possibility, ...]:
-    """Say which units and methods can be used, by asking for each of them. options: of replies, as they will be given.
+def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[Feasibility, ...]:
+    """Find out which units and methods are possible, by trying each. The error message is the reason if one is not.
 
-    A refusal's sentence is the reason.
+    Args:
+        ensemble: The ensemble.
+        options: Generation options.
     """
-    out = []
+    results = []
     for unit in UNITS:
         if unit != "auto":
             reason = _refusal(partial(Ensemble, ensemble.members, ensemble.weights.tolist(), unit=unit))
-            out.append(Possibility("unit", unit, reason is None, reason))
-    wanted: dict[str, Mapping[str, Any]] = {method: {"method": method} for method in METHODS} | dict(_VARIANTS)
-    for name, changes in wanted.items():
+            results.append(Feasibility("unit", unit, reason is None, reason))
+    methods: dict[str, Mapping[str, Any]] = {method: {"method": method} for method in METHODS} | dict(_VARIANTS)
+    for name, changes in methods.items():
         reason = _refusal(partial(_set_up, ensemble, {**options, **changes}))
-        out.append(Possibility("method", name, reason is None, reason))
-    return tuple(out)
+        results.append(Feasibility("method", name, reason is None, reason))
+    return tuple(results)
 
 
 def _set_up(ensemble: Ensemble, options: dict[str, Any]) -> None:
@@ -92,20 +94,20 @@ def _refusal(attempt: Callable[[], object]) -> str | None:
     return None
 
 
-def pairs(ensemble: Ensemble) -> tuple[PairReport, ...]:
-    """Count the byte strings that each two members have in common."""
-    sets = [set(one.engine.vocabulary.tokens) - {b""} for one in ensemble.members]
-    out = []
+def compare_vocabularies(ensemble: Ensemble) -> tuple[PairReport, ...]:
+    """Count the byte strings that each pair of members has in common."""
+    sets = [set(member.engine.vocabulary.tokens) - {b""} for member in ensemble.members]
+    reports = []
     for i, j in combinations(range(len(sets)), 2):
         common = len(sets[i] & sets[j])
         share = (common / max(len(sets[i]), 1), common / max(len(sets[j]), 1))
-        out.append(PairReport((ensemble.names[i], ensemble.names[j]), common, share))
-    return tuple(out)
+        reports.append(PairReport((ensemble.names[i], ensemble.names[j]), common, share))
+    return tuple(reports)
 
 
-def having(symbols: Sequence[Ids], size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Mark which shared symbols each member has: bool (members, size)."""
+def shared_symbols(symbols: Sequence[Ids], size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Mark the shared symbols that each member has: bool (members, size)."""
     marks = np.zeros((len(symbols), size), dtype=bool)
-    for row, own in zip(marks, symbols, strict=True):
-        row[own[own >= 0]] = True
+    for row, ids in zip(marks, symbols, strict=True):
+        row[ids[ids >= 0]] = True
     return marks

@@ -5,7 +5,7 @@ from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel
 from mixlm.models.convert import DTYPES, convert_gguf, converted
 from mixlm.models.fetch import get
 from mixlm.models.gguf import GgufModel, find_gguf, tokenizer_folder
-from mixlm.models.resolve import Resolved, resolve
+from mixlm.models.resolve import ResolvedModel, resolve
 
 __all__ = [
     "CATALOG",
@@ -15,7 +15,7 @@ __all__ = [
     "GgufModel",
     "InstalledModel",
     "ModelInfo",
-    "Resolved",
+    "ResolvedModel",
     "cache_root",
     "convert_gguf",
     "converted",

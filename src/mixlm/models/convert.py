@@ -19,7 +19,7 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundE
 from mixlm.models.cache import (
     GGUF_FILE,
     TOKENIZER_VERSION,
-    Build,
+    BuildFolders,
     ModelInfo,
     cache_root,
     install,
@@ -87,7 +87,7 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     sha256 = checksum(path, display)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
-    def build(folders: Build) -> ModelInfo:
+    def build(folders: BuildFolders) -> ModelInfo:
         with display.stage(f"{path.name}: converting, once", unit="items") as stage:
             header = convert_gguf(path, folders.target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
@@ -177,7 +177,7 @@ def near_paths(path: Path) -> str | None:
 
 def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:
     # From a folder of its own: a config.json or tokenizer beside the user's file must not be taken for this model's.
-    with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _quiet(stage):
+    with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _progress_to(stage):
         (Path(alone) / GGUF_FILE).symlink_to(path.absolute())
         from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -212,15 +212,15 @@ def _check_weights(path: Path, model: Any, loading: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet(stage: Stage) -> Iterator[None]:
+def _progress_to(stage: Stage) -> Iterator[None]:
     """Keep transformers from writing to the terminal, and turn its progress bars into updates of `stage`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import modeling_gguf_pytorch_utils as legacy
         from transformers.utils import logging
 
-        def counted(_factory: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counted:
-            return _Counted(args[0], stage.update)
+        def counted(_factory: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _ProgressIterator:
+            return _ProgressIterator(args[0], stage.update)
 
         bar = getattr(legacy, "tqdm", None)
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -228,7 +228,7 @@ def _quiet(stage: Stage) -> Iterator[None]:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         # One of the two GGUF loaders takes its bar from tqdm itself, past every setting of the library.
-        legacy.tqdm = lambda items, **_: _Counted(items, stage.update)
+        legacy.tqdm = lambda items, **_: _ProgressIterator(items, stage.update)
         try:
             yield
         finally:
@@ -239,7 +239,7 @@ def _quiet(stage: Stage) -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-class _Counted:
+class _ProgressIterator:
     """Iterates over items and tells how many are done, in place of a progress bar."""
 
     def __init__(self, items: Iterable[Any], update: Callable[[int, int | None], None]) -> None:

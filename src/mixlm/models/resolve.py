@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedModel:
     """A model that can be loaded."""
 
     path_or_id: str  # a folder, or a Hugging Face id
@@ -27,7 +27,7 @@ class Resolved:
 
 def resolve(
     spec: str, dtype: str = "bfloat16", *, fetch: bool = False, display: ProgressDisplay | None = None
-) -> Resolved:
+) -> ResolvedModel:
     """Find the model that `spec` stands for.
 
     `spec` is tried as a folder, a `.gguf` file, a catalog name, a name in the cache, and a Hugging Face id, in this
@@ -52,28 +52,28 @@ def resolve(
     if path.is_dir() and ((path / "config.json").is_file() or not (named or spec in CATALOG)):
         return _folder(path)
     if path.suffix.lower() == ".gguf":
-        return Resolved(str(converted(path, dtype, display)), path.stem, local=True)
+        return ResolvedModel(str(converted(path, dtype, display)), path.stem, local=True)
     if named is None and spec in CATALOG:
         if not fetch:
             raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
         named = get(spec, display)[0]
     if named:
-        return Resolved(str(with_tokenizer(with_weights(named.path, display))), named.name, local=True)
+        return ResolvedModel(str(with_tokenizer(with_weights(named.path, display))), named.name, local=True)
     if hub := _from_hub(spec, path):
         return hub
     raise _not_found(spec, path)
 
 
-def _folder(path: Path) -> Resolved:
+def _folder(path: Path) -> ResolvedModel:
     path = path.absolute().resolve()
     if not (path / "config.json").is_file():
         files = sorted(one.name for one in path.glob("*.gguf"))
         hint = f"it holds {', '.join(files[:3])}: give that file's path" if files else "a model's folder has one"
         raise ModelNotFoundError(f"the folder {path} is no model: it lacks config.json", hint)
-    return Resolved(str(path), path.name, local=True)
+    return ResolvedModel(str(path), path.name, local=True)
 
 
-def _from_hub(spec: str, path: Path) -> Resolved | None:
+def _from_hub(spec: str, path: Path) -> ResolvedModel | None:
     """Take `spec` for a Hugging Face id, in the local hub cache first; None when it does not look like one."""
     if not _HUB_ID.fullmatch(spec):
         return None
@@ -81,15 +81,15 @@ def _from_hub(spec: str, path: Path) -> Resolved | None:
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        return Resolved(spec, name, local=False)
+        return ResolvedModel(spec, name, local=False)
     config = try_to_load_from_cache(spec, "config.json")
     if isinstance(config, str) and (snapshot := Path(config).parent) and _holds_weights(snapshot):
-        return Resolved(str(snapshot), name, local=True)
+        return ResolvedModel(str(snapshot), name, local=True)
     # `models/lama` beside a folder `models/llama` is a slip in a path rather than an id.
     if path.parent.is_dir() and did_you_mean(path.name, _entries(path.parent)):
         return None
     _ask_hub(spec)
-    return Resolved(spec, name, local=False)
+    return ResolvedModel(spec, name, local=False)
 
 
 def _ask_hub(spec: str) -> None:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from mixlm import errors
-from mixlm.errors import MixlmError, UsageError, did_you_mean, near
+from mixlm.errors import MixlmError, UsageError, close_matches, did_you_mean
 
 CLASSES = [one for _, one in inspect.getmembers(errors, inspect.isclass) if one.__module__ == errors.__name__]
 
@@ -29,9 +29,9 @@ def test_an_error_shows_its_message_and_its_hint():
 
 
 def test_close_names_come_best_first_and_keep_their_case():
-    assert near("GREDY", ["mixture", "Greedy"]) == ["Greedy"]
-    assert near("top", ["top_p", "top_k", "top_kp", "stop"], limit=2)[0] in ("stop", "top_p", "top_k")
-    assert near("zzz", ["mixture"]) == []
+    assert close_matches("GREDY", ["mixture", "Greedy"]) == ["Greedy"]
+    assert close_matches("top", ["top_p", "top_k", "top_kp", "stop"], limit=2)[0] in ("stop", "top_p", "top_k")
+    assert close_matches("zzz", ["mixture"]) == []
 
 
 def test_a_hint_names_close_matches_or_is_absent():

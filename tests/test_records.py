@@ -33,9 +33,9 @@ def test_the_ends_of_the_ranges_are_allowed(options):
 
 
 def test_only_penalties_look_at_the_tokens_written():
-    assert not Sampling(temperature=0.2, top_k=3, top_p=0.5, min_p=0.1).penalises
+    assert not Sampling(temperature=0.2, top_k=3, top_p=0.5, min_p=0.1).has_penalties
     for name, value in (("repetition_penalty", 1.1), ("presence_penalty", 0.1), ("frequency_penalty", -0.1)):
-        assert Sampling(**{name: value}).penalises
+        assert Sampling(**{name: value}).has_penalties
 
 
 def test_the_fields_stand_in_the_order_in_which_they_are_applied():

@@ -41,7 +41,7 @@ GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
-def methods_of(unit: str) -> tuple[Method, ...]:
+def supported_methods(unit: str) -> tuple[Method, ...]:
     """Return the methods that a unit's law can be drawn by: the others need members' laws of symbols in full."""
     return ("mixture", "single", "auto") if unit in ("word", "byte") else METHODS
 

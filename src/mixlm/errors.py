@@ -9,7 +9,7 @@
     ├── ModelLoadError         the model is there but cannot be loaded
     ├── TokenizerError         a tokenizer whose tokens cannot be mapped to bytes
     ├── EngineError            an engine or a server does not answer, or not with what was asked
-    │   └── ReplyCutError      a member failed in the middle of a reply; carries what was written
+    │   └── GenerationInterruptedError  a member failed during generation; carries the completion so far
     ├── DownloadError          a file could not be fetched, or is not the one expected
     └── MemoryLimitError       the device ran out of memory
 
@@ -71,7 +71,7 @@ class EngineError(MixlmError):
     """An engine, or the server that runs a model, does not answer, or not with what was asked."""
 
 
-class ReplyCutError(EngineError):
+class GenerationInterruptedError(EngineError):
     """A member failed in the middle of a reply. `completion` is what was written until then."""
 
     def __init__(self, message: str, hint: str | None = None, completion: Any = None) -> None:
@@ -87,7 +87,7 @@ class MemoryLimitError(MixlmError):
     """The device has no memory left."""
 
 
-def near(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+def close_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return up to `limit` of the `known` names that look like `name`, best first."""
     by_lower = {one.lower(): one for one in known}
     return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
@@ -95,5 +95,5 @@ def near(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return a hint that names close matches of `name`, or None when nothing is close."""
-    close = near(name, known)
+    close = close_matches(name, known)
     return f"did you mean {' or '.join(repr(one) for one in close)}?" if close else None

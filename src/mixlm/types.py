@@ -117,12 +117,12 @@ class Sampling:
                 raise ConfigError(f"{name} is {value}; it must be {allowed}")
 
     @property
-    def penalises(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether the transform looks at the tokens written so far."""
-        return bool(self.penalties)
+        return bool(self.active_penalties)
 
     @property
-    def penalties(self) -> tuple[str, ...]:
+    def active_penalties(self) -> tuple[str, ...]:
         """The names of the penalties that do something."""
         off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         return tuple(name for name, value in off.items() if getattr(self, name) != value)
@@ -232,7 +232,7 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A finished reply. `finish_reason` is "stop" (end of text or a stop string), "length", or "error"
-    where a member failed (`ReplyCutError`).
+    where a member failed (`GenerationInterruptedError`).
 
     prompt: with `score_prompt`, the prompt's tokens, or the segments between places where all members have a boundary;
     the log-probability of what nothing is in front of is nan. end: the end-of-text that was drawn, without bytes.

@@ -32,7 +32,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Sampling
-from mixlm.verification.exact import Exact
+from mixlm.verification.exact import ExactReference
 
 # A language small enough to write down: texts of JSON, without any place for whitespace.
 CHOICES = ["a", "ab", "b a", 1, 12, 121, None]
@@ -174,11 +174,11 @@ def test_several_members_follow_the_exact_law_of_their_unit(unit):
     """Against the reference, which sums over every way to write a text, dense and uncached."""
     those = Ensemble(pair("piece").members, [0.6, 0.4], unit=unit)
     settings = those.settings(raw=True, seed=0, json_schema=SCHEMA, **OPTIONS)
-    exact = Exact(those, settings, those.encode_prompt("a", settings))
+    exact = ExactReference(those, settings, those.encode_prompt("a", settings))
     law: dict[bytes, float] = defaultdict(float)
 
     def go_on(symbols: tuple[int, ...], mass: float) -> None:
-        following = exact.law(symbols)
+        following = exact.distribution(symbols)
         for symbol in np.flatnonzero(following).tolist():
             if symbol == those.unit.end:
                 law[b"".join(map(those.unit.symbol_bytes, symbols))] += mass * following[symbol]
@@ -285,7 +285,7 @@ def test_the_schema_says_where_a_reply_ends_and_not_the_stop_strings_of_a_templa
 
 def test_the_ensembles_figures_are_those_of_the_held_laws():
     those = pair("piece")
-    options = {"raw": True, "seed": 3, "json_schema": SCHEMA, "logprobs_of": "ensemble", "alternatives": 9}
+    options = {"raw": True, "seed": 3, "json_schema": SCHEMA, "logprobs_of": "ensemble", "top_logprobs": 9}
     for seed in range(10):
         pieces: tuple[bytes, ...] = ()
         for token in those.generate("a", **{**options, "seed": seed}, **OPTIONS).tokens:
@@ -383,14 +383,14 @@ def test_most_replies_end():
     ],
 )
 def test_schemas_that_cannot_be_held_to_are_refused(schema, why):
-    with pytest.raises(ConfigError, match=f"json_schema cannot be held to: .*{why}"):
+    with pytest.raises(ConfigError, match=f"json_schema cannot be enforced: .*{why}"):
         pair("piece").generate("a", json_schema=schema)
 
 
 def test_what_is_no_schema_is_refused():
     with pytest.raises(ConfigError, match="it must be an object of JSON"):
         pair("piece").settings(json_schema="string")
-    with pytest.raises(ConfigError, match="json_schema is no JSON"):
+    with pytest.raises(ConfigError, match="json_schema is not JSON"):
         pair("piece").generate("a", json_schema={"const": {1, 2}})
     deep: dict[str, Any] = {}
     for _ in range(3000):
@@ -436,7 +436,7 @@ def test_the_command_line_takes_a_file(capfd, tmp_path):
     file.write_text('{"enum": ["river", "bird"]}')
     assert main(asked) == 0
     assert json.loads(capfd.readouterr().out) in ("river", "bird")
-    for text, why in (("{", "is no JSON"), ('"x"', "object of JSON"), ('{"type": 5}', "cannot be held to")):
+    for text, why in (("{", "is not valid JSON"), ('"x"', "object of JSON"), ('{"type": 5}', "cannot be enforced")):
         file.write_text(text)
         assert main(asked) == 2
         assert why in capfd.readouterr().err

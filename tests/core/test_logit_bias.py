@@ -94,7 +94,7 @@ def test_every_token_of_the_bytes_is_biased():
     odds = law[b"ab"] / law[b"c"]
     alone = ensemble([one], unit="piece")
     [token] = alone.generate(
-        "a", raw=True, max_tokens=1, seed=1, temperature=1.0, top_k=0, alternatives=99, ignore_end=True,
+        "a", raw=True, max_tokens=1, seed=1, temperature=1.0, top_k=0, top_logprobs=99, ignore_end=True,
         logit_bias={"ab": 1.5, "c": 0.5},
     ).tokens  # fmt: skip
     told = {one.data: np.exp(one.logprob) for one in token.top_logprobs}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.core.mixing import checked_weights, mixed, pooled, responsibilities
+from mixlm.core.mixing import mix, normalized_weights, pool, responsibilities
 from mixlm.errors import ConfigError
 from mixlm.types import Candidates
 
@@ -15,9 +15,9 @@ def candidates(law: dict[int, float]) -> Candidates:
 
 
 def test_weights_are_normalised_and_equal_when_left_out():
-    assert checked_weights(None, 4).tolist() == [0.25] * 4
-    assert checked_weights([3, 1], 2).tolist() == [0.75, 0.25]
-    assert checked_weights((0, 5.0), 2).tolist() == [0, 1]
+    assert normalized_weights(None, 4).tolist() == [0.25] * 4
+    assert normalized_weights([3, 1], 2).tolist() == [0.75, 0.25]
+    assert normalized_weights((0, 5.0), 2).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_weights_are_normalised_and_equal_when_left_out():
 )
 def test_weights_that_do_not_fit_are_refused_with_their_values(weights, message):
     with pytest.raises(ConfigError, match=message):
-        checked_weights(weights, 2)
+        normalized_weights(weights, 2)
 
 
 @given(
@@ -44,7 +44,7 @@ def test_weights_that_do_not_fit_are_refused_with_their_values(weights, message)
 def test_pooling_adds_up_equal_symbols_whether_few_or_most_take_part(parts, shift):
     symbols = np.array([symbol for symbol, _ in parts], dtype=np.int64) * (1 + shift)
     logprobs = np.array([logprob for _, logprob in parts])
-    found = pooled(symbols, logprobs)
+    found = pool(symbols, logprobs)
     assert found.ids.tolist() == sorted(set(symbols.tolist()))
     expected = [np.logaddexp.reduce(logprobs[symbols == symbol]) for symbol in found.ids]
     np.testing.assert_allclose(found.logprobs, expected, atol=1e-9)
@@ -52,14 +52,14 @@ def test_pooling_adds_up_equal_symbols_whether_few_or_most_take_part(parts, shif
 
 @pytest.mark.parametrize("far", [1, 10**6])
 def test_pooling_takes_probabilities_too_small_for_a_float(far):
-    found = pooled(np.array([0, far]), np.array([0.0, -2000.0]))
+    found = pool(np.array([0, far]), np.array([0.0, -2000.0]))
     assert found.ids[0] == 0
     assert np.exp(found.logprobs).sum() == 1
 
 
 def test_a_mixture_is_the_weighted_sum():
     laws = [{0: 0.5, 3: 0.5}, {3: 0.25, 7: 0.75}, {100_000: 1.0}]
-    found = mixed([(weight, candidates(law)) for weight, law in zip((0.5, 0.3, 0.2), laws, strict=True)])
+    found = mix([(weight, candidates(law)) for weight, law in zip((0.5, 0.3, 0.2), laws, strict=True)])
     assert found.ids.tolist() == [0, 3, 7, 100_000]
     np.testing.assert_allclose(np.exp(found.logprobs), [0.25, 0.325, 0.225, 0.2], rtol=1e-14)
 
@@ -73,13 +73,13 @@ def test_random_mixtures_equal_the_dense_sum():
         probabilities = rng.dirichlet(np.ones(ids.size))
         expected[ids] += weight * probabilities
         parts.append((weight, Candidates(ids, np.log(probabilities))))
-    found = mixed(parts)
+    found = mix(parts)
     np.testing.assert_array_equal(found.ids, np.flatnonzero(expected))
     np.testing.assert_allclose(np.exp(found.logprobs), expected[found.ids], rtol=1e-12)
 
 
 def test_parts_of_weight_zero_take_no_part():
-    assert mixed([(0.0, candidates({1: 1.0})), (1.0, candidates({2: 1.0}))]).ids.tolist() == [2]
+    assert mix([(0.0, candidates({1: 1.0})), (1.0, candidates({2: 1.0}))]).ids.tolist() == [2]
 
 
 def test_responsibilities_are_shares_of_one_symbol():

@@ -43,18 +43,18 @@ def test_another_position_keeps_seed_and_sequence():
 
 def test_more_noise_of_a_position_is_other_noise():
     one = Noise(5, 6, 7)
-    turns = [one, one.again(), one.again().again(), one.at(8), one.at(8).again()]
+    turns = [one, one.next_round(), one.next_round().next_round(), one.at(8), one.at(8).next_round()]
     assert len({tuple(turn.gumbel(SYMBOLS)) for turn in turns}) == len({turn.uniform() for turn in turns}) == 5
-    assert one.again().at(7) == one
+    assert one.next_round().at(7) == one
 
 
 def test_the_second_draw_of_a_position_says_nothing_about_the_first():
     uniform = np.full(4, 0.25)
     pairs = counted(
-        lambda i: (Noise(1, i).sample(SYMBOLS, uniform), Noise(1, i).again().sample(SYMBOLS, uniform)), 8_000
+        lambda i: (Noise(1, i).sample(SYMBOLS, uniform), Noise(1, i).next_round().sample(SYMBOLS, uniform)), 8_000
     )
     assert_drawn_from(pairs, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
-    coins = counted(lambda i: (Noise(1, i).coin(uniform), Noise(1, i).again().coin(uniform)), 8_000)
+    coins = counted(lambda i: (Noise(1, i).coin(uniform), Noise(1, i).next_round().coin(uniform)), 8_000)
     assert_drawn_from(coins, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mixlm.core import sampling as rules
-from mixlm.core.sampling import History, Transform, dense, largest
+from mixlm.core.sampling import TokenHistory, Transform, dense_distribution, largest_indices
 from mixlm.types import Candidates, LogitBias, Sampling
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -40,7 +40,7 @@ class TestAgainstTransformers:
     def test_repetition(self, penalty, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
         ids = [3, 14, 3, 200, 499]
-        found = rules.repetition(logits, np.unique(ids), penalty)
+        found = rules.apply_repetition_penalty(logits, np.unique(ids), penalty)
         np.testing.assert_allclose(
             found, by_transformers(RepetitionPenaltyLogitsProcessor(penalty), logits, ids), rtol=1e-6
         )
@@ -50,7 +50,7 @@ class TestAgainstTransformers:
     def test_temperature(self, value, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
         np.testing.assert_array_equal(
-            rules.temperature(logits, value), by_transformers(TemperatureLogitsWarper(value), logits)
+            rules.apply_temperature(logits, value), by_transformers(TemperatureLogitsWarper(value), logits)
         )
 
     @pytest.mark.parametrize("values", [[1.5], [-100, 100, 0.25]])
@@ -58,7 +58,7 @@ class TestAgainstTransformers:
         logits = logits_of(seed=seed, dtype=dtype)
         given = {(7 * at + 3,): float(value) for at, value in enumerate(values)}
         bias = LogitBias(np.array([one for (one,) in given]), np.array(list(given.values())))
-        found = rules.biased(logits, bias)
+        found = rules.apply_logit_bias(logits, bias)
         # Theirs looks for sequences of several tokens in the ids, so there have to be some.
         np.testing.assert_allclose(
             found, by_transformers(SequenceBiasLogitsProcessor(given), logits, [1, 2]), rtol=1e-6
@@ -68,24 +68,24 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize("k", [1, 2, 20, 499, 500, 10_000])
     def test_top_k(self, k, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
-        np.testing.assert_array_equal(rules.top_k(logits, k), by_transformers(TopKLogitsWarper(k), logits))
+        np.testing.assert_array_equal(rules.apply_top_k(logits, k), by_transformers(TopKLogitsWarper(k), logits))
 
     @pytest.mark.parametrize("k", [1, 5, 37, 200])
     def test_top_k_with_ties(self, k, seed, dtype):
         logits = np.round(logits_of(seed=seed, dtype=dtype))
-        found = rules.top_k(logits, k)
+        found = rules.apply_top_k(logits, k)
         np.testing.assert_array_equal(found, by_transformers(TopKLogitsWarper(k), logits))
         assert np.isfinite(found).sum() >= k
 
     @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.95, 0.999])
     def test_top_p(self, p, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
-        np.testing.assert_array_equal(rules.top_p(logits, p), by_transformers(TopPLogitsWarper(p), logits))
+        np.testing.assert_array_equal(rules.apply_top_p(logits, p), by_transformers(TopPLogitsWarper(p), logits))
 
     @pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
     def test_min_p(self, p, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
-        np.testing.assert_array_equal(rules.min_p(logits, p), by_transformers(MinPLogitsWarper(p), logits))
+        np.testing.assert_array_equal(rules.apply_min_p(logits, p), by_transformers(MinPLogitsWarper(p), logits))
 
     @pytest.mark.parametrize(
         "options",
@@ -115,33 +115,33 @@ class TestAgainstTransformers:
         chain.append(TopPLogitsWarper(chosen.top_p))
         chain.append(MinPLogitsWarper(chosen.min_p))
         expected = torch.softmax(torch.tensor(by_transformers(chain, logits.astype(np.float64), ids)), -1).numpy()
-        history = History.of(np.array(ids[:2]), np.array(ids[2:]))
+        history = TokenHistory.from_tokens(np.array(ids[:2]), np.array(ids[2:]))
         # Theirs holds biases in single precision.
-        np.testing.assert_allclose(dense(logits, chosen, NONE, history, bias), expected, rtol=1e-6)
+        np.testing.assert_allclose(dense_distribution(logits, chosen, NONE, history, bias), expected, rtol=1e-6)
 
 
 def test_a_history_counts_the_reply_and_sees_the_prompt_too():
-    history = History.of(np.array([9, 2, 9]), np.array([4, 2, 4, 4]))
+    history = TokenHistory.from_tokens(np.array([9, 2, 9]), np.array([4, 2, 4, 4]))
     assert history.seen.tolist() == [2, 4, 9]
-    assert history.written.tolist() == [2, 4]
+    assert history.generated.tolist() == [2, 4]
     assert history.counts.tolist() == [1, 3]
 
 
 def test_presence_counts_once_and_frequency_each_time_and_only_in_the_reply():
-    history = History.of(np.array([0, 1]), np.array([1, 2, 2, 2]))
-    found = rules.presence_and_frequency(np.zeros(4), history, 0.5, 0.25)
+    history = TokenHistory.from_tokens(np.array([0, 1]), np.array([1, 2, 2, 2]))
+    found = rules.apply_count_penalties(np.zeros(4), history, 0.5, 0.25)
     assert found.tolist() == [0, -0.75, -1.25, 0]
 
 
 def test_top_p_keeps_the_token_that_reaches_the_mass():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
-    assert np.isfinite(rules.top_p(logits, 0.6)).tolist() == [True, True, False, False]
-    assert np.isfinite(rules.top_p(logits, 0.01)).tolist() == [True, False, False, False]
-    assert np.isfinite(rules.top_p(logits, 0.81)).tolist() == [True, True, True, False]
+    assert np.isfinite(rules.apply_top_p(logits, 0.6)).tolist() == [True, True, False, False]
+    assert np.isfinite(rules.apply_top_p(logits, 0.01)).tolist() == [True, False, False, False]
+    assert np.isfinite(rules.apply_top_p(logits, 0.81)).tolist() == [True, True, True, False]
 
 
 def test_min_p_is_measured_against_the_most_likely():
-    found = rules.min_p(np.log([0.6, 0.3, 0.1]), 0.4)
+    found = rules.apply_min_p(np.log([0.6, 0.3, 0.1]), 0.4)
     assert np.isfinite(found).tolist() == [True, True, False]
 
 
@@ -150,12 +150,12 @@ def test_softmax_holds_very_large_logits_and_sums_to_one():
 
 
 def test_no_rule_changes_the_logits_it_is_given():
-    logits, history = logits_of(), History.of(np.array([1]), np.array([2, 3]))
+    logits, history = logits_of(), TokenHistory.from_tokens(np.array([1]), np.array([2, 3]))
     before = logits.copy()
     chosen = Sampling(1.5, 0.5, 0.5, 0.7, 10, 0.9, 0.1)
-    dense(logits, chosen, np.array([4]), history)
+    dense_distribution(logits, chosen, np.array([4]), history)
     Transform(chosen, np.array([4]))(logits, history)
-    rules.top_p(logits, 0.5)
+    rules.apply_top_p(logits, 0.5)
     np.testing.assert_array_equal(logits, before)
 
 
@@ -170,7 +170,7 @@ def test_largest_finds_what_a_full_sort_finds(size, ties):
         for k in (1, 2, 7, 40, size - 1, size, size + 1):
             ranked = np.sort(x)[::-1]
             expected = np.flatnonzero((x >= ranked[min(k, size) - 1]) & (x > -np.inf))
-            np.testing.assert_array_equal(np.sort(largest(x, k)), expected)
+            np.testing.assert_array_equal(np.sort(largest_indices(x, k)), expected)
 
 
 def as_dense(candidates: rules.Candidates, size: int) -> np.ndarray:
@@ -180,7 +180,7 @@ def as_dense(candidates: rules.Candidates, size: int) -> np.ndarray:
     return out
 
 
-def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | None, LogitBias | None]:
+def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, TokenHistory | None, LogitBias | None]:
     """Logits of any size and precision, with and without ties, and any combination of options."""
     rng = np.random.default_rng(seed)
     size = int(rng.choice([rng.integers(3, 40), rng.integers(3, 5000)]))
@@ -203,7 +203,11 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | 
         min_p=off_or(0, [share, 0.00137]),
     )
     banned = np.flatnonzero(rng.random(size) < rng.choice([0, 0.1, 0.9]))[: size - 1]
-    history = History.of(rng.integers(size, size=5), rng.integers(size, size=20)) if rng.random() < 0.5 else None
+    history = (
+        TokenHistory.from_tokens(rng.integers(size, size=5), rng.integers(size, size=20))
+        if rng.random() < 0.5
+        else None
+    )
     some = rng.permutation(size)[: rng.integers(1, 4)]
     bias = LogitBias(some, rng.choice([-100.0, -2.5, 3.0, 50.0], size=some.size)) if rng.random() < 0.3 else None
     return logits.astype(rng.choice([np.float32, np.float64])), options, banned, history, bias
@@ -214,7 +218,7 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, History | 
 def test_the_fast_transform_is_the_dense_rule(seed):
     logits, options, banned, history, bias = random_case(seed)
     found = Transform(options, banned, bias)(logits, history)
-    expected = dense(logits, options, banned, history, bias)
+    expected = dense_distribution(logits, options, banned, history, bias)
     # Penalties and biases are taken in the precision of the logits, and a small temperature enlarges what that loses.
     exact = logits.dtype == np.float64 or (history is None and bias is None)
     tolerance = 1e-10 if exact else 5e-6 / min(options.temperature, 1)
@@ -228,7 +232,7 @@ def test_one_token_left_is_certain(options):
     found = Transform(Sampling(**options), np.array([1, 2]))(logits)
     assert found.ids.tolist() == [437]
     assert found.logprobs.tolist() == [0]
-    assert dense(logits, Sampling(**options), np.array([1, 2]))[437] == 1
+    assert dense_distribution(logits, Sampling(**options), np.array([1, 2]))[437] == 1
 
 
 @pytest.mark.parametrize("options", [PLAIN, {}, {**PLAIN, "top_p": 0.999}, {**PLAIN, "min_p": 1e-9}])
@@ -242,7 +246,9 @@ def test_top_p_finds_its_mass_among_more_than_the_first_few_values():
     logits = np.random.default_rng(0).normal(scale=0.01, size=5000)
     found = Transform(Sampling(temperature=1.0, top_k=0, top_p=0.9), NONE)(logits)
     assert 4400 < found.ids.size < 4600
-    np.testing.assert_allclose(as_dense(found, 5000), dense(logits, Sampling(1, 0, 0, 1.0, 0, 0.9), NONE), atol=1e-15)
+    np.testing.assert_allclose(
+        as_dense(found, 5000), dense_distribution(logits, Sampling(1, 0, 0, 1.0, 0, 0.9), NONE), atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -56,9 +56,9 @@ def test_mixing_before_truncating_is_for_conventional_only(method):
 
 
 def test_a_calls_options_go_over_a_members_own_over_the_defaults():
-    found = settings(top_k=5).for_member({"top_k": 9, "temperature": 0.4})
+    found = settings(top_k=5).member_sampling({"top_k": 9, "temperature": 0.4})
     assert found == Sampling(top_k=5, temperature=0.4)
-    assert settings().for_member({}) == Sampling()
+    assert settings().member_sampling({}) == Sampling()
 
 
 def test_options_add_up_over_calls():
@@ -77,33 +77,33 @@ def test_a_turn_has_the_same_seed_and_noise_of_its_own():
 def test_temperature_zero_where_a_symbol_is_drawn_names_greedy(method, own):
     chosen = settings(method=method) if own else settings(method=method, temperature=0)
     with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
-        chosen.for_member(own)
+        chosen.member_sampling(own)
 
 
 def test_greedy_looks_at_the_plain_average_unless_told_otherwise():
-    assert settings(method="greedy").for_member({}) == Sampling(temperature=1.0, top_k=0)
-    assert settings(method="greedy", temperature=0).for_member({}) == Sampling(temperature=1.0, top_k=0)
-    found = settings(method="greedy", temperature=0.5).for_member({"repetition_penalty": 1.2})
+    assert settings(method="greedy").member_sampling({}) == Sampling(temperature=1.0, top_k=0)
+    assert settings(method="greedy", temperature=0).member_sampling({}) == Sampling(temperature=1.0, top_k=0)
+    found = settings(method="greedy", temperature=0.5).member_sampling({"repetition_penalty": 1.2})
     assert found == Sampling(repetition_penalty=1.2, temperature=0.5, top_k=0)
 
 
 def test_a_single_member_at_temperature_zero_takes_the_most_likely():
-    assert settings(method="single", temperature=0).picks_most_likely({})
-    assert settings(method="single").picks_most_likely({"temperature": 0})
-    assert not settings(method="single", temperature=1).picks_most_likely({"temperature": 0})
-    assert not settings(method="mixture", temperature=0).picks_most_likely({})
+    assert settings(method="single", temperature=0).is_greedy({})
+    assert settings(method="single").is_greedy({"temperature": 0})
+    assert not settings(method="single", temperature=1).is_greedy({"temperature": 0})
+    assert not settings(method="mixture", temperature=0).is_greedy({})
 
 
 def test_after_mixing_takes_over_all_but_the_penalties():
     chosen = settings(method="conventional", mix_then_truncate=True, top_k=3, temperature=0.5, presence_penalty=1)
-    assert chosen.for_member({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
-    assert chosen.after_mixing({}) == Sampling(top_k=3, temperature=0.5)
-    assert settings(method="conventional").after_mixing({}) is None
+    assert chosen.member_sampling({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
+    assert chosen.mixed_sampling({}) == Sampling(top_k=3, temperature=0.5)
+    assert settings(method="conventional").mixed_sampling({}) is None
     with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
-        settings(method="conventional", mix_then_truncate=True, temperature=0).after_mixing({})
+        settings(method="conventional", mix_then_truncate=True, temperature=0).mixed_sampling({})
 
 
 @pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}])
 def test_a_sampling_option_out_of_range_is_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
-        settings(**option).for_member({})
+        settings(**option).member_sampling({})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixlm.core.detokenize import TextStream
+from mixlm.core.detokenize import StreamingDetokenizer
 from mixlm.types import Token
 
 
@@ -15,8 +15,8 @@ def token(data: bytes) -> Token:
     return Token("", data, "m", -1.0)
 
 
-def shown(pieces, stops=()) -> tuple[list[list[str]], TextStream]:
-    stream = TextStream(stops)
+def shown(pieces, stops=()) -> tuple[list[list[str]], StreamingDetokenizer]:
+    stream = StreamingDetokenizer(stops)
     return [[one.text for one in stream.push(token(piece))] for piece in pieces], stream
 
 
@@ -92,7 +92,7 @@ def test_empty_stop_strings_stop_nothing():
     [([b"abcSTOP"], "abc"), ([b"\xc3", b"\xa9STOP"], "é"), ([b"\xf0\x9f", b"\x8e", b"\x89xSTOP"], "🎉x")],
 )
 def test_what_is_left_of_a_cut_token_has_the_bytes_of_the_text(pieces, text):
-    stream = TextStream(["STOP"])
+    stream = StreamingDetokenizer(["STOP"])
     tokens = [one for piece in pieces for one in stream.push(token(piece))]
     assert "".join(one.text for one in tokens) == text
     assert b"".join(one.data for one in tokens) == text.encode()
@@ -122,7 +122,7 @@ def test_joined_text_is_the_text_before_the_first_stop_string(pieces, cuts, stop
     data = b"".join(pieces)
     edges = [0, *sorted({cut for cut in cuts if cut < len(data)}), len(data)]
     pieces = [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
-    stream, tokens = TextStream(stops), []
+    stream, tokens = StreamingDetokenizer(stops), []
     for piece in pieces:
         tokens += stream.push(token(piece))
         if stream.stopped:

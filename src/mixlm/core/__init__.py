@@ -1,1 +1,1 @@
-"""The mathematics, pure: transforms of logits, random numbers, sums of distributions."""
+"""The mathematics, free of I/O: transforms of logits, random numbers, mixtures of distributions."""

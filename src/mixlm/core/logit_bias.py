@@ -1,7 +1,7 @@
-"""Biases by text: what is added to the logits of a member's tokens that have exactly given bytes.
+"""Logit biases by text: what is added to the logits of the tokens that have exactly these bytes.
 
-Members have token ids of their own, so a text stands for a token in each of them; several ids of a member that have the
-same bytes are biased alike. An id is taken where members share a vocabulary.
+Each member has token ids of its own, so a text stands for a token of each of them; several ids of a member with the
+same bytes get the same bias. Token ids are accepted where members share a vocabulary.
 """
 
 from __future__ import annotations
@@ -14,41 +14,56 @@ from mixlm.errors import ConfigError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, LogitBias
 
-Given = Mapping[str | int, float]
+LogitBiasOption = Mapping[str | int, float]
 
 
-def bias_of(given: Given, vocabulary: Vocabulary, symbols: Ids, name: str, unit: str) -> LogitBias | None:
-    """Return a member's bias, None where nothing is given.
+def member_logit_bias(
+    option: LogitBiasOption,
+    vocabulary: Vocabulary,
+    symbols: Ids,
+    *,
+    member: str,
+    unit: str,
+    shared_vocabulary: bool,
+) -> LogitBias | None:
+    """Return the bias of one member's tokens, None for an empty option.
 
-    given: by a token's text, or in the unit "token" by its id. symbols: the shared symbol of each of the member's ids,
-    int64 (vocab,), -1 for those it may not draw. Raises ConfigError for a text that is none of the member's tokens, and
-    for an id that members have no common token for.
+    Args:
+        option: Bias by a token's text, or by its id where members share a vocabulary.
+        vocabulary: The member's vocabulary.
+        symbols: The shared symbol of each of the member's ids, int64 (vocab,), -1 for ids that it may not sample.
+        member: The member's name, for messages.
+        unit: The unit's name, for messages.
+        shared_vocabulary: Whether an id is the same token for every member.
+
+    Raises:
+        ConfigError: A text is not a token of the member, or an id is not a token that it may sample.
     """
-    if not given:
+    if not option:
         return None
-    texts: dict[bytes, float] = {}
-    found: dict[int, float] = {}
-    for key, value in given.items():
+    by_bytes: dict[bytes, float] = {}
+    by_id: dict[int, float] = {}
+    for key, value in option.items():
         if isinstance(key, str):
-            texts[key.encode(errors="surrogatepass")] = value
+            by_bytes[key.encode(errors="surrogatepass")] = value
             continue
-        if unit != "token":
+        if not shared_vocabulary:
             raise ConfigError(
                 f"logit_bias has the token id {key}, and in the unit {unit} each member has token ids of its own",
                 "give the token's text",
             )
         if key >= len(symbols) or symbols[key] < 0:
-            raise ConfigError(f"logit_bias has the token id {key}, and {name} has no token of that id to draw")
-        found[key] = value
-    if texts:
-        drawable = np.flatnonzero(symbols >= 0).tolist()
-        by_text = {i: vocabulary.tokens[i] for i in drawable if vocabulary.tokens[i] in texts}
-        for data in texts.keys() - by_text.values():
+            raise ConfigError(f"logit_bias has the token id {key}, and {member} has no token of that id to sample")
+        by_id[key] = value
+    if by_bytes:
+        sampled_ids = np.flatnonzero(symbols >= 0).tolist()
+        bytes_of = {i: vocabulary.tokens[i] for i in sampled_ids if vocabulary.tokens[i] in by_bytes}
+        for data in by_bytes.keys() - bytes_of.values():
             raise ConfigError(
-                f"logit_bias has {data.decode(errors='backslashreplace')!r}, and {name} has no token with exactly "
+                f"logit_bias has {data.decode(errors='backslashreplace')!r}, and {member} has no token with exactly "
                 "these bytes",
                 "a word is often a token with the space in front of it, as ' word', and several tokens otherwise",
             )
-        for i, data in by_text.items():
-            found[i] = found.get(i, 0.0) + texts[data]
-    return LogitBias(np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float64))
+        for i, data in bytes_of.items():
+            by_id[i] = by_id.get(i, 0.0) + by_bytes[data]
+    return LogitBias(np.array(list(by_id), dtype=np.int64), np.array(list(by_id.values()), dtype=np.float64))

@@ -1,11 +1,10 @@
-"""Weighted sums of distributions over shared symbols: `r(u) = Σ_i λ_i (K_i A_i p_i)(u)`."""
+"""Mixtures of distributions over shared symbols: `r(u) = Σ_i λ_i (K_i A_i p_i)(u)`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from mixlm.errors import ConfigError
 from mixlm.types import Candidates, Floats, Ids
@@ -13,18 +12,28 @@ from mixlm.types import Candidates, Floats, Ids
 _EXAMPLE = "for example 0.7,0.3; only their proportions count"
 
 
-def checked_weights(weights: Sequence[float] | None, members: int) -> Floats:
-    """Return `members` weights that sum to 1, float64 (members,); None means equal weights.
+def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
+    """Check the weights of an ensemble and scale them to sum to 1.
 
-    Raises ConfigError when their number is wrong, or one is negative or not finite, or all are zero.
+    Args:
+        weights: One per member, of any positive scale; None for equal weights.
+        members: How many members there are.
+
+    Returns:
+        The weights, float64 (members,).
+
+    Raises:
+        ConfigError: There are too few or too many, one is negative or not finite, or all are zero.
     """
     if weights is None:
         return np.full(members, 1 / members)
     values = np.asarray(list(weights), dtype=np.float64)
-    shown = ", ".join(f"{w:g}" for w in values)
+    shown = ", ".join(f"{value:g}" for value in values)
     if values.size != members:
-        given, there = _count(values.size, "weight"), _count(members, "member")
-        raise ConfigError(f"{given} ({shown}) for {there}", "give one weight a member, in the same order")
+        raise ConfigError(
+            f"{_count(values.size, 'weight')} ({shown}) for {_count(members, 'member')}",
+            "give one weight per member, in the same order",
+        )
     if not np.isfinite(values).all() or (values < 0).any():
         raise ConfigError(f"weights are {shown}; each must be a finite number, 0 or more", _EXAMPLE)
     if values.sum() == 0:
@@ -37,35 +46,73 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def pooled(symbols: Ids, logprobs: Floats) -> Candidates:
-    """Add up the probabilities of equal symbols. Returns distinct symbols in ascending order."""
+def pool(symbols: Ids, logprobs: Floats) -> Candidates:
+    """Add up the probabilities of equal symbols.
+
+    Args:
+        symbols: int64 (n,), not empty.
+        logprobs: Their natural log-probabilities, float64 (n,).
+
+    Returns:
+        Distinct symbols in ascending order; those whose probability underflows are left out.
+    """
     top = logprobs.max()
     mass = np.exp(logprobs - top)
     if symbols.size * 16 > symbols.max():
-        # Most of the vocabulary takes part: counting into a table is far cheaper than sorting.
+        # Most of the vocabulary is there: counting into a table is far cheaper than sorting.
         table = np.bincount(symbols, weights=mass)
         distinct = np.flatnonzero(table)
         return Candidates(distinct, np.log(table[distinct]) + top)
-    # Probabilities too small for a float take no part, as in the table.
+    # Probabilities that underflow are left out, as in the table.
     symbols, mass = symbols[mass > 0], mass[mass > 0]
-    distinct, where = np.unique(symbols, return_inverse=True)
-    return Candidates(distinct, np.log(np.bincount(where, weights=mass)) + top)
+    distinct, inverse = np.unique(symbols, return_inverse=True)
+    return Candidates(distinct, np.log(np.bincount(inverse, weights=mass)) + top)
 
 
-def mixed(parts: Sequence[tuple[float, Candidates]]) -> Candidates:
-    """Return the weighted sum of distributions; parts of weight 0 take no part."""
-    live = [(weight, part) for weight, part in parts if weight > 0]
-    symbols = np.concatenate([part.ids for _, part in live])
-    logprobs = np.concatenate([part.logprobs + np.log(weight) for weight, part in live])
-    return pooled(symbols, logprobs)
+def mix(components: Sequence[tuple[float, Candidates]]) -> Candidates:
+    """Return the weighted sum of distributions; those of weight 0 are ignored."""
+    positive = [(weight, distribution) for weight, distribution in components if weight > 0]
+    symbols = np.concatenate([distribution.ids for _, distribution in positive])
+    logprobs = np.concatenate([distribution.logprobs + np.log(weight) for weight, distribution in positive])
+    return pool(symbols, logprobs)
 
 
-def responsibilities(symbol: int, parts: Sequence[tuple[float, Candidates]]) -> npt.NDArray[np.float64]:
-    """Return each part's share of the probability of `symbol`: float64 (parts,), sums to 1."""
-    mass = np.zeros(len(parts))
-    for i, (weight, part) in enumerate(parts):
-        found = np.flatnonzero(part.ids == symbol)
-        if found.size and weight > 0:
-            mass[i] = weight * np.exp(part.logprobs[found[0]])
+def responsibilities(symbol: int, components: Sequence[tuple[float, Candidates]]) -> Floats:
+    """Return each component's share of the probability of `symbol`: float64 (components,), summing to 1."""
+    mass = np.zeros(len(components))
+    for i, (weight, distribution) in enumerate(components):
+        [index] = np.nonzero(distribution.ids == symbol)
+        if index.size and weight > 0:
+            mass[i] = weight * np.exp(distribution.logprobs[index[0]])
     mass /= mass.sum()
     return mass
+
+
+def mixture_logprobs(logprobs: Floats, weights: Floats) -> Floats:
+    """Return `log Σ_i λ_i P_i` of each segment of a text: float64 (segments,).
+
+    Args:
+        logprobs: `log P_i` of each segment under each member, float64 (segments, members).
+        weights: `λ`, float64 (members,) or (segments, members).
+    """
+    mixture: Floats = np.logaddexp.reduce(_joint_logprobs(logprobs, weights), axis=1)
+    return mixture
+
+
+def segment_responsibilities(logprobs: Floats, weights: Floats) -> Floats:
+    """Return the probability, given the text, that each member generated each segment: float64 (segments, members).
+
+    A segment that no member can generate says nothing about them and leaves them their weights. Arguments as for
+    `mixture_logprobs`.
+    """
+    joint, mixture = _joint_logprobs(logprobs, weights), mixture_logprobs(logprobs, weights)
+    possible = np.isfinite(mixture)
+    shares: Floats = np.array(np.broadcast_to(weights, joint.shape), dtype=np.float64)
+    shares[possible] = np.exp(joint[possible] - mixture[possible, None])
+    return shares
+
+
+def _joint_logprobs(logprobs: Floats, weights: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        joint: Floats = logprobs + np.log(weights)
+    return joint

@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
     draft: str | None
     block: int
     on_failure: OnFailure
-    alternatives: int
+    top_logprobs: int
     logprobs_of: LogprobsOf
     logit_bias: Mapping[str | int, float]
     json_schema: Mapping[str, Any] | None
@@ -82,7 +82,7 @@ class GenerationOptions:
     draft: str | None = None
     block: int = 4
     on_failure: OnFailure = "error"
-    alternatives: int = 0
+    top_logprobs: int = 0
     logprobs_of: LogprobsOf = "member"
     logit_bias: Mapping[str | int, float] = field(default_factory=dict)
     json_schema: Mapping[str, Any] | None = None
@@ -104,7 +104,7 @@ class GenerationOptions:
             ("seed", 0),
             ("sequence", 0),
             ("block", 1),
-            ("alternatives", 0),
+            ("top_logprobs", 0),
         )
         for name, least in whole:
             value = getattr(self, name)
@@ -169,7 +169,7 @@ class GenerationOptions:
         """Return these settings for another turn of a conversation: the same seed, noise of its own."""
         return replace(self, sequence=self.sequence + turn)
 
-    def for_member(self, own: Mapping[str, Any]) -> Sampling:
+    def member_sampling(self, own: Mapping[str, Any]) -> Sampling:
         """Return one member's sampling: the call's options over the member's own over the defaults.
 
         Raises UnsupportedError for temperature 0 where a symbol is drawn from an average.
@@ -178,7 +178,7 @@ class GenerationOptions:
         if self.mix_then_truncate or self.rule is not None:
             return replace(_PLAIN, **{name: given[name] for name in _PENALTIES if name in given})
         chosen = Sampling(**given)
-        if self.picks_most_likely(own):
+        if self.is_greedy(own):
             if chosen.temperature == 0:
                 given["temperature"] = 1.0
             return replace(_PLAIN, **given)
@@ -191,15 +191,15 @@ class GenerationOptions:
         return chosen
 
     @property
-    def told_by_all(self) -> bool:
+    def wants_ensemble_logprobs(self) -> bool:
         """Whether every member is asked for its part of the average, beside what the method itself asks."""
         return self.logprobs_of == "ensemble" and self.method != "conventional"
 
-    def picks_most_likely(self, own: Mapping[str, Any]) -> bool:
+    def is_greedy(self, own: Mapping[str, Any]) -> bool:
         """Whether the reply is the most likely one at each step: `greedy`, or `single` at temperature 0."""
         return self.method == "greedy" or (self.method == "single" and {**own, **self.sampling}.get("temperature") == 0)
 
-    def after_mixing(self, own: Mapping[str, Any]) -> Sampling | None:
+    def mixed_sampling(self, own: Mapping[str, Any]) -> Sampling | None:
         """Return what is applied to the average itself, if anything is."""
         if not self.mix_then_truncate and self.rule is None:
             return None

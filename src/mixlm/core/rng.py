@@ -1,9 +1,9 @@
-"""Randomness as a function, not a stream: every number is a hash of (seed, sequence, position, what it is for).
+"""Counter-based random numbers: each one is a hash of (seed, sequence, position, purpose).
 
-The same seed gives the same text for any order of work, and two strategies that ask for the noise of one position get
-the same noise. Coins and draws use different streams of a position, so a coin says nothing about the draw after it.
+The same seed gives the same text whatever the order of work, and strategies that use the noise of the same position get
+the same numbers. Coins and samples use different streams of a position, so the coin is independent of the sample.
 
-The hash is SplitMix64 (Steele, Lea and Flood, 2014): its finaliser for each part of the key, its stream for symbols.
+The hash is SplitMix64 (Steele, Lea and Flood, 2014): its finalizer for each part of the key, its stream for symbols.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_COIN, _DRAW = 1, 2
+_COIN, _SAMPLE = 1, 2
 _PURPOSES = 2
 
 
 def _mix(x: int) -> int:
-    """Return SplitMix64's finaliser of one 64-bit integer."""
+    """Return SplitMix64's finalizer of a 64-bit integer."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
     return x ^ (x >> 31)
@@ -36,9 +36,9 @@ def _key(*parts: int) -> int:
 
 
 def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return one uniform number in (0, 1) for each index, never 0 or 1: SplitMix64's stream of the seed `key`.
+    """Return a uniform number in the open interval (0, 1) for each index: SplitMix64's stream of the seed `key`.
 
-    In place wherever it can be: with the whole vocabulary in question, memory is what this costs.
+    It works in place: with a whole vocabulary of indices, memory traffic is the cost.
     """
     x = index.astype(np.uint64)
     x += np.uint64(1)
@@ -58,45 +58,56 @@ def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """The noise of one position of one sequence."""
+    """The random numbers of one position of one sequence.
+
+    Attributes:
+        seed: Seed of the generation.
+        sequence: Number of the sequence in its batch or conversation.
+        position: Number of symbols generated before this one.
+        round: Which of the position's independent sets of numbers this is.
+    """
 
     seed: int
     sequence: int = 0
     position: int = 0
-    turn: int = 0
+    round: int = 0
 
     def at(self, position: int) -> Noise:
         """Return the noise of another position of the same sequence."""
         return Noise(self.seed, self.sequence, position)
 
-    def again(self) -> Noise:
-        """Return more noise of the same position, independent of this: for a second draw that depends on the first."""
-        return replace(self, turn=self.turn + 1)
+    def next_round(self) -> Noise:
+        """Return another, independent set of numbers of the same position: for a sample that depends on the first."""
+        return replace(self, round=self.round + 1)
 
     def uniform(self) -> float:
-        """Return the number in (0, 1) that the coin is drawn with."""
+        """Return the number in (0, 1) that decides the coin."""
         return (self._key(_COIN) + 0.5) * 2.0**-64
 
     def coin(self, weights: npt.NDArray[np.float64]) -> int:
-        """Draw the coin: an index with probability proportional to `weights`, shape (n,), not all zero."""
-        # Members are few, and coins are tossed ahead: plain floats take less than half the time of arrays.
-        parts = weights.tolist()
-        edges = list(accumulate(parts))
-        # The edge on the right never picks an index of weight zero; the rest guards the last one against rounding.
-        drawn = bisect_right(edges, self.uniform() * edges[-1])
-        return drawn if drawn < len(parts) and parts[drawn] else max(i for i, part in enumerate(parts) if part)
+        """Toss the coin: return an index with probability proportional to its weight.
 
-    def for_engine(self) -> int:
-        """Return a seed for random numbers of an engine's own, from 0 to 2**63 - 1."""
-        return _key(self.seed, self.sequence, self.position, -1 - self.turn) >> 1
+        Args:
+            weights: Non-negative, shape (members,), not all zero.
+        """
+        # There are few members, and coins are tossed ahead: plain floats take less than half the time of arrays.
+        values = weights.tolist()
+        edges = list(accumulate(values))
+        # bisect_right never picks an index of weight zero; the last line guards the last edge against rounding.
+        index = bisect_right(edges, self.uniform() * edges[-1])
+        return index if index < len(values) and values[index] else max(i for i, value in enumerate(values) if value)
+
+    def engine_seed(self) -> int:
+        """Return a seed, 0 to 2**63 - 1, for an engine that samples with its own random numbers."""
+        return _key(self.seed, self.sequence, self.position, -1 - self.round) >> 1
 
     @property
     def sample_key(self) -> int:
-        """What `gumbel` hashes symbols with, 0 to 2**64 - 1: all that it takes to draw alike elsewhere."""
-        return self._key(_DRAW)
+        """The key of `gumbel`, 0 to 2**64 - 1. It is all that another device needs to sample the same symbols."""
+        return self._key(_SAMPLE)
 
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Return standard Gumbel noise for each symbol, the same for a symbol whoever asks: shape as `symbols`."""
+        """Return standard Gumbel noise for each symbol, float64, shape as `symbols`; equal symbols get equal noise."""
         noise = _uniform(self.sample_key, symbols)
         for _ in range(2):
             np.log(noise, out=noise)
@@ -104,11 +115,13 @@ class Noise:
         return noise
 
     def sample(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:
-        """Draw an index of `symbols` with probability exp(logprobs), by the Gumbel-max rule.
+        """Sample an index of `symbols` with probability exp(logprobs), by the Gumbel-max trick.
 
-        Symbols must be distinct: two rows of one symbol share their noise and would not add up.
+        Args:
+            symbols: Distinct symbols, int64 (n,). Two entries of one symbol would share their noise.
+            logprobs: Their natural log-probabilities, float64 (n,).
         """
         return int(np.argmax(logprobs + self.gumbel(symbols)))
 
     def _key(self, purpose: int) -> int:
-        return _key(self.seed, self.sequence, self.position, purpose + _PURPOSES * self.turn)
+        return _key(self.seed, self.sequence, self.position, purpose + _PURPOSES * self.round)

@@ -1,25 +1,32 @@
-"""A member's part in an ensemble: what turns its logits into a distribution over shared symbols."""
+"""A member of an ensemble: how its logits become a distribution over shared symbols, and a sample of it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mixlm.core.grammar import Grammar, TokenMask
 from mixlm.core.mixing import pool
-from mixlm.core.sampling import TokenHistory, Transform
-from mixlm.engines.base import Engine
+from mixlm.core.rng import Noise
+from mixlm.core.sampling import TokenHistory, Transform, top_logprobs
+from mixlm.engines.base import Engine, SampleResponse
 from mixlm.errors import UnsupportedError
-from mixlm.types import Candidates, Ids, LogitsRow
-from mixlm.units.base import mark_duplicates
+from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
+from mixlm.units.base import TextState, mark_duplicates
 
 
 @dataclass(frozen=True, slots=True)
 class MemberOptions:
-    """How a member is asked. alternatives: how many of the likeliest symbols are told beside a chosen one.
+    """What a request asks of every member.
 
-    grammar: what its tokens are held to. alone: whether the strategy asks it for nothing but what it draws itself.
+    Args:
+        top_logprobs: How many of the most likely symbols are reported beside a chosen one.
+        grammar: What the member's tokens are held to.
+        samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
+            them itself.
     """
 
     top_logprobs: int = 0
@@ -30,8 +37,11 @@ class MemberOptions:
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
-    symbols: the shared symbol of each of its ids, int64 (vocab,), -1 for those it may not draw. Where it is asked
-    alone, it `writes` runs, if its engine does. ahead: how many positions behind one in question its engine is told of.
+    Args:
+        symbols: The shared symbol of each of its ids, int64 (vocab,); -1 for those it may not sample.
+
+    Raises:
+        UnsupportedError: The options need more of the distribution than the engine reports.
     """
 
     def __init__(
@@ -43,59 +53,149 @@ class Member:
         self.symbols = symbols
         self.top_logprobs = options.top_logprobs
         self.grammar = options.grammar
-        # Whoever can write any byte can go on with any text.
+        # A member with a token for every byte can continue any text.
         self.may_be_stuck = options.grammar is not None and bool(
             (options.grammar.byte_ids < 0).any() or (symbols[options.grammar.byte_ids] < 0).any()
         )
-        self._doubled = mark_duplicates(symbols)
+        self._has_duplicates = mark_duplicates(symbols)
         self.samples_itself = options.samples_only and engine.samples_itself(transform.sampling, transform.banned)
-        # What is drawn from a whole row is not drawn where the row was computed.
-        self.run_ahead = engine.run_ahead_depth if options.samples_only and transform.top_k_filter is not None else 0
+        # An engine runs ahead only where it samples on the device, which takes a top-k filter.
+        can_run_ahead = options.samples_only and transform.top_k_filter is not None
+        self.run_ahead = engine.run_ahead_depth if can_run_ahead else 0
         if not self.samples_itself:
-            _check_candidates(self)
+            _check_top_k_limit(self)
 
     def distribution(
         self, logits: LogitsRow, history: TokenHistory | None = None, allowed: TokenMask | None = None
     ) -> Candidates:
-        """Return `K_i A_i p_i`: the member's distribution over shared symbols, from its logits, whole or cut."""
+        """Return `K_i A_i p_i`: the distribution over shared symbols from logits, whole or filtered."""
         return self.map_to_symbols(self.transform(logits, history, allowed))
 
-    def map_to_symbols(self, own: Candidates) -> Candidates:
-        """Return a distribution over shared symbols from one over the member's ids: the map `K_i`."""
-        ids, logprobs = own
+    def map_to_symbols(self, tokens: Candidates) -> Candidates:
+        """Return the distribution over shared symbols from one over the member's ids: the map `K_i`."""
+        ids, logprobs = tokens
         symbols = self.symbols[ids]
-        twice = self._doubled[ids]
-        if not twice.any():
+        duplicates = self._has_duplicates[ids]
+        if not duplicates.any():
             return Candidates(symbols, logprobs)
-        joined = pool(symbols[twice], logprobs[twice])
+        pooled = pool(symbols[duplicates], logprobs[duplicates])
         return Candidates(
-            np.concatenate([symbols[~twice], joined.ids]), np.concatenate([logprobs[~twice], joined.logprobs])
+            np.concatenate([symbols[~duplicates], pooled.ids]), np.concatenate([logprobs[~duplicates], pooled.logprobs])
         )
 
 
-def _check_candidates(member: Member) -> None:
-    """Raise UnsupportedError for options that need more of a member than the likeliest tokens its engine tells."""
+class MemberView:
+    """One member's view of one sequence. member: the part of it that is the same for every sequence."""
+
+    def __init__(self, member: Member, index: int, state: TextState) -> None:
+        self.member = member
+        self._index = index
+        self._state = state
+        self._matcher = None if member.grammar is None else member.grammar.matcher()
+
+    @property
+    def state(self) -> TextState:
+        """The sequence's text, to be read: `DecodeStep.push` is what changes it."""
+        return self._state
+
+    def ids(self) -> Ids:
+        """Return the member's tokens for prompt and text: `τ_i(s)`, int64 (n,)."""
+        return self._state.ids(self._index)
+
+    def symbol(self, token: int) -> int:
+        """Return the shared symbol of one of the member's ids; -1 for one that it may not sample."""
+        return int(self.member.symbols[token])
+
+    @property
+    def top_k_filter(self) -> TopKFilter | None:
+        """The part of the member's logits that its distribution depends on; None for all of them."""
+        return self.member.transform.top_k_filter if self._matcher is None else None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the grammar leaves the member no token."""
+        if self._matcher is None or not self.member.may_be_stuck:
+            return False
+        allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
+        return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
+
+    def sample(self, distribution: Candidates, noise: Noise) -> SampleResponse:
+        """Sample a symbol from a distribution of this member's: here the text is decided.
+
+        Raises:
+            UnsupportedError: The distribution is empty.
+        """
+        if not distribution.ids.size:
+            raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
+        index = noise.sample(distribution.ids, distribution.logprobs)
+        return SampleResponse(
+            int(distribution.ids[index]),
+            float(distribution.logprobs[index]),
+            top_logprobs(distribution, self.member.top_logprobs),
+        )
+
+    def sampler(self, noise: Noise) -> Callable[[LogitsRow], SampleResponse]:
+        """Return the function that samples a symbol from the member's logits for the text as it is now."""
+        distribution = self.bind_distribution()
+
+        def sample(logits: LogitsRow) -> SampleResponse:
+            return self.sample(distribution(logits), noise)
+
+        return sample
+
+    def distribution(self, logits: LogitsRow) -> Candidates:
+        """Return the member's distribution over symbols from its logits for `ids()`, whole or filtered."""
+        return self.bind_distribution()(logits)
+
+    def bind_distribution(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
+        """Return `distribution` for the text as it is now, for logits that are known when it has grown.
+
+        ids, text: the member's tokens and the bytes of a prefix of the text, to bind that instead.
+        """
+        history, matcher = self._history(ids), self._matcher
+        if matcher is None and history is None:
+            return self.member.distribution
+        if matcher is None:
+            return lambda logits: self.member.distribution(logits, history)
+        before = self._state.tail(sys.maxsize) if text is None else text
+        return lambda logits: self.member.distribution(logits, history, matcher.allowed(before))
+
+    def token_distribution(self, logits: LogitsRow) -> Candidates:
+        """Return the member's distribution over its own ids from its logits for `ids()`: `A_i p_i`."""
+        allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
+        return self.member.transform(logits, self._history(), allowed)
+
+    def _history(self, ids: Ids | None = None) -> TokenHistory | None:
+        """Return the tokens so far where a penalty depends on them."""
+        if not self.member.transform.sampling.has_penalties:
+            return None
+        ids, prompt = self.ids() if ids is None else ids, self._state.prompt_length(self._index)
+        return TokenHistory.from_tokens(ids[:prompt], ids[prompt:])
+
+
+def _check_top_k_limit(member: Member) -> None:
+    """Raise UnsupportedError for options that need more than the top k tokens that the engine reports."""
     engine, transform, symbols = member.engine, member.transform, member.symbols
     if engine.top_k_limit is None:
         return
     tokens, ends = engine.vocabulary.tokens, engine.vocabulary.end_ids
-    # Tokens that the engine counts among its likeliest, and that may not be drawn here.
-    unshared = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
-    most = engine.top_k_limit - unshared
+    # Tokens that may be among the engine's top k, and are masked here.
+    masked = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
+    limit = engine.top_k_limit - masked
     sampling = transform.sampling
     if member.grammar is not None:
-        found = "json_schema allows tokens from anywhere in the vocabulary"
-    elif transform.bias is not None:
-        found = "logit_bias moves tokens from anywhere in the vocabulary"
+        reason = "json_schema allows tokens from anywhere in the vocabulary"
+    elif transform.logit_bias is not None:
+        reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:
-        found = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"
-    elif not 1 <= sampling.top_k <= most:
-        found = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
+        reason = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"
+    elif not 1 <= sampling.top_k <= limit:
+        reason = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return
     raise UnsupportedError(
-        f"{found}, and {engine.name} runs in an engine that tells its {engine.top_k_limit} likeliest tokens only",
-        f"use a top_k from 1 to {most} and no penalties, biases or schema, or --engine hf (engine='hf')"
-        if most >= 1
+        f"{reason}, and {engine.name} runs in an engine that reports its {engine.top_k_limit} most likely tokens only",
+        f"use a top_k from 1 to {limit} and no penalties, biases or schema, or --engine hf (engine='hf')"
+        if limit >= 1
         else "use --unit piece, or --engine hf",
     )

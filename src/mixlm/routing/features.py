@@ -28,18 +28,20 @@ for _number, _members in enumerate(_CLASSES):
 FEATURES = len(WINDOWS) * (_OTHER + 1) + (_OTHER + 1) + len(WINDOWS) + 1
 
 
-def features(text: bytes, places: npt.NDArray[np.int64]) -> Floats:
+def features(text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
     """Return the features of `text[:place]` for each place: float64 (places, FEATURES)."""
     classes = _CLASS_OF[np.frombuffer(text, dtype=np.uint8)]
-    counts = _counts_at_end(classes) if len(places) == 1 and places[0] == len(text) else _counts(classes, places)
-    last = np.zeros((len(places), _OTHER + 1))
-    behind = np.flatnonzero(places > 0)
-    last[behind, classes[places[behind] - 1]] = 1
-    lengths = [np.maximum(np.minimum(places, window), 1)[:, None] for window in WINDOWS]
+    counts = (
+        _counts_at_end(classes) if len(positions) == 1 and positions[0] == len(text) else _counts(classes, positions)
+    )
+    last = np.zeros((len(positions), _OTHER + 1))
+    behind = np.flatnonzero(positions > 0)
+    last[behind, classes[positions[behind] - 1]] = 1
+    lengths = [np.maximum(np.minimum(positions, window), 1)[:, None] for window in WINDOWS]
     # A square root spreads out rare classes: one bracket in a window says more than one letter more.
     shares = [np.sqrt(count / length) for count, length in zip(counts, lengths, strict=True)]
-    filled = [np.minimum(places / window, 1.0)[:, None] for window in WINDOWS]
-    return np.hstack([*shares, last, *filled, np.ones((len(places), 1))])
+    filled = [np.minimum(positions / window, 1.0)[:, None] for window in WINDOWS]
+    return np.hstack([*shares, last, *filled, np.ones((len(positions), 1))])
 
 
 def _counts(classes: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> list[Floats]:

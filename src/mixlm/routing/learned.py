@@ -1,6 +1,6 @@
 """A small gate: weights from features of the text so far, `softmax(W · features)`.
 
-Trained by the likelihood of the mixture itself (`mixlm.fitting.em.fit_router`), on text that every member has scored.
+Trained by the likelihood of the mixture itself (`mixlm.fitting.likelihood.fit_router`), on text that every member has scored.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ class PromptRouter:
 
     def begin(self, context: PromptContext) -> Route:
         """Let every member read the prompt, and weigh it by what it made of it."""
-        weights = by_bits(self._weights, context.bits_per_byte(), self._sharpness)
+        weights = weights_by_bits(self._weights, context.bits_per_byte(), self._sharpness)
         return lambda state: weights
 
 
-def by_bits(weights: Floats, bits_per_byte: Floats, sharpness: float) -> Floats:
+def weights_by_bits(weights: Floats, bits_per_byte: Floats, sharpness: float) -> Floats:
     """Return weights scaled by 2^(-sharpness · bits per byte), summing to 1.
 
     A member that finds the prompt impossible gets weight 0, unless all of them do.

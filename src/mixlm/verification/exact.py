@@ -1,4 +1,4 @@
-"""The exact law of the next symbol, computed another way than the strategies compute anything: the reference.
+"""The exact distribution of the next symbol, computed another way than the strategies compute anything: the reference.
 
 Uncached forwards, dense over the whole vocabulary, by the reference form of the transforms; every unit's definition
 written down as it is said.
@@ -22,67 +22,69 @@ from mixlm.generation.generation import EncodedPrompt, bits_per_byte
 from mixlm.routing import PromptContext
 from mixlm.types import Floats
 from mixlm.units.base import TextState
-from mixlm.units.byte import ByteUnit
 from mixlm.units.word import WordState, WordUnit, begins_word
 from mixlm.verification import baselines as references
 
 Outcome = tuple[int, ...]
-_FIRST_SYMBOLS = 24  # how many first symbols get a law of their own for the second; the rest share one cell
+_FIRST_SYMBOLS = 24  # how many first symbols get a distribution of their own for the second; the rest share one cell
 
 
-class Exact:
-    """The exact law of one strategy behind a prompt. first: that of the first symbol, float64 (symbols + 1,)."""
+class ExactReference:
+    """The exact distribution of a strategy after a prompt. first: that of the first symbol, float64 (symbols + 1,)."""
 
     def __init__(self, ensemble: Ensemble, settings: GenerationOptions, prompts: EncodedPrompt) -> None:
         self._ensemble = ensemble
         self._settings = settings
         self._prompts = prompts.ids
-        sessions = [one.engine.session() for one in ensemble.members]
+        sessions = [member.engine.session() for member in ensemble.members]
         self._route = ensemble.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts)))
-        self.first = self.law(())
+        self.first = self.distribution(())
 
-    def law(self, symbols: Sequence[int]) -> Floats:
-        """Return the law of the symbol behind the given ones: float64 (symbols of the unit, the last is the end)."""
+    def distribution(self, symbols: Sequence[int]) -> Floats:
+        """Return the distribution of the next symbol, float64 (symbols + 1,); the last entry is the end of text."""
         state = self._state(symbols)
         weights = self._route(state)
         if self._settings.method == "single":
             weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
-        if isinstance(self._ensemble.unit, WordUnit):
-            return self._word(weights, cast(WordState, state), self._ensemble.unit)
-        if isinstance(self._ensemble.unit, ByteUnit):
+        mixture = self._ensemble.unit.traits.mixture
+        if mixture == "word_mixture":
+            return self._word(weights, cast(WordState, state), cast(WordUnit, self._ensemble.unit))
+        if mixture == "byte_mixture":
             return self._bytes(weights, bytes(symbols))
         after = self._settings.mixed_sampling(self._ensemble.members[0].sampling)
         if self._settings.rule is not None and after is not None:
             parts = [
-                references.Part(float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine)
+                references.BaselineMember(
+                    float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine
+                )
                 for i, (weight, member) in enumerate(zip(weights, self._ensemble.members, strict=True))
             ]
-            return references.law(self._settings.rule, parts, self._ensemble.unit.end + 1, after)
-        law = np.zeros(self._ensemble.unit.end + 1)
+            return references.baseline_distribution(self._settings.rule, parts, self._ensemble.unit.end + 1, after)
+        average = np.zeros(self._ensemble.unit.end + 1)
         for i, weight in enumerate(weights):
             if weight > 0:
-                law += weight * self._member(i, state)
+                average += weight * self._member(i, state)
         if self._settings.json_schema is not None:
-            law /= law.sum()  # without members that have nothing to go on with
+            average /= average.sum()  # without members that have nothing to go on with
         if after is not None:
             with np.errstate(divide="ignore"):
-                law = dense_distribution(np.log(law), after, np.zeros(0, dtype=np.int64))
-        return law
+                average = dense_distribution(np.log(average), after, np.zeros(0, dtype=np.int64))
+        return average
 
     def pairs(self) -> dict[Outcome, float]:
-        """Return the law of the first two symbols for the likeliest first ones; the rest of the mass is missing."""
-        law: dict[Outcome, float] = {}
+        """Return the distribution of the first two symbols, for the most likely first ones only."""
+        probabilities: dict[Outcome, float] = {}
         end = self._ensemble.unit.end
         for first in np.argsort(-self.first, kind="stable")[:_FIRST_SYMBOLS]:
             mass = float(self.first[first])
             if mass == 0:
                 break
             if first == end:
-                law[(end,)] = mass
+                probabilities[(end,)] = mass
                 continue
-            second = self.law([int(first)])
-            law.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
-        return law
+            second = self.distribution([int(first)])
+            probabilities.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
+        return probabilities
 
     def _state(self, symbols: Sequence[int]) -> TextState:
         state = self._ensemble.unit.initial_state(self._prompts)
@@ -91,15 +93,15 @@ class Exact:
         return state
 
     def _member(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
-        """Return a member's law of symbols; with `only`, as if no others were in its vocabulary, or 0 throughout."""
+        """Return a member's distribution over symbols, restricted to `only`; 0 if nothing is left."""
         symbols = self._ensemble.unit.symbols(i)
         probs = self._probs(i, state, only)
-        law = np.zeros(self._ensemble.unit.end + 1)
-        np.add.at(law, symbols[symbols >= 0], probs[symbols >= 0])
-        return law
+        distribution = np.zeros(self._ensemble.unit.end + 1)
+        np.add.at(distribution, symbols[symbols >= 0], probs[symbols >= 0])
+        return distribution
 
     def _probs(self, i: int, state: TextState, only: npt.NDArray[np.bool_] | None = None) -> Floats:
-        """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be drawn."""
+        """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be sampled."""
         member = self._ensemble.members[i]
         ids = state.ids(i)
         logits = member.engine.session().logits(ids)[0]
@@ -109,13 +111,20 @@ class Exact:
             allowed &= only[symbols]
         if self._settings.json_schema is not None:
             grammar = self._ensemble.grammars.for_schema(self._settings.json_schema)[i]
-            held = grammar.matcher().allowed(state.tail(sys.maxsize))
-            allowed &= held if held is not None else False
+            permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
+            allowed &= permitted if permitted is not None else False
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
         history = TokenHistory.from_tokens(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
-        given = self._settings.logit_bias
-        bias = member_logit_bias(given, member.engine.vocabulary, symbols, member.name, self._ensemble.unit.name)
+        unit = self._ensemble.unit
+        bias = member_logit_bias(
+            self._settings.logit_bias,
+            member.engine.vocabulary,
+            symbols,
+            member=member.name,
+            unit=unit.name,
+            shared_vocabulary=unit.traits.shared_vocabulary,
+        )
         return dense_distribution(
             logits, self._settings.member_sampling(member.sampling), np.flatnonzero(~allowed), history, bias
         )
@@ -126,61 +135,63 @@ class Exact:
             return cast(Floats, sum(weight * self._member(i, state) for i, weight in enumerate(weights) if weight > 0))
         tail = state.tail(1)
         begins = np.array([*(begins_word(unit.symbol_bytes(u), tail) for u in range(unit.end)), True])
-        own = self._member(state.owner, state)
-        ended = float(own[begins].sum())
+        current = self._member(state.owner, state)
+        ended = float(current[begins].sum())
         if ended == 0:
-            return own
-        law = np.where(begins, 0.0, own)
+            return current
+        distribution = np.where(begins, 0.0, current)
         for i, weight in enumerate(weights):
-            following = own if i == state.owner else self._member(i, state)
+            following = current if i == state.owner else self._member(i, state)
             if following[begins].sum() == 0:
                 following = self._member(i, state, only=begins)
             if following[begins].sum() == 0:
-                following = own
-            law += weight * ended * np.where(begins, following, 0.0) / following[begins].sum()
-        return law
+                following = current
+            distribution += weight * ended * np.where(begins, following, 0.0) / following[begins].sum()
+        return distribution
 
     def _bytes(self, weights: Floats, text: bytes) -> Floats:
-        """Return the average of the members' laws of the next byte, each a sum over all covers behind its last seam."""
-        law = np.zeros(self._ensemble.unit.end + 1)
+        """Return the average of the members' next-byte distributions, summed over all covers after its last seam."""
+        distribution = np.zeros(self._ensemble.unit.end + 1)
         for i, weight in enumerate(weights):
             if weight > 0:
-                begun = self._covers(i, text, over=False)
-                if begun.sum() == 0:
-                    begun = self._covers(i, text, over=True)
-                law += weight * begun / begun.sum()
-        return law
+                next_byte = self._covers(i, text, over=False)
+                if next_byte.sum() == 0:
+                    next_byte = self._covers(i, text, over=True)
+                distribution += weight * next_byte / next_byte.sum()
+        return distribution
 
     def _covers(self, i: int, text: bytes, *, over: bool) -> Floats:
         """Return a member's mass of each next byte. over: it writes the text again, a token that agrees at a time."""
         unit = self._ensemble.unit
         pieces = {
-            int(one): unit.symbol_bytes(int(one)) for one in self._ensemble.unit.symbols(i) if 0 <= one < unit.end
+            int(symbol): unit.symbol_bytes(int(symbol))
+            for symbol in self._ensemble.unit.symbols(i)
+            if 0 <= symbol < unit.end
         }
         seam = _last_seam(set(pieces.values()), text)
-        law = np.zeros(unit.end + 1)
+        distribution = np.zeros(unit.end + 1)
         mass = defaultdict(float, {seam: 1.0})
         for place in range(seam, len(text)):
             rest = text[place:]
             agree = np.zeros(unit.end + 1, dtype=bool)
-            agree[[one for one, data in pieces.items() if data.startswith(rest) or rest.startswith(data)]] = True
+            agree[[symbol for symbol, data in pieces.items() if data.startswith(rest) or rest.startswith(data)]] = True
             if mass[place] == 0:
                 continue
-            own = self._member(i, self._state(text[:place]), agree if over else None)
-            if over and own.sum() == 0:
+            probs = self._member(i, self._state(text[:place]), agree if over else None)
+            if over and probs.sum() == 0:
                 mass[len(text)] += mass[place]
-            for one in np.flatnonzero(own * agree).tolist():
-                data = pieces[one]
+            for symbol in np.flatnonzero(probs * agree).tolist():
+                data = pieces[symbol]
                 if len(data) > len(rest):
-                    law[data[len(rest)]] += mass[place] * own[one]
+                    distribution[data[len(rest)]] += mass[place] * probs[symbol]
                 else:
-                    mass[place + len(data)] += mass[place] * own[one]
+                    mass[place + len(data)] += mass[place] * probs[symbol]
         if mass[len(text)] > 0:
-            behind = self._member(i, self._state(text))
-            for one, data in pieces.items():
-                law[data[0]] += mass[len(text)] * behind[one]
-            law[unit.end] += mass[len(text)] * behind[unit.end]
-        return law
+            final = self._member(i, self._state(text))
+            for symbol, data in pieces.items():
+                distribution[data[0]] += mass[len(text)] * final[symbol]
+            distribution[unit.end] += mass[len(text)] * final[unit.end]
+        return distribution
 
 
 def _last_seam(tokens: set[bytes], text: bytes) -> int:

@@ -1,0 +1,80 @@
+"""A router's weights along a given text: those before each of its segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.errors import UnsupportedError
+from mixlm.routing.base import PromptContext, Router
+from mixlm.routing.features import FEATURES, features
+from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.learned import LearnedRouter, gate_weights
+from mixlm.routing.prompt import PromptRouter
+from mixlm.types import Floats, Ids
+
+Offsets = npt.NDArray[np.int64]
+
+
+def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: Offsets, prompt_bits: Floats) -> Floats:
+    """Return the weights that a router gives before each segment of a text: float64 (segments, members).
+
+    Args:
+        router: The router.
+        text: One or more passages, each with its prompt in front.
+        starts: Where each segment begins, int64 (segments,). The bytes between the beginning of a passage and its first
+            segment are its prompt.
+        passage_starts: Where the passage of each segment begins, int64 (segments,).
+        prompt_bits: Bits per byte of that prompt under each member, float64 (segments, members).
+
+    Raises:
+        UnsupportedError: The router reads the members' tokens, which are not given.
+    """
+    if isinstance(router, LearnedRouter):
+        return gate_weights(features_along(text, starts, passage_starts), router.matrix)
+    weights = np.empty(prompt_bits.shape)
+    for segments in segments_by_passage(passage_starts):
+        passage_start = int(passage_starts[segments[0]])
+        prompt = text[passage_start : int(starts[segments].min())]
+        route = router.begin(PromptContext(prompt, partial(np.copy, prompt_bits[segments[0]])))
+        if isinstance(router, FixedRouter | PromptRouter):
+            weights[segments] = route(_GivenText(b""))
+            continue
+        for segment in segments:
+            weights[segment] = route(_GivenText(text[passage_start + len(prompt) : int(starts[segment])]))
+    return weights
+
+
+def features_along(text: bytes, starts: Offsets, passage_starts: Offsets) -> Floats:
+    """Return the features of the text before each segment, within its passage: float64 (segments, FEATURES)."""
+    out = np.empty((len(starts), FEATURES))
+    for segments in segments_by_passage(passage_starts):
+        passage_start = int(passage_starts[segments[0]])
+        out[segments] = features(text[passage_start : int(starts[segments].max())], starts[segments] - passage_start)
+    return out
+
+
+def segments_by_passage(passage_starts: Offsets) -> Iterator[Offsets]:
+    """Yield the indices of each passage's segments, int64 (n,)."""
+    order = np.argsort(passage_starts, kind="stable")
+    changes = np.flatnonzero(np.diff(passage_starts[order])) + 1
+    yield from np.split(order, changes)
+
+
+class _GivenText:
+    """A given text as a router's state: its bytes are known, the members' tokens are not."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def tail(self, length: int) -> bytes:
+        return self._text[max(len(self._text) - length, 0) :]
+
+    def ids(self, member: int) -> Ids:
+        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")
+
+    def prompt_length(self, member: int) -> int:
+        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")

@@ -13,6 +13,7 @@ from scipy import stats
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.generation.dispatch import Dispatcher
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
 from mixlm.types import Sampling
 
@@ -170,7 +171,7 @@ def driven(strategy: Strategy, writing: SequenceState, weights: np.ndarray, nois
         requests = next(flow)
         while True:
             rounds.append(requests)
-            requests = flow.send(writing.answer(requests))
+            requests = flow.send(Dispatcher().respond(writing.address(requests)))
     except StopIteration as done:
         [choice] = done.value
         return choice, rounds

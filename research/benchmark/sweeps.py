@@ -1,4 +1,4 @@
-"""Speed against one thing that is varied: replies at once, length of the prompt, members, weights, devices."""
+"""Speed against one thing that is varied: completions at once, length of the prompt, members, weights, devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple, cast
 
 from mixlm.benchmark.measure import Progress, run_interleaved, settings_record
-from mixlm.benchmark.prediction import ForwardCosts, predicted_speed
+from mixlm.benchmark.prediction import measured_costs, predicted_speed
 from mixlm.benchmark.report import environment
 from mixlm.benchmark.timing import (
     DEFAULT,
@@ -24,7 +24,7 @@ from mixlm.core.options import Options
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.generation.generation import EncodedPrompt
+from mixlm.generation.prompt import EncodedPrompt
 from research.benchmark import batch
 from research.benchmark.agreement import with_agreement
 from research.benchmark.compare import ComparisonPlan, record_agreement
@@ -52,7 +52,7 @@ TOGETHER, APART = "one for all", "one for each"
 class SweepPoint:
     """One method at one place of the axis. Speeds are medians over repeats, with the slowest and the fastest.
 
-    predicted: tokens a second by the cost model. forwards: a token, by member, those of other replies in
+    predicted: tokens a second by the cost model. forwards: a token, by member, those of other completions in
     the same call counted too. more: what only this axis has.
     """
 
@@ -83,7 +83,7 @@ class Sweep:
         return {
             "sweep": self.kind,
             "axis": AXES[self.kind],
-            "points": [asdict(one) for one in self.points],
+            "points": [asdict(point) for point in self.points],
             "environment": dict(self.environment),
             "notes": list(self.notes),
             **self.more,
@@ -135,7 +135,7 @@ def sweep_along(
     given: dict[str, Any] = {"seed": 0, **(options or {})}
     found = _SWEEPS[kind](_SweepTask(ensemble, plan, given, progress, apart))
     settings = settings_record(ensemble, plan, given)
-    where = record_agreement(environment([one.engine for one in ensemble.members], settings), plan)
+    where = record_agreement(environment([member.engine for member in ensemble.members], settings), plan)
     return Sweep(kind, tuple(found.points), where, (*notes, *found.notes), found.more)
 
 
@@ -152,11 +152,11 @@ def _batch(task: _SweepTask) -> _SweepResult:
     those = batch.batch_contestants(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
     samples = run_interleaved(those, plan, task.progress)
     points = []
-    for one, taken in zip(those, samples, strict=True):
-        served = [f.batch_size for sample in taken for log in sample.forwards for f in log]
+    for one, run in zip(those, samples, strict=True):
+        served = [f.batch_size for sample in run for log in sample.forwards for f in log]
         more = {"replies_a_forward": len(served) / sum(1 / rows for rows in served)} if served else {}
         more["seconds_of_the_batch"] = median(one.whole[1:])
-        points.append(_point(_Place(one.size, one.series, one, task.ensemble), taken, None, more))
+        points.append(_point(_Place(one.size, one.series, one, task.ensemble), run, None, more))
     whole = batch.compare_offline(those, plan.tokens)
     if whole is None:
         return _SweepResult(points)
@@ -170,16 +170,16 @@ def _batch(task: _SweepTask) -> _SweepResult:
 def _context(task: _SweepTask) -> _SweepResult:
     points: list[SweepPoint] = []
     notes: list[str] = []
-    room = min(one.engine.context_length for one in task.ensemble.members) - task.plan.tokens - 2
+    room = min(member.engine.context_length for member in task.ensemble.members) - task.plan.tokens - 2
     for length in _whole(task.plan.places, 2) or CONTEXTS:
         size = min(length, room)
         if size < length:
             notes.append(f"{size} tokens in place of {length}: a member's context holds no more")
         long = _long(task, size)
-        sessions = [one.engine.session() for one in task.ensemble.members]
+        sessions = [member.engine.session() for member in task.ensemble.members]
         for session, ids in zip(sessions, long.ids, strict=True):
             session.logits(ids)
-        reading = {name: one.stats.seconds for name, one in zip(task.ensemble.names, sessions, strict=True)}
+        reading = {name: session.stats.seconds for name, session in zip(task.ensemble.names, sessions, strict=True)}
         those = [_LongContextContestant(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
         for one, taken in zip(those, run_interleaved(those, task.plan, task.progress), strict=True):
             ms = 1e3 / median(sample.speed for sample in taken)
@@ -209,7 +209,9 @@ class _LongContextContestant:
 def _long(task: _SweepTask, length: int) -> EncodedPrompt:
     """Return a prompt of so many tokens for every member: the usual one over and over, cut at the front."""
     text = f"{task.plan.prompt} " * (length // 2)
-    return EncodedPrompt(tuple(one.engine.prompts.raw(text)[-length:] for one in task.ensemble.members), text.encode())
+    return EncodedPrompt(
+        tuple(member.engine.prompts.raw(text)[-length:] for member in task.ensemble.members), text.encode()
+    )
 
 
 def _members(task: _SweepTask) -> _SweepResult:
@@ -232,11 +234,11 @@ def _weights(task: _SweepTask) -> _SweepResult:
             f"there are {len(task.ensemble.members)} members", "λ is one member's weight against another's"
         )
     places: list[_Place] = []
-    for one in task.plan.places or LAMBDAS:
-        if not 0 <= one <= 1:
-            raise ConfigError(f"λ is {one:g}; it must be from 0 to 1")
-        those = weighted(task.ensemble, (one, 1 - one))
-        places += [_Place(one, own.label, own, those) for own in _own(task, those) if own.method != "single"]
+    for place in task.plan.places or LAMBDAS:
+        if not 0 <= place <= 1:
+            raise ConfigError(f"λ is {place:g}; it must be from 0 to 1")
+        those = weighted(task.ensemble, (place, 1 - place))
+        places += [_Place(place, own.label, own, those) for own in _own(task, those) if own.method != "single"]
     singles = [_Place("alone", one.label, one, task.ensemble) for one in _own(task, task.ensemble, ["single"])]
     return _SweepResult(_measured(task, [*places, *singles]))
 
@@ -277,12 +279,12 @@ def _own(task: _SweepTask, those: Ensemble, kinds: Sequence[str] = ()) -> list[E
 
 def _measured(task: _SweepTask, places: Sequence[_Place]) -> list[SweepPoint]:
     """Measure all places in turns, and set the cost model's figure beside each."""
-    samples = run_interleaved([at.one for at in places], task.plan, task.progress)
-    known = [(at, taken) for at, taken in zip(places, samples, strict=True)]
+    samples = run_interleaved([place.one for place in places], task.plan, task.progress)
+    known = [(place, run) for place, run in zip(places, samples, strict=True)]
     points = []
     for at, taken in known:
         alike = [(other.one, theirs) for other, theirs in known if set(other.one.members) <= set(at.whole.names)]
-        fit = ForwardCosts.of(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
+        fit = measured_costs(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
         points.append(_point(at, taken, predicted_speed(at.whole, at.one, taken, fit), {}))
     return points
 
@@ -308,7 +310,7 @@ def _point(at: _Place, taken: Sequence[TimedRun], expected: float | None, more: 
 
 def _whole(places: Sequence[float], least: int) -> tuple[int, ...]:
     """Return places as whole numbers. Raises ConfigError for others."""
-    for one in places:
-        if one != int(one) or one < least:
-            raise ConfigError(f"{one:g} is no place of this sweep", f"give whole numbers, {least} or more")
-    return tuple(int(one) for one in places)
+    for place in places:
+        if place != int(place) or place < least:
+            raise ConfigError(f"{place:g} is no place of this sweep", f"give whole numbers, {least} or more")
+    return tuple(int(place) for place in places)

@@ -8,7 +8,8 @@ from mixlm.errors import MixlmError
 from mixlm.version import __version__
 
 if TYPE_CHECKING:
-    from mixlm.ensemble import Chat, Ensemble
+    from mixlm.chat import Chat
+    from mixlm.ensemble import Ensemble
     from mixlm.generation.generation import Generation
     from mixlm.loading import load
 
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Chat": ("ensemble", "Chat"),
+    "Chat": ("chat", "Chat"),
     "Ensemble": ("ensemble", "Ensemble"),
     "Generation": ("generation.generation", "Generation"),
     "Stream": ("generation.generation", "Generation"),  # the older name

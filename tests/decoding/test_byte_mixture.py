@@ -27,7 +27,7 @@ from mixlm.engines.base import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.types import Sampling
-from mixlm.verification.exact import Exact
+from mixlm.verification.exact import ExactReference
 
 PLAIN = {"temperature": 1.0, "top_k": 0}
 # Every byte can be written in several ways, and tokens lie across each other.
@@ -80,7 +80,7 @@ def average(those, options, text: bytes) -> dict[bytes, float]:
 
 def exact(those, options, text: bytes) -> dict[bytes, float]:
     settings = those.settings(raw=True, seed=0, **options)
-    law = Exact(those, settings, those.encode_prompt("ab", settings)).law(tuple(text))
+    law = ExactReference(those, settings, those.encode_prompt("ab", settings)).distribution(tuple(text))
     return {END if one == those.unit.end else bytes([one]): law[one] for one in np.flatnonzero(law).tolist()}
 
 
@@ -288,5 +288,5 @@ def test_the_real_pair_follows_the_exact_law_inside_words_and_characters(demo_pa
     for sequence in range(500):
         choice, _ = driven(byte_mixture(), writing, those.weights, Noise(9, sequence, len(text)))
         counts[choice.symbol] += 1
-    law = Exact(those, settings, prompts).law(tuple(text))
+    law = ExactReference(those, settings, prompts).distribution(tuple(text))
     assert_drawn_from(counts, {one: law[one] for one in np.flatnonzero(law).tolist()})

@@ -7,7 +7,7 @@ import pytest
 from toys import END, OPTIONS, WEIGHTS, assert_drawn_from, counted, driven, engine, ensemble, exact_law, toys, written
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.engine_sampling import LONGEST
+from mixlm.decoding.engine_sampling import MAX_RUN
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
 from mixlm.engines.base import GenerateRequest, GenerateResponse
@@ -77,7 +77,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
 
 def test_a_member_alone_is_asked_for_no_more_than_the_reply_or_a_reader_waits_for():
     those = writing(toys("token", 2))
-    for most, expected in ((1, 1), (5, 5), (1000, LONGEST)):
+    for most, expected in ((1, 1), (5, 5), (1000, MAX_RUN)):
         flow = written(those, {}, "ab", []).decode_step(single(1), Noise(0), most)
         [request] = next(flow)
         assert request.max_tokens == expected
@@ -170,5 +170,5 @@ def test_a_token_that_may_not_be_drawn_is_never_written(monkeypatch):
 
 def test_engines_that_write_no_runs_say_so():
     run = GenerateRequest(0, np.array([1]), 3, None, np.array([]), 0)
-    with pytest.raises(UnsupportedError, match="writes no runs"):
+    with pytest.raises(UnsupportedError, match="does not sample tokens itself"):
         super(ToySession, engine().session()).generate(run)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from toys import END, OPTIONS, SHARED, VOCABULARIES, driven, engine, ensemble, exact_law, fixed, toys, written
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.greedy import greedy, greedy_alone
+from mixlm.decoding.greedy import greedy, greedy_single
 from mixlm.engines.base import LogitsRequest
 
 PLAIN = OPTIONS["plain"]
@@ -92,7 +92,7 @@ def test_options_change_the_average_that_is_looked_at():
 def test_one_member_alone_takes_its_own_most_likely_symbol(member):
     those = toys("piece", 3)
     writing = written(those, {"method": "greedy"}, "ab", [])
-    choice, [[request]] = driven(greedy_alone(member), writing, those.weights, Noise(0))
+    choice, [[request]] = driven(greedy_single(member), writing, those.weights, Noise(0))
     assert isinstance(request, LogitsRequest)
     assert request.member == choice.member == member
     law = exact_law(ensemble([those.members[member].engine], unit="piece"), PLAIN, "ab")

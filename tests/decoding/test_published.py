@@ -12,13 +12,13 @@ from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law
 from mixlm.config import parse_config
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
-from mixlm.decoding.gac import strings
+from mixlm.decoding.gac import token_strings
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.loading import load, load_config
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.verification import baselines as references
-from mixlm.verification.baselines import Part
+from mixlm.verification.baselines import BaselineMember
 from mixlm.verification.check import check
 
 PLACES = [(), (b"a",), (b"ab", b"b", b"c")]
@@ -69,8 +69,8 @@ def reference(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> 
         symbols = those.unit.symbols(i)
         history = TokenHistory.from_tokens(np.array(read, dtype=np.int64), np.array(reply, dtype=np.int64))
         probs = dense_distribution(logits, settings.member_sampling({}), np.flatnonzero(symbols < 0), history)
-        parts.append(Part(float(those.weights[i]), probs, symbols, one))
-    found = references.law(options["rule"], parts, those.unit.end + 1, settings.mixed_sampling({}))
+        parts.append(BaselineMember(float(those.weights[i]), probs, symbols, one))
+    found = references.baseline_distribution(options["rule"], parts, those.unit.end + 1, settings.mixed_sampling({}))
     return {END if u == those.unit.end else those.unit.symbol_bytes(u): float(p) for u, p in enumerate(found) if p > 0}
 
 
@@ -163,8 +163,8 @@ def test_the_strings_of_the_union_are_spellings_with_their_signs_read():
     def names(*those: str) -> Vocabulary:
         return Vocabulary((b"x",) * len(those), frozenset(), frozenset(), those)
 
-    assert strings(names("Ġa", "ĠĊ", "Ã©", "▁a")) == [" a", " \n", "Ã©", "▁a"]
-    assert strings(names("▁a", "▁▁", "é", "a▁", "<0x0A>", "Ġ")) == [" a", "  ", "é", "a▁", "<0x0A>", "Ġ"]
+    assert token_strings(names("Ġa", "ĠĊ", "Ã©", "▁a")) == [" a", " \n", "Ã©", "▁a"]
+    assert token_strings(names("▁a", "▁▁", "é", "a▁", "<0x0A>", "Ġ")) == [" a", "  ", "é", "a▁", "<0x0A>", "Ġ"]
 
 
 @pytest.mark.parametrize("rule", ["gac", "unite"])

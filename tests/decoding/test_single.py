@@ -5,7 +5,7 @@ import pytest
 from toys import OPTIONS, Recorder, assert_same_law, driven, ensemble, exact_law, named, toys, written
 
 from mixlm.core.rng import Noise
-from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
+from mixlm.decoding import StrategyContext, build_strategy
 from mixlm.decoding.single import single
 from mixlm.engines.base import LogitsRequest, SampleRequest
 
@@ -29,9 +29,7 @@ def test_the_heaviest_member_writes_and_of_equals_the_first():
     those = toys("token", 3)
     settings = those.settings(method="single")
     for weights, expected in (([0.2, 0.5, 0.3], 1), ([0.4, 0.4, 0.2], 0)):
-        chosen = build_strategy(
-            settings, StrategyContext.unmeasured(np.array(weights), those.names, [{}] * 3), SpeculationStats()
-        )
+        chosen = build_strategy(settings, StrategyContext.unloaded(np.array(weights), those.names, [{}] * 3))
         choice, _ = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
         assert choice.member == expected
 
@@ -42,8 +40,6 @@ def test_the_heaviest_member_writes_and_of_equals_the_first():
 def test_temperature_zero_makes_it_greedy(options, kind):
     those = toys("token", 2)
     settings = those.settings(method="single", **options)
-    chosen = build_strategy(
-        settings, StrategyContext.unmeasured(those.weights, those.names, [{}] * 2), SpeculationStats()
-    )
+    chosen = build_strategy(settings, StrategyContext.unloaded(those.weights, those.names, [{}] * 2))
     _, [[request]] = driven(chosen, written(those, {}, "ab", []), those.weights, Noise(0))
     assert isinstance(request, kind)

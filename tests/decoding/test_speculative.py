@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from toys import OPTIONS, SHARED, engine, ensemble, toys
 
 from mixlm.decoding.auto import Auto
-from mixlm.decoding.cost_model import Costs, mixture_cost, speculative_cost
-from mixlm.decoding.drafts import LookupDraft, continued, prefix_groups
+from mixlm.decoding.cost_model import (
+    DraftPlan,
+    ForwardCostEstimator,
+    ForwardCosts,
+    mixture_seconds,
+    speculative_seconds,
+)
+from mixlm.decoding.drafts import LookupDraft, lookup_continuation, prefix_groups
 from mixlm.decoding.speculative import speculative
 from mixlm.engines.base import Forward
 from mixlm.errors import ConfigError, UnsupportedError
@@ -161,12 +167,10 @@ def forwards(one, count=8):
 
 
 def plan(seconds, agreement):
-    costs = Costs(lambda: [forwards(one) for one in seconds], [1] * len(seconds))
-    auto = Auto(costs, ["small", "large"], SpeculationStats())
-    auto._known["small"] = SpeculationStats(1000, int(1000 * agreement))
-    auto._known["large"] = SpeculationStats(1000, int(1000 * agreement))
-    auto._hopeful_at = 1 << 30
-    return auto._plan(np.array([0.5, 0.5]))
+    costs = ForwardCostEstimator(lambda: [forwards(one) for one in seconds], [1] * len(seconds))
+    acceptance = {name: SpeculationStats(1000, int(1000 * agreement)) for name in ("small", "large")}
+    auto = Auto(costs, ["small", "large"], SpeculationStats(), acceptance)
+    return auto.plan(np.array([0.5, 0.5]))
 
 
 def test_auto_drafts_where_it_pays_and_with_the_cheap_member():
@@ -181,18 +185,18 @@ def test_auto_drafts_where_it_pays_and_with_the_cheap_member():
 
 def test_costs_come_from_forwards_and_from_sizes_before_any():
     logs = [[Forward(1, 5, 2.0)] * 5 + [Forward(5, 5, 2.8)] * 5 + [Forward(100, 0, 50.0)], []]
-    seconds, slopes = Costs(lambda: logs, [100, 50]).measure()
-    np.testing.assert_allclose(seconds, [2.0, 1.0])
-    np.testing.assert_allclose(slopes, [0.1, 0.02])
+    costs = ForwardCostEstimator(lambda: logs, [100, 50]).estimate()
+    np.testing.assert_allclose(costs.seconds, [2.0, 1.0])
+    np.testing.assert_allclose(costs.slopes, [0.1, 0.02])
 
 
 def test_the_cost_of_a_token_by_hand():
-    weights, seconds, flat = np.array([0.5, 0.5]), np.array([0.1, 1.0]), np.zeros(2)
-    assert mixture_cost(weights, seconds, flat) == pytest.approx(0.55)
+    weights, costs = np.array([0.5, 0.5]), ForwardCosts(np.array([0.1, 1.0]), np.zeros(2))
+    assert mixture_seconds(weights, costs) == pytest.approx(0.55)
     # Without checks a block is what the mixture does: the draft's run, then one forward of the other.
-    assert speculative_cost(weights, seconds, flat, (0, 0, 0.8)) == pytest.approx(0.55)
+    assert speculative_seconds(weights, costs, DraftPlan(0, 0, 0.8)) == pytest.approx(0.55)
     # Four symbols of the large member a block when all are right, and the draft writes all but the last of eight.
-    assert speculative_cost(weights, seconds, flat, (0, 3, 1.0)) == pytest.approx((7 * 0.1 + 1) / 8)
+    assert speculative_seconds(weights, costs, DraftPlan(0, 3, 1.0)) == pytest.approx((7 * 0.1 + 1) / 8)
 
 
 def test_what_cannot_be_drafted_is_refused():
@@ -210,7 +214,7 @@ def test_what_cannot_be_drafted_is_refused():
 @given(st.lists(st.integers(0, 3), max_size=30))
 @settings(max_examples=200)
 def test_what_followed_before_is_found(ids):
-    found = continued(np.array(ids, dtype=np.int64), range(4, 1, -1))
+    found = lookup_continuation(np.array(ids, dtype=np.int64), range(4, 1, -1))
     for length in (4, 3, 2):
         places = [at for at in range(len(ids) - length) if ids[at : at + length] == ids[len(ids) - length :]]
         if places:

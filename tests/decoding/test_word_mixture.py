@@ -24,7 +24,7 @@ from toys import (
 )
 
 from mixlm.core.rng import Noise
-from mixlm.decoding.word_mixture import LONGEST, word_mixture
+from mixlm.decoding.word_mixture import MAX_UNVERIFIED, word_mixture
 from mixlm.engines.base import SampleRequest, SampleResponse
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import UnsupportedError
@@ -92,7 +92,7 @@ class Path:
         self.odds.append(float(weights[self.coin]))
         return self.coin
 
-    def again(self) -> Path:
+    def next_round(self) -> Path:
         self.next = self.next or Path(self.coin, self.takes, self)
         return self.next
 
@@ -143,7 +143,7 @@ def one_by_one(step):
         kept = begun(symbols) & np.isfinite(logprobs)
         symbols, logprobs = symbols[kept], logprobs[kept]
         logprobs = logprobs - np.logaddexp.reduce(logprobs)
-        at = step.noise.again().sample(symbols, logprobs)
+        at = step.noise.next_round().sample(symbols, logprobs)
         return SampleResponse(int(symbols[at]), float(logprobs[at]))
 
     [anew] = yield [SampleRequest(coin, following.ids(), beginning)]
@@ -159,7 +159,7 @@ def at(those, options, path):
     return writing
 
 
-def strategy_law(those, options, path, longest: int = LONGEST) -> dict[tuple[bytes, int], float]:
+def strategy_law(those, options, path, longest: int = MAX_UNVERIFIED) -> dict[tuple[bytes, int], float]:
     law = defaultdict(float)
     for choice, probability in enumerated(
         lambda: word_mixture(longest), lambda: at(those, options, path), those.weights
@@ -184,7 +184,7 @@ PATHS = [
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("longest", [1, LONGEST])
+@pytest.mark.parametrize("longest", [1, MAX_UNVERIFIED])
 def test_the_law_over_coins_and_draws_is_the_definition(path, name, longest):
     options = OPTIONS[name]
     found = strategy_law(three(), options, path, longest)
@@ -270,7 +270,7 @@ def test_the_second_draw_does_not_follow_from_the_first():
     """End-of-text is one symbol for all members: with the same noise, the first member's win would favour it."""
     one, two = fixed({b"a": 0.9, END: 0.1}), fixed({b" ": 0.7, END: 0.3})
     those = ensemble([one, two], [1e-9, 1], unit="word")
-    for longest in (1, LONGEST):
+    for longest in (1, MAX_UNVERIFIED):
         counts = defaultdict(int)
         for sequence in range(2500):
             choice, _ = driven(word_mixture(longest), at_plain(those, [(b"a", 0)]), those.weights, Noise(1, sequence))
@@ -316,7 +316,7 @@ def test_a_text_is_the_same_whenever_the_ends_of_words_are_looked_at(name, weigh
     for seed in range(6):
         options = {"seed": seed, "max_tokens": 3 + 9 * seed, **OPTIONS[name]}
         expected = replied(those, one_by_one, options, monkeypatch)
-        for longest in (1, 3, LONGEST):
+        for longest in (1, 3, MAX_UNVERIFIED):
             found = replied(those, word_mixture(longest), options, monkeypatch)
             assert found[0] == expected[0]
             assert found[1] == pytest.approx(expected[1], abs=1e-9)

@@ -41,17 +41,17 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     """What the device and the host draw from a random row; None for a row that comes whole."""
     logits, transform = random_case(seed)
     cut, noise = transform.top_k_filter, Noise(seed, 3, 5)
-    if cut is None or not ahead.applies(cut, len(logits)):
+    if cut is None or not ahead.is_worthwhile(cut, len(logits)):
         return None
     symbols = np.random.default_rng(seed).permutation(len(logits)) + 7
     draws = DeviceSampler(DeviceTopK())
-    part = draws.largest.part(logits[None].to(device), cut, [0]).view(2, -1)
+    part = draws.top_k.select(logits[None].to(device), cut, [0])[0]
     row = from_device(part.cpu().numpy(), cut)
     if row is None:
         return None
     told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
     law = transform(row)
-    return int(draws.token(part, cut, told, noise.sample_key)), int(
+    return int(draws.sample(part, cut, told, noise.sample_key)), int(
         law.ids[noise.sample(symbols[law.ids], law.logprobs)]
     )
 
@@ -75,7 +75,7 @@ def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
     for p in np.linspace(0.02, 0.99, 60):
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
         assert transform.top_k_filter is not None
-        part = DeviceTopK().part(logits[None], transform.top_k_filter, [0]).view(2, -1)
+        part = DeviceTopK().part(logits[None], transform.top_k_filter, [0])[0]
         ids, values = ahead.truncate_sorted(part[0].view(torch.float32), part[1], 14, transform.sampling)
         assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
 
@@ -159,9 +159,9 @@ def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  
 
 def test_draws_that_are_wrong_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
-    token = DeviceSampler.token
+    token = DeviceSampler.sample
     for off, hits in ((0, True), (1, False)):
-        monkeypatch.setattr(DeviceSampler, "token", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
+        monkeypatch.setattr(DeviceSampler, "sample", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
         for seed in range(2):
             found, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
             assert found[:2] == expected[:2]
@@ -216,15 +216,15 @@ def record(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         recorded = Recorded(run)
         return recorded, recorded.out
 
-    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
-    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(steps, "warm_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "capture", captured)
     monkeypatch.setattr(Recorded, "replays", 0)
-    engine.runner.steps = steps.CudaGraphRunner(engine.model, capture=True)
+    engine.runner.graphs = steps.CudaGraphRunner(engine.model, capture=True)
 
 
 @pytest.fixture
 def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_CROWDED", 0)
+    monkeypatch.setattr(runner, "RUN_AHEAD_COOLDOWN", 0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -285,7 +285,7 @@ def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEn
 def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
     engine: HFEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_CROWDED", 6)
+    monkeypatch.setattr(runner, "RUN_AHEAD_COOLDOWN", 6)
     one, other = Asking(engine), Asking(engine, seed=1)
     engine.respond([(each.session, each.draw()) for each in (one, other)])
     one.go_on(6, checked=False)  # the first is known by now
@@ -323,14 +323,14 @@ def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: 
 
 def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     ran: list[tuple[int, int]] = []
-    run_on = steps.CudaGraphRunner.run_on
+    run_on = steps.CudaGraphRunner.run_token
 
     def noted(self: steps.CudaGraphRunner, room: Any, token: torch.Tensor, length: int) -> Any:
         ran.append((length, room.size))
         return run_on(self, room, token, length)
 
     one = Asking(load("mistral"))
-    monkeypatch.setattr(steps.CudaGraphRunner, "run_on", noted)
+    monkeypatch.setattr(steps.CudaGraphRunner, "run_token", noted)
     one.ids = random_ids(one.engine, 250)
     one.session.context_length = 262
     one.go_on(12)
@@ -347,12 +347,12 @@ def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
     )
     draws = DeviceSampler(DeviceTopK())
     assert transform.top_k_filter is not None
-    part = draws.largest.part(logits[None], transform.top_k_filter, [0]).view(2, -1)
+    part = draws.top_k.select(logits[None], transform.top_k_filter, [0])[0]
     law = transform(logits.numpy())
     for key, shift in enumerate([0, 1000, 0, 77]):
         noise, symbols = Noise(key), np.arange(500) + shift
         told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
-        found = int(draws.token(part, transform.top_k_filter, told, noise.sample_key))
+        found = int(draws.sample(part, transform.top_k_filter, told, noise.sample_key))
         assert found == law.ids[noise.sample(symbols[law.ids], law.logprobs)]
 
 
@@ -360,7 +360,7 @@ def test_engines_that_do_not_go_ahead_are_told_nothing(load: Load, monkeypatch: 
     def never(*_: Any) -> int:
         raise AssertionError
 
-    monkeypatch.setattr(engine_sampling, "_reach", never)
+    monkeypatch.setattr(engine_sampling, "run_length", never)
     toys("token", 2).generate("ab", raw=True, max_tokens=5)
     pair(load, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
     whole = pair(load, "on", ("llama", "qwen2"))
@@ -382,17 +382,17 @@ def test_a_device_that_cannot_draw_runs_in_steps_alone(
     elif broken == "errs":
         monkeypatch.setattr(ahead, "gumbel", lambda starts, key: starts.double())
     else:
-        monkeypatch.setattr(steps.Step, "put", lambda self, token, length: None)
+        monkeypatch.setattr(steps.FixedShapeForward, "set_token", lambda self, token, length: None)
     one = load("llama")
-    assert one.runner.steps is not None
-    assert one.ahead == 0
+    assert one.runner.graphs is not None
+    assert one.run_ahead_depth == 0
     assert not one.session().has_run_ahead
 
 
 def test_only_engines_that_run_in_steps_go_ahead(load: Load) -> None:  # noqa: F811
-    assert load("llama").ahead == DEPTH
-    assert load("llama", "off").ahead == 0
-    assert load("llama").runner.using("some adapter").ahead == DEPTH
+    assert load("llama").run_ahead_depth == DEPTH
+    assert load("llama", "off").run_ahead_depth == 0
+    assert load("llama").runner.with_adapter("some adapter").run_ahead_depth == DEPTH
 
 
 @pytest.mark.parametrize("method", ["mixture", "single"])
@@ -442,7 +442,7 @@ def test_captured_steps_go_ahead_alike(load: Load, kinds: tuple[str, str], metho
 def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # noqa: F811
     one = Asking(load("llama", "auto", "cuda"))
     one.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
-    go_on = ahead.RunAhead._go_on
+    go_on = ahead.RunAhead._extend
 
     def strictly(self: ahead.RunAhead, told: RunAheadHint, run: int) -> None:
         torch.cuda.set_sync_debug_mode("error")
@@ -453,6 +453,6 @@ def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # no
 
     one.go_on(6, checked=False)  # what is captured, and what is brought to the device once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead.RunAhead, "_go_on", strictly)
+        patch.setattr(ahead.RunAhead, "_extend", strictly)
         one.go_on(20, checked=False)
     assert one.session.stats.run_ahead >= 20

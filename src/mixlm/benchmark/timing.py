@@ -1,7 +1,7 @@
-"""One timed run: a number of tokens behind a prompt that every member has read.
+"""One timed run: a number of tokens after a prompt that every member has prefilled.
 
-A run first reads the prompt (time to first token), then lets every member read it, so that what follows is decoding
-alone; of that, the time inside forwards is known from the sessions, and the rest is what mixlm itself costs.
+A run generates the first token (time to first token), then lets every member prefill, so that what follows is decoding
+alone. The sessions know the time inside forwards; the rest is the overhead of mixlm.
 """
 
 from __future__ import annotations
@@ -12,27 +12,36 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.config import METHODS, Method, supported_methods
+from mixlm.config import METHODS, Method
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
+from mixlm.decoding.drafts import LookupDraft, default_draft
 from mixlm.engines.base import Forward, Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
-from mixlm.generation.generation import EncodedPrompt
+from mixlm.generation.prompt import EncodedPrompt
 
 DEFAULT = ("single", "conventional", "mixture")
 # "drafted" is greedy decoding with a draft.
-KINDS: tuple[str, ...] = (*DEFAULT, *(one for one in METHODS if one not in DEFAULT), "drafted")
-_AHEAD = ("speculative", "drafted")
-_CHEAPER = 0.75  # of the weights of the largest member, up to which the smallest drafts unless a draft is named
+KINDS: tuple[str, ...] = (*DEFAULT, *(method for method in METHODS if method not in DEFAULT), "drafted")
+_DRAFTING = ("speculative", "drafted")
 
 
 @dataclass(frozen=True, slots=True)
 class TimedRun:
     """One timed run.
 
-    tokens: that were written in `seconds`. first: seconds to the first token, which is not among them. forwards: those
-    of the decoding, by member. outside: seconds outside forwards, by token. memory: bytes in use at its end.
+    Args:
+        tokens: Tokens generated in `seconds`, without the first one.
+        seconds: Time of decoding.
+        first: Seconds to the first token.
+        bytes: Bytes of text.
+        forwards: The forwards of decoding, by member.
+        outside: Seconds outside forwards, by token.
+        checked: Drafts that were checked.
+        accepted: Drafts that were accepted.
+        chosen: The method that `auto` used last.
+        memory: Bytes in use at the end.
     """
 
     tokens: int
@@ -49,16 +58,16 @@ class TimedRun:
     @property
     def inside(self) -> float:
         """Seconds inside forwards."""
-        return sum(one.seconds for member in self.forwards for one in member)
+        return sum(forward.seconds for member in self.forwards for forward in member)
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 class Contestant(Protocol):
-    """Something whose speed is measured. label: unique in a run. draft: who writes ahead, if anybody does."""
+    """Something whose speed is measured. label: unique in a benchmark. draft: what drafts, None for nothing."""
 
     label: str
     method: str
@@ -66,7 +75,7 @@ class Contestant(Protocol):
     draft: str | None
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
-        """Write `tokens` tokens behind the first one. Equal sequences write equal texts."""
+        """Generate `tokens` tokens after the first one. Equal sequence numbers give equal texts."""
         ...
 
 
@@ -80,30 +89,32 @@ class EnsembleContestant:
         self.ensemble = ensemble
         self._prompt = prompt
         self.settings = method_settings(ensemble, kind, options)
-        self.draft = draft_name(ensemble, self.settings) if kind in _AHEAD else None
+        self.draft = draft_name(ensemble, self.settings) if kind in _DRAFTING else None
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
-        """Write with new sessions."""
+        """Generate with new sessions."""
         settings = replace(self.settings, sequence=sequence)
-        sessions = [one.engine.session() for one in self.ensemble.members]
+        sessions = [member.engine.session() for member in self.ensemble.members]
         return time_run(self.ensemble, settings, self.ensemble.encode_prompt(self._prompt, settings), sessions, tokens)
 
 
 def contestants(
     ensemble: Ensemble, kinds: Sequence[str], prompt: str, options: Mapping[str, Any]
 ) -> list[EnsembleContestant]:
-    """Return what is measured for these kinds; `single` stands for each member alone. Raises ConfigError."""
+    """Return a contestant for each kind, for `single` one of each member. Raises ConfigError."""
     if tuple(kinds) == DEFAULT:
-        kinds = [one for one in kinds if one in supported_methods(ensemble.unit.name)]
-    found: list[EnsembleContestant] = []
+        kinds = [method for method in kinds if method in ensemble.unit.traits.methods]
+    competitors: list[EnsembleContestant] = []
     for kind in dict.fromkeys(checked_kinds(kinds)):
-        those = [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
-        found += [EnsembleContestant(one, kind, prompt, options) for one in those]
-    return found
+        ensembles = (
+            [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
+        )
+        competitors += [EnsembleContestant(measured_ensemble, kind, prompt, options) for measured_ensemble in ensembles]
+    return competitors
 
 
 def checked_kinds(kinds: Sequence[str]) -> Sequence[str]:
-    """Return the kinds of a benchmark. Raises ConfigError for none, and for an unknown one."""
+    """Return the kinds. Raises ConfigError for an empty list or an unknown kind."""
     if not kinds:
         raise ConfigError("no method is named", f"there are {', '.join(KINDS)}")
     for kind in kinds:
@@ -114,69 +125,69 @@ def checked_kinds(kinds: Sequence[str]) -> Sequence[str]:
 
 
 def single_member(ensemble: Ensemble, member: int) -> Ensemble:
-    """Return one member as an ensemble of its own."""
+    """Return an ensemble of one member."""
     return Ensemble([ensemble.members[member]], defaults=ensemble.defaults)
 
 
 def method_settings(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> GenerationOptions:
-    """Return the settings of a kind: a draft is for those that write ahead. End-of-text is never drawn."""
-    given = {name: value for name, value in options.items() if name != "draft" or kind in _AHEAD}
-    method: Method = next((one for one in METHODS if one == kind), "greedy")
-    if kind == "drafted" and given.get("draft") is None:
-        given["draft"] = default_draft(ensemble)
-    return ensemble.settings(**{"seed": 0, **given, "method": method, "ignore_end": True})
+    """Return the settings of a kind; a draft applies to those that draft. End-of-text is masked."""
+    applicable = {name: value for name, value in options.items() if name != "draft" or kind in _DRAFTING}
+    method: Method = next((method for method in METHODS if method == kind), "greedy")
+    if kind == "drafted" and applicable.get("draft") is None:
+        applicable["draft"] = default_draft_name(ensemble)
+    return ensemble.settings(**{"seed": 0, **applicable, "method": method, "ignore_end": True})
 
 
 def draft_name(ensemble: Ensemble, settings: GenerationOptions) -> str:
-    """Return what writes ahead by these settings: a member's name, or "lookup"."""
-    return settings.draft if settings.draft is not None else default_draft(ensemble)
+    """Return what drafts with these settings: a member's name, or "lookup"."""
+    return settings.draft if settings.draft is not None else default_draft_name(ensemble)
 
 
-def default_draft(ensemble: Ensemble) -> str:
-    """Return the smallest member where it is clearly smaller than another that has weight, else "lookup"."""
-    sizes = [one.engine.weights_bytes for one in ensemble.members]
-    smallest = min(range(len(sizes)), key=lambda i: sizes[i])
-    others = [size for i, size in enumerate(sizes) if i != smallest and ensemble.weights[i] > 0]
-    return ensemble.names[smallest] if others and sizes[smallest] <= _CHEAPER * max(others) else "lookup"
+def default_draft_name(ensemble: Ensemble) -> str:
+    """Return what drafts unless a draft is named: a member's name, or "lookup"."""
+    member = default_draft([member.engine.weights_bytes for member in ensemble.members], ensemble.weights)
+    return LookupDraft.name if member is None else ensemble.names[member]
 
 
 def time_run(
     ensemble: Ensemble, settings: GenerationOptions, prompts: EncodedPrompt, sessions: Sequence[Session], tokens: int
 ) -> TimedRun:
-    """Write one token, let every member read, then write `tokens` more and time those."""
-    writer = ensemble.context(settings, sessions)
+    """Generate one token, let every member prefill, then generate `tokens` more and time those."""
+    context = ensemble.context(settings, sessions)
     start = time.perf_counter()
-    writing = writer.begin_sequence(prompts)
-    [choice] = writer.decode_step(writing, Noise(settings.seed, settings.sequence, 0))
+    sequence = context.begin_sequence(prompts)
+    [choice] = context.decode_step(sequence, Noise(settings.seed, settings.sequence, 0))
     first = time.perf_counter() - start
     for i, session in enumerate(sessions):
-        session.logits(writing.state.ids(i))
-    writing.append(choice)
-    before = [len(one.stats.forwards) for one in sessions]
-    checked, accepted = writer.speculation.drafted, writer.speculation.accepted
+        session.logits(sequence.state.ids(i))
+    sequence.append(choice)
+    before = [len(session.stats.forwards) for session in sessions]
+    checked, accepted = context.speculation.drafted, context.speculation.accepted
     size = 0
     outside: list[float] = []
-    begin = step = time.perf_counter()
+    start_decoding = step_start = time.perf_counter()
     while len(outside) < tokens:
-        seen = [len(one.stats.forwards) for one in sessions]
+        seen = [len(session.stats.forwards) for session in sessions]
         noise = Noise(settings.seed, settings.sequence, len(outside) + 1)
-        choices = writer.decode_step(writing, noise, tokens - len(outside))
+        choices = context.decode_step(sequence, noise, tokens - len(outside))
         for choice in choices:
-            writing.append(choice)
+            sequence.append(choice)
             size += len(ensemble.unit.symbol_bytes(choice.symbol))
         now = time.perf_counter()
-        inside = sum(f.seconds for one, n in zip(sessions, seen, strict=True) for f in one.stats.forwards[n:])
-        outside += [(now - step - inside) / len(choices)] * len(choices)
-        step = now
+        inside = sum(
+            forward.seconds for session, n in zip(sessions, seen, strict=True) for forward in session.stats.forwards[n:]
+        )
+        outside += [(now - step_start - inside) / len(choices)] * len(choices)
+        step_start = now
     return TimedRun(
         tokens=tokens,
-        seconds=step - begin,
+        seconds=step_start - start_decoding,
         first=first,
         bytes=size,
-        forwards=[one.stats.forwards[n:] for one, n in zip(sessions, before, strict=True)],
+        forwards=[session.stats.forwards[n:] for session, n in zip(sessions, before, strict=True)],
         outside=outside,
-        checked=writer.speculation.drafted - checked,
-        accepted=writer.speculation.accepted - accepted,
-        chosen=writer.speculation.plan,
+        checked=context.speculation.drafted - checked,
+        accepted=context.speculation.accepted - accepted,
+        chosen=context.speculation.plan,
         memory=memory_in_use(),
     )

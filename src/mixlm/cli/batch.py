@@ -6,24 +6,23 @@ the requests that are done, and refuses a file that was written with other setti
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from mixlm.cli.display import dim, json_text
+from mixlm.cli.display import dim
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
 from mixlm.errors import ConfigError, UsageError
+from mixlm.resumable_log import ResumableLog, exclusive
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options
-    from mixlm.ensemble import Ensemble, Prompt
+    from mixlm.ensemble import Ensemble
+    from mixlm.generation.prompt import Prompt
 
 _RECORD = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
@@ -69,9 +68,13 @@ class PromptFile:
             "weights": ensemble.weights.tolist(),
         }
         keys = [_key({**request, "prompt": _plain(prompt), "number": i}) for i, prompt in enumerate(prompts)]
-        with _locked(self.output) as file:
-            done, seed = _completed(self.output, file, keys)
-            options = cast("Options", {**options, "seed": options.get("seed", settings.seed if seed is None else seed)})
+        with exclusive(self.output):
+            log = ResumableLog(self.output, index="number", key="key", result="seed")
+            for i in log.records:
+                log.get(i, keys[i] if i in range(len(keys)) else "")
+            done = set(log.records)
+            seed = next((record["seed"] for record in reversed(log.records.values())), settings.seed)
+            options = cast("Options", {"seed": seed, **options})
             if done:
                 dim(f"{len(done)} of {len(prompts)} are in {self.output}; continuing with the rest")
             failed = 0
@@ -85,10 +88,9 @@ class PromptFile:
                         failed += 1
                         dim(f"prompt {i + 1}: {generation.error}")
                         continue
-                    record = {"number": i, "key": keys[i], **generation.completion.as_dict()}
-                    record.pop("tokens", None)
-                    print(json_text(record, indent=None), file=file, flush=True)
-                    os.fsync(file.fileno())
+                    fields = generation.completion.as_dict()
+                    fields.pop("tokens", None)
+                    log.add(i, keys[i], fields)
                     if show is not None:
                         show("completions", finished, len(prompts))
         if failed:
@@ -117,47 +119,3 @@ def _plain(prompt: Prompt) -> Any:
 
 def _key(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Open the output and lock it; the lock ends with the process, however it ends."""
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"{path} is being written by another mixlm", "wait for it, or name another file"
-            ) from None
-        yield file
-
-
-def _completed(path: Path, file: IO[str], keys: Sequence[str]) -> tuple[set[int], int | None]:
-    """Return the indices of the completed prompts, and the seed of their completions.
-
-    Removes a last line that was cut off when its writer was killed; its completion is generated again.
-
-    Raises:
-        ConfigError: The file belongs to another run.
-    """
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    completed: set[int] = set()
-    seed = None
-    for number, line in enumerate(data[:end].decode("utf-8", "replace").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-            i, key, seed = record["number"], record["key"], record["seed"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path}, line {number}: not a completion by mixlm", "name another file") from None
-        if not 0 <= i < len(keys) or keys[i] != key:
-            raise ConfigError(
-                f"{path} holds completions of other prompts or with other options (line {number})",
-                "name another file, or remove it",
-            )
-        completed.add(i)
-    if end < len(data):
-        file.truncate(end)
-    return completed, seed

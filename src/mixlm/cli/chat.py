@@ -18,7 +18,7 @@ from mixlm.errors import MixlmError, PromptTooLongError, did_you_mean
 from mixlm.terminal import has_colours, is_terminal
 
 if TYPE_CHECKING:
-    from mixlm.ensemble import Chat
+    from mixlm.chat import Chat
 
 _COMMANDS = {
     "/help": "show this list",

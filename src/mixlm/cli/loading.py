@@ -60,19 +60,19 @@ def open_ensemble(
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:
     """Check options as the ensemble would, but before large models are loaded."""
-    from mixlm.core.mixing import checked_weights
-    from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
+    from mixlm.core.mixing import normalized_weights
+    from mixlm.decoding import StrategyContext, build_strategy
 
     try:
-        checked = checked_weights(weights if weights is not None else config.weights(), len(config.members))
+        checked = normalized_weights(weights if weights is not None else config.weights(), len(config.members))
     except ConfigError as error:
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
     settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
     sampling = [{**config.sampling.given(), **member.sampling.given()} for member in config.members]
     for member_sampling in sampling:
-        settings.for_member(member_sampling)
+        settings.member_sampling(member_sampling)
     # Names of members are final once they are loaded, so the draft is checked then.
     names = [member.name or member.model for member in config.members]
-    context = StrategyContext.unmeasured(checked, names, sampling)
-    build_strategy(replace(settings, draft=None), context, SpeculationStats())
+    context = StrategyContext.unloaded(checked, names, sampling)
+    build_strategy(replace(settings, draft=None), context)

@@ -1,66 +1,100 @@
-"""`auto`: mixture or speculative, whichever is faster here, measured as the text is written.
+"""`auto`: mixture or speculative, whichever is faster here, measured as the text is generated.
 
-All of them write the same text for the same noise, so it may change its mind at any position and no law changes.
+Both write the same text for the same noise, so it may change its plan at any position without changing the
+distribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from mixlm.decoding.cost_model import Costs, mixture_cost, speculative_cost
-from mixlm.decoding.drafts import LookupDraft, MemberDraft
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
+from mixlm.decoding.cost_model import DraftPlan, ForwardCostEstimator, mixture_seconds, speculative_seconds
+from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft
 from mixlm.decoding.speculative import speculative
-from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats
+from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Floats
 
-CHECKS = (1, 2, 3, 4, 6, 8)
-_GAIN = 0.97  # a plan must be this much cheaper than the mixture, or its forwards are not worth the variance
-_AGAIN = 64  # steps after which a plan that was given up is tried once more
-_LOOKUP = 0.25  # acceptance from which guesses that cost no forward are worth checking
+BLOCKS = (1, 2, 3, 4, 6, 8)
+LOOKUP_BLOCK = 4
+_MIN_GAIN = 0.97  # a plan must be this much cheaper than the mixture, or its forwards are not worth the variance
+_TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
+_TRIAL_ACCEPTANCE = 0.9
+_MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
+
+
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy; it has no options."""
+    return Auto(ForwardCostEstimator(context.forwards, context.sizes), context.names, context.speculation)
+
+
+class Plan(NamedTuple):
+    """What drafts, and how many proposals of a block are verified; 0 for the plain mixture."""
+
+    draft: Draft
+    block: int
 
 
 class Auto:
-    """A strategy that picks the draft and the length of each block."""
+    """A strategy that picks the draft and the length of each block.
 
-    def __init__(self, costs: Costs, names: Sequence[str], tally: SpeculationStats) -> None:
+    Args:
+        costs: What forwards of each member take.
+        names: The members' names.
+        speculation: Records drafts of all plans.
+        acceptance: What is known of each draft by its name, to begin with.
+    """
+
+    def __init__(
+        self,
+        costs: ForwardCostEstimator,
+        names: Sequence[str],
+        speculation: SpeculationStats,
+        acceptance: Mapping[str, SpeculationStats] | None = None,
+    ) -> None:
         self._costs = costs
         self._names = names
-        self._tally = tally
-        self._known: dict[str, SpeculationStats] = {}
+        self._total = speculation
+        self._by_draft = dict(acceptance or {})
         self._steps = 0
-        self._hopeful_at = 0
+        self._next_trial = 0
 
     def __call__(self, step: DecodeStep) -> Flow:
-        """Write with the plan that promises most."""
-        draft, checks = self._plan(step.weights)
-        own = self._known.setdefault(draft.name, SpeculationStats())
-        before = own.drafted, own.accepted
-        choices = yield from speculative(draft, checks, own)(step)
-        self._tally.drafted += own.drafted - before[0]
-        self._tally.accepted += own.accepted - before[1]
-        self._tally.plan = f"speculative: {draft.name} drafts, {checks} checked" if checks else "mixture"
+        """Generate with the plan that promises most."""
+        is_trial = self._steps >= self._next_trial
+        if is_trial:
+            self._next_trial = self._steps + _TRIAL_INTERVAL
+        draft, block = self.plan(step.weights, is_trial=is_trial)
+        stats = self._by_draft.setdefault(draft.name, SpeculationStats())
+        drafted, accepted = stats.drafted, stats.accepted
+        choices = yield from speculative(draft, block, stats)(step)
+        self._total.drafted += stats.drafted - drafted
+        self._total.accepted += stats.accepted - accepted
+        self._total.plan = f"speculative: {draft.name} drafts, {block} verified" if block else "mixture"
         self._steps += len(choices)
         return choices
 
-    def _plan(self, weights: Floats) -> tuple[MemberDraft | LookupDraft, int]:
-        hopeful = self._steps >= self._hopeful_at
-        if hopeful:
-            self._hopeful_at = self._steps + _AGAIN
-        seconds, slopes = self._costs.measure()
-        least, plan = mixture_cost(weights, seconds, slopes) * _GAIN, None
+    def plan(self, weights: Floats, *, is_trial: bool = False) -> Plan:
+        """Return the cheapest plan for weights (members,). is_trial: assume a good acceptance rate of every draft."""
+        costs = self._costs.estimate()
+        cheapest, member_plan = mixture_seconds(weights, costs) * _MIN_GAIN, None
         for member, name in enumerate(self._names):
-            right = self._acceptance(name, hopeful)
-            for checks in CHECKS:
-                cost = speculative_cost(weights, seconds, slopes, (member, checks, right))
-                if weights[member] < 1 and cost < least:
-                    least, plan = cost, (member, checks)
-        if plan is not None:
-            return MemberDraft(plan[0], self._names[plan[0]]), plan[1]
+            acceptance = self._acceptance(name, is_trial)
+            for block in BLOCKS:
+                seconds = speculative_seconds(weights, costs, DraftPlan(member, block, acceptance))
+                if weights[member] < 1 and seconds < cheapest:
+                    cheapest, member_plan = seconds, (member, block)
+        if member_plan is not None:
+            member, block = member_plan
+            return Plan(MemberDraft(member, self._names[member]), block)
         lookup = LookupDraft()
-        return lookup, 4 if self._acceptance(lookup.name, hopeful) > _LOOKUP else 0
+        worthwhile = self._acceptance(lookup.name, is_trial) > _MIN_LOOKUP_ACCEPTANCE
+        return Plan(lookup, LOOKUP_BLOCK if worthwhile else 0)
 
-    def _acceptance(self, name: str, hopeful: bool) -> float:
-        """Return how often a draft's guesses were right, as far as is known; at least a good rate where hopeful."""
-        known = self._known.get(name, SpeculationStats())
-        measured = (known.accepted + 3.6) / (known.drafted + 4)
-        return max(measured, 0.9) if hopeful else measured
+    def _acceptance(self, name: str, is_trial: bool) -> float:
+        """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
+        stats = self._by_draft.get(name, SpeculationStats())
+        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
+        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured

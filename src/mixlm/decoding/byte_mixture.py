@@ -1,221 +1,230 @@
-"""`mixture` in the unit `byte`: draw a member for each byte, and the byte from that member's exact law.
+"""`mixture` in the unit `byte`: one coin a byte, and the byte from that member's exact distribution.
 
-A member's law of the next byte need not be known to be drawn from. A cover of the text, drawn with its probability
-given the text, has a last token that reaches beyond it, and its next byte is the one; or it ends with the text, and a
-token drawn behind it has the byte. The token's further bytes, and further tokens, stand as long as the coins fall on
-the same member. Then they are forgotten, and whoever is drawn next draws a cover anew: nothing but the text is kept.
-They may also be given up at any moment that says nothing of what comes next, but not, for one, where a token ends: what
-would be drawn anew there is less likely to end. They are after whitespace, so that a text can be read word by word.
+A member's distribution over the next byte need not be known to be sampled. A cover of the text is a sequence of tokens
+that spell it, the last of which may reach beyond it. A cover sampled with its probability given the text either reaches
+beyond it, and its next byte is the sample; or it ends with the text, and a token sampled after it has the byte. The
+token's further bytes, and further tokens, are accepted as long as the coins fall on the same member. Then they are
+dropped, and the next member samples a cover anew: nothing but the text is kept. They may also be dropped at any moment
+that says nothing of what comes next, but not, for example, where a token ends: what would be sampled anew there is less
+likely to end. They are dropped after whitespace, so that a text can be read word by word.
 
-Covers are drawn without knowing all of them. Forwards are made at boundaries behind the last seam, where most
-probability waits first, and each tells more of the groups that covers fall into: by the place where the last token
-begins, and by whether it ends with the text. What waits at boundaries not looked at is a bound of what they can add. As
-soon as the number that picks a group picks the same one whatever the rest adds, there is nothing left to ask. The token
-is then drawn from its group, whose law is known. Mostly that takes no forward but one for each token.
+Covers are sampled without knowing all of them. Forwards run at boundaries behind the last forced boundary, where most
+probability is pending first, and each refines the groups that covers fall into: by where the last token begins, and by
+whether it ends with the text. What is pending at boundaries that have not run bounds what they can add. As soon as the
+uniform number that picks a group picks the same one whatever they add, no more forwards are needed. The token is then
+sampled from its group, whose distribution is known. Mostly that takes one forward a token.
 
-A member's truncation may leave no cover of a text that others wrote. Then it writes the text over from the last seam:
-at each boundary it draws among the tokens that agree with the text, the others masked before truncation, until one
-reaches its end. A text that its tokens cannot spell ends on a boundary.
+A member's truncation may leave no cover of a text that others wrote. Then it respells the text from the last forced
+boundary: at each boundary it samples among the tokens that agree with the text, the others masked before truncation,
+until one reaches its end. A text that its tokens cannot spell ends on a boundary.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
-from mixlm.engines.base import LogitsRequest, Request, Response
+from mixlm.decoding import StrategyContext
+from mixlm.engines.base import LogitsRequest
 from mixlm.errors import UnsupportedError
-from mixlm.generation.sequence import Choice, DecodeStep, Flow, MemberView, Strategy
+from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.member import MemberView
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, TopLogprobs
 from mixlm.units.byte import BoundaryOutput, ByteState, RankedDistribution
 from mixlm.units.word import WHITESPACE
 
-LONGEST = 32  # bytes of one member that are chosen at once
+MAX_BYTES = 32  # of one member that are chosen at once
 _STOPS = frozenset(WHITESPACE)
 
 
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy; it has no options."""
+    return byte_mixture()
+
+
 def byte_mixture(member: int | None = None) -> Strategy:
-    """Return the strategy that draws a member for each byte by its weight, or takes the given one always."""
+    """Return the strategy that tosses a coin for each byte, or always samples from the given member."""
 
     def coin(step: DecodeStep) -> int:
         return step.noise.coin(step.weights) if member is None else member
 
     def strategy(step: DecodeStep) -> Flow:
         z = coin(step)
-        reading = _Reading(z, step.views[z])
-        cover = yield from reading.cover(step.noise)
+        sampler = _CoverSampler(z, step.views[z])
+        cover = yield from sampler.sample_cover(step.noise)
         choices: list[Choice] = []
         while True:
-            for choice in reading.revealed(cover, step.noise):
+            for choice in sampler.sample_bytes(cover, step.noise):
                 choices.append(choice)
-                if choice.symbol in _STOPS or len(choices) == LONGEST or choice.symbol == reading.end:
+                if choice.symbol in _STOPS or len(choices) == MAX_BYTES or choice.symbol == sampler.end:
                     return choices
-                here = step.push(choice.symbol)
-                if here is None or coin(here) != z:
+                following = step.push(choice.symbol)
+                if following is None or coin(following) != z:
                     return choices
-                step = here
-            reading = _Reading(z, step.views[z])
-            cover = yield from reading.boundary()
+                step = following
+            sampler = _CoverSampler(z, step.views[z])
+            cover = yield from sampler.cover_at_end()
 
     return strategy
 
 
 class _Cover(NamedTuple):
-    """A group of covers: where their last token begins, and the span of the law there that it is drawn from."""
+    """A group of covers: where their last token begins, and the span of the distribution there that it is from."""
 
-    place: int
-    law: RankedDistribution
+    offset: int
+    distribution: RankedDistribution
     span: slice
 
 
 class _Group(NamedTuple):
-    """A group of covers and its weight; it ends with the text where `cover` is None."""
+    """A group of covers and its weight; the covers end with the text where `cover` is None."""
 
     weight: float
     cover: _Cover | None
 
 
-class _Reading:
-    """One member's reading of the text, as it stands when the member is drawn."""
+class _CoverSampler:
+    """Samples one member's covers of the text as it is now. end: the symbol of end-of-text."""
 
     def __init__(self, member: int, view: MemberView) -> None:
         self._member = member
         self._view = view
         self._state = cast(ByteState, view.state)
-        self._lexicon = self._state.prefix_indexes[member]
+        self._index = self._state.prefix_indexes[member]
         self._length = len(self._state)
-        self.end = self._lexicon.end
+        self.end = self._index.end
 
-    def cover(self, noise: Noise) -> Generator[list[Request], list[Response], _Cover]:
-        """Draw a group of covers; one that ends with the text becomes all tokens behind it."""
-        drawn: _Cover | None = None
+    def sample_cover(self, noise: Noise) -> RequestFlow[_Cover]:
+        """Sample a group of covers; one that ends with the text becomes all tokens after it."""
+        cover: _Cover | None = None
         if self._length:
-            groups, picked = yield from self._likely(noise.next_round().uniform())
-            if picked is None:
-                drawn = yield from self._written_over(noise.next_round())
+            groups, index = yield from self._sample_group(noise.next_round().uniform())
+            if index is None:
+                cover = yield from self._respell(noise.next_round())
             else:
-                drawn = groups[picked].cover
-        return (yield from self.boundary()) if drawn is None else drawn
+                cover = groups[index].cover
+        return (yield from self.cover_at_end()) if cover is None else cover
 
-    def boundary(self) -> Generator[list[Request], list[Response], _Cover]:
-        """Return all tokens behind a text that a token ends with."""
-        law = (yield from self._known(self._length)).distribution
-        return _Cover(self._length, law, slice(0, law.ranks.size))
+    def cover_at_end(self) -> RequestFlow[_Cover]:
+        """Return all tokens after a text that ends with a token."""
+        distribution = (yield from self._output(self._length)).distribution
+        return _Cover(self._length, distribution, slice(0, distribution.ranks.size))
 
-    def revealed(self, cover: _Cover, noise: Noise) -> list[Choice]:
-        """Draw a token, and return the bytes it adds, each with its log-probability behind the cover's place.
+    def sample_bytes(self, cover: _Cover, noise: Noise) -> list[Choice]:
+        """Sample a token of a cover, and return the bytes that it adds to the text.
 
-        One choice of end-of-text, if that is drawn.
+        Each has its log-probability given the cover's offset; end-of-text is one choice.
         """
-        law, span = cover.law, cover.span
+        distribution, span = cover.distribution, cover.span
         if span.start == span.stop:
-            raise UnsupportedError(f"{self._view.member.name} cannot go on with what json_schema allows here")
-        at = span.start + noise.sample(law.symbols[span], law.logprobs[span])
-        if law.symbols[at] == self.end:
-            return [Choice(self.end, self._member, float(law.logprobs[at]))]
-        data = self._lexicon.token_bytes(int(law.ranks[at]))
-        out = []
-        mass = law.mass(span)
-        for length in range(self._length - cover.place, len(data)):
-            told = self._likeliest_bytes(law, span, length)
-            span = law.span(*self._lexicon.with_prefix(data[: length + 1]))
-            narrower = law.mass(span)
-            out.append(Choice(data[length], self._member, min(float(np.log(narrower / mass)), 0.0), told))
+            raise UnsupportedError(f"{self._view.member.name} cannot continue the text as json_schema allows")
+        index = span.start + noise.sample(distribution.symbols[span], distribution.logprobs[span])
+        if distribution.symbols[index] == self.end:
+            return [Choice(self.end, self._member, float(distribution.logprobs[index]))]
+        token = self._index.token_bytes(int(distribution.ranks[index]))
+        choices = []
+        mass = distribution.mass(span)
+        for length in range(self._length - cover.offset, len(token)):
+            alternatives = self._top_bytes(distribution, span, length)
+            span = distribution.span(*self._index.with_prefix(token[: length + 1]))
+            narrower = distribution.mass(span)
+            logprob = min(float(np.log(narrower / mass)), 0.0)
+            choices.append(Choice(token[length], self._member, logprob, alternatives))
             mass = narrower
-        return out
+        return choices
 
-    def _likeliest_bytes(self, law: RankedDistribution, span: slice, length: int) -> TopLogprobs:
-        """Return the likeliest bytes behind the first `length` of a token, given that it stands in a span of a law."""
+    def _top_bytes(self, distribution: RankedDistribution, span: slice, length: int) -> TopLogprobs:
+        """Return the most likely bytes after the first `length` of a token, given that it is in a span."""
         count = self._view.member.top_logprobs
         if count == 0:
             return ()
         mass: defaultdict[int, float] = defaultdict(float)
-        for at in range(span.start, span.stop):
-            ended = law.symbols[at] == self.end
-            data = b"" if ended else self._lexicon.token_bytes(int(law.ranks[at]))
-            if ended or len(data) > length:
-                mass[self.end if ended else data[length]] += float(np.exp(law.logprobs[at]))
+        for index in range(span.start, span.stop):
+            is_end = distribution.symbols[index] == self.end
+            token = b"" if is_end else self._index.token_bytes(int(distribution.ranks[index]))
+            if is_end or len(token) > length:
+                mass[self.end if is_end else token[length]] += float(np.exp(distribution.logprobs[index]))
         symbols, masses = np.array(list(mass)), np.array(list(mass.values()))
-        return top_logprobs(Candidates(symbols, np.log(masses / law.mass(span))), count)
+        return top_logprobs(Candidates(symbols, np.log(masses / distribution.mass(span))), count)
 
-    def _known(self, place: int) -> Generator[list[Request], list[Response], BoundaryOutput]:
-        """Return what the member says behind a place, from a forward if it has not been asked yet."""
-        known = self._state.cached_output(self._member, place)
-        if known is None:
-            ids = self._state.ids_at(self._member, place)
-            law = self._view.bind_distribution(ids, self._state.substring(0, place))
-            [logits] = yield [LogitsRequest(self._member, ids)]
-            known = BoundaryOutput(
-                logits[0].copy(), law, RankedDistribution.from_candidates(self._lexicon, law(logits[0]))
-            )
-            self._state.cache_output(self._member, place, known)
-        return known
+    def _output(self, offset: int) -> RequestFlow[BoundaryOutput]:
+        """Return the member's output at a boundary, from a forward if it is not known."""
+        output = self._state.cached_output(self._member, offset)
+        if output is None:
+            ids = self._state.ids_at(self._member, offset)
+            transform = self._view.bind_distribution(ids, self._state.substring(0, offset))
+            [rows] = yield [LogitsRequest(self._member, ids)]
+            distribution = RankedDistribution.from_candidates(self._index, transform(rows[0]))
+            output = BoundaryOutput(rows[0].copy(), transform, distribution)
+            self._state.cache_output(self._member, offset, output)
+        return output
 
-    def _likely(self, u: float) -> Generator[list[Request], list[Response], tuple[list[_Group], int | None]]:
-        """Return groups of covers and which of them the number u picks; None where no cover has any probability."""
+    def _sample_group(self, uniform: float) -> RequestFlow[tuple[list[_Group], int | None]]:
+        """Return groups of covers, and the index of the one that a number in (0, 1] picks; None where there is none."""
         groups: list[_Group] = []
-        seam = self._state.forced_boundary(self._member)
-        waiting = defaultdict(float, {seam: 1.0})
-        looks = 0
-        while waiting:
-            picked = _picked(groups, u, sum(waiting.values()))
-            if picked is not None:
-                return groups, picked
-            # From left to right each place is looked at once; by probability, a place may get more of it later.
-            left = looks > self._length - seam
-            place = min(waiting) if left else max(waiting, key=lambda one: (waiting[one], -one))
-            looks += 1
-            mass = waiting.pop(place)
-            law = (yield from self._known(place)).distribution
-            rest = self._state.substring(place)
-            for length, rank in self._lexicon.prefixes_of(rest):
-                probability = mass * law.mass(law.span(rank, rank + 1))
+        start = self._state.forced_boundary(self._member)
+        pending = defaultdict(float, {start: 1.0})  # probability of covers by the boundary that they have reached
+        runs = 0
+        while pending:
+            index = _picked_group(groups, uniform, sum(pending.values()))
+            if index is not None:
+                return groups, index
+            # From left to right each boundary runs once; by probability, one may get more of it later.
+            in_order = runs > self._length - start
+            offset = min(pending) if in_order else max(pending, key=lambda offset: (pending[offset], -offset))
+            runs += 1
+            mass = pending.pop(offset)
+            distribution = (yield from self._output(offset)).distribution
+            rest = self._state.substring(offset)
+            for length, rank in self._index.prefixes_of(rest):
+                probability = mass * distribution.mass(distribution.span(rank, rank + 1))
                 if probability > 0 and length < len(rest):
-                    waiting[place + length] += probability
+                    pending[offset + length] += probability
                 elif probability > 0:
                     groups.append(_Group(probability, None))
-            beyond = law.span(*self._lexicon.extensions_of(rest))
-            if (probability := mass * law.mass(beyond)) > 0:
-                groups.append(_Group(probability, _Cover(place, law, beyond)))
+            extensions = distribution.span(*self._index.extensions_of(rest))
+            if (probability := mass * distribution.mass(extensions)) > 0:
+                groups.append(_Group(probability, _Cover(offset, distribution, extensions)))
             if not groups:
-                # Only their proportions count, and a long text that nobody expects has very little probability.
-                total = sum(waiting.values())
-                for one in waiting:
-                    waiting[one] /= total
-        return groups, _picked(groups, u, 0.0)
+                # Only their ratios count, and a long text that nobody expects has very little probability.
+                total = sum(pending.values())
+                for offset in pending:
+                    pending[offset] /= total
+        return groups, _picked_group(groups, uniform, 0.0)
 
-    def _written_over(self, noise: Noise) -> Generator[list[Request], list[Response], _Cover | None]:
-        """Write the text over from its last seam, a token at a time; return what then reaches beyond it."""
-        place = self._state.forced_boundary(self._member)
-        while place < self._length:
-            known = yield from self._known(place)
-            rest = self._state.substring(place)
-            shorter = {rank: length for length, rank in self._lexicon.prefixes_of(rest)}
-            beyond = self._lexicon.extensions_of(rest)
-            agree = self._lexicon.symbols([*shorter, *range(*beyond)])
-            masked = np.where(np.isin(self._view.member.symbols, agree), known.logits, -np.inf)
+    def _respell(self, noise: Noise) -> RequestFlow[_Cover | None]:
+        """Spell the text from its last forced boundary, a token at a time; return the group that reaches beyond it."""
+        offset = self._state.forced_boundary(self._member)
+        while offset < self._length:
+            output = yield from self._output(offset)
+            rest = self._state.substring(offset)
+            prefixes = {rank: length for length, rank in self._index.prefixes_of(rest)}
+            extensions = self._index.extensions_of(rest)
+            agreeing = self._index.symbols([*prefixes, *range(*extensions)])
+            masked = np.where(np.isin(self._view.member.symbols, agreeing), output.logits, -np.inf)
             if not np.isfinite(masked).any():
                 return None
-            law = RankedDistribution.from_candidates(self._lexicon, known.transform(masked))
-            if not law.ranks.size:
+            distribution = RankedDistribution.from_candidates(self._index, output.transform(masked))
+            if not distribution.ranks.size:
                 return None
-            rank = int(law.ranks[noise.sample(law.symbols, law.logprobs)])
-            if rank not in shorter:
-                return _Cover(place, law, law.span(*beyond))
-            place += shorter[rank]
+            rank = int(distribution.ranks[noise.sample(distribution.symbols, distribution.logprobs)])
+            if rank not in prefixes:
+                return _Cover(offset, distribution, distribution.span(*extensions))
+            offset += prefixes[rank]
             noise = noise.next_round()
         return None
 
 
-def _picked(groups: list[_Group], u: float, more: float) -> int | None:
-    """Return the group that u in (0, 1] picks, whatever further groups of at most the weight `more` there are."""
-    edges = np.cumsum([one.weight for one in groups])
+def _picked_group(groups: list[_Group], uniform: float, pending: float) -> int | None:
+    """Return the group that a number in (0, 1] picks, whatever further groups of the weight `pending` there are."""
+    edges = np.cumsum([group.weight for group in groups])
     if not groups:
         return None
-    least, most = np.searchsorted(edges, [u * edges[-1], u * (edges[-1] + more)])
-    return int(least) if least == most else None
+    first, last = np.searchsorted(edges, [uniform * edges[-1], uniform * (edges[-1] + pending)])
+    return int(first) if first == last else None

@@ -1,80 +1,162 @@
-"""What a forward of each member costs, and what a token costs by each strategy: the model behind `auto`.
+"""What a forward of each member takes, and the expected seconds of a token by each method.
 
 A forward of q tokens takes c·(1 + s·(q - 1)) seconds: at these lengths the weights are what has to be read, and a
-further token costs little. With weights λ and the draft d, whose guesses are right with probability β, a block of m
-checked positions yields (1 - β^(m+1)) / (1 - β) / (1 - λ_d) tokens, for (m + 1) / (1 - λ_d) - 1 forwards of the draft
-and one forward of each member that has a position in it.
+further token costs little. With weights λ, a token takes
+
+    single        c_i
+    conventional  Σ_i c_i
+    mixture       Σ_i λ_i c_i (1 + s_i (1/λ_i - 1)): member i runs every 1/λ_i tokens, and catches up with as many
+
+With the draft d and acceptance rate β, a block of m verified positions of `speculative` yields
+(1 - β^(m+1)) / (1 - β) / (1 - λ_d) tokens, for (m + 1) / (1 - λ_d) - 1 forwards of the draft and one forward of each
+member that has a position in it. A block of m proposals of greedy decoding yields (1 - β^(m+1)) / (1 - β) tokens, for
+m + 1 forwards of the draft, whose distribution the last token needs too, and one of m + 1 tokens by each other member.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from mixlm.engines.base import Forward
 from mixlm.types import Floats
 
-_SLOPE = 0.02  # of a further token, until forwards of several lengths have been seen
-_LOOKED_AT = 64  # forwards, the latest of each member
-_SHORT = 16  # tokens; longer forwards are prompts and tell little about decoding
+_DEFAULT_SLOPE = 0.02  # of a further token, until forwards of several lengths have been seen
+_WINDOW = 64  # forwards, the latest of each member
+_MAX_TOKENS = 16  # longer forwards are prefills and tell little about decoding
+_MIN_FORWARDS = 4  # of a length, below which they say nothing
 
 
-class Costs:
-    """Seconds of a forward of each member, from its own log; from the size of its weights until it has run.
+@dataclass(frozen=True)
+class ForwardCosts:
+    """c in seconds and s of each member, float64 (members,); c is NaN where it is not known."""
 
-    logs: called for the members' logs as they stand. sizes: bytes of weights.
+    seconds: Floats
+    slopes: Floats
+
+    def __call__(self, member: int, tokens: float = 1) -> float:
+        """Return the seconds of a forward of a member over so many tokens."""
+        return float(self.seconds[member] * (1 + self.slopes[member] * (tokens - 1)))
+
+
+# From a member and a number of tokens to the seconds of its forward: `ForwardCosts`, or what was measured.
+ForwardSeconds = Callable[[int, float], float]
+
+
+class DraftPlan(NamedTuple):
+    """The member that drafts, how many proposals of a block are verified, and the share of them that is accepted."""
+
+    draft: int
+    block: int
+    acceptance: float
+
+
+class ForwardCostEstimator:
+    """Estimates what a forward of each member takes from its own forwards; from the size of its weights before any.
+
+    Args:
+        forwards: Returns each member's forwards so far.
+        sizes: Bytes of each member's weights.
     """
 
-    def __init__(self, logs: Callable[[], Sequence[Sequence[Forward]]], sizes: Sequence[int]) -> None:
-        self._logs = logs
+    def __init__(self, forwards: Callable[[], Sequence[Sequence[Forward]]], sizes: Sequence[int]) -> None:
+        self._forwards = forwards
         self._sizes = [max(size, 1) for size in sizes]
 
-    def measure(self) -> tuple[Floats, Floats]:
-        """Return each member's c and s, float64 (members,). Only their proportions mean something at first."""
-        logs = [[one for one in log[-_LOOKED_AT:] if one.cached and one.tokens <= _SHORT] for log in self._logs()]
-        slopes = np.array([_slope(log) for log in logs])
-        known = [
-            median(one.seconds / (1 + slope * (one.tokens - 1)) for one in log) if log else None
+    def estimate(self) -> ForwardCosts:
+        """Return the costs as of now. Before any forward, only their ratios mean something."""
+        logs = [[forward for forward in log[-_WINDOW:] if _is_decoding(forward)] for log in self._forwards()]
+        slopes = np.array([_median_slope(log) for log in logs])
+        measured = [
+            median(forward.seconds / (1 + slope * (forward.tokens - 1)) for forward in log) if log else None
             for log, slope in zip(logs, slopes, strict=True)
         ]
-        rates = [one / size for one, size in zip(known, self._sizes, strict=True) if one is not None]
+        rates = [seconds / size for seconds, size in zip(measured, self._sizes, strict=True) if seconds is not None]
         rate = median(rates) if rates else 1.0
-        seconds = [rate * size if one is None else one for one, size in zip(known, self._sizes, strict=True)]
-        return np.array(seconds), slopes
+        costs = [
+            rate * size if seconds is None else seconds for seconds, size in zip(measured, self._sizes, strict=True)
+        ]
+        return ForwardCosts(np.array(costs), slopes)
 
 
-def _slope(log: Sequence[Forward]) -> float:
-    """Fit s to forwards of several lengths; a value between nothing and a token's full price."""
-    short = [one.seconds for one in log if one.tokens == 1]
-    long = [one for one in log if one.tokens > 1]
-    if len(short) < 4 or len(long) < 4:
-        return _SLOPE
-    base = median(short)
-    return float(np.clip(median((one.seconds / base - 1) / (one.tokens - 1) for one in long), 0.0, 1.0))
+def fit_forward_costs(logs: Sequence[Sequence[Forward]]) -> ForwardCosts:
+    """Fit c and s to all forwards of a finished run, of each member; c is NaN where none ran one token alone."""
+    pairs = [_fit(log) for log in logs]
+    return ForwardCosts(np.array([seconds for seconds, _ in pairs]), np.array([slope for _, slope in pairs]))
 
 
-def mixture_cost(weights: Floats, seconds: Floats, slopes: Floats) -> float:
+def _fit(log: Sequence[Forward]) -> tuple[float, float]:
+    forwards = [forward for forward in log if _is_decoding(forward) and forward.batch_size == 1]
+    single = [forward.seconds for forward in forwards if forward.tokens == 1]
+    longer = [forward for forward in forwards if forward.tokens > 1]
+    if not single:
+        return float("nan"), _DEFAULT_SLOPE
+    base = median(single)
+    if len(longer) < _MIN_FORWARDS or base <= 0:
+        return base, _DEFAULT_SLOPE
+    # Least squares through c: long forwards say most about what a further token costs. Of each length the median, since
+    # the first of a length may take many times as long (on a GPU, until its graph is captured).
+    lengths, counts = np.unique([forward.tokens for forward in longer], return_counts=True)
+    relative = np.array([median(f.seconds for f in longer if f.tokens == length) / base - 1 for length in lengths])
+    further = lengths - 1.0
+    return base, float(np.clip((counts * further * relative).sum() / (counts * further**2).sum(), 0.0, 1.0))
+
+
+def _is_decoding(forward: Forward) -> bool:
+    return forward.cached > 0 and forward.tokens <= _MAX_TOKENS
+
+
+def _median_slope(log: Sequence[Forward]) -> float:
+    """Return s by the median of forwards of several tokens: it follows a machine whose speed changes."""
+    single = [forward.seconds for forward in log if forward.tokens == 1]
+    longer = [forward for forward in log if forward.tokens > 1]
+    if len(single) < _MIN_FORWARDS or len(longer) < _MIN_FORWARDS:
+        return _DEFAULT_SLOPE
+    base = median(single)
+    slopes = [(forward.seconds / base - 1) / (forward.tokens - 1) for forward in longer]
+    return float(np.clip(median(slopes), 0.0, 1.0))
+
+
+def conventional_seconds(weights: Floats, seconds: ForwardSeconds) -> float:
+    """Return the expected seconds of a token by `conventional`: one forward of every member that has weight."""
+    return sum(seconds(i, 1) for i, weight in enumerate(weights) if weight > 0)
+
+
+def mixture_seconds(weights: Floats, seconds: ForwardSeconds) -> float:
     """Return the expected seconds of a token by `mixture`: a member of weight λ catches up with 1/λ tokens."""
-    live = weights > 0
-    missed = 1 / weights[live]
-    return float((weights[live] * seconds[live] * (1 + slopes[live] * (missed - 1))).sum())
+    return sum(float(weight) * seconds(i, 1 / float(weight)) for i, weight in enumerate(weights) if weight > 0)
 
 
-def speculative_cost(weights: Floats, seconds: Floats, slopes: Floats, plan: tuple[int, int, float]) -> float:
-    """Return the expected seconds of a token by `speculative`. plan: the draft, checked positions, acceptance."""
-    draft, checks, right = plan
-    foreign = 1 - weights[draft]
-    if foreign <= 0:
-        return float(seconds[draft])
-    reached = checks + 1 if right == 1 else (1 - right ** (checks + 1)) / (1 - right)
-    tokens = reached / foreign
-    length = (checks + 1) / foreign
-    cost = (length - 1) * seconds[draft]
+def speculative_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -> float:
+    """Return the expected seconds of a token by `speculative`."""
+    draft, block, _ = plan
+    others = 1 - weights[draft]
+    if others <= 0:
+        return costs(draft)
+    tokens = _expected_accepted(plan) / others
+    length = (block + 1) / others
+    seconds = (length - 1) * costs(draft)
     for i, weight in enumerate(weights):
         if i != draft and weight > 0:
-            asked = 1 - (1 - weight / foreign) ** (checks + 1)
-            # What it missed since it was last asked: this block's part of the text, and what it sat out.
-            cost += asked * seconds[i] * (1 + slopes[i] * (tokens / asked - 1 + length - tokens))
-    return float(cost / tokens)
+            runs = 1 - (1 - weight / others) ** (block + 1)
+            # What it catches up with: its part of this block's text, and the blocks in which it did not run.
+            seconds += runs * costs(i, tokens / runs + length - tokens)
+    return float(seconds / tokens)
+
+
+def drafted_greedy_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan) -> float:
+    """Return the expected seconds of a token by `greedy` with a member as the draft."""
+    seconds = (plan.block + 1) * costs(plan.draft)
+    for i, weight in enumerate(weights):
+        if i != plan.draft and weight > 0:
+            seconds += costs(i, plan.block + 1)
+    return float(seconds / _expected_accepted(plan))
+
+
+def _expected_accepted(plan: DraftPlan) -> float:
+    """Return the expected symbols of a block: the accepted proposals, and the one behind them."""
+    return sum(plan.acceptance**count for count in range(plan.block + 1))

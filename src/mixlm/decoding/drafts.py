@@ -1,93 +1,124 @@
-"""Guesses of what comes next, for strategies that write ahead and check."""
+"""Drafts: cheap proposals of the next symbols, which `speculative` and `greedy` verify."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from mixlm.engines.base import Request, Response, SampleRequest
+from mixlm.decoding import StrategyContext
+from mixlm.engines.base import SampleRequest
+from mixlm.errors import ConfigError, did_you_mean
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import DecodeStep
-from mixlm.types import Ids
+from mixlm.types import Floats, Ids
 
-Proposal = Generator[list[Request], list[Response], int | None]
+# A member drafts by default where its weights take at most this share of the largest other member's.
+_MAX_RELATIVE_SIZE = 0.75
 
 
 class Draft(Protocol):
-    """Something that guesses symbols. member: the member whose own positions it knows for certain; -1 for none."""
+    """Something that proposes symbols. member: the member whose own positions it samples exactly; -1 for none."""
 
     member: int
     name: str
 
-    def propose(self, step: DecodeStep) -> Proposal:
-        """Return a symbol for a position, or None where it has no guess."""
+    def propose(self, step: DecodeStep) -> RequestFlow[int | None]:
+        """Return a symbol for a position, or None where it has no proposal."""
         ...
 
 
 class MemberDraft:
-    """A member guesses by drawing with the noise of the position: the coupling that makes it right most often."""
+    """A member proposes what it samples with the noise of the position: the coupling with the highest acceptance."""
 
     def __init__(self, member: int, name: str) -> None:
         self.member = member
         self.name = name
 
-    def propose(self, step: DecodeStep) -> Proposal:
-        """Let the member draw, if it has anything to go on with."""
+    def propose(self, step: DecodeStep) -> RequestFlow[int | None]:
+        """Sample from the member, unless the grammar leaves it no token."""
         view = step.views[self.member]
         if view.stuck:
             return None
-        [drawn] = yield [SampleRequest(self.member, view.ids(), view.sampler(step.noise), view.top_k_filter)]
-        symbol: int = drawn.symbol
+        [response] = yield [SampleRequest(self.member, view.ids(), view.sampler(step.noise), view.top_k_filter)]
+        symbol: int = response.symbol
         return symbol
 
 
 class LookupDraft:
-    """Guesses that what followed the last few tokens before follows them again. It costs no forward.
+    """Prompt lookup decoding (Saxena, 2023): proposes what followed the last few tokens before, without a forward.
 
-    (Prompt lookup decoding, Saxena 2023.) Tokens are those of the member whose coin fell, its prompt included.
+    Tokens are those of the member whose coin fell, its prompt included.
     """
 
     member = -1
     name = "lookup"
 
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        self._lengths = range(longest, shortest - 1, -1)
+    def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
+        self._lengths = range(max_ngram, min_ngram - 1, -1)
 
-    def propose(self, step: DecodeStep) -> Proposal:
-        """Look at the text; nothing is asked."""
+    def propose(self, step: DecodeStep) -> RequestFlow[int | None]:
+        """Look up the last tokens in the text; nothing is requested."""
         yield from ()
         view = step.views[step.noise.coin(step.weights)]
-        follows = continued(view.ids(), self._lengths)
-        symbol = -1 if follows is None else view.symbol(follows)
+        token = lookup_continuation(view.ids(), self._lengths)
+        symbol = -1 if token is None else view.symbol(token)
         return symbol if symbol >= 0 else None
 
 
-def continued(ids: Ids, lengths: Sequence[int]) -> int | None:
-    """Return what followed the latest earlier occurrence of the longest end of `ids` that has one, of these lengths."""
+def default_draft(sizes: Sequence[int], weights: Floats) -> int | None:
+    """Return the smallest member where it is clearly smaller than another one that has weight; None for prompt lookup.
+
+    sizes: bytes of each member's weights. weights: float64 (members,).
+    """
+    smallest = int(np.argmin(sizes))
+    others = [size for i, size in enumerate(sizes) if i != smallest and weights[i] > 0]
+    return smallest if others and sizes[smallest] <= _MAX_RELATIVE_SIZE * max(others) else None
+
+
+def build_draft(name: str | None, context: StrategyContext) -> Draft:
+    """Return the draft of a name, a member's or "lookup"; the default draft for None. Raises ConfigError for others."""
+    names = context.names
+    if name is None:
+        member = default_draft(context.sizes, context.weights)
+        return LookupDraft() if member is None else MemberDraft(member, names[member])
+    if name == LookupDraft.name:
+        return LookupDraft()
+    if name not in names:
+        allowed = [*names, LookupDraft.name]
+        raise ConfigError(f"draft is {name!r}; it must be one of {', '.join(allowed)}", did_you_mean(name, allowed))
+    return MemberDraft(list(names).index(name), name)
+
+
+def lookup_continuation(ids: Ids, lengths: Sequence[int]) -> int | None:
+    """Return what followed the latest earlier occurrence of the longest suffix of `ids` that has one.
+
+    lengths: of the suffixes to look for, longest first.
+    """
     for length in lengths:
         if len(ids) <= length:
             continue
-        tail = ids[-length:]
-        # Where the last token of the tail stood before, not counting where it stands now.
-        at = np.flatnonzero(ids[length - 1 : -1] == tail[-1]) + length - 1
+        suffix = ids[-length:]
+        # Where the last token of the suffix occurred before.
+        ends = np.flatnonzero(ids[length - 1 : -1] == suffix[-1]) + length - 1
         for back in range(1, length):
-            at = at[ids[at - back] == tail[-1 - back]]
-        if at.size:
-            return int(ids[at[-1] + 1])
+            ends = ends[ids[ends - back] == suffix[-1 - back]]
+        if ends.size:
+            return int(ids[ends[-1] + 1])
     return None
 
 
-def prefix_groups(texts: Sequence[Ids]) -> list[list[int]]:
-    """Group consecutive texts of which each begins with the one before it: a group is read in one forward.
+def prefix_groups(sequences: Sequence[Ids]) -> list[list[int]]:
+    """Group consecutive token sequences of which each begins with the one before; a group takes one forward.
 
-    Canonical tokens of a longer text do not always begin with those of a shorter one; the group ends there.
+    Canonical tokens of a longer text do not always begin with those of a shorter one; a new group begins there.
     """
     groups: list[list[int]] = []
-    for at, ids in enumerate(texts):
-        before = texts[at - 1] if at else None
-        if before is not None and len(before) <= len(ids) and np.array_equal(ids[: len(before)], before):
-            groups[-1].append(at)
+    for index, ids in enumerate(sequences):
+        previous = sequences[index - 1] if index else None
+        if previous is not None and len(previous) <= len(ids) and np.array_equal(ids[: len(previous)], previous):
+            groups[-1].append(index)
         else:
-            groups.append([at])
+            groups.append([index])
     return groups

@@ -1,13 +1,13 @@
-"""Runs: consecutive equal coins, and what an engine is told of them.
+"""Sampling in the engine: runs of tokens in one request, and hints with which an engine runs ahead.
 
-A member whose engine draws by itself is asked for several tokens at once. Another is asked for one after the other,
-and its engine may be told what comes next, so that it can go on before it is asked.
+A run is a sequence of positions whose coins fall on one member. The coins are known before anything runs, so a member
+whose engine samples itself generates a run in one request. Another engine is asked for one token at a time; a hint
+tells it how the next ones will be sampled, so that it can run them before they are requested.
 
-The coins of the next positions are numbers known beforehand, so they say how long a member goes on writing: consecutive
-equal coins are one request. Nothing of the law changes. The run is cut where a coin falls on another member after all
-(weights may depend on what was written), where the text ends or is full, and where the member would read what it wrote
-in other tokens: all of these follow from the coins and the tokens before the cut, and what lies behind it is forgotten,
-so what is drawn there anew follows the law of its own place.
+The distribution does not change. A run is cut where a coin falls on another member after all (weights may depend on the
+text), where the text ends or the context is full, and where the member's canonical tokens for the text differ from
+those it generated. All of these follow from the coins and the tokens before the cut; what lies behind it is dropped, so
+what is sampled there anew follows the distribution of its own position.
 """
 
 from __future__ import annotations
@@ -16,56 +16,56 @@ from mixlm.engines.base import GenerateRequest, RunAheadHint, SampleRequest
 from mixlm.errors import EngineError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 
-LONGEST = 16  # tokens of one request: a reader waits for all of them
+MAX_RUN = 16  # tokens of one request; a reader waits for all of them
 
 
 def generate_run(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
-    """Let a member write as far as the coins fall on it; to the end of the reply where it is `always` the one."""
+    """Let a member generate as far as its coins reach, or to the end where `always` says that every coin is its own."""
     view = step.views[member]
-    length = min(step.max_symbols, LONGEST)
+    length = min(step.max_symbols, MAX_RUN)
     if not always:
-        length = _reach(step, member, length)
+        length = run_length(step, member, length)
     ids = view.ids().copy()
     transform = view.member.transform
     seed = step.noise.engine_seed()
-    [run] = yield [GenerateRequest(member, ids, length, transform.sampling, transform.banned, seed)]
+    [response] = yield [GenerateRequest(member, ids, length, transform.sampling, transform.banned, seed)]
     choices: list[Choice] = []
-    read = ids.tolist()
-    for token, logprob in zip(run.ids, run.logprobs, strict=True):
+    generated = ids.tolist()
+    for token, logprob in zip(response.ids, response.logprobs, strict=True):
         symbol = view.symbol(token)
         if symbol < 0:
-            raise EngineError(f"{view.member.name} drew the token {token}, which it may not draw")
+            raise EngineError(f"{view.member.name} sampled the token {token}, which is masked here")
         choices.append(Choice(symbol, member, logprob))
-        read.append(token)
-        here = step.push(symbol)
-        if here is None or view.ids().tolist() != read:
+        generated.append(token)
+        following = step.push(symbol)
+        if following is None or view.ids().tolist() != generated:
             break
-        if not always and here.noise.coin(here.weights) != member:
+        if not always and following.noise.coin(following.weights) != member:
             break
-        step = here
+        step = following
     return choices
 
 
 def sample_request(step: DecodeStep, member: int, *, always: bool = False) -> SampleRequest:
-    """Ask a member for the symbol of a position, and tell its engine of those behind it, where it wants to know.
+    """Return the request for one symbol, with a hint of the positions behind it for engines that run ahead.
 
-    always: the coins are on this member to the end of the reply.
+    always: every coin to the end of the text is this member's.
     """
     view, noise = step.views[member], step.noise
-    reach = min(view.member.run_ahead + 1, step.max_symbols)
-    if reach > 1 and not always:
-        reach = _reach(step, member, reach)
-    ahead = None
-    if reach > 1:
-        keys = tuple(noise.at(noise.position + further).sample_key for further in range(reach - 1))
-        ahead = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
-    return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, ahead)
+    length = min(view.member.run_ahead + 1, step.max_symbols)
+    if length > 1 and not always:
+        length = run_length(step, member, length)
+    hint = None
+    if length > 1:
+        keys = tuple(noise.at(noise.position + offset).sample_key for offset in range(length - 1))
+        hint = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
+    return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, hint)
 
 
-def _reach(step: DecodeStep, member: int, most: int) -> int:
-    """Return how many coins fall on a member one after the other with the weights of this place; 1 to `most`."""
+def run_length(step: DecodeStep, member: int, limit: int) -> int:
+    """Return how many consecutive coins fall on a member with the weights of this position: 1 to `limit`."""
     noise = step.noise
-    for ahead in range(1, most):
-        if noise.at(noise.position + ahead).coin(step.weights) != member:
-            return ahead
-    return most
+    for offset in range(1, limit):
+        if noise.at(noise.position + offset).coin(step.weights) != member:
+            return offset
+    return limit

@@ -4,14 +4,14 @@ Yu et al., "Breaking the Ceiling of the LLM Community by Treating Token Generati
 (Findings of EMNLP 2024, arXiv 2406.12585): each vocabulary is mapped into the union of all token strings, the mapped
 probabilities are averaged by weight, and the most likely string is the next token.
 
-Two tokens are one only where their tokenizers spell them alike, the signs for a space and a line end aside. So "é" of a
-byte-level tokenizer, spelled "Ã©", and "é" of SentencePiece are two, a byte token and the character of that byte are
-two, and every model's end-of-text is one of its own. The library's own law pools all of these. What is drawn from the
-plain average is the same text either way; what is truncated, tempered or picked as most likely is not.
+Two tokens are the same only where their tokenizers spell them alike, apart from the signs for a space and a line end.
+So "é" of a byte-level tokenizer, spelled "Ã©", and "é" of SentencePiece are two, a byte token and the character of that
+byte are two, and every model's end-of-text is its own. The library's own target distribution pools all of these. A
+sample from the plain average is the same text either way; with truncation, temperature or the most likely, it is not.
 
-Three things are not taken over from the published code, since they would spoil the text: control tokens stay masked,
-a string stands for the bytes of the first member that spells a token so, and members go on reading the text in their
-own canonical tokens, where that code encodes each chosen token alone.
+Three things differ from the published code, since they would spoil the text: control tokens stay masked, a string
+stands for the bytes of the first member that spells a token so, and members keep their own canonical tokens for the
+text, where that code encodes each chosen token alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixlm.core.mixing import mix, pool, responsibilities
-from mixlm.decoding.conventional import pick
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
+from mixlm.decoding.conventional import common_sampling, sample_mixed
 from mixlm.engines.base import LogitsRequest
 from mixlm.generation.member import Member
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
@@ -29,56 +31,62 @@ from mixlm.tokenization.vocabulary import SPACE, Vocabulary
 from mixlm.types import Ids, Sampling
 
 
-def gac(after: Sampling) -> Strategy:
-    """Return the strategy. after: temperature and truncation of the average; temperature 0 is the published choice."""
-    unions: list[_Union] = []
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy with the sampling options that all members share."""
+    return gac(common_sampling(options, context))
+
+
+def gac(sampling: Sampling) -> Strategy:
+    """Return the strategy. sampling: applied to the average; temperature 0 is the published choice."""
+    unions: list[_StringUnion] = []
 
     def strategy(step: DecodeStep) -> Flow:
         if not unions:
-            unions.append(_Union([view.member for view in step.views]))
+            unions.append(_StringUnion([view.member for view in step.views]))
         union = unions[0]
-        asked = [i for i, weight in enumerate(step.weights) if weight > 0]
-        replies = yield [LogitsRequest(i, step.views[i].ids()) for i in asked]
+        members = step.weighted_members
+        responses = yield [LogitsRequest(i, step.views[i].ids()) for i in members]
         parts = []
-        for i, logits in zip(asked, replies, strict=True):
-            ids, logprobs = step.views[i].token_distribution(logits[0])
-            parts.append((float(step.weights[i]), pool(union.cells[i][ids], logprobs)))
-        law, at = pick(step.noise, mix(parts), after)
-        cell = int(law.ids[at])
-        author = asked[int(np.argmax(responsibilities(cell, parts)))]
-        named = tuple((int(union.symbols[one]), logprob) for one, logprob in step.top_logprobs(law))
-        return [Choice(int(union.symbols[cell]), author, float(law.logprobs[at]), named)]
+        for i, rows in zip(members, responses, strict=True):
+            ids, logprobs = step.views[i].token_distribution(rows[0])
+            parts.append((float(step.weights[i]), pool(union.strings_of[i][ids], logprobs)))
+        average, index = sample_mixed(step.noise, mix(parts), sampling)
+        string = int(average.ids[index])
+        author = members[int(np.argmax(responsibilities(string, parts)))]
+        top_logprobs = tuple((int(union.symbols[top]), logprob) for top, logprob in step.top_logprobs(average))
+        return [Choice(int(union.symbols[string]), author, float(average.logprobs[index]), top_logprobs)]
 
     return strategy
 
 
-class _Union:
-    """The union of the members' token strings. cells: the number of each id's string, for each member, int64 (vocab,).
+class _StringUnion:
+    """The union of the members' token strings.
 
-    symbols: the shared symbol that each string stands for, int64 (strings,).
+    strings_of: by member, the number of each id's string, int64 (vocab,). symbols: the shared symbol that each string
+    stands for, int64 (strings,).
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        table: dict[str, int] = {}
-        stands: list[int] = []
-        self.cells: list[Ids] = []
-        for one in members:
-            cells = np.full(len(one.symbols), -1, dtype=np.int64)
-            spell = strings(one.engine.vocabulary)
-            for i in np.flatnonzero(one.symbols >= 0).tolist():
-                cell = cells[i] = table.setdefault(spell[i], len(table))
-                if cell == len(stands):
-                    stands.append(int(one.symbols[i]))
-            self.cells.append(cells)
-        self.symbols = np.array(stands, dtype=np.int64)
+        numbers: dict[str, int] = {}
+        symbols: list[int] = []
+        self.strings_of: list[Ids] = []
+        for member in members:
+            strings = np.full(len(member.symbols), -1, dtype=np.int64)
+            spellings = token_strings(member.engine.vocabulary)
+            for i in np.flatnonzero(member.symbols >= 0).tolist():
+                number = strings[i] = numbers.setdefault(spellings[i], len(numbers))
+                if number == len(symbols):
+                    symbols.append(int(member.symbols[i]))
+            self.strings_of.append(strings)
+        self.symbols = np.array(symbols, dtype=np.int64)
 
 
-def strings(vocabulary: Vocabulary) -> list[str]:
+def token_strings(vocabulary: Vocabulary) -> list[str]:
     """Return each id's string in the union: its spelling, with the tokenizer's signs for a space and a line end read.
 
-    Which signs it uses is told as in the published code: by which of them more tokens begin with.
+    The signs are recognised as in the published code: by which of them more tokens begin with.
     """
     names = [vocabulary.name(i) for i in range(vocabulary.size)]
-    if sum(one.startswith("Ġ") for one in names) > sum(one.startswith(SPACE) for one in names):
-        return [one.replace("Ġ", " ").replace("Ċ", "\n") for one in names]
-    return [one.replace(SPACE, " ") if one.startswith(SPACE) else one for one in names]
+    if sum(name.startswith("Ġ") for name in names) > sum(name.startswith(SPACE) for name in names):
+        return [name.replace("Ġ", " ").replace("Ċ", "\n") for name in names]
+    return [name.replace(SPACE, " ") if name.startswith(SPACE) else name for name in names]

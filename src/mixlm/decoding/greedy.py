@@ -1,46 +1,56 @@
-"""`greedy`: the most likely symbol of the average. It needs the average, so the mixture's shortcut does not apply.
+"""`greedy`: the most likely symbol of the average. It needs the average, so one member's forward does not suffice.
 
-Two forms with one result. Plain: one symbol at a time, asking no more members than it takes to be certain. Drafted: a
-draft writes ahead, every member reads the block in one forward, and symbols stand as long as they are the average's.
+Two forms with one result. Plain: one symbol at a time, running no more members than it takes to be certain. Drafted: a
+draft proposes a block, every member runs it in one forward, and proposals are accepted as long as they are the
+average's most likely symbols.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mixlm.core.mixing import mix, responsibilities
-from mixlm.decoding.drafts import Draft, prefix_groups
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
+from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
 from mixlm.engines.base import LogitsRequest, Request
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
-from mixlm.types import Candidates, Floats, Ids, Logits
+from mixlm.types import Candidates, Floats, Ids, LogitsRow
+
+
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the plain form, or the drafted one where the options name a draft."""
+    if options.draft is None:
+        return greedy
+    return greedy_drafted(build_draft(options.draft, context), options.block, context.speculation)
 
 
 def greedy(step: DecodeStep) -> Flow:
-    """Ask members from the heaviest on, and stop as soon as the rest cannot change the winner.
+    """Run members from the heaviest on, and stop as soon as the others cannot change the winner.
 
-    A symbol's lead is safe when it is larger than the whole weight of the members not asked yet. Equal probabilities go
-    to the lowest symbol. The log-probability is the average's when every member was asked, else a lower bound of it;
-    where alternatives are told, every member is asked.
+    A symbol's lead is safe when it is larger than the whole weight of the members that have not run. Of equal
+    probabilities, the lowest symbol wins. The log-probability is the average's when every member ran, else a lower
+    bound of it; where `top_logprobs` are requested, every member runs.
     """
     order = _heaviest_first(step.weights)
     parts: list[tuple[float, Candidates]] = []
-    left = 1.0
+    remaining = 1.0
     while True:
-        i = order[len(parts)]
-        [logits] = yield [LogitsRequest(i, step.views[i].ids())]
-        parts.append((float(step.weights[i]), step.views[i].distribution(logits[0])))
-        left -= step.weights[i]
-        law = mix(parts)
-        best = int(np.argmax(law.logprobs))
-        certain = not step.views[0].member.top_logprobs and _lead(law, best) > left + 1e-9
-        if certain or len(parts) == len(order):
-            return [_chosen(step, parts, order)]
+        member = order[len(parts)]
+        [rows] = yield [LogitsRequest(member, step.views[member].ids())]
+        parts.append((float(step.weights[member]), step.views[member].distribution(rows[0])))
+        remaining -= step.weights[member]
+        average = mix(parts)
+        is_certain = not step.views[0].member.top_logprobs and _lead(average) > remaining + 1e-9
+        if is_certain or len(parts) == len(order):
+            return [_most_likely(step, parts, order)]
 
 
-def greedy_alone(member: int) -> Strategy:
+def greedy_single(member: int) -> Strategy:
     """Return the strategy that always takes one member's most likely symbol."""
 
     def strategy(step: DecodeStep) -> Flow:
@@ -51,98 +61,120 @@ def greedy_alone(member: int) -> Strategy:
 
 @dataclass(slots=True)
 class _Position:
-    """One position of a block: what each member reads, how its logits become its law, and its logits."""
+    """One position of a block, and by member: its tokens, the function from logits to its distribution, its logits."""
 
     step: DecodeStep
     ids: list[Ids]
-    laws: list[Callable[[Logits], Candidates]]
-    logits: dict[int, Logits]
-    guess: int | None = None
+    distributions: list[Callable[[LogitsRow], Candidates]]
+    logits: dict[int, LogitsRow] = field(default_factory=dict)
+    proposal: int | None = None
+
+    @classmethod
+    def of(cls, step: DecodeStep) -> _Position:
+        ids = [view.ids().copy() for view in step.views]  # copies: the state goes on changing
+        return cls(step, ids, [view.bind_distribution() for view in step.views])
 
 
-def greedy_drafted(draft: Draft, length: int, tally: SpeculationStats | None = None) -> Strategy:
-    """Return greedy decoding with `length` symbols written ahead: by a member, its likeliest ones, or by looking back.
+def greedy_drafted(draft: Draft, block: int, stats: SpeculationStats | None = None) -> Strategy:
+    """Return greedy decoding with a draft.
 
-    Members other than the draft run one forward for a block, and the block yields one symbol more than was guessed
-    right.
+    A member proposes its most likely symbols. Members other than the draft run one forward a block, which yields one
+    symbol more than are accepted.
+
+    Args:
+        draft: What proposes symbols.
+        block: Proposals of a block, at most.
+        stats: Records how many were verified and accepted.
     """
-    tally = tally or SpeculationStats()
+    stats = stats or SpeculationStats()
 
     def strategy(step: DecodeStep) -> Flow:
-        block: list[_Position] = []
-        here: DecodeStep | None = step
-        while here is not None:
-            views = here.views
-            position = _Position(here, [v.ids().copy() for v in views], [v.bind_distribution() for v in views], {})
-            block.append(position)
-            if draft.member >= 0:
-                [logits] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
-                position.logits[draft.member] = logits[0]
-            if len(block) > length:
-                break
-            if draft.member >= 0:
-                law = position.laws[draft.member](position.logits[draft.member])
-                position.guess = int(law.ids[np.argmax(law.logprobs)]) if law.ids.size else None
-            else:
-                position.guess = yield from draft.propose(here)
-            if position.guess is None:
-                break
-            here = here.push(position.guess)
-        asks, places = _reading(block)
-        replies = yield asks
-        for ask, at, logits in zip(asks, places, replies, strict=True):
-            for one in at:
-                block[one].logits[ask.member] = logits[len(block[one].ids[ask.member]) - len(ask.ids) - 1]
-        return _verified(block, tally)
+        positions = yield from _draft_block(step, draft, block)
+        requests, covered = _verification_requests(positions)
+        responses = yield requests
+        for request, indices, rows in zip(requests, covered, responses, strict=True):
+            for index in indices:
+                ids = positions[index].ids[request.member]
+                positions[index].logits[request.member] = rows[len(ids) - len(request.ids) - 1]
+        return _verify(positions, stats)
 
     return strategy
 
 
-def _reading(block: list[_Position]) -> tuple[list[Request], list[list[int]]]:
-    """Return what to ask so that every member's logits are known at every position, and which ones an answer holds."""
-    asks: list[Request] = []
-    places: list[list[int]] = []
-    for member in range(len(block[0].ids)):
-        open_at = [at for at, one in enumerate(block) if one.step.weights[member] > 0 and member not in one.logits]
-        for group in prefix_groups([block[at].ids[member] for at in open_at]):
-            at = [open_at[one] for one in group]
-            ids, first = block[at[-1]].ids[member], block[at[0]].ids[member]
-            asks.append(LogitsRequest(member, ids, len(ids) - len(first) + 1))
-            places.append(at)
-    return asks, places
+def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_Position]]:
+    """Return the positions of a block; a draft that is a member runs at all of them."""
+    positions: list[_Position] = []
+    current: DecodeStep | None = step
+    while current is not None:
+        position = _Position.of(current)
+        positions.append(position)
+        if draft.member >= 0:
+            [rows] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
+            position.logits[draft.member] = rows[0]
+        if len(positions) > block:
+            break
+        if draft.member >= 0:
+            distribution = position.distributions[draft.member](position.logits[draft.member])
+            if distribution.ids.size:
+                position.proposal = int(distribution.ids[np.argmax(distribution.logprobs)])
+        else:
+            position.proposal = yield from draft.propose(current)
+        if position.proposal is None:
+            break
+        current = current.push(position.proposal)
+    return positions
 
 
-def _verified(block: list[_Position], tally: SpeculationStats) -> list[Choice]:
-    """Take the average's likeliest symbol at each position, as far as the guesses before it were right."""
-    out: list[Choice] = []
-    for one in block:
-        weights = one.step.weights
+def _verification_requests(positions: list[_Position]) -> tuple[list[Request], list[list[int]]]:
+    """Return the requests for all logits that are missing, and the positions that each of them covers."""
+    requests: list[Request] = []
+    covered: list[list[int]] = []
+    for member in range(len(positions[0].ids)):
+        missing = [
+            index
+            for index, position in enumerate(positions)
+            if position.step.weights[member] > 0 and member not in position.logits
+        ]
+        for group in prefix_groups([positions[index].ids[member] for index in missing]):
+            indices = [missing[index] for index in group]
+            longest, shortest = positions[indices[-1]].ids[member], positions[indices[0]].ids[member]
+            requests.append(LogitsRequest(member, longest, len(longest) - len(shortest) + 1))
+            covered.append(indices)
+    return requests, covered
+
+
+def _verify(positions: list[_Position], stats: SpeculationStats) -> list[Choice]:
+    """Take the average's most likely symbol at each position, as far as the proposals before it are accepted."""
+    choices: list[Choice] = []
+    for position in positions:
+        weights = position.step.weights
         order = _heaviest_first(weights)
-        parts = [(float(weights[i]), one.laws[i](one.logits[i])) for i in order]
-        out.append(_chosen(one.step, parts, order))
-        if one.guess is None:
+        parts = [(float(weights[i]), position.distributions[i](position.logits[i])) for i in order]
+        choices.append(_most_likely(position.step, parts, order))
+        if position.proposal is None:
             break
-        tally.drafted += 1
-        if out[-1].symbol != one.guess:
+        stats.drafted += 1
+        if choices[-1].symbol != position.proposal:
             break
-        tally.accepted += 1
-    return out
+        stats.accepted += 1
+    return choices
 
 
 def _heaviest_first(weights: Floats) -> list[int]:
     return [int(i) for i in np.argsort(-weights, kind="stable") if weights[i] > 0]
 
 
-def _chosen(step: DecodeStep, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
-    """Return the likeliest symbol of an average, and the member that is likeliest to have written it."""
-    law = mix(parts)
-    best = int(np.argmax(law.logprobs))
-    symbol = int(law.ids[best])
+def _most_likely(step: DecodeStep, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
+    """Return the most likely symbol of an average, and the member that most likely wrote it."""
+    average = mix(parts)
+    best = int(np.argmax(average.logprobs))
+    symbol = int(average.ids[best])
     author = order[int(np.argmax(responsibilities(symbol, parts)))]
-    return Choice(symbol, author, float(law.logprobs[best]), step.top_logprobs(law))
+    return Choice(symbol, author, float(average.logprobs[best]), step.top_logprobs(average))
 
 
-def _lead(law: Candidates, best: int) -> float:
-    """Return how much more probability the best symbol has than any other."""
-    others = np.delete(law.logprobs, best)
-    return float(np.exp(law.logprobs[best]) - (np.exp(others.max()) if others.size else 0.0))
+def _lead(average: Candidates) -> float:
+    """Return how much more probability the most likely symbol has than any other."""
+    best = int(np.argmax(average.logprobs))
+    others = np.delete(average.logprobs, best)
+    return float(np.exp(average.logprobs[best]) - (np.exp(others.max()) if others.size else 0.0))

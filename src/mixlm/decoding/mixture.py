@@ -1,16 +1,22 @@
-"""`mixture`: draw one member by its weight, and only that one runs (paper, section 3.2, algorithm 2)."""
+"""`mixture`: sample one member by its weight; only that member runs (paper, section 3.2, algorithm 2)."""
 
 from __future__ import annotations
 
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
 from mixlm.decoding.engine_sampling import generate_run, sample_request
-from mixlm.generation.sequence import Choice, DecodeStep, Flow
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
+
+
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy; it has no options."""
+    return mixture
 
 
 def mixture(step: DecodeStep) -> Flow:
-    """Draw `z ~ λ`, then a symbol from member z. The others catch up when they are next drawn."""
+    """Toss the coin `z ~ λ`, then sample a symbol from member z. The others catch up when their coin next falls."""
     z = step.noise.coin(step.weights)
-    view = step.views[z]
-    if view.member.samples_itself:
+    if step.views[z].member.samples_itself:
         return (yield from generate_run(step, z))
-    [drawn] = yield [sample_request(step, z)]
-    return [Choice(drawn.symbol, z, drawn.logprob, drawn.top_logprobs)]
+    [response] = yield [sample_request(step, z)]
+    return [Choice(response.symbol, z, response.logprob, response.top_logprobs)]

@@ -1,92 +1,107 @@
-"""`speculative`: the mixture's text, with fewer forwards of the members that are dear.
+"""`speculative`: the mixture's text, with fewer forwards of the large members.
 
-The coins of the next positions are drawn first. A draft writes ahead through all of them. Each other member then checks
+The coins of the next positions are tossed first. A draft proposes a symbol for each of them. Each member then verifies
 the positions whose coin is its own, and only those, in the one forward in which it catches up anyway. The noise of a
-position is a function of the position, so "accept with min(1, p/q), else draw from the residual" (Leviathan et al.,
-2023; Chen et al., 2023) becomes: draw with the member's own law and the same noise, and see whether it is the same
-symbol. What is kept is exactly what `mixture` writes with this noise, whatever the draft guessed: the law is the same,
-and so is the text.
+position is a function of the position, so "accept with min(1, p/q), else sample from the residual" (Leviathan et al.,
+2023; Chen et al., 2023) becomes: sample from the member's own distribution with the same noise, and accept where that
+gives the same symbol. The text is exactly what `mixture` writes with this noise, whatever the draft proposed.
 
-A block ends just before a position of another member: the forward that checks the block yields that symbol too.
+A block ends just before a position of another member: the forward that verifies the block yields that symbol too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mixlm.decoding.drafts import Draft, prefix_groups
-from mixlm.engines.base import LogitsRequest, Request, Response, SampleRequest, SampleResponse
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
+from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
+from mixlm.engines.base import LogitsRequest, SampleRequest, SampleResponse
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Ids, LogitsRow, TopKFilter
 
-LONGEST = 32
+MAX_BLOCK = 32  # positions
+
+
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy with the draft of the options, else the default draft."""
+    return speculative(build_draft(options.draft, context), options.block, context.speculation)
 
 
 @dataclass(slots=True)
 class _Position:
-    """One position of a block: its member, what that reads and how it draws, what was guessed, what is certain."""
+    """One position of a block: its coin, and what it takes to sample there."""
 
     member: int
     ids: Ids
-    choose: Callable[[LogitsRow], SampleResponse]
-    cut: TopKFilter | None
-    guess: int | None = None
-    drawn: SampleResponse | None = None
+    sample: Callable[[LogitsRow], SampleResponse]
+    top_k_filter: TopKFilter | None
+    proposal: int | None = None
+    response: SampleResponse | None = None
 
 
-def speculative(draft: Draft, checks: int, tally: SpeculationStats | None = None) -> Strategy:
-    """Return the strategy with blocks of at most `checks` guessed positions; with none it is the mixture itself."""
-    tally = tally or SpeculationStats()
+def speculative(draft: Draft, block: int, stats: SpeculationStats | None = None) -> Strategy:
+    """Return the strategy.
+
+    Args:
+        draft: What proposes symbols.
+        block: Proposals of a block that are verified, at most; with 0 it is the mixture itself.
+        stats: Records how many were verified and accepted.
+    """
+    stats = stats or SpeculationStats()
 
     def strategy(step: DecodeStep) -> Flow:
-        block = yield from _write_ahead(step, draft, checks)
-        return (yield from _checked(block, tally))
+        positions = yield from _draft_block(step, draft, block)
+        return (yield from _verify(positions, stats))
 
     return strategy
 
 
-def _write_ahead(
-    step: DecodeStep, draft: Draft, checks: int
-) -> Generator[list[Request], list[Response], list[_Position]]:
-    block: list[_Position] = []
-    here: DecodeStep | None = step
-    guessed = 0
-    while here is not None and len(block) < LONGEST:
-        member = here.noise.coin(here.weights)
-        view = here.views[member]
+def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_Position]]:
+    positions: list[_Position] = []
+    current: DecodeStep | None = step
+    proposals = 0
+    while current is not None and len(positions) < MAX_BLOCK:
+        member = current.noise.coin(current.weights)
+        view = current.views[member]
         # A copy: the state goes on changing.
-        position = _Position(member, view.ids().copy(), view.sampler(here.noise), view.top_k_filter)
-        block.append(position)
+        position = _Position(member, view.ids().copy(), view.sampler(current.noise), view.top_k_filter)
+        positions.append(position)
         if member == draft.member:
-            [drawn] = yield [SampleRequest(member, view.ids(), position.choose, view.top_k_filter)]
-            position.drawn = drawn
-            position.guess = drawn.symbol
-        elif guessed < checks:
-            position.guess = yield from draft.propose(here)
-            guessed += 1
-        if position.guess is None:
+            [response] = yield [SampleRequest(member, view.ids(), position.sample, view.top_k_filter)]
+            position.response = response
+            position.proposal = response.symbol
+        elif proposals < block:
+            position.proposal = yield from draft.propose(current)
+            proposals += 1
+        if position.proposal is None:
             break
-        here = here.push(position.guess)
-    return block
+        current = current.push(position.proposal)
+    return positions
 
 
-def _checked(block: list[_Position], tally: SpeculationStats) -> Flow:
-    """Ask the members for their positions, the earliest first, until a guess was wrong or all are known."""
-    reached = len(block)
-    while waiting := [one for one in block[:reached] if one.drawn is None]:
-        mine = [one for one in waiting if one.member == waiting[0].member]
-        group = [mine[at] for at in prefix_groups([one.ids for one in mine])[0]]
-        ids, first = group[-1].ids, len(group[0].ids)
-        [logits] = yield [LogitsRequest(group[0].member, ids, len(ids) - first + 1, group[0].cut)]
-        for one in group:
-            one.drawn = one.choose(logits[len(one.ids) - first])
-            if one.guess is None:
+def _verify(positions: list[_Position], stats: SpeculationStats) -> Flow:
+    """Run the members at their positions, the earliest first, until a proposal is rejected or all are sampled."""
+    length = len(positions)
+    while waiting := [position for position in positions[:length] if position.response is None]:
+        member = waiting[0].member
+        same_member = [position for position in waiting if position.member == member]
+        group = [same_member[index] for index in prefix_groups([position.ids for position in same_member])[0]]
+        ids, shortest = group[-1].ids, len(group[0].ids)
+        [rows] = yield [LogitsRequest(member, ids, len(ids) - shortest + 1, group[0].top_k_filter)]
+        for position in group:
+            position.response = position.sample(rows[len(position.ids) - shortest])
+            if position.proposal is None:
                 continue
-            tally.drafted += 1
-            if one.guess != one.drawn.symbol:
-                reached = next(at for at, other in enumerate(block) if other is one) + 1
+            stats.drafted += 1
+            if position.proposal != position.response.symbol:
+                length = next(index for index, other in enumerate(positions) if other is position) + 1
                 break
-            tally.accepted += 1
-    drawn = [(one.member, one.drawn) for one in block[:reached] if one.drawn]
-    return [Choice(one.symbol, member, one.logprob, one.top_logprobs) for member, one in drawn]
+            stats.accepted += 1
+    return [
+        Choice(position.response.symbol, position.member, position.response.logprob, position.response.top_logprobs)
+        for position in positions[:length]
+        if position.response is not None
+    ]

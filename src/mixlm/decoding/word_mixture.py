@@ -1,35 +1,35 @@
-"""`mixture` in the unit `word`: draw a member at the end of each word, and let it write the next.
+"""`mixture` in the unit `word`: toss a coin at the end of each word; the sampled member writes the next.
 
-At a place in the text, the member whose word it is draws from its own law. A symbol that goes on with the word is
-written. A symbol that begins a word says that the word has ended: a coin is drawn for the next. Where it falls on the
-same member, the symbol stands, for given that it begins a word it follows that member's law of such symbols. Where it
-falls on another, that one draws from its own law given that a word begins; with noise of its own, since to have seen
-the first member's draw says something about the first noise.
+At a position, the owner of the current word samples from its own distribution. A symbol that continues the word is
+written. A symbol that begins a word says that the word has ended: a coin is tossed for the next. Where it falls on the
+same member, the symbol is kept, for given that it begins a word it follows that member's distribution of such symbols.
+Where it falls on another, that one samples from its own distribution given that a word begins; with noise of its own,
+since the first member's sample says something about the first noise.
 
-The symbols that a member's truncation leaves may all go on with the word. Then those that do not begin one are masked
-before truncation. Where a model gives none of them any probability, the symbol of the first member stands.
+The symbols that a member's truncation leaves may all continue the word. Then those that do not begin one are masked
+before truncation. Where a model gives none of them any probability, the symbol of the first member is kept.
 
-Done in this order, a word costs a forward more than its symbols where it changes the member: the one in which the first
-member finds that its word has ended. So it is mostly left for later. The coin is known before anybody runs; where it
-falls on another member and the word has probably ended, that one goes on at once. The first member draws for that place
-in the next forward in which it is asked anyway, which covers all it has missed. With the noise a function of the place,
-it draws what it would have drawn before. If that begins a word, nothing was lost; if not, what was written behind the
-place is dropped, and the text goes on with what was drawn. Either way it is the same text.
+In this order, a word costs one forward more than its symbols where the member changes: the one in which the first
+member finds that its word has ended. So that is mostly postponed. The coin is known before anybody runs; where it falls
+on another member and the word has probably ended, that one continues at once. The first member samples at that position
+in the next forward that it is requested anyway, which covers all it has missed. With the noise a function of the
+position, it samples what it would have sampled before. If that begins a word, nothing was lost; if not, what was
+written after the position is dropped, and the text continues with the sample. Either way it is the same text.
 
-Whether a word has ended is guessed twice. Before the next member runs, from how often words ended behind the same
-symbol in this reply; then from what it gives itself to beginnings of words, for it reads the same text. To be wrong
-costs what is written until the first member is asked again; to be too careful costs a forward.
+Whether a word has ended is predicted twice. Before the next member runs, from how often words ended after the same
+symbol in this text; then from the probability that it gives itself to beginnings of words, for it has the same text. A
+wrong prediction costs what is written until the first member runs again; too much caution costs a forward.
 
-Symbols are chosen as soon as no end in front of them is in doubt. What was drawn behind them is kept with the state,
-and found there when it is written again; so a doubt costs no forward by being carried on.
+Symbols are chosen as soon as no end in front of them is unverified. What was sampled after them is cached with the
+state, and found there when it is written again; so an unverified end costs no forward by being carried on.
 
-A member that stopped answering, or that has no token with which a text held to a schema can go on, has no word to end:
-the next one drawn writes as it would without it.
+A member that stopped answering, or that a grammar leaves no token, has no word to end: the next one writes as it would
+without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -37,234 +37,258 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
+from mixlm.decoding import StrategyContext
 from mixlm.decoding.drafts import prefix_groups
-from mixlm.engines.base import LogitsRequest, Request, Response, SampleResponse
-from mixlm.generation.sequence import Choice, DecodeStep, Flow, MemberView, Strategy
+from mixlm.engines.base import LogitsRequest, SampleResponse
+from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.member import MemberView
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
 from mixlm.units.word import WHITESPACE, WordState
 
-LONGEST = 16  # symbols written behind an end that is in doubt
-_SYMBOLS = 1.4  # of a word
+MAX_UNVERIFIED = 16  # symbols written after an unverified end
+_SYMBOLS_PER_WORD = 1.4
 
 
-def word_mixture(longest: int = LONGEST) -> Strategy:
-    """Return the strategy that draws from the member whose word it is, and from the next one where the word has ended.
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy; it has no options."""
+    return word_mixture()
 
-    longest: how many symbols are written at most before an end in front of them is looked at; 1 looks at each at once.
+
+def word_mixture(max_unverified: int = MAX_UNVERIFIED) -> Strategy:
+    """Return the strategy.
+
+    Args:
+        max_unverified: Symbols written at most before the end in front of them is verified; 1 verifies each at once.
     """
-    ends = _Ends()
+    statistics = _EndStatistics()
 
     def strategy(step: DecodeStep) -> Flow:
-        return (yield from _Block(cast(WordState, step.views[0].state), ends, longest).write(step))
+        block = _Block(cast(WordState, step.views[0].state), statistics, max_unverified)
+        return (yield from block.write(step))
 
     return strategy
 
 
-class _Ends:
-    """How often words ended behind each symbol.
+class _EndStatistics:
+    """How often words ended after each symbol.
 
-    Every reply learns anew, so that what it runs, and with it the last digits, do not depend on other replies.
+    Every sequence begins anew, so that what it runs, and with it the last digits, do not depend on other sequences.
     """
 
     def __init__(self) -> None:
-        self._behind: dict[int, tuple[int, int]] = {}
-        self._all = (8.0, 10.0)  # behind any symbol; to begin with, most symbols are the last of their word
+        self._by_symbol: dict[int, tuple[int, int]] = {}
+        self._total = (8.0, 10.0)  # after any symbol; to begin with, most symbols are the last of their word
 
-    def behind(self, symbol: int) -> float:
-        """Return how likely a word has ended behind a symbol."""
-        ended, seen = self._behind.get(symbol, (0, 0))
-        return (ended + 2 * self._all[0] / self._all[1]) / (seen + 2)
+    def probability(self, symbol: int) -> float:
+        """Return how likely a word has ended after a symbol."""
+        ended, seen = self._by_symbol.get(symbol, (0, 0))
+        return (ended + 2 * self._total[0] / self._total[1]) / (seen + 2)
 
-    def learn(self, symbol: int, ended: bool) -> None:
-        """Take down whether a word had ended behind a symbol."""
-        before, seen = self._behind.get(symbol, (0, 0))
-        self._behind[symbol] = before + ended, seen + 1
-        self._all = self._all[0] + ended, self._all[1] + 1
+    def record(self, symbol: int, ended: bool) -> None:
+        """Record whether a word had ended after a symbol."""
+        before, seen = self._by_symbol.get(symbol, (0, 0))
+        self._by_symbol[symbol] = before + ended, seen + 1
+        self._total = self._total[0] + ended, self._total[1] + 1
 
 
-class _Check(NamedTuple):
-    """A word's end that is in doubt: whose word, what it read there and how it draws, and what begins a word there."""
+class _UnverifiedEnd(NamedTuple):
+    """An end of a word that its owner has not sampled yet: the owner, and what it takes to sample there."""
 
-    member: int
+    owner: int
     ids: Ids
-    choose: Callable[[LogitsRow], SampleResponse]
+    sample: Callable[[LogitsRow], SampleResponse]
     noise: Noise
     before: bytes
-    begins: Callable[[Ids], npt.NDArray[np.bool_]]
-    last: int
-    cut: TopKFilter | None
+    begins_word: Callable[[Ids], npt.NDArray[np.bool_]]
+    last_symbol: int
+    top_k_filter: TopKFilter | None
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
-    """A symbol that is written, and the doubt whether a word had ended in front of it."""
+class _WrittenSymbol:
+    """A symbol that is written, and the end of a word in front of it, if that is unverified."""
 
     choice: Choice
-    check: _Check | None = None
+    end: _UnverifiedEnd | None = None
+
+    @classmethod
+    def of(cls, member: int, sample: SampleResponse, end: _UnverifiedEnd | None = None) -> _WrittenSymbol:
+        return cls(Choice(sample.symbol, member, sample.logprob, sample.top_logprobs), end)
 
 
-class _NotEndedError(Exception):
-    """A word had not ended that was thought to. What was written behind has been dropped."""
+class _WordContinuesError(Exception):
+    """A word continues that was predicted to have ended. What was written after it has been dropped."""
 
 
 class _Block:
-    """Symbols behind a text of which nothing is in doubt."""
+    """Symbols written after a text of which nothing is unverified."""
 
-    def __init__(self, state: WordState, ends: _Ends, longest: int) -> None:
+    def __init__(self, state: WordState, statistics: _EndStatistics, max_unverified: int) -> None:
         self._state = state
-        self._ends = ends
-        self._longest = longest
-        self._places: list[_Place] = []
+        self._statistics = statistics
+        self._max_unverified = max_unverified
+        self._written: list[_WrittenSymbol] = []
 
     def write(self, step: DecodeStep) -> Flow:
-        """Write on until something is certain; return that."""
+        """Write until some symbols are verified; return those."""
         self._state.evict_stale_samples()
-        here: DecodeStep | None = step
+        current: DecodeStep | None = step
         try:
-            while here is not None and len(self._places) < self._longest:
-                self._places.append((yield from self._next(here)))
-                if certain := self._certain():
-                    return certain
-                here = here.push(self._places[-1].choice.symbol)
-        except _NotEndedError:
+            while current is not None and len(self._written) < self._max_unverified:
+                self._written.append((yield from self._next_symbol(current)))
+                if verified := self._verified():
+                    return verified
+                current = current.push(self._written[-1].choice.symbol)
+        except _WordContinuesError:
             pass
-        while not (certain := self._certain()):
-            oldest = self._places[0].check
+        while not (verified := self._verified()):
+            oldest = self._written[0].end
             assert oldest is not None
-            with suppress(_NotEndedError):
-                yield from self._asked(oldest.member, cut=oldest.cut)
-        return certain
+            with suppress(_WordContinuesError):
+                yield from self._run(oldest.owner, top_k_filter=oldest.top_k_filter)
+        return verified
 
-    def _certain(self) -> list[Choice]:
-        """Return the symbols in front of the first doubt."""
-        doubtful = (at for at, one in enumerate(self._places) if one.check is not None)
-        return [one.choice for one in self._places[: next(doubtful, len(self._places))]]
+    def _verified(self) -> list[Choice]:
+        """Return the symbols in front of the first unverified end."""
+        unverified = (index for index, symbol in enumerate(self._written) if symbol.end is not None)
+        return [symbol.choice for symbol in self._written[: next(unverified, len(self._written))]]
 
-    def _next(self, here: DecodeStep) -> Generator[list[Request], list[Response], _Place]:
+    def _next_symbol(self, step: DecodeStep) -> RequestFlow[_WrittenSymbol]:
         """Write one symbol."""
-        state, views, turn = self._state, here.views, here.noise.next_round()
-        coin = here.noise.coin(here.weights)
-        z = coin if state.owner is None or self._left_out(here, state.owner) else state.owner
-        own = self._known(z, here.noise)
-        if own is None and z != coin:
-            anew = self._known(coin, turn) or (yield from self._ahead(here, coin, z, turn))
-            if anew is not None:
-                return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs), self._check(here, z))
-        if own is None:
-            logits = yield from self._asked(z, views[z].ids(), views[z].top_k_filter)
-            own = self._note(z, here.noise, views[z].sampler(here.noise)(logits))
+        state, views, second_noise = self._state, step.views, step.noise.next_round()
+        coin = step.noise.coin(step.weights)
+        owner = coin if state.owner is None or _cannot_write(step, state.owner) else state.owner
+        sample = self._cached_sample(owner, step.noise)
+        if sample is None and owner != coin:
+            first = self._cached_sample(coin, second_noise) or (
+                yield from self._begin_unverified(step, coin, owner, second_noise)
+            )
+            if first is not None:
+                return _WrittenSymbol.of(coin, first, self._unverified_end(step, owner))
+        if sample is None:
+            logits = yield from self._run(owner, views[owner].ids(), views[owner].top_k_filter)
+            sample = self._cache(owner, step.noise, views[owner].sampler(step.noise)(logits))
             if state.last_symbol is not None:
-                self._ends.learn(state.last_symbol, self._begins(own))
-        if z == coin or not self._begins(own):
-            return _Place(Choice(own.symbol, z, own.logprob, own.top_logprobs))
-        anew = self._known(coin, turn)
-        if anew is None:
-            logits = yield from self._asked(coin, views[coin].ids())
-            anew, _ = _beginning(views[coin], turn, logits)
-        if anew is None:
-            return _Place(Choice(own.symbol, z, own.logprob, own.top_logprobs))
-        return _Place(Choice(anew.symbol, coin, anew.logprob, anew.top_logprobs))
+                self._statistics.record(state.last_symbol, self._begins_word(sample))
+        if owner == coin or not self._begins_word(sample):
+            return _WrittenSymbol.of(owner, sample)
+        first = self._cached_sample(coin, second_noise)
+        if first is None:
+            logits = yield from self._run(coin, views[coin].ids())
+            first, _ = _sample_first(views[coin], second_noise, logits)
+        return _WrittenSymbol.of(owner, sample) if first is None else _WrittenSymbol.of(coin, first)
 
-    def _left_out(self, here: DecodeStep, member: int) -> bool:
-        return member in here.unavailable or here.views[member].stuck
-
-    def _ahead(
-        self, here: DecodeStep, coin: int, z: int, turn: Noise
-    ) -> Generator[list[Request], list[Response], SampleResponse | None]:
-        """Let the next member begin a word, unless the last one should first be asked whether its word has ended."""
-        if not self._may_have_ended(here.views[z]):
+    def _begin_unverified(
+        self, step: DecodeStep, coin: int, owner: int, noise: Noise
+    ) -> RequestFlow[SampleResponse | None]:
+        """Let the next member begin a word, unless the owner should be asked first whether its word has ended."""
+        if not self._has_probably_ended(step.views[owner]):
             return None
-        logits = yield from self._asked(coin, here.views[coin].ids())
-        anew, mass = _beginning(here.views[coin], turn, logits)
-        if anew is None:
+        logits = yield from self._run(coin, step.views[coin].ids())
+        first, mass = _sample_first(step.views[coin], noise, logits)
+        if first is None:
             return None
-        self._note(coin, turn, anew)
-        at_risk = min(self._longest - len(self._places), _SYMBOLS / max(float(here.weights[z]), 1e-9))
-        return anew if (1 - mass) * at_risk <= mass else None
+        self._cache(coin, noise, first)
+        symbols_until_owner = _SYMBOLS_PER_WORD / max(float(step.weights[owner]), 1e-9)
+        at_risk = min(self._max_unverified - len(self._written), symbols_until_owner)
+        return first if (1 - mass) * at_risk <= mass else None
 
-    def _may_have_ended(self, view: MemberView) -> bool:
-        """Whether to let the next member go first.
+    def _has_probably_ended(self, view: MemberView) -> bool:
+        """Whether to let the next member run first.
 
-        An engine that tells its likeliest tokens only is asked for each place by itself: there is nothing to save.
+        An engine that reports its top tokens only runs each position by itself: there is no forward to save.
         """
-        last = self._state.last_symbol
-        assert last is not None
+        last_symbol = self._state.last_symbol
+        assert last_symbol is not None
         return (
-            self._longest > 1
+            self._max_unverified > 1
             and view.member.engine.top_k_limit is None
             and self._state.tail(1) not in WHITESPACE
-            and self._ends.behind(last) > 0.5
+            and self._statistics.probability(last_symbol) > 0.5
         )
 
-    def _check(self, here: DecodeStep, z: int) -> _Check:
-        view, state = here.views[z], self._state
+    def _unverified_end(self, step: DecodeStep, owner: int) -> _UnverifiedEnd:
+        view, state = step.views[owner], self._state
         assert state.last_symbol is not None
-        ids, choose = view.ids().copy(), view.sampler(here.noise)  # a copy: the state goes on changing
-        return _Check(
-            z, ids, choose, here.noise, state.text(), state.word_start_marker(), state.last_symbol, view.top_k_filter
+        ids, sampler = view.ids().copy(), view.sampler(step.noise)  # a copy: the state goes on changing
+        begins_word = state.word_start_marker()
+        return _UnverifiedEnd(
+            owner, ids, sampler, step.noise, state.text(), begins_word, state.last_symbol, view.top_k_filter
         )
 
-    def _asked(
-        self, member: int, ids: Ids | None = None, cut: TopKFilter | None = None
-    ) -> Generator[list[Request], list[Response], LogitsRow]:
-        """Let a member say where its words ended, and return its logits behind `ids`, in the same forward.
+    def _run(
+        self, member: int, ids: Ids | None = None, top_k_filter: TopKFilter | None = None
+    ) -> RequestFlow[LogitsRow]:
+        """Verify a member's ends, and return its logits after `ids`, in the same forward.
 
-        cut: what of the logits is needed. Raises _NotEndedError at the first word that had not ended.
+        Args:
+            ids: The tokens to run; None to verify only.
+            top_k_filter: The part of the logits that is needed.
+
+        Raises:
+            _WordContinuesError: A word had not ended; the first such.
         """
-        doubts = [one for one in self._places if one.check is not None and one.check.member == member]
-        texts = [one.check.ids for one in doubts if one.check is not None] + ([] if ids is None else [ids])
-        row: LogitsRow = np.zeros(0, dtype=np.float32)
-        for group in prefix_groups(texts):
-            first, longest = len(texts[group[0]]), texts[group[-1]]
-            [logits] = yield [LogitsRequest(member, longest, len(longest) - first + 1, cut)]
-            for number in group:
-                row = logits[len(texts[number]) - first]
-                if number < len(doubts):
-                    self._settle(doubts[number], row)
-        return row
+        unverified = [symbol for symbol in self._written if symbol.end is not None and symbol.end.owner == member]
+        sequences = [symbol.end.ids for symbol in unverified if symbol.end is not None]
+        sequences += [] if ids is None else [ids]
+        logits: LogitsRow = np.zeros(0, dtype=np.float32)
+        for group in prefix_groups(sequences):
+            shortest, longest = len(sequences[group[0]]), sequences[group[-1]]
+            [rows] = yield [LogitsRequest(member, longest, len(longest) - shortest + 1, top_k_filter)]
+            for index in group:
+                logits = rows[len(sequences[index]) - shortest]
+                if index < len(unverified):
+                    self._verify(unverified[index], logits)
+        return logits
 
-    def _settle(self, place: _Place, logits: LogitsRow) -> None:
-        """Draw what the last member says of the end of its word. Where it goes on with it, the text ends there."""
-        check = place.check
-        assert check is not None
-        own = check.choose(logits)
-        self._state.cache_sample(check.member, check.noise, check.before, own)
-        ended = bool(check.begins(np.array([own.symbol]))[0])
-        self._ends.learn(check.last, ended)
-        place.check = None
+    def _verify(self, symbol: _WrittenSymbol, logits: LogitsRow) -> None:
+        """Sample the owner at an end of its word. Where it continues the word, the text is cut there."""
+        end = symbol.end
+        assert end is not None
+        sample = end.sample(logits)
+        self._state.cache_sample(end.owner, end.noise, end.before, sample)
+        ended = bool(end.begins_word(np.array([sample.symbol]))[0])
+        self._statistics.record(end.last_symbol, ended)
+        symbol.end = None
         if not ended:
-            place.choice = Choice(own.symbol, check.member, own.logprob, own.top_logprobs)
-            del self._places[self._places.index(place) + 1 :]
-            raise _NotEndedError
+            symbol.choice = _WrittenSymbol.of(end.owner, sample).choice
+            del self._written[self._written.index(symbol) + 1 :]
+            raise _WordContinuesError
 
-    def _begins(self, drawn: SampleResponse) -> bool:
-        return bool(self._state.word_start_marker()(np.array([drawn.symbol]))[0])
+    def _begins_word(self, sample: SampleResponse) -> bool:
+        return bool(self._state.word_start_marker()(np.array([sample.symbol]))[0])
 
-    def _known(self, member: int, noise: Noise) -> SampleResponse | None:
-        found = self._state.cached_sample(member, noise)
-        return None if found is None else SampleResponse(*found)
+    def _cached_sample(self, member: int, noise: Noise) -> SampleResponse | None:
+        sample = self._state.cached_sample(member, noise)
+        return None if sample is None else SampleResponse(*sample)
 
-    def _note(self, member: int, noise: Noise, drawn: SampleResponse) -> SampleResponse:
-        self._state.cache_sample(member, noise, self._state.text(), drawn)
-        return drawn
+    def _cache(self, member: int, noise: Noise, sample: SampleResponse) -> SampleResponse:
+        self._state.cache_sample(member, noise, self._state.text(), sample)
+        return sample
 
 
-def _beginning(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[SampleResponse | None, float]:
-    """Draw a symbol that begins a word from a member's logits (vocab,), if there is one.
+def _cannot_write(step: DecodeStep, member: int) -> bool:
+    return member in step.unavailable or step.views[member].stuck
 
-    Also returns what the member gives to such symbols where it is not made to begin a word.
+
+def _sample_first(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[SampleResponse | None, float]:
+    """Sample a symbol that begins a word from a member's logits (vocab,), if there is one.
+
+    Also returns the probability of such symbols where the member is not made to begin a word.
     """
-    law, begins = view.bind_distribution(), cast(WordState, view.state).word_start_marker()
-    symbols, logprobs = law(logits)
-    kept = begins(symbols)
+    distribution, begins_word = view.bind_distribution(), cast(WordState, view.state).word_start_marker()
+    symbols, logprobs = distribution(logits)
+    kept = begins_word(symbols)
     mass = float(np.exp(logprobs[kept]).sum())
     if not kept.any():
-        allowed = (view.member.symbols >= 0) & begins(view.member.symbols)
+        allowed = (view.member.symbols >= 0) & begins_word(view.member.symbols)
         masked = np.where(allowed, logits, -np.inf)
         if not np.isfinite(masked).any():
             return None, 0.0
-        symbols, logprobs = law(masked)
+        symbols, logprobs = distribution(masked)
         kept = np.isfinite(logprobs)
         if not kept.any():
             return None, 0.0

@@ -15,12 +15,14 @@ from typing import Any, cast
 from mixlm.core.options import Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
-from mixlm.evaluation.contexts import Context, pack, reply_options, unpack
-from mixlm.evaluation.likelihood import Likelihood, context_ids, context_text
-from mixlm.evaluation.log import AnswerLog
-from mixlm.evaluation.readings import as_plain
-from mixlm.generation.generation import EncodedPrompt, Generation
+from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
+from mixlm.evaluation.likelihood import ContinuationScorer, context_ids, context_text
+from mixlm.evaluation.request_scores import scores_to_json
+from mixlm.evaluation.run_folder import request_key, response_log
+from mixlm.generation.generation import Generation
+from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.scheduler import Scheduler
+from mixlm.resumable_log import ResumableLog
 from mixlm.types import Message
 
 try:
@@ -35,14 +37,20 @@ _Answers = Callable[[_Pending], Iterator[tuple[int, _Answer]]]
 
 
 class EnsembleLM(LM):  # type: ignore[misc]
-    """Answers the harness's requests with an ensemble.
+    """The harness's interface to an ensemble.
 
-    options: of every reply, over what a task asks for; a temperature among them samples where a task asks for greedy
-    decoding. log: answers to one list of requests that are known already, and where new ones go; without it, every
-    list is answered anew. progress: called with `label`, requests answered, requests.
-    at_once: texts that are written together. In float32 it makes no difference to them; in bfloat16 a forward of
-    several rounds another way than one alone, which may tip a close draw.
-    Raises ConfigError for options that belong to a request, and what `Ensemble` raises.
+    Args:
+        ensemble: The ensemble.
+        options: Generation options of every completion, over the task's. A temperature among them samples where a task
+            asks for greedy decoding.
+        log: Known responses to one list of requests, and where new ones go. Without it, every list gets new responses.
+        progress: Called with `label`, the number of finished requests, and of all requests.
+        label: What progress is called with.
+        at_once: Completions generated together. In float32 it does not change them; in bfloat16 a batched forward
+            rounds differently, which may tip a close sample.
+
+    Raises:
+        ConfigError: An option belongs to a request.
     """
 
     def __init__(
@@ -50,7 +58,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         ensemble: Ensemble,
         *,
         options: Options | None = None,
-        log: AnswerLog | None = None,
+        log: ResumableLog | None = None,
         progress: Progress | None = None,
         label: str = "requests",
         at_once: int = AT_ONCE,
@@ -61,11 +69,11 @@ class EnsembleLM(LM):  # type: ignore[misc]
         for name in ("sequence", "raw"):
             if name in self.options:
                 raise ConfigError(f"{name} is no option of an evaluation: each request has its own")
-        self.log = log or AnswerLog()
+        self.log = log or response_log()
         self._resumes = log is not None
         self._progress = progress
         self._label = label
-        self._likelihood: Likelihood | None = None
+        self._likelihood: ContinuationScorer | None = None
         self._at_once = at_once
 
     @property
@@ -86,49 +94,49 @@ class EnsembleLM(LM):  # type: ignore[misc]
         A context that is too long for a member is answered with an empty text, and the log says why. A request for
         greedy decoding is written with the method `greedy` (`single` stays `single`, at temperature 0).
         """
-        return cast(list[str], self._answers(requests, self._written))
+        return cast(list[str], self._respond(requests, self._generate))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return natural log-probability and greediness of each request's continuation behind its context."""
-        return [(float(one), bool(greedy)) for one, greedy in self._answers(requests, _each(self._score))]
+        return [(float(one), bool(greedy)) for one, greedy in self._respond(requests, _one_by_one(self._score))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the natural log-probability of each request's text, read as `scoring/score` does, in passages."""
-        return [float(one) for one in self._answers(requests, _each(self._roll))]
+        return [float(one) for one in self._respond(requests, _one_by_one(self._score_text))]
 
-    def readings(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
+    def member_scores(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
         """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
 
         None for a request that is too long for a member.
         """
-        return cast(list[dict[str, Any] | None], self._answers(requests, _each(self._read)))
+        return cast(list[dict[str, Any] | None], self._respond(requests, _one_by_one(self._score_members)))
 
-    def _answers(self, requests: Sequence[Any], answers: _Answers) -> list[Any]:
+    def _respond(self, requests: Sequence[Any], answers: _Answers) -> list[Any]:
         """Answer what the log does not know, contexts with a common beginning one after the other."""
         if not self._resumes:
-            self.log = AnswerLog()
-        arguments = [cast(tuple[Any, ...], one.args) for one in requests]
-        pending = [at for at, one in enumerate(arguments) if not self.log.knows(at, one)]
+            self.log = response_log()
+        arguments = [cast(tuple[Any, ...], request.args) for request in requests]
+        pending = [i for i, argument in enumerate(arguments) if self.log.get(i, request_key(argument)) is None]
         known = len(requests) - len(pending)
         pending.sort(key=lambda at: (str(arguments[at][0]), at))
         self._show(known, len(requests))
         for done, (at, (response, about)) in enumerate(answers([(at, arguments[at]) for at in pending]), start=1):
             self._show(known + done, len(requests))
             document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
-            self.log.add(at, arguments[at], {**document, "response": response, **about})
-        return [self.log.response(at) for at in range(len(requests))]
+            self.log.add(at, request_key(arguments[at]), {**document, "response": response, **about})
+        return [self.log.records[at]["response"] for at in range(len(requests))]
 
     def _show(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(self._label, done, total)
 
-    def _written(self, pending: _Pending) -> Iterator[tuple[int, _Answer]]:
-        """Write replies, `at_once` at a time, and give each when it is finished."""
+    def _generate(self, pending: _Pending) -> Iterator[tuple[int, _Answer]]:
+        """Write completions, `at_once` at a time, and give each when it is finished."""
         scheduler, left, numbers = Scheduler(self._at_once), iter(pending), {}
         since = time.perf_counter()
         while True:
             for at, arguments in islice(left, scheduler.free_slots):
-                options = {**reply_options(arguments[1], self.options), "sequence": at}
+                options = {**generation_options(arguments[1], self.options), "sequence": at}
                 try:
                     stream = self._stream(arguments[0], options)
                 except PromptTooLongError as error:
@@ -141,14 +149,14 @@ class EnsembleLM(LM):  # type: ignore[misc]
             for stream in scheduler.step():
                 if stream.finished:
                     at, method = numbers.pop(stream)
-                    response, about = _about(stream, method)
-                    # Since the last one was finished: replies overlap, and their own times would not add up.
+                    response, about = _log_entry(stream, method)
+                    # Since the last one was finished: completions overlap, and their own times would not add up.
                     now = time.perf_counter()
                     yield at, (response, {**about, "seconds": round(now - since, 6)})
                     since = now
 
     def _stream(self, packed: str, options: dict[str, Any]) -> Generation:
-        """Begin a reply to a packed context. Raises PromptTooLongError."""
+        """Begin a completion to a packed context. Raises PromptTooLongError."""
         context = unpack(packed)
         if context.messages is None:
             options |= {"raw": True, "system": None}
@@ -161,16 +169,17 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 messages, self.ensemble.settings(**cast(Options, options | {"system": None}))
             )
             if context.text:
-                prompts = self._begun(Context(context.text, messages))
+                prompts = self._with_prefix(RequestContext(context.text, messages))
         return self.ensemble.context(settings).start(prompts)
 
-    def _begun(self, context: Context) -> EncodedPrompt:
+    def _with_prefix(self, context: RequestContext) -> EncodedPrompt:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
-        ids = tuple(context_ids(one.engine, context) for one in self.ensemble.members)
-        for one, mine in zip(self.ensemble.members, ids, strict=True):
-            if len(mine) >= one.engine.context_length:
+        ids = tuple(context_ids(member.engine, context) for member in self.ensemble.members)
+        for member, prompt in zip(self.ensemble.members, ids, strict=True):
+            length = member.engine.context_length
+            if len(prompt) >= length:
                 raise PromptTooLongError(
-                    f"the prompt has {len(mine)} tokens for {one.name}, whose context holds {one.engine.context_length}"
+                    f"the prompt has {len(prompt)} tokens for {member.name}, whose context holds {length}"
                 )
         return EncodedPrompt(ids, context_text(context))
 
@@ -181,28 +190,28 @@ class EnsembleLM(LM):  # type: ignore[misc]
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
 
-    def _read(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+    def _score_members(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
         start = time.perf_counter()
         try:
-            found = as_plain(self._scorer().read(self._context(arguments), arguments[1]))
+            found = scores_to_json(self._scorer().member_scores(self._context(arguments), arguments[1]))
         except PromptTooLongError as error:
             return None, {**about, "error": error.message}
         return found and {**found, "seconds": time.perf_counter() - start}, about
 
-    def _context(self, arguments: tuple[Any, ...]) -> Context:
+    def _context(self, arguments: tuple[Any, ...]) -> RequestContext:
         """Return the context of a request, with the system text in front of its messages."""
         context = unpack(arguments[0])
         if context.messages is None:
             return context
-        return Context(context.text, _with_system(context.messages, self._system()))
+        return RequestContext(context.text, _with_system(context.messages, self._system()))
 
-    def _roll(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+    def _score_text(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
         return self._scorer().text(arguments[0]), {}
 
-    def _scorer(self) -> Likelihood:
+    def _scorer(self) -> ContinuationScorer:
         if self._likelihood is None:
-            self._likelihood = Likelihood(self.ensemble, alone=self.options["method"] == "single")
+            self._likelihood = ContinuationScorer(self.ensemble, alone=self.options["method"] == "single")
         return self._likelihood
 
     def _system(self) -> str | None:
@@ -222,7 +231,7 @@ def _readable(arguments: tuple[Any, ...]) -> Any:
     return unpack(arguments[0]).readable()
 
 
-def _each(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
+def _one_by_one(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
     """Return what answers one request after the other, and notes how long each took."""
 
     def answers(pending: _Pending) -> Iterator[tuple[int, _Answer]]:
@@ -234,8 +243,8 @@ def _each(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
     return answers
 
 
-def _about(stream: Generation, method: str) -> _Answer:
-    """Return a finished reply's text, and what the log says of it. Raises what ended it early."""
+def _log_entry(stream: Generation, method: str) -> _Answer:
+    """Return a finished completion's text, and what the log says of it. Raises what ended it early."""
     if stream.error is not None:
         raise stream.error
     completion = stream.completion
@@ -244,6 +253,6 @@ def _about(stream: Generation, method: str) -> _Answer:
         "method": method,
         "finish_reason": completion.finish_reason,
         "tokens": usage.tokens,
-        "written_by": {name: one.tokens for name, one in usage.members.items()},
-        "forwards": {name: one.forwards for name, one in usage.members.items()},
+        "written_by": {name: member.tokens for name, member in usage.members.items()},
+        "forwards": {name: member.forwards for name, member in usage.members.items()},
     }

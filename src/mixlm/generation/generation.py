@@ -1,14 +1,14 @@
-"""The loop that writes a reply.
+"""The generation loop.
 
-until an end:  weights ← route(state);  choices ← strategy(state, weights, noise);  state ← choices;  emit their text
+until an end:  weights ← route(text);  symbols ← strategy(weights, noise);  text ← text + symbols;  emit tokens
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,26 +17,18 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Request, Response, Session
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
-from mixlm.generation.ensemble_logprobs import ensemble_logprobs
+from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, RequestFlow, drive
 from mixlm.generation.member import Member
-from mixlm.generation.prompt_logprobs import prompt_tokens
-from mixlm.generation.sequence import Choice, MemberError, SequenceState, SpeculationStats, Strategy, drive
+from mixlm.generation.prompt import EncodedPrompt
+from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
 from mixlm.routing import FixedRouter, PromptContext, Router
-from mixlm.types import Completion, FinishReason, Floats, Ids, MemberUsage, Token, TopLogprob, Usage
+from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, TopLogprob, Usage
 from mixlm.units.base import Unit
 
 
 @dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as each member reads it, int64 ids, and as its author wrote it, UTF-8."""
-
-    ids: tuple[Ids, ...]
-    text: bytes
-
-
-@dataclass
 class GenerationContext:
-    """An ensemble set up for one kind of reply, and a session for each member. heaviest: whom `single` takes."""
+    """What sequences with one set of options are generated with. heaviest_member: the one that `single` uses."""
 
     unit: Unit
     router: Router
@@ -46,227 +38,260 @@ class GenerationContext:
     sessions: Sequence[Session]
     speculation: SpeculationStats
     heaviest_member: int = 0
+    dispatcher: Dispatcher = field(default_factory=Dispatcher)
 
     @property
     def scoring_router(self) -> Router:
-        """What weighs the members where they are asked about a given text."""
+        """What weighs the members where a given text is scored."""
         if self.settings.method != "single":
             return self.router
         return FixedRouter(np.eye(len(self.members))[self.heaviest_member])
 
-    def begin_sequence(self, prompts: EncodedPrompt) -> SequenceState:
-        """Begin a sequence behind the members' prompts."""
-        route = self.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(self.sessions, prompts)))
-        return SequenceState(self.members, self.unit, prompts.ids, self.sessions, route)
+    def begin_sequence(self, prompt: EncodedPrompt) -> SequenceState:
+        """Return the sequence that begins after the members' prompts."""
+        route = self.router.begin(PromptContext(prompt.text, lambda: bits_per_byte(self.sessions, prompt)))
+        unavailable = None
+        if self.settings.on_failure == "drop":
+            from mixlm.generation.unavailable import UnavailableMembers
 
-    def decode_step(self, writing: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
-        """Find what follows in a sequence, 1 to `most` symbols; its state is not changed."""
-        return drive(writing.decode_step(self.strategy, noise, max_symbols), writing.answer)
+            alive = [member.engine.alive for member in self.members]
+            unavailable = UnavailableMembers(alive, [member.name for member in self.members])
+        return SequenceState(self.members, self.unit, prompt.ids, self.sessions, route, unavailable)
 
-    def start(self, prompts: EncodedPrompt) -> Generation:
-        """Begin a reply."""
-        return Generation(self, prompts)
+    def decode_step(self, sequence: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
+        """Return the next 1 to `max_symbols` symbols of a sequence, which is not changed."""
+        flow = sequence.decode_step(self.strategy, noise, max_symbols)
+        return drive(flow, lambda requests: self.dispatcher.respond(sequence.address(requests)))
+
+    def start(self, prompt: EncodedPrompt) -> Generation:
+        """Return the generation of a completion; it runs when it is iterated over."""
+        return Generation(self, prompt)
 
 
-def bits_per_byte(sessions: Sequence[Session], prompts: EncodedPrompt) -> Floats:
-    """Return how well each member predicts its own prompt, template included, in bits per byte of what was asked."""
-    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompts.ids, strict=True)]
-    return np.array(bits) / max(len(prompts.text), 1)
+def bits_per_byte(sessions: Sequence[Session], prompt: EncodedPrompt) -> Floats:
+    """Return how well each member predicts its own prompt, template included, in bits per byte of the prompt's text."""
+    bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompt.ids, strict=True)]
+    return np.array(bits) / max(len(prompt.text), 1)
 
 
 class Generation(Iterator[Token]):
-    """A reply while it is written. After the last token, `completion` holds the whole of it.
+    """A completion in progress: an iterator over its tokens. After the last token, `completion` is complete.
 
-    Iterating over it asks its members' engines itself. What writes many replies at once takes the `questions` of each
-    in their place, and hands the answers to `resume`; the tokens written since are then `ready`.
+    Iteration calls the engines. A scheduler of many generations does that in its place: it reads the `requests` of
+    each, and hands the responses to `resume`; the tokens written since are then `ready`.
+
+    >>> generation = ensemble.stream("The sky is", max_tokens=20)    # doctest: +SKIP
+    >>> for token in generation:                                     # doctest: +SKIP
+    ...     print(token.text, end="")
+    >>> generation.completion.usage.tokens_per_second                # doctest: +SKIP
     """
 
-    def __init__(self, writer: GenerationContext, prompts: EncodedPrompt) -> None:
-        self.sessions = writer.sessions
-        self.members = writer.members
+    def __init__(self, context: GenerationContext, prompt: EncodedPrompt) -> None:
+        self.sessions = context.sessions
+        self.members = context.members
         self.ready: deque[Token] = deque()
-        self._writer = writer
-        self._prompts = prompts
-        self._tokens: list[Token] = []
-        self._told: tuple[Token, ...] = ()
-        self._end_token: Token | None = None
-        self._finish_reason: FinishReason = "length"
-        self._start = self._first = self._end = time.perf_counter()
-        self._before = [(len(s.stats.forwards), s.stats.tokens, s.stats.seconds) for s in writer.sessions]
-        self._writing: SequenceState | None = None
-        self._flow = self._write()
-        self._questions: list[Request] | None = None
         self.finished = False
         self.error: MixlmError | None = None
+        self._context = context
+        self._prompt = prompt
+        self._tokens: list[Token] = []
+        self._prompt_tokens: tuple[Token, ...] = ()
+        self._end_token: Token | None = None
+        self._finish_reason: FinishReason = "length"
+        self._start_time = self._first_time = self._last_time = time.perf_counter()
+        self._initial = [(len(s.stats.forwards), s.stats.tokens, s.stats.seconds) for s in context.sessions]
+        self._sequence: SequenceState | None = None
+        self._flow = self._run()
+        self._requests: list[Request] | None = None
 
     def __next__(self) -> Token:
         while not self.ready:
             try:
-                questions = self.requests()
-                if self._writing is None or self.finished:
+                requests = self.requests()
+                if self.finished:
                     raise StopIteration
-                self.resume(self._writing.answer(questions))
+                self.resume(self._context.dispatcher.respond(self.address(requests)))
             except MemberError as error:
                 self.continue_without(error)
         return self.ready.popleft()
 
     def requests(self) -> list[Request]:
-        """Return what the reply waits for. Empty when it is finished."""
-        if self._questions is None and not self.finished:
+        """Return the requests that it waits for; none when it is finished."""
+        if self._requests is None and not self.finished:
             self._advance(None)
-        return self._questions or []
+        return self._requests or []
 
-    def resume(self, replies: list[Response]) -> None:
-        """Go on with the answers to `questions`, in their order."""
-        self._advance(replies)
+    def address(self, requests: Sequence[Request]) -> list[EngineRequest]:
+        """Return requests with the engines and sessions that respond to them."""
+        return [] if self._sequence is None else self._sequence.address(requests)
+
+    def resume(self, responses: list[Response]) -> None:
+        """Continue with the responses to `requests`, in their order."""
+        self._advance(responses)
 
     def continue_without(self, error: MemberError) -> None:
-        """Go on without the member that failed, if that was chosen and others are left. What was asked is void.
+        """Continue without the member that failed, where the options say so and others are left.
 
-        Raises ReplyCutError, which carries what was written, where the reply ends here.
+        Pending requests are void.
+
+        Raises:
+            GenerationInterruptedError: The generation ends here; the error carries its completion.
         """
-        writing, reason = self._writing, error.message
-        if (
-            self._writer.settings.on_failure == "drop"
-            and writing is not None
-            and error.member not in writing.unavailable
-        ):
-            writing.unavailable.exclude(error.member, error)
+        sequence, reason = self._sequence, error.message
+        unavailable = None if sequence is None else sequence.unavailable
+        if unavailable is not None and error.member not in unavailable:
+            unavailable.exclude(error.member, error)
             try:
                 return self._advance(error)
             except EngineError as last:
                 reason = f"{reason}; {last.message}"
         self._finish_reason = "error"
         name = self.members[error.member].name
-        cut = GenerationInterruptedError(
-            f"{name} failed in the middle of a reply: {reason}", error.hint, self.completion
-        )
-        self.fail(cut)
-        raise cut from error
+        message = f"{name} failed in the middle of a generation: {reason}"
+        interrupted = GenerationInterruptedError(message, error.hint, self.completion)
+        self.fail(interrupted)
+        raise interrupted from error
 
     def fail(self, error: MixlmError) -> None:
-        """End the reply as far as it was written."""
-        self._flow.close()
-        self._questions, self.finished, self.error = None, True, error
+        """End it with an error; the completion holds what was written."""
+        self.close()
+        self.error = error
 
     def close(self) -> None:
-        """End the reply as far as it was written."""
+        """End it; the completion holds what was written."""
         self._flow.close()
-        self._questions, self.finished = None, True
+        self._requests, self.finished = None, True
 
     def release(self) -> None:
-        """End the reply and free the members' caches. What was written, and its figures, stay."""
+        """End it and free the members' KV caches. The completion stays."""
         self.close()
         for session in self.sessions:
             session.reset()
 
     def finish(self) -> Completion:
-        """Write the rest and return the whole reply."""
+        """Generate the rest and return the completion."""
         for _ in self:
             pass
         return self.completion
 
     @property
     def completion(self) -> Completion:
-        """The reply so far; the whole of it once it is finished."""
-        text = "".join(one.text for one in self._tokens)
+        """The completion so far."""
         return Completion(
-            text,
+            "".join(token.text for token in self._tokens),
             tuple(self._tokens),
             self._finish_reason,
-            self._writer.settings.seed,
+            self._context.settings.seed,
             self._usage(),
-            self._told,
+            self._prompt_tokens,
             self._end_token,
         )
 
-    def _advance(self, replies: list[Response] | MemberError | None) -> None:
-        # Whatever is raised in here ends the reply as far as it was written.
-        self._questions, self.finished = None, True
+    def _advance(self, outcome: list[Response] | MemberError | None) -> None:
+        """Run until the next requests, or the end. outcome: of the last requests; None to begin."""
+        # Whatever is raised in here ends the generation.
+        self._requests, self.finished = None, True
         try:
-            if isinstance(replies, MemberError):
-                self._questions = self._flow.throw(replies)
+            if isinstance(outcome, MemberError):
+                self._requests = self._flow.throw(outcome)
             else:
-                self._questions = next(self._flow) if replies is None else self._flow.send(replies)
+                self._requests = next(self._flow) if outcome is None else self._flow.send(outcome)
         except StopIteration:
             return
         self.finished = False
 
-    def _write(self) -> Generator[list[Request], list[Response], None]:
-        writer, settings = self._writer, self._writer.settings
-        writing = self._writing = writer.begin_sequence(self._prompts)
-        # What a schema holds a reply to says where it ends.
-        bare = settings.raw or settings.json_schema is not None
-        stops = () if bare else {stop for one in writer.members for stop in one.engine.stops}
-        text = StreamingDetokenizer([*settings.stop, *stops])
-        if settings.score_prompt:
-            given = (self._prompts.ids, self._prompts.text)
-            self._told = yield from prompt_tokens(writer.members, writer.unit, writer.scoring_router, given)
+    def _run(self) -> RequestFlow[None]:
+        context, options = self._context, self._context.settings
+        sequence = self._sequence = context.begin_sequence(self._prompt)
+        if options.score_prompt:
+            self._prompt_tokens = yield from self._score_prompt()
+        detokenizer = StreamingDetokenizer(self._stop_strings())
         position = 0
-        while position < settings.max_tokens and not writing.full:
-            noise = Noise(settings.seed, settings.sequence, position)
-            choices = yield from self._choices(writing, noise, settings.max_tokens - position)
-            self._end = time.perf_counter()
+        while position < options.max_tokens and not sequence.full:
+            noise = Noise(options.seed, options.sequence, position)
+            choices = yield from self._decode_step(sequence, noise, options.max_tokens - position)
+            self._last_time = time.perf_counter()
             if position == 0:
-                self._first = self._end
+                self._first_time = self._last_time
             for choice in choices:
-                if choice.symbol == writer.unit.end:
+                if choice.symbol == context.unit.end:
                     self._finish_reason = "stop"
                     self._end_token = self._token(choice)
-                    self._emit(text.flush())
+                    self._emit(detokenizer.flush())
                     return
-                writing.append(choice)
-                self._emit(text.push(self._token(choice)))
-                if text.stopped:
+                sequence.append(choice)
+                self._emit(detokenizer.push(self._token(choice)))
+                if detokenizer.stopped:
                     self._finish_reason = "stop"
                     return
             position += len(choices)
-            writing.unavailable.count(len(choices))
-        self._emit(text.flush())
+            if sequence.unavailable is not None:
+                sequence.unavailable.count(len(choices))
+        self._emit(detokenizer.flush())
 
-    def _choices(
-        self, writing: SequenceState, noise: Noise, most: int
-    ) -> Generator[list[Request], list[Response], list[Choice]]:
-        """Choose what follows, anew where a member is left out meanwhile: of the first try, nothing is written."""
-        writing.unavailable.retry()
+    def _decode_step(self, sequence: SequenceState, noise: Noise, max_symbols: int) -> RequestFlow[list[Choice]]:
+        """Choose the next symbols; again where a member is excluded meanwhile, for nothing of the first try counts."""
+        if sequence.unavailable is not None:
+            sequence.unavailable.retry()
         while True:
             try:
-                choices = yield from writing.decode_step(self._writer.strategy, noise, most)
-                if self._writer.settings.wants_ensemble_logprobs:
-                    choices = yield from writing.decode_step(ensemble_logprobs(choices), noise, len(choices))
+                choices = yield from sequence.decode_step(self._context.strategy, noise, max_symbols)
+                if self._context.settings.wants_ensemble_logprobs:
+                    from mixlm.generation.ensemble_logprobs import ensemble_logprobs
+
+                    choices = yield from sequence.decode_step(ensemble_logprobs(choices), noise, len(choices))
                 return choices
             except MemberError:
                 continue
 
+    def _score_prompt(self) -> RequestFlow[tuple[Token, ...]]:
+        from mixlm.generation.prompt_logprobs import prompt_tokens
+
+        context, prompt = self._context, (self._prompt.ids, self._prompt.text)
+        return (yield from prompt_tokens(context.members, context.unit, context.scoring_router, prompt))
+
+    def _stop_strings(self) -> list[str]:
+        """Return the strings that end the text; those of chat templates not where a schema says where it ends."""
+        options = self._context.settings
+        if options.raw or options.json_schema is not None:
+            return [*options.stop]
+        return [*options.stop, *{stop for member in self.members for stop in member.engine.stops}]
+
     def _token(self, choice: Choice) -> Token:
-        """Return what was chosen as a token whose text is not known yet."""
-        unit = self._writer.unit
-        others = tuple(
-            TopLogprob(b"" if symbol == unit.end else unit.symbol_bytes(symbol), logprob)
-            for symbol, logprob in choice.top_logprobs
-        )
-        data = b"" if choice.symbol == unit.end else unit.symbol_bytes(choice.symbol)
-        return Token("", data, self.members[choice.member].name, choice.logprob, others)
+        """Return a choice as a token whose text is not known yet."""
+        top_logprobs = tuple(TopLogprob(self._bytes(symbol), logprob) for symbol, logprob in choice.top_logprobs)
+        name = self.members[choice.member].name
+        return Token("", self._bytes(choice.symbol), name, choice.logprob, top_logprobs)
+
+    def _bytes(self, symbol: int) -> bytes:
+        """Return a symbol's bytes; none for end-of-text."""
+        return b"" if symbol == self._context.unit.end else self._context.unit.symbol_bytes(symbol)
 
     def _emit(self, tokens: Sequence[Token]) -> None:
         self._tokens += tokens
         self.ready += tokens
 
     def _usage(self) -> Usage:
+        unavailable = None if self._sequence is None else self._sequence.unavailable
         members: dict[str, MemberUsage] = {}
-        parts = zip(self._writer.members, self._prompts.ids, self.sessions, self._before, strict=True)
-        for at, (one, prompt, session, before) in enumerate(parts):
-            work = session.stats
-            absent = 0 if self._writing is None else self._writing.unavailable.positions[at]
-            members[one.name] = MemberUsage(
-                prompt_tokens=len(prompt),
-                tokens=sum(token.member == one.name for token in self._tokens),
-                forwards=len(work.forwards) - before[0],
-                forward_tokens=work.tokens - before[1],
-                forward_seconds=work.seconds - before[2],
-                dropped=absent,
+        for i, (member, (forwards, tokens, seconds)) in enumerate(zip(self.members, self._initial, strict=True)):
+            stats = self.sessions[i].stats
+            members[member.name] = MemberUsage(
+                prompt_tokens=len(self._prompt.ids[i]),
+                tokens=sum(token.member == member.name for token in self._tokens),
+                forwards=len(stats.forwards) - forwards,
+                forward_tokens=stats.tokens - tokens,
+                forward_seconds=stats.seconds - seconds,
+                dropped=0 if unavailable is None else unavailable.positions[i],
             )
-        size = sum(len(token.data) for token in self._tokens)
-        seconds, first = self._end - self._start, self._first - self._start
-        tally = self._writer.speculation
-        return Usage(len(self._tokens), size, seconds, first, members, tally.drafted, tally.accepted, tally.plan)
+        speculation = self._context.speculation
+        return Usage(
+            len(self._tokens),
+            sum(len(token.data) for token in self._tokens),
+            self._last_time - self._start_time,
+            self._first_time - self._start_time,
+            members,
+            speculation.drafted,
+            speculation.accepted,
+            speculation.plan,
+        )

@@ -185,7 +185,7 @@ def _check_top_k_limit(member: Member) -> None:
     sampling = transform.sampling
     if member.grammar is not None:
         reason = "json_schema allows tokens from anywhere in the vocabulary"
-    elif transform.logit_bias is not None:
+    elif transform.bias is not None:
         reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:
         reason = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"

@@ -1,73 +1,79 @@
-"""Log-probabilities of a raw prompt under an ensemble, as questions to its members: what `echo` tells of a prompt.
+"""Log-probabilities of a raw prompt under an ensemble (`echo`, `score_prompt`), as requests to its members.
 
-The law is that of given texts by segments (`scoring`), in every unit: members meet where all of them have a token
-boundary, and a segment between two such places has the probability `Σ_i λ_i P_i(segment | before)`; with one vocabulary
-that is each token's. Members are read as they are, without sampling options, and each reads the prompt as its reply
-will continue it.
+The distribution is that of given texts by segments, in every unit: members meet where all of them have a token
+boundary, and a segment between two such boundaries has the probability `Σ_i λ_i P_i(segment | before)`; with one
+vocabulary that is each token's. Members are scored without sampling options, and each reads the prompt as its
+completion will continue it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import LogitsRequest, Request, Response
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
 from mixlm.routing import FixedRouter, Router
-from mixlm.scoring.scores import Scores, router_weights
+from mixlm.routing.given_text import weights_along
+from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, segment_strings, token_ends
 from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob
 from mixlm.units.base import Unit
-from mixlm.units.word import WordUnit
 
-# Rows of logits that are asked for at once; a large vocabulary takes 1 MB a row.
+# Rows of logits in one request; a large vocabulary takes 1 MB a row.
 _ROWS = 64
 
 
 @dataclass
-class _Reading:
-    """One member's prompt. first: where the text's tokens begin in it. ends: where each ends in the text, in bytes.
+class _ScoredPrompt:
+    """One member's prompt. first: index of the text's first token. ends: where each token ends in the text, in bytes.
 
     logprobs: natural log-probability of each token of the text, float64 (n,); nan where nothing is in front of it.
-    averages: by place of a token in the text, what the member thinks of every symbol there, float64 (symbols,).
+    probabilities: by index of a token of the text, the member's probability of every symbol there, float64 (symbols,).
     """
 
     ids: Ids
     first: int
     ends: npt.NDArray[np.int64]
     logprobs: Floats
-    averages: dict[int, Floats] = field(default_factory=dict)
+    probabilities: dict[int, Floats] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, member: Member, ids: Ids, text: bytes) -> _Reading:
+    def of(cls, member: Member, ids: Ids, text: bytes) -> _ScoredPrompt:
         """Find the text's tokens in a prompt. Raises ConfigError where they do not spell it."""
-        pieces = [member.engine.vocabulary.tokens[i] for i in ids.tolist()]
-        first = next((at for at, piece in enumerate(pieces) if piece), len(pieces))
+        vocabulary = member.engine.vocabulary
+        pieces = [vocabulary.tokens[i] for i in ids.tolist()]
+        first = next((number for number, piece in enumerate(pieces) if piece), len(pieces))
         spelled = b"".join(pieces[first:])
-        # Some tokenizers put a space in front of a text.
+        # Some tokenizers add a space in front of a text.
         added = spelled == b" " + text
         if not (added or spelled == text):
             raise ConfigError(
                 f"the tokens of {member.name} do not spell the prompt exactly, so it has no log-probability",
                 "its tokenizer changes or drops some characters; take them out of the prompt",
             )
-        ends = np.maximum(np.cumsum([len(one) for one in pieces[first:]], dtype=np.int64) - added, 0)
+        ends = np.maximum(token_ends(vocabulary, ids[first:]) - added, 0)
         return cls(ids, first, ends, np.full(len(ends), np.nan))
 
 
 def prompt_tokens(
     members: Sequence[Member], unit: Unit, router: Router, prompts: tuple[Sequence[Ids], bytes]
 ) -> Generator[list[Request], list[Response], tuple[Token, ...]]:
-    """Ask members about a raw prompt, and return its segments as tokens; each member's cache then holds its own.
+    """Score a raw prompt, and return its segments as tokens; afterwards each member's KV cache holds its prompt.
 
-    prompts: each member's ids, and the text. A token's member is the one most likely to have written it; its
-    alternatives are the likeliest symbols where it begins. The log-probability of a first segment with nothing in front
-    of it is nan, and it has no alternatives.
+    A token's member is the one most likely to have generated it; its top logprobs are those of the average where it
+    begins. The log-probability of a first segment with nothing in front of it is nan, and it has no top logprobs.
+
+    Args:
+        members: The members.
+        unit: The unit.
+        router: The weights.
+        prompts: Each member's ids, and the text.
     """
     text = prompts[1]
     live = (
@@ -75,70 +81,61 @@ def prompt_tokens(
         if isinstance(router, FixedRouter)
         else range(len(members))
     )
-    readings = {i: _Reading.of(members[i], prompts[0][i], text) for i in live}
-    common: npt.NDArray[np.int64] = reduce(np.intersect1d, [one.ends for one in readings.values()])
+    scored = {i: _ScoredPrompt.of(members[i], prompts[0][i], text) for i in live}
+    common = common_boundaries([prompt.ends for prompt in scored.values()])
     common = common[common > 0]
-    for i, one in readings.items():
-        places = {0, *(np.searchsorted(one.ends, common, side="right").tolist())} if members[i].top_logprobs else set()
-        yield from _read(i, members[i], one, unit, places)
+    firsts = {i: first_tokens(prompt.ends, common).tolist() for i, prompt in scored.items()}
+    for i, prompt in scored.items():
+        yield from _score(i, members[i], prompt, unit, set(firsts[i]) if members[i].top_logprobs else set())
     starts = np.concatenate([[0], common[:-1]]).astype(np.int64)
     table = np.full((len(common), len(members)), -np.inf)
-    for i, one in readings.items():
-        firsts = np.searchsorted(one.ends, starts, side="right") * (starts > 0)
-        table[:, i] = np.add.reduceat(one.logprobs, firsts)
+    for i, prompt in scored.items():
+        table[:, i] = segment_logprobs(prompt.logprobs, prompt.ends, common)
     unknown = np.isnan(table).any(axis=1)
-    zeros = np.zeros(len(common), dtype=np.int64)
-    scores = Scores(
-        tuple(one.name for one in members), unit.name, text, starts, common, zeros, np.nan_to_num(table, nan=0.0),
-        np.zeros(table.shape),
-    )  # fmt: skip
-    weights = router_weights(scores, router)
-    mixture, shares = scores.mixture(weights), scores.responsibilities(weights)
+    table = np.nan_to_num(table, nan=0.0)
+    weights = weights_along(router, text, starts, np.zeros_like(starts), np.zeros(table.shape))
+    mixture, shares = mixture_logprobs(table, weights), segment_responsibilities(table, weights)
     tokens = []
-    for at, (string, start, end) in enumerate(zip(scores.strings(), starts, common, strict=True)):
-        others: tuple[TopLogprob, ...] = ()
-        if not unknown[at] and members[0].top_logprobs:
-            others = _alternatives(members, unit, weights[at], readings, int(start))
-        logprob = float("nan") if unknown[at] else float(mixture[at])
-        name = members[int(np.argmax(shares[at]))].name
-        tokens.append(Token(string, text[start:end], name, logprob, others))
+    for segment, string in enumerate(segment_strings(text, starts, common)):
+        top: tuple[TopLogprob, ...] = ()
+        if not unknown[segment] and members[0].top_logprobs:
+            average = sum(
+                weights[segment, i] * prompt.probabilities[firsts[i][segment]] for i, prompt in scored.items()
+            )
+            top = _top_logprobs(unit, np.asarray(average), members[0].top_logprobs)
+        logprob = float("nan") if unknown[segment] else float(mixture[segment])
+        name = members[int(np.argmax(shares[segment]))].name
+        tokens.append(Token(string, text[starts[segment] : common[segment]], name, logprob, top))
     return tuple(tokens)
 
 
-def _read(
-    i: int, member: Member, one: _Reading, unit: Unit, places: set[int]
+def _score(
+    index: int, member: Member, prompt: _ScoredPrompt, unit: Unit, wanted: set[int]
 ) -> Generator[list[Request], list[Response], None]:
-    """Let a member read its prompt in parts, to its end, and note what it thinks of the tokens."""
-    columns = _columns(unit, member.symbols)
-    for start in range(max(one.first, 1), len(one.ids) + 1, _ROWS):
-        end = min(start + _ROWS, len(one.ids) + 1)
-        # Row j is behind the first `start + j` ids. The last, behind all of them, is the reply's.
-        [logits] = yield [LogitsRequest(i, one.ids[: end - 1], end - start)]
-        for row, at in zip(logits, range(start, min(end, len(one.ids))), strict=False):
+    """Run a member on its prompt in parts, to its end. wanted: tokens whose symbols' probabilities are kept."""
+    symbols = unit.without_owner(member.symbols)
+    for start in range(max(prompt.first, 1), len(prompt.ids) + 1, _ROWS):
+        end = min(start + _ROWS, len(prompt.ids) + 1)
+        # Row j is after the first `start + j` ids. The last row, after all of them, is the completion's.
+        [logits] = yield [LogitsRequest(index, prompt.ids[: end - 1], end - start)]
+        for row, position in zip(logits, range(start, min(end, len(prompt.ids))), strict=False):
             values = row.astype(np.float64)
             values -= values.max()
             values -= np.log(np.exp(values).sum())
-            one.logprobs[at - one.first] = values[one.ids[at]]
-            if at - one.first in places:
-                kept = columns >= 0
-                mass = np.exp(values[kept])
-                average: Floats = np.bincount(columns[kept], weights=mass, minlength=unit.end + 1).astype(np.float64)
-                one.averages[at - one.first] = average
+            number = position - prompt.first
+            prompt.logprobs[number] = values[prompt.ids[position]]
+            if number in wanted:
+                shared = symbols >= 0
+                mass = np.exp(values[shared])
+                prompt.probabilities[number] = np.bincount(
+                    symbols[shared], weights=mass, minlength=unit.end + 1
+                ).astype(np.float64)
 
 
-def _columns(unit: Unit, symbols: Ids) -> Ids:
-    """Return the symbol of each id whoever writes it: in the unit `word` symbols say that too."""
-    return unit.without_owner(symbols) if isinstance(unit, WordUnit) else symbols
-
-
-def _alternatives(
-    members: Sequence[Member], unit: Unit, weights: Floats, readings: dict[int, _Reading], start: int
-) -> tuple[TopLogprob, ...]:
-    """Return the average's likeliest symbols at a place where all members have a boundary. weights: (members,)."""
-    average = np.zeros(unit.end + 1)
-    for i, one in readings.items():
-        at = int(np.searchsorted(one.ends, start, side="right")) if start else 0
-        average += weights[i] * one.averages[at]
-    symbols = np.flatnonzero(average)
-    told = top_logprobs(Candidates(symbols, np.log(average[symbols])), members[0].top_logprobs)
-    return tuple(TopLogprob(b"" if one == unit.end else unit.symbol_bytes(one), logprob) for one, logprob in told)
+def _top_logprobs(unit: Unit, probabilities: Floats, count: int) -> tuple[TopLogprob, ...]:
+    """Return the most likely symbols of a distribution, float64 (symbols,)."""
+    symbols = np.flatnonzero(probabilities)
+    top = top_logprobs(Candidates(symbols, np.log(probabilities[symbols])), count)
+    return tuple(
+        TopLogprob(b"" if symbol == unit.end else unit.symbol_bytes(symbol), logprob) for symbol, logprob in top
+    )

@@ -1,71 +1,88 @@
-"""Many replies at once: continuous batching over members.
+"""Many generations at once: continuous batching over members.
 
-Each reply waits for one member, or for several. The engine with the most replies waiting is served next, all of them in
-one call; a reply that ends makes room for the next prompt at once. Serving the longest queue is what makes a batched
-mixture worth having: stepping all replies in lockstep would read every member's weights at every step. With n equal
-members a forward then serves 2/(n + 1) of all replies, against 1/n in conventional: 2n/(n + 1) times as many tokens for
-a forward. An engine with a queue of its own, such as a server, is handed each question as it comes, so that it is never
-idle while another one works.
+Each generation waits for one member, or for several. The engine with the most waiting requests is called next, with all
+of them; a generation that ends makes room for the next prompt at once. Serving the longest queue is what makes a
+batched mixture worthwhile: stepping all sequences in lockstep would read every member's weights at every step. With n
+equal members a forward then serves 2/(n + 1) of all sequences, against 1/n in conventional: 2n/(n + 1) times as many
+tokens a forward. An engine with a queue of its own, such as a server, gets each request as it comes, so that it is
+never idle while another one works.
 
-A reply's text does not depend on what else is written at the same time: its noise is its own.
+A text does not depend on what else is generated at the same time: its noise is its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
-from mixlm.engines.base import Engine, Request, Response, Session, to_response
+from mixlm.engines.base import Engine, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
+from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError
 from mixlm.generation.generation import Generation
-from mixlm.generation.sequence import MemberError
 
-# An engine whose oldest request has seen this many other calls go first is served whatever its queue: on a busy server
-# the longest queue may always be another's.
-_PATIENCE = 8
+# An engine whose oldest request has seen this many other calls is served whatever its queue: on a busy server the
+# longest queue may always be another's.
+_MAX_SKIPPED_CALLS = 8
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A reply and the questions it waits for."""
+    """A generation and the responses it waits for. void: a member was excluded, and others are requested."""
 
-    stream: Generation
-    requests: list[Request]
-    replies: list[Response]
+    generation: Generation
+    responses: list[Response]
     missing: int
-    void: bool = False  # a member was left out, and others were asked
+    void: bool = False
+
+
+class _QueuedRequest(NamedTuple):
+    """One request in a queue: whose it is, its place among the requests of that, and where it goes."""
+
+    waiting: _Waiting
+    place: int
+    addressed: EngineRequest
 
 
 @dataclass(slots=True)
-class _Queue:
-    """What is asked of one engine. since: the scheduler's count of calls when the oldest of it was asked."""
+class _EngineQueue:
+    """Requests for one engine. since: the scheduler's count of calls when the oldest of them came."""
 
     engine: Engine
-    asked: list[tuple[_Waiting, int]] = field(default_factory=list)
+    requests: list[_QueuedRequest] = field(default_factory=list)
     since: int = 0
 
 
+class _Running(NamedTuple):
+    queue: _EngineQueue
+    requests: list[_QueuedRequest]
+    call: EngineCall
+
+
 class Scheduler:
-    """Writes replies together. most: replies in progress; the others wait their turn, in order."""
+    """Runs generations together.
+
+    Args:
+        max_active: Generations in progress; the others wait, in order.
+    """
 
     def __init__(self, max_active: int = 16) -> None:
         self.max_active = max_active
         self._backlog: deque[Generation] = deque()
-        self._queues: dict[int, _Queue] = {}
+        self._queues: dict[int, _EngineQueue] = {}
         self._active: list[Generation] = []
         self._calls = 0
-        self._running: dict[Future[Any], tuple[_Queue, list[tuple[_Waiting, int]]]] = {}
+        self._running: dict[Future[Any], _Running] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
         self._leaving: list[Generation] = []
-        self._threads: ThreadPoolExecutor | None = None
+        self._dispatcher = Dispatcher()
 
     @property
     def free_slots(self) -> int:
-        """How many more replies could begin now."""
+        """How many more generations could begin now."""
         return self.max_active - len(self._active) - len(self._backlog)
 
     @property
@@ -73,163 +90,137 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._active and not self._backlog
 
-    def add(self, stream: Generation) -> None:
-        """Take in a reply that has not begun."""
-        self._backlog.append(stream)
+    def add(self, generation: Generation) -> None:
+        """Take in a generation that has not begun."""
+        self._backlog.append(generation)
 
-    def cancel(self, stream: Generation) -> None:
-        """Drop a reply; its place is free at once."""
-        if stream in self._backlog:
-            self._backlog.remove(stream)
+    def cancel(self, generation: Generation) -> None:
+        """Drop a generation; its slot is free at once."""
+        if generation in self._backlog:
+            self._backlog.remove(generation)
         for queue in self._queues.values():
-            queue.asked = [one for one in queue.asked if one[0].stream is not stream]
-        stream.close()
-        self._end(stream)
+            queue.requests = [queued for queued in queue.requests if queued.waiting.generation is not generation]
+        generation.close()
+        self._end(generation)
 
     def run(self) -> Iterator[Generation]:
-        """Write all replies; give each when it is finished."""
+        """Run all generations; yields each when it is finished."""
         while not self.idle:
-            yield from (one for one in self.step() if one.finished)
+            yield from (generation for generation in self.step() if generation.finished)
 
     def step(self) -> list[Generation]:
-        """Make one call to an engine, or one for each device. Returns the replies that got further or are finished."""
-        moved = self._admit()
-        self._start()
-        for future in self._finished():
-            queue, served = self._running.pop(future)
-            for (waiting, at), reply in zip(served, self._found(future, queue.engine, served), strict=True):
-                if waiting.stream.finished or waiting.void:
-                    continue  # failed or cancelled meanwhile
-                if isinstance(reply, EngineError):
-                    self._without(waiting, at, reply)
-                    moved.append(waiting.stream)
-                    continue
-                if isinstance(reply, MixlmError):
-                    waiting.stream.fail(reply)
-                    moved.append(waiting.stream)
-                    self._end(waiting.stream)
-                    continue
-                waiting.replies[at] = reply
-                waiting.missing -= 1
-                if waiting.missing == 0:
-                    moved.append(waiting.stream)
-                    self._advance(waiting.stream, waiting.replies)
+        """Call one engine, or one on each device. Returns the generations that advanced or are finished."""
+        advanced = self._admit()
+        self._call_engines()
+        for future in self._wait():
+            queue, requests, call = self._running.pop(future)
+            for queued, response in zip(requests, call.responses(), strict=True):
+                if self._deliver(queued, response):
+                    advanced.append(queued.waiting.generation)
             queue.since = self._calls
             leaving, self._leaving = self._leaving, []
-            for stream in leaving:
-                self._end(stream)
-        return moved
+            for generation in leaving:
+                self._end(generation)
+        return advanced
 
-    def _without(self, waiting: _Waiting, at: int, error: EngineError) -> None:
-        """Let a reply go on without the member that failed, if it may: what it asked is void, and it asks anew."""
+    def _deliver(self, queued: _QueuedRequest, response: Response | MixlmError) -> bool:
+        """Hand a response to its generation. Returns whether that advanced or ended."""
+        waiting, generation = queued.waiting, queued.waiting.generation
+        if generation.finished or waiting.void:
+            return False  # failed or cancelled meanwhile
+        if isinstance(response, EngineError):
+            self._continue_without(waiting, MemberError(queued.addressed.request.member, response))
+            return True
+        if isinstance(response, MixlmError):
+            generation.fail(response)
+            self._end(generation)
+            return True
+        waiting.responses[queued.place] = response
+        waiting.missing -= 1
+        if waiting.missing == 0:
+            self._advance(generation, waiting.responses)
+            return True
+        return False
+
+    def _continue_without(self, waiting: _Waiting, error: MemberError) -> None:
+        """Let a generation continue without the member that failed, if it may: its requests are void."""
         try:
-            waiting.stream.continue_without(MemberError(waiting.requests[at].member, error))
+            waiting.generation.continue_without(error)
         except GenerationInterruptedError:
-            self._end(waiting.stream)
+            self._end(waiting.generation)
             return
         waiting.void = True
         for queue in self._queues.values():
-            queue.asked = [one for one in queue.asked if one[0] is not waiting]
-        self._advance(waiting.stream, None)
+            queue.requests = [queued for queued in queue.requests if queued.waiting is not waiting]
+        self._advance(waiting.generation, None)
 
     def _admit(self) -> list[Generation]:
-        """Begin replies while there is room. Returns those that ended at once."""
+        """Begin generations while there are slots. Returns those that ended at once."""
         ended = []
         while self._backlog and len(self._active) < self.max_active:
-            stream = self._backlog.popleft()
-            self._active.append(stream)
-            self._advance(stream, None)
-            if stream.finished:
-                ended.append(stream)
+            generation = self._backlog.popleft()
+            self._active.append(generation)
+            self._advance(generation, None)
+            if generation.finished:
+                ended.append(generation)
         return ended
 
-    def _advance(self, stream: Generation, replies: list[Response] | None) -> None:
-        """Let a reply go on, and queue what it asks next."""
+    def _advance(self, generation: Generation, responses: list[Response] | None) -> None:
+        """Let a generation continue, and queue its next requests."""
         try:
-            if replies is not None:
-                stream.resume(replies)
-            requests = stream.requests()
+            if responses is not None:
+                generation.resume(responses)
+            requests = generation.requests()
         except MixlmError as error:
-            stream.fail(error)
+            generation.fail(error)
             requests = []
-        if stream.finished:
-            self._end(stream)
+        if generation.finished:
+            self._end(generation)
             return
-        waiting = _Waiting(stream, requests, [None] * len(requests), len(requests))
-        for at, request in enumerate(requests):
-            engine = stream.members[request.member].engine
-            queue = self._queues.setdefault(engine.batch_key, _Queue(engine))
-            if engine.asynchronous:
-                self._wait_for(engine.submit(stream.sessions[request.member], request), queue, [(waiting, at)])
+        waiting = _Waiting(generation, [None] * len(requests), len(requests))
+        for place, addressed in enumerate(generation.address(requests)):
+            queue = self._queues.setdefault(addressed.engine.batch_key, _EngineQueue(addressed.engine))
+            queued = _QueuedRequest(waiting, place, addressed)
+            if addressed.engine.asynchronous:
+                self._call(queue, [queued])
                 continue
-            if not queue.asked:
+            if not queue.requests:
                 queue.since = self._calls
-            queue.asked.append((waiting, at))
+            queue.requests.append(queued)
 
-    def _wait_for(self, future: Future[Any], queue: _Queue, served: list[tuple[_Waiting, int]]) -> None:
-        self._running[future] = (queue, served)
-        future.add_done_callback(self._done.put)
-
-    def _found(
-        self, future: Future[Any], engine: Engine, served: Sequence[tuple[_Waiting, int]]
-    ) -> list[Response | MixlmError]:
-        """Return the replies of a call that is over."""
-        if not engine.asynchronous:
-            return list(future.result())
-        [(waiting, at)] = served
-        try:
-            return [to_response(waiting.requests[at], future.result())]
-        except MixlmError as error:
-            return [error]
-
-    def _end(self, stream: Generation) -> None:
-        """Make room. Caches that another device's thread is at work on are freed when it is done."""
-        if stream in self._active:
-            self._active.remove(stream)
-        if any(one.stream is stream for _, served in self._running.values() for one, _ in served):
-            self._leaving.append(stream)
+    def _end(self, generation: Generation) -> None:
+        """Free the slot. KV caches that another device's thread works on are freed when it is done."""
+        if generation in self._active:
+            self._active.remove(generation)
+        if any(queued.waiting.generation is generation for run in self._running.values() for queued in run.requests):
+            self._leaving.append(generation)
         else:
-            stream.release()
+            generation.release()
 
-    def _start(self) -> None:
+    def _call_engines(self) -> None:
         """Give every idle device the engine with the longest queue, or the one that waited longest."""
-        busy = {queue.engine.device for queue, _ in self._running.values() if not queue.engine.asynchronous}
-        for device in {queue.engine.device for queue in self._queues.values() if queue.asked} - busy:
-            queues = [one for one in self._queues.values() if one.asked and one.engine.device == device]
-            oldest = min(queues, key=lambda one: one.since)
-            patient = self._calls - oldest.since < _PATIENCE
-            queue = max(queues, key=lambda one: len(one.asked)) if patient else oldest
-            served, queue.asked = queue.asked, []
+        busy = {run.queue.engine.device for run in self._running.values() if not run.queue.engine.asynchronous}
+        waiting = [queue for queue in self._queues.values() if queue.requests]
+        for device in {queue.engine.device for queue in waiting} - busy:
+            queues = [queue for queue in waiting if queue.engine.device == device]
+            oldest = min(queues, key=lambda queue: queue.since)
+            overdue = self._calls - oldest.since >= _MAX_SKIPPED_CALLS
+            queue = oldest if overdue else max(queues, key=lambda queue: len(queue.requests))
+            requests, queue.requests = queue.requests, []
             self._calls += 1
-            asked = [
-                (waiting.stream.sessions[waiting.requests[at].member], waiting.requests[at]) for waiting, at in served
-            ]
-            self._wait_for(self._submit(queue.engine, asked), queue, served)
+            self._call(queue, requests)
 
-    def _submit(self, engine: Engine, asked: list[tuple[Session, Request]]) -> Future[list[Response | MixlmError]]:
-        devices = {queue.engine.device for queue in self._queues.values()}
-        if len(devices) > 1:
-            self._threads = self._threads or ThreadPoolExecutor()
-            return self._threads.submit(_answered, engine, asked)
-        done: Future[list[Response | MixlmError]] = Future()
-        done.set_result(_answered(engine, asked))
-        return done
+    def _call(self, queue: _EngineQueue, requests: list[_QueuedRequest]) -> None:
+        several_devices = len({queue.engine.device for queue in self._queues.values()}) > 1
+        call = self._dispatcher.begin([queued.addressed for queued in requests], in_thread=several_devices)
+        self._running[call.future] = _Running(queue, requests, call)
+        call.future.add_done_callback(self._done.put)
 
-    def _finished(self) -> list[Future[Any]]:
-        """Wait for a call to be over; return it, and the others that are by now."""
+    def _wait(self) -> list[Future[Any]]:
+        """Wait until a call is over; return it, and the others that are by now."""
         if not self._running:
             return []
-        found = [self._done.get()]
+        done = [self._done.get()]
         while not self._done.empty():
-            found.append(self._done.get())
-        return found
-
-
-def _answered(engine: Engine, asked: Sequence[tuple[Session, Request]]) -> list[Response | MixlmError]:
-    """Answer all; where that fails, each by itself, so that one reply's trouble is not the others'."""
-    try:
-        return engine.respond(asked)
-    except MixlmError as error:
-        if len(asked) == 1:
-            return [error]
-    return [one for each in asked for one in _answered(engine, [each])]
+            done.append(self._done.get())
+        return done

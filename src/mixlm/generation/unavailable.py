@@ -1,7 +1,7 @@
-"""Members that stopped answering in the middle of a reply: left out, their weight given to others, asked again later.
+"""Members that stopped answering during a generation: excluded, their weight given to the others, and retried later.
 
-What a reply loses with a member is part of its law from there on: it is the others' average, renormalised. That is done
-only where the user chose it, and the reply's figures show at how many positions.
+Without a member, the target distribution is the others' average, renormalised. That is done only where the user chose
+it, and usage reports at how many positions.
 """
 
 from __future__ import annotations
@@ -14,57 +14,63 @@ from mixlm.errors import EngineError
 from mixlm.types import Floats
 
 _log = logging.getLogger("mixlm")
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_FIRST_WAIT, _MAX_WAIT = 0.5, 30.0  # seconds
 
 
 class UnavailableMembers:
-    """Which members of one reply do not answer. alive: tells of each whether it would; may take a few seconds.
+    """The members of one sequence that do not answer; a container of their indices.
 
-    positions: symbols written without each of them.
+    Args:
+        alive: Returns for each member whether it would answer; may take a few seconds.
+        names: The members' names.
+
+    positions: by member, the symbols that were written without it.
     """
 
     def __init__(self, alive: Sequence[Callable[[], bool]], names: Sequence[str]) -> None:
         self._alive = alive
         self._names = names
         self._waits: dict[int, float] = {}
-        self._next: dict[int, float] = {}
+        self._retry_times: dict[int, float] = {}
         self.positions = [0] * len(names)
 
     def __contains__(self, member: object) -> bool:
-        return member in self._next
+        return member in self._retry_times
 
     def exclude(self, member: int, error: EngineError) -> None:
-        """Leave a member out until it answers again. It is asked after ever longer times."""
-        self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _LONGEST_WAIT)
-        self._next[member] = time.monotonic() + self._waits[member]
-        _log.warning("%s is left out of a reply: %s", self._names[member], error.message)
+        """Exclude a member until it answers again. It is retried after ever longer times."""
+        self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _MAX_WAIT)
+        self._retry_times[member] = time.monotonic() + self._waits[member]
+        _log.warning("%s is excluded from a generation: %s", self._names[member], error.message)
 
     def retry(self) -> None:
-        """Take members back that answer again; called between positions."""
-        for member in [one for one, due in self._next.items() if time.monotonic() >= due]:
+        """Take back members that answer again; called between positions."""
+        now = time.monotonic()
+        for member in [member for member, due in self._retry_times.items() if now >= due]:
             if self._alive[member]():
-                del self._next[member]
+                del self._retry_times[member]
                 _log.warning("%s answers again", self._names[member])
             else:
-                self._waits[member] = min(2 * self._waits[member], _LONGEST_WAIT)
-                self._next[member] = time.monotonic() + self._waits[member]
+                self._waits[member] = min(2 * self._waits[member], _MAX_WAIT)
+                self._retry_times[member] = time.monotonic() + self._waits[member]
 
-    def count(self, written: int) -> None:
-        """Note that so many symbols were written."""
-        for member in self._next:
-            self.positions[member] += written
+    def count(self, symbols: int) -> None:
+        """Record that so many symbols were written."""
+        for member in self._retry_times:
+            self.positions[member] += symbols
 
     def weights(self, weights: Floats) -> Floats:
-        """Return weights (members,) without the absent members', renormalised.
+        """Return weights (members,) without those of unavailable members, renormalised.
 
-        Raises EngineError where nobody is left who could write.
+        Raises:
+            EngineError: No member with weight is left.
         """
-        if not self._next:
+        if not self._retry_times:
             return weights
-        kept = weights.copy()
-        kept[list(self._next)] = 0.0
-        total = kept.sum()
+        remaining = weights.copy()
+        remaining[list(self._retry_times)] = 0.0
+        total = remaining.sum()
         if total <= 0:
-            raise EngineError("every member that could write here has stopped answering", "look at their servers")
-        kept /= total
-        return kept
+            raise EngineError("every member that has weight here has stopped answering", "look at their servers")
+        remaining /= total
+        return remaining

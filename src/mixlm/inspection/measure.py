@@ -18,16 +18,17 @@ from statistics import median
 
 import numpy as np
 
-from mixlm.config import supported_methods
 from mixlm.core.sampling import softmax
+from mixlm.decoding.cost_model import conventional_seconds, mixture_seconds
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection.report import ForwardCost, PairReport, SpeedEstimate
 from mixlm.inspection.static import shared_symbols
 from mixlm.scoring.passages import text_prefix
-from mixlm.scoring.score import encode_exactly
+from mixlm.tokenization.segments import common_boundaries, encode_exactly
 from mixlm.types import Floats, Ids, Logits
+from mixlm.units.base import PIECE_TRAITS, UnitTraits
 from mixlm.units.piece import PieceUnit
 
 Progress = Callable[[str, int, int], None]
@@ -64,6 +65,7 @@ def measure_agreement(
     count = len(engines)
     masses = np.zeros((count, count))
     distances: dict[tuple[int, int], list[float]] = {pair: [] for pair in combinations(range(count), 2)}
+    common = {(i, j): common_boundaries([readers[i].ends, readers[j].ends]) for i, j in distances}
     windows = range(0, len(data) + 1, _WINDOW)
     for number, start in enumerate(windows):
         rows = [reader.distributions(start, start + _WINDOW) for reader in readers]
@@ -71,8 +73,10 @@ def measure_agreement(
             for distribution in row.values():
                 masses[i] += [distribution[symbols_of_other].sum() for symbols_of_other in present]
         for i, j in distances:
-            common = sorted(rows[i].keys() & rows[j].keys())
-            distances[i, j] += [0.5 * float(np.abs(rows[i][end] - rows[j][end]).sum()) for end in common]
+            first, last = np.searchsorted(common[i, j], [start, start + _WINDOW])
+            distances[i, j] += [
+                0.5 * float(np.abs(rows[i][end] - rows[j][end]).sum()) for end in common[i, j][first:last].tolist()
+            ]
         if progress is not None:
             progress("reading the sample text", number + 1, len(windows))
     masses /= [[len(reader.ends)] for reader in readers]
@@ -95,7 +99,7 @@ class _TextDistributions:
     """
 
     def __init__(self, engine: Engine, symbols: Ids, size: int, data: bytes) -> None:
-        ids, bounds = encode_exactly(engine, data)
+        ids, bounds = encode_exactly(engine.encoder, engine.vocabulary, data, engine.name)
         prefix = text_prefix(engine)
         self._ids = np.array([*prefix, *ids], dtype=np.int64)
         if len(self._ids) > engine.context_length:
@@ -142,7 +146,8 @@ def _measure_cost(engine: Engine, data: bytes) -> ForwardCost:
     if cached < 2:
         raise ConfigError(f"the context length of {engine.name} is {engine.context_length}, too short to time it")
     # The time depends on the number of tokens, not on which they are.
-    ids = np.resize(encode_exactly(engine, data)[0], cached + LENGTHS[-1]).astype(np.int64)
+    text_ids, _ = encode_exactly(engine.encoder, engine.vocabulary, data, engine.name)
+    ids = np.resize(text_ids, cached + LENGTHS[-1]).astype(np.int64)
     session = engine.session()
     seconds: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for repeat in range(_REPEATS + 1):
@@ -168,22 +173,23 @@ def forward_seconds(cost: ForwardCost, tokens: float) -> float:
 
 
 def predict_speeds(
-    names: Sequence[str], weights: Floats, costs: Sequence[ForwardCost], unit: str = "piece"
+    names: Sequence[str], weights: Floats, costs: Sequence[ForwardCost], traits: UnitTraits = PIECE_TRAITS
 ) -> tuple[SpeedEstimate, ...]:
     """Predict the speeds that forward passes alone allow: each member alone, conventional, mixture.
 
     Covers the methods that the unit supports. In `word`, a token counts as one forward pass, which ignores rejected
     drafts of word ends; in `byte`, the number of forward passes depends on the text, so `mixture` is not predicted.
     """
-    once = [forward_seconds(cost, 1) for cost in costs]
-    sampled = [i for i, weight in enumerate(weights) if weight > 0]
-    mixture = sum(float(weights[i]) * forward_seconds(costs[i], 1 / float(weights[i])) for i in sampled)
-    singles = [
-        SpeedEstimate("single", (name,), _per_second(seconds)) for name, seconds in zip(names, once, strict=True)
-    ]
-    together = {"conventional": sum(once[i] for i in sampled)} if "conventional" in supported_methods(unit) else {}
-    if unit != "byte":
-        together["mixture"] = mixture
+
+    def seconds(member: int, tokens: float = 1) -> float:
+        return forward_seconds(costs[member], tokens)
+
+    singles = [SpeedEstimate("single", (name,), _per_second(seconds(i))) for i, name in enumerate(names)]
+    together = {}
+    if "conventional" in traits.methods:
+        together["conventional"] = conventional_seconds(weights, seconds)
+    if not traits.counts_bytes:
+        together["mixture"] = mixture_seconds(weights, seconds)
     return (*singles, *(SpeedEstimate(name, tuple(names), _per_second(cost)) for name, cost in together.items()))
 
 

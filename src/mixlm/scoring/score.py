@@ -1,13 +1,13 @@
 """Log-probability of given text: under each member, and under their mixture.
 
 Members with one vocabulary meet at every token, and the mixture's probability is exact: `Σ_i λ_i p_i(t | before)`.
-Members with different vocabularies meet where all of them have a token boundary. Between two such places lies a
-segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the law of one coin a segment. That is
-not the law of `piece`, whose probability of a text is a sum over all ways to write it; it is what the members'
-complementarity can be read from with one forward pass a member. In the units `word` and `byte` the probability is that
-of the unit's own law, exactly, which takes a forward at each byte (`ways`, `unit_scores`).
+Members with different vocabularies meet where all of them have a token boundary. Between two such boundaries lies a
+segment; its probability under the mixture is `Σ_i λ_i P_i(segment | before)`, the distribution of one coin a segment.
+That is not the distribution of `piece`, whose probability of a text is a sum over all tokenizations; it shows how the
+members complement each other, for one forward pass a member. In the units `word` and `byte` the probability is that of
+the unit's own distribution, exactly, which takes a forward at each byte (`marginals`, `marginal_scores`).
 
-Members are scored as they are, without sampling options: what is measured is the models, not a way to draw from them.
+Members are scored without sampling options: the models are measured, not a way to sample from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +25,19 @@ import numpy.typing as npt
 
 from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
-from mixlm.ensemble import Ensemble, MemberSpec, Prompt
+from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
+from mixlm.generation.prompt import Prompt
 from mixlm.models import resolve
 from mixlm.scoring import cache
-from mixlm.scoring.passages import PASSAGE_BYTES, Passage, beginning, fitting_contexts, split_passages
-from mixlm.scoring.scores import Scores, joined
-from mixlm.scoring.units import Reader, exact_scores, prompt_bits
+from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
+from mixlm.scoring.passages import PASSAGE_BYTES, Passage, split_passages, split_to_fit, text_prefix
+from mixlm.scoring.scores import Scores, concatenate
+from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids, Logits
 from mixlm.version import __version__
 
-__all__ = ["Scores", "identity", "score", "score_answers", "split_passages"]
+__all__ = ["Scores", "identity", "score", "score_answers", "score_passages", "split_passages"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,22 +52,27 @@ def score(
 ) -> Scores:
     """Score a text under every member of an ensemble, one pass a member; in the units `word` and `byte`, byte by byte.
 
-    by_segment: members meet where all have a token boundary, whatever the unit. progress: called with the
-    member's name, passages read, passages (bytes in those units). identities: what `identity` says of each member's
-    model; with them, scores are kept in the cache folder and the same text is not read again. Raises ConfigError for an
-    empty text, and for one that a member's tokens do not spell exactly.
+    Args:
+        ensemble: The ensemble.
+        text: The text; UTF-8 if bytes.
+        progress: Called with a member's name, the passages done and their number (bytes in `word` and `byte`).
+        identities: Each member's `identity`; with them, scores are cached and the same text is not read again.
+        by_segment: Members meet at common token boundaries, whatever the unit.
+
+    Raises:
+        ConfigError: The text is empty, or a member's tokens do not spell it exactly.
     """
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    before = [beginning(one.engine) for one in ensemble.members]
-    engines = [one.engine for one in ensemble.members]
+    prefixes = [text_prefix(member.engine) for member in ensemble.members]
+    engines = [member.engine for member in ensemble.members]
     passages = [
-        Passage(part, before)
+        Passage(part, prefixes)
         for whole in split_passages(data)
-        for part in fitting_contexts(whole, engines, [len(ids) for ids in before])
+        for part in split_to_fit(whole, engines, [len(ids) for ids in prefixes])
     ]
-    return _scored(ensemble, passages, progress, identities, by_segment=by_segment)
+    return score_passages(ensemble, passages, progress, identities, by_segment=by_segment)
 
 
 def score_answers(
@@ -78,44 +84,54 @@ def score_answers(
     progress: Progress | None = None,
     identities: Sequence[str] | None = None,
 ) -> Scores:
-    """Score answers, each behind its prompt as each member's own template writes it.
+    """Score answers, each after its prompt in each member's own template.
 
-    An answer is taken as it stands, as a reply would be: a space in front of it counts. settings: of replies, for a
-    system message. ends: whether the end of each answer is scored too, a segment of no bytes whose probability is all
-    that a member gives to its ends of text. Left out, it is where every member ends its replies itself; a member that
-    relies on stop strings, as a base model in a plain template does, would be charged for an end it never writes.
-    progress, identities: as for `score`.
+    An answer is taken as it stands, as a completion would be: a space in front of it counts.
+
+    Args:
+        ensemble: The ensemble.
+        pairs: Prompts and answers.
+        settings: Generation options, for a system message.
+        ends: Whether the end of each answer is scored too, as a segment of no bytes whose probability is that of all
+            the member's end-of-text ids. By default it is when every member ends its completions itself: one that
+            relies on stop strings, as a base model in a plain template does, would be charged for an end that it never
+            generates.
+        progress: As for `score`.
+        identities: As for `score`.
+
+    Raises:
+        ConfigError: There are no answers, or one is empty, or a member's tokens do not spell it exactly.
     """
     if not pairs:
         raise ConfigError("there are no answers to score")
     settings = settings or ensemble.settings()
     if ends is None:
-        ends = not any(one.engine.stops for one in ensemble.members)
+        ends = not any(member.engine.stops for member in ensemble.members)
     passages = []
     for number, (prompt, answer) in enumerate(pairs, start=1):
         if not answer:
             raise ConfigError(f"answer {number} of {len(pairs)} is empty")
         prompts = ensemble.encode_prompt(prompt, settings)
         passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
-    return _scored(ensemble, passages, progress, identities)
+    return score_passages(ensemble, passages, progress, identities)
 
 
 def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str:
-    """Return what tells a model from others: where it and its adapter lie, and the sizes and times of their files."""
+    """Return a string that identifies a model: where it and its adapter lie, and the sizes and times of their files."""
     if model.startswith("toy:"):
         return model
-    found = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
+    locations = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
     if adapter is not None:
-        found.append(adapter)
-    return json.dumps([part for one in found for part in (one, _stamps(Path(one)))])
+        locations.append(adapter)
+    return json.dumps([part for location in locations for part in (location, _file_stamps(Path(location)))])
 
 
-def _stamps(folder: Path) -> list[list[str | int]]:
-    files = sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
-    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
+def _file_stamps(folder: Path) -> list[list[str | int]]:
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _scored(
+def score_passages(
     ensemble: Ensemble,
     passages: Sequence[Passage],
     progress: Progress | None,
@@ -123,73 +139,74 @@ def _scored(
     *,
     by_segment: bool = False,
 ) -> Scores:
-    """Let every member read the passages, and bring their tokens together."""
-    if ensemble.unit.name in ("word", "byte") and not by_segment:
+    """Score passages under every member, and bring the members together. Arguments as for `score`."""
+    traits = ensemble.unit.traits
+    if not traits.full_distributions and not by_segment:
         models: Sequence[str | None] = identities or [None] * len(ensemble.members)
-        readers = [Reader(one.name, one.engine, model) for one, model in zip(ensemble.members, models, strict=True)]
-        return exact_scores(ensemble.unit.name, readers, ensemble.weights, passages, progress)
+        members = [
+            ScoringMember(member.name, member.engine, model)
+            for member, model in zip(ensemble.members, models, strict=True)
+        ]
+        return marginal_scores(ensemble.unit, members, ensemble.weights, passages, progress)
     known: dict[tuple[int, bytes], Scores] = {}
     parts: list[Scores] = []
-    for i, spec in enumerate(ensemble.members):
-        # Members that share a model read alike, unless their templates differ.
-        key = (id(spec.engine), b"".join(passage.before[i].tobytes() for passage in passages))
+    for i, member in enumerate(ensemble.members):
+        # Members that share a model score alike, unless their templates differ.
+        key = (id(member.engine), b"".join(passage.prefixes[i].tobytes() for passage in passages))
         if key not in known:
-            known[key] = _read(spec, passages, i, progress, identities[i] if identities else None)
+            known[key] = _member_scores(member, passages, i, progress, identities[i] if identities else None)
         parts.append(known[key])
-    # The end of an answer lies where its last token ends, and is a place of its own behind it.
-    places = [2 * one.ends + (one.starts == one.ends) for one in parts]
-    common = reduce(np.intersect1d, places)
-    columns, firsts = [], []
-    for one, mine in zip(parts, places, strict=True):
-        last = np.searchsorted(mine, common)
-        firsts.append(np.concatenate([[0], last[:-1] + 1]))
-        columns.append(np.add.reduceat(one.logprobs[:, 0], firsts[-1]))
-    exact = ensemble.unit.name == "token" and all(len(one.ends) == len(common) for one in parts)
-    first = parts[0]
+    # End-of-text is a segment of no bytes: a boundary of its own after that of the last token.
+    boundaries = [2 * part.ends + (part.starts == part.ends) for part in parts]
+    common = common_boundaries(boundaries)
+    firsts = [first_tokens(ends, common) for ends in boundaries]
+    columns = [np.add.reduceat(part.logprobs[:, 0], first) for part, first in zip(parts, firsts, strict=True)]
+    exact = traits.shared_vocabulary and all(len(part.ends) == len(common) for part in parts)
+    text = parts[0]
     return Scores(
         ensemble.names,
         "token" if exact else "segment",
-        first.text,
-        starts=first.starts[firsts[0]],
+        text.text,
+        starts=text.starts[firsts[0]],
         ends=common // 2,
-        begins=first.begins[firsts[0]],
+        passage_starts=text.passage_starts[firsts[0]],
         logprobs=np.column_stack(columns),
-        prompts=np.column_stack([one.prompts[mine, 0] for one, mine in zip(parts, firsts, strict=True)]),
-        seconds=sum(one.seconds for one in known.values()),
+        prompt_bits=np.column_stack([part.prompt_bits[first, 0] for part, first in zip(parts, firsts, strict=True)]),
+        seconds=sum(part.seconds for part in known.values()),
     )
 
 
-def _read(
-    spec: MemberSpec, passages: Sequence[Passage], member: int, progress: Progress | None, model: str | None
+def _member_scores(
+    member: MemberSpec, passages: Sequence[Passage], index: int, progress: Progress | None, model: str | None
 ) -> Scores:
     """Return one member's scores of its own tokens, from the cache where they are known."""
-    engine = spec.engine
-    read = [_tokens(engine, passage, member) for passage in passages]
-    path = _cache_path(engine, model, read, passages) if model is not None else None
-    if path is not None and (found := cache.get(path, Scores.load)) is not None:
+    engine = member.engine
+    encoded = [_encode(engine, passage, index) for passage in passages]
+    path = _cache_path(engine, model, encoded, passages) if model is not None else None
+    if path is not None and (cached := cache.get(path, Scores.load)) is not None:
         if progress is not None:
-            progress(spec.name, len(passages), len(passages))
-        return found
+            progress(member.name, len(passages), len(passages))
+        return cached
     start = time.perf_counter()
     parts = []
-    for at, (passage, (ids, bounds)) in enumerate(zip(passages, read, strict=True)):
+    for passage, (ids, bounds) in zip(passages, encoded, strict=True):
         parts.append(_passage_scores(engine, passage, ids, bounds))
         if progress is not None:
-            progress(spec.name, at + 1, len(passages))
-    out = replace(joined(parts), seconds=time.perf_counter() - start)
+            progress(member.name, len(parts), len(passages))
+    scores = replace(concatenate(parts), seconds=time.perf_counter() - start)
     if path is not None:
-        cache.put(out, path)
-    return out
+        cache.put(scores, path)
+    return scores
 
 
 def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDArray[np.int64]) -> Scores:
-    """Read one passage from the beginning of a context. ids, bounds: what `_tokens` returns."""
+    """Score one passage from the beginning of a context. ids, bounds: what `_encode` returns."""
     session = engine.session()
-    scores = session.token_logprobs(ids)
-    before = len(scores) - len(bounds)
-    logprobs = scores[before:]
+    all_logprobs = session.token_logprobs(ids)
+    prompt_length = len(all_logprobs) - len(bounds)
+    logprobs = all_logprobs[prompt_length:]
     starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
-    if passage.ends:
+    if passage.scores_end:
         logprobs = np.append(logprobs, _end_logprob(engine, session.logits(ids)[0]))
         starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
     return Scores(
@@ -198,9 +215,9 @@ def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDAr
         passage.prompt + passage.data,
         starts=starts + len(passage.prompt),
         ends=ends + len(passage.prompt),
-        begins=np.zeros(len(ends), dtype=np.int64),
+        passage_starts=np.zeros(len(ends), dtype=np.int64),
         logprobs=logprobs[:, None],
-        prompts=np.full((len(ends), 1), prompt_bits(scores[:before], passage.prompt)),
+        prompt_bits=np.full((len(ends), 1), prompt_bits(all_logprobs[:prompt_length], passage.prompt)),
     )
 
 
@@ -211,10 +228,10 @@ def _end_logprob(engine: Engine, logits: Logits) -> float:
     return float(np.logaddexp.reduce(ends) - np.logaddexp.reduce(values)) if ends.size else -math.inf
 
 
-def _tokens(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+def _encode(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
-    own, bounds = spelling(engine, passage.data)
-    ids: Ids = np.array([*passage.before[member], *own], dtype=np.int64)
+    text_ids, bounds = encode_exactly(engine.encoder, engine.vocabulary, passage.data, engine.name)
+    ids: Ids = np.array([*passage.prefixes[member], *text_ids], dtype=np.int64)
     if len(ids) > engine.context_length:
         raise ConfigError(
             f"{len(ids)} tokens of a passage are more than {engine.name}'s context of {engine.context_length}",
@@ -223,41 +240,16 @@ def _tokens(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDA
     return ids, bounds
 
 
-def spelling(engine: Engine, data: bytes) -> tuple[list[int], npt.NDArray[np.int64]]:
-    """Return a member's ids of a text, and where each of them ends in it, in bytes.
-
-    Raises ConfigError when they do not spell the text exactly.
-    """
-    own = engine.encoder.encode(data).ids
-    pieces = [engine.vocabulary.tokens[i] for i in own]
-    spelled = b"".join(pieces)
-    if spelled != data:
-        raise ConfigError(
-            f"the tokens of {engine.name} do not spell the text: {_difference(data, spelled)}",
-            "its tokenizer changes or drops some characters; take them out of the text",
-        )
-    return own, np.cumsum([len(one) for one in pieces])
-
-
-def _difference(data: bytes, spelled: bytes) -> str:
-    """Say where what the tokens spell leaves the text."""
-    at = next((i for i, (a, b) in enumerate(zip(data, spelled, strict=False)) if a != b), min(len(data), len(spelled)))
-    while at > 0 and at < len(data) and data[at] & 0xC0 == 0x80:
-        at -= 1
-    there, instead = (one[at : at + 12].decode(errors="replace") for one in (data, spelled))
-    return f"at {there!r} they have {instead!r}"
-
-
 def _cache_path(
     engine: Engine,
     model: str,
-    read: Sequence[tuple[Ids, npt.NDArray[np.int64]]],
+    encoded: Sequence[tuple[Ids, npt.NDArray[np.int64]]],
     passages: Sequence[Passage],
 ) -> Path:
-    """Return where a member's scores of these passages are kept: a hash of the model, the text and how it was cut."""
+    """Return a cache file for a member's scores of these passages: a hash of the model, the text and its split."""
     about = [__version__, PASSAGE_BYTES, engine.name, dict(engine.details), model]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for (ids, _), passage in zip(read, passages, strict=True):
-        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.ends else b""):
+    for (ids, _), passage in zip(encoded, passages, strict=True):
+        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b""):
             digest.update(len(part).to_bytes(8, "little") + part)
     return cache.folder() / f"{digest.hexdigest()}.npz"

@@ -1,4 +1,4 @@
-"""What passes between the event loop and the thread that runs the models."""
+"""What passes between the event loop and the thread that runs the models: jobs one way, events the other."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mixlm.core.options import GenerationOptions
-from mixlm.ensemble import Ensemble, Prompt
+from mixlm.ensemble import Ensemble
+from mixlm.generation.prompt import Prompt
 from mixlm.types import Completion, Token
 
-Reason = Literal["gone", "timeout", "shutdown"]
+CancelReason = Literal["gone", "timeout", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One reply that is wanted."""
+class GenerationTask:
+    """One completion to generate."""
 
     prompt: Prompt
     settings: GenerationOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """All prompts of an order fit; its replies wait for their turn. at: when, as `time.monotonic` says."""
+class JobQueued:
+    """All prompts of the job are encoded and fit; its generations wait. time: of `time.monotonic`."""
 
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A reply has left the line, and is being written. at: when, as `time.monotonic` says."""
-
-    at: float
+    time: float
 
 
 @dataclass(frozen=True, slots=True)
-class Wrote:
-    """Tokens that a reply has got, and the whole of it once it is finished.
+class GenerationStarted:
+    """A generation has left the queue. time: of `time.monotonic`."""
 
-    forwards: of each member that ran since the event before, the tokens of each of its passes.
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokensGenerated:
+    """New tokens of one generation, and its completion once it is finished.
+
+    forwards: for each member that ran since the previous event, the number of tokens in each forward pass.
     """
 
     index: int
@@ -50,32 +51,40 @@ class Wrote:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """A reply ended by an error, and the whole order with it."""
+class JobFailed:
+    """A generation raised an error, which ends the whole job."""
 
     error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
-    """The order was given up."""
+class JobCancelled:
+    """The job was cancelled."""
 
-    reason: Reason
-
-
-Event = Begun | Started | Wrote | Failed | Closed
+    reason: CancelReason
 
 
-class Order:
-    """Replies that one request asks for. Belongs to the event loop; the thread only reads what never changes.
+JobEvent = JobQueued | GenerationStarted | TokensGenerated | JobFailed | JobCancelled
 
-    client: who asks, for taking turns. events: what became of it, in order. left: replies that have not ended.
+
+class Job:
+    """The generations of one request. It belongs to the event loop; the model thread reads only what never changes.
+
+    Args:
+        client: Who sent the request; clients take turns.
+        ensemble: The ensemble that generates.
+        tasks: The completions to generate.
+
+    Attributes:
+        events: What happened to the job, in order.
+        unfinished: Number of generations that have not ended.
+        cancelled: Whether the job was cancelled.
     """
 
-    def __init__(self, client: str, ensemble: Ensemble, tasks: Sequence[Task]) -> None:
+    def __init__(self, client: str, ensemble: Ensemble, tasks: Sequence[GenerationTask]) -> None:
         self.client = client
         self.ensemble = ensemble
         self.tasks = tuple(tasks)
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.left = len(self.tasks)
-        self.closed = False
+        self.events: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self.unfinished = len(self.tasks)
+        self.cancelled = False

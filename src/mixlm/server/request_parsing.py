@@ -1,4 +1,4 @@
-"""From the body of a request to what the ensemble is asked."""
+"""From a validated request body to the generations that the ensemble runs for it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mixlm.config import Method, methods_of
-from mixlm.ensemble import Ensemble, Prompt
+from mixlm.config import Method
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.server.api_errors import ApiError, refused
+from mixlm.generation.prompt import Prompt
+from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
-from mixlm.server.jobs import Task
-from mixlm.server.limits import Limits
-from mixlm.server.model_registry import Registry, Served
+from mixlm.server.jobs import GenerationTask
+from mixlm.server.limits import ServerLimits
+from mixlm.server.model_registry import ModelRegistry, ServedModel
 from mixlm.types import Message
+from mixlm.units.registry import unit_traits
 
-_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-_EXTRAS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")
+# Fields that are options of `Ensemble.generate` under the same name.
+_OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "stop")
+_EXTRA_OPTIONS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, checked. tasks: `n` for each prompt, in order. echo: what stands in front of each reply's text.
+class ParsedRequest:
+    """A checked request.
 
-    logprobs: whether tokens are told with theirs, and with `alternatives` more.
+    Attributes:
+        kind: Of the endpoint: "chat" or "text".
+        model: The served model.
+        ensemble: Its ensemble, in the unit and with the weights of the request.
+        tasks: `n` for each prompt, in order.
+        n: Completions for each prompt.
+        stream: Whether the response is a stream of events.
+        include_usage: Whether a stream ends with the usage.
+        logprobs: Whether tokens are returned with their log-probabilities.
+        echo: The prompts, if they are repeated in front of the completions.
     """
 
     kind: Literal["chat", "text"]
-    served: Served
+    model: ServedModel
     ensemble: Ensemble
-    tasks: Sequence[Task]
+    tasks: Sequence[GenerationTask]
     n: int
     stream: bool
     include_usage: bool
@@ -38,51 +50,56 @@ class Asked:
     echo: Sequence[str]
 
     @property
-    def alternatives(self) -> int:
-        """How many of the likeliest symbols are told at each place."""
-        return self.tasks[0].settings.alternatives
+    def top_logprobs(self) -> int:
+        """How many of the most likely symbols are returned at each position."""
+        return self.tasks[0].settings.top_logprobs
 
 
-def chat(body: ChatBody, registry: Registry, limits: Limits) -> Asked:
-    """Return what a conversation asks for. Raises ApiError or MixlmError."""
+def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+    """Parse a request to /v1/chat/completions. Raises ApiError or MixlmError."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
-    messages = [Message("system" if one.role == "developer" else one.role, one.text) for one in body.messages]
-    _check_length(sum(len(one.content) for one in messages), "messages", limits)
-    options: dict[str, Any] = {}
+    messages = [
+        Message("system" if message.role == "developer" else message.role, message.text) for message in body.messages
+    ]
+    _check_length(sum(len(message.content) for message in messages), "messages", limits)
+    options: dict[str, Any] = {"top_logprobs": body.top_logprobs or 0}
     if body.max_completion_tokens is not None:
         options["max_tokens"] = body.max_completion_tokens
-    if any(one.role == "system" for one in messages):
-        options["system"] = None  # in place of the ensemble's own
-    options["alternatives"] = body.top_logprobs or 0
-    return _asked(body, registry, [messages], options, logprobs=bool(body.logprobs))
+    if any(message.role == "system" for message in messages):
+        options["system"] = None  # the request's system message replaces the ensemble's
+    return _parse(body, registry, [messages], options, logprobs=bool(body.logprobs))
 
 
-def completion(body: CompletionBody, registry: Registry, limits: Limits) -> Asked:
-    """Return what a text to continue asks for. Raises ApiError or MixlmError."""
+def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
+    """Parse a request to /v1/completions. Raises ApiError or MixlmError."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    for one in prompts:
-        _check_length(len(one), "prompt", limits)
-    options = {"raw": True, "system": None, "alternatives": body.logprobs or 0}
+    for prompt in prompts:
+        _check_length(len(prompt), "prompt", limits)
+    options = {
+        "raw": True,
+        "system": None,
+        "top_logprobs": body.logprobs or 0,
+        "score_prompt": bool(body.echo) and body.logprobs is not None,
+    }
     echo = prompts if body.echo else ()
-    options["score_prompt"] = bool(body.echo) and body.logprobs is not None
-    return _asked(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
+    return _parse(body, registry, prompts, options, logprobs=body.logprobs is not None, echo=echo)
 
 
-def _asked(
+def _parse(
     body: Common,
-    registry: Registry,
+    registry: ModelRegistry,
     prompts: Sequence[Prompt],
     options: Mapping[str, Any],
     *,
     logprobs: bool,
     echo: Sequence[str] = (),
-) -> Asked:
-    served = registry.find(body.model)
+) -> ParsedRequest:
+    model = registry.get(body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options go with stream", param="stream_options", code="invalid_value")
     extras = body.mixlm or Extras()
-    ensemble = served.in_unit(extras.unit)
+    ensemble = model.with_unit(extras.unit)
     if extras.weights is not None:
         try:
             ensemble = ensemble.with_weights(extras.weights)
@@ -91,59 +108,64 @@ def _asked(
     settings = ensemble.settings(**_options(body, extras, ensemble, options))
     _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
-    tasks = [Task(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)]
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    kind: Literal["chat", "text"] = "chat" if isinstance(body, ChatBody) else "text"
-    return Asked(kind, served, ensemble, tasks, n, bool(body.stream), include_usage, logprobs, echo)
+    tasks = [
+        GenerationTask(prompt, settings.with_turn(i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)
+    ]
+    return ParsedRequest(
+        kind="chat" if isinstance(body, ChatBody) else "text",
+        model=model,
+        ensemble=ensemble,
+        tasks=tasks,
+        n=n,
+        stream=bool(body.stream),
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        logprobs=logprobs,
+        echo=echo,
+    )
 
 
 def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
-    """Return a request's options over the ensemble's defaults, as `Ensemble.settings` takes them."""
-    given = dict(options)
-    for source, names in ((body, _SAMPLING), (extras, _EXTRAS)):
-        given |= {name: value for name in names if (value := getattr(source, name)) is not None}
-    if body.max_tokens is not None:
-        given["max_tokens"] = body.max_tokens
-    if body.stop is not None:
-        given["stop"] = body.stop
+    """Return the options of a request that `Ensemble.settings` lays over the ensemble's defaults."""
+    options = dict(options)
+    for source, names in ((body, _OPTIONS), (extras, _EXTRA_OPTIONS)):
+        options |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if body.seed is not None:
-        given["seed"] = body.seed % 2**64  # the API allows negative ones
+        options["seed"] = body.seed % 2**64  # the API allows negative seeds
     if body.logit_bias or extras.logit_bias:
-        # The API's keys are token ids, as digits; a text of digits has its place under mixlm.
-        ids = {
+        # Keys of digits are token ids, as in OpenAI's API; under mixlm they are text.
+        by_id_or_text = {
             int(key) if key.isascii() and key.isdecimal() else key: value
             for key, value in (body.logit_bias or {}).items()
         }
-        given["logit_bias"] = {**ids, **(extras.logit_bias or {})}
+        options["logit_bias"] = {**by_id_or_text, **(extras.logit_bias or {})}
     if body.response_format is not None:
-        given["json_schema"] = body.schema_of_reply
+        options["json_schema"] = body.schema_of_reply
     method = extras.method
-    served = ensemble.defaults.method
-    if method is None and given.get("temperature") == 0 and served not in ("greedy", "single"):
-        # To every client of the API, temperature 0 is how one asks for the most likely text.
+    if method is None and options.get("temperature") == 0 and ensemble.defaults.method not in ("greedy", "single"):
+        # Clients of the API ask for the most likely text by temperature 0.
         method = "greedy"
     if method is not None:
-        given["method"] = method
+        options["method"] = method
         if method not in ("speculative", "greedy"):
-            given.setdefault("draft", None)
+            options.setdefault("draft", None)
         if method != "conventional":
-            given.setdefault("mix_then_truncate", False)
-    return given
+            options.setdefault("mix_then_truncate", False)
+    return options
 
 
 def _check_method(body: Common, extras: Extras, method: Method, unit: str) -> None:
-    """Raise ApiError for a method that the unit has no law for; it names the field that asked for one of the two."""
-    allowed = methods_of(unit)
-    if method in allowed:
+    """Raise ApiError for a method that the unit does not support, with the field that selected one of the two."""
+    supported = unit_traits(unit).methods
+    if method in supported:
         return
     by_temperature = extras.method is None and body.temperature == 0
     param = "temperature" if by_temperature else "mixlm.unit" if extras.method is None else "mixlm.method"
-    asked = "temperature 0 asks for greedy, which" if by_temperature else f"the method {method}"
-    raise refused(param, f"{asked} does not go with the unit {unit}; {', '.join(allowed)} do")
+    subject = "temperature 0 selects the method greedy, which" if by_temperature else f"the method {method}"
+    raise unsupported_field(param, f"{subject} does not go with the unit {unit}; {', '.join(supported)} do")
 
 
-def _check_length(characters: int, field: str, limits: Limits) -> None:
-    if characters > limits.prompt:
-        raise ApiError(
-            400, f"{field} has {characters} characters, and {limits.prompt} may", param=field, code="prompt_too_long"
-        )
+def _check_length(characters: int, field: str, limits: ServerLimits) -> None:
+    maximum = limits.max_prompt_chars
+    if characters > maximum:
+        message = f"{field} has {characters} characters; the maximum is {maximum}"
+        raise ApiError(400, message, param=field, code="prompt_too_long")

@@ -1,10 +1,10 @@
-"""The statistical proof that strategies sample the law they promise.
+"""The statistical test that strategies sample the distribution they promise.
 
-`check` draws the first two symbols of many replies with each strategy, and compares their counts with the exact law
-`r(u | s) = Σ λ_i (K_i A_i p_i)(u | s)`, or what the unit has in its place (`exact`). The second symbol is compared
-jointly with the first: the law of a pair fixes the law of what follows what.
+`check` samples the first two symbols of many completions with each strategy, and compares their counts with the exact
+distribution `r(u | s) = Σ λ_i (K_i A_i p_i)(u | s)`, or the unit's counterpart of it (`exact`). The second symbol is
+compared jointly with the first, since the joint distribution determines the conditional one.
 
-A comparison is Pearson's chi-square test over all outcomes expected at least five times, the others in one cell.
+A comparison is Pearson's chi-square test over all outcomes that are expected at least five times, the others pooled.
 """
 
 from __future__ import annotations
@@ -18,28 +18,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import UNITS, Method, supported_methods
+from mixlm.config import UNITS, Method
 from mixlm.core.options import Options
 from mixlm.decoding import check_method
-from mixlm.ensemble import Ensemble, Prompt
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.generation.generation import EncodedPrompt
+from mixlm.generation.prompt import EncodedPrompt, Prompt
 from mixlm.types import Floats
-from mixlm.verification.draws import Outcome, drawing, first_symbols
-from mixlm.verification.exact import Exact
+from mixlm.verification.exact import ExactReference
+from mixlm.verification.sampling import Outcome, first_symbols, sampling_contexts
 
 Progress = Callable[[str, int, int], None]
 
-# A verdict is wrong by chance once in a thousand checks, however many comparisons a check makes.
+# The significance level of a whole check, however many comparisons it makes.
 LEVEL = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Counts of `left` against `right`, a strategy or "exact". position: 1 for the first symbol, 2 for the first two.
+class CheckResult:
+    """The comparison of a strategy with another one, or with the exact distribution.
 
-    statistic: chi-square. total_variation: between the two, on all outcomes; expected_total_variation: its mean if both
-    follow one law, from simulation.
+    Args:
+        left: A strategy.
+        right: Another strategy, or "exact".
+        unit: The unit.
+        position: 1 for the first symbol, 2 for the first two jointly.
+        samples: The number of samples.
+        statistic: Pearson's chi-square.
+        p_value: Its p-value.
+        total_variation: The distance between the two, on all outcomes.
+        expected_total_variation: Its mean if both sample one distribution, by simulation.
+        equal: Whether no difference was found.
     """
 
     left: str
@@ -55,11 +64,12 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Whose law counts as exact: the same members, in another engine perhaps.
+class ReferenceSetup:
+    """The ensemble whose distribution counts as exact: the same members, possibly in another engine.
 
-    tolerance: the total variation that the two laws may have from each other for each symbol, such as by rounding of
-    weights.
+    Args:
+        ensemble: The ensemble.
+        tolerance: The total variation per symbol that is allowed between the two, such as by rounding of weights.
     """
 
     ensemble: Ensemble
@@ -71,19 +81,19 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """All comparisons of one check; `equal` when every one of them is."""
+class CheckReport:
+    """All comparisons of a check; `equal` when every one of them is."""
 
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[CheckResult, ...]
 
     @property
     def equal(self) -> bool:
         """Whether no comparison found a difference."""
-        return all(one.equal for one in self.comparisons)
+        return all(comparison.equal for comparison in self.comparisons)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        return {"equal": self.equal, "comparisons": [asdict(one) for one in self.comparisons]}
+        return {"equal": self.equal, "comparisons": [asdict(comparison) for comparison in self.comparisons]}
 
 
 def check(
@@ -92,51 +102,61 @@ def check(
     *,
     samples: int = 2000,
     options: Options | None = None,
-    reference: Reference | None = None,
+    reference: ReferenceSetup | None = None,
     progress: Progress | None = None,
-) -> Report:
-    """Compare every strategy that the options allow with the exact law, and mixture with conventional.
+) -> CheckReport:
+    """Compare every strategy that the options allow with the exact distribution, and mixture with conventional.
 
-    reference: whose law is the exact one; the ensemble's own where it is left out. progress: called with what is being
-    drawn, how many are, and how many will be. Raises ConfigError for a reference of other members.
+    Args:
+        ensemble: The ensemble.
+        prompt: The prompt.
+        samples: The number of completions per strategy.
+        options: Generation options.
+        reference: Whose distribution is the exact one; None for the ensemble's own.
+        progress: Called with the strategy, the number of samples so far, and the number of samples.
+
+    Raises:
+        ConfigError: The reference has other members.
     """
     if samples < 100:
         raise ConfigError(f"samples is {samples}; it must be 100 or more for a test to mean anything")
-    given: dict[str, Any] = {"seed": 0, **(options or {})}
-    settings = ensemble.settings(**given)
+    full_options: dict[str, Any] = {"seed": 0, **(options or {})}
+    settings = ensemble.settings(**full_options)
     check_method(settings.method, ensemble.unit.name)
     prompts = ensemble.encode_prompt(prompt, settings)
-    reference = reference or Reference(ensemble)
+    reference = reference or ReferenceSetup(ensemble)
     _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.encode_prompt(prompt, settings))
     methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
     if settings.mix_then_truncate or settings.rule is not None:
         methods = ["conventional"]
-    methods = [one for one in methods if one in supported_methods(ensemble.unit.name)]
+    methods = [method for method in methods if method in ensemble.unit.traits.methods]
     pairs: dict[str, list[Outcome]] = {}
-    found: list[Comparison] = []
+    results: list[CheckResult] = []
     for number, method in enumerate(methods):
-        # The draft is a member, so that guesses are wrong now and then.
+        # A member drafts, so that some drafts are rejected.
         draft = ensemble.names[0] if method == "speculative" else None
-        one = replace(settings, method=method, seed=settings.seed + number, draft=draft)
+        method_settings = replace(settings, method=method, seed=settings.seed + number, draft=draft)
         try:
-            writers = drawing(ensemble, one)
+            contexts = sampling_contexts(ensemble, method_settings)
         except UnsupportedError:
             if method != "greedy":
                 raise
-            continue  # its default is a plain average, which not every engine can give; the others have run
-        exact = Exact(reference.ensemble, one, prompts)
+            continue  # it needs whole distributions, which not every engine has
+        exact = ExactReference(reference.ensemble, method_settings, prompts)
         greedy = method == "greedy"
-        tell = None if progress is None else partial(progress, method)
-        drawn = first_symbols(writers, prompts, 1 if greedy else samples, tell)
+        report = None if progress is None else partial(progress, method)
+        outcomes = first_symbols(contexts, prompts, 1 if greedy else samples, report)
         if greedy:
-            found += _greedy(ensemble, drawn[0], exact, reference.tolerance)
+            results += _greedy(ensemble, outcomes[0], exact, reference.tolerance)
             continue
-        pairs[method] = drawn
-        compared = [_against_exact(method, ensemble.unit.name, drawn, exact, at) for at in (1, 2)]
-        found += [_tolerant(one, reference.tolerance) for one in compared]
+        pairs[method] = outcomes
+        method_results = [_against_exact(method, ensemble.unit.name, outcomes, exact, position) for position in (1, 2)]
+        results += [_with_tolerance(result, reference.tolerance) for result in method_results]
     if "conventional" in pairs and "mixture" in pairs:
-        found += [_between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], at) for at in (1, 2)]
-    return Report(_judged(found))
+        results += [
+            _between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], position) for position in (1, 2)
+        ]
+    return CheckReport(_adjusted(results))
 
 
 def check_units(
@@ -146,126 +166,135 @@ def check_units(
     samples: int = 2000,
     options: Options | None = None,
     progress: Progress | None = None,
-) -> tuple[Report, dict[str, str]]:
-    """Check the ensemble's members in every unit. Returns one report, and why the units that are not in it are not.
+) -> tuple[CheckReport, dict[str, str]]:
+    """Check the ensemble's members in every unit, at the significance level of a single check.
 
-    A verdict is wrong by chance as rarely as in the check of one unit. Raises UnsupportedError where no unit is left.
+    Returns:
+        The report, and the reason for each unit that is not in it.
+
+    Raises:
+        UnsupportedError: No unit can be checked.
     """
-    found: list[Comparison] = []
+    results: list[CheckResult] = []
     left_out: dict[str, str] = {}
     for unit in UNITS[1:]:
         try:
-            those = ensemble.with_unit(unit)
-            found += check(those, prompt, samples=samples, options=options, progress=progress).comparisons
+            with_unit = ensemble.with_unit(unit)
+            results += check(with_unit, prompt, samples=samples, options=options, progress=progress).comparisons
         except UnsupportedError as error:
             left_out[unit] = error.message
-    if not found:
+    if not results:
         raise UnsupportedError(f"no unit can be checked: {'; '.join(left_out.values())}")
-    return Report(_judged(found)), left_out
+    return CheckReport(_adjusted(results)), left_out
 
 
-def _judged(found: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    """Say of each comparison whether it found a difference; of all of them, one is found by chance once in 1/LEVEL."""
-    level = LEVEL / len(found)
-    return tuple(replace(one, equal=one.p_value >= level) for one in found)
+def _adjusted(results: Sequence[CheckResult]) -> tuple[CheckResult, ...]:
+    """Decide each comparison at the level of all of them together (Bonferroni)."""
+    level = LEVEL / len(results)
+    return tuple(replace(result, equal=result.p_value >= level) for result in results)
 
 
 def _check_reference(ensemble: Ensemble, reference: Ensemble, ours: EncodedPrompt, theirs: EncodedPrompt) -> None:
-    """Raise ConfigError unless the reference has the same symbols and reads the prompt in the same tokens."""
-    alike = (
+    """Raise ConfigError unless the reference has the same symbols and encodes the prompt in the same tokens."""
+    same = (
         len(ensemble.members) == len(reference.members)
         and (ensemble.unit.name, ensemble.unit.end) == (reference.unit.name, reference.unit.end)
         and all(
-            np.array_equal(ensemble.unit.symbols(i), reference.unit.symbols(i)) and np.array_equal(one, other)
-            for i, (one, other) in enumerate(zip(ours.ids, theirs.ids, strict=True))
+            np.array_equal(ensemble.unit.symbols(i), reference.unit.symbols(i)) and np.array_equal(own_ids, other_ids)
+            for i, (own_ids, other_ids) in enumerate(zip(ours.ids, theirs.ids, strict=True))
         )
     )
-    if not alike:
+    if not same:
         raise ConfigError(
             f"{', '.join(reference.names)} do not read as {', '.join(ensemble.names)} do",
-            "name the same models for the exact law, in the same order",
+            "name the same models as the reference, in the same order",
         )
 
 
-def _against_exact(name: str, unit: str, drawn: Sequence[Outcome], exact: Exact, position: int) -> Comparison:
+def _against_exact(
+    name: str, unit: str, outcomes: Sequence[Outcome], exact: ExactReference, position: int
+) -> CheckResult:
     if position == 1:
-        law: dict[Outcome, float] = {(int(u),): float(exact.first[u]) for u in np.flatnonzero(exact.first)}
+        probabilities: dict[Outcome, float] = {(int(u),): float(exact.first[u]) for u in np.flatnonzero(exact.first)}
     else:
-        law = exact.pairs()
-    counts = Counter(one[:position] for one in drawn)
-    cells = list(law)
-    expected = np.array([*law.values(), max(1 - sum(law.values()), 0.0)])
+        probabilities = exact.pairs()
+    counts = Counter(outcome[:position] for outcome in outcomes)
+    cells = list(probabilities)
+    expected = np.array([*probabilities.values(), max(1 - sum(probabilities.values()), 0.0)])
     observed = np.array([*(counts[cell] for cell in cells), 0])
-    observed[-1] = len(drawn) - observed.sum()
+    observed[-1] = len(outcomes) - observed.sum()
     if expected[-1] < 1e-9:
         expected[-1] = 0.0
     expected /= expected.sum()
-    statistic, p_value = _chi_square(observed, expected * len(drawn))
-    distance = 0.5 * float(np.abs(observed / len(drawn) - expected).sum())
+    statistic, p_value = _chi_square(observed, expected * len(outcomes))
+    distance = 0.5 * float(np.abs(observed / len(outcomes) - expected).sum())
     rng = np.random.default_rng(0)
-    simulated = rng.multinomial(len(drawn), expected, size=200) / len(drawn)
+    simulated = rng.multinomial(len(outcomes), expected, size=200) / len(outcomes)
     noise = 0.5 * float(np.abs(simulated - expected).sum(axis=1).mean())
-    return Comparison(name, "exact", unit, position, len(drawn), statistic, p_value, distance, noise, equal=False)
+    return CheckResult(name, "exact", unit, position, len(outcomes), statistic, p_value, distance, noise, equal=False)
 
 
-def _tolerant(found: Comparison, tolerance: float) -> Comparison:
-    """Return a comparison that allows the two laws a distance of their own.
+def _with_tolerance(result: CheckResult, tolerance: float) -> CheckResult:
+    """Return a comparison that tolerates a distance between the two distributions.
 
-    The distance between counts and their law is above its mean by t with probability exp(-2 n t²) at most (McDiarmid).
+    The distance of counts from their distribution exceeds its mean by t with probability at most exp(-2 n t²)
+    (McDiarmid's inequality).
     """
     if tolerance == 0:
-        return found
-    above = max(found.total_variation - found.expected_total_variation - tolerance * found.position, 0.0)
-    return replace(found, p_value=float(np.exp(-2 * found.samples * above**2)))
+        return result
+    excess = max(result.total_variation - result.expected_total_variation - tolerance * result.position, 0.0)
+    return replace(result, p_value=float(np.exp(-2 * result.samples * excess**2)))
 
 
-def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> Comparison:
-    """Compare two sets of draws with each other."""
-    a, b = (Counter(one[:position] for one in drawn) for drawn in (left, right))
+def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> CheckResult:
+    """Compare two sets of samples with each other."""
+    a, b = (Counter(outcome[:position] for outcome in counter) for counter in (left, right))
     cells = sorted({*a, *b})
-    counts = np.array([[drawn[cell] for cell in cells] for drawn in (a, b)])
+    counts = np.array([[counter[cell] for cell in cells] for counter in (a, b)])
     totals = counts.sum(axis=1, keepdims=True)
     common = counts.sum(axis=0) / counts.sum()
     statistic, p_value = _chi_square(counts, common * totals)
     distance = 0.5 * float(np.abs(counts[0] / totals[0] - counts[1] / totals[1]).sum())
     rng = np.random.default_rng(0)
-    one, two = (rng.multinomial(total, common, size=200) / total for total in totals[:, 0])
-    noise = 0.5 * float(np.abs(one - two).sum(axis=1).mean())
-    return Comparison(
+    left_simulated, right_simulated = (rng.multinomial(total, common, size=200) / total for total in totals[:, 0])
+    noise = 0.5 * float(np.abs(left_simulated - right_simulated).sum(axis=1).mean())
+    return CheckResult(
         "mixture", "conventional", unit, position, len(left), statistic, p_value, distance, noise, equal=False
     )
 
 
 def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, float]:
-    """Return Pearson's statistic and p-value; one row of counts against a law, or several against what they share."""
+    """Return Pearson's statistic and p-value of one row of counts, or of several rows with a common distribution."""
     from scipy.stats import chi2
 
-    rows, wanted = np.atleast_2d(observed), np.atleast_2d(expected)
-    if (rows[wanted == 0] > 0).any():
-        return float(rows.sum()), 0.0  # something was drawn that cannot be
-    usual = wanted.min(axis=0) >= 5
+    rows, expected_rows = np.atleast_2d(observed), np.atleast_2d(expected)
+    if (rows[expected_rows == 0] > 0).any():
+        return float(rows.sum()), 0.0  # something was sampled that cannot be
+    usual = expected_rows.min(axis=0) >= 5
     rows = np.column_stack([rows[:, usual], rows[:, ~usual].sum(axis=1)])
-    wanted = np.column_stack([wanted[:, usual], wanted[:, ~usual].sum(axis=1)])
-    if wanted[:, -1].min() < 5 and usual.any():
-        # Too little is left over for a cell of its own: the rarest of the usual ones takes it in.
-        rarest = int(np.argmin(wanted[0, :-1]))
+    expected_rows = np.column_stack([expected_rows[:, usual], expected_rows[:, ~usual].sum(axis=1)])
+    if expected_rows[:, -1].min() < 5 and usual.any():
+        # Too few are left over for a cell of their own.
+        rarest = int(np.argmin(expected_rows[0, :-1]))
         rows[:, rarest] += rows[:, -1]
-        wanted[:, rarest] += wanted[:, -1]
-        rows, wanted = rows[:, :-1], wanted[:, :-1]
+        expected_rows[:, rarest] += expected_rows[:, -1]
+        rows, expected_rows = rows[:, :-1], expected_rows[:, :-1]
     freedom = (rows.shape[1] - 1) * max(rows.shape[0] - 1, 1)
-    statistic = float(((rows - wanted) ** 2 / wanted).sum())
+    statistic = float(((rows - expected_rows) ** 2 / expected_rows).sum())
     return statistic, float(chi2.sf(statistic, freedom)) if freedom else 1.0
 
 
-def _greedy(ensemble: Ensemble, drawn: Outcome, exact: Exact, tolerance: float) -> list[Comparison]:
+def _greedy(ensemble: Ensemble, outcome: Outcome, exact: ExactReference, tolerance: float) -> list[CheckResult]:
     """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
     found = []
-    for position, symbol in enumerate(drawn, start=1):
-        law = exact.law(drawn[: position - 1])
+    for position, symbol in enumerate(outcome, start=1):
+        distribution = exact.distribution(outcome[: position - 1])
         # Equally likely symbols may be told apart by rounding alone.
-        same = bool(law[symbol] >= law.max() * (1 - 1e-5) - 2 * tolerance)
+        same = bool(distribution[symbol] >= distribution.max() * (1 - 1e-5) - 2 * tolerance)
         p_value, distance = float(same), float(not same)
         found.append(
-            Comparison("greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same)
+            CheckResult(
+                "greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same
+            )
         )
     return found

@@ -18,7 +18,8 @@ from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.ensemble import Ensemble
-from mixlm.generation.generation import EncodedPrompt, bits_per_byte
+from mixlm.generation.generation import bits_per_byte
+from mixlm.generation.prompt import EncodedPrompt
 from mixlm.routing import PromptContext
 from mixlm.types import Floats
 from mixlm.units.base import TextState

@@ -1,0 +1,60 @@
+"""Conversations that remember their turns, and whose members keep their KV caches between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mixlm.core.options import Options
+from mixlm.generation.generation import Generation
+from mixlm.types import Completion, Message, Token
+
+if TYPE_CHECKING:
+    from mixlm.ensemble import Ensemble
+
+
+class Chat:
+    """A conversation. A turn that is interrupted stays in the history as far as it was generated."""
+
+    def __init__(self, ensemble: Ensemble, options: Options) -> None:
+        self._ensemble = ensemble
+        self._options = options
+        self._sessions = [member.engine.session() for member in ensemble.members]
+        self._turn = 0
+        self.messages: list[Message] = []
+
+    def send(self, text: str) -> Completion:
+        """Add a user's message and return the whole completion."""
+        for _ in (generation := self.stream(text)):
+            pass
+        return generation.completion
+
+    def stream(self, text: str) -> ChatGeneration:
+        """Add a user's message and iterate over the completion. The message joins the history once it fits."""
+        options = self._ensemble.settings(**self._options).with_turn(self._turn)
+        prompt = self._ensemble.encode_prompt([*self.messages, Message("user", text)], options)
+        generation = self._ensemble.context(options, self._sessions).start(prompt)
+        self._turn += 1
+        self.messages.append(Message("user", text))
+        return ChatGeneration(generation, self.messages)
+
+
+class ChatGeneration(Iterator[Token]):
+    """A turn of a conversation in progress; what has been read of it is the last message of the history."""
+
+    def __init__(self, generation: Generation, messages: list[Message]) -> None:
+        self._generation = generation
+        self._messages = messages
+        messages.append(Message("assistant", ""))
+        self._index = len(messages) - 1
+
+    def __next__(self) -> Token:
+        token = next(self._generation)
+        content = self._messages[self._index].content + token.text
+        self._messages[self._index] = Message("assistant", content)
+        return token
+
+    @property
+    def completion(self) -> Completion:
+        """The completion so far."""
+        return self._generation.completion

@@ -1,0 +1,125 @@
+"""Sends requests to engines: all that is requested of an engine at one moment goes to it in one call.
+
+Engines on devices of their own run at the same time. On one device they would only share it, so they run in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from mixlm.engines.base import Engine, Request, Response, Session, to_response
+from mixlm.errors import EngineError, MixlmError
+
+_MAX_THREADS = 32
+
+T = TypeVar("T")
+# Yields requests, is sent their responses in the same order, returns a result.
+RequestFlow = Generator[list[Request], list[Response], T]
+
+
+class MemberError(EngineError):
+    """A member's engine failed. member: its index."""
+
+    def __init__(self, member: int, error: EngineError) -> None:
+        super().__init__(error.message, error.hint)
+        self.member = member
+
+
+class EngineRequest(NamedTuple):
+    """A request, with the engine and the session that respond to it."""
+
+    engine: Engine
+    session: Session
+    request: Request
+
+
+class EngineCall:
+    """A call to one engine that has begun; `responses` can be read when `future` is done."""
+
+    def __init__(self, requests: Sequence[EngineRequest], future: Future[Any]) -> None:
+        self.engine = requests[0].engine
+        self.requests = requests
+        self.future = future
+
+    def responses(self) -> list[Response | MixlmError]:
+        """Return the response or the error of each request."""
+        if not self.engine.asynchronous:
+            return list(self.future.result())
+        try:
+            return [to_response(self.requests[0].request, self.future.result())]
+        except MixlmError as error:
+            return [error]
+
+
+class Dispatcher:
+    """Sends requests to engines. It starts its threads when engines on several devices are called."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def respond(self, requests: Sequence[EngineRequest]) -> list[Response]:
+        """Return the response of each request, in order. Raises MemberError for the first engine that failed."""
+        batches: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            batches.setdefault(request.engine.batch_key, []).append(index)
+        calls = [[requests[index] for index in indices] for indices in batches.values()]
+        if len(calls) > 1 and len({call[0].engine.device for call in calls}) == len(calls):
+            results = [future.result() for future in [self._threads.submit(_respond, call) for call in calls]]
+        else:
+            results = [_respond(call) for call in calls]
+        responses: list[Response] = [None] * len(requests)
+        for indices, batch in zip(batches.values(), results, strict=True):
+            for index, response in zip(indices, batch, strict=True):
+                responses[index] = response
+        return responses
+
+    def begin(self, requests: Sequence[EngineRequest], *, in_thread: bool) -> EngineCall:
+        """Begin a call to the engine of these requests; one request for an asynchronous engine.
+
+        in_thread: return at once; otherwise the call is over when this returns.
+        """
+        engine = requests[0].engine
+        if engine.asynchronous:
+            [(_, session, request)] = requests
+            return EngineCall(requests, engine.submit(session, request))
+        if in_thread:
+            return EngineCall(requests, self._threads.submit(_respond_each, requests))
+        done: Future[list[Response | MixlmError]] = Future()
+        done.set_result(_respond_each(requests))
+        return EngineCall(requests, done)
+
+    @property
+    def _threads(self) -> ThreadPoolExecutor:
+        # They live as long as the dispatcher: starting them for each token would cost more than they save.
+        self._pool = self._pool or ThreadPoolExecutor(_MAX_THREADS)
+        return self._pool
+
+
+def _respond(requests: Sequence[EngineRequest]) -> list[Response]:
+    try:
+        return requests[0].engine.respond([(session, request) for _, session, request in requests])
+    except EngineError as error:
+        raise MemberError(requests[0].request.member, error) from error
+
+
+def _respond_each(requests: Sequence[EngineRequest]) -> list[Response | MixlmError]:
+    """Respond to all in one call; where it fails, to each by itself: one sequence's error is not the others'."""
+    try:
+        return requests[0].engine.respond([(session, request) for _, session, request in requests])
+    except MixlmError as error:
+        if len(requests) == 1:
+            return [error]
+    return [response for request in requests for response in _respond_each([request])]
+
+
+def drive(flow: RequestFlow[T], respond: Callable[[list[Request]], list[Response]]) -> T:
+    """Run a flow to its end. respond: returns the responses to requests, in order."""
+    try:
+        requests = next(flow)
+        while True:
+            requests = flow.send(respond(requests))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result

@@ -1,0 +1,73 @@
+"""Prompts: a text or a conversation, in each member's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mixlm.core.options import GenerationOptions
+from mixlm.engines.base import Engine
+from mixlm.errors import ConfigError, PromptTooLongError
+from mixlm.types import ROLES, Ids, Message
+
+Prompt = str | Sequence[Message | Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt in each member's tokens, int64 ids, and as its author wrote it, UTF-8."""
+
+    ids: tuple[Ids, ...]
+    text: bytes
+
+
+def encode_prompt(
+    prompt: Prompt, options: GenerationOptions, engines: Sequence[Engine], names: Sequence[str]
+) -> EncodedPrompt:
+    """Return a prompt in the tokens of each engine, in its chat template unless the options say `raw`.
+
+    Raises:
+        ConfigError: The prompt is empty, or not a message.
+        PromptTooLongError: A context has no room for it and one more token.
+    """
+    if options.raw:
+        if not isinstance(prompt, str) or options.system is not None:
+            raise ConfigError("a raw prompt is one text, without messages and without a system text")
+        text, encoded = prompt, [engine.prompts.raw(prompt) for engine in engines]
+    else:
+        messages = _messages(prompt)
+        if options.system is not None:
+            messages.insert(0, Message("system", options.system))
+        text = "\n".join(message.content for message in messages)
+        encoded = [engine.prompts.chat(messages) for engine in engines]
+    for engine, name, ids in zip(engines, names, encoded, strict=True):
+        if len(ids) == 0:
+            raise ConfigError(f"the prompt has no tokens for {name}", "give a prompt that is not empty")
+        if len(ids) >= engine.context_length:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens for {name}, whose context holds {engine.context_length}",
+                "shorten it; the completion needs room too",
+            )
+    return EncodedPrompt(tuple(encoded), text.encode(errors="replace"))
+
+
+def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Return whether these are several prompts, and not one text or one conversation."""
+    return not isinstance(prompt, str) and any(not isinstance(item, Message | Mapping) for item in prompt)
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    messages = [item if isinstance(item, Message) else _message(item) for item in prompt]
+    if not messages:
+        raise ConfigError("the conversation has no messages", "give at least one message of the user")
+    return messages
+
+
+def _message(fields: Mapping[str, str]) -> Message:
+    role, content = fields.get("role"), fields.get("content")
+    if role not in ROLES or not isinstance(content, str) or len(fields) != 2:
+        allowed = ", ".join(ROLES)
+        raise ConfigError(f"{dict(fields)} is no message", f"a message has a role ({allowed}) and a content, a text")
+    return Message(role, content)

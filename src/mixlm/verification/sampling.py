@@ -1,0 +1,130 @@
+"""Samples of the first two symbols of many completions, with few forwards or with many completions at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from typing import cast
+
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rng import Noise
+from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
+from mixlm.ensemble import Ensemble
+from mixlm.generation.dispatch import Dispatcher, EngineRequest
+from mixlm.generation.generation import GenerationContext
+from mixlm.generation.prompt import EncodedPrompt
+from mixlm.generation.sequence import Choice
+from mixlm.types import Floats, Ids, Logits
+
+Outcome = tuple[int, ...]
+_MEMO_BYTES = 512 << 20
+_TOGETHER = 16
+
+
+def sampling_contexts(ensemble: Ensemble, settings: GenerationOptions) -> list[GenerationContext]:
+    """Return one context that remembers responses, or several to sample at once where engines sample themselves."""
+    memo_context = ensemble.context(settings, [_MemoSession(member.engine.session()) for member in ensemble.members])
+    if not all(member.samples_itself for member in memo_context.members):
+        return [memo_context]
+    return [ensemble.context(settings) for _ in range(_TOGETHER)]
+
+
+def first_symbols(
+    contexts: Sequence[GenerationContext],
+    prompts: EncodedPrompt,
+    samples: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Sample the first two symbols of `samples` completions, or one where a completion ends at once.
+
+    As many at once as there are contexts. progress: called with the number of completions so far, and of all.
+    """
+    outcomes: list[Outcome] = []
+    dispatcher = Dispatcher()
+    for first in range(0, samples, len(contexts)):
+        running = {
+            i: (context, _outcome(context, prompts, first + i))
+            for i, context in enumerate(contexts)
+            if first + i < samples
+        }
+        responses: dict[int, list[Response] | None] = dict.fromkeys(running)
+        while running:
+            owners: list[int] = []
+            requests: list[EngineRequest] = []
+            for i, (context, generator) in list(running.items()):
+                try:
+                    for request in generator.send(responses[i]):
+                        engine, session = context.members[request.member].engine, context.sessions[request.member]
+                        requests.append(EngineRequest(engine, session, request))
+                        owners.append(i)
+                except StopIteration as stop:
+                    outcomes.append(stop.value)
+                    del running[i]
+            responses = {i: [] for i in running}
+            for i, response in zip(owners, dispatcher.respond(requests), strict=True):
+                cast(list[Response], responses[i]).append(response)
+        if progress is not None:
+            progress(len(outcomes), samples)
+    return outcomes
+
+
+def _outcome(
+    context: GenerationContext, prompts: EncodedPrompt, number: int
+) -> Generator[list[Request], list[Response] | None, Outcome]:
+    """Sample the first two symbols of one completion."""
+    sequence = context.begin_sequence(prompts)
+    noise, end = Noise(context.settings.seed, number), context.unit.end
+    symbols: list[int] = []
+    while len(symbols) < 2 and end not in symbols:
+        choices = yield from cast(
+            Generator[list[Request], list[Response] | None, list[Choice]],
+            sequence.decode_step(context.strategy, noise.at(len(symbols)), 2 - len(symbols)),
+        )
+        for choice in choices:
+            symbols.append(choice.symbol)
+            if choice.symbol != end:
+                sequence.append(choice)
+    return tuple(symbols)
+
+
+class _MemoSession(Session):
+    """A session that remembers logits, so that thousands of completions of one prompt take few forwards."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.context_length)
+        self._session = session
+        self._known: OrderedDict[bytes, Logits] = OrderedDict()
+        self._scores: dict[bytes, Floats] = {}
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Return the session's scores."""
+        key = ids.tobytes()
+        if key not in self._scores:
+            self._scores[key] = self._session.token_logprobs(ids)
+        return self._scores[key]
+
+    def generate(self, run: GenerateRequest) -> GenerateResponse:
+        """Let the session generate; samples are not remembered."""
+        return self._session.generate(run)
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the session's logits."""
+        key = ids.tobytes()
+        if last != 1:
+            return self._session.logits(ids, last)
+        if key not in self._known:
+            self._known[key] = self._session.logits(ids).copy()
+            if len(self._known) * self._known[key].nbytes > _MEMO_BYTES:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def prepare(self, ids: Ids, last: int = 1) -> None:
+        """Look the logits up, so that an engine that batches sessions has nothing to run for this one."""
+        self._latest = self.logits(ids, last)
+
+    def truncate(self, length: int) -> int:
+        raise AssertionError("a memo holds no cache of its own")
+
+    def forward(self, ids: Ids, last: int) -> Logits:
+        raise AssertionError("a memo runs no forward of its own")

@@ -4,27 +4,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from serving import Process, Running, running
+from serving import RunningServer, ServerProcess, running
 
 from mixlm.loading import load
 
 
 @pytest.fixture(scope="module")
-def toys() -> Iterator[Running]:
+def toys() -> Iterator[RunningServer]:
     """A server of two toys."""
-    with running(load("toy:1", "toy:2")) as one:
-        yield one
+    with running(load("toy:1", "toy:2")) as server:
+        yield server
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[..., Process]]:
+def start_process() -> Iterator[Callable[..., ServerProcess]]:
     """Start `mixlm serve`."""
-    started: list[Process] = []
+    processes: list[ServerProcess] = []
 
-    def start(*arguments: str, **options: Any) -> Process:
-        started.append(Process(*arguments, **options))
-        return started[-1]
+    def start(*arguments: str, **options: Any) -> ServerProcess:
+        processes.append(ServerProcess(*arguments, **options))
+        return processes[-1]
 
     yield start
-    for one in started:
-        one.close()
+    for process in processes:
+        process.close()

@@ -1,4 +1,4 @@
-"""Servers for tests: in this process, or in one of its own."""
+"""Servers for tests: in this process, or in a process of their own."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ import numpy as np
 
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, ToySession, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.server.api_keys import Keys
-from mixlm.server.app import Server
-from mixlm.server.http_server import Address, web_server
-from mixlm.server.limits import Limits
-from mixlm.server.model_registry import Registry
-from mixlm.server.tracing import Traces
+from mixlm.server.api_keys import ApiKeys
+from mixlm.server.app import ServerApp
+from mixlm.server.http_server import ListenAddress, uvicorn_server
+from mixlm.server.limits import ServerLimits
+from mixlm.server.model_registry import ModelRegistry
+from mixlm.server.tracing import RequestTracer
 
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 class EndlessToy(ToyEngine):
-    """A toy that never ends a reply and takes its time over every forward."""
+    """A toy that never samples end-of-text. seconds: how long each forward takes."""
 
     def __init__(self, seed: int, seconds: float = 0.0) -> None:
-        plain = wordy_table(seed)
+        wordy = wordy_table(seed)
 
         def table(context: tuple[int, ...]) -> np.ndarray:
-            logits = plain(context)
+            logits = wordy(context)
             logits[len(WORD_TOKENS) + 1] = -np.inf
             return logits
 
@@ -49,24 +49,24 @@ class EndlessToy(ToyEngine):
     def session(self) -> ToySession:
         engine = self
 
-        class Slow(ToySession):
-            def _forward(self, ids: Any, last: int) -> Any:
+        class SlowSession(ToySession):
+            def forward(self, ids: Any, last: int) -> Any:
                 engine.forwards += 1
                 time.sleep(engine.seconds)
-                return super()._forward(ids, last)
+                return super().forward(ids, last)
 
-        return Slow(self)
+        return SlowSession(self)
 
 
 def endless(seconds: float = 0.0) -> Ensemble:
     return Ensemble([MemberSpec(EndlessToy(i, seconds), f"toy:{i}") for i in (1, 2)])
 
 
-class Running:
+class RunningServer:
     """A server that runs in a thread, and a client for it."""
 
-    def __init__(self, server: Server, url: str) -> None:
-        self.server = server
+    def __init__(self, app: ServerApp, url: str) -> None:
+        self.app = app
         self.url = url
         self.client = httpx.Client(base_url=url, timeout=30, trust_env=False)
 
@@ -80,65 +80,64 @@ class Running:
         return self.post("/v1/completions", {"prompt": prompt, **body})
 
     def metric(self, name: str, **labels: str) -> float:
-        """A figure of /metrics; 0 where it does not occur yet."""
+        """A value of /metrics, summed over other labels; 0 for one that does not exist yet."""
         total = 0.0
         for line in self.client.get("/metrics").text.splitlines():
-            found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-            if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-                total += float(found[2])
+            match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+            if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+                total += float(match[2])
         return total
-
-    def wait(self, condition: Callable[[], bool], seconds: float = 20) -> None:
-        wait(condition, seconds)
 
 
 def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.005)
 
 
 @contextmanager
 def running(
     ensembles: Mapping[str, Ensemble] | Ensemble,
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     *,
-    buffer: int = 0,
-    traces: Traces | None = None,
+    send_buffer: int = 0,
+    tracer: RequestTracer | None = None,
     **limits: Any,
-) -> Iterator[Running]:
-    """Serve in a thread of this process. buffer: bytes kept for a slow client; 0 for the usual."""
+) -> Iterator[RunningServer]:
+    """Serve in a thread of this process. send_buffer: bytes buffered for a slow client; 0 for the default."""
     named = ensembles if isinstance(ensembles, Mapping) else {"toys": ensembles}
-    address = Address(port=0)
-    limits = {"grace": 0, **limits}
-    server = Server(Registry(named), Limits(**limits), keys, address.hosts, traces)
-    listening = address.listen()
-    if buffer:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    came: list[str] = []
-    web = web_server(server, listening, ready=came.append)
-    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
+    address = ListenAddress(port=0)
+    app = ServerApp(
+        ModelRegistry(named), ServerLimits(**{"grace_period": 0, **limits}), keys, address.allowed_hosts, tracer
+    )
+    listener = address.bind()
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    urls: list[str] = []
+    web_server = uvicorn_server(app, listener, on_ready=urls.append)
+    thread = threading.Thread(target=web_server.run, kwargs={"sockets": [listener]})
     thread.start()
-    wait(lambda: bool(came))
-    one = Running(server, came[0])
+    wait(lambda: bool(urls))
+    server = RunningServer(app, urls[0])
     try:
-        yield one
+        yield server
     finally:
-        one.client.close()
-        web.should_exit = True
+        server.client.close()
+        web_server.should_exit = True
         thread.join(30)
-        listening.close()
+        listener.close()
         assert not thread.is_alive()
-        assert not server.worker.alive
+        assert not app.model_thread.is_alive
 
 
-class Process:
-    """`mixlm serve` in a process of its own."""
+class ServerProcess:
+    """`mixlm serve` in a process of its own. preamble: code that the process runs first."""
 
-    def __init__(self, *arguments: str, port: int = 0, before: str = "", **environment: str) -> None:
+    def __init__(self, *arguments: str, port: int = 0, preamble: str = "", **environment: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", before + MAIN, "serve", "--port", str(port), *arguments],
+            [sys.executable, "-c", preamble + MAIN, "serve", "--port", str(port), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -149,18 +148,19 @@ class Process:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.lines.append(line)
-            if found := re.match(r"serving .* at (http\S+)", line):
-                self.url = found[1]
+            if match := re.match(r"serving .* at (http\S+)", line):
+                self.url = match[1]
                 break
         else:
             raise AssertionError(f"it never served: {self.lines}")
         self.port = int(self.url.rpartition(":")[2])
         threading.Thread(target=lambda: self.lines.extend(self._process.stderr or ()), daemon=True).start()
 
-    def send(self, sent: signal.Signals) -> None:
-        self._process.send_signal(sent)
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
 
-    def end(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 30) -> int:
+        """Wait for the process to end; return its exit code."""
         return self._process.wait(seconds)
 
     @property
@@ -176,7 +176,7 @@ class Process:
 
 
 def events(response: httpx.Response) -> Iterator[Any]:
-    """The events of a streamed response, up to the one that says it is done."""
+    """The events of a streamed response, up to [DONE]."""
     for line in response.iter_lines():
         if line == "data: [DONE]":
             return
@@ -185,16 +185,16 @@ def events(response: httpx.Response) -> Iterator[Any]:
     raise AssertionError("the stream has no end")
 
 
-def raw(url: str, data: bytes, *, seconds: float = 10) -> socket.socket:
-    """A connection of bare bytes."""
+def raw_connection(url: str, data: bytes, *, seconds: float = 10) -> socket.socket:
+    """A TCP connection to which bytes were sent."""
     host, port = url.removeprefix("http://").rsplit(":", 1)
     connection = socket.create_connection((host, int(port)), seconds)
     connection.sendall(data)
     return connection
 
 
-def request_bytes(body: Any, path: str = "/v1/chat/completions", head: str = "") -> bytes:
-    """A request as it stands on the wire. head: further header lines, each with its end."""
+def request_bytes(body: Any, path: str = "/v1/chat/completions", headers: str = "") -> bytes:
+    """An HTTP request. headers: further header lines, each with its line end."""
     data = json.dumps(body).encode()
-    first = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{first}{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data

@@ -12,7 +12,7 @@ from serving import HELLO, endless, events, running
 
 from mixlm.errors import UnsupportedError
 from mixlm.loading import load
-from mixlm.server.api_errors import of_error
+from mixlm.server.api_errors import to_api_error
 
 PAIR = load("toy:1", "toy:2")
 IMAGE = {"type": "image_url", "image_url": {}}
@@ -22,92 +22,96 @@ NO_REQUESTS = [b"", b"{", b"[1]", b"nul", b'"x"', b"\xff", b"[" * 100_000, b'{"m
 def test_models_are_described(toys):
     [model] = toys.client.get("/v1/models").json()["data"]
     assert model["id"] == "toys"
-    assert [one["name"] for one in model["mixlm"]["members"]] == ["toy:1", "toy:2"]
+    assert [member["name"] for member in model["mixlm"]["members"]] == ["toy:1", "toy:2"]
     assert toys.client.get("/v1/models/toys").json() == model
     assert toys.client.get("/v1/models/none").status_code == 404
 
 
-def test_a_chat_reply_is_the_one_that_the_ensemble_writes(toys):
-    found = toys.chat(seed=3, max_tokens=9, temperature=0.9, logprobs=True).json()
+def test_a_chat_completion_is_what_the_ensemble_generates(toys):
+    body = toys.chat(seed=3, max_tokens=9, temperature=0.9, logprobs=True).json()
     expected = PAIR.generate(HELLO, seed=3, max_tokens=9, temperature=0.9)
-    [choice] = found["choices"]
+    [choice] = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
     assert choice["finish_reason"] == expected.finish_reason
-    assert choice["mixlm"] == {"members": [one.member for one in expected.tokens], "seed": 3}
+    assert choice["mixlm"] == {"members": [token.member for token in expected.tokens], "seed": 3}
     logprobs = choice["logprobs"]["content"]
-    assert [one["token"] for one in logprobs] == [one.text for one in expected.tokens]
-    assert [one["logprob"] for one in logprobs] == pytest.approx([one.logprob for one in expected.tokens])
-    assert [bytes(one["bytes"]) for one in logprobs] == [one.data for one in expected.tokens]
-    usage = found["usage"]
+    assert [entry["token"] for entry in logprobs] == [token.text for token in expected.tokens]
+    assert [entry["logprob"] for entry in logprobs] == pytest.approx([token.logprob for token in expected.tokens])
+    assert [bytes(entry["bytes"]) for entry in logprobs] == [token.data for token in expected.tokens]
+    usage = body["usage"]
     assert usage["completion_tokens"] == len(expected.tokens)
-    assert usage["prompt_tokens"] == max(one.prompt_tokens for one in expected.usage.members.values())
-    for name, one in expected.usage.members.items():
-        assert usage["mixlm"]["members"][name]["tokens"] == one.tokens
-        assert usage["mixlm"]["members"][name]["forwards"] == one.forwards
+    assert usage["prompt_tokens"] == max(member.prompt_tokens for member in expected.usage.members.values())
+    for name, member in expected.usage.members.items():
+        assert usage["mixlm"]["members"][name]["tokens"] == member.tokens
+        assert usage["mixlm"]["members"][name]["forwards"] == member.forwards
 
 
 def test_a_completion_continues_the_text_as_it_stands(toys):
-    found = toys.complete("one river", seed=5, max_tokens=6, logprobs=0).json()
+    body = toys.complete("one river", seed=5, max_tokens=6, logprobs=0).json()
     expected = PAIR.generate("one river", seed=5, max_tokens=6, raw=True)
-    [choice] = found["choices"]
+    [choice] = body["choices"]
     assert choice["text"] == expected.text
-    assert choice["logprobs"]["tokens"] == [one.text for one in expected.tokens]
+    assert choice["logprobs"]["tokens"] == [token.text for token in expected.tokens]
     assert choice["logprobs"]["text_offset"][0] == 0
-    assert found["object"] == "text_completion"
+    assert body["object"] == "text_completion"
 
 
-def test_several_prompts_and_several_replies_are_the_ones_of_a_batch(toys):
-    found = toys.complete(["a", "b"], n=2, seed=7, max_tokens=4, echo=True).json()
-    assert [one["index"] for one in found["choices"]] == [0, 1, 2, 3]
+def test_several_prompts_and_several_completions_are_the_ones_of_a_batch(toys):
+    body = toys.complete(["a", "b"], n=2, seed=7, max_tokens=4, echo=True).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     for index, prompt in enumerate(["a", "a", "b", "b"]):
         expected = PAIR.generate(prompt, seed=7, sequence=index, max_tokens=4, raw=True)
-        assert found["choices"][index]["text"] == prompt + expected.text
-    # A prompt with several replies is counted once.
-    assert found["usage"]["prompt_tokens"] == 2 * expected.usage.members["toy:1"].prompt_tokens
+        assert body["choices"][index]["text"] == prompt + expected.text
+    # A prompt with several completions is counted once.
+    assert body["usage"]["prompt_tokens"] == 2 * expected.usage.members["toy:1"].prompt_tokens
 
 
-def test_a_prompt_with_several_replies_is_read_once(monkeypatch):
-    pair, read = load("toy:1", "toy:2"), []
-    plain = type(pair).prompts
+def test_a_prompt_with_several_completions_is_read_once(monkeypatch):
+    pair, encoded = load("toy:1", "toy:2"), []
+    plain = type(pair).encode_prompt
     monkeypatch.setattr(
-        type(pair), "prompts", lambda self, prompt, one: read.append(prompt) or plain(self, prompt, one)
+        type(pair),
+        "encode_prompt",
+        lambda self, prompt, settings: encoded.append(prompt) or plain(self, prompt, settings),
     )
-    with running(pair) as one:
-        assert len(one.complete(["a", "b", "a"], n=3, max_tokens=1).json()["choices"]) == 9
-    assert read == ["a", "b", "a"]
+    with running(pair) as server:
+        assert len(server.complete(["a", "b", "a"], n=3, max_tokens=1).json()["choices"]) == 9
+    assert encoded == ["a", "b", "a"]
 
 
 def spelled(data):
     try:
         return data.decode() if data else "<|endoftext|>"
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{one:02x}" for one in data)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @pytest.mark.parametrize("of", ["member", "ensemble"])
-def test_the_likeliest_tokens_are_told(toys, of):
-    asked = {"seed": 3, "max_tokens": 12, "mixlm": {"logprobs_of": of, "top_k": 0}}
-    options = {"seed": 3, "max_tokens": 12, "top_k": 0, "alternatives": 4, "logprobs_of": of}
+def test_top_logprobs(toys, of):
+    fields = {"seed": 3, "max_tokens": 12, "mixlm": {"logprobs_of": of, "top_k": 0}}
+    options = {"seed": 3, "max_tokens": 12, "top_k": 0, "top_logprobs": 4, "logprobs_of": of}
     expected = PAIR.generate(HELLO, **options)
-    content = toys.chat(**asked, logprobs=True, top_logprobs=4).json()["choices"][0]["logprobs"]["content"]
-    for told, token in zip(content, expected.tokens, strict=True):
-        assert told["logprob"] == pytest.approx(token.logprob)
-        assert [bytes(one["bytes"]) for one in told["top_logprobs"]] == [one.data for one in token.top_logprobs]
-        assert [one["token"] for one in told["top_logprobs"]] == [spelled(one.data) for one in token.top_logprobs]
-        values = [one.logprob for one in token.top_logprobs]
-        assert [one["logprob"] for one in told["top_logprobs"]] == pytest.approx(values)
+    content = toys.chat(**fields, logprobs=True, top_logprobs=4).json()["choices"][0]["logprobs"]["content"]
+    for entry, token in zip(content, expected.tokens, strict=True):
+        assert entry["logprob"] == pytest.approx(token.logprob)
+        assert [bytes(top["bytes"]) for top in entry["top_logprobs"]] == [top.data for top in token.top_logprobs]
+        assert [top["token"] for top in entry["top_logprobs"]] == [spelled(top.data) for top in token.top_logprobs]
+        values = [top.logprob for top in token.top_logprobs]
+        assert [top["logprob"] for top in entry["top_logprobs"]] == pytest.approx(values)
     expected = PAIR.generate("one", raw=True, **options)
-    logprobs = toys.complete("one", **asked, logprobs=4).json()["choices"][0]["logprobs"]
+    logprobs = toys.complete("one", **fields, logprobs=4).json()["choices"][0]["logprobs"]
     assert logprobs["text_offset"] == [
         sum(len(token.text) for token in expected.tokens[:i]) for i in range(len(expected.tokens))
     ]
-    for told, own, token in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], expected.tokens, strict=True):
-        found = {spelled(one.data): one.logprob for one in token.top_logprobs}
-        assert told == pytest.approx({**found, spelled(token.data): token.logprob})
-        assert own == pytest.approx(token.logprob)
+    for by_text, logprob, token in zip(
+        logprobs["top_logprobs"], logprobs["token_logprobs"], expected.tokens, strict=True
+    ):
+        expected_top = {spelled(top.data): top.logprob for top in token.top_logprobs}
+        assert by_text == pytest.approx({**expected_top, spelled(token.data): token.logprob})
+        assert logprob == pytest.approx(token.logprob)
 
 
-def test_a_reply_is_held_to_a_schema(toys):
+def test_a_completion_conforms_to_a_schema(toys):
     schema = {"enum": ["river", "bird", "stone"]}
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
     for unit in ("token", "piece", "word", "byte"):
@@ -118,32 +122,32 @@ def test_a_reply_is_held_to_a_schema(toys):
         assert json.loads(expected.text) in schema["enum"]
         assert whole["finish_reason"] == "stop"
     chunks = events(toys.chat(response_format=form, stream=True, **options))
-    text = "".join(one["choices"][0]["delta"].get("content", "") for one in chunks)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == PAIR.generate(HELLO, json_schema=schema, **options).text
-    found = toys.complete("one", response_format={"type": "json_object"}, seed=7, max_tokens=200).json()["choices"][0]
-    assert found["text"].startswith("{")
-    if found["finish_reason"] == "stop":
-        assert isinstance(json.loads(found["text"]), dict)
+    body = toys.complete("one", response_format={"type": "json_object"}, seed=7, max_tokens=200).json()["choices"][0]
+    assert body["text"].startswith("{")
+    if body["finish_reason"] == "stop":
+        assert isinstance(json.loads(body["text"]), dict)
 
 
-@pytest.mark.parametrize("most", [0, 1, 30])
-def test_a_prompt_is_scored_in_front_of_its_reply(toys, most):
+@pytest.mark.parametrize("max_tokens", [0, 1, 30])
+def test_a_prompt_is_scored_before_its_completion(toys, max_tokens):
     prompts = ["one river", "two stones sing"]
-    found = toys.complete(prompts, n=2, seed=5, max_tokens=most, echo=True, logprobs=2).json()["choices"]
-    for at, choice in enumerate(found):
-        prompt = prompts[at // 2]
+    choices = toys.complete(prompts, n=2, seed=5, max_tokens=max_tokens, echo=True, logprobs=2).json()["choices"]
+    for i, choice in enumerate(choices):
+        prompt = prompts[i // 2]
         expected = PAIR.generate(
-            prompt, raw=True, seed=5, sequence=at, max_tokens=most, alternatives=2, score_prompt=True
+            prompt, raw=True, seed=5, sequence=i, max_tokens=max_tokens, top_logprobs=2, score_prompt=True
         )
-        told = choice["logprobs"]
+        logprobs = choice["logprobs"]
         end = (expected.end,) if expected.end else ()
         tokens = [*expected.prompt, *expected.tokens, *end]
-        assert choice["text"] == prompt + expected.text == "".join(told["tokens"])
-        assert told["tokens"] == [one.text for one in tokens]
-        assert told["token_logprobs"] == pytest.approx([one.logprob for one in tokens])
-        assert [choice["text"][a:b] for a, b in pairwise([*told["text_offset"], None])] == told["tokens"]
-        assert all(len(one) in (2, 3) for one in told["top_logprobs"])
-        assert choice["mixlm"]["members"] == [one.member for one in expected.tokens]
+        assert choice["text"] == prompt + expected.text == "".join(logprobs["tokens"])
+        assert logprobs["tokens"] == [token.text for token in tokens]
+        assert logprobs["token_logprobs"] == pytest.approx([token.logprob for token in tokens])
+        assert [choice["text"][a:b] for a, b in pairwise([*logprobs["text_offset"], None])] == logprobs["tokens"]
+        assert all(len(top) in (2, 3) for top in logprobs["top_logprobs"])
+        assert choice["mixlm"]["members"] == [token.member for token in expected.tokens]
 
 
 def test_biases_are_by_text_or_by_id(toys):
@@ -163,30 +167,30 @@ def test_biases_are_by_text_or_by_id(toys):
     assert text(mixlm={"logit_bias": {"7": 100}}) == digit
     assert "77" in digit
     pair = load("toy:1", "toy:2", unit="piece")
-    with running(pair) as one:
-        refused = one.chat(logit_bias={"7": 1})
+    with running(pair) as server:
+        refused = server.chat(logit_bias={"7": 1})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
         assert "give the token's text" in refused.json()["error"]["message"]
-        refused = one.chat(logit_bias={" fjord": 1})
+        refused = server.chat(logit_bias={" fjord": 1})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logit_bias")
         assert "toy:1 has no token" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["chat", "text"])
-def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
-    asked = {"seed": 3, "max_tokens": 12, "n": 2}
-    asked |= {"logprobs": True, "top_logprobs": 3} if path == "chat" else {"logprobs": 3}
-    ask = toys.chat if path == "chat" else toys.complete
-    whole = [one["logprobs"] for one in ask(**asked).json()["choices"]]
+def test_a_stream_has_the_top_logprobs_of_the_whole_response(toys, path):
+    fields = {"seed": 3, "max_tokens": 12, "n": 2}
+    fields |= {"logprobs": True, "top_logprobs": 3} if path == "chat" else {"logprobs": 3}
+    post = toys.chat if path == "chat" else toys.complete
+    whole = [choice["logprobs"] for choice in post(**fields).json()["choices"]]
     parts = [[], []]
-    for chunk in events(ask(**asked, stream=True)):
+    for chunk in events(post(**fields, stream=True)):
         [choice] = chunk["choices"]
         if choice["logprobs"] is not None:
             parts[choice["index"]].append(choice["logprobs"])
-    for told, found in zip(whole, parts, strict=True):
-        for name in told:
-            if told[name] is not None:
-                assert [one for part in found for one in part[name]] == told[name]
+    for expected, streamed in zip(whole, parts, strict=True):
+        for name in expected:
+            if expected[name] is not None:
+                assert [entry for part in streamed for entry in part[name]] == expected[name]
 
 
 @pytest.mark.parametrize(
@@ -194,10 +198,10 @@ def test_a_stream_tells_the_likeliest_tokens_of_each(toys, path):
     [("chat", "mixture"), ("text", "mixture"), ("chat", "conventional"), ("chat", "speculative"), ("chat", "greedy")],
 )
 def test_a_stream_adds_up_to_the_whole_response(toys, path, method):
-    ask = toys.chat if path == "chat" else toys.complete
+    post = toys.chat if path == "chat" else toys.complete
     options = {"seed": 11, "max_tokens": 12, "n": 2, "mixlm": {"method": method}}
-    whole = ask(**options).json()
-    response = ask(**options, stream=True, stream_options={"include_usage": True})
+    whole = post(**options).json()
+    response = post(**options, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     texts, members, ends, forwards = ["", ""], [[], []], [None, None], Counter()
     *chunks, last = events(response)
@@ -215,11 +219,11 @@ def test_a_stream_adds_up_to_the_whole_response(toys, path, method):
         assert members[i] == choice["mixlm"]["members"]
         assert ends[i] == choice["finish_reason"]
     assert last["choices"] == []
-    assert forwards == {name: one["forwards"] for name, one in last["usage"]["mixlm"]["members"].items()}
+    assert forwards == {name: member["forwards"] for name, member in last["usage"]["mixlm"]["members"].items()}
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
-def test_a_stop_string_ends_a_reply(toys):
+def test_a_stop_string_ends_a_completion(toys):
     text = toys.chat(seed=1, max_tokens=20).json()["choices"][0]["message"]["content"]
     word = text.split()[2]
     choice = toys.chat(seed=1, max_tokens=20, stop=[word]).json()["choices"][0]
@@ -238,9 +242,9 @@ def test_temperature_zero_is_greedy(toys):
 
 def test_extras_reach_the_ensemble(toys):
     extras = {"top_k": 2, "min_p": 0.1, "method": "conventional", "repetition_penalty": 1.2, "unit": "token"}
-    found = toys.chat(seed=2, max_tokens=8, mixlm=extras).json()["choices"][0]["message"]["content"]
-    wanted = {name: value for name, value in extras.items() if name != "unit"}
-    assert found == PAIR.generate(HELLO, seed=2, max_tokens=8, **wanted).text
+    text = toys.chat(seed=2, max_tokens=8, mixlm=extras).json()["choices"][0]["message"]["content"]
+    options = {name: value for name, value in extras.items() if name != "unit"}
+    assert text == PAIR.generate(HELLO, seed=2, max_tokens=8, **options).text
 
 
 def test_weights_are_those_of_the_request_only(toys):
@@ -253,7 +257,7 @@ def test_weights_are_those_of_the_request_only(toys):
     assert set(both["mixlm"]["members"]) == {"toy:1", "toy:2"}
 
 
-def test_speculative_replies_are_those_of_mixture(toys):
+def test_speculative_completions_are_those_of_mixture(toys):
     plain = toys.chat(seed=4, max_tokens=12).json()
     quick = toys.chat(seed=4, max_tokens=12, mixlm={"method": "speculative", "draft": "toy:1", "block": 3}).json()
     assert quick["choices"][0]["message"] == plain["choices"][0]["message"]
@@ -263,33 +267,36 @@ def test_speculative_replies_are_those_of_mixture(toys):
 def test_what_a_request_leaves_out_is_the_ensembles_own():
     pair = load("toy:1", "toy:2")
     pair.defaults = pair.settings(max_tokens=3, top_k=1, system="be brief", method="speculative", draft="toy:2")
-    with running(pair) as one:
-        found = one.chat().json()
-        assert found["usage"]["completion_tokens"] <= 3
+    with running(pair) as server:
+        body = server.chat().json()
+        assert body["usage"]["completion_tokens"] <= 3
         expected = pair.generate(HELLO, method="single", max_tokens=3, draft=None).text
-        single = one.chat(mixlm={"method": "single"}).json()["choices"][0]["message"]["content"]
+        single = server.chat(mixlm={"method": "single"}).json()["choices"][0]["message"]["content"]
         assert single == expected
         # A system message of the request stands in place of the ensemble's.
-        own = [{"role": "system", "content": "sing"}, *HELLO]
-        tokens = one.chat(messages=own).json()["usage"]["prompt_tokens"]
-        assert tokens == len(load("toy:1").members[0].engine.prompts.chat(_messages(own)))
-        assert one.complete("x").status_code == 200
+        messages = [{"role": "system", "content": "sing"}, *HELLO]
+        tokens = server.chat(messages=messages).json()["usage"]["prompt_tokens"]
+        assert tokens == len(load("toy:1").members[0].engine.prompts.chat(_messages(messages)))
+        assert server.complete("x").status_code == 200
 
 
-def _messages(given):
+def _messages(messages):
     from mixlm.types import Message
 
-    return [Message(one["role"], one["content"]) for one in given]
+    return [Message(message["role"], message["content"]) for message in messages]
 
 
-def test_parts_and_echoed_replies_are_read_as_text(toys):
+def test_message_parts_and_returned_messages_are_text(toys):
     plain = [{"role": "system", "content": "ab"}, {"role": "assistant", "content": "x"}, *HELLO]
     forms = [
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []},
         *HELLO,
     ]
-    texts = [toys.chat(messages=one, seed=1, max_tokens=9).json()["choices"][0]["message"] for one in (plain, forms)]
+    texts = [
+        toys.chat(messages=messages, seed=1, max_tokens=9).json()["choices"][0]["message"]
+        for messages in (plain, forms)
+    ]
     assert texts[0] == texts[1]
 
 
@@ -371,7 +378,7 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"prompt": "x"}, "prompt"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(toys, body, param):
+def test_an_invalid_field_is_named(toys, body, param):
     response = toys.chat(**body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param, response.text
@@ -398,11 +405,11 @@ def test_what_a_completion_refuses_is_named(toys, body, param):
 
 def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
     hint = "use a top_k from 1 to 64 and no penalties, or --engine hf (engine='hf')"
-    problem = of_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
-    assert (problem.status, problem.param) == (400, "presence_penalty")
-    assert problem.message.endswith("(use a top_k from 1 to 64 and no penalties)")
-    problem = of_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
-    assert problem.message.endswith('(use mixlm.method "greedy")')
+    error = to_api_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
+    assert (error.status, error.param) == (400, "presence_penalty")
+    assert error.message.endswith("(use a top_k from 1 to 64 and no penalties)")
+    error = to_api_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
+    assert error.message.endswith('(use mixlm.method "greedy")')
 
 
 def test_an_unknown_model_is_not_found(toys):
@@ -451,33 +458,33 @@ def test_a_character_of_several_tokens_arrives_whole():
         return logits
 
     umlaut.table = table
-    with running(Ensemble([MemberSpec(umlaut, "m")])) as one:
-        chunks = list(events(one.complete("a", max_tokens=4, stream=True)))
+    with running(Ensemble([MemberSpec(umlaut, "m")])) as server:
+        chunks = list(events(server.complete("a", max_tokens=4, stream=True)))
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["", "ü", "", "ü", ""]
         assert [len(chunk["choices"][0]["mixlm"]["members"]) for chunk in chunks] == [1, 1, 1, 1, 0]
 
 
 def test_several_ensembles_by_name():
-    one, two = load("toy:1"), load("toy:1", "toy:2")
-    with running({"alone": one, "pair": two}) as served:
-        assert [each["id"] for each in served.client.get("/v1/models").json()["data"]] == ["alone", "pair"]
-        missing = served.chat().json()["error"]
+    alone, pair = load("toy:1"), load("toy:1", "toy:2")
+    with running({"alone": alone, "pair": pair}) as server:
+        assert [model["id"] for model in server.client.get("/v1/models").json()["data"]] == ["alone", "pair"]
+        missing = server.chat().json()["error"]
         assert (missing["param"], missing["code"]) == ("model", "missing")
-        found = served.chat(model="alone", max_tokens=3).json()
-        assert found["model"] == "alone"
-        assert set(found["usage"]["mixlm"]["members"]) == {"toy:1"}
+        body = server.chat(model="alone", max_tokens=3).json()
+        assert body["model"] == "alone"
+        assert set(body["usage"]["mixlm"]["members"]) == {"toy:1"}
 
 
 def test_the_description_knows_every_path_and_field(toys):
-    found = toys.client.get("/openapi.json").json()
-    assert set(found["paths"]["/v1/chat/completions"]) == {"post"}
-    fields = found["components"]["schemas"]["ChatBody"]["properties"]
+    document = toys.client.get("/openapi.json").json()
+    assert set(document["paths"]["/v1/chat/completions"]) == {"post"}
+    fields = document["components"]["schemas"]["ChatBody"]["properties"]
     assert {"messages", "temperature", "mixlm", "stream_options", "max_completion_tokens"} <= set(fields)
-    assert found["components"]["schemas"]["ChatBody"]["additionalProperties"] is False
+    assert document["components"]["schemas"]["ChatBody"]["additionalProperties"] is False
 
 
 def test_log_probabilities_are_finite_numbers():
     """JSON has no infinity."""
-    with running(endless()) as one:
-        for choice in one.chat(max_tokens=30, logprobs=True, mixlm={"top_k": 0}).json()["choices"]:
+    with running(endless()) as server:
+        for choice in server.chat(max_tokens=30, logprobs=True, mixlm={"top_k": 0}).json()["choices"]:
             assert all(math.isfinite(token["logprob"]) for token in choice["logprobs"]["content"])

@@ -27,17 +27,17 @@ def refusal(*arguments: str, **environment: str) -> str:
     return done.stderr
 
 
-def test_an_ensemble_is_served_until_it_is_told_to_stop(process):
-    one = process("-m", "toy:1", "-m", "toy:2", "--max-tokens", "3")
-    [model] = httpx.get(one.url + "/v1/models").json()["data"]
+def test_an_ensemble_is_served_until_it_is_told_to_stop(start_process):
+    server = start_process("-m", "toy:1", "-m", "toy:2", "--max-tokens", "3")
+    [model] = httpx.get(server.url + "/v1/models").json()["data"]
     assert model["id"] == "toy:1+toy:2"
-    found = httpx.post(one.url + "/v1/chat/completions", json={"messages": HELLO}).json()
-    assert found["usage"]["completion_tokens"] <= 3
-    one.send(signal.SIGTERM)
-    assert one.end() == 0
+    body = httpx.post(server.url + "/v1/chat/completions", json={"messages": HELLO}).json()
+    assert body["usage"]["completion_tokens"] <= 3
+    server.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
 
 
-def test_a_folder_is_served_by_its_files_names_and_shares_its_models(process, tmp_path):
+def test_a_folder_is_served_by_its_files_names_and_shares_its_models(start_process, tmp_path):
     members = '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:{}"\n'
     (tmp_path / "plain.toml").write_text(members.format(2))
     (tmp_path / "other.toml").write_text('method = "conventional"\n' + members.format(3))
@@ -46,36 +46,36 @@ def test_a_folder_is_served_by_its_files_names_and_shares_its_models(process, tm
         "def counted(spec):\n    import sys; print('LOADED', spec.model, file=sys.stderr); return plain(spec)\n"
         "toy.ToyEngine.from_spec = counted\n"
     )
-    one = process("--config", str(tmp_path), before=count)
-    models = httpx.get(one.url + "/v1/models").json()["data"]
-    assert [(each["id"], each["mixlm"]["method"]) for each in models] == [
+    server = start_process("--config", str(tmp_path), preamble=count)
+    models = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [(model["id"], model["mixlm"]["method"]) for model in models] == [
         ("other", "conventional"),
         ("plain", "mixture"),
     ]
-    assert sorted(line.strip() for line in one.lines if "LOADED" in line) == [
+    assert sorted(line.strip() for line in server.lines if "LOADED" in line) == [
         "LOADED toy:1",
         "LOADED toy:2",
         "LOADED toy:3",
     ]
 
 
-def test_names_can_be_given(process, tmp_path):
+def test_names_can_be_given(start_process, tmp_path):
     file = tmp_path / "pair.toml"
     file.write_text('[[members]]\nmodel = "toy:1"\n')
     for arguments, name in (("-m", "toy:1", "--name", "mine"), "mine"), (("-e", str(file)), "pair"):
-        one = process(*arguments)
-        assert httpx.get(one.url + "/v1/models").json()["data"][0]["id"] == name
+        server = start_process(*arguments)
+        assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == name
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("-m", "toy:1", "--seed", "1"), "--seed"),
         (("-m", "toy:1", "--host", "0.0.0.0"), "no API key"),
         (("-m", "toy:1", "--port", "99999"), "port 99999"),
         (("-m", "toy:1", "--host", "no.such.host.invalid"), "no.such.host.invalid"),
-        (("-m", "toy:1", "--batch", "0"), "at_once is 0"),
-        (("-m", "toy:1", "--timeout", "nan"), "timeout is nan"),
+        (("-m", "toy:1", "--batch", "0"), "max_batch is 0"),
+        (("-m", "toy:1", "--timeout", "nan"), "request_timeout is nan"),
         (("-m", "toy:1", "--log", "verbose"), "--log is 'verbose'"),
         (("-m", "toy:1", "--temperature", "0"), "temperature is 0"),
         (("-m", "toy:1", "--method", "speculative", "--draft", "toy:9"), "draft is 'toy:9'"),
@@ -84,11 +84,11 @@ def test_names_can_be_given(process, tmp_path):
         (("-m", "toy:1", "--api-keys", "nowhere"), "nowhere cannot be read"),
     ],
 )
-def test_what_cannot_be_served_is_said_at_once(arguments, said, tmp_path, monkeypatch):
+def test_what_cannot_be_served_is_said_at_once(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert said in refusal(*arguments, PYTHONPATH=os.pathsep.join(sys.path))
+    assert message in refusal(*arguments, PYTHONPATH=os.pathsep.join(sys.path))
 
 
-def test_a_port_that_is_taken_is_named(process):
-    one = process("-m", "toy:1")
-    assert f"port {one.port} cannot be listened at" in refusal("-m", "toy:1", "--port", str(one.port))
+def test_a_port_that_is_taken_is_named(start_process):
+    server = start_process("-m", "toy:1")
+    assert f"cannot listen on 127.0.0.1 port {server.port}" in refusal("-m", "toy:1", "--port", str(server.port))

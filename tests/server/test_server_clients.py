@@ -1,4 +1,4 @@
-"""Programs that others wrote, against `mixlm serve`."""
+"""Third-party clients against `mixlm serve`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving import HELLO, endless, running
 
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.loading import load
-from mixlm.server.api_keys import Keys, hashed
+from mixlm.server.api_keys import ApiKeys, hash_key
 
 PAIR = load("toy:1", "toy:2")
 
@@ -29,49 +29,49 @@ def sdk(toys):
 
 
 def test_openai_sdk(sdk):
-    assert [one.id for one in sdk.models.list()] == ["toys"]
-    reply = sdk.chat.completions.create(
+    assert [model.id for model in sdk.models.list()] == ["toys"]
+    completion = sdk.chat.completions.create(
         model="toys", messages=HELLO, seed=1, max_completion_tokens=9, logprobs=True, extra_body={"mixlm": {"top_k": 5}}
     )
     expected = PAIR.generate(HELLO, seed=1, max_tokens=9, top_k=5)
-    assert reply.choices[0].message.content == expected.text
-    assert reply.choices[0].mixlm["members"] == [one.member for one in expected.tokens]
-    assert reply.usage.completion_tokens == len(expected.tokens)
-    assert len(reply.choices[0].logprobs.content) == len(expected.tokens)
+    assert completion.choices[0].message.content == expected.text
+    assert completion.choices[0].mixlm["members"] == [token.member for token in expected.tokens]
+    assert completion.usage.completion_tokens == len(expected.tokens)
+    assert len(completion.choices[0].logprobs.content) == len(expected.tokens)
     text = sdk.completions.create(model="toys", prompt=["one", "two"], seed=1, max_tokens=4)
-    assert [one.text for one in text.choices] == [
+    assert [choice.text for choice in text.choices] == [
         PAIR.generate(prompt, seed=1, sequence=i, max_tokens=4, raw=True).text
         for i, prompt in enumerate(["one", "two"])
     ]
 
 
-def test_openai_sdk_reads_the_likeliest_tokens(sdk):
-    reply = sdk.chat.completions.create(
+def test_openai_sdk_reads_top_logprobs(sdk):
+    completion = sdk.chat.completions.create(
         model="toys", messages=HELLO, seed=1, max_tokens=5, logprobs=True, top_logprobs=2
     )
-    expected = PAIR.generate(HELLO, seed=1, max_tokens=5, alternatives=2)
-    for told, token in zip(reply.choices[0].logprobs.content, expected.tokens, strict=True):
-        assert [bytes(one.bytes) for one in told.top_logprobs] == [one.data for one in token.top_logprobs]
+    expected = PAIR.generate(HELLO, seed=1, max_tokens=5, top_logprobs=2)
+    for entry, token in zip(completion.choices[0].logprobs.content, expected.tokens, strict=True):
+        assert [bytes(top.bytes) for top in entry.top_logprobs] == [top.data for top in token.top_logprobs]
     text = sdk.completions.create(model="toys", prompt="one", seed=1, max_tokens=5, logprobs=2)
-    expected = PAIR.generate("one", seed=1, max_tokens=5, alternatives=2, raw=True)
-    for told, token in zip(text.choices[0].logprobs.top_logprobs, expected.tokens, strict=True):
-        assert told[token.text] == pytest.approx(token.logprob)
+    expected = PAIR.generate("one", seed=1, max_tokens=5, top_logprobs=2, raw=True)
+    for by_text, token in zip(text.choices[0].logprobs.top_logprobs, expected.tokens, strict=True):
+        assert by_text[token.text] == pytest.approx(token.logprob)
 
 
-def test_openai_sdk_parses_a_reply_of_a_type(sdk):
+def test_openai_sdk_parses_structured_output(sdk):
     class Thing(pydantic.BaseModel):
         kind: Literal["river", "bird"]
         large: bool
         parts: list[Literal["stone", "light"]] = pydantic.Field(max_length=2)
 
     for seed in range(5):
-        reply = sdk.chat.completions.parse(
+        completion = sdk.chat.completions.parse(
             model="toys", messages=HELLO, seed=seed, response_format=Thing, max_tokens=400
         )
-        assert isinstance(reply.choices[0].message.parsed, Thing)
+        assert isinstance(completion.choices[0].message.parsed, Thing)
     [text] = [
-        one.choices[0].message.content
-        for one in [
+        message.choices[0].message.content
+        for message in [
             sdk.chat.completions.create(
                 model="toys", messages=HELLO, seed=1, max_tokens=60, response_format={"type": "json_object"}
             )
@@ -80,7 +80,7 @@ def test_openai_sdk_parses_a_reply_of_a_type(sdk):
     assert text.startswith("{")
 
 
-def test_openai_sdk_sends_back_what_it_got(sdk):
+def test_openai_sdk_continues_a_conversation(sdk):
     first = sdk.chat.completions.create(model="toys", messages=HELLO, seed=1, max_tokens=5).choices[0].message
     again = sdk.chat.completions.create(model="toys", messages=[*HELLO, first, *HELLO], seed=1, max_tokens=5)
     assert again.choices[0].message.content
@@ -93,31 +93,31 @@ def test_openai_sdk_streams(sdk):
             model="toys", messages=HELLO, seed=2, max_tokens=9, stream=True, stream_options={"include_usage": True}
         )
     )
-    assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == expected.text
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected.text
     assert chunks[-1].usage.completion_tokens == len(expected.tokens)
     whole = PAIR.generate(HELLO, seed=2, max_tokens=500)
     assert whole.finish_reason == "stop"
     with sdk.chat.completions.stream(model="toys", messages=HELLO, seed=2, max_tokens=500) as stream:
         assert stream.get_final_completion().choices[0].message.content == whole.text
     text = sdk.completions.create(model="toys", prompt="one", seed=2, max_tokens=9, stream=True)
-    assert "".join(one.choices[0].text for one in text) == PAIR.generate("one", seed=2, max_tokens=9, raw=True).text
+    assert "".join(chunk.choices[0].text for chunk in text) == PAIR.generate("one", seed=2, max_tokens=9, raw=True).text
 
 
 def test_openai_sdk_asynchronously(toys):
-    async def ask(client, seed):
+    async def stream_text(client, seed):
         stream = await client.chat.completions.create(
             model="toys", messages=HELLO, seed=seed, max_tokens=9, stream=True
         )
-        return "".join([one.choices[0].delta.content or "" async for one in stream])
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def run():
         async with openai.AsyncOpenAI(base_url=toys.url + "/v1", api_key="any") as client:
-            return await asyncio.gather(*[ask(client, seed) for seed in range(20)])
+            return await asyncio.gather(*[stream_text(client, seed) for seed in range(20)])
 
     assert asyncio.run(run()) == [PAIR.generate(HELLO, seed=seed, max_tokens=9).text for seed in range(20)]
 
 
-def test_openai_sdk_understands_refusals(sdk, toys):
+def test_openai_sdk_understands_errors(sdk, toys):
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.chat.completions.create(
             model="toys", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
@@ -126,7 +126,7 @@ def test_openai_sdk_understands_refusals(sdk, toys):
     assert refused.value.request_id
     with pytest.raises(openai.NotFoundError):
         sdk.chat.completions.create(model="none", messages=HELLO)
-    with running(endless(0.01), Keys({hashed("a-long-and-random-key"): "ada"}), timeout=0.3) as guarded:
+    with running(endless(0.01), ApiKeys({hash_key("a-long-and-random-key"): "ada"}), request_timeout=0.3) as guarded:
         client = openai.OpenAI(base_url=guarded.url + "/v1", api_key="a-long-and-random-key", max_retries=0)
         with client, pytest.raises(openai.APIError, match="took longer"):
             list(client.chat.completions.create(model="toys", messages=HELLO, max_tokens=3000, stream=True))
@@ -137,16 +137,18 @@ def test_openai_sdk_understands_refusals(sdk, toys):
             other.models.list()
 
 
-def test_openai_sdk_comes_again_when_the_queue_is_full():
-    with running(endless(0.01), at_once=1, queue=0) as one:
+def test_openai_sdk_retries_when_the_queue_is_full():
+    with running(endless(0.01), max_batch=1, max_queue=0) as server:
 
         async def run():
-            async with openai.AsyncOpenAI(base_url=one.url + "/v1", api_key="any", max_retries=8) as client:
-                asked = [client.chat.completions.create(model="toys", messages=HELLO, max_tokens=20) for _ in range(3)]
-                return await asyncio.gather(*asked)
+            async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any", max_retries=8) as client:
+                requests = [
+                    client.chat.completions.create(model="toys", messages=HELLO, max_tokens=20) for _ in range(3)
+                ]
+                return await asyncio.gather(*requests)
 
-        assert [reply.usage.completion_tokens for reply in asyncio.run(run())] == [20, 20, 20]
-        assert one.metric("mixlm_errors_total", status="429") >= 2
+        assert [completion.usage.completion_tokens for completion in asyncio.run(run())] == [20, 20, 20]
+        assert server.metric("mixlm_errors_total", status="429") >= 2
 
 
 def test_curl(toys):
@@ -185,32 +187,32 @@ def test_lm_evaluation_harness(toys, kind):
             model="toys", base_url=toys.url + path, tokenizer_backend=None, tokenized_requests=False, num_concurrent=1
         )
         prompts = ["one river", "two stones"]
-        asked = [({"until": ["\n"], "max_gen_toks": 6, "temperature": 0.0}) for _ in prompts]
-        wanted = prompts
+        options = [({"until": ["\n"], "max_gen_toks": 6, "temperature": 0.0}) for _ in prompts]
+        inputs = prompts
         if kind == "local-chat-completions":
             from lm_eval.models.api_models import JsonChatStr
 
-            wanted = [JsonChatStr(json.dumps([{"role": "user", "content": one}])) for one in prompts]
+            inputs = [JsonChatStr(json.dumps([{"role": "user", "content": prompt}])) for prompt in prompts]
         instances = [
-            Instance("generate_until", {}, (prompt, options), i)
-            for i, (prompt, options) in enumerate(zip(wanted, asked, strict=True))
+            Instance("generate_until", {}, (prompt, limits), i)
+            for i, (prompt, limits) in enumerate(zip(inputs, options, strict=True))
         ]
-        found = model.generate_until(instances, disable_tqdm=True)
+        texts = model.generate_until(instances, disable_tqdm=True)
     raw = kind == "local-completions"
-    assert found == [PAIR.generate(one, method="greedy", max_tokens=6, raw=raw).text for one in prompts]
+    assert texts == [PAIR.generate(prompt, method="greedy", max_tokens=6, raw=raw).text for prompt in prompts]
 
 
 def test_lm_evaluation_harness_scores_answers(tmp_path):
-    """A task of given answers over HTTP has the same numbers as in this process."""
+    """A multiple-choice task has the same scores over HTTP as in this process."""
     from speaking import speaking
     from trained import trained
     from transformers import PreTrainedTokenizerFast
 
-    those = Ensemble([MemberSpec(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
+    ensemble = Ensemble([MemberSpec(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
     PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path / "tokenizer")
     places = ["the old river", "under the stone bridge", "it's 2024", "señor café", "over the birds"]
     rows = [{"question": f"Where is {one}?\nAnswer:", "index": i % 3} for i, one in enumerate(places)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {
         "task": "places", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
@@ -232,32 +234,34 @@ def test_lm_evaluation_harness_scores_answers(tmp_path):
             done = simple_evaluate(
                 model=model, tasks=[dict(task)], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
             )
-            return [one["filtered_resps"] for one in done["samples"]["places"]], done["results"]["places"]["acc,none"]
+            return [place["filtered_resps"] for place in done["samples"]["places"]], done["results"]["places"][
+                "acc,none"
+            ]
 
-        expected, accuracy = scores(EnsembleLM(those))
-        with running(those) as one:
+        expected, accuracy = scores(EnsembleLM(ensemble))
+        with running(ensemble) as server:
             client = get_model("local-completions")(
-                model="toys", base_url=one.url + "/v1/completions", tokenizer=str(tmp_path / "tokenizer"),
+                model="toys", base_url=server.url + "/v1/completions", tokenizer=str(tmp_path / "tokenizer"),
                 tokenizer_backend="huggingface", tokenized_requests=False, batch_size=4,
             )  # fmt: skip
-            found, theirs = scores(client)
-    assert theirs == accuracy
-    assert len(found) == len(expected) == len(rows)
-    for mine, other in zip(expected, found, strict=True):
-        for (logprob, greedy), (sent, sent_greedy) in zip(mine, other, strict=True):
+            served, served_accuracy = scores(client)
+    assert served_accuracy == accuracy
+    assert len(served) == len(expected) == len(rows)
+    for expected_scores, served_scores in zip(expected, served, strict=True):
+        for (logprob, greedy), (sent, sent_greedy) in zip(expected_scores, served_scores, strict=True):
             assert sent == pytest.approx(logprob, abs=1e-4)
             assert sent_greedy == greedy
 
 
 def test_litellm(toys):
-    """In a process of its own: it changes much of what it runs in."""
+    """In a process of its own, because litellm changes global state."""
     pytest.importorskip("litellm")
     code = (
         "import litellm, sys\n"
-        "ask = dict(model='openai/toys', api_base=sys.argv[1], api_key='any', seed=1, max_tokens=6,\n"
+        "request = dict(model='openai/toys', api_base=sys.argv[1], api_key='any', seed=1, max_tokens=6,\n"
         "           messages=[{'role': 'user', 'content': 'hello'}])\n"
-        "print(litellm.completion(**ask).choices[0].message.content)\n"
-        "print(''.join(one.choices[0].delta.content or '' for one in litellm.completion(**ask, stream=True)))\n"
+        "print(litellm.completion(**request).choices[0].message.content)\n"
+        "print(''.join(one.choices[0].delta.content or '' for one in litellm.completion(**request, stream=True)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, toys.url + "/v1"],

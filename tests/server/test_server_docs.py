@@ -16,7 +16,7 @@ from serving import MAIN, running
 
 from mixlm.loading import load
 from mixlm.server.fields import ChatBody, CompletionBody, Extras
-from mixlm.server.middleware import OPEN
+from mixlm.server.middleware import OPEN_PATHS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
@@ -38,15 +38,15 @@ def test_every_option_exists():
 
 
 def test_the_clients_work():
-    with running({"pair": load("toy:1", "toy:2")}) as one:
+    with running({"pair": load("toy:1", "toy:2")}) as server:
         [code] = blocks("python")
         done = subprocess.run(
-            [sys.executable, "-c", code.replace(ADDRESS, one.url)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code.replace(ADDRESS, server.url)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         [curl] = [block for block in blocks("sh") if block.startswith("curl")]
-        command = shlex.split(curl.replace("\\\n", " ").replace(ADDRESS, one.url))
+        command = shlex.split(curl.replace("\\\n", " ").replace(ADDRESS, server.url))
         done = subprocess.run([*command, "-sS", "--noproxy", "*"], capture_output=True, text=True, check=False)
         assert '"choices"' in done.stdout, (done.stdout, done.stderr)
 
@@ -79,5 +79,5 @@ def test_the_container_installs_what_there_is():
     assert extras
     project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(extras[1].split(",")) <= set(project["project"]["optional-dependencies"])
-    [asked] = re.findall(r"127.0.0.1:8000(/\w+)", text)
-    assert asked in OPEN
+    [path] = re.findall(r"127.0.0.1:8000(/\w+)", text)
+    assert path in OPEN_PATHS

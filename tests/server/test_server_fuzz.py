@@ -1,4 +1,4 @@
-"""Requests that a machine makes up from the server's own description, and others that it spoils."""
+"""Random requests: generated from the OpenAPI document, and corrupted valid ones."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ODD: tuple[Any, ...] = (
 
 
 def schemathesis_cases() -> list[tuple[str, str]]:
-    from mixlm.server.limits import Limits
-    from mixlm.server.openapi import description
+    from mixlm.server.limits import ServerLimits
+    from mixlm.server.openapi import openapi_document
 
-    return [(path, method) for path, item in description(Limits())["paths"].items() for method in item]
+    return [(path, method) for path, item in openapi_document(ServerLimits())["paths"].items() for method in item]
 
 
 @pytest.mark.parametrize(("path", "method"), schemathesis_cases())
@@ -59,7 +59,7 @@ def test_requests_made_from_the_description(brief, path, method):
 
     @given(case=schema[path][method.upper()].as_strategy())
     @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-    def ask(case):
+    def send(case):
         if isinstance(case.body, dict):
             case.body["max_tokens"] = 2
             case.body["stream"] = False
@@ -68,51 +68,55 @@ def test_requests_made_from_the_description(brief, path, method):
         response = case.call_and_validate(base_url=brief.url, checks=checks)
         seen.append(response.status_code)
 
-    ask()
+    send()
     assert 200 in seen or method == "get", sorted(set(seen))
 
 
-def spoiled(body: Any, rng: random.Random) -> Any:
+def corrupted(body: Any, rng: random.Random) -> Any:
     """A copy of a body in which one place, at any depth, holds something else."""
     if not isinstance(body, dict | list) or not body or rng.random() < 0.3:
         return rng.choice(ODD)
     if isinstance(body, list):
-        at = rng.randrange(len(body))
-        return [spoiled(one, rng) if i == at else one for i, one in enumerate(body)]
+        position = rng.randrange(len(body))
+        return [corrupted(item, rng) if i == position else item for i, item in enumerate(body)]
     key = rng.choice(list(body))
     if rng.random() < 0.1:
         return {
             **body,
             rng.choice(["x", "", "\u0000", "tools", "logit_bias", "messages"]): rng.choice(ODD),
         }
-    return {**body, key: spoiled(body[key], rng)}
+    return {**body, key: corrupted(body[key], rng)}
 
 
 @pytest.fixture(scope="module")
 def brief():
-    """A server whose replies are short unless a request says otherwise."""
+    """A server whose completions are short unless a request says otherwise."""
     pair = load("toy:1", "toy:2")
     pair.defaults = pair.settings(max_tokens=2)
-    with running({"toys": pair}) as one:
-        yield one
+    with running({"toys": pair}) as server:
+        yield server
 
 
-def test_spoiled_requests_are_never_the_servers_fault(brief):
+def test_corrupted_requests_are_never_the_servers_fault(brief):
     rng = random.Random(0)
     statuses = set()
     for i in range(600):
         path, body = (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT))[i % 2]
-        made = spoiled(body, rng)
-        if isinstance(made, dict) and isinstance(made.get("max_tokens"), int) and made["max_tokens"] > 5:
+        request_body = corrupted(body, rng)
+        if (
+            isinstance(request_body, dict)
+            and isinstance(request_body.get("max_tokens"), int)
+            and request_body["max_tokens"] > 5
+        ):
             continue
-        data = json.dumps(made).encode()
+        data = json.dumps(request_body).encode()
         if i % 5 == 0:
-            at = rng.randrange(len(data))
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at + rng.randrange(3) :]
+            position = rng.randrange(len(data))
+            data = data[:position] + bytes([rng.randrange(256)]) + data[position + rng.randrange(3) :]
         response = brief.client.post(path, content=data, headers={"content-type": "application/json"})
         statuses.add(response.status_code)
         assert response.status_code < 500, (data, response.text)
         if response.status_code != 200:
             assert response.json()["error"]["message"]
     assert {200, 400} <= statuses
-    assert brief.server.worker.unended == 0
+    assert brief.app.model_thread.num_unfinished == 0

@@ -1,4 +1,4 @@
-"""The page, in a browser: what a person does with it and sees."""
+"""The page, in a browser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import endless, running
+from serving import endless, running, wait
 
 from mixlm.loading import load
-from mixlm.server.api_keys import Keys, hashed
+from mixlm.server.api_keys import ApiKeys, hash_key
 
 PAGE = Path(__file__).resolve().parents[2] / "src" / "mixlm" / "server" / "page"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -26,27 +26,27 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromiu
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as one:
-        started = one.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
-        yield started
-        started.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page on which nothing may go wrong silently."""
+    """A page whose errors fail the test."""
     context = browser.new_context()
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda one: wrong.append(one.text) if one.type == "error" else None)
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.wrong = wrong
     yield page
     context.close()
-    assert [one for one in wrong if "401" not in one and "400" not in one] == []
+    assert [message for message in wrong if "401" not in message and "400" not in message] == []
 
 
-def ask(page: Any, text: str) -> None:
+def send(page: Any, text: str) -> None:
     page.fill("#prompt", text)
     page.press("#prompt", "Enter")
     page.wait_for_selector("#send:enabled")
@@ -67,46 +67,48 @@ def test_a_conversation(toys, page):
     page.click("summary")
     page.fill("[name=seed]", "7")
     page.fill("[name=max_tokens]", "12")
-    ask(page, "hello")
+    send(page, "hello")
     expected = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=12)
-    assert page.inner_text(".reply") == expected.text
-    tokens = page.query_selector_all(".reply .m")
+    assert page.inner_text(".completion") == expected.text
+    nodes = page.query_selector_all(".completion .m")
     colours = {"toy:1": "m0", "toy:2": "m1"}
-    assert [one.get_attribute("class").split()[1] for one in tokens] == [colours[one.member] for one in expected.tokens]
-    assert len({one.evaluate("one => getComputedStyle(one).color") for one in tokens}) == 2
-    # A token tells its probability, and what could have come in its place.
-    told = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=12, alternatives=5).tokens[1]
+    assert [node.get_attribute("class").split()[1] for node in nodes] == [
+        colours[token.member] for token in expected.tokens
+    ]
+    assert len({node.evaluate("node => getComputedStyle(node).color") for node in nodes}) == 2
+    # A token shows its probability and the alternatives.
+    second = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=12, top_logprobs=5).tokens[1]
     assert page.is_hidden("#card")
-    tokens[1].hover()
-    said = page.inner_text(".token")
-    assert told.member in said
-    assert f"probability {100 * math.exp(told.logprob):.0f} %" in said
-    rows = [one.inner_text().split("\n") for one in page.query_selector_all("#card li")]
+    nodes[1].hover()
+    shown = page.inner_text(".token")
+    assert second.member in shown
+    assert f"probability {100 * math.exp(second.logprob):.0f} %" in shown
+    rows = [node.inner_text().split("\n") for node in page.query_selector_all("#card li")]
     assert {json.loads(text) for text, _ in rows if text != '"<|endoftext|>"'} >= {
-        one.data.decode() for one in told.top_logprobs if one.data
+        top.data.decode() for top in second.top_logprobs if top.data
     }
     shares = [float(share.removesuffix(" %")) for _, share in rows]
-    assert shares == pytest.approx([100 * math.exp(one.logprob) for one in told.top_logprobs], abs=0.51)
-    assert json.loads(page.inner_text("#card .drawn").split("\n")[0]) == told.text
-    box, token = page.query_selector("#card").bounding_box(), tokens[1].bounding_box()
+    assert shares == pytest.approx([100 * math.exp(top.logprob) for top in second.top_logprobs], abs=0.51)
+    assert json.loads(page.inner_text("#card .sampled").split("\n")[0]) == second.text
+    box, token = page.query_selector("#card").bounding_box(), nodes[1].bounding_box()
     assert box["y"] >= token["y"] + token["height"] or box["y"] + box["height"] <= token["y"]
     page.hover("#prompt")
     assert page.is_hidden("#card")
-    # Who ran when, and what it saved.
+    # The timeline of forward passes, and the number saved.
     assert len(page.query_selector_all(".timeline rect")) == len(expected.tokens)
     assert f"{len(expected.tokens)} tokens" in page.get_attribute(".timeline", "aria-label")
-    figures = page.inner_text(".figures")
-    forwards = sum(one.forwards for one in expected.usage.members.values())
-    assert f"{forwards} of {2 * expected.usage.tokens}" in figures
-    assert "saved" in figures
-    # What was said stays part of the conversation.
-    with page.expect_request("**/v1/chat/completions") as sent:
-        ask(page, "and then?")
-    messages = sent.value.post_data_json["messages"]
-    assert [one["role"] for one in messages] == ["user", "assistant", "user"]
+    stats = page.inner_text(".stats")
+    forwards = sum(member.forwards for member in expected.usage.members.values())
+    assert f"{forwards} of {2 * expected.usage.tokens}" in stats
+    assert "saved" in stats
+    # The next request has the whole conversation.
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "and then?")
+    messages = request.value.post_data_json["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert messages[1]["content"] == expected.text
-    page.click("#anew")
-    assert page.query_selector(".reply") is None
+    page.click("#new")
+    assert page.query_selector(".completion") is None
 
 
 @needs_browser
@@ -115,56 +117,57 @@ def test_settings_are_sent(toys, page):
     page.wait_for_selector(".legend li")
     page.click("summary")
     page.fill("[name=max_tokens]", "30")
-    with page.expect_request("**/v1/chat/completions") as sent:
-        ask(page, "hello")
-    assert sent.value.post_data_json["mixlm"] == {"method": "mixture"}  # what was not touched is the ensemble's own
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "hello")
+    assert request.value.post_data_json["mixlm"] == {"method": "mixture"}  # unchanged settings are not sent
     weights = page.query_selector_all(".weights input")
     weights[0].fill("0")
     page.fill("[name=temperature]", "1.2")
     page.fill("[name=top_k]", "5")
     page.select_option("[name=method]", "conventional")
     assert "0 %" in page.inner_text(".weights")
-    with page.expect_request("**/v1/chat/completions") as sent:
-        ask(page, "hello")
-    body = sent.value.post_data_json
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "hello")
+    body = request.value.post_data_json
     assert body["mixlm"] == {"method": "conventional", "weights": [0, 0.5], "top_k": 5}
     assert body["temperature"] == 1.2
-    assert page.query_selector_all(".reply")[1].query_selector(".m0") is None
+    assert page.query_selector_all(".completion")[1].query_selector(".m0") is None
     page.select_option("[name=method]", "greedy")
     assert page.is_disabled("[name=temperature]")
 
 
 @needs_browser
-def test_the_timeline_shows_everyone_who_ran(toys, page):
+def test_the_timeline_shows_every_member_that_ran(toys, page):
     page.goto(toys.url)
     page.wait_for_selector(".legend li")
     page.click("summary")
     page.fill("[name=seed]", "7")
     page.fill("[name=max_tokens]", "8")
     page.select_option("[name=method]", "conventional")
-    ask(page, "hello")
+    send(page, "hello")
     expected = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=8, method="conventional")
     assert len(page.query_selector_all(".timeline rect")) == 2 * len(expected.tokens)
-    assert len(page.query_selector_all(".timeline .besides")) == len(expected.tokens)
-    about = page.get_attribute(".timeline", "aria-label")
-    assert f"toy:1 ran {len(expected.tokens)} times, toy:2 ran {len(expected.tokens)} times" in about
+    assert len(page.query_selector_all(".timeline .other")) == len(expected.tokens)
+    label = page.get_attribute(".timeline", "aria-label")
+    assert f"toy:1 ran {len(expected.tokens)} times, toy:2 ran {len(expected.tokens)} times" in label
 
 
 @needs_browser
-def test_a_unit_is_chosen(toys, page):
+def test_a_unit_is_selected(toys, page):
     page.goto(toys.url)
     page.wait_for_selector(".legend li")
     page.click("summary")
     page.fill("[name=seed]", "3")
     page.select_option("[name=method]", "conventional")
     page.select_option("[name=unit]", "word")
-    # Methods that a unit has no law for are not offered.
+    # Methods that the unit does not support are not offered.
     assert page.input_value("[name=method]") == "mixture"
     assert page.query_selector("[name=method] option[value=conventional]") is None
     assert "by word" in page.inner_text("summary")
-    ask(page, "hello")
+    send(page, "hello")
     assert (
-        page.inner_text(".reply").strip() == load("toy:1", "toy:2", unit="word").generate("hello", seed=3).text.strip()
+        page.inner_text(".completion").strip()
+        == load("toy:1", "toy:2", unit="word").generate("hello", seed=3).text.strip()
     )
     page.select_option("[name=unit]", "piece")
     assert page.query_selector("[name=method] option[value=conventional]")
@@ -178,8 +181,8 @@ def test_two_settings_side_by_side(toys, page):
     assert len(page.query_selector_all(".pane")) == 2
     page.click(".pane:nth-child(1) summary")
     page.fill(".pane:nth-child(1) [name=seed]", "3")
-    ask(page, "hello")
-    left, right = (one.inner_text() for one in page.query_selector_all(".reply"))
+    send(page, "hello")
+    left, right = (node.inner_text() for node in page.query_selector_all(".completion"))
     pair = load("toy:1", "toy:2")
     assert left == pair.generate("hello", seed=3).text
     assert right == pair.generate("hello", seed=3, method="single").text
@@ -188,8 +191,8 @@ def test_two_settings_side_by_side(toys, page):
 
 
 @needs_browser
-def test_keys_alone_do(toys, page):
-    """Tab reaches everything, Enter sends, the arrows go from token to token, and a reader is told of the end."""
+def test_keyboard_only(toys, page):
+    """Tab reaches everything, Enter sends, the arrows go from token to token, and the end is announced."""
     page.goto(toys.url)
     page.wait_for_selector(".legend li")
     assert page.evaluate("document.activeElement.id") == "prompt"
@@ -200,7 +203,7 @@ def test_keys_alone_do(toys, page):
     assert re.match(r"Settings: \d+ tokens\. toy:", page.inner_text("#status"))
     for _ in range(30):
         page.keyboard.press("Shift+Tab")
-        if page.evaluate("document.activeElement.className") == "reply":
+        if page.evaluate("document.activeElement.className") == "completion":
             break
     first = page.inner_text(".token")
     assert page.is_visible("#card")
@@ -216,19 +219,19 @@ def test_keys_alone_do(toys, page):
     page.keyboard.press("ArrowLeft")
     assert page.inner_text(".token") == second
     page.keyboard.press("End")
-    assert page.query_selector(".reply .m:last-child.current")
+    assert page.query_selector(".completion .m:last-child.current")
     page.keyboard.press("Home")
     assert page.inner_text(".token") == first
     for control in page.query_selector_all("input, select, textarea, button"):
-        named = control.evaluate("one => one.labels?.length || one.textContent || one.getAttribute('aria-label')")
-        assert named, control.evaluate("one => one.outerHTML")
+        label = control.evaluate("node => node.labels?.length || node.textContent || node.getAttribute('aria-label')")
+        assert label, control.evaluate("node => node.outerHTML")
 
 
 @needs_browser
-def test_the_page_follows_a_reply_unless_one_looks_elsewhere(page):
+def test_the_page_follows_a_completion_unless_scrolled_away(page):
     page.set_viewport_size({"width": 380, "height": 500})
-    with running(endless(0.002)) as one:
-        page.goto(one.url)
+    with running(endless(0.002)) as server:
+        page.goto(server.url)
         page.wait_for_selector(".legend li")
         page.fill("#prompt", "hello")
         page.press("#prompt", "Enter")
@@ -236,11 +239,11 @@ def test_the_page_follows_a_reply_unless_one_looks_elsewhere(page):
         def height() -> float:
             return page.evaluate("document.documentElement.scrollHeight")
 
-        one.wait(lambda: height() > 700)
+        wait(lambda: height() > 700)
         assert page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY") < 40
         page.evaluate("scrollTo(0, 0)")
         before = height()
-        one.wait(lambda: height() > before + 60)
+        wait(lambda: height() > before + 60)
         assert page.evaluate("scrollY") == 0
         page.keyboard.press("Escape")
         page.wait_for_selector("#send:enabled")
@@ -248,30 +251,30 @@ def test_the_page_follows_a_reply_unless_one_looks_elsewhere(page):
 
 
 @needs_browser
-def test_escape_stops_a_reply(page):
-    with running(endless(0.02)) as one:
-        page.goto(one.url)
+def test_escape_stops_a_completion(page):
+    with running(endless(0.02)) as server:
+        page.goto(server.url)
         page.wait_for_selector(".legend li")
         page.fill("#prompt", "hello")
         page.press("#prompt", "Enter")
-        page.wait_for_selector(".reply .m:nth-child(5)")
+        page.wait_for_selector(".completion .m:nth-child(5)")
         page.keyboard.press("Escape")
         page.wait_for_selector("#send:enabled")
-        one.wait(lambda: one.server.worker.unended == 0)
-        assert one.metric("mixlm_closed_total", reason="gone") == 1
+        wait(lambda: server.app.model_thread.num_unfinished == 0)
+        assert server.metric("mixlm_closed_total", reason="gone") == 1
         page.goto("about:blank")
 
 
 @needs_browser
 def test_a_key_is_asked_for(page):
-    with running(load("toy:1", "toy:2"), Keys({hashed(KEY): "ada"})) as one:
-        page.goto(one.url)
+    with running(load("toy:1", "toy:2"), ApiKeys({hash_key(KEY): "ada"})) as server:
+        page.goto(server.url)
         page.wait_for_selector("#key[open]")
         page.fill("#key-value", KEY)
         page.keyboard.press("Enter")
         page.wait_for_selector(".legend li")
-        ask(page, "hello")
-        assert page.inner_text(".reply")
+        send(page, "hello")
+        assert page.inner_text(".completion")
         page.goto("about:blank")
 
 
@@ -282,26 +285,26 @@ def test_a_refusal_is_shown(toys, page):
     page.click("summary")
     for weight in page.query_selector_all(".weights input"):
         weight.fill("0")
-    ask(page, "hello")
+    send(page, "hello")
     assert "at least one must be greater than 0" in page.inner_text(".error")
 
 
 @needs_browser
-def test_what_a_model_writes_is_text_and_not_markup(page):
+def test_generated_text_is_not_markup(page):
     from toys import fixed
 
     from mixlm.ensemble import Ensemble, MemberSpec
 
     markup = b"<img src=x onerror=alert(1)>"
     evil = fixed({markup: 1.0}, [markup, *(bytes([i]) for i in range(256))])
-    with running(Ensemble([MemberSpec(evil, "<b>m</b>")])) as one:
-        page.goto(one.url)
+    with running(Ensemble([MemberSpec(evil, "<b>m</b>")])) as server:
+        page.goto(server.url)
         page.wait_for_selector(".legend li")
         page.click("summary")
         page.fill("[name=max_tokens]", "2")
-        ask(page, "<i>hello</i>")
-        assert page.inner_text(".reply") == markup.decode() * 2
-        assert page.inner_text(".said") == "<i>hello</i>"
+        send(page, "<i>hello</i>")
+        assert page.inner_text(".completion") == markup.decode() * 2
+        assert page.inner_text(".prompt") == "<i>hello</i>"
         assert page.query_selector("img, i, b b") is None
         page.goto("about:blank")
 
@@ -316,39 +319,39 @@ def test_it_fits_and_can_be_read(toys, browser, scheme, width):
     page.wait_for_selector(".legend li")
     page.check("#compare")
     page.click(".pane:nth-child(1) summary")
-    # By chance a reply may be empty, or one member write none of it.
-    wrote: list[str] = []
+    # A completion may be empty, or have no token of one member.
+    selectors: list[str] = []
     for _ in range(10):
-        ask(page, "hello " + "averyverylongword" * 20)
-        wrote = [one for one in (".reply .m0", ".reply .m1") if page.query_selector(one)]
-        if wrote:
+        send(page, "hello " + "averyverylongword" * 20)
+        selectors = [selector for selector in (".completion .m0", ".completion .m1") if page.query_selector(selector)]
+        if selectors:
             break
-    assert wrote
+    assert selectors
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    boxes = [one.bounding_box() for one in page.query_selector_all(".pane")]
+    boxes = [node.bounding_box() for node in page.query_selector_all(".pane")]
     assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 736)
-    for selector in (*wrote, ".said", "#about", ".figures dt"):
+    for selector in (*selectors, ".prompt", "#about", ".stats dt"):
         assert contrast(page, selector) >= 4.5, selector
     context.close()
 
 
 def contrast(page: Any, selector: str) -> float:
-    """The contrast of a text with what it stands on, by WCAG 2."""
+    """The contrast of a text with its background, by WCAG 2."""
     text, ground = page.evaluate(
         """selector => {
             const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
             const rgb = (colour) => { pixel.clearRect(0, 0, 1, 1); pixel.fillStyle = colour; pixel.fillRect(0, 0, 1, 1);
                 return [...pixel.getImageData(0, 0, 1, 1).data]; };
-            let one = document.querySelector(selector);
-            const text = rgb(getComputedStyle(one).color);
-            while (one && rgb(getComputedStyle(one).backgroundColor)[3] === 0) one = one.parentElement;
-            return [text, rgb(getComputedStyle(one).backgroundColor)];
+            let node = document.querySelector(selector);
+            const text = rgb(getComputedStyle(node).color);
+            while (node && rgb(getComputedStyle(node).backgroundColor)[3] === 0) node = node.parentElement;
+            return [text, rgb(getComputedStyle(node).backgroundColor)];
         }""",
         selector,
     )
 
     def light(rgb: list[int]) -> float:
-        linear = [c / 12.92 if (c := one / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for one in rgb[:3]]
+        linear = [c / 12.92 if (c := channel / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for channel in rgb[:3]]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     high, low = sorted((light(text), light(ground)), reverse=True)

@@ -1,4 +1,4 @@
-"""Traces: what spans say, whose they continue, and that a receiver understands them."""
+"""Traces: spans, their context, and a receiver that decodes them."""
 
 from __future__ import annotations
 
@@ -14,128 +14,128 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from serving import Running, endless, events, raw, request_bytes, running
+from serving import RunningServer, endless, events, raw_connection, request_bytes, running, wait
 
 from mixlm.errors import UsageError
 from mixlm.loading import load
-from mixlm.server.tracing import Traces, traces_to
+from mixlm.server.tracing import RequestTracer, tracer_for
 
 needs_sdk = pytest.mark.skipif(find_spec("opentelemetry") is None, reason="OpenTelemetry is not installed")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-PARTS = ["prepare", "queue", "prefill", "write"]
+PHASES = ["prepare", "queue", "prefill", "write"]
 SECRET = "a-word-that-nobody-else-says"
 
 
-class Kept:
-    """A server whose spans are kept in memory."""
+class TracedServer:
+    """A server whose spans are collected in memory."""
 
-    def __init__(self, server: Running, exporter: Any) -> None:
+    def __init__(self, server: RunningServer, exporter: Any) -> None:
         self.server = server
         self._exporter = exporter
 
     def spans(self, requests: int) -> list[Any]:
-        """All spans, by when they began, once so many requests are over; a response may be there before its span."""
+        """All spans, by start, once so many requests are over; a response may arrive before its span."""
 
-        def found() -> tuple[Any, ...]:
-            self.server.server.traces._provider.force_flush()
+        def finished() -> tuple[Any, ...]:
+            self.server.app.tracer._provider.force_flush()
             return self._exporter.get_finished_spans()
 
-        self.server.wait(lambda: len([one for one in found() if one.name not in PARTS]) == requests)
-        return sorted(found(), key=lambda one: (one.start_time, one.name in PARTS))
+        wait(lambda: len([span for span in finished() if span.name not in PHASES]) == requests)
+        return sorted(finished(), key=lambda span: (span.start_time, span.name in PHASES))
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
+def traced() -> Iterator[TracedServer]:
     memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
     exporter = memory.InMemorySpanExporter()
-    with running(load("toy:1", "toy:2"), traces=Traces(exporter)) as one:
-        yield Kept(one, exporter)
+    with running(load("toy:1", "toy:2"), tracer=RequestTracer(exporter)) as server:
+        yield TracedServer(server, exporter)
 
 
 def test_nothing_is_imported_unless_a_receiver_is_named():
     code = (
-        "import sys, mixlm.server.http_server, mixlm.cli.serve; from mixlm.server.tracing import traces_to\n"
-        "assert traces_to(None, {}) is None; assert 'opentelemetry' not in sys.modules"
+        "import sys, mixlm.server.http_server, mixlm.cli.serve; from mixlm.server.tracing import tracer_for\n"
+        "assert tracer_for(None, {}) is None; assert 'opentelemetry' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_receiver_is_an_address():
-    with pytest.raises(UsageError, match="must be an address"):
-        traces_to("localhost:4318", {})
+def test_a_receiver_is_a_url():
+    with pytest.raises(UsageError, match="must be a URL"):
+        tracer_for("localhost:4318", {})
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_a_span_with_its_parts(kept, stream):
+def test_a_request_is_a_span_with_its_phases(traced, stream):
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine-1"}
     body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 6, "seed": 1, "stream": stream}
-    response = kept.server.post("/v1/chat/completions", body, headers=headers)
+    response = traced.server.post("/v1/chat/completions", body, headers=headers)
     assert response.status_code == 200
-    root, *parts = kept.spans(1)
+    root, *phases = traced.spans(1)
     assert root.name == "POST /v1/chat/completions"
     assert root.kind.name == "SERVER"
     assert f"{root.context.trace_id:032x}" == TRACE
     assert f"{root.parent.span_id:016x}" == PARENT
-    assert [one.name for one in parts] == PARTS
-    # The parts are the whole of it, one behind the other.
-    assert all(one.parent.span_id == root.context.span_id for one in parts)
-    assert [one.start_time for one in parts] == [root.start_time, *(one.end_time for one in parts[:-1])]
-    assert parts[-1].end_time <= root.end_time
-    said = root.attributes
+    assert [span.name for span in phases] == PHASES
+    # The phases follow each other, and cover the request.
+    assert all(span.parent.span_id == root.context.span_id for span in phases)
+    assert [span.start_time for span in phases] == [root.start_time, *(span.end_time for span in phases[:-1])]
+    assert phases[-1].end_time <= root.end_time
+    attributes = root.attributes
     expected = load("toy:1", "toy:2").generate(SECRET, max_tokens=6, seed=1)
-    assert said["mixlm.request_id"] == "mine-1"
-    assert said["http.response.status_code"] == 200
-    assert said["gen_ai.request.model"] == "toys"
-    assert (said["mixlm.method"], said["mixlm.unit"]) == ("mixture", "token")
-    assert said["gen_ai.usage.output_tokens"] == expected.usage.tokens
-    assert said["mixlm.members"] == ("toy:1", "toy:2")
+    assert attributes["mixlm.request_id"] == "mine-1"
+    assert attributes["http.response.status_code"] == 200
+    assert attributes["gen_ai.request.model"] == "toys"
+    assert (attributes["mixlm.method"], attributes["mixlm.unit"]) == ("mixture", "token")
+    assert attributes["gen_ai.usage.output_tokens"] == expected.usage.tokens
+    assert attributes["mixlm.members"] == ("toy:1", "toy:2")
     members = expected.usage.members.values()
-    assert said["mixlm.member.tokens"] == tuple(one.tokens for one in members)
-    assert said["mixlm.member.forwards"] == tuple(one.forwards for one in members)
-    everything = repr([(one.name, one.attributes, one.events, one.status) for one in (root, *parts)])
+    assert attributes["mixlm.member.tokens"] == tuple(member.tokens for member in members)
+    assert attributes["mixlm.member.forwards"] == tuple(member.forwards for member in members)
+    everything = repr([(span.name, span.attributes, span.events, span.status) for span in (root, *phases)])
     assert SECRET not in everything
     assert not expected.text.strip() or expected.text.strip() not in everything
 
 
-def test_what_the_client_does_not_sample_is_not_sent(kept):
+def test_a_trace_that_the_client_does_not_sample_is_not_exported(traced):
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-    assert kept.server.post("/v1/chat/completions", body, headers=headers).status_code == 200
-    kept.server.chat(max_tokens=2)
-    [own] = [one for one in kept.spans(1) if one.name not in PARTS]
-    assert own.parent is None
+    assert traced.server.post("/v1/chat/completions", body, headers=headers).status_code == 200
+    traced.server.chat(max_tokens=2)
+    [root] = [span for span in traced.spans(1) if span.name not in PHASES]
+    assert root.parent is None
 
 
-def test_refusals_and_unknown_paths_are_spans_and_questions_of_supervisors_are_not(kept):
+def test_errors_are_traced_and_health_checks_are_not(traced):
     for path in ("/", "/health", "/ready", "/metrics", "/v1/made/up"):
-        kept.server.client.get(path)
-    kept.server.chat(tools=[{"type": "function"}])
-    spans = {one.name: one.attributes for one in kept.spans(2)}
+        traced.server.client.get(path)
+    traced.server.chat(tools=[{"type": "function"}])
+    spans = {span.name: span.attributes for span in traced.spans(2)}
     assert set(spans) == {"GET other", "POST /v1/chat/completions"}
     assert spans["POST /v1/chat/completions"]["error.type"] == "unsupported_field"
     assert spans["POST /v1/chat/completions"]["http.response.status_code"] == 400
 
 
 @needs_sdk
-def test_a_request_that_ends_in_the_queue_says_so():
+def test_a_request_that_ends_in_the_queue():
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 10_000, "stream": True}
-    with running(endless(0.01), traces=Traces(exporter), at_once=1) as one:
-        with one.client.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "a"}) as first:
-            found = events(first)
-            next(found)
-            with raw(one.url, request_bytes(body, head="X-Request-Id: b\r\n")) as second:
+    with running(endless(0.01), tracer=RequestTracer(exporter), max_batch=1) as server:
+        with server.client.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "a"}) as first:
+            chunks = events(first)
+            next(chunks)
+            with raw_connection(server.url, request_bytes(body, headers="X-Request-Id: b\r\n")) as second:
                 assert second.recv(12) == b"HTTP/1.1 200"  # its prompt has been read
-            one.wait(lambda: one.server.worker.unended == 1)
-        one.wait(lambda: one.server.worker.unended == 0)
+            wait(lambda: server.app.model_thread.num_unfinished == 1)
+        wait(lambda: server.app.model_thread.num_unfinished == 0)
     spans = exporter.get_finished_spans()
     roots = {span.attributes["mixlm.request_id"]: span for span in spans if span.parent is None}
-    for name, parts in (("a", PARTS), ("b", PARTS[:2])):
+    for name, phases in (("a", PHASES), ("b", PHASES[:2])):
         assert [
             span.name for span in spans if span.parent and span.parent.span_id == roots[name].context.span_id
-        ] == parts
+        ] == phases
         assert roots[name].attributes["mixlm.closed"] == "gone"
     assert roots["a"].attributes["gen_ai.usage.output_tokens"] > 0
     assert sum(roots["a"].attributes["mixlm.member.forwards"]) > 0
@@ -147,15 +147,15 @@ def test_a_request_that_takes_too_long_is_an_error():
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
-    with running(endless(0.01), traces=Traces(exporter), timeout=0.3) as one:
-        assert one.chat(max_tokens=10_000).status_code == 504
+    with running(endless(0.01), tracer=RequestTracer(exporter), request_timeout=0.3) as server:
+        assert server.chat(max_tokens=10_000).status_code == 504
     [root] = [span for span in exporter.get_finished_spans() if span.parent is None]
     assert root.attributes["mixlm.closed"] == root.attributes["error.type"] == "timeout"
     assert root.status.status_code.name == "ERROR"
 
 
 class Receiver(ThreadingHTTPServer):
-    """Takes what OTLP sends, and decodes it."""
+    """Receives OTLP, and decodes it."""
 
     def __init__(self) -> None:
         self.got: list[Any] = []
@@ -186,50 +186,50 @@ class _Taking(BaseHTTPRequestHandler):
 
 @needs_sdk
 @pytest.mark.parametrize("by_option", [True, False])
-def test_a_receiver_gets_them(process, by_option):
+def test_a_receiver_gets_the_spans(start_process, by_option):
     receiver = Receiver()
     try:
         options = ["--traces", receiver.url] if by_option else []
         environment = {} if by_option else {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_SERVICE_NAME": "mine"}
-        one = process("-m", "toy:1", "-m", "toy:2", *options, NO_PROXY="*", **environment)
+        server = start_process("-m", "toy:1", "-m", "toy:2", *options, NO_PROXY="*", **environment)
         import httpx
 
-        with httpx.Client(base_url=one.url, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
             body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 4, "stream": True}
             with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 assert list(events(response))
                 identity = response.headers["x-request-id"]
-        one.send(signal.SIGTERM)
-        assert one.end() == 0
+        server.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
     finally:
         receiver.shutdown()
         receiver.server_close()
     [(path, sent)] = receiver.got
     assert path == "/v1/traces"
     [resource] = sent.resource_spans
-    about = {each.key: each.value.string_value for each in resource.resource.attributes}
+    about = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
     assert about["service.name"] == ("mixlm" if by_option else "mine")
-    spans = [each for scope in resource.scope_spans for each in scope.spans]
-    [root] = [each for each in spans if not each.parent_span_id]
-    assert sorted(each.name for each in spans if each.parent_span_id == root.span_id) == sorted(PARTS)
-    attributes = {each.key: each.value for each in root.attributes}
+    spans = [span for scope in resource.scope_spans for span in scope.spans]
+    [root] = [span for span in spans if not span.parent_span_id]
+    assert sorted(span.name for span in spans if span.parent_span_id == root.span_id) == sorted(PHASES)
+    attributes = {attribute.key: attribute.value for attribute in root.attributes}
     assert attributes["mixlm.request_id"].string_value == identity
     assert SECRET.encode() not in sent.SerializeToString()
-    [line] = [each for each in one.log if each.get("path") == "/v1/chat/completions"]
+    [line] = [line for line in server.log if line.get("path") == "/v1/chat/completions"]
     assert line["trace"] == root.trace_id.hex()
 
 
 @needs_sdk
-def test_a_receiver_that_is_not_there_holds_nothing_up(process):
-    one = process("-m", "toy:1", "--traces", "http://127.0.0.1:9", NO_PROXY="*")
+def test_an_unreachable_receiver_delays_nothing(start_process):
+    server = start_process("-m", "toy:1", "--traces", "http://127.0.0.1:9", NO_PROXY="*")
     import httpx
 
     body = {"prompt": SECRET, "max_tokens": 4}
-    assert httpx.post(f"{one.url}/v1/completions", json=body, trust_env=False).status_code == 200
-    one.send(signal.SIGTERM)
+    assert httpx.post(f"{server.url}/v1/completions", json=body, trust_env=False).status_code == 200
+    server.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    assert one.end() == 0
+    assert server.wait() == 0
     assert time.monotonic() - start < 10
     # What it has to say about that is a line of the log like any other.
-    assert all(line.startswith(("{", "serving", "loading")) for line in one.lines if line.strip())
-    assert any("trac" in each["event"].lower() or "export" in each["event"].lower() for each in one.log)
+    assert all(line.startswith(("{", "serving", "loading")) for line in server.lines if line.strip())
+    assert any("trac" in line["event"].lower() or "export" in line["event"].lower() for line in server.log)

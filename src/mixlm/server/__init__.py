@@ -1,5 +1,5 @@
-"""An ensemble behind the API that tools for language models already speak, and a page to look at it.
+"""An ensemble behind OpenAI's HTTP API, and a web page to try it.
 
-`run.serve` is what the command line calls. One thread owns the models (`worker`); the event loop reads requests and
-writes responses, and never runs a model. Everything that needs a web framework stays in this package.
+`http_server.serve` is what the command line calls. One thread runs the models (`model_thread`). The event loop reads
+requests and writes responses, and never runs a model. Only this package imports a web framework.
 """

@@ -1,4 +1,4 @@
-"""What a client is told when something is refused or fails: a status, and the body that its libraries expect."""
+"""Error responses: a status, and the JSON body that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 
-_KINDS = {
+_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -18,26 +18,41 @@ _KINDS = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-
-
-# Options of a reply, and the fields that set them.
+# The field of the API that sets an option, by the word with which messages about the option begin.
 _FIELDS = {
-    **{one: one for one in ("max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty")},
     **{
-        one: f"mixlm.{one}"
-        for one in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+        option: option
+        for option in (
+            "logit_bias",
+            "max_tokens",
+            "seed",
+            "temperature",
+            "top_p",
+            "presence_penalty",
+            "frequency_penalty",
+        )
     },
-    "logit_bias": "logit_bias",
+    **{
+        option: f"mixlm.{option}"
+        for option in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+    },
     "json_schema": "response_format",
     "score_prompt": "echo",
     "mix-then-truncate": "mixlm.mix_then_truncate",
 }
+# What pydantic calls the branches of unions in the location of an error.
+_BRANCHES = {"str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object"}
 
 
 class ApiError(Exception):
-    """A response that is an error.
+    """An error response.
 
-    param: the field at fault, as a path with dots. code: a word for programs. headers: sent along.
+    Args:
+        status: The HTTP status.
+        message: What went wrong, for people.
+        param: The field at fault, as a dotted path.
+        code: What went wrong, for programs.
+        headers: Additional headers of the response.
     """
 
     def __init__(
@@ -57,84 +72,78 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def kind(self) -> str:
-        """The class of error, in the words of the API."""
-        return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+    def type(self) -> str:
+        """The type of the error, as OpenAI's API names it."""
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
 
-def refused(field: str, why: str) -> ApiError:
-    """Return the refusal of a field that cannot be honoured."""
+def unsupported_field(field: str, why: str) -> ApiError:
+    """Return the error for a field that cannot be honoured."""
     return ApiError(400, f"{field} cannot be honoured: {why}", param=field, code="unsupported_field")
 
 
-def of_error(error: BaseException) -> ApiError:
-    """Return what a client is told about an error. Errors that are not mixlm's own say nothing of where they arose."""
+def to_api_error(error: BaseException) -> ApiError:
+    """Return the response for an error. Unexpected errors do not reveal their cause."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError | TokenizerError):
-        return _at_fault(error)
+        return _client_error(error)
     if isinstance(error, MemoryLimitError):
-        return ApiError(503, "the server ran out of memory over this reply", code="out_of_memory")
+        return ApiError(503, "the server ran out of memory for this request", code="out_of_memory")
     if isinstance(error, MixlmError):
         return ApiError(500, error.message, code="failed")
-    return ApiError(500, "something unexpected went wrong; the server's log has it", code="unexpected")
+    return ApiError(500, "an unexpected error occurred; see the server's log", code="unexpected")
 
 
-def _at_fault(error: UsageError | TokenizerError) -> ApiError:
-    """Return what a client is told about a request that the ensemble refuses."""
+def _client_error(error: UsageError | TokenizerError) -> ApiError:
+    """Return the response for a request that the ensemble refuses."""
     if isinstance(error, PromptTooLongError):
         return ApiError(400, error.message, code="context_length_exceeded")
     if isinstance(error, TokenizerError):
-        # The models are loaded by now: it is the text that a member has no tokens for.
+        # The models are loaded by now, so the text is at fault: a member has no tokens for it.
         return ApiError(400, error.message, code="no_tokens")
-    # Messages about an option begin with its name.
-    word = error.message.partition(" ")[0]
-    return ApiError(400, _for_clients(str(error)), param=_FIELDS.get(word), code="invalid_value")
+    option = error.message.partition(" ")[0]
+    return ApiError(400, _in_api_terms(str(error)), param=_FIELDS.get(option), code="invalid_value")
 
 
-def of_validation(error: ValidationError, known: Mapping[str, Any]) -> ApiError:
-    """Return what a client is told about a body that does not fit: the first complaint, with the field it is about.
-
-    known: the fields there are, at the top.
-    """
+def validation_error(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
+    """Return the response for an invalid body: its first fault, with the field. fields: the known top-level fields."""
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         why = errors[0]["msg"].removeprefix("Invalid JSON: ")
         return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
-    # A value that may have several forms has complaints from each; the one that got furthest meant that form.
-    first = max(errors, key=lambda one: len(one["loc"]) if one["loc"][:1] == errors[0]["loc"][:1] else 0)
-    place = _place(first["loc"])
+    # A union reports an error from each of its branches; the deepest one is the branch that was meant.
+    first = max(errors, key=lambda detail: len(detail["loc"]) if detail["loc"][:1] == errors[0]["loc"][:1] else 0)
+    param = _dotted_path(first["loc"])
     if first["type"] == "extra_forbidden":
-        close = did_you_mean(str(first["loc"][-1]), known)
-        return ApiError(
-            400, f"there is no field {place}" + (f": {close}" if close else ""), param=place, code="unknown_field"
-        )
-    messages = dict.fromkeys(_lower(one["msg"]) for one in errors if _place(one["loc"]) == place)
-    return ApiError(400, f"{place or 'the body'}: {', or '.join(messages)}", param=place or None, code="invalid_value")
+        suggestion = did_you_mean(str(first["loc"][-1]), fields)
+        message = f"there is no field {param}" + (f": {suggestion}" if suggestion else "")
+        return ApiError(400, message, param=param, code="unknown_field")
+    messages = dict.fromkeys(_in_lower_case(detail["msg"]) for detail in errors if _dotted_path(detail["loc"]) == param)
+    return ApiError(400, f"{param or 'the body'}: {', or '.join(messages)}", param=param or None, code="invalid_value")
 
 
-def _lower(message: str) -> str:
+def _in_lower_case(message: str) -> str:
     return message[:1].lower() + message[1:].removeprefix("alue error, ")
 
 
-def _place(parts: tuple[int | str, ...]) -> str:
-    """Return where in a body something is. The names that pydantic gives to the branches of a union are left out."""
-    kept = [str(one) for one in parts if isinstance(one, int) or re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", one)]
-    branches = {"str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object"}
-    named = [one for one in kept if one not in branches]
-    # The branch of a schema is called as the field in it.
-    return ".".join(one for at, one in enumerate(named) if named[at - 1 : at] != [one])[:200]
+def _dotted_path(location: tuple[int | str, ...]) -> str:
+    """Return the path of a field, without pydantic's names of the branches of unions."""
+    parts = [str(part) for part in location if isinstance(part, int) or re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", part)]
+    parts = [part for part in parts if part not in _BRANCHES]
+    # The branch of a schema has the name of the field in it.
+    return ".".join(part for i, part in enumerate(parts) if parts[i - 1 : i] != [part])[:200]
 
 
-def _for_clients(text: str) -> str:
-    """Return a message with the options of the command line as the fields that they are in a request.
+def _in_api_terms(text: str) -> str:
+    """Return a message with the fields of the API in place of options of the command line.
 
-    What only whoever runs the server can choose is left out.
+    Advice that only the operator of the server can follow is left out.
     """
     text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
     text = re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)

@@ -1,6 +1,6 @@
-"""API keys. Only their SHA-256 is kept, and comparing takes equally long whatever is presented.
+"""API keys. The server keeps only their SHA-256, and compares in constant time.
 
-A key should be long and random; then its plain hash is as good as a slow one.
+Keys should be long and random; a plain hash is then as good as a slow one.
 """
 
 from __future__ import annotations
@@ -16,58 +16,63 @@ from mixlm.errors import ConfigError
 
 VARIABLE = "MIXLM_API_KEYS"
 _LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<hash>[0-9a-f]{64})")
-_SHORTEST = 16
+_MIN_LENGTH = 16
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Who may ask. names: each key's name by its hash. None at all: anyone may."""
+class ApiKeys:
+    """The accepted keys. names: the name of each key, by its hash; when empty, no key is required."""
 
     names: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.names)
 
-    def holder(self, presented: str) -> str | None:
-        """Return the name of a key, or None for one that is not known."""
-        digest = hashed(presented)
-        found = None
+    def holder(self, key: str) -> str | None:
+        """Return the name of a key, or None for an unknown key."""
+        digest = hash_key(key)
+        holder = None
         for known, name in self.names.items():
             if hmac.compare_digest(known, digest):
-                found = name
-        return found
+                holder = name
+        return holder
 
 
-def hashed(key: str) -> str:
+def hash_key(key: str) -> str:
     """Return a key's SHA-256, 64 hexadecimal digits."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def read_keys(path: Path | None, environment: Mapping[str, str]) -> Keys:
-    """Read the keys of a file, a name and a SHA-256 a line, and of the environment, plain with commas between them.
+def load_api_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
+    """Load the accepted keys from a file and from the environment.
 
-    Raises ConfigError for a file without keys, and for a line that is something else, which it does not repeat: it may
-    be a key. So may a short one.
+    Args:
+        path: A file whose lines are a name and a SHA-256; empty lines and lines that begin with # are skipped.
+        environment: `MIXLM_API_KEYS` may hold plain keys, separated by commas.
+
+    Raises:
+        ConfigError: The file has no keys or an invalid line, or a key is too short. The message does not repeat the
+            line, which may be a key.
     """
     names: dict[str, str] = {}
     if path is not None:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the file of keys {path} cannot be read: {error}") from None
+            raise ConfigError(f"the key file {path} cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
-            found = _LINE.fullmatch(line.strip())
-            if found is None:
+            match = _LINE.fullmatch(line.strip())
+            if match is None:
                 raise ConfigError(
                     f"line {number} of {path} is not a name and a SHA-256", "such as: ada $(printf %s KEY | sha256sum)"
                 )
-            names[found["hash"]] = found["name"]
+            names[match["hash"]] = match["name"]
         if not names:
             raise ConfigError(f"{path} holds no keys", "a line is a name and the SHA-256 of a key")
     for number, key in enumerate(filter(None, environment.get(VARIABLE, "").split(",")), 1):
-        if len(key) < _SHORTEST:
-            raise ConfigError(f"key {number} in {VARIABLE} has less than {_SHORTEST} characters", "take a random one")
-        names[hashed(key)] = f"key-{number}"
-    return Keys(names)
+        if len(key) < _MIN_LENGTH:
+            raise ConfigError(f"key {number} in {VARIABLE} has less than {_MIN_LENGTH} characters", "take a random one")
+        names[hash_key(key)] = f"key-{number}"
+    return ApiKeys(names)

@@ -1,4 +1,4 @@
-"""The application: which path leads where."""
+"""The ASGI application: the routes, and what they share."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError
-from mixlm.server.api_keys import Keys
-from mixlm.server.completion_handler import Exchange
+from mixlm.server.api_keys import ApiKeys
+from mixlm.server.completion_handler import CompletionHandler
 from mixlm.server.fields import B, ChatBody, CompletionBody, read
-from mixlm.server.limits import Limits
-from mixlm.server.metrics import TEXT, Metrics
-from mixlm.server.middleware import Guard
-from mixlm.server.model_registry import Registry
-from mixlm.server.model_thread import Worker
-from mixlm.server.openapi import description
-from mixlm.server.request_parsing import Asked, chat, completion
-from mixlm.server.responses import as_json
-from mixlm.server.tracing import Traces
+from mixlm.server.limits import ServerLimits
+from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
+from mixlm.server.middleware import RequestMiddleware
+from mixlm.server.model_registry import ModelRegistry
+from mixlm.server.model_thread import ModelThread
+from mixlm.server.openapi import openapi_document
+from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
+from mixlm.server.responses import to_json
+from mixlm.server.tracing import RequestTracer
 
-_PAGE = {
+_PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
@@ -35,132 +35,145 @@ _PAGE = {
 }
 
 
-class Server:
-    """Everything that one server holds. `app` is its ASGI application."""
+class ServerApp:
+    """The parts of one server, and its routes.
+
+    Args:
+        registry: The served models.
+        limits: Of requests and of the queue.
+        keys: The accepted API keys; none by default, then anyone may ask.
+        hosts: Names that a Host header may have; None for any.
+        tracer: Where requests are traced.
+
+    Attributes:
+        asgi: The ASGI application.
+    """
 
     def __init__(
         self,
-        registry: Registry,
-        limits: Limits,
-        keys: Keys | None = None,
+        registry: ModelRegistry,
+        limits: ServerLimits,
+        keys: ApiKeys | None = None,
         hosts: Collection[str] | None = None,
-        traces: Traces | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.registry = registry
         self.limits = limits
-        self.metrics = Metrics()
-        self.traces = traces
-        self.worker = Worker(limits)
-        self.metrics.watch("mixlm_writing", "Replies that are being written.", lambda: self.worker.writing)
-        self.metrics.watch("mixlm_waiting", "Replies that wait for their turn.", lambda: self.worker.waiting)
-        self._description = as_json(description(limits))
-        self._router = Router(self._routes(), lifespan=self._life)
-        self._paths = frozenset(one.path for one in self._router.routes if isinstance(one, Route))
-        self.app: ASGIApp = Guard(self._route, keys or Keys(), self.metrics, hosts, traces)
+        self.metrics = ServerMetrics()
+        self.tracer = tracer
+        self.model_thread = ModelThread(limits)
+        self.metrics.add_gauge("mixlm_writing", "Running generations.", lambda: self.model_thread.num_running)
+        self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
+        routes = self._routes()
+        self._router = Router(routes, lifespan=self._lifespan)
+        self.asgi: ASGIApp = RequestMiddleware(
+            self._dispatch, {route.path for route in routes}, keys or ApiKeys(), self.metrics, hosts, tracer
+        )
 
     def _routes(self) -> list[Route]:
-        routes = [
-            Route("/v1/models", self._models),
-            Route("/v1/models/{name:path}", self._model),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._completion, methods=["POST"]),
-            Route("/health", self._health),
-            Route("/ready", self._ready),
-            Route("/metrics", self._metrics),
-            Route("/openapi.json", self._openapi),
-        ]
+        document = to_json(openapi_document(self.limits))
         folder = files("mixlm.server") / "page"
-        for path, (name, kind) in _PAGE.items():
-            routes.append(Route(path, _file((folder / name).read_bytes(), kind)))
-        return routes
+        return [
+            Route("/v1/models", self._get_models),
+            Route("/v1/models/{name:path}", self._get_model),
+            Route("/v1/chat/completions", self._post_chat_completion, methods=["POST"]),
+            Route("/v1/completions", self._post_completion, methods=["POST"]),
+            Route("/health", self._get_health),
+            Route("/ready", self._get_ready),
+            Route("/metrics", self._get_metrics),
+            Route("/openapi.json", _static(document, "application/json")),
+            *(
+                Route(path, _static((folder / name).read_bytes(), media_type, {"cache-control": "no-cache"}))
+                for path, (name, media_type) in _PAGE_FILES.items()
+            ),
+        ]
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request to its route. Raises what goes wrong, HTTPException for a path or a method there is not."""
-        scope["mixlm.paths"] = self._paths
-        scope["app"] = self  # with it the router raises, in place of responses of its own
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the route of a request. Raises its errors, HTTPException for an unknown path or method."""
+        scope["app"] = self  # else the router answers unknown paths itself
         await self._router(scope, receive, send)
 
     @asynccontextmanager
-    async def _life(self, _app: Any) -> AsyncIterator[None]:
-        self.worker.start()
+    async def _lifespan(self, _router: Any) -> AsyncIterator[None]:
+        self.model_thread.start()
         yield
-        self.worker.close_all("shutdown")
-        await self.worker.stop()
-        if self.traces is not None:
-            await asyncio.to_thread(self.traces.close)
+        self.model_thread.cancel_all("shutdown")
+        await self.model_thread.stop()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
-    async def _models(self, _request: Request) -> Response:
-        return _json({"object": "list", "data": [one.as_dict() for one in self.registry]})
+    async def _get_models(self, _request: Request) -> Response:
+        return _json({"object": "list", "data": [model.to_dict() for model in self.registry]})
 
-    async def _model(self, request: Request) -> Response:
-        return _json(self.registry.find(request.path_params["name"]).as_dict())
+    async def _get_model(self, request: Request) -> Response:
+        return _json(self.registry.get(request.path_params["name"]).to_dict())
 
-    async def _chat(self, request: Request) -> ASGIApp:
-        body = await self._prepared(read(ChatBody, await self._body(request)))
-        return self._exchange(request, chat(body, self.registry, self.limits))
+    async def _post_chat_completion(self, request: Request) -> ASGIApp:
+        body = await self._prepare(read(ChatBody, await self._read_body(request)))
+        return self._handler(request, parse_chat(body, self.registry, self.limits))
 
-    async def _completion(self, request: Request) -> ASGIApp:
-        body = await self._prepared(read(CompletionBody, await self._body(request)))
-        return self._exchange(request, completion(body, self.registry, self.limits))
+    async def _post_completion(self, request: Request) -> ASGIApp:
+        body = await self._prepare(read(CompletionBody, await self._read_body(request)))
+        return self._handler(request, parse_completion(body, self.registry, self.limits))
 
-    async def _prepared(self, body: B) -> B:
-        """Make the unit and read the schema that a request asks for; other requests do not wait for it."""
+    async def _prepare(self, body: B) -> B:
+        """Build the unit and compile the schema of a request, in another thread: other requests do not wait."""
         unit = body.mixlm.unit if body.mixlm is not None else None
-        served = self.registry.find(body.model)
-        if not served.has_unit(unit):
-            await asyncio.to_thread(served.in_unit, unit)
+        model = self.registry.get(body.model)
+        if not model.has_unit(unit):
+            await asyncio.to_thread(model.with_unit, unit)
         if body.schema_of_reply is not None:
-            await asyncio.to_thread(served.ensemble.grammars.of, body.schema_of_reply)
+            await asyncio.to_thread(model.ensemble.grammars.for_schema, body.schema_of_reply)
         return body
 
-    def _exchange(self, request: Request, asked: Asked) -> ASGIApp:
-        return Exchange(asked, self.worker, self.metrics, self.limits, request.scope["mixlm.note"])
+    def _handler(self, request: Request, parsed: ParsedRequest) -> ASGIApp:
+        record = request.scope["mixlm.record"]
+        return CompletionHandler(parsed, self.model_thread, self.metrics, self.limits, record)
 
-    async def _health(self, _request: Request) -> Response:
-        alive = self.worker.alive
+    async def _get_health(self, _request: Request) -> Response:
+        alive = self.model_thread.is_alive
         return _json({"status": "ok" if alive else "the models have stopped"}, 200 if alive else 503)
 
-    async def _ready(self, _request: Request) -> Response:
-        ready = self.worker.alive and not self.worker.draining
+    async def _get_ready(self, _request: Request) -> Response:
+        ready = self.model_thread.is_alive and not self.model_thread.draining
         return _json({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
-    async def _metrics(self, _request: Request) -> Response:
-        return Response(self.metrics.text(), headers={"content-type": TEXT})
+    async def _get_metrics(self, _request: Request) -> Response:
+        return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def _openapi(self, _request: Request) -> Response:
-        return Response(self._description, media_type="application/json")
-
-    async def _body(self, request: Request) -> bytes:
-        """Read a body of JSON. Raises ApiError for another type, for too much, and for one that does not come."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Also what keeps pages of other origins out: a browser sends JSON across origins only where it is allowed.
+    async def _read_body(self, request: Request) -> bytes:
+        """Return the body. Raises ApiError if it is not JSON by its type, too large, or too slow."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            # This also keeps out pages of other origins: browsers send them JSON only with permission.
             raise ApiError(415, "the body must be JSON: send Content-Type: application/json", code="unsupported_type")
-        most = self.limits.body
-        too_large = ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+        maximum, seconds = self.limits.max_body_bytes, self.limits.body_timeout
+        too_large = ApiError(413, f"the body has more than {maximum} bytes", code="body_too_large")
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > most:
+        if declared.isdecimal() and int(declared) > maximum:
             raise too_large
         data = bytearray()
         try:
-            async with asyncio.timeout(self.limits.read):
+            async with asyncio.timeout(seconds):
                 async for part in request.stream():
                     data += part
-                    if len(data) > most:
+                    if len(data) > maximum:
                         raise too_large
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {self.limits.read:g} s", code="body_too_slow") from None
+            raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="body_too_slow") from None
         except ClientDisconnect:
-            raise ApiError(400, "the client went away", code="gone") from None
+            raise ApiError(400, "the client disconnected", code="gone") from None
         return bytes(data)
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    return Response(as_json(value), status, media_type="application/json")
+    return Response(to_json(value), status, media_type="application/json")
 
 
-def _file(data: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    async def serve(_request: Request) -> Response:
-        return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+def _static(
+    data: bytes, media_type: str, headers: dict[str, str] | None = None
+) -> Callable[[Request], Awaitable[Response]]:
+    async def get_static(_request: Request) -> Response:
+        return Response(data, media_type=media_type, headers=headers)
 
-    return serve
+    return get_static

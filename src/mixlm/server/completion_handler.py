@@ -1,7 +1,10 @@
-"""One request, from the order it becomes to the end of its response.
+"""Handles one request for completions, from its job to the end of the response.
 
-Writing a reply never waits for its reader: tokens collect here while a slow client takes them, so that it holds no
-slot. A client that goes away is noticed at once, whatever the response is doing.
+Generation never waits for the reader: while a client reads slowly, tokens collect here, and it holds no slot. A client
+that disconnects is noticed at once, whatever the response is waiting for.
+
+The server-sent events are written here, without a library for them: they are one line each, and such a library would
+neither watch for the disconnect nor limit the time of a send.
 """
 
 from __future__ import annotations
@@ -11,72 +14,74 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from mixlm.server.api_errors import ApiError, of_error
-from mixlm.server.jobs import Begun, Closed, Event, Failed, Order, Started, Wrote
-from mixlm.server.limits import Limits
-from mixlm.server.metrics import Metrics
-from mixlm.server.model_thread import Worker
-from mixlm.server.request_parsing import Asked
-from mixlm.server.responses import DONE, Answer, as_json, event
-from mixlm.server.tracing import Steps
+from mixlm.server.api_errors import ApiError, to_api_error
+from mixlm.server.jobs import GenerationStarted, Job, JobCancelled, JobEvent, JobFailed, JobQueued, TokensGenerated
+from mixlm.server.limits import ServerLimits
+from mixlm.server.metrics import ServerMetrics
+from mixlm.server.model_thread import ModelThread
+from mixlm.server.request_parsing import ParsedRequest
+from mixlm.server.request_record import RequestRecord
+from mixlm.server.responses import DONE, ResponseBuilder, server_sent_event, to_json
 from mixlm.types import Completion
 
-# A client that reads nothing for this long is told that the response is still coming; so is every proxy in between.
-_SILENCE = 15.0
-_STREAM = [
+# After this many seconds without an event, a comment keeps the connection of a stream open, through proxies too.
+_KEEP_ALIVE_SECONDS = 15.0
+_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 ]
 
 
-class GoneError(Exception):
-    """The client went away, or takes nothing of what is sent."""
+class ClientGoneError(Exception):
+    """The client disconnected, or does not take what is sent."""
 
 
-class Exchange:
-    """Answers one request. note: what the log is to say about it; filled in as it becomes known.
+class CompletionHandler:
+    """An ASGI application that answers one request; it completes the record of the request as events arrive."""
 
-    arrived: when the request came, on the clock of `time.monotonic`.
-    """
-
-    def __init__(self, asked: Asked, worker: Worker, metrics: Metrics, limits: Limits, note: dict[str, Any]) -> None:
-        self._asked = asked
-        self._worker = worker
+    def __init__(
+        self,
+        request: ParsedRequest,
+        model_thread: ModelThread,
+        metrics: ServerMetrics,
+        limits: ServerLimits,
+        record: RequestRecord,
+    ) -> None:
+        self._request = request
+        self._model_thread = model_thread
         self._metrics = metrics
         self._limits = limits
-        self._note = note
-        self._order = Order(note["client"], asked.ensemble, asked.tasks)
-        self._answer = Answer(asked, note["request"])
-        self._done: dict[int, Completion] = {}
-        self._steps = Steps()
+        self._record = record
+        self._job = Job(record.client, request.ensemble, request.tasks)
+        self._responses = ResponseBuilder(request, record.request_id)
+        self._completions: dict[int, Completion] = {}
         self._work: Counter[tuple[str, str]] = Counter()
-        self._begun: set[tuple[int, str]] = set()
+        self._prefilled: set[tuple[int, str]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run as an ASGI application. Raises ApiError or MixlmError as long as nothing has been sent."""
-        self._note |= {"model": self._asked.served.name, "replies": len(self._asked.tasks), "steps": self._steps}
-        self._worker.submit(self._order)
+        """Answer the request. Raises ApiError or MixlmError as long as nothing has been sent."""
+        self._record.model = self._request.model.name
+        self._record.completions = len(self._request.tasks)
+        self._model_thread.submit(self._job)
         try:
-            async with self._watched(receive):
-                await (self._streamed(send) if self._asked.stream else self._at_once(send))
-        except GoneError:
-            self._worker.close(self._order, "gone")
-            self._closed(Closed("gone"))
+            async with self._cancelled_when_over(receive):
+                await (self._send_stream(send) if self._request.stream else self._send_whole(send))
+        except ClientGoneError:
+            self._record_cancelled(JobCancelled("gone"))
         finally:
-            self._worker.close(self._order, "gone")  # where something above failed; nothing otherwise
-            self._figures()
+            self._model_thread.cancel(self._job, "gone")  # does nothing to a job that has ended
+            self._record_work()
 
     @asynccontextmanager
-    async def _watched(self, receive: Receive) -> AsyncIterator[None]:
-        """Give the order up when the client goes away or its time is over."""
-        left = self._limits.timeout - (time.monotonic() - self._note["arrived"])
-        timer = asyncio.get_running_loop().call_later(left, self._worker.close, self._order, "timeout")
-        watcher = asyncio.create_task(self._wait_for_end(receive))
+    async def _cancelled_when_over(self, receive: Receive) -> AsyncIterator[None]:
+        """Cancel the job when the client disconnects, or when the request takes too long."""
+        seconds = self._limits.request_timeout - (time.monotonic() - self._record.arrived)
+        timer = asyncio.get_running_loop().call_later(seconds, self._model_thread.cancel, self._job, "timeout")
+        watcher = asyncio.create_task(self._watch_for_disconnect(receive))
         try:
             yield
         finally:
@@ -85,133 +90,139 @@ class Exchange:
             with suppress(asyncio.CancelledError):
                 await watcher
 
-    async def _wait_for_end(self, receive: Receive) -> None:
+    async def _watch_for_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._worker.close(self._order, "gone")
+        self._model_thread.cancel(self._job, "gone")
 
-    async def _at_once(self, send: Send) -> None:
-        while len(self._done) < len(self._asked.tasks):
-            self._take(await self._order.events.get())
-        whole = self._answer.whole([self._done[i] for i in range(len(self._done))])
-        body = as_json(whole)
+    @property
+    def _is_finished(self) -> bool:
+        return len(self._completions) == len(self._request.tasks)
+
+    @property
+    def _in_order(self) -> list[Completion]:
+        return [self._completions[i] for i in range(len(self._request.tasks))]
+
+    async def _send_whole(self, send: Send) -> None:
+        while not self._is_finished:
+            self._process(await self._job.events.get())
+        body = to_json(self._responses.response(self._in_order))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": body})
 
-    async def _streamed(self, send: Send) -> None:
-        self._take(await self._order.events.get())  # that it has begun; a problem becomes a response of its own
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": _STREAM})
-        parts = self._answer.first()
+    async def _send_stream(self, send: Send) -> None:
+        self._process(await self._job.events.get())  # queued; an error here still becomes a response of its own
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        chunks = self._responses.first_chunks()
         try:
             while True:
-                await self._part(send, b"".join(parts))
-                if len(self._done) == len(self._asked.tasks):
+                await self._send_chunks(send, chunks)
+                if self._is_finished:
                     break
-                parts = await self._next()
-        except GoneError:
+                chunks = await self._next_chunks()
+        except ClientGoneError:
             raise
         except Exception as error:
-            # The status has been sent: what happened can only be an event.
-            problem = of_error(error)
-            self._metrics.problem(problem.status, problem.code)
-            self._note["error"] = problem.code
-            await self._part(send, event(problem.body()) + DONE)
+            # The status has been sent, so the error is an event.
+            api_error = to_api_error(error)
+            self._metrics.count_error(api_error.status, api_error.code)
+            self._record.error = api_error.code
+            chunks = [server_sent_event(api_error.body())]
         else:
-            totals = [self._answer.totals([self._done[i] for i in range(len(self._done))])]
-            await self._part(send, b"".join([*(totals if self._asked.include_usage else ()), DONE]))
+            chunks = [self._responses.usage_chunk(self._in_order)] if self._request.include_usage else []
+        await self._send_chunks(send, [*chunks, DONE])
         await self._send(send, {"type": "http.response.body", "body": b""})
 
-    async def _next(self) -> list[bytes]:
-        """Wait for what comes, and return the parts of everything that has come by then."""
-        events = self._order.events
+    async def _next_chunks(self) -> list[bytes]:
+        """Wait for an event; return the chunks of all events that have arrived by then."""
+        events = self._job.events
         try:
-            async with asyncio.timeout(_SILENCE):
-                parts = self._parts(await events.get())
+            async with asyncio.timeout(_KEEP_ALIVE_SECONDS):
+                chunks = self._chunks(await events.get())
         except TimeoutError:
-            return [b": still here\n\n"]
+            return [b": keep-alive\n\n"]
         while not events.empty():
-            parts += self._parts(events.get_nowait())
-        return parts
+            chunks += self._chunks(events.get_nowait())
+        return chunks
 
-    def _parts(self, event: Event) -> list[bytes]:
-        self._take(event)
-        if not isinstance(event, Wrote):
+    def _chunks(self, event: JobEvent) -> list[bytes]:
+        self._process(event)
+        if not isinstance(event, TokensGenerated):
             return []
-        # Several tokens that come at once were found by the same passes.
-        parts = [
-            self._answer.token(event.index, one, {} if i else event.forwards) for i, one in enumerate(event.tokens)
+        # Tokens that arrive together come from the same forward passes; the first one reports them.
+        chunks = [
+            self._responses.token_chunk(event.index, token, {} if i else event.forwards)
+            for i, token in enumerate(event.tokens)
         ]
         if event.completion is not None:
-            parts.append(self._answer.last(event.index, event.completion, {} if parts else event.forwards))
-        return parts
+            forwards = {} if chunks else event.forwards
+            chunks.append(self._responses.final_chunk(event.index, event.completion, forwards))
+        return chunks
 
-    def _take(self, event: Event) -> None:
-        """Take down what an event says. Raises what ends the response."""
-        if isinstance(event, Begun):
-            self._steps.prepared = event.at
-            return
-        if isinstance(event, Started):
-            self._started(event.at)
-            return
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Closed):
-            raise self._closed(event)
-        name = self._asked.served.name
-        if self._steps.first is None and (event.tokens or event.completion):
-            self._steps.first = time.monotonic()
-            self._note["first"] = round(self._steps.first - self._note["arrived"], 4)
-            self._metrics.first(name, self._note["first"])
-        self._metrics.wrote(name, event.tokens)
-        self._ran(event)
-        self._work.update(("tokens", one.member) for one in event.tokens)
+    def _process(self, event: JobEvent) -> None:
+        """Record an event. Raises the error that ends the response."""
+        match event:
+            case JobQueued():
+                self._record.prepared = event.time
+            case GenerationStarted():
+                queued = self._record.prepared
+                self._metrics.observe_queue_time(
+                    self._request.model.name, event.time - (event.time if queued is None else queued)
+                )
+                if self._record.started is None:
+                    self._record.started = event.time
+            case JobFailed():
+                raise event.error
+            case JobCancelled():
+                raise self._record_cancelled(event)
+            case TokensGenerated():
+                self._record_tokens(event)
+
+    def _record_tokens(self, event: TokensGenerated) -> None:
+        model = self._request.model.name
+        if self._record.first_token is None and (event.tokens or event.completion):
+            self._record.first_token = time.monotonic()
+            self._metrics.observe_first_token(model, self._record.first_token - self._record.arrived)
+        self._metrics.count_tokens(model, event.tokens)
+        self._work.update(("tokens", token.member) for token in event.tokens)
+        for member, passes in event.forwards.items():
+            self._work["forwards", member] += len(passes)
+            self._work["forward_tokens", member] += sum(passes)
+            prefilled = (event.index, member) in self._prefilled
+            self._prefilled.add((event.index, member))
+            self._metrics.count_forwards(model, member, passes, prefilled=prefilled)
         if event.completion is not None:
-            self._done[event.index] = event.completion
-            self._metrics.finished(name, event.completion)
+            self._completions[event.index] = event.completion
+            self._metrics.count_completion(model, event.completion)
 
-    def _ran(self, event: Wrote) -> None:
-        """Count forward passes; a member's first for a reply reads the prompt."""
-        for member, tokens in event.forwards.items():
-            self._work["forwards", member] += len(tokens)
-            self._work["forward_tokens", member] += sum(tokens)
-            begun = (event.index, member) in self._begun
-            self._begun.add((event.index, member))
-            self._metrics.ran(self._asked.served.name, member, tokens, begun=begun)
-
-    def _started(self, at: float) -> None:
-        """Take down how long a reply waited for its turn; the log says it of a request's first."""
-        waited = at - (self._steps.prepared or at)
-        self._metrics.queued(self._asked.served.name, waited)
-        if self._steps.started is None:
-            self._steps.started = at
-            self._note["queued"] = round(waited, 4)
-
-    def _closed(self, event: Closed) -> Exception:
-        """Note why the order was given up, once, and return what that is to the client."""
-        if "closed" not in self._note:
-            self._note["closed"] = event.reason
-            self._metrics.closed(event.reason)
+    def _record_cancelled(self, event: JobCancelled) -> Exception:
+        """Record once why the job was cancelled; return the error for the client."""
+        if self._record.cancelled is None:
+            self._record.cancelled = event.reason
+            self._metrics.count_cancelled(event.reason)
         if event.reason == "timeout":
-            return ApiError(504, f"the reply took longer than {self._limits.timeout:g} s", code="timeout")
+            return ApiError(504, f"the request took longer than {self._limits.request_timeout:g} s", code="timeout")
         if event.reason == "shutdown":
-            return ApiError(503, "the server stopped before the reply was finished", code="stopping")
-        return GoneError()
+            return ApiError(503, "the server stopped before the completion was finished", code="stopping")
+        return ClientGoneError()
 
-    def _figures(self) -> None:
-        done = list(self._done.values())
-        self._note["tokens"] = sum(count for (what, _), count in self._work.items() if what == "tokens")
-        self._note["finished"] = len(done)
-        self._steps.attributes = self._answer.attributes(done, self._work, self._note.get("closed"))
+    def _record_work(self) -> None:
+        completions = list(self._completions.values())
+        self._record.tokens = sum(count for (quantity, _), count in self._work.items() if quantity == "tokens")
+        self._record.finished = len(completions)
+        self._record.trace_attributes = self._responses.trace_attributes(
+            completions, self._work, self._record.cancelled
+        )
 
-    async def _part(self, send: Send, data: bytes) -> None:
-        if data:
-            await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+    async def _send_chunks(self, send: Send, chunks: list[bytes]) -> None:
+        if chunks:
+            await self._send(send, {"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
 
     async def _send(self, send: Send, message: Message) -> None:
-        """Send, and give up on a client that takes nothing."""
+        """Send a message. Raises ClientGoneError for a client that does not take it in time."""
         try:
-            async with asyncio.timeout(self._limits.send):
+            async with asyncio.timeout(self._limits.send_timeout):
                 await send(message)
         except TimeoutError:
-            raise GoneError from None
+            raise ClientGoneError from None

@@ -1,4 +1,4 @@
-"""Who is next. Replies wait in a line of their client's, and clients take turns."""
+"""A queue in which clients take turns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Line(Generic[Item]):
-    """Items by client. A client that asks for much waits for itself, and the others do not wait for it."""
+class FairQueue(Generic[Item]):
+    """Round robin over clients, first in first out for each. A client with many items delays no other client."""
 
     def __init__(self) -> None:
         self._clients: dict[str, deque[Item]] = {}
@@ -19,13 +19,13 @@ class Line(Generic[Item]):
         return sum(map(len, self._clients.values()))
 
     def push(self, client: str, item: Item) -> None:
-        """Put an item at the end of its client's line."""
+        """Append an item to its client's queue."""
         self._clients.setdefault(client, deque()).append(item)
 
     def pop(self) -> Item:
-        """Take the next item. Its client's turn comes again behind the others'. Raises IndexError when none waits."""
+        """Remove and return the next item; its client goes to the back. Raises IndexError when the queue is empty."""
         if not self._clients:
-            raise IndexError("nothing waits")
+            raise IndexError("the queue is empty")
         client = next(iter(self._clients))
         items = self._clients.pop(client)
         item = items.popleft()
@@ -33,11 +33,11 @@ class Line(Generic[Item]):
             self._clients[client] = items
         return item
 
-    def remove(self, unwanted: Callable[[Item], bool]) -> None:
-        """Take out items."""
+    def remove(self, predicate: Callable[[Item], bool]) -> None:
+        """Remove every item for which the predicate holds."""
         for client, items in list(self._clients.items()):
-            kept = deque(one for one in items if not unwanted(one))
-            if kept:
-                self._clients[client] = kept
+            remaining = deque(item for item in items if not predicate(item))
+            if remaining:
+                self._clients[client] = remaining
             else:
                 del self._clients[client]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from mixlm.config import LogprobsOf, Method, UnitName
-from mixlm.server.api_errors import of_validation, refused
+from mixlm.server.api_errors import unsupported_field, validation_error
 
 # Below this a temperature divides logits beyond what float32 holds; 0 stands for the most likely token.
 _COLDEST = 1e-3
@@ -150,7 +150,7 @@ class Common(_Body):
             if given[name] is not None and (type(given[name]), given[name]) not in [
                 (type(one), one) for one in allowed
             ]:
-                raise refused(name, why)
+                raise unsupported_field(name, why)
         return {name: value for name, value in given.items() if name not in cls.neutral}
 
     @field_validator("temperature")
@@ -200,7 +200,7 @@ class ChatBody(Common):
     @model_validator(mode="after")
     def _told_together(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise refused("top_logprobs", "it goes with logprobs: true")
+            raise unsupported_field("top_logprobs", "it goes with logprobs: true")
         return self
 
 
@@ -222,16 +222,18 @@ class CompletionBody(Common):
             return given
         prompt = given.get("prompt")
         if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
-            raise refused("prompt", "token ids are those of one vocabulary, and members have their own; send text")
+            raise unsupported_field(
+                "prompt", "token ids are those of one vocabulary, and members have their own; send text"
+            )
         return given
 
     @model_validator(mode="after")
     def _scored_at_once(self) -> CompletionBody:
         scores = bool(self.echo) and self.logprobs is not None
         if scores and self.stream:
-            raise refused("stream", "a prompt's log-probabilities (echo with logprobs) come in one piece")
+            raise unsupported_field("stream", "a prompt's log-probabilities (echo with logprobs) come in one piece")
         if self.max_tokens == 0 and not scores:
-            raise refused("max_tokens", "0 is for the prompt's log-probabilities alone: echo with logprobs")
+            raise unsupported_field("max_tokens", "0 is for the prompt's log-probabilities alone: echo with logprobs")
         return self
 
 
@@ -240,4 +242,4 @@ def read(kind: type[B], data: bytes) -> B:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise of_validation(error, {**kind.model_fields, **kind.neutral}) from None
+        raise validation_error(error, {**kind.model_fields, **kind.neutral}) from None

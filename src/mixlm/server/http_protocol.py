@@ -1,4 +1,4 @@
-"""A connection that asks for something, or goes."""
+"""uvicorn's HTTP protocol, with a time limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's, which by itself waits for ever for the rest of a head. patience: seconds that one may take."""
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """Closes connections whose request head does not arrive; uvicorn's own protocol waits without limit.
 
-    patience = 10.0
-    _late: asyncio.TimerHandle | None = None
+    Attributes:
+        head_timeout: Seconds for a request head to arrive.
+    """
+
+    head_timeout = 10.0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to wait for a request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Take in what came; wait on as long as it is not a whole head."""
+        """Process data; the timer runs while no complete head has arrived."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self._late is None:
-            self._wait()
+            self._stop_timer()
+        elif self._timer is None:
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
-        self._stop_waiting()
+        """Stop the timer."""
+        self._stop_timer()
         super().connection_lost(exc)
 
-    def _wait(self) -> None:
-        self._late = self.loop.call_later(self.patience, self.transport.close)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
-    def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

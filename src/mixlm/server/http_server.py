@@ -1,4 +1,4 @@
-"""Running a server: the socket, the log, and what a signal does."""
+"""Runs a server: the socket, uvicorn, signals, and the log."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from mixlm.errors import UsageError
-from mixlm.server.app import Server
-from mixlm.server.http_protocol import Connection
+from mixlm.server.app import ServerApp
+from mixlm.server.http_protocol import LimitedHttpProtocol
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# How long a connection may lie idle between two requests, seconds.
-_KEEP = 30
+_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+# How long a connection may be idle between two requests, seconds.
+_KEEP_ALIVE_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where to listen. names: further names that clients may know this server by."""
+class ListenAddress:
+    """Where a server listens. extra_hosts: further Host names that requests may have."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    names: tuple[str, ...] = ()
+    extra_hosts: tuple[str, ...] = ()
 
     @property
-    def local(self) -> bool:
-        """Whether only programs on this machine can reach it."""
+    def is_loopback(self) -> bool:
+        """Whether only programs on this machine can connect."""
         if self.host == "localhost":
             return True
         try:
@@ -47,117 +47,121 @@ class Address:
             return False
 
     @property
-    def hosts(self) -> Collection[str] | None:
-        """The host names that requests may give; None for any.
+    def allowed_hosts(self) -> Collection[str] | None:
+        """The Host names that requests may have; None for any.
 
-        A page from elsewhere can make a browser call this machine under a name of its own. It cannot where that name
-        is refused; a server that others can reach has keys for that.
+        On the loopback address this stops DNS rebinding: a web page that makes a browser call this machine under a
+        name of its own. Servers that others can reach have API keys instead.
         """
-        return {*_LOOPBACK, self.host, *self.names} if self.local else None
+        return {*_LOOPBACK_HOSTS, self.host, *self.extra_hosts} if self.is_loopback else None
 
-    def listen(self) -> socket.socket:
-        """Take the port, so that a wrong one is known before models are loaded. Raises UsageError."""
+    def bind(self) -> socket.socket:
+        """Bind the port, before any model is loaded. Raises UsageError for an address that cannot be bound."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        # Of this protocol by name, the event loop sends each event at once; else it would wait for what comes next.
-        taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        # asyncio sets TCP_NODELAY only on sockets of this protocol; without it, events would be delayed.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # A peer that has vanished, or takes nothing, is given up by the system itself.
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # The system closes connections whose peer vanished or takes no data.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-            taken.bind((self.host, self.port))
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+            listener.bind((self.host, self.port))
         except (OSError, OverflowError) as error:
-            taken.close()
+            listener.close()
             why = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{self.host} port {self.port} cannot be listened at: {why}", "see --port") from None
-        return taken
+            raise UsageError(f"cannot listen on {self.host} port {self.port}: {why}", "see --port") from None
+        return listener
 
 
-def serve(server: Server, listening: socket.socket, *, ready: Callable[[str], None]) -> None:
-    """Serve until a signal says to stop. ready: told the address once requests are taken.
+def serve(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. The first lets generations finish, within the grace period; the second ends them.
 
-    The first SIGTERM or SIGINT lets replies finish, up to the limit for it; the second ends them.
+    Args:
+        app: The server to run.
+        listener: A bound socket.
+        on_ready: Called with the URL once requests are accepted.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    web_server(server, listening, ready=ready).run(sockets=[listening])
+    uvicorn_server(app, listener, on_ready=on_ready).run(sockets=[listener])
 
 
-def web_server(server: Server, listening: socket.socket, *, ready: Callable[[str], None]) -> uvicorn.Server:
-    """Return what `serve` runs."""
-    host, port = listening.getsockname()[:2]
+def uvicorn_server(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
+    """Return the uvicorn server that `serve` runs."""
+    host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
-        server.app,
-        http=Connection,
+        app.asgi,
+        http=LimitedHttpProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP,
-        timeout_graceful_shutdown=int(server.limits.grace) + 5,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(app.limits.grace_period) + 5,
         lifespan="on",
         ws="none",
     )
-    shown = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return _Server(config, server, lambda: ready(shown))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return GracefulServer(config, app, lambda: on_ready(url))
 
 
-class _Server(uvicorn.Server):
-    """A server that finishes what it began."""
+class GracefulServer(uvicorn.Server):
+    """A uvicorn server that lets generations finish before it stops."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: ServerApp, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._mixlm = server
-        self._ready = ready
+        self._app = app
+        self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         await super().startup(sockets)
         if self.started:
-            self._ready()
+            self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, let replies finish, and end those that take too long."""
-        worker, grace = self._mixlm.worker, self._mixlm.limits.grace
-        worker.draining = True
-        asyncio.get_running_loop().call_later(0 if self.force_exit else grace, worker.close_all, "shutdown")
+        """Refuse new requests, let generations finish, and cancel those that exceed the grace period."""
+        model_thread, grace_period = self._app.model_thread, self._app.limits.grace_period
+        model_thread.draining = True
+        seconds = 0 if self.force_exit else grace_period
+        asyncio.get_running_loop().call_later(seconds, model_thread.cancel_all, "shutdown")
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at the second signal at once."""
+        """Stop; on the second signal, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Handle signals while serving. To be told to stop is no failure: the process ends with 0."""
+        """Handle signals while serving. A stop by signal is no failure: the exit code is 0."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # no other thread may handle signals
+            yield  # only the main thread can handle signals
             return
-        before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
-class JsonLines(logging.Formatter):
-    """A log record as one JSON object on a line."""
+class JsonLogFormatter(logging.Formatter):
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        out = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
-        out |= getattr(record, "fields", {})
+        timestamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line = {"time": timestamp, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= getattr(record, "fields", {})
         if record.exc_info:
-            out["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(out)
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def log_to_stderr(level: str) -> None:
-    """Write this server's log to stderr. level: a name of the library `logging`, in lower case."""
+    """Write the server's log to stderr. level: a level of `logging`, in lower case."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonLogFormatter())
     for name in ("mixlm.server", "uvicorn.error", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -1,4 +1,4 @@
-"""What a server allows."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from mixlm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a server allows. Times are seconds.
+class ServerLimits:
+    """The limits of a server. Times are in seconds.
 
-    at_once: replies written together. queue: replies that may wait beside them. timeout: from a request's arrival to
-    the end of its reply. grace: for replies to finish once the server is told to stop. body: bytes of a request.
-    prompt: characters of one prompt, or of one conversation. read: for a request's body to arrive. send: for a client
-    to take what was sent to it.
+    Attributes:
+        max_batch: Generations that run at the same time.
+        max_queue: Generations that may wait in addition.
+        request_timeout: From the arrival of a request to the end of its response.
+        grace_period: For generations to finish once the server is told to stop.
+        max_body_bytes: Size of a request body.
+        max_prompt_chars: Characters of one prompt, or of one conversation.
+        body_timeout: For a request body to arrive.
+        send_timeout: For a client to take what was sent to it.
     """
 
-    at_once: int = 16
-    queue: int = 64
-    timeout: float = 300.0
-    grace: float = 30.0
-    body: int = 1 << 20
-    prompt: int = 200_000
-    read: float = 10.0
-    send: float = 30.0
+    max_batch: int = 16
+    max_queue: int = 64
+    request_timeout: float = 300.0
+    grace_period: float = 30.0
+    max_body_bytes: int = 1 << 20
+    max_prompt_chars: int = 200_000
+    body_timeout: float = 10.0
+    send_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), 0 if one.name in ("queue", "grace") else 1e-3
-            if not least <= value < 2**40:
-                raise ConfigError(f"{one.name} is {value}; it must be {'0 or more' if not least else 'more than 0'}")
+        for field in fields(self):
+            value, minimum = getattr(self, field.name), 0 if field.name in ("max_queue", "grace_period") else 1e-3
+            if not minimum <= value < 2**40:
+                bound = "more than 0" if minimum else "0 or more"
+                raise ConfigError(f"{field.name} is {value}; it must be {bound}")
 
     @property
-    def most(self) -> int:
-        """Replies that are in progress or waiting, at most."""
-        return self.at_once + self.queue
+    def capacity(self) -> int:
+        """Maximum number of generations, running and waiting."""
+        return self.max_batch + self.max_queue

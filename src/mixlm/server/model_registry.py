@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from threading import Lock
 from typing import Any
 
-from mixlm.config import UNITS, Method, UnitName, methods_of
+from mixlm.config import UNITS, Method, UnitName
 from mixlm.ensemble import Ensemble
 from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.types import Sampling
-from mixlm.units.token import conflict
+from mixlm.units.registry import unit_traits
+from mixlm.units.token import vocabulary_conflict
 from mixlm.version import __version__
 
 
@@ -33,9 +34,9 @@ class ServedModel:
         self.name = name
         self.ensemble = ensemble
         self.created = int(time.time())
-        self._conflict = conflict([member.engine.vocabulary for member in ensemble.members])
+        self._conflict = vocabulary_conflict([member.engine.vocabulary for member in ensemble.members])
         names = [unit for unit in UNITS if unit != "auto" and (unit != "token" or self._conflict is None)]
-        self.units: dict[str, tuple[Method, ...]] = {unit: methods_of(unit) for unit in names}
+        self.units: dict[str, tuple[Method, ...]] = {unit: unit_traits(unit).methods for unit in names}
         self._by_unit = {ensemble.unit.name: ensemble}
         self._lock = Lock()
 
@@ -93,7 +94,7 @@ class ServedModel:
                 "members": members,
                 "unit": ensemble.unit.name,
                 "method": defaults.method,
-                "methods": list(methods_of(ensemble.unit.name)),
+                "methods": list(ensemble.unit.traits.methods),
                 "units": {unit: list(methods) for unit, methods in self.units.items()},
                 "temperature": sampling.temperature,
                 "top_k": sampling.top_k,

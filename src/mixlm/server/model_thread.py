@@ -1,7 +1,7 @@
-"""The thread that owns the models: it takes orders in, lets the scheduler step, and hands tokens back.
+"""The thread that runs the models: it takes jobs, steps the scheduler, and returns tokens as events.
 
-Orders reach it through an inbox, and events leave it in one call to the event loop for each step. The methods that the
-event loop calls never wait for a model.
+Jobs reach it through an inbox. Events leave it in one call to the event loop for each step. The methods for the event
+loop never wait for a model.
 """
 
 from __future__ import annotations
@@ -15,232 +15,252 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from mixlm.server.api_errors import ApiError
-from mixlm.server.fair_queue import Line
-from mixlm.server.jobs import Begun, Closed, Event, Failed, Order, Reason, Started, Task, Wrote
-from mixlm.server.limits import Limits
+from mixlm.server.fair_queue import FairQueue
+from mixlm.server.jobs import (
+    CancelReason,
+    GenerationStarted,
+    GenerationTask,
+    Job,
+    JobCancelled,
+    JobEvent,
+    JobFailed,
+    JobQueued,
+    TokensGenerated,
+)
+from mixlm.server.limits import ServerLimits
 
 _log = logging.getLogger("mixlm.server")
 
 
 @dataclass(slots=True, eq=False)
-class Place:
-    """Which reply of an order a stream writes. forwards: those of each member that have been passed on."""
+class ActiveGeneration:
+    """Which generation of a job this is. reported_forwards: of each member, the passes already returned in events."""
 
-    order: Order
+    job: Job
     index: int
-    forwards: list[int]
+    reported_forwards: list[int]
 
 
-class Worker:
-    """Writes the replies that orders ask for. `submit`, `close` and `close_all` are for the event loop's thread."""
+class ModelThread:
+    """Runs the generations of jobs. `submit`, `cancel` and `cancel_all` belong to the event loop's thread.
 
-    def __init__(self, limits: Limits) -> None:
+    Attributes:
+        draining: Set it to refuse new jobs.
+    """
+
+    def __init__(self, limits: ServerLimits) -> None:
         self.draining = False
         self._limits = limits
-        self._open: set[Order] = set()  # the event loop's
-        self._unended = 0  # the event loop's: replies of the above
-        self._ends: deque[float] = deque(maxlen=32)  # the event loop's: when replies ended, seconds
-        self._inbox: queue.SimpleQueue[tuple[str, Order | None]] = queue.SimpleQueue()
-        self._line: Line[tuple[Order, Generation]] = Line()
-        self._places: dict[Generation, Place] = {}
-        self._scheduler = Scheduler(limits.at_once)
-        self._out: list[tuple[Order, Event | None]] = []
+        # Used by the event loop: jobs that have not ended, their generations, and when generations ended lately.
+        self._jobs: set[Job] = set()
+        self._num_unfinished = 0
+        self._end_times: deque[float] = deque(maxlen=32)
+        # Used by both.
+        self._inbox: queue.SimpleQueue[tuple[Literal["start", "cancel", "stop"], Job | None]] = queue.SimpleQueue()
+        # Used by the thread.
+        self._queue: FairQueue[tuple[Job, Generation]] = FairQueue()
+        self._active: dict[Generation, ActiveGeneration] = {}
+        self._scheduler = Scheduler(limits.max_batch)
+        self._outbox: list[tuple[Job, JobEvent | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="mixlm-models", daemon=True)
 
-    # What the event loop asks.
+    # For the event loop.
 
     def start(self) -> None:
-        """Begin. To be called where the event loop runs."""
+        """Start the thread. Call it where the event loop runs."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread behind the step it is in."""
+        """End the thread after its current step."""
         self._inbox.put(("stop", None))
         await asyncio.to_thread(self._thread.join)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
-    def unended(self) -> int:
-        """Replies that are being written or wait."""
-        return self._unended
+    def num_unfinished(self) -> int:
+        """Number of generations that run or wait."""
+        return self._num_unfinished
 
     @property
-    def writing(self) -> int:
-        """Replies that are being written. Read from another thread, so a moment old."""
-        return len(self._places) - len(self._line)
+    def num_running(self) -> int:
+        """Number of generations that run; read from another thread, so a moment old."""
+        return len(self._active) - len(self._queue)
 
     @property
-    def waiting(self) -> int:
-        """Replies that wait for their turn."""
-        return len(self._line)
+    def num_waiting(self) -> int:
+        """Number of generations that wait in the queue."""
+        return len(self._queue)
 
-    def submit(self, order: Order) -> None:
-        """Take in an order. Raises ApiError where there is no room for it, or the server is about to stop."""
-        if self.draining or not self.alive:
+    def submit(self, job: Job) -> None:
+        """Accept a job. Raises ApiError when the queue has no room for it, or the server is stopping."""
+        if self.draining or not self.is_alive:
             raise ApiError(503, "the server is about to stop", code="stopping", headers={"retry-after": "5"})
-        count, most = len(order.tasks), self._limits.most
-        if count > most:
-            raise ApiError(
-                400, f"{count} replies were asked for; one request may ask for {most}", code="too_many_replies"
-            )
-        if self._unended + count > most:
-            wait = str(self._seconds_until(count))
+        count, capacity = len(job.tasks), self._limits.capacity
+        if count > capacity:
+            message = f"the request needs {count} completions; one request may need {capacity}"
+            raise ApiError(400, message, code="too_many_replies")
+        if self._num_unfinished + count > capacity:
+            seconds = str(self._estimate_wait(count))
             raise ApiError(
                 429,
-                f"{self._unended} replies are in progress or wait, and {most} may; try again in {wait} s",
+                f"{self._num_unfinished} of {capacity} places for completions are taken; retry in {seconds} s",
                 code="queue_full",
-                headers={"retry-after": wait},
+                headers={"retry-after": seconds},
             )
-        self._unended += count
-        self._open.add(order)
-        self._inbox.put(("order", order))
+        self._num_unfinished += count
+        self._jobs.add(job)
+        self._inbox.put(("start", job))
 
-    def close(self, order: Order, reason: Reason) -> None:
-        """Give an order up. Its slots are free once the thread is through with the step it is in."""
-        if order in self._open and not order.closed:
-            order.closed = True
-            order.events.put_nowait(Closed(reason))
-            self._inbox.put(("close", order))
+    def cancel(self, job: Job, reason: CancelReason) -> None:
+        """Cancel a job that has not ended. Its slots are free after the current step."""
+        if job in self._jobs and not job.cancelled:
+            job.cancelled = True
+            job.events.put_nowait(JobCancelled(reason))
+            self._inbox.put(("cancel", job))
 
-    def close_all(self, reason: Reason) -> None:
-        """Give everything up."""
-        for order in list(self._open):
-            self.close(order, reason)
+    def cancel_all(self, reason: CancelReason) -> None:
+        """Cancel every job."""
+        for job in list(self._jobs):
+            self.cancel(job, reason)
 
-    def _seconds_until(self, count: int) -> int:
-        """Return a guess of when there is room for more replies, in whole seconds: by how often some ended lately."""
-        since = time.monotonic() - self._ends[0] if self._ends else 1.0
-        return max(1, min(60, math.ceil(count * since / max(len(self._ends), 1))))
+    def _estimate_wait(self, count: int) -> int:
+        """Return in how many seconds `count` more generations may fit, from the rate at which some ended lately."""
+        elapsed = time.monotonic() - self._end_times[0] if self._end_times else 1.0
+        return max(1, min(60, math.ceil(count * elapsed / max(len(self._end_times), 1))))
 
-    def _deliver(self, out: list[tuple[Order, Event | None]]) -> None:
-        """Pass events on. None says that one reply of an order that was given up is over."""
-        for order, event in out:
+    def _deliver(self, events: list[tuple[Job, JobEvent | None]]) -> None:
+        """Pass events to their jobs. None means that one generation of a cancelled job has ended."""
+        for job, event in events:
             ended = 0
-            if event is None or (isinstance(event, Wrote) and event.completion is not None):
+            if event is None or (isinstance(event, TokensGenerated) and event.completion is not None):
                 ended = 1
-            elif isinstance(event, Failed):
-                ended = order.left
+            elif isinstance(event, JobFailed):
+                ended = job.unfinished
             if ended:
-                self._ends.append(time.monotonic())
-            order.left -= ended
-            self._unended -= ended
-            if order.left == 0:
-                self._open.discard(order)
-            if event is not None and not order.closed:
-                order.events.put_nowait(event)
+                self._end_times.append(time.monotonic())
+            job.unfinished -= ended
+            self._num_unfinished -= ended
+            if job.unfinished == 0:
+                self._jobs.discard(job)
+            if event is not None and not job.cancelled:
+                job.events.put_nowait(event)
 
-    # What the thread does.
+    # In the thread.
 
     def _run(self) -> None:
-        going = True
-        while going:
+        running = True
+        while running:
             try:
-                going = self._take_in()
-                while self._scheduler.room > 0 and len(self._line):
-                    order, stream = self._line.pop()
-                    self._scheduler.add(stream)
-                    self._out.append((order, Started(time.monotonic())))
-                if going and not self._scheduler.idle:
-                    for stream in self._scheduler.step():
-                        self._report(stream)
+                running = self._read_inbox()
+                while self._scheduler.free_slots > 0 and len(self._queue):
+                    job, generation = self._queue.pop()
+                    self._scheduler.add(generation)
+                    self._outbox.append((job, GenerationStarted(time.monotonic())))
+                if running and not self._scheduler.idle:
+                    for generation in self._scheduler.step():
+                        self._report(generation)
             except Exception as error:
-                self._broken(error)
-            self._send()
+                self._reset(error)
+            self._send_events()
 
-    def _take_in(self) -> bool:
-        """Empty the inbox; wait for something to come when there is nothing else to do. False when it is over."""
+    def _read_inbox(self) -> bool:
+        """Process all messages; wait for one when there is nothing else to do. Returns False at the end."""
         while True:
-            wait = self._scheduler.idle and not len(self._line) and not self._out
+            idle = self._scheduler.idle and not len(self._queue) and not self._outbox
             try:
-                what, order = self._inbox.get(block=wait)
+                action, job = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
-            if order is None:
+            if job is None:
                 return False
-            (self._begin if what == "order" else self._give_up)(order)
+            (self._start if action == "start" else self._cancel)(job)
 
-    def _begin(self, order: Order) -> None:
-        """Read an order's prompts and put its replies in line; all of them or none."""
+    def _start(self, job: Job) -> None:
+        """Encode the prompts of a job and queue its generations: all of them, or none."""
         try:
-            streams: list[Generation] = []
-            before: Task | None = None
-            for task in order.tasks:
-                # Several replies to one prompt follow each other, and it is read once.
-                if before is None or task.prompt is not before.prompt:
-                    prompts = order.ensemble.prompts(task.prompt, task.settings)
-                before = task
-                streams.append(order.ensemble.writer(task.settings).stream(prompts))
+            generations: list[Generation] = []
+            previous: GenerationTask | None = None
+            for task in job.tasks:
+                # Tasks with the same prompt follow each other; it is encoded once.
+                if previous is None or task.prompt is not previous.prompt:
+                    prompts = job.ensemble.encode_prompt(task.prompt, task.settings)
+                previous = task
+                generations.append(job.ensemble.context(task.settings).start(prompts))
         except Exception as error:
             if not isinstance(error, MixlmError):
-                _log.exception("a request could not be prepared")
-            self._out.append((order, Failed(error)))
+                _log.exception("a job could not be prepared")
+            self._outbox.append((job, JobFailed(error)))
             return
-        self._out.append((order, Begun(time.monotonic())))
-        for index, stream in enumerate(streams):
-            self._places[stream] = Place(order, index, [0] * len(stream.sessions))
-            self._line.push(order.client, (order, stream))
+        self._outbox.append((job, JobQueued(time.monotonic())))
+        for index, generation in enumerate(generations):
+            self._active[generation] = ActiveGeneration(job, index, [0] * len(generation.sessions))
+            self._queue.push(job.client, (job, generation))
 
-    def _give_up(self, order: Order) -> None:
-        self._line.remove(lambda item: item[0] is order)
-        for stream in [one for one, place in self._places.items() if place.order is order]:
-            del self._places[stream]
-            self._scheduler.cancel(stream)
-            self._out.append((order, None))
+    def _remove(self, job: Job) -> int:
+        """Drop the generations of a job; return how many there were."""
+        self._queue.remove(lambda item: item[0] is job)
+        generations = [generation for generation, active in self._active.items() if active.job is job]
+        for generation in generations:
+            del self._active[generation]
+            self._scheduler.cancel(generation)
+        return len(generations)
 
-    def _report(self, stream: Generation) -> None:
-        """Pass on what a reply has got."""
-        place = self._places.get(stream)
-        if place is None:
+    def _cancel(self, job: Job) -> None:
+        self._outbox += [(job, None)] * self._remove(job)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        """End a whole job: its response cannot be completed any more."""
+        self._remove(job)
+        self._outbox.append((job, JobFailed(error)))
+
+    def _report(self, generation: Generation) -> None:
+        """Make an event of a generation's new tokens."""
+        active = self._active.get(generation)
+        if active is None:
             return
-        order, index = place.order, place.index
-        tokens = list(stream.ready)
-        stream.ready.clear()
-        if stream.error is not None:
-            self._fail(order, stream.error)
-        elif stream.finished:
-            del self._places[stream]
-            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place), stream.completion)))
-        elif tokens:
-            self._out.append((order, Wrote(index, tokens, self._forwards(stream, place))))
+        tokens = list(generation.ready)
+        generation.ready.clear()
+        if generation.error is not None:
+            self._fail(active.job, generation.error)
+            return
+        completion = generation.completion if generation.finished else None
+        if completion is not None:
+            del self._active[generation]
+        if tokens or completion is not None:
+            forwards = self._new_forwards(generation, active)
+            self._outbox.append((active.job, TokensGenerated(active.index, tokens, forwards, completion)))
 
-    def _forwards(self, stream: Generation, place: Place) -> dict[str, list[int]]:
-        """Return the tokens of each pass that members ran for a reply since this was last asked."""
-        new = {}
-        for at, (member, session) in enumerate(zip(stream.members, stream.sessions, strict=True)):
-            log = session.stats.forwards
-            if len(log) > place.forwards[at]:
-                new[member.name] = [one.tokens for one in log[place.forwards[at] :]]
-                place.forwards[at] = len(log)
-        return new
+    def _new_forwards(self, generation: Generation, active: ActiveGeneration) -> dict[str, list[int]]:
+        """Return the tokens of each forward pass since the previous call, by member."""
+        forwards = {}
+        for i, (member, session) in enumerate(zip(generation.members, generation.sessions, strict=True)):
+            passes = session.stats.forwards
+            if len(passes) > active.reported_forwards[i]:
+                forwards[member.name] = [forward.tokens for forward in passes[active.reported_forwards[i] :]]
+                active.reported_forwards[i] = len(passes)
+        return forwards
 
-    def _fail(self, order: Order, error: BaseException) -> None:
-        """End a whole order: its other replies are of no use to anyone."""
-        self._line.remove(lambda item: item[0] is order)
-        for stream in [one for one, place in self._places.items() if place.order is order]:
-            del self._places[stream]
-            self._scheduler.cancel(stream)
-        self._out.append((order, Failed(error)))
-
-    def _broken(self, error: Exception) -> None:
-        """Something unexpected: what was in progress is lost, and a new scheduler takes what comes."""
+    def _reset(self, error: Exception) -> None:
+        """After an unexpected error: fail the jobs in progress, and go on with a new scheduler."""
         _log.error("a step failed", exc_info=error)
-        lost = {place.order for place in self._places.values()}
-        self._scheduler, self._line, self._places = Scheduler(self._limits.at_once), Line(), {}
-        self._out += [(order, Failed(error)) for order in lost]
+        jobs = {active.job for active in self._active.values()}
+        self._scheduler, self._queue, self._active = Scheduler(self._limits.max_batch), FairQueue(), {}
+        self._outbox += [(job, JobFailed(error)) for job in jobs]
 
-    def _send(self) -> None:
-        if self._out and self._loop is not None:
-            out, self._out = self._out, []
-            with suppress(RuntimeError):  # the loop has ended: nobody reads this any more
-                self._loop.call_soon_threadsafe(self._deliver, out)
+    def _send_events(self) -> None:
+        if self._outbox and self._loop is not None:
+            events, self._outbox = self._outbox, []
+            with suppress(RuntimeError):  # the loop has ended, and nobody reads events any more
+                self._loop.call_soon_threadsafe(self._deliver, events)

@@ -1,60 +1,72 @@
-"""The API in the form of OpenAPI 3.1, made from the types that the code itself uses."""
+"""The API as an OpenAPI 3.1 document, generated from the schemas of requests and responses.
+
+FastAPI would generate the document from the routes, but these descriptions of paths and errors would remain, and its
+validation errors would have to be replaced by OpenAI's.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic.json_schema import models_json_schema
 
-from mixlm.server import response_schemas as shapes
+from mixlm.server import response_schemas
 from mixlm.server.fields import ChatBody, CompletionBody
-from mixlm.server.limits import Limits
+from mixlm.server.limits import ServerLimits
 from mixlm.version import __version__
 
 _REFERENCE = "#/components/schemas/{model}"
-_ALWAYS = {"401": "No API key, or one that is not known.", "403": "A host name that is not this server's."}
-_ASKING = {
-    "400": "A field that is unknown, out of range, or that cannot be honoured; it is named.",
-    **_ALWAYS,
-    "404": "No such model.",
-    "408": "The body did not come in time.",
+_RESPONSES = (
+    response_schemas.ChatCompletion,
+    response_schemas.TextCompletion,
+    response_schemas.ModelList,
+    response_schemas.Model,
+    response_schemas.Error,
+    response_schemas.ChatChunk,
+    response_schemas.Health,
+)
+_COMMON_ERRORS = {"401": "The API key is missing or unknown.", "403": "The Host header is not this server's."}
+_COMPLETION_ERRORS = {
+    "400": "A field is unknown, out of range or unsupported; the error names it.",
+    **_COMMON_ERRORS,
+    "404": "There is no such model.",
+    "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
-    "429": "The queue is full; Retry-After says when to come again.",
-    "500": "Something failed that should not.",
-    "503": "The server is about to stop, or has no memory left.",
-    "504": "The reply took too long.",
+    "429": "The queue is full; Retry-After says when to retry.",
+    "500": "An unexpected error.",
+    "503": "The server is stopping, or out of memory.",
+    "504": "The request took too long.",
 }
 
 
-def description(limits: Limits) -> dict[str, Any]:
-    """Return the description as a JSON object."""
-    responses = [shapes.ChatCompletion, shapes.TextCompletion, shapes.ModelList, shapes.Model, shapes.Error]
-    responses += [shapes.ChatChunk, shapes.Health]
-    schemas = _requests()
-    names = {}
-    for one in responses:
-        schema = TypeAdapter(one).json_schema(ref_template=_REFERENCE)
+def openapi_document(limits: ServerLimits) -> dict[str, Any]:
+    """Return the document as a JSON object."""
+    models = [(ChatBody, "validation"), (CompletionBody, "validation")]
+    schemas: dict[str, Any] = models_json_schema(models, ref_template=_REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
+    for response in _RESPONSES:
+        schema = TypeAdapter(response).json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {})
-        names[one.__name__] = schemas[one.__name__] = schema
+        schemas[response.__name__] = schema
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths = {
-        "/v1/models": {"get": _get("The served ensembles.", "ModelList", _ALWAYS)},
+        "/v1/models": {"get": _get("List the models.", "ModelList", _COMMON_ERRORS)},
         "/v1/models/{name}": {
             "get": {
-                "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
-                **_get("One served ensemble.", "Model", {**_ALWAYS, "404": "No such model."}),
+                "parameters": [name],
+                **_get("Describe a model.", "Model", {**_COMMON_ERRORS, "404": "There is no such model."}),
             }
         },
-        "/v1/chat/completions": {"post": _post("Reply to a conversation.", "ChatBody", "ChatCompletion")},
+        "/v1/chat/completions": {"post": _post("Answer a conversation.", "ChatBody", "ChatCompletion")},
         "/v1/completions": {"post": _post("Continue a text.", "CompletionBody", "TextCompletion")},
-        "/health": {"get": _get("Whether the process works.", "Health", {"503": "It does not."})},
-        "/ready": {"get": _get("Whether requests are taken.", "Health", {"503": "They are not."})},
+        "/health": {"get": _get("Whether the server is alive.", "Health", {"503": "It is not."}, error="Health")},
+        "/ready": {"get": _get("Whether it accepts requests.", "Health", {"503": "It does not."}, error="Health")},
     }
-    about = f"Bodies have at most {limits.body} bytes, and prompts {limits.prompt} characters."
+    limits_text = f"Bodies have at most {limits.max_body_bytes} bytes, prompts {limits.max_prompt_chars} characters."
     return {
         "openapi": "3.1.0",
-        "info": {"title": "mixlm", "version": __version__, "description": about},
+        "info": {"title": "mixlm", "version": __version__, "description": limits_text},
         "paths": paths,
         "components": {
             "schemas": schemas,
@@ -64,40 +76,23 @@ def description(limits: Limits) -> dict[str, Any]:
     }
 
 
-def _requests() -> dict[str, Any]:
-    _, found = models_json_schema(
-        [(ChatBody, "validation"), (CompletionBody, "validation")],
-        ref_template=_REFERENCE,
-        schema_generator=GenerateJsonSchema,
-    )
-    schemas: dict[str, Any] = found["$defs"]
-    return schemas
+def _get(summary: str, schema: str, errors: dict[str, str], *, error: str = "Error") -> dict[str, Any]:
+    responses = {status: _response(description, error) for status, description in errors.items()}
+    return {"summary": summary, "responses": {"200": _response("Success.", schema), **responses}}
 
 
-def _get(summary: str, name: str, others: dict[str, str]) -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": _response("Found.", name), **_errors(others)}}
+def _post(summary: str, body: str, schema: str) -> dict[str, Any]:
+    operation = _get(summary, schema, _COMPLETION_ERRORS)
+    success = operation["responses"]["200"]
+    success["description"] = "The completions; with stream, as server-sent events."
+    success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    return operation
 
 
-def _post(summary: str, body: str, name: str) -> dict[str, Any]:
-    ok = _response("The reply; with stream, as server-sent events.", name)
-    ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body)}}},
-        "responses": {"200": ok, **_errors(_ASKING)},
-    }
+def _response(description: str, schema: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": _reference(schema)}}}
 
 
-def _errors(statuses: dict[str, str]) -> dict[str, Any]:
-    return {
-        status: _response(text, "Health" if text in ("It does not.", "They are not.") else "Error")
-        for status, text in statuses.items()
-    }
-
-
-def _response(text: str, name: str) -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": _reference(name)}}}
-
-
-def _reference(name: str) -> dict[str, str]:
-    return {"$ref": _REFERENCE.format(model=name)}
+def _reference(schema: str) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=schema)}

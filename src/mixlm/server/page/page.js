@@ -1,21 +1,21 @@
-// The page of `mixlm serve`: a client of the same API that anything else uses. Nothing is loaded from elsewhere.
+// The page of `mixlm serve`, a client of its API. It loads nothing from other sites.
 
 const COLOURS = 6;
-const UNLIKELY = 0.05; // below this probability a token is set bold
-const ALTERNATIVES = 5; // likely tokens that a token is shown with
+const UNLIKELY = 0.05; // tokens below this probability are bold
+const TOP_LOGPROBS = 5; // number of most likely tokens shown for a position
 const $ = (selector, within = document) => within.querySelector(selector);
 const percent = (share) => share > 0 && share < 0.001 ? "< 0.1 %"
   : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 
-// Whoever reads the end of the page sees it grow; whoever has scrolled up is left in peace.
-const atEnd = () => scrollY + innerHeight > document.documentElement.scrollHeight - 40;
-const toEnd = () => scrollTo(0, document.documentElement.scrollHeight);
+// The page scrolls with the completion, unless the reader has scrolled up.
+const isAtEnd = () => scrollY + innerHeight > document.documentElement.scrollHeight - 40;
+const scrollToEnd = () => scrollTo(0, document.documentElement.scrollHeight);
 
 function element(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(name);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
 // --- The API
@@ -29,7 +29,7 @@ async function call(path, options = {}) {
     const response = await fetch(path, { ...options, headers });
     if (response.ok) return response;
     const error = (await response.json().catch(() => null))?.error;
-    if (response.status !== 401) throw new Error(error?.message || `the server answered ${response.status}`);
+    if (response.status !== 401) throw new Error(error?.message || `the server returned status ${response.status}`);
     await askForKey();
   }
 }
@@ -67,83 +67,83 @@ class Pane {
   constructor(models, title) {
     this.models = models;
     this.messages = [];
-    this.details = new WeakMap(); // what is known of each token shown
+    this.details = new WeakMap(); // the log-probabilities and the member of each token
     this.changed = new Set();
     this.root = $("#pane").content.cloneNode(true).firstElementChild;
     this.root.setAttribute("aria-label", title);
     this.title = title;
     const select = this.input("model");
-    for (const one of models) select.append(new Option(one.id, one.id));
+    for (const model of models) select.append(new Option(model.id, model.id));
     select.addEventListener("change", () => this.useModel());
     this.input("unit").addEventListener("input", () => { this.changed.add("unit"); this.useUnit(); this.show(); });
     for (const name of ["method", "temperature", "top_k", "max_tokens", "seed"]) {
       this.input(name).addEventListener("input", () => { this.changed.add(name); this.show(); });
     }
-    const talk = $(".talk", this.root);
-    talk.addEventListener("pointerover", (event) => this.point(event.target.closest(".reply .m")));
-    for (const name of ["pointerleave", "focusout"]) talk.addEventListener(name, () => card.hide());
-    talk.addEventListener("focusin", (event) => event.target.matches(":focus-visible.reply") && this.step(event.target, 0));
-    talk.addEventListener("keydown", (event) => {
+    const conversation = $(".conversation", this.root);
+    conversation.addEventListener("pointerover", (event) => this.point(event.target.closest(".completion .m")));
+    for (const name of ["pointerleave", "focusout"]) conversation.addEventListener(name, () => card.hide());
+    conversation.addEventListener("focusin", (event) => event.target.matches(":focus-visible.completion") && this.step(event.target, 0));
+    conversation.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
-      if (step && event.target.matches(".reply")) { event.preventDefault(); this.step(event.target, step); }
+      if (step && event.target.matches(".completion")) { event.preventDefault(); this.step(event.target, step); }
     });
     this.useModel();
   }
 
   input(name) { return $(`[name=${name}]`, this.root); }
 
-  get model() { return this.models.find((one) => one.id === this.input("model").value); }
+  get model() { return this.models.find((model) => model.id === this.input("model").value); }
 
-  get members() { return this.model.mixlm.members.map((one) => one.name); }
+  get members() { return this.model.mixlm.members.map((member) => member.name); }
 
   colour(member) { return `m m${Math.max(this.members.indexOf(member), 0) % COLOURS}`; }
 
   useModel() {
-    const about = this.model.mixlm;
+    const details = this.model.mixlm;
     const unit = this.input("unit");
-    unit.replaceChildren(...Object.keys(about.units).map((one) => new Option(one, one)));
-    unit.value = about.unit;
+    unit.replaceChildren(...Object.keys(details.units).map((name) => new Option(name, name)));
+    unit.value = details.unit;
     this.input("method").replaceChildren();
     this.useUnit();
-    for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = about[name];
+    for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = details[name];
     this.changed.clear();
     const weights = $(".weights", this.root);
-    weights.replaceChildren(...about.members.map((one) => {
-      const label = element("label", "", `${one.name} `);
-      const input = Object.assign(element("input"), { type: "range", min: 0, max: 1, step: 0.01, value: one.weight });
+    weights.replaceChildren(...details.members.map((member) => {
+      const label = element("label", "", `${member.name} `);
+      const input = Object.assign(element("input"), { type: "range", min: 0, max: 1, step: 0.01, value: member.weight });
       input.addEventListener("input", () => { this.changed.add("weights"); this.show(); });
       label.append(input, element("output"));
-      label.className = `range ${this.colour(one.name)}`;
+      label.className = `range ${this.colour(member.name)}`;
       return label;
     }));
-    this.anew();
+    this.reset();
     this.show();
   }
 
-  // Not every method goes with every unit.
+  // Each unit supports its own methods.
   useUnit() {
-    const about = this.model.mixlm, method = this.input("method");
-    const methods = about.units[this.input("unit").value];
-    const chosen = [method.value, about.method, methods[0]].find((one) => methods.includes(one));
-    method.replaceChildren(...methods.map((one) => new Option(one, one)));
-    method.value = chosen;
+    const details = this.model.mixlm, method = this.input("method");
+    const methods = details.units[this.input("unit").value];
+    const selected = [method.value, details.method, methods[0]].find((name) => methods.includes(name));
+    method.replaceChildren(...methods.map((name) => new Option(name, name)));
+    method.value = selected;
   }
 
-  get weights() { return [...this.root.querySelectorAll(".weights input")].map((one) => Number(one.value)); }
+  get weights() { return [...this.root.querySelectorAll(".weights input")].map((input) => Number(input.value)); }
 
   show() {
     const greedy = this.input("method").value === "greedy";
     for (const name of ["temperature", "top_k"]) {
       const input = this.input(name);
-      input.disabled = greedy; // the most likely text of the plain average
+      input.disabled = greedy; // greedy has no sampling options
       const off = name === "top_k" && input.value === "0";
       $("output", input.parentElement).textContent = greedy ? "–" : off ? "off" : input.value;
     }
     const weights = this.weights, sum = weights.reduce((a, b) => a + b, 0) || 1;
-    this.root.querySelectorAll(".weights output").forEach((one, i) => { one.textContent = percent(weights[i] / sum); });
-    const said = [this.model.id, this.input("method").value, `by ${this.input("unit").value}`];
-    if (!greedy) said.push(`temperature ${this.input("temperature").value}`);
-    $("summary", this.root).textContent = `${this.title}: ${said.join(" · ")}`;
+    this.root.querySelectorAll(".weights output").forEach((output, i) => { output.textContent = percent(weights[i] / sum); });
+    const summary = [this.model.id, this.input("method").value, `by ${this.input("unit").value}`];
+    if (!greedy) summary.push(`temperature ${this.input("temperature").value}`);
+    $("summary", this.root).textContent = `${this.title}: ${summary.join(" · ")}`;
     this.legend({});
   }
 
@@ -153,7 +153,7 @@ class Pane {
     $(".legend", this.root).replaceChildren(...this.members.map((name, i) => {
       const item = element("li");
       item.append(element("b", this.colour(name), name), ` weight ${percent(weights[i] / sum)}`);
-      if (total) item.append(`, wrote ${percent((counts[name] || 0) / total)}`);
+      if (total) item.append(`, sampled ${percent((counts[name] || 0) / total)}`);
       return item;
     }), element("li", "faint", `bold: under ${100 * UNLIKELY} % likely`));
   }
@@ -163,11 +163,11 @@ class Pane {
     const mixlm = { method: this.input("method").value };
     const body = {
       model: this.model.id, messages: this.messages, stream: true, stream_options: { include_usage: true },
-      logprobs: true, top_logprobs: ALTERNATIVES, max_tokens: number("max_tokens") || this.model.mixlm.max_tokens, seed, mixlm,
+      logprobs: true, top_logprobs: TOP_LOGPROBS, max_tokens: number("max_tokens") || this.model.mixlm.max_tokens, seed, mixlm,
     };
     if (this.changed.has("unit")) mixlm.unit = this.input("unit").value;
     if (this.changed.has("weights")) mixlm.weights = this.weights;
-    // To tell the likeliest, greedy would have to run members that it can do without.
+    // With top_logprobs, greedy would have to run every member.
     if (mixlm.method === "greedy") delete body.top_logprobs;
     else {
       if (this.changed.has("temperature")) body.temperature = number("temperature");
@@ -178,55 +178,55 @@ class Pane {
 
   get seed() { return this.input("seed").value === "" ? null : Number(this.input("seed").value); }
 
-  anew() {
+  reset() {
     this.messages = [];
-    $(".talk", this.root).replaceChildren();
-    $(".figures", this.root).replaceChildren();
+    $(".conversation", this.root).replaceChildren();
+    $(".stats", this.root).replaceChildren();
     $(".token", this.root).textContent = "";
     this.timeline = new Timeline($(".timeline", this.root), this);
   }
 
-  async ask(prompt, seed, signal) {
-    const talk = $(".talk", this.root);
-    const messages = this.messages; // a new conversation has others
+  async send(prompt, seed, signal) {
+    const conversation = $(".conversation", this.root);
+    const messages = this.messages; // reset() replaces the list
     messages.push({ role: "user", content: prompt });
-    talk.append(element("div", "said", prompt));
-    const reply = Object.assign(element("div", "reply"), { tabIndex: 0 });
-    reply.setAttribute("role", "group");
-    reply.setAttribute("aria-label", "Reply; the arrow keys go from token to token");
-    talk.append(reply);
-    const figures = new Figures($(".figures", this.root), this.members.length, seed);
+    conversation.append(element("div", "prompt", prompt));
+    const completion = Object.assign(element("div", "completion"), { tabIndex: 0 });
+    completion.setAttribute("role", "group");
+    completion.setAttribute("aria-label", "Completion; the arrow keys go from token to token");
+    conversation.append(completion);
+    const stats = new Stats($(".stats", this.root), this.members.length, seed);
     this.timeline = new Timeline($(".timeline", this.root), this);
-    if (panes.length === 1) toEnd();
+    if (panes.length === 1) scrollToEnd();
     const counts = {};
-    let text = "", ran = {};
+    let text = "", forwards = {};
     try {
       const response = await call("v1/chat/completions", { method: "POST", body: JSON.stringify(this.body(seed)), signal });
       for await (const event of events(response)) {
         if (event.error) throw new Error(event.error.message);
-        if (event.usage) figures.end(event.usage);
+        if (event.usage) stats.end(event.usage);
         const choice = event.choices[0];
-        for (const [name, count] of Object.entries(choice?.mixlm.forwards ?? {})) ran[name] = (ran[name] || 0) + count;
+        for (const [name, count] of Object.entries(choice?.mixlm.forwards ?? {})) forwards[name] = (forwards[name] || 0) + count;
         if (!choice?.mixlm.members.length) continue;
         const member = choice.mixlm.members[0];
         const token = choice.logprobs.content[0];
         counts[member] = (counts[member] || 0) + 1;
         text += token.token;
-        const follow = atEnd();
-        reply.append(this.token(token, member));
-        this.timeline.add(member, ran, performance.now() - figures.start);
-        ran = {};
-        figures.token();
+        const follow = isAtEnd();
+        completion.append(this.token(token, member));
+        this.timeline.add(member, forwards, performance.now() - stats.start);
+        forwards = {};
+        stats.token();
         this.legend(counts);
-        if (follow) toEnd();
+        if (follow) scrollToEnd();
       }
     } catch (error) {
-      if (error.name !== "AbortError") reply.append(element("p", "error", error.message));
+      if (error.name !== "AbortError") completion.append(element("p", "error", error.message));
     }
     if (text) messages.push({ role: "assistant", content: text });
-    else messages.pop(); // a question without an answer is not part of the conversation
-    const shares = Object.entries(counts).map(([name, count]) => `${name} ${percent(count / figures.tokens)}`);
-    return `${this.title}: ${figures.tokens} tokens. ${shares.join(", ")}.`;
+    else messages.pop(); // a prompt without a completion leaves the conversation
+    const shares = Object.entries(counts).map(([name, count]) => `${name} ${percent(count / stats.tokens)}`);
+    return `${this.title}: ${stats.tokens} tokens. ${shares.join(", ")}.`;
   }
 
   token(token, member) {
@@ -242,52 +242,52 @@ class Pane {
     $(".current", this.root)?.classList.remove("current");
     span.classList.add("current");
     const { token, member } = this.details.get(span);
-    const others = token.top_logprobs.filter((one) => one.token !== token.token);
+    const others = token.top_logprobs.filter((top) => top.token !== token.token);
     $(".token", this.root).textContent = [
       `${JSON.stringify(token.token)}  ${member}  probability ${percent(Math.exp(token.logprob))}`,
-      ...others.map((one) => `${JSON.stringify(one.token)} ${percent(Math.exp(one.logprob))}`),
+      ...others.map((top) => `${JSON.stringify(top.token)} ${percent(Math.exp(top.logprob))}`),
     ].join(", ");
     card.show(span, token, member, this.colour(member));
   }
 
-  step(reply, by) {
-    const tokens = [...reply.querySelectorAll(".m")];
-    const at = Math.max(tokens.findIndex((one) => one.classList.contains("current")), 0) + by;
-    this.point(tokens[Math.min(Math.max(at, 0), tokens.length - 1)]);
+  step(completion, by) {
+    const tokens = [...completion.querySelectorAll(".m")];
+    const index = Math.max(tokens.findIndex((node) => node.classList.contains("current")), 0) + by;
+    this.point(tokens[Math.min(Math.max(index, 0), tokens.length - 1)]);
   }
 }
 
-// --- What is known of the token that is pointed at
+// --- The log-probabilities at the position under the pointer
 
 const card = {
   show(span, token, member, colour) {
     const box = $("#card");
-    const likely = token.top_logprobs.length ? token.top_logprobs.slice(0, ALTERNATIVES) : [token];
-    if (!likely.some((one) => one.token === token.token)) likely.push(token);
+    const top = token.top_logprobs.length ? token.top_logprobs.slice(0, TOP_LOGPROBS) : [token];
+    if (!top.some((entry) => entry.token === token.token)) top.push(token);
     const list = element("ol");
-    for (const one of likely) {
-      const item = element("li", one.token === token.token ? "drawn" : "");
-      const probability = Math.exp(one.logprob);
+    for (const entry of top) {
+      const item = element("li", entry.token === token.token ? "sampled" : "");
+      const probability = Math.exp(entry.logprob);
       item.style.setProperty("--share", probability);
-      item.append(element("span", "", JSON.stringify(one.token)), element("span", "", percent(probability)));
+      item.append(element("span", "", JSON.stringify(entry.token)), element("span", "", percent(probability)));
       list.append(item);
     }
     const title = element("p");
-    title.append(element("b", colour, member), " wrote this");
+    title.append(element("b", colour, member), " sampled this");
     box.className = colour;
     box.replaceChildren(title, list);
     box.hidden = false;
-    // Below the token, or above where there is no room; never beyond the edge of the window.
-    const at = span.getClientRects()[0] ?? span.getBoundingClientRect();
+    // Below the token, or above it if there is no space; always inside the window.
+    const tokenBox = span.getClientRects()[0] ?? span.getBoundingClientRect();
     const size = box.getBoundingClientRect();
-    const below = at.bottom + 6, above = at.top - size.height - 6;
+    const below = tokenBox.bottom + 6, above = tokenBox.top - size.height - 6;
     box.style.top = `${below + size.height > innerHeight && above > 0 ? above : below}px`;
-    box.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - size.width - 8))}px`;
+    box.style.left = `${Math.max(8, Math.min(tokenBox.left, document.documentElement.clientWidth - size.width - 8))}px`;
   },
   hide() { $("#card").hidden = true; },
 };
 
-// --- Who ran when: a lane for each member, time from left to right
+// --- Timeline of forward passes: a lane for each member, time from left to right
 
 class Timeline {
   constructor(svg, pane) {
@@ -297,17 +297,17 @@ class Timeline {
     this.count = 0;
     this.forwards = {};
     svg.replaceChildren();
-    svg.setAttribute("aria-label", "Who ran when: nothing yet");
+    svg.setAttribute("aria-label", "Forward passes: none yet");
   }
 
-  // ran: how often each member ran for a token. Members that ran and did not write it are drawn paler.
+  // ran: each member's forward passes for a token. Members that did not sample it are paler.
   add(member, ran, time) {
     const width = Math.max(time - this.last, 1);
     for (const [name, times] of Object.entries(ran)) {
       const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
       const place = { x: this.last, y: this.pane.members.indexOf(name) + 0.1, width: 0.92 * width, height: 0.8 };
       for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
-      rect.setAttribute("class", `${this.pane.colour(name)}${name === member ? "" : " besides"}`);
+      rect.setAttribute("class", `${this.pane.colour(name)}${name === member ? "" : " other"}`);
       this.svg.append(rect);
       this.forwards[name] = (this.forwards[name] || 0) + times;
     }
@@ -316,13 +316,13 @@ class Timeline {
     this.svg.setAttribute("viewBox", `0 0 ${this.last} ${this.pane.members.length}`);
     const lanes = this.pane.members.map((name) => `${name} ran ${this.forwards[name] || 0} times`);
     this.svg.setAttribute("aria-label",
-      `Who ran when: ${this.count} tokens in ${(this.last / 1000).toFixed(1)} s; ${lanes.join(", ")}`);
+      `Forward passes: ${this.count} tokens in ${(this.last / 1000).toFixed(1)} s; ${lanes.join(", ")}`);
   }
 }
 
-// --- Figures of one reply, while it is written
+// --- Statistics of one completion
 
-class Figures {
+class Stats {
   constructor(list, members, seed) {
     this.list = list;
     this.members = members;
@@ -345,11 +345,11 @@ class Figures {
   }
 
   end(usage) {
-    const forwards = Object.values(usage.mixlm.members).reduce((sum, one) => sum + one.forwards, 0);
+    const forwards = Object.values(usage.mixlm.members).reduce((sum, member) => sum + member.forwards, 0);
     const all = this.members * usage.completion_tokens;
     this.set("forwards", `${forwards} of ${all}`);
     if (all) this.set("saved against running every member", percent(Math.max(0, 1 - forwards / all)));
-    if (usage.mixlm.checked) this.set("guesses right", `${usage.mixlm.accepted} of ${usage.mixlm.checked}`);
+    if (usage.mixlm.checked) this.set("drafts accepted", `${usage.mixlm.accepted} of ${usage.mixlm.checked}`);
   }
 
   set(name, value) {
@@ -371,7 +371,7 @@ let running = null;
 function add(models) {
   const pane = new Pane(models, panes.length ? "Right" : "Left");
   if (panes.length) {
-    // The usual question: what would one member alone have written?
+    // The usual comparison: one member alone.
     pane.input("method").value = "single";
     pane.show();
   }
@@ -379,29 +379,29 @@ function add(models) {
   $("#panes").append(pane.root);
 }
 
-async function ask() {
+async function send() {
   const prompt = $("#prompt").value;
   if (!prompt.trim() || running) return;
   running = new AbortController();
-  busy(true);
+  setBusy(true);
   $("#prompt").value = "";
-  const seed = panes.map((one) => one.seed).find((one) => one !== null) ?? Math.floor(Math.random() * 2 ** 32);
-  const said = await Promise.all(panes.map((one) => one.ask(prompt, one.seed ?? seed, running.signal)));
-  $("#status").textContent = said.join(" ");
+  const seed = panes.map((pane) => pane.seed).find((value) => value !== null) ?? Math.floor(Math.random() * 2 ** 32);
+  const summaries = await Promise.all(panes.map((pane) => pane.send(prompt, pane.seed ?? seed, running.signal)));
+  $("#status").textContent = summaries.join(" ");
   running = null;
-  busy(false);
+  setBusy(false);
 }
 
-function busy(now) {
-  $("#send").disabled = now;
-  $("#stop").disabled = !now;
-  document.body.setAttribute("aria-busy", now);
+function setBusy(busy) {
+  $("#send").disabled = busy;
+  $("#stop").disabled = !busy;
+  document.body.setAttribute("aria-busy", busy);
 }
 
-async function begin() {
+async function start() {
   const models = (await (await call("v1/models")).json()).data;
   add(models);
-  $("#about").textContent = models.map((one) => one.id).join(", ");
+  $("#about").textContent = models.map((model) => model.id).join(", ");
   $("#compare").addEventListener("change", (event) => {
     if (event.target.checked) add(models);
     else panes.pop().root.remove();
@@ -410,9 +410,9 @@ async function begin() {
   });
   panes[0].title = "Settings";
   panes[0].show();
-  $("#ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+  $("#ask").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("#prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
@@ -421,7 +421,7 @@ async function begin() {
   });
   document.addEventListener("scroll", () => card.hide(), { passive: true });
   $("#stop").addEventListener("click", () => running?.abort());
-  $("#anew").addEventListener("click", () => { running?.abort(); panes.forEach((one) => one.anew()); $("#prompt").focus(); });
+  $("#new").addEventListener("click", () => { running?.abort(); panes.forEach((pane) => pane.reset()); $("#prompt").focus(); });
 }
 
-begin().catch((error) => { $("#about").textContent = error.message; $("#about").className = "error"; });
+start().catch((error) => { $("#about").textContent = error.message; $("#about").className = "error"; });

@@ -44,7 +44,7 @@ def token_scores(engine: ToyEngine, prefix: Sequence[int], data: bytes) -> list[
 
 
 def speaking(seed: int, tokens: Sequence[bytes] = SHARED) -> ToyEngine:
-    """A toy that gives the token that begins a text no probability: completions never sample it, scores would count it."""
+    """A toy that gives BOS no probability: completions never sample it, scores would count it."""
     plain = table(len(tokens) + 2, seed)
 
     def silent(context: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Members that agree as often as asked, by construction: for measuring what speculation gains at a known agreement.
+"""Members with a set agreement, by construction: to measure what speculation gains at a known acceptance rate.
 
-Forwards are run, and cost what they cost; then their logits are put aside, and a law made for the purpose takes their
-place. It is a function of the last few tokens. In a share of all contexts it is the same for all members, so that with
-the noise of the position a draft's guess is right; in the others members have no token in common, so that it is wrong.
+Forwards run and take their time; then made-up distributions replace their logits. They are functions of the last few
+tokens. In a share of all contexts they are the same for all members, so that with the noise of the position a draft is
+accepted; in the other contexts members have no token in common, so that it is rejected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Logits, LogitsRow
 
-_ORDER = 3  # tokens that the law looks at
+_ORDER = 3  # tokens that the distribution looks at
 _TOKENS = 512  # that can be written
 _SCALE = 1.5  # of the logits, normal
 
@@ -32,15 +32,15 @@ class AgreementDistribution:
     def __init__(self, vocabularies: Sequence[Vocabulary], share: float, seed: int = 0) -> None:
         self.share = check_share(share)
         self._seed = seed
-        self._sizes = [one.size for one in vocabularies]
+        self._sizes = [vocabulary.size for vocabulary in vocabularies]
         common = range(min(self._sizes))
-        shared = [i for i in common if all(one.tokens[i] for one in vocabularies)]
+        shared = [i for i in common if all(vocabulary.tokens[i] for vocabulary in vocabularies)]
         self._ids = np.array(shared[:_TOKENS], dtype=np.int64)
         if self._ids.size < 2 * len(vocabularies):
             raise UnsupportedError(f"the members share {self._ids.size} tokens, too few to disagree in")
 
     def agrees(self, ids: Ids) -> bool:
-        """Whether the members have one law behind these ids."""
+        """Whether the members have one distribution behind these ids."""
         return bool(self._rng(ids).random() < self.share)
 
     def __call__(self, member: int, ids: Ids) -> Logits:
@@ -58,7 +58,7 @@ class AgreementDistribution:
 
 
 class AgreementEngine(Engine):
-    """An engine whose forwards are another's, and whose answers are a law's."""
+    """An engine whose forwards are another's, and whose answers are a distribution's."""
 
     def __init__(self, inner: Engine, member: int, law: AgreementDistribution) -> None:
         self.inner = inner
@@ -81,7 +81,7 @@ class AgreementEngine(Engine):
         return self.inner.session()
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Run what is asked, and answer by the law."""
+        """Run what is asked, and answer by the distribution."""
         replies = self.inner.respond([(session, self._own(request)) for session, request in requests])
         return [
             self._rows(request) if isinstance(request, LogitsRequest) else reply
@@ -120,15 +120,15 @@ def with_agreement(ensemble: Ensemble, share: float) -> Ensemble:
     Members that share one model are run one by one, as different models would be. Raises ConfigError for no share,
     UnsupportedError for members without a common vocabulary.
     """
-    if ensemble.unit.name != "token":
+    if not ensemble.unit.traits.shared_vocabulary:
         raise UnsupportedError(
             f"agreement by construction needs the unit token, and these members write in {ensemble.unit.name}s",
             "take members that share a vocabulary, such as shape: models",
         )
-    law = AgreementDistribution([one.engine.vocabulary for one in ensemble.members], share)
+    law = AgreementDistribution([member.engine.vocabulary for member in ensemble.members], share)
     members = [
-        MemberSpec(AgreementEngine(one.engine, i, law), one.name, one.sampling)
-        for i, one in enumerate(ensemble.members)
+        MemberSpec(AgreementEngine(member.engine, i, law), member.name, member.sampling)
+        for i, member in enumerate(ensemble.members)
     ]
     return Ensemble(
         members, ensemble.weights.tolist(), unit="token", router=ensemble.router, defaults=ensemble.defaults

@@ -1,9 +1,9 @@
 """What a user would run without mixlm: transformers' own `generate`, measured in the same run.
 
-Of each member alone, and for two members with the same number of rows, assisted generation with
-`assistant_ensemble_weight`: the smaller one drafts, and a guess x is accepted with probability
-min(1, 1 - w + w·p(x)/q(x)), w being the larger one's weight. That is not the ensemble's law: the token behind a block
-whose guesses were all accepted comes from the larger model alone, at every temperature.
+Each member alone, and for two members with vocabularies of the same size, assisted generation with
+`assistant_ensemble_weight`: the smaller one drafts, and a draft x is accepted with probability
+min(1, 1 - w + w·p(x)/q(x)), w being the larger one's weight. That is not the ensemble's distribution: the token after a
+block whose drafts were all accepted comes from the larger model alone, at every temperature.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Rival:
             start = time.perf_counter()
             main.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock, **more)
         first, end = clock.puts[1][0], clock.puts[-1][0]  # the first of all is the prompt
-        written = [one for _, ids in clock.puts[2:] for one in ids]
+        written = [token for _, ids in clock.puts[2:] for token in ids]
         return TimedRun(
             tokens=len(written),
             seconds=end - first,
@@ -92,7 +92,7 @@ def available_rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]
     if reason is None:
         found.append(Rival(ensemble, tuple(order), prompt, options))
         notes.append(f"{ASSISTED}: {ensemble.names[order[1]]} drafts; its law is not the ensemble's")
-        if any("weights" in one.engine.details for one in ensemble.members):
+        if any("weights" in member.engine.details for member in ensemble.members):
             notes.append(f"{ASSISTED}: with filled weights, how often its guesses are right means nothing")
     else:
         notes.append(f"{ASSISTED} was left out: {reason}")
@@ -119,16 +119,16 @@ def _assisted_reason(ensemble: Ensemble, reasons: Sequence[str | None]) -> str |
     """Say why two members cannot write together in transformers; None when they can."""
     if len(reasons) != 2:
         return f"it takes two members, and there are {len(reasons)}"
-    engines = [_own(one.engine) for one in ensemble.members]
-    sizes = [one.vocabulary.size for one in engines]
+    engines = [_own(member.engine) for member in ensemble.members]
+    sizes = [engine.vocabulary.size for engine in engines]
     obstacles = {
         "both members are one model": _models(engines)[0] is _models(engines)[1],
-        "the members share no vocabulary": ensemble.unit.name != "token",
+        "the members share no vocabulary": not ensemble.unit.traits.shared_vocabulary,
         f"its members need equal numbers of rows, and these have {sizes[0]} and {sizes[1]}": sizes[0] != sizes[1],
         "it needs weights between 0 and 1": not all(ensemble.weights > 0),
         "agreement by construction is not known to it": any("agreement" in e.engine.details for e in ensemble.members),
     }
-    found = [*(one for one in reasons if one is not None), *(one for one, there in obstacles.items() if there)]
+    found = [*(reason for reason in reasons if reason is not None), *(one for one, there in obstacles.items() if there)]
     return found[0] if found else None
 
 
@@ -140,7 +140,7 @@ def _own(engine: Engine) -> Engine:
 
 def _models(engines: Sequence[Engine]) -> list[Any]:
     """Return their models of transformers; None for an engine that has none."""
-    return [getattr(one, "model", None) for one in engines]
+    return [getattr(engine, "model", None) for engine in engines]
 
 
 def _options(sampling: Sampling, engine: Engine) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _counted(models: list[Any], clock: _TokenClock) -> Iterator[None]:
     try:
         yield
     finally:
-        for one in handles:
-            one.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -197,10 +197,10 @@ def _generating(models: list[Any]) -> Iterator[None]:
     """Give the models transformers' own attention for a while, and keep it from talking."""
     from transformers.utils import logging
 
-    from mixlm.engines.transformers.kv_cache import NAME
+    from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
 
     verbosity = logging.get_verbosity()
-    changed = [one for one in models if one.config._attn_implementation == NAME]
+    changed = [model for model in models if model.config._attn_implementation == ATTENTION_NAME]
     logging.set_verbosity_error()
     try:
         for model in changed:
@@ -211,4 +211,4 @@ def _generating(models: list[Any]) -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         for model in changed:
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(ATTENTION_NAME)

@@ -20,8 +20,8 @@ from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.passages import Passage
-from mixlm.scoring.score import _scored, identity, score, score_answers, split_passages
-from mixlm.scoring.scores import Scores, joined, router_weights, split
+from mixlm.scoring.score import identity, score, score_answers, score_passages, split_passages
+from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout
 from mixlm.types import Message
 
 TEXT = "ab cab bab cacab a b c abba"
@@ -29,35 +29,41 @@ BYTES = [bytes([b]) for b in range(256)]
 
 
 def test_by_token_the_mixture_equals_brute_force() -> None:
-    those = toys("token", 3)
-    engines = [one.engine for one in those.members]
+    toy = toys("token", 3)
+    engines = [member.engine for member in toy.members]
     ids = engines[0].encoder.encode(TEXT.encode()).ids
-    before = engines[0].prompts.raw("").tolist()
+    prefix = engines[0].prompts.raw("").tolist()
     expected = [
         np.log(
-            sum(w * probabilities(one, before + ids[:i])[token] for w, one in zip(those.weights, engines, strict=True))
+            sum(
+                weight * probabilities(engine, prefix + ids[:i])[token]
+                for weight, engine in zip(toy.weights, engines, strict=True)
+            )
         )
         for i, token in enumerate(ids)
     ]
-    found = score(those, TEXT)
+    found = score(toy, TEXT)
     assert found.unit == "token"
-    assert found.mixture(those.weights) == pytest.approx(expected, rel=1e-6)
-    assert found.bits_per_byte(found.mixture(those.weights)) == pytest.approx(-sum(expected) / np.log(2) / len(TEXT))
+    assert found.mixture(toy.weights) == pytest.approx(expected, rel=1e-6)
+    assert found.bits_per_byte(found.mixture(toy.weights)) == pytest.approx(-sum(expected) / np.log(2) / len(TEXT))
     assert [found.text[a:b] for a, b in zip(found.starts, found.ends, strict=True)] == [SHARED[i] for i in ids]
 
 
 @pytest.mark.parametrize("members", [2, 3, 5])
 def test_by_segment_members_meet_at_common_boundaries(members: int) -> None:
-    those = toys("piece", members)
+    toy = toys("piece", members)
     text = "ab cab cba ab ba"
-    each = [dict(token_scores(one.engine, one.engine.prompts.raw("").tolist(), text.encode())) for one in those.members]
-    common = sorted(set.intersection(*(set(one) for one in each)))
-    found = score(those, text)
+    by_member = [
+        dict(token_scores(member.engine, member.engine.prompts.raw("").tolist(), text.encode()))
+        for member in toy.members
+    ]
+    common = sorted(set.intersection(*(set(ends) for ends in by_member)))
+    found = score(toy, text)
     assert found.unit == "segment"
     assert found.ends.tolist() == common
     assert found.starts.tolist() == [0, *common[:-1]]
     for row, (start, end) in zip(found.logprobs, zip(found.starts, found.ends, strict=True), strict=True):
-        expected = [sum(lp for at, lp in one.items() if start < at <= end) for one in each]
+        expected = [sum(logprob for offset, logprob in ends.items() if start < offset <= end) for ends in by_member]
         assert row == pytest.approx(expected, rel=1e-6)
     weights = np.array(WEIGHTS[:members]) / sum(WEIGHTS[:members])
     assert found.mixture(weights) == pytest.approx(np.log(np.exp(found.logprobs) @ weights), rel=1e-12)
@@ -68,7 +74,7 @@ def test_members_that_share_a_vocabulary_but_cut_text_otherwise_meet_in_segments
         """Takes no token of two bytes that does not begin with a space."""
 
         def __init__(self) -> None:
-            super().__init__([one if one != b"ab" else b"" for one in SHARED])
+            super().__init__([token if token != b"ab" else b"" for token in SHARED])
 
     other = engine(seed=1)
     other.encoder = Short()
@@ -78,23 +84,23 @@ def test_members_that_share_a_vocabulary_but_cut_text_otherwise_meet_in_segments
     assert 1 not in found.ends
 
 
-logprobs = st.integers(1, 5).flatmap(
+tables = st.integers(1, 5).flatmap(
     lambda members: st.lists(
         st.lists(st.floats(-80, 0), min_size=members, max_size=members), min_size=1, max_size=12
     ).map(np.array)
 )
 
 
-@given(logprobs, st.integers(0, 100))
-def test_responsibilities_sum_to_one(lps: np.ndarray, seed: int) -> None:
-    scores = made(lps)
-    weights = np.random.default_rng(seed).dirichlet(np.ones(lps.shape[1]))
+@given(tables, st.integers(0, 100))
+def test_responsibilities_sum_to_one(logprobs: np.ndarray, seed: int) -> None:
+    scores = made(logprobs)
+    weights = np.random.default_rng(seed).dirichlet(np.ones(logprobs.shape[1]))
     shares = scores.responsibilities(weights)
     assert shares.sum(axis=1) == pytest.approx(1)
     assert (shares >= 0).all()
 
 
-def test_what_a_member_cannot_write_has_probability_zero() -> None:
+def test_what_a_member_cannot_generate_has_probability_zero() -> None:
     scores = made(np.array([[-np.inf, -1.0], [-np.inf, -np.inf]]))
     weights = np.array([0.25, 0.75])
     assert scores.mixture(weights)[0] == pytest.approx(-1 + np.log(0.75))
@@ -107,9 +113,9 @@ def test_passages_end_at_characters_and_make_up_the_text(text: str, size: int) -
     data = text.encode()
     parts = split_passages(data, size)
     assert b"".join(parts) == data
-    assert all(len(one) <= size for one in parts)
-    for one in parts:
-        one.decode()
+    assert all(len(part) <= size for part in parts)
+    for part in parts:
+        part.decode()
 
 
 def test_passages_end_at_lines_or_words_where_they_can() -> None:
@@ -121,29 +127,29 @@ def test_passages_end_at_lines_or_words_where_they_can() -> None:
 def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.scoring.score.PASSAGE_BYTES", 8)
     monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (8,))
-    those = toys("token", 2)
-    found = score(those, "ab ba c\nab ba c\n".replace("\n", " "))
+    toy = toys("token", 2)
+    found = score(toy, "ab ba c\nab ba c\n".replace("\n", " "))
     assert found.passages > 1
-    for begin in np.unique(found.begins):
-        rows = found.begins == begin
+    for begin in np.unique(found.passage_starts):
+        rows = found.passage_starts == begin
         part = found.text[begin : found.ends[rows].max()]
-        alone = score(those, part)
+        alone = score(toy, part)
         assert found.logprobs[rows] == pytest.approx(alone.logprobs)
 
 
-def test_passages_are_cut_to_the_smallest_context() -> None:
-    those = ensemble([engine(BYTES, seed=0, context_length=20), engine(BYTES, seed=1, context_length=50)])
-    found = score(those, "The quick brown fox jumps over the lazy dog, and once again.")
+def test_passages_are_split_to_fit_the_smallest_context() -> None:
+    toy = ensemble([engine(BYTES, seed=0, context_length=20), engine(BYTES, seed=1, context_length=50)])
+    found = score(toy, "The quick brown fox jumps over the lazy dog, and once again.")
     assert "".join(found.strings()) == "The quick brown fox jumps over the lazy dog, and once again."
-    assert max(np.unique(found.begins, return_counts=True)[1]) < 20
+    assert max(np.unique(found.passage_starts, return_counts=True)[1]) < 20
     assert found.passages >= 4
 
 
 def test_the_text_of_segments_keeps_characters_whole() -> None:
-    those = ensemble([engine(BYTES, seed=0), engine(BYTES, seed=1)])
-    rows = score(those, "a€b").table(those.weights)
-    assert [one["text"] for one in rows] == ["a", "", "", "€", "b"]
-    assert score(those, b"a\xe2").strings() == ["a", "\ufffd"]
+    toy = ensemble([engine(BYTES, seed=0), engine(BYTES, seed=1)])
+    rows = score(toy, "a€b").table(toy.weights)
+    assert [row["text"] for row in rows] == ["a", "", "", "€", "b"]
+    assert score(toy, b"a\xe2").strings() == ["a", "\ufffd"]
 
 
 @pytest.mark.parametrize(
@@ -170,134 +176,139 @@ def test_a_tokenizer_that_changes_the_text_is_named(change: Any, text: str, part
 
 
 def test_nothing_to_score_is_refused() -> None:
-    those = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
     with pytest.raises(ConfigError, match="empty"):
-        score(those, "")
+        score(toy, "")
     with pytest.raises(ConfigError, match="no answers"):
-        score_answers(those, [])
+        score_answers(toy, [])
     with pytest.raises(ConfigError, match="answer 2 of 2 is empty"):
-        score_answers(those, [("a", "b"), ("a", "")])
+        score_answers(toy, [("a", "b"), ("a", "")])
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
-    those = ensemble([engine(one, seed=i) for i, one in enumerate(vocabularies)], [0.3, 0.7])
+    toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ([Message("system", "Be brief."), Message("user", "How?")], "bab")]
-    found = score_answers(those, pairs, ends=False)
-    at = 0
-    for begin, (prompt, answer) in zip(np.unique(found.begins), pairs, strict=True):
-        rows = found.begins == begin
+    found = score_answers(toy, pairs, ends=False)
+    offset = 0
+    for begin, (prompt, answer) in zip(np.unique(found.passage_starts), pairs, strict=True):
+        rows = found.passage_starts == begin
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        text = "\n".join(one.content for one in messages).encode()
-        assert begin == at
-        assert found.starts[rows][0] == at + len(text)
-        assert found.text[at : at + len(text)] == text
-        for i, one in enumerate(those.members):
-            whole = token_scores(one.engine, one.engine.prompts.chat(messages).tolist(), answer.encode())
-            assert found.logprobs[rows][:, i].sum() == pytest.approx(sum(lp for _, lp in whole))
-        at += len(text) + len(answer)
+        text = "\n".join(message.content for message in messages).encode()
+        assert begin == offset
+        assert found.starts[rows][0] == offset + len(text)
+        assert found.text[offset : offset + len(text)] == text
+        for i, member in enumerate(toy.members):
+            whole = token_scores(member.engine, member.engine.prompts.chat(messages).tolist(), answer.encode())
+            assert found.logprobs[rows][:, i].sum() == pytest.approx(sum(logprob for _, logprob in whole))
+        offset += len(text) + len(answer)
     assert found.size == sum(len(answer) for _, answer in pairs)
     assert "".join(found.strings()) == "ab abab"
 
 
 def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
-    those = ensemble([engine(BYTES, seed=i) for i in range(2)], [0.3, 0.7])
-    prompt = [one.engine.prompts.chat([Message("user", "Why?")]).tolist() for one in those.members]
+    toy = ensemble([engine(BYTES, seed=i) for i in range(2)], [0.3, 0.7])
+    prompt = [member.engine.prompts.chat([Message("user", "Why?")]).tolist() for member in toy.members]
     expected, ids = 0.0, list(b"so")
     for i, token in enumerate(ids):
-        rows = [probabilities(one.engine, [*p, *ids[:i]]) for one, p in zip(those.members, prompt, strict=True)]
+        rows = [
+            probabilities(member.engine, [*prefix, *ids[:i]])
+            for member, prefix in zip(toy.members, prompt, strict=True)
+        ]
         expected += np.log(0.3 * rows[0][token] + 0.7 * rows[1][token])
-    found = score_answers(those, [("Why?", "so")], ends=False)
-    assert found.mixture(those.weights).sum() == pytest.approx(expected, rel=1e-6)
+    found = score_answers(toy, [("Why?", "so")], ends=False)
+    assert found.mixture(toy.weights).sum() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_weights_by_prompt_are_those_of_a_reply(unit: str) -> None:
+def test_weights_by_prompt_are_those_of_a_completion(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
-    members = [engine(one, seed=i) for i, one in enumerate(vocabularies)]
+    members = [engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)]
     router = PromptRouter(np.array([0.3, 0.7]), 0.5)
-    those = ensemble(members, [0.3, 0.7], router=router)
+    toy = ensemble(members, [0.3, 0.7], router=router)
     pairs = [("Why?", "ab a"), ("a long question", "bab"), ("abab", "c")]
-    found = score_answers(those, pairs)
+    found = score_answers(toy, pairs)
     weights = router_weights(found, router)
-    for begin, (prompt, _) in zip(np.unique(found.begins), pairs, strict=True):
-        settings = those.settings(seed=0)
-        writing = those.context(settings).begin_sequence(those.encode_prompt(prompt, settings))
-        expected = writing.route(writing.state)
-        assert weights[found.begins == begin] == pytest.approx(np.tile(expected, ((found.begins == begin).sum(), 1)))
+    for begin, (prompt, _) in zip(np.unique(found.passage_starts), pairs, strict=True):
+        settings = toy.settings(seed=0)
+        sequence = toy.context(settings).begin_sequence(toy.encode_prompt(prompt, settings))
+        expected = sequence.route(sequence.state)
+        rows = found.passage_starts == begin
+        assert weights[rows] == pytest.approx(np.tile(expected, (rows.sum(), 1)))
         assert abs(expected - [0.3, 0.7]).max() > 1e-4
     # Held out in the middle of an answer, the prompt is still what it was.
-    rows = np.flatnonzero(found.begins == 0)[2:]
-    assert router_weights(found.part(rows), router) == pytest.approx(weights[rows])
+    late = np.flatnonzero(found.passage_starts == 0)[2:]
+    assert router_weights(found.select(late), router) == pytest.approx(weights[late])
 
 
 @pytest.mark.parametrize("kind", ["fixed", "prompt", "learned", "function"])
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: str, ends: bool, unit: str) -> None:
-    # In pieces the two laws are one where every member spells a text in one way only, byte by byte.
+    # In pieces the two distributions are one where every member spells a text in one way only, byte by byte.
     vocabularies = [SHARED, SHARED] if unit == "token" else [BYTES, BYTES[::-1]]
-    those = ensemble([speaking(i, one) for i, one in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
+    toy = ensemble([speaking(i, tokens) for i, tokens in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
     matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
-    those.router = {
-        "fixed": FixedRouter(those.weights),
-        "prompt": PromptRouter(those.weights, 0.5),
-        "learned": LearnedRouter(matrix, those.names),
+    toy.router = {
+        "fixed": FixedRouter(toy.weights),
+        "prompt": PromptRouter(toy.weights, 0.5),
+        "learned": LearnedRouter(matrix, toy.names),
         "function": FunctionRouter(lambda prompt, tail: [len(prompt), 1 + tail.count(b"b")], 2),
     }[kind]
     answer = b"ab cab" if unit == "token" else b"abcab"
-    pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([one]) for one in answer]
-    prompts = those.encode_prompt("ab" if unit == "token" else "ba", those.settings(raw=True))
-    found = _scored(those, [Passage(answer, prompts.ids, prompts.text, ends)], None, None)
-    expected = stepwise(those, prompts, [*pieces, END] if ends else pieces)
-    weights = router_weights(found, those.router)
+    pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([byte]) for byte in answer]
+    prompts = toy.encode_prompt("ab" if unit == "token" else "ba", toy.settings(raw=True))
+    found = score_passages(toy, [Passage(answer, prompts.ids, prompts.text, ends)])
+    expected = stepwise(toy, prompts, [*pieces, END] if ends else pieces)
+    weights = router_weights(found, toy.router)
     assert found.mixture(weights).sum() == pytest.approx(expected, rel=1e-6)
-    assert kind == "fixed" or abs(weights - those.weights).max() > 1e-3
+    assert kind == "fixed" or abs(weights - toy.weights).max() > 1e-3
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_the_end_of_an_answer_is_a_segment_of_no_bytes(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
-    those = ensemble([engine(one, seed=i) for i, one in enumerate(vocabularies)], [0.3, 0.7])
+    toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ("How?", "bab")]
-    found, bare = score_answers(those, pairs), score_answers(those, pairs, ends=False)
+    found, bare = score_answers(toy, pairs), score_answers(toy, pairs, ends=False)
     ends = found.starts == found.ends
     assert ends.sum() == 2
     assert found.unit == bare.unit
-    assert found.part(~ends).logprobs == pytest.approx(bare.logprobs)
+    assert found.select(~ends).logprobs == pytest.approx(bare.logprobs)
     assert (found.size, found.strings()[-1]) == (bare.size, "")
     for row, (prompt, answer) in zip(found.logprobs[ends], pairs, strict=True):
-        for i, one in enumerate(those.members):
-            ids = [*one.engine.prompts.chat([Message("user", prompt)]), *one.engine.encoder.encode(answer.encode()).ids]
-            assert row[i] == pytest.approx(np.log(probabilities(one.engine, ids)[-1]))
+        for i, member in enumerate(toy.members):
+            prefix = member.engine.prompts.chat([Message("user", prompt)])
+            ids = [*prefix, *member.engine.encoder.encode(answer.encode()).ids]
+            assert row[i] == pytest.approx(np.log(probabilities(member.engine, ids)[-1]))
 
 
 def test_where_a_member_relies_on_stop_strings_ends_are_scored_on_request_only() -> None:
-    those = ensemble([engine(BYTES, seed=i) for i in range(2)])
-    those.members[1].engine.stops = ("Question:",)
-    assert len(score_answers(those, [("x", "a")]).ends) == 1
-    assert len(score_answers(those, [("x", "a")], ends=True).ends) == 2
+    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    toy.members[1].engine.stops = ("Question:",)
+    assert len(score_answers(toy, [("x", "a")]).ends) == 1
+    assert len(score_answers(toy, [("x", "a")], ends=True).ends) == 2
 
 
 def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
-    those = ensemble([engine(BYTES, seed=i, context_length=40) for i in range(2)])
+    toy = ensemble([engine(BYTES, seed=i, context_length=40) for i in range(2)])
     with pytest.raises(PromptTooLongError):
-        score_answers(those, [("x" * 60, "a")])
+        score_answers(toy, [("x" * 60, "a")])
     with pytest.raises(ConfigError, match="context of 40"):
-        score_answers(those, [("x" * 20, "a" * 30)])
+        score_answers(toy, [("x" * 20, "a" * 30)])
 
 
 def test_a_system_message_goes_in_front() -> None:
-    those = ensemble([engine(BYTES, seed=i) for i in range(2)])
-    found = score_answers(those, [("Why?", "a")], settings=those.settings(system="Be brief."))
+    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    found = score_answers(toy, [("Why?", "a")], settings=toy.settings(system="Be brief."))
     assert found.text == b"Be brief.\nWhy?a"
 
 
-def test_members_that_share_an_engine_read_once() -> None:
-    one = engine(seed=0)
+def test_members_that_share_an_engine_are_scored_once() -> None:
+    shared = engine(seed=0)
     seen: list[tuple[str, int, int]] = []
-    found = score(ensemble([one, one]), TEXT, progress=lambda *now: seen.append(now))
+    found = score(ensemble([shared, shared]), TEXT, progress=lambda *state: seen.append(state))
     assert seen == [("m0", 1, 1)]
     assert (found.logprobs[:, 0] == found.logprobs[:, 1]).all()
 
@@ -307,7 +318,7 @@ def test_saved_and_loaded_scores_are_equal(tmp_path: Path) -> None:
     found.save(tmp_path / "a.npz")
     again = Scores.load(tmp_path / "a.npz")
     assert (again.names, again.unit, again.text) == (found.names, found.unit, found.text)
-    for name in ("starts", "ends", "begins", "logprobs", "prompts"):
+    for name in ("starts", "ends", "passage_starts", "logprobs", "prompt_bits"):
         assert (getattr(again, name) == getattr(found, name)).all()
 
 
@@ -327,106 +338,106 @@ def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How many tokens toys ran, forward by forward; the cache is an empty folder."""
+def forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Number of tokens in each forward of the toys; the cache is an empty folder."""
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path))
     seen: list[int] = []
-    plain = ToySession._forward
+    plain = ToySession.forward
 
     def forward(self: ToySession, ids: Any, last: int) -> Any:
         seen.append(len(ids))
         return plain(self, ids, last)
 
-    monkeypatch.setattr(ToySession, "_forward", forward)
+    monkeypatch.setattr(ToySession, "forward", forward)
     return seen
 
 
-def test_a_second_time_nothing_is_read(reads: list[int], tmp_path: Path) -> None:
-    those = toys("piece", 2)
-    first = score(those, TEXT, identities=["a", "b"])
+def test_cached_scores_need_no_forward(forwards: list[int], tmp_path: Path) -> None:
+    toy = toys("piece", 2)
+    first = score(toy, TEXT, identities=["a", "b"])
     assert len(list((tmp_path / "scores").iterdir())) == 2
-    assert reads
-    reads.clear()
-    again = score(those, TEXT, identities=["a", "b"])
-    assert reads == []
+    assert forwards
+    forwards.clear()
+    again = score(toy, TEXT, identities=["a", "b"])
+    assert forwards == []
     assert (first.logprobs == again.logprobs).all()
     assert (first.ends == again.ends).all()
 
 
 @pytest.mark.parametrize("change", ["text", "model", "passages", "none", "details"])
-def test_what_differs_is_read_anew(reads: list[int], change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    those = toys("piece", 2)
-    score(those, TEXT, identities=["a", "b"])
-    reads.clear()
+def test_what_differs_is_scored_again(forwards: list[int], change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = toys("piece", 2)
+    score(toy, TEXT, identities=["a", "b"])
+    forwards.clear()
     if change == "details":
-        those.members[0].engine.details = {"dtype": "bfloat16"}
+        toy.members[0].engine.details = {"dtype": "bfloat16"}
     if change == "passages":
         monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (10,))
     models = {"model": ["a", "c"], "none": None}.get(change, ["a", "b"])
-    score(those, TEXT + "a" if change == "text" else TEXT, identities=models)
-    assert reads
+    score(toy, TEXT + "a" if change == "text" else TEXT, identities=models)
+    assert forwards
 
 
-def test_a_third_member_reads_alone(reads: list[int]) -> None:
+def test_a_third_member_is_scored_alone(forwards: list[int]) -> None:
     score(toys("piece", 2), TEXT, identities=["a", "b"])
-    before = sum(reads)
-    reads.clear()
+    before = sum(forwards)
+    forwards.clear()
     score(toys("piece", 3), TEXT, identities=["a", "b", "c"])
-    assert 0 < sum(reads) < before
+    assert 0 < sum(forwards) < before
 
 
-def test_a_spoiled_cache_is_written_anew(reads: list[int], tmp_path: Path) -> None:
-    those = toys("token", 2)
-    first = score(those, TEXT, identities=["a", "b"])
-    for one in (tmp_path / "scores").iterdir():
-        one.write_bytes(one.read_bytes()[:100])
-    again = score(those, TEXT, identities=["a", "b"])
+def test_a_damaged_cache_file_is_written_again(forwards: list[int], tmp_path: Path) -> None:
+    toy = toys("token", 2)
+    first = score(toy, TEXT, identities=["a", "b"])
+    for path in (tmp_path / "scores").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    again = score(toy, TEXT, identities=["a", "b"])
     assert (first.logprobs == again.logprobs).all()
-    reads.clear()
-    score(those, TEXT, identities=["a", "b"])
-    assert reads == []
+    forwards.clear()
+    score(toy, TEXT, identities=["a", "b"])
+    assert forwards == []
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(reads: list[int], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(forwards: list[int], tmp_path: Path) -> None:
     (tmp_path / "scores").write_text("in the way")
     assert score(toys("token", 2), TEXT, identities=["a", "b"]).size == len(TEXT)
 
 
-def test_what_was_not_used_for_longest_makes_room(
-    reads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_least_recently_used_files_are_evicted(
+    forwards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    those = toys("token", 2)
+    toy = toys("token", 2)
     texts = [TEXT, TEXT * 2, TEXT * 3]
     for text in texts:
-        score(those, text, identities=["a", "b"])
-    kept = sorted((tmp_path / "scores").iterdir(), key=lambda one: one.stat().st_size)
-    assert len(kept) == 6
-    for age, one in enumerate(kept):
-        os.utime(one, (age, age))
-    score(those, TEXT, identities=["a", "b"])  # the oldest, used again
+        score(toy, text, identities=["a", "b"])
+    files = sorted((tmp_path / "scores").iterdir(), key=lambda path: path.stat().st_size)
+    assert len(files) == 6
+    for age, path in enumerate(files):
+        os.utime(path, (age, age))
+    score(toy, TEXT, identities=["a", "b"])  # the oldest, used again
     # Room for two pairs of three: the largest limit that no third file of the old ones fits.
-    monkeypatch.setenv("MIXLM_SCORES_MB", str(sum(one.stat().st_size for one in kept[:3]) / 1e6))
-    score(those, TEXT + "a", identities=["a", "b"])
-    reads.clear()
-    score(those, TEXT + "a", identities=["a", "b"])
-    assert reads == []
-    score(those, TEXT * 2, identities=["a", "b"])
-    assert reads
+    monkeypatch.setenv("MIXLM_SCORES_MB", str(sum(path.stat().st_size for path in files[:3]) / 1e6))
+    score(toy, TEXT + "a", identities=["a", "b"])
+    forwards.clear()
+    score(toy, TEXT + "a", identities=["a", "b"])
+    assert forwards == []
+    score(toy, TEXT * 2, identities=["a", "b"])
+    assert forwards
     monkeypatch.setenv("MIXLM_SCORES_MB", "0")
-    score(those, "ab", identities=["a", "b"])
+    score(toy, "ab", identities=["a", "b"])
     assert list((tmp_path / "scores").iterdir()) == []
     monkeypatch.setenv("MIXLM_SCORES_MB", "many")
     with pytest.raises(ConfigError, match="MIXLM_SCORES_MB is 'many'; it must be a number"):
-        score(those, "abab", identities=["a", "b"])
+        score(toy, "abab", identities=["a", "b"])
 
 
-def test_scores_know_what_reading_took(reads: list[int]) -> None:
-    those = toys("piece", 2)
-    first = score(those, TEXT, identities=["a", "b"])
+def test_scores_know_what_scoring_took(forwards: list[int]) -> None:
+    toy = toys("piece", 2)
+    first = score(toy, TEXT, identities=["a", "b"])
     assert first.seconds > 0
-    assert score(those, TEXT, identities=["a", "b"]).seconds == first.seconds
-    assert sum(one.seconds for one in split(first, 0.5)) == pytest.approx(first.seconds)
-    assert joined([first, first]).seconds == pytest.approx(2 * first.seconds)
+    assert score(toy, TEXT, identities=["a", "b"]).seconds == first.seconds
+    assert sum(part.seconds for part in split_holdout(first, 0.5)) == pytest.approx(first.seconds)
+    assert concatenate([first, first]).seconds == pytest.approx(2 * first.seconds)
 
 
 def test_a_models_identity_changes_with_its_files(tmp_path: Path) -> None:
@@ -441,25 +452,25 @@ def test_a_models_identity_changes_with_its_files(tmp_path: Path) -> None:
 
 
 def test_texts_are_joined_and_split() -> None:
-    those = toys("piece", 2)
-    one, two = score(those, TEXT), score(those, "ab ba")
-    both = joined([one, two])
+    toy = toys("piece", 2)
+    long, short = score(toy, TEXT), score(toy, "ab ba")
+    both = concatenate([long, short])
     assert "".join(both.strings()) == TEXT + "ab ba"
     assert both.passages == 2
-    assert both.mixture(those.weights).sum() == pytest.approx(
-        one.mixture(those.weights).sum() + two.mixture(those.weights).sum()
+    assert both.mixture(toy.weights).sum() == pytest.approx(
+        long.mixture(toy.weights).sum() + short.mixture(toy.weights).sum()
     )
-    first, last = split(both, 5 / (5 + len(TEXT)))
+    first, last = split_holdout(both, 5 / (5 + len(TEXT)))
     assert (first.size, last.size) == (len(TEXT), 5)
-    first, last = split(one, 0.5)
-    assert first.size + last.size == one.size
-    assert 0.3 < first.size / one.size < 0.7
+    first, last = split_holdout(long, 0.5)
+    assert first.size + last.size == long.size
+    assert 0.3 < first.size / long.size < 0.7
     with pytest.raises(ConfigError, match="different members"):
-        joined([one, score(toys("piece", 3), "ab")])
+        concatenate([long, score(toys("piece", 3), "ab")])
     with pytest.raises(ConfigError, match="single segment"):
-        split(made(np.zeros((1, 2))), 0.5)
+        split_holdout(made(np.zeros((1, 2))), 0.5)
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        split(one, 1.0)
+        split_holdout(long, 1.0)
 
 
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(1, 9))
@@ -467,7 +478,7 @@ def test_both_parts_of_a_split_hold_something(count: int, holdout: float, passag
     begins = np.arange(count) * passages // count
     begins = np.searchsorted(begins, begins)
     scores = made(np.zeros((count, 2)), begins=begins.tolist())
-    first, last = split(scores, holdout)
+    first, last = split_holdout(scores, holdout)
     assert len(first.ends) >= 1
     assert len(last.ends) >= 1
     assert first.ends.tolist() + last.ends.tolist() == scores.ends.tolist()
@@ -475,11 +486,11 @@ def test_both_parts_of_a_split_hold_something(count: int, holdout: float, passag
 
 
 def test_weights_of_every_kind_of_router() -> None:
-    those = toys("piece", 2)
-    scores = joined([score(those, TEXT), score(those, "c ab")])
-    assert (router_weights(scores, FixedRouter(those.weights)) == those.weights).all()
-    assert router_weights(scores, PromptRouter(those.weights)) == pytest.approx(
-        np.tile(those.weights, (len(scores.ends), 1))
+    toy = toys("piece", 2)
+    scores = concatenate([score(toy, TEXT), score(toy, "c ab")])
+    assert (router_weights(scores, FixedRouter(toy.weights)) == toy.weights).all()
+    assert router_weights(scores, PromptRouter(toy.weights)) == pytest.approx(
+        np.tile(toy.weights, (len(scores.ends), 1))
     )
     learned = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), scores.names)
     by_function = FunctionRouter(
@@ -489,10 +500,10 @@ def test_weights_of_every_kind_of_router() -> None:
 
 
 def test_a_router_that_reads_tokens_is_refused() -> None:
-    class Reader:
+    class TokenRouter:
         def begin(self, context: Any) -> Any:
             return lambda state: np.array([len(state.ids(0)), 1.0])
 
-    those = toys("piece", 2)
+    toy = toys("piece", 2)
     with pytest.raises(UnsupportedError, match="reads the members' tokens"):
-        router_weights(score(those, TEXT), Reader())
+        router_weights(score(toy, TEXT), TokenRouter())

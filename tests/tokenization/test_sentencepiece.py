@@ -112,7 +112,7 @@ def test_hard_texts_are_spelled_by_their_tokens(read, kind, text):
 @given(text=texts.filter(lambda text: "▁" not in text))
 def test_a_normalised_text_is_spelled_by_its_tokens(read, kind, text):
     one = read(kind)
-    assert one.encoder.normaliser == "Precompiled"
+    assert one.encoder.normalizers == "Precompiled"
     assert spelled(one, text.encode()) == one.backend.normalizer.normalize_str(text).replace("▁", " ").encode()
 
 

@@ -218,7 +218,7 @@ def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(
     for name, read in everything.items():
         rng = Random(3)
         single = {data[0] for data in read.tokens.values() if len(data) == 1}
-        normaliser = read.encoder.normaliser
+        normaliser = read.encoder.normalizers
         assert normaliser in ("none", "NFC"), name
         for _ in range(10_000):
             data = fuzz(rng).replace("▁".encode(), b"_")

@@ -67,10 +67,10 @@ def test_a_ranked_distribution_is_the_same_distribution(index):
 
 
 def test_bytes_are_symbols_and_tokens_are_too():
-    members = ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte")
-    unit = members.unit
+    toy = ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte")
+    unit = toy.unit
     assert [unit.symbol_bytes(b) for b in range(256)] == [bytes([b]) for b in range(256)]
-    for i, member in enumerate(members.members):
+    for i, member in enumerate(toy.members):
         for token, symbol in enumerate(unit.symbols(i).tolist()):
             vocabulary = member.engine.vocabulary
             if token in vocabulary.end_ids:

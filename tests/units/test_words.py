@@ -72,10 +72,10 @@ def test_word_starts_agree_with_the_rule(before):
 
 
 def test_a_symbol_belongs_to_one_member():
-    members = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
-    unit = members.unit
+    toy = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    unit = toy.unit
     seen: dict[int, tuple[int, bytes]] = {}
-    for member, spec in enumerate(members.members):
+    for member, spec in enumerate(toy.members):
         vocabulary = spec.engine.vocabulary
         for token, symbol in enumerate(unit.symbols(member).tolist()):
             if token in vocabulary.end_ids:
@@ -88,10 +88,10 @@ def test_a_symbol_belongs_to_one_member():
 
 
 def test_a_state_knows_the_owner_of_its_word_also_after_a_rollback():
-    members = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
-    state = members.unit.initial_state([np.array([6]), np.array([8])])
+    toy = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    state = toy.unit.initial_state([np.array([6]), np.array([8])])
     assert state.owner is None
-    a, c = (int(members.unit.symbols(i)[token]) for i, token in ((0, 0), (1, 2)))
+    a, c = (int(toy.unit.symbols(i)[token]) for i, token in ((0, 0), (1, 2)))
     for symbol, owner in ((a, 0), (c, 1), (a, 0)):
         state.append(symbol)
         assert state.owner == owner
@@ -99,6 +99,6 @@ def test_a_state_knows_the_owner_of_its_word_also_after_a_rollback():
     assert (state.owner, state.tail(9)) == (0, b"a ca")
     state.rollback(1)
     assert (state.owner, state.tail(9), state.ids(0).tolist()) == (1, b"a c", [6, 0, 3])
-    assert state.word_start_marker()(np.array([a, c, members.unit.end])).tolist() == [False, True, True]
+    assert state.word_start_marker()(np.array([a, c, toy.unit.end])).tolist() == [False, True, True]
     state.rollback(2)
     assert (state.owner, state.tail(9)) == (None, b"")

@@ -1,4 +1,4 @@
-"""How many times as fast one method is as another: medians over repeats of the ratio within a repeat."""
+"""Speed ratios between methods: medians over repeats of the ratio within a repeat."""
 
 from __future__ import annotations
 
@@ -11,68 +11,65 @@ from mixlm.ensemble import Ensemble
 _PLAIN = ("conventional", "mixture")
 
 
-def speed_ratios(ensemble: Ensemble, samples: Mapping[str, Sequence[TimedRun]]) -> dict[str, float]:
-    """Return ratios of speeds by name, "faster/slower".
+def speed_ratios(ensemble: Ensemble, runs: Mapping[str, Sequence[TimedRun]]) -> dict[str, float]:
+    """Return speed ratios by name, such as "mixture/conventional". runs: by label.
 
-    Each method of the whole ensemble over `conventional`, `mixture` and each "single NAME"; "drafted/greedy"; and of
-    `mixture`, where it was measured: over the members' own speeds weighted by how often each is drawn
-    ("mixture/single", also by bytes), and over what its own forwards would allow if nothing else cost time
-    ("mixture/forwards"). samples: by label.
+    Each method of the whole ensemble is compared with `conventional`, `mixture` and each "single NAME", and drafted
+    with greedy. `mixture` is also compared with the members' own speeds, weighted by how often each is sampled
+    ("mixture/single", also by bytes), and with the speed that its forwards alone would allow ("mixture/forwards").
     """
     singles = [f"single {name}" for name in ensemble.names]
-    found: dict[str, float] = {}
-    if "mixture" in samples:
-        found |= _of_mixture(ensemble, samples, singles)
-    for label, taken in samples.items():
+    ratios: dict[str, float] = {}
+    if "mixture" in runs:
+        ratios |= _of_mixture(ensemble, runs, singles)
+    for label, repeats in runs.items():
         if label in singles:
             continue
-        bases = [one for one in _PLAIN if label not in (one, "conventional")]
+        bases = [plain for plain in _PLAIN if label not in (plain, "conventional")]
         bases += ["greedy"] if label == "drafted" else []
         for base in [*bases, *singles]:
-            if base in samples:
-                found[f"{label}/{base}"] = speed_ratio(taken, samples[base])
-    return found
+            if base in runs:
+                ratios[f"{label}/{base}"] = speed_ratio(repeats, runs[base])
+    return ratios
 
 
-def rival_ratios(samples: Mapping[str, Sequence[TimedRun]], rivals: Sequence[str]) -> dict[str, float]:
-    """Return the speed of each method of the ensemble over each rival's, and of each member alone over its own rival's.
+def rival_ratios(runs: Mapping[str, Sequence[TimedRun]], rivals: Sequence[str]) -> dict[str, float]:
+    """Return the ratio of each method to each rival, and of each member alone to its own rival.
 
-    samples: by label, the rivals' among them.
+    runs: by label, the rivals' included.
     """
-    own = [label for label in samples if label not in rivals]
+    methods = [label for label in runs if label not in rivals]
     return {
-        f"{label}/{rival}": speed_ratio(samples[label], samples[rival])
+        f"{label}/{rival}": speed_ratio(runs[label], runs[rival])
         for rival in rivals
-        for label in own
+        for label in methods
         if not label.startswith("single ") or label.removeprefix("single ") == rival.removeprefix("transformers ")
     }
 
 
-def speed_ratio(taken: Sequence[TimedRun], base: Sequence[TimedRun]) -> float:
-    """Return how many times as many tokens a second."""
-    return median(one.speed / other.speed for one, other in zip(taken, base, strict=True))
+def speed_ratio(runs: Sequence[TimedRun], base_runs: Sequence[TimedRun]) -> float:
+    """Return the median ratio of tokens per second."""
+    return median(run.speed / base_run.speed for run, base_run in zip(runs, base_runs, strict=True))
 
 
-def _of_mixture(
-    ensemble: Ensemble, samples: Mapping[str, Sequence[TimedRun]], singles: Sequence[str]
-) -> dict[str, float]:
-    mixture = samples["mixture"]
-    found: dict[str, float] = {}
-    if "conventional" in samples:
-        found["mixture/conventional"] = speed_ratio(mixture, samples["conventional"])
-    if all(one in samples for one in singles):
-        own = [samples[one] for one in singles]
+def _of_mixture(ensemble: Ensemble, runs: Mapping[str, Sequence[TimedRun]], singles: Sequence[str]) -> dict[str, float]:
+    mixture = runs["mixture"]
+    ratios: dict[str, float] = {}
+    if "conventional" in runs:
+        ratios["mixture/conventional"] = speed_ratio(mixture, runs["conventional"])
+    if all(single in runs for single in singles):
+        members = [runs[single] for single in singles]
 
         def weighted(cost: Callable[[TimedRun], float]) -> float:
-            """Return the mixture's speed over the members' own, where `cost` is what a unit of text takes."""
+            """Return the mixture's speed over the members' weighted speeds. cost: seconds per unit of text."""
             weights: list[float] = ensemble.weights.tolist()
             return median(
-                sum(w * cost(member[at]) for w, member in zip(weights, own, strict=True)) / cost(mixed)
-                for at, mixed in enumerate(mixture)
+                sum(w * cost(member[i]) for w, member in zip(weights, members, strict=True)) / cost(mixed)
+                for i, mixed in enumerate(mixture)
             )
 
-        if ensemble.unit.name != "byte":  # a byte is not as long as the members' own tokens
-            found["mixture/single"] = weighted(lambda one: one.seconds / one.tokens)
-        found["mixture/single (bytes)"] = weighted(lambda one: one.seconds / max(one.bytes, 1))
-    found["mixture/forwards"] = median(one.inside / one.seconds for one in mixture)
-    return found
+        if not ensemble.unit.traits.counts_bytes:  # a byte is not as long as the members' own tokens
+            ratios["mixture/single"] = weighted(lambda run: run.seconds / run.tokens)
+        ratios["mixture/single (bytes)"] = weighted(lambda run: run.seconds / max(run.bytes, 1))
+    ratios["mixture/forwards"] = median(run.inside / run.seconds for run in mixture)
+    return ratios

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +21,19 @@ from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
-from mixlm.evaluation.contexts import Context
+from mixlm.evaluation.contexts import RequestContext
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter
+from mixlm.scoring.marginal_scores import prompt_bits
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores, router_weights
-from mixlm.scoring.units import prompt_bits
+from mixlm.tokenization.segments import common_boundaries, segment_logprobs, token_ends
 from mixlm.types import Floats, Ids
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
 _ROWS = 16
 
 
-class Likelihood:
+class ContinuationScorer:
     """Scores continuations. Sessions stay open, so that contexts with a common beginning share its forwards.
 
     alone: score under the member of the largest weight, as `single` writes, in place of the ensemble's router.
@@ -49,9 +49,9 @@ class Likelihood:
         # Members that share a model would score alike.
         self._engines = {id(one.engine): one.engine for one in (ensemble.members[i] for i in self._live)}
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}
-        self._prompt: tuple[Context, dict[int, float]] | None = None
+        self._prompt: tuple[RequestContext, dict[int, float]] | None = None
 
-    def continuation(self, context: Context, text: str) -> tuple[float, bool]:
+    def continuation(self, context: RequestContext, text: str) -> tuple[float, bool]:
         """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.
 
         Greedy is, where all members have the same tokens of one vocabulary: each token is the most likely one of the
@@ -59,29 +59,29 @@ class Likelihood:
         A context that is too long for a member loses its beginning. Raises PromptTooLongError when the continuation
         alone is too long, and for a context that loses its beginning where weights depend on how it was read.
         """
-        context, data = _divided(context, text)
+        context, data = _split_context(context, text)
         if not data:
             return 0.0, True
         knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter)
-        scores, parts = self._places(context, data, prompts=not knows_bytes_only)
+        scores, parts = self._segments(context, data, prompts=not knows_bytes_only)
         weights = router_weights(scores, self._router)
-        if self._ensemble.unit.name == "token" and len({tuple(one.ids) for one in parts.values()}) == 1:
-            logprobs, greedy = self._together(parts, weights)
+        if self._ensemble.unit.traits.shared_vocabulary and len({tuple(part.ids) for part in parts.values()}) == 1:
+            logprobs, greedy = self._score_shared_tokens(parts, weights)
         else:
-            logprobs, greedy = self._apart(parts)
-        return float(self._filled(scores, parts, logprobs).mixture(weights).sum()), greedy
+            logprobs, greedy = self._score_own_tokens(parts)
+        return float(self._with_logprobs(scores, parts, logprobs).mixture(weights).sum()), greedy
 
-    def read(self, context: Context, text: str) -> Scores | None:
+    def member_scores(self, context: RequestContext, text: str) -> Scores | None:
         """Return what each member thinks of `text` behind a context, for any weights and routers; None for no text.
 
         Members without weight are not read where weights are fixed. Raises PromptTooLongError when the context and the
         text do not fit a member.
         """
-        context, data = _divided(context, text)
+        context, data = _split_context(context, text)
         if not data:
             return None
-        scores, parts = self._places(context, data, prompts=True)
-        return self._filled(scores, parts, self._apart(parts)[0])
+        scores, parts = self._segments(context, data, prompts=True)
+        return self._with_logprobs(scores, parts, self._score_own_tokens(parts)[0])
 
     def text(self, text: str) -> float:
         """Return the natural log-probability of a text from its beginning, as `mixlm.scoring.score.score` reads it."""
@@ -90,16 +90,18 @@ class Likelihood:
         scores = score(self._ensemble, text, by_segment=True)
         return float(scores.mixture(router_weights(scores, self._router)).sum())
 
-    def _places(self, context: Context, data: bytes, *, prompts: bool) -> tuple[Scores, dict[int, _Part]]:
+    def _segments(
+        self, context: RequestContext, data: bytes, *, prompts: bool
+    ) -> tuple[Scores, dict[int, _MemberContinuation]]:
         """Return where members meet in a continuation, with log-probabilities still to come, and each one's reading.
 
         prompts: whether to say how well the members predicted the context.
         """
-        parts = {key: _Part(engine, context, data) for key, engine in self._engines.items()}
-        bounds = [one.bounds for one in parts.values()]
+        parts = {key: _MemberContinuation(engine, context, data) for key, engine in self._engines.items()}
+        bounds = [part.bounds for part in parts.values()]
         common = np.array([len(data)])
         if all(len(one) and one[-1] == len(data) for one in bounds):
-            common = reduce(np.intersect1d, bounds)
+            common = common_boundaries(bounds)
         prompt = context_text(context)
         table = np.zeros((len(common), len(self._ensemble.members)))
         read = table.copy()
@@ -113,36 +115,42 @@ class Likelihood:
         names, unit = self._ensemble.names, self._ensemble.unit.name
         return Scores(names, unit, whole, starts, common + len(prompt), begins, table, read), parts
 
-    def _read_prompt(self, context: Context, prompt: bytes, parts: dict[int, _Part]) -> dict[int, float]:
+    def _read_prompt(
+        self, context: RequestContext, prompt: bytes, parts: dict[int, _MemberContinuation]
+    ) -> dict[int, float]:
         """Return bits per byte of a context under each engine; the choices of a question have it in common."""
-        for key, one in parts.items():
-            if one.cut:
+        for key, part in parts.items():
+            if part.cut:
                 name = self._engines[key].name
                 raise PromptTooLongError(f"the context is too long for {name}, and weights depend on how it is read")
         if self._prompt is None or self._prompt[0] != context:
             found = {
-                key: prompt_bits(self._sessions[key].token_logprobs(one.before), prompt) for key, one in parts.items()
+                key: prompt_bits(self._sessions[key].token_logprobs(part.before), prompt) for key, part in parts.items()
             }
             self._prompt = context, found
         return self._prompt[1]
 
-    def _filled(self, scores: Scores, parts: dict[int, _Part], logprobs: dict[int, Floats]) -> Scores:
+    def _with_logprobs(
+        self, scores: Scores, parts: dict[int, _MemberContinuation], logprobs: dict[int, Floats]
+    ) -> Scores:
         """Return the scores of a continuation. logprobs: of each engine's own tokens."""
         for session in self._sessions.values():
             session.stats.forwards.clear()
         common = scores.ends - scores.starts[0]
-        columns = {key: _by_segment(part.bounds, logprobs[key], common) for key, part in parts.items()}
+        columns = {key: segment_logprobs(logprobs[key], part.bounds, common) for key, part in parts.items()}
         table = np.zeros(scores.logprobs.shape)
         for i in self._live:
             table[:, i] = columns[id(self._ensemble.members[i].engine)]
         return replace(scores, logprobs=table)
 
-    def _together(self, parts: dict[int, _Part], weights: Floats) -> tuple[dict[int, Floats], bool]:
+    def _score_shared_tokens(
+        self, parts: dict[int, _MemberContinuation], weights: Floats
+    ) -> tuple[dict[int, Floats], bool]:
         """Score the same tokens under all members, side by side. weights: (tokens, members)."""
         unit = self._ensemble.unit
         out: dict[int, list[Floats]] = {key: [] for key in parts}
         greedy, at = True, 0
-        for blocks in zip(*(one.rows(self._sessions[key]) for key, one in parts.items()), strict=True):
+        for blocks in zip(*(part.rows(self._sessions[key]) for key, part in parts.items()), strict=True):
             rows = dict(zip(parts, blocks, strict=True))
             count = len(blocks[0][0])
             average = np.zeros((count, unit.end + 1))
@@ -158,7 +166,7 @@ class Likelihood:
                 out[key].append(logprobs[np.arange(len(targets)), targets])
         return {key: np.concatenate(found) for key, found in out.items()}, greedy
 
-    def _apart(self, parts: dict[int, _Part]) -> tuple[dict[int, Floats], bool]:
+    def _score_own_tokens(self, parts: dict[int, _MemberContinuation]) -> tuple[dict[int, Floats], bool]:
         """Score each member's own tokens."""
         out: dict[int, Floats] = {}
         greedy = True
@@ -171,15 +179,15 @@ class Likelihood:
         return out, greedy
 
 
-class _Part:
+class _MemberContinuation:
     """One member's reading of a request: ids of the continuation, where they end in bytes, ids in front of them.
 
     cut: whether the context has lost its beginning.
     """
 
-    def __init__(self, engine: Engine, context: Context, data: bytes) -> None:
+    def __init__(self, engine: Engine, context: RequestContext, data: bytes) -> None:
         self.ids: Ids = np.array(engine.encoder.encode(data).ids, dtype=np.int64)
-        self.bounds: npt.NDArray[np.int64] = np.cumsum([len(engine.vocabulary.tokens[i]) for i in self.ids])
+        self.bounds: npt.NDArray[np.int64] = token_ends(engine.vocabulary, self.ids)
         prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
         before = context_ids(engine, context) if context.messages or context.text else np.array(prefix, dtype=np.int64)
         room = engine.context_length + 1 - len(self.ids)  # the last token is not run
@@ -203,32 +211,26 @@ class _Part:
             yield self.ids[start:end], logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
 
-def _divided(context: Context, text: str) -> tuple[Context, bytes]:
+def _split_context(context: RequestContext, text: str) -> tuple[RequestContext, bytes]:
     """Return a context and the continuation's bytes. A space at the end of a plain text belongs to what follows:
     tokenizers put it at the beginning of a word."""
     if context.messages is None:
         kept = context.text.rstrip()
-        text, context = context.text[len(kept) :] + text, Context(kept)
+        text, context = context.text[len(kept) :] + text, RequestContext(kept)
     return context, text.encode(errors="replace")
 
 
-def context_text(context: Context) -> bytes:
+def context_text(context: RequestContext) -> bytes:
     """Return a context as routers see it, UTF-8: its text, or what its messages say and how the answer begins."""
     if context.messages is None:
         return context.text.encode(errors="replace")
-    said = [one.content for one in context.messages]
+    said = [message.content for message in context.messages]
     return "\n".join([*said, context.text] if context.text else said).encode(errors="replace")
 
 
-def context_ids(engine: Engine, context: Context) -> Ids:
+def context_ids(engine: Engine, context: RequestContext) -> Ids:
     """Return a member's ids of a context, int64: its template's, and behind it the beginning of an answer."""
     if context.messages is None:
         return engine.prompts.raw(context.text)
     begun: Sequence[int] = engine.encoder.encode(context.text.encode(errors="replace")).ids if context.text else []
     return np.concatenate([engine.prompts.chat(context.messages), np.array(begun, dtype=np.int64)])
-
-
-def _by_segment(bounds: npt.NDArray[np.int64], logprobs: Floats, common: npt.NDArray[np.int64]) -> Floats:
-    """Add up a member's log-probabilities, (tokens,), by the segments that end at the common boundaries."""
-    segments: npt.NDArray[np.int64] = np.searchsorted(common, np.minimum(bounds, common[-1]), side="left")
-    return np.bincount(segments, weights=logprobs, minlength=len(common)).astype(np.float64)

@@ -83,12 +83,12 @@ def inspect(
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
     pairs = measure_agreement(ensemble, data, inspection.pairs, progress) if len(members) > 1 else ()
     timed = measure_costs(ensemble, data, progress)
-    speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.name)
+    speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.traits)
     possible = {item.name for item in inspection.possibilities if item.kind == "method" and item.possible}
     methods = list(dict.fromkeys(speed.method for speed in speeds))
     long = sum(2 * _TOKENS / speed.predicted for speed in speeds) > _SECONDS
     # In the unit `byte`, runs count bytes, and predictions count tokens.
-    if possible >= set(methods) and not long and ensemble.unit.name != "byte":
+    if possible >= set(methods) and not long and not ensemble.unit.traits.counts_bytes:
         allowed = cast(Options, {name: value for name, value in given.items() if name not in _NOT_FOR_RUNS})
         report = bench(
             ensemble,

@@ -1,7 +1,7 @@
-"""Scores of texts on disk, so that no model reads a text twice. What was not used for longest makes room.
+"""A cache of scores on disk, so that no model reads a text twice. The least recently used files are removed first.
 
-They lie in `scores/` of the cache folder and take at most `$MIXLM_SCORES_MB` megabytes, 500 when it is not set; 0 keeps
-none. 90 kB of text take about 1 MB for each model.
+The files lie in `scores/` of the cache folder and take at most `$MIXLM_SCORES_MB` megabytes, 500 by default; 0 turns
+the cache off. 90 kB of text take about 1 MB for each model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MEGABYTES = 500.0
 
 
 def folder() -> Path:
-    """Return the folder that scores are kept in."""
+    """Return the folder of the cache."""
     return cache_root() / "scores"
 
 
-class Kept(Protocol):
-    """What can be kept: scores, or what scores are made of."""
+class Savable(Protocol):
+    """What the cache holds: scores, or the token matches that they are computed from."""
 
     def save(self, path: str) -> None:
         """Write it to a file."""
@@ -37,58 +37,58 @@ T = TypeVar("T")
 
 
 def get(path: Path, load: Callable[[Path], T]) -> T | None:
-    """Return what a file holds, and note that it was used; None where there is none, or it is spoiled.
+    """Return what a file holds and mark it as used; None for a missing or damaged file.
 
     load: reads a file, or raises ConfigError.
     """
     if not path.is_file():
         return None
     try:
-        found = load(path)
+        value = load(path)
     except ConfigError:
         return None
     with suppress(OSError):
         os.utime(path)
-    return found
+    return value
 
 
-def put(scores: Kept, path: Path) -> None:
-    """Write scores by one rename, and make room. A cache that cannot be written is no reason to fail.
+def put(value: Savable, path: Path) -> None:
+    """Write a file atomically and enforce the limit. A cache that cannot be written is no error.
 
-    Raises ConfigError for a limit that is no number.
+    Raises ConfigError for a limit that is not a number.
     """
-    most = limit()
+    limit_bytes = limit()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         os.close(handle)
         try:
-            scores.save(draft)
-            os.replace(draft, path)
+            value.save(temporary)
+            os.replace(temporary, path)
         except BaseException:
-            Path(draft).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
-        _make_room(path.parent, most)
+        _evict(path.parent, limit_bytes)
 
 
 def limit() -> float:
-    """Return how many bytes scores may take. Raises ConfigError for a setting that is no number, or negative."""
-    given = os.environ.get(LIMIT, "")
+    """Return the limit in bytes. Raises ConfigError for a setting that is not a number, or negative."""
+    setting = os.environ.get(LIMIT, "")
     try:
-        megabytes = float(given) if given else _MEGABYTES
+        megabytes = float(setting) if setting else _MEGABYTES
     except ValueError:
         megabytes = -1
     if not megabytes >= 0:
-        raise ConfigError(f"{LIMIT} is {given!r}; it must be a number of megabytes, 0 or more")
+        raise ConfigError(f"{LIMIT} is {setting!r}; it must be a number of megabytes, 0 or more")
     return megabytes * 1e6
 
 
-def _make_room(where: Path, most: float) -> None:
-    """Remove what was not used for longest, until the rest fits."""
-    files = sorted(((one.stat(), one) for one in where.glob("*.npz")), key=lambda pair: -pair[0].st_mtime_ns)
+def _evict(directory: Path, limit_bytes: float) -> None:
+    """Remove the least recently used files until the rest fits."""
+    files = sorted(((path.stat(), path) for path in directory.glob("*.npz")), key=lambda entry: -entry[0].st_mtime_ns)
     total = 0
-    for about, one in files:
-        total += about.st_size
-        if total > most:
+    for status, path in files:
+        total += status.st_size
+        if total > limit_bytes:
             # Another process may have removed it.
-            one.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Given texts in parts that fit a context: what is scored, and what each member reads in front of it."""
+"""Given texts in passages that fit a context: what is scored, and each member's tokens in front of it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError
 from mixlm.types import Ids
 
-# Texts are read in passages of about this many bytes, each from the beginning of a context.
+# Texts are scored in passages of about this many bytes, each from the beginning of a context.
 PASSAGE_BYTES = 6000
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of a text: the bytes to be scored, and in front of them what each member reads, and what an author wrote.
+    """A part of a text, and what is in front of it.
 
-    before: ids a member, int64. prompt: UTF-8, empty for a bare text. ends: whether the end of the text is scored too.
+    data: the bytes to score. prefixes: each member's ids in front of them, int64 (n,). prompt: the prompt as its author
+    wrote it, UTF-8; empty for a bare text. scores_end: whether end-of-text is scored too.
     """
 
     data: bytes
-    before: Sequence[Ids]
+    prefixes: Sequence[Ids]
     prompt: bytes = b""
-    ends: bool = False
+    scores_end: bool = False
 
 
 def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
-    """Cut a text into passages of at most `size` bytes, at the last line end, space or character that allows it."""
+    """Split a text into passages of at most `size` bytes, at the last line end, space or character that allows it."""
     passages = []
     start = 0
     while len(data) - start > size:
@@ -37,7 +38,7 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
         cut = data.rfind(b"\n", middle, limit) + 1 or data.rfind(b" ", middle, limit)
         if cut <= start:
             cut = limit
-            # A character has at most three bytes behind its first. Longer runs of them are no text.
+            # A character has at most three continuation bytes. Longer runs of them are not text.
             while cut > max(start + 1, limit - 3) and data[cut] & 0xC0 == 0x80:
                 cut -= 1
             cut = limit if data[cut] & 0xC0 == 0x80 else cut
@@ -46,22 +47,24 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
     return [*passages, data[start:]]
 
 
-def beginning(engine: Engine) -> Ids:
-    """Return the ids that a member reads in front of a bare text, int64. Raises ConfigError where there are none."""
+def text_prefix(engine: Engine) -> Ids:
+    """Return a member's ids in front of a text without a prompt, int64 (n,). Raises ConfigError if it has none."""
     prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
     return np.array(prefix, dtype=np.int64)
 
 
-def fitting_contexts(data: bytes, engines: Sequence[Engine], before: Sequence[int]) -> list[bytes]:
-    """Cut a passage further where it has more tokens than a member's context."""
+def split_to_fit(data: bytes, engines: Sequence[Engine], prefix_lengths: Sequence[int]) -> list[bytes]:
+    """Split a passage further until it fits each member's context. prefix_lengths: tokens in front, by member."""
     fits = all(
         length + len(engine.encoder.encode(data).ids) <= engine.context_length
-        for engine, length in zip(engines, before, strict=True)
+        for engine, length in zip(engines, prefix_lengths, strict=True)
     )
     if fits or len(data) < 8:
         return [data]
     return [
-        part for half in split_passages(data, len(data) // 2 + 1) for part in fitting_contexts(half, engines, before)
+        part
+        for half in split_passages(data, len(data) // 2 + 1)
+        for part in split_to_fit(half, engines, prefix_lengths)
     ]

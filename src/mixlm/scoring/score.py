@@ -134,8 +134,8 @@ def _file_stamps(folder: Path) -> list[list[str | int]]:
 def score_passages(
     ensemble: Ensemble,
     passages: Sequence[Passage],
-    progress: Progress | None,
-    identities: Sequence[str] | None,
+    progress: Progress | None = None,
+    identities: Sequence[str] | None = None,
     *,
     by_segment: bool = False,
 ) -> Scores:

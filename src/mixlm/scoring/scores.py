@@ -1,40 +1,50 @@
-"""Text that has been scored: what each member thinks of each part of it, and what follows from that without a model."""
+"""Scored text: the log-probability of each part under each member, and what follows from that without a model."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.routing import FixedRouter, LearnedRouter, PromptContext, PromptRouter, Router
-from mixlm.routing.features import FEATURES, features
-from mixlm.routing.learned import gate
-from mixlm.types import Floats, Ids
+from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
+from mixlm.errors import ConfigError
+from mixlm.routing import Router
+from mixlm.routing.given_text import features_along, segments_by_passage, weights_along
+from mixlm.tokenization.segments import segment_strings
+from mixlm.types import Floats
 
-_ARRAYS = ("starts", "ends", "begins", "logprobs", "prompts")
-# How far from the wanted place, as a share of all bytes, a text may be cut to keep its passages whole.
-_NEAR = 0.1
+# The arrays by their keys in npz files.
+_ARRAYS = {
+    "starts": "starts",
+    "ends": "ends",
+    "begins": "passage_starts",
+    "logprobs": "logprobs",
+    "prompts": "prompt_bits",
+}
+# How far from the requested share, as a share of all bytes, a text may be split to keep its passages whole.
+_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What each member thinks of a text.
+    """Log-probabilities of a text's segments under each member.
 
-    text: its bytes, and of an answer also the prompt in front of it, which is not scored. starts, ends: where each
-    segment lies in it, int64 (segments,). begins: where the passage of each segment begins, prompt included, int64
-    (segments,). logprobs: natural log-probability of each segment under each member given all before it in its
-    passage, float64 (segments, members). prompts: how well each member predicted the prompt in front of a
-    segment's passage, template included, in bits per byte of the prompt, 0 where there is none, float64 (segments,
-    members). unit: "token" where segments are shared tokens, else "segment". seconds: what the members took to read it.
-
-    A segment of no bytes, behind an answer, is its end: the mass of the members' ends of text.
+    Attributes:
+        names: The members'.
+        unit: "token" where segments are shared tokens, "word" or "byte" in these units, otherwise "segment".
+        text: UTF-8; in front of a passage that has a prompt, the prompt, which is not scored.
+        starts: Where each segment begins in `text`, int64 (segments,).
+        ends: Where it ends, int64 (segments,). A segment of no bytes after an answer is its end-of-text.
+        passage_starts: Where the passage of each segment begins, prompt included, int64 (segments,).
+        logprobs: Natural log-probability of each segment under each member given all of its passage before it, float64
+            (segments, members).
+        prompt_bits: Bits per byte of the prompt in front of each segment's passage under each member, template
+            included; 0 where there is no prompt, float64 (segments, members).
+        seconds: Time the members took.
     """
 
     names: tuple[str, ...]
@@ -42,83 +52,64 @@ class Scores:
     text: bytes
     starts: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
-    begins: npt.NDArray[np.int64]
+    passage_starts: npt.NDArray[np.int64]
     logprobs: Floats
-    prompts: Floats
+    prompt_bits: Floats
     seconds: float = 0.0
 
     @property
     def size(self) -> int:
-        """Bytes of all segments."""
+        """Number of bytes in all segments."""
         return int((self.ends - self.starts).sum())
 
     @property
     def passages(self) -> int:
-        """How many passages the segments lie in."""
-        return len(np.unique(self.begins))
+        """Number of passages that the segments lie in."""
+        return len(np.unique(self.passage_starts))
 
     def mixture(self, weights: Floats) -> Floats:
         """Return the mixture's log-probability of each segment. weights: (members,) or (segments, members)."""
-        out: Floats = np.logaddexp.reduce(self._joint(weights), axis=1)
-        return out
+        return mixture_logprobs(self.logprobs, weights)
 
     def responsibilities(self, weights: Floats) -> Floats:
-        """Return the probability that each member wrote each segment, given the text: (segments, members).
+        """Return the probability, given the text, that each member generated each segment: (segments, members).
 
-        A segment that no member can write says nothing about them, and leaves them their weights.
+        A segment that no member can generate says nothing about them, and leaves them their weights.
         """
-        joint, mixed = self._joint(weights), self.mixture(weights)
-        possible = np.isfinite(mixed)
-        out: Floats = np.array(np.broadcast_to(weights, joint.shape), dtype=np.float64)
-        out[possible] = np.exp(joint[possible] - mixed[possible, None])
-        return out
-
-    def _joint(self, weights: Floats) -> Floats:
-        with np.errstate(divide="ignore"):
-            out: Floats = self.logprobs + np.log(weights)
-        return out
+        return segment_responsibilities(self.logprobs, weights)
 
     def bits_per_byte(self, logprobs: Floats) -> float:
         """Return bits per byte of the text for log-probabilities of its segments, (segments,)."""
         return float(-logprobs.sum() / np.log(2) / self.size)
 
-    def part(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
-        """Return the scores of some of the segments, by mask or by number; the text stays whole.
+    def select(self, segments: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Scores:
+        """Return the scores of some of the segments, by mask or by index. The text stays whole.
 
-        Seconds are shared out by bytes.
+        Seconds are divided by bytes.
         """
-        out = replace(self, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
-        return replace(out, seconds=self.seconds * out.size / max(self.size, 1))
+        selected = replace(self, **{name: getattr(self, name)[segments] for name in _ARRAYS.values()})
+        return replace(selected, seconds=self.seconds * selected.size / max(self.size, 1))
 
     def strings(self) -> list[str]:
-        """Return the text of each segment. A character that a segment's end cuts counts to the one that completes it.
-
-        What is no UTF-8 is shown by replacement characters.
-        """
-        out: list[str] = []
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        last = len(self.starts) - 1
-        for at, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
-            broken_off = bool(at == last or self.starts[at + 1] != end)
-            out.append(decoder.decode(self.text[start:end], broken_off))
-        return out
+        """Return the text of each segment, as `segment_strings` decodes it."""
+        return segment_strings(self.text, self.starts, self.ends)
 
     def table(self, weights: Floats) -> list[dict[str, object]]:
         """Return a row for each segment: text, the mixture's and each member's log-probability, responsibilities."""
-        mixed, shares = self.mixture(weights), self.responsibilities(weights)
+        mixture, shares = self.mixture(weights), self.responsibilities(weights)
         return [
             {
                 "text": text,
-                "logprob": float(mixed[at]),
-                "members": dict(zip(self.names, self.logprobs[at].tolist(), strict=True)),
-                "responsibilities": dict(zip(self.names, shares[at].tolist(), strict=True)),
+                "logprob": float(mixture[segment]),
+                "members": dict(zip(self.names, self.logprobs[segment].tolist(), strict=True)),
+                "responsibilities": dict(zip(self.names, shares[segment].tolist(), strict=True)),
             }
-            for at, text in enumerate(self.strings())
+            for segment, text in enumerate(self.strings())
         ]
 
     def save(self, path: str | Path) -> None:
         """Write the scores as an npz file."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {key: getattr(self, name) for key, name in _ARRAYS.items()}
         text = np.frombuffer(self.text, dtype=np.uint8)
         with open(path, "wb") as file:
             names, unit, seconds = np.array(self.names), np.array(self.unit), np.array(self.seconds)
@@ -129,123 +120,96 @@ class Scores:
         """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
         try:
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in _ARRAYS}
-                names = tuple(str(one) for one in file["names"])
-                about = {"seconds": float(file["seconds"]), **arrays}
-                found = cls(names, str(file["unit"]), file["text"].tobytes(), **about)
+                arrays = {name: file[key] for key, name in _ARRAYS.items()}
+                names = tuple(str(name) for name in file["names"])
+                fields = {"seconds": float(file["seconds"]), **arrays}
+                scores = cls(names, str(file["unit"]), file["text"].tobytes(), **fields)
         except OSError as error:
             raise ConfigError(f"the scores in {path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise ConfigError(f"{path} holds no scores: {error}") from error
-        count = len(found.starts)
-        tables = {found.logprobs.shape, found.prompts.shape}
-        if tables != {(count, len(names))} or len(found.ends) != count or len(found.begins) != count:
+        count = len(scores.starts)
+        shapes = {scores.logprobs.shape, scores.prompt_bits.shape}
+        if shapes != {(count, len(names))} or len(scores.ends) != count or len(scores.passage_starts) != count:
             raise ConfigError(f"{path} holds no scores: its arrays do not fit each other")
-        return found
+        return scores
 
 
-def joined(scores: Sequence[Scores]) -> Scores:
+def concatenate(scores: Sequence[Scores]) -> Scores:
     """Return several texts that were scored by the same members as one."""
     first = scores[0]
-    if any(one.names != first.names for one in scores):
+    if any(part.names != first.names for part in scores):
         raise ConfigError("texts that were scored by different members cannot be joined")
-    offsets = np.cumsum([0, *(len(one.text) for one in scores)])[:-1]
-    unit = first.unit if all(one.unit == first.unit for one in scores) else "segment"
-    places = {
-        name: np.concatenate([getattr(one, name) + offset for one, offset in zip(scores, offsets, strict=True)])
-        for name in ("starts", "ends", "begins")
+    text_starts = np.cumsum([0, *(len(part.text) for part in scores)])[:-1]
+    unit = first.unit if all(part.unit == first.unit for part in scores) else "segment"
+    offsets = {
+        name: np.concatenate([getattr(part, name) + start for part, start in zip(scores, text_starts, strict=True)])
+        for name in ("starts", "ends", "passage_starts")
     }
-    tables = {name: np.concatenate([getattr(one, name) for one in scores]) for name in ("logprobs", "prompts")}
-    text, seconds = b"".join(one.text for one in scores), sum(one.seconds for one in scores)
-    return Scores(first.names, unit, text, **places, **tables, seconds=seconds)
+    tables = {name: np.concatenate([getattr(part, name) for part in scores]) for name in ("logprobs", "prompt_bits")}
+    text, seconds = b"".join(part.text for part in scores), sum(part.seconds for part in scores)
+    return Scores(first.names, unit, text, **offsets, **tables, seconds=seconds)
 
 
-def split(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
-    """Split scored text into a first part, and a last part of about a share of `holdout` of its bytes.
+def split_holdout(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
+    """Split scored text into a part to fit and a last part to hold out.
 
-    It is cut between passages where one ends near that place, else between segments: the last part may read what is in
-    front of it, but is never fitted to. Raises ConfigError for a single segment.
+    The text is split between passages where one ends near the requested share, otherwise between segments: the last
+    part may depend on the text before it, but is never fitted to.
+
+    Args:
+        scores: The whole text.
+        holdout: The last part's share of its bytes, between 0 and 1.
+
+    Raises:
+        ConfigError: The share is out of range, or the text is a single segment.
     """
     if not 0 < holdout < 1:
         raise ConfigError(f"the share to hold out is {holdout}; it must lie between 0 and 1")
     if len(scores.ends) < 2:
         raise ConfigError("the text is a single segment, and nothing of it can be held out", "give a longer text")
-    before = np.cumsum(scores.ends - scores.starts)[:-1] / scores.size
-    distance = np.abs(before - (1 - holdout))
-    between = np.diff(scores.begins) > 0
-    near = between & (distance <= _NEAR)
+    share_before = np.cumsum(scores.ends - scores.starts)[:-1] / scores.size
+    distance = np.abs(share_before - (1 - holdout))
+    between_passages = np.diff(scores.passage_starts) > 0
+    near = between_passages & (distance <= _TOLERANCE)
     cut = int(np.argmin(np.where(near, distance, np.inf) if near.any() else distance)) + 1
-    return scores.part(np.arange(cut)), scores.part(np.arange(cut, len(scores.ends)))
+    return scores.select(np.arange(cut)), scores.select(np.arange(cut, len(scores.ends)))
 
 
-def prompted(scores: Scores, size: int) -> Scores:
+def with_leading_prompts(scores: Scores, size: int) -> Scores:
     """Return scores in which the first bytes of every passage without a prompt are its prompt, and no longer scored.
 
-    size: how many bytes, at most half of a passage, up to the last place where members meet. What a member scored there
-    is how well it predicted the prompt. A passage that begins with a longer segment stays as it is.
+    What the members scored there becomes the prompt's bits per byte. A passage whose first segment is longer stays as
+    it is.
+
+    Args:
+        scores: The whole text.
+        size: Bytes of a prompt, at most half of a passage, up to the last common boundary.
     """
-    kept = np.ones(len(scores.ends), dtype=np.bool_)
-    prompts = scores.prompts.copy()
-    for rows in _by_passage(scores):
-        begin, end = int(scores.begins[rows[0]]), int(scores.ends[rows].max())
-        inside = rows[scores.ends[rows] - begin <= min(size, (end - begin) // 2)]
-        if int(scores.starts[rows].min()) > begin or not inside.size:
+    remaining = np.ones(len(scores.ends), dtype=np.bool_)
+    prompt_bits = scores.prompt_bits.copy()
+    for segments in segments_by_passage(scores.passage_starts):
+        begin, end = int(scores.passage_starts[segments[0]]), int(scores.ends[segments].max())
+        prompt = segments[scores.ends[segments] - begin <= min(size, (end - begin) // 2)]
+        if int(scores.starts[segments].min()) > begin or not prompt.size:
             continue
-        kept[inside] = False
-        read = int(scores.ends[inside].max()) - begin
-        prompts[rows] = -scores.logprobs[inside].sum(axis=0) / np.log(2) / read
-    return replace(scores, prompts=prompts).part(kept)
+        remaining[prompt] = False
+        prompt_bytes = int(scores.ends[prompt].max()) - begin
+        prompt_bits[segments] = -scores.logprobs[prompt].sum(axis=0) / np.log(2) / prompt_bytes
+    return replace(scores, prompt_bits=prompt_bits).select(remaining)
 
 
 def context_features(scores: Scores) -> Floats:
     """Return the features of the text before each segment, within its passage: float64 (segments, FEATURES)."""
-    out = np.empty((len(scores.ends), FEATURES))
-    for rows in _by_passage(scores):
-        begin, starts = int(scores.begins[rows[0]]), scores.starts[rows]
-        out[rows] = features(scores.text[begin : int(starts.max())], starts - begin)
-    return out
+    return features_along(scores.text, scores.starts, scores.passage_starts)
 
 
 def router_weights(scores: Scores, router: Router) -> Floats:
-    """Return the weights that a router gives for each segment: float64 (segments, members).
+    """Return the weights that a router gives before each segment: float64 (segments, members).
 
-    The scores are those of whole passages, so that what lies between a passage's beginning and its first segment is its
-    prompt. A router that asks how well the members predicted the prompt is told what they scored. Raises
-    UnsupportedError for a router that needs what scores do not hold.
+    The scores are those of whole passages, so that the bytes in front of a passage's first segment are its prompt.
+
+    Raises:
+        UnsupportedError: The router needs what scores do not hold.
     """
-    if isinstance(router, LearnedRouter):
-        return gate(context_features(scores), router.matrix)
-    out = np.empty(scores.logprobs.shape)
-    for rows in _by_passage(scores):
-        begin = int(scores.begins[rows[0]])
-        prompt = scores.text[begin : int(scores.starts[rows].min())]
-        route = router.begin(PromptContext(prompt, partial(np.copy, scores.prompts[rows[0]])))
-        if isinstance(router, FixedRouter | PromptRouter):
-            out[rows] = route(_Given(b""))
-            continue
-        for row in rows:
-            out[row] = route(_Given(scores.text[begin + len(prompt) : int(scores.starts[row])]))
-    return out
-
-
-def _by_passage(scores: Scores) -> Iterator[npt.NDArray[np.int64]]:
-    """Give the numbers of each passage's segments."""
-    order = np.argsort(scores.begins, kind="stable")
-    changes = np.flatnonzero(np.diff(scores.begins[order])) + 1
-    yield from np.split(order, changes)
-
-
-class _Given:
-    """The state of a given text, as far as its bytes tell it."""
-
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-
-    def tail(self, length: int) -> bytes:
-        return self._text[max(len(self._text) - length, 0) :]
-
-    def ids(self, member: int) -> Ids:
-        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")
-
-    def prompt_length(self, member: int) -> int:
-        raise UnsupportedError("this router reads the members' tokens, which scores do not hold")
+    return weights_along(router, scores.text, scores.starts, scores.passage_starts, scores.prompt_bits)

@@ -1,8 +1,8 @@
-"""Messages as a member's prompt: its template writes the control tokens, and nothing else can.
+"""Messages as a member's prompt: special tokens come from the chat template and from nowhere else.
 
-A chat template renders messages to one string in which control tokens are spelled out. A user may type the same
-spelling; to every member that is plain text. So such spellings in messages are first broken by a mark, a character that
-occurs in none of them; after rendering, whatever still spells a control token came from the template.
+A chat template renders messages to one string in which special tokens are spelled out. When a user types the same
+spelling, it is plain text to every member. Such spellings in messages are therefore broken by a mark, a character that
+occurs in none of the messages. After rendering, whatever still spells a special token came from the template.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError
 from mixlm.tokenization.incremental import Encoder, LeadingSpace
 from mixlm.types import Ids, Message
 
-# For models without a template: what a base model continues best is a question and the beginning of an answer.
+# For models without a template: a base model continues a question and the beginning of an answer best.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{%- if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
@@ -27,18 +27,24 @@ PLAIN_TEMPLATE = (
     "{%- elif message.role == 'assistant' %}Answer: {{ message.content }}\n\n{% endif %}"
     "{%- endfor %}Answer:"
 )
-# Where a base model goes on to ask itself the next question, its answer has ended.
+# A base model that goes on to ask itself the next question has ended its answer.
 PLAIN_STOPS = ("\nQuestion:",)
 
 Render = Callable[[Sequence[Message]], str]
 
 
 class PromptEncoder:
-    """Turns messages, or a raw text, into one member's prompt ids.
+    """Encodes messages, or a raw text, as one member's prompt ids.
 
-    control: spelling and id of every control token. render: messages to the template's text, up to where the reply
-    begins. begin: ids in front of a raw text, a BOS token or nothing. leading_space: the tokenizer's rule.
-    system: this member's own text in front of every conversation; one that is given too follows it.
+    Args:
+        encoder: The member's encoder of plain text.
+        special_tokens: Spelling and id of every special token.
+        render: Renders messages by the chat template, up to where the completion begins.
+        begin: Ids in front of a raw text: a BOS token or nothing.
+        leading_space: Where the tokenizer adds a space.
+
+    Attributes:
+        system: This member's own system message, in front of that of a conversation.
     """
 
     system: str | None = None
@@ -46,57 +52,59 @@ class PromptEncoder:
     def __init__(
         self,
         encoder: Encoder,
-        control: Mapping[str, int],
+        special_tokens: Mapping[str, int],
         render: Render,
         begin: Sequence[int] = (),
         leading_space: LeadingSpace = "never",
     ) -> None:
         self._encoder = encoder
-        self._control = dict(control)
+        self._special_tokens = dict(special_tokens)
         self._render = render
         self._begin = list(begin)
         self._leading_space = leading_space
-        self._pattern = re.compile(_longest_of(self._control))
+        self._pattern = re.compile(_longest_of(self._special_tokens))
         # The rest of a spelling is looked at and not consumed, so that one inside another is found too.
-        self._breakable = re.compile(f"(?=({_longest_of(one for one in self._control if len(one) > 1)}))(.)", re.DOTALL)
+        self._breakable = re.compile(
+            f"(?=({_longest_of(spelling for spelling in self._special_tokens if len(spelling) > 1)}))(.)", re.DOTALL
+        )
 
     def chat(self, messages: Sequence[Message]) -> Ids:
-        """Return the ids of a conversation, up to where the reply begins."""
+        """Return the ids of a conversation, int64 (n,), up to where the completion begins."""
         if self.system is not None:
-            given = [one.content for one in messages[:1] if one.role == "system"]
-            messages = [Message("system", "\n\n".join([self.system, *given])), *messages[len(given) :]]
-        mark = _unused_character("".join(one.content for one in messages))
-        safe = [replace(one, content=self._broken(one.content, mark)) for one in messages]
-        return self._ids(self._render(safe), mark)
+            systems = [message.content for message in messages[:1] if message.role == "system"]
+            messages = [Message("system", "\n\n".join([self.system, *systems])), *messages[len(systems) :]]
+        mark = _unused_character("".join(message.content for message in messages))
+        safe = [replace(message, content=self._escaped(message.content, mark)) for message in messages]
+        return self._rendered_ids(self._render(safe), mark)
 
-    def _broken(self, text: str, mark: str) -> str:
-        """Put the mark behind the first character of every spelling of a control token, overlapping ones included."""
+    def _escaped(self, text: str, mark: str) -> str:
+        """Put the mark after the first character of every spelling of a special token, overlapping ones included."""
         return self._breakable.sub(lambda match: match[2] + mark, text)
 
     def raw(self, text: str) -> Ids:
-        """Return the ids of a text to be continued as it stands; nothing in it is a control token."""
-        return np.array([*self._begin, *self._text(text, first=True)], dtype=np.int64)
+        """Return the ids of a text to be continued as it stands, int64 (n,); nothing in it is a special token."""
+        return np.array([*self._begin, *self._text_ids(text, first=True)], dtype=np.int64)
 
     def prefix(self, end_ids: Collection[int]) -> list[int]:
-        """Return the ids that a bare text is scored behind: BOS, or an end-of-text where there is no BOS."""
+        """Return the ids in front of a text that is scored without a prompt: BOS, or end-of-text if there is none."""
         return self._begin or sorted(end_ids)[:1]
 
-    def _ids(self, rendered: str, mark: str) -> Ids:
+    def _rendered_ids(self, rendered: str, mark: str) -> Ids:
         ids: list[int] = []
-        at = 0
-        for found in self._pattern.finditer(rendered):
-            ids += self._text(rendered[at : found.start()].replace(mark, ""), first=at == 0)
-            ids.append(self._control[found[0]])
-            at = found.end()
-        ids += self._text(rendered[at:].replace(mark, ""), first=at == 0)
+        start = 0
+        for match in self._pattern.finditer(rendered):
+            ids += self._text_ids(rendered[start : match.start()].replace(mark, ""), first=start == 0)
+            ids.append(self._special_tokens[match[0]])
+            start = match.end()
+        ids += self._text_ids(rendered[start:].replace(mark, ""), first=start == 0)
         return np.array(ids, dtype=np.int64)
 
-    def _text(self, text: str, *, first: bool) -> list[int]:
+    def _text_ids(self, text: str, *, first: bool) -> list[int]:
         if not text:
             return []
         rule = self._leading_space
-        behind_this = rule in ("always", "doubled") or (rule == "first" and first)
-        if behind_this and (rule == "doubled" or not text.startswith(" ")):
+        adds_space = rule in ("always", "doubled") or (rule == "first" and first)
+        if adds_space and (rule == "doubled" or not text.startswith(" ")):
             text = " " + text
         return self._encoder.encode(text.encode(errors="replace")).ids
 

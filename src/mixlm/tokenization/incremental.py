@@ -1,8 +1,8 @@
-"""Text as tokens: the canonical encoding of any bytes, redone only where it can still change.
+"""Canonical encoding of growing text: any bytes, encoded again only where the result can still change.
 
-A member of an ensemble reads text that others wrote, so it must read it as it would have in training: encoded as a
-whole, never token by token. `Encoder.encode` gives that encoding for any bytes, valid UTF-8 or not, and says how much
-of it no later byte can change; `Growing` uses this to encode a growing text in time proportional to what is new.
+A member reads text that other members sampled. It must read it as in training: encoded as a whole, never token by
+token. `Encoder.encode` gives that canonical encoding for any bytes, valid UTF-8 or not, and tells how much of it no
+later byte can change. `IncrementalEncoder` uses this to encode a growing text in time proportional to what is new.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, cast
 from unicodedata import category
 
-from mixlm.tokenization.vocabulary import SPACE, TokenizerFamily, byte_alphabet, describe
+from mixlm.tokenization.vocabulary import SPACE, TokenizerFamily, byte_alphabet, describe, flatten_component
 
-# Where a tokenizer puts a space of its own: nowhere; in front of a text; also behind every control token; or there even
-# if the text begins with a space already.
+# Where a tokenizer adds a space: nowhere; in front of a text; also after every special token; or there even if the text
+# already begins with a space.
 LeadingSpace = Literal["never", "first", "always", "doubled"]
 
 
 class Encoded(NamedTuple):
-    """Ids of some text. The first `stable_ids` of them cover the first `stable_bytes` bytes whatever follows."""
+    """Ids of a text. Whatever follows, the first `stable_ids` of them cover its first `stable_bytes` bytes."""
 
     ids: list[int]
     stable_ids: int
@@ -29,52 +29,59 @@ class Encoded(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Canonical encoding of plain text. Control tokens never result, whatever the text looks like."""
+    """Canonical encoding of plain text. It never gives special tokens, whatever the text looks like."""
 
     def encode(self, data: bytes) -> Encoded:
-        """Encode bytes that follow a control token or a stable boundary."""
+        """Encode bytes that follow a special token or a stable boundary."""
         ...
 
 
-class _Settled(NamedTuple):
-    """A stable boundary: bytes and ids before it, and the length of the text that showed it to be stable."""
+class _StableBoundary(NamedTuple):
+    """A boundary that no later text removes: bytes and ids before it, and the length of the text that showed it."""
 
     bytes: int
     ids: int
-    seen: int
+    shown_at: int
 
 
 class IncrementalEncoder:
-    """The canonical encoding of one text for one member; the text grows, and may be cut back."""
+    """The canonical encoding of one text for one member; the text grows, and may be truncated."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._settled = [_Settled(0, 0, 0)]
-        self._ids = 0
+        self._boundaries = [_StableBoundary(0, 0, 0)]
+        self._count = 0
 
     def update(self, data: bytes | bytearray) -> tuple[int, list[int]]:
-        """Read the whole text so far. Returns how many ids at the end of the last call fall, and those that follow.
+        """Encode the text, of which only the part after the last stable boundary is read.
 
-        Only the part behind the last stable boundary is read.
+        Args:
+            data: The whole text so far.
+
+        Returns:
+            How many ids to drop at the end of the last encoding, and the ids that take their place.
         """
-        last = self._settled[-1]
-        fallen = self._ids - last.ids
-        result = self._encoder.encode(bytes(data[last.bytes :]))
-        self._ids = last.ids + len(result.ids)
-        if result.stable_bytes:
-            self._settled.append(_Settled(last.bytes + result.stable_bytes, last.ids + result.stable_ids, len(data)))
-        return fallen, result.ids
+        last = self._boundaries[-1]
+        dropped = self._count - last.ids
+        encoded = self._encoder.encode(bytes(data[last.bytes :]))
+        self._count = last.ids + len(encoded.ids)
+        if encoded.stable_bytes:
+            boundary = _StableBoundary(last.bytes + encoded.stable_bytes, last.ids + encoded.stable_ids, len(data))
+            self._boundaries.append(boundary)
+        return dropped, encoded.ids
 
     def truncate(self, length: int) -> None:
-        """Forget boundaries that only text behind the first `length` bytes has shown to be stable."""
-        while self._settled[-1].seen > length:
-            self._settled.pop()
+        """Forget boundaries that only text after the first `length` bytes has shown to be stable."""
+        while self._boundaries[-1].shown_at > length:
+            self._boundaries.pop()
 
 
 def utf8_runs(data: bytes) -> tuple[list[tuple[str | None, bytes]], bytes]:
-    """Split bytes into runs of valid UTF-8 (text, bytes), runs of stray bytes (None, bytes), and a cut character.
+    """Split bytes into runs of valid UTF-8 and of stray bytes.
 
-    The second value is the beginning of a character at the very end, empty when the last one is whole.
+    Returns:
+        The runs, (text, bytes), with None for the text of stray bytes; and the first bytes of an incomplete character
+        at the very end, empty when the last character is whole.
     """
     runs: list[tuple[str | None, bytes]] = []
     start = 0
@@ -97,11 +104,11 @@ def utf8_runs(data: bytes) -> tuple[list[tuple[str | None, bytes]], bytes]:
 
 
 class TokenizerEncoder:
-    """The encoder of a `tokenizers.Tokenizer`, which it changes: no control tokens in text, no space put in front.
+    """The encoder of a `tokenizers.Tokenizer`, which it changes: no special tokens in text, no space added in front.
 
-    Text that a member reads continues a prompt, so the leading space that some SentencePiece tokenizers put in front
-    of a sentence has no place in it; `leading_space` says where the tokenizer would put one, for prompts.
-    normaliser: the names of what changes a text before it is encoded, "none" where nothing does.
+    Text that a member reads continues a prompt, so the leading space that some SentencePiece tokenizers add to a
+    sentence has no place in it. leading_space: where the tokenizer would add one, for prompts. normalizers: the names
+    of the normalizers that change a text before it is encoded, or "none".
     """
 
     leading_space: LeadingSpace
@@ -115,119 +122,121 @@ class TokenizerEncoder:
         tokenizer.no_padding()
         self.leading_space = _take_leading_space(tokenizer)
         self.normalizers = ", ".join(_changes(tokenizer)) or "none"
-        # What a post-processor does to ids is for prompts; what it does to offsets (trimming spaces) hides boundaries.
+        # A post-processor adds ids for prompts, and trims spaces from offsets, which hides boundaries.
         tokenizer.post_processor = processors.Sequence([])
         self._tokenizer = tokenizer
         self._byte_ids = _byte_ids(tokenizer, kind)
-        self._boundary = _Words(tokenizer) if kind is TokenizerFamily.BYTE_LEVEL else _Pairs(tokenizer)
-        self._raw = {b: c for c, b in byte_alphabet().items()} if kind is TokenizerFamily.BYTE_LEVEL else None
+        byte_level = kind is TokenizerFamily.BYTE_LEVEL
+        self._boundary = _PretokenBoundaries(tokenizer) if byte_level else _PairBoundaries(tokenizer)
+        self._byte_characters = {b: c for c, b in byte_alphabet().items()} if byte_level else None
         self._unknown = _unknown_id(tokenizer)
-        self._disguises = _disguises(tokenizer)
+        self._lookalikes = _lookalike_pattern(tokenizer)
 
     def encode(self, data: bytes) -> Encoded:
-        """Encode any bytes. A character cut at the end is encoded as the bytes that are there."""
-        runs, cut = utf8_runs(data)
+        """Encode any bytes. An incomplete character at the end is encoded as the bytes that are there."""
+        runs, partial = utf8_runs(data)
         ids: list[int] = []
         stable_ids = stable_bytes = 0
-        done = 0
-        for at, (text, raw) in enumerate(runs):
-            last = at == len(runs) - 1
+        offset = 0
+        for number, (text, raw) in enumerate(runs):
+            last = number == len(runs) - 1
             if text is None:
-                ids += self._bytes(raw)
-                done += len(raw)
-                stable_ids, stable_bytes = len(ids), done
+                ids += self._encode_bytes(raw)
+                offset += len(raw)
+                stable_ids, stable_bytes = len(ids), offset
                 continue
-            own, tokens, characters = self._text(text)
-            if tokens or not last:
-                stable_ids = len(ids) + (tokens if last else len(own))
-                stable_bytes = done + len(text[:characters].encode() if last else raw)
-            done += len(raw)
-            if cut and last and self._raw is not None:
-                ids += self._with_cut(text, cut)
+            text_ids, stable_tokens, stable_characters = self._encode_text(text)
+            if stable_tokens or not last:
+                stable_ids = len(ids) + (stable_tokens if last else len(text_ids))
+                stable_bytes = offset + len(text[:stable_characters].encode() if last else raw)
+            offset += len(raw)
+            if partial and last and self._byte_characters is not None:
+                ids += self._encode_partial(text, partial)
                 return Encoded(ids, stable_ids, stable_bytes)
-            ids += own
-        return Encoded(ids + self._bytes(cut), stable_ids, stable_bytes)
+            ids += text_ids
+        return Encoded(ids + self._encode_bytes(partial), stable_ids, stable_bytes)
 
-    def _text(self, text: str) -> tuple[list[int], int, int]:
+    def _encode_text(self, text: str) -> tuple[list[int], int, int]:
         """Return the ids of a text, and how many ids and characters of it no later text can change."""
-        if self._disguises is not None:
-            read = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer is not None else text
-            parts = self._disguises.split(read)
+        if self._lookalikes is not None:
+            normalizer = self._tokenizer.normalizer
+            parts = self._lookalikes.split(text if normalizer is None else normalizer.normalize_str(text))
             if len(parts) > 1:
                 return [i for part in parts for i in self._tokenizer.encode(part, add_special_tokens=False).ids], 0, 0
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return (encoding.ids, *self._boundary(encoding, text))
 
-    def _with_cut(self, text: str, cut: bytes) -> list[int]:
-        """Encode text and the cut character behind it as byte-level BPE would have begun to merge them.
+    def _encode_partial(self, text: str, partial: bytes) -> list[int]:
+        """Encode text and the incomplete character after it as byte-level BPE would have begun to merge them.
 
-        Which pre-token the character falls into depends on its class, so a whole one with the same first bytes stands
-        in to find the pre-token; its bytes up to the cut are then merged by the model itself.
+        The pre-token of a character depends on its class, so a whole character with the same first bytes stands in to
+        find the pre-token. The model itself then merges its bytes up to the incomplete character.
         """
         for fill in (0x80, 0x90, 0xA0, 0xB0):
             try:
-                whole = (cut + bytes([fill]) + b"\x80" * 3)[: _length(cut[0])].decode()
+                whole = (partial + bytes([fill]) + b"\x80" * 3)[: _character_length(partial[0])].decode()
                 break
             except UnicodeDecodeError:
                 continue
         else:
-            return [*self._tokenizer.encode(text, add_special_tokens=False).ids, *self._bytes(cut)]
+            return [*self._tokenizer.encode(text, add_special_tokens=False).ids, *self._encode_bytes(partial)]
         encoding = self._tokenizer.encode(text + whole, add_special_tokens=False)
         words, offsets = encoding.word_ids, encoding.offsets
         first = next((i for i, word in enumerate(words) if word == words[-1]), 0)
         # By whole pre-tokens: where a vocabulary lacks bytes, offsets inside one are wrong.
         while first and offsets[first - 1][1] != offsets[first][0]:
             first = words.index(words[first - 1])
-        head = text[offsets[first][0] if first else 0 :].encode() + cut
-        assert self._raw is not None
-        merged = self._tokenizer.model.tokenize("".join(self._raw[b] for b in head))
+        tail = text[offsets[first][0] if first else 0 :].encode() + partial
+        assert self._byte_characters is not None
+        merged = self._tokenizer.model.tokenize("".join(self._byte_characters[b] for b in tail))
         return [*encoding.ids[:first], *(token.id for token in merged)]
 
-    def _bytes(self, raw: bytes) -> list[int]:
+    def _encode_bytes(self, raw: bytes) -> list[int]:
         """Encode bytes that are no text, one token each.
 
-        A byte without a token of its own is read as the unknown token, or not at all where there is none: some
-        byte-level vocabularies lack bytes that never occur in UTF-8.
+        A byte without a token is the unknown token, or is left out if there is none: some byte-level vocabularies lack
+        bytes that never occur in UTF-8.
         """
-        return [one for b in raw if (one := self._byte_ids.get(b, self._unknown)) is not None]
+        ids = (self._byte_ids.get(b, self._unknown) for b in raw)
+        return [i for i in ids if i is not None]
 
 
-def _disguises(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return a pattern that finds where to cut a text so that nothing in it is taken for a control or byte token.
+def _lookalike_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return a pattern of the offsets at which to split a text so that no part looks like a special or byte token.
 
-    SentencePiece never reads text as one of these; a unigram model of `tokenizers` takes any piece whose spelling is
-    there. Other models build their tokens from single characters, and have no way to such a piece.
+    SentencePiece never reads text as one of these. A unigram model of `tokenizers` takes any piece that is spelled in
+    the text. Other models merge single characters and never arrive at such a piece.
     """
     if type(tokenizer.model).__name__ != "Unigram":
         return None
-    control = [one.content for one in tokenizer.get_added_tokens_decoder().values() if one.special]
-    spelled = [re.escape(one[0]) + f")(?={re.escape(one[1:])}" for one in control if len(one) > 1]
-    return re.compile("|".join(f"(?<={one})" for one in [*spelled, "<)(?=0x[0-9A-F]{2}>"]))
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    patterns = [re.escape(name[0]) + f")(?={re.escape(name[1:])}" for name in special if len(name) > 1]
+    return re.compile("|".join(f"(?<={pattern})" for pattern in [*patterns, "<)(?=0x[0-9A-F]{2}>"]))
 
 
-def _length(first: int) -> int:
+def _character_length(first: int) -> int:
     """Return the length of a UTF-8 character from its first byte."""
     return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2
 
 
-class _Words:
-    """Stable boundaries of a tokenizer whose pre-tokens are found by a pattern from left to right.
+class _PretokenBoundaries:
+    """Stable boundaries of a tokenizer that finds pre-tokens by a pattern from left to right.
 
-    A pattern looks ahead by at most one character and never back, so more text can only change the last pre-token;
-    the last but one stays open as well. A mark belongs to the character before it, which it may be normalised with.
+    A pattern looks ahead by at most one character and never back, so more text can only change the last pre-token; the
+    last but one counts as unstable too. A combining mark may be normalized together with the character before it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = [one.content for one in tokenizer.get_added_tokens_decoder().values() if not one.special]
-        # What may be the beginning of an added token, which is found before any pattern.
-        self._beginnings = {one[:length] for one in added for length in range(1, len(one))}
-        self._longest = max(map(len, self._beginnings), default=0)
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+        # Prefixes of added tokens, which are found before the pattern is applied.
+        self._added_prefixes = {content[:length] for content in added for length in range(1, len(content))}
+        self._longest = max(map(len, self._added_prefixes), default=0)
 
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
-        """Return how many ids, and how many characters, no later text can change."""
+        """Return how many ids and how many characters no later text can change."""
         for start in range(max(len(text) - self._longest, 0), len(text)):
-            if text[start:] in self._beginnings:
+            if text[start:] in self._added_prefixes:
                 text = text[:start]
                 encoding = self._tokenizer.encode(text, add_special_tokens=False)
                 break
@@ -235,85 +244,77 @@ class _Words:
         for count in range(len(words) - 1, 0, -1):
             if words[count - 1] >= words[-1] - 1 or words[count - 1] == words[count]:
                 continue
-            at = offsets[count][0]
-            if offsets[count - 1][1] == at and not category(text[at]).startswith("M"):
-                return count, at
+            offset = offsets[count][0]
+            if offsets[count - 1][1] == offset and not category(text[offset]).startswith("M"):
+                return count, offset
         return 0, 0
 
 
-class _Pairs:
-    """Stable boundaries of a tokenizer that takes a text as one word, as SentencePiece's do.
+class _PairBoundaries:
+    """Stable boundaries of a tokenizer without pre-tokens, as SentencePiece's are.
 
-    Between two characters that stand side by side in no token, no token ever reaches across: the text falls into two
-    parts that are encoded apart, whatever follows.
+    No token reaches across two characters that are adjacent in no token. The text before and the text after are then
+    encoded apart, whatever follows.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         pairs: set[tuple[str, str]] = set()
         for token in tokenizer.get_vocab(with_added_tokens=True):
-            spelled = token.replace(SPACE, " ")
-            pairs.update(pairwise(spelled))
+            pairs.update(pairwise(token.replace(SPACE, " ")))
         self._pairs = pairs
-        # A normaliser may join characters, and without byte tokens unknown characters are fused into one token: only a
-        # boundary in front of a space is safe then.
+        # A normalizer may join characters, and without byte tokens unknown characters are fused into one token. Then
+        # only a boundary in front of a space is safe.
         self._only_spaces = bool(_changes(tokenizer)) or not getattr(tokenizer.model, "byte_fallback", False)
 
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
-        """Return how many ids, and how many characters, no later text can change."""
+        """Return how many ids and how many characters no later text can change."""
         offsets = encoding.offsets
         text = text.replace(SPACE, " ")
         for count in range(len(offsets) - 1, 0, -1):
-            at = offsets[count][0]
-            if at < 1 or offsets[count - 1][1] != at or (self._only_spaces and text[at] != " "):
+            offset = offsets[count][0]
+            if offset < 1 or offsets[count - 1][1] != offset or (self._only_spaces and text[offset] != " "):
                 continue
-            if (text[at - 1], text[at]) not in self._pairs:
-                return count, at
+            if (text[offset - 1], text[offset]) not in self._pairs:
+                return count, offset
         return 0, 0
 
 
-def _flat(component: Any) -> list[dict[str, Any]]:
-    if component is None:
-        return []
-    if component["type"] == "Sequence":
-        return [part for one in component["normalizers"] for part in _flat(one)]
-    return [component]
-
-
 def _changes(tokenizer: Any) -> list[str]:
-    """Name what a normaliser changes in a text, but for SentencePiece's way of writing spaces."""
+    """Return the types of the normalizers that change a text, except SentencePiece's spelling of spaces."""
     return [
         part["type"]
-        for part in _flat(describe(tokenizer)["normalizer"])
+        for part in flatten_component(describe(tokenizer)["normalizer"], "normalizers")
         if part["type"] != "Prepend" and not (part["type"] == "Replace" and part["pattern"].get("String") == " ")
     ]
 
 
 def _take_leading_space(tokenizer: Any) -> LeadingSpace:
-    """Stop a tokenizer from putting spaces in front of texts, and return where it did."""
+    """Stop a tokenizer from adding spaces in front of texts, and return where it did."""
     from tokenizers import normalizers, pre_tokenizers
 
     rule: LeadingSpace = "never"
     description = describe(tokenizer)
-    kept = [part for part in _flat(description["normalizer"]) if part["type"] != "Prepend"]
-    if len(kept) != len(_flat(description["normalizer"])):
+    parts = flatten_component(description["normalizer"], "normalizers")
+    remaining = [part for part in parts if part["type"] != "Prepend"]
+    if len(remaining) != len(parts):
         rule = "doubled"
-        tokenizer.normalizer = normalizers.Sequence([_load(normalizers.Normalizer, part) for part in kept])
+        tokenizer.normalizer = normalizers.Sequence([_load(normalizers.Normalizer, part) for part in remaining])
     state = json.dumps(description["pre_tokenizer"])
-    for spelled, spaces, found in (
+    for setting, replacement, meaning in (
         ('"prepend_scheme": "always"', '"prepend_scheme": "never"', "always"),
         ('"prepend_scheme": "first"', '"prepend_scheme": "never"', "first"),
         ('"add_prefix_space": true', '"add_prefix_space": false', "always"),
     ):
-        if spelled in state:
-            rule = cast(LeadingSpace, found)
-            state = state.replace(spelled, spaces)
+        if setting in state:
+            rule = cast(LeadingSpace, meaning)
+            state = state.replace(setting, replacement)
     if rule != "never" and description["pre_tokenizer"] is not None:
         tokenizer.pre_tokenizer = _load(pre_tokenizers.PreTokenizer, json.loads(state))
     return rule
 
 
 def _load(base: Any, state: dict[str, Any]) -> Any:
-    """Build a component of a tokenizer from its description."""
+    """Return a component of a tokenizer from its description."""
     from tokenizers import Tokenizer, models
 
     shell = json.loads(Tokenizer(models.BPE()).to_str())
@@ -323,13 +324,13 @@ def _load(base: Any, state: dict[str, Any]) -> Any:
 
 
 def _byte_ids(tokenizer: Any, kind: TokenizerFamily) -> dict[int, int]:
-    spelled = {b: c for c, b in byte_alphabet().items()} if kind is TokenizerFamily.BYTE_LEVEL else None
-    names = {b: spelled[b] if spelled else f"<0x{b:02X}>" for b in range(256)}
-    found = {b: tokenizer.token_to_id(name) for b, name in names.items()}
-    return {b: i for b, i in found.items() if i is not None}
+    alphabet = {b: c for c, b in byte_alphabet().items()} if kind is TokenizerFamily.BYTE_LEVEL else None
+    names = {b: alphabet[b] if alphabet else f"<0x{b:02X}>" for b in range(256)}
+    ids = {b: tokenizer.token_to_id(name) for b, name in names.items()}
+    return {b: i for b, i in ids.items() if i is not None}
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
     name = getattr(tokenizer.model, "unk_token", None)
-    found: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
-    return found
+    unknown: int | None = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    return unknown

@@ -1,6 +1,6 @@
-"""What a bare `tokenizer.model` says beside its pieces: where SentencePiece itself puts a space in front of a text.
+"""The leading-space rule of a bare `tokenizer.model`: where SentencePiece itself adds a space in front of a text.
 
-Read without a class that knows the model, the file is turned into a tokenizer that puts none, and a prompt would begin
+Converted without a class that knows the model, the file becomes a tokenizer that adds none, and a prompt would begin
 with other tokens than in training.
 """
 
@@ -13,15 +13,15 @@ from mixlm.tokenization.vocabulary import SPACE, describe
 
 
 def restore_leading_space(tokenizer: Any, file: Path) -> None:
-    """Give a `tokenizers.Tokenizer` the leading-space rule of the SentencePiece model that it was made from.
+    """Give a `tokenizers.Tokenizer` the leading-space rule of the SentencePiece model that it was converted from.
 
-    A tokenizer that splits or marks spaces by itself already was made by a class that knows better, and is left alone.
+    A tokenizer that already splits or marks spaces was converted by a class that knows its model, and stays as it is.
     """
     import sentencepiece.sentencepiece_model_pb2 as protobuf
     from tokenizers import normalizers, pre_tokenizers
 
-    parts = describe(tokenizer)
-    if parts["pre_tokenizer"] is not None or '"Prepend"' in str(parts["normalizer"]).replace("'", '"'):
+    description = describe(tokenizer)
+    if description["pre_tokenizer"] is not None or '"Prepend"' in str(description["normalizer"]).replace("'", '"'):
         return
     model: Any = protobuf.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(file.read_bytes())
@@ -29,8 +29,8 @@ def restore_leading_space(tokenizer: Any, file: Path) -> None:
     if not rules.add_dummy_prefix:
         return
     if rules.remove_extra_whitespaces:
-        # A text that begins with a space is not given another.
+        # A text that begins with a space gets no other.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
     else:
-        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), *own])
+        existing = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), *existing])

@@ -1,12 +1,10 @@
-"""Token ids as exact bytes, for the tokenizer families that spell their tokens.
-
-Two spellings cover the language models in use:
+"""Token ids as exact bytes, for the two families of tokenizers in use.
 
     byte-level      each character of a token stands for one byte, by GPT-2's alphabet (GPT-2, Llama 3, Qwen, SmolLM)
     SentencePiece   "▁" stands for a space, "<0x0A>" for one byte where the tokenizer falls back to bytes
                     (Llama 2, Gemma, Mistral), the rest is the text itself
 
-What is neither, WordPiece for one, is refused by name: a guess would put wrong bytes into a text.
+Other tokenizers, such as WordPiece, are refused: a guess would put wrong bytes into a text.
 """
 
 from __future__ import annotations
@@ -33,11 +31,11 @@ class TokenizerFamily(Enum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of one model, one row for each row of its output layer.
+    """The tokens of one model, by the rows of its output layer.
 
-    tokens: exact bytes of each id; empty for control tokens, for end-of-text and for padding rows.
-    ends: ids that end a reply. control: ids that only templates may write; they include `ends`.
-    names: how the tokenizer itself spells each id; empty for padding rows, and as a whole where that is not known.
+    tokens: exact bytes of each id; empty for special tokens, end-of-text and padding rows.
+    end_ids: ids that end a completion. special_ids: ids that only templates may use; they include `end_ids`.
+    names: the tokenizer's own spelling of each id; empty for padding rows, and altogether where it is not known.
     """
 
     tokens: tuple[bytes, ...]
@@ -47,13 +45,13 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Rows of the output layer, padding included."""
+        """Number of rows of the output layer, padding included."""
         return len(self.tokens)
 
     def name(self, i: int) -> str:
-        """Return how the tokenizer spells an id; where that is not known, its bytes as text, or its number."""
-        named = self.names[i] if self.names else ""
-        return named or self.tokens[i].decode(errors="backslashreplace") or f"<{i}>"
+        """Return the tokenizer's spelling of an id; where that is not known, its bytes as text, or its number."""
+        name = self.names[i] if self.names else ""
+        return name or self.tokens[i].decode(errors="backslashreplace") or f"<{i}>"
 
     @classmethod
     def of(
@@ -64,12 +62,20 @@ class Vocabulary:
         special_ids: Iterable[int],
         names: Mapping[int, str] | None = None,
     ) -> Vocabulary:
-        """Build from known bytes; ids without bytes are padding. Ids beyond the output layer cannot be drawn."""
-        end_ids = frozenset(one for one in end_ids if one < size)
-        control_ids = frozenset(one for one in special_ids if one < size) | end_ids
-        rows = tuple(b"" if i in control_ids else tokens.get(i, b"") for i in range(size))
-        spelled = tuple(names.get(i, "") for i in range(size)) if names is not None else ()
-        return cls(rows, end_ids, control_ids, spelled)
+        """Build a vocabulary from the bytes of its tokens.
+
+        Args:
+            tokens: Bytes by id; ids without bytes are padding.
+            size: Rows of the output layer; ids beyond it cannot be sampled.
+            end_ids: Ids that end a completion.
+            special_ids: Ids of special tokens.
+            names: The tokenizer's own spelling by id.
+        """
+        ends = frozenset(i for i in end_ids if i < size)
+        special = frozenset(i for i in special_ids if i < size) | ends
+        rows = tuple(b"" if i in special else tokens.get(i, b"") for i in range(size))
+        spellings = tuple(names.get(i, "") for i in range(size)) if names is not None else ()
+        return cls(rows, ends, special, spellings)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -82,63 +88,70 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _parts(component: Any, field: str) -> list[dict[str, Any]]:
-    """Return a tokenizer component as a flat list: itself, or its members when it is a sequence."""
+def flatten_component(component: Any, field: str) -> list[dict[str, Any]]:
+    """Return a described tokenizer component as a flat list: itself, or the parts in `field` when it is a sequence."""
     if component is None:
         return []
     if component.get("type") == "Sequence":
-        return [part for one in component[field] for part in _parts(one, field)]
+        return [part for nested in component[field] for part in flatten_component(nested, field)]
     return [component]
 
 
 def detect_family(description: Mapping[str, Any], name: str) -> TokenizerFamily:
-    """Tell how a tokenizer spells tokens, from its description without the vocabulary (`describe`).
+    """Return how a tokenizer spells its tokens.
 
-    Raises TokenizerError when it is neither byte-level nor SentencePiece.
+    Args:
+        description: The tokenizer's components, as `describe` returns them.
+        name: The model's, for the message.
+
+    Raises:
+        TokenizerError: The tokenizer is neither byte-level nor SentencePiece.
     """
-    decoders = _parts(description.get("decoder"), "decoders")
-    kinds = {one["type"] for one in decoders}
-    pre = {one["type"] for one in _parts(description.get("pre_tokenizer"), "pretokenizers")}
+    decoders = flatten_component(description.get("decoder"), "decoders")
+    kinds = {decoder["type"] for decoder in decoders}
+    pre = {part["type"] for part in flatten_component(description.get("pre_tokenizer"), "pretokenizers")}
     if "ByteLevel" in kinds or (not kinds and "ByteLevel" in pre):
         return TokenizerFamily.BYTE_LEVEL
     spaces = any(d["type"] == "Replace" and d["pattern"].get("String") == SPACE for d in decoders)
     if "Metaspace" in kinds or spaces:
         return TokenizerFamily.SENTENCEPIECE
-    found = ", ".join(sorted(kinds)) or "none"
     raise TokenizerError(
-        f"the tokenizer of {name} cannot be mapped to bytes: its decoder is {found}",
+        f"the tokenizer of {name} cannot be mapped to bytes: its decoder is {', '.join(sorted(kinds)) or 'none'}",
         "byte-level BPE and SentencePiece tokenizers can be used",
     )
 
 
 def describe(tokenizer: Any) -> dict[str, Any]:
-    """Return the parts of a `tokenizers.Tokenizer` as plain data, without its vocabulary."""
-    parts = {}
+    """Return normalizer, pre-tokenizer and decoder of a `tokenizers.Tokenizer` as plain data."""
+    description = {}
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         component = getattr(tokenizer, name)
-        parts[name] = None if component is None else json.loads(component.__getstate__())
-    return parts
+        description[name] = None if component is None else json.loads(component.__getstate__())
+    return description
 
 
 def has_byte_fallback(tokenizer: Any) -> bool:
-    """Whether a `tokenizers.Tokenizer` spells characters that it has no token for byte by byte.
+    """Return whether a `tokenizers.Tokenizer` spells characters without a token byte by byte.
 
-    BPE models say so themselves. Unigram models do not; their decoder joins the bytes again.
+    BPE models have a flag for it. Unigram models do not; their decoder joins the bytes again.
     """
     if getattr(tokenizer.model, "byte_fallback", False):
         return True
-    decoders = _parts(describe(tokenizer)["decoder"], "decoders")
-    return type(tokenizer.model).__name__ == "Unigram" and any(one["type"] == "ByteFallback" for one in decoders)
+    decoders = flatten_component(describe(tokenizer)["decoder"], "decoders")
+    return type(tokenizer.model).__name__ == "Unigram" and any(
+        decoder["type"] == "ByteFallback" for decoder in decoders
+    )
 
 
 def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
-    """Return the bytes of every id of a `tokenizers.Tokenizer`, and its control ids, which have none.
+    """Return the bytes of every id of a `tokenizers.Tokenizer`, and the ids of its special tokens, which have none.
 
-    Raises TokenizerError when a token is not spelled in the family's alphabet.
+    Raises:
+        TokenizerError: A token is not spelled in the family's alphabet.
     """
     added = tokenizer.get_added_tokens_decoder()
-    control = {i for i, token in added.items() if token.special}
-    out = {i: token.content.encode() for i, token in added.items() if i not in control}
+    special = {i for i, token in added.items() if token.special}
+    data = {i: token.content.encode() for i, token in added.items() if i not in special}
     fallback = has_byte_fallback(tokenizer)
     alphabet = byte_alphabet()
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
@@ -147,9 +160,9 @@ def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[
         if kind is TokenizerFamily.BYTE_LEVEL:
             if not all(c in alphabet for c in token):
                 raise TokenizerError(f"token {i} of {name}, {token!r}, is not spelled in the byte-level alphabet")
-            out[i] = bytes(alphabet[c] for c in token)
-        elif fallback and (found := _BYTE_TOKEN.fullmatch(token)):
-            out[i] = bytes([int(found[1], 16)])
+            data[i] = bytes(alphabet[c] for c in token)
+        elif fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            data[i] = bytes([int(match[1], 16)])
         else:
-            out[i] = token.replace(SPACE, " ").encode()
-    return out, frozenset(control)
+            data[i] = token.replace(SPACE, " ").encode()
+    return data, frozenset(special)

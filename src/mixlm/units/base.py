@@ -36,6 +36,10 @@ class UnitTraits:
     counts_bytes: bool = False
 
 
+# What a unit of whole tokens can do whose members have vocabularies of their own.
+PIECE_TRAITS = UnitTraits()
+
+
 class TextView(Protocol):
     """The text generated so far, to be read."""
 

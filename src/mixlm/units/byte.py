@@ -14,10 +14,10 @@ sampled in. So the mass of the covers whose last token begins at m is a sum over
 
 with n the length of x, and u… for all tokens that begin with u. Sampling options act on the token distributions f_i.
 
-Published methods differ in what they sum over. Vieira et al. (2024, arXiv 2412.03719) sum over all token sequences, each
-read as it stands, whose number grows exponentially. Phan et al. (2024, arXiv 2410.09303) and Hayase et al. (2025, arXiv
-2506.14123) sum over those that a tokenizer would produce, and leave out the mass of the others. Here the state is bytes,
-which have one reading, and the sum over all covers is exact.
+Published methods differ in what they sum over. Vieira et al. (2024, arXiv 2412.03719) sum over all token sequences,
+each read as it stands, whose number grows exponentially. Phan et al. (2024, arXiv 2410.09303) and Hayase et al. (2025,
+arXiv 2506.14123) sum over those that a tokenizer would produce, and leave out the mass of the others. Here the state is
+bytes, which have one reading, and the sum over all covers is exact.
 
 A forced boundary is an offset that no token of a member can lie across, given the bytes on both sides: every cover has
 a token boundary there, and more text never changes that. The distribution is computed from the last forced boundary

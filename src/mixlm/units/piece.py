@@ -14,7 +14,7 @@ import numpy as np
 from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
-from mixlm.units.base import TokenBuffer, UnitTraits
+from mixlm.units.base import PIECE_TRAITS, TokenBuffer
 
 
 class PieceUnit:
@@ -27,7 +27,7 @@ class PieceUnit:
     """
 
     name = "piece"
-    traits = UnitTraits()
+    traits = PIECE_TRAITS
 
     def __init__(
         self, vocabularies: Sequence[Vocabulary], encoders: Sequence[Encoder], first: Sequence[bytes] = ()

@@ -1,7 +1,7 @@
 """The unit `token`: members that share a vocabulary generate token by token.
 
-Members share a vocabulary when equal ids spell equal bytes, whatever names or sizes their tokenizers have. Ids that only
-some members use (padding rows, extra special tokens) are masked. All kinds of end-of-text are one symbol.
+Members share a vocabulary when equal ids spell equal bytes, whatever names or sizes their tokenizers have. Ids that
+only some members use (padding rows, extra special tokens) are masked. All kinds of end-of-text are one symbol.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class WordState(PieceState):
         return lambda symbols: self._word_unit.word_starts(symbols, before)
 
     def cached_sample(self, member: int, noise: Noise) -> tuple[int, float, TopLogprobs] | None:
-        """Return what a member samples here with some noise, if that is known: symbol, log-probability, top logprobs."""
+        """Return a member's known sample here with some noise: symbol, log-probability, top logprobs."""
         entry = self._samples.get((member, noise))
         return entry[1] if entry is not None and entry[0] == self._text else None
 

@@ -100,9 +100,9 @@ def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tm
     for change in (["--temperature", "0.9"], ["--method", "conventional"], ["-w", "0.9,0.1"]):
         done = run(*arguments(prompts, output), *change)
         assert done.code == 2
-        assert "holds completions of other prompts or with other options (line 1)" in done.err
+        assert "is of another request, or was made with other settings" in done.err
     output.write_text("something else\n")
-    assert "line 1: not a completion by mixlm" in run(*arguments(prompts, output)).err
+    assert "line 1: expected a JSON object with number, key, seed" in run(*arguments(prompts, output)).err
     assert output.read_text() == "something else\n"
     output.write_bytes(before)
 

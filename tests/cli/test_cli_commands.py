@@ -163,9 +163,9 @@ def test_models_get(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _report(equal: bool) -> Any:
-    from mixlm.verification.check import Comparison, Report
+    from mixlm.verification.check import CheckReport, CheckResult
 
-    return Report((Comparison("mixture", "exact", "token", 1, 500, 9.5, 0.3, 0.02, float("inf"), equal=equal),))
+    return CheckReport((CheckResult("mixture", "exact", "token", 1, 500, 9.5, 0.3, 0.02, float("inf"), equal=equal),))
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -180,7 +180,7 @@ def test_check_says_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch, eq
     done = run("check", "Hello?", *TOYS, "--samples", "500", "--top-k", "5", "--seed", "1")
     assert done.code == (0 if equal else 1)
     assert ("equal" if equal else "different") in done.out
-    assert ("No difference" if equal else "do not sample one law") in done.out
+    assert ("No difference" if equal else "do not sample from one distribution") in done.out
     assert (asked["samples"], asked["prompt"], asked["names"]) == (500, "Hello?", ("toy:1", "toy:2"))
     assert asked["options"] == {"top_k": 5, "seed": 1}
     found = json.loads(run("check", *TOYS, "--json").out)

@@ -12,11 +12,11 @@ from programs import TOYS, Run
 
 from mixlm.config import read_config
 from mixlm.engines.toy import ToySession
-from mixlm.fitting.em import expectation_maximisation
+from mixlm.fitting.likelihood import expectation_maximisation
 from mixlm.loading import load
 from mixlm.routing import LearnedRouter
 from mixlm.scoring.score import score, score_answers
-from mixlm.scoring.scores import split
+from mixlm.scoring.scores import split_holdout
 
 WORDS = " the river sings and one bird falls under two stone light of the tree turns to cloud over"
 FAST = ("--bootstrap", "10")
@@ -68,7 +68,7 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
 def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) -> None:
     found = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0.25").out)
     scores = score(load("toy:1", "toy:2"), Path("words.txt").read_text())
-    train, check = split(scores, 0.25)
+    train, check = split_holdout(scores, 0.25)
     weights = expectation_maximisation(train).weights
     assert list(found["weights"].values()) == pytest.approx(weights)
     row = next(one for one in found["check"]["rows"] if one["name"] == "EM")
@@ -183,7 +183,7 @@ def test_a_second_fit_reads_nothing(run: Run, texts: list[str], monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise RuntimeError("it was read")
 
-    monkeypatch.setattr(ToySession, "_forward", fail)
+    monkeypatch.setattr(ToySession, "forward", fail)
     again = json.loads(run("fit", *texts, *TOYS, *FAST, "--json").out)
     assert again["weights"] == first["weights"]
     assert again["check"] == first["check"]
@@ -255,7 +255,7 @@ def test_what_cannot_be_fitted(
 
 
 def test_one_member_is_nothing_to_fit(run: Run, texts: list[str]) -> None:
-    assert "nothing is to fit" in run("fit", "words.txt", "-m", "toy:1").error
+    assert "nothing to fit" in run("fit", "words.txt", "-m", "toy:1").error
 
 
 def test_a_text_that_cannot_be_read_is_named(run: Run, texts: list[str]) -> None:

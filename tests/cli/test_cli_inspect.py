@@ -34,7 +34,7 @@ def test_a_quick_look_runs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr("mixlm.engines.toy.ToySession._forward", fail)
+    monkeypatch.setattr("mixlm.engines.toy.ToySession.forward", fail)
     done = run("inspect", *TOYS, "--no-measure")
     assert done.code == 0
     assert "predicted" not in done.out
@@ -49,7 +49,7 @@ def test_one_member_has_no_pairs(run: Run) -> None:
 
 def test_why_a_method_is_not_possible(run: Run) -> None:
     done = run("inspect", *TOYS, "--no-measure", "--temperature", "0")
-    assert "no: temperature is 0, and mixture draws by chance" in done.out
+    assert "no: temperature is 0, and mixture samples" in done.out
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_second_run_reads_nothing_unless_told_to(run: Run, text: Path, monkeyp
     def fail(*_: Any) -> None:
         raise RuntimeError("it was read")
 
-    monkeypatch.setattr(ToySession, "_forward", fail)
+    monkeypatch.setattr(ToySession, "forward", fail)
     assert run("score", str(text), *TOYS, "--json").out == first.out
     done = run("score", str(text), *TOYS, "--json", "--no-cache")
     assert (done.code, done.out) == (1, "")

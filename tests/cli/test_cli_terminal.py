@@ -116,7 +116,7 @@ def test_check_shows_bars(at_terminal: Start) -> None:
     terminal = at_terminal("check", *TOYS, "--samples", "300")
     assert terminal.end() == 0
     assert "300/300" in terminal.screen
-    assert "No difference was found: 300 replies a method" in terminal.screen
+    assert "No difference was found: 300 completions per method" in terminal.screen
 
 
 def test_too_long_a_message_does_not_end_chat_at_a_terminal(at_terminal: Start) -> None:

@@ -52,7 +52,7 @@ def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..
     code, out, _ = run("fit", text, *TOYS, "--accuracy", task("choice"), "--step", "0.5", "--out", "here")
     assert code == 0
     for part in (
-        "right, chose the grid's", "right, others", "grid over accuracy", "of 3 (", "of 2 (", "p-value",
+        "correct (selection)", "correct (others)", "grid over accuracy", "of 3 (", "of 2 (", "p-value",
         "was chosen by the first group", "30 texts were read once", "needs 90 readings", "EM took",
     ):  # fmt: skip
         assert part in out, part
@@ -60,7 +60,7 @@ def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..
     plain = run("fit", text, *TOYS, "--accuracy", task("choice"), "--limit", "2", "--out", "here")[1]
     assert "of 2 (" in plain
     assert "grid" not in plain
-    assert "for 12 readings of a text" in plain
+    assert "for scoring 12 texts" in plain
 
 
 def test_a_task_that_writes_is_written_at_every_point(
@@ -72,9 +72,9 @@ def test_a_task_that_writes_is_written_at_every_point(
     assert found["cost"]["grid_tokens"] == sum(one["tokens"] for one in found["grid"]) > 0
     assert found["cost"]["grid_seconds"] == pytest.approx(sum(one["seconds"] for one in found["grid"]))
     folder = Path("fit-results/generate/ways/0.5 0.5")
-    assert sorted(one.name for one in folder.glob("*/*/*")) == ["seed-4.jsonl", "seed-5.jsonl"]
+    assert sorted(path.name for path in folder.glob("*/*/*")) == ["seed-4.jsonl", "seed-5.jsonl"]
     assert json.loads((folder / "settings.json").read_text())["options"] == {"top_k": 9}
-    monkeypatch.setattr(ToySession, "_forward", lambda *_: pytest.fail("it was written anew"))
+    monkeypatch.setattr(ToySession, "forward", lambda *_: pytest.fail("it was written anew"))
     again = json.loads(run(*arguments, "--json")[1])["accuracy"]
     assert (again["grid"], again["rows"]) == (found["grid"], found["rows"])
     assert "3 points wrote" in run(*arguments)[1]
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(
         (("--accuracy", task("choice"), "--limit", "0"), "--limit is 0"),
         (("--accuracy", task("choice"), "--seeds", "2"), "compares given texts and has no use for --seeds"),
         (("--accuracy", task("choice"), "--top-k", "2"), "compares given texts and has no use for --top-k"),
-        (("--top-k", "2"), "mixlm fit has no use for --top-k"),
+        (("--top-k", "2"), "mixlm fit does not use --top-k"),
         (("--accuracy", "mixlm_gsm9k"), "did you mean 'mixlm_gsm8k'"),
         (("--prompt-bytes", "-1"), "--prompt-bytes is -1"),
         (("--no-ends",), "--ends and --no-ends are of answers"),

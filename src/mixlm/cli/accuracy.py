@@ -1,4 +1,4 @@
-"""The part of `mixlm fit` that asks questions: accuracy on a task, and the search of a grid of weights for it."""
+"""The accuracy part of `mixlm fit`: accuracy on a task, and a grid search of the weights for it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from mixlm.terminal import progress_bars
 if TYPE_CHECKING:
     from mixlm.core.options import Options
     from mixlm.ensemble import Ensemble
-    from mixlm.evaluation.accuracy import Measured, Setup, Way
-    from mixlm.fitting.study import Study
+    from mixlm.evaluation.accuracy import AccuracySetup, AccuracyStudy, WeightingAccuracy
+    from mixlm.fitting.study import FitStudy
     from mixlm.routing import Router
 
 _PANEL = "Accuracy"
 
 
 def accuracy_option(name: str, metavar: str, text: str) -> Any:
-    """Return an option of the panel on accuracy."""
+    """Return an option of the panel Accuracy."""
     return Option(name, metavar=metavar, help=text, rich_help_panel=_PANEL, show_default=False)
 
 
 @dataclass(frozen=True)
 class AccuracyOptions:
-    """What was given of the options on accuracy."""
+    """The values of the options of the panel Accuracy."""
 
     task: str | None
     limit: int | None
@@ -42,7 +42,7 @@ class AccuracyOptions:
     out: Path | None
 
     def check(self) -> None:
-        """Raise UsageError for options without a task, ConfigError for numbers that make no sense."""
+        """Raise UsageError for options without a task, ConfigError for numbers out of range."""
         for name in ("limit", "seeds", "data", "out"):
             if self.task is None and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is given without --accuracy", "name a task: --accuracy TASK")
@@ -50,11 +50,11 @@ class AccuracyOptions:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be 1 or more")
 
-    def load(self, shared: Shared) -> Setup | None:
-        """Return the task with its questions, None where none is named. Raises before any model is loaded."""
+    def load(self, shared: Shared) -> AccuracySetup | None:
+        """Return the task with its questions, or None. Raises before any model is loaded."""
         if self.task is None:
             return None
-        from mixlm.evaluation.accuracy import Setup
+        from mixlm.evaluation.accuracy import AccuracySetup
         from mixlm.evaluation.catalog import load_tasks
 
         loaded = load_tasks([self.task], data=self.data)
@@ -66,82 +66,86 @@ class AccuracyOptions:
         out = self.out or Path("fit-results") / quote(name, safe="")
         seeds = range(seed, seed + (self.seeds or 1))
         method = shared.method or "mixture"
-        setup = Setup(name, task, out, self.limit, seeds, method, cast("Options", options))
-        if setup.reads:
-            given = [one for one in options if one != "system"] + (["seeds"] if self.seeds is not None else [])
-            if given:
-                named = ", ".join(f"--{one.replace('_', '-')}" for one in given)
-                raise UsageError(f"{name} compares given texts and has no use for {named}", "leave it out")
+        setup = AccuracySetup(name, task, out, self.limit, seeds, method, cast("Options", options))
+        if setup.scores_given_texts:
+            unused = [option for option in options if option != "system"] + (
+                ["seeds"] if self.seeds is not None else []
+            )
+            if unused:
+                named = ", ".join(f"--{option.replace('_', '-')}" for option in unused)
+                raise UsageError(f"{name} scores given texts and does not use {named}", "omit it")
         return setup
 
     def measure(
         self,
-        setup: Setup,
+        setup: AccuracySetup,
         ensemble: Ensemble,
-        found: Study,
+        fit: FitStudy,
         shared: Shared,
         *,
         step: float | None,
         holdout: float,
     ) -> AccuracyReport:
-        """Measure members, weights and routers of a study, and the points of a grid where a step is given."""
+        """Measure the members, weights and routers of a study, and the points of a grid if a step is given."""
         from dataclasses import replace
 
-        from mixlm.evaluation.accuracy import measure
+        from mixlm.evaluation.accuracy import measure_accuracy
 
         with progress_bars(single=True) as progress:
-            measured = measure(ensemble, _ways(found), replace(setup, progress=progress), step=step)
-        engines = len({id(one.engine) for one in ensemble.members})
-        report = AccuracyReport(setup.name, measured, found, engines, holdout if step is not None else 0.0)
+            measured = measure_accuracy(ensemble, _weightings(fit), replace(setup, progress=progress), step=step)
+        engines = len({id(member.engine) for member in ensemble.members})
+        report = AccuracyReport(setup.name, measured, fit, engines, holdout if step is not None else 0.0)
         path = setup.out / "accuracy.json"
         path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
         return report
 
 
-def _ways(found: Study) -> dict[str, Router]:
-    """Return every way to weigh that a study has, by its name in the report."""
+def _weightings(fit: FitStudy) -> dict[str, Router]:
+    """Return every weighting of a study, by its name in the report."""
     from mixlm.routing import FixedRouter
 
-    ways: dict[str, Router] = {row.name: FixedRouter(row.weights) for row in found.rows if row.weights is not None}
-    if "grid" in ways:
-        ways["grid over likelihood"] = ways.pop("grid")
-    if found.by_prompt is not None:
-        ways[f"by prompt, sharpness {found.by_prompt[1]:g}"] = found.by_prompt[0]
-    if found.router is not None:
-        ways["router"] = found.router
-    return ways
+    weightings: dict[str, Router] = {row.name: FixedRouter(row.weights) for row in fit.rows if row.weights is not None}
+    if "grid" in weightings:
+        weightings["grid over likelihood"] = weightings.pop("grid")
+    if fit.by_prompt is not None:
+        weightings[f"by prompt, sharpness {fit.by_prompt[1]:g}"] = fit.by_prompt[0]
+    if fit.router is not None:
+        weightings["router"] = fit.router
+    return weightings
 
 
 class AccuracyReport:
-    """What accuracy was measured, beside what EM found.
+    """The measured accuracy, compared with that of the weights by EM.
 
-    The grid's best point is chosen by some questions, and all ways are compared on the others too: the best of many
-    points looks better than it is on the questions that chose it.
+    The grid's best point is selected on some questions, and all weightings are also compared on the others: on the
+    questions that selected it, the best of many points looks better than it is.
     """
 
-    def __init__(self, task: str, measured: Measured, found: Study, engines: int, holdout: float) -> None:
-        from mixlm.evaluation.accuracy import best, held_out
+    def __init__(self, task: str, measured: AccuracyStudy, fit: FitStudy, engines: int, holdout: float) -> None:
+        from mixlm.evaluation.accuracy import best_weights, held_out_questions
 
         self.task = task
         self.measured = measured
-        self.found = found
-        self.readings = found.readings(engines)[0]
-        self.others = held_out(measured.questions, holdout)
+        self.fit = fit
+        self.readings = fit.passes(engines)[0]
+        self.others = held_out_questions(measured.questions, holdout)
         self.chosen = ~self.others
-        self.ways: list[tuple[str, Way]] = [(one.name, one) for one in measured.ways]
+        self.weightings: list[tuple[str, WeightingAccuracy]] = [
+            (weighting.name, weighting) for weighting in measured.ways
+        ]
         if measured.grid:
-            self.ways.append(("grid over accuracy", best(measured.grid, self.chosen)))
-        self.em = next(one for one in measured.ways if one.name == "EM")
+            self.weightings.append(("grid over accuracy", best_weights(measured.grid, self.chosen)))
+        self.em = next(weighting for weighting in measured.ways if weighting.name == "EM")
 
     @property
     def em_seconds(self) -> float:
-        """What EM took in all: the members' reading of the training part, whenever it was, and the rounds."""
-        return self.found.seconds + self.found.em.seconds
+        """The time of EM in total: scoring the training part, whenever that was, and the iterations."""
+        return self.fit.seconds + self.fit.em.seconds
 
     @property
     def grid_seconds(self) -> float:
-        """What the grid took in all: reading once or writing at every point."""
-        return self.measured.read_seconds + sum(one.seconds for one in self.measured.grid)
+        """The time of the grid search in total."""
+        return self.measured.read_seconds + sum(point.seconds for point in self.measured.grid)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -151,82 +155,93 @@ class AccuracyReport:
             "metric": self.em.metric,
             "questions": self.measured.questions,
             "questions_that_chose": int(self.chosen.sum()),
-            "rows": [self._plain(name, one) for name, one in self.ways],
-            "grid": [self._plain(one.name, one) for one in grid],
+            "rows": [self._plain(name, weighting) for name, weighting in self.weightings],
+            "grid": [self._plain(point.name, point) for point in grid],
             "cost": {
                 "em_seconds": self.em_seconds,
                 "em_readings": self.readings,
                 "grid_points": len(grid),
                 "grid_seconds": self.grid_seconds if grid else 0.0,
-                "grid_tokens": sum(one.tokens for one in grid),
+                "grid_tokens": sum(point.tokens for point in grid),
                 "task_readings": self.measured.read,
                 "task_reading_seconds": self.measured.read_seconds,
             },
         }
 
-    def _plain(self, name: str, way: Way) -> dict[str, Any]:
-        difference, _, p_value = self._against_em(way)
+    def _plain(self, name: str, weighting: WeightingAccuracy) -> dict[str, Any]:
+        difference, _, p_value = self._against_em(weighting)
         return {
             "name": name,
-            "weights": None if way.weights is None else [round(float(one), 6) for one in way.weights],
-            "right": way.right(self.chosen | self.others),
-            "right_that_chose": way.right(self.chosen),
-            "right_others": way.right(self.others),
+            "weights": None if weighting.weights is None else [round(float(weight), 6) for weight in weighting.weights],
+            "right": weighting.correct(self.chosen | self.others),
+            "right_that_chose": weighting.correct(self.chosen),
+            "right_others": weighting.correct(self.others),
             "minus_em": difference,
             "p_value": p_value,
-            "tokens": way.tokens,
-            "seconds": way.seconds,
+            "tokens": weighting.tokens,
+            "seconds": weighting.seconds,
         }
 
-    def _against_em(self, way: Way) -> tuple[float, Any, float]:
-        """Compare a way with EM, on the questions that did not choose it where there are such."""
+    def _against_em(self, weighting: WeightingAccuracy) -> tuple[float, Any, float]:
+        """Compare a weighting with EM, on the questions that did not select it if there are any."""
         from mixlm.evaluation.statistics import sign_flip_p, t_interval
 
         fair = self.others if self.others.any() else self.chosen
-        differences = (way.values.mean(axis=0) - self.em.values.mean(axis=0))[fair]
+        differences = (weighting.values.mean(axis=0) - self.em.values.mean(axis=0))[fair]
         return float(differences.mean()), t_interval(differences), sign_flip_p(differences)
 
     def show(self) -> None:
-        """Print it."""
-        parts = [("right", self.chosen)]
+        """Print the report."""
+        parts = [("correct", self.chosen)]
         if self.others.any():
-            parts = [("right, chose the grid's", self.chosen), ("right, others", self.others)]
+            parts = [("correct (selection)", self.chosen), ("correct (others)", self.others)]
         heads = [self.task, "weights", *(name for name, _ in parts), "minus EM", "95 % interval", "p-value"]
         rows = []
-        for name, way in self.ways:
-            shown = "by the text" if way.weights is None else ", ".join(f"{one:.3g}" for one in way.weights)
-            counts = [f"{way.right(mask):g} of {mask.sum()} ({way.right(mask) / mask.sum():.1%})" for _, mask in parts]
-            difference, interval, p_value = self._against_em(way)
-            span = "" if interval is None else "{:+.1%} to {:+.1%}".format(*interval)
-            versus = ["", "", ""] if way is self.em else [f"{difference:+.1%}", span, f"{p_value:.3g}"]
-            rows.append((name, shown, *counts, *versus))
+        for name, weighting in self.weightings:
+            weights = (
+                "by the text"
+                if weighting.weights is None
+                else ", ".join(f"{weight:.3g}" for weight in weighting.weights)
+            )
+            counts = []
+            for _, mask in parts:
+                correct = weighting.correct(mask)
+                counts.append(f"{correct:g} of {mask.sum()} ({correct / mask.sum():.1%})")
+            difference, interval, p_value = self._against_em(weighting)
+            bounds = "" if interval is None else "{:+.1%} to {:+.1%}".format(*interval)
+            versus = ["", "", ""] if weighting is self.em else [f"{difference:+.1%}", bounds, f"{p_value:.3g}"]
+            rows.append((name, weights, *counts, *versus))
         print_table(heads, rows, right=frozenset(heads[2:]))
         if self.others.any():
-            print_lines("The grid's point was chosen by the first group of questions; differences are of the others.")
+            print_lines(
+                "The grid's point was selected on the first group of questions; the differences are on the others."
+            )
         print_lines(self._costs())
 
     def _costs(self) -> str:
         grid, read = self.measured.grid, self.measured.read
-        em = f"EM took {self.found.seconds:.1f} s of reading and {self.found.em.seconds:.3f} s of its own"
+        em = f"EM took {self.fit.seconds:.1f} s of scoring and {self.fit.em.seconds:.3f} s of iterations"
         if not grid:
             return f"{em}; these questions took {self._spent()}."
         ratio = self.grid_seconds / self.em_seconds if self.em_seconds else np.inf
         if read:
-            judging = sum(one.seconds for one in grid)
-            anew = self.measured.read_seconds * len(grid)
+            evaluation = sum(point.seconds for point in grid)
+            rescoring = self.measured.read_seconds * len(grid)
             return (
-                f"{em}. The task's {read} texts were read once, in {self.measured.read_seconds:.1f} s, and the grid's "
-                f"{len(grid)} points judged from that in {judging:.1f} s. A search that reads anew at every point "
-                f"needs {read * len(grid)} readings, at this speed {anew:.0f} s."
+                f"{em}. The task's {read} texts were scored once, in {self.measured.read_seconds:.1f} s, and the "
+                f"grid's {len(grid)} points evaluated from these scores in {evaluation:.1f} s. A search that "
+                f"scores again at every point needs {read * len(grid)} passes, {rescoring:.0f} s at this speed."
             )
-        tokens = sum(one.tokens for one in grid)
+        tokens = sum(point.tokens for point in grid)
         return (
-            f"{em}. The grid's {len(grid)} points wrote {tokens} tokens in {self.grid_seconds:.0f} s, {ratio:.0f} "
+            f"{em}. The grid's {len(grid)} points generated {tokens} tokens in {self.grid_seconds:.0f} s, {ratio:.0f} "
             "times as long."
         )
 
     def _spent(self) -> str:
         if self.measured.read:
-            return f"{self.measured.read_seconds:.1f} s for {self.measured.read} readings of a text"
-        seconds, tokens = (sum(getattr(one, name) for one in self.measured.ways) for name in ("seconds", "tokens"))
+            return f"{self.measured.read_seconds:.1f} s for scoring {self.measured.read} texts"
+        seconds, tokens = (
+            sum(getattr(weighting, name) for weighting in self.measured.ways) for name in ("seconds", "tokens")
+        )
         return f"{seconds:.0f} s for {tokens} tokens"

@@ -1,4 +1,4 @@
-"""`mixlm check`: the statistical proof that the methods sample one law, on the user's own models."""
+"""`mixlm check`: a statistical test that all methods sample from one distribution, on the user's own models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixlm.terminal import progress_bars
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
-    from mixlm.verification.check import Report
+    from mixlm.verification.check import CheckReport
 
 _PROMPT = "Why is the sky blue?"
 _HEADS = ("comparison", "symbol", "distance", "expected", "p-value", "verdict")
@@ -26,23 +26,26 @@ _NUMBERS = frozenset(("symbol", "distance", "expected", "p-value"))
 @with_shared
 def check(
     shared: Shared,
-    prompt: Annotated[str, Argument(help="What the replies answer.")] = _PROMPT,
-    samples: Annotated[int, Option("--samples", metavar="N", help="How many replies each method begins.")] = 2000,
+    prompt: Annotated[str, Argument(help="The prompt.", show_default=False)] = _PROMPT,
+    samples: Annotated[
+        int, Option("--samples", metavar="N", help="The number of completions that each method starts.")
+    ] = 2000,
     exact: Annotated[
         list[str] | None,
         Option(
             "--exact",
             metavar="MODEL",
-            help="Take the exact law from this model in place of a member, run by transformers in float32. Once for"
-            " each member, in order.",
+            help="Compute the reference distribution with this model, run by transformers in float32, instead of a"
+            " member. Give one for each member, in order.",
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        Option("--tolerance", metavar="D", help="Total variation that members may have from --exact, for each symbol."),
+        Option("--tolerance", metavar="D", help="Allowed total variation between members and --exact, per symbol."),
     ] = 0.0,
     every_unit: Annotated[
-        bool, Option("--every-unit", help="Check the units token, piece, word and byte, as far as members allow.")
+        bool,
+        Option("--every-unit", help="Check the units token, piece, word and byte, as far as the members support them."),
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
@@ -52,10 +55,10 @@ def check(
     another dtype.
     """
     if not prompt.strip():
-        raise ConfigError("the prompt is empty", "leave it out to take the default")
+        raise ConfigError("the prompt is empty", "omit it for the default")
     if every_unit and (shared.unit is not None or exact):
         other = "--exact" if exact else "--unit"
-        raise UsageError(f"--every-unit and {other} are both given", "leave one out")
+        raise UsageError(f"--every-unit and {other} are both given", "omit one")
     options = shared.options()
     ensemble = open_ensemble(shared, options, dtype="float32")
     from mixlm.verification import check as equivalence
@@ -63,22 +66,22 @@ def check(
     reference = None
     if exact:
         config = shared.config(dtype="float32")
-        reference = equivalence.Reference(_as_reference(config, exact, shared.numbers()), tolerance)
+        reference = equivalence.ReferenceSetup(_as_reference(config, exact, shared.numbers()), tolerance)
     elif tolerance:
-        raise ConfigError("--tolerance is given without --exact", "members have no distance from themselves")
-    left_out: dict[str, str] = {}
+        raise ConfigError("--tolerance is given without --exact", "it is the allowed distance from --exact")
+    skipped: dict[str, str] = {}
     with progress_bars() as progress:
-        about: dict[str, Any] = {"samples": samples, "options": options, "progress": progress}
+        arguments: dict[str, Any] = {"samples": samples, "options": options, "progress": progress}
         if every_unit:
-            report, left_out = equivalence.check_units(ensemble, prompt, **about)
+            report, skipped = equivalence.check_units(ensemble, prompt, **arguments)
         else:
-            report = equivalence.check(ensemble, prompt, reference=reference, **about)
+            report = equivalence.check(ensemble, prompt, reference=reference, **arguments)
     if as_json:
-        print_json(report.as_dict() | ({"left_out": left_out} if every_unit else {}))
+        print_json(report.as_dict() | ({"left_out": skipped} if every_unit else {}))
     else:
         _show(report)
-        for unit, reason in left_out.items():
-            print_lines(f"The unit {unit} is left out: {reason}.")
+        for unit, reason in skipped.items():
+            print_lines(f"The unit {unit} is not checked: {reason}.")
     return 0 if report.equal else 1
 
 
@@ -88,35 +91,37 @@ def _as_reference(config: EnsembleConfig, models: list[str], weights: list[float
 
     if len(models) != len(config.members):
         raise ConfigError(
-            f"--exact names {len(models)} models for {len(config.members)} members", "name one for each, in order"
+            f"--exact names {len(models)} models for {len(config.members)} members",
+            "name one for each member, in order",
         )
-    own = {"engine": "hf", "dtype": "float32", "device": "auto", "tokenizer": None}
+    changes = {"engine": "hf", "dtype": "float32", "device": "auto", "tokenizer": None}
     members = tuple(
-        member.model_copy(update={**own, "model": model}) for member, model in zip(config.members, models, strict=True)
+        member.model_copy(update={**changes, "model": model})
+        for member, model in zip(config.members, models, strict=True)
     )
     return load_config(config.model_copy(update={"members": members}), weights=weights)
 
 
-def _show(report: Report) -> None:
-    units = list(dict.fromkeys(one.unit for one in report.comparisons))
+def _show(report: CheckReport) -> None:
+    units = list(dict.fromkeys(comparison.unit for comparison in report.comparisons))
     several = len(units) > 1
     rows = [
         (
-            *([one.unit] if several else []),
-            f"{one.left} / {one.right}",
-            str(one.position),
-            f"{one.total_variation:.4f}",
-            f"{one.expected_total_variation:.4f}",
-            f"{one.p_value:.3g}",
-            "equal" if one.equal else "different",
+            *([comparison.unit] if several else []),
+            f"{comparison.left} / {comparison.right}",
+            str(comparison.position),
+            f"{comparison.total_variation:.4f}",
+            f"{comparison.expected_total_variation:.4f}",
+            f"{comparison.p_value:.3g}",
+            "equal" if comparison.equal else "different",
         )
-        for one in report.comparisons
+        for comparison in report.comparisons
     ]
-    styles = ["green" if one.equal else "bold red" for one in report.comparisons]
+    styles = ["green" if comparison.equal else "bold red" for comparison in report.comparisons]
     print_table(("unit", *_HEADS) if several else _HEADS, rows, right=_NUMBERS, styles=styles)
-    samples = max(one.samples for one in report.comparisons)
-    about = f"{samples} replies a method, {'units' if several else 'unit'} {', '.join(units)}"
+    samples = max(comparison.samples for comparison in report.comparisons)
+    scope = f"{samples} completions per method, {'units' if several else 'unit'} {', '.join(units)}"
     if report.equal:
-        console().print(f"No difference was found: {about}.", style="green")
+        console().print(f"No difference was found: {scope}.", style="green")
     else:
-        console().print(f"The methods do not sample one law: {about}.", style="bold red")
+        console().print(f"The methods do not sample from one distribution: {scope}.", style="bold red")

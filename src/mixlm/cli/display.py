@@ -1,6 +1,6 @@
-"""What a reply looks like: text in the colour of the member that wrote it, a legend, and its figures.
+"""Show completions: each token in the colour of its member, a legend, and statistics.
 
-The text goes to stdout as it is written, character by character; everything else goes to stderr.
+The text goes to stdout as it is generated; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.types import Completion, Token
 
-# Of the 256 colours, some that keep a contrast of about 4 with a black and with a white background alike.
-_PALETTE = (32, 166, 133, 29, 161, 99)
+# Colours, of the 256 of terminals, with a contrast of about 4 on black and on white.
+PALETTE = (32, 166, 133, 29, 161, 99)
 _DIM = "2"
 
 
 def dim(line: str) -> None:
-    """Write a line to stderr that is not the point."""
+    """Write a secondary line to stderr."""
     if sys.stderr is not None:
         print(styled(visible(line), _DIM, sys.stderr), file=sys.stderr, flush=True)
 
@@ -34,28 +34,30 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
 
 
 def json_text(value: Any, *, indent: int | None = 2) -> str:
-    """Return a value as JSON, in ASCII so that any terminal and any locale can take it."""
+    """Return a value as ASCII JSON, which any terminal and locale can show."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    """Return a value with null in place of the numbers that JSON has no form for."""
+    """Replace numbers that JSON cannot express by None."""
     if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def member_colours(names: Sequence[str]) -> dict[str, int]:
-    """Return each member's colour, one of the 256."""
-    return {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)}
+    """Return each member's colour, one of the 256 of terminals."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
 class Display:
-    """Shows replies of one ensemble.
+    """Shows the completions of one ensemble.
 
-    method: how its replies are written, for the legend.
+    Args:
+        ensemble: The ensemble.
+        method: The method, for the legend.
     """
 
     def __init__(self, ensemble: Ensemble, method: str) -> None:
@@ -66,7 +68,7 @@ class Display:
         self._direct = is_terminal(sys.stdout) or has_colours(sys.stdout)
 
     def legend(self) -> None:
-        """Show who writes in which colour, with which weight, and how. Only where the text is shown directly."""
+        """Show the colour and weight of each member, the method and the unit; only if the text goes to a terminal."""
         if not self._direct or sys.stderr is None:
             return
         parts = [
@@ -77,7 +79,7 @@ class Display:
         print("  ".join([*parts, how]), file=sys.stderr, flush=True)
 
     def write(self, token: Token) -> None:
-        """Write what a token adds to the text."""
+        """Write the text of a token."""
         text = visible(token.text) if self._direct else token.text
         sys.stdout.write(self._paint(text, token.member, sys.stdout))
         sys.stdout.flush()
@@ -88,7 +90,7 @@ class Display:
         sys.stdout.flush()
 
     def figures(self, completion: Completion) -> None:
-        """Show a reply's figures in one line."""
+        """Show the statistics of a completion in one line."""
         dim(figures(completion))
 
     def _paint(self, text: str, member: str, stream: IO[str]) -> str:
@@ -96,18 +98,18 @@ class Display:
 
 
 def figures(completion: Completion) -> str:
-    """Return one line of figures: speed, each member's share of the tokens and its forwards, seed."""
+    """Return statistics in one line: speed, each member's share of the tokens and forward passes, the seed."""
     usage = completion.usage
     parts = [f"{usage.tokens} token{'' if usage.tokens == 1 else 's'}"]
     if completion.finish_reason == "length":
         parts[0] += " (cut off)"
     if usage.tokens_per_second:
         parts += [f"{usage.tokens_per_second:.1f} tokens/s", f"{usage.bytes_per_second:.0f} bytes/s"]
-    for name, one in usage.members.items():
-        share = one.tokens / usage.tokens if usage.tokens else 0.0
-        parts.append(f"{name} {share:.0%}, {one.forwards} forward{'' if one.forwards == 1 else 's'}")
+    for name, member in usage.members.items():
+        share = member.tokens / usage.tokens if usage.tokens else 0.0
+        parts.append(f"{name} {share:.0%}, {member.forwards} forward{'' if member.forwards == 1 else 's'}")
     if usage.drafted:
-        parts.append(f"{usage.accepted} of {usage.drafted} guesses right")
+        parts.append(f"{usage.accepted} of {usage.drafted} drafts accepted")
     if usage.chosen:
         parts.append(f"auto: {usage.chosen}")
     return " · ".join([*parts, f"seed {completion.seed}"])

@@ -1,4 +1,4 @@
-"""What a user sees when something goes wrong: one sentence, a hint, and an exit code."""
+"""Error reports: one sentence, a hint, and an exit code."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import typer
 
-from mixlm.errors import MixlmError, UsageError, near
+from mixlm.errors import MixlmError, UsageError, close_matches
 from mixlm.terminal import visible
 
 INTERRUPTED = 130  # what a shell shows for SIGINT
 _PIPE_CLOSED = 141  # what a shell shows for SIGPIPE
-_OUT_OF_MEMORY = "take a smaller model, or --dtype bfloat16"
+_OUT_OF_MEMORY = "use a smaller model, or --dtype bfloat16"
 
 
 def failed(error: BaseException, arguments: Sequence[str]) -> int:
-    """Say what went wrong on stderr, and return the exit code that goes with it."""
+    """Report an error on stderr, and return its exit code."""
     if isinstance(error, BrokenPipeError):
         return _without_reader()
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -53,26 +53,28 @@ def _explained(error: BaseException, arguments: Sequence[str]) -> tuple[str, str
         return "there is not enough memory", _OUT_OF_MEMORY, 1
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"the system refused: {error.strerror}{where}", "--debug shows where it happened", 1
+        return f"the system refused: {error.strerror}{where}", "--debug shows the traceback", 1
     lines = str(error).strip().splitlines()
     detail = f": {lines[0]}" if lines else ""
-    return f"unexpected {type(error).__name__}{detail}", "run again with --debug to see where it comes from", 1
+    return f"unexpected {type(error).__name__}{detail}", "run again with --debug for the traceback", 1
 
 
 def _usage(error: typer.TyperException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
-    """Explain what the parser of options did not understand."""
+    """Explain a command line that the parser rejects."""
     context: Any = getattr(error, "ctx", None)
     see_help = f"see {context.command_path} --help" if context is not None else _see_help(arguments)
     if hasattr(error, "possibilities") and (option := getattr(error, "option_name", None)):
-        known = [name for one in context.command.get_params(context) for name in one.opts] if context else []
-        # Without the dashes, which would make every option look a little like every other.
-        close = near(option.lstrip("-"), [one[2:] for one in known if one.startswith("--")])
-        hint = f"did you mean {' or '.join(f'--{one}' for one in close)}?" if close else see_help
+        known = (
+            [name for parameter in context.command.get_params(context) for name in parameter.opts] if context else []
+        )
+        # Compared without dashes, which would make all options similar.
+        close = close_matches(option.lstrip("-"), [name[2:] for name in known if name.startswith("--")])
+        hint = f"did you mean {' or '.join(f'--{name}' for name in close)}?" if close else see_help
         return f"{context.command_path if context else 'mixlm'} has no option {option}", hint, error.exit_code
     message = error.format_message().rstrip(".")
     if "extra argument" in message:
-        return message[:1].lower() + message[1:], "put a text of several words in quotes", error.exit_code
-    # The parser's and the validator's sentences are joined by a colon and become one.
+        return message[:1].lower() + message[1:], "put text with spaces in quotes", error.exit_code
+    # The parser joins its sentence and the validator's by a colon.
     message = ": ".join(part[:1].lower() + part[1:] for part in message.split(": "))
     return message, see_help, error.exit_code
 
@@ -83,7 +85,7 @@ def _see_help(arguments: Sequence[str]) -> str:
 
 
 def _without_reader() -> int:
-    """End quietly: what is still buffered for a reader that has gone must not be tried again at exit."""
+    """End quietly after the reader has closed the pipe: buffered output must not be flushed at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

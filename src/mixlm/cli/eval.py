@@ -1,4 +1,4 @@
-"""`mixlm eval`: tasks by every method and several seeds, with what is sure about the differences."""
+"""`mixlm eval`: tasks by every method with several seeds, and the significance of the differences."""
 
 from __future__ import annotations
 
@@ -28,38 +28,53 @@ def evaluate(
     shared: Shared,
     tasks: Annotated[
         str | None,
-        Option("--tasks", metavar="A,B", help="Tasks: mixlm's own, lm-eval's, or a YAML file.", show_default=False),
+        Option(
+            "--tasks",
+            metavar="A,B",
+            help="Tasks: built into mixlm (--list), from lm-eval, or a YAML file.",
+            show_default=False,
+        ),
     ] = None,
     methods: Annotated[
         str | None,
         Option(
             "--methods",
             metavar="A,B",
-            help="Methods to compare; single:NAME is one member, single each. Default: mixture,conventional,single.",
+            help="Methods to compare; single:NAME is one member, single is each member. Default:"
+            " mixture,conventional,single.",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
-        int | None, Option("--limit", metavar="N", help="Only the first N questions of a task.", show_default=False)
+        int | None,
+        Option("--limit", metavar="N", help="Use only the first N questions of each task.", show_default=False),
     ] = None,
-    seeds: Annotated[int, Option("--seeds", metavar="N", help="Runs of each method, from --seed or 0 on.")] = 5,
+    seeds: Annotated[
+        int,
+        Option("--seeds", metavar="N", help="The number of runs of each method, with seeds counting up from --seed."),
+    ] = 5,
     data: Annotated[
         Path | None,
         Option(
             "--data",
             metavar="DIR",
-            help="A folder with gsm8k.jsonl and the like, in place of the hub.",
+            help="A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        Option("--out", metavar="DIR", help="Keep every answer here; a run that stopped goes on.", show_default=False),
+        Option(
+            "--out",
+            metavar="DIR",
+            help="Save every answer in this folder; an interrupted run resumes from it.",
+            show_default=False,
+        ),
     ] = None,
-    batch: Annotated[int, Option("--batch", metavar="N", help="Texts that are written together.")] = 16,
-    raw: Annotated[bool, Option("--raw", help="Put questions as plain text, without the members' templates.")] = False,
+    batch: Annotated[int, Option("--batch", metavar="N", help="The number of completions generated together.")] = 16,
+    raw: Annotated[bool, Option("--raw", help="Prompt with plain text, without chat templates.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the results as one JSON object.")] = False,
-    listed: Annotated[bool, Option("--list", help="List mixlm's own tasks and exit.")] = False,
+    listed: Annotated[bool, Option("--list", help="List the built-in tasks and exit.")] = False,
 ) -> int:
     """Evaluate methods on tasks, and compare them on the same questions.
 
@@ -80,7 +95,7 @@ def evaluate(
     from mixlm.evaluation import evaluate as run
     from mixlm.evaluation.catalog import load_tasks
 
-    # Questions are read before models: what is wrong with them is said at once.
+    # Tasks are loaded before models, so that their errors are reported at once.
     loaded = load_tasks(_names("--tasks", tasks or ""), data=data)
     ensemble = open_ensemble(shared, cast("Options", {**options, "method": names[0].partition(":")[0]}))
     with progress_bars(single=True) as progress:
@@ -106,10 +121,10 @@ def evaluate(
     return 0
 
 
-def _names(option: str, given: str) -> list[str]:
-    names = [one.strip() for one in given.split(",") if one.strip()]
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ConfigError(f"{option} names nothing", "mixlm eval --list shows mixlm's own tasks")
+        raise ConfigError(f"{option} is empty", "mixlm eval --list shows the built-in tasks")
     return list(dict.fromkeys(names))
 
 
@@ -128,28 +143,29 @@ def _show(results: Results) -> None:
     rows = []
     for method in results.methods:
         scores = [results.score(task, method) for task in results.tasks]
-        rows.append((method, *(_cell(one) for one in scores)))
+        rows.append((method, *(_cell(score) for score in scores)))
     first = [results.score(task, results.methods[0]) for task in results.tasks]
-    heads = ("method", *(f"{one.task}\n{one.metric}, {one.count} questions" for one in first))
+    heads = ("method", *(f"{score.task}\n{score.metric}, {score.count} questions" for score in first))
     print_table(heads, rows, right=frozenset(heads[1:]))
     console().print(
-        "± is half of a 95 % interval: over seeds, or over questions (*) where one run was made.", style="dim"
+        "± is half the width of a 95 % confidence interval: over seeds, or over questions (*) after a single run.",
+        style="dim",
     )
-    found = [
+    rows = [
         (
-            one.task,
-            f"{one.left} - {one.right}",
-            f"{one.difference:+.4f}",
-            _interval(one.interval),
-            f"{one.p_value:.3g}",
-            str(one.questions),
-            str(one.better),
-            str(one.worse),
+            comparison.task,
+            f"{comparison.left} - {comparison.right}",
+            f"{comparison.difference:+.4f}",
+            _interval(comparison.interval),
+            f"{comparison.p_value:.3g}",
+            str(comparison.questions),
+            str(comparison.better),
+            str(comparison.worse),
         )
-        for one in results.comparisons()
+        for comparison in results.comparisons()
     ]
-    if found:
-        print_table(_DIFFERENCES, found, right=frozenset(_DIFFERENCES[2:]))
+    if rows:
+        print_table(_DIFFERENCES, rows, right=frozenset(_DIFFERENCES[2:]))
 
 
 def _cell(score: Score) -> str:

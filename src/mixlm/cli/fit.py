@@ -1,4 +1,4 @@
-"""`mixlm fit`: weights, or a router, from text that the members score once."""
+"""`mixlm fit`: fit the weights, or a router, to text that every member scores once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
-    from mixlm.fitting.study import Study
+    from mixlm.fitting.study import FitStudy
 
 
 @with_shared
@@ -36,31 +36,37 @@ def fit(
     shared: Shared,
     files: Annotated[
         list[Path],
-        Argument(metavar="FILE", help="Texts, or .jsonl with a prompt and an answer a line; one file a kind of text."),
+        Argument(
+            metavar="FILE", help="Texts, or .jsonl with one prompt and answer per line; one file per kind of text."
+        ),
     ],
     output: Annotated[
-        Path | None, Option("--output", metavar="FILE", help="Write an ensemble file with the weights.")
+        Path | None, Option("--output", metavar="FILE", help="Write an ensemble file with the fitted weights.")
     ] = None,
     router: Annotated[
-        Path | None, Option("--router", metavar="FILE", help="Train a router as well, and write it.")
+        Path | None, Option("--router", metavar="FILE", help="Also train a router, and write it.")
     ] = None,
-    grid: Annotated[bool, Option("--grid", help="Search a grid of weights as well, to compare.")] = False,
+    grid: Annotated[bool, Option("--grid", help="Also search a grid of weights, for comparison.")] = False,
     step: Annotated[
         float | None,
-        Option("--step", metavar="S", help="Step of the grid, which it asks for. Default: 0.1.", show_default=False),
+        Option("--step", metavar="S", help="The step of the grid; implies --grid. Default: 0.1.", show_default=False),
     ] = None,
     holdout: Annotated[
-        float, Option("--holdout", metavar="X", help="Share of each text for the check; 0 keeps all for the fit.")
+        float,
+        Option(
+            "--holdout", metavar="X", help="The fraction of each text held out for validation; 0 holds out nothing."
+        ),
     ] = 0.5,
     bootstrap: Annotated[
-        int, Option("--bootstrap", metavar="N", help="Refits for the weights' intervals; 0 for none.")
+        int,
+        Option("--bootstrap", metavar="N", help="The number of bootstrap refits for confidence intervals; 0 for none."),
     ] = 200,
     prompt_bytes: Annotated[
         int,
         Option(
             "--prompt-bytes",
             metavar="N",
-            help="Take the first N bytes of each passage of a text as its prompt, to compare weights by prompt too.",
+            help="Treat the first N bytes of each passage as its prompt, to compare weights by prompt too.",
             show_default=False,
         ),
     ] = 0,
@@ -68,22 +74,28 @@ def fit(
     accuracy: Annotated[
         str | None,
         accuracy_option(
-            "--accuracy", "TASK", "Measure accuracy on a task with these weights too; with --grid, at every point."
+            "--accuracy", "TASK", "Also measure accuracy on a task with the weights; with --grid, at every point."
         ),
     ] = None,
-    limit: Annotated[int | None, accuracy_option("--limit", "N", "Only the first N questions of the task.")] = None,
+    limit: Annotated[int | None, accuracy_option("--limit", "N", "Use only the first N questions of the task.")] = None,
     seeds: Annotated[
-        int | None, accuracy_option("--seeds", "N", "Runs of each way, where texts are written. Default: 1.")
+        int | None,
+        accuracy_option("--seeds", "N", "The number of runs of each weighting, if the task generates. Default: 1."),
     ] = None,
     data: Annotated[
-        Path | None, accuracy_option("--data", "DIR", "A folder with gsm8k.jsonl and the like, in place of the hub.")
+        Path | None,
+        accuracy_option(
+            "--data", "DIR", "A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        accuracy_option("--out", "DIR", "Keep answers here; a run that stopped goes on. Default: fit-results/TASK."),
+        accuracy_option(
+            "--out", "DIR", "Save answers in this folder; an interrupted run resumes. Default: fit-results/TASK."
+        ),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
-    no_cache: Annotated[bool, Option("--no-cache", help="Read the texts anew, and keep no scores.")] = False,
+    no_cache: Annotated[bool, Option("--no-cache", help="Score the texts again, without the cache of scores.")] = False,
 ) -> int:
     """Fit the weights, or a router, to text.
 
@@ -91,74 +103,78 @@ def fit(
     first part of each text, and the rest validates them. With --accuracy, the weights are also evaluated on a task,
     and the generation options apply to it.
     """
-    asked = AccuracyOptions(accuracy, limit, seeds, data, out)
-    asked.check()
+    accuracy_options = AccuracyOptions(accuracy, limit, seeds, data, out)
+    accuracy_options.check()
     refuse_generation_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step)
     if prompt_bytes < 0:
-        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 takes no prompts")
+        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 means no prompts")
     check_writable("--output", output)
     check_writable("--router", router)
     texts = read_texts(files)
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
-    task = asked.load(shared)
+    task = accuracy_options.load(shared)
     ensemble = open_ensemble(shared, {})
-    from mixlm.fitting.study import Plan, study
+    from mixlm.fitting.study import FitPlan, study
 
     scores = score_texts(
         ensemble, texts, pairs, model_identities(config, not no_cache), ends=ends, system=shared.system
     )
-    given = None if shared.numbers() is None and config.weights() is None else ensemble.weights
-    plan = Plan(holdout, bootstrap, step, router is not None, given, prompt_bytes)
+    weights = None if shared.numbers() is None and config.weights() is None else ensemble.weights
+    plan = FitPlan(holdout, bootstrap, step, router is not None, weights, prompt_bytes)
     with progress_bars() as progress:
-        found = study(scores, plan, progress=progress)
-    # Weights are kept before questions are asked: that may take long, and can be taken up again.
-    written = _write(found, config, shared, output, router)
-    engines = len({id(one.engine) for one in ensemble.members})
+        result = study(scores, plan, progress=progress)
+    # Weights are written before the evaluation, which may take long and can be resumed.
+    notes = _write(result, config, shared, output, router)
+    engines = len({id(member.engine) for member in ensemble.members})
     report = None
     if task is not None:
-        report = asked.measure(task, ensemble, found, shared, step=step, holdout=holdout)
+        report = accuracy_options.measure(task, ensemble, result, shared, step=step, holdout=holdout)
     if as_json:
-        print_json({**found.as_dict(engines), **({} if report is None else {"accuracy": report.as_dict()})})
+        print_json({**result.as_dict(engines), **({} if report is None else {"accuracy": report.as_dict()})})
     else:
-        _show(found, engines)
+        _show(result, engines)
         if report is not None:
             report.show()
-    for line in written:
-        dim(line)
+    for note in notes:
+        dim(note)
     return 0
 
 
 def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None) -> None:
     if len(config.members) < 2:
-        raise ConfigError("one member has weight 1, and nothing is to fit", "name two members or more with -m")
+        raise ConfigError(
+            "a single member has weight 1, so there is nothing to fit", "name two or more members with -m"
+        )
     if not 0 <= holdout < 1:
         raise ConfigError(f"--holdout is {holdout:g}; it must be 0 or more, and less than 1", "such as: --holdout 0.5")
     if bootstrap < 0:
-        raise ConfigError(f"--bootstrap is {bootstrap}; it must be 0 or more", "0 leaves the intervals out")
+        raise ConfigError(f"--bootstrap is {bootstrap}; it must be 0 or more", "0 means no intervals")
     if step is not None:
-        from mixlm.fitting.em import grid_points
+        from mixlm.fitting.likelihood import grid_points
 
         grid_points(len(config.members), step)
 
 
-def _write(found: Study, config: EnsembleConfig, shared: Shared, output: Path | None, router: Path | None) -> list[str]:
-    """Write what was fitted. Returns a line about each file."""
+def _write(
+    result: FitStudy, config: EnsembleConfig, shared: Shared, output: Path | None, router: Path | None
+) -> list[str]:
+    """Write the fitted weights and router. Returns a line about each file."""
     lines = []
-    if router is not None and found.router is not None:
-        found.router.save(router)
+    if router is not None and result.router is not None:
+        result.router.save(router)
         lines.append(f"router written to {router}")
     if output is not None:
         from mixlm.config import RouterConfig, write_config
 
-        weights = [round(float(one), 6) for one in found.em.weights]
-        members = tuple(_as_written(one, weight) for one, weight in zip(config.members, weights, strict=True))
+        weights = [round(float(weight), 6) for weight in result.em.weights]
+        members = tuple(_with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
         routed = RouterConfig()
         if router is not None:
-            # An ensemble file names files from its own folder.
+            # Paths in an ensemble file are relative to its folder.
             routed = RouterConfig(kind="learned", file=os.path.relpath(router.resolve(), output.resolve().parent))
         changes = {"members": members, "router": routed}
         if shared.system is not None:
@@ -168,65 +184,65 @@ def _write(found: Study, config: EnsembleConfig, shared: Shared, output: Path | 
     return lines
 
 
-def _as_written(member: MemberConfig, weight: float) -> MemberConfig:
-    """Return a member with its weight, named so that it is found from any folder."""
+def _with_weight(member: MemberConfig, weight: float) -> MemberConfig:
+    """Return a member with its weight and an absolute path, if its model is a path."""
     path = Path(member.model).expanduser()
     local = (path / "config.json").is_file() or path.is_file()
-    # The text of a template file has been read, and stands for it.
+    # The template itself replaces the name of its file.
     return member.model_copy(
         update={"weight": weight, "model": str(path.absolute()) if local else member.model, "template_file": None}
     )
 
 
-def _show(found: Study, engines: int) -> None:
-    train = list(found.train.values())
+def _show(result: FitStudy, engines: int) -> None:
+    train = list(result.train.values())
     rows = []
-    for i, name in enumerate(found.names):
-        interval = "" if found.intervals is None else "{:.3f} to {:.3f}".format(*found.intervals[i])
-        rows.append((name, f"{found.em.weights[i]:.3f}", interval))
-    heads = ["member", "weight", "95 % interval"][: 2 if found.intervals is None else 3]
-    print_table(heads, [one[: len(heads)] for one in rows], right=set(heads[1:]))
-    trace = found.em.trace
-    ended = "" if found.em.converged else "; not converged, the members may be too much alike"
-    about = about_unit(train[0].unit, sum(len(one.ends) for one in train), sum(one.size for one in train))
+    for i, name in enumerate(result.names):
+        interval = "" if result.intervals is None else "{:.3f} to {:.3f}".format(*result.intervals[i])
+        rows.append((name, f"{result.em.weights[i]:.3f}", interval))
+    heads = ["member", "weight", "95 % interval"][: 2 if result.intervals is None else 3]
+    print_table(heads, [row[: len(heads)] for row in rows], right=set(heads[1:]))
+    trace = result.em.trace
+    ended = "" if result.em.converged else "; not converged, perhaps because the members are too similar"
+    about = about_unit(train[0].unit, sum(len(scores.ends) for scores in train), sum(scores.size for scores in train))
     print_lines(
-        f"Fitted by EM in {len(trace)} rounds, {found.em.seconds:.3f} s: {trace[0]:.4f} to {trace[-1]:.4f} bits per "
+        f"Fitted by EM in {len(trace)} rounds, {result.em.seconds:.3f} s: {trace[0]:.4f} to {trace[-1]:.4f} bits per "
         f"byte{ended}. {about}"
     )
-    _show_check(found)
-    _show_costs(found, engines)
+    _show_check(result)
+    _show_costs(result, engines)
 
 
-def _show_check(found: Study) -> None:
-    several = len(found.check) > 1
-    files = [Path(name).name for name in found.check] if several else []
-    heads = ("", *(f"{one} " for one in files), "all texts" if several else "bits per byte", "below best member")
+def _show_check(result: FitStudy) -> None:
+    several = len(result.check) > 1
+    files = [Path(name).name for name in result.check] if several else []
+    heads = ("", *(f"{name} " for name in files), "all texts" if several else "bits per byte", "below best member")
     rows = []
-    for one in found.rows:
-        each = [f"{value:.4f}" for value in one.files] if several else []
-        rows.append((one.name, *each, f"{one.all:.4f}", f"{found.below(one):+.2f} %"))
-    best = min(range(len(found.rows)), key=lambda at: found.rows[at].all)
-    styles = ["bold" if at == best else "" for at in range(len(rows))]
+    for row in result.rows:
+        by_file = [f"{value:.4f}" for value in row.files] if several else []
+        rows.append((row.name, *by_file, f"{row.all:.4f}", f"{result.percent_below(row):+.2f} %"))
+    best = min(range(len(result.rows)), key=lambda i: result.rows[i].all)
+    styles = ["bold" if i == best else "" for i in range(len(rows))]
     print_table(heads, rows, right=frozenset(heads[1:]), styles=styles)
-    size = sum(one.size for one in found.check.values())
-    where = f"the {size} bytes of the fit itself"
-    if found.held_out:
-        where = f"{size} bytes that were held out; all weights, written ones too, are those fitted on the other part"
-    print_lines(f"Bits per byte on {where}. The best single member is {found.best_member.name}.")
-    rows_by_name = {one.name: one.all for one in found.rows}
-    if found.router is not None and found.held_out and rows_by_name["router"] > rows_by_name["EM"]:
-        print_lines("The router does worse than fixed weights here: more text, or text of more kinds, may train it.")
+    size = sum(scores.size for scores in result.check.values())
+    where = f"the {size} bytes of the training text"
+    if result.held_out:
+        where = f"{size} held-out bytes; all weights, including those in files, are fitted to the other part"
+    print_lines(f"Bits per byte on {where}. The best single member is {result.best_member.name}.")
+    rows_by_name = {row.name: row.all for row in result.rows}
+    if result.router is not None and result.held_out and rows_by_name["router"] > rows_by_name["EM"]:
+        print_lines("The router is worse than fixed weights here; more text, or more kinds of text, may help.")
 
 
-def _show_costs(found: Study, engines: int) -> None:
-    if found.grid is None:
+def _show_costs(result: FitStudy, engines: int) -> None:
+    if result.grid is None:
         return
-    points = len(found.grid.trace)
-    once, anew = found.readings(engines)
-    weights = ", ".join(f"{one:g}" for one in found.grid.weights)
+    points = len(result.grid.trace)
+    passes, grid_passes = result.passes(engines)
+    weights = ", ".join(f"{weight:g}" for weight in result.grid.weights)
     print_lines(
-        f"The grid's best weights are {weights}: {min(found.grid.trace):.4f} bits per byte on the training part, where "
-        f"EM has {found.em.trace[-1]:.4f}. On known scores its {points} points took {found.grid.seconds:.3f} s, EM "
-        f"{found.em.seconds:.3f} s. Either needs {once} readings of a passage by a model; a search that evaluates "
-        f"every point anew needs {anew}."
+        f"The grid's best weights are {weights}: {min(result.grid.trace):.4f} bits per byte on the training part; "
+        f"EM reaches {result.em.trace[-1]:.4f}. Given the scores, its {points} points took {result.grid.seconds:.3f} "
+        f"s, EM {result.em.seconds:.3f} s. Both need {passes} passes of a model over a passage; a search that "
+        f"evaluates every point with the models needs {grid_passes}."
     )

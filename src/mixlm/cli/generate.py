@@ -90,11 +90,11 @@ def generate(
     ] = None,
 ) -> int:
     """Generate a completion of a prompt, or of each prompt in a file."""
-    reported = {"alternatives": alternatives, "logprobs_of": logprobs_of}
+    reported = {"top_logprobs": alternatives, "logprobs_of": logprobs_of}
     reported = {name: value for name, value in reported.items() if value is not None}
     if reported and not as_json:
-        name = next(iter(reported)).replace("_", "-")
-        raise UsageError(f"--{name} needs --json", "add --json, or omit it")
+        name = "--logprobs-of" if alternatives is None else "--alternatives"
+        raise UsageError(f"{name} needs --json", "add --json, or omit it")
     extra = cast("Options", {"raw": True} if raw else {})
     if logit_bias:
         extra["logit_bias"] = _biases(logit_bias)

@@ -69,7 +69,7 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
     settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
-    sampling = [{**config.sampling.given(), **member.sampling.given()} for member in config.members]
+    sampling = [{**config.sampling.options(), **member.sampling.options()} for member in config.members]
     for member_sampling in sampling:
         settings.member_sampling(member_sampling)
     # Names of members are final once they are loaded, so the draft is checked then.

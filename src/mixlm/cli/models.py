@@ -1,4 +1,4 @@
-"""`mixlm models`: what can be fetched, what is installed, and fetching it."""
+"""`mixlm models`: list and fetch models."""
 
 from __future__ import annotations
 
@@ -38,20 +38,19 @@ def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) 
         ("model", "what it is", "size", "installed", "licence"),
         [
             (
-                one["name"],
-                one["title"] or one["source"] or "",
-                _size(one["size_bytes"]),
-                "yes" if one["installed"] else "no",
-                one["licence"] or "",
+                row["name"],
+                row["title"] or row["source"] or "",
+                _size(row["size_bytes"]),
+                "yes" if row["installed"] else "no",
+                row["licence"] or "",
             )
-            for one in rows
+            for row in rows
         ],
         right={"size"},
     )
-    # Each model's folder is named like the model, so that one line says where all of them are.
     print(f"Installed models are in {visible(str(cache_root() / 'models'))}")
-    if lacking := [one["name"] for one in rows if not one["installed"]]:
-        print(f"Fetch one with: mixlm models get {lacking[0]}")
+    if missing := [row["name"] for row in rows if not row["installed"]]:
+        print(f"Fetch one with: mixlm models get {missing[0]}")
 
 
 @models.command(cls=Command)
@@ -64,19 +63,19 @@ def get(
     """Fetch a model, or the demo pair, unless it is installed."""
     import mixlm.models as store
 
-    for one in store.get(name):
-        print(f"{one.name} is installed: {visible(str(one.path))}")
+    for model in store.get(name):
+        print(f"{model.name} is installed: {visible(str(model.path))}")
 
 
 def _rows() -> list[dict[str, Any]]:
-    """Return the catalogue's models first, then the others that are installed."""
+    """Return the models of the catalog, then the other installed ones."""
     from mixlm.models import CATALOG, installed
 
-    there = {one.name: one for one in installed()}
+    by_name = {model.name: model for model in installed()}
     rows = []
-    for name in dict.fromkeys([*CATALOG, *there]):
+    for name in dict.fromkeys([*CATALOG, *by_name]):
         known = CATALOG.get(name)
-        row = _installed(there.get(name))
+        row = _installed(by_name.get(name))
         if known is not None:
             row["size_bytes"] = row["size_bytes"] or known.size
             row["licence"] = row["licence"] or known.licence
@@ -85,14 +84,14 @@ def _rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _installed(one: InstalledModel | None) -> dict[str, Any]:
+def _installed(model: InstalledModel | None) -> dict[str, Any]:
     return {
-        "installed": one is not None,
-        "size_bytes": one.size_bytes if one else None,
-        "dtype": one.dtype if one else None,
-        "licence": one.licence if one else None,
-        "source": one.source if one else None,
-        "path": str(one.path) if one else None,
+        "installed": model is not None,
+        "size_bytes": model.size_bytes if model else None,
+        "dtype": model.dtype if model else None,
+        "licence": model.licence if model else None,
+        "source": model.source if model else None,
+        "path": str(model.path) if model else None,
     }
 
 

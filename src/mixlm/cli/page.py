@@ -1,4 +1,4 @@
-"""A scored text as one HTML page that needs nothing else."""
+"""A scored text as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mixlm.cli.display import _PALETTE
+from mixlm.cli.display import PALETTE
 from mixlm.cli.segments import LEGEND, about_unit, bits, level, responsible
 from mixlm.terminal import visible
 
@@ -37,25 +37,28 @@ pre span:hover::after { content: attr(data-n); position: fixed; left: 1rem; bott
 """
 
 
-def page(title: str, found: Mapping[str, Any], numbers: Sequence[Sequence[str]]) -> str:
-    """Return a page of a text in the form that `--json` prints.
+def page(title: str, report: Mapping[str, Any], numbers: Sequence[Sequence[str]]) -> str:
+    """Return the HTML page of a scored text.
 
-    numbers: rows of name, weight, bits per byte, log-probability and share, the mixture last.
+    Args:
+        title: The title.
+        report: The report that `--json` prints.
+        numbers: Rows of name, weight, bits per byte, log-probability and share; the mixture comes last.
     """
-    names = list(found["bits_per_byte"]["members"])
-    places = {name: i % len(_PALETTE) for i, name in enumerate(names)}
-    colours = "".join(f".m{i} {{ --c: {_hex(code)} }}\n" for i, code in enumerate(_PALETTE))
+    names = list(report["bits_per_byte"]["members"])
+    places = {name: i % len(PALETTE) for i, name in enumerate(names)}
+    colours = "".join(f".m{i} {{ --c: {_hex(code)} }}\n" for i, code in enumerate(PALETTE))
     heads = ("", "weight", "bits per byte", "log-probability", "responsible for")
     rows = [_row("th", heads), *(_member(row, places.get(row[0])) for row in numbers)]
-    segments = "".join(_segment(one, places) for one in found["segments"])
-    about = about_unit(found["unit"], len(found["segments"]), found["bytes"])
+    segments = "".join(_segment(segment, places) for segment in report["segments"])
+    about = about_unit(report["unit"], len(report["segments"]), report["bytes"])
     return (
         '<!doctype html>\n<html lang="und">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_safe(title)}</title>\n<style>{_STYLE}{colours}</style>\n</head>\n<body>\n<h1>{_safe(title)}</h1>\n"
         f"<table>\n{''.join(rows)}</table>\n<p>{_safe(about)}</p>\n"
-        "<p>Each part has the colour of the member most responsible for it. "
-        f"{_safe(LEGEND[0].upper() + LEGEND[1:])}. Point at a part for its numbers.</p>\n"
+        "<p>Each segment has the colour of the member most responsible for it. "
+        f"{_safe(LEGEND[0].upper() + LEGEND[1:])}. Point at a segment for its numbers.</p>\n"
         f"<pre>{segments}</pre>\n</body>\n</html>\n"
     )
 
@@ -66,19 +69,19 @@ def _member(row: Sequence[str], place: int | None) -> str:
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{one}</{kind}>' for one in cells)}</tr>\n"
+    return f"<tr>{''.join(f'<{kind}>{cell}</{kind}>' for cell in cells)}</tr>\n"
 
 
-def _segment(one: Mapping[str, Any], places: Mapping[str, int]) -> str:
-    if not one["text"]:
+def _segment(segment: Mapping[str, Any], places: Mapping[str, int]) -> str:
+    if not segment["text"]:
         return ""
-    kind = f"m m{places[responsible(one)]} {level(one['logprob'])}"
+    kind = f"m m{places[responsible(segment)]} {level(segment['logprob'])}"
     width = max(map(len, ("mixture", *places)))
-    lines = [f"{'mixture':{width}} {bits(one['logprob']):7.2f} bits"]
+    lines = [f"{'mixture':{width}} {bits(segment['logprob']):7.2f} bits"]
     for name in places:
-        share = one["responsibilities"][name]
-        lines.append(f"{name:{width}} {bits(one['members'][name]):7.2f} bits  {share:4.0%}")
-    return f'<span class="{kind}" data-n="{_safe(chr(10).join(lines))}">{_safe(one["text"])}</span>'
+        share = segment["responsibilities"][name]
+        lines.append(f"{name:{width}} {bits(segment['members'][name]):7.2f} bits  {share:4.0%}")
+    return f'<span class="{kind}" data-n="{_safe(chr(10).join(lines))}">{_safe(segment["text"])}</span>'
 
 
 def _safe(text: str) -> str:
@@ -86,7 +89,7 @@ def _safe(text: str) -> str:
 
 
 def _hex(code: int) -> str:
-    """Return one of the 216 colours of a terminal's colour cube as a web colour."""
+    """Return one of the 216 colours of a terminal's colour cube as a CSS colour."""
     steps = (0, 95, 135, 175, 215, 255)
     red, rest = divmod(code - 16, 36)
-    return "#" + "".join(f"{steps[one]:02x}" for one in (red, *divmod(rest, 6)))
+    return "#" + "".join(f"{steps[index]:02x}" for index in (red, *divmod(rest, 6)))

@@ -1,4 +1,4 @@
-"""Run a command line: whatever goes wrong becomes one sentence, a hint and an exit code."""
+"""Run a command line, and turn errors into one sentence, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     """Run a Typer application and return its exit code.
 
     Args:
-        app: the application.
-        name: the program's name in messages, such as "mixlm".
-        arguments: the command line without the program; None takes it from `sys.argv`.
+        app: The application.
+        name: The program's name in messages, such as "mixlm".
+        arguments: The command line without the program; `sys.argv` by default.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            # A terminal that cannot show a character shows a stand-in; a reply does not end over it.
+            # Characters that the terminal cannot show are replaced; they do not stop a completion.
             reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
     try:
         if sys.stdout is None:
             raise UsageError("standard output is closed", "leave it open, or send it to /dev/null")
         command = typer.main.get_command(app)
-        with command.make_context(name, list(given), **_SETTINGS) as context:
+        with command.make_context(name, list(arguments), **_SETTINGS) as context:
             code = command.invoke(context)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.Exit as ended:
         return ended.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        return failed(error, given)
+        return failed(error, arguments)

@@ -1,4 +1,4 @@
-"""Tables on stdout."""
+"""Tables and notes on stdout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Return what prints to stdout. Where that is no terminal, lines are as long as they need to be."""
+    """Return a console on stdout. If stdout is not a terminal, lines are not wrapped."""
     from rich.console import Console
 
     colours = has_colours(sys.stdout)
@@ -38,8 +38,12 @@ def print_table(
 ) -> None:
     """Print a table.
 
-    right: heads of the columns whose cells end at the right. styles: one a row, for its last cell. head_styles: of
-    heads, by their text.
+    Args:
+        heads: The column headings.
+        rows: The cells of each row.
+        right: The headings of right-aligned columns.
+        styles: A rich style for the last cell of each row.
+        head_styles: Rich styles of headings, by heading.
     """
     from rich import box
     from rich.table import Table
@@ -52,14 +56,14 @@ def print_table(
             justify="right" if head in right else "left",
             overflow="fold",
         )
-    for at, row in enumerate(rows):
-        cells = [Text(visible(one)) for one in row]
+    for i, row in enumerate(rows):
+        cells = [Text(visible(cell)) for cell in row]
         if styles is not None:
-            cells[-1].stylize(styles[at])
+            cells[-1].stylize(styles[i])
         table.add_row(*cells)
     console().print(table)
 
 
 def print_lines(text: str) -> None:
-    """Print an explanation, dim where there are colours."""
+    """Print a note, dimmed if stdout has colours."""
     console().print(visible(text), style="dim" if has_colours(sys.stdout) else None)

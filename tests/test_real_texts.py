@@ -1,4 +1,4 @@
-"""Texts of the demo pair in float32: however they are written, the same noise gives the same text."""
+"""Texts of the demo pair in float32: whatever the method, the same noise gives the same text."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ QUESTIONS = ["Why is the sky blue?", "Name three fruits.", "Write a line of Pyth
 
 
 def pieces(completion: Completion) -> list[tuple[bytes, str]]:
-    return [(one.data, one.member) for one in completion.tokens]
+    return [(token.data, token.member) for token in completion.tokens]
 
 
-@pytest.mark.parametrize("how", [{"draft": "smollm2-135m", "block": 3}, {"draft": "lookup"}])
-def test_speculative_writes_the_mixtures_text(demo_pair: Ensemble, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("draft", [{"draft": "smollm2-135m", "block": 3}, {"draft": "lookup"}])
+def test_speculative_gives_the_mixtures_text(demo_pair: Ensemble, draft: dict[str, Any]) -> None:
     options: dict[str, Any] = {"seed": 5, "max_tokens": 24}
     expected = demo_pair.generate(QUESTIONS[0], **options)
-    found = demo_pair.generate(QUESTIONS[0], method="speculative", **how, **options)
+    found = demo_pair.generate(QUESTIONS[0], method="speculative", **draft, **options)
     assert pieces(found) == pieces(expected)
-    if how["draft"] != "lookup":
+    if draft["draft"] != "lookup":
         assert 0 < found.usage.accepted <= found.usage.drafted
 
 
-def test_auto_writes_the_mixtures_text(demo_pair: Ensemble) -> None:
+def test_auto_gives_the_mixtures_text(demo_pair: Ensemble) -> None:
     options: dict[str, Any] = {"seed": 6, "max_tokens": 24}
     found = demo_pair.generate(QUESTIONS[1], method="auto", **options)
     assert pieces(found) == pieces(demo_pair.generate(QUESTIONS[1], **options))
@@ -40,14 +40,14 @@ def test_drafted_greedy_is_greedy(demo_pair: Ensemble, draft: str) -> None:
     options: dict[str, Any] = {"method": "greedy", "seed": 0, "max_tokens": 20}
     expected = demo_pair.generate(QUESTIONS[0], **options)
     found = demo_pair.generate(QUESTIONS[0], **options, draft=draft)
-    assert [one.data for one in found.tokens] == [one.data for one in expected.tokens]
+    assert [token.data for token in found.tokens] == [token.data for token in expected.tokens]
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative"])
-def test_replies_written_together_are_those_written_one_by_one(demo_pair: Ensemble, method: Any) -> None:
+def test_completions_of_a_batch_are_those_generated_one_by_one(demo_pair: Ensemble, method: Any) -> None:
     options: dict[str, Any] = {"seed": 7, "max_tokens": 12, "method": method}
     together = demo_pair.generate(QUESTIONS, **options)
-    alone = [demo_pair.generate(one, sequence=i, **options) for i, one in enumerate(QUESTIONS)]
-    assert [pieces(one) for one in together] == [pieces(one) for one in alone]
-    # Several replies were in one forward, or this would be no test of it.
-    assert all(one.engine.runner.batches for one in demo_pair.members)  # type: ignore[attr-defined]
+    alone = [demo_pair.generate(question, sequence=i, **options) for i, question in enumerate(QUESTIONS)]
+    assert [pieces(completion) for completion in together] == [pieces(completion) for completion in alone]
+    # Several sequences were in one forward, or this would not test it.
+    assert all(member.engine.runner.batches for member in demo_pair.members)  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ CORPUS = [
     "Привет, мир! Как дела? Ελληνικά και עברית.",
     "👍🏽 👩‍👩‍👧 🎉🎉 ok <|x|> </x> [INST]",
 ] * 3
-CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
 LIKE_GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -34,7 +34,7 @@ FRAGMENTS = [
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=30).map("".join)
 BROKEN = ["🎉".encode()[:3], "日".encode()[:2], "é".encode()[:1], b"\xff", b"\x80", b"\xed\xa0\x80"]
 any_bytes = st.lists(
-    st.sampled_from([*(one.encode() for one in FRAGMENTS), *BROKEN])
+    st.sampled_from([*(fragment.encode() for fragment in FRAGMENTS), *BROKEN])
     | st.text(max_size=3).map(str.encode)
     | st.binary(min_size=1, max_size=3),
     max_size=25,
@@ -42,7 +42,7 @@ any_bytes = st.lists(
 
 
 def random_pieces(rng: Random) -> list[bytes]:
-    """A text in pieces as members might write them: some end inside a word or a character, some are no text."""
+    """A text in pieces as members might generate it: some end inside a word or a character, some are not text."""
     pieces = []
     for _ in range(rng.randint(1, 14)):
         kind = rng.random()
@@ -53,12 +53,12 @@ def random_pieces(rng: Random) -> list[bytes]:
         else:
             piece = rng.choice(BROKEN)
         cut = rng.randrange(len(piece)) if rng.random() < 0.3 else 0
-        pieces += [one for one in (piece[:cut], piece[cut:]) if one]
+        pieces += [part for part in (piece[:cut], piece[cut:]) if part]
     return pieces
 
 
-def _specials() -> list[AddedToken]:
-    return [AddedToken(one, special=True, normalized=False) for one in CONTROL]
+def _special_tokens() -> list[AddedToken]:
+    return [AddedToken(spelling, special=True, normalized=False) for spelling in SPECIAL]
 
 
 def _byte_level(pre_tokenizer, *, normalizer=None, post_processor=None, plain=()) -> Tokenizer:
@@ -72,8 +72,8 @@ def _byte_level(pre_tokenizer, *, normalizer=None, post_processor=None, plain=()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(_specials())
-    tokenizer.add_tokens([AddedToken(one, special=False, normalized=False) for one in plain])
+    tokenizer.add_special_tokens(_special_tokens())
+    tokenizer.add_tokens([AddedToken(content, special=False, normalized=False) for content in plain])
     return tokenizer
 
 
@@ -109,20 +109,20 @@ def _prefixed() -> Tokenizer:
 
 def _sentencepiece(normalizer, decoder, *, plain=()) -> Tokenizer:
     """BPE over "▁"-marked text with one token for each byte."""
-    shape = Tokenizer(models.BPE())
-    shape.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    shape.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, limit_alphabet=90, show_progress=False))
-    learned = json.loads(shape.to_str())["model"]
+    base = Tokenizer(models.BPE())
+    base.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    base.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, limit_alphabet=90, show_progress=False))
+    learned = json.loads(base.to_str())["model"]
     head = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁▁", "▁▁▁▁"]
-    names = [*head, *(one for one in learned["vocab"] if one not in head)]
-    merges = [("▁", "▁"), ("▁▁", "▁▁"), *(tuple(one) for one in learned["merges"])]
-    vocab = {one: i for i, one in enumerate(dict.fromkeys(names))}
-    merges = [one for one in dict.fromkeys(merges) if all(part in vocab for part in (*one, "".join(one)))]
+    names = [*head, *(name for name in learned["vocab"] if name not in head)]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), *(tuple(merge) for merge in learned["merges"])]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    merges = [pair for pair in dict.fromkeys(merges) if all(part in vocab for part in (*pair, "".join(pair)))]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizer
     tokenizer.decoder = decoder
-    tokenizer.add_special_tokens([AddedToken("<unk>", special=True, normalized=False), *_specials()])
-    tokenizer.add_tokens([AddedToken(one, special=False, normalized=False) for one in plain])
+    tokenizer.add_special_tokens([AddedToken("<unk>", special=True, normalized=False), *_special_tokens()])
+    tokenizer.add_tokens([AddedToken(content, special=False, normalized=False) for content in plain])
     return tokenizer
 
 
@@ -145,7 +145,7 @@ def _unigram() -> Tokenizer:
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(_specials())
+    tokenizer.add_special_tokens(_special_tokens())
     return tokenizer
 
 
@@ -169,7 +169,7 @@ def _trained(name: str) -> str:
 
 
 def trained(name: str) -> Tokenizer:
-    """A fresh copy: an encoder changes the tokenizer it is given."""
+    """A fresh copy: an encoder changes its tokenizer."""
     return Tokenizer.from_str(_trained(name))
 
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from toys import VOCABULARIES
-from trained import ALL, CONTROL, EXACT, any_bytes, encoder, random_pieces, texts, trained
+from trained import ALL, EXACT, SPECIAL, any_bytes, encoder, random_pieces, texts, trained
 
 from mixlm.engines.toy import LongestMatch
 from mixlm.tokenization.chat_template import PromptEncoder
@@ -21,44 +21,41 @@ CUTS = st.lists(st.integers(1, 8), max_size=40)
 
 
 def steps(data: bytes, lengths: list[int]) -> list[bytes]:
-    """Cut a text into its growing prefixes."""
-    ends, at = [], 0
-    for length in lengths:
-        at += length
-        ends.append(at)
-    return [data[:end] for end in [*(one for one in ends if one < len(data)), len(data)]]
+    """Return the prefixes of a text that grows by some lengths, and the text."""
+    ends = [end for end in accumulate(lengths) if end < len(data)]
+    return [data[:end] for end in [*ends, len(data)]]
 
 
-def assert_grows(one: Encoder, prefixes: list[bytes]) -> None:
+def assert_grows(encoder: Encoder, prefixes: list[bytes]) -> None:
     """Whatever the steps in which a text came, its ids are those of the whole, and what is stable stays."""
-    growing, ids, settled = IncrementalEncoder(one), [], []
+    incremental, ids, stable = IncrementalEncoder(encoder), [], []
     for prefix in prefixes:
-        fallen, new = growing.update(bytearray(prefix))
-        kept = ids[: len(ids) - fallen]
-        assert kept[: len(settled)] == settled
-        ids, settled = kept + new, kept
-        assert ids == one.encode(prefix).ids, prefix
+        dropped, added = incremental.update(bytearray(prefix))
+        remaining = ids[: len(ids) - dropped]
+        assert remaining[: len(stable)] == stable
+        ids, stable = remaining + added, remaining
+        assert ids == encoder.encode(prefix).ids, prefix
 
 
-def assert_stable(one: Encoder, data: bytes, more: bytes) -> None:
-    """What an encoding calls stable is a part of its own in the encoding of a longer text."""
-    first, whole = one.encode(data), one.encode(data + more)
+def assert_stable(encoder: Encoder, data: bytes, more: bytes) -> None:
+    """The stable part of an encoding is a separate part of the encoding of any longer text."""
+    first, whole = encoder.encode(data), encoder.encode(data + more)
     assert 0 <= first.stable_ids <= len(first.ids)
     assert 0 <= first.stable_bytes <= len(data)
     assert whole.ids[: first.stable_ids] == first.ids[: first.stable_ids]
-    assert one.encode((data + more)[first.stable_bytes :]).ids == whole.ids[first.stable_ids :]
+    assert encoder.encode((data + more)[first.stable_bytes :]).ids == whole.ids[first.stable_ids :]
 
 
-def assert_many_grow(one: Encoder) -> None:
+def assert_many_grow(encoder: Encoder) -> None:
     rng = Random(7)
     for _ in range(300):
-        assert_grows(one, list(accumulate(random_pieces(rng))))
+        assert_grows(encoder, list(accumulate(random_pieces(rng))))
 
 
-def assert_many_are_stable(one: Encoder) -> None:
+def assert_many_are_stable(encoder: Encoder) -> None:
     rng = Random(8)
     for _ in range(300):
-        assert_stable(one, b"".join(random_pieces(rng)), b"".join(random_pieces(rng)))
+        assert_stable(encoder, b"".join(random_pieces(rng)), b"".join(random_pieces(rng)))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -82,9 +79,9 @@ def test_what_is_stable_stays(name):
     [
         # A space in front of a word belongs to the word, also where the tokenizer trims offsets.
         ("trimmed", ["one two", "one two three four", "one two three four five"]),
-        # One character that normalises to two, in two pre-tokens.
+        # One character that normalizes to two, in two pre-tokens.
         ("gpt4", ["\u0959 ", "\u0959 x"]),
-        # A mark that sorts in front of another when the text is normalised.
+        # A mark that sorts in front of another when the text is normalized.
         ("gpt4", ["e\u0301", "e\u0301\u0327", "e\u0301\u0327\u0274\u0301", "e\u0301\u0327\u0274\u0301  x"]),
         # A plain added token that comes in parts.
         ("tools", [" <tool_ca", " <tool_call>"]),
@@ -96,7 +93,7 @@ def test_what_is_stable_stays(name):
     ],
 )
 def test_a_growing_text_has_the_ids_of_the_whole_in_hard_cases(name, prefixes):
-    assert_grows(encoder(trained(name)), [one.encode() for one in prefixes])
+    assert_grows(encoder(trained(name)), [prefix.encode() for prefix in prefixes])
 
 
 @given(parts=st.lists(st.sampled_from(["<tool_call>", "</tool_call>", " ", "x", "<", "call", "\n"])), lengths=CUTS)
@@ -107,39 +104,39 @@ def test_added_tokens_that_come_in_parts_have_the_ids_of_the_whole(parts, length
 @pytest.mark.parametrize("tokens", VOCABULARIES)
 @given(text=st.text("abc ", max_size=40), lengths=CUTS)
 def test_a_growing_toy_text_has_the_ids_of_the_whole(tokens, text, lengths):
-    one = LongestMatch(tokens)
-    assert_grows(one, steps(text.encode(), lengths))
-    assert b"".join(tokens[i] for i in one.encode(text.encode()).ids) == text.encode()
+    toy = LongestMatch(tokens)
+    assert_grows(toy, steps(text.encode(), lengths))
+    assert b"".join(tokens[i] for i in toy.encode(text.encode()).ids) == text.encode()
 
 
 class Counting:
-    """An encoder that notes how much it was given."""
+    """An encoder that records the lengths it was given."""
 
-    def __init__(self, one: Encoder) -> None:
-        self.one = one
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
         self.lengths: list[int] = []
 
     def encode(self, data: bytes) -> Encoded:
         self.lengths.append(len(data))
-        return self.one.encode(data)
+        return self.encoder.encode(data)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_only_the_end_of_a_long_text_is_read_again(name):
-    one = Counting(encoder(trained(name)))
-    growing = IncrementalEncoder(one)
+def test_only_the_end_of_a_long_text_is_encoded_again(name):
+    counting = Counting(encoder(trained(name)))
+    incremental = IncrementalEncoder(counting)
     data = PROSE.encode()
     for end in range(7, len(data), 7):
-        growing.update(data[:end])
-    assert max(one.lengths) < 100
+        incremental.update(data[:end])
+    assert max(counting.lengths) < 100
 
 
 @pytest.mark.parametrize("name", ALL)
-@given(text=texts, more=st.lists(st.sampled_from(CONTROL), max_size=3))
-def test_control_tokens_never_result_from_text(name, text, more):
+@given(text=texts, more=st.lists(st.sampled_from(SPECIAL), max_size=3))
+def test_special_tokens_never_result_from_text(name, text, more):
     tokenizer = trained(name)
-    control = {tokenizer.token_to_id(one) for one in CONTROL}
-    assert not control & set(encoder(tokenizer).encode((text + "".join(more) + text).encode()).ids)
+    special = {tokenizer.token_to_id(spelling) for spelling in SPECIAL}
+    assert not special & set(encoder(tokenizer).encode((text + "".join(more) + text).encode()).ids)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -149,14 +146,14 @@ def test_control_tokens_never_result_from_text(name, text, more):
 def test_every_prefix_is_spelled_by_its_tokens_also_inside_a_character(name, data):
     tokenizer = trained(name)
     tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
-    one = encoder(tokenizer)
+    plain = encoder(tokenizer)
     if tokenizer.normalizer is not None and "NFC" in repr(tokenizer.normalizer):
         text = normalizers.NFC().normalize_str(data.decode(errors="ignore"))
         data = text.encode()
     if "▁".encode() in data:
         return
     for end in range(max(0, len(data) - 12), len(data) + 1):
-        assert b"".join(tokens[i] for i in one.encode(data[:end]).ids) == data[:end]
+        assert b"".join(tokens[i] for i in plain.encode(data[:end]).ids) == data[:end]
 
 
 @given(data=any_bytes)
@@ -179,13 +176,12 @@ def test_runs_of_text_and_of_stray_bytes_make_up_the_data(data):
         (b"\xe2\x82(\xff\xff", [(None, b"\xe2\x82"), ("(", b"("), (None, b"\xff\xff")], b""),
     ],
 )
-def test_stray_bytes_and_cut_characters_are_told_apart(data, runs, cut):
+def test_stray_bytes_and_incomplete_characters_are_told_apart(data, runs, cut):
     assert utf8_runs(data) == (runs, cut)
 
 
 def test_stray_bytes_are_one_token_each():
-    one = encoder(trained("gpt2"))
-    assert len(one.encode(b"\xff\xfe\x80").ids) == 3
+    assert len(encoder(trained("gpt2")).encode(b"\xff\xfe\x80").ids) == 3
 
 
 def test_bytes_without_a_token_are_unknown_or_left_out():
@@ -203,19 +199,18 @@ def test_bytes_without_a_token_are_unknown_or_left_out():
 def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    one = encoder(tokenizer)
-    assert_grows(one, steps(text.encode(), lengths))
-    assert "".join("ab "[i] for i in one.encode(text.encode()).ids) == "".join(c for c in text if c in "ab ")
+    plain = encoder(tokenizer)
+    assert_grows(plain, steps(text.encode(), lengths))
+    assert "".join("ab "[i] for i in plain.encode(text.encode()).ids) == "".join(c for c in text if c in "ab ")
 
 
 def test_a_character_whose_first_byte_a_vocabulary_lacks_does_not_come_twice():
-    # As SmolLM2's does, for characters that are not assigned; a cut character follows.
+    # As SmolLM2's does, for characters that are not assigned; an incomplete character follows.
     alphabet = {byte: character for character, byte in byte_alphabet().items()}
     tokenizer = Tokenizer(models.BPE({alphabet[b]: b for b in range(256) if b != 0xF2}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = b"\xf2\xa5\xa5\xae\xf2\xa6\x96\xa3\xf2\x98\x91\xbd\xf2\xae\x9a\xae"
-    one = encoder(tokenizer)
-    assert bytes(one.encode(text + b"\xc8").ids) == text.replace(b"\xf2", b"") + b"\xc8"
+    assert bytes(encoder(tokenizer).encode(text + b"\xc8").ids) == text.replace(b"\xf2", b"") + b"\xc8"
 
 
 @pytest.mark.parametrize(
@@ -231,10 +226,10 @@ def test_a_character_whose_first_byte_a_vocabulary_lacks_does_not_come_twice():
 )
 def test_a_tokenizers_leading_space_is_known_and_taken_away(name, rule):
     tokenizer = trained(name)
-    one = encoder(tokenizer)
-    assert one.leading_space == rule
+    plain = encoder(tokenizer)
+    assert plain.leading_space == rule
     tokens, _ = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
-    assert tokens[one.encode(b"river").ids[0]][:1] == b"r"
+    assert tokens[plain.encode(b"river").ids[0]][:1] == b"r"
 
 
 def test_a_leading_space_at_the_first_place_only_is_known():
@@ -244,12 +239,12 @@ def test_a_leading_space_at_the_first_place_only_is_known():
 
 
 @pytest.mark.parametrize("name", ALL)
-@given(text=texts.filter(lambda text: text and not any(one in text for one in CONTROL)))
+@given(text=texts.filter(lambda text: text and not any(spelling in text for spelling in SPECIAL)))
 @example(text=" a river")
 @example(text="  two")
-def test_a_raw_prompt_has_the_ids_that_the_tokenizer_itself_gives(name, text):
-    mine = encoder(trained(name))
-    raw = PromptEncoder(mine, {}, lambda _: "", leading_space=mine.leading_space).raw(text)
+def test_a_raw_prompt_has_the_ids_of_the_tokenizer_itself(name, text):
+    plain = encoder(trained(name))
+    raw = PromptEncoder(plain, {}, lambda _: "", leading_space=plain.leading_space).raw(text)
     assert raw.tolist() == trained(name).encode(text, add_special_tokens=False).ids
 
 
@@ -257,12 +252,12 @@ def test_a_raw_prompt_has_the_ids_that_the_tokenizer_itself_gives(name, text):
 def demo(demo_models) -> dict[str, TokenizerEncoder]:
     from mixlm.engines.tokenizer_setup import _make_special
 
-    found = {}
+    encoders = {}
     for name, folder in demo_models.items():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         _make_special(tokenizer, json.loads((folder / "mixlm.json").read_text())["control"])
-        found[name] = encoder(tokenizer)
-    return found
+        encoders[name] = encoder(tokenizer)
+    return encoders
 
 
 @pytest.mark.models
@@ -279,10 +274,10 @@ class TestRealTokenizers:
     def test_what_is_stable_stays(self, demo, name):
         assert_many_are_stable(demo[name])
 
-    def test_only_the_end_of_a_long_text_is_read_again(self, demo, name):
-        one = Counting(demo[name])
-        growing = IncrementalEncoder(one)
+    def test_only_the_end_of_a_long_text_is_encoded_again(self, demo, name):
+        counting = Counting(demo[name])
+        incremental = IncrementalEncoder(counting)
         data = PROSE.encode()
         for end in range(7, len(data), 7):
-            growing.update(data[:end])
-        assert max(one.lengths) < 100
+            incremental.update(data[:end])
+        assert max(counting.lengths) < 100

@@ -25,12 +25,12 @@ from mixlm.tokenization.vocabulary import TokenizerFamily, describe, detect_fami
 
 KINDS = [f"{model} {bytes_} {norm}" for model in ("bpe", "unigram") for bytes_ in ("bytes", "unknown")
          for norm in ("identity", "nmt_nfkc")]  # fmt: skip
-EXACT = [one for one in KINDS if "bytes identity" in one]
+EXACT = [kind for kind in KINDS if "bytes identity" in kind]
 
 
 @lru_cache
 def train(kind: str, *, prefix: bool = True, extra: bool = False) -> bytes:
-    """A SentencePiece model of a few lines, as its file. extra: whether extra spaces are taken away."""
+    """A SentencePiece model of a few lines, as its file. extra: whether extra spaces are removed."""
     model, bytes_, norm = kind.split()
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -49,21 +49,21 @@ def train(kind: str, *, prefix: bool = True, extra: bool = False) -> bytes:
     return out.getvalue()
 
 
-class Read(NamedTuple):
-    """What is read from a folder."""
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer from a folder, with its encoders."""
 
     backend: Tokenizer
     encoder: TokenizerEncoder
     tokens: dict[int, bytes]
-    control: frozenset[int]
+    special: frozenset[int]
     raw: PromptEncoder
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory):
-    known: dict[str, Read] = {}
+def loaded(tmp_path_factory):
+    known: dict[str, LoadedTokenizer] = {}
 
-    def load(kind: str, **options: bool) -> Read:
+    def load(kind: str, **options: bool) -> LoadedTokenizer:
         key = json.dumps([kind, options])
         if key not in known:
             folder: Path = tmp_path_factory.mktemp("spm")
@@ -71,102 +71,104 @@ def read(tmp_path_factory):
             (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
             backend = load_tokenizer(str(folder), "bare").backend_tokenizer
             assert detect_family(describe(backend), "bare") is TokenizerFamily.SENTENCEPIECE
-            tokens, control = token_bytes(backend, TokenizerFamily.SENTENCEPIECE, "bare")
+            tokens, special = token_bytes(backend, TokenizerFamily.SENTENCEPIECE, "bare")
             encoder = TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE)
             raw = PromptEncoder(encoder, {}, lambda _: "", leading_space=encoder.leading_space)
-            known[key] = Read(backend, encoder, tokens, control, raw)
+            known[key] = LoadedTokenizer(backend, encoder, tokens, special, raw)
         return known[key]
 
     return load
 
 
-def spelled(one: Read, data: bytes) -> bytes:
-    return b"".join(one.tokens[i] for i in one.encoder.encode(data).ids)
+def spelled(loaded: LoadedTokenizer, data: bytes) -> bytes:
+    return b"".join(loaded.tokens[i] for i in loaded.encoder.encode(data).ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_single_byte_has_a_token_where_characters_fall_back_to_bytes(read, kind):
-    one = read(kind)
-    assert has_byte_fallback(one.backend) is ("bytes" in kind)
-    single = {data for data in one.tokens.values() if len(data) == 1}
+def test_every_single_byte_has_a_token_where_characters_fall_back_to_bytes(loaded, kind):
+    tokenizer = loaded(kind)
+    assert has_byte_fallback(tokenizer.backend) is ("bytes" in kind)
+    single = {data for data in tokenizer.tokens.values() if len(data) == 1}
     assert ({bytes([b]) for b in range(256)} <= single) is ("bytes" in kind)
-    assert not any(data.startswith(b"<0x") for data in one.tokens.values())
+    assert not any(data.startswith(b"<0x") for data in tokenizer.tokens.values())
 
 
 @pytest.mark.parametrize("kind", EXACT)
 @given(data=any_bytes)
 @example(data="日本\x00語🎉é\r\n".encode()[:-4])
 @example(data=b"a <0x0A><<0x0A>> b c <0x0")
-def test_any_bytes_are_spelled_by_their_tokens(read, kind, data):
+def test_any_bytes_are_spelled_by_their_tokens(loaded, kind, data):
     if "▁".encode() not in data:
-        assert spelled(read(kind), data) == data
+        assert spelled(loaded(kind), data) == data
 
 
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
-def test_hard_texts_are_spelled_by_their_tokens(read, kind, text):
-    assert spelled(read(kind), text.encode()) == text.encode()
+def test_hard_texts_are_spelled_by_their_tokens(loaded, kind, text):
+    assert spelled(loaded(kind), text.encode()) == text.encode()
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if "bytes nmt_nfkc" in one])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "bytes nmt_nfkc" in kind])
 @given(text=texts.filter(lambda text: "▁" not in text))
-def test_a_normalised_text_is_spelled_by_its_tokens(read, kind, text):
-    one = read(kind)
-    assert one.encoder.normalizers == "Precompiled"
-    assert spelled(one, text.encode()) == one.backend.normalizer.normalize_str(text).replace("▁", " ").encode()
+def test_a_normalized_text_is_spelled_by_its_tokens(loaded, kind, text):
+    tokenizer = loaded(kind)
+    assert tokenizer.encoder.normalizers == "Precompiled"
+    assert (
+        spelled(tokenizer, text.encode()) == tokenizer.backend.normalizer.normalize_str(text).replace("▁", " ").encode()
+    )
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if "unknown" in one])
-def test_without_bytes_what_is_not_in_the_vocabulary_is_the_unknown_token(read, kind):
-    one = read(kind)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "unknown" in kind])
+def test_without_bytes_what_is_not_in_the_vocabulary_is_the_unknown_token(loaded, kind):
+    tokenizer = loaded(kind)
     known = "The river turns under the old stone bridge"
-    assert spelled(one, known.encode()) == known.encode()
-    ids = one.encoder.encode("the\U0001f9ca".encode()).ids
-    assert ids[-1] == one.backend.token_to_id("<unk>")
-    assert ids[-1] in one.control
+    assert spelled(tokenizer, known.encode()) == known.encode()
+    ids = tokenizer.encoder.encode("the\U0001f9ca".encode()).ids
+    assert ids[-1] == tokenizer.backend.token_to_id("<unk>")
+    assert ids[-1] in tokenizer.special
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "text", ["</s>", "a</s><s>b", "<<s>/s>", "<unk>", "x <unk></s", "\uff1c/s\uff1e", "<\uff0fs>", "<0x41><0x0A>"]
 )
-def test_text_is_never_read_as_a_control_token_or_a_byte_token(read, kind, text):
-    one = read(kind)
-    ids = one.encoder.encode(text.encode()).ids
-    unknown = one.backend.token_to_id("<unk>")
-    assert not {i for i in ids if i != unknown} & one.control
+def test_text_is_never_read_as_a_special_token_or_a_byte_token(loaded, kind, text):
+    tokenizer = loaded(kind)
+    ids = tokenizer.encoder.encode(text.encode()).ids
+    unknown = tokenizer.backend.token_to_id("<unk>")
+    assert not {i for i in ids if i != unknown} & tokenizer.special
     if "bytes identity" in kind:
-        assert spelled(one, text.encode()) == text.encode()
+        assert spelled(tokenizer, text.encode()) == text.encode()
     elif "bytes" in kind:
-        assert spelled(one, text.encode()) == unicodedata.normalize("NFKC", text).encode()
+        assert spelled(tokenizer, text.encode()) == unicodedata.normalize("NFKC", text).encode()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(st.sampled_from(["<", "/s>", "0x0A>", "</s>", "<0x", "41>", " ", "a", "unk>"])), lengths=CUTS)
-def test_disguises_that_come_in_parts_have_the_ids_of_the_whole(read, kind, parts, lengths):
-    assert_grows(read(kind).encoder, steps("".join(parts).encode(), lengths))
+def test_lookalikes_that_come_in_parts_have_the_ids_of_the_whole(loaded, kind, parts, lengths):
+    assert_grows(loaded(kind).encoder, steps("".join(parts).encode(), lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=any_bytes, lengths=CUTS)
-def test_a_growing_text_has_the_ids_of_the_whole(read, kind, data, lengths):
-    assert_grows(read(kind).encoder, steps(data, lengths))
+def test_a_growing_text_has_the_ids_of_the_whole(loaded, kind, data, lengths):
+    assert_grows(loaded(kind).encoder, steps(data, lengths))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(read, kind):
-    assert_many_grow(read(kind).encoder)
-    assert_many_are_stable(read(kind).encoder)
+def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(loaded, kind):
+    assert_many_grow(loaded(kind).encoder)
+    assert_many_are_stable(loaded(kind).encoder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_end_of_a_long_text_is_read_again(read, kind):
-    one = Counting(read(kind).encoder)
-    growing = IncrementalEncoder(one)
+def test_only_the_end_of_a_long_text_is_encoded_again(loaded, kind):
+    counting = Counting(loaded(kind).encoder)
+    incremental = IncrementalEncoder(counting)
     data = PROSE.encode()
     for end in range(7, len(data), 7):
-        growing.update(data[:end])
-    assert max(one.lengths) < 100
+        incremental.update(data[:end])
+    assert max(counting.lengths) < 100
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,10 +180,10 @@ def test_only_the_end_of_a_long_text_is_read_again(read, kind):
         ({"prefix": False, "extra": False}, "never"),
     ],
 )
-def test_a_raw_prompt_has_the_ids_of_sentencepiece_itself(read, kind, options, rule):
-    one = read(kind, **options)
-    assert one.encoder.leading_space == rule
-    itself = sentencepiece.SentencePieceProcessor(model_proto=train(kind, **options))
+def test_a_raw_prompt_has_the_ids_of_sentencepiece_itself(loaded, kind, options, rule):
+    tokenizer = loaded(kind, **options)
+    assert tokenizer.encoder.leading_space == rule
+    reference = sentencepiece.SentencePieceProcessor(model_proto=train(kind, **options))
     cases = [
         "The river",
         "a",
@@ -193,9 +195,9 @@ def test_a_raw_prompt_has_the_ids_of_sentencepiece_itself(read, kind, options, r
     if not options["extra"]:
         cases += ["  two  spaces ", " ", "   "]
     for text in cases:
-        mine = one.raw.raw(text).tolist()
-        theirs = itself.encode(text)
-        pieces = [[itself.id_to_piece(i) for i in ids] for ids in (mine, theirs)]
+        ours = tokenizer.raw.raw(text).tolist()
+        theirs = reference.encode(text)
+        pieces = [[reference.id_to_piece(i) for i in ids] for ids in (ours, theirs)]
         assert pieces[0] == pieces[1], text
 
 

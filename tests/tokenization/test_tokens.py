@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from trained import ALL, BROKEN, BYTE_LEVEL, CONTROL, EXACT, FRAGMENTS, texts, trained
+from trained import ALL, BROKEN, BYTE_LEVEL, EXACT, FRAGMENTS, SPECIAL, texts, trained
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mixlm.errors import TokenizerError
@@ -35,7 +35,7 @@ HARD = [
     "a\r\n\r\nb\r\r\n\tc \r d",
     "🏴\U000e0067\U000e0062\U000e007f ❤️‍🔥 👩🏿‍🚀 🇨🇭🇨",
     "q\u0307\u0323 \u1e69 s\u0323\u0307 \u212b \ud55c\uae00 \u1112\u1161\u11ab",
-    # Longer than any buffer, and in the middle of it what may be normalised across a boundary.
+    # Longer than any buffer, and in the middle of it what may be normalized across a boundary.
     "The old bridge, 1250 birds; caf\u00e9 日本 🎉\n" * 2100,
 ]
 
@@ -45,12 +45,12 @@ def test_the_byte_alphabet_is_gpt2s():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_family_is_told_from_the_tokenizer(name):
+def test_the_family_is_detected(name):
     expected = TokenizerFamily.BYTE_LEVEL if name in BYTE_LEVEL else TokenizerFamily.SENTENCEPIECE
     assert detect_family(describe(trained(name)), name) is expected
 
 
-def test_a_byte_level_tokenizer_without_a_decoder_is_known_by_its_pre_tokenizer():
+def test_a_byte_level_tokenizer_without_a_decoder_is_detected_by_its_pre_tokenizer():
     assert detect_family({"decoder": None, "pre_tokenizer": {"type": "ByteLevel"}}, "x") is TokenizerFamily.BYTE_LEVEL
 
 
@@ -77,12 +77,12 @@ def test_a_description_leaves_out_the_vocabulary():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_control_tokens_have_no_bytes_and_every_other_token_has(name):
+def test_special_tokens_have_no_bytes_and_every_other_token_has(name):
     tokenizer = trained(name)
-    tokens, control = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
-    assert {tokenizer.token_to_id(one) for one in CONTROL} <= control
-    assert not control & set(tokens)
-    assert control | set(tokens) == set(tokenizer.get_vocab(with_added_tokens=True).values())
+    tokens, special = token_bytes(tokenizer, detect_family(describe(tokenizer), name), name)
+    assert {tokenizer.token_to_id(spelling) for spelling in SPECIAL} <= special
+    assert not special & set(tokens)
+    assert special | set(tokens) == set(tokenizer.get_vocab(with_added_tokens=True).values())
     assert all(tokens.values())
 
 
@@ -110,58 +110,60 @@ def test_added_tokens_that_are_not_special_are_text():
     assert tokens[tokenizer.token_to_id("<tool_call>")] == b"<tool_call>"
 
 
-class Read:
-    """A tokenizer's pieces of a text."""
+class Pieces:
+    """A tokenizer with its token bytes and its encoder."""
 
-    def __init__(self, tokenizer: Tokenizer, control: list[int] | None = None) -> None:
-        if control:
+    def __init__(self, tokenizer: Tokenizer, special: list[int] | None = None) -> None:
+        if special:
             from mixlm.engines.tokenizer_setup import _make_special
 
-            _make_special(tokenizer, control)
+            _make_special(tokenizer, special)
         kind = detect_family(describe(tokenizer), "a test's")
-        self.tokens, self.control = token_bytes(tokenizer, kind, "a test's")
+        self.tokens, self.special = token_bytes(tokenizer, kind, "a test's")
         self.encoder = TokenizerEncoder(tokenizer, kind)
 
     def __call__(self, text: str) -> bytes:
         return b"".join(self.tokens[i] for i in self.encoder.encode(text.encode()).ids)
 
 
-def normalised(name: str, text: str) -> bytes:
+def normalized(name: str, text: str) -> bytes:
     return (unicodedata.normalize("NFC", text) if name in ("gpt4", "tools") else text).encode()
 
 
-# SentencePiece itself spells a space so, and reads it as one.
+# SentencePiece itself spells a space like this, and reads it as one.
 readable = texts.filter(lambda text: "▁" not in text)
 
 
 @pytest.mark.parametrize("name", EXACT)
 @given(text=readable)
 def test_the_pieces_of_a_text_join_to_its_bytes(name, text):
-    assert Read(trained(name))(text) == normalised(name, text)
+    assert Pieces(trained(name))(text) == normalized(name, text)
 
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("text", HARD)
 def test_the_pieces_of_a_hard_text_join_to_its_bytes(name, text):
-    assert Read(trained(name))(text) == normalised(name, text)
+    assert Pieces(trained(name))(text) == normalized(name, text)
 
 
 def test_a_unigram_tokenizer_spells_the_text_it_was_trained_on():
-    assert Read(trained("unigram"))("The river turns under the old bridge.") == b"The river turns under the old bridge."
+    assert (
+        Pieces(trained("unigram"))("The river turns under the old bridge.") == b"The river turns under the old bridge."
+    )
 
 
 @pytest.fixture(scope="module")
-def demo(demo_models) -> dict[str, Read]:
-    found = {}
+def demo(demo_models) -> dict[str, Pieces]:
+    tokenizers = {}
     for name, folder in demo_models.items():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        found[name] = Read(tokenizer, json.loads((folder / "mixlm.json").read_text())["control"])
-    return found
+        tokenizers[name] = Pieces(tokenizer, json.loads((folder / "mixlm.json").read_text())["control"])
+    return tokenizers
 
 
-def has_bytes(read: Read, text: str) -> bool:
+def has_bytes(tokenizer: Pieces, text: str) -> bool:
     """Whether the vocabulary has a token for every single byte of the text: some lack rare ones."""
-    single = {one for one in read.tokens.values() if len(one) == 1}
+    single = {data for data in tokenizer.tokens.values() if len(data) == 1}
     return all(bytes([b]) in single for b in text.encode())
 
 
@@ -181,7 +183,7 @@ def test_a_real_tokenizers_pieces_of_any_text_join_to_its_bytes(demo, name, text
 
 
 def fuzz(rng: Random) -> bytes:
-    """A short text of any characters, among them hard ones; some are cut inside a character or are no text at all."""
+    """A short text of any characters, among them hard ones; some end inside a character or are not text at all."""
     planes = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0xD7FF), (0xE000, 0xFFFF), (0x1F000, 0x1FAFF)]
     planes += [(0x10000, 0x10FFFF), (0xE0000, 0xE01EF), (0x1100, 0x11FF), (0x2000, 0x206F)]
     parts = []
@@ -199,37 +201,37 @@ def fuzz(rng: Random) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def everything() -> dict[str, Read]:
+def everything() -> dict[str, Pieces]:
     """Every tokenizer of a model that is installed."""
     from mixlm.models import installed
 
-    folders = {one.name: one.path for one in installed() if (one.path / "tokenizer.json").is_file()}
-    found = {}
+    folders = {model.name: model.path for model in installed() if (model.path / "tokenizer.json").is_file()}
+    tokenizers = {}
     for name, folder in folders.items():
         notes = folder / "mixlm.json"
-        control = json.loads(notes.read_text())["control"] if notes.is_file() else []
-        found[name] = Read(Tokenizer.from_file(str(folder / "tokenizer.json")), control)
-    return found
+        special = json.loads(notes.read_text())["control"] if notes.is_file() else []
+        tokenizers[name] = Pieces(Tokenizer.from_file(str(folder / "tokenizer.json")), special)
+    return tokenizers
 
 
 @pytest.mark.models
 def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(everything, demo_installed):
     assert len(everything) >= 2
-    for name, read in everything.items():
+    for name, tokenizer in everything.items():
         rng = Random(3)
-        single = {data[0] for data in read.tokens.values() if len(data) == 1}
-        normaliser = read.encoder.normalizers
-        assert normaliser in ("none", "NFC"), name
+        single = {data[0] for data in tokenizer.tokens.values() if len(data) == 1}
+        normalizer = tokenizer.encoder.normalizers
+        assert normalizer in ("none", "NFC"), name
         for _ in range(10_000):
             data = fuzz(rng).replace("▁".encode(), b"_")
-            ids = read.encoder.encode(data).ids
-            assert not read.control & set(ids), (name, data)
-            spelled = b"".join(read.tokens[i] for i in ids)
+            ids = tokenizer.encoder.encode(data).ids
+            assert not tokenizer.special & set(ids), (name, data)
+            spelled = b"".join(tokenizer.tokens[i] for i in ids)
             # Some byte-level vocabularies lack rare bytes: these alone are left out.
-            runs, cut = utf8_runs(data)
+            runs, partial = utf8_runs(data)
             expected = [
-                NFC.normalize_str(text).encode() if normaliser == "NFC" and text is not None else raw
-                for text, raw in [*runs, (None, cut)]
+                NFC.normalize_str(text).encode() if normalizer == "NFC" and text is not None else raw
+                for text, raw in [*runs, (None, partial)]
             ]
             assert spelled == bytes(b for b in b"".join(expected) if b in single), (name, data)
 

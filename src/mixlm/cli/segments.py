@@ -17,21 +17,20 @@ _STYLES = {"likely": "2;", "usual": "", "surprising": "1;"}
 LEGEND = f"dim: likely (below {_EXPECTED:g} bit), bold: surprising ({_SURPRISING:g} bits or more)"
 
 
+# What the mixture's probabilities mean, by `Scores.unit`.
+_MEANINGS = {
+    "token": "{segments} tokens, {size} bytes. Members share a vocabulary: the mixture's probability is exact.",
+    "byte": "{size} bytes. Each is marginalised over all tokenizations of the text: probabilities are exact.",
+    "word": "{segments} words, {size} bytes. One member is sampled per word, and each word is marginalised over its "
+    "tokenizations: probabilities are exact.",
+    "segment": "{segments} segments, {size} bytes. Segments end where all members have a token boundary; the mixture "
+    "samples one member for each.",
+}
+
+
 def about_unit(unit: str, segments: int, size: int) -> str:
-    """Explain what the mixture's probabilities mean in a unit."""
-    if unit == "token":
-        return f"{segments} tokens, {size} bytes. Members share a vocabulary: the mixture's probability is exact."
-    if unit == "byte":
-        return f"{size} bytes. Each is marginalised over all tokenizations of the text: probabilities are exact."
-    if unit == "word":
-        return (
-            f"{segments} words, {size} bytes. One member is sampled per word, and each word is marginalised over its "
-            "tokenizations: probabilities are exact."
-        )
-    return (
-        f"{segments} segments, {size} bytes. Segments end where all members have a token boundary; the mixture "
-        "samples one member for each."
-    )
+    """Explain what the mixture's probabilities mean in scores of a unit."""
+    return _MEANINGS.get(unit, _MEANINGS["segment"]).format(segments=segments, size=size)
 
 
 def bits(logprob: float) -> float:

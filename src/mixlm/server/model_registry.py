@@ -35,8 +35,10 @@ class ServedModel:
         self.ensemble = ensemble
         self.created = int(time.time())
         self._conflict = vocabulary_conflict([member.engine.vocabulary for member in ensemble.members])
-        names = [unit for unit in UNITS if unit != "auto" and (unit != "token" or self._conflict is None)]
-        self.units: dict[str, tuple[Method, ...]] = {unit: unit_traits(unit).methods for unit in names}
+        traits = {unit: unit_traits(unit) for unit in UNITS if unit != "auto"}
+        self.units: dict[str, tuple[Method, ...]] = {
+            unit: can.methods for unit, can in traits.items() if not (can.shared_vocabulary and self._conflict)
+        }
         self._by_unit = {ensemble.unit.name: ensemble}
         self._lock = Lock()
 

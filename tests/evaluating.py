@@ -33,7 +33,7 @@ def write_questions(folder: Path, count: int = 3) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, row in ROWS.items():
         rows = [{**row, key: f"{row[key]} ({n})"} for n in range(count) for key in ("question", "input") if key in row]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

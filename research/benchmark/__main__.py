@@ -128,7 +128,7 @@ def _measure(shared: Shared, plan: ComparisonPlan, sweep: str | None, each: bool
     apart, shared = _devices(shared) if sweep == "devices" else (None, shared)
     ensemble = open_ensemble(shared, without_draft(options))
     if each:
-        members = [replace(member, engine=member.engine.apart()) for member in ensemble.members]
+        members = [replace(member, engine=member.engine.replica()) for member in ensemble.members]
         unit = cast("UnitName", ensemble.unit.name)
         ensemble = Ensemble(members, ensemble.weights.tolist(), unit=unit, router=ensemble.router)
     with progress_bars(single=True) as progress:

@@ -1,8 +1,8 @@
-"""Many replies at once: how many tokens a second come out while all of them are being written.
+"""Throughput: tokens per second while many completions are generated together.
 
-The window begins when every reply has its first token and ends when the first reply is finished, so that neither
-reading prompts nor the emptying at the end is in it. How long the whole batch takes, from the first prompt to the last
-token, is measured beside it, and set against the same replies written one by one.
+The window begins when every completion has its first token and ends when the first one is finished, so that it contains
+neither prefill nor the batch running empty. The time of the whole batch, from the first prompt to the last token, is
+measured too, and compared with the same completions one by one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AHEAD = ("speculative", "drafted")
 
 
 class BatchContestant:
-    """One method writing `size` replies at once. whole: seconds of each whole batch so far, the warm-up's first."""
+    """One method writing `size` completions at once. whole: seconds of each whole batch so far, the warm-up's first."""
 
     def __init__(self, ensemble: Ensemble, kind: str, size: int, prompt: str, options: Mapping[str, Any]) -> None:
         self.method = kind
@@ -37,24 +37,24 @@ class BatchContestant:
         self.size = size
         self.whole: list[float] = []
         self._ensemble = ensemble
-        # Continued as it stands, without a template: its strings that end a reply would end some sooner than others.
+        # Raw: the stop strings of a template would end some completions sooner than others.
         self._settings = method_settings(ensemble, kind, {**options, "raw": True})
         self.draft = draft_name(ensemble, self._settings) if kind in _AHEAD else None
         self._prompts = ensemble.encode_prompt(prompt, self._settings)
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
-        """Write replies of `tokens` + 1 tokens. The sample is of the window in which all of them are under way."""
+        """Write completions of `tokens` + 1 tokens. The sample is of the window in which all of them are under way."""
         scheduler = Scheduler(self.size)
         streams = self._streams(sequence, tokens)
-        for one in streams:
-            scheduler.add(one)
+        for generation in streams:
+            scheduler.add(generation)
         window = _SteadyWindow(len(streams))
         while not scheduler.idle:
             scheduler.step()
             window.look(streams)
-        for one in streams:
-            if one.error is not None:
-                raise one.error
+        for generation in streams:
+            if generation.error is not None:
+                raise generation.error
         self.whole.append(window.latest - window.start)
         return TimedRun(
             tokens=window.tokens,
@@ -66,22 +66,22 @@ class BatchContestant:
         )
 
     def one_by_one(self, sequence: int, tokens: int) -> float:
-        """Write the same replies one after the other, and return the seconds it takes."""
+        """Write the same completions one after the other, and return the seconds it takes."""
         start = time.perf_counter()
-        for one in self._streams(sequence, tokens):
-            one.finish()
-            one.release()
+        for stream in self._streams(sequence, tokens):
+            stream.finish()
+            stream.release()
         return time.perf_counter() - start
 
     def _streams(self, sequence: int, tokens: int) -> list[Generation]:
         settings = replace(self._settings, max_tokens=tokens + 1)
         numbers = range(sequence * self.size, (sequence + 1) * self.size)
         writers = [self._ensemble.context(replace(settings, sequence=number)) for number in numbers]
-        return [one.start(self._prompts) for one in writers]
+        return [writer.start(self._prompts) for writer in writers]
 
 
 class _SteadyWindow:
-    """The time between the last reply's first token and the first reply's last."""
+    """The time between the last completion's first token and the first completion's last."""
 
     def __init__(self, replies: int) -> None:
         self.start = self.begin = self.latest = time.perf_counter()
@@ -99,24 +99,26 @@ class _SteadyWindow:
         self.latest = time.perf_counter()
         if not self._open:
             return
-        counts = [len(one.ready) for one in streams]
+        counts = [len(generation.ready) for generation in streams]
         if self._before is None:
             if all(counts):
                 self.begin, self._before = self.latest, sum(counts)
-                self._logs = [[len(session.stats.forwards) for session in one.sessions] for one in streams]
-            elif any(one.finished for one in streams):
+                self._logs = [
+                    [len(session.stats.forwards) for session in generation.sessions] for generation in streams
+                ]
+            elif any(generation.finished for generation in streams):
                 raise ConfigError(
                     f"a reply was finished before all {self._replies} had begun", "write more tokens in each"
                 )
             return
         self.seconds, self.tokens = self.latest - self.begin, sum(counts) - self._before
-        if any(one.finished for one in streams):
+        if any(generation.finished for generation in streams):
             self._open, self.memory = False, memory_in_use()
             self.forwards = [
                 [
                     f
-                    for one, seen in zip(streams, self._logs, strict=True)
-                    for f in one.sessions[i].stats.forwards[seen[i] :]
+                    for generation, seen in zip(streams, self._logs, strict=True)
+                    for f in generation.sessions[i].stats.forwards[seen[i] :]
                 ]
                 for i in range(len(streams[0].sessions))
             ]
@@ -124,7 +126,7 @@ class _SteadyWindow:
 
 @dataclass(frozen=True)
 class OfflineBatch:
-    """A whole batch of replies together, and the same one by one: seconds."""
+    """A whole batch of completions together, and the same one by one: seconds."""
 
     label: str
     replies: int
@@ -152,7 +154,7 @@ def batch_contestants(
 
 
 def compare_offline(those: Sequence[BatchContestant], tokens: int) -> OfflineBatch | None:
-    """Set the largest batch of the mixture (of the last method, without one) against its replies one by one."""
+    """Set the largest batch of the mixture (of the last method, without one) against its completions one by one."""
     largest = max(one.size for one in those)
     of_it = [one for one in those if one.size == largest]
     one = next((one for one in of_it if one.method == "mixture"), of_it[-1])

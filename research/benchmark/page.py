@@ -40,19 +40,19 @@ def runs(report: dict[str, Any]) -> str:
     """The runs of a benchmark, and how many times as fast they are as each other."""
     rows = [
         (
-            one["label"],
-            f"{number(one['tokens_per_second'])} "
-            f"({number(one['slowest_tokens_per_second'])} to {number(one['fastest_tokens_per_second'])})",
-            number(one["predicted_tokens_per_second"]),
-            number(one["outside_forwards_share"], ".1%"),
+            run["label"],
+            f"{number(run['tokens_per_second'])} "
+            f"({number(run['slowest_tokens_per_second'])} to {number(run['fastest_tokens_per_second'])})",
+            number(run["predicted_tokens_per_second"]),
+            number(run["outside_forwards_share"], ".1%"),
             " + ".join(
-                f"{count / report['environment']['settings']['tokens']:.2f}" for count in one["forwards"].values()
+                f"{count / report['environment']['settings']['tokens']:.2f}" for count in run["forwards"].values()
             ),
-            number(one["acceptance"], ".0%"),
-            number(one["seconds_to_first_token"], ".2f"),
-            number(None if one["memory_bytes"] is None else one["memory_bytes"] / 1e9, ".2f"),
+            number(run["acceptance"], ".0%"),
+            number(run["seconds_to_first_token"], ".2f"),
+            number(None if run["memory_bytes"] is None else run["memory_bytes"] / 1e9, ".2f"),
         )
-        for one in report["runs"]
+        for run in report["runs"]
     ]
     heads = (
         "method",
@@ -137,7 +137,7 @@ def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
 
 def main(page: Path, folder: Path) -> None:
     """Fill the page with the reports of a folder, and draw their figures beside them."""
-    reports = {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("*.json"))}
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     text = page.read_text(encoding="utf-8")
     places = [found[2] for found in _PART.finditer(text)]
     page.write_text(filled(text, reports), encoding="utf-8")

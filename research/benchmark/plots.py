@@ -53,10 +53,10 @@ def draw(form: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5.6 * panels, 3.7), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if kind is None:
-        _bars(axes[0], [(one["label"], one, BLUE) for one in form["runs"]])
+        _bars(axes[0], [(run["label"], run, BLUE) for run in form["runs"]])
     elif kind == "devices":
         shade = {"one for all": BLUE, "one for each": ORANGE}
-        _bars(axes[0], [(f"{one['series']}\n{one['x']}", one, shade[one["x"]]) for one in form["points"]])
+        _bars(axes[0], [(f"{point['series']}\n{point['x']}", point, shade[point["x"]]) for point in form["points"]])
     else:
         _lines(axes[0], form, "tokens_per_second", "tokens/s")
         if panels > 1:
@@ -83,11 +83,11 @@ def _about(environment: Mapping[str, Any], *, weighted: bool) -> str:
 
 
 def _lines(axes: Axes, form: Mapping[str, Any], value: str, unit: str) -> None:
-    points = [one for one in form["points"] if one["x"] != "alone"]
-    series = list(dict.fromkeys(one["series"] for one in points))
+    points = [point for point in form["points"] if point["x"] != "alone"]
+    series = list(dict.fromkeys(point["series"] for point in points))
     singles = [one for one in series if one.startswith("single")]
     for name in series:
-        mine = sorted((one for one in points if one["series"] == name), key=lambda one: one["x"])
+        mine = sorted((point for point in points if point["series"] == name), key=lambda one: one["x"])
         look = _LOOKS[name] if name in _LOOKS else _SINGLES[singles.index(name) % len(_SINGLES)]
         at = [one["x"] for one in mine]
         axes.plot(at, [_value(one, value) for one in mine], label=name, **look)
@@ -97,15 +97,19 @@ def _lines(axes: Axes, form: Mapping[str, Any], value: str, unit: str) -> None:
             expected = [one["predicted"] for one in mine]
             if form["sweep"] in ("weights", "members") and all(one is not None for one in expected):
                 axes.plot(at, expected, color=look["color"], linestyle=":", linewidth=1, label=f"{name}, predicted")
-    for number, one in enumerate(one for one in form["points"] if one["x"] == "alone"):
+    for number, point in enumerate(point for point in form["points"] if point["x"] == "alone"):
         look = _SINGLES[number % len(_SINGLES)]
         axes.axhline(
-            one["tokens_per_second"], color=look["color"], linestyle=look["linestyle"], linewidth=1, label=one["series"]
+            point["tokens_per_second"],
+            color=look["color"],
+            linestyle=look["linestyle"],
+            linewidth=1,
+            label=point["series"],
         )
     if form["sweep"] in ("batch", "context"):
-        places = sorted({one["x"] for one in points})
+        places = sorted({point["x"] for point in points})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{one:g}" for one in places])
+        axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel(form["axis"])
@@ -125,10 +129,10 @@ def _bars(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> Non
     places = range(len(runs))
     axes.barh(places, speeds, color=[shade for _, _, shade in runs], height=0.6)
     axes.errorbar(speeds, places, xerr=[low, high], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    for at, (speed, (_, fastest)) in enumerate(zip(speeds, ends, strict=True)):
-        axes.annotate(f"{speed:.1f}", (fastest, at), (5, 0), textcoords="offset points", va="center", fontsize=7)
+    for i, (speed, (_, fastest)) in enumerate(zip(speeds, ends, strict=True)):
+        axes.annotate(f"{speed:.1f}", (fastest, i), (5, 0), textcoords="offset points", va="center", fontsize=7)
     expected = [one.get("predicted_tokens_per_second", one.get("predicted")) for _, one, _ in runs]
-    known = [(speed, at) for at, speed in enumerate(expected) if speed is not None]
+    known = [(speed, i) for i, speed in enumerate(expected) if speed is not None]
     if known:
         marks: dict[str, Any] = {"color": RED, "marker": "D", "linestyle": "none", "label": "by the cost model"}
         axes.plot([speed for speed, _ in known], [at for _, at in known], **marks)

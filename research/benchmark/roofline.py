@@ -77,9 +77,9 @@ class ForwardNeeds:
 
 
 def batch_share(replies: int, members: int, calls: int = 4000) -> float:
-    """Return the share of replies that a call serves on average, the longest queue first, by playing it through.
+    """Return the share of completions that a call serves on average, the longest queue first, by playing it through.
 
-    Every reply waits for a member drawn anew, all equally likely, after each token. For many replies it is
+    Every completion waits for a member sampled anew, all equally likely, after each token. For many completions it is
     2 / (members + 1).
     """
     import numpy as np

@@ -7,6 +7,18 @@ from research.paper.experiments import NAMES, Experiment, Lineup, lineup, make
 from research.paper.findings import Findings, read
 from research.paper.output import joined, write
 from research.paper.running import run
-from research.paper.store import Store
+from research.paper.store import ResultStore
 
-__all__ = ["NAMES", "Experiment", "Findings", "Lineup", "Store", "joined", "lineup", "make", "read", "run", "write"]
+__all__ = [
+    "NAMES",
+    "Experiment",
+    "Findings",
+    "Lineup",
+    "ResultStore",
+    "joined",
+    "lineup",
+    "make",
+    "read",
+    "run",
+    "write",
+]

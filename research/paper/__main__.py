@@ -61,7 +61,7 @@ def paper(
     Without --quick: the paper's models from the Hugging Face hub and its sizes, which takes GPUs and days. What is
     finished is kept, and not run again.
     """
-    from research.paper import Store, joined, make, run, write
+    from research.paper import ResultStore, joined, make, run, write
     from research.paper.findings import read
 
     experiment = make(name, quick=quick)
@@ -89,7 +89,7 @@ def paper(
         from research.figures import require
 
         require()
-    store = Store(out if out is not None else Path("paper-results") / name)
+    store = ResultStore(out if out is not None else Path("paper-results") / name)
     dim(f"{experiment.title}{f' ({experiment.reduced})' if experiment.reduced else ''}")
     with _Bars() as bars:
         findings = run(experiment, store, progress=bars.show, say=bars.say)
@@ -108,11 +108,11 @@ def _lineups(files: list[Path]) -> tuple[Any, ...]:
     from mixlm.config import read_config
     from research.paper.experiments import distinct, lineup
 
-    return tuple(distinct([lineup(read_config(one)) for one in files]))
+    return tuple(distinct([lineup(read_config(path)) for path in files]))
 
 
 def _tasks(given: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(one.strip() for one in given.split(",") if one.strip()))
+    names = tuple(dict.fromkeys(part.strip() for part in given.split(",") if part.strip()))
     if not names:
         raise ConfigError("--tasks names nothing", "mixlm eval --list shows mixlm's own tasks")
     return names
@@ -120,7 +120,7 @@ def _tasks(given: str) -> tuple[str, ...]:
 
 def _numbers(given: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(one) for one in given.split(",")))
+        return tuple(dict.fromkeys(int(part) for part in given.split(",")))
     except ValueError:
         raise ConfigError(
             f"--top-k is {given!r}; it must be whole numbers with commas between them", "such as: --top-k 5,10"

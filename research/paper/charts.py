@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from research import figures
 from research.figures import BLUE, CONVENTIONAL, MIXTURE, ORANGE, SKY
-from research.paper.findings import Accuracy, Findings, Speed
+from research.paper.findings import AccuracyFinding, Findings, SpeedFinding
 from research.paper.tables import task_name
 
 if TYPE_CHECKING:
@@ -45,52 +45,54 @@ def draw(findings: Findings) -> Figure:
 
 def _lines(findings: Findings, *, with_speed: bool) -> Figure:
     """Return one column of panels an ensemble and task; under each of figure 2, the speed."""
-    pairs = list(dict.fromkeys((one.ensemble, one.score.task) for one in findings.accuracies))
+    pairs = list(dict.fromkeys((accuracy.ensemble, accuracy.score.task) for accuracy in findings.accuracies))
     rows = 2 if with_speed else 1
     figure, axes = _panels(rows, len(pairs), findings)
-    for at, (label, task) in enumerate(pairs):
-        top = axes[0][at]
-        mine = [one for one in findings.accuracies if (one.ensemble, one.score.task) == (label, task)]
+    for i, (label, task) in enumerate(pairs):
+        top = axes[0][i]
+        mine = [
+            accuracy for accuracy in findings.accuracies if (accuracy.ensemble, accuracy.score.task) == (label, task)
+        ]
         for method in dict.fromkeys(one.score.method for one in mine):
             _curve(top, method, [one for one in mine if one.score.method == method])
         top.set_title(f"{label}\n{task_name(task)}, {mine[0].score.count} questions, k = {mine[0].top_k}")
         top.set_ylabel("accuracy, %")
         if not _banded(mine):
             top.set_ylim(0, 102)  # without bands, a close view would make much of chance
-        last = axes[rows - 1][at]
+        last = axes[rows - 1][i]
         last.set_xlabel(f"λ: weight of {label.partition(' + ')[0]}")
         last.set_xlim(-0.03, 1.03)
         if with_speed:
-            _speed_panel(last, [one for one in findings.speeds if one.ensemble == label])
+            _speed_panel(last, [speed for speed in findings.speeds if speed.ensemble == label])
         elif len({one.score.method for one in mine}) > 1:
             top.legend()
     return figure
 
 
-def _curve(axes: Axes, method: str, scores: Sequence[Accuracy]) -> None:
+def _curve(axes: Axes, method: str, scores: Sequence[AccuracyFinding]) -> None:
     name, style, shade = _LINES[method]
     look: dict[str, Any] = dict(style)
-    at = [one.weights[0] for one in scores]
-    axes.plot(at, [100 * one.score.mean for one in scores], label=name, **look)
-    bands = [one.score.interval for one in scores]
+    at = [score.weights[0] for score in scores]
+    axes.plot(at, [100 * score.score.mean for score in scores], label=name, **look)
+    bands = [score.score.interval for score in scores]
     if _banded(scores):
-        low = [100 * max(one[0], 0) for one in bands if one is not None]
-        high = [100 * min(one[1], 1) for one in bands if one is not None]
+        low = [100 * max(band[0], 0) for band in bands if band is not None]
+        high = [100 * min(band[1], 1) for band in bands if band is not None]
         axes.fill_between(at, low, high, color=shade, alpha=0.22, linewidth=0)
 
 
-def _banded(scores: Sequence[Accuracy]) -> bool:
+def _banded(scores: Sequence[AccuracyFinding]) -> bool:
     """Whether there are enough seeds for an interval that says something: of two runs, it is wider than any range."""
-    return all(one.score.interval is not None and len(one.score.values) > 2 for one in scores)
+    return all(score.score.interval is not None and len(score.score.values) > 2 for score in scores)
 
 
-def _speed_panel(axes: Axes, speeds: Sequence[Speed]) -> None:
+def _speed_panel(axes: Axes, speeds: Sequence[SpeedFinding]) -> None:
     name, style, _ = _LINES["mixture"]
     look: dict[str, Any] = dict(style)
-    at = [one.weights[0] for one in speeds]
-    axes.plot(at, [one.mixture for one in speeds], label=name, **look)
+    at = [speed.weights[0] for speed in speeds]
+    axes.plot(at, [speed.mixture for speed in speeds], label=name, **look)
     for number, member in enumerate(speeds[0].single):
-        alone = sorted(one.single[member] for one in speeds)
+        alone = sorted(speed.single[member] for speed in speeds)
         axes.axhline(
             alone[len(alone) // 2],
             color="#555555",
@@ -107,21 +109,21 @@ def _bars(findings: Findings) -> Figure:
     """Return one panel a machine, one group of bars an ensemble."""
     from matplotlib.patches import Patch
 
-    machines = list(dict.fromkeys(one.machine for one in findings.speeds))
-    groups = [[one for one in findings.speeds if one.machine == machine] for machine in machines]
-    figure, axes = _panels(1, len(machines), findings, widths=[max(len(one), 2) for one in groups])
+    machines = list(dict.fromkeys(speed.machine for speed in findings.speeds))
+    groups = [[speed for speed in findings.speeds if speed.machine == machine] for machine in machines]
+    figure, axes = _panels(1, len(machines), findings, widths=[max(len(group), 2) for group in groups])
     for panel, machine, speeds in zip(axes[0], machines, groups, strict=True):
         for number, (_, colour, hatch) in enumerate(_BARS):
-            values = [(one.alone, one.sequential, one.parallel, one.mixture)[number] for one in speeds]
+            values = [(speed.alone, speed.sequential, speed.parallel, speed.mixture)[number] for speed in speeds]
             places = [place + (number - 1.5) * 0.2 for place in range(len(speeds))]
-            there = [(at, value) for at, value in zip(places, values, strict=True) if value is not None]
+            there = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
             look = {"color": colour, "edgecolor": "#333333", "linewidth": 0.6, "hatch": hatch}
             bars = panel.bar([at for at, _ in there], [value for _, value in there], width=0.18, **look)
             panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
             for at, value in zip(places, values, strict=True):
                 if value is None:
                     panel.text(at, 0, " not measured", rotation=90, ha="center", va="bottom", fontsize=7)
-        panel.set_xticks(range(len(speeds)), [one.ensemble.replace(" + ", "\n+ ") for one in speeds])
+        panel.set_xticks(range(len(speeds)), [speed.ensemble.replace(" + ", "\n+ ") for speed in speeds])
         spare = max(2 - len(speeds), 0) / 2
         panel.set_xlim(-0.6 - spare, len(speeds) - 0.4 + spare)
         panel.grid(axis="x", visible=False)
@@ -148,7 +150,7 @@ def _panels(
         enough = _banded(findings.accuracies)
         notes.append("bands: 95 % intervals over seeds" if enough else "too few seeds for bands")
     if findings.experiment == "figure2":
-        notes.append(f"speed on {', '.join(dict.fromkeys(one.machine for one in findings.speeds))}")
+        notes.append(f"speed on {', '.join(dict.fromkeys(speed.machine for speed in findings.speeds))}")
     figure.suptitle(findings.title)
     figure.supxlabel(" · ".join(notes), fontsize=7.5, color="#444444")
     return figure, axes

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from mixlm.config import EnsembleConfig, MemberConfig
-from mixlm.core.mixing import checked_weights
+from mixlm.core.mixing import normalized_weights
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from research.paper import published
 
@@ -37,7 +37,7 @@ class Lineup:
     @property
     def names(self) -> tuple[str, ...]:
         """The members' names."""
-        return tuple(one.name or one.model for one in self.config.members)
+        return tuple(member.name or member.model for member in self.config.members)
 
     @property
     def label(self) -> str:
@@ -47,7 +47,7 @@ class Lineup:
     @property
     def weights(self) -> Weights:
         """The members' weights, summing to 1; equal when the ensemble has none."""
-        found = checked_weights(self.config.weights(), len(self.config.members))
+        found = normalized_weights(self.config.weights(), len(self.config.members))
         return tuple(round(one, 12) for one in found.tolist())
 
 
@@ -56,7 +56,7 @@ class Experiment:
     """One table or figure of the paper.
 
     methods: of the accuracy runs, none for an experiment on speed alone. lambdas: weights of the first of two members;
-    each ensemble's own weights when empty. limit: questions a task. max_tokens: of a reply, the task's when None.
+    each ensemble's own weights when empty. limit: questions a task. max_tokens: of a completion, the task's when None.
     tokens, repeats: of a speed run. data: a folder of questions, None for the hub. search: for each ensemble, take the
     weights of a grid in steps of 0.1 with which ME is the most accurate, as the paper does for its tables.
     """
@@ -85,14 +85,14 @@ class Experiment:
             raise ConfigError(f"top-k is {list(self.top_k)}; give whole numbers, 0 or more")
         if self.search and (self.lambdas or not self.methods):
             raise ConfigError(f"{self.name} has no weights to search", "tables 2 and 3 have")
-        for one in self.lineups:
-            if one.config.router.kind != "fixed":
-                raise UnsupportedError(f"{one.label} has a router; the paper's experiments have fixed weights")
-            if self.search and len(one.names) < 2:
-                raise ConfigError(f"{one.label} is one member", "there are no weights to search")
-            if self.lambdas and len(one.names) != 2:
+        for lineup in self.lineups:
+            if lineup.config.router.kind != "fixed":
+                raise UnsupportedError(f"{lineup.label} has a router; the paper's experiments have fixed weights")
+            if self.search and len(lineup.names) < 2:
+                raise ConfigError(f"{lineup.label} is one member", "there are no weights to search")
+            if self.lambdas and len(lineup.names) != 2:
                 raise ConfigError(
-                    f"{one.label} has {len(one.names)} member{'' if len(one.names) == 1 else 's'}",
+                    f"{lineup.label} has {len(lineup.names)} member{'' if len(lineup.names) == 1 else 's'}",
                     f"{self.name} varies the weight of one member against another: give two",
                 )
 
@@ -110,7 +110,7 @@ class Experiment:
             parts += [f"{self.limit} questions a task"] if self.limit is not None else []
             parts += [f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"] if self.seeds < whole.seeds else []
             parts += [f"replies of at most {self.max_tokens} tokens"] if self.max_tokens is not None else []
-            lacking = {COLUMNS[one] for one in whole.tasks} - {COLUMNS.get(one) for one in self.tasks}
+            lacking = {COLUMNS[task] for task in whole.tasks} - {COLUMNS.get(task) for task in self.tasks}
             if lacking and self.name.startswith("table"):  # the text does not say which task the figures show
                 parts.append(f"without {', '.join(sorted(map(str, lacking)))}")
             lacking_k = [str(one) for one in whole.top_k if one not in self.top_k]
@@ -125,11 +125,11 @@ class Experiment:
         """Return what it runs with, for reports."""
         found: dict[str, Any] = {
             "ensembles": {
-                one.label: {
-                    "models": [member.model for member in one.config.members],
-                    "weights": "searched" if self.search else [list(weights) for weights in self.weights(one)],
+                lineup.label: {
+                    "models": [member.model for member in lineup.config.members],
+                    "weights": "searched" if self.search else [list(weights) for weights in self.weights(lineup)],
                 }
-                for one in self.lineups
+                for lineup in self.lineups
             },
             "top_k": list(self.top_k),
             "temperature": 1.0,
@@ -144,7 +144,7 @@ class Experiment:
     def weights(self, lineup: Lineup) -> tuple[Weights, ...]:
         """Return the weights an ensemble is run with."""
         if self.lambdas:
-            return tuple((one, round(1 - one, 12)) for one in self.lambdas)
+            return tuple((weight, round(1 - weight, 12)) for weight in self.lambdas)
         return (lineup.weights,)
 
 
@@ -199,32 +199,32 @@ def grid(members: int, steps: int = 10) -> Iterator[Weights]:
 
 def lineup(config: EnsembleConfig) -> Lineup:
     """Return an ensemble as part of an experiment; one of the paper's is recognised, and gets its names."""
-    found = published.find([one.model for one in config.members])
+    found = published.find([member.model for member in config.members])
     taken: list[str] = []
     members = []
-    for one in config.members:
-        last = PurePath(one.model).name
+    for member in config.members:
+        last = PurePath(member.model).name
         theirs = [name for name in found or () if published.last_part(name) == last.lower()]
-        name = theirs[0] if theirs else one.name or last
+        name = theirs[0] if theirs else member.name or last
         name = name if name not in taken else next(new for i in count(2) if (new := f"{name}-{i}") not in taken)
         taken.append(name)
-        members.append(one.model_copy(update={"name": name}))
+        members.append(member.model_copy(update={"name": name}))
     return Lineup(config.model_copy(update={"members": tuple(members)}), found)
 
 
 def distinct(lineups: Sequence[Lineup]) -> Iterator[Lineup]:
     """Give each ensemble once. Raises ConfigError when two that differ would have the same label."""
     seen: dict[str, Lineup] = {}
-    for one in lineups:
-        if one.label not in seen:
-            seen[one.label] = one
-            yield one
-        elif seen[one.label] != one:
-            raise ConfigError(f"two ensembles are both called {one.label}", "give the members of one other names")
+    for lineup in lineups:
+        if lineup.label not in seen:
+            seen[lineup.label] = lineup
+            yield lineup
+        elif seen[lineup.label] != lineup:
+            raise ConfigError(f"two ensembles are both called {lineup.label}", "give the members of one other names")
 
 
 def _of_the_paper(names: published.Names) -> Lineup:
-    members = tuple(MemberConfig(model=published.MODELS[one].hub, name=one) for one in names)
+    members = tuple(MemberConfig(model=published.MODELS[name].hub, name=name) for name in names)
     return Lineup(EnsembleConfig(members=members), names)
 
 
@@ -234,4 +234,4 @@ def _demo(name: str) -> Lineup:
     names = list(GROUPS["demo"])
     if name == "figure2":
         names.reverse()  # the larger one first: λ is its weight
-    return lineup(EnsembleConfig(members=tuple(MemberConfig(model=one) for one in names)))
+    return lineup(EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names)))

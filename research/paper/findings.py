@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ConfigError
-from mixlm.evaluation.results import Comparison, Score
+from mixlm.evaluation.results import PairedComparison, Score
 
 _PLAIN = ("experiment", "title", "reduced", "settings", "environment", "notes", "ensembles")
 
 
 @dataclass(frozen=True, slots=True)
-class Accuracy:
+class AccuracyFinding:
     """One method of one ensemble on one task. weights: none for a single member."""
 
     ensemble: str
@@ -29,25 +29,25 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class DifferenceFinding:
     """ME minus CE on the same questions of a task, each averaged over its seeds."""
 
     ensemble: str
     weights: tuple[float, ...]
     top_k: int
-    pair: Comparison
+    pair: PairedComparison
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that is kept as JSON."""
         return {**_about(self), **self.pair.as_dict()}
 
 
-def _about(one: Accuracy | Difference) -> dict[str, Any]:
+def _about(one: AccuracyFinding | DifferenceFinding) -> dict[str, Any]:
     return {"ensemble": one.ensemble, "weights": list(one.weights), "top_k": one.top_k}
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class SpeedFinding:
     """Tokens per second of one ensemble on one machine.
 
     single: each member alone. parallel: CE with a device for each member, None when there were too few. paired: mixture
@@ -83,9 +83,9 @@ class Findings:
     reduced: str | None
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
-    accuracies: tuple[Accuracy, ...] = ()
-    differences: tuple[Difference, ...] = ()
-    speeds: tuple[Speed, ...] = ()
+    accuracies: tuple[AccuracyFinding, ...] = ()
+    differences: tuple[DifferenceFinding, ...] = ()
+    speeds: tuple[SpeedFinding, ...] = ()
     notes: tuple[str, ...] = ()
     ensembles: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
     """Labels of the ensembles, each with the paper's names of its models where it is one of the paper's."""
@@ -93,13 +93,18 @@ class Findings:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in order."""
-        return tuple(dict.fromkeys(one.score.task for one in self.accuracies))
+        return tuple(dict.fromkeys(accuracy.score.task for accuracy in self.accuracies))
 
-    def accuracy(self, ensemble: str, method: str, top_k: int, task: str) -> Accuracy | None:
+    def accuracy(self, ensemble: str, method: str, top_k: int, task: str) -> AccuracyFinding | None:
         """Return the first score that fits."""
-        for one in self.accuracies:
-            if (one.ensemble, one.score.method, one.top_k, one.score.task) == (ensemble, method, top_k, task):
-                return one
+        for accuracy in self.accuracies:
+            if (accuracy.ensemble, accuracy.score.method, accuracy.top_k, accuracy.score.task) == (
+                ensemble,
+                method,
+                top_k,
+                task,
+            ):
+                return accuracy
         return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,9 +113,9 @@ class Findings:
 
         return {
             **{name: getattr(self, name) for name in _PLAIN},
-            "accuracies": [one.as_dict() for one in self.accuracies],
-            "differences": [one.as_dict() for one in self.differences],
-            "speeds": [{**asdict(one), "alone": one.alone} for one in self.speeds],
+            "accuracies": [accuracy.as_dict() for accuracy in self.accuracies],
+            "differences": [difference.as_dict() for difference in self.differences],
+            "speeds": [{**asdict(speed), "alone": speed.alone} for speed in self.speeds],
             "published": published.numbers(self.experiment),
         }
 
@@ -137,14 +142,17 @@ def _findings(raw: Mapping[str, Any]) -> Findings:
         raw["settings"],
         raw["environment"],
         tuple(
-            Accuracy(one["ensemble"], tuple(one["weights"]), one["top_k"], Score.read(one)) for one in raw["accuracies"]
+            AccuracyFinding(one["ensemble"], tuple(one["weights"]), one["top_k"], Score.read(one))
+            for one in raw["accuracies"]
         ),
         tuple(
-            Difference(one["ensemble"], tuple(one["weights"]), one["top_k"], Comparison.read(one))
+            DifferenceFinding(one["ensemble"], tuple(one["weights"]), one["top_k"], PairedComparison.read(one))
             for one in raw["differences"]
         ),
         tuple(
-            Speed(**{key: value for key, value in one.items() if key != "alone"} | {"weights": tuple(one["weights"])})
+            SpeedFinding(
+                **{key: value for key, value in one.items() if key != "alone"} | {"weights": tuple(one["weights"])}
+            )
             for one in raw["speeds"]
         ),
         tuple(raw["notes"]),

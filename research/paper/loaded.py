@@ -14,7 +14,7 @@ from mixlm.loading import load_config
 from research.paper.experiments import Weights
 
 
-class Loaded:
+class EnsembleCache:
     """The ensemble that is in memory. say: called with a line for each model that is loaded."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -54,7 +54,7 @@ def alone(config: EnsembleConfig, member: int) -> EnsembleConfig:
 
 def accelerators(config: EnsembleConfig) -> list[str]:
     """Return the names of this machine's accelerators that these members could run on."""
-    if all(one.model.startswith("toy:") for one in config.members):
+    if all(member.model.startswith("toy:") for member in config.members):
         return []
     try:
         import torch
@@ -68,7 +68,7 @@ def apart(config: EnsembleConfig) -> list[str] | None:
 
     They are those that the configuration names when they differ, else the machine's accelerators.
     """
-    named = [one.device for one in config.members]
+    named = [member.device for member in config.members]
     if len(named) > 1 and "auto" not in named and len(set(named)) == len(named):
         return named
     there = accelerators(config)
@@ -84,7 +84,9 @@ def machine(config: EnsembleConfig) -> list[Any]:
 
 def placed(config: EnsembleConfig, devices: Sequence[str]) -> EnsembleConfig:
     """Return a configuration with its members on these devices."""
-    members = tuple(one.model_copy(update={"device": at}) for one, at in zip(config.members, devices, strict=True))
+    members = tuple(
+        member.model_copy(update={"device": device}) for member, device in zip(config.members, devices, strict=True)
+    )
     return config.model_copy(update={"members": members})
 
 

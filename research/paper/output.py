@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixlm.errors import ConfigError
-from research.paper.findings import Findings, Speed, read
-from research.paper.store import Store
+from research.paper.findings import Findings, SpeedFinding, read
+from research.paper.store import ResultStore
 from research.paper.tables import markdown
 
 
-def write(findings: Findings, store: Store) -> list[Path]:
+def write(findings: Findings, store: ResultStore) -> list[Path]:
     """Write all files of an experiment, and return their paths."""
     name = findings.experiment
     paths = [store.write(f"{name}.json", json.dumps(findings.as_dict(), indent=2) + "\n")]
@@ -37,14 +37,14 @@ def joined(findings: Findings, others: Sequence[str | Path]) -> Findings:
         if more.experiment != findings.experiment:
             raise ConfigError(f"{path} holds {more.experiment}", f"give a file of {findings.experiment}")
         if more.reduced:
-            notes.append(f"{', '.join(dict.fromkeys(one.machine for one in more.speeds))}: {more.reduced}")
-        for one in more.speeds:
-            if _same(one, speeds):
-                raise ConfigError(f"{path} and these results both have {one.ensemble} on {one.machine}")
-            speeds.append(one)
+            notes.append(f"{', '.join(dict.fromkeys(speed.machine for speed in more.speeds))}: {more.reduced}")
+        for speed in more.speeds:
+            if _same(speed, speeds):
+                raise ConfigError(f"{path} and these results both have {speed.ensemble} on {speed.machine}")
+            speeds.append(speed)
         ensembles |= more.ensembles
     return replace(findings, speeds=tuple(speeds), notes=tuple(notes), ensembles=ensembles)
 
 
-def _same(one: Speed, others: Sequence[Speed]) -> bool:
-    return any((one.ensemble, one.machine) == (two.ensemble, two.machine) for two in others)
+def _same(one: SpeedFinding, others: Sequence[SpeedFinding]) -> bool:
+    return any((one.ensemble, one.machine) == (other.ensemble, other.machine) for other in others)

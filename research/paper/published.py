@@ -14,7 +14,7 @@ Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class PublishedModel:
     """A model of the paper. number: its mark in the tables, 0 for none. hub: its id on the Hugging Face hub."""
 
     number: int
@@ -22,7 +22,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PublishedScore:
     """A printed accuracy in percent, and the gain over the best single model as printed behind it."""
 
     value: float
@@ -30,7 +30,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class PublishedSpeed:
     """One column of table 4: tokens per second, and the printed ratios to sequential CE in the same order."""
 
     single: float
@@ -46,20 +46,20 @@ TASKS = ("GSM8K", "MMLU", "BBH", "ARC")
 # Section 4.1 and table 5 (appendix A.2), by the paper's short names. The models of figure 3 that table 5 lacks are in
 # section 4.4, only by short names; their ids follow those of their families.
 MODELS = {
-    "Qwen-3B": Model(1, "Qwen/Qwen2.5-3B-Instruct"),
-    "Qwen-Math-1.5B": Model(2, "Qwen/Qwen2.5-Math-1.5B-Instruct"),
-    "Openchat": Model(3, "openchat/openchat-3.5-0106"),
-    "Nous-Hermes": Model(4, "NousResearch/Nous-Hermes-2-Mistral-7B-DPO"),
-    "OpenHermes": Model(5, "teknium/OpenHermes-2.5-Mistral-7B"),
-    "Deepseek-7B": Model(7, "deepseek-ai/deepseek-llm-7b-chat"),
-    "Mistral-7B": Model(8, "mistralai/Mistral-7B-Instruct-v0.3"),
-    "Llama-3-8B": Model(0, "meta-llama/Llama-3.1-8B-Instruct"),
-    "Llama-3-3B": Model(0, "meta-llama/Llama-3.2-3B-Instruct"),
-    "Llama-3-1B": Model(0, "meta-llama/Llama-3.2-1B-Instruct"),
-    "Qwen-1.5B": Model(0, "Qwen/Qwen2.5-1.5B-Instruct"),
-    "Qwen-Coder-3B": Model(0, "Qwen/Qwen2.5-Coder-3B-Instruct"),
-    "Qwen-7B": Model(0, "Qwen/Qwen2.5-7B-Instruct"),
-    "Qwen-Math-7B": Model(0, "Qwen/Qwen2.5-Math-7B-Instruct"),
+    "Qwen-3B": PublishedModel(1, "Qwen/Qwen2.5-3B-Instruct"),
+    "Qwen-Math-1.5B": PublishedModel(2, "Qwen/Qwen2.5-Math-1.5B-Instruct"),
+    "Openchat": PublishedModel(3, "openchat/openchat-3.5-0106"),
+    "Nous-Hermes": PublishedModel(4, "NousResearch/Nous-Hermes-2-Mistral-7B-DPO"),
+    "OpenHermes": PublishedModel(5, "teknium/OpenHermes-2.5-Mistral-7B"),
+    "Deepseek-7B": PublishedModel(7, "deepseek-ai/deepseek-llm-7b-chat"),
+    "Mistral-7B": PublishedModel(8, "mistralai/Mistral-7B-Instruct-v0.3"),
+    "Llama-3-8B": PublishedModel(0, "meta-llama/Llama-3.1-8B-Instruct"),
+    "Llama-3-3B": PublishedModel(0, "meta-llama/Llama-3.2-3B-Instruct"),
+    "Llama-3-1B": PublishedModel(0, "meta-llama/Llama-3.2-1B-Instruct"),
+    "Qwen-1.5B": PublishedModel(0, "Qwen/Qwen2.5-1.5B-Instruct"),
+    "Qwen-Coder-3B": PublishedModel(0, "Qwen/Qwen2.5-Coder-3B-Instruct"),
+    "Qwen-7B": PublishedModel(0, "Qwen/Qwen2.5-7B-Instruct"),
+    "Qwen-Math-7B": PublishedModel(0, "Qwen/Qwen2.5-Math-7B-Instruct"),
 }
 
 QWEN: Names = ("Qwen-3B", "Qwen-Math-1.5B")
@@ -91,12 +91,12 @@ SINGLE: dict[str, tuple[float, ...]] = {
 }
 
 
-def _cells(*pairs: float) -> tuple[Cell, ...]:
-    return tuple(Cell(value, gain) for value, gain in zip(pairs[::2], pairs[1::2], strict=True))
+def _cells(*pairs: float) -> tuple[PublishedScore, ...]:
+    return tuple(PublishedScore(value, gain) for value, gain in zip(pairs[::2], pairs[1::2], strict=True))
 
 
 # Tables 2 (QWEN, MISTRAL_2, MISTRAL_3) and 3 (MIXED): by method and k, in the order of TASKS.
-ACCURACY: dict[Names, dict[tuple[str, int], tuple[Cell, ...]]] = {
+ACCURACY: dict[Names, dict[tuple[str, int], tuple[PublishedScore, ...]]] = {
     QWEN: {
         ("conventional", 5): _cells(83.14, 3.37, 66.05, -0.70, 52.74, 0.80, 81.14, -0.67),
         ("mixture", 5): _cells(82.97, 3.20, 65.61, -1.14, 53.04, 1.10, 81.12, -0.69),
@@ -127,11 +127,11 @@ ACCURACY: dict[Names, dict[tuple[str, int], tuple[Cell, ...]]] = {
 MISPRINTS = frozenset({(MISTRAL_2, "mixture", 5, "BBH")})
 
 # Table 4: one H100 unless for parallel CE.
-SPEED: dict[Names, Pace] = {
-    QWEN: Pace(63.68, 32.71, 34.58, 58.25, (1.95, 1.00, 1.05, 1.78)),
-    MISTRAL_2: Pace(54.83, 27.16, 34.24, 51.33, (2.01, 1.00, 1.26, 1.89)),
-    MISTRAL_3: Pace(54.71, 17.43, 31.74, 46.22, (3.13, 1.00, 1.82, 2.65)),
-    MIXED: Pace(54.42, 17.21, 31.55, 46.17, (3.16, 1.00, 1.83, 2.68)),
+SPEED: dict[Names, PublishedSpeed] = {
+    QWEN: PublishedSpeed(63.68, 32.71, 34.58, 58.25, (1.95, 1.00, 1.05, 1.78)),
+    MISTRAL_2: PublishedSpeed(54.83, 27.16, 34.24, 51.33, (2.01, 1.00, 1.26, 1.89)),
+    MISTRAL_3: PublishedSpeed(54.71, 17.43, 31.74, 46.22, (3.13, 1.00, 1.82, 2.65)),
+    MIXED: PublishedSpeed(54.42, 17.21, 31.55, 46.17, (3.16, 1.00, 1.83, 2.68)),
 }
 
 
@@ -142,7 +142,7 @@ def title(names: Names) -> str:
 
 def find(models: Sequence[str]) -> Names | None:
     """Return the ensemble of the paper that has these models (hub ids, or folders that end in the same name)."""
-    wanted = sorted(PurePath(one).name.lower() for one in models)
+    wanted = sorted(PurePath(model).name.lower() for model in models)
     for names in dict.fromkeys(one for group in ENSEMBLES.values() for one in group):
         if sorted(map(last_part, names)) == wanted:
             return names
@@ -154,7 +154,7 @@ def last_part(name: str) -> str:
     return PurePath(MODELS[name].hub).name.lower()
 
 
-def accuracy(names: Names, method: str, top_k: int, task: str) -> Cell | None:
+def accuracy(names: Names, method: str, top_k: int, task: str) -> PublishedScore | None:
     """Return a cell of table 2 or 3."""
     row = ACCURACY.get(names, {}).get((method, top_k))
     return None if row is None or task not in TASKS else row[TASKS.index(task)]
@@ -169,20 +169,24 @@ def numbers(experiment: str) -> dict[str, Any]:
     """Return what the text has of a table or figure, for reports."""
     ensembles = ENSEMBLES[experiment]
     if experiment == "table4":
-        rows = {title(one): {k: getattr(SPEED[one], k) for k in Pace.__slots__} for one in ensembles}
+        rows = {
+            title(ensemble): {k: getattr(SPEED[ensemble], k) for k in PublishedSpeed.__slots__}
+            for ensemble in ensembles
+        }
         return {"source": f"{SOURCE}, table 4", "unit": "tokens/s", "ensembles": rows}
     if experiment.startswith("figure"):
         return {"source": f"{SOURCE}, figure {experiment[-1]}", "numbers": "plot only"}
-    members = dict.fromkeys(name for one in ensembles for name in one)
+    members = dict.fromkeys(name for ensemble in ensembles for name in ensemble)
     return {
         "source": f"{SOURCE}, table {experiment[-1]}",
         "unit": "percent",
         "tasks": list(TASKS),
         "single": {name: list(SINGLE[name]) for name in members},
         "ensembles": {
-            title(one): {
-                f"{method}, k = {k}": [cell.value for cell in cells] for (method, k), cells in ACCURACY[one].items()
+            title(ensemble): {
+                f"{method}, k = {k}": [cell.value for cell in cells]
+                for (method, k), cells in ACCURACY[ensemble].items()
             }
-            for one in ensembles
+            for ensemble in ensembles
         },
     }

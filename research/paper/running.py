@@ -11,17 +11,19 @@ from mixlm import __version__
 from mixlm.benchmark.report import environment
 from mixlm.config import EnsembleConfig
 from mixlm.core.options import Options
-from mixlm.evaluation.results import Comparison, Score
+from mixlm.evaluation.results import PairedComparison, Score
 from research.paper.experiments import SEARCH_SEED, Experiment, Lineup, Weights, grid
-from research.paper.findings import Accuracy, Difference, Findings, Speed
-from research.paper.loaded import Loaded, alone, apart, key, machine, placed, single, weighted
-from research.paper.store import Store
+from research.paper.findings import AccuracyFinding, DifferenceFinding, Findings, SpeedFinding
+from research.paper.loaded import EnsembleCache, alone, apart, key, machine, placed, single, weighted
+from research.paper.store import ResultStore
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 
-def run(experiment: Experiment, store: Store, *, progress: Progress | None = None, say: Say | None = None) -> Findings:
+def run(
+    experiment: Experiment, store: ResultStore, *, progress: Progress | None = None, say: Say | None = None
+) -> Findings:
     """Run what is not finished, and return all that was found.
 
     progress: called within a run with a label, work done, work. say: called with one line for each run. Raises
@@ -31,17 +33,17 @@ def run(experiment: Experiment, store: Store, *, progress: Progress | None = Non
 
 
 class _Running:
-    def __init__(self, experiment: Experiment, store: Store, progress: Progress | None, say: Say) -> None:
+    def __init__(self, experiment: Experiment, store: ResultStore, progress: Progress | None, say: Say) -> None:
         self.experiment = experiment
         self.store = store
         self.progress = progress
         self.say = say
-        self.loaded = Loaded(say)
+        self.loaded = EnsembleCache(say)
         self.tasks: Mapping[str, Any] = {}
         self.notes: dict[str, None] = {}
-        self.accuracies: list[Accuracy] = []
-        self.differences: list[Difference] = []
-        self.speeds: list[Speed] = []
+        self.accuracies: list[AccuracyFinding] = []
+        self.differences: list[DifferenceFinding] = []
+        self.speeds: list[SpeedFinding] = []
         self.environment: dict[str, Any] = {}
         self.place = ""
 
@@ -54,8 +56,8 @@ class _Running:
             # Questions are read before models: what is wrong with them is said at once.
             self.tasks = load_tasks(one.tasks, data=one.data)
         work = [step for lineup in one.lineups for step in self._steps(lineup)]
-        for at, step in enumerate(work, 1):
-            self.place = f"{at}/{len(work)}"
+        for i, step in enumerate(work, 1):
+            self.place = f"{i}/{len(work)}"
             step()
         return Findings(
             one.name,
@@ -91,9 +93,9 @@ class _Running:
         found = self._evaluated(lineup, top_k, range(self.experiment.seeds), member=member, weights=weights)
         name = lineup.label if member is None else lineup.names[member]
         self.notes |= {f"{name}, k = {top_k}: {note}": None for note in found["notes"]}
-        self.accuracies += [Accuracy(lineup.label, weights, top_k, Score.read(one)) for one in found["scores"]]
+        self.accuracies += [AccuracyFinding(lineup.label, weights, top_k, Score.read(one)) for one in found["scores"]]
         self.differences += [
-            Difference(lineup.label, weights, top_k, Comparison.read(pair))
+            DifferenceFinding(lineup.label, weights, top_k, PairedComparison.read(pair))
             for pair in found["comparisons"]
             if (pair["left"], pair["right"]) == ("mixture", "conventional")
         ]
@@ -148,11 +150,11 @@ class _Running:
                 limit=one.limit,
                 data=one.data,
                 options=cast(Options, options),
-                out=self.store.answers(label, same),
+                out=self.store.responses(label, same),
                 progress=self.progress,
             )
             scores = [results.score(task, method) for method in results.methods for task in results.tasks]
-            where = environment([own.engine for own in ensemble.members], {})
+            where = environment([member.engine for member in ensemble.members], {})
             return {**results.as_dict(), "scores": [score.as_dict() for score in scores], "environment": where}
 
         return self._once(label, {**same, **amount, "methods": methods}, work)
@@ -175,7 +177,7 @@ class _Running:
         singles = [run for run in found["runs"] if run["method"] == "single"]
         where = found["environment"]
         self.speeds.append(
-            Speed(
+            SpeedFinding(
                 lineup.label,
                 str(where.get("accelerator") or f"{where['processor']}, {where['cores']} cores"),
                 weights,
@@ -222,7 +224,9 @@ class _Running:
     def _shown(self, weights: Weights) -> str:
         if weights and self.experiment.lambdas:
             return f", λ = {weights[0]:g}"
-        return f", weights {' '.join(f'{one:g}' for one in weights)}" if weights and self.experiment.search else ""
+        return (
+            f", weights {' '.join(f'{weight:g}' for weight in weights)}" if weights and self.experiment.search else ""
+        )
 
 
 def _tokens_per_second(found: Mapping[str, Any], method: str) -> float:

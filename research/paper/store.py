@@ -1,4 +1,4 @@
-"""Finished runs on disk: each is one JSON file with the settings it ran with, and is not run again."""
+"""The folder of an experiment: finished runs, responses of runs that were interrupted, and outputs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ConfigError
+from mixlm.resumable_log import ResumableLog
 
 
-class Store:
-    """A folder of finished runs. Raises ConfigError when it cannot be made or written."""
+class ResultStore:
+    """Results of finished runs, by label and settings.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._log = ResumableLog(self.folder / "runs.jsonl", index="run", key="settings", result="result")
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be written: {error.strerror}", "give another --out") from error
 
-    def get(self, label: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return what a run with these settings found, None when there is no whole one."""
-        try:
-            raw = json.loads(self._path(label, key).read_text(encoding="utf-8"))
-            if raw["key"] == _plain(key):
-                found: dict[str, Any] = raw["found"]
-                return found
-        except (OSError, ValueError, TypeError, KeyError):
-            pass  # a file that is not whole is as good as none
-        return None
+    def get(self, label: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the result of a run with these settings, None when there is none."""
+        name = run_name(label, settings)
+        record = self._log.get(name, name.rpartition("-")[2])
+        return None if record is None else record["result"]
 
-    def put(self, label: str, key: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep what a run found, and return it as it will be read."""
-        self.write(f"runs/{self._path(label, key).name}", json.dumps({"key": key, "found": found}, indent=2) + "\n")
-        kept: dict[str, Any] = _plain(found)
-        return kept
+    def put(self, label: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep the result of a run, and return it as `get` will."""
+        name = run_name(label, settings)
+        plain: dict[str, Any] = json.loads(json.dumps(result))
+        self._log.add(name, name.rpartition("-")[2], {"result": plain})
+        return plain
 
-    def answers(self, label: str, key: Mapping[str, Any]) -> Path:
-        """Return the folder for the answers of a run that may stop half-way."""
-        return self.folder / "answers" / name_of(label, key)
+    def responses(self, label: str, settings: Mapping[str, Any]) -> Path:
+        """Return the folder for the responses of a run, which may be interrupted."""
+        return self.folder / "answers" / run_name(label, settings)
 
     def write(self, name: str, text: str) -> Path:
         """Write a file whole or not at all, and return its path."""
@@ -52,15 +54,8 @@ class Store:
         os.replace(part, path)
         return path
 
-    def _path(self, label: str, key: Mapping[str, Any]) -> Path:
-        return self.folder / "runs" / f"{name_of(label, key)}.json"
 
-
-def name_of(label: str, key: Mapping[str, Any]) -> str:
+def run_name(label: str, settings: Mapping[str, Any]) -> str:
     """Return a file name for a run: readable, and different for different settings."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^a-z0-9.]+', '-', label.lower()).strip('-')[:80]}-{digest}"
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))

@@ -8,7 +8,7 @@ from mixlm.evaluation.results import Score
 from mixlm.evaluation.statistics import Interval
 from research.paper import published
 from research.paper.experiments import COLUMNS
-from research.paper.findings import Accuracy, Findings, Speed
+from research.paper.findings import AccuracyFinding, Findings, SpeedFinding
 
 SHORT = {"mixture": "ME", "conventional": "CE"}
 _OWN_LAW = (
@@ -46,7 +46,7 @@ def markdown(findings: Findings, *, image: str | None = None) -> str:
         parts += _speeds(findings)
     parts += _apart(findings)
     if findings.notes:
-        parts += ["## Notes", "\n".join(f"- {one}" for one in findings.notes)]
+        parts += ["## Notes", "\n".join(f"- {note}" for note in findings.notes)]
     parts += ["## Settings", _settings(findings)]
     return "\n\n".join(parts) + "\n"
 
@@ -83,7 +83,7 @@ def span(interval: Interval | None, scale: float = 100) -> str:
 def _accuracies(findings: Findings) -> list[str]:
     parts = [f"Accuracy in percent. {_OWN_LAW}", _WEIGHTS]
     for label, names in findings.ensembles.items():
-        mine = [one for one in findings.accuracies if one.ensemble == label]
+        mine = [accuracy for accuracy in findings.accuracies if accuracy.ensemble == label]
         rows = []
         for top_k, method in dict.fromkeys((one.top_k, one.score.method) for one in mine):
             row = [f"{method_name(method)} (k = {top_k})"]
@@ -101,13 +101,13 @@ def _accuracies(findings: Findings) -> list[str]:
     return parts
 
 
-def _gain(findings: Findings, found: Accuracy) -> str:
+def _gain(findings: Findings, found: AccuracyFinding) -> str:
     """Return the gain over the best single member of the same ensemble, k and task; nothing for the singles."""
     alone = [
-        one.score.mean
-        for one in findings.accuracies
-        if one.score.method.startswith("single")
-        and (one.ensemble, one.top_k, one.score.task) == (found.ensemble, found.top_k, found.score.task)
+        accuracy.score.mean
+        for accuracy in findings.accuracies
+        if accuracy.score.method.startswith("single")
+        and (accuracy.ensemble, accuracy.top_k, accuracy.score.task) == (found.ensemble, found.top_k, found.score.task)
     ]
     score = found.score
     return f" ({100 * (score.mean - max(alone)):+.2f})" if alone and not score.method.startswith("single") else ""
@@ -123,9 +123,9 @@ def _theirs(names: published.Names, method: str, top_k: int, task: str) -> str:
 
 def _curves(findings: Findings) -> list[str]:
     rows = []
-    for one in findings.accuracies:
-        about = (one.ensemble, task_name(one.score.task), SHORT[one.score.method])
-        rows.append([*about, f"{one.weights[0]:g}", percent(one.score), str(one.score.count)])
+    for accuracy in findings.accuracies:
+        about = (accuracy.ensemble, task_name(accuracy.score.task), SHORT[accuracy.score.method])
+        rows.append([*about, f"{accuracy.weights[0]:g}", percent(accuracy.score), str(accuracy.score.count)])
     heads = ("ensemble", "task", "method", "λ", "accuracy, %", "questions")
     return [
         "λ is the weight of the first member of an ensemble. The paper's values are a plot only. ± is half of a 95 % "
@@ -137,9 +137,9 @@ def _curves(findings: Findings) -> list[str]:
 def _differences(findings: Findings) -> str:
     heads = ("ensemble", "task", "k", "weights", "difference", "95 % interval", "p", "questions", "better", "worse")
     rows = []
-    for one in findings.differences:
-        pair = one.pair
-        about = (one.ensemble, task_name(pair.task), str(one.top_k), _weights(one.weights))
+    for difference in findings.differences:
+        pair = difference.pair
+        about = (difference.ensemble, task_name(pair.task), str(difference.top_k), _weights(difference.weights))
         found = (f"{100 * pair.difference:+.2f}", span(pair.interval), f"{pair.p_value:.3g}")
         rows.append([*about, *found, str(pair.questions), str(pair.better), str(pair.worse)])
     return table(heads, rows, left=2)
@@ -149,20 +149,20 @@ def _speeds(findings: Findings) -> list[str]:
     if findings.experiment == "figure2":
         return ["## Speed", "Tokens per second; the paper's values are a plot only.", _speed_curves(findings)]
     parts = ["## Speed", _SPEED]
-    for one in findings.speeds:
-        rows = [[f"single: {name}", _pace(one, value)] for name, value in one.single.items()]
-        rows += [["single", _pace(one, one.alone)], ["CE (sequential)", _pace(one, one.sequential)]]
-        rows += [["CE (parallel)", "not measured" if one.parallel is None else _pace(one, one.parallel)]]
-        rows += [["ME", _pace(one, one.mixture)]]
+    for speed in findings.speeds:
+        rows = [[f"single: {name}", _pace(speed, value)] for name, value in speed.single.items()]
+        rows += [["single", _pace(speed, speed.alone)], ["CE (sequential)", _pace(speed, speed.sequential)]]
+        rows += [["CE (parallel)", "not measured" if speed.parallel is None else _pace(speed, speed.parallel)]]
+        rows += [["ME", _pace(speed, speed.mixture)]]
         heads = ["method", "tokens/s"]
-        pace = published.SPEED.get(findings.ensembles.get(one.ensemble) or ())
+        pace = published.SPEED.get(findings.ensembles.get(speed.ensemble) or ())
         if pace is not None and findings.experiment == "table4":
             heads.append("paper, H100")
-            rows = [[*row, cell] for row, cell in zip(rows, [""] * len(one.single) + _printed(pace), strict=True)]
-        ratio = f"ME over CE within a repeat, the median: {one.paired:.2f}×."
+            rows = [[*row, cell] for row, cell in zip(rows, [""] * len(speed.single) + _printed(pace), strict=True)]
+        ratio = f"ME over CE within a repeat, the median: {speed.paired:.2f}×."
         parts += [
-            f"### {one.ensemble}",
-            f"On {one.machine}, weights {_weights(one.weights)}, k = {one.top_k}. {ratio}",
+            f"### {speed.ensemble}",
+            f"On {speed.machine}, weights {_weights(speed.weights)}, k = {speed.top_k}. {ratio}",
             table(heads, rows),
         ]
     return parts
@@ -170,18 +170,18 @@ def _speeds(findings: Findings) -> list[str]:
 
 def _speed_curves(findings: Findings) -> str:
     rows = []
-    for one in findings.speeds:
-        alone = " / ".join(f"{value:.2f}" for value in one.single.values())
-        rows.append([one.ensemble, f"{one.weights[0]:g}", f"{one.mixture:.2f}", alone])
+    for speed in findings.speeds:
+        alone = " / ".join(f"{value:.2f}" for value in speed.single.values())
+        rows.append([speed.ensemble, f"{speed.weights[0]:g}", f"{speed.mixture:.2f}", alone])
     return table(("ensemble", "λ", "ME", "members alone"), rows)
 
 
-def _printed(pace: published.Pace) -> list[str]:
+def _printed(pace: published.PublishedSpeed) -> list[str]:
     values = (pace.single, pace.sequential, pace.parallel, pace.mixture)
     return [f"{value:.2f} ({ratio:.2f}×)" for value, ratio in zip(values, pace.ratios, strict=True)]
 
 
-def _pace(speed: Speed, value: float) -> str:
+def _pace(speed: SpeedFinding, value: float) -> str:
     return f"{value:.2f} ({speed.ratio(value):.2f}×)"
 
 
@@ -200,7 +200,7 @@ def _apart(findings: Findings) -> list[str]:
     if findings.experiment == "table4":
         rows = [[published.title(names), *_printed(published.SPEED[names])] for names in lacking]
         return [*head, table(("models (H100, tokens/s)", "single", "CE (sequential)", "CE (parallel)", "ME"), rows)]
-    alone = dict.fromkeys(one for names in lacking for one in names)
+    alone = dict.fromkeys(name for names in lacking for name in names)
     rows = [[name, *(f"{value:.2f}" for value in published.SINGLE[name])] for name in alone]
     for names in lacking:
         for (method, top_k), cells in published.ACCURACY[names].items():
@@ -222,9 +222,9 @@ def _settings(findings: Findings) -> str:
     machine = [str(where[key]) for key in ("accelerator", "processor", "system") if where.get(key)]
     lines.append(f"- machine: {', '.join(machine)}, {where.get('cores', '?')} cores")
     versions = where.get("versions", {})
-    lines.append(f"- versions: {', '.join(f'{name} {one}' for name, one in versions.items())}")
+    lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
     return "\n".join(lines)
 
 
 def _weights(weights: Sequence[float]) -> str:
-    return ", ".join(f"{one:.3g}" for one in weights)
+    return ", ".join(f"{weight:.3g}" for weight in weights)

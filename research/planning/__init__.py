@@ -1,1 +1,1 @@
-"""How many replies an ensemble can write, before the machines are there: what runs cost, and a simulation of queues."""
+"""Capacity planning: how many completions an ensemble can generate, by a simulation of queues from measured costs."""

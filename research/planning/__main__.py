@@ -16,8 +16,8 @@ from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from research.planning.costs import Costs
-    from research.planning.plan import Point
+    from research.planning.costs import PlanCosts
+    from research.planning.plan import PlanPoint
 
 
 @with_shared
@@ -57,7 +57,7 @@ def plan(
 ) -> int:
     """Predict tokens/s, the time to the first token, and the machines that each member needs.
 
-    Replies, mixlm and the members' machines are simulated as queues, from what runs cost: the file has them in seconds.
+    Completions, mixlm and the members' machines are simulated as queues. The file has the costs of runs, in seconds.
 
         \\[router]               # mixlm itself
         seconds = 0.002        # of one processor, for each run
@@ -73,8 +73,8 @@ def plan(
     With --measure, it is made from the members given by -m or -e, such as servers that run.
     """
     from research.planning.costs import read_costs, write_costs
-    from research.planning.plan import Target, needed, sweep
-    from research.planning.simulation import Load
+    from research.planning.plan import PlanTarget, needed, sweep
+    from research.planning.simulation import Workload
 
     rates = _rates(rate)
     _check(at_once=at_once, prompt=prompt, reply=reply, replies=replies, coin=coin)
@@ -97,21 +97,21 @@ def plan(
     else:
         costs = read_costs(file)
     costs = costs.with_replicas(_replicas(replicas or []))
-    load = Load(rates[0], prompt, reply, at_once, "fixed" if fixed else "geometric", coin)
+    load = Workload(rates[0], prompt, reply, at_once, "fixed" if fixed else "geometric", coin)
     if need:
-        points = [needed(costs, load, Target(first, busy), replies=replies)]
+        points = [needed(costs, load, PlanTarget(first, busy), replies=replies)]
     else:
         points = sweep(costs, load, rates, replies=replies)
     if plot is not None:
         save(points, plot)
     if as_json:
-        print_json({"costs": costs.model_dump(), "points": [one.as_dict() for one in points]})
+        print_json({"costs": costs.model_dump(), "points": [point.as_dict() for point in points]})
     else:
         _show(costs, points)
     return 0
 
 
-def _show(costs: Costs, points: list[Point]) -> None:
+def _show(costs: PlanCosts, points: list[PlanPoint]) -> None:
     heads = [
         "replies/s come",
         "tokens/s",
@@ -133,7 +133,7 @@ def _show(costs: Costs, points: list[Point]) -> None:
                 "always full" if point.rate is None else f"{point.rate:g}",
                 f"{form['tokens_per_second']:.1f}",
                 f"{form['replies_per_second']:.3g}",
-                *(f"{one:.3g}" for one in times),
+                *(f"{time:.3g}" for time in times),
                 ", ".join(shares) + ("" if point.keeps_up else "; cannot keep up"),
             ]
         )
@@ -146,10 +146,10 @@ def _rates(text: str | None) -> list[float | None]:
     if text is None:
         return [None]
     try:
-        rates = [float(one) for one in text.split(",")]
+        rates = [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--rate is {text!r}; it must be numbers with commas between them") from None
-    if not all(0 < one < float("inf") for one in rates):
+    if not all(0 < rate < float("inf") for rate in rates):
         raise ConfigError(f"--rate is {text!r}; rates must be more than 0")
     return list(rates)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from research import figures
 from research.figures import BLUE, RED
-from research.planning.plan import Point
+from research.planning.plan import PlanPoint
 from research.planning.simulation import quantiles
 
 
-def save(points: Sequence[Point], path: Path) -> None:
+def save(points: Sequence[PlanPoint], path: Path) -> None:
     """Draw points of one number of machines at several rates. Raises ConfigError for a file that is no figure."""
     figures.require(path)
     from matplotlib import rc_context

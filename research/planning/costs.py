@@ -55,13 +55,13 @@ class RouterCost(_Strict):
     processes: int = Field(default=1, ge=1)
 
 
-class Costs(_Strict):
+class PlanCosts(_Strict):
     """All costs of an ensemble."""
 
     members: Mapping[str, MemberCost] = Field(min_length=1)
     router: RouterCost = RouterCost()
 
-    def with_replicas(self, replicas: Mapping[str, int]) -> Costs:
+    def with_replicas(self, replicas: Mapping[str, int]) -> PlanCosts:
         """Return the same with other numbers of machines. Raises ConfigError for a member that is not there."""
         for name, count in replicas.items():
             if name not in self.members:
@@ -71,13 +71,13 @@ class Costs(_Strict):
             if self.members[name].device is not None and count > 1:
                 raise ConfigError(f"{name} shares the device {self.members[name].device!r} and has no replicas")
         members = {
-            name: one.model_copy(update={"replicas": replicas.get(name, one.replicas)})
-            for name, one in self.members.items()
+            name: member.model_copy(update={"replicas": replicas.get(name, member.replicas)})
+            for name, member in self.members.items()
         }
         return self.model_copy(update={"members": members})
 
 
-def read_costs(path: Path) -> Costs:
+def read_costs(path: Path) -> PlanCosts:
     """Read a file of costs. Raises ConfigError that names the file, the key and what is wrong with it."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -90,14 +90,14 @@ def read_costs(path: Path) -> Costs:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     try:
-        return Costs.model_validate(raw)
+        return PlanCosts.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {place}: {first['msg']}", "see mixlm plan --help for the keys") from error
 
 
-def write_costs(costs: Costs, path: Path) -> None:
+def write_costs(costs: PlanCosts, path: Path) -> None:
     """Write a file that `read_costs` reads back."""
     import tomli_w
 

@@ -13,7 +13,7 @@ import numpy as np
 from mixlm.engines.base import Engine, LogitsRequest, Session
 from mixlm.ensemble import Ensemble
 from mixlm.types import Ids
-from research.planning.costs import Costs, MemberCost, RouterCost
+from research.planning.costs import MemberCost, PlanCosts, RouterCost
 
 Progress = Callable[[str], None]
 
@@ -22,15 +22,15 @@ _TOKENS = (2, 4, 8, 16, 32)
 _TEXT = " One morning the river had risen over the fields, and nobody knew how far the road went."
 
 
-def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: Progress | None = None) -> Costs:
+def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: Progress | None = None) -> PlanCosts:
     """Measure what runs of each member cost, with up to `most` sequences at once, and what mixlm adds to each.
 
     Takes about a hundred forwards of each member. Members that are engines of one device take turns on it in a plan;
     such as are behind servers have machines of their own.
     """
-    devices = [str(one.engine.device) for one in ensemble.members]
+    devices = [str(member.engine.device) for member in ensemble.members]
     options = _options(ensemble)
-    writes = [one.samples_itself for one in ensemble.context(ensemble.settings(**options)).members]
+    writes = [member.samples_itself for member in ensemble.context(ensemble.settings(**options)).members]
     members = {}
     weights = ensemble.weights.tolist()
     for spec, device, weight, runs in zip(ensemble.members, devices, weights, writes, strict=True):
@@ -49,12 +49,12 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
         )
     if progress is not None:
         progress("measuring mixlm")
-    return Costs(members=members, router=_router(ensemble, options, members))
+    return PlanCosts(members=members, router=_router(ensemble, options, members))
 
 
 def _options(ensemble: Ensemble) -> dict[str, Any]:
-    """Return the options of a reply that any engine can write."""
-    partial = any(one.engine.top_k_limit is not None for one in ensemble.members)
+    """Return the options of a completion that any engine can write."""
+    partial = any(member.engine.top_k_limit is not None for member in ensemble.members)
     return {"ignore_end": True, "seed": 1, **({"top_k": 10} if partial else {})}
 
 
@@ -110,8 +110,8 @@ def _turned(ids: Ids, by: int) -> Ids:
 def _router(
     ensemble: Ensemble, options: dict[str, Any], members: Mapping[str, MemberCost], tokens: int = 48
 ) -> RouterCost:
-    """Measure one reply: what is not in forwards, or, of members behind servers, this process's own time; by runs."""
-    served = all(one.engine.asynchronous for one in ensemble.members)
+    """Measure one completion: the time outside forwards or, with servers, of this process; per run."""
+    served = all(member.engine.asynchronous for member in ensemble.members)
     stream = ensemble.stream("Tell a story.", max_tokens=tokens, **options)
     first = next(stream)
     start, processor = time.perf_counter(), time.process_time()

@@ -7,31 +7,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixlm.errors import ConfigError
-from research.planning.costs import Costs
-from research.planning.simulation import Load, Seen, quantiles, simulate
+from research.planning.costs import PlanCosts
+from research.planning.simulation import SimulationResult, Workload, quantiles, simulate
 
-# It cannot keep up where more than this share of the replies still waits when the last one comes, or something never
-# rests.
+# It cannot keep up if a larger share of completions still waits when the last one arrives, or something is always busy.
 _LATE, _FULL = 0.02, 0.98
 _MOST = 256
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is good enough: seconds to the first token of 95 in 100 replies, share of time that machines may work."""
+class PlanTarget:
+    """Requirements: seconds to the first token in 95 of 100 completions, and the share of time that machines may work."""
 
     first: float | None = None
     busy: float = 0.85
 
 
 @dataclass(frozen=True)
-class Point:
+class PlanPoint:
     """What to expect of one load on one number of machines."""
 
     rate: float | None
     replicas: Mapping[str, int]
     processes: int
-    seen: Seen
+    seen: SimulationResult
     keeps_up: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,23 +50,23 @@ class Point:
         }
 
 
-def expected(costs: Costs, load: Load, *, replies: int = 1000, seed: int = 0) -> Point:
+def expected(costs: PlanCosts, load: Workload, *, replies: int = 1000, seed: int = 0) -> PlanPoint:
     """Simulate one load."""
     seen = simulate(costs, load, replies=replies, seed=seed)
-    replicas = {name: one.replicas for name, one in costs.members.items()}
+    replicas = {name: member.replicas for name, member in costs.members.items()}
     busiest = max(*(sum(those) / len(those) for those in seen.busy.values()), seen.router)
     keeps_up = load.rate is None or (seen.late <= _LATE and busiest < _FULL)
-    return Point(load.rate, replicas, costs.router.processes, seen, keeps_up)
+    return PlanPoint(load.rate, replicas, costs.router.processes, seen, keeps_up)
 
 
 def sweep(
-    costs: Costs, load: Load, rates: Sequence[float | None], *, replies: int = 1000, seed: int = 0
-) -> list[Point]:
+    costs: PlanCosts, load: Workload, rates: Sequence[float | None], *, replies: int = 1000, seed: int = 0
+) -> list[PlanPoint]:
     """Simulate a load at several arrival rates."""
     return [expected(costs, replace(load, rate=rate), replies=replies, seed=seed) for rate in rates]
 
 
-def needed(costs: Costs, load: Load, target: Target, *, replies: int = 1000, seed: int = 0) -> Point:
+def needed(costs: PlanCosts, load: Workload, target: PlanTarget, *, replies: int = 1000, seed: int = 0) -> PlanPoint:
     """Return the expectation with as few machines as keep the target: what is busiest gets one more until they do.
 
     Members that share a device keep it. Raises ConfigError for a load without a rate, and when no number is enough.
@@ -80,7 +79,7 @@ def needed(costs: Costs, load: Load, target: Target, *, replies: int = 1000, see
         slow = target.first is not None and quantiles(point.seen.first)[1] > target.first
         if point.keeps_up and not slow and max(*busy.values(), point.seen.router) <= target.busy:
             return point
-        free = [name for name, one in costs.members.items() if one.device is None]
+        free = [name for name, member in costs.members.items() if member.device is None]
         busiest = max(free, key=lambda name: busy[name], default=None)
         if point.seen.router > max([busy[name] for name in free], default=0.0):
             router = costs.router.model_copy(update={"processes": costs.router.processes + 1})

@@ -1,8 +1,8 @@
-"""Replies, mixlm and members' machines as queues, one event after the other.
+"""A discrete-event simulation of completions, mixlm and the members' machines as queues.
 
-A reply waits for its turn, then goes from run to run: mixlm prepares a question (its processors are a queue), the
-question travels, waits at the machine that the reply stays with for this member, and joins the next forward. A machine
-puts all that waits into one forward, up to its slots; where members share one, that with the longest queue is next.
+A completion waits for its turn, then goes from run to run: mixlm prepares a request (its processors are a queue), the
+request travels, waits at the machine that the completion keeps for this member, and joins the next forward. A machine
+puts all waiting requests into one forward, up to its slots; where members share one, the longest queue is next.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from typing import Literal
 
 import numpy as np
 
-from research.planning.costs import Costs, MemberCost
+from research.planning.costs import MemberCost, PlanCosts
 
 Lengths = Literal["fixed", "geometric"]
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is asked for. rate: replies a second, at random times; None for `at_once` replies at any time.
+class Workload:
+    """The load.
 
-    prompt, reply: tokens, the latter on average. coin: tokens that a coin decides on average, 1 but for words.
+    Args:
+        rate: Completions per second, at random times; None for `at_once` completions at any time.
+        prompt: Tokens of a prompt.
+        reply: Mean tokens of a completion.
+        at_once: Completions generated together at most.
+        lengths: Whether all completions have the mean length, or a geometric distribution of lengths.
+        coin: Mean tokens that one coin decides; more than 1 for words.
     """
 
     rate: float | None
@@ -36,12 +42,18 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What happened, of the replies after the first fifth. Times in seconds.
+class SimulationResult:
+    """The result for the completions after the first fifth, in seconds.
 
-    first: to the first token of each reply, waiting included; whole: to its last. waited: for its turn. busy: share of
-    the time that each member's machines worked, a number a machine; router: the same of mixlm. late: the replies that
-    had not begun when the last one came, as a share of all.
+    Args:
+        tokens_per_second: Throughput.
+        replies_per_second: Completions per second.
+        first: Time to the first token of each completion, waiting included.
+        whole: Time to its last token.
+        waited: Time until its turn.
+        busy: The share of time that each of a member's machines worked.
+        router: The share of time that mixlm worked.
+        late: The share of completions that had not begun when the last one arrived.
     """
 
     tokens_per_second: float
@@ -55,30 +67,30 @@ class Seen:
 
 
 @dataclass(eq=False)
-class _Reply:
+class _SimulatedReply:
     came: float
     left: int
     read: list[int]
     length: int
-    homes: list[_Machine | None]
+    homes: list[_SimulatedMachine | None]
     began: float = 0.0
     first: float = 0.0
-    owed: int = 0  # tokens that the coin which was drawn last still decides
+    owed: int = 0  # tokens that the coin which was sampled last still decides
     member: int = -1
 
 
 @dataclass(eq=False)
-class _Question:
-    reply: _Reply
+class _SimulatedRequest:
+    reply: _SimulatedReply
     member: int
     tokens: int
     steps: int
 
 
 @dataclass(eq=False)
-class _Machine:
-    queues: dict[int, deque[_Question]] = field(default_factory=dict)
-    going: dict[int, list[_Question]] = field(default_factory=dict)
+class _SimulatedMachine:
+    queues: dict[int, deque[_SimulatedRequest]] = field(default_factory=dict)
+    going: dict[int, list[_SimulatedRequest]] = field(default_factory=dict)
     working: bool = False
     worked: float = 0.0
     homes: int = 0
@@ -87,28 +99,30 @@ class _Machine:
 class _Simulation:
     """One run of it. Everything random comes from one generator, so equal seeds give equal runs."""
 
-    def __init__(self, costs: Costs, load: Load, replies: int, seed: int) -> None:
+    def __init__(self, costs: PlanCosts, load: Workload, replies: int, seed: int) -> None:
         self.load = load
         self._costs: list[MemberCost] = list(costs.members.values())
         self._router = costs.router
-        weights = np.array([one.weight for one in self._costs])
+        weights = np.array([cost.weight for cost in self._costs])
         self._chances = np.cumsum(weights / weights.sum())
         self._random = np.random.default_rng(seed)
         self._events: list[tuple[float, bool, int, Callable[[], None]]] = []
         self._count = 0
         self.now = 0.0
-        shared: dict[str, _Machine] = {}
-        self.machines: list[list[_Machine]] = [
-            [shared.setdefault(one.device, _Machine())] if one.device else [_Machine() for _ in range(one.replicas)]
-            for one in self._costs
+        shared: dict[str, _SimulatedMachine] = {}
+        self.machines: list[list[_SimulatedMachine]] = [
+            [shared.setdefault(cost.device, _SimulatedMachine())]
+            if cost.device
+            else [_SimulatedMachine() for _ in range(cost.replicas)]
+            for cost in self._costs
         ]
         self._total = replies
         self._come = self._in_progress = 0
-        self._waiting: deque[_Reply] = deque()
+        self._waiting: deque[_SimulatedReply] = deque()
         self._free = self._router.processes
-        self._to_prepare: deque[_Reply] = deque()
+        self._to_prepare: deque[_SimulatedReply] = deque()
         self.router_worked = 0.0
-        self.done: list[tuple[_Reply, float]] = []
+        self.done: list[tuple[_SimulatedReply, float]] = []
         self.wrote: list[tuple[float, int]] = []  # when, and how many tokens
         self.late = 0
         self.last_came = 0.0
@@ -116,7 +130,7 @@ class _Simulation:
         self.router_then = 0.0
 
     def run(self) -> None:
-        """Let all replies come and go."""
+        """Let all completions come and go."""
         if self.load.rate is None:
             for _ in range(min(self.load.at_once, self._total)):
                 self._arrive()
@@ -142,7 +156,7 @@ class _Simulation:
         mean = self.load.reply
         length = max(1, round(mean)) if self.load.lengths == "fixed" else int(self._random.geometric(1 / max(mean, 1)))
         members = len(self._costs)
-        self._waiting.append(_Reply(self.now, length, [0] * members, length, [None] * members))
+        self._waiting.append(_SimulatedReply(self.now, length, [0] * members, length, [None] * members))
         self._admit()
         if self._come == self._total:
             self.late, self.last_came = len(self._waiting), self.now
@@ -156,7 +170,7 @@ class _Simulation:
             reply.began = self.now
             self._prepare(reply)
 
-    def _prepare(self, reply: _Reply) -> None:
+    def _prepare(self, reply: _SimulatedReply) -> None:
         """Let mixlm put the next question, when one of its processes is free."""
         if self._free == 0:
             self._to_prepare.append(reply)
@@ -165,15 +179,15 @@ class _Simulation:
         self.router_worked += self._router.seconds
         self._at(self._router.seconds, lambda: self._prepared(reply))
 
-    def _prepared(self, reply: _Reply) -> None:
+    def _prepared(self, reply: _SimulatedReply) -> None:
         self._free += 1
         if self._to_prepare:
             self._prepare(self._to_prepare.popleft())
         question = self._question(reply)
         self._at(self._router.delay / 2, lambda: self._ask(question))
 
-    def _question(self, reply: _Reply) -> _Question:
-        """Draw coins, and merge equal ones where the member's server writes runs."""
+    def _question(self, reply: _SimulatedReply) -> _SimulatedRequest:
+        """Sample coins, and merge equal ones where the member's server writes runs."""
         if reply.owed == 0:
             self._draw(reply)
         member = reply.member
@@ -187,13 +201,13 @@ class _Simulation:
             reply.owed = 0
         steps = min(steps, reply.left)
         text = self.load.prompt + reply.length - reply.left
-        return _Question(reply, member, max(text - reply.read[member], 1), steps)
+        return _SimulatedRequest(reply, member, max(text - reply.read[member], 1), steps)
 
-    def _draw(self, reply: _Reply) -> None:
+    def _draw(self, reply: _SimulatedReply) -> None:
         reply.member = int(np.searchsorted(self._chances, self._random.random(), side="right"))
         reply.owed = 1 if self.load.coin <= 1 else int(self._random.geometric(1 / self.load.coin))
 
-    def _ask(self, question: _Question) -> None:
+    def _ask(self, question: _SimulatedRequest) -> None:
         reply, member = question.reply, question.member
         machine = reply.homes[member]
         if machine is None:
@@ -203,11 +217,11 @@ class _Simulation:
         machine.queues.setdefault(member, deque()).append(question)
         self._work_soon(machine)
 
-    def _work_soon(self, machine: _Machine) -> None:
+    def _work_soon(self, machine: _SimulatedMachine) -> None:
         if not machine.working:
             self._at(0.0, lambda: self._work(machine), last=True)
 
-    def _work(self, machine: _Machine) -> None:
+    def _work(self, machine: _SimulatedMachine) -> None:
         """Begin a forward, if there is something to do and the machine is free."""
         if machine.working:
             return
@@ -228,7 +242,7 @@ class _Simulation:
         machine.worked += seconds
         self._at(seconds, lambda: self._worked(machine, member))
 
-    def _worked(self, machine: _Machine, member: int) -> None:
+    def _worked(self, machine: _SimulatedMachine, member: int) -> None:
         machine.working = False
         batch, going = machine.going[member], []
         for one in batch:
@@ -244,7 +258,7 @@ class _Simulation:
         self.wrote.append((self.now, len(batch)))
         self._work_soon(machine)
 
-    def _answered(self, question: _Question) -> None:
+    def _answered(self, question: _SimulatedRequest) -> None:
         reply = question.reply
         reply.read[question.member] = self.load.prompt + reply.length - reply.left - 1
         if reply.left > 0:
@@ -260,13 +274,13 @@ class _Simulation:
         self._admit()
 
 
-def simulate(costs: Costs, load: Load, *, replies: int = 1000, seed: int = 0) -> Seen:
-    """Let `replies` replies come and be written."""
+def simulate(costs: PlanCosts, load: Workload, *, replies: int = 1000, seed: int = 0) -> SimulationResult:
+    """Let `replies` completions come and be written."""
     one = _Simulation(costs, load, replies, seed)
     one.run()
     times = np.array([when for when, _ in one.wrote])
     counts = np.cumsum([number for _, number in one.wrote])
-    # While replies come: what is left behind the last of them is written by ever fewer at once.
+    # While completions come: what is left behind the last of them is written by ever fewer at once.
     close = one.last_came or min(end for _, end in one.done)
     begin = close / 5
     before, within = np.searchsorted(times, (begin, close), side="right")
@@ -277,7 +291,7 @@ def simulate(costs: Costs, load: Load, *, replies: int = 1000, seed: int = 0) ->
     if span == 0:
         worked = [[machine.worked for machine in those] for those in one.machines]
         router, span = one.router_worked, one.now or 1.0
-    return Seen(
+    return SimulationResult(
         tokens_per_second=float(tokens / (close - begin)) if close > begin else 0.0,
         replies_per_second=float(tokens / (close - begin) / lengths) if close > begin else 0.0,
         first=np.array([reply.first - reply.came for reply, _ in steady]),

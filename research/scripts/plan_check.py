@@ -15,10 +15,10 @@ from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.generation.scheduler import Scheduler
 from mixlm.models import find_gguf
-from research.planning.costs import Costs
+from research.planning.costs import PlanCosts
 from research.planning.measure import measure
 from research.planning.plan import expected
-from research.planning.simulation import Load, quantiles
+from research.planning.simulation import Workload, quantiles
 from research.scripts.server_speed import started
 
 AT_ONCE = 16
@@ -67,14 +67,14 @@ def main() -> None:
     try:
         engines = [load(EngineSpec(url, f"member-{at}")) for at, (_, url) in enumerate(running)]
         pair = Ensemble([MemberSpec(one, one.name) for one in engines])
-        costs: Costs = measure(pair, most=AT_ONCE)
+        costs: PlanCosts = measure(pair, most=AT_ONCE)
         for name, one in costs.members.items():
             parts = " + ".join(f"{1000 * value:.2f}" for value in (one.forward, one.sequence, one.token))
             print(f"{name}: {parts} ms (forward, each further sequence, each further token)")
         print(f"mixlm: {1000 * costs.router.seconds:.2f} ms a run")
         prompt = len(pair.encode_prompt("0.10: write a story about the number 10.", pair.settings()).ids[0])
         for turn, rate in enumerate(float(one) for one in given.rates.split(",")):
-            plan = expected(costs, Load(rate, prompt, given.tokens, AT_ONCE, "fixed")).seen
+            plan = expected(costs, Workload(rate, prompt, given.tokens, AT_ONCE, "fixed")).seen
             speed, first, whole = seen(pair, rate, given.replies, given.tokens, turn)
             for name, tokens, one, other in (
                 ("predicted", plan.tokens_per_second, plan.first, plan.whole),

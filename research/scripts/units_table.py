@@ -3,7 +3,7 @@
     python -m research.scripts.units_table [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
 
 Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit
-(`mixlm.scoring.ways`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that
+(`mixlm.scoring.marginals`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that
 a run that was stopped goes on where it was. Prints the two tables of docs/units.md.
 """
 
@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 import mixlm
 from mixlm.ensemble import Ensemble
+from mixlm.scoring.marginal_scores import ScoringMember, cached_matches
+from mixlm.scoring.marginals import TokenMatches, byte_logprobs, piece_logprobs, word_logprobs
 from mixlm.scoring.passages import Passage, text_prefix
 from mixlm.scoring.score import identity
-from mixlm.scoring.units import ScoringMember, cached_matches
-from mixlm.scoring.ways import TokenMatches, byte_logprobs, piece_logprobs, word_logprobs
 from mixlm.tokenization.incremental import utf8_runs
 from mixlm.types import Completion
 from mixlm.units.word import begins_word

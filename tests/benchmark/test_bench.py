@@ -10,7 +10,7 @@ import pytest
 
 from mixlm.benchmark import bench
 from mixlm.benchmark.ratios import rival_ratios, speed_ratios
-from mixlm.benchmark.timing import TimedRun, contestants, default_draft
+from mixlm.benchmark.timing import TimedRun, contestants, default_draft_name
 from mixlm.engines.base import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -84,20 +84,20 @@ def test_a_named_draft_writes_ahead_where_something_does(pair: Ensemble) -> None
 
 def test_every_method_writes_as_many_tokens_and_the_same_ones_by_the_same_noise(pair: Ensemble) -> None:
     prompts = {}
-    for one in contestants(pair, ["mixture", "speculative", "auto"], "the river", {"seed": 3}):
-        sample = one.measure(1, 20)
+    for contestant in contestants(pair, ["mixture", "speculative", "auto"], "the river", {"seed": 3}):
+        sample = contestant.measure(1, 20)
         assert (sample.tokens, len(sample.outside)) == (20, 20)
-        prompts[one.label] = sample.bytes
+        prompts[contestant.label] = sample.bytes
     assert len(set(prompts.values())) == 1  # equal texts have equal lengths
 
 
 def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
     for sizes, expected in (((1000, 10), "toy-2"), ((10, 1000), "toy-1"), ((10, 11), "lookup"), ((0, 0), "toy-1")):
         engines = [ToyEngine(seed=i) for i in (1, 2)]
-        for one, size in zip(engines, sizes, strict=True):
-            one.weights_bytes = size
-        those = Ensemble([MemberSpec(one, f"toy-{i + 1}") for i, one in enumerate(engines)])
-        assert default_draft(those) == expected
+        for engine, size in zip(engines, sizes, strict=True):
+            engine.weights_bytes = size
+        those = Ensemble([MemberSpec(engine, f"toy-{i + 1}") for i, engine in enumerate(engines)])
+        assert default_draft_name(those) == expected
         settings = those.settings(method="speculative", seed=0)
         writer = those.context(settings)
         found = inspect.getclosurevars(writer.strategy).nonlocals["draft"]
@@ -116,7 +116,7 @@ def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
 
 def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
     def samples(*seconds: float) -> list[TimedRun]:
-        return [TimedRun(10, one, 0.1, 20, [[Forward(1, 5, one / 2)]]) for one in seconds]
+        return [TimedRun(10, second, 0.1, 20, [[Forward(1, 5, second / 2)]]) for second in seconds]
 
     measured = {
         "single toy-1": samples(1, 1, 1),

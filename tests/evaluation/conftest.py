@@ -22,7 +22,7 @@ def task(tmp_path: Path) -> Callable[..., str]:
     def write(kind: str, more: str = "") -> str:
         rows = [{"question": q, "answer": "the", "index": i % 3} for i, q in enumerate(QUESTIONS)]
         data = tmp_path / f"{kind}.jsonl"
-        data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = tmp_path / f"{kind}.yaml"
         path.write_text(
             f"task: {kind}\ndataset_path: json\ntest_split: test\n{WORDS[kind]}{more}"

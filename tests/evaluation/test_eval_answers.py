@@ -25,7 +25,7 @@ from mixlm.evaluation import answers
     ],
 )
 def test_numbers(text: str, expected: str) -> None:
-    assert answers.number(text) == expected
+    assert answers.number_answer(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_numbers(text: str, expected: str) -> None:
     ],
 )
 def test_letters(text: str, expected: str) -> None:
-    assert answers.letter(text) == expected
+    assert answers.letter_answer(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_letters(text: str, expected: str) -> None:
     ],
 )
 def test_phrases(text: str, expected: str) -> None:
-    assert answers.phrase(text) == expected
+    assert answers.phrase_answer(text) == expected
 
 
 def test_filters_keep_the_shape() -> None:

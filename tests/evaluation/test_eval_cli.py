@@ -13,7 +13,7 @@ def test_the_list_needs_no_model(run) -> None:
     assert (code, err) == (0, "")
     assert "mixlm_gsm8k" in out
     assert "57 subjects" in out
-    names = [one["name"] for one in json.loads(run("eval", "--list", "--json")[1])["tasks"]]
+    names = [load["name"] for load in json.loads(run("eval", "--list", "--json")[1])["tasks"]]
     assert {"mixlm_mmlu", "mixlm_bbh", "mixlm_rg_gsm_symbolic"} <= set(names)
 
 

@@ -10,7 +10,7 @@ from evaluating import ROWS
 
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation.catalog import load_tasks, own_tasks
-from mixlm.evaluation.data import chosen, load
+from mixlm.evaluation.data import choose_questions, load
 from mixlm.evaluation.judging import build_requests, judge
 
 TARGETS = {"gsm8k": "1005", "svamp": "8", "mmlu": "B", "bbh": "}]", "arc_challenge": "B", "arc_easy": "A"}
@@ -55,7 +55,7 @@ def test_choices_are_scored_as_they_stand(folder: Path) -> None:
         requests = build_requests(task, 1, None)
         question = f"Question: {ROWS[name]['question']}\nAnswer:"
         choices = [" a stone", " a bird"] if name == "mmlu" else [" a cloud", " a stone"]
-        assert [one.args for one in requests] == [(question, one) for one in choices]
+        assert [request.args for request in requests] == [(question, choice) for choice in choices]
         right = "AB".index(TARGETS[name])
         for likely in (0, 1):
             table = judge(task, requests, [(-1.0 if at == likely else -2.0, False) for at in (0, 1)])
@@ -75,12 +75,12 @@ def test_reasoning_tasks_count_exact_answers_only(tmp_path: Path) -> None:
 
 def test_a_choice_takes_turns_and_depends_on_the_questions_alone() -> None:
     rows = [{"group": g, "question": f"{g}{i}", "options": ""} for g in "abc" for i in range(10)]
-    taken = chosen(rows, 4, 0)
-    assert [one["group"] for one in taken[:6]] == list("abcabc")
+    taken = choose_questions(rows, 4, 0)
+    assert [run["group"] for run in taken[:6]] == list("abcabc")
     assert len(taken) == 12
-    assert chosen(rows[::-1], 4, 0) == taken
-    assert chosen(rows, 4, 1) != taken
-    assert len(chosen(rows, 50, 0)) == 30
+    assert choose_questions(rows[::-1], 4, 0) == taken
+    assert choose_questions(rows, 4, 1) != taken
+    assert len(choose_questions(rows, 50, 0)) == 30
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from toys import END, SHARED
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
-from mixlm.evaluation.contexts import is_greedy, pack, reply_options, unpack
+from mixlm.evaluation.contexts import generation_options, is_greedy, pack, unpack
 from mixlm.evaluation.lm import EnsembleLM
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter, Router
 from mixlm.routing.features import FEATURES
@@ -42,13 +42,13 @@ def probabilities(engine: ToyEngine, ids: list[int]) -> np.ndarray:
 def test_loglikelihood_by_token_equals_brute_force() -> None:
     those = toys()
     context, continuation = "the river", " turns under\nit"
-    engines = [one.engine for one in those.members]
+    engines = [member.engine for member in those.members]
     before = engines[0].prompts.raw(context).tolist()
     ids = engines[0].encoder.encode(continuation.encode()).ids
     expected = 0.0
-    for i, one in enumerate(ids):
+    for i, token in enumerate(ids):
         rows = [probabilities(engine, before + ids[:i]) for engine in engines]
-        expected += np.log(0.7 * rows[0][one] + 0.3 * rows[1][one])
+        expected += np.log(0.7 * rows[0][token] + 0.3 * rows[1][token])
     (found,) = EnsembleLM(those).loglikelihood([Request((context, continuation))])
     assert found[0] == pytest.approx(expected, rel=1e-9)
     assert found[1] is False
@@ -59,8 +59,8 @@ def test_loglikelihood_by_segment_equals_brute_force(piece: bool) -> None:
     those = toys(piece=piece)
     data = b" the bird and the other"
     ends, parts = [], []
-    for one in those.members:
-        engine = one.engine
+    for member in those.members:
+        engine = member.engine
         before = engine.prompts.raw("one").tolist()
         ids = engine.encoder.encode(data).ids
         at, mine = 0, {}
@@ -75,7 +75,7 @@ def test_loglikelihood_by_segment_equals_brute_force(piece: bool) -> None:
     assert (len(common) < max(map(len, ends))) == piece
     expected, last = 0.0, 0
     for end in common:
-        each = [mine[end] - mine.get(last, 0.0) for mine in parts]
+        each = [part[end] - part.get(last, 0.0) for part in parts]
         expected += np.logaddexp(np.log(0.7) + each[0], np.log(0.3) + each[1])
         last = end
     (found,) = EnsembleLM(those).loglikelihood([Request(("one", data.decode()))])
@@ -127,8 +127,8 @@ def test_contexts_in_common_are_run_once() -> None:
     assert lm._likelihood is not None
     ran: list[int] = []
     for session in lm._likelihood._sessions.values():
-        plain = session._forward
-        session._forward = lambda ids, last, plain=plain: (ran.append(len(ids)), plain(ids, last))[1]
+        plain = session.forward
+        session.forward = lambda ids, last, plain=plain: (ran.append(len(ids)), plain(ids, last))[1]
     lm.loglikelihood([Request((context, " cloud")), Request(("zzz", " bird")), Request((context, " one"))])
     whole = len(those.members[0].engine.prompts.raw(context.rstrip()))
     assert sum(one >= whole for one in ran) <= 2
@@ -146,7 +146,7 @@ def test_rolling_is_what_scoring_gives() -> None:
 def routed(kind: str, unit: str) -> Ensemble:
     """Toys that never draw the token that begins a text. In pieces each spells a text byte by byte."""
     vocabularies = [SHARED, SHARED] if unit == "token" else [LETTERS, LETTERS[::-1]]
-    members = [MemberSpec(speaking(i, one), f"m{i}") for i, one in enumerate(vocabularies)]
+    members = [MemberSpec(speaking(i, vocabulary), f"m{i}") for i, vocabulary in enumerate(vocabularies)]
     weights = np.array([0.3, 0.7])
     router: dict[str, Router] = {
         "fixed": FixedRouter(weights),
@@ -176,7 +176,7 @@ def test_all_texts_of_two_letters_and_all_shorter_ones_that_end_have_probability
     those = routed(kind, "piece")
     prompts = those.encode_prompt("ba", those.settings(raw=True))
     texts = [b"".join(one).decode() for one in product(LETTERS, repeat=2)]
-    found = EnsembleLM(those).loglikelihood([Request(("ba", one)) for one in texts])
+    found = EnsembleLM(those).loglikelihood([Request(("ba", text)) for text in texts])
     shorter = [stepwise(those, prompts, pieces) for pieces in ([END], *([one, END] for one in LETTERS))]
     assert sum(np.exp([*(one for one, _ in found), *shorter])) == pytest.approx(1)
 
@@ -213,7 +213,7 @@ def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
     text = greedy_text(those, "river")
     found = EnsembleLM(those).loglikelihood([Request(("river", text)), Request(("river", text[:-1]))])
     assert found[0][1] is True
-    alone = [greedy_text(Ensemble([one]), "river") for one in members]
+    alone = [greedy_text(Ensemble([member]), "river") for member in members]
     assert text not in alone
     assert [one for _, one in EnsembleLM(those).loglikelihood([Request(("river", one)) for one in alone])] == [
         False
@@ -222,7 +222,7 @@ def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
 
 def test_weights_by_prompt_want_the_whole_prompt() -> None:
     engines = [ToyEngine(context_length=24), ToyEngine(seed=1)]
-    members = [MemberSpec(one, f"m{i}") for i, one in enumerate(engines)]
+    members = [MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)]
     lm = EnsembleLM(Ensemble(members, router=PromptRouter(np.array([0.5, 0.5]))))
     assert lm.loglikelihood([Request(("b" * 60, " the"))]) == [(-np.inf, False)]
     assert "weights depend on how it is read" in lm.log.entries[0]["error"]
@@ -260,9 +260,9 @@ def test_texts_are_those_of_the_ensemble() -> None:
     those = toys()
     lm = EnsembleLM(those, options={"seed": 5, "top_k": 10})
     found = lm.generate_until([Request(("b", SAMPLED)), Request(("a", SAMPLED)), Request(("a", SAMPLED))])
-    for at, prompt in enumerate("baa"):
-        settings = {"raw": True, "temperature": 1.0, "top_k": 10, "max_tokens": 8, "seed": 5, "sequence": at}
-        assert found[at] == those.generate(prompt, **settings).text
+    for i, prompt in enumerate("baa"):
+        settings = {"raw": True, "temperature": 1.0, "top_k": 10, "max_tokens": 8, "seed": 5, "sequence": i}
+        assert found[i] == those.generate(prompt, **settings).text
     assert found[1] != found[2]
 
 
@@ -272,11 +272,11 @@ def test_until_and_lengths_are_kept() -> None:
     stop = plain[5:7]
     (found,) = EnsembleLM(those).generate_until([Request(("a", {**SAMPLED, "max_gen_toks": 30, "until": [stop, ""]}))])
     assert found == plain[: plain.index(stop)]
-    options = reply_options(
+    options = generation_options(
         {"until": "x", "max_new_tokens": 7, "do_sample": True}, {"stop": ["y"], "method": "mixture"}
     )
     assert (options["stop"], options["max_tokens"]) == (("x", "y"), 7)
-    assert reply_options(SAMPLED, {"max_tokens": 3})["max_tokens"] == 3
+    assert generation_options(SAMPLED, {"max_tokens": 3})["max_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_until_and_lengths_are_kept() -> None:
 )
 def test_which_requests_are_greedy(task: dict[str, Any], given: dict[str, Any], greedy: bool) -> None:
     assert is_greedy(task, given) == greedy
-    options = reply_options(task, {"method": "mixture", **given})
+    options = generation_options(task, {"method": "mixture", **given})
     assert (options["method"] == "greedy") == greedy
     assert not greedy or "temperature" not in options
 
@@ -308,9 +308,9 @@ def test_single_stays_single_when_it_is_greedy() -> None:
 
 def test_options_without_counterpart_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_beams 4"):
-        reply_options({"num_beams": 4}, {})
+        generation_options({"num_beams": 4}, {})
     with pytest.raises(ConfigError, match=r"'max_gen_tokens', which mixlm has not \(did you mean"):
-        reply_options({"max_gen_tokens": 4}, {})
+        generation_options({"max_gen_tokens": 4}, {})
     with pytest.raises(ConfigError, match="sequence is no option"):
         EnsembleLM(toys(), options={"sequence": 1})
 
@@ -338,8 +338,9 @@ class Templated(ToyEngine):
 
     def __init__(self, template: str, seed: int) -> None:
         super().__init__(table=random_table(len(WORD_TOKENS) + 2, seed))
-        render = lambda messages: "<begin>" + "".join(template.format(one.role, one.content) for one in messages)  # noqa: E731
-        self.prompts._render = render
+        self.prompts._render = lambda messages: (
+            "<begin>" + "".join(template.format(message.role, message.content) for message in messages)
+        )
 
 
 def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +373,7 @@ def test_choices_are_scored_behind_a_conversation() -> None:
     (found,) = lm.loglikelihood([Request((lm.apply_chat_template(HISTORY), " river"))])
     before = engine.prompts.chat([Message(one["role"], one["content"]) for one in HISTORY]).tolist()
     token = WORD_TOKENS.index(b" river")
-    rows = [probabilities(one.engine, before)[token] for one in those.members]
+    rows = [probabilities(member.engine, before)[token] for member in those.members]
     assert found[0] == pytest.approx(np.log(0.7 * rows[0] + 0.3 * rows[1]))
 
 

@@ -13,7 +13,8 @@ from small_tasks import QUESTIONS, toys
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
-from mixlm.evaluation.log import AnswerLog
+from mixlm.evaluation.run_folder import response_log
+from mixlm.resumable_log import ResumableLog
 from mixlm.routing import PromptRouter
 
 METHODS = ("mixture", "conventional", "single")
@@ -31,13 +32,13 @@ def test_text_is_written_by_every_method_and_seed(task, piece: bool) -> None:
     assert one.questions is not None
     assert one.questions.shape == (3, 5)
     assert ("generate mixture seed 2", 5, 5) in seen
-    assert [two.right for two in found.comparisons()] == ["conventional", "single:toy0", "single:toy1"]
+    assert [comparison.right for comparison in found.comparisons()] == ["conventional", "single:toy0", "single:toy1"]
     json.dumps(found.as_dict(questions=True))
 
 
 def texts(folder: Path, method: str = "mixture", seed: int = 0) -> list[str]:
     lines = (folder / "generate" / method / f"seed-{seed}.jsonl").read_text().splitlines()
-    return [one["response"] for one in sorted(map(json.loads, lines), key=lambda one: one["index"])]
+    return [line["response"] for line in sorted(map(json.loads, lines), key=lambda one: one["index"])]
 
 
 def test_seeds_differ_and_are_reproducible(task, tmp_path: Path) -> None:
@@ -57,13 +58,13 @@ def test_choices_and_given_text_run_once_for_all_that_share_a_law(task, tmp_path
     for name in ("choice", "rolling"):
         assert found.score(name, "mixture").values == found.score(name, "conventional").values
         assert found.score(name, "mixture").seeds == (3,)
-        assert {one.name for one in (tmp_path / name).iterdir()} == {"mixture", "single%3Atoy0", "single%3Atoy1"}
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"mixture", "single%3Atoy0", "single%3Atoy1"}
     assert found.score("choice", "mixture").metric == "acc"
     from mixlm.scoring.score import score
 
     bits = sum(-score(those, one).mixture(those.weights).sum() for one in QUESTIONS) / np.log(2)
     assert found.score("rolling", "mixture").mean == pytest.approx(bits / sum(len(one) for one in QUESTIONS))
-    assert [one.task for one in found.comparisons()] == ["choice"] * 3
+    assert [comparison.task for comparison in found.comparisons()] == ["choice"] * 3
 
 
 def test_greedy_tasks_run_once_unless_a_temperature_is_given(task) -> None:
@@ -79,7 +80,7 @@ def test_greedy_tasks_run_once_unless_a_temperature_is_given(task) -> None:
 def test_questions_are_put_in_templates_or_as_they_are(task, tmp_path: Path) -> None:
     def prompts(folder: Path) -> list[object]:
         lines = next(folder.glob("*/mixture/*.jsonl")).read_text().splitlines()
-        return [json.loads(one)["prompt"] for one in lines]
+        return [json.loads(line)["prompt"] for line in lines]
 
     evaluate(toys(), [task("generate")], methods=["mixture"], seeds=[0], limit=1, out=tmp_path / "a")
     assert prompts(tmp_path / "a") == [[{"role": "user", "content": QUESTIONS[0]}]]
@@ -101,17 +102,17 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     plan = {"methods": ["mixture", "conventional"], "seeds": [0, 1]}
     whole = evaluate(toys(), [name], **plan, out=tmp_path / "whole")
     written: list[tuple[str, int]] = []
-    add = AnswerLog.add
+    add = ResumableLog.add
 
-    def counting(self: AnswerLog, at: int, arguments: Any, entry: dict[str, Any]) -> None:
+    def counting(self: ResumableLog, at: int, key: str, fields: dict[str, Any]) -> None:
         if len(written) == 8 and not stopped:
             stopped.append(True)
             raise StopError
         written.append((str(self._path), at))
-        add(self, at, arguments, entry)
+        add(self, at, key, fields)
 
     stopped: list[bool] = []
-    monkeypatch.setattr(AnswerLog, "add", counting)
+    monkeypatch.setattr(ResumableLog, "add", counting)
     out = tmp_path / "out"
     with pytest.raises(StopError):
         evaluate(toys(), [name], **plan, out=out)
@@ -149,17 +150,17 @@ def test_other_settings_are_refused_by_name(task, tmp_path: Path) -> None:
         evaluate(toys(router=PromptRouter(np.array([0.7, 0.3]))), [name], **plan, options={"top_k": 5})
     path = tmp_path / "generate.yaml"
     path.write_text(path.read_text().replace("max_gen_toks: 6", "max_gen_toks: 7"))
-    with pytest.raises(ConfigError, match="request 0 was another when this folder was begun"):
+    with pytest.raises(ConfigError, match=r"seed-0\.jsonl: index 0 is of another request"):
         evaluate(toys(), [name], **plan, options={"top_k": 5})
 
 
 def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    log = AnswerLog(path)
-    log.add(0, ("a",), {"response": "b"})
+    log = response_log(path)
+    log.add(0, "a", {"response": "b"})
     path.write_text(path.read_text() + '{"index": 1}\n')
-    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: this is no answer"):
-        AnswerLog(path)
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: expected a JSON object with index"):
+        response_log(path)
 
 
 def test_a_folder_that_cannot_be_used_is_named(task, tmp_path: Path) -> None:
@@ -205,5 +206,5 @@ def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path:
     assert found.score("mixlm_rg_chain_sum", "mixture").count == 2
     assert found.score("choice", "mixture").metric == "acc"
     path = tmp_path / "out" / "mixlm_rg_chain_sum" / "mixture" / "seed-0.jsonl"
-    entries = [json.loads(one) for one in path.read_text().splitlines()]
-    assert all(sum(one["written_by"].values()) == one["tokens"] for one in entries)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(sum(entry["written_by"].values()) == entry["tokens"] for entry in entries)

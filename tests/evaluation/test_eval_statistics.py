@@ -57,7 +57,7 @@ def test_methods_are_paired_by_question() -> None:
     assert left.interval == pytest.approx(t_interval([0.75, 0.5]))
     assert left.question_interval == pytest.approx(t_interval([1, 0.5, 0, 1]))
     assert right.interval is None
-    assert [one.right for one in results.comparisons()] == ["single:a"]
+    assert [comparison.right for comparison in results.comparisons()] == ["single:a"]
 
 
 def test_what_was_not_run_is_named() -> None:

@@ -16,7 +16,7 @@ from toys import ensemble, table
 
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError
-from mixlm.fitting.em import (
+from mixlm.fitting.likelihood import (
     GateLoss,
     bootstrap,
     expectation_maximisation,
@@ -25,11 +25,11 @@ from mixlm.fitting.em import (
     grid_search,
     simplex,
 )
-from mixlm.fitting.study import Plan, study
+from mixlm.fitting.study import FitPlan, study
 from mixlm.routing import LearnedRouter, PromptRouter
-from mixlm.routing.prompt import by_bits
+from mixlm.routing.prompt import weights_by_bits
 from mixlm.scoring.score import score
-from mixlm.scoring.scores import Scores, prompted, router_weights, split
+from mixlm.scoring.scores import Scores, router_weights, split_holdout, with_leading_prompts
 
 problems = st.tuples(st.integers(2, 5), st.integers(5, 60), st.integers(0, 10_000))
 
@@ -84,11 +84,11 @@ def test_the_grid_is_the_simplex(members: int, step: float) -> None:
     points = list(simplex(members, step))
     parts = round(1 / step)
     assert len(points) == math.comb(parts + members - 1, members - 1)
-    assert len({tuple(one) for one in points}) == len(points)
-    for one in points:
-        assert one.sum() == pytest.approx(1)
-        assert (one >= 0).all()
-        assert one * parts == pytest.approx(np.round(one * parts))
+    assert len({tuple(point) for point in points}) == len(points)
+    for point in points:
+        assert point.sum() == pytest.approx(1)
+        assert (point >= 0).all()
+        assert point * parts == pytest.approx(np.round(point * parts))
 
 
 @pytest.mark.parametrize("step", [0.0, -0.1, 0.3, 1.5, float("nan")])
@@ -149,7 +149,7 @@ def test_weights_are_recovered_within_their_intervals(sampled: tuple[np.ndarray,
 
 def test_intervals_shrink_with_more_text_and_repeat_with_the_seed(sampled: tuple[np.ndarray, Scores]) -> None:
     _, scores = sampled
-    quarter = scores.part(np.arange(len(scores.ends) // 4))
+    quarter = scores.select(np.arange(len(scores.ends) // 4))
     short, long = (np.ptp(bootstrap(one, rounds=80), axis=1).mean() for one in (quarter, scores))
     assert long < short
     assert (bootstrap(scores, rounds=10) == bootstrap(scores, rounds=10)).all()
@@ -225,22 +225,22 @@ def test_a_router_wants_texts_of_the_same_members() -> None:
 
 def test_a_study_fits_on_one_part_and_checks_on_the_other() -> None:
     files = dict(zip(("letters", "digits"), kinds(0), strict=True))
-    found = study(files, Plan(bootstrap=20, step=0.1, router=True, given=np.array([0.2, 0.8])))
-    assert [one.name for one in found.rows] == [
+    found = study(files, FitPlan(bootstrap=20, step=0.1, router=True, given=np.array([0.2, 0.8])))
+    assert [row.name for row in found.rows] == [
         "m0", "m1", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself", "router",
     ]  # fmt: skip
-    train = {name: split(one, 0.5)[0] for name, one in files.items()}
+    train = {name: split_holdout(path, 0.5)[0] for name, path in files.items()}
     for name, one in train.items():
         assert (found.train[name].ends == one.ends).all()
         assert found.train[name].size + found.check[name].size == files[name].size
-    rows = {one.name: one for one in found.rows}
+    rows = {row.name: row for row in found.rows}
     held = found.check["digits"]
     assert rows["EM"].files[1] == pytest.approx(held.bits_per_byte(held.mixture(found.em.weights)))
     assert rows["m1"].files[1] == pytest.approx(held.bits_per_byte(held.logprobs[:, 1]))
     assert rows["router"].all < rows["EM"].all < found.best_member.all
-    assert found.below(found.best_member) == 0
-    assert found.below(rows["EM"]) == pytest.approx(100 * (1 - rows["EM"].all / found.best_member.all))
-    assert found.readings(2) == (4, 44)
+    assert found.percent_below(found.best_member) == 0
+    assert found.percent_below(rows["EM"]) == pytest.approx(100 * (1 - rows["EM"].all / found.best_member.all))
+    assert found.passes(2) == (4, 44)
     form = found.as_dict(2)
     assert form["grid"]["points"] == 11
     assert sum(form["weights"].values()) == pytest.approx(1)
@@ -248,19 +248,19 @@ def test_a_study_fits_on_one_part_and_checks_on_the_other() -> None:
 
 def test_without_a_held_out_part_the_check_is_on_the_fit_itself() -> None:
     scores = kinds(0)[0]
-    found = study({"all": scores}, Plan(holdout=0, bootstrap=0))
+    found = study({"all": scores}, FitPlan(holdout=0, bootstrap=0))
     assert not found.held_out
     assert found.intervals is None
     assert found.grid is None
     assert found.check["all"].size == scores.size
-    assert [one.name for one in found.rows] == ["m0", "m1", "equal weights", "EM"]
+    assert [row.name for row in found.rows] == ["m0", "m1", "equal weights", "EM"]
 
 
 def test_the_sharpness_of_weights_by_prompt_is_recovered() -> None:
     rng = np.random.default_rng(3)
     weights, passages, length = np.array([0.4, 0.6]), 60, 40
     bits = rng.uniform(0, 1, size=(passages, 2))
-    lam = np.array([by_bits(weights, one, 2.0) for one in bits])
+    lam = np.array([weights_by_bits(weights, one, 2.0) for one in bits])
     likelihood = rng.dirichlet([0.2, 0.2], size=(passages, length)) + 1e-3
     # Each segment is kept as often as the mixture by prompt says it is written.
     kept = rng.uniform(size=(passages, length)) < (lam[:, None] * likelihood).sum(axis=2)
@@ -276,11 +276,11 @@ def test_the_beginning_of_a_passage_becomes_its_prompt() -> None:
     text = b"abcdefgh" + b"klmn"
     logprobs = -np.arange(1.0, 25.0).reshape(12, 2)
     scores = made(logprobs, text=text, begins=[0] * 8 + [8] * 4)
-    found = prompted(scores, 3)
+    found = with_leading_prompts(scores, 3)
     assert found.strings() == list("defghmn")
-    assert found.begins.tolist() == [0] * 5 + [8] * 2
+    assert found.passage_starts.tolist() == [0] * 5 + [8] * 2
     # Three bytes of the first passage, half of the second.
-    assert found.prompts[0] == pytest.approx(-logprobs[:3].sum(axis=0) / np.log(2) / 3)
-    assert found.prompts[-1] == pytest.approx(-logprobs[8:10].sum(axis=0) / np.log(2) / 2)
-    assert prompted(found, 3).strings() == found.strings()
-    assert prompted(scores, 0).strings() == scores.strings()
+    assert found.prompt_bits[0] == pytest.approx(-logprobs[:3].sum(axis=0) / np.log(2) / 3)
+    assert found.prompt_bits[-1] == pytest.approx(-logprobs[8:10].sum(axis=0) / np.log(2) / 2)
+    assert with_leading_prompts(found, 3).strings() == found.strings()
+    assert with_leading_prompts(scores, 0).strings() == scores.strings()

@@ -18,7 +18,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 from mixlm.units.byte import ByteState
-from mixlm.verification.check import Reference, Report, check, check_units
+from mixlm.verification.check import CheckReport, ReferenceSetup, check, check_units
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
@@ -45,7 +45,7 @@ def ensemble(members: int, unit: str) -> Ensemble:
 def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
     report = check(ensemble(members, unit), "hello", samples=1500)
     assert report.equal, report
-    assert {(one.left, one.right) for one in report.comparisons} == {
+    assert {(comparison.left, comparison.right) for comparison in report.comparisons} == {
         ("mixture", "exact"),
         ("conventional", "exact"),
         ("single", "exact"),
@@ -60,7 +60,7 @@ def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
 def test_words_and_bytes_follow_their_laws(members: int, unit: str) -> None:
     report = check(ensemble(members, unit), "hello", samples=1500)
     assert report.equal, report
-    assert {one.left for one in report.comparisons} == {"mixture", "single"}
+    assert {comparison.left for comparison in report.comparisons} == {"mixture", "single"}
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
@@ -73,14 +73,14 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
     """The law of bytes is not that of the bytes behind a boundary."""
     monkeypatch.setattr(ByteState, "seam", lambda self, member: len(self))
     report = check(ensemble(2, "byte"), "hello", samples=1500)
-    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2), ("single", 2)}
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixlm.decoding, "words", lambda: mixlm.decoding.mixture)
     report = check(ensemble(3, "word"), "hello", samples=1500)
-    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
 
@@ -88,11 +88,16 @@ def test_every_unit_is_checked_that_members_have() -> None:
     report, left_out = check_units(ensemble(2, "token"), "hello", samples=100)
     assert report.equal
     assert left_out == {}
-    assert list(dict.fromkeys(one.unit for one in report.comparisons)) == ["token", "piece", "word", "byte"]
+    assert list(dict.fromkeys(comparison.unit for comparison in report.comparisons)) == [
+        "token",
+        "piece",
+        "word",
+        "byte",
+    ]
     report, left_out = check_units(ensemble(2, "piece"), "hello", samples=100)
     assert list(left_out) == ["token"]
     assert "share no vocabulary" in left_out["token"]
-    assert {one.unit for one in report.comparisons} == {"piece", "word", "byte"}
+    assert {comparison.unit for comparison in report.comparisons} == {"piece", "word", "byte"}
 
 
 def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
@@ -129,7 +134,7 @@ def test_mix_then_truncate_follows_its_own_law_in_conventional() -> None:
     options = {"mix_then_truncate": True, "method": "conventional", "top_k": 3}
     report = check(ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
     assert report.equal
-    assert {one.left for one in report.comparisons} == {"conventional"}
+    assert {comparison.left for comparison in report.comparisons} == {"conventional"}
 
 
 def broken_coin(step: DecodeStep) -> Flow:
@@ -163,7 +168,9 @@ def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any)
     monkeypatch.setattr(mixlm.decoding, "mixture", broken)
     report = check(ensemble(2, "token"), "hello", samples=1500)
     assert not report.equal
-    assert all(one.equal for one in report.comparisons if "mixture" not in (one.left, one.right))
+    assert all(
+        comparison.equal for comparison in report.comparisons if "mixture" not in (comparison.left, comparison.right)
+    )
 
 
 def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +185,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
 
     monkeypatch.setattr(mixlm.decoding, "mixture", stale)
     report = check(ensemble(2, "token"), "hello", samples=1500)
-    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
 
@@ -201,7 +208,7 @@ def test_guesses_that_are_kept_unchecked_are_found(monkeypatch: pytest.MonkeyPat
     # The package's name for the module is the strategy.
     monkeypatch.setattr(sys.modules["mixlm.decoding.speculative"], "_checked", unchecked)
     report = check(ensemble(2, "token"), "hello", samples=1500)
-    assert {one.left for one in report.comparisons if not one.equal} == {"speculative"}
+    assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 
 
 def test_json_form() -> None:
@@ -222,7 +229,7 @@ def test_too_few_samples_are_refused() -> None:
 @pytest.mark.models
 def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
     report = check(demo_pair, "Why is the sky blue?", samples=600)
-    assert isinstance(report, Report)
+    assert isinstance(report, CheckReport)
     assert report.equal, report
 
 
@@ -248,25 +255,25 @@ RAW = {"raw": True}
 
 def drawing_pair(seed: int = 10, **options) -> Ensemble:
     engines = [engine(seed=seed + i, **options) for i in range(2)]
-    return Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)], [0.6, 0.4])
+    return Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)], [0.6, 0.4])
 
 
 def test_engines_that_draw_by_themselves_are_held_against_those_of_a_reference():
-    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=Reference(drawing_pair()))
+    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=ReferenceSetup(drawing_pair()))
     assert report.equal
-    assert {one.left for one in report.comparisons} >= {"mixture", "conventional", "single"}
+    assert {comparison.left for comparison in report.comparisons} >= {"mixture", "conventional", "single"}
 
 
 def test_another_law_than_the_references_is_found_unless_it_is_within_the_tolerance():
     one, other = drawing_pair(writes=True), drawing_pair(seed=12)
-    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other)).equal
-    assert not check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.05)).equal
-    generous = check(one, "ab", samples=400, options=RAW, reference=Reference(other, 0.9)).comparisons
-    assert all(one.equal for one in generous if one.right == "exact")
+    assert not check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal
+    assert not check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.05)).equal
+    generous = check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.9)).comparisons
+    assert all(generou.equal for generou in generous if generou.right == "exact")
 
 
 def test_a_reference_that_reads_otherwise_is_refused():
     with pytest.raises(ConfigError, match="do not read as m0, m1 do"):
-        check(drawing_pair(), "ab", samples=100, options=RAW, reference=Reference(toys("piece", 2)))
+        check(drawing_pair(), "ab", samples=100, options=RAW, reference=ReferenceSetup(toys("piece", 2)))
     with pytest.raises(ConfigError, match="tolerance is 1; it must be 0 or more and less than 1"):
-        Reference(drawing_pair(), 1.0)
+        ReferenceSetup(drawing_pair(), 1.0)

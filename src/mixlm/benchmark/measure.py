@@ -1,4 +1,4 @@
-"""Runs that can be compared: the same prompt and number of tokens for every method, taken in turns."""
+"""Comparable runs: the same prompt and number of tokens for every method, interleaved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from mixlm.benchmark.prediction import ForwardCosts, predicted_speed
+from mixlm.benchmark.prediction import measured_costs, predicted_speed
 from mixlm.benchmark.ratios import rival_ratios, speed_ratios
 from mixlm.benchmark.report import BenchReport, MethodRun, environment
 from mixlm.benchmark.timing import DEFAULT, Contestant, TimedRun, contestants
@@ -24,7 +24,7 @@ _WARM_UP = 8  # tokens
 
 
 class BenchFields(TypedDict, total=False):
-    """What is measured, and how much of it; see `Plan`."""
+    """The fields of a `BenchPlan` by name."""
 
     tokens: int
     repeats: int
@@ -36,7 +36,11 @@ class BenchFields(TypedDict, total=False):
 class BenchPlan:
     """What is measured.
 
-    tokens: of a run. methods: of `timing.KINDS`, `single` for each member alone.
+    Args:
+        tokens: Tokens of each run.
+        repeats: Runs of each method, after one to warm up.
+        prompt: The prompt.
+        methods: Methods out of `timing.KINDS`; `single` stands for each member alone.
     """
 
     tokens: int = 64
@@ -57,95 +61,108 @@ def bench(
     options: Options | None = None,
     progress: Progress | None = None,
     rivals: Sequence[Contestant] = (),
-    **amount: Unpack[BenchFields],
+    **fields: Unpack[BenchFields],
 ) -> BenchReport:
-    """Measure methods: by default each member alone, conventional and mixture. End-of-text is masked.
+    """Measure the speed of methods: by default each member alone, conventional and mixture. End-of-text is masked.
 
-    plan: what is measured; or `amount`, the fields of a plan by name, over the plan's.
-    Ratios are medians over repeats of the ratio within a repeat. progress: called with the method, runs done, runs.
-    rivals: measured in turn with the methods, such as another library with the same models.
-    Raises ConfigError for amounts and methods that cannot be.
+    Args:
+        ensemble: The ensemble.
+        plan: What is measured.
+        options: Generation options of every run.
+        progress: Called with the label of a run, the number of finished runs, and the number of all runs.
+        rivals: Measured interleaved with the methods, such as another library with the same models.
+        **fields: Fields of the plan, in place of the plan's own.
+
+    Returns:
+        The report. Ratios are medians over repeats of the ratio within a repeat.
+
+    Raises:
+        ConfigError: The plan or the options are invalid.
     """
-    plan = replace(plan or BenchPlan(), **amount)
-    given: dict[str, Any] = {"seed": 0, **(options or {})}
-    own = contestants(ensemble, plan.methods, plan.prompt, given)
-    those: list[Contestant] = [*own, *rivals]
-    samples = run_interleaved(those, plan, progress)
-    fit = ForwardCosts.of(ensemble, those, samples)
-    runs = [
-        _run(one, taken, predicted_speed(ensemble, one, taken, fit)) for one, taken in zip(those, samples, strict=True)
-    ]
-    by_label = {one.label: taken for one, taken in zip(those, samples, strict=True)}
+    plan = replace(plan or BenchPlan(), **fields)
+    full_options: dict[str, Any] = {"seed": 0, **(options or {})}
+    methods = contestants(ensemble, plan.methods, plan.prompt, full_options)
+    measured: list[Contestant] = [*methods, *rivals]
+    runs = run_interleaved(measured, plan, progress)
+    costs = measured_costs(ensemble, measured, runs)
+    by_label = {contestant.label: repeats for contestant, repeats in zip(measured, runs, strict=True)}
     return BenchReport(
-        tuple(runs),
+        tuple(
+            _summarize(contestant, repeats, predicted_speed(ensemble, contestant, repeats, costs))
+            for contestant, repeats in zip(measured, runs, strict=True)
+        ),
         {
-            **speed_ratios(ensemble, {one.label: by_label[one.label] for one in own}),
-            **rival_ratios(by_label, [one.label for one in rivals]),
+            **speed_ratios(ensemble, {method.label: by_label[method.label] for method in methods}),
+            **rival_ratios(by_label, [rival.label for rival in rivals]),
         },
-        environment([one.engine for one in ensemble.members], settings_record(ensemble, plan, given)),
+        environment([member.engine for member in ensemble.members], settings_record(ensemble, plan, full_options)),
     )
 
 
 def run_interleaved(
-    those: Sequence[Contestant], plan: BenchPlan, progress: Progress | None = None
+    contestants: Sequence[Contestant], plan: BenchPlan, progress: Progress | None = None
 ) -> list[list[TimedRun]]:
-    """Run all of them once, then again, and so on: what changes on the machine meanwhile meets all of them."""
-    samples: list[list[TimedRun]] = [[] for _ in those]
-    total = (plan.repeats + 1) * len(those)
+    """Run every contestant once, then again, and so on, so that changes of the machine affect all of them."""
+    runs: list[list[TimedRun]] = [[] for _ in contestants]
+    total = (plan.repeats + 1) * len(contestants)
     for repeat in range(plan.repeats + 1):
-        for at, one in enumerate(those):
+        for i, contestant in enumerate(contestants):
             if progress is not None:
-                progress(one.label, repeat * len(those) + at, total)
-            sample = one.measure(repeat, plan.tokens if repeat else min(_WARM_UP, plan.tokens))
+                progress(contestant.label, repeat * len(contestants) + i, total)
+            run = contestant.measure(repeat, plan.tokens if repeat else min(_WARM_UP, plan.tokens))
             if repeat:  # the first round only warms up
-                samples[at].append(sample)
+                runs[i].append(run)
     if progress is not None:
         progress("", total, total)
-    return samples
+    return runs
 
 
 def settings_record(ensemble: Ensemble, plan: BenchPlan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was measured, for reports."""
-    settings = ensemble.settings(**{name: value for name, value in options.items() if name != "draft"})
+    """Return the settings of the runs, for reports."""
+    resolved = ensemble.settings(**{name: value for name, value in options.items() if name != "draft"})
     return {
         "tokens": plan.tokens,
         "repeats": plan.repeats,
         "prompt": plan.prompt,
         "unit": ensemble.unit.name,
         "weights": dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
-        "sampling": dict(settings.sampling),
-        "block": settings.block,
-        "seed": settings.seed,
+        "sampling": dict(resolved.sampling),
+        "block": resolved.block,
+        "seed": resolved.seed,
     }
 
 
-def _run(one: Contestant, taken: Sequence[TimedRun], expected: float | None) -> MethodRun:
-    outside = [cost for sample in taken for cost in sample.outside]
-    quarter = max(taken[0].tokens // 4, 1)
-    logs = [[f for sample in taken for f in sample.forwards[i]] for i in range(len(one.members))]
-    checked = sum(sample.checked for sample in taken)
+def _summarize(contestant: Contestant, repeats: Sequence[TimedRun], predicted: float | None) -> MethodRun:
+    outside = [seconds for run in repeats for seconds in run.outside]
+    quarter = max(repeats[0].tokens // 4, 1)
+    logs = [[forward for run in repeats for forward in run.forwards[i]] for i in range(len(contestant.members))]
+    checked = sum(run.checked for run in repeats)
     return MethodRun(
-        method=one.method,
-        label=one.label,
-        tokens=sum(sample.tokens for sample in taken) / len(taken),
-        members=one.members,
-        tokens_per_second=median(sample.speed for sample in taken),
-        bytes_per_second=median(sample.bytes / sample.seconds for sample in taken),
-        seconds_to_first_token=median(sample.first for sample in taken),
-        forwards={name: len(log) / len(taken) for name, log in zip(one.members, logs, strict=True)},
-        seconds_by_forward_length={name: _by_length(log) for name, log in zip(one.members, logs, strict=True)},
-        outside_forwards_share=median(1 - s.inside / s.seconds for s in taken) if outside else None,
+        method=contestant.method,
+        label=contestant.label,
+        tokens=sum(run.tokens for run in repeats) / len(repeats),
+        members=contestant.members,
+        tokens_per_second=median(run.speed for run in repeats),
+        bytes_per_second=median(run.bytes / run.seconds for run in repeats),
+        seconds_to_first_token=median(run.first for run in repeats),
+        forwards={name: len(log) / len(repeats) for name, log in zip(contestant.members, logs, strict=True)},
+        seconds_by_forward_length={name: _by_length(log) for name, log in zip(contestant.members, logs, strict=True)},
+        outside_forwards_share=median(1 - run.inside / run.seconds for run in repeats) if outside else None,
         outside_forwards_ms=_milliseconds(outside),
-        outside_forwards_ms_first_quarter=_milliseconds([cost for s in taken for cost in s.outside[:quarter]]),
-        outside_forwards_ms_last_quarter=_milliseconds([cost for s in taken for cost in s.outside[-quarter:]]),
-        draft=one.draft,
+        outside_forwards_ms_first_quarter=_milliseconds(
+            [seconds for run in repeats for seconds in run.outside[:quarter]]
+        ),
+        outside_forwards_ms_last_quarter=_milliseconds(
+            [seconds for run in repeats for seconds in run.outside[-quarter:]]
+        ),
+        draft=contestant.draft,
         checked=checked,
-        accepted=sum(sample.accepted for sample in taken),
-        chosen=taken[-1].chosen,
-        predicted_tokens_per_second=expected,
-        memory_bytes=max((sample.memory for sample in taken if sample.memory is not None), default=None),
-        slowest_tokens_per_second=min(sample.speed for sample in taken),
-        fastest_tokens_per_second=max(sample.speed for sample in taken),
+        accepted=sum(run.accepted for run in repeats),
+        chosen=repeats[-1].chosen,
+        predicted_tokens_per_second=predicted,
+        memory_bytes=max((run.memory for run in repeats if run.memory is not None), default=None),
+        slowest_tokens_per_second=min(run.speed for run in repeats),
+        fastest_tokens_per_second=max(run.speed for run in repeats),
     )
 
 
@@ -154,6 +171,6 @@ def _milliseconds(seconds: Sequence[float]) -> float | None:
 
 
 def _by_length(log: Sequence[Forward]) -> dict[int, float]:
-    """Return the mean seconds of a forward by the number of tokens it ran; of those whose seconds are known."""
-    lengths = sorted({one.tokens for one in log if one.seconds})
-    return {n: float(np.mean([one.seconds for one in log if one.tokens == n])) for n in lengths}
+    """Return the mean seconds of a forward by its number of tokens, of the forwards whose time is known."""
+    lengths = sorted({forward.tokens for forward in log if forward.seconds})
+    return {n: float(np.mean([forward.seconds for forward in log if forward.tokens == n])) for n in lengths}

@@ -1,4 +1,4 @@
-"""What a benchmark says, and on what it was measured."""
+"""The report of a benchmark, and the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from mixlm.engines.base import total_weight_bytes
 
 @dataclass(frozen=True, slots=True)
 class MethodRun:
-    """One method's medians over repeats. Speeds are of decoding alone, after every member has read the prompt.
+    """One method's medians over repeats. Speeds are of decoding alone, after every member has prefilled the prompt.
 
-    label: unique among the runs. tokens, forwards: of a repeat; the forwards by member. seconds_by_forward_length: mean
-    seconds of a forward by the number of tokens it ran. outside_forwards_*: what a token costs outside its forwards;
-    share of the time, and milliseconds over all of a text, its first and its last quarter; None where that is not
-    known. draft, checked, accepted: who wrote ahead, guesses that were checked in all repeats, and those that were
-    right. chosen: what `auto` used last. predicted_tokens_per_second: by the cost model, where it has a formula.
-    memory_bytes: in use at the end of a run, weights of all members included.
+    Args:
+        label: Unique among the runs.
+        tokens: Tokens of a repeat.
+        forwards: Forwards of a repeat, by member.
+        seconds_by_forward_length: Mean seconds of a forward by its number of tokens, by member.
+        outside_forwards_share: Share of the time outside forwards; None where it is not known.
+        outside_forwards_ms: Milliseconds per token outside forwards; also of the first and the last quarter of a text.
+        draft: What drafted.
+        checked: Drafts that were checked, in all repeats.
+        accepted: Drafts that were accepted, in all repeats.
+        chosen: The method that `auto` used last.
+        predicted_tokens_per_second: The prediction of the cost model, where it has a formula.
+        memory_bytes: Memory in use at the end of a run, all members' weights included.
     """
 
     method: str
@@ -52,15 +59,19 @@ class MethodRun:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of guesses that were right; None where none were checked."""
+        """The share of drafts that were accepted; None where none were checked."""
         return self.accepted / self.checked if self.checked else None
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All runs of a benchmark, the ratios between them, and what they were taken on.
+    """All runs of a benchmark.
 
-    ratios: see `ratios.ratios`. notes: what a reader has to know to take the numbers for what they are.
+    Args:
+        runs: One entry per method.
+        ratios: Speed ratios by name, see `speed_ratios`.
+        environment: Machine, versions, command, settings and memory.
+        notes: What a reader has to know to interpret the numbers.
     """
 
     runs: tuple[MethodRun, ...]
@@ -71,7 +82,7 @@ class BenchReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` writes."""
         return {
-            "runs": [{**asdict(one), "acceptance": one.acceptance} for one in self.runs],
+            "runs": [{**asdict(run), "acceptance": run.acceptance} for run in self.runs],
             "ratios": dict(self.ratios),
             "environment": dict(self.environment),
             **({"notes": list(self.notes)} if self.notes else {}),
@@ -82,7 +93,7 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
     """Return machine, versions, command, settings and memory."""
     packages = ("mixlm", "torch", "transformers", "tokenizers", "numpy")
     versions = {name: found for name in packages if (found := _version(name)) is not None}
-    distinct = {id(one): one for one in engines}.values()
+    distinct = {id(engine): engine for engine in engines}.values()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "processor": _processor(),

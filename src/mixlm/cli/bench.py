@@ -19,7 +19,7 @@ from mixlm.terminal import progress_bars
 if TYPE_CHECKING:
     from mixlm.core.options import Options
 
-_HEADS = ("method", "tokens/s", "predicted", "bytes/s", "first token", "outside forwards", "forwards", "right")
+_HEADS = ("method", "tokens/s", "predicted", "bytes/s", "first token", "outside forwards", "forwards", "accepted")
 _NUMBERS = frozenset(_HEADS[1:])
 
 TokensOption = Annotated[int, Option("--tokens", metavar="N", help="How many tokens each run writes.")]
@@ -66,10 +66,10 @@ def bench(
             "there: python -m research.benchmark, with the same options",
         )
     check_output(output)
-    from mixlm.benchmark import Plan
+    from mixlm.benchmark import BenchPlan
     from mixlm.benchmark import bench as measure
 
-    plan = Plan(tokens=tokens, repeats=repeats, **prompt_and_methods(prompt, methods))
+    plan = BenchPlan(tokens=tokens, repeats=repeats, **prompt_and_methods(prompt, methods))
     options = shared.options()
     ensemble = open_ensemble(shared, without_draft(options))
     with progress_bars(single=True) as progress:

@@ -4,7 +4,7 @@
 importing this package does not.
 """
 
-from mixlm.evaluation.results import Comparison, Results, Score
-from mixlm.evaluation.run import Plan, evaluate
+from mixlm.evaluation.results import PairedComparison, Results, Score
+from mixlm.evaluation.run import EvaluationOptions, evaluate
 
-__all__ = ["Comparison", "Plan", "Results", "Score", "evaluate"]
+__all__ = ["EvaluationOptions", "PairedComparison", "Results", "Score", "evaluate"]

@@ -18,19 +18,19 @@ _LAST_LETTER = re.compile(r"\(([A-Z])\)")
 _OPTION = re.compile(r"\(?([a-z])\)(?:\W.*)?", re.DOTALL)
 
 
-def said(text: str) -> str:
+def stated_answer(text: str) -> str:
     """Return the line behind the last "Answer:", or the last line that is not empty."""
     places = list(_SAID.finditer(text))
     rest = text[places[-1].end() :] if places else ""
     if rest.strip():
         return rest.strip().splitlines()[0].strip()
-    lines = [one.strip() for one in text.splitlines() if one.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
-def number(text: str) -> str:
+def number_answer(text: str) -> str:
     """Return the number that is given as the answer, else the last one of the text: "1,234.50" becomes "1234.5"."""
-    line = said(text) if _SAID.search(text) else ""
+    line = stated_answer(text) if _SAID.search(text) else ""
     # Of a calculation, "3 + 4 = 7", the result is the answer.
     found = _NUMBER.findall(line.rpartition("=")[2])
     if found:
@@ -39,18 +39,18 @@ def number(text: str) -> str:
     return _plain(found[-1]) if found else ""
 
 
-def letter(text: str) -> str:
+def letter_answer(text: str) -> str:
     """Return the letter that is given as the answer, or that the text begins with, or the last one in brackets."""
     found = _SAID_LETTER.findall(text) or _FIRST_LETTER.findall(text) or _LAST_LETTER.findall(text)
     return found[-1] if found else ""
 
 
-def phrase(text: str) -> str:
+def phrase_answer(text: str) -> str:
     """Return the answer in lower case, without marks around it; of an option, "(B) 12/24", its letter; no spaces.
 
     Brackets stay: they are the answer of some questions.
     """
-    line = said(text).strip(" \t*_`\"'").removesuffix(".").strip(" \t*_`\"'").lower()
+    line = stated_answer(text).strip(" \t*_`\"'").removesuffix(".").strip(" \t*_`\"'").lower()
     if option := _OPTION.fullmatch(line):
         return option[1]
     return "".join(line.split())
@@ -71,4 +71,4 @@ def _filter(one: Callable[[str], str]) -> Callable[[Sequence[Sequence[str]], obj
     return lambda texts, documents: [[one(text) for text in group] for group in texts]
 
 
-numbers, letters, phrases = _filter(number), _filter(letter), _filter(phrase)
+numbers, letters, phrases = _filter(number_answer), _filter(letter_answer), _filter(phrase_answer)

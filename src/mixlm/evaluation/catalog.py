@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ConfigError, MixlmError, UnsupportedError, near
+from mixlm.errors import ConfigError, MixlmError, UnsupportedError, close_matches
 
 FOLDER = Path(__file__).parent / "tasks"
 
@@ -36,13 +36,13 @@ def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[
     metadata = {"mixlm_data": str(data)} if data is not None else {}
     with quiet():
         ours = set(_manager()(include_path=str(FOLDER), include_defaults=False).all_tasks)
-        defaults = any(not _is_file(one) and one not in ours for one in names)
+        defaults = any(not _is_file(name) and name not in ours for name in names)
         manager = _manager()(include_path=str(FOLDER), include_defaults=defaults, metadata=metadata)
         for name in names:
             if name not in manager.task_index and not _is_file(name):
                 if name.endswith((".yaml", ".yml")):
                     raise ConfigError(f"there is no file {name}", "give the path of a task's YAML file")
-                close = near(name, manager.all_tasks, 5)
+                close = close_matches(name, manager.all_tasks, 5)
                 hint = f"did you mean {' or '.join(repr(one) for one in close)}?" if close else None
                 raise ConfigError(f"there is no task {name!r}", hint or "mixlm eval --list shows mixlm's own tasks")
         tasks: dict[str, Any] = {}

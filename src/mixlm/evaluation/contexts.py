@@ -24,7 +24,7 @@ _MAX_TOKENS = 256  # the harness's own default
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class RequestContext:
     """What a request continues: a text, or messages and how the assistant's answer begins.
 
     messages: None for a text, which is then `text`; else `text` is the beginning of the answer, often empty.
@@ -37,26 +37,26 @@ class Context:
         """Return the form that is logged: the text, or the messages as the harness has them."""
         if self.messages is None:
             return self.text
-        shown = [{"role": one.role, "content": one.content} for one in self.messages]
+        shown = [{"role": message.role, "content": message.content} for message in self.messages]
         return [*shown, {"role": "assistant", "content": self.text}] if self.text else shown
 
 
 def pack(history: Sequence[Mapping[str, str]]) -> str:
     """Return a conversation of the harness as a string that `unpack` reads."""
-    return _MARK + json.dumps([[one["role"], one["content"]] for one in history])
+    return _MARK + json.dumps([[message["role"], message["content"]] for message in history])
 
 
-def unpack(context: str) -> Context:
+def unpack(context: str) -> RequestContext:
     """Read the context of a request. Raises ConfigError for a role that mixlm does not know."""
     if not context.startswith(_MARK):
-        return Context(context)
+        return RequestContext(context)
     turns = json.loads(context.removeprefix(_MARK))
     roles = ("system", "user", "assistant")
     for role, _ in turns:
         if role not in roles:
             raise ConfigError(f"a message of the task has the role {role!r}; it must be one of {', '.join(roles)}")
     begun = turns.pop()[1] if turns and turns[-1][0] == "assistant" else ""
-    return Context(begun, tuple(Message(role, content) for role, content in turns))
+    return RequestContext(begun, tuple(Message(role, content) for role, content in turns))
 
 
 def is_greedy(task: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
@@ -70,8 +70,8 @@ def is_greedy(task: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     return given.get("method") == "greedy" or sample is False or temperature == 0 or (sample or temperature) is None
 
 
-def reply_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a reply: those of the task (its `generation_kwargs`), under those that the user gave.
+def generation_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a completion: those of the task (its `generation_kwargs`), under those that the user gave.
 
     A greedy request is written with the method `greedy`; `single` stays, at temperature 0. Raises ConfigError for an
     option of the task that mixlm has no counterpart for: dropping it would measure something else.
@@ -98,7 +98,7 @@ def reply_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
 def _strings(value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value or []
-    return [one for one in values if one]
+    return [value for value in values if value]
 
 
 def _hint(name: str) -> str:

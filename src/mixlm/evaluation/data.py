@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ConfigError, did_you_mean, near
+from mixlm.errors import ConfigError, close_matches, did_you_mean
 from mixlm.evaluation import answers
 
 Row = Mapping[str, Any]
@@ -23,7 +23,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
-class _Set:
+class _QuestionSet:
     """hub: path, configuration (None: all of them, each a value of the column `task`) and split. form: of one row."""
 
     hub: tuple[str, str | None, str]
@@ -56,18 +56,18 @@ def load(
             ) from None
     if not documents:
         raise ConfigError(f"{where} has no questions", f"each line is a JSON object with {one.form}")
-    return {"test": Dataset.from_list(chosen(documents, per_group, choice) if per_group else documents)}
+    return {"test": Dataset.from_list(choose_questions(documents, per_group, choice) if per_group else documents)}
 
 
-def chosen(documents: Iterable[dict[str, Any]], per_group: int, choice: int) -> list[dict[str, Any]]:
+def choose_questions(documents: Iterable[dict[str, Any]], per_group: int, choice: int) -> list[dict[str, Any]]:
     """Choose questions of each group by a hash of their text, so that neither order nor library versions matter."""
 
     def key(one: dict[str, Any]) -> str:
         return hashlib.sha256(f"{choice} {one['question']} {one['options']}".encode()).hexdigest()
 
     groups = defaultdict(list)
-    for one in documents:
-        groups[one["group"]].append(one)
+    for document in documents:
+        groups[document["group"]].append(document)
     taken = [sorted(members, key=key)[:per_group] for _, members in sorted(groups.items())]
     return [members[turn] for turn in range(per_group) for members in taken if turn < len(members)]
 
@@ -79,7 +79,7 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
         # With their endings, any two names look a little alike.
         there = sorted(one.stem for one in path.parent.glob("*.jsonl"))
         shown = ", ".join(f"{one}.jsonl" for one in there[:8]) or "no .jsonl files"
-        close = [f"{one}.jsonl" for one in near(path.stem, there)]
+        close = [f"{close_matche}.jsonl" for close_matche in close_matches(path.stem, there)]
         hint = did_you_mean(path.name, close) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +95,7 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
             ) from error
 
 
-def _from_hub(name: str, one: _Set) -> Iterable[tuple[int, Any]]:
+def _from_hub(name: str, one: _QuestionSet) -> Iterable[tuple[int, Any]]:
     from datasets import get_dataset_config_names, load_dataset
 
     path, configuration, split = one.hub
@@ -118,7 +118,7 @@ def _document(question: Any, target: str, group: Any = "", choices: Sequence[str
     for name, value in (("question", question), ("the group", group)):
         if not isinstance(value, str):
             raise TypeError(f"{name} is {value!r}, not a text")
-    options = "\n".join(f"{mark}. {one}" for mark, one in zip(_LETTERS, choices, strict=False))
+    options = "\n".join(f"{mark}. {choice}" for mark, choice in zip(_LETTERS, choices, strict=False))
     found = {"group": group, "question": question.strip(), "options": options, "target": target}
     return {**found, "choices": list(choices)} if choices else found
 
@@ -131,7 +131,7 @@ def _choices(given: Any) -> list[str]:
 
 def _gsm8k(row: Row) -> dict[str, Any]:
     _, mark, result = row["answer"].rpartition("####")
-    target = answers.number(result)
+    target = answers.number_answer(result)
     if not mark or not target:
         raise ValueError(f"answer ends in {row['answer'][-20:]!r}")
     return _document(row["question"], target)
@@ -140,7 +140,7 @@ def _gsm8k(row: Row) -> dict[str, Any]:
 def _svamp(row: Row) -> dict[str, Any]:
     question = row["question"] if "question" in row else row["question_concat"]
     answer = row["answer"] if "answer" in row else row["Answer"]
-    target = answers.number(str(answer))
+    target = answers.number_answer(str(answer))
     if not target:
         raise ValueError(f"answer is {answer!r}, not a number")
     return _document(question, target)
@@ -164,19 +164,21 @@ def _arc(row: Row) -> dict[str, Any]:
 def _bbh(row: Row) -> dict[str, Any]:
     if not isinstance(row["target"], str) or not row["target"].strip():
         raise ValueError(f"target is {row['target']!r}, not a text")
-    return _document(row["input"], answers.phrase(row["target"]), row["task"])
+    return _document(row["input"], answers.phrase_answer(row["target"]), row["task"])
 
 
 _FORM_OF_CHOICES = "choices (text and label, lists of texts), answerKey (one of the labels)"
 _SETS = {
-    "gsm8k": _Set(
+    "gsm8k": _QuestionSet(
         ("openai/gsm8k", "main", "test"), "question (text) and answer (text that ends in '#### number')", _gsm8k
     ),
-    "svamp": _Set(("ChilleD/SVAMP", "default", "train+test"), "question (text) and answer (number)", _svamp),
-    "mmlu": _Set(
+    "svamp": _QuestionSet(("ChilleD/SVAMP", "default", "train+test"), "question (text) and answer (number)", _svamp),
+    "mmlu": _QuestionSet(
         ("cais/mmlu", "all", "test"), "subject, question (texts), choices (list of texts), answer (index)", _mmlu
     ),
-    "bbh": _Set(("SaylorTwift/bbh", None, "test"), "task, input and target (texts)", _bbh),
-    "arc_challenge": _Set(("allenai/ai2_arc", "ARC-Challenge", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc),
-    "arc_easy": _Set(("allenai/ai2_arc", "ARC-Easy", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc),
+    "bbh": _QuestionSet(("SaylorTwift/bbh", None, "test"), "task, input and target (texts)", _bbh),
+    "arc_challenge": _QuestionSet(
+        ("allenai/ai2_arc", "ARC-Challenge", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc
+    ),
+    "arc_easy": _QuestionSet(("allenai/ai2_arc", "ARC-Easy", "test"), f"question (text), {_FORM_OF_CHOICES}", _arc),
 }

@@ -25,7 +25,7 @@ def build_requests(task: Any, limit: int | None, chat: bool | None) -> list[Any]
     def template(history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         return pack(history)
 
-    # Which examples a prompt shows is fixed, whatever the seed of the replies.
+    # Which examples a prompt shows is fixed, whatever the seed of the completions.
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     with quiet():
         task.build_all_requests(
@@ -35,15 +35,15 @@ def build_requests(task: Any, limit: int | None, chat: bool | None) -> list[Any]
             chat_template=template if chat else None,
             tokenizer_name="mixlm",
         )
-    return [one for one in task.instances for _ in range(one.repeats or 1)]
+    return [instance for instance in task.instances for _ in range(instance.repeats or 1)]
 
 
 def judge(task: Any, requests: Sequence[Any], responses: Sequence[Any]) -> Table:
     """Return what the task makes of responses: the value of each question, by metric and filter."""
-    for one in task.instances:
-        one.resps, one.filtered_resps = [], {}
-    for one, response in zip(requests, responses, strict=True):
-        one.resps.append(response)
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
+    for request, response in zip(requests, responses, strict=True):
+        request.resps.append(response)
     with quiet():
         task.apply_filters()
     questions = defaultdict(list)
@@ -53,7 +53,7 @@ def judge(task: Any, requests: Sequence[Any], responses: Sequence[Any]) -> Table
     for name in task.instances[0].filtered_resps:
         for parts in questions.values():
             parts.sort(key=lambda one: one.idx)
-            found = task.process_results(parts[0].doc, [one.filtered_resps[name] for one in parts])
+            found = task.process_results(parts[0].doc, [part.filtered_resps[name] for part in parts])
             for metric, value in found.items():
                 out[metric, name].append(value)
     return out
@@ -66,11 +66,11 @@ def to_scores(name: str, method: str, task: Any, seeds: Sequence[int], tables: S
         columns = [table[metric, chosen] for table in tables]
         aggregate = task.aggregation().get(metric, np.mean)
         try:
-            values = tuple(float(aggregate(one)) for one in columns)
+            values = tuple(float(aggregate(column)) for column in columns)
         except (TypeError, ValueError):
             continue  # not a number, such as the harness's "bypass"
         questions = None
-        if all(isinstance(value, int | float | np.number) for one in columns for value in one):
+        if all(isinstance(value, int | float | np.number) for column in columns for value in column):
             questions = np.array(columns, dtype=np.float64)
             if not np.allclose(questions.mean(axis=1), values):
                 questions = None  # the metric is another function of the questions than their mean

@@ -36,10 +36,10 @@ def load(*, name: str, size: int = 200, seed: int = 0, kind: str = "text", **_: 
 
 
 def score(document: dict[str, Any], texts: list[str]) -> dict[str, float]:
-    """Score one reply with the task's own scorer: 1 for exactly right, 0 for anything less."""
+    """Score one completion with the task's own scorer: 1 for exactly right, 0 for anything less."""
     import reasoning_gym
 
     text = texts[0]
-    answer = answers.number(text) if document["kind"] == "number" else answers.said(text).strip("*`. ")
+    answer = answers.number_answer(text) if document["kind"] == "number" else answers.stated_answer(text).strip("*`. ")
     value = reasoning_gym.get_score_answer_fn(document["name"])(answer, json.loads(document["entry"]))
     return {"exact_match": float(value == 1.0)}

@@ -17,7 +17,7 @@ from mixlm.types import Floats
 class Score:
     """One metric of one method on one task.
 
-    filter: how answers were taken from texts. seeds: of the runs; a single one where nothing is drawn by chance.
+    filter: how answers were taken from texts. seeds: of the runs; a single one where nothing is sampled by chance.
     values: the metric of each run. questions: float64 (seeds, questions), None for metrics that are no mean over
     questions. count: how many questions.
     """
@@ -39,7 +39,7 @@ class Score:
 
     @property
     def interval(self) -> Interval | None:
-        """95 % t-interval over seeds: what drawing anew changes, the questions fixed. None for a single seed."""
+        """95 % t-interval over seeds: what sampling anew changes, the questions fixed. None for a single seed."""
         return t_interval(self.values)
 
     @property
@@ -75,7 +75,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedComparison:
     """Two methods on the same questions of a task, each question averaged over its seeds.
 
     difference: left minus right. interval: 95 % t-interval over questions. p_value: of no difference, by flipping
@@ -98,7 +98,7 @@ class Comparison:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Comparison:
+    def read(cls, raw: Mapping[str, Any]) -> PairedComparison:
         """Return what `as_dict` was made of. Raises KeyError or TypeError."""
         found = {name: raw[name] for name in cls.__slots__}
         return cls(**found | {"interval": None if raw["interval"] is None else tuple(raw["interval"])})
@@ -115,12 +115,12 @@ class Results:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in order."""
-        return tuple(dict.fromkeys(one.task for one in self.scores))
+        return tuple(dict.fromkeys(score.task for score in self.scores))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the methods, in order."""
-        return tuple(dict.fromkeys(one.method for one in self.scores))
+        return tuple(dict.fromkeys(score.method for score in self.scores))
 
     def score(self, task: str, method: str, metric: str | None = None) -> Score:
         """Return a score; the task's first metric when none is named. Raises ConfigError for what was not run."""
@@ -128,13 +128,13 @@ class Results:
             if value not in known:
                 hint = did_you_mean(value, known) or f"there are {', '.join(known)}"
                 raise ConfigError(f"these results have no {name} {value!r}", hint)
-        found = [one for one in self.scores if (one.task, one.method) == (task, method)]
+        found = [score for score in self.scores if (score.task, score.method) == (task, method)]
         for one in found:
             if metric in (None, one.metric):
                 return one
         raise ConfigError(f"{task} has no metric {metric!r}", f"it has {', '.join(one.metric for one in found)}")
 
-    def compare(self, left: str, right: str, task: str | None = None) -> Comparison:
+    def compare(self, left: str, right: str, task: str | None = None) -> PairedComparison:
         """Compare two methods on a task, by its first metric that is a mean over questions.
 
         task: may be left out when there is one. Raises ConfigError when no metric has a value for each question.
@@ -144,18 +144,18 @@ class Results:
                 raise ConfigError(f"there are {len(self.tasks)} tasks", f"name one of {', '.join(self.tasks)}")
             task = self.tasks[0]
         self.score(task, left), self.score(task, right)
-        usable = [one for one in self.scores if one.task == task and one.questions is not None]
+        usable = [score for score in self.scores if score.task == task and score.questions is not None]
         for one in (one for one in usable if one.method == left):
             other = [two for two in usable if (two.method, two.metric, two.filter) == (right, one.metric, one.filter)]
             if other:
-                return _compared(one, other[0])
+                return _paired_comparison(one, other[0])
         raise ConfigError(f"{task} has no metric that is a mean over questions, so its methods cannot be paired")
 
-    def comparisons(self) -> tuple[Comparison, ...]:
+    def comparisons(self) -> tuple[PairedComparison, ...]:
         """Compare the first method with every other one, on every task that can be."""
         found = []
         for task in self.tasks:
-            first, *others = dict.fromkeys(one.method for one in self.scores if one.task == task)
+            first, *others = dict.fromkeys(score.method for score in self.scores if score.task == task)
             if self._paired(task):
                 found += [self.compare(first, other, task) for other in others]
         return tuple(found)
@@ -164,20 +164,20 @@ class Results:
         """Return the form that `--json` prints. questions: with the value of every question in every run."""
         return {
             "settings": dict(self.settings),
-            "scores": [one.as_dict(questions=questions) for one in self.scores],
-            "comparisons": [one.as_dict() for one in self.comparisons()],
+            "scores": [score.as_dict(questions=questions) for score in self.scores],
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
             "notes": list(self.notes),
         }
 
     def _paired(self, task: str) -> bool:
-        return any(one.questions is not None for one in self.scores if one.task == task)
+        return any(score.questions is not None for score in self.scores if score.task == task)
 
 
-def _compared(left: Score, right: Score) -> Comparison:
+def _paired_comparison(left: Score, right: Score) -> PairedComparison:
     assert left.questions is not None
     assert right.questions is not None
     differences = left.questions.mean(axis=0) - right.questions.mean(axis=0)
-    return Comparison(
+    return PairedComparison(
         task=left.task,
         metric=left.metric,
         left=left.method,

@@ -23,8 +23,9 @@ from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
 from mixlm.evaluation.contexts import is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
-from mixlm.evaluation.log import AnswerLog, answers_path, locked
 from mixlm.evaluation.results import Results, Score
+from mixlm.evaluation.run_folder import locked_folder, response_log, responses_path
+from mixlm.resumable_log import ResumableLog
 from mixlm.routing import Router
 from mixlm.types import Ids, Message
 from mixlm.version import __version__
@@ -32,16 +33,20 @@ from mixlm.version import __version__
 Progress = Callable[[str, int, int], None]
 
 
-class Plan(TypedDict, total=False):
+class EvaluationOptions(TypedDict, total=False):
     """Options of `evaluate`.
 
-    methods: names of methods, `single:NAME` for one member, `single` for each of them; mixture, conventional and single
-    when left out. seeds: of the runs, 0 to 4 when left out. limit: questions of each task, its first ones.
-    data: a folder with the questions of mixlm's own tasks. options: of every reply, over those of a task.
-    out: a folder for answers and results; a run continues where an earlier one stopped.
-    chat: whether questions are put as messages in each member's template; when left out, tasks that generate text do,
-    and tasks that score given text do not. progress: called with task, method and seed, requests answered, requests.
-    at_once: texts written together.
+    Args:
+        methods: Names of methods; `single:NAME` is one member, `single` each of them. Default: mixture, conventional and
+            single.
+        seeds: The seeds of the runs. Default: 0 to 4.
+        limit: Only the first questions of each task.
+        data: A folder with the questions of mixlm's own tasks.
+        options: Generation options of every completion, over those of a task.
+        out: A folder for responses and results; a run continues where an earlier one stopped.
+        chat: Whether questions are messages in each member's template. Default: for tasks that generate text.
+        progress: Called with task, method and seed, the number of finished requests, and of all requests.
+        at_once: Completions generated together.
     """
 
     methods: Sequence[str]
@@ -55,12 +60,22 @@ class Plan(TypedDict, total=False):
     at_once: int
 
 
-def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **plan: Unpack[Plan]) -> Results:
-    """Run tasks by several methods and seeds. tasks: names, or what `load_tasks` returned.
+def evaluate(
+    ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **plan: Unpack[EvaluationOptions]
+) -> Results:
+    """Evaluate methods on tasks, with several seeds.
 
-    Requests that draw nothing by chance (given texts to score, greedy decoding) run once, and alike for all methods but
-    `single`. Raises ConfigError and UnsupportedError before anything runs where tasks, methods or options do not fit;
-    also when the folder `out` was begun with other settings or is in use.
+    Requests without chance (given texts to score, greedy decoding) run once, and alike for all methods but `single`.
+
+    Args:
+        ensemble: The ensemble.
+        tasks: Names of tasks, or what `load_tasks` returned.
+        **plan: See `EvaluationOptions`.
+
+    Raises:
+        ConfigError: Tasks, methods or options do not fit, or `out` was begun with other settings or is in use. Raised
+            before anything runs.
+        UnsupportedError: The ensemble does not support a method or an option.
     """
     options = plan.get("options") or {}
     for name in ("method", "seed", "sequence", "raw"):
@@ -73,12 +88,12 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
         raise ConfigError(f"seeds are {list(seeds)}; give one or more, each once")
     if isinstance(tasks, str):
         tasks = [tasks]
-    writers = _writers(ensemble, plan.get("methods") or ("mixture", "conventional", "single"), options)
+    writers = _method_ensembles(ensemble, plan.get("methods") or ("mixture", "conventional", "single"), options)
     out = Path(out_given) if (out_given := plan.get("out")) is not None else None
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
     settings = describe(ensemble, options, plan.get("chat"))
-    with locked(out, settings) if out is not None else nullcontext():
-        run = _Run(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
+    with locked_folder(out, settings) if out is not None else nullcontext():
+        run = _Evaluation(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
         system = options.get("system", ensemble.defaults.system)
         scores: list[Score] = []
         notes: list[str] = []
@@ -102,7 +117,7 @@ def evaluate(ensemble: Ensemble, tasks: Sequence[str] | Mapping[str, Any], **pla
 
 
 @dataclass
-class _Run:
+class _Evaluation:
     """What all tasks of an evaluation have in common. writers: an ensemble and a method by the method's name."""
 
     writers: Mapping[str, tuple[Ensemble, str]]
@@ -116,26 +131,26 @@ class _Run:
         """Run one task by every method, and score it."""
         scores: list[Score] = []
         notes: dict[str, None] = {}
-        logs: dict[tuple[str, int], AnswerLog] = {}
+        logs: dict[tuple[str, int], ResumableLog] = {}
         for label, (ensemble, method) in self.writers.items():
             given = {**self.options, "method": method}
             scored = requests[0].request_type != "generate_until"
-            greedy = not scored and all(is_greedy(one.args[1], given) for one in requests)
+            greedy = not scored and all(is_greedy(request.args[1], given) for request in requests)
             seeds = self.seeds[:1] if scored or greedy else self.seeds
             law = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
             tables = []
             for seed in seeds:
                 if (law, seed) not in logs:
-                    path = answers_path(self.out, name, law, seed) if self.out is not None else None
-                    logs[law, seed] = AnswerLog(path)
+                    path = responses_path(self.out, name, law, seed) if self.out is not None else None
+                    logs[law, seed] = response_log(path)
                 log = logs[law, seed]
                 lm = self._model(ensemble, {**given, "seed": seed}, log, f"{name} {label} seed {seed}")
                 tables.append(judge(task, requests, getattr(lm, requests[0].request_type)(requests)))
-                notes |= dict.fromkeys(_noted(name, label, method, log, len(requests)))
+                notes |= dict.fromkeys(_run_notes(name, label, method, log, len(requests)))
             scores += to_scores(name, label, task, seeds, tables)
         return scores, list(notes)
 
-    def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: AnswerLog, label: str) -> Any:
+    def _model(self, ensemble: Ensemble, options: Mapping[str, Any], log: ResumableLog, label: str) -> Any:
         from mixlm.evaluation.lm import EnsembleLM
 
         return EnsembleLM(
@@ -148,9 +163,9 @@ class _Run:
         )
 
 
-def _writers(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:
+def _method_ensembles(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:
     """Return an ensemble and a method for each name. Raises ConfigError for an unknown one, or options it refuses."""
-    alone = {f"single:{one.name}": Ensemble([one], defaults=ensemble.defaults) for one in ensemble.members}
+    alone = {f"single:{member.name}": Ensemble([member], defaults=ensemble.defaults) for member in ensemble.members}
     out: dict[str, tuple[Ensemble, str]] = {}
     for name in methods:
         if name == "single":
@@ -173,14 +188,14 @@ def describe(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[st
     probe = [Message("user", "probe")]
     members = [
         {
-            "name": one.name,
-            "model": one.engine.name,
+            "name": member.name,
+            "model": member.engine.name,
             "weight": float(weight),
-            "sampling": dict(one.sampling),
-            "dtype": one.engine.details.get("dtype"),
-            "prompt": _digest(one.engine.prompts.chat(probe)),  # tells templates and tokenizers apart
+            "sampling": dict(member.sampling),
+            "dtype": member.engine.details.get("dtype"),
+            "prompt": _digest(member.engine.prompts.chat(probe)),  # tells templates and tokenizers apart
         }
-        for one, weight in zip(ensemble.members, ensemble.weights, strict=True)
+        for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
     ]
     defaults = {name: value for name, value in asdict(ensemble.defaults).items() if name not in ("seed", "method")}
     return {
@@ -206,12 +221,12 @@ def _digest(ids: Ids) -> str:
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
-def _noted(task: str, label: str, method: str, log: AnswerLog, count: int) -> list[str]:
+def _run_notes(task: str, label: str, method: str, log: ResumableLog, count: int) -> list[str]:
     """Return what a reader should know about a run."""
-    entries = [log.entries[at] for at in range(count)]
+    entries = [log.records[at] for at in range(count)]
     notes = []
-    if method not in ("greedy", "single") and any(one.get("method") == "greedy" for one in entries):
+    if method not in ("greedy", "single") and any(entry.get("method") == "greedy" for entry in entries):
         notes.append(f"{task} asks for greedy decoding, so {label} wrote with method greedy; a temperature samples")
-    if long := sum("error" in one for one in entries):
+    if long := sum("error" in entry for entry in entries):
         notes.append(f"{task}, {label}: {long} of {count} requests are too long for a member and count as wrong")
     return notes

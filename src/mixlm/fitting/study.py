@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.fitting.em import (
-    Fit,
+from mixlm.fitting.likelihood import (
+    WeightFit,
     bootstrap,
     equal_weights,
     expectation_maximisation,
@@ -23,7 +23,7 @@ from mixlm.fitting.em import (
     grid_search,
 )
 from mixlm.routing import LearnedRouter, PromptRouter, Router
-from mixlm.scoring.scores import Scores, joined, prompted, router_weights, split
+from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout, with_leading_prompts
 from mixlm.types import Floats
 
 Progress = Callable[[str, int, int], None]
@@ -31,7 +31,7 @@ _ROUTER_ROUNDS = 500
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """What a study does.
 
     holdout: share of every text that is held out; 0 checks on the training text itself. bootstrap: refits for the
@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Row:
+class FitRow:
     """One way to write, and its bits per byte on the check text: of each file, and of all. kind: "member" or "mixture".
 
     weights: of the members, where they are the same for all text.
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Study:
+class FitStudy:
     """What was fitted, and how it did.
 
     train, check: scored parts of each file by its name; `held_out` says whether they are different text. by_prompt:
@@ -72,13 +72,13 @@ class Study:
     train: Mapping[str, Scores]
     check: Mapping[str, Scores]
     held_out: bool
-    em: Fit
+    em: WeightFit
     intervals: Floats | None
-    grid: Fit | None
+    grid: WeightFit | None
     by_prompt: tuple[PromptRouter, float] | None
     router: LearnedRouter | None
     router_seconds: float
-    rows: tuple[Row, ...]
+    rows: tuple[FitRow, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,27 +86,27 @@ class Study:
         return next(iter(self.train.values())).names
 
     @property
-    def best_member(self) -> Row:
+    def best_member(self) -> FitRow:
         """The single member that does best on the check text."""
-        return min((one for one in self.rows if one.kind == "member"), key=lambda one: one.all)
+        return min((row for row in self.rows if row.kind == "member"), key=lambda one: one.all)
 
     @property
     def seconds(self) -> float:
         """What the members took to read the training part, whenever they did."""
         return sum(one.seconds for one in self.train.values())
 
-    def below(self, row: Row) -> float:
+    def percent_below(self, row: FitRow) -> float:
         """Return how many percent of bits per byte a row lies below the best single member."""
         return 100 * (1 - row.all / self.best_member.all)
 
-    def readings(self, engines: int) -> tuple[int, int | None]:
+    def passes(self, engines: int) -> tuple[int, int | None]:
         """Return how many times a model reads a passage to fit by EM, and by a grid whose points are run anew."""
         once = engines * sum(one.passages for one in self.train.values())
         return once, None if self.grid is None else once * len(self.grid.trace)
 
     def as_dict(self, engines: int) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        once, anew = self.readings(engines)
+        once, anew = self.passes(engines)
         grid = self.grid and {
             "weights": self._named(self.grid.weights),
             "bits_per_byte": min(self.grid.trace),
@@ -142,13 +142,13 @@ class Study:
                 "best_member": self.best_member.name,
                 "rows": [
                     {
-                        "name": one.name,
-                        "kind": one.kind,
-                        "bits_per_byte": one.all,
-                        "percent_below_best_member": self.below(one),
-                        "files": dict(zip(self.check, one.files, strict=True)),
+                        "name": row.name,
+                        "kind": row.kind,
+                        "bits_per_byte": row.all,
+                        "percent_below_best_member": self.percent_below(row),
+                        "files": dict(zip(self.check, row.files, strict=True)),
                     }
-                    for one in self.rows
+                    for row in self.rows
                 ],
             },
         }
@@ -157,22 +157,22 @@ class Study:
         return dict(zip(self.names, weights.tolist(), strict=True))
 
 
-def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None = None) -> Study:
+def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | None = None) -> FitStudy:
     """Fit weights, and a router where one is asked for, and check them.
 
     files: scored texts by name, of the same members. progress: called with what is done, how much of it, of how much.
     """
     if plan.prompt:
-        files = {name: prompted(one, plan.prompt) for name, one in files.items()}
+        files = {name: with_leading_prompts(path, plan.prompt) for name, path in files.items()}
     train, check = dict(files), dict(files)
     if plan.holdout:
-        parts = {name: split(one, plan.holdout) for name, one in files.items()}
-        train, check = ({name: one[side] for name, one in parts.items()} for side in (0, 1))
-    whole = joined(list(train.values()))
+        parts = {name: split_holdout(path, plan.holdout) for name, path in files.items()}
+        train, check = ({name: part[side] for name, part in parts.items()} for side in (0, 1))
+    whole = concatenate(list(train.values()))
     em = expectation_maximisation(whole)
     intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
     grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
-    by_prompt = fit_by_prompt(whole, em.weights) if whole.prompts.any() else None
+    by_prompt = fit_by_prompt(whole, em.weights) if whole.prompt_bits.any() else None
     router, seconds = None, 0.0
     if plan.router:
         start = time.perf_counter()
@@ -197,10 +197,10 @@ def study(files: Mapping[str, Scores], plan: Plan, *, progress: Progress | None 
         rows.append(_routed(f"by prompt, sharpness {by_prompt[1]:g}", check, by_prompt[0]))
     if router is not None:
         rows.append(_routed("router", check, router))
-    return Study(train, check, plan.holdout > 0, em, intervals, grid, by_prompt, router, seconds, tuple(rows))
+    return FitStudy(train, check, plan.holdout > 0, em, intervals, grid, by_prompt, router, seconds, tuple(rows))
 
 
-def _members(check: Mapping[str, Scores]) -> list[Row]:
+def _members(check: Mapping[str, Scores]) -> list[FitRow]:
     names = next(iter(check.values())).names
     weights = np.eye(len(names))
     return [
@@ -209,11 +209,11 @@ def _members(check: Mapping[str, Scores]) -> list[Row]:
     ]
 
 
-def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> Row:
+def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> FitRow:
     return _row(name, check, [one.mixture(weights) for one in check.values()], weights=weights)
 
 
-def _routed(name: str, check: Mapping[str, Scores], router: Router) -> Row:
+def _routed(name: str, check: Mapping[str, Scores], router: Router) -> FitRow:
     return _row(name, check, [one.mixture(router_weights(one, router)) for one in check.values()])
 
 
@@ -224,7 +224,7 @@ def _row(
     *,
     kind: str = "mixture",
     weights: Floats | None = None,
-) -> Row:
+) -> FitRow:
     files = tuple(one.bits_per_byte(lp) for one, lp in zip(check.values(), logprobs, strict=True))
     sizes = [one.size for one in check.values()]
-    return Row(name, kind, files, float(np.average(files, weights=sizes)), weights)
+    return FitRow(name, kind, files, float(np.average(files, weights=sizes)), weights)

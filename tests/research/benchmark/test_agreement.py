@@ -89,7 +89,7 @@ def test_one_model_twice_is_run_for_each_member() -> None:
     those = with_agreement(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
     assert those.members[0].engine is not those.members[1].engine
     engine.weights_bytes = 7
-    assert total_weight_bytes([one.engine for one in those.members]) == 7  # and held once
+    assert total_weight_bytes([member.engine for member in those.members]) == 7  # and held once
 
 
 def test_what_cannot_be_is_refused() -> None:

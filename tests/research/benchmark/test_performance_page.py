@@ -34,12 +34,12 @@ def measurements() -> dict[str, list[str]]:
 
 
 def rows(begins: str) -> list[str]:
-    [line] = [one for one in PAGE.splitlines() if one.startswith(f"| {begins} |")]
+    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {begins} |")]
     return cells(line)[1:]
 
 
 def cells(line: str) -> list[str]:
-    return [one.strip() for one in line.strip("|").split("|")]
+    return [part.strip() for part in line.strip("|").split("|")]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -51,8 +51,8 @@ def test_the_table_of_what_a_step_needs_is_computed(name: str) -> None:
 
 def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
     needs = [ForwardNeeds.of(SHAPES[f"qwen2.5-{one}"]) for one in ("3b", "1.5b")]
-    assert f"reads {sum(one.bytes() for one in needs) / 2e9:.2f} GB a token" in PAGE
-    seconds = sum(one.seconds(H100) for one in needs) / 2
+    assert f"reads {sum(need.bytes() for need in needs) / 2e9:.2f} GB a token" in PAGE
+    seconds = sum(need.seconds(H100) for need in needs) / 2
     assert f"{1e3 * seconds:.2f} ms on an H100, {1 / seconds:.0f} tokens/s" in PAGE
 
 
@@ -68,7 +68,7 @@ def test_guesses_are_right_within_the_bounds() -> None:
     for _ in range(3):
         p, q = rng.dirichlet(np.full(6, 0.5), size=2)
         draws = [Noise(1, 0, at) for at in range(4000)]
-        right = np.mean([one.sample(symbols, np.log(p)) == one.sample(symbols, np.log(q)) for one in draws])
+        right = np.mean([draw.sample(symbols, np.log(p)) == draw.sample(symbols, np.log(q)) for draw in draws])
         apart = 0.5 * np.abs(p - q).sum()
         assert (1 - apart) / (1 + apart) - 0.03 < right < 1 - apart + 0.03
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import shapes
 
 from mixlm.engines.toy import ToyEngine
-from mixlm.engines.transformers.kv_cache import NAME
+from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
 from mixlm.ensemble import Ensemble, MemberSpec
 from research.benchmark import compare
 from research.benchmark.rivals import ASSISTED, Rival, available_rivals
@@ -27,8 +27,8 @@ def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
         assert run.outside_forwards_share is run.predicted_tokens_per_second is None
     wanted = {"mixture/transformers large", f"mixture/{ASSISTED}", "single small/transformers small"}
     assert set(report.ratios) >= wanted
-    assert any("small drafts; its law is not the ensemble's" in one for one in report.notes)
-    assert any("filled weights" in one for one in report.notes)
+    assert any("small drafts; its law is not the ensemble's" in note for note in report.notes)
+    assert any("filled weights" in note for note in report.notes)
 
 
 def test_generation_gets_the_same_options_and_the_weight_of_the_larger_member() -> None:
@@ -46,7 +46,7 @@ def test_equal_seeds_write_equal_texts_and_models_are_as_before() -> None:
     rival = Rival(those, (1,), "the river", {"seed": 1})
     assert rival.measure(1, 8).bytes == rival.measure(1, 8).bytes
     model = those.members[1].engine.model  # type: ignore[attr-defined]
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == ATTENTION_NAME
     assert not model._forward_pre_hooks
     assert those.generate("the river", max_tokens=3, seed=1, ignore_end=True).usage.tokens == 3
 
@@ -69,7 +69,7 @@ def test_what_cannot_run_is_left_out_with_a_note() -> None:
 def test_options_that_it_has_not_are_said(options: dict[str, float], reason: str) -> None:
     found, notes = available_rivals(shapes(), "the river", options)
     assert not found
-    assert all(reason in one for one in notes)
+    assert all(reason in note for note in notes)
 
 
 def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
@@ -93,4 +93,4 @@ def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_agreement_by_construction_is_mixlms_own() -> None:
     report = compare(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
     assert [run.label for run in report.runs] == ["mixture", "transformers small", "transformers large"]
-    assert any("agreement by construction is not known to it" in one for one in report.notes)
+    assert any("agreement by construction is not known to it" in note for note in report.notes)

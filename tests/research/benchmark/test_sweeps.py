@@ -28,20 +28,20 @@ def pair() -> Ensemble:
 
 
 def at(found: Sweep, series: str) -> dict[float | str, SweepPoint]:
-    return {one.x: one for one in found.points if one.series == series}
+    return {point.x: point for point in found.points if point.series == series}
 
 
 def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> None:
     found = sweep_along("batch", pair, ComparisonPlan(places=[1, 3], **SMALL))
-    assert list(dict.fromkeys(one.series for one in found.points)) == [
+    assert list(dict.fromkeys(point.series for point in found.points)) == [
         "single toy-1",
         "single toy-2",
         "conventional",
         "mixture",
     ]
-    for one in found.points:
-        assert one.tokens_per_second > 0
-        assert one.more["seconds_of_the_batch"] > 0
+    for point in found.points:
+        assert point.tokens_per_second > 0
+        assert point.more["seconds_of_the_batch"] > 0
     assert found.more["offline"]["replies"] == 3
     assert found.more["offline"]["label"] == "mixture"
     assert "3 replies of 9 tokens by mixture" in found.notes[0]
@@ -70,8 +70,8 @@ def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
     found = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
     assert list(at(found, "mixture")) == [40, 80, 4086]
     assert "4086 tokens in place of 5000" in found.notes[0]
-    for one in found.points:
-        assert one.more["ms_a_token"] == pytest.approx(1000 / one.tokens_per_second)
+    for point in found.points:
+        assert point.more["ms_a_token"] == pytest.approx(1000 / point.tokens_per_second)
     assert set(at(found, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
     assert set(at(found, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
     # The prompt was read before: what is run is what is written.
@@ -95,12 +95,12 @@ def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(
     assert mixture[0].forwards == {"toy-1": 0, "toy-2": 1}
     assert mixture[1].forwards == {"toy-1": 1, "toy-2": 0}
     assert all(one.predicted is not None and one.predicted > 0 for one in mixture.values())
-    assert [one.series for one in found.points if one.x == "alone"] == ["single toy-1", "single toy-2"]
+    assert [point.series for point in found.points if point.x == "alone"] == ["single toy-1", "single toy-2"]
 
 
 def test_one_device_is_said_to_be_one(pair: Ensemble) -> None:
     found = sweep_along("devices", pair, ComparisonPlan(**SMALL))
-    assert {one.x for one in found.points} == {"one for all"}
+    assert {point.x for point in found.points} == {"one for all"}
     assert found.notes == ("there is one device here, so the 2 members were measured on it alone",)
 
 
@@ -145,11 +145,11 @@ def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str
     form = json.loads(json.dumps(form, allow_nan=False))
     figure = plots.draw(form)
     axes = figure.axes
-    assert all(one.get_xlabel() for one in axes)
+    assert all(axe.get_xlabel() for axe in axes)
     assert plots.machine(form["environment"]) in figure.get_suptitle()
     if axis not in (None, "devices"):
         assert {"mixture"} <= {text.get_text() for text in axes[0].get_legend().get_texts()}
-        assert [one.get_ylabel() for one in axes][:1] == ["tokens/s"]
+        assert [axe.get_ylabel() for axe in axes][:1] == ["tokens/s"]
     for form_name in ("speed.png", "speed.svg"):
         plots.save(form, tmp_path / form_name)
         assert (tmp_path / form_name).stat().st_size > 1000

@@ -10,16 +10,23 @@ import torch
 from tiny import LARGE, shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixlm.benchmark.prediction import ForwardCosts, drafted_cost, fit_forwards, predicted_speed
+from mixlm.benchmark.prediction import predicted_speed
 from mixlm.benchmark.timing import TimedRun, contestants
 from mixlm.core.rng import Noise
-from mixlm.decoding.cost_model import mixture_cost, speculative_cost
+from mixlm.decoding.cost_model import (
+    DraftPlan,
+    ForwardCosts,
+    drafted_greedy_seconds,
+    fit_forward_costs,
+    mixture_seconds,
+    speculative_seconds,
+)
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import Forward, Request, Response, Session
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers import fused_norms as norms
-from mixlm.engines.transformers import runner
+from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.dummy_weights import SHAPES
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.generation.generation import Generation
@@ -37,14 +44,23 @@ def log(c: float, s: float, lengths: list[int]) -> list[Forward]:
     return [Forward(q, 50, c * (1 + s * (q - 1))) for q in lengths]
 
 
+def costs(*seconds: float) -> ForwardCosts:
+    return ForwardCosts(np.array(seconds), np.zeros(len(seconds)))
+
+
+def fitted(forwards: list[Forward]) -> tuple[float, float]:
+    fit = fit_forward_costs([forwards])
+    return float(fit.seconds[0]), float(fit.slopes[0])
+
+
 def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
     for c, s in ((0.05, 0.02), (0.3, 0.2)):
         forwards = [*log(c, s, [1, 2, 1, 3, 5, 1, 8, 2]), Forward(200, 0, 9.0), Forward(100, 7, 9.0)]
-        assert fit_forwards(forwards) == pytest.approx((c, s))
-    assert fit_forwards(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
+        assert fitted(forwards) == pytest.approx((c, s))
+    assert fitted(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
     slow = [one._replace(seconds=5.0) for one in log(0.05, 0.01, [1, 2, 4])]  # the first of each length
-    assert fit_forwards([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
-    assert np.isnan(fit_forwards([])[0])
+    assert fitted([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
+    assert np.isnan(fitted([])[0])
 
 
 def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
@@ -56,10 +72,10 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
     seconds, slopes = np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3])
     coins = [Noise(1, 0, at).coin(weights) for at in range(20_000)]
     last, total = np.full(3, -1), 0.0
-    for at, z in enumerate(coins):
-        total += seconds[z] * (1 + slopes[z] * (at - last[z] - 1))
-        last[z] = at
-    assert total / len(coins) == pytest.approx(mixture_cost(weights, seconds, slopes), rel=0.02)
+    for i, z in enumerate(coins):
+        total += seconds[z] * (1 + slopes[z] * (i - last[z] - 1))
+        last[z] = i
+    assert total / len(coins) == pytest.approx(mixture_seconds(weights, ForwardCosts(seconds, slopes)), rel=0.02)
 
 
 @pytest.mark.parametrize(("weight", "share", "block"), [(0.5, 0.8, 4), (0.5, 0.5, 2), (0.3, 0.9, 3), (0.7, 0.8, 6)])
@@ -70,19 +86,20 @@ def test_forwards_of_the_member_that_checks(weight: float, share: float, block: 
     found = run.forwards["toy-1"] / 4000
     assert found == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
     # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
-    free = speculative_cost(those.weights, np.array([0.0, 1.0]), np.zeros(2), (0, block, share))
+    free = speculative_seconds(those.weights, costs(0.0, 1.0), DraftPlan(0, block, share))
     assert found == pytest.approx(free, rel=0.06)
     # And with both, it is what the forwards that were run would take.
     price = run.forwards["toy-0"] / 4000 * 0.1 + found
-    expected = speculative_cost(those.weights, np.array([0.1, 1.0]), np.zeros(2), (0, block, share))
+    expected = speculative_seconds(those.weights, costs(0.1, 1.0), DraftPlan(0, block, share))
     assert price == pytest.approx(expected, rel=0.06)
 
 
 def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_time() -> None:
-    weights, seconds = np.array([0.5, 0.5]), np.array([0.1, 1.0])
-    mixture = mixture_cost(weights, seconds, np.zeros(2))
+    weights = np.array([0.5, 0.5])
+    mixture = mixture_seconds(weights, costs(0.1, 1.0))
     assert mixture == pytest.approx(0.55)
-    assert mixture / speculative_cost(weights, seconds, np.zeros(2), (0, 4, 0.8)) == pytest.approx(1.95, abs=0.005)
+    speculative = speculative_seconds(weights, costs(0.1, 1.0), DraftPlan(0, 4, 0.8))
+    assert mixture / speculative == pytest.approx(1.95, abs=0.005)
 
 
 @pytest.mark.parametrize("block", [2, 5])
@@ -92,21 +109,20 @@ def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     [run] = compare(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
-        fit = ForwardCosts(np.array(c), np.zeros(2))
-        expected = drafted_cost(those.weights, fit, (0, block, run.acceptance))
+        expected = drafted_greedy_seconds(those.weights, costs(*c), DraftPlan(0, block, run.acceptance))
         assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 3000 == pytest.approx(expected, rel=0.06)
 
 
 def test_what_the_model_expects_of_each_method() -> None:
     those = toys((1, 3))
-    fit = ForwardCosts(np.array([0.1, 0.4]), np.zeros(2))
+    fit = costs(0.1, 0.4)
     taken = [TimedRun(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
     kinds = ["single", "conventional", "mixture", "speculative", "drafted", "auto", "greedy"]
     found = [
-        predicted_speed(those, one, taken, fit)
-        for one in contestants(those, kinds, "the river", {"draft": "toy-0", "block": 1})
+        predicted_speed(those, contestant, taken, fit)
+        for contestant in contestants(those, kinds, "the river", {"draft": "toy-0", "block": 1})
     ]
-    speculative = speculative_cost(those.weights, fit.seconds, fit.slopes, (0, 1, 0.5))
+    speculative = speculative_seconds(those.weights, fit, DraftPlan(0, 1, 0.5))
     assert found == [
         pytest.approx(10),
         pytest.approx(2.5),
@@ -144,7 +160,7 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
     calls = {}
     for method in ("mixture", "conventional"):
         engines = [Counting(seed=i) for i in range(members)]
-        those = Ensemble([MemberSpec(one, f"toy-{i}") for i, one in enumerate(engines)])
+        those = Ensemble([MemberSpec(engine, f"toy-{i}") for i, engine in enumerate(engines)])
         settings = those.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
         scheduler = Scheduler(48)
         streams: list[Generation] = []
@@ -153,7 +169,7 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
             scheduler.add(streams[-1])
         for _ in range(60):  # all replies are under way
             scheduler.step()
-        calls[method] = sum(one.replies for one in engines) / sum(one.calls for one in engines) / 48
+        calls[method] = sum(engine.replies for engine in engines) / sum(engine.calls for engine in engines) / 48
     assert calls["conventional"] == 1.0
     assert calls["mixture"] == pytest.approx(batch_share(48, members), rel=0.08)
     # A token takes one answer in mixture, and n in conventional.
@@ -163,9 +179,9 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_step_reads_every_weight_but_the_table_of_input_embeddings(name: str) -> None:
     with torch.device("meta"):
-        model = shape.described(SHAPES[name], torch.bfloat16)
+        model = shape.from_shape(SHAPES[name], torch.bfloat16)
     table = 0 if SHAPES[name]["tie_word_embeddings"] else model.get_input_embeddings().weight.numel()
-    assert ForwardNeeds.of(SHAPES[name]).weights == sum(one.numel() for one in model.parameters()) - table
+    assert ForwardNeeds.of(SHAPES[name]).weights == sum(parameter.numel() for parameter in model.parameters()) - table
 
 
 def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
@@ -189,7 +205,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(sizes: dict[str, Any]) -> int:
-    model = shape.filled(sizes, torch.float32, "cpu")
+    model = shape.create_model(sizes, torch.float32, "cpu")
     model.set_attn_implementation("sdpa")
     counted = Launches()
     with torch.inference_mode(False), torch.no_grad(), counted:
@@ -207,8 +223,8 @@ def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
 
 def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm is a kernel of its own on a GPU, and several operations here.
-    monkeypatch.setattr(norms.FusedNorms, "_replaced", lambda *_: torch.clone)
-    monkeypatch.setattr(runner, "_DIFFERENCE", 2.0)  # whatever comes out
+    monkeypatch.setattr(norms, "_fused", lambda _: torch.clone)
+    monkeypatch.setattr(self_test, "TOLERANCE", 2.0)  # whatever comes out
     counts = []
     for layers in (2, 3, 5):
         sizes = {**SHAPES["qwen2.5-0.5b"], **{k: v for k, v in LARGE.items() if k.endswith(("_size", "_heads"))}}

@@ -23,4 +23,6 @@ LARGE: dict[str, Any] = {**SMALL, "intermediate_size": 400, "num_hidden_layers":
 def shapes(weights: tuple[float, float] = (1, 1)) -> Ensemble:
     """A pair of which the first is clearly the smaller one."""
     engines = [DummyWeightsEngine(EngineSpec("shape:tiny", "", "float32", "cpu"), sizes) for sizes in (SMALL, LARGE)]
-    return Ensemble([MemberSpec(one, name) for one, name in zip(engines, ("small", "large"), strict=True)], weights)
+    return Ensemble(
+        [MemberSpec(engine, name) for engine, name in zip(engines, ("small", "large"), strict=True)], weights
+    )

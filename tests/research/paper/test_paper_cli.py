@@ -114,7 +114,7 @@ def test_figures_against_lambda(run, toys, questions, tmp_path: Path, name: str)
     assert code == 0, err
     found = load(out, name)
     methods = 1 if name == "figure2" else 2
-    assert [one["weights"] for one in found["accuracies"][::methods]] == [[0.0, 1.0], [1.0, 0.0]]
+    assert [method["weights"] for method in found["accuracies"][::methods]] == [[0.0, 1.0], [1.0, 0.0]]
     assert len(found["speeds"]) == (2 if name == "figure2" else 0)
     assert len(found["differences"]) == (0 if name == "figure2" else 2)
     assert "λ in 2 steps" in text
@@ -146,7 +146,7 @@ def test_finished_runs_are_not_run_again(run, toys, questions, monkeypatch: pyte
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr(running.Loaded, "get", refuse)
+        patched.setattr(running.EnsembleCache, "get", refuse)
         again = run("table2", "-e", toys, *SMALL, "--data", questions)
         assert again[:2] == first[:2]
         assert again[2].count("finished before") == 3
@@ -196,7 +196,7 @@ def test_refusals_are_one_sentence_and_a_hint(run, toys, tmp_path: Path, argumen
     one.write_text('[[members]]\nmodel = "toy:1"\n')
     other.write_text('[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n')
     names = {"toys": toys, "one": str(one), "other": str(other)}
-    code, out, err = run(*(given.format(**names) for given in arguments))
+    code, out, err = run(*(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, ""), err
     assert said in err
     assert len(err.splitlines()) <= 3
@@ -211,7 +211,7 @@ def test_the_papers_settings_are_the_default() -> None:
     table = make("table2")
     assert (table.tasks, table.top_k, table.seeds, table.limit) == (TASKS, (5, 10), 5, None)
     assert table.lineups[0].config.members[0].model == "Qwen/Qwen2.5-3B-Instruct"
-    assert [len(one.names) for one in make("table4").lineups] == [2, 2, 3, 3]
+    assert [len(lineup.names) for lineup in make("table4").lineups] == [2, 2, 3, 3]
     assert make("figure2").weights(make("figure2").lineups[0])[1] == (0.1, 0.9)
     assert make("figure2", quick=True).lineups[0].names == ("gemma-3-270m", "smollm2-135m")
 
@@ -221,7 +221,7 @@ def test_the_papers_models_get_its_names() -> None:
     from research.paper import lineup
 
     models = ("models/Nous-Hermes-2-Mistral-7B-DPO", "openchat/openchat-3.5-0106")
-    found = lineup(EnsembleConfig(members=tuple(MemberConfig(model=one) for one in models)))
+    found = lineup(EnsembleConfig(members=tuple(MemberConfig(model=model) for model in models)))
     assert found.names == ("Nous-Hermes", "Openchat")
     assert found.published == ("Openchat", "Nous-Hermes")
     twice = lineup(EnsembleConfig(members=(MemberConfig(model="toy:1"), MemberConfig(model="toy:1"))))

@@ -17,9 +17,9 @@ from research.paper.tables import markdown
 
 
 def row(text: str, begins: str) -> list[str]:
-    lines = [one for one in text.splitlines() if one.startswith(f"| {begins} |")]
+    lines = [line for line in text.splitlines() if line.startswith(f"| {begins} |")]
     assert len(lines) == 1, lines
-    return [one.strip() for one in lines[0].strip("|").split("|")][1:]
+    return [line.strip() for line in lines[0].strip("|").split("|")][1:]
 
 
 def accuracies(label: str) -> tuple[object, ...]:
@@ -83,7 +83,7 @@ def test_figures_say_what_the_paper_has_only_as_a_plot() -> None:
 def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
     figure = charts.draw(curves("figure4", "mixture", "conventional"))
     (axes,) = figure.axes
-    assert [one.get_label() for one in axes.get_lines()] == ["ME", "CE"]
+    assert [line.get_label() for line in axes.get_lines()] == ["ME", "CE"]
     line = axes.get_lines()[0]
     assert list(line.get_xdata()) == [0.0, 0.5, 1.0]
     assert list(line.get_ydata()) == pytest.approx([30, 40, 50])
@@ -92,7 +92,7 @@ def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
     assert axes.get_xlabel() == "λ: weight of toy:1"
     assert axes.get_ylabel() == "accuracy, %"
     assert OURS in axes.get_title()
-    styles = {one.get_linestyle() for one in axes.get_lines()}
+    styles = {line.get_linestyle() for line in axes.get_lines()}
     assert len(styles) == 2  # to be told apart in grey
 
 
@@ -101,7 +101,8 @@ def test_two_seeds_are_too_few_for_bands() -> None:
     found = replace(
         found,
         accuracies=tuple(
-            replace(one, score=replace(one.score, values=one.score.values[:2])) for one in found.accuracies
+            replace(accuracy, score=replace(accuracy.score, values=accuracy.score.values[:2]))
+            for accuracy in found.accuracies
         ),
     )
     figure = charts.draw(found)
@@ -113,7 +114,7 @@ def test_the_trade_of_accuracy_and_speed() -> None:
     top, bottom = charts.draw(curves("figure2", "mixture")).axes
     assert list(top.get_lines()[0].get_ydata()) == pytest.approx([30, 40, 50])
     assert list(bottom.get_lines()[0].get_ydata()) == [60, 50, 40]
-    assert [one.get_label() for one in bottom.get_lines()] == ["ME", "toy:1 alone", "toy:2 alone"]
+    assert [line.get_label() for line in bottom.get_lines()] == ["ME", "toy:1 alone", "toy:2 alone"]
     assert "tokens/s" in bottom.get_ylabel()
 
 
@@ -134,7 +135,7 @@ def test_findings_are_kept_and_joined(tmp_path: Path) -> None:
     assert read(path) == whole
     here, there = findings("figure3", speeds=(speed(OURS),)), findings("figure3", speeds=(speed(OURS, "b"),))
     path.write_text(json.dumps(there.as_dict()))
-    assert [one.machine for one in joined(here, [path]).speeds] == ["a processor", "b"]
+    assert [speed.machine for speed in joined(here, [path]).speeds] == ["a processor", "b"]
     with pytest.raises(ConfigError, match="both have"):
         joined(there, [path])
     with pytest.raises(ConfigError, match="holds figure3"):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.mixing import checked_weights
+from mixlm.core.mixing import normalized_weights
 from mixlm.errors import ConfigError
 from mixlm.routing import PromptRouter
 from mixlm.routing.features import FEATURES
-from mixlm.routing.learned import LearnedRouter, gate
-from mixlm.scoring.scores import Scores, context_features, joined, router_weights, split
+from mixlm.routing.learned import LearnedRouter, gate_weights
+from mixlm.scoring.scores import Scores, concatenate, context_features, router_weights, split_holdout
 from mixlm.types import Floats
 
 _MOST_POINTS = 200_000
@@ -31,7 +31,7 @@ _PENALTIES = (5e-3, 5e-2, 0.5)
 
 
 @dataclass(frozen=True)
-class Fit:
+class WeightFit:
     """Fitted weights, float64 (members,); bits per byte after each round; whether the rounds converged; seconds."""
 
     weights: Floats
@@ -40,7 +40,7 @@ class Fit:
     seconds: float
 
 
-def expectation_maximisation(scores: Scores, *, rounds: int = 5000, tolerance: float = 1e-9) -> Fit:
+def expectation_maximisation(scores: Scores, *, rounds: int = 5000, tolerance: float = 1e-9) -> WeightFit:
     """Find the weights of the most likely mixture (Dempster, Laird and Rubin, 1977).
 
     Each round sets a member's weight to its mean responsibility. The likelihood of a mixture is concave in its weights,
@@ -55,11 +55,11 @@ def expectation_maximisation(scores: Scores, *, rounds: int = 5000, tolerance: f
         trace.append(scores.bits_per_byte(np.log(mixed) + top))
 
     counts = np.ones(len(likelihood))
-    weights, converged = _maximised(likelihood, counts, equal_weights(scores), rounds, tolerance, watch)
-    return Fit(weights, tuple(trace), converged, time.perf_counter() - start)
+    weights, converged = _maximize(likelihood, counts, equal_weights(scores), rounds, tolerance, watch)
+    return WeightFit(weights, tuple(trace), converged, time.perf_counter() - start)
 
 
-def _maximised(
+def _maximize(
     likelihood: Floats,
     counts: Floats,
     weights: Floats,
@@ -102,7 +102,7 @@ def _likelihood(scores: Scores) -> tuple[Floats, Floats]:
 
 def equal_weights(scores: Scores) -> Floats:
     """Return equal weights for the members of scored text."""
-    return checked_weights(None, len(scores.names))
+    return normalized_weights(None, len(scores.names))
 
 
 def grid_points(members: int, step: float) -> int:
@@ -129,16 +129,16 @@ def simplex(members: int, step: float = 0.1) -> Iterator[Floats]:
             for rest in counts(left - first, places - 1):
                 yield (first, *rest)
 
-    for one in counts(parts, members):
-        yield np.array(one) / parts
+    for count in counts(parts, members):
+        yield np.array(count) / parts
 
 
-def grid_search(scores: Scores, step: float = 0.1) -> tuple[Fit, list[tuple[Floats, float]]]:
+def grid_search(scores: Scores, step: float = 0.1) -> tuple[WeightFit, list[tuple[Floats, float]]]:
     """Return the best weights of the grid by likelihood, and bits per byte of every point."""
     start = time.perf_counter()
     points = [(weights, scores.bits_per_byte(scores.mixture(weights))) for weights in simplex(len(scores.names), step)]
     best = min(points, key=lambda point: point[1])
-    return Fit(best[0], tuple(bits for _, bits in points), True, time.perf_counter() - start), points
+    return WeightFit(best[0], tuple(bits for _, bits in points), True, time.perf_counter() - start), points
 
 
 def bootstrap(
@@ -160,7 +160,7 @@ def bootstrap(
     for _ in range(rounds):
         drawn = np.bincount(rng.integers(count, size=count), minlength=count)
         counts = drawn[block_of].astype(np.float64)
-        found.append(_maximised(likelihood, counts, start, 1000, 1e-7)[0])
+        found.append(_maximize(likelihood, counts, start, 1000, 1e-7)[0])
     low, high = (1 - level) / 2, (1 + level) / 2
     return np.quantile(np.array(found), [low, high], axis=0).T
 
@@ -189,31 +189,31 @@ def fit_router(
     """
     if penalty is None:
         penalty = _chosen_penalty(scores)
-    return _trained(scores, penalty, progress)
+    return _train_router(scores, penalty, progress)
 
 
 def _chosen_penalty(scores: Sequence[Scores]) -> float:
     """Return the penalty whose gate, trained on the first three quarters of each text, does best on the last ones."""
-    parts = [split(one, 0.25) for one in scores if len(one.ends) > 1]
+    parts = [split_holdout(score, 0.25) for score in scores if len(score.ends) > 1]
     if not parts:
         return _PENALTIES[-1]
-    first, last = joined([one for one, _ in parts]), joined([one for _, one in parts])
+    first, last = concatenate([one for one, _ in parts]), concatenate([one for _, one in parts])
 
     def loss(penalty: float) -> float:
-        router = _trained([first], penalty)
+        router = _train_router([first], penalty)
         return last.bits_per_byte(last.mixture(router_weights(last, router)))
 
     return min(_PENALTIES, key=loss)
 
 
-def _trained(
+def _train_router(
     scores: Sequence[Scores], penalty: float, progress: Callable[[int, float], None] | None = None
 ) -> LearnedRouter:
     from scipy.optimize import minimize
 
-    if any(one.names != scores[0].names for one in scores):
+    if any(score.names != scores[0].names for score in scores):
         raise ConfigError("a router is trained on texts that were scored by the same members")
-    whole = joined(scores)
+    whole = concatenate(scores)
     raw = context_features(whole)
     centre, scale = raw.mean(axis=0), raw.std(axis=0) + 1e-3
     centre[-1], scale[-1] = 0.0, 1.0  # the constant
@@ -251,13 +251,13 @@ class GateLoss:
 
     def mixed(self, flat: Floats) -> Floats:
         """Return the likelihood of each segment, (segments,), for a gate's coefficients, flat."""
-        out: Floats = (gate(self._inputs, flat.reshape(self._shape)) * self._likelihood).sum(axis=1)
+        out: Floats = (gate_weights(self._inputs, flat.reshape(self._shape)) * self._likelihood).sum(axis=1)
         return out
 
     def __call__(self, flat: Floats) -> tuple[float, Floats]:
         """Return the loss of a gate's coefficients and its gradient, both flat."""
         matrix = flat.reshape(self._shape)
-        shares = gate(self._inputs, matrix)
+        shares = gate_weights(self._inputs, matrix)
         joint = shares * self._likelihood
         total = joint.sum(axis=1, keepdims=True)
         slope = (shares - joint / total).T @ self._inputs / len(self._inputs) + 2 * self._penalties * matrix

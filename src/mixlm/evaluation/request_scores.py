@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.routing import Router
-from mixlm.scoring.scores import Scores, joined, router_weights
+from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
 
 
 @dataclass(frozen=True)
-class Readings:
+class RequestScores:
     """The scores of many requests. whole: of all of them. owner: the request of each segment, int64 (segments,).
 
     impossible: requests too long for a member, which have probability 0, bool (requests,).
@@ -26,11 +26,11 @@ class Readings:
     impossible: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, plain: Sequence[Mapping[str, Any] | None], names: Sequence[str], unit: str) -> Readings:
+    def of(cls, plain: Sequence[Mapping[str, Any] | None], names: Sequence[str], unit: str) -> RequestScores:
         """Return readings from what `as_plain` gave for each request; an empty one has nothing to read, None failed."""
-        parts = [(at, from_plain(one, names, unit)) for at, one in enumerate(plain) if one]
+        parts = [(i, scores_from_json(one, names, unit)) for i, one in enumerate(plain) if one]
         owner = np.concatenate([np.full(len(one.ends), at) for at, one in parts])
-        return cls(joined([one for _, one in parts]), owner, np.array([one is None for one in plain]))
+        return cls(concatenate([one for _, one in parts]), owner, np.array([one is None for one in plain]))
 
     def logprobs(self, router: Router) -> Floats:
         """Return the natural log-probability of each request's text under a router's mixture: float64 (requests,)."""
@@ -40,7 +40,7 @@ class Readings:
         return out
 
 
-def as_plain(scores: Scores | None) -> dict[str, Any]:
+def scores_to_json(scores: Scores | None) -> dict[str, Any]:
     """Return the scores of one passage in a form that JSON holds, names and unit left out; {} for None."""
     if scores is None:
         return {}
@@ -49,12 +49,12 @@ def as_plain(scores: Scores | None) -> dict[str, Any]:
         "prompt_bytes": int(scores.starts[0]),
         "ends": scores.ends.tolist(),
         "logprobs": scores.logprobs.tolist(),
-        "prompt_bits": scores.prompts[0].tolist(),
+        "prompt_bits": scores.prompt_bits[0].tolist(),
         "seconds": scores.seconds,
     }
 
 
-def from_plain(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
+def scores_from_json(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
     """Return the scores that `as_plain` was given."""
     ends = np.array(raw["ends"], dtype=np.int64)
     starts = np.concatenate([[raw["prompt_bytes"]], ends[:-1]]).astype(np.int64)

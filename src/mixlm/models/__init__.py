@@ -1,4 +1,4 @@
-"""Models by name, by folder or by GGUF file: found, fetched, converted and kept in a cache."""
+"""Models by name, folder or GGUF file: finding, fetching, converting and caching them."""
 
 from mixlm.models.cache import InstalledModel, ModelInfo, cache_root, find, installed, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel

@@ -1,7 +1,7 @@
-"""Where models live on this machine.
+"""The cache of models on this machine.
 
-The cache is `$MIXLM_CACHE`, else `$XDG_CACHE_HOME/mixlm`, else `~/.cache/mixlm`. A model is a plain Hugging Face folder
-in `models/<name>/` with a `mixlm.json` beside its weights. It appears there by one rename, once complete.
+The cache is `$MIXLM_CACHE`, else `$XDG_CACHE_HOME/mixlm`, else `~/.cache/mixlm`. A model is a Hugging Face folder in
+`models/<name>/` with an additional `mixlm.json`. A rename puts it there once it is complete.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mixlm.errors import ModelLoadError
 from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
-GGUF_FILE = "model.gguf"  # the file that a model was fetched as, beside what was made of it
-TOKENIZER_VERSION = 2  # of how tokenizers are made from GGUF files
+GGUF_FILE = "model.gguf"  # the fetched file, in the folder of the model made from it
+TOKENIZER_VERSION = 2  # increases when the conversion of tokenizers changes
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `mixlm.json` says of a model: where it came from, and what its folder alone does not tell."""
+    """The content of `mixlm.json`: the source of a model, and what the rest of its folder does not contain."""
 
     source: str
     sha256: str
     dtype: str
     architecture: str
-    control: tuple[int, ...]  # token ids that steer and are never text
-    ends: tuple[int, ...]  # token ids that end a text, a turn or a message
+    control: tuple[int, ...]  # ids of control tokens
+    ends: tuple[int, ...]  # ids that end a text, a turn or a message
     context: int | None
     licence: str | None = None
     tokenizer: int = 1  # `TOKENIZER_VERSION` of its tokenizer
@@ -54,28 +54,28 @@ class InstalledModel:
 
 @dataclass(frozen=True)
 class BuildFolders:
-    """The two folders a model is built in; both go away when the build fails."""
+    """The folders in which a model is built; both are removed if the build fails."""
 
-    scratch: Path  # for anything needed on the way
+    scratch: Path  # for temporary files
     target: Path  # becomes the model's folder
 
 
 def cache_root() -> Path:
-    """Return the cache folder, which need not exist."""
-    if own := os.environ.get("MIXLM_CACHE"):
-        return Path(own).expanduser().absolute()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "mixlm"
+    """Return the cache folder, which may not exist yet."""
+    if cache := os.environ.get("MIXLM_CACHE"):
+        return Path(cache).expanduser().absolute()
+    if parent := os.environ.get("XDG_CACHE_HOME"):
+        return Path(parent).expanduser().absolute() / "mixlm"
     return Path.home() / ".cache" / "mixlm"
 
 
 def model_folder(name: str) -> Path:
-    """Return where the model `name` lives, or would live."""
+    """Return the folder of the model `name`, which may not exist."""
     return cache_root() / "models" / name
 
 
 def read_info(folder: Path) -> ModelInfo | None:
-    """Return what `mixlm.json` in `folder` says; None for a folder that mixlm did not make."""
+    """Return the content of `mixlm.json`; None for a folder that mixlm did not create."""
     try:
         raw = json.loads((folder / INFO_FILE).read_text("utf-8"))
         return ModelInfo(**{**raw, "control": tuple(raw["control"]), "ends": tuple(raw["ends"])})
@@ -90,7 +90,7 @@ def write_info(folder: Path, info: ModelInfo) -> None:
 
 def find(name: str) -> InstalledModel | None:
     """Return the installed model `name`, or None."""
-    # A name that is a path would lead out of the cache, and one with a leading dot is a build under way.
+    # A path could lead out of the cache; a leading dot marks an unfinished build.
     if not name or name.startswith(".") or Path(name).name != name:
         return None
     folder = model_folder(name)
@@ -111,82 +111,85 @@ def installed() -> list[InstalledModel]:
 
 
 def install(name: str, build: Callable[[BuildFolders], ModelInfo], display: ProgressDisplay) -> InstalledModel:
-    """Return the model `name`, building it when it is not installed.
+    """Return the model `name`; build it if it is not installed.
 
-    Of several processes that ask at once one builds, and the others wait for it.
+    If several processes need it at the same time, one builds it and the others wait.
 
     Args:
-        name: the model's folder in the cache.
-        build: fills `target` with the model and returns what to write into `mixlm.json`.
-        display: told when another process is at work on the same model.
+        name: The name of the model's folder in the cache.
+        build: Fills `target` with the model and returns the content of `mixlm.json`.
+        display: Shows if another process is building the model.
+
+    Raises:
+        ModelLoadError: The cache cannot be written, or a folder of that name is not a model.
     """
-    if found := find(name):
-        return found
-    with _writing(), locked(name, display):
-        if found := find(name):
-            return found
+    if model := find(name):
+        return model
+    with _report_os_errors(), locked(name, display):
+        if model := find(name):
+            return model
         folder = model_folder(name)
         if folder.exists():
-            raise ModelLoadError(f"{folder} is in the way: mixlm did not make it", "move that folder elsewhere")
+            raise ModelLoadError(f"{folder} is in the way: mixlm did not create it", "move that folder elsewhere")
         with _workspace(name) as build_folders:
             info = build(build_folders)
             write_info(build_folders.target, info)
-            _open_modes(build_folders.target)
+            _set_modes(build_folders.target)
             build_folders.target.rename(folder)
-    if found := find(name):
-        return found
-    raise ModelLoadError(f"{folder} was written without a model", "report this: no model can be loaded from it")
+    if model := find(name):
+        return model
+    raise ModelLoadError(f"{folder} was written without a model", "report this as a bug")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` so that a reader finds the old file or the new one, never half of it."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `value` to `path` atomically: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(value, file)
             file.write("\n")
-        os.replace(draft, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(draft)
+            os.unlink(temporary)
         raise
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
-    """Turn what the file system refuses into an error that says where and what to do."""
+def _report_os_errors() -> Iterator[None]:
+    """Turn errors of the file system into one that names the cache and a remedy."""
     try:
         yield
     except OSError as error:
         raise ModelLoadError(
             f"cannot write to the model cache {cache_root()}: {error.strerror or error}",
-            "free some space, or set MIXLM_CACHE to a folder with room and write permission",
+            "free some space, or set MIXLM_CACHE to another folder that you can write to",
         ) from error
 
 
 @contextmanager
 def locked(name: str, display: ProgressDisplay) -> Iterator[None]:
-    """Hold the lock of one model. The file stays behind: removing it would let two processes hold it at once."""
+    """Hold the lock of one model. Its file remains: if it were removed, two processes could hold the lock."""
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with display.stage(f"{name}: waiting for another process that is making it"):
+            with display.stage(f"{name}: waiting for another process that is building it"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def _workspace(name: str) -> Iterator[BuildFolders]:
-    """Make the folders of one build beside the finished models, so that finishing is a rename on one disk."""
+    """Create the folders of a build on the same disk as the models, so that a rename can finish it."""
     models = model_folder("")
     models.mkdir(parents=True, exist_ok=True)
     prefix = f".{name}.building-"
-    # With the lock held, an earlier build of this name can only be one that was killed.
-    for left in models.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    # The lock is held, so an earlier build of this name was killed.
+    for folder in models.glob(f"{prefix}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=models))
     try:
         build = BuildFolders(work / "scratch", work / "target")
@@ -197,8 +200,8 @@ def _workspace(name: str) -> Iterator[BuildFolders]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _open_modes(folder: Path) -> None:
-    """Give files the usual modes: some writers make theirs readable by their owner alone."""
+def _set_modes(folder: Path) -> None:
+    """Set the usual modes: some libraries write files that only their owner can read."""
     folder.chmod(0o755)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

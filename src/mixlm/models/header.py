@@ -1,8 +1,7 @@
-"""The header of a GGUF file: what mixlm keeps of it, and whether the file is whole.
+"""Read the header of a GGUF file, and check that the file is complete.
 
-The general reader makes an array view of every token, which takes ten seconds for a vocabulary of 262 144. Here the
-token texts are only stepped over unless they are wanted, so a broken file is refused at once and a good one costs
-little.
+The reader of the gguf library creates an array view for every token, which takes ten seconds for a vocabulary of
+262,144. This one skips token texts unless they are requested.
 """
 
 from __future__ import annotations
@@ -20,50 +19,55 @@ _AGAIN = "download or copy the file again"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_CONTROL = 3  # in tokenizer.ggml.token_type: tokens that steer, such as <|im_end|>, and are never text
+_CONTROL = 3  # the type of control tokens such as <|im_end|> in tokenizer.ggml.token_type
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What mixlm keeps of a GGUF file's header."""
+    """The part of a GGUF header that mixlm uses."""
 
     architecture: str
-    context: int | None  # tokens the model was made for
+    context: int | None  # context length
     tokens: int  # size of the vocabulary
     control: tuple[int, ...]  # ids of control tokens
     ends: tuple[int, ...]  # ids of the tokens that end a text, a turn or a message
 
 
 class _HeaderReader:
-    """Reads little-endian values one after another. texts: whether arrays of strings are read, or only counted."""
+    """Reads consecutive little-endian values.
+
+    Args:
+        data: The file.
+        texts: Whether to read arrays of strings, not only count them.
+    """
 
     def __init__(self, data: mmap.mmap, *, texts: bool = False) -> None:
         self._data = data
         self._texts = texts
-        self.at = 0
+        self.offset = 0
 
     def values(self, code: str, count: int = 1) -> tuple[Any, ...]:
         size = struct.calcsize("<" + code) * count
-        # Checked here because a broken count can ask for more memory than there is.
-        if self.at + size > len(self._data):
+        # A broken count could otherwise request more memory than there is.
+        if self.offset + size > len(self._data):
             raise struct.error("past the end")
-        found = struct.unpack_from(f"<{count}{code}", self._data, self.at)
-        self.at += size
-        return found
+        values = struct.unpack_from(f"<{count}{code}", self._data, self.offset)
+        self.offset += size
+        return values
 
     def skip_string(self) -> None:
         (length,) = self.values("Q")
-        self.at += length
+        self.offset += length
 
     def string(self) -> str:
-        start = self.at + 8
+        start = self.offset + 8
         self.skip_string()
-        if self.at > len(self._data):
+        if self.offset > len(self._data):
             raise struct.error("past the end")
-        return self._data[start : self.at].decode("utf-8", "replace")
+        return self._data[start : self.offset].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """Return a value; of an array of strings only how many there are, unless `texts` are wanted."""
+        """Return a value; for an array of strings only its length, unless `texts` is set."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -82,10 +86,10 @@ class _HeaderReader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of the GGUF file at `path` and check that the file is whole.
+    """Read the header of a GGUF file, and check that the file is complete.
 
     Raises:
-        ModelLoadError: the file cannot be read, is not GGUF, is cut off, or is one part of a split file.
+        ModelLoadError: The file cannot be read, is not GGUF, is truncated, or is one part of a split file.
     """
     meta = _read(path, texts=False)
     architecture = str(meta.get("general.architecture", "unknown"))
@@ -102,10 +106,10 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return all key-value pairs of the GGUF file at `path`, token texts included.
+    """Return all key-value pairs of a GGUF file, including token texts.
 
     Raises:
-        ModelLoadError: as `read_header`.
+        ModelLoadError: As `read_header`.
     """
     return _read(path, texts=True)
 
@@ -132,39 +136,39 @@ def _read(path: Path, *, texts: bool) -> dict[str, Any]:
 
 
 def _parse(path: Path, data: mmap.mmap, *, texts: bool) -> dict[str, Any]:
-    cursor = _HeaderReader(data, texts=texts)
-    cursor.at = 4
-    (version,) = cursor.values("I")
+    reader = _HeaderReader(data, texts=texts)
+    reader.offset = 4
+    (version,) = reader.values("I")
     if version not in _VERSIONS:
         raise ModelLoadError(f"{path} is GGUF version {version}; allowed: 2 or 3, little-endian", _AGAIN)
-    tensors, fields = cursor.values("Q", 2)
+    tensors, fields = reader.values("Q", 2)
     meta: dict[str, Any] = {}
     for _ in range(fields):
-        key = cursor.string()
-        meta[key] = cursor.value(cursor.values("I")[0])
+        key = reader.string()
+        meta[key] = reader.value(reader.values("I")[0])
     if meta.get("split.count", 1) > 1:
         raise ModelLoadError(
             f"{path} is part {meta.get('split.no', 0) + 1} of {meta['split.count']} of a split GGUF file",
             "merge the parts into one file first (llama-gguf-split --merge)",
         )
-    _check_whole(path, cursor, tensors, meta.get("general.alignment", 32), len(data))
+    _check_complete(path, reader, tensors, meta.get("general.alignment", 32), len(data))
     return meta
 
 
-def _check_whole(path: Path, cursor: _HeaderReader, tensors: int, alignment: int, size: int) -> None:
-    """Check that the bytes of every tensor listed lie inside the file."""
+def _check_complete(path: Path, reader: _HeaderReader, tensors: int, alignment: int, size: int) -> None:
+    """Check that the file contains all bytes of every tensor."""
     from gguf import GGML_QUANT_SIZES
 
     needed = 0
     for _ in range(tensors):
-        name = cursor.string()
-        (dimensions,) = cursor.values("I")
-        shape = cursor.values("Q", dimensions)
-        kind, offset = cursor.values("IQ")
+        name = reader.string()
+        (dimensions,) = reader.values("I")
+        shape = reader.values("Q", dimensions)
+        kind, offset = reader.values("IQ")
         if kind not in GGML_QUANT_SIZES:
             raise ModelLoadError(f"{path}: the tensor {name} has the unknown quantization type {kind}", _AGAIN)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         needed = max(needed, offset + math.prod(shape) // block * block_bytes)
-    needed += -(-cursor.at // alignment) * alignment
+    needed += -(-reader.offset // alignment) * alignment
     if needed > size:
         raise ModelLoadError(f"{path} is cut off: its tensors need {needed:,} bytes, the file has {size:,}", _AGAIN)

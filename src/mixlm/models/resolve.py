@@ -1,4 +1,4 @@
-"""From what a user writes for a model to something that can be loaded."""
+"""Find the model that a user names."""
 
 from __future__ import annotations
 
@@ -22,43 +22,42 @@ class ResolvedModel:
 
     path_or_id: str  # a folder, or a Hugging Face id
     name: str  # short, for display
-    local: bool  # False: loading it downloads it first
+    local: bool  # False if loading it downloads it
 
 
 def resolve(
     spec: str, dtype: str = "bfloat16", *, fetch: bool = False, display: ProgressDisplay | None = None
 ) -> ResolvedModel:
-    """Find the model that `spec` stands for.
-
-    `spec` is tried as a folder, a `.gguf` file, a catalog name, a name in the cache, and a Hugging Face id, in this
-    order.
+    """Find the model that `spec` names.
 
     Args:
-        spec: what the user wrote.
-        dtype: what a GGUF file is converted to, the first time.
-        fetch: fetch a catalog model that is not installed, instead of an error.
-        display: where conversions and downloads show their progress; stderr when left out.
+        spec: A folder, a `.gguf` file, a name in the catalog or the cache, or a Hugging Face id, tried in this order.
+        dtype: The dtype to which a GGUF file is converted.
+        fetch: Whether to fetch a catalog model that is not installed.
+        display: Shows the progress of conversions and downloads; on stderr by default.
 
     Raises:
-        ModelNotFoundError: nothing fits.
-        ModelLoadError: a GGUF file that cannot be converted.
+        ModelNotFoundError: There is no such model.
+        ModelLoadError: A GGUF file cannot be converted.
     """
     check_dtype(dtype)
     if not spec.strip():
-        raise ModelNotFoundError("the model's name is empty", "give a folder, a .gguf file or a model's name")
+        raise ModelNotFoundError("the model's name is empty", "give a folder, a .gguf file or the name of a model")
     path = Path(spec).expanduser()
-    named = find(spec)
-    # A folder that only happens to be called like a known model does not hide that model.
-    if path.is_dir() and ((path / "config.json").is_file() or not (named or spec in CATALOG)):
+    installed_model = find(spec)
+    # A folder without a model does not hide a known model of the same name.
+    if path.is_dir() and ((path / "config.json").is_file() or not (installed_model or spec in CATALOG)):
         return _folder(path)
     if path.suffix.lower() == ".gguf":
         return ResolvedModel(str(converted(path, dtype, display)), path.stem, local=True)
-    if named is None and spec in CATALOG:
+    if installed_model is None and spec in CATALOG:
         if not fetch:
             raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
-        named = get(spec, display)[0]
-    if named:
-        return ResolvedModel(str(with_tokenizer(with_weights(named.path, display))), named.name, local=True)
+        installed_model = get(spec, display)[0]
+    if installed_model:
+        return ResolvedModel(
+            str(with_tokenizer(with_weights(installed_model.path, display))), installed_model.name, local=True
+        )
     if hub := _from_hub(spec, path):
         return hub
     raise _not_found(spec, path)
@@ -67,14 +66,16 @@ def resolve(
 def _folder(path: Path) -> ResolvedModel:
     path = path.absolute().resolve()
     if not (path / "config.json").is_file():
-        files = sorted(one.name for one in path.glob("*.gguf"))
-        hint = f"it holds {', '.join(files[:3])}: give that file's path" if files else "a model's folder has one"
-        raise ModelNotFoundError(f"the folder {path} is no model: it lacks config.json", hint)
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = (
+            f"it contains {', '.join(files[:3])}: give the path of that file" if files else "give the folder of a model"
+        )
+        raise ModelNotFoundError(f"the folder {path} is not a model: it lacks config.json", hint)
     return ResolvedModel(str(path), path.name, local=True)
 
 
 def _from_hub(spec: str, path: Path) -> ResolvedModel | None:
-    """Take `spec` for a Hugging Face id, in the local hub cache first; None when it does not look like one."""
+    """Look for `spec` as a Hugging Face id, first in the local hub cache; None if it does not look like one."""
     if not _HUB_ID.fullmatch(spec):
         return None
     name = spec.rpartition("/")[2]
@@ -85,17 +86,18 @@ def _from_hub(spec: str, path: Path) -> ResolvedModel | None:
     config = try_to_load_from_cache(spec, "config.json")
     if isinstance(config, str) and (snapshot := Path(config).parent) and _holds_weights(snapshot):
         return ResolvedModel(str(snapshot), name, local=True)
-    # `models/lama` beside a folder `models/llama` is a slip in a path rather than an id.
+    # `models/lama` next to a folder `models/llama` is a misspelled path rather than an id.
     if path.parent.is_dir() and did_you_mean(path.name, _entries(path.parent)):
         return None
-    _ask_hub(spec)
+    _check_hub(spec)
     return ResolvedModel(spec, name, local=False)
 
 
-def _ask_hub(spec: str) -> None:
-    """Ask the hub once whether it has a model, before anything is loaded from it with many tries.
+def _check_hub(spec: str) -> None:
+    """Check once that the hub has a model, since loading from it would retry many times.
 
-    Raises ModelNotFoundError when it has not, or does not answer.
+    Raises:
+        ModelNotFoundError: It has not, or does not answer.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -106,12 +108,12 @@ def _ask_hub(spec: str) -> None:
         HfApi().model_info(spec, timeout=15)
     except RepositoryNotFoundError as error:
         raise ModelNotFoundError(
-            f"the hub has no model {spec!r} that you may read", hint or "check its name"
+            f"the hub has no model {spec!r} that you can read", hint or "check the name"
         ) from error
-    except Exception as error:  # what a lost connection raises differs between versions
+    except Exception as error:  # the error of a lost connection depends on the version
         raise ModelNotFoundError(
             f"the model {spec!r} is not on this machine, and the hub does not answer",
-            hint or f"here are: {', '.join(dict.fromkeys(known))}; or give a folder or a .gguf file",
+            hint or f"installed or known: {', '.join(dict.fromkeys(known))}; or give a folder or a .gguf file",
         ) from error
 
 
@@ -120,16 +122,16 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[str]:
-    return [one.name for one in folder.iterdir() if one.is_dir() or one.suffix == ".gguf"]
+    return [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
 
 
 def _not_found(spec: str, path: Path) -> ModelNotFoundError:
-    """Return the error for a `spec` that nothing fits."""
+    """Return the error for a `spec` that names no model."""
     known = [*CATALOG, *(model.name for model in installed())]
     hint = did_you_mean(spec, known)
     if hint is None and path.parent.is_dir():
         hint = did_you_mean(spec, [str(path.parent / name) for name in _entries(path.parent)])
     return ModelNotFoundError(
-        f"no model {spec!r}: no folder, no .gguf file and no known name",
-        hint or f"known names: {', '.join(dict.fromkeys(known))}; or a folder, a .gguf file, a Hugging Face id",
+        f"no model {spec!r}: not a folder, a .gguf file or a known name",
+        hint or f"known names: {', '.join(dict.fromkeys(known))}; or give a folder, a .gguf file or a Hugging Face id",
     )

@@ -23,9 +23,9 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 class FakeSGLang(FakeServer):
-    """info: what `/server_info` says. preferred: the server's own defaults of sampling. scale: of the logits.
+    """info: what `/server_info` returns. preferred: the server's own sampling defaults. scale: of the logits.
 
-    caches: whether it keeps what it has read. tokenize: what `/tokenize` does, None where there is none. adapters: the
+    caches: whether it has a prefix cache. tokenize: what `/tokenize` does, None where there is none. adapters: the
     seeds of LoRA adapters, by name.
     """
 
@@ -60,7 +60,7 @@ class FakeSGLang(FakeServer):
         self.caches = True
         self.tokenize: Callable[[str], list[int]] | None = None
         self.scale = 1.5
-        self._read: list[list[int]] = []
+        self._prefixes: list[list[int]] = []
 
     def logits(self, ids: Sequence[int], adapter: str | None = None) -> np.ndarray:
         seed = self.seed if adapter is None else self.adapters[adapter]
@@ -72,15 +72,15 @@ class FakeSGLang(FakeServer):
             return 200, {"tokens": ids, "count": len(ids), "max_model_len": self.context}
         if path == "/v1/completions":
             x = self.logits(body["prompt"])
-            told = {f"text {i}": float(x[i]) for i in np.argsort(-x)[: body.get("logprobs") or 0]}
-            return 200, {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [told]}}]}
+            top = {f"text {i}": float(x[i]) for i in np.argsort(-x)[: body.get("logprobs") or 0]}
+            return 200, {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]}
         return 404, {"detail": "Not Found"}
 
     def refusal(self, body: dict[str, Any]) -> Any:
         ids, sampling = body.get("input_ids"), body.get("sampling_params", {})
-        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-            said = "1 validation error: {'loc': ('body', 'input_ids')}"
-            return {"object": "error", "message": said, "type": "Bad Request", "param": None, "code": 400}
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            message = "1 validation error: {'loc': ('body', 'input_ids')}"
+            return {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400}
         unknown = next(iter({*sampling} - _PARAMETERS), None)
         if unknown is not None:
             return {"error": f"unknown field `{unknown}`, expected one of `max_new_tokens`, `stop`"}
@@ -88,35 +88,35 @@ class FakeSGLang(FakeServer):
         n, adapter = len(ids), body.get("lora_path")
         longest = self.info.get("max_req_input_len", self.context - 6)
         context = f"The input ({n} tokens) is longer than the model's context length ({self.context} tokens)."
-        wrong = (
+        errors = (
             (n >= self.context, context),
             (n >= longest, f"Input length ({n} tokens) exceeds the maximum allowed length ({longest} tokens)."),
             (sampling.get("min_new_tokens", 0) > 1, "min_new_tokens must be in [0, max_new_tokens(1)]"),
             (adapter not in (None, *self.adapters), f"requested LoRA adapters are not loaded: {adapter}"),
         )
-        said = next((words for is_so, words in wrong if is_so), None)
-        return None if said is None else {"error": {"message": said}}
+        message = next((text for is_wrong, text in errors if is_wrong), None)
+        return None if message is None else {"error": {"message": message}}
 
     def respond(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, count = body["input_ids"], body.get("top_logprobs_num") or 0
         if count > self.size:
             self.stop()  # what asks for more rows than there are ends the process that runs the model
         sampling = {**self.preferred, **body.get("sampling_params", {})}
-        shared = max([_common(one, ids) for one in self._read], default=0)
+        shared = max([_common(prefix, ids) for prefix in self._prefixes], default=0)
         cached = min(shared, len(ids) - 1) if self.caches else 0
-        self._read.append(list(ids))
+        self._prefixes.append(list(ids))
         x = self.logits(ids, body.get("lora_path"))
-        for one, bias in (sampling.get("logit_bias") or {}).items():
-            x[int(one)] += bias
+        for token, bias in (sampling.get("logit_bias") or {}).items():
+            x[int(token)] += bias
         x = x / np.float32(sampling.get("temperature", 1.0))
         shifted = np.exp(x - x.max())
         with np.errstate(divide="ignore"):
             logprobs = np.maximum(np.log(shifted / shifted.sum()), np.float32(_LOWEST))
-        drawn = int(np.random.default_rng().choice(self.size, p=shifted.astype(float) / shifted.astype(float).sum()))
-        end = not sampling.get("ignore_eos") and drawn == 256
+        sampled = int(np.random.default_rng().choice(self.size, p=shifted.astype(float) / shifted.astype(float).sum()))
+        end = not sampling.get("ignore_eos") and sampled == 256
         meta = {
             "id": "1",
-            "finish_reason": {"type": "stop", "matched": drawn} if end else {"type": "length", "length": 1},
+            "finish_reason": {"type": "stop", "matched": sampled} if end else {"type": "length", "length": 1},
             "prompt_tokens": len(ids),
             "weight_version": "default",
             "num_retractions": 0,
@@ -126,15 +126,15 @@ class FakeSGLang(FakeServer):
         }
         if body.get("return_logprob"):
             meta["input_token_logprobs"] = []
-            meta["output_token_logprobs"] = [[float(logprobs[drawn]), drawn, None]]
+            meta["output_token_logprobs"] = [[float(logprobs[sampled]), sampled, None]]
             meta["output_token_logprobs_length"] = 1
             if count:
                 top = np.argsort(-logprobs)[:count]
                 meta["input_top_logprobs"] = []
                 meta["output_top_logprobs"] = [[[float(logprobs[i]), int(i), None] for i in top]]
-        return {"text": "" if end else "x", "output_ids": [drawn], "meta_info": meta}
+        return {"text": "" if end else "x", "output_ids": [sampled], "meta_info": meta}
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    shared = min(len(one), len(other))
-    return next((i for i in range(shared) if one[i] != other[i]), shared)
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    shared = min(len(a), len(b))
+    return next((i for i in range(shared) if a[i] != b[i]), shared)

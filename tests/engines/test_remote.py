@@ -142,10 +142,10 @@ def test_a_passing_failure_is_retried(remote, fake, fault):
         (["cut", "cut"], "does not answer: "),
         (["garbage"], "what is no JSON: '<html>so sorry"),
         (["error"], r"refuses \(500\): it broke"),
-        (["{}"], "gives no answer"),
-        (["null"], "gives no answer"),
-        (['{"choices": [{"logprobs": {"top_logprobs": [{}]}}]}'], "gives no answer"),
-        (['{"choices": [{"logprobs": {"top_logprobs": [{"token_id:x": 1}]}}]}'], "gives no answer"),
+        (["{}"], "sends a malformed response"),
+        (["null"], "sends a malformed response"),
+        (['{"choices": [{"logprobs": {"top_logprobs": [{}]}}]}'], "sends a malformed response"),
+        (['{"choices": [{"logprobs": {"top_logprobs": [{"token_id:x": 1}]}}]}'], "sends a malformed response"),
         (['{"choices": [{"logprobs": null}]}'], "returns no probabilities"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_server_that_returns_few_tokens_allows_a_small_top_k(fake, folder):
     assert remote.top_k_limit == 16
     alone = Ensemble([MemberSpec(remote, "a")])
     alone.context(alone.settings(top_k=16))
-    with pytest.raises(UnsupportedError, match="its 16 likeliest tokens only"):
+    with pytest.raises(UnsupportedError, match="its 16 most likely tokens only"):
         alone.context(alone.settings(top_k=17))
 
 
@@ -321,7 +321,7 @@ def test_a_server_that_samples_itself_is_asked_for_several_tokens(fake, folder, 
         ("samples", "returns no token ids"),
         ("processed", "--logprobs-mode processed_logprobs"),
         ("seeds", "equal seeds must sample equal tokens"),
-        ("bans", "cannot be kept from sampler some tokens"),
+        ("bans", "cannot be kept from sampling some tokens"),
     ],
 )
 def test_what_a_server_lacks_to_sample_itself_is_named_and_it_is_asked_token_by_token(fake, folder, lacking, message):
@@ -357,7 +357,7 @@ def test_more_control_tokens_than_biases_may_name_are_not_left_to_the_server(sam
 )
 def test_a_malformed_response_is_an_error_that_shows_it(sampler, fake, response):
     fake.faults = [response]
-    with pytest.raises(GenerationInterruptedError, match="gives no answer"):
+    with pytest.raises(GenerationInterruptedError, match="sends a malformed response"):
         Ensemble([MemberSpec(sampler, "a")]).generate("three", seed=1, max_tokens=6)
 
 
@@ -404,7 +404,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, en
     server.send_signal(signal.SIGKILL)
     server.wait()
     if on_failure == "error":
-        with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a reply") as raised:
+        with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a generation") as raised:
             stream.finish()
         tokens = raised.value.completion.tokens
         assert 8 <= len(tokens) < 30

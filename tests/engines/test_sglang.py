@@ -1,4 +1,4 @@
-"""A member behind a server of SGLang: by a stand-in, which answers as SGLang's source says that it does."""
+"""A member behind a server of SGLang: by a stand-in, which responds as SGLang's source says."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ OPTIONS = {"seed": 2, "max_tokens": 24, "ignore_end": True, "top_k": 9}
 
 @pytest.fixture
 def fake() -> Iterator[FakeSGLang]:
-    one = FakeSGLang().start()
-    yield one
-    one.stop()
+    server = FakeSGLang().start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
 def loaded(fake, folder):  # noqa: F811
     """Load a member behind the server; options go to its spec."""
-    return lambda **given: RemoteEngine(EngineSpec(fake.url, "", **given), folder, QUICK)
+    return lambda **options: RemoteEngine(EngineSpec(fake.url, "", **options), folder, QUICK)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def engine(loaded) -> RemoteEngine:
 
 
 def directly(engine: Engine, table) -> ToyEngine:
-    """The model of a server, asked in this process and for whole rows."""
+    """The model of a server, in this process and with whole rows."""
     toy = ToyEngine(table=table, name="direct", context_length=engine.context_length)
     toy.vocabulary, toy.encoder, toy.prompts = engine.vocabulary, engine.encoder, engine.prompts
     return toy
@@ -63,64 +63,65 @@ def directly(engine: Engine, table) -> ToyEngine:
         Sampling(top_k=1),
     ],
 )
-def test_the_law_of_a_token_is_that_of_the_model_asked_directly(engine, fake, sampling):
-    law = Transform(sampling, np.array(sorted(engine.vocabulary.special_ids)))
+def test_the_distribution_of_a_token_is_that_of_the_model_itself(engine, fake, sampling):
+    transform = Transform(sampling, np.array(sorted(engine.vocabulary.special_ids)))
     for ids in ([5, 6, 7], random_ids(engine, 30).tolist()):
-        found, wanted = law(engine.session().logits(np.array(ids))[0]), law(fake.logits(ids))
-        assert dict(zip(found.ids.tolist(), found.logprobs, strict=True)) == pytest.approx(
-            dict(zip(wanted.ids.tolist(), wanted.logprobs, strict=True)), abs=1e-5
+        actual, expected = transform(engine.session().logits(np.array(ids))[0]), transform(fake.logits(ids))
+        assert dict(zip(actual.ids.tolist(), actual.logprobs, strict=True)) == pytest.approx(
+            dict(zip(expected.ids.tolist(), expected.logprobs, strict=True)), abs=1e-5
         )
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative", "single"])
-def test_texts_are_those_of_the_model_asked_directly(engine, fake, method):
+def test_texts_are_those_of_the_model_itself(engine, fake, method):
     other = FakeSGLang(seed=1)
     direct = [directly(engine, fake.logits), directly(engine, other.logits)]
-    pairs = [Ensemble([MemberSpec(one, "a"), MemberSpec(direct[1], "b")]) for one in (engine, direct[0])]
-    found, wanted = (one.generate("three", method=method, **OPTIONS) for one in pairs)
-    assert [one.data for one in found.tokens] == [one.data for one in wanted.tokens]
-    np.testing.assert_allclose([one.logprob for one in found.tokens], [one.logprob for one in wanted.tokens], atol=1e-5)
+    pairs = [Ensemble([MemberSpec(first, "a"), MemberSpec(direct[1], "b")]) for first in (engine, direct[0])]
+    tokens, expected = (pair.generate("three", method=method, **OPTIONS).tokens for pair in pairs)
+    assert [token.data for token in tokens] == [token.data for token in expected]
+    np.testing.assert_allclose([token.logprob for token in tokens], [token.logprob for token in expected], atol=1e-5)
 
 
-def test_the_servers_own_defaults_bend_nothing(fake, loaded):
+def test_the_servers_own_defaults_change_nothing(fake, loaded):
     fake.preferred = {"temperature": 0.3, "top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
     fake.preferred |= {"presence_penalty": 1.0, "frequency_penalty": 1.0, "min_new_tokens": 4, "max_new_tokens": 99}
     engine = loaded()
-    found, wanted = engine.session().logits(np.array([5, 6]))[0], fake.logits([5, 6])
-    assert np.isfinite(found).sum() == 80
-    np.testing.assert_allclose(np.diff(found[np.isfinite(found)]), np.diff(wanted[np.isfinite(found)]), atol=1e-5)
+    logits, expected = engine.session().logits(np.array([5, 6]))[0], fake.logits([5, 6])
+    is_returned = np.isfinite(logits)
+    assert is_returned.sum() == 80
+    np.testing.assert_allclose(np.diff(logits[is_returned]), np.diff(expected[is_returned]), atol=1e-5)
     assert {*fake.preferred} <= {*fake.requests[-1]["sampling_params"]}
 
 
-def test_what_is_improbable_beyond_float32_is_told_as_impossible(fake, loaded):
+def test_what_is_improbable_beyond_float32_is_impossible(fake, loaded):
     fake.scale = 120.0
     engine = loaded()
-    found, wanted = engine.session().logits(np.array([5, 6]))[0], fake.logits([5, 6]).astype(float)
-    beyond = wanted < wanted.max() - 110
+    logits, expected = engine.session().logits(np.array([5, 6]))[0], fake.logits([5, 6]).astype(float)
+    beyond = expected < expected.max() - 110
     assert beyond.sum() > 180
-    assert np.isneginf(found[beyond]).all()
-    assert np.isfinite(found).any()
-    law = Transform(Sampling(top_k=20, temperature=2.0), np.array([], dtype=np.int64))
-    assert np.exp(law(found).logprobs).sum() == pytest.approx(1)
+    assert np.isneginf(logits[beyond]).all()
+    assert np.isfinite(logits).any()
+    transform = Transform(Sampling(top_k=20, temperature=2.0), np.array([], dtype=np.int64))
+    assert np.exp(transform(logits).logprobs).sum() == pytest.approx(1)
 
 
-def test_an_end_of_text_that_the_server_draws_is_told_as_any_token(fake, loaded):
+def test_an_end_of_text_that_the_server_samples_is_returned_as_any_token(fake, loaded):
     engine = loaded()
     [end, *_] = engine.vocabulary.end_ids
     table = fake.logits
     fake.logits = lambda ids, adapter=None: table(ids, adapter) + 30 * (np.arange(260) == end)
-    found = engine.session().logits(np.array([5, 6, 7]))[0]
-    assert found.argmax() == end
-    assert np.isfinite(found).sum() == 80
+    logits = engine.session().logits(np.array([5, 6, 7]))[0]
+    assert logits.argmax() == end
+    assert np.isfinite(logits).sum() == 80
 
 
 def test_loading_takes_few_requests(fake, loaded):
     loaded()
-    # The likeliest of a text, who it is, and once more for the cache.
+    # The top tokens after a prompt, the model's fingerprint, and once more for the cache.
     assert fake.paths == ["/v1/models", "/server_info", "/tokenize", "/tokenize", *["/generate"] * 3]
 
 
-def test_other_servers_are_asked_nothing_that_is_sglangs(folder):  # noqa: F811
+def test_other_servers_get_no_requests_that_are_sglangs(folder):  # noqa: F811
     other = FakeServer().start()
     try:
         RemoteEngine(EngineSpec(other.url, ""), folder, QUICK)
@@ -142,7 +143,7 @@ def test_the_context_is_what_the_server_takes(fake, loaded):
     assert loaded().context_length == 99
 
 
-def test_the_context_of_older_servers_and_of_those_that_say_little(fake, loaded):
+def test_the_context_of_older_servers_and_of_those_that_do_not_say_it(fake, loaded):
     fake.pages = {"/get_server_info": fake.info}
     fake.info["max_req_input_len"] = 200
     assert loaded().context_length == 199
@@ -173,20 +174,20 @@ def test_a_tokenizer_that_reads_as_the_server_does_not_is_refused(engine, fake, 
         loaded()
 
 
-def test_more_tokens_than_there_are_are_not_asked_for(fake, loaded):
+def test_no_more_tokens_are_requested_than_there_are(fake, loaded):
     engine = loaded(candidates=5000)
-    assert engine.top_k_limit == 260 - engine.spare
+    assert engine.top_k_limit == 260 - engine.extra_tokens
     assert max(body["top_logprobs_num"] for body in fake.requests) == 260
     assert np.isfinite(engine.session().logits(np.array([5, 6]))).all()
 
 
-def test_as_many_tokens_are_asked_for_as_a_choice_needs_and_there_are(engine, fake):
+def test_as_many_tokens_are_requested_as_sampling_needs_and_there_are(engine, fake):
     ids = random_ids(engine, 5)
     banned = np.sort(np.argsort(-fake.logits(ids.tolist()))[:245])
-    [found] = engine.respond([(engine.session(), LogitsRequest(0, ids, top_k_filter=TopKFilter(9, banned)))])
+    [rows] = engine.respond([(engine.session(), LogitsRequest(0, ids, top_k_filter=TopKFilter(9, banned)))])
     assert [body["top_logprobs_num"] for body in fake.requests[-3:]] == [9 + 16, 4 * (9 + 16), 260]
-    assert found[0].ids.size == 9
-    assert not np.isin(found[0].ids, banned).any()
+    assert rows[0].ids.size == 9
+    assert not np.isin(rows[0].ids, banned).any()
 
 
 def test_what_its_cache_held_is_reported(fake, loaded):
@@ -204,20 +205,20 @@ def test_it_is_asked_token_by_token_and_the_details_say_why(engine, fake):
     assert engine.details["engine"] == "SGLang"
     assert "no: it takes seeds with --enable-deterministic-inference only" in engine.details["samples itself"]
     fake.requests.clear()
-    reply = Ensemble([MemberSpec(engine, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
-    assert len(reply.tokens) == len(fake.requests) == 6
+    completion = Ensemble([MemberSpec(engine, "a")]).generate("three", seed=1, max_tokens=6, ignore_end=True, top_k=9)
+    assert len(completion.tokens) == len(fake.requests) == 6
     assert {body["sampling_params"]["max_new_tokens"] for body in fake.requests} == {1}
     assert {body["top_logprobs_num"] for body in fake.requests} == {9 + 16}
 
 
-def test_an_adapter_is_asked_by_its_name(fake, loaded, folder):  # noqa: F811
+def test_an_adapter_is_requested_by_its_name(fake, loaded, folder):  # noqa: F811
     fake.adapters = {"poet": 7}
     card = fake.models[0]
     fake.models.append({**card, "id": "poet", "root": "/adapters/poet", "parent": "fake", "max_model_len": None})
     with pytest.raises(ConfigError, match=r"several models.*fake, poet.*#NAME"):
         loaded()
     named = partial(EngineSpec, name="")
-    base, poet = (RemoteEngine(named(f"{fake.url}#{one}"), folder, QUICK) for one in ("fake", "poet"))
+    base, poet = (RemoteEngine(named(f"{fake.url}#{name}"), folder, QUICK) for name in ("fake", "poet"))
     assert poet.context_length == 505
     ids = [5, 6, 7]
     assert base.session().logits(np.array(ids))[0].argmax() == fake.logits(ids).argmax()
@@ -229,49 +230,49 @@ def test_an_adapter_is_asked_by_its_name(fake, loaded, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "message"),
     [
-        ('{"meta_info": {"finish_reason": {"type": "abort", "message": "told to stop"}}}', "tells no probabilities"),
+        ('{"meta_info": {"finish_reason": {"type": "abort", "message": "told to stop"}}}', "returns no probabilities"),
         (
             '{"meta_info": {"output_top_logprobs": [], "finish_reason": "told to stop"}}',
-            "gives no answer: .*told to stop",
+            "sends a malformed response: .*told to stop",
         ),
-        ('{"meta_info": {"output_top_logprobs": [null]}}', "gives no answer"),
-        ('{"meta_info": {"output_top_logprobs": [[]]}}', "gives no answer"),
-        ('{"meta_info": {"output_top_logprobs": [[[null, 5, null]]]}}', "gives no answer"),
-        ('{"meta_info": {"output_top_logprobs": [[[-1.0, 5, null], [-2.0, 5, null]]]}}', "gives no answer"),
-        ('{"meta_info": {"output_top_logprobs": [[[-1.0, "x", null]]]}}', "gives no answer"),
-        ('{"meta_info": null}', "gives no answer"),
-        ("{}", "gives no answer"),
-        ("null", "gives no answer"),
+        ('{"meta_info": {"output_top_logprobs": [null]}}', "sends a malformed response"),
+        ('{"meta_info": {"output_top_logprobs": [[]]}}', "sends a malformed response"),
+        ('{"meta_info": {"output_top_logprobs": [[[null, 5, null]]]}}', "sends a malformed response"),
+        ('{"meta_info": {"output_top_logprobs": [[[-1.0, 5, null], [-2.0, 5, null]]]}}', "sends a malformed response"),
+        ('{"meta_info": {"output_top_logprobs": [[[-1.0, "x", null]]]}}', "sends a malformed response"),
+        ('{"meta_info": null}', "sends a malformed response"),
+        ("{}", "sends a malformed response"),
+        ("null", "sends a malformed response"),
         ("garbage", "what is no JSON"),
         ("error", r"refuses \(500\): it broke"),
     ],
 )
-def test_what_is_no_answer_is_an_error_that_says_what_came(engine, fake, answer, said):
-    fake.faults = [answer]
-    with pytest.raises(EngineError, match=said) as raised:
+def test_a_malformed_response_is_an_error_that_shows_it(engine, fake, response, message):
+    fake.faults = [response]
+    with pytest.raises(EngineError, match=message) as raised:
         engine.session().logits(np.array([8, 9]))
     assert fake.url in str(raised.value)
     assert engine.session().logits(np.array([8, 9])).shape == (1, 260)
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"),
+    ("refusal", "message"),
     [
         ({"error": {"message": "temperature must be non-negative"}}, "temperature must be non-negative"),
         ({"error": "unknown field `x`"}, "unknown field `x`"),
         ({"object": "error", "message": "no list", "type": "Bad Request", "param": None, "code": 400}, "no list"),
     ],
 )
-def test_a_refusal_is_named_in_each_of_its_shapes(engine, fake, refusal, said):
+def test_a_refusal_is_named_in_each_of_its_shapes(engine, fake, refusal, message):
     fake.refusal = lambda body: refusal
-    with pytest.raises(EngineError, match=rf"refuses \(400\): {said}$"):
+    with pytest.raises(EngineError, match=rf"refuses \(400\): {message}$"):
         engine.session().logits(np.array([8, 9]))
 
 
 @pytest.mark.parametrize("fault", ["drop", "cut", "503"])
-def test_what_passes_is_tried_again(engine, fake, fault):
+def test_a_passing_failure_is_retried(engine, fake, fault):
     fake.faults = [fault]
     assert engine.session().logits(np.array([8, 9]))[0].argmax() == fake.logits([8, 9]).argmax()
 
@@ -282,16 +283,16 @@ def test_a_server_that_stays_busy_is_not_waited_for_without_end(engine, fake):
         engine.session().logits(np.array([8, 9]))
 
 
-def test_a_server_that_does_not_tell_ids_is_refused(fake, loaded):
-    told = fake.respond
+def test_a_server_that_does_not_return_ids_is_refused(fake, loaded):
+    respond = fake.respond
 
     def without(body):
-        answer = told(body)
-        answer["meta_info"].pop("output_top_logprobs", None)
-        return answer
+        response = respond(body)
+        response["meta_info"].pop("output_top_logprobs", None)
+        return response
 
     fake.respond = without
-    with pytest.raises(UnsupportedError, match=r"likeliest next tokens by their ids: .*tells no probabilities"):
+    with pytest.raises(UnsupportedError, match=r"most likely next tokens by their ids: .*returns no probabilities"):
         loaded()
     fake.completion_path = "/elsewhere"
     with pytest.raises(UnsupportedError, match=r"by their ids: .*refuses \(404\)"):
@@ -300,12 +301,12 @@ def test_a_server_that_does_not_tell_ids_is_refused(fake, loaded):
 
 def test_sglangs_completions_alone_are_refused(fake, loaded):
     fake.models[0]["owned_by"] = "someone"
-    with pytest.raises(UnsupportedError, match="does not tell the likeliest next tokens by their ids"):
+    with pytest.raises(UnsupportedError, match="does not return the most likely next tokens by their ids"):
         loaded()
     assert "/generate" not in fake.paths
 
 
-def test_a_key_is_asked_for(fake, loaded, monkeypatch):
+def test_a_key_is_required(fake, loaded, monkeypatch):
     fake.key = "secret-7"
     with pytest.raises(ConfigError, match=r"asks for a key.*key_env"):
         loaded()
@@ -328,7 +329,7 @@ def test_a_server_that_comes_back_as_it_was_goes_on(engine, fake):
     assert not engine.alive()
     with pytest.raises(EngineError, match="does not answer"):
         engine.session().logits(np.array([8, 9]))
-    fake.models[0]["created"] += 60  # the time of the question
+    fake.models[0]["created"] += 60  # the time of the request
     fake.start()
     assert engine.alive()
     assert engine.session().logits(np.array([8, 9]))[0].argmax() == fake.logits([8, 9]).argmax()
@@ -341,23 +342,23 @@ def both(fake, folder) -> Iterator[tuple[RemoteEngine, list[FakeSGLang]]]:  # no
     second.stop()
 
 
-def test_a_replica_goes_on_in_the_middle_of_a_reply(both, engine, fake):
+def test_a_replica_goes_on_in_the_middle_of_a_generation(both, engine, fake):
     replicated, fakes = both
     direct = directly(engine, FakeSGLang(seed=1).logits)
     whole = Ensemble([MemberSpec(directly(engine, fake.logits), "a"), MemberSpec(direct, "b")]).generate("x", **OPTIONS)
     stream = Ensemble([MemberSpec(replicated, "a"), MemberSpec(direct, "b")]).stream("x", **OPTIONS)
-    begun = [next(stream) for _ in range(8)]
-    home = stream.sessions[0].replica
-    fakes[replicated.replicas.index(home)].stop()
-    reply = stream.finish()
-    assert list(reply.tokens[:8]) == begun
-    assert [one.data for one in reply.tokens] == [one.data for one in whole.tokens]
-    assert stream.sessions[0].replica is not home
+    first_tokens = [next(stream) for _ in range(8)]
+    replica = stream.sessions[0].replica
+    fakes[replicated.replicas.index(replica)].stop()
+    completion = stream.finish()
+    assert list(completion.tokens[:8]) == first_tokens
+    assert [token.data for token in completion.tokens] == [token.data for token in whole.tokens]
+    assert stream.sessions[0].replica is not replica
 
 
 def test_servers_with_different_models_are_no_replicas(fake, both, folder):  # noqa: F811
     _, fakes = both
-    spec = EngineSpec(",".join(one.url for one in fakes), "")
+    spec = EngineSpec(",".join(fake.url for fake in fakes), "")
     fakes[1].seed = 1
     with pytest.raises(UnsupportedError, match=f"{fakes[1].url} has another model: it is no replica"):
         RemoteEngine(spec, folder, QUICK)
@@ -366,10 +367,10 @@ def test_servers_with_different_models_are_no_replicas(fake, both, folder):  # n
         RemoteEngine(spec, folder, QUICK)
 
 
-def test_a_reply_ends_with_what_was_written_when_the_server_is_gone(engine, fake):
+def test_a_generation_ends_with_what_it_has_when_the_server_is_gone(engine, fake):
     stream = Ensemble([MemberSpec(engine, "a")]).stream("three", **OPTIONS)
-    begun = [next(stream) for _ in range(5)]
+    first_tokens = [next(stream) for _ in range(5)]
     fake.stop()
-    with pytest.raises(GenerationInterruptedError, match="a failed in the middle of a reply") as raised:
+    with pytest.raises(GenerationInterruptedError, match="a failed in the middle of a generation") as raised:
         stream.finish()
-    assert list(raised.value.completion.tokens[:5]) == begun
+    assert list(raised.value.completion.tokens[:5]) == first_tokens

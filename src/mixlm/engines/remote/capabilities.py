@@ -87,7 +87,7 @@ def parse_generation(response: Any, base_url: str) -> GenerateResponse:
     except (TypeError, LookupError, ValueError, AttributeError):
         is_valid = False
     if not is_valid or not all(map(math.isfinite, generated.logprobs)):
-        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
+        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
     return generated
 
 

@@ -71,7 +71,7 @@ class Endpoint:
             try:
                 candidates = protocol.parse(value)
             except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.client.base_url} gives no answer: {str(value)[:200]}") from None
+                raise EngineError(f"{self.client.base_url} sends a malformed response: {str(value)[:200]}") from None
             if candidates is not None:
                 return CandidatesResponse(self.without_padding(candidates), cached_tokens(value), new_connection)
         raise EngineError(f"{self.client.base_url} returns no probabilities of {self.model}")

@@ -26,6 +26,7 @@ from mixlm.engines.base import (
     Request,
     Response,
     Session,
+    TextInterface,
     to_response,
 )
 from mixlm.engines.remote.endpoint import CandidatesResponse
@@ -34,12 +35,32 @@ from mixlm.engines.remote.model_info import ModelInfo, read_model_info
 from mixlm.engines.remote.replica import Replica, ReplicaRequirements, ReplicaSet
 from mixlm.engines.remote.server import PROBE_TEXT, ModelServer, TokenizerProbe
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, load_tokenizer
+from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError
+from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
 _T = TypeVar("_T")
+
+
+def load(spec: EngineSpec) -> RemoteEngine:
+    """Connect to the servers that `spec.model` names by their URLs. Raises ConfigError where it names none."""
+    if not spec.model.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{spec.model!r} is no server", "give its URL: http://host:port, with #NAME for one of several"
+        )
+    if spec.engine not in ("auto", "remote"):
+        raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
+    folder = None
+    if spec.tokenizer is not None:
+        gguf = find_gguf(spec.tokenizer)
+        path = Path(spec.tokenizer).expanduser()
+        if gguf is not None:
+            folder = tokenizer_folder(gguf)
+        else:
+            folder = path if (path / "tokenizer.json").is_file() else Path(resolve(spec.tokenizer).path_or_id)
+    return RemoteEngine(spec, folder)
 
 
 class RemoteEngine(TopKOnlyEngine):
@@ -77,20 +98,19 @@ class RemoteEngine(TopKOnlyEngine):
 
     def _connect(self, spec: EngineSpec, folder: Path | None, use_sessions: bool) -> None:
         first, info = self._loop.run(_find_first(self.replicas))
-        self.name = spec.name or info.name.rpartition("/")[2].removesuffix(".gguf")
+        name = spec.name or info.name.rpartition("/")[2].removesuffix(".gguf")
         # Members behind different servers run at the same time.
         self.device = ",".join(replica.client.base_url for replica in self.replicas)
         folder = folder or info.tokenizer_folder()
         if folder is None:
             raise ConfigError(
-                f"the tokenizer of {self.name} at {first.client.base_url} is not known",
+                f"the tokenizer of {name} at {first.client.base_url} is not known",
                 "give its folder: tokenizer = PATH, beside model",
             )
-        self._tokenizer = load_tokenizer(str(folder), self.name)
-        self._rows = max(len(self._tokenizer), info.vocabulary_size)
-        self._read = TokenizerSetup.of(self._tokenizer, self.name, str(folder))
-        self._set_prompts(spec)
-        self.context_length = spec.context or info.context_length()
+        self._tokenizer = TokenizerSetup.load(str(folder), name)
+        self._vocab_size = max(len(self._tokenizer.tokenizer), info.vocabulary_size)
+        context_length = spec.context or info.context_length()
+        super().__init__(name, self._text_interface(replace(spec, name=name)), context_length)
         ids, first_ids = (self.encoder.encode(text).ids for text in (PROBE_TEXT.encode(), b"A"))
         tokenizer = TokenizerProbe(
             ids, first_ids, self.letter_token(), self.vocabulary.tokens, self.vocabulary.end_ids, str(folder)
@@ -122,14 +142,13 @@ class RemoteEngine(TopKOnlyEngine):
 
     def with_spec(self, spec: EngineSpec) -> RemoteEngine:
         """Return an engine on the same servers, with prompts of its own."""
+        spec = replace(spec, name=spec.name or self.name)
         shared = copy.copy(self)
-        shared.name = spec.name or self.name
-        shared._set_prompts(replace(spec, name=shared.name))
+        TopKOnlyEngine.__init__(shared, spec.name, self._text_interface(spec), self.context_length)
         return shared
 
-    def _set_prompts(self, spec: EngineSpec) -> None:
-        spec = replace(spec, name=self.name)
-        self.notes = tuple(self._read.give(self, self._tokenizer, spec, self._rows, ()))
+    def _text_interface(self, spec: EngineSpec) -> TextInterface:
+        return self._tokenizer.text_interface(spec, self._vocab_size)
 
     @property
     def batch_key(self) -> int:
@@ -200,7 +219,7 @@ class RemoteEngine(TopKOnlyEngine):
             if isinstance(request, GenerateRequest):
                 return await session.generate_async(request)
             last = request.last if isinstance(request, LogitsRequest) else 1
-            return await session.rows_async(request.ids, last, request.top_k_filter)
+            return await session.logits_rows_async(request.ids, last, request.top_k_filter)
 
 
 class RemoteSession(TopKOnlySession):
@@ -239,30 +258,31 @@ class RemoteSession(TopKOnlySession):
         self.record_generation(request.ids, response, time.perf_counter() - start)
         return response
 
-    async def rows_async(self, ids: Ids, last: int, cut: TopKFilter | None) -> LogitsRows:
-        """Do what `rows` does, without blocking."""
-        keep = self.rollback(ids, last)
-        if keep is None:
+    async def logits_rows_async(self, ids: Ids, last: int, top_k_filter: TopKFilter | None) -> LogitsRows:
+        """Do what `logits_rows` does, without blocking."""
+        kept = self.rollback(ids, last)
+        if kept is None:
             return self.last_logits
         start = time.perf_counter()
-        steps, cached = self.top_k_queries(ids[keep:], last, cut), keep
+        queries, cached = self.top_k_queries(ids[kept:], last, top_k_filter), kept
         try:
-            prompt, count = next(steps)
+            prompt, count = next(queries)
             while True:
                 response = await self._engine.request_candidates(self, prompt, count)
                 cached = cached if response.cached is None else min(response.cached, len(ids) - 1)
-                prompt, count = steps.send(response.candidates)
-        except StopIteration as done:
-            rows: LogitsRows = done.value
+                prompt, count = queries.send(response.candidates)
+        except StopIteration as stop:
+            rows: LogitsRows = stop.value
         except BaseException:
             self.reset()
             raise
         seconds = time.perf_counter() - start
-        self.record(ids, None if isinstance(rows, list) else rows, Forward(len(ids) - keep, keep, seconds))
+        self.record(ids, None if isinstance(rows, list) else rows, Forward(len(ids) - kept, kept, seconds))
         self.stats.forwards[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server reports it
         return rows
 
-    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
+    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+        """Return at least the `count` most likely tokens after `ids`."""
         return self._engine.run(self._engine.request_candidates(self, ids, count)).candidates
 
 

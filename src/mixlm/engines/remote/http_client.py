@@ -4,8 +4,7 @@ An event loop in a thread of its own sends all requests, so that many are in fli
 is sent to the server that the user named and appears nowhere else, in no error and no log.
 
 A member is asked for every token, so what a request costs here counts. On one core, with 32 requests in flight and 5 kB
-of JSON each way, a request takes AIOHTTP ms of processor time through aiohttp, and took OURS ms over h11 connections of
-our own; JSON alone takes 0.26 ms.
+of JSON each way, a request takes 0.8 ms of processor time, 0.26 ms of it for JSON; over h11 it took 1.1 to 1.3 ms.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import certifi
-from yarl import URL
 
 from mixlm.errors import EngineError
 
@@ -161,8 +160,7 @@ class HttpClient:
                 raise EngineError(f"{self.base_url} does not answer within {seconds or limit:g} seconds") from error
             except (aiohttp.ClientError, OSError) as error:
                 if attempts > 1 or seconds:
-                    reason = str(error) or type(error).__name__
-                    raise EngineError(f"{self.base_url} does not answer: {reason}") from error
+                    raise EngineError(f"{self.base_url} does not answer: {_reason(error)}") from error
                 session = self._retry_session
                 continue
             if status not in _BUSY:
@@ -184,7 +182,7 @@ class HttpClient:
             self._capacity,
             session.request(
                 method,
-                URL(self.base_url + path),
+                self.base_url + path,
                 headers=self._headers,
                 proxy=self._proxy,
                 allow_redirects=False,
@@ -225,10 +223,10 @@ async def _note_new_connection(_session: aiohttp.ClientSession, context: Any, _p
 
 def _proxy_of(base_url: str) -> str | None:
     """Return the URL of the proxy that the environment has in front of a server."""
-    url = URL(base_url)
+    url = urlsplit(base_url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
-    return proxy if proxy and not urllib.request.proxy_bypass(url.host or "") else None
+    return proxy if proxy and not urllib.request.proxy_bypass(url.hostname or "") else None
 
 
 def _tls_context() -> ssl.SSLContext:
@@ -238,6 +236,15 @@ def _tls_context() -> ssl.SSLContext:
     if folder := os.environ.get("SSL_CERT_DIR"):
         return ssl.create_default_context(capath=folder)
     return ssl.create_default_context(cafile=certifi.where())
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, without aiohttp's description of the connection."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return str(error.certificate_error)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return str(error.os_error)
+    return str(error) or type(error).__name__
 
 
 def _back_off(retry_after: str | None, attempts: int) -> float:

@@ -146,7 +146,7 @@ def _parse(response: Any, tokens: Sequence[bytes]) -> list[tuple[int, _TokenInfo
     except (TypeError, LookupError, ValueError, AttributeError):
         parsed = []
     if not parsed:
-        raise EngineError(f"llama.cpp gives no answer: {str(response)[:200]}")
+        raise EngineError(f"llama.cpp sends a malformed response: {str(response)[:200]}")
     return parsed
 
 

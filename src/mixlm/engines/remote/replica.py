@@ -145,8 +145,9 @@ class ReplicaSet:
             return self._replicas[0]
         async with self._lock:
             for replica in self._replicas:
-                if not replica.is_ready and replica.is_due and replica not in failed:
-                    await self._rejoin(replica)
+                should_retry = not replica.is_ready and replica.is_due and replica not in failed
+                if should_retry and not await self._rejoin(replica):
+                    replica.mark_failed()
         ready = [replica for replica in self._replicas if replica.is_ready and replica not in failed]
         if not ready:
             raise EngineError(f"none of the {len(self._replicas)} servers of {self._name} answers")
@@ -195,7 +196,6 @@ class ReplicaSet:
             server = await self._requirements.connect(replica)
         except MixlmError as error:
             _log.warning("%s: %s stays left out: %s", self._name, replica.client.base_url, error.message)
-            replica.mark_failed()
             return False
         replica.use(server)
         _log.warning("%s: %s takes part", self._name, replica.client.base_url)

@@ -207,12 +207,12 @@ class _SlotPool:
     async def hold(self, session: Session, ids: Ids) -> AsyncIterator[int]:
         """Hold a slot for a sequence while it runs `ids`."""
         async with self._capacity:
-            taken = self._slots.take(session, ids)
+            taken = self._slots.acquire(session, ids)
             assert taken is not None  # no more are in use than there are
             try:
                 yield taken[0]
             finally:
-                self._slots.free(taken[0])
+                self._slots.release(taken[0])
 
 
 def _slots_of(info: ModelInfo, protocol: ServerProtocol) -> int | None:

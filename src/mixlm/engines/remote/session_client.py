@@ -166,7 +166,7 @@ def parse_generated(response: dict[str, Any], base_url: str) -> GenerateResponse
     except (TypeError, LookupError, ValueError, AttributeError):
         ids, logprobs = [], []
     if not ids or not all(map(math.isfinite, logprobs)):
-        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
+        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
     return GenerateResponse(ids, logprobs, response.get("cached"))
 
 
@@ -179,5 +179,5 @@ def parse_top_tokens(response: dict[str, Any], base_url: str) -> Candidates:
     except (TypeError, LookupError, ValueError, AttributeError):
         ids, logprobs = np.zeros(0, dtype=np.int64), np.zeros(0)
     if ids.size == 0 or np.isnan(logprobs).any():
-        raise EngineError(f"{base_url} gives no answer: {str(response)[:200]}")
+        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
     return Candidates(ids, logprobs)

@@ -1,6 +1,6 @@
-"""Ids that may not be drawn, inside vLLM: a logits processor. Imported by vLLM only.
+"""Ids that may not be sampled, inside vLLM: a logits processor. Imported by vLLM only.
 
-Requests name them by `extra_args` (`vllm_xargs` in HTTP), as ranges: "0-16,151643,151665-151935". A member may have
+Requests name them in `extra_args` (`vllm_xargs` in HTTP), as ranges: "0-16,151643,151665-151935". A member may have
 thousands, which would be slow to send and to apply one by one. A server has it when it was started with
 `--logits-processors mixlm.engines.vllm.banned_tokens_plugin:BannedTokensProcessor`.
 """
@@ -21,7 +21,7 @@ from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, parse_ranges
 
 
 class BannedTokensProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Masks what requests name, before penalties, temperature and truncation: the first step of `A_i`."""
+    """Masks the ids that requests name, before penalties, temperature and truncation: the first step of `A_i`."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
@@ -32,22 +32,23 @@ class BannedTokensProcessor(LogitsProcessor):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise ValueError for what is no list of ranges."""
-        if given := _given(sampling_params):
-            parse_ranges(given)
+        if ranges := _banned_ranges(sampling_params):
+            parse_ranges(ranges)
 
     def is_argmax_invariant(self) -> bool:
-        """The likeliest token may be one of these."""
+        """Return false: the most likely token may be masked."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Note which row of the batch has which ids."""
-        if not process_dict_updates(self._rows, batch_update, lambda params, _prompt, _written: _given(params)):
+        """Update which row of the batch has which ids."""
+        if not process_dict_updates(self._rows, batch_update, lambda params, _prompt, _output: _banned_ranges(params)):
             return
-        rows: dict[str, list[int]] = {}
-        for row, given in self._rows.items():
-            rows.setdefault(given, []).append(row)
+        rows_by_ranges: dict[str, list[int]] = {}
+        for row, ranges in self._rows.items():
+            rows_by_ranges.setdefault(ranges, []).append(row)
         self._groups = [
-            (torch.tensor(those, device=self._device).unsqueeze(1), self._ids(given)) for given, those in rows.items()
+            (torch.tensor(rows, device=self._device).unsqueeze(1), self._ids(ranges))
+            for ranges, rows in rows_by_ranges.items()
         ]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -56,10 +57,10 @@ class BannedTokensProcessor(LogitsProcessor):  # type: ignore[misc]
             logits[rows, ids] = -torch.inf
         return logits
 
-    def _tensor(self, given: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(parse_ranges(given))).to(self._device)
+    def _tensor(self, ranges: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(parse_ranges(ranges))).to(self._device)
 
 
-def _given(params: SamplingParams) -> str | None:
+def _banned_ranges(params: SamplingParams) -> str | None:
     arguments: dict[str, Any] = params.extra_args or {}
     return arguments.get(BANNED_ARGUMENT)

@@ -1,8 +1,8 @@
 """Models in vLLM, in this process: folders and hub ids. Needs the extra `vllm`.
 
-What a member draws by itself, vLLM draws: temperature, top-k, top-p, min-p and banned ids mean there what they mean
-here, so consecutive coins are one request. Where they do not (min-p beside top-p, very low temperatures, penalties),
-and in methods that look at members' laws, it is asked for its likeliest tokens, as llama.cpp is.
+vLLM samples itself where temperature, top-k, top-p, min-p and banned ids mean there what they mean here, so positions
+of one member in a row are one request. Where they do not (min-p beside top-p, very low temperatures, penalties), and in
+methods that need members' distributions, it is asked for its top tokens, as llama.cpp is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -19,81 +19,96 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
+from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids, first_line, load_tokenizer
+from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
-from mixlm.engines.vllm.engine_thread import EngineThread
+from mixlm.engines.vllm.engine_thread import Backend, EngineThread, VllmBackend
 from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
-from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
-from mixlm.errors import ConfigError, EngineError, ModelLoadError
+from mixlm.engines.vllm.sampling_params import logprobs_parameters, samples_identically, sampling_parameters
+from mixlm.errors import ConfigError, EngineError, ModelLoadError, UnsupportedError
+from mixlm.models import resolve
 from mixlm.types import Candidates, Ids, Sampling
 
-_CONTEXT = 8192
-_BLOCK = 32  # the smallest that vLLM runs on a CPU: what lies in no whole block is read again
-_AT_ONCE = 64
+_DEFAULT_CONTEXT = 8192
+_BLOCK_SIZE = 32  # the smallest that vLLM runs on a CPU: tokens behind the last whole block are prefilled again
+_MAX_SEQUENCES = 64
+
+
+def load(spec: EngineSpec) -> VllmEngine:
+    """Load a folder, a catalogue name or a hub id. Raises UnsupportedError for a GGUF file."""
+    if spec.model.lower().endswith(".gguf"):
+        raise UnsupportedError(f"{spec.model} is a GGUF file, and vLLM is given folders here", "use --engine llamacpp")
+    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
+    return VllmEngine(replace(spec, name=spec.name or resolved.name), resolved.path_or_id)
 
 
 class VllmEngine(TopKOnlyEngine):
-    """A model in vLLM, in this process, with the tokenizer in the same folder. slots: sequences that have room at once.
+    """A model in vLLM, in this process.
 
-    Raises ModelLoadError when it cannot be loaded, ConfigError for what vLLM is not given here.
+    Args:
+        spec: `slots` is how many sequences of `context` tokens the KV cache has room for.
+        source: folder or hub id of the model and its tokenizer.
+        create_backend: makes the engine, from options of `vllm.LLM`.
+
+    Raises:
+        ModelLoadError: the model cannot be loaded.
+        ConfigError: an option that vLLM does not get here.
     """
 
-    def __init__(self, spec: EngineSpec, source: str) -> None:
-        self.name = spec.name
+    def __init__(
+        self, spec: EngineSpec, source: str, create_backend: Callable[[dict[str, Any]], Backend] = VllmBackend
+    ) -> None:
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and vLLM is given none", "use --engine hf")
-        self.top_k_limit = spec.candidates
-        self._tokenizer = load_tokenizer(source, spec.name)
-        self._read = TokenizerSetup.of(self._tokenizer, spec.name, source)
+        self._tokenizer = TokenizerSetup.load(source, spec.name)
+        options = _options(spec, source)
         try:
-            self.loop = EngineThread(_options(spec, source))
+            self.thread = EngineThread(lambda: create_backend(options))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise ModelLoadError(
                 f"vLLM cannot load {spec.name}: {first_line(error)}",
                 "its architecture may be unknown to it, or memory too small; or use --engine hf",
             ) from error
-        self._closing = weakref.finalize(self, self.loop.close)
-        model = self.loop.config.model_config
-        self._rows: int = model.get_vocab_size()
-        self._model_ends = as_ids(getattr(model.hf_config, "eos_token_id", None))
-        # A question is answered with one token at least, and that has to fit in too.
-        self.context_length = model.max_model_len - 1
-        self._set_prompts(spec)
+        self._closing = weakref.finalize(self, self.thread.close)
+        config = self.thread.config
+        model = config.model_config
+        self._vocab_size: int = model.get_vocab_size()
+        # One token at least is generated, and has to fit in too.
+        super().__init__(spec.name, self._text_interface(spec), model.max_model_len - 1)
         self.top_k_limit = min(spec.candidates, self.vocabulary.size)
         dtype = str(model.dtype).removeprefix("torch.")
-        self.device = self.loop.config.device_config.device_type
+        self.device = config.device_config.device_type
         self.details = {"engine": "vLLM", "device": self.device, "dtype": dtype}
-        self.weights_bytes = sum(one.stat().st_size for one in Path(source).glob("*.safetensors"))
-        self._threads = ThreadPoolExecutor(_AT_ONCE)
-        self.session().logits(np.flatnonzero(self.drawable)[:1])
+        self.weights_bytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+        self._threads = ThreadPoolExecutor(_MAX_SEQUENCES)
+        self.session().logits(np.flatnonzero(self.sampleable)[:1])
 
     def with_spec(self, spec: EngineSpec) -> VllmEngine | None:
         """Return an engine on the same weights with prompts of its own; None for an adapter."""
         if spec.adapter is not None:
             return None
+        spec = replace(spec, name=spec.name or self.name)
         shared = copy.copy(self)
-        shared.name = spec.name or self.name
-        shared._set_prompts(replace(spec, name=shared.name))
+        TopKOnlyEngine.__init__(shared, spec.name, self._text_interface(spec), self.context_length)
         return shared
 
-    def _set_prompts(self, spec: EngineSpec) -> None:
-        self.notes = tuple(self._read.give(self, self._tokenizer, spec, self._rows, self._model_ends))
+    def _text_interface(self, spec: EngineSpec) -> TextInterface:
+        return self._tokenizer.text_interface(spec, self._vocab_size)
 
     @property
     def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
-        return id(self.loop)
+        return id(self.thread)
 
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the model's files."""
-        return {id(self.loop): self.weights_bytes}
+        return {id(self.thread): self.weights_bytes}
 
     def session(self) -> VllmSession:
-        """Begin a sequence. What vLLM keeps of it is its prefix cache's affair."""
+        """Begin a sequence. vLLM keeps of it what its prefix cache holds."""
         return VllmSession(self)
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
@@ -101,12 +116,12 @@ class VllmEngine(TopKOnlyEngine):
         return samples_identically(sampling)
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Answer questions of several sequences together, in one batch of vLLM's."""
+        """Serve several sequences together, in one batch of vLLM's."""
         return respond_in_threads(self._threads, super().respond, requests)
 
     def alive(self) -> bool:
         """Whether vLLM takes requests."""
-        return self.loop.alive
+        return self.thread.alive
 
 
 class VllmSession(TopKOnlySession):
@@ -116,26 +131,28 @@ class VllmSession(TopKOnlySession):
         super().__init__(engine)
         self._engine = engine
 
-    def generate(self, run: GenerateRequest) -> GenerateResponse:
-        """Let vLLM draw up to `length` tokens."""
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """Let vLLM sample up to `max_tokens` tokens."""
         engine = self._engine
         ends = sorted(engine.vocabulary.end_ids)
-        length = min(run.max_tokens, engine.context_length + 1 - len(run.ids))
-        params = sampling_parameters(run.sampling, run.seed, length) | {"stop_token_ids": ends, "logprobs": 0}
-        if run.banned.size:
-            params["extra_args"] = {BANNED_ARGUMENT: _ranges(run.banned.tobytes())}
+        length = min(request.max_tokens, engine.context_length + 1 - len(request.ids))
+        parameters = sampling_parameters(request.sampling, request.seed, length)
+        parameters |= {"stop_token_ids": ends, "logprobs": 0}
+        if request.banned.size:
+            parameters["extra_args"] = {BANNED_ARGUMENT: _ranges(request.banned.tobytes())}
         start = time.perf_counter()
-        found = engine.loop.submit(run.ids, params).result()
-        if not found.ids:
-            raise EngineError(f"vLLM wrote nothing for {engine.name}")
-        written = GenerateResponse(found.ids, [told[i] for i, told in zip(found.ids, found.logprobs, strict=True)])
-        self.record_generation(run.ids, written, time.perf_counter() - start)
-        return written
+        output = engine.thread.submit(request.ids, parameters).result()
+        if not output.ids:
+            raise EngineError(f"vLLM generated nothing for {engine.name}")
+        logprobs = [position[token] for token, position in zip(output.ids, output.logprobs, strict=True)]
+        response = GenerateResponse(output.ids, logprobs)
+        self.record_generation(request.ids, response, time.perf_counter() - start)
+        return response
 
-    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
-        params = sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1) | {"logprobs": count}
-        told = self._engine.loop.submit(ids, params).result().logprobs[0]
-        return Candidates(np.fromiter(told, dtype=np.int64), np.fromiter(told.values(), dtype=np.float64))
+    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+        """Ask vLLM for one token with the log-probabilities of the top ones."""
+        [top] = self._engine.thread.submit(ids, logprobs_parameters(count)).result().logprobs
+        return Candidates(np.fromiter(top, dtype=np.int64), np.fromiter(top.values(), dtype=np.float64))
 
 
 @lru_cache(maxsize=64)
@@ -144,20 +161,21 @@ def _ranges(banned: bytes) -> str:
 
 
 def _options(spec: EngineSpec, source: str) -> dict[str, Any]:
-    """Return what vLLM is started with. Raises ConfigError for a device that it was not built for, in its words."""
+    """Return the options of `vllm.LLM`. Raises ConfigError for a device that it does not get here."""
     if spec.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {spec.device!r}, and vLLM is given auto, cpu or cuda", "use --engine hf")
-    context = spec.context or min(_longest(source), _CONTEXT)
+    config = _text_config(source)
+    context = spec.context or min(int(config.get("max_position_embeddings") or _DEFAULT_CONTEXT), _DEFAULT_CONTEXT)
     return {
         "model": source,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "dtype": spec.dtype,
         "max_model_len": context,
-        "max_num_seqs": _AT_ONCE,
-        "block_size": _BLOCK,
+        "max_num_seqs": _MAX_SEQUENCES,
+        "block_size": _BLOCK_SIZE,
         "enable_prefix_caching": True,
-        "kv_cache_memory_bytes": spec.slots * context * _bytes_of_a_token(source, spec.dtype),
+        "kv_cache_memory_bytes": spec.slots * context * _cache_bytes_per_token(config, spec.dtype),
         "enforce_eager": True,
         "max_logprobs": -1,
         "logprobs_mode": "processed_logprobs",
@@ -165,7 +183,7 @@ def _options(spec: EngineSpec, source: str) -> dict[str, Any]:
     }
 
 
-def _config(source: str) -> dict[str, Any]:
+def _text_config(source: str) -> dict[str, Any]:
     """Return the text part of a model's configuration."""
     from transformers import AutoConfig
 
@@ -173,19 +191,15 @@ def _config(source: str) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{source} cannot be read: {first_line(error)}") from error
-    found: dict[str, Any] = config.get_text_config().to_dict()
-    return found
+    text_config: dict[str, Any] = config.get_text_config().to_dict()
+    return text_config
 
 
-def _longest(source: str) -> int:
-    return int(_config(source).get("max_position_embeddings") or _CONTEXT)
-
-
-def _bytes_of_a_token(source: str, dtype: str) -> int:
-    """Return the memory of one token's keys and values, with room for blocks that are not full."""
-    config = _config(source)
+def _cache_bytes_per_token(config: dict[str, Any], dtype: str) -> int:
+    """Return the memory of one token in the KV cache, with a quarter more for blocks that are not full."""
     heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    size = 4 if dtype == "float32" else 2
-    keys = int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width * size)
-    return keys * 5 // 4
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    value_size = 4 if dtype == "float32" else 2
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = int(2 * config["num_hidden_layers"] * kv_heads * head_size * value_size)
+    return size * 5 // 4

@@ -1,6 +1,6 @@
 """vLLM in this process: one thread that owns it, and takes requests as they come.
 
-Requests of several sequences join one batch, and leave it when they are done; whoever asks waits for a future.
+Requests of several sequences join one batch, and leave it when they are done; callers wait for a future.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from mixlm.errors import EngineError
 from mixlm.types import Ids
 
-# One process, and only what this project is told: read when vLLM is imported.
+# One process, and only what this project logs: read when vLLM is imported.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -28,117 +29,181 @@ _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
-
-# An engine of vLLM that is dropped takes down what all of a process use together: it is kept until the last has ended.
+# An engine of vLLM that is freed takes down what all of a process share: it is kept until the last one is closed.
 _lock = threading.Lock()
 _running: set[int] = set()
-_ended: list[Any] = []
+_closed: list[Any] = []
 
 
 @dataclass(frozen=True)
 class VllmOutput:
-    """What one request wrote: ids, for each its log-probability and the likeliest tokens where they were asked for."""
+    """What one request generated.
+
+    logprobs: for each token, the log-probabilities by id of the token itself and of the top tokens, where they were
+    requested. cached: tokens of the prompt that were in the prefix cache.
+    """
 
     ids: list[int]
     logprobs: list[dict[int, float]]
     cached: int
 
 
-class EngineThread:
-    """vLLM's engine in a thread of its own. Raises what vLLM raises when it cannot load a model.
+class Backend(Protocol):
+    """An engine that runs requests in steps. config: as vLLM's `VllmConfig`."""
 
-    options: of `vllm.LLM`.
+    config: Any
+
+    def add(self, name: str, ids: Ids, parameters: dict[str, Any]) -> None:
+        """Add a request. Raises any exception for one that it refuses."""
+        ...
+
+    def step(self) -> list[tuple[str, VllmOutput]]:
+        """Run one step, and return the requests that are finished, by name."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class VllmBackend:
+    """vLLM's engine. Created and used in one thread; raises what vLLM raises when it cannot load a model.
+
+    Args:
+        options: of `vllm.LLM`.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._inbox: queue.SimpleQueue[tuple[Ids, dict[str, Any], Future[VllmOutput]] | None] = queue.SimpleQueue()
+        from vllm import LLM
+
+        self._engine = LLM(**options).llm_engine
+        self.config = self._engine.vllm_config
+        with _lock:
+            _running.add(id(self._engine))
+
+    def add(self, name: str, ids: Ids, parameters: dict[str, Any]) -> None:
+        """Add a request. parameters: of `vllm.SamplingParams`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters)
+        self._engine.add_request(name, {"prompt_token_ids": ids.tolist()}, params)
+
+    def step(self) -> list[tuple[str, VllmOutput]]:
+        """Run one step, and return the requests that are finished, by name."""
+        return [(output.request_id, _read(output)) for output in self._engine.step() if output.finished]
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        with _lock:
+            _running.discard(id(self._engine))
+            _closed.append(self._engine)
+            if not _running:
+                _closed.clear()
+
+
+class _Submitted(NamedTuple):
+    ids: Ids
+    parameters: dict[str, Any]
+    future: Future[VllmOutput]
+
+
+class EngineThread:
+    """A backend in a thread of its own.
+
+    Args:
+        create: makes the backend, in the thread; what it raises is raised here.
+    """
+
+    def __init__(self, create: Callable[[], Backend]) -> None:
+        self._inbox: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[VllmOutput]] = {}
-        self._failed: str | None = None
+        self._failure: str | None = None
         ready: Future[Any] = Future()
-        self._thread = threading.Thread(target=self._run, args=(options, ready), name="mixlm-vllm", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(create, ready), name="mixlm-vllm", daemon=True)
         self._thread.start()
         self.config = ready.result()
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_alive() and self._failed is None
+        return self._thread.is_alive() and self._failure is None
 
-    def submit(self, ids: Ids, params: dict[str, Any]) -> Future[VllmOutput]:
-        """Ask for tokens behind `ids`. params: of `vllm.SamplingParams`."""
+    def submit(self, ids: Ids, parameters: dict[str, Any]) -> Future[VllmOutput]:
+        """Ask for tokens after `ids`.
+
+        Args:
+            parameters: of `vllm.SamplingParams`.
+
+        Returns:
+            A future, which raises EngineError where the request is refused or the backend fails.
+        """
         future: Future[VllmOutput] = Future()
-        self._inbox.put((ids, params, future))
+        self._inbox.put(_Submitted(ids, parameters, future))
         if not self.alive:
-            self._give_up()
+            self._fail_all()
         return future
 
     def close(self) -> None:
-        """End the thread when it has answered what it was asked."""
+        """Stop the thread. Requests that are not finished fail."""
         self._inbox.put(None)
 
-    def _run(self, options: dict[str, Any], ready: Future[Any]) -> None:
-        try:
-            from vllm import LLM
+    def join(self, seconds: float) -> bool:
+        """Wait until the thread has stopped; return whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
-            engine = LLM(**options).llm_engine
+    def _run(self, create: Callable[[], Backend], ready: Future[Any]) -> None:
+        try:
+            backend = create()
         except BaseException as error:
             ready.set_exception(error)
             return
-        with _lock:
-            _running.add(id(engine))
-        ready.set_result(engine.vllm_config)
+        ready.set_result(backend.config)
         try:
-            self._serve(engine)
+            self._serve(backend)
         except BaseException as error:
-            self._failed = str(error) or type(error).__name__
-        self._give_up()
-        with _lock:
-            _running.discard(id(engine))
-            _ended.append(engine)
-            if not _running:
-                _ended.clear()
+            self._failure = str(error) or type(error).__name__
+        self._fail_all()
+        backend.close()
 
-    def _give_up(self) -> None:
-        """Fail what waits: the thread has ended."""
-        error = EngineError(f"vLLM has stopped: {self._failed or 'it was closed'}")
+    def _fail_all(self) -> None:
+        """Fail the requests that wait: the thread has stopped."""
+        error = EngineError(f"vLLM has stopped: {self._failure or 'it was closed'}")
         with suppress(queue.Empty):
             while True:
-                asked = self._inbox.get_nowait()
-                if asked is not None:
-                    asked[2].set_exception(error)
+                submitted = self._inbox.get_nowait()
+                if submitted is not None:
+                    submitted.future.set_exception(error)
         for future in self._waiting.values():
             future.set_exception(error)
         self._waiting.clear()
 
-    def _serve(self, engine: Any) -> None:
+    def _serve(self, backend: Backend) -> None:
         numbers = count()
         while True:
             while not self._waiting or not self._inbox.empty():
-                asked = self._inbox.get()
-                if asked is None:
+                submitted = self._inbox.get()
+                if submitted is None:
                     return
-                self._add(engine, str(next(numbers)), *asked)
-            for one in engine.step():
-                if one.finished:
-                    output = _output(one)
-                    self._waiting.pop(one.request_id).set_result(output)
+                self._add(backend, str(next(numbers)), submitted)
+            for name, output in backend.step():
+                self._waiting.pop(name).set_result(output)
 
-    def _add(self, engine: Any, name: str, ids: Ids, params: dict[str, Any], future: Future[VllmOutput]) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+    def _add(self, backend: Backend, name: str, submitted: _Submitted) -> None:
         try:
-            own = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params)
-            engine.add_request(name, {"prompt_token_ids": ids.tolist()}, own)
+            backend.add(name, submitted.ids, submitted.parameters)
         except Exception as error:  # whatever it refuses a request with: the others go on
-            future.set_exception(EngineError(f"vLLM refuses: {error}"))
+            submitted.future.set_exception(EngineError(f"vLLM refuses: {error}"))
         else:
-            self._waiting[name] = future
+            self._waiting[name] = submitted.future
 
 
-def _output(finished: Any) -> VllmOutput:
-    [written] = finished.outputs
-    told = [{i: one.logprob for i, one in position.items()} for position in written.logprobs or ()]
-    return VllmOutput(list(written.token_ids), told, finished.num_cached_tokens or 0)
+def _read(request_output: Any) -> VllmOutput:
+    [completion] = request_output.outputs
+    logprobs = [
+        {token: logprob.logprob for token, logprob in position.items()} for position in completion.logprobs or ()
+    ]
+    return VllmOutput(list(completion.token_ids), logprobs, request_output.num_cached_tokens or 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixlm.types import Ids
 
-BANNED_ARGUMENT = "mixlm_banned"  # what requests call the ids that may not be drawn
+BANNED_ARGUMENT = "mixlm_banned"  # the name in requests of the ids that may not be sampled
 
 
 def format_ranges(ids: Ids) -> str:
@@ -21,11 +21,11 @@ def format_ranges(ids: Ids) -> str:
 
 
 def parse_ranges(ranges: str) -> Ids:
-    """Read what `as_ranges` wrote. Raises ValueError for anything else."""
-    out: list[int] = []
+    """Read what `format_ranges` returns. Raises ValueError for anything else."""
+    ids: list[int] = []
     for part in ranges.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
             raise ValueError(f"{part!r} is no id and no range of ids")
-        out.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
-    return np.array(out, dtype=np.int64)
+        ids.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return np.array(ids, dtype=np.int64)

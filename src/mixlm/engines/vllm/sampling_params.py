@@ -1,4 +1,4 @@
-"""A transform `A_i` in the words of vLLM, and of servers that speak as it does: where it is the same law."""
+"""A transform `A_i` in the parameters of vLLM, and of servers with its API: where it is the same distribution."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from typing import Any
 from mixlm.types import Sampling
 
 # vLLM raises temperatures below the first, and refuses those above the second.
-_COLDEST, _HOTTEST = 0.01, 2.0
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
 
 
 def samples_identically(sampling: Sampling) -> bool:
-    """Whether the options mean there what they mean here.
+    """Whether the options give the same distribution there as here.
 
-    There min-p is applied in front of top-k and top-p. With top-k alone it is the same; top-p would take its mass from
-    fewer tokens. Penalties there look at what one request wrote, which is not the reply.
+    There min-p is applied before top-k and top-p. With top-k alone it is the same; top-p would take its mass from fewer
+    tokens. Penalties there count the tokens of one request, not those of the whole completion.
     """
     return (
         not sampling.has_penalties
-        and _COLDEST <= sampling.temperature <= _HOTTEST
+        and _MIN_TEMPERATURE <= sampling.temperature <= _MAX_TEMPERATURE
         and (sampling.min_p == 0 or sampling.top_p == 1)
     )
 
 
 def logprobs_parameters(count: int) -> dict[str, Any]:
-    """Return the parameters of a request for the `count` likeliest tokens of a model's own law."""
+    """Return the parameters of a request for the `count` most likely tokens of a model's own distribution."""
     return {**sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
 
 
 def sampling_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:
-    """Return the parameters of a request. All that could change the law is given: models have defaults of their own."""
+    """Return the parameters of a request for `length` tokens.
+
+    All that could change the distribution is set: models have defaults of their own.
+    """
     return {
         "max_tokens": length,
         "seed": seed,

@@ -9,9 +9,9 @@ from mixlm.engines.vllm.id_ranges import format_ranges, parse_ranges
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
-def test_what_is_written_as_ranges_is_read_back(ids):
-    given = np.array(sorted(ids))
-    np.testing.assert_array_equal(parse_ranges(format_ranges(given)), given)
+def test_ranges_are_parsed_as_they_were_formatted(ids):
+    sorted_ids = np.array(sorted(ids))
+    np.testing.assert_array_equal(parse_ranges(format_ranges(sorted_ids)), sorted_ids)
 
 
 def test_neighbours_are_one_range():
@@ -20,6 +20,6 @@ def test_neighbours_are_one_range():
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "1--2", "1 to 2"])
-def test_what_are_no_ranges_is_refused(text):
+def test_malformed_ranges_are_refused(text):
     with pytest.raises(ValueError, match="is no id and no range of ids"):
         parse_ranges(text)

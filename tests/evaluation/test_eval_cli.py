@@ -44,7 +44,7 @@ def test_refusals_are_one_sentence_and_a_hint(run, task) -> None:
     name = task("generate")
     for arguments, said in (
         (("--tasks", name, "--methods", "mixtur"), "did you mean 'mixture'"),
-        ((), "--tasks names nothing"),
+        ((), "--tasks is empty"),
         (("--tasks", name, "--seeds", "0"), "--seeds is 0"),
         (("--tasks", name, "--limit", "0"), "--limit is 0"),
         (("--tasks", "mixlm_gsm8k", "--data", "nowhere"), "there is no folder nowhere"),

@@ -37,8 +37,7 @@ class EvaluationOptions(TypedDict, total=False):
     """Options of `evaluate`.
 
     Args:
-        methods: Names of methods; `single:NAME` is one member, `single` each of them. Default: mixture, conventional and
-            single.
+        methods: Names; `single:NAME` is one member, `single` each of them. Default: mixture, conventional, single.
         seeds: The seeds of the runs. Default: 0 to 4.
         limit: Only the first questions of each task.
         data: A folder with the questions of mixlm's own tasks.

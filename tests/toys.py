@@ -131,14 +131,14 @@ class Recorder:
     """Stands in for noise: a coin of choice, and a note of the law that a symbol is drawn from."""
 
     def __init__(self, coin: int = 0) -> None:
-        self.coin = coin
+        self._coin = coin
         self.weights: np.ndarray | None = None
         self.symbols = np.zeros(0, dtype=np.int64)
         self.logprobs = np.zeros(0)
 
     def coin(self, weights: np.ndarray) -> int:
         self.weights = weights
-        return self.coin
+        return self._coin
 
     def sample(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
         self.symbols, self.logprobs = symbols, logprobs

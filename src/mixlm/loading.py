@@ -1,6 +1,6 @@
 """From names or an ensemble file to a loaded ensemble.
 
-Members that name the same model share one copy of its weights, also where their prompts or adapters differ.
+Members that name the same model share one copy of its weights, also where their chat templates or adapters differ.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from mixlm.routing import FixedRouter, LearnedRouter, PromptRouter, Router
 from mixlm.types import Floats
 
 Progress = Callable[[str], None]
-# Ends of text that a reply without end takes out of a member's likeliest tokens; no model has more.
-_ENDS = 16
+# End-of-text tokens that `ignore_end` masks among a member's top k; no model has more.
+_MAX_END_TOKENS = 16
 
 
 def load(  # noqa: PLR0913 - one option each
@@ -49,27 +49,38 @@ def load(  # noqa: PLR0913 - one option each
     graphs: Graphs | None = None,
     **sampling: Any,
 ) -> Ensemble:
-    """Load an ensemble of models: names, folders, GGUF files or hub ids; or of one ensemble file (`*.toml`).
+    """Load an ensemble.
 
-    weights: one a model; equal when left out. engine: "llamacpp" is about twice as fast for models in GGUF form, and
-    tells their likeliest tokens only; what is loaded without it can be asked anything. graphs: short forwards in fixed
-    shapes, as CUDA graphs where there is CUDA; "auto" is there only. sampling: options of `Sampling`
-    for every member. What is given goes over what an ensemble file says. Raises the errors of `mixlm.errors`, each with
-    a hint.
+    Args:
+        models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`).
+        weights: One a model; equal when left out.
+        engine: "llamacpp" is about twice as fast for models in GGUF form, and reports its most likely tokens only;
+            other engines can compute every option.
+        graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
+        sampling: Options of `Sampling` for every member.
+
+    Options that are given replace those of the ensemble file.
+
+    Raises:
+        MixlmError: See `mixlm.errors`; each has a hint.
+
+    >>> import mixlm
+    >>> mixlm.load("toy:1", "toy:2", weights=[2, 1]).names
+    ('toy-1', 'toy-2')
     """
-    names = [str(one) for one in models]
+    names = [str(model) for model in models]
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
     if len(names) == 1 and names[0].endswith(".toml"):
         raw = read_config(names[0]).model_dump(exclude_none=True)
     else:
-        raw = {"members": [{"model": one} for one in names]}
+        raw = {"members": [{"model": name} for name in names]}
     raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
-        given = (("dtype", dtype), ("device", device), ("engine", engine), ("graphs", graphs))
-        member |= {name: value for name, value in given if value is not None}
+        overrides = (("dtype", dtype), ("device", device), ("engine", engine), ("graphs", graphs))
+        member |= {name: value for name, value in overrides if value is not None}
     return load_config(parse_config(raw, "load"), weights=weights)
 
 
@@ -81,40 +92,43 @@ def load_config(
     engines: dict[EngineSpec, Engine] | None = None,
     options: Options | None = None,
 ) -> Ensemble:
-    """Load the ensemble that a configuration describes. progress: called with each model's name before it is loaded.
+    """Load the ensemble that a configuration describes.
 
-    engines: those of other ensembles, to be shared where models are the same; what is loaded here joins them. options:
-    those of the replies that it will write, if that is all it is for. Members whose engine is "auto" then run in
-    llama.cpp, where there is a GGUF file and what llama.cpp tells is enough for these options.
+    Args:
+        weights: Replace those of the configuration.
+        progress: Called with each model's name before it is loaded.
+        engines: Loaded engines to share where models are the same; engines that are loaded here join them.
+        options: The generation options, if they are all that the ensemble is for. Members whose engine is "auto" then
+            run in llama.cpp, where there is a GGUF file and llama.cpp can compute these options.
     """
     weights = weights if weights is not None else config.weights()
     engines = {} if engines is None else engines
     members: list[MemberSpec] = []
-    for one in config.members:
-        engine = one.engine
+    for member in config.members:
+        engine = member.engine
         if (
             engine == "auto"
             and options is not None
-            and _fits_llamacpp(one, config, options)
-            and runs_as_gguf(one.model)
+            and _fits_llamacpp(member, config, options)
+            and runs_as_gguf(member.model)
         ):
             engine = "llamacpp"
-        own = one.model_dump(include={field.name for field in fields(EngineSpec)})
-        spec = EngineSpec(**{**own, "name": one.name or "", "engine": engine})
+        spec_fields = member.model_dump(include={field.name for field in fields(EngineSpec)})
+        spec = EngineSpec(**{**spec_fields, "name": member.name or "", "engine": engine})
         key = replace(spec, name="")
         if key not in engines:
-            engines[key] = _engine(spec, engines, progress)
-        name = _distinct(one.name or engines[key].name, [member.name for member in members])
-        members.append(MemberSpec(engines[key], name, {**config.sampling.given(), **one.sampling.given()}))
+            engines[key] = _load_or_share(spec, engines, progress)
+        name = _unique_name(member.name or engines[key].name, [other.name for other in members])
+        members.append(MemberSpec(engines[key], name, {**config.sampling.options(), **member.sampling.options()}))
     defaults = GenerationOptions(
         method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure
     )
-    router = _router(config.router, normalized_weights(weights, len(members)), [one.name for one in members])
+    router = _router(config.router, normalized_weights(weights, len(members)), [member.name for member in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
 def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Options) -> bool:
-    """Whether a member may run in llama.cpp: nothing is said against it, and replies need no whole distribution."""
+    """Whether a member may run in llama.cpp: no option excludes it, and none needs the whole distribution."""
     if (
         member.adapter is not None
         or member.dtype != "auto"
@@ -125,18 +139,18 @@ def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Option
         return False
     try:
         settings = GenerationOptions(method=config.method).with_options(options)
-        sampling = settings.member_sampling({**config.sampling.given(), **member.sampling.given()})
+        sampling = settings.member_sampling({**config.sampling.options(), **member.sampling.options()})
     except UsageError:
-        return False  # said again, where the reply is set up
+        return False  # raised again, where the generation begins
     if settings.method in ("speculative", "auto"):
-        return False  # llama.cpp gives one position a request, so checking several costs as much as writing them
+        return False  # llama.cpp returns one position a request, so verifying several costs as much as generating them
     if sampling.has_penalties or settings.logit_bias or settings.json_schema is not None:
         return False
-    return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _ENDS
+    return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _MAX_END_TOKENS
 
 
-def _engine(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
-    """Return an engine on weights that another one has loaded with_spec, or load it."""
+def _load_or_share(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
+    """Return an engine on weights that another engine has loaded, or load it."""
     for other, engine in engines.items():
         if other.weights_key == spec.weights_key and (shared := engine.with_spec(spec)) is not None:
             return shared
@@ -155,13 +169,12 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
                 f"the router in {config.file} was trained for {', '.join(learned.names)}",
                 f"this ensemble's members are {', '.join(names)}",
             )
-        # Members may stand in another order than in training: each keeps its own row.
+        # The order of members may differ from that in training: each keeps its own row.
         return LearnedRouter(learned.matrix[[learned.names.index(name) for name in names]], names)
     return FixedRouter(weights)
 
 
-def _distinct(name: str, taken: Sequence[str]) -> str:
-    """Return the name, numbered when another member has it."""
-    if name not in taken:
-        return name
-    return next(one for i in range(2, len(taken) + 3) if (one := f"{name}-{i}") not in taken)
+def _unique_name(name: str, names: Sequence[str]) -> str:
+    """Return the name, numbered where another member has it."""
+    numbered = (f"{name}-{number}" for number in range(2, len(names) + 3))
+    return name if name not in names else next(candidate for candidate in numbered if candidate not in names)

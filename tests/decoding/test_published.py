@@ -205,8 +205,8 @@ def test_check_compares_conventional_with_the_rules_own_law(options, monkeypatch
     assert [one.left for one in report.comparisons] == ["conventional"] * 2
     assert report.equal
 
-    from mixlm.decoding import conventional
+    from mixlm.decoding.conventional import conventional
 
-    monkeypatch.setattr("mixlm.decoding.gac", lambda after: conventional)
-    monkeypatch.setattr("mixlm.decoding.unite", lambda after: conventional)
+    monkeypatch.setattr("mixlm.decoding.gac.build", lambda options, context: conventional)
+    monkeypatch.setattr("mixlm.decoding.unite.build", lambda options, context: conventional)
     assert not check(those, "ab" if options["rule"] == "unite" else "a", samples=1000, options=given).equal

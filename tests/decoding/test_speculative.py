@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,10 +81,10 @@ def test_members_that_agree_need_one_forward_for_many_tokens():
     those = ensemble([engine(seed=1), engine(seed=1)])
     found, expected = drafted(those, "m0", 8, seed=1, max_tokens=60, ignore_end=True)
     usage = found.usage
-    assert usage.accepted == usage.checked > 15
+    assert usage.accepted == usage.drafted > 15
     assert usage.members["m1"].forwards * 5 < expected.usage.members["m1"].forwards
     # Every block yields a symbol of the checking member that was not guessed.
-    assert usage.members["m1"].tokens >= usage.checked + usage.members["m1"].forwards - 1
+    assert usage.members["m1"].tokens >= usage.drafted + usage.members["m1"].forwards - 1
 
 
 def test_large_forwards_a_token_are_as_the_formula_says():
@@ -115,7 +117,7 @@ def test_a_wrong_guess_is_never_kept():
     """A draft that guesses at random, certain of nothing: the text stays the mixture's."""
 
     class Random(LookupDraft):
-        def guess(self, step):
+        def propose(self, step):
             yield from ()
             return int(np.random.default_rng(step.noise.position).integers(len(SHARED)))
 
@@ -124,7 +126,7 @@ def test_a_wrong_guess_is_never_kept():
     prompts = those.encode_prompt("ab", settings)
     expected = those.context(settings).start(prompts).finish()
     writer, tally = those.context(settings), SpeculationStats()
-    writer.strategy = speculative(Random(), 4, tally)
+    writer = replace(writer, strategy=speculative(Random(), 4, tally))
     assert writer.start(prompts).finish().text == expected.text
     assert 0 < tally.accepted < tally.drafted
 
@@ -203,7 +205,7 @@ def test_what_cannot_be_drafted_is_refused():
     those = toys("token", 2)
     with pytest.raises(ConfigError, match="draft is 'm9'; it must be one of m0, m1, lookup"):
         those.generate("ab", method="speculative", draft="m9")
-    with pytest.raises(ConfigError, match="mixture writes nothing ahead"):
+    with pytest.raises(ConfigError, match="mixture drafts nothing"):
         those.generate("ab", method="mixture", draft="m0")
     with pytest.raises(ConfigError, match="block is 0"):
         those.generate("ab", method="speculative", block=0)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mixlm.decoding
 from mixlm.config import RouterConfig, parse_config, read_config, write_config
 from mixlm.core.options import GenerationOptions
+from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
@@ -82,14 +82,13 @@ class ByWriter:
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     router = ByWriter()
-    plain = mixlm.decoding.mixture
 
     def noting(step: DecodeStep) -> Flow:
-        [choice] = yield from plain(step)
+        [choice] = yield from mixture(step)
         router.last = choice.member
         return [choice]
 
-    monkeypatch.setattr(mixlm.decoding, "mixture", noting)
+    monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: noting)
     options = {"temperature": 1.0, "top_k": 0}
     report = check(ensemble(unit, router), "abc", samples=1500, options=options)  # type: ignore[arg-type]
     wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from toys import engine, toys
 
-import mixlm.decoding
 from mixlm.core.options import GenerationOptions
+from mixlm.decoding.mixture import mixture
 from mixlm.engines.base import LogitsRequest, SampleRequest
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -78,7 +77,7 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixlm.decoding, "words", lambda: mixlm.decoding.mixture)
+    monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: mixture)
     report = check(ensemble(3, "word"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
@@ -165,7 +164,7 @@ def coin_is_the_noise(step: DecodeStep) -> Flow:
 
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
 def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
-    monkeypatch.setattr(mixlm.decoding, "mixture", broken)
+    monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: broken)
     report = check(ensemble(2, "token"), "hello", samples=1500)
     assert not report.equal
     assert all(
@@ -183,7 +182,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         ]
         return [Choice(drawn.symbol, z, drawn.logprob)]
 
-    monkeypatch.setattr(mixlm.decoding, "mixture", stale)
+    monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: stale)
     report = check(ensemble(2, "token"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
@@ -196,17 +195,17 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         at = int(np.argmax(law.logprobs))
         return [Choice(int(law.ids[at]), 0, float(law.logprobs[at]))]
 
-    monkeypatch.setattr(mixlm.decoding, "greedy", first_member_only)
+    monkeypatch.setattr("mixlm.decoding.greedy.build", lambda options, context: first_member_only)
     assert not check(ensemble(3, "token"), "hello", samples=100).equal
 
 
-def test_guesses_that_are_kept_unchecked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unchecked(block: list[Any], tally: Any) -> Any:
+def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unverified(positions: list[Any], stats: Any) -> Any:
         yield from ()
-        return [Choice(one.guess, one.member, 0.0) for one in block if one.guess is not None]
+        drafts = [position for position in positions if position.proposal is not None]
+        return [Choice(position.proposal, position.member, 0.0) for position in drafts]
 
-    # The package's name for the module is the strategy.
-    monkeypatch.setattr(sys.modules["mixlm.decoding.speculative"], "_checked", unchecked)
+    monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
     report = check(ensemble(2, "token"), "hello", samples=1500)
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 

@@ -54,7 +54,7 @@ def speculative(draft: Draft, block: int, stats: SpeculationStats | None = None)
 
     def strategy(step: DecodeStep) -> Flow:
         positions = yield from _draft_block(step, draft, block)
-        return (yield from _verify(positions, stats))
+        return (yield from verify(positions, stats))
 
     return strategy
 
@@ -82,7 +82,7 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
     return positions
 
 
-def _verify(positions: list[_Position], stats: SpeculationStats) -> Flow:
+def verify(positions: list[_Position], stats: SpeculationStats) -> Flow:
     """Run the members at their positions, the earliest first, until a proposal is rejected or all are sampled."""
     length = len(positions)
     while waiting := [position for position in positions[:length] if position.response is None]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,18 @@ def test_a_key_comes_from_the_environment_and_is_never_shown(fake, folder, monke
 def test_a_model_whose_tokenizer_is_not_known_is_refused(fake):
     with pytest.raises(ConfigError, match=r"tokenizer of fake at .* is not known"):
         load(EngineSpec(fake.url, ""))
+
+
+def test_ends_of_text_are_those_of_the_generation_config_too(fake, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [70, 71]}')
+    end_ids = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK).vocabulary.end_ids
+    assert end_ids.isdisjoint({70, 71})
+    fake.samples = True
+    remote = RemoteEngine(EngineSpec(fake.url, ""), tmp_path / "model", QUICK)
+    assert remote.vocabulary.end_ids == end_ids | {70, 71}
+    Ensemble([MemberSpec(remote, "a")]).generate("three", seed=1, max_tokens=4)
+    assert {70, 71} <= {*fake.requests[-1]["stop_token_ids"]}
 
 
 def test_a_tokenizer_that_reads_differently_is_refused(llama, tmp_path):

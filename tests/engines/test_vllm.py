@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from contract import *  # noqa: F403
@@ -12,6 +13,8 @@ from vllm_server import write_tiny_model
 pytest.importorskip("vllm")
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
+from mixlm.engines.vllm.engine import VllmEngine
+from mixlm.engines.vllm.engine_thread import VllmBackend, VllmOutput
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, ModelLoadError, UnsupportedError
 
 pytestmark = [
@@ -41,11 +44,10 @@ def test_two_models_live_in_one_process(engine, exact, tmp_path):
     ids = random_ids(engine, 12)  # noqa: F405
     assert engine.session().logits(ids)[0].argmax() == exact.session().logits(ids)[0].argmax()
     assert other.session().logits(ids)[0].argmax() != engine.session().logits(ids)[0].argmax()
-    thread = other.loop._thread
+    thread = other.thread
     del other
     gc.collect()
-    thread.join(20)
-    assert not thread.is_alive()
+    assert thread.join(20)
 
 
 def test_members_that_differ_in_prompts_share_one_model(engine):
@@ -55,45 +57,54 @@ def test_members_that_differ_in_prompts_share_one_model(engine):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"device": "tpu"}, ConfigError, "device is 'tpu'"),
         ({"adapter": "somewhere"}, ConfigError, "has an adapter, and vLLM is given none"),
         ({"context": 100000}, ModelLoadError, "vLLM cannot load"),
     ],
 )
-def test_what_vllm_is_not_given_is_refused(folder, options, error, said):
-    with pytest.raises(error, match=said):
+def test_what_vllm_does_not_get_is_refused(folder, options, error, message):
+    with pytest.raises(error, match=message):
         load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", **options))
 
 
-@pytest.mark.parametrize(("model", "said"), [("x.gguf", "is a GGUF file"), ("shape:qwen2.5-0.5b", "has no weights")])
-def test_what_vllm_cannot_load_is_refused(model, said):
-    with pytest.raises(UnsupportedError, match=said):
+@pytest.mark.parametrize(("model", "message"), [("x.gguf", "is a GGUF file"), ("shape:qwen2.5-0.5b", "has no weights")])
+def test_what_vllm_cannot_load_is_refused(model, message):
+    with pytest.raises(UnsupportedError, match=message):
         load(EngineSpec(model, "", engine="vllm"))
 
 
-def test_a_request_that_vllm_refuses_is_named_and_the_others_go_on(engine):
+def test_a_request_that_vllm_refuses_fails_alone(engine):
     with pytest.raises(EngineError, match="vLLM refuses"):
-        engine.loop.submit(random_ids(engine, 5), {"max_tokens": 0}).result()  # noqa: F405
+        engine.thread.submit(random_ids(engine, 5), {"max_tokens": 0}).result()  # noqa: F405
     engine.session().logits(random_ids(engine, 5))  # noqa: F405
 
 
-@pytest.fixture
-def doomed(folder) -> Engine:
-    return load(EngineSpec(str(folder), "tiny", "float32", engine="vllm", context=128))
+class FailingBackend(VllmBackend):
+    """vLLM, until it is told to fail."""
+
+    is_broken = False
+
+    def step(self) -> list[tuple[str, VllmOutput]]:
+        if self.is_broken:
+            raise RuntimeError("out of luck")
+        return super().step()
 
 
-def test_an_engine_that_fails_ends_the_reply_with_what_was_written(doomed, monkeypatch):
-    one = pair(doomed)
-    stream = one.stream("ab", raw=True, seed=1, max_tokens=30, ignore_end=True)
-    begun = [next(stream) for _ in range(5)]
+def test_an_engine_that_fails_ends_the_generation_with_what_it_has(folder):
+    backends: list[FailingBackend] = []
 
-    def broken(finished):
-        raise RuntimeError("out of luck")
+    def create(options: dict[str, Any]) -> FailingBackend:
+        backends.append(FailingBackend(options))
+        return backends[-1]
 
-    monkeypatch.setattr("mixlm.engines.vllm.engine_thread._output", broken)
+    spec = EngineSpec(str(folder), "tiny", "float32", engine="vllm", context=128)
+    engine = VllmEngine(spec, str(folder), create)
+    stream = pair(engine).stream("ab", raw=True, seed=1, max_tokens=30, ignore_end=True)
+    first_tokens = [next(stream) for _ in range(5)]
+    backends[0].is_broken = True
     with pytest.raises(GenerationInterruptedError, match="vLLM has stopped: out of luck") as raised:
         stream.finish()
-    assert list(raised.value.completion.tokens[:5]) == begun
-    assert not doomed.alive()
+    assert list(raised.value.completion.tokens[:5]) == first_tokens
+    assert not engine.alive()

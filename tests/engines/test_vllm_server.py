@@ -10,7 +10,7 @@ import pytest
 from contract import *  # noqa: F403
 from contract import random_ids
 from vllm_cases import *  # noqa: F403
-from vllm_cases import pair
+from vllm_cases import assert_valid, pair
 from vllm_server import served, write_tiny_model
 
 pytest.importorskip("vllm")
@@ -20,7 +20,7 @@ from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, GenerateRequest
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
-from mixlm.engines.remote.session_client import SessionConnector
+from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.types import Sampling
@@ -45,17 +45,16 @@ def server(folder) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["sessions", "completions"])
-def engine(request, server) -> Iterator[Engine]:
+def engine(request, server, folder) -> Iterator[RemoteEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXLM_TEST_KEY", KEY)
-        one = load(EngineSpec(server, "tiny", key_env="MIXLM_TEST_KEY"))
-        assert one.details["samples itself"] == "yes, masking"
-        assert one.details["prefix cache"] == "reported"
-        [server] = one.replicas
-        assert server.texts is not None
-        if request.param == "completions":
-            server.texts = None
-        yield one
+        spec = EngineSpec(server, "tiny", key_env="MIXLM_TEST_KEY")
+        remote = RemoteEngine(spec, folder, use_sessions=request.param == "sessions")
+        assert remote.details["samples itself"] == "yes, masking"
+        assert remote.details["prefix cache"] == "reported"
+        [replica] = remote.replicas
+        assert (replica.server.sessions is None) == (request.param == "completions")
+        yield remote
 
 
 @pytest.fixture(scope="module")
@@ -66,68 +65,66 @@ def exact(folder) -> Engine:
 def test_the_key_holds_for_sessions_too(server):
     with pytest.raises(ConfigError, match="asks for a key"):
         load(EngineSpec(server, "tiny"))
-    for key, found in ((KEY, True), ("another", False)):
-        line = asyncio.run(SessionConnector.found(server, ApiKey(key), QUICK))
-        assert (line is not None) == found
+
+    async def check() -> None:
+        pass
+
+    for key, expected in ((KEY, True), ("another", False)):
+        assert asyncio.run(SessionPool(server, ApiKey(key), QUICK, check).is_available()) == expected
 
 
-def test_a_connection_that_was_dropped_is_opened_again(engine):
+def test_a_connection_that_was_closed_is_opened_again(engine):
     session, ids = engine.session(), random_ids(engine, 20)
     first = session.logits(ids).copy()
-    if engine.replicas[0].texts is not None:
-        engine.replicas[0].texts._open[session].close()
-    session._latest = None
+    session.logits(ids[:10])
+    engine.replicas[0].server.close()
     np.testing.assert_allclose(session.logits(ids), first, atol=1e-4)
 
 
-def test_more_sessions_than_may_rest(engine, exact):
-    """The server keeps half of its sequences at rest; the others are read again."""
+def test_more_sessions_than_may_be_idle(engine, exact):
+    """The server keeps half of its sequences while they are idle; the others are prefilled again."""
     sessions = [engine.session() for _ in range(12)]
     none = np.zeros(0, dtype=np.int64)
     texts = [random_ids(engine, 20, seed) for seed in range(12)]
     for _ in range(2):
-        for at, session in enumerate(sessions):
-            run = GenerateRequest(0, texts[at], 3, Sampling(top_k=8), none, at)
-            written = session.generate(run)
-            assert_written(exact, run, written)  # noqa: F405
-            texts[at] = np.concatenate([texts[at], written.ids])
+        for i, session in enumerate(sessions):
+            request = GenerateRequest(0, texts[i], 3, Sampling(top_k=8), none, i)
+            response = session.generate(request)
+            assert_valid(exact, request, response)
+            texts[i] = np.concatenate([texts[i], response.ids])
 
 
-def test_what_is_no_message_is_refused_and_the_next_is_answered(engine):
-    if engine.replicas[0].texts is None:
-        pytest.skip("only sessions have messages")
+def test_a_malformed_message_is_refused_and_the_next_one_served(server):
+    from websockets.sync.client import connect
 
-    async def talk() -> None:
-        text = await engine.replicas[0].texts._line.open()
-        await text._socket.send('{"keep": 5, "ids": [], "parameters": {}}')
-        assert "keep is 5 of 0 tokens" in await text._socket.recv()
-        await text._socket.send("no JSON")
-        assert "error" in await text._socket.recv()
-        await text._socket.send('{"keep": 0, "ids": [1, 2], "parameters": {"max_tokens": 1, "logprobs": 5}}')
-        assert '"told"' in await text._socket.recv()
-        text.close()
-
-    asyncio.run(talk())
+    url, headers = server.replace("http", "ws", 1) + SESSION_PATH, {"Authorization": f"Bearer {KEY}"}
+    with connect(url, additional_headers=headers) as socket:
+        socket.send('{"keep": 5, "ids": [], "parameters": {}}')
+        assert "keep is 5 of 0 tokens" in socket.recv()
+        socket.send("no JSON")
+        assert "error" in socket.recv()
+        socket.send('{"keep": 0, "ids": [1, 2], "parameters": {"max_tokens": 1, "logprobs": 5}}')
+        assert '"logprobs"' in socket.recv()
 
 
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
-def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_another(
-    folder, tmp_path, exact, on_failure, monkeypatch
+def test_a_server_that_is_killed_in_the_middle_of_a_generation_and_comes_back_as_another(
+    folder, tmp_path, exact, on_failure
 ):
     named = ("--served-model-name", "tiny")
     with served(folder, *PROCESSED, *named, plugin=on_failure == "drop") as (process, url):
         engine = RemoteEngine(EngineSpec(url, "goes", tokenizer=str(folder)), folder, QUICK)
         assert engine.details["samples itself"] == "yes"  # without the mask, by biases
-        assert (engine.replicas[0].texts is None) == (on_failure == "error")
+        assert (engine.replicas[0].server.sessions is None) == (on_failure == "error")
         both = Ensemble([MemberSpec(exact, "stays"), MemberSpec(engine, "goes")])
         options = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
         whole = both.generate("three", **options)
         stream = both.stream("three", **options, on_failure=on_failure)
-        begun = [next(stream) for _ in range(8)]
+        first_tokens = [next(stream) for _ in range(8)]
         process.send_signal(signal.SIGKILL)
         process.wait()
         if on_failure == "error":
-            with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a reply") as raised:
+            with pytest.raises(GenerationInterruptedError, match="goes failed in the middle of a generation") as raised:
                 stream.finish()
             tokens = raised.value.completion.tokens
             assert 8 <= len(tokens) < 30
@@ -137,8 +134,8 @@ def test_a_server_that_is_killed_in_the_middle_of_a_reply_and_comes_back_as_anot
             assert len(tokens) == 30
             assert 0 < dropped <= 22
             tokens = tokens[: 30 - dropped]
-        assert list(tokens[:8]) == begun
-        assert [one.data for one in tokens] == [one.data for one in whole.tokens][: len(tokens)]
+        assert list(tokens[:8]) == first_tokens
+        assert [token.data for token in tokens] == [token.data for token in whole.tokens][: len(tokens)]
         assert not engine.alive()
     port = int(url.rpartition(":")[2])
     with served(write_tiny_model(tmp_path, seed=1), *named, *PROCESSED, port=port, plugin=on_failure == "drop"):

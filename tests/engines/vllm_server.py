@@ -28,7 +28,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("c", "d")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(one, special=True) for one in ("<end>", "<turn>")])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<end>", "<turn>")])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -58,7 +58,7 @@ def served(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-    own = {
+    environment = {
         "VLLM_PLUGINS": "mixlm" if plugin else "",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -75,14 +75,14 @@ def served(
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
         command,
-        env={**os.environ, **own},
+        env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
         try:
-            until = time.monotonic() + _STARTED_WITHIN
-            while process.poll() is None and time.monotonic() < until:
+            deadline = time.monotonic() + _STARTED_WITHIN
+            while process.poll() is None and time.monotonic() < deadline:
                 with suppress(OSError), urlopen(f"{url}/health", timeout=1):
                     break
                 time.sleep(0.5)

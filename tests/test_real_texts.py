@@ -22,25 +22,25 @@ def pieces(completion: Completion) -> list[tuple[bytes, str]]:
 def test_speculative_gives_the_mixtures_text(demo_pair: Ensemble, draft: dict[str, Any]) -> None:
     options: dict[str, Any] = {"seed": 5, "max_tokens": 24}
     expected = demo_pair.generate(QUESTIONS[0], **options)
-    found = demo_pair.generate(QUESTIONS[0], method="speculative", **draft, **options)
-    assert pieces(found) == pieces(expected)
+    completion = demo_pair.generate(QUESTIONS[0], method="speculative", **draft, **options)
+    assert pieces(completion) == pieces(expected)
     if draft["draft"] != "lookup":
-        assert 0 < found.usage.accepted <= found.usage.drafted
+        assert 0 < completion.usage.accepted <= completion.usage.drafted
 
 
 def test_auto_gives_the_mixtures_text(demo_pair: Ensemble) -> None:
     options: dict[str, Any] = {"seed": 6, "max_tokens": 24}
-    found = demo_pair.generate(QUESTIONS[1], method="auto", **options)
-    assert pieces(found) == pieces(demo_pair.generate(QUESTIONS[1], **options))
-    assert found.usage.chosen
+    completion = demo_pair.generate(QUESTIONS[1], method="auto", **options)
+    assert pieces(completion) == pieces(demo_pair.generate(QUESTIONS[1], **options))
+    assert completion.usage.chosen
 
 
 @pytest.mark.parametrize("draft", ["smollm2-135m", "lookup"])
 def test_drafted_greedy_is_greedy(demo_pair: Ensemble, draft: str) -> None:
     options: dict[str, Any] = {"method": "greedy", "seed": 0, "max_tokens": 20}
     expected = demo_pair.generate(QUESTIONS[0], **options)
-    found = demo_pair.generate(QUESTIONS[0], **options, draft=draft)
-    assert [token.data for token in found.tokens] == [token.data for token in expected.tokens]
+    completion = demo_pair.generate(QUESTIONS[0], **options, draft=draft)
+    assert [token.data for token in completion.tokens] == [token.data for token in expected.tokens]
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative"])

@@ -89,9 +89,9 @@ def test_a_text_in_words_has_the_probability_of_all_its_tokenizations(text, toke
 def test_a_text_in_pieces_has_the_probability_of_all_its_tokenizations(text, tokens):
     toy = pair("piece", tokens)
     matches = [match_tokens(member.engine, text_prefix(member.engine), text) for member in toy.members]
-    found = piece_logprobs(matches, WEIGHTS)
-    assert found.shape == (len(text),)
-    assert found.sum() == pytest.approx(np.log(text_probability(toy, text, unit="piece")))
+    scores = piece_logprobs(matches, WEIGHTS)
+    assert scores.shape == (len(text),)
+    assert scores.sum() == pytest.approx(np.log(text_probability(toy, text, unit="piece")))
 
 
 def test_words_that_no_token_lies_across_are_told_apart():
@@ -123,13 +123,13 @@ def test_a_text_in_bytes_has_the_exact_distribution_of_every_byte(text):
 def test_the_end_of_an_answer_is_scored():
     toy = pair("word")
     text = b"ab a"
-    found = score_answers(toy, [("", text.decode())], settings=toy.settings(raw=True), ends=True)
-    assert total(found) == pytest.approx(np.log(text_probability(toy, text, ends=True)))
-    assert (found.starts[-1], found.ends[-1]) == (4, 4)
-    found = score_answers(pair("byte"), [("", text.decode())], settings=toy.settings(raw=True), ends=True)
+    scores = score_answers(toy, [("", text.decode())], settings=toy.settings(raw=True), ends=True)
+    assert total(scores) == pytest.approx(np.log(text_probability(toy, text, ends=True)))
+    assert (scores.starts[-1], scores.ends[-1]) == (4, 4)
+    scores = score_answers(pair("byte"), [("", text.decode())], settings=toy.settings(raw=True), ends=True)
     settings = toy.settings(raw=True, **PLAIN)
     exact = ExactReference(pair("byte"), settings, toy.encode_prompt("", settings))
-    assert found.mixture(WEIGHTS)[-1] == pytest.approx(np.log(exact.distribution(list(text))[-1]))
+    assert scores.mixture(WEIGHTS)[-1] == pytest.approx(np.log(exact.distribution(list(text))[-1]))
 
 
 def test_a_long_text_without_words_is_no_underflow():

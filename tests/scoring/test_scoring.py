@@ -42,11 +42,11 @@ def test_by_token_the_mixture_equals_brute_force() -> None:
         )
         for i, token in enumerate(ids)
     ]
-    found = score(toy, TEXT)
-    assert found.unit == "token"
-    assert found.mixture(toy.weights) == pytest.approx(expected, rel=1e-6)
-    assert found.bits_per_byte(found.mixture(toy.weights)) == pytest.approx(-sum(expected) / np.log(2) / len(TEXT))
-    assert [found.text[a:b] for a, b in zip(found.starts, found.ends, strict=True)] == [SHARED[i] for i in ids]
+    scores = score(toy, TEXT)
+    assert scores.unit == "token"
+    assert scores.mixture(toy.weights) == pytest.approx(expected, rel=1e-6)
+    assert scores.bits_per_byte(scores.mixture(toy.weights)) == pytest.approx(-sum(expected) / np.log(2) / len(TEXT))
+    assert [scores.text[a:b] for a, b in zip(scores.starts, scores.ends, strict=True)] == [SHARED[i] for i in ids]
 
 
 @pytest.mark.parametrize("members", [2, 3, 5])
@@ -58,15 +58,15 @@ def test_by_segment_members_meet_at_common_boundaries(members: int) -> None:
         for member in toy.members
     ]
     common = sorted(set.intersection(*(set(ends) for ends in by_member)))
-    found = score(toy, text)
-    assert found.unit == "segment"
-    assert found.ends.tolist() == common
-    assert found.starts.tolist() == [0, *common[:-1]]
-    for row, (start, end) in zip(found.logprobs, zip(found.starts, found.ends, strict=True), strict=True):
+    scores = score(toy, text)
+    assert scores.unit == "segment"
+    assert scores.ends.tolist() == common
+    assert scores.starts.tolist() == [0, *common[:-1]]
+    for row, (start, end) in zip(scores.logprobs, zip(scores.starts, scores.ends, strict=True), strict=True):
         expected = [sum(logprob for offset, logprob in ends.items() if start < offset <= end) for ends in by_member]
         assert row == pytest.approx(expected, rel=1e-6)
     weights = np.array(WEIGHTS[:members]) / sum(WEIGHTS[:members])
-    assert found.mixture(weights) == pytest.approx(np.log(np.exp(found.logprobs) @ weights), rel=1e-12)
+    assert scores.mixture(weights) == pytest.approx(np.log(np.exp(scores.logprobs) @ weights), rel=1e-12)
 
 
 def test_members_that_share_a_vocabulary_but_cut_text_otherwise_meet_in_segments() -> None:
@@ -78,10 +78,10 @@ def test_members_that_share_a_vocabulary_but_cut_text_otherwise_meet_in_segments
 
     other = engine(seed=1)
     other.encoder = Short()
-    found = score(ensemble([engine(seed=0), other]), "ab ab c")
-    assert found.unit == "segment"
-    assert "".join(found.strings()) == "ab ab c"
-    assert 1 not in found.ends
+    scores = score(ensemble([engine(seed=0), other]), "ab ab c")
+    assert scores.unit == "segment"
+    assert "".join(scores.strings()) == "ab ab c"
+    assert 1 not in scores.ends
 
 
 tables = st.integers(1, 5).flatmap(
@@ -128,21 +128,21 @@ def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("mixlm.scoring.score.PASSAGE_BYTES", 8)
     monkeypatch.setattr("mixlm.scoring.score.split_passages.__defaults__", (8,))
     toy = toys("token", 2)
-    found = score(toy, "ab ba c\nab ba c\n".replace("\n", " "))
-    assert found.passages > 1
-    for begin in np.unique(found.passage_starts):
-        rows = found.passage_starts == begin
-        part = found.text[begin : found.ends[rows].max()]
+    scores = score(toy, "ab ba c\nab ba c\n".replace("\n", " "))
+    assert scores.passages > 1
+    for begin in np.unique(scores.passage_starts):
+        rows = scores.passage_starts == begin
+        part = scores.text[begin : scores.ends[rows].max()]
         alone = score(toy, part)
-        assert found.logprobs[rows] == pytest.approx(alone.logprobs)
+        assert scores.logprobs[rows] == pytest.approx(alone.logprobs)
 
 
 def test_passages_are_split_to_fit_the_smallest_context() -> None:
     toy = ensemble([engine(BYTES, seed=0, context_length=20), engine(BYTES, seed=1, context_length=50)])
-    found = score(toy, "The quick brown fox jumps over the lazy dog, and once again.")
-    assert "".join(found.strings()) == "The quick brown fox jumps over the lazy dog, and once again."
-    assert max(np.unique(found.passage_starts, return_counts=True)[1]) < 20
-    assert found.passages >= 4
+    scores = score(toy, "The quick brown fox jumps over the lazy dog, and once again.")
+    assert "".join(scores.strings()) == "The quick brown fox jumps over the lazy dog, and once again."
+    assert max(np.unique(scores.passage_starts, return_counts=True)[1]) < 20
+    assert scores.passages >= 4
 
 
 def test_the_text_of_segments_keeps_characters_whole() -> None:
@@ -190,21 +190,21 @@ def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
     toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ([Message("system", "Be brief."), Message("user", "How?")], "bab")]
-    found = score_answers(toy, pairs, ends=False)
+    scores = score_answers(toy, pairs, ends=False)
     offset = 0
-    for begin, (prompt, answer) in zip(np.unique(found.passage_starts), pairs, strict=True):
-        rows = found.passage_starts == begin
+    for begin, (prompt, answer) in zip(np.unique(scores.passage_starts), pairs, strict=True):
+        rows = scores.passage_starts == begin
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         text = "\n".join(message.content for message in messages).encode()
         assert begin == offset
-        assert found.starts[rows][0] == offset + len(text)
-        assert found.text[offset : offset + len(text)] == text
+        assert scores.starts[rows][0] == offset + len(text)
+        assert scores.text[offset : offset + len(text)] == text
         for i, member in enumerate(toy.members):
             whole = token_scores(member.engine, member.engine.prompts.chat(messages).tolist(), answer.encode())
-            assert found.logprobs[rows][:, i].sum() == pytest.approx(sum(logprob for _, logprob in whole))
+            assert scores.logprobs[rows][:, i].sum() == pytest.approx(sum(logprob for _, logprob in whole))
         offset += len(text) + len(answer)
-    assert found.size == sum(len(answer) for _, answer in pairs)
-    assert "".join(found.strings()) == "ab abab"
+    assert scores.size == sum(len(answer) for _, answer in pairs)
+    assert "".join(scores.strings()) == "ab abab"
 
 
 def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
@@ -217,8 +217,8 @@ def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
             for member, prefix in zip(toy.members, prompt, strict=True)
         ]
         expected += np.log(0.3 * rows[0][token] + 0.7 * rows[1][token])
-    found = score_answers(toy, [("Why?", "so")], ends=False)
-    assert found.mixture(toy.weights).sum() == pytest.approx(expected, rel=1e-6)
+    scores = score_answers(toy, [("Why?", "so")], ends=False)
+    assert scores.mixture(toy.weights).sum() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
@@ -228,18 +228,18 @@ def test_weights_by_prompt_are_those_of_a_completion(unit: str) -> None:
     router = PromptRouter(np.array([0.3, 0.7]), 0.5)
     toy = ensemble(members, [0.3, 0.7], router=router)
     pairs = [("Why?", "ab a"), ("a long question", "bab"), ("abab", "c")]
-    found = score_answers(toy, pairs)
-    weights = router_weights(found, router)
-    for begin, (prompt, _) in zip(np.unique(found.passage_starts), pairs, strict=True):
+    scores = score_answers(toy, pairs)
+    weights = router_weights(scores, router)
+    for begin, (prompt, _) in zip(np.unique(scores.passage_starts), pairs, strict=True):
         settings = toy.settings(seed=0)
         sequence = toy.context(settings).begin_sequence(toy.encode_prompt(prompt, settings))
         expected = sequence.route(sequence.state)
-        rows = found.passage_starts == begin
+        rows = scores.passage_starts == begin
         assert weights[rows] == pytest.approx(np.tile(expected, (rows.sum(), 1)))
         assert abs(expected - [0.3, 0.7]).max() > 1e-4
     # Held out in the middle of an answer, the prompt is still what it was.
-    late = np.flatnonzero(found.passage_starts == 0)[2:]
-    assert router_weights(found.select(late), router) == pytest.approx(weights[late])
+    late = np.flatnonzero(scores.passage_starts == 0)[2:]
+    assert router_weights(scores.select(late), router) == pytest.approx(weights[late])
 
 
 @pytest.mark.parametrize("kind", ["fixed", "prompt", "learned", "function"])
@@ -259,10 +259,10 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
     answer = b"ab cab" if unit == "token" else b"abcab"
     pieces = [b"ab", b" c", b"ab"] if unit == "token" else [bytes([byte]) for byte in answer]
     prompts = toy.encode_prompt("ab" if unit == "token" else "ba", toy.settings(raw=True))
-    found = score_passages(toy, [Passage(answer, prompts.ids, prompts.text, ends)])
+    scores = score_passages(toy, [Passage(answer, prompts.ids, prompts.text, ends)])
     expected = stepwise(toy, prompts, [*pieces, END] if ends else pieces)
-    weights = router_weights(found, toy.router)
-    assert found.mixture(weights).sum() == pytest.approx(expected, rel=1e-6)
+    weights = router_weights(scores, toy.router)
+    assert scores.mixture(weights).sum() == pytest.approx(expected, rel=1e-6)
     assert kind == "fixed" or abs(weights - toy.weights).max() > 1e-3
 
 
@@ -271,13 +271,13 @@ def test_the_end_of_an_answer_is_a_segment_of_no_bytes(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
     toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ("How?", "bab")]
-    found, bare = score_answers(toy, pairs), score_answers(toy, pairs, ends=False)
-    ends = found.starts == found.ends
+    scores, bare = score_answers(toy, pairs), score_answers(toy, pairs, ends=False)
+    ends = scores.starts == scores.ends
     assert ends.sum() == 2
-    assert found.unit == bare.unit
-    assert found.select(~ends).logprobs == pytest.approx(bare.logprobs)
-    assert (found.size, found.strings()[-1]) == (bare.size, "")
-    for row, (prompt, answer) in zip(found.logprobs[ends], pairs, strict=True):
+    assert scores.unit == bare.unit
+    assert scores.select(~ends).logprobs == pytest.approx(bare.logprobs)
+    assert (scores.size, scores.strings()[-1]) == (bare.size, "")
+    for row, (prompt, answer) in zip(scores.logprobs[ends], pairs, strict=True):
         for i, member in enumerate(toy.members):
             prefix = member.engine.prompts.chat([Message("user", prompt)])
             ids = [*prefix, *member.engine.encoder.encode(answer.encode()).ids]
@@ -301,25 +301,25 @@ def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
 
 def test_a_system_message_goes_in_front() -> None:
     toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
-    found = score_answers(toy, [("Why?", "a")], settings=toy.settings(system="Be brief."))
-    assert found.text == b"Be brief.\nWhy?a"
+    scores = score_answers(toy, [("Why?", "a")], settings=toy.settings(system="Be brief."))
+    assert scores.text == b"Be brief.\nWhy?a"
 
 
 def test_members_that_share_an_engine_are_scored_once() -> None:
     shared = engine(seed=0)
     seen: list[tuple[str, int, int]] = []
-    found = score(ensemble([shared, shared]), TEXT, progress=lambda *state: seen.append(state))
+    scores = score(ensemble([shared, shared]), TEXT, progress=lambda *state: seen.append(state))
     assert seen == [("m0", 1, 1)]
-    assert (found.logprobs[:, 0] == found.logprobs[:, 1]).all()
+    assert (scores.logprobs[:, 0] == scores.logprobs[:, 1]).all()
 
 
 def test_saved_and_loaded_scores_are_equal(tmp_path: Path) -> None:
-    found = score(toys("piece", 3), TEXT)
-    found.save(tmp_path / "a.npz")
+    scores = score(toys("piece", 3), TEXT)
+    scores.save(tmp_path / "a.npz")
     again = Scores.load(tmp_path / "a.npz")
-    assert (again.names, again.unit, again.text) == (found.names, found.unit, found.text)
+    assert (again.names, again.unit, again.text) == (scores.names, scores.unit, scores.text)
     for name in ("starts", "ends", "passage_starts", "logprobs", "prompt_bits"):
-        assert (getattr(again, name) == getattr(found, name)).all()
+        assert (getattr(again, name) == getattr(scores, name)).all()
 
 
 def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from mixlm.errors import UnsupportedError
 from mixlm.routing.base import PromptContext, Router
@@ -14,9 +13,8 @@ from mixlm.routing.features import FEATURES, features
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.learned import LearnedRouter, gate_weights
 from mixlm.routing.prompt import PromptRouter
+from mixlm.tokenization.segments import Offsets
 from mixlm.types import Floats, Ids
-
-Offsets = npt.NDArray[np.int64]
 
 
 def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: Offsets, prompt_bits: Floats) -> Floats:

@@ -74,11 +74,14 @@ def marginal_scores(
             if progress is not None:
                 progress(member.name, done, total)
     names = tuple(member.name for member in members)
-    parts = [_passage_scores(unit, names, weights, passage, row) for passage, row in zip(passages, table, strict=True)]
+    parts = [
+        _marginal_passage_scores(unit, names, weights, passage, row)
+        for passage, row in zip(passages, table, strict=True)
+    ]
     return replace(concatenate(parts), seconds=time.perf_counter() - start)
 
 
-def _passage_scores(
+def _marginal_passage_scores(
     unit: Unit, names: tuple[str, ...], weights: Floats, passage: Passage, row: Sequence[tuple[TokenMatches, float]]
 ) -> Scores:
     """Return the scores of one passage. row: each member's matches, and bits per byte of the prompt."""

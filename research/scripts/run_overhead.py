@@ -14,11 +14,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine, GenerateRequest
+from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.types import Sampling
 
 LENGTHS = (1, 2, 4, 8, 16)
@@ -97,11 +99,10 @@ def main() -> None:
                 steps.clear()
         print(f"outside vLLM's steps, one token: {statistics.median(outside):.2f} ms, best {min(outside):.2f}")
         return
-    remote = load(EngineSpec(given.url, "", tokenizer=given.model))
-    if remote.servers[0].texts is not None:
-        show("sessions", measured(remote, given.runs))
-        remote.servers[0].texts = None
-    show("completions", measured(remote, given.runs))
+    for use_sessions in (True, False):
+        remote = RemoteEngine(EngineSpec(given.url, ""), Path(given.model), use_sessions=use_sessions)
+        if (remote.replicas[0].server.sessions is not None) == use_sessions:
+            show("sessions" if use_sessions else "completions", measured(remote, given.runs))
 
 
 if __name__ == "__main__":

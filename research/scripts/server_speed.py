@@ -74,17 +74,18 @@ class Heard:
         took = answer["timings"]["prompt_ms"] + answer["timings"]["predicted_ms"]
         self.answers.append((time.perf_counter(), took / 1000))
 
-    def on(self, server) -> None:
-        """Listen to one of the servers of a remote member."""
-        complete = server._complete
+    def on(self, client) -> None:
+        """Listen to the client of one of the servers of a remote member."""
+        request = client.request
 
-        async def listening(body, path="/v1/completions"):
-            self.asked.append((path, body))
-            answer = await complete(body, path)
-            self.note(answer[0])
-            return answer
+        async def listening(method, path, body=None, **options):
+            response = await request(method, path, body, **options)
+            if body is not None and response.status == 200:
+                self.asked.append((path, body))
+                self.note(response.value)
+            return response
 
-        server._complete = listening
+        client.request = listening
 
     def here(self, engine) -> None:
         """Listen to llama.cpp in this process; what a call of its library took goes to `calls`, in seconds."""
@@ -197,7 +198,7 @@ def main() -> None:
         pair = Ensemble([MemberSpec(one, one.name) for one in engines])
         heard = [Heard() for _ in engines]
         for one, ear in zip(engines, heard, strict=True):
-            ear.on(one.servers[0])
+            ear.on(one.replicas[0].client)
         over, used = min(overhead(pair, heard, 64, time.process_time) for _ in range(3))
         print(f"a run over the loopback: {over:.2f} ms outside the server, {used:.2f} ms of processor time", flush=True)
         ratios = []

@@ -116,13 +116,13 @@ def test_the_report_says_all_that_matters(run: Run, texts: list[str]) -> None:
     assert done.code == 0
     for part in (
         "95 % interval", "Fitted by EM in", "bits per byte", "below best member", "words.txt", "pairs.jsonl",
-        "equal weights", "held out", "those fitted on the other part", "The best single member is toy:",
-        "its 11 points took", "evaluates every point anew needs",
+        "equal weights", "held-out", "fitted to the other part", "The best single member is toy:",
+        "its 11 points took", "evaluates every point with the models needs",
     ):  # fmt: skip
         assert part in done.out, part
     alone = run("fit", "words.txt", *TOYS, "--bootstrap", "0", "--holdout", "0").out
     assert "interval" not in alone
-    assert "of the fit itself" in alone
+    assert "of the training text" in alone
     assert "grid" not in alone
 
 
@@ -199,12 +199,12 @@ def test_an_ensemble_of_scores_and_fit_agree(run: Run, texts: list[str]) -> None
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "it is no JSON"),
-        ("[1]", "it is no object"),
-        ('{"prompt": "x"}', 'it has no text "answer"'),
-        ('{"answer": "x"}', 'it has no text "prompt"'),
-        ('{"prompt": 3, "answer": "x"}', 'it has no text "prompt"'),
-        ('{"prompt": "x", "answer": " "}', 'its "answer" is empty'),
+        ("{", "not valid JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"prompt": "x"}', '"answer" is missing or not a string'),
+        ('{"answer": "x"}', '"prompt" is missing or not a string'),
+        ('{"prompt": 3, "answer": "x"}', '"prompt" is missing or not a string'),
+        ('{"prompt": "x", "answer": " "}', '"answer" is empty'),
     ],
 )
 def test_a_line_of_the_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:
@@ -213,7 +213,7 @@ def test_a_line_of_the_wrong_form_is_named(run: Run, tmp_path: Path, line: str, 
     done = run("fit", str(path), *TOYS)
     assert done.code == 2
     assert f"{path}, line 3: {reason}" in done.error
-    assert 'each line is an object {"prompt": "…", "answer": "…"}' in done.error
+    assert 'each line must be an object {"prompt": "…", "answer": "…"}' in done.error
 
 
 def test_ends_of_lines_inside_a_string_are_no_ends_of_lines(run: Run, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_ends_of_lines_inside_a_string_are_no_ends_of_lines(run: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ((), ("missing argument 'FILE...'", "mixlm fit --help")),
+        ((), ("missing argument 'FILE'", "mixlm fit --help")),
         (("word.txt",), ("there is no file word.txt", "did you mean 'words.txt'?")),
         (("words.txt", "words.txt"), ("given twice",)),
         (("words.txt", "--holdout", "1"), ("--holdout is 1", "less than 1")),
@@ -236,8 +236,8 @@ def test_ends_of_lines_inside_a_string_are_no_ends_of_lines(run: Run, tmp_path: 
         (("words.txt", "--step", "0"), ("the grid's step is 0",)),
         (("words.txt", "--output", "no/pair.toml"), ("--output no/pair.toml cannot be written", "no folder")),
         (("words.txt", "--router", "."), ("--router . cannot be written: it is a folder",)),
-        (("words.txt", "--temperature", "0.5"), ("mixlm fit has no use for --temperature",)),
-        (("words.txt", "--system", "x"), ("--system goes in front of prompts", ".jsonl")),
+        (("words.txt", "--temperature", "0.5"), ("mixlm fit does not use --temperature",)),
+        (("words.txt", "--system", "x"), ("--system applies to prompts", ".jsonl")),
     ],
 )
 def test_what_cannot_be_fitted(

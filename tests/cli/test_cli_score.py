@@ -201,11 +201,11 @@ def test_the_page_shows_the_text_and_nothing_it_says_is_obeyed(run: Run, tmp_pat
         (("note.txt", "note.txt"), ("note.txt is given twice",)),
         (("note.txt", "--html", "no/page.html"), ("--html no/page.html cannot be written", "there is no folder no")),
         (("note.txt", "--html", "."), ("it is a folder",)),
-        (("note.txt", "--top-k", "3"), ("mixlm score has no use for --top-k", "leave it out")),
-        (("note.txt", "--method", "greedy"), ("no use for --method",)),
-        (("note.txt", "--top-p", "0.5", "--seed", "1"), ("no use for --top-p, --seed",)),
-        (("note.txt", "--system", "x"), ("--system goes in front of prompts", ".jsonl")),
-        (("note.txt", "--ends"), ("--ends and --no-ends are of answers", ".jsonl")),
+        (("note.txt", "--top-k", "3"), ("mixlm score does not use --top-k", "omit it")),
+        (("note.txt", "--method", "greedy"), ("not use --method",)),
+        (("note.txt", "--top-p", "0.5", "--seed", "1"), ("not use --top-p, --seed",)),
+        (("note.txt", "--system", "x"), ("--system applies to prompts", ".jsonl")),
+        (("note.txt", "--ends"), ("--ends and --no-ends apply to answers", ".jsonl")),
         (("note.txt", "-w", "1"), ("1 weight (1) for 2 members",)),
     ],
 )
@@ -238,7 +238,7 @@ def test_answers_are_scored_behind_their_prompts(run: Run, tmp_path: Path) -> No
         assert len(found["segments"]) == len(expected.ends)
     assert "␣one" in run("score", str(path), *TOYS, "--tokens").out
     path.write_text("no json")
-    assert "line 1: it is no JSON" in run("score", str(path), *TOYS).error
+    assert "line 1: not valid JSON" in run("score", str(path), *TOYS).error
 
 
 @pytest.mark.parametrize("stdin", ["", "\n"])

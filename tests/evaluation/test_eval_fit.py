@@ -53,7 +53,7 @@ def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..
     assert code == 0
     for part in (
         "correct (selection)", "correct (others)", "grid over accuracy", "of 3 (", "of 2 (", "p-value",
-        "was chosen by the first group", "30 texts were read once", "needs 90 readings", "EM took",
+        "was selected on the first group", "30 texts were scored once", "needs 90 passes", "EM took",
     ):  # fmt: skip
         assert part in out, part
     assert Path("here/readings.jsonl").exists()
@@ -77,7 +77,7 @@ def test_a_task_that_writes_is_written_at_every_point(
     monkeypatch.setattr(ToySession, "forward", lambda *_: pytest.fail("it was written anew"))
     again = json.loads(run(*arguments, "--json")[1])["accuracy"]
     assert (again["grid"], again["rows"]) == (found["grid"], found["rows"])
-    assert "3 points wrote" in run(*arguments)[1]
+    assert "3 points generated" in run(*arguments)[1]
 
 
 def test_what_does_not_fit_is_said_before_a_model_is_loaded(
@@ -88,12 +88,12 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(
         (("--limit", "3"), "--limit is given without --accuracy"),
         (("--out", "x"), "--out is given without --accuracy"),
         (("--accuracy", task("choice"), "--limit", "0"), "--limit is 0"),
-        (("--accuracy", task("choice"), "--seeds", "2"), "compares given texts and has no use for --seeds"),
-        (("--accuracy", task("choice"), "--top-k", "2"), "compares given texts and has no use for --top-k"),
+        (("--accuracy", task("choice"), "--seeds", "2"), "scores given texts and does not use --seeds"),
+        (("--accuracy", task("choice"), "--top-k", "2"), "scores given texts and does not use --top-k"),
         (("--top-k", "2"), "mixlm fit does not use --top-k"),
         (("--accuracy", "mixlm_gsm9k"), "did you mean 'mixlm_gsm8k'"),
         (("--prompt-bytes", "-1"), "--prompt-bytes is -1"),
-        (("--no-ends",), "--ends and --no-ends are of answers"),
+        (("--no-ends",), "--ends and --no-ends apply to answers"),
     ):
         code, out, err = run("fit", text, *TOYS, *arguments)
         assert (code, out) == (2, ""), err

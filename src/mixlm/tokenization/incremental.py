@@ -264,19 +264,33 @@ class _PairBoundaries:
         self._pairs = pairs
         # A normalizer may join characters, and without byte tokens unknown characters are fused into one token. Then
         # only a boundary in front of a space is safe.
-        self._only_spaces = bool(_changes(tokenizer)) or not getattr(tokenizer.model, "byte_fallback", False)
+        self._normalizes = bool(_changes(tokenizer))
+        self._only_spaces = self._normalizes or not getattr(tokenizer.model, "byte_fallback", False)
+        self._tokenizer = tokenizer
 
     def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
         """Return how many ids and how many characters no later text can change."""
         offsets = encoding.offsets
-        text = text.replace(SPACE, " ")
+        plain = text.replace(SPACE, " ")
         for count in range(len(offsets) - 1, 0, -1):
             offset = offsets[count][0]
-            if offset < 1 or offsets[count - 1][1] != offset or (self._only_spaces and text[offset] != " "):
+            if offset < 1 or offsets[count - 1][1] != offset or (self._only_spaces and plain[offset] != " "):
                 continue
-            if (text[offset - 1], text[offset]) not in self._pairs:
+            last = self._last_normalized(text[:offset]) if self._normalizes else plain[offset - 1]
+            if (last, plain[offset]) in self._pairs:
+                continue
+            if not self._normalizes:
                 return count, offset
+            # A normalizer that drops characters shifts the offsets of all tokens after them: count the ids anew.
+            before = self._tokenizer.encode(text[:offset], add_special_tokens=False).ids
+            if encoding.ids[: len(before)] == before:
+                return len(before), offset
         return 0, 0
+
+    def _last_normalized(self, text: str) -> str:
+        """Return the last character of a text as its tokens spell it; empty where nothing remains of the text."""
+        normalized: str = self._tokenizer.normalizer.normalize_str(text)
+        return normalized[-1:].replace(SPACE, " ")
 
 
 def _changes(tokenizer: Any) -> list[str]:

@@ -91,9 +91,9 @@ def available_rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]
     reason = _assisted_reason(ensemble, reasons)
     if reason is None:
         found.append(Rival(ensemble, tuple(order), prompt, options))
-        notes.append(f"{ASSISTED}: {ensemble.names[order[1]]} drafts; its law is not the ensemble's")
+        notes.append(f"{ASSISTED}: {ensemble.names[order[1]]} drafts; its distribution is not the ensemble's")
         if any("weights" in member.engine.details for member in ensemble.members):
-            notes.append(f"{ASSISTED}: with filled weights, how often its guesses are right means nothing")
+            notes.append(f"{ASSISTED}: with dummy weights, its acceptance rate means nothing")
     else:
         notes.append(f"{ASSISTED} was left out: {reason}")
     return found, notes

@@ -123,7 +123,7 @@ def test_sessions_do_not_disturb_each_other(engine):
 
 @pytest.mark.parametrize(("length", "last"), [(0, 1), (3, 0), (3, 4), (3, -1)])
 def test_positions_that_are_not_there_are_refused(engine, length, last):
-    with pytest.raises(UsageError, match=f"{last} positions were asked of a sequence of {length} tokens"):
+    with pytest.raises(UsageError, match=f"{last} positions were requested of a sequence of {length} tokens"):
         engine.session().logits(random_ids(engine, length), last)
 
 
@@ -140,13 +140,13 @@ def test_more_tokens_than_the_context_are_refused_and_the_session_stays_usable(e
 def test_a_forward_that_fails_leaves_the_session_usable(engine, error):
     session, ids = engine.session(), random_ids(engine, 12)
     session.logits(ids[:5])
-    forward = type(session)._forward
+    forward = type(session).forward
 
     def halfway(self: Session, ids: np.ndarray, last: int) -> None:
         forward(self, ids[:2], 1)
         raise error
 
-    with patch.object(type(session), "_forward", halfway), pytest.raises(error):
+    with patch.object(type(session), "forward", halfway), pytest.raises(error):
         session.logits(ids)
     count = len(session.stats.forwards)
     assert_close(session.logits(ids), uncached(engine, ids))
@@ -157,7 +157,7 @@ def test_a_forward_that_fails_leaves_the_session_usable(engine, error):
 def test_a_cut_that_fails_leaves_the_session_usable(engine):
     session, ids = engine.session(), random_ids(engine, 8)
     session.logits(ids)
-    keep, cuts = type(session)._truncate, []
+    keep, cuts = type(session).truncate, []
 
     def once(self: Session, length: int) -> int:
         cuts.append(length)
@@ -165,7 +165,7 @@ def test_a_cut_that_fails_leaves_the_session_usable(engine):
             raise KeyboardInterrupt
         return keep(self, length)
 
-    with patch.object(type(session), "_truncate", once), pytest.raises(KeyboardInterrupt):
+    with patch.object(type(session), "truncate", once), pytest.raises(KeyboardInterrupt):
         session.logits(ids[:4])
     assert_close(session.logits(ids[:4]), uncached(engine, ids[:4]))
 

@@ -18,7 +18,7 @@ from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.loading import load_config
@@ -53,7 +53,7 @@ def spec(folders: dict[str, Path], **options) -> EngineSpec:
 
 @pytest.fixture(scope="module")
 def base(folders) -> HFEngine:
-    return HFEngine(spec(folders), str(folders["base"]))
+    return HFEngine.from_pretrained(spec(folders), str(folders["base"]))
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +269,11 @@ def test_a_toy_takes_a_system_text_and_no_adapter():
 
 @pytest.mark.parametrize("model", ["shape:smollm2-135m", "http://localhost:1"])
 def test_what_has_no_weights_of_its_own_takes_no_adapter(model):
-    with pytest.raises(UnsupportedError, match=f"{model} is given no adapter here"):
+    with pytest.raises(UnsupportedError, match=f"{model} takes no adapter"):
         load_config(parse_config({"members": [{"model": model, "adapter": "x"}]}, "here"))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("mixlm.engines.transformers.lora.find_spec", lambda _: None)
+    monkeypatch.setattr("mixlm.engines.transformers.loaded_model.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
         LoadedModel(torch.nn.Linear(1, 1)).add("x", "tiny")

@@ -75,7 +75,7 @@ def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
     for p in np.linspace(0.02, 0.99, 60):
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
         assert transform.top_k_filter is not None
-        part = DeviceTopK().part(logits[None], transform.top_k_filter, [0])[0]
+        part = DeviceTopK().select(logits[None], transform.top_k_filter, [0])[0]
         ids, values = ahead.truncate_sorted(part[0].view(torch.float32), part[1], 14, transform.sampling)
         assert sorted(ids[values > -np.inf].tolist()) == sorted(transform(logits.numpy()).ids.tolist())
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import LogitsRequest
-from mixlm.engines.transformers import runner
+from mixlm.engines.transformers import runner, self_test
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
 from mixlm.types import Message
@@ -77,7 +77,7 @@ def build(folder: Path, kind: str, *, template: str | None = CHATML, tokenizer: 
 
 
 def load(folder: Path, **options) -> HFEngine:
-    return HFEngine(EngineSpec(str(folder), "tiny", "float32", "cpu", **options), str(folder))
+    return HFEngine.from_pretrained(EngineSpec(str(folder), "tiny", "float32", "cpu", **options), str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def folders(tmp_path_factory):
 def engine(request, folders) -> HFEngine:
     if request.param == "unbatched":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "_DIFFERENCE", -1.0)
+            patch.setattr(self_test, "TOLERANCE", -1.0)
             return load(folders("gemma3"))
     return load(folders(request.param))
 
@@ -122,10 +122,10 @@ def test_answers_are_those_of_transformers(folders, kind):
 
 
 def test_only_models_that_carry_a_state_read_the_whole_text_again(folders):
-    assert load(folders("mamba")).runner.recomputes
-    assert "keeps no cache" in load(folders("mamba")).notes[0]
+    assert load(folders("mamba")).runner.is_stateful
+    assert "cannot roll back" in load(folders("mamba")).notes[0]
     for kind in ("llama", "mistral", "gemma3"):
-        assert not load(folders(kind)).runner.recomputes
+        assert not load(folders(kind)).runner.is_stateful
         assert load(folders(kind)).notes == ()
 
 
@@ -133,7 +133,7 @@ def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders,
     for kind in ("llama", "mistral", "gemma3"):
         assert load(folders(kind)).runner.batches
     assert not load(folders("mamba")).runner.batches
-    monkeypatch.setattr("mixlm.engines.transformers.kv_cache._KNOWN", {"rows"})
+    monkeypatch.setattr("mixlm.engines.transformers.kv_cache._SUPPORTED_OPTIONS", {"attention_batch"})
     asks_for_more = load(folders("llama"))
     assert not asks_for_more.runner.batches
     ids = random_ids(asks_for_more, 12)
@@ -160,7 +160,7 @@ def test_one_forward_serves_many_sessions(folders, kind):
 
 
 def test_a_forward_takes_no_more_tokens_than_it_may(llama, monkeypatch):
-    monkeypatch.setattr(runner, "MOST", 20)
+    monkeypatch.setattr(runner, "MAX_BATCH_TOKENS", 20)
     sessions = [llama.session() for _ in range(5)]
     asked = [
         (session, LogitsRequest(0, random_ids(llama, length, length)))
@@ -168,13 +168,13 @@ def test_a_forward_takes_no_more_tokens_than_it_may(llama, monkeypatch):
     ]
     for found, (_, ask) in zip(llama.respond(asked), asked, strict=True):
         assert_close(found, uncached(llama, ask.ids))
-    assert [session.stats.forwards[0].rows for session in sessions] == [2, 2, 1, 1, 1]
+    assert [session.stats.forwards[0].batch_size for session in sessions] == [2, 2, 1, 1, 1]
 
 
 def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
     ids = random_ids(llama, 50)
     whole = uncached(llama, ids, 3)
-    monkeypatch.setattr(runner, "MOST", 16)
+    monkeypatch.setattr(runner, "MAX_BATCH_TOKENS", 16)
     session = llama.session()
     assert_close(session.logits(ids, 3), whole)
     assert_close(session.logits(ids[:45], 20), uncached(llama, ids[:45], 20))
@@ -186,7 +186,7 @@ def test_the_output_layer_decides_the_rows_and_padding_has_no_bytes(llama):
     assert llama.vocabulary.tokens[-5:] == (b"",) * 5
     assert llama.context_length == 4096
     assert not llama.device.type.startswith("cuda")
-    assert llama.dtype is torch.float32
+    assert llama.model.dtype is torch.float32
 
 
 def test_ends_are_gathered_from_tokenizer_config_generation_config_and_template(tmp_path):
@@ -290,7 +290,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(folders):
     folder = folders("llama")
     for device in ("nonsense", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device '{device}' is not there .this machine has cpu"):
-            HFEngine(EngineSpec(str(folder), "tiny", "float32", device), str(folder))
+            HFEngine.from_pretrained(EngineSpec(str(folder), "tiny", "float32", device), str(folder))
 
 
 @pytest.mark.parametrize(

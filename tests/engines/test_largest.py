@@ -46,7 +46,7 @@ def test_choices_are_those_of_the_whole_row() -> None:
     for seed in range(400):
         logits, transform = random_case(seed)
         assert transform.top_k_filter is not None
-        [row] = largest.of(logits[None], [transform.top_k_filter])
+        [row] = largest.transfer(logits[None], [transform.top_k_filter])
         short += isinstance(row, Candidates)
         found, expected = transform(row), transform(logits.float().numpy())
         np.testing.assert_array_equal(found.ids, expected.ids)
@@ -61,7 +61,7 @@ def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
     logits = torch.tensor(rng.normal(size=(7, 900)), dtype=torch.bfloat16)
     cuts = [TopKFilter(k, rng.choice(900, size=20, replace=False)) for k in (1, 5, 445)]
     asked = [cuts[0], None, cuts[1], cuts[0], cuts[2], None, cuts[1]]
-    rows = DeviceTopK().of(logits, asked)
+    rows = DeviceTopK().transfer(logits, asked)
     for row, cut, own in zip(rows, asked, logits, strict=True):
         whole = own.float().numpy()
         if cut is None or cut.k == 445:  # nearly all of the row
@@ -78,7 +78,7 @@ def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
 def test_a_row_where_others_might_be_tied_with_the_last_comes_whole(value: float) -> None:
     logits = torch.full((1, 500), value)
     logits[0, 7] = 1.0
-    [row] = DeviceTopK().of(logits, [TopKFilter(3, np.array([9]))])
+    [row] = DeviceTopK().transfer(logits, [TopKFilter(3, np.array([9]))])
     np.testing.assert_array_equal(row, logits[0].numpy())
 
 
@@ -95,7 +95,7 @@ def test_what_depends_on_more_than_the_largest_has_no_cut() -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[HFEngine]:
     folders: list[Path] = [build(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "gemma3")]
-    return [HFEngine(EngineSpec(one.name, one.name, "bfloat16", "cpu"), str(one)) for one in folders]
+    return [HFEngine.from_pretrained(EngineSpec(one.name, one.name, "bfloat16", "cpu"), str(one)) for one in folders]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 4}, {"top_k": 12, "top_p": 0.8}, {"top_k": 0}, {"min_p": 0.1}])
@@ -107,7 +107,7 @@ def test_texts_are_those_of_whole_rows(
     written = []
     for largest in (None, DeviceTopK()):
         for one in pair:
-            monkeypatch.setattr(one.runner, "largest", largest)
+            monkeypatch.setattr(one.runner, "device_top_k", largest)
         replies = [both.generate("the river", method=method, max_tokens=30, seed=seed, **options) for seed in range(3)]
         written.append([[(token.data, token.member, token.logprob) for token in one.tokens] for one in replies])
     assert written[0] == written[1]
@@ -115,7 +115,7 @@ def test_texts_are_those_of_whole_rows(
 
 def test_an_engine_tells_what_is_needed_and_no_more(pair: list[HFEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     one = pair[0]
-    monkeypatch.setattr(one.runner, "largest", DeviceTopK())
+    monkeypatch.setattr(one.runner, "device_top_k", DeviceTopK())
     seen: list[Any] = []
     ids, cut = np.arange(20, 30), TopKFilter(3, np.array([0]))
     session = one.session()

@@ -149,11 +149,11 @@ def test_log_probabilities_of_given_texts_are_refused(engine):
 def test_more_tokens_are_asked_for_while_too_few_may_be_drawn(engine, monkeypatch):
     ids = random_ids(engine, 4)
     first = np.isfinite(engine.session().logits(ids)[0])
-    drawable = engine.drawable.copy()
-    drawable[np.flatnonzero(first)[:30]] = False
-    monkeypatch.setattr(engine, "drawable", drawable)
+    sampleable = engine.sampleable.copy()
+    sampleable[np.flatnonzero(first)[:30]] = False
+    monkeypatch.setattr(engine, "sampleable", sampleable)
     more = np.isfinite(engine.session().logits(ids)[0])
-    assert (more & drawable).sum() >= engine.top_k_limit
+    assert (more & sampleable).sum() >= engine.top_k_limit
     assert (more & first).sum() == first.sum()
 
 
@@ -184,16 +184,16 @@ class Dummy:
 
 def test_a_slot_is_given_back_when_its_session_is_gone():
     slots, one, other = Slots(2), Dummy(), Dummy()
-    with slots.held(one) as (first, kept):
+    with slots.acquired(one) as (first, kept):
         assert not kept
-    with slots.held(other) as (second, _):
+    with slots.acquired(other) as (second, _):
         assert second != first
     del one
     gc.collect()
     third = Dummy()
-    with slots.held(third) as (slot, kept):
+    with slots.acquired(third) as (slot, kept):
         assert (slot, kept) == (first, False)
-    with slots.held(other) as (slot, kept):
+    with slots.acquired(other) as (slot, kept):
         assert (slot, kept) == (second, True)
 
 
@@ -202,10 +202,10 @@ def test_a_slot_in_use_is_waited_for():
     order = []
 
     def use() -> None:
-        with slots.held(other):
+        with slots.acquired(other):
             order.append("other")
 
-    with slots.held(one):
+    with slots.acquired(one):
         thread = threading.Thread(target=use)
         thread.start()
         thread.join(0.05)
@@ -247,7 +247,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_named(engine, file, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(Path(file).read_bytes().replace(b"llama", b"limma"))
     with pytest.raises(ModelLoadError, match=r"llama.cpp cannot load .*broken.gguf"):
-        LlamaCppEngine(spec(file), broken, tokenizer_folder(find_gguf(file)))
+        LlamaCppEngine.from_file(spec(file), broken, tokenizer_folder(find_gguf(file)))
 
 
 def test_a_tokenizer_of_another_model_is_refused(engine, file, tmp_path):
@@ -256,7 +256,7 @@ def test_a_tokenizer_of_another_model_is_refused(engine, file, tmp_path):
 
     PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path)
     with pytest.raises(TokenizerError, match=r"tokens, and tiny.gguf has 260"):
-        LlamaCppEngine(spec(file), Path(file), tmp_path)
+        LlamaCppEngine.from_file(spec(file), Path(file), tmp_path)
 
 
 def test_auto_takes_llama_cpp_where_it_is_enough(file):

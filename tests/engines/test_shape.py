@@ -60,13 +60,13 @@ def engine() -> DummyWeightsEngine:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name: str) -> None:
     with torch.device("meta"):
-        model = shape.described(SHAPES[name], torch.bfloat16)
+        model = shape.from_shape(SHAPES[name], torch.bfloat16)
     assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
 
 
 def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engine: DummyWeightsEngine) -> None:
     for sizes, filled in ((TINY, engine), (SMALLER, tiny(SMALLER))):
-        plain = shape.described(sizes, torch.float32).eval()
+        plain = shape.from_shape(sizes, torch.float32).eval()
         plain.load_state_dict(filled.model.state_dict())
         ids = random_ids(filled, 30)
         with torch.inference_mode():

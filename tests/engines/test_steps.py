@@ -43,7 +43,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
                 sizes = {k: v for k, v in llama.items() if k.endswith(("_size", "_heads", "_layers", "_id"))}
                 Qwen2ForCausalLM(Qwen2Config(**sizes, initializer_range=0.3)).save_pretrained(folder)
             folders[kind] = str(folder)
-        return HFEngine(EngineSpec(kind, kind, "float32", device, graphs=graphs), folders[kind])
+        return HFEngine.from_pretrained(EngineSpec(kind, kind, "float32", device, graphs=graphs), folders[kind])
 
     return loaded
 
@@ -72,8 +72,8 @@ def many(length: int) -> Sequence[tuple[int, int, int]]:
 @pytest.mark.parametrize("length", [5, 240])
 def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, length: int) -> None:
     fixed, usual = load(kind), load(kind, "off")
-    assert fixed.runner.steps is not None
-    assert usual.runner.steps is None
+    assert fixed.runner.graphs is not None
+    assert usual.runner.graphs is None
     session, reference = fixed.session(), usual.session()
     ids = np.zeros(0, dtype=np.int64)
     for seed, (stand, new, last) in enumerate(many(length)):
@@ -86,7 +86,7 @@ def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, leng
 def test_steps_answer_what_transformers_answers(load: Load) -> None:
     one = load("gemma3")
     ids = random_ids(one, 40)
-    reference = AutoModelForCausalLM.from_pretrained(one._source, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(one.model.name_or_path, dtype=torch.float32)
     with torch.inference_mode():
         expected = reference(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
     session = one.session()
@@ -98,13 +98,13 @@ def test_steps_answer_what_transformers_answers(load: Load) -> None:
 def test_short_forwards_are_steps_and_long_ones_are_not(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     one = load("llama")
     ran: list[tuple[int, int, int]] = []
-    run = steps.Step.run
+    run = steps.FixedShapeForward.run
 
-    def noted(self: steps.Step, room: Any) -> Any:
-        ran.append((self._tokens, len(self._numbers) - self._tokens - 1, room.size))
+    def noted(self: steps.FixedShapeForward, room: Any) -> Any:
+        ran.append((self.tokens, self.outputs, room.size))
         return run(self, room)
 
-    monkeypatch.setattr(steps.Step, "run", noted)
+    monkeypatch.setattr(steps.FixedShapeForward, "run", noted)
     session, ids = one.session(), random_ids(one, 300)
     for end, last in ((40, 1), (41, 1), (44, 1), (50, 6), (53, 2), (255, 1), (256, 1), (257, 1)):
         session.logits(ids[:end], last)
@@ -125,8 +125,8 @@ def test_a_sequence_goes_from_steps_to_forwards_of_many_and_back(load: Load) -> 
 
 def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     one = load("mistral")
-    assert one.runner.steps is not None
-    monkeypatch.setattr(one.runner.steps.rooms, "_kept", 1)
+    assert one.runner.graphs is not None
+    monkeypatch.setattr(one.runner.graphs.pool, "_max_idle", 1)
     first = one.session()
     first.logits(random_ids(one, 20))
     room = first.cache.reserve(0)
@@ -145,13 +145,13 @@ def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytes
 def test_few_sequences_at_a_time_have_captured_steps(load: Load) -> None:
     # Whether a room is to have steps is decided before anything is captured, so no device is needed to ask.
     those = steps.CudaGraphRunner(load("llama").model, capture=True)
-    caches = [KVCache(those.rooms) for _ in range(6)]
-    assert [those.fit(one, 1) for one in caches] == [True] * 4 + [False] * 2
-    assert [those.fit(one, 33) for one in caches] == [False] * 6
+    caches = [KVCache(those.pool) for _ in range(6)]
+    assert [those.fits(one, 1) for one in caches] == [True] * 4 + [False] * 2
+    assert [those.fits(one, 33) for one in caches] == [False] * 6
     del caches[0]
-    assert [those.fit(one, 2) for one in caches] == [True] * 4 + [False]  # the next in line takes its place
-    assert those.fit(KVCache(those.rooms), 1)  # in the room that was left, with what is captured there
-    assert not those.fit(caches[-1], 1)
+    assert [those.fits(one, 2) for one in caches] == [True] * 4 + [False]  # the next in line takes its place
+    assert those.fits(KVCache(those.pool), 1)  # in the room that was left, with what is captured there
+    assert not those.fits(caches[-1], 1)
 
 
 @pytest.mark.parametrize("method", ["mixture", "speculative", "conventional"])
@@ -178,7 +178,7 @@ def test_norms_are_one_operation_inside_steps_only(load: Load, kind: str, count:
     x = torch.randn(3, norm.weight.numel(), dtype=dtype)
     with torch.inference_mode():
         usual = norm(x)
-        with norms.used():
+        with norms.applied():
             fused = norm(x)
             assert "forward" in vars(norm)
     torch.testing.assert_close(fused, usual)
@@ -206,7 +206,7 @@ def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
 
 
 def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Path) -> None:
-    folder, file = load("llama")._source, tmp_path / "one.toml"
+    folder, file = load("llama").model.name_or_path, tmp_path / "one.toml"
     file.write_text(f'[[members]]\nmodel = "{folder}"\ndtype = "float32"\ngraphs = "on"\n')
     loaded = (
         (mixlm.load(folder, dtype="float32", graphs="on"), True),
@@ -216,26 +216,26 @@ def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Pat
     for given, used in loaded:
         engine = given.members[0].engine
         assert isinstance(engine, HFEngine)
-        assert (engine.runner.steps is not None) == used
+        assert (engine.runner.graphs is not None) == used
 
 
 def test_another_adapter_has_steps_of_its_own(load: Load) -> None:
     runner = load("llama").runner
-    other = runner.using("some adapter")
-    assert other.steps is not None
-    assert other.steps is not runner.steps
-    assert other.steps.rooms is not runner.steps.rooms  # type: ignore[union-attr]
-    assert runner.using("some adapter") is other
+    other = runner.with_adapter("some adapter")
+    assert other.graphs is not None
+    assert other.graphs is not runner.graphs
+    assert other.graphs.pool is not runner.graphs.pool  # type: ignore[union-attr]
+    assert runner.with_adapter("some adapter") is other
 
 
 def test_a_model_that_steps_would_change_keeps_its_usual_forward(
     load: Load, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mamba = str(build(tmp_path / "m", "mamba"))
-    for folder in (mamba, load("llama")._source):
-        monkeypatch.setattr(steps, "visible", lambda positions, keys, _: torch.ones(len(positions), keys) > 0)
-        with pytest.raises(UnsupportedError, match=r"tiny cannot run in steps of fixed shape .*graphs"):
-            HFEngine(EngineSpec("tiny", "tiny", "float32", "cpu", graphs="on"), folder)
+    for folder in (mamba, load("llama").model.name_or_path):
+        monkeypatch.setattr(steps, "causal_mask", lambda positions, keys, _: torch.ones(len(positions), keys) > 0)
+        with pytest.raises(UnsupportedError, match=r"tiny cannot run in fixed shapes .*graphs"):
+            HFEngine.from_pretrained(EngineSpec("tiny", "tiny", "float32", "cpu", graphs="on"), folder)
 
 
 class Recorded:
@@ -260,11 +260,11 @@ def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
         recorded = Recorded(run)
         return recorded, recorded.out
 
-    monkeypatch.setattr(steps, "warmed_up", lambda run, _: run())
-    monkeypatch.setattr(steps, "captured", captured)
+    monkeypatch.setattr(steps, "warm_up", lambda run, _: run())
+    monkeypatch.setattr(steps, "capture", captured)
     monkeypatch.setattr(Recorded, "replays", 0)
     one, usual = load(kind), load(kind, "off")
-    one.runner.steps = steps.CudaGraphRunner(one.model, capture=True)
+    one.runner.graphs = steps.CudaGraphRunner(one.model, capture=True)
     agree(one, usual)
     assert Recorded.replays > 30
 
@@ -286,5 +286,5 @@ def test_captured_steps_answer_what_the_usual_forward_answers(load: Load, kind: 
     captured, usual = load(kind, "auto", "cuda"), load(kind, "off", "cuda")
     assert captured.details["short forwards"] == "captured graphs"
     agree(captured, usual)
-    assert captured.runner.steps is not None
-    assert any(step._graph is not None for room in captured.runner.steps._captured for step in room.steps.values())
+    assert captured.runner.graphs is not None
+    assert any(step.is_captured for room in captured.runner.graphs.buffers for step in room.graphs.values())

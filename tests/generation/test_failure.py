@@ -38,13 +38,13 @@ class FlakySession(ToySession):
         super().__init__(engine)
         self._flaky = engine
 
-    def _forward(self, ids: np.ndarray, last: int) -> np.ndarray:
+    def forward(self, ids: np.ndarray, last: int) -> np.ndarray:
         one = self._flaky
         one.forwards += 1
         one.down = one.down or one.forwards == one.fails
         if one.down:
             raise EngineError("the line is dead", "plug it in")
-        return super()._forward(ids, last)
+        return super().forward(ids, last)
 
 
 def ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:

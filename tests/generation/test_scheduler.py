@@ -82,9 +82,9 @@ def counted(method, replies, tokens):
 
     def together(self, requests):
         calls.append(len(requests))
-        return respond_batched(requests, lambda parts: [one.session._forward(one.ids, one.last) for one in parts], 99)
+        return respond_batched(requests, lambda parts: [one.session.forward(one.ids, one.last) for one in parts], 99)
 
-    with patch.object(ToyEngine, "answer", together):
+    with patch.object(ToyEngine, "respond", together):
         options = {"raw": True, "seed": 4, "max_tokens": tokens, "ignore_end": True, "method": method}
         for _ in those.generations(["ab"] * replies, at_once=replies, **options):
             pass
@@ -137,7 +137,7 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
 
     options = {"raw": True, "seed": 4, "max_tokens": 25, "ignore_end": True}
     expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS[:4])]
-    with patch.object(ToyEngine, "answer", fails):
+    with patch.object(ToyEngine, "respond", fails):
         found = dict(those.generations(PROMPTS[:4], **options))
         with pytest.raises(MemoryLimitError):
             those.generate(PROMPTS[:4], **options)
@@ -150,7 +150,7 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
             raise MemoryLimitError("no memory", "smaller")
         return real(self, requests)
 
-    with patch.object(ToyEngine, "answer", fails_for_one):
+    with patch.object(ToyEngine, "respond", fails_for_one):
         found = dict(those.generations(PROMPTS[:4], **options))
     assert [at for at in range(4) if found[at].error] == [1]
     assert [text(found[at].completion) for at in (0, 2, 3)] == [expected[at] for at in (0, 2, 3)]

@@ -1,8 +1,8 @@
-"""A loaded model, one sequence on it, and the two questions that can be asked of it.
+"""The interface of an engine: a loaded model, a session for each sequence, and the requests that they serve.
 
-The cache is an optimisation and nothing else: what a session answers depends on the ids alone. One method gives append,
-rollback and lazy catch-up: the session keeps the longest common prefix of what it ran before, drops the rest, and runs
-what is missing in one forward. A member that is not asked does nothing.
+The KV cache is an optimisation and nothing else: what a session returns depends on the token ids alone. A session keeps
+the longest common prefix of its cache and the requested ids, rolls back the rest, and runs the missing tokens in one
+forward pass. That covers appending, rollback and catch-up; a member that gets no request does no work.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Floats, Ids, Logits, LogitsRows, Sampling, TopKFilter, TopLogprobs
 from mixlm.units.base import TokenBuffer
 
-_SCORED_AT_ONCE = 128
+_LOGPROBS_CHUNK = 128  # positions
 
 
 class SampleResponse(NamedTuple):
-    """A symbol drawn from one member, its natural log-probability under what it was drawn from, and what else it had.
+    """A symbol sampled from one member.
 
-    likeliest: symbols of that law and their log-probabilities, where they were asked for.
+    logprob: natural logarithm of its probability in the distribution that it was sampled from. top_logprobs: the most
+    probable symbols of that distribution with their log-probabilities, where they were requested.
     """
 
     symbol: int
@@ -42,9 +43,10 @@ class SampleResponse(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LogitsRequest:
-    """Ask a member for its logits after each of the last `last` prefixes of `ids`. Reply: float (last, vocab).
+    """Request a member's logits after each of the last `last` prefixes of `ids`, int64. Response: `LogitsRows`.
 
-    cut: what of the logits is needed; an engine may reply with one `Row` for each prefix, cut or whole.
+    top_k_filter: which logits are needed, None for all. With a filter, an engine may return one `LogitsRow` for each
+    prefix, filtered or whole; without one it returns float32 (last, vocab).
     """
 
     member: int
@@ -55,10 +57,10 @@ class LogitsRequest:
 
 @dataclass(frozen=True, slots=True)
 class RunAheadHint:
-    """What it takes to draw as `choose` will, and so to go on before the next question comes.
+    """What an engine needs to sample as the host will, and so to run further tokens before they are requested.
 
-    keys: of the draws that lead to another one of the same member, this position's first: `Noise.sample_key`, at least
-    one. sampling: the member's options. symbols: the shared symbol of each of its ids, int64 (vocab,).
+    keys: `Noise.sample_key` of each position that the same member samples next, this position's first; at least one.
+    sampling: the member's options. symbols: the unit's symbol of each of its ids, int64 (vocab,).
     """
 
     keys: tuple[int, ...]
@@ -68,10 +70,10 @@ class RunAheadHint:
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """Ask a member for one symbol after `ids`, drawn with `choose`. Reply: Drawn.
+    """Request one symbol after `ids`, sampled on the host. Response: `SampleResponse`.
 
-    choose: called with the logits (vocab,); where `cut` says what of them is needed, with any `Row`. ahead: for engines
-    that want it (`Engine.ahead`), what is probably asked next. It changes no reply.
+    sample: called with the logits (vocab,), or with any `LogitsRow` where there is a `top_k_filter`. run_ahead: what
+    will probably be requested next, for engines with a `run_ahead_depth`. It changes no response.
     """
 
     member: int
@@ -83,10 +85,10 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Ask a member to write on behind `ids` by itself: `length` tokens, or fewer where one of them ends the text.
+    """Request that the engine itself samples up to `max_tokens` tokens after `ids`. Response: `GenerateResponse`.
 
-    sampling, banned: its transform `A_i`; the options, and the ids that it may not draw, int64. seed: of the engine's
-    own random numbers, 0 to 2**63 - 1. Only for engines that say they can (`Engine.writes`). Reply: Written.
+    Only for engines whose `samples_itself` is true. sampling, banned: the member's transform `A_i`, as options and ids,
+    int64, that may not be sampled. seed: of the engine's random number generator, 0 to 2**63 - 1.
     """
 
     member: int
@@ -98,9 +100,9 @@ class GenerateRequest:
 
 
 class GenerateResponse(NamedTuple):
-    """What a member wrote by itself: its own ids, and their natural log-probabilities under its transform.
+    """Tokens that an engine sampled itself: the member's ids, and their log-probabilities under its transform.
 
-    cached: tokens in front of them that it had read before, where the engine knows better than its session.
+    cached_tokens: prompt tokens found in the prefix cache, where the engine reports them.
     """
 
     ids: list[int]
@@ -109,13 +111,13 @@ class GenerateResponse(NamedTuple):
 
 
 Request = LogitsRequest | SampleRequest | GenerateRequest
-Response = Any  # what the request's docstring says
+Response = Any  # see the docstring of each request
 
 
 class Forward(NamedTuple):
-    """One sequence's part in a forward pass: tokens run, tokens already in the cache, seconds that it was waited for.
+    """One sequence's part in a forward pass: tokens run, tokens already in the KV cache, seconds of waiting.
 
-    Where several sequences were run at once, `rows` is how many, and seconds are shared out by tokens.
+    batch_size: sequences in the pass. Its time is divided among them by their tokens.
     """
 
     tokens: int
@@ -126,9 +128,10 @@ class Forward(NamedTuple):
 
 @dataclass
 class SessionStats:
-    """What a session has done so far. log: the forwards that answered questions.
+    """Forward passes of a session.
 
-    ahead: how many of these were run before they were asked for. vain: how many others were run, and never asked for.
+    forwards: those that served requests. run_ahead: how many of these ran before they were requested. wasted: how many
+    others ran ahead and were never requested.
     """
 
     forwards: list[Forward] = field(default_factory=list)
@@ -137,19 +140,19 @@ class SessionStats:
 
     @property
     def tokens(self) -> int:
-        """Tokens run in all forwards."""
-        return sum(one.tokens for one in self.forwards)
+        """Tokens run in all forward passes."""
+        return sum(forward.tokens for forward in self.forwards)
 
     @property
     def seconds(self) -> float:
-        """Time spent in all forwards."""
-        return sum(one.seconds for one in self.forwards)
+        """Time spent in all forward passes."""
+        return sum(forward.seconds for forward in self.forwards)
 
 
 class Session(ABC):
-    """One sequence on one engine. Subclasses say how to cut the cache and how to run a forward.
+    """One sequence on one engine. A backend implements `forward` and `truncate`.
 
-    keeps_cache: false for a model that has to read the whole sequence every time.
+    keeps_cache: false for a model that runs the whole sequence every time.
     """
 
     keeps_cache = True
@@ -158,49 +161,86 @@ class Session(ABC):
         self.context_length = context_length
         self.stats = SessionStats()
         self._cached = TokenBuffer(np.zeros(0, dtype=np.int64))
-        self._latest: Logits | None = None
+        self._last_logits: Logits | None = None
+
+    @abstractmethod
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Run `ids` behind the KV cache and return the logits of the last `last` positions: float32 (last, vocab)."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> int:
+        """Cut the KV cache to its first `length` tokens. Returns how many it kept: `length`, or 0 if it cannot."""
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits after each of the last `last` prefixes of `ids`: float32 (last, vocab).
 
-        Raises UsageError for no ids, PromptTooLongError for more than the context holds.
+        Raises:
+            UsageError: `ids` is empty, or has fewer than `last` tokens.
+            PromptTooLongError: `ids` has more tokens than the context.
         """
-        keep = self.rollback(ids, last)
-        if keep is None:
+        cached = self.rollback(ids, last)
+        if cached is None:
             return self.last_logits
         start = time.perf_counter()
         try:
-            out = self._forward(ids[keep:], last)
+            logits = self.forward(ids[cached:], last)
         except BaseException:
             self.reset()
             raise
-        self.record(ids, out, Forward(len(ids) - keep, keep, time.perf_counter() - start))
-        return out
+        self.record(ids, logits, Forward(len(ids) - cached, cached, time.perf_counter() - start))
+        return logits
 
-    def logits_rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
-        """Return what `logits` does; engines for which it is cheaper, only what `cut` leaves of it."""
+    def logits_rows(self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None) -> LogitsRows:
+        """Return what `logits` does, or only what the filter keeps of it where that is cheaper."""
         return self.logits(ids, last)
+
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """Sample tokens in the engine. Raises UnsupportedError where it cannot, EngineError where it fails."""
+        raise UnsupportedError("this engine does not sample tokens itself")
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
+
+        The distributions are the model's own, over the whole vocabulary. Positions are computed in chunks, which bounds
+        the memory for logits. Afterwards the KV cache holds all of `ids`.
+        """
+        logprobs = np.empty(max(len(ids) - 1, 0))
+        for start in range(0, len(ids), _LOGPROBS_CHUNK):
+            end = min(start + _LOGPROBS_CHUNK, len(ids))
+            targets = ids[start + 1 : end + 1]
+            logits = self.logits(ids[:end], last=end - start)[: len(targets)]
+            target_logits = logits[np.arange(len(targets)), targets]
+            logprobs[start : start + len(targets)] = target_logits - self.log_normalizers(logits)
+        return logprobs
+
+    def log_normalizers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row: float64 (rows,)."""
+        largest = logits.max(axis=1)
+        sums: Floats = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
+        return sums
 
     @property
     def last_logits(self) -> Logits:
-        """The logits after the last token of the last question: float32 (1, vocab)."""
-        assert self._latest is not None
-        return self._latest
+        """The logits after the last token of the last request: float32 (1, vocab)."""
+        assert self._last_logits is not None
+        return self._last_logits
 
     @property
     def has_run_ahead(self) -> bool:
-        """Whether something was run that nobody has asked for yet; it is looked at for one question at a time."""
+        """Whether forward passes ran that have not been requested yet; such a session is served by itself."""
         return False
 
     def rollback(self, ids: Ids, last: int = 1) -> int | None:
-        """Cut the cache to what it has in common with a question, and return how many tokens it then holds.
+        """Cut the KV cache to the prefix that it shares with `ids`, so that `last` or more tokens are left to run.
 
-        None where nothing is missing, and `latest` is the answer. Raises what `logits` raises. For engines that run
-        several sessions at once; `settle` or `forget` follows.
+        `record` or `reset` follows. Raises what `logits` raises.
+
+        Returns:
+            Tokens left in the cache; None where nothing is missing and `last_logits` is the response.
         """
         if not 1 <= last <= len(ids):
             raise UsageError(
-                f"{last} positions were asked of a sequence of {len(ids)} tokens", "ask for 1 or more of them"
+                f"{last} positions were requested of a sequence of {len(ids)} tokens", "request 1 or more of them"
             )
         if len(ids) > self.context_length:
             raise PromptTooLongError(
@@ -208,159 +248,138 @@ class Session(ABC):
             )
         cached = self._cached.ids
         common = common_prefix(cached, ids)
-        if last == 1 and common == len(ids) == len(cached) and self._latest is not None:
+        if last == 1 and common == len(ids) == len(cached) and self._last_logits is not None:
             return None
-        keep = min(common, len(ids) - last) if self.keeps_cache else 0
-        if keep < len(cached):
+        length = min(common, len(ids) - last) if self.keeps_cache else 0
+        if length < len(cached):
             try:
-                keep = self._truncate(keep)
+                length = self.truncate(length)
             except BaseException:
                 self.reset()
                 raise
-        self._cached.replace_tail(len(cached) - keep, [])
-        return keep
+        self._cached.replace_tail(len(cached) - length, [])
+        return length
 
     def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
-        """Take down that a question was run. logits: float32 (last, vocab); None where not all of them are known."""
+        """Record a forward pass that ran the rest of `ids`. logits: float32 (last, vocab); None if filtered."""
         self.stats.forwards.append(forward)
         self._cached.replace_tail(0, ids[forward.cached :])
-        self._latest = None if logits is None else logits[-1:]
+        self._last_logits = None if logits is None else logits[-1:]
+
+    def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
+        """Record tokens that the engine sampled after `ids`: a forward pass each, the first with the catch-up."""
+        cached = common_prefix(self._cached.ids, ids)
+        if response.cached_tokens is not None:
+            cached = min(response.cached_tokens, len(ids) - 1)
+        share = seconds / len(response.ids)
+        self.stats.forwards.append(Forward(len(ids) - cached, cached, share))
+        self.stats.forwards.extend(Forward(1, len(ids) + i, share) for i in range(len(response.ids) - 1))
+        self._cached.replace_tail(len(self._cached.ids), np.concatenate([ids, response.ids]))
+        self._last_logits = None
 
     def reset(self) -> None:
-        """Start anew: interrupted or out of memory, what the cache holds is unknown."""
+        """Empty the KV cache: after an interrupt or an error its content is unknown."""
         self._cached.replace_tail(len(self._cached.ids), [])
-        self._latest = None
-        self._truncate(0)
-
-    def token_logprobs(self, ids: Ids) -> Floats:
-        """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
-
-        The distributions are the model's own, over the whole vocabulary. The cache ends up holding all of `ids`, so a
-        reply to them needs no forward of its own for its first token. Logits are looked at in parts, so that they never
-        lie in memory at once.
-        """
-        out = np.empty(max(len(ids) - 1, 0))
-        for start in range(0, len(ids), _SCORED_AT_ONCE):
-            end = min(start + _SCORED_AT_ONCE, len(ids))
-            targets = ids[start + 1 : end + 1]
-            logits = self.logits(ids[:end], last=end - start)[: len(targets)]
-            out[start : start + len(targets)] = logits[np.arange(len(targets)), targets] - self._log_normalizers(logits)
-        return out
-
-    def generate(self, run: GenerateRequest) -> GenerateResponse:
-        """Write on by itself. Raises UnsupportedError where the engine cannot, EngineError where it fails."""
-        raise UnsupportedError(f"this engine writes no runs; {run.max_tokens} tokens were asked for")
-
-    def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
-        """Take down a run behind `ids`: a forward for each token, of which the first also caught up."""
-        before = common_prefix(self._cached.ids, ids)
-        if written.cached_tokens is not None:
-            before = min(written.cached_tokens, len(ids) - 1)
-        each = seconds / len(written.ids)
-        for at in range(len(written.ids)):
-            self.stats.forwards.append(
-                Forward(1, len(ids) + at - 1, each) if at else Forward(len(ids) - before, before, each)
-            )
-        self._cached.replace_tail(len(self._cached.ids), np.concatenate([ids, written.ids]))
-        self._latest = None
-
-    def _log_normalizers(self, logits: Logits) -> Floats:
-        """Return log Σ exp of each row."""
-        top = logits.max(axis=1)
-        sums: Floats = top + np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
-        return sums
-
-    @abstractmethod
-    def _truncate(self, length: int) -> int:
-        """Cut the cache to its first `length` tokens. Returns how many it kept: `length`, or 0 if it cannot be cut."""
-
-    @abstractmethod
-    def _forward(self, ids: Ids, last: int) -> Logits:
-        """Run `ids` behind the cache and return the logits of the last `last` positions: float32 (last, vocab)."""
+        self._last_logits = None
+        self.truncate(0)
 
 
-class Engine(ABC):
-    """A loaded model with its tokenizer.
+@dataclass(frozen=True)
+class TextInterface:
+    """What an engine needs of a tokenizer and a chat template: see `Engine` for each field."""
 
-    stops: strings that end a reply by the model's prompt template. notes: what a user should know about this model.
-    details: dtype, device and the like, for reports. reading: the tokenizer's family, its normaliser, its leading-space
-    rule and where its prompt template is from, for reports. weights_bytes: memory of the weights. device: what it runs
-    on; engines on equal devices are asked in turn. candidates: how many of its likeliest tokens it can tell, None for
-    all; the logits of such an engine are -inf for the others, and right up to a constant for these. at_once: it has a
-    queue of its own, and is best handed each question as it comes, with `begin`.
-    """
-
-    name: str
     vocabulary: Vocabulary
     encoder: Encoder
     prompts: PromptEncoder
-    context_length: int
     stops: tuple[str, ...] = ()
+    tokenizer_info: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """A loaded model with its tokenizer. A backend implements `session`, and `respond` where it can batch.
+
+    stops: strings that end a response by the model's chat template. notes: what a user should know about this model.
+    details: dtype, device and the like, for reports. tokenizer_info: the tokenizer's family, normaliser and
+    leading-space rule and the source of the chat template, for reports. weights_bytes: memory of the weights. device:
+    what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it can
+    return, None for all; the logits of such an engine are -inf for the others, and right up to a constant for these.
+    asynchronous: it has a queue of its own, and each request is best handed to it at once, with `submit`.
+    """
+
     details: Mapping[str, str] = MappingProxyType({})
-    tokenizer_info: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
     device: Any = "cpu"
     top_k_limit: int | None = None
     asynchronous: bool = False
 
+    def __init__(self, name: str, text: TextInterface, context_length: int) -> None:
+        self.name = name
+        self.context_length = context_length
+        self.vocabulary = text.vocabulary
+        self.encoder = text.encoder
+        self.prompts = text.prompts
+        self.stops = text.stops
+        self.tokenizer_info = text.tokenizer_info
+        self.notes = text.notes
+
     @property
     def batch_key(self) -> int:
-        """What tells its forwards from others': engines that are equal in it answer for each other's sessions."""
+        """Equal for engines that run in one batch: each of them can serve the others' sessions."""
         return id(self)
 
     @property
     def run_ahead_depth(self) -> int:
-        """How many positions behind the one in question it wants to know of (`Draw.ahead`); 0 for none."""
+        """How many positions behind the requested one it runs ahead (`SampleRequest.run_ahead`); 0 for none."""
         return 0
 
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
-        """Bytes of each part of the weights, by what tells it from others: engines may have parts in common."""
+        """Bytes of each part of the weights by an identifying key: engines may have parts in common."""
         return {id(self): self.weights_bytes}
 
     @abstractmethod
     def session(self) -> Session:
-        """Begin a sequence, with an empty cache."""
+        """Begin a sequence, with an empty KV cache."""
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether it can draw with these options by itself, and write runs of tokens (`Run`) in that way."""
+        """Whether it can sample with these options itself, as `GenerateRequest` needs. banned: int64."""
         return False
 
     def replica(self) -> Engine:
-        """Return an engine on the same weights that is asked for itself, as another model of its size would be."""
+        """Return an engine on the same weights that is served by itself, as another model of its size would be."""
         return copy(self)
 
     def with_spec(self, spec: EngineSpec) -> Engine | None:
-        """Return an engine on the same weights with the spec's prompts and adapter; None where that cannot be.
+        """Return an engine on the same weights with the spec's prompts and adapter; None where that is impossible.
 
-        The spec's `weights` are those of this engine's own.
+        The spec's `weights_key` must equal that of this engine's spec.
         """
         return None
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Answer all that is asked of this engine at one moment, in order. An engine that can batch overrides this."""
+        """Serve the requests of one step and return their responses in order."""
         return [respond(session, request) for session, request in requests]
 
     def submit(self, session: Session, request: Request) -> Future[Any]:
-        """Hand over one question, and return at once; `completed` makes its reply of what the future brings.
+        """Start one request and return at once; `to_response` makes a response of the future's result.
 
-        Only for engines that are asked `at_once`.
+        Only for engines that are `asynchronous`.
         """
-        raise UnsupportedError("this engine is handed no questions one by one; `answer` is")
+        raise UnsupportedError("this engine is not asynchronous: use `respond`")
 
     def alive(self) -> bool:
-        """Whether an engine that has failed can be asked again. Takes no longer than a few seconds."""
+        """Whether an engine that has failed can serve requests again. Takes no longer than a few seconds."""
         return True
 
 
 def total_weight_bytes(engines: Iterable[Engine]) -> int:
-    """Return the memory of the weights of several engines in bytes; what they have in common counts once."""
-    return sum({key: size for one in engines for key, size in one.weight_parts.items()}.values())
+    """Return the memory of the weights of several engines in bytes; common parts count once."""
+    return sum({key: size for engine in engines for key, size in engine.weight_parts.items()}.values())
 
 
 def respond(session: Session, request: Request) -> Response:
-    """Answer one request with a session's logits."""
+    """Serve one request with a session."""
     if isinstance(request, SampleRequest):
         return request.sample(session.logits_rows(request.ids, 1, request.top_k_filter)[0])
     if isinstance(request, GenerateRequest):
@@ -368,9 +387,9 @@ def respond(session: Session, request: Request) -> Response:
     return session.logits_rows(request.ids, request.last, request.top_k_filter)
 
 
-def to_response(request: Request, found: Any) -> Response:
-    """Return the reply to a request that was handed over with `Engine.begin`."""
-    return request.sample(found[0]) if isinstance(request, SampleRequest) else found
+def to_response(request: Request, result: Any) -> Response:
+    """Return the response to a request that was started with `Engine.submit`. result: of its future."""
+    return request.sample(result[0]) if isinstance(request, SampleRequest) else result
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

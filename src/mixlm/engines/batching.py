@@ -1,4 +1,4 @@
-"""Answers to many sessions of one engine: with as few forwards as they fit in, or in threads that wait for each."""
+"""Requests of many sessions on one engine: in as few forward passes as possible, or one thread a session."""
 
 from __future__ import annotations
 
@@ -11,106 +11,115 @@ from mixlm.engines.base import Forward, LogitsRequest, Request, Response, RunAhe
 from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 
-class Part(NamedTuple):
-    """What a session lacks for a question: ids behind its cache, how many of the last positions are asked for.
+class SequenceInput(NamedTuple):
+    """One sequence's input to a forward pass: the ids behind its KV cache, and how many of the last positions count.
 
-    cut: what of their logits is needed, None for all. ahead: what is probably asked next.
+    top_k_filter: which of their logits are needed, None for all. run_ahead: what will probably be requested next.
     """
 
     session: Session
     ids: Ids
     last: int
-    cut: TopKFilter | None = None
-    ahead: RunAheadHint | None = None
+    top_k_filter: TopKFilter | None = None
+    run_ahead: RunAheadHint | None = None
 
 
-Found = Logits | list[LogitsRow]  # float32 (last, vocab); or `last` rows, where the part has a cut
-Run = Callable[[Sequence[Part]], Sequence[Found]]
+SequenceOutput = Logits | list[LogitsRow]  # float32 (last, vocab); or `last` rows for an input with a filter
+RunBatch = Callable[[Sequence[SequenceInput]], Sequence[SequenceOutput]]
 
 
 def respond_in_threads(
     threads: ThreadPoolExecutor,
-    answered: Callable[[Sequence[tuple[Session, Request]]], list[Response]],
+    respond: Callable[[Sequence[tuple[Session, Request]]], list[Response]],
     requests: Sequence[tuple[Session, Request]],
 ) -> list[Response]:
-    """Answer the questions of different sessions in threads, those of one session in turn; in the order of requests."""
+    """Serve different sessions in threads, and each session's requests in turn. Responses in the order of requests."""
     by_session: dict[int, list[int]] = {}
-    for at, (session, _) in enumerate(requests):
-        by_session.setdefault(id(session), []).append(at)
+    for index, (session, _) in enumerate(requests):
+        by_session.setdefault(id(session), []).append(index)
     if len(by_session) == 1:
-        return answered(requests)
-    replies: list[Response] = [None] * len(requests)
-    parts = [[requests[at] for at in places] for places in by_session.values()]
-    futures = [threads.submit(answered, part) for part in parts]
-    wait(futures)  # also those beside one that failed: their sessions must not be asked again before they are done
-    for places, future in zip(by_session.values(), futures, strict=True):
-        for at, reply in zip(places, future.result(), strict=True):
-            replies[at] = reply
-    return replies
+        return respond(requests)
+    futures = [threads.submit(respond, [requests[index] for index in group]) for group in by_session.values()]
+    wait(futures)  # also those beside one that failed: no session may get a request before it is done
+    responses: list[Response] = [None] * len(requests)
+    for group, future in zip(by_session.values(), futures, strict=True):
+        for index, response in zip(group, future.result(), strict=True):
+            responses[index] = response
+    return responses
 
 
-class _Question(NamedTuple):
-    at: int
+class _BatchItem(NamedTuple):
+    """A request's position, all its ids, and what has to run for it."""
+
+    position: int
     ids: Ids
-    part: Part
+    input: SequenceInput
 
 
-def respond_batched(requests: Sequence[tuple[Session, Request]], run: Run, most: int) -> list[Response]:
-    """Answer in the order of the requests. most: tokens of one forward, unless a single question has more."""
-    replies: list[Response] = [None] * len(requests)
+def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, max_tokens: int) -> list[Response]:
+    """Serve requests in as few forward passes as possible. Responses in the order of requests.
+
+    Args:
+        requests: `LogitsRequest` and `SampleRequest`.
+        run: runs one forward pass.
+        max_tokens: of one forward pass, unless a single request has more.
+    """
+    responses: list[Response] = [None] * len(requests)
     waiting = list(range(len(requests)))
     while waiting:
-        # A session that is asked several things at once answers them one after the other.
-        first = {id(requests[at][0]): at for at in reversed(waiting)}
-        now = sorted(first.values())
-        waiting = [at for at in waiting if at not in set(now)]
-        questions = []
-        for at in now:
-            session, request = requests[at]
+        # A session with several requests serves them one after the other.
+        first = {id(requests[index][0]): index for index in reversed(waiting)}
+        current = sorted(first.values())
+        waiting = [index for index in waiting if index not in set(current)]
+        items = []
+        for index in current:
+            session, request = requests[index]
             last = request.last if isinstance(request, LogitsRequest) else 1
-            keep = session.rollback(request.ids, last)
-            if keep is None:
-                replies[at] = session.last_logits
+            cached = session.rollback(request.ids, last)
+            if cached is None:
+                responses[index] = session.last_logits
             else:
-                cut = request.top_k_filter if isinstance(request, LogitsRequest | SampleRequest) else None
-                ahead = request.run_ahead if isinstance(request, SampleRequest) else None
-                questions.append(_Question(at, request.ids, Part(session, request.ids[keep:], last, cut, ahead)))
-        for question, logits in zip(questions, _run(questions, run, most), strict=True):
-            replies[question.at] = logits
-        for at in now:
-            request = requests[at][1]
+                top_k_filter = request.top_k_filter if isinstance(request, LogitsRequest | SampleRequest) else None
+                run_ahead = request.run_ahead if isinstance(request, SampleRequest) else None
+                rest = SequenceInput(session, request.ids[cached:], last, top_k_filter, run_ahead)
+                items.append(_BatchItem(index, request.ids, rest))
+        for item, output in zip(items, _run_items(items, run, max_tokens), strict=True):
+            responses[item.position] = output
+        for index in current:
+            request = requests[index][1]
             if isinstance(request, SampleRequest):
-                replies[at] = request.sample(replies[at][0])
-    return replies
+                responses[index] = request.sample(responses[index][0])
+    return responses
 
 
-def _run(questions: Sequence[_Question], run: Run, most: int) -> list[Found]:
-    out: list[Found] = []
+def _run_items(items: Sequence[_BatchItem], run: RunBatch, max_tokens: int) -> list[SequenceOutput]:
+    outputs: list[SequenceOutput] = []
     try:
-        while len(out) < len(questions):
-            batch = _fitting(questions[len(out) :], most)
+        while len(outputs) < len(items):
+            batch = _first_batch(items[len(outputs) :], max_tokens)
             start = time.perf_counter()
-            found = run([one.part for one in batch])
-            per_token = (time.perf_counter() - start) / sum(len(one.part.ids) for one in batch)
-            for one, logits in zip(batch, found, strict=True):
-                count = len(one.part.ids)
+            batch_outputs = run([item.input for item in batch])
+            seconds_per_token = (time.perf_counter() - start) / sum(len(item.input.ids) for item in batch)
+            for item, output in zip(batch, batch_outputs, strict=True):
+                count = len(item.input.ids)
                 # A copy: a view would keep the logits of the whole batch in memory.
-                own = logits.copy() if len(batch) > 1 else logits
-                forward = Forward(count, len(one.ids) - count, per_token * count, len(batch))
-                one.part.session.record(one.ids, None if isinstance(own, list) else own, forward)
-                out.append(own)
+                rows = output.copy() if len(batch) > 1 else output
+                forward = Forward(count, len(item.ids) - count, seconds_per_token * count, len(batch))
+                item.input.session.record(item.ids, None if isinstance(rows, list) else rows, forward)
+                outputs.append(rows)
     except BaseException:
-        for one in questions[len(out) :]:
-            one.part.session.reset()
+        for item in items[len(outputs) :]:
+            item.input.session.reset()
         raise
-    return out
+    return outputs
 
 
-def _fitting(questions: Sequence[_Question], most: int) -> Sequence[_Question]:
-    """Return the first questions that fit into one forward; at least one, and no more where its answer may be there."""
+def _first_batch(items: Sequence[_BatchItem], max_tokens: int) -> Sequence[_BatchItem]:
+    """Return the first items that fit into one forward pass, at least one; a session that has run ahead is alone."""
     total = 0
-    for count, one in enumerate(questions):
-        total += len(one.part.ids)
-        if count and (total > most or one.part.session.has_run_ahead or questions[0].part.session.has_run_ahead):
-            return questions[:count]
-    return questions
+    for count, item in enumerate(items):
+        total += len(item.input.ids)
+        alone = item.input.session.has_run_ahead or items[0].input.session.has_run_ahead
+        if count and (total > max_tokens or alone):
+            return items[:count]
+    return items

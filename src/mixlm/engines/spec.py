@@ -1,4 +1,4 @@
-"""What it takes to load an engine, resolved: no name look-ups left to do."""
+"""What it takes to load an engine, with every name already resolved."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """A model and how to run it. Members with equal specs share one engine, with equal `weights` one copy of those.
+    """A model and how to run it. Members with equal specs share one engine; those with equal
+    `weights_key` share weights.
 
     model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
-    template: a Jinja chat template in place of the model's own. system: a text in front of every conversation.
+    template: a Jinja chat template in place of the model's own. system: a system message for every conversation.
     adapter: a folder or hub id of a LoRA adapter. engine: "auto", "hf", "llamacpp", "vllm" or "remote".
-    graphs: "auto", "on" or "off": forwards of a transformers model in fixed shapes, see `cuda_graphs`.
-    candidates: how many of its likeliest tokens a member that cannot tell all of them tells. context, slots: tokens of
-    one sequence, and sequences kept at once, in llama.cpp and vLLM. tokenizer: where the tokenizer of a model behind a
-    server lies. key_env: the environment variable that holds the server's key. timeout: seconds to wait for its answer.
+    graphs: "auto", "on" or "off": short forward passes of a transformers model in fixed shapes, see `cuda_graphs`.
+    candidates: how many top tokens an engine with a `top_k_limit` returns. context, slots: tokens of one sequence and
+    sequences kept at once, in llama.cpp and vLLM. tokenizer: folder of the tokenizer of a model behind a server.
+    key_env: environment variable with the server's API key. timeout: seconds to wait for a server's response.
     """
 
     model: str
@@ -36,5 +37,5 @@ class EngineSpec:
 
     @property
     def weights_key(self) -> EngineSpec:
-        """What of this decides which weights have to be loaded, adapters aside."""
+        """The part of the spec that determines the weights, without adapters."""
         return replace(self, name="", template=None, system=None, adapter=None)

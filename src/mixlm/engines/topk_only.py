@@ -1,7 +1,8 @@
-"""Engines that tell only their likeliest tokens: what they run lies behind a request for "the N likeliest, next".
+"""Engines that return only their top tokens: all that they offer is "the N most probable next tokens".
 
-That is all a member needs whose transform keeps the k likeliest with k ≤ N: cutting the whole distribution to its k
-likeliest and renormalising gives the same numbers. What needs more is refused when an ensemble is set up (`decoding`).
+That is enough for a member whose transform keeps the k most probable tokens with k ≤ N: truncating the whole
+distribution to those and renormalising gives the same numbers. What needs more is refused when an ensemble is set up
+(`decoding`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Forward, GenerateResponse, Session
 from mixlm.errors import EngineError, UnsupportedError
@@ -20,10 +21,10 @@ from mixlm.units.base import TokenBuffer
 
 
 class TopKOnlyEngine(Engine):
-    """An engine that tells its `candidates` likeliest tokens that may be drawn.
+    """An engine that returns its `top_k_limit` most probable tokens that may be sampled.
 
-    spare: how many more are asked for, since control tokens may be among the likeliest and are never drawn. most: how
-    many can be asked for at all, None for no limit.
+    extra_tokens: how many more are requested, since special tokens may be among the top ones and are never sampled.
+    max_top_k: how many can be requested at all, None for no limit.
     """
 
     top_k_limit: int
@@ -31,11 +32,11 @@ class TopKOnlyEngine(Engine):
     max_top_k: int | None = None
 
     @cached_property
-    def drawable(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def sampleable(self) -> npt.NDArray[np.bool_]:
         """Which ids may be sampled: bool (vocab,)."""
-        drawable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
-        drawable[list(self.vocabulary.end_ids)] = True
-        return drawable
+        sampleable = np.fromiter(map(bool, self.vocabulary.tokens), dtype=np.bool_, count=self.vocabulary.size)
+        sampleable[list(self.vocabulary.end_ids)] = True
+        return sampleable
 
     def letter_token(self) -> int:
         """Return the id of a token that is whole characters."""
@@ -43,97 +44,103 @@ class TopKOnlyEngine(Engine):
         return next(letters, 0)
 
 
+TopTokensQueries = Generator[tuple[Ids, int], Candidates, LogitsRows]  # yields the arguments of `top_tokens`
+
+
 class TopKOnlySession(Session):
-    """One sequence, known to the engine by its ids alone. A subclass asks for the likeliest tokens after them."""
+    """One sequence, known to the engine by its ids alone. A backend implements `top_tokens`."""
 
     def __init__(self, engine: TopKOnlyEngine) -> None:
         super().__init__(engine.context_length)
-        self._partial = engine
-        self._cut: TopKFilter | None = None  # of the question that is being answered
+        self._top_k_engine = engine
+        self._top_k_filter: TopKFilter | None = None  # of the request being served
         self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     @abstractmethod
-    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
-        """Return at least the `count` likeliest tokens after `ids`; log-probabilities may be off by a constant."""
+    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+        """Return at least the `count` most probable tokens after `ids`; log-probabilities up to a constant."""
 
-    def logits_rows(self, ids: Ids, last: int = 1, cut: TopKFilter | None = None) -> LogitsRows:
-        """Return what `logits` does, or what `cut` leaves of it: no row is as long as the vocabulary then."""
-        self._cut = cut
+    def logits_rows(self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None) -> LogitsRows:
+        """Return what `logits` does, or what the filter keeps of it: then no row is as long as the vocabulary."""
+        self._top_k_filter = top_k_filter
         try:
             return self.logits(ids, last)
         finally:
-            self._cut = None
+            self._top_k_filter = None
 
     def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
-        """Take down that a question was run."""
-        super().record(ids, logits if self._cut is None else None, forward)
+        """Record a forward pass."""
+        super().record(ids, logits if self._top_k_filter is None else None, forward)
 
     def token_logprobs(self, ids: Ids) -> Floats:
-        """Raise UnsupportedError: the log-probability of a given token needs the whole distribution."""
-        raise full_distribution_error(self._partial, "the log-probability of a given text")
+        """Raise UnsupportedError: the log-probability of any token needs the whole distribution."""
+        raise full_distribution_error(self._top_k_engine, "the log-probability of a given text")
 
-    def record_generation(self, ids: Ids, written: GenerateResponse, seconds: float) -> None:
-        """Take down a run behind `ids`."""
-        super().record_generation(ids, written, seconds)
+    def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
+        """Record tokens that the engine sampled after `ids`."""
+        super().record_generation(ids, response, seconds)
         self._context.replace_tail(len(self._context.ids), self._cached.ids)
 
-    def _truncate(self, length: int) -> int:
+    def truncate(self, length: int) -> int:
+        """Cut the context to its first `length` tokens."""
         self._context.replace_tail(len(self._context.ids) - length, [])
         return length
 
-    def _forward(self, ids: Ids, last: int) -> Logits:
-        wanted = self.top_k_queries(ids, last, self._cut)
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Query the top tokens after each of the last prefixes; the logits of other tokens are -inf."""
+        queries = self.top_k_queries(ids, last, self._top_k_filter)
         try:
-            question = next(wanted)
+            query = next(queries)
             while True:
-                question = wanted.send(self._top_tokens(*question))
-        except StopIteration as done:
-            rows: Logits = done.value
+                query = queries.send(self.top_tokens(*query))
+        except StopIteration as stop:
+            rows: Logits = stop.value
             return rows
 
-    def top_k_queries(
-        self, ids: Ids, last: int, cut: TopKFilter | None = None
-    ) -> Generator[tuple[Ids, int], Candidates, LogitsRows]:
-        """Put `ids` behind the context; yield what has to be asked for, as `_likeliest` is, and return the logits.
+    def top_k_queries(self, ids: Ids, last: int, top_k_filter: TopKFilter | None = None) -> TopTokensQueries:
+        """Append `ids` to the context and yield the queries that they need, each the arguments of `top_tokens`.
 
-        They are float32 (last, vocab), or what `cut` leaves of each row.
+        Returns:
+            The logits, float32 (last, vocab), or what the filter keeps of each row.
         """
         self._context.replace_tail(0, ids)
-        read = self._context.ids
-        found = []
-        for end in range(len(read) - last + 1, len(read) + 1):
-            found.append((yield from self._enough(read[:end], cut)))
-        if cut is not None:
-            return [cut.apply(one) for one in found]
-        rows = np.full((last, self._partial.vocabulary.size), -np.inf, dtype=np.float32)
-        for row, one in zip(rows, found, strict=True):
-            row[one.ids] = one.logprobs
-        return rows
+        context = self._context.ids
+        rows = []
+        for end in range(len(context) - last + 1, len(context) + 1):
+            rows.append((yield from self._query_until_enough(context[:end], top_k_filter)))
+        if top_k_filter is not None:
+            return [top_k_filter.apply(candidates) for candidates in rows]
+        logits = np.full((last, self._top_k_engine.vocabulary.size), -np.inf, dtype=np.float32)
+        for row, candidates in zip(logits, rows, strict=True):
+            row[candidates.ids] = candidates.logprobs
+        return logits
 
-    def _enough(self, ids: Ids, cut: TopKFilter | None) -> Generator[tuple[Ids, int], Candidates, Candidates]:
-        """Ask for ever more tokens until enough of them may be drawn, or there are no more."""
-        engine = self._partial
+    def _query_until_enough(
+        self, ids: Ids, top_k_filter: TopKFilter | None
+    ) -> Generator[tuple[Ids, int], Candidates, Candidates]:
+        """Query ever more top tokens until enough of them may be sampled, or there are no more."""
+        engine = self._top_k_engine
         most = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
-        enough = engine.top_k_limit if cut is None else min(cut.k, engine.top_k_limit)
+        enough = engine.top_k_limit if top_k_filter is None else min(top_k_filter.k, engine.top_k_limit)
         count = min(enough + engine.extra_tokens, most)
         while True:
-            found = yield ids, count
-            usable = engine.drawable[found.ids]
-            if cut is not None:
-                usable &= cut.allows(found.ids)
+            candidates = yield ids, count
+            usable = engine.sampleable[candidates.ids]
+            if top_k_filter is not None:
+                usable &= top_k_filter.allows(candidates.ids)
             if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
-                return found
+                return candidates
             if count >= most:
                 raise EngineError(
-                    f"fewer than {enough} of the {count} likeliest tokens of {engine.name} may be drawn",
-                    "use fewer candidates, or let its server tell more of them",
+                    f"fewer than {enough} of the top {count} tokens of {engine.name} may be sampled",
+                    "use fewer candidates, or let its server return more of them",
                 )
             count = min(4 * count, most)
 
 
 def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:
-    """Return the error for what an engine that tells its likeliest tokens only cannot do."""
+    """Return the error for what a top-k-only engine cannot do."""
     return UnsupportedError(
-        f"{purpose} needs every token's probability, and {engine.name} tells its {engine.top_k_limit} likeliest only",
+        f"{purpose} needs every token's probability, and {engine.name} returns its top {engine.top_k_limit} only",
         "use --engine hf (engine='hf' in mixlm.load)",
     )

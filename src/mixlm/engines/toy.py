@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Engine, GenerateRequest, GenerateResponse, Session
+from mixlm.engines.base import Engine, GenerateRequest, GenerateResponse, Session, TextInterface
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.tokenization.chat_template import PromptEncoder
@@ -53,30 +53,61 @@ class LongestMatch:
         self._longest = max(map(len, self._ids))
 
     def encode(self, data: bytes) -> Encoded:
-        """Encode any bytes; a choice made with the longest token's length in sight is final."""
+        """Encode any bytes; a token is stable once as many bytes follow as the longest token has."""
         ids: list[int] = []
-        at = stable_ids = stable_bytes = 0
-        while at < len(data):
-            for length in range(min(self._longest, len(data) - at), 0, -1):
-                found = self._ids.get(data[at : at + length])
-                if found is not None:
+        start = stable_ids = stable_bytes = 0
+        while start < len(data):
+            for length in range(min(self._longest, len(data) - start), 0, -1):
+                token = self._ids.get(data[start : start + length])
+                if token is not None:
                     break
             else:
-                raise TokenizerError(f"the toy vocabulary has no token for byte {data[at]:#04x}")
-            final = at + self._longest <= len(data)
-            ids.append(found)
-            at += length
-            if final:
-                stable_ids, stable_bytes = len(ids), at
+                raise TokenizerError(f"the toy vocabulary has no token for byte {data[start]:#04x}")
+            stable = start + self._longest <= len(data)
+            ids.append(token)
+            start += length
+            if stable:
+                stable_ids, stable_bytes = len(ids), start
         return Encoded(ids, stable_ids, stable_bytes)
 
 
-class ToyEngine(Engine):
-    """A table over a given vocabulary. The last id is end-of-text, the one before it begins every prompt.
+def toy_text(tokens: Sequence[bytes], size: int, begin: int, notes: tuple[str, ...] = ()) -> TextInterface:
+    """Return a text interface over given tokens, encoded by `LongestMatch`.
 
-    tokens: bytes of the other ids. table: logits (len(tokens) + 2,) for a context of ids; random when left out.
-    writes: whether it draws by itself where it can, as servers do, with random numbers of its own.
+    Args:
+        tokens: the bytes of the first ids.
+        size: of the vocabulary.
+        begin: the id that begins every prompt; the next one is end of text.
+        notes: what a user should know about the model.
     """
+    special = {begin: "<begin>", begin + 1: "<end>"}
+    encoder = LongestMatch(tokens)
+    prompts = PromptEncoder(encoder, {name: i for i, name in special.items()}, render, begin=[begin])
+    return TextInterface(
+        Vocabulary.of(dict(enumerate(tokens)), size, [begin + 1], special, special),
+        encoder,
+        prompts,
+        tokenizer_info={"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"},
+        notes=notes,
+    )
+
+
+class ToyEngine(Engine):
+    """A table over a given vocabulary. The last id is end of text, the one before it begins every prompt.
+
+    on_forward: called with the new ids, int64, and `last` before each forward pass of a session, or None. It may count,
+    wait or raise, and be set at any time; as a `staticmethod` also on the class.
+
+    Args:
+        tokens: bytes of the other ids.
+        table: logits (len(tokens) + 2,) for a context of ids; random by default.
+        name: of the model.
+        seed: of the random table.
+        context_length: in tokens.
+        samples_itself: whether it samples itself where it can, as servers do, with a random number generator of its own.
+    """
+
+    on_forward: Callable[[Ids, int], None] | None = None
 
     def __init__(
         self,
@@ -88,23 +119,14 @@ class ToyEngine(Engine):
         context_length: int = 4096,
         samples_itself: bool = False,
     ) -> None:
-        begin, end = len(tokens), len(tokens) + 1
         size = len(tokens) + 2
-        self.name = name
-        names = {begin: "<begin>", end: "<end>"}
-        self.vocabulary = Vocabulary.of(
-            dict(enumerate(tokens)), size, end_ids=[end], special_ids=[begin, end], names=names
-        )
-        self.encoder = LongestMatch(tokens)
-        self.prompts = PromptEncoder(self.encoder, {name: i for i, name in names.items()}, render, begin=[begin])
-        self.tokenizer_info = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
-        self.context_length = context_length
+        super().__init__(name, toy_text(tokens, size, len(tokens)), context_length)
         self.table = table or random_table(size, seed)
-        self._writes = samples_itself
+        self._samples_itself = samples_itself
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ToyEngine:
-        """Build the toy that `toy:SEED` names. Raises UnsupportedError for an adapter, which no table can have."""
+        """Build the toy that `toy:SEED` names. Raises UnsupportedError for an adapter."""
         if spec.adapter is not None:
             raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
         digits = re.sub(r"\D", "", spec.model) or "0"
@@ -117,45 +139,54 @@ class ToyEngine(Engine):
         return ToySession(self)
 
     def samples_itself(self, sampling: Sampling, banned: Ids) -> bool:
-        """Whether it was told to; it cannot look back, as penalties do."""
-        return self._writes and not sampling.has_penalties
+        """Whether it was built to; it supports no penalties then."""
+        return self._samples_itself and not sampling.has_penalties
+
+
+def load(spec: EngineSpec) -> ToyEngine:
+    """Load a toy."""
+    return ToyEngine.from_spec(spec)
 
 
 def render(messages: Sequence[Message]) -> str:
-    """Render a prompt: who says what, a line each."""
-    return "<begin>" + "".join(f"{one.role}: {one.content}\n" for one in messages)
+    """Render a prompt: one line a message, with its role."""
+    return "<begin>" + "".join(f"{message.role}: {message.content}\n" for message in messages)
 
 
 class ToySession(Session):
-    """A toy's cache is the ids themselves."""
+    """A toy's KV cache is the ids themselves."""
 
     def __init__(self, engine: ToyEngine) -> None:
         super().__init__(engine.context_length)
-        self._table = engine.table
-        self._ends = engine.vocabulary.end_ids
+        self._engine = engine
         self._context: list[int] = []
 
-    def _truncate(self, length: int) -> int:
+    def truncate(self, length: int) -> int:
+        """Cut the context to its first `length` ids."""
         del self._context[length:]
         return length
 
-    def _forward(self, ids: Ids, last: int) -> Logits:
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Append `ids` to the context and look up the logits of the last positions."""
+        if self._engine.on_forward is not None:
+            self._engine.on_forward(ids, last)
         self._context += ids.tolist()
-        end = len(self._context)
-        rows = [self._table(tuple(self._context[: at + 1])) for at in range(end - last, end)]
+        length = len(self._context)
+        rows = [self._engine.table(tuple(self._context[:end])) for end in range(length - last + 1, length + 1)]
         return np.array(rows, dtype=np.float32)
 
-    def generate(self, run: GenerateRequest) -> GenerateResponse:
-        """Draw token by token, by inverting the cumulative sum."""
-        transform, random = Transform(run.sampling, run.banned), np.random.default_rng(run.seed)
-        start, written = time.perf_counter(), GenerateResponse([], [])
-        while len(written.ids) < run.max_tokens and not self._ends & {*written.ids}:
-            context = (*run.ids.tolist(), *written.ids)
-            law = transform(np.asarray(self._table(context), dtype=np.float32))
-            at = int(np.searchsorted(np.cumsum(np.exp(law.logprobs)), random.random()))
-            at = min(at, len(law.ids) - 1)
-            written.ids.append(int(law.ids[at]))
-            written.logprobs.append(float(law.logprobs[at]))
-        self.record_generation(run.ids, written, time.perf_counter() - start)
-        self._context = [*run.ids.tolist(), *written.ids]
-        return written
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """Sample token by token, by inverting the cumulative distribution."""
+        transform, rng = Transform(request.sampling, request.banned), np.random.default_rng(request.seed)
+        ends = self._engine.vocabulary.end_ids
+        start, response = time.perf_counter(), GenerateResponse([], [])
+        while len(response.ids) < request.max_tokens and not ends & {*response.ids}:
+            context = (*request.ids.tolist(), *response.ids)
+            distribution = transform(np.asarray(self._engine.table(context), dtype=np.float32))
+            index = int(np.searchsorted(np.cumsum(np.exp(distribution.logprobs)), rng.random()))
+            index = min(index, len(distribution.ids) - 1)
+            response.ids.append(int(distribution.ids[index]))
+            response.logprobs.append(float(distribution.logprobs[index]))
+        self.record_generation(request.ids, response, time.perf_counter() - start)
+        self._context = [*request.ids.tolist(), *response.ids]
+        return response

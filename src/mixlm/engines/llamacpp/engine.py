@@ -1,54 +1,105 @@
 """Models through llama.cpp: GGUF files, memory-mapped, as they are. Needs the extra `llamacpp`.
 
-Every question is one request for one token with the likeliest N and their probabilities, which costs no more than the
-same token inside a longer run (docs/engines.md has the figures), so letting llama.cpp draw several gains nothing.
-Noise, transforms and laws are mixlm's own. The prefix cache of a slot does the catching up.
+Each forward pass is one request for one token with the top N and their probabilities, which costs no more than the same
+token inside a longer generation (docs/engines.md has the figures), so sampling in llama.cpp would gain nothing. Noise,
+transforms and distributions are mixlm's own. The prefix cache of a slot does the catch-up.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Spinning OpenMP threads starve each other on shared machines; this must be set before llama.cpp is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from mixlm.engines.base import Request, Response, Session
+from mixlm.engines.base import Request, Response, Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.protocols import LlamaCppProtocol
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, load_tokenizer
+from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
-from mixlm.errors import ConfigError, EngineError, ModelLoadError, TokenizerError
-from mixlm.models.header import read_header
+from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
+from mixlm.models import find_gguf, resolve, tokenizer_folder
+from mixlm.models.header import GgufHeader, read_header
 from mixlm.types import Candidates, Ids, Logits
 
-# Memory for keys and values is taken when a model is loaded, for each slot.
-_CONTEXT = 8192
+# Tokens. llama.cpp allocates the KV cache of every slot when a model is loaded.
+_MAX_DEFAULT_CONTEXT = 8192
+
+
+def load(spec: EngineSpec) -> LlamaCppEngine:
+    """Load a GGUF file, or that of a catalogue name.
+
+    Raises:
+        ModelNotFoundError: there is no such GGUF file.
+        ConfigError: the device is not the CPU.
+    """
+    gguf = find_gguf(spec.model)
+    if gguf is None:
+        if spec.model.lower().endswith(".gguf"):
+            resolve(spec.model)  # raises what is wrong with it
+        raise ModelNotFoundError(
+            f"llama.cpp runs GGUF files, and none stands behind {spec.model!r}",
+            f"give a .gguf file; of a model of the catalogue it is kept by: mixlm models get {spec.model}",
+        )
+    if spec.device not in ("auto", "cpu"):
+        raise ConfigError(f"device is {spec.device!r}, and llama.cpp is used on the CPU only", "use --engine hf")
+    return LlamaCppEngine.from_file(replace(spec, name=spec.name or gguf.name), gguf.path, tokenizer_folder(gguf))
+
+
+@dataclass(frozen=True)
+class LoadedGGUF:
+    """A model in llama.cpp, which engines with different prompts share.
+
+    server: llama.cpp's. threads: one for each slot. exact: one token a forward pass. weights_bytes: size of the file.
+    """
+
+    server: Any
+    slots: Slots
+    threads: ThreadPoolExecutor
+    tokenizer: TokenizerSetup
+    header: GgufHeader
+    top_k_limit: int
+    context_length: int
+    exact: bool
+    weights_bytes: int
 
 
 class LlamaCppEngine(TopKOnlyEngine):
-    """A GGUF model in llama.cpp, with the tokenizer in `folder`.
+    """A GGUF model in llama.cpp.
 
-    Sessions hold a slot each; when there are more of them than slots, the one that has rested longest loses its own and
-    reads its text anew when it is next asked. dtype "float32" runs one token at a time, also in prompts: then what a
-    member answers depends on nothing but the ids, to the last bit, where otherwise the kernels for several tokens
-    round differently from those for one.
-
-    Raises ModelLoadError when it cannot be loaded, ConfigError for another dtype.
+    Each session holds a slot; when there are more sessions than slots, the least recently used loses its slot and is
+    prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: then responses
+    depend on the ids alone, to the last bit. Otherwise the kernels for several tokens round differently from those for
+    one.
     """
 
-    def __init__(self, spec: EngineSpec, path: Path, folder: Path) -> None:
-        self.name = spec.name
+    def __init__(self, name: str, text: TextInterface, loaded: LoadedGGUF) -> None:
+        super().__init__(name, text, loaded.context_length)
+        self._loaded = loaded
+        self.server = loaded.server
+        self.slots = loaded.slots
+        self.top_k_limit = loaded.top_k_limit
+        self.weights_bytes = loaded.weights_bytes
+        self.protocol = LlamaCppProtocol(self.letter_token())
+        dtype = "one token at a time" if loaded.exact else "GGUF"
+        self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}
+
+    @classmethod
+    def from_file(cls, spec: EngineSpec, path: Path, folder: Path) -> LlamaCppEngine:
+        """Load a GGUF file with the tokenizer in `folder`.
+
+        Raises:
+            ModelLoadError: it cannot be loaded.
+            ConfigError: the spec has another dtype or an adapter.
+            TokenizerError: the tokenizer belongs to another model.
+        """
         if spec.dtype not in ("auto", "float32"):
             raise ConfigError(
                 f"dtype is {spec.dtype!r}, and llama.cpp runs {path.name} in the types that the file has",
@@ -57,44 +108,43 @@ class LlamaCppEngine(TopKOnlyEngine):
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
         header = read_header(path)
-        self.top_k_limit = min(spec.candidates, header.tokens)
-        self.context_length = spec.context or min(header.context or _CONTEXT, _CONTEXT)
-        tokenizer = load_tokenizer(str(folder), spec.name)
-        if len(tokenizer) > header.tokens:
+        tokenizer = TokenizerSetup.load(str(folder), spec.name)
+        if len(tokenizer.tokenizer) > header.tokens:
             raise TokenizerError(
-                f"the tokenizer in {folder} has {len(tokenizer)} tokens, and {path.name} has {header.tokens}",
+                f"the tokenizer in {folder} has {len(tokenizer.tokenizer)} tokens, and {path.name} has {header.tokens}",
                 "it belongs to another model",
             )
-        self._tokenizer, self._header = tokenizer, header
-        self._read = TokenizerSetup.of(tokenizer, spec.name, str(folder))
-        self._set_prompts(spec)
-        self.protocol = LlamaCppProtocol(self.letter_token())
-        self.weights_bytes = path.stat().st_size
+        text = tokenizer.text_interface(spec, header.tokens, header.ends)
+        context_length = spec.context or min(header.context or _MAX_DEFAULT_CONTEXT, _MAX_DEFAULT_CONTEXT)
         exact = spec.dtype == "float32"
-        self.server = _serve(spec, path, self.context_length, exact)
-        self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": "one token at a time" if exact else "GGUF"}
-        self.slots = Slots(spec.slots)
-        self._threads = ThreadPoolExecutor(spec.slots)
-        # One answer now tells a library that answers otherwise at once, and not in the first reply. It also makes sure
-        # that the server's loop runs: a server that is dropped before never ends.
-        self.session().logits(np.flatnonzero(self.drawable)[:1])
+        loaded = LoadedGGUF(
+            server=_start_server(spec, path, context_length, exact),
+            slots=Slots(spec.slots),
+            threads=ThreadPoolExecutor(spec.slots),
+            tokenizer=tokenizer,
+            header=header,
+            top_k_limit=min(spec.candidates, header.tokens),
+            context_length=context_length,
+            exact=exact,
+            weights_bytes=path.stat().st_size,
+        )
+        engine = cls(spec.name, text, loaded)
+        # A request now shows a library with other responses at once. It also makes sure that the server's loop runs: a
+        # server that is dropped before that never ends.
+        engine.session().logits(np.flatnonzero(engine.sampleable)[:1])
+        return engine
 
     def with_spec(self, spec: EngineSpec) -> LlamaCppEngine | None:
         """Return an engine on the same server and slots, with prompts of its own; None for an adapter."""
         if spec.adapter is not None:
             return None
-        shared = copy.copy(self)
-        shared.name = spec.name or self.name
-        shared._set_prompts(replace(spec, name=shared.name))
-        return shared
-
-    def _set_prompts(self, spec: EngineSpec) -> None:
-        header = self._header
-        self.notes = tuple(self._read.give(self, self._tokenizer, spec, header.tokens, header.ends))
+        name, header = spec.name or self.name, self._loaded.header
+        text = self._loaded.tokenizer.text_interface(replace(spec, name=name), header.tokens, header.ends)
+        return LlamaCppEngine(name, text, self._loaded)
 
     @property
     def batch_key(self) -> int:
-        """Engines that differ in their prompts alone run as one."""
+        """Equal for engines that differ in their prompts alone."""
         return id(self.server)
 
     @property
@@ -103,51 +153,53 @@ class LlamaCppEngine(TopKOnlyEngine):
         return {id(self.server): self.weights_bytes}
 
     def session(self) -> LlamaCppSession:
-        """Begin a sequence; it takes a slot when it is first asked."""
+        """Begin a sequence; it takes a slot at its first request."""
         return LlamaCppSession(self)
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Answer questions of several sequences together: llama.cpp runs slots that are busy at once as one batch."""
-        return respond_in_threads(self._threads, super().respond, requests)
+        """Serve requests of several sequences together: llama.cpp runs the busy slots as one batch."""
+        return respond_in_threads(self._loaded.threads, super().respond, requests)
 
 
 class LlamaCppSession(TopKOnlySession):
-    """One sequence. Its cache is the slot that it holds, if it still holds one."""
+    """One sequence. Its KV cache is the slot that it holds, if it still holds one."""
 
     def __init__(self, engine: LlamaCppEngine) -> None:
         super().__init__(engine)
         self._engine = engine
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
-        """Return the logits of the likeliest tokens after each of the last prefixes, -inf for the others."""
-        with self._engine.slots.held(self) as (self._slot, kept):
-            # What another session left in a slot is never built on, though its beginning may be the same: how a text
-            # was cut into forwards shows in the last digits, and equal seeds give equal texts.
-            self.keeps_cache = self._builds_on = kept
+        """Return the logits of the top tokens after each of the last prefixes, -inf for the others."""
+        with self._engine.slots.acquired(self) as (self._slot, is_own):
+            # What another session left in a slot is never reused, though its prefix may be the same: the split of a
+            # text into forward passes shows in the last digits, and equal seeds give equal texts.
+            self.keeps_cache = self._use_cache = is_own
             try:
                 return super().logits(ids, last)
             finally:
                 self.keeps_cache = True
 
-    def _top_tokens(self, ids: Ids, count: int) -> Candidates:
+    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+        """Request one token with its top `count` alternatives from llama.cpp."""
         engine = self._engine
         for body in engine.protocol.request_bodies(ids.tolist(), count):
-            # Whether anything of what the slot holds is used is said with each request; the rest is found by llama.cpp.
-            request = {**body, "id_slot": self._slot, "cache_prompt": self._builds_on}
-            answer = engine.server.handle_completions(request)
-            self._builds_on = True
+            # Each request says whether the slot's KV cache may be used; llama.cpp finds the common prefix.
+            response = engine.server.handle_completions(
+                {**body, "id_slot": self._slot, "cache_prompt": self._use_cache}
+            )
+            self._use_cache = True
             try:
-                found = engine.protocol.parse(answer)
+                candidates = engine.protocol.parse(response)
             except (TypeError, LookupError, ValueError):
-                said = answer.get("error", {}).get("message", answer) if isinstance(answer, dict) else answer
-                raise EngineError(f"llama.cpp gives no answer for {engine.name}: {str(said)[:200]}") from None
-            if found is not None:
-                return found
-        raise EngineError(f"llama.cpp keeps the probabilities of {engine.name} back", "use --engine hf")
+                detail = response.get("error", {}).get("message", response) if isinstance(response, dict) else response
+                raise EngineError(f"llama.cpp gives no logits for {engine.name}: {str(detail)[:200]}") from None
+            if candidates is not None:
+                return candidates
+        raise EngineError(f"llama.cpp returns no probabilities for {engine.name}", "use --engine hf")
 
 
-def _serve(spec: EngineSpec, path: Path, context: int, exact: bool) -> Any:
-    """Load the weights."""
+def _start_server(spec: EngineSpec, path: Path, context: int, exact: bool) -> Any:
+    """Load the weights into a server of llama.cpp."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -159,13 +211,13 @@ def _serve(spec: EngineSpec, path: Path, context: int, exact: bool) -> Any:
     params.cpuparams.poll = params.cpuparams_batch.poll = 0
     params.verbosity = -1
     params.warmup = params.fit_params = params.ui = False
-    # Sliding windows keep every position, so that any prefix can be gone back to; slots are never swapped out.
+    # Layers with a sliding window keep every position, for rollback; slots are never swapped out.
     params.swa_full = True
     params.cache_ram_mib = params.n_ctx_checkpoints = 0
     if exact:
         params.n_ubatch = 1
         params.no_extra_bufts = True
-    # The library listens on the loopback whether it is asked or not: nobody else may use it.
+    # The library always listens on the loopback interface: nobody else may use it.
     params.api_keys = [secrets.token_hex(16)]
     try:
         return xllamacpp.Server(params)

@@ -1,13 +1,13 @@
-"""Forwards of one sequence in a few fixed shapes, so that a GPU can be handed a whole one at once.
+"""Forward passes of one sequence in a few fixed shapes, which a GPU can start with one call: CUDA graphs.
 
-In eager PyTorch a short forward is bound by starting its kernels, over a thousand of them. Where neither shapes nor
-addresses change, and nothing is decided on the host, they can be captured into a CUDA graph once and started with one
-call. So a step takes 1, 2, 4, … tokens, what is missing filled up with padding; its only inputs are the ids, the
-length of the sequence before, and the positions whose logits are asked for, all of them numbers on the device; keys and
-values lie in a room of fixed size, all of which is looked at through a mask that is made from the length. Padding
-stands behind the sequence's end, so no token looks at it, and later tokens overwrite it.
+In eager PyTorch, launching its kernels, over a thousand of them, bounds a short forward pass. Where neither shapes nor
+addresses change, and nothing is decided on the host, they can be captured into a CUDA graph once and then started with
+one call. So a pass has 1, 2, 4, … tokens, padded at the end. Its only inputs are the ids, the length of the sequence
+before them and the positions whose logits are needed, all of them numbers on the device. Keys and values lie in a
+`KVBuffer` of fixed size, and attention covers all of it, through a mask made from the length. Padding stands behind the
+end of the sequence, so no token attends to it, and later tokens overwrite it.
 
-Without CUDA the same step is called directly: slower than the usual forward, but equal to it, and a test can say so.
+Without CUDA the same pass runs eagerly: slower than the plain one, but with equal results, so a test can compare them.
 """
 
 from __future__ import annotations
@@ -20,207 +20,211 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mixlm.engines.transformers.fused_norms import FusedNorms
-from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, visible
+from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, QueryKeyValue, causal_mask
 from mixlm.types import Ids
 
-LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of a step; what is longer is run as it is
-_KEPT = 2  # rooms of each size that wait for another sequence, with what is captured on them
-_CAPTURED = 4  # sequences at once that steps are captured for: each takes a fraction of a second for each shape
+PADDED_LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of a pass; a longer one is run plainly
+_MAX_IDLE = 2  # buffers of each size that are kept for other sequences, with what is captured on them
+_MAX_CAPTURED = 4  # sequences at once with captured passes: each takes a fraction of a second a shape to capture
 
 
-class OneRow:
-    """The sequence of a step: its room, and where its tokens stand, int64 (tokens,) on the device."""
+class FixedShapeSequence:
+    """The sequence of a pass: its buffer, and the positions of its tokens, int64 (tokens,) on the device."""
 
-    def __init__(self, room: KVBuffer, positions: torch.Tensor) -> None:
-        self._room = room
+    def __init__(self, buffer: KVBuffer, positions: torch.Tensor) -> None:
+        self._buffer = buffer
         self._positions = positions
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def attend(
-        self, layer: int, asked: tuple[torch.Tensor, ...], window: int | None, scale: float | None
-    ) -> torch.Tensor:
-        """Write keys and values down and attend to the whole room: see `attention.Attending`."""
-        query, key, value = asked
-        keys, values = self._room.layer(layer, key[0], value[0])
+    def attend(self, layer: int, qkv: QueryKeyValue, window: int | None, scale: float | None) -> torch.Tensor:
+        """Write keys and values and attend to the whole buffer: see `kv_cache.AttentionBatch`."""
+        query, key, value = qkv
+        keys, values = self._buffer.layer(layer, key[0], value[0])
         keys.index_copy_(1, self._positions, key[0])
         values.index_copy_(1, self._positions, value[0])
         heads, count = key.shape[1], query.shape[2]
         groups = query.shape[1] // heads
         if window not in self._masks:
-            # In numbers, which attention would otherwise make of it in every layer anew.
-            seen = visible(self._positions, self._room.size, window).repeat(groups, 1)
-            self._masks[window] = query.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+            # As numbers: attention would make them of a boolean mask in every layer.
+            mask = causal_mask(self._positions, self._buffer.size, window).repeat(groups, 1)
+            self._masks[window] = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
         grouped = query[0].reshape(1, heads, groups * count, -1)
-        found = scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             grouped, keys[None], values[None], attn_mask=self._masks[window], scale=scale
         )
-        return found.view(heads * groups, count, -1).transpose(0, 1)[None]
+        return attended.view(heads * groups, count, -1).transpose(0, 1)[None]
 
 
-class Step:
-    """A forward of `tokens` tokens that gives the logits of `asked` of them."""
+class FixedShapeForward:
+    """A forward pass of `tokens` tokens that returns the logits of `outputs` of them."""
 
-    def __init__(self, model: Any, norms: FusedNorms, tokens: int, asked: int) -> None:
+    def __init__(self, model: Any, norms: FusedNorms, tokens: int, outputs: int) -> None:
         self._model, self._norms = model, norms
-        self._tokens = tokens
+        self.tokens, self.outputs = tokens, outputs
         device = model.device
-        # One array, so that one transfer fills all: ids, the length before, the positions asked for.
-        self._host = torch.zeros(tokens + 1 + asked, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # One array, so that one transfer fills all: ids, the length before, the positions of the outputs.
+        self._host = torch.zeros(tokens + 1 + outputs, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._numbers = self._host.numpy()
         self._inputs = self._host.to(device)
         self._offsets = torch.arange(tokens, device=device)
 
-    def fill(self, ids: Ids, length: int, last: int) -> None:
-        """Say what is run next: up to `tokens` ids behind `length` others, the `last` ones asked for."""
+    def set_inputs(self, ids: Ids, length: int, last: int) -> None:
+        """Set the inputs of the next run: up to `tokens` ids behind `length` others, outputs for the `last` ones."""
         count, numbers = len(ids), self._numbers
         numbers[:count] = ids
-        numbers[count : self._tokens] = 0
-        numbers[self._tokens] = length
-        asked = numbers[self._tokens + 1 :]
-        asked[:] = count - 1
-        asked[:last] = range(count - last, count)
+        numbers[count : self.tokens] = 0
+        numbers[self.tokens] = length
+        outputs = numbers[self.tokens + 1 :]
+        outputs[:] = count - 1
+        outputs[:last] = range(count - last, count)
         self._inputs.copy_(self._host, non_blocking=True)
 
-    def put(self, token: torch.Tensor, length: int) -> None:
-        """Say what is run next where the device alone knows it: one token, int64 (1,), behind `length` others.
+    def set_token(self, token: torch.Tensor, length: int) -> None:
+        """Set the input of the next run to one token that only the device knows, int64 (1,), behind `length` others.
 
-        Nothing of it lies on the host, so any number of these may be on their way at once. For steps of one token.
+        Nothing of it lies on the host, so any number of such runs may be queued. Only for passes of one token.
         """
         self._inputs[:1].copy_(token)
         self._inputs[1:2].fill_(length)
 
-    def run(self, room: KVBuffer) -> torch.Tensor:
-        """Run it: (asked, vocab). Nothing in here waits for the device, or depends on what it computes."""
-        ids, numbers = self._inputs[: self._tokens], self._inputs[self._tokens :]
-        start, asked = numbers[:1], numbers[1:]
+    def run(self, buffer: KVBuffer) -> torch.Tensor:
+        """Return the logits: (outputs, vocab). Nothing in here waits for the device or depends on its results."""
+        ids, numbers = self._inputs[: self.tokens], self._inputs[self.tokens :]
+        start, outputs = numbers[:1], numbers[1:]
         # Padding gets the last token's position, since a model may have no further one.
-        positions = start + torch.minimum(self._offsets, asked[-1])
-        with self._norms.used():
-            out = self._model(
+        positions = start + torch.minimum(self._offsets, outputs[-1])
+        with self._norms.applied():
+            result = self._model(
                 input_ids=ids[None],
                 position_ids=positions[None],
-                logits_to_keep=asked,
+                logits_to_keep=outputs,
                 use_cache=False,
-                rows=OneRow(room, start + self._offsets),
+                attention_batch=FixedShapeSequence(buffer, start + self._offsets),
             )
-        logits: torch.Tensor = out.logits[0]
+        logits: torch.Tensor = result.logits[0]
         return logits
 
 
-class CapturedStep(Step):
-    """A step as a CUDA graph: run as it is the first time, captured the second, and replayed from then on.
+class CapturedForward(FixedShapeForward):
+    """A pass as a CUDA graph: run eagerly the first time, captured the second, replayed from then on.
 
-    It is always run on the same room. pool: memory that the graphs of one model share, since no two run at once.
+    It always runs on the same buffer. pool: memory that the graphs of one model share, since no two run at once.
     """
 
-    def __init__(self, model: Any, norms: FusedNorms, tokens: int, asked: int, *, pool: Any) -> None:
-        super().__init__(model, norms, tokens, asked)
+    def __init__(self, model: Any, norms: FusedNorms, tokens: int, outputs: int, *, pool: Any) -> None:
+        super().__init__(model, norms, tokens, outputs)
         self._pool = pool
         self._graph: Any = None
-        self._out: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
 
-    def run(self, room: KVBuffer) -> torch.Tensor:
-        """Run it, or let the device do all of it at once. What it returns is good until the next run."""
-        if self._out is None:
-            self._out = warmed_up(lambda: Step.run(self, room), self._model.device)
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next run replays the graph."""
+        return self._graph is not None
+
+    def run(self, buffer: KVBuffer) -> torch.Tensor:
+        """Return the logits, (outputs, vocab), valid until the next run."""
+        if self._logits is None:
+            self._logits = warm_up(lambda: FixedShapeForward.run(self, buffer), self._model.device)
         elif self._graph is None:
-            self._graph, self._out = captured(lambda: Step.run(self, room), self._model.device, self._pool)
+            self._graph, self._logits = capture(
+                lambda: FixedShapeForward.run(self, buffer), self._model.device, self._pool
+            )
             self._graph.replay()
         else:
             self._graph.replay()
-        return self._out
+        return self._logits
 
 
-def warmed_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Run what is to be captured once: what libraries set up when they are first used must not be captured.
+def warm_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Run what is to be captured once: what libraries set up on first use must not be captured.
 
-    PyTorch asks for this to be done on a stream of its own.
+    PyTorch requires a stream of its own for this.
     """
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    usual = torch.cuda.current_stream(device)
-    stream.wait_stream(usual)
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        out = run()
-    usual.wait_stream(stream)
-    return out
+        logits = run()
+    current.wait_stream(stream)
+    return logits
 
 
-def captured(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> tuple[Any, torch.Tensor]:
-    """Return what replays all that `run` lets a device do, and what it fills with the result. Nothing is computed."""
+def capture(run: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> tuple[Any, torch.Tensor]:
+    """Return a graph of all that `run` starts on a device, and the tensor it fills. Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    usual = torch.cuda.current_stream(device)
-    # Another thread may be at work on another device, or on another model.
-    others = "thread_local"
+    current = torch.cuda.current_stream(device)
+    mode = "thread_local"  # another thread may use another device or model
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=others):
-            out = run()
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            logits = run()
     finally:
-        torch.cuda.set_stream(usual)  # which a capture that failed does not see to
-    return graph, out
+        torch.cuda.set_stream(current)  # a failed capture does not restore it
+    return graph, logits
 
 
 class CudaGraphRunner:
-    """All steps of one model. captures: into CUDA graphs. rooms: where its sequences' keys and values lie.
+    """All fixed-shape passes of one model. captures: into CUDA graphs. pool: the KV buffers of its sequences.
 
-    Steps that are captured belong to a room, and a room goes from one sequence to the next. Few rooms at a time have
-    such steps, since capturing takes time: a sequence beyond those is run as if there were no steps.
+    A captured pass belongs to a buffer, and buffers go from one sequence to the next. Few buffers at a time have such
+    passes, since capturing takes time: a sequence beyond those is run plainly.
     """
 
     def __init__(self, model: Any, *, capture: bool) -> None:
-        self.rooms = KVBufferPool(_KEPT if capture else 0)
+        self.pool = KVBufferPool(_MAX_IDLE if capture else 0)
+        self.captures = capture
+        self.buffers: WeakSet[KVBuffer] = WeakSet()  # with captured passes
         self._model = model
         self._norms = FusedNorms(model)
-        self.captures = capture
-        self._captured: WeakSet[KVBuffer] = WeakSet()
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._graph_pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def anew(self) -> CudaGraphRunner:
-        """Return the same steps with nothing captured yet."""
+    def uncaptured(self) -> CudaGraphRunner:
+        """Return a runner of the same model with nothing captured yet."""
         return CudaGraphRunner(self._model, capture=self.captures)
 
-    def fit(self, cache: KVCache, tokens: int) -> bool:
-        """Whether there is a step for so many tokens of a sequence."""
-        if tokens > LENGTHS[-1]:
+    def fits(self, cache: KVCache, tokens: int) -> bool:
+        """Whether there is a pass for so many further tokens of a sequence."""
+        if tokens > PADDED_LENGTHS[-1]:
             return False
-        room = cache.reserve(cache.length + _padded(tokens))
-        if self.captures and room not in self._captured:
-            if sum(not one.idle for one in self._captured) >= _CAPTURED:
+        buffer = cache.reserve(cache.length + _padded(tokens))
+        if self.captures and buffer not in self.buffers:
+            if sum(not other.idle for other in self.buffers) >= _MAX_CAPTURED:
                 return False
-            self._captured.add(room)
+            self.buffers.add(buffer)
         return True
 
     def run(self, cache: KVCache, ids: Ids, last: int) -> torch.Tensor:
-        """Run ids, int64 (n,), that `fit`: the logits of the last positions, (last, vocab), until the next run."""
+        """Run ids, int64 (n,), that fit. Returns the logits of the last positions, (last, vocab), until the next run."""
         tokens = _padded(len(ids))
-        asked = 1 if last == 1 else tokens
-        room = cache.reserve(cache.length + tokens)
-        step = self._step(room, tokens, asked)
-        step.fill(ids, cache.length, last)
-        out = step.run(room)[:last]
+        buffer = cache.reserve(cache.length + tokens)
+        forward = self._forward(buffer, tokens, 1 if last == 1 else tokens)
+        forward.set_inputs(ids, cache.length, last)
+        logits = forward.run(buffer)[:last]
         cache.length += len(ids)
-        return out
+        return logits
 
-    def run_on(self, room: KVBuffer, token: torch.Tensor, length: int) -> torch.Tensor:
-        """Run one token, int64 (1,) on the device, behind `length` others: its logits, (1, vocab), until the next run.
+    def run_token(self, buffer: KVBuffer, token: torch.Tensor, length: int) -> torch.Tensor:
+        """Run one token, int64 (1,) on the device, behind `length` others, which must fit.
 
-        It must `fit`. No cache takes it down: what is there counts once a cache's length says so.
+        Returns:
+            Its logits, (1, vocab), until the next run. The token counts once a KV cache's length includes it.
         """
-        step = self._step(room, 1, 1)
-        step.put(token, length)
-        return step.run(room)
+        forward = self._forward(buffer, 1, 1)
+        forward.set_token(token, length)
+        return forward.run(buffer)
 
-    def _step(self, room: KVBuffer, tokens: int, asked: int) -> Step:
-        step: Step | None = room.steps.get((tokens, asked))
-        if step is None:
+    def _forward(self, buffer: KVBuffer, tokens: int, outputs: int) -> FixedShapeForward:
+        forward: FixedShapeForward | None = buffer.graphs.get((tokens, outputs))
+        if forward is None:
             if self.captures:
-                step = CapturedStep(self._model, self._norms, tokens, asked, pool=self._pool)
+                forward = CapturedForward(self._model, self._norms, tokens, outputs, pool=self._graph_pool)
             else:
-                step = Step(self._model, self._norms, tokens, asked)
-            room.steps[tokens, asked] = step
-        return step
+                forward = FixedShapeForward(self._model, self._norms, tokens, outputs)
+            buffer.graphs[tokens, outputs] = forward
+        return forward
 
 
 def _padded(tokens: int) -> int:
-    """Return the smallest length of a step that takes so many tokens."""
-    return next(one for one in LENGTHS if one >= tokens)
+    """Return the smallest length of a pass that holds so many tokens."""
+    return next(length for length in PADDED_LENGTHS if length >= tokens)

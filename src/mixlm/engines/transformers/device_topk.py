@@ -1,81 +1,85 @@
-"""The largest logits, found where they were computed: little has to be brought to the host.
+"""The largest logits, selected on the device that computed them, so that little is transferred to the host.
 
-A row of logits is some hundred thousand numbers, and a choice with top-k depends on a few of them. More than those are
-brought over, so that it can be told whether the k-th is tied with any that were not; such a row is brought whole.
+A row of logits is some hundred thousand numbers, and sampling with top-k depends on a few of them. More than k are
+transferred, which shows whether the k-th is tied with any that were not; such a row is transferred whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mixlm.types import Candidates, LogitsRow, TopKFilter
 
-_MORE = 16  # than twice k
-_MOST = 1024  # logits of a row; a longer list is no cheaper to find than the whole row to bring over
+_EXTRA = 16  # logits beyond twice k
+_MAX_COUNT = 1024  # logits of a row; selecting more costs as much as transferring the whole row
 
 
 class DeviceTopK:
-    """Brings over what cuts leave of logits. Masks of ids that may not be drawn are kept as long as their cuts are."""
+    """Transfers what top-k filters keep of logits. Masks of banned ids live as long as their filters."""
 
     def __init__(self) -> None:
         self._banned: WeakKeyDictionary[TopKFilter, torch.Tensor] = WeakKeyDictionary()
 
-    def of(self, logits: torch.Tensor, cuts: list[TopKFilter | None]) -> list[LogitsRow]:
-        """Return each row of logits, (rows, vocab), as its cut leaves it, or float32 (vocab,) whole.
+    def transfer(self, logits: torch.Tensor, filters: Sequence[TopKFilter | None]) -> list[LogitsRow]:
+        """Return each row of logits, (rows, vocab), as its filter leaves it, or whole as float32 (vocab,).
 
-        All that is cut comes in one transfer; rows that are needed whole come in another.
+        All filtered rows come in one transfer, rows that are needed whole in another.
         """
-        rows: dict[TopKFilter, list[int]] = {}
-        for at, cut in enumerate(cuts):
-            if cut is not None and applies(cut, logits.shape[1]):
-                rows.setdefault(cut, []).append(at)
-        out: list[Any] = [None] * len(cuts)
-        if rows:
-            parts = torch.cat([self.part(logits, cut, at) for cut, at in rows.items()]).cpu().numpy()
-            begin = 0
-            for cut, places in rows.items():
-                end = begin + 2 * _brought(cut) * len(places)
-                for at, part in zip(places, parts[begin:end].reshape(len(places), 2, -1), strict=True):
-                    out[at] = from_device(part, cut)
-                begin = end
-        whole = [at for at, row in enumerate(out) if row is None]
+        by_filter: dict[TopKFilter, list[int]] = {}
+        for row, top_k_filter in enumerate(filters):
+            if top_k_filter is not None and is_worthwhile(top_k_filter, logits.shape[1]):
+                by_filter.setdefault(top_k_filter, []).append(row)
+        results: list[Any] = [None] * len(filters)
+        if by_filter:
+            parts = torch.cat([self.select(logits, *item).flatten() for item in by_filter.items()]).cpu().numpy()
+            start = 0
+            for top_k_filter, rows in by_filter.items():
+                end = start + 2 * _count(top_k_filter) * len(rows)
+                for row, part in zip(rows, parts[start:end].reshape(len(rows), 2, -1), strict=True):
+                    results[row] = from_device(part, top_k_filter)
+                start = end
+        whole = [row for row, result in enumerate(results) if result is None]
         if whole:
-            numbers = (logits if len(whole) == len(out) else logits[whole]).float().cpu().numpy()
-            for at, row in zip(whole, numbers, strict=True):
-                out[at] = row
-        return out
+            transferred = (logits if len(whole) == len(results) else logits[whole]).float().cpu().numpy()
+            for row, numbers in zip(whole, transferred, strict=True):
+                results[row] = numbers
+        return results
 
-    def part(self, logits: torch.Tensor, cut: TopKFilter, places: list[int]) -> torch.Tensor:
-        """Return the largest logits of some rows, falling, and their ids: int32, flat (rows · 2 · count).
+    def select(self, logits: torch.Tensor, top_k_filter: TopKFilter, rows: list[int]) -> torch.Tensor:
+        """Return the largest logits of some rows in falling order, and their ids: int32 (rows, 2, count).
 
-        The logits are float32, taken for int32. What `kept` is handed is a row of these, (2, count), on the host.
+        The logits are float32, viewed as int32. `from_device` takes one row of the result, on the host.
         """
-        if cut not in self._banned:
-            self._banned[cut] = torch.tensor(cut.banned, device=logits.device)
-        own = logits if len(places) == logits.shape[0] else logits[places]
-        values, ids = own.index_fill(1, self._banned[cut], -torch.inf).topk(_brought(cut), dim=1)
-        return torch.stack([values.float().view(torch.int32), ids.int()], dim=1).flatten()
+        if top_k_filter not in self._banned:
+            self._banned[top_k_filter] = torch.tensor(top_k_filter.banned, device=logits.device)
+        selected = logits if len(rows) == logits.shape[0] else logits[rows]
+        masked = selected.index_fill(1, self._banned[top_k_filter], -torch.inf)
+        values, ids = masked.topk(_count(top_k_filter), dim=1)
+        return torch.stack([values.float().view(torch.int32), ids.int()], dim=1)
 
 
-def _brought(cut: TopKFilter) -> int:
-    return 2 * cut.k + _MORE
+def _count(top_k_filter: TopKFilter) -> int:
+    """Return how many logits of a row are transferred."""
+    return 2 * top_k_filter.k + _EXTRA
 
 
-def applies(cut: TopKFilter, size: int) -> bool:
-    """Whether less is brought over of a row of `size` logits than all."""
-    return _brought(cut) < min(_MOST, size)
+def is_worthwhile(top_k_filter: TopKFilter, vocab_size: int) -> bool:
+    """Whether filtering a row of logits on the device transfers less than the whole row."""
+    return _count(top_k_filter) < min(_MAX_COUNT, vocab_size)
 
 
-def from_device(part: np.ndarray[Any, Any], cut: TopKFilter) -> Candidates | None:
-    """Return what a cut leaves, of a row's `Largest.part`; None where more might be tied with the k-th."""
+def from_device(part: npt.NDArray[np.int32], top_k_filter: TopKFilter) -> Candidates | None:
+    """Return what a filter keeps of a row of `DeviceTopK.select`; None where more might be tied with the k-th."""
     values, ids = part[0].view(np.float32), part[1]
-    least = values[cut.k - 1]
-    if not values[-1] < least or np.isnan(values[0]):  # what is no number counts as the largest
+    least = values[top_k_filter.k - 1]
+    if not values[-1] < least or np.isnan(values[0]):  # topk ranks NaN first
         return None
-    above = values >= least
-    order = np.argsort(ids[above])
-    return Candidates(ids[above][order].astype(np.int64), values[above][order])
+    kept = values >= least
+    order = np.argsort(ids[kept])
+    return Candidates(ids[kept][order].astype(np.int64), values[kept][order])

@@ -1,7 +1,7 @@
-"""Models of a real architecture and size whose weights are filled with numbers: for measuring speed only.
+"""Models of a real architecture and size with dummy weights: for measuring speed only.
 
-What a forward costs depends on the sizes of the matrices, not on what stands in them, so such a model tells how fast
-the real one would be where its weights are not to be had. What it writes means nothing.
+The cost of a forward pass depends on the sizes of the matrices, not on their values, so such a model runs as fast as
+the real one. The text that it generates means nothing.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.toy import WORD_TOKENS, LongestMatch, render
-from mixlm.engines.transformers.engine import HFEngine, _device, _dtype
-from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.toy import WORD_TOKENS, toy_text
+from mixlm.engines.transformers.engine import HFEngine, parse_device, parse_dtype
+from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.runner import ModelRunner, memory_errors
 from mixlm.errors import ModelNotFoundError, did_you_mean
-from mixlm.tokenization.chat_template import PromptEncoder
-from mixlm.tokenization.vocabulary import Vocabulary
 
 PREFIX = "shape:"
 LABEL = "real architecture and size, weights filled with numbers: for measuring speed only"
@@ -24,7 +22,7 @@ LABEL = "real architecture and size, weights filled with numbers: for measuring 
 _QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
 _SMOLLM = {"model_type": "llama", "vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072}
-# JackFram's, which many measurements of speculative decoding use as drafts (SpecInfer, Miao et al., 2023).
+# JackFram's, a draft model in many measurements of speculative decoding (SpecInfer, Miao et al., 2023).
 _DRAFT = {
     "model_type": "llama",
     "vocab_size": 32_000,
@@ -86,73 +84,58 @@ _BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat each other
 _SCALE = 0.02
 
 
-class DummyWeightsEngine(HFEngine):
-    """A model of a known shape with filled weights; equal weights for equal shapes.
+def load(spec: EngineSpec) -> DummyWeightsEngine:
+    """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
 
-    Its vocabulary begins with the toys' words and bytes, then a begin and an end; every further row is a made-up word,
-    so that what is done with a vocabulary of this size costs what it does with the real one. Members of any shapes, and
+    `shape:NAME#2` is the same model again with memory of its own, as another model of that size would have.
+    """
+    name = spec.model.removeprefix(PREFIX).partition("#")[0]
+    if name not in SHAPES:
+        raise ModelNotFoundError(
+            f"there is no shape {name!r}", did_you_mean(name, SHAPES) or f"there are {', '.join(SHAPES)}"
+        )
+    return DummyWeightsEngine(spec, SHAPES[name])
+
+
+class DummyWeightsEngine(HFEngine):
+    """A model of a known shape with dummy weights; equal weights for equal shapes.
+
+    Its vocabulary begins with the toys' words and bytes, then a begin and an end token; every further row is a made-up
+    word, so that work on a vocabulary of this size costs what it does with the real one. Members of any shapes, and
     toys, share the vocabulary as far as the smaller one goes. Raises MemoryLimitError.
     """
 
     def __init__(self, spec: EngineSpec, shape: Mapping[str, Any]) -> None:
-        self.name = spec.name or spec.model
-        self.device = _device(spec.device)
-        self.dtype = _dtype(spec.dtype, self.device)
-        with memory_errors(self.name):
-            self.loaded = LoadedModel(filled(shape, self.dtype, self.device))
-        self.model = self.loaded.model
-        self.adapter = None
-        self.details = {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "weights": "filled with numbers",
-        }
-        self.weights_bytes = self.loaded.size
-        self.context_length = int(shape["max_position_embeddings"])
-        self.runner = ModelRunner(self.loaded, self.name, spec.graphs)
-        self.details |= self.runner.details
-        self.notes = (f"{self.name}: {LABEL}",)
-        self.stops = ()
-        self.tokenizer_info = {"family": "bytes", "normaliser": "none", "leading space": "never", "template": "its own"}
-        tokens, begin = spelled(int(shape["vocab_size"]))
-        self.encoder = LongestMatch(tokens)
-        self.vocabulary = Vocabulary.of(dict(enumerate(tokens)), len(tokens), [begin + 1], [begin, begin + 1])
-        self.prompts = PromptEncoder(self.encoder, {"<begin>": begin, "<end>": begin + 1}, render, begin=[begin])
-
-    @classmethod
-    def from_spec(cls, spec: EngineSpec) -> DummyWeightsEngine:
-        """Build the model that `shape:NAME` names. Raises ModelNotFoundError for a name that is not in `SHAPES`.
-
-        `shape:NAME#2` is the same again with memory of its own, as another model of that size would have.
-        """
-        name = spec.model.removeprefix(PREFIX).partition("#")[0]
-        if name not in SHAPES:
-            raise ModelNotFoundError(
-                f"there is no shape {name!r}", did_you_mean(name, SHAPES) or f"there are {', '.join(SHAPES)}"
-            )
-        return cls(spec, SHAPES[name])
+        name = spec.name or spec.model
+        device = parse_device(spec.device)
+        with memory_errors(name):
+            loaded = LoadedModel(create_model(shape, parse_dtype(spec.dtype, device), device))
+        tokens, begin = dummy_tokens(int(shape["vocab_size"]))
+        text = toy_text(tokens, len(tokens), begin, notes=(f"{name}: {LABEL}",))
+        runner = ModelRunner(loaded, name, spec.graphs)
+        super().__init__(name, text, int(shape["max_position_embeddings"]), runner, {"weights": "filled with numbers"})
 
 
-def spelled(rows: int) -> tuple[list[bytes], int]:
-    """Return the bytes of each row of a vocabulary, and the row of the begin mark, which the end mark follows."""
+def dummy_tokens(vocab_size: int) -> tuple[list[bytes], int]:
+    """Return the bytes of each id, and the id of the begin token, which the end token follows."""
     begin = len(WORD_TOKENS)
-    return [*WORD_TOKENS, b"", b"", *(b" w%d" % i for i in range(begin + 2, rows))], begin
+    return [*WORD_TOKENS, b"", b"", *(b" w%d" % i for i in range(begin + 2, vocab_size))], begin
 
 
-def filled(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
-    """Return a transformers model of this shape: torch dtype and device. Filling takes about as long as writing it."""
+def create_model(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
+    """Return a transformers model of this shape: torch dtype and device. Filling it takes as long as writing it."""
     import torch
 
     with torch.device("meta"):
-        model = described(shape, dtype)
+        model = from_shape(shape, dtype)
     model = model.to_empty(device=device).eval()
     model.tie_weights()
-    # What a model computes when it is built, and no file holds, `to_empty` has lost.
+    # `to_empty` drops what a model computes when it is built and no file holds.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     generator = torch.Generator().manual_seed(0)
     block = (torch.randn(2 * _BLOCK, generator=generator) * _SCALE).to(dtype).to(device)
-    at = 0
+    offset = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(False)
@@ -161,17 +144,17 @@ def filled(shape: Mapping[str, Any], dtype: Any, device: Any) -> Any:
                 continue
             flat = parameter.view(-1)
             whole = flat.numel() - flat.numel() % _BLOCK
-            part = block[at : at + _BLOCK]
+            part = block[offset : offset + _BLOCK]
             flat[:whole].view(-1, _BLOCK).copy_(part)
             flat[whole:].copy_(part[: flat.numel() - whole])
-            at = (at + 7919) % _BLOCK  # each matrix begins elsewhere
+            offset = (offset + 7919) % _BLOCK  # each matrix begins elsewhere in the block
     return model
 
 
-def described(shape: Mapping[str, Any], dtype: Any) -> Any:
-    """Return the model on torch's current default device, with whatever weights building it gives."""
+def from_shape(shape: Mapping[str, Any], dtype: Any) -> Any:
+    """Return the model on torch's current default device, with the weights of its initialisation."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    others = dict(shape)
-    config = AutoConfig.for_model(others.pop("model_type"), **others)
+    config_fields = dict(shape)
+    config = AutoConfig.for_model(config_fields.pop("model_type"), **config_fields)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -2,87 +2,117 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Spinning OpenMP threads starve each other on shared machines; this must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-from mixlm.engines.base import Engine, Request, Response, Session
+from mixlm.engines.base import Engine, Request, Response, Session, TextInterface
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids, first_line, load_tokenizer
-from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line
+from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.runner import HFSession, ModelRunner, memory_errors
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError
+from mixlm.models import resolve
+
+
+def load(spec: EngineSpec) -> HFEngine:
+    """Load a folder, a catalogue name or a hub id: see `HFEngine.from_pretrained`."""
+    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
+    return HFEngine.from_pretrained(replace(spec, name=spec.name or resolved.name), resolved.path_or_id)
 
 
 class HFEngine(Engine):
-    """A causal language model of transformers with its fast tokenizer.
+    """A causal language model of transformers.
 
-    Raises ModelLoadError when it cannot be loaded, TokenizerError when its tokens cannot be mapped to bytes,
-    MemoryLimitError when the device has too little memory. like: an engine whose weights and tokenizer it uses too.
+    Args:
+        name: of the model.
+        text: its prompts and vocabulary.
+        context_length: in tokens.
+        runner: the model with the engine's adapter, if any.
+        details: for reports, beside dtype, device, adapter and what the runner adds.
+        tokenizer: what `with_spec` makes other prompts of; without one it returns None.
     """
 
-    def __init__(self, spec: EngineSpec, source: str, like: HFEngine | None = None) -> None:
-        self.name = spec.name
-        self._source = source
-        self._tokenizer: Any = load_tokenizer(source, spec.name, memory_errors) if like is None else like._tokenizer
-        self.device = _device(spec.device)
-        self.dtype = _dtype(spec.dtype, self.device)
-        model = _load_model(source, spec.name, self.dtype, self.device) if like is None else None
-        self.loaded: LoadedModel = LoadedModel(model) if like is None else like.loaded
-        self.model = self.loaded.model
-        self.adapter = spec.adapter
-        self.details = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
-        if spec.adapter is not None:
-            self.loaded.add(spec.adapter, spec.name)
-            self.details["adapter"] = spec.adapter
+    def __init__(
+        self,
+        name: str,
+        text: TextInterface,
+        context_length: int,
+        runner: ModelRunner,
+        details: Mapping[str, str] | None = None,
+        tokenizer: TokenizerSetup | None = None,
+    ) -> None:
+        super().__init__(name, text, context_length)
+        self.runner = runner
+        self.loaded = runner.loaded
+        self.model = runner.model
+        self.device = self.model.device
+        self.adapter = runner.adapter
         self.weights_bytes = sum(self.weight_parts.values())
-        text_config = self.model.config.get_text_config()
-        self.context_length = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
-        rows = int(self.model.get_output_embeddings().weight.shape[0])
-        self.runner: ModelRunner = (
-            ModelRunner(self.loaded, spec.name, spec.graphs) if like is None else like.runner
-        ).using(spec.adapter)
-        self.details |= self.runner.details
-        notes = []
-        if self.runner.recomputes:
-            notes.append(f"{spec.name} keeps no cache that can be cut back: it reads the whole text at every token")
-        self._read: TokenizerSetup = (
-            TokenizerSetup.of(self._tokenizer, spec.name, source) if like is None else like._read
-        )
-        ends = set(as_ids(self.model.config.eos_token_id))
-        ends |= set(as_ids(getattr(self.model.generation_config, "eos_token_id", None)))
-        notes += self._read.give(self, self._tokenizer, spec, rows, ends)
-        self.notes = tuple(notes)
+        self.details = {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            **({} if self.adapter is None else {"adapter": self.adapter}),
+            **(details or {}),
+            **runner.details,
+        }
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, spec: EngineSpec, source: str) -> HFEngine:
+        """Load a model and its tokenizer from a folder or a hub id.
+
+        Raises:
+            ModelLoadError: the model, its tokenizer or its adapter cannot be loaded.
+            TokenizerError: its tokens cannot be mapped to bytes.
+            MemoryLimitError: the device has too little memory.
+        """
+        tokenizer = TokenizerSetup.load(source, spec.name, memory_errors)
+        device = parse_device(spec.device)
+        loaded = LoadedModel(_load_model(source, spec.name, parse_dtype(spec.dtype, device), device))
+        if spec.adapter is not None:
+            loaded.add(spec.adapter, spec.name)
+        runner = ModelRunner(loaded, spec.name, spec.graphs).with_adapter(spec.adapter)
+        return cls._from_parts(spec, tokenizer, runner)
+
+    @classmethod
+    def _from_parts(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
+        """Return the engine of a spec on a model that is loaded."""
+        config = runner.model.config
+        vocab_size = int(runner.model.get_output_embeddings().weight.shape[0])
+        notes = [f"{spec.name} cannot roll back its state: it runs the whole text for every token"]
+        text = tokenizer.text_interface(spec, vocab_size, notes=notes if runner.is_stateful else ())
+        context_length = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+        return cls(spec.name, text, context_length, runner, tokenizer=tokenizer)
 
     @property
     def batch_key(self) -> int:
-        """Engines that differ in their prompts alone run as one."""
+        """Equal for engines that differ in their prompts alone."""
         return id(self.runner)
 
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of the model, and of the adapter."""
-        return self.loaded.weights(self.adapter)
+        return self.loaded.weight_parts(self.adapter)
 
     @property
     def run_ahead_depth(self) -> int:
-        """As many as are run before they are asked for, where forwards are run in steps."""
+        """How many positions the runner runs ahead."""
         return self.runner.run_ahead_depth
 
-    def with_spec(self, spec: EngineSpec) -> HFEngine:
+    def with_spec(self, spec: EngineSpec) -> HFEngine | None:
         """Return an engine on the same weights, with prompts and an adapter of its own."""
-        own = f"{self.name}+{Path(spec.adapter).name}" if spec.adapter is not None else self.name
-        return HFEngine(replace(spec, name=spec.name or own), self._source, like=self)
+        if self._tokenizer is None:
+            return None
+        name = spec.name or (self.name if spec.adapter is None else f"{self.name}+{Path(spec.adapter).name}")
+        if spec.adapter is not None:
+            self.loaded.add(spec.adapter, name)
+        return self._from_parts(replace(spec, name=name), self._tokenizer, self.runner.with_adapter(spec.adapter))
 
     def replica(self) -> HFEngine:
-        """Return an engine on the same weights that runs for itself."""
+        """Return an engine on the same weights with a runner of its own."""
         other = copy(self)
         other.runner = copy(self.runner)
         return other
@@ -92,10 +122,10 @@ class HFEngine(Engine):
         return HFSession(self.runner, self.context_length)
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Answer all requests, in one forward where they fit and the model can."""
-        # A session may stand in for another, as one that remembers its answers does: it is asked by itself.
-        together = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
-        return self.runner.respond(requests) if together else super().respond(requests)
+        """Serve all requests, in one forward pass where they fit and the model can."""
+        # A session of another type, such as one that caches responses, is served by itself.
+        batched = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
+        return self.runner.respond(requests) if batched else super().respond(requests)
 
 
 def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:
@@ -119,7 +149,8 @@ def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:
         logging.set_verbosity(verbosity)
 
 
-def _device(name: str) -> Any:
+def parse_device(name: str) -> Any:
+    """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
     import torch
 
     if name == "auto":
@@ -128,16 +159,16 @@ def _device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ConfigError(f"device {name!r} is not there", f"this machine has {there}") from error
+        devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ConfigError(f"device {name!r} is not there", f"this machine has {devices}") from error
     return device
 
 
-def _dtype(name: str, device: Any) -> Any:
+def parse_dtype(name: str, device: Any) -> Any:
+    """Return torch's dtype of a name; "auto" is bfloat16 where the device computes in it, else float32."""
     import torch
 
     if name != "auto":
         return getattr(torch, name)
-    # bfloat16 is fast only where the processor computes in it.
     fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else torch.float32

@@ -1,8 +1,8 @@
-"""A model's RMS norms as one operation each (Zhang and Sennrich, 2019), in place of the eight that they are written as.
+"""A model's RMS norms (Zhang and Sennrich, 2019) as one kernel each, in place of the eight that they are written as.
 
-On a GPU a norm of one token is nothing but the time to start its kernels, and there are two in every layer. PyTorch has
-one kernel for it (`rms_norm`); it rounds once where the layer's own code rounds twice, so the usual forward is left as
-it is, and only steps, which are compared with it, are run with these.
+On a GPU the norm of one token costs only the launches of its kernels, and there are two norms in every layer. PyTorch
+has one kernel for it (`rms_norm`). It rounds once where the layer's own code rounds twice, so the plain forward pass is
+left as it is; only passes in fixed shapes (`cuda_graphs`), which are tested against it, use the fused norms.
 """
 
 from __future__ import annotations
@@ -15,49 +15,54 @@ from typing import Any
 import torch
 from torch.nn.functional import rms_norm
 
-_ROWS = 4  # that a layer is tried with
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, and of the largest value
+_TEST_ROWS = 4
+# Largest difference from the layer's own result, relative and as a fraction of its largest value.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FusedNorms:
-    """The norms of a model that one operation gives the same numbers as: found by trying, whatever they are called."""
+    """The norms of a model that one kernel gives the same numbers as: found by a test, whatever their class."""
 
     def __init__(self, model: Any) -> None:
         with torch.inference_mode():
-            found = [(one, self._replaced(one)) for one in model.modules() if type(one).__name__.endswith("RMSNorm")]
-        self._those = [(one, forward) for one, forward in found if forward is not None]
+            norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+            fused = [(norm, _fused(norm)) for norm in norms]
+        self._norms = [(norm, forward) for norm, forward in fused if forward is not None]
 
     def __len__(self) -> int:
-        return len(self._those)
+        return len(self._norms)
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Run what is inside with them."""
+    def applied(self) -> Iterator[None]:
+        """Use them in the forward passes in this context."""
         try:
-            for one, forward in self._those:
-                one.forward = forward
+            for norm, forward in self._norms:
+                norm.forward = forward
             yield
         finally:
-            for one, _ in self._those:
-                one.__dict__.pop("forward", None)
+            for norm, _ in self._norms:
+                norm.__dict__.pop("forward", None)
 
-    def _replaced(self, norm: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return what does for a norm, one of two kinds: its weight as it is, or 1 added to it; None for others."""
-        weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if weight is None or weight.dim() != 1 or not isinstance(epsilon, float) or weight.dtype not in _CLOSE:
-            return None
-        x = torch.linspace(-2, 3, _ROWS * weight.numel(), device=weight.device).view(_ROWS, -1).to(weight.dtype)
-        expected = norm(x)
-        off = _CLOSE[weight.dtype]
-        for kind in (partial(_plain, weight, epsilon), partial(_raised, 1 + weight.float(), epsilon)):
-            if torch.allclose(kind(x), expected, rtol=off, atol=off * float(expected.abs().max())):
-                return kind
+
+def _fused(norm: Any) -> Norm | None:
+    """Return a fused norm with the layer's weight, or with 1 added to it; None where neither gives its numbers."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or weight.dim() != 1 or not isinstance(epsilon, float) or weight.dtype not in _TOLERANCE:
         return None
+    x = torch.linspace(-2, 3, _TEST_ROWS * weight.numel(), device=weight.device).view(_TEST_ROWS, -1).to(weight.dtype)
+    expected = norm(x)
+    tolerance = _TOLERANCE[weight.dtype]
+    for forward in (partial(_rms_norm, weight, epsilon), partial(_float32_rms_norm, 1 + weight.float(), epsilon)):
+        if torch.allclose(forward(x), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            return forward
+    return None
 
 
-def _plain(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
+def _rms_norm(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _raised(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
+def _float32_rms_norm(weight: torch.Tensor, epsilon: float, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Forwards of a transformers model: for one sequence, or for many at once, each behind a cache of its own."""
+"""Forward passes of a transformers model: of one sequence or of many at once, each behind a KV cache of its own."""
 
 from __future__ import annotations
 
@@ -9,52 +9,50 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mixlm.engines.base import Request, Response, Session
-from mixlm.engines.batching import Found, Part, respond_batched
-from mixlm.engines.transformers.lora import LoadedModel
+from mixlm.engines.base import Request, Response, RunAheadHint, Session
+from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
+from mixlm.engines.transformers import self_test
+from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
-from mixlm.types import Floats, Ids, Logits, LogitsRow
+from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
     from mixlm.engines.transformers.device_topk import DeviceTopK
     from mixlm.engines.transformers.run_ahead import DeviceSampler, RunAhead
 
-# A long prompt is run in parts, so that attention scores of all its positions never lie in memory at once; and this is
-# how many tokens of all sequences together are run in one forward.
-MOST = 1024
-# What torch, safetensors and the system say when memory is out, where it is no error of a type of its own.
+# Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
+# lie in memory at once; and no more tokens of all sequences together are run in one pass.
+MAX_BATCH_TOKENS = 1024
+# After a pass of several sequences, so many passes of one do not run ahead: other sequences would wait for that.
+RUN_AHEAD_COOLDOWN = 16
+# What torch, safetensors and the system say when memory is out, where the error has no type of its own.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
-_TRIED = 24  # tokens
-_DIFFERENCE = 0.05  # total variation; bfloat16 alone makes up to 0.03
-# What may be raised where a model or a device cannot do what is tried.
-_UNFIT = (MemoryLimitError, NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError)
-# Calls of one sequence, behind one of several, before it goes ahead again: where others are at work, they would wait.
-_CROWDED = 16
 
 
 class HFSession(Session):
-    """One sequence. Every position is kept, also where the model attends to a window only: text may be taken back."""
+    """One sequence. The KV cache keeps every position, also where the model attends to a window: text may roll back."""
 
     def __init__(self, runner: ModelRunner, context_length: int) -> None:
         super().__init__(context_length)
         self._runner = runner
-        self.keeps_cache = not runner.recomputes
+        self.keeps_cache = not runner.is_stateful
         self.cache: Any = None
-        self.lead: RunAhead | None = None
+        self.run_ahead: RunAhead | None = None
 
     @property
     def has_run_ahead(self) -> bool:
-        """Whether forwards were run that nobody has asked for yet."""
-        return bool(self.lead)
+        """Whether forward passes ran that have not been requested yet."""
+        return bool(self.run_ahead)
 
-    def drop(self) -> None:
-        """Give up what was run ahead."""
-        self.stats.wasted += len(self.lead or ())
-        self.lead = None
+    def drop_run_ahead(self) -> None:
+        """Drop what ran ahead."""
+        self.stats.wasted += len(self.run_ahead or ())
+        self.run_ahead = None
 
-    def _truncate(self, length: int) -> int:
-        self.drop()
+    def truncate(self, length: int) -> int:
+        """Cut the KV cache to its first `length` tokens."""
+        self.drop_run_ahead()
         if length == 0:
             self.cache = None
         elif self._runner.batches:
@@ -63,11 +61,12 @@ class HFSession(Session):
             self.cache.crop(length - self.cache.get_seq_length())
         return length
 
-    def _forward(self, ids: Ids, last: int) -> Logits:
-        [logits] = self._runner.whole([Part(self, ids, last)])
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Run `ids` behind the KV cache."""
+        [logits] = self._runner.run_unfiltered([SequenceInput(self, ids, last)])
         return logits
 
-    def _log_normalizers(self, logits: Logits) -> Floats:
+    def log_normalizers(self, logits: Logits) -> Floats:
         """Return log Σ exp of each row, on all cores."""
         import torch
 
@@ -76,41 +75,49 @@ class HFSession(Session):
 
 
 class ModelRunner:
-    """A loaded model as a function from what sessions lack to logits.
+    """Runs the forward passes of a loaded model with one adapter, or with none.
 
-    recomputes: the model carries a state instead of keys and values, and cannot take tokens back. batches: it runs
-    several sequences at once. steps: forwards of one sequence in fixed shapes, where they are used. largest: brings no
-    more logits to the host than are needed, where that is not where they are. draws: where forwards are run before they
-    are asked for, what draws their tokens.
-    graphs: "auto" uses them on CUDA where the model can, "on" wherever it can, "off" nowhere. Raises UnsupportedError
-    for "on" and a model that cannot.
+    is_stateful: the model carries a recurrent state instead of keys and values, and cannot roll back. batches: it runs
+    several sequences at once. graphs: passes in fixed shapes, where they are used. device_top_k: selects logits on the
+    device, where that is not the host. sampler: samples on the device, where sequences run ahead.
+
+    Args:
+        loaded: the model.
+        name: of the model, for messages.
+        graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
+
+    Raises:
+        UnsupportedError: `graphs` is "on" and the model cannot run in fixed shapes.
     """
 
     def __init__(self, loaded: LoadedModel, name: str, graphs: str = "auto") -> None:
+        self.loaded = loaded
         self.model = loaded.model
-        self._loaded = loaded
-        self._adapter: str | None = None
-        self.recomputes = bool(getattr(self.model, "_is_stateful", False))
+        self.adapter: str | None = None
+        self.is_stateful = bool(getattr(self.model, "_is_stateful", False))
         self.batches = False
-        self.steps: CudaGraphRunner | None = None
-        self.largest: DeviceTopK | None = None
-        self.draws: DeviceSampler | None = None
-        self._crowded = 0
-        if self.model.device.type == "cuda":
-            from mixlm.engines.transformers.device_topk import DeviceTopK
-
-            self.largest = DeviceTopK()
+        self.graphs: CudaGraphRunner | None = None
+        self.device_top_k: DeviceTopK | None = None
+        self.sampler: DeviceSampler | None = None
+        self._cooldown = 0
         self._name = name
         loaded.runners[None] = self
-        self.batches = self._batches()
-        self.steps = self._stepped(graphs)
-        if self.steps is not None:
-            self.draws = self._ahead()
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            from mixlm.engines.transformers.device_topk import DeviceTopK
+
+            self.device_top_k = DeviceTopK()
+        self._enable_batching()
+        if graphs == "on" or (graphs == "auto" and cuda):
+            if self._enable_graphs(capture=cuda):
+                self._enable_run_ahead()
+            elif graphs == "on":
+                raise UnsupportedError(f"{name} cannot run in fixed shapes", "leave graphs at auto, or set it to off")
 
     @property
     def run_ahead_depth(self) -> int:
-        """How many positions behind the one in question it runs ahead; 0 where it does not."""
-        if self.draws is None:
+        """How many positions behind the requested one it runs ahead; 0 where it does not."""
+        if self.sampler is None:
             return 0
         from mixlm.engines.transformers.run_ahead import DEPTH
 
@@ -118,237 +125,239 @@ class ModelRunner:
 
     @property
     def details(self) -> dict[str, str]:
-        """How its forwards are run, for reports; nothing where there is one way."""
-        if self.steps is None:
+        """How it runs short forward passes, for reports; empty where they are run as others."""
+        if self.graphs is None:
             return {}
-        return {"short forwards": "captured graphs" if self.steps.captures else "fixed shapes"}
+        return {"short forwards": "captured graphs" if self.graphs.captures else "fixed shapes"}
 
-    def using(self, adapter: str | None) -> ModelRunner:
-        """Return the runner of the same model with an adapter, or without one: the same one for the same adapter."""
-        if adapter == self._adapter:
+    def with_adapter(self, adapter: str | None) -> ModelRunner:
+        """Return the model's runner with an adapter that was added, or without one; one runner for each adapter."""
+        if adapter == self.adapter:
             return self
-        other = copy(self)
-        other._adapter = adapter
-        if self.steps is not None:
-            other.steps = self.steps.anew()  # what is captured runs the model as it was then
-        known: ModelRunner = self._loaded.runners.setdefault(adapter, other)
-        return known
+        runner = copy(self)
+        runner.adapter = adapter
+        if self.graphs is not None:
+            runner.graphs = self.graphs.uncaptured()  # captured passes apply the adapter they were captured with
+        return self.loaded.runners.setdefault(adapter, runner)
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Answer requests of several sessions together."""
-        return respond_batched(requests, self.run, MOST)
+        """Serve requests of several sessions together."""
+        return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
 
-    def run(self, parts: Sequence[Part]) -> list[Found]:
-        """Run what sessions lack, and return what `together.Run` says for each part. Raises MemoryLimitError."""
+    def run(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
+        """Run what sequences lack, long ones in chunks. Raises MemoryLimitError."""
         import torch
 
-        with torch.inference_mode(), memory_errors(self._name), self._loaded.using(self._adapter):
-            behind = []
-            for one in parts:
-                head = max(len(one.ids) - max(MOST, one.last), 0) if not self.recomputes else 0
-                for start in range(0, head, MOST):
-                    self._forward([Part(one.session, one.ids[start : min(start + MOST, head)], 1)])
-                behind.append(one._replace(ids=one.ids[head:]))
-            return self._forward(behind)
+        with torch.inference_mode(), memory_errors(self._name), self.loaded.using(self.adapter):
+            rest = []
+            for item in inputs:
+                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if not self.is_stateful else 0
+                for start in range(0, prefill, MAX_BATCH_TOKENS):
+                    chunk = item.ids[start : min(start + MAX_BATCH_TOKENS, prefill)]
+                    self._run_batch([SequenceInput(item.session, chunk, 1)])
+                rest.append(item._replace(ids=item.ids[prefill:]))
+            return self._run_batch(rest)
 
-    def whole(self, parts: Sequence[Part]) -> list[Logits]:
-        """Run parts without cuts: float32 (last, vocab) for each. Raises MemoryLimitError."""
-        return [cast("Logits", one) for one in self.run(parts)]
+    def run_unfiltered(self, inputs: Sequence[SequenceInput]) -> list[Logits]:
+        """Run inputs without filters: float32 (last, vocab) for each. Raises MemoryLimitError."""
+        return [cast("Logits", output) for output in self.run(inputs)]
 
-    def _forward(self, parts: Sequence[Part]) -> list[Found]:
-        import torch
-
-        device = self.model.device
+    def _run_batch(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         if not self.batches:
-            [part] = parts
-            ids = torch.tensor(part.ids[None], device=device)
-            out = self.model(input_ids=ids, logits_to_keep=part.last, **self._cached(part.session)).logits
-            return self._brought(out[0, -part.last :], parts)
-        self._crowded = _CROWDED if len(parts) > 1 else max(self._crowded - 1, 0)
-        row = self._known(parts[0]) if len(parts) == 1 else None
-        if row is not None:
-            return [[row]]
-        logits = self._run(parts)
-        row = self._led(parts[0], logits) if len(parts) == 1 else None
-        if row is not None:
-            return [[row]]
-        if parts[
-            0
-        ].session.has_run_ahead:  # for what is needed whole; but other steps have written over the logits by now
-            cast(HFSession, parts[0].session).cache.length -= 1
-            logits = self._run([parts[0]._replace(ids=parts[0].ids[-1:])])
-        return self._brought(logits, parts)
+            return self._transfer(self._forward_alone(*inputs), inputs)
+        if len(inputs) > 1:
+            self._cooldown = RUN_AHEAD_COOLDOWN
+            return self._transfer(self._forward(inputs), inputs)
+        self._cooldown = max(self._cooldown - 1, 0)
+        [item] = inputs
+        row = self._from_run_ahead(item)
+        if row is None:
+            logits = self._forward(inputs)
+            row = self._start_run_ahead(item, logits)
+            if row is None:
+                if item.session.has_run_ahead:  # the row is needed whole, but later passes have overwritten the logits
+                    cast(HFSession, item.session).cache.length -= 1
+                    logits = self._forward([item._replace(ids=item.ids[-1:])])
+                return self._transfer(logits, inputs)
+        return [[row]]
 
-    def _run(self, parts: Sequence[Part]) -> Any:
-        """Run all parts in one forward: the logits that are asked for, a tensor (rows, vocab)."""
+    def _forward_alone(self, item: SequenceInput) -> Any:
+        """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
+        import torch
+
+        options: dict[str, Any] = {"use_cache": False}
+        if not self.is_stateful:
+            from transformers import DynamicCache
+
+            session = cast(HFSession, item.session)
+            # A cache made from the model's config would drop what leaves a window, and could not roll back into it.
+            session.cache = DynamicCache() if session.cache is None else session.cache
+            options = {"past_key_values": session.cache, "use_cache": True}
+        ids = torch.tensor(item.ids[None], device=self.model.device)
+        return self.model(input_ids=ids, logits_to_keep=item.last, **options).logits[0, -item.last :]
+
+    def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
+        """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
         import torch
 
         from mixlm.engines.transformers.kv_cache import KVCache, PackedSequences
 
-        sessions = [cast(HFSession, one.session) for one in parts]
+        sessions = [cast(HFSession, item.session) for item in inputs]
         for session in sessions:
-            session.drop()
-            session.cache = session.cache or KVCache(None if self.steps is None else self.steps.rooms)
-        counts = [len(one.ids) for one in parts]
-        if self.steps is not None and len(parts) == 1 and self.steps.fit(sessions[0].cache, counts[0]):
-            return self.steps.run(sessions[0].cache, parts[0].ids, parts[0].last)
+            session.drop_run_ahead()
+            session.cache = session.cache or KVCache(None if self.graphs is None else self.graphs.pool)
+        counts = [len(item.ids) for item in inputs]
+        if self.graphs is not None and len(inputs) == 1 and self.graphs.fits(sessions[0].cache, counts[0]):
+            return self.graphs.run(sessions[0].cache, inputs[0].ids, inputs[0].last)
         # A copy: the callers' arrays are views of buffers that go on changing.
         device = self.model.device
-        ids = torch.tensor(np.concatenate([one.ids for one in parts])[None], device=device)
-        rows = PackedSequences([session.cache for session in sessions], counts)
-        asked = np.concatenate(
-            [np.arange(end - one.last, end) for one, end in zip(parts, np.cumsum(counts), strict=True)]
-        )
-        out = self.model(
+        ids = torch.tensor(np.concatenate([item.ids for item in inputs])[None], device=device)
+        batch = PackedSequences([session.cache for session in sessions], counts)
+        ends = zip(inputs, np.cumsum(counts), strict=True)
+        outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
+        result = self.model(
             input_ids=ids,
-            position_ids=torch.tensor(rows.positions()[None], device=device),
-            logits_to_keep=torch.tensor(asked, device=device),
+            position_ids=torch.tensor(batch.positions()[None], device=device),
+            logits_to_keep=torch.tensor(outputs, device=device),
             use_cache=False,
-            rows=rows,
-        ).logits
-        rows.done()
-        return out[0]
+            attention_batch=batch,
+        )
+        batch.commit()
+        return result.logits[0]
 
-    def _known(self, part: Part) -> LogitsRow | None:
-        """Return the answer to a part that was run before it was asked for, if it was."""
-        session = cast(HFSession, part.session)
-        lead = session.lead
-        if not lead or part.cut is not lead.cut or len(part.ids) > 1:
+    def _from_run_ahead(self, item: SequenceInput) -> LogitsRow | None:
+        """Return the output for an input that ran ahead, None if it did not."""
+        session = cast(HFSession, item.session)
+        ahead = session.run_ahead
+        if not ahead or item.top_k_filter is not ahead.top_k_filter or len(item.ids) > 1:
             return None
-        row = lead.after(int(part.ids[0]), part.ahead)
+        row = ahead.advance(int(item.ids[0]), item.run_ahead)
         session.stats.run_ahead += row is not None
         return row
 
-    def _led(self, part: Part, logits: Any) -> LogitsRow | None:
-        """Run on behind a part's logits, if what comes next is told. Returns its answer, None where it did not."""
-        if self.draws is None or part.ahead is None or part.cut is None or self._crowded:
+    def _start_run_ahead(self, item: SequenceInput, logits: Any) -> LogitsRow | None:
+        """Run ahead of an input, if it has a hint. Returns its output, None where nothing ran or the row is tied."""
+        if self.sampler is None or item.run_ahead is None or item.top_k_filter is None or self._cooldown:
             return None
         from mixlm.engines.transformers.run_ahead import RunAhead
 
-        session = cast(HFSession, part.session)
-        assert self.steps is not None
-        if not RunAhead.can(self.steps, session.cache, part.cut, logits.shape[1]):
+        session = cast(HFSession, item.session)
+        assert self.graphs is not None
+        if not RunAhead.is_possible(self.graphs, session.cache, item.top_k_filter, logits.shape[1]):
             return None
-        session.lead = RunAhead(self.steps, self.draws, session.cache, part.cut, session.context_length)
-        return session.lead.begin(logits, part.ahead)
+        session.run_ahead = RunAhead(
+            self.graphs, self.sampler, session.cache, item.top_k_filter, session.context_length
+        )
+        return session.run_ahead.start(logits, item.run_ahead)
 
-    def _brought(self, logits: Any, parts: Sequence[Part]) -> list[Found]:
-        """Bring the logits of all parts, a tensor (rows, vocab), to the host, or as much of them as is needed."""
-        ends = np.cumsum([one.last for one in parts])
-        if self.largest is None or all(one.cut is None for one in parts):
+    def _transfer(self, logits: Any, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
+        """Transfer the logits of all inputs, a tensor (rows, vocab), to the host, or as much of them as is needed."""
+        ends = np.cumsum([item.last for item in inputs]).tolist()
+        if self.device_top_k is None or all(item.top_k_filter is None for item in inputs):
             whole: Logits = logits.float().cpu().numpy()
             return list(np.split(whole, ends[:-1]))
-        rows = self.largest.of(logits, [one.cut for one in parts for _ in range(one.last)])
-        own = [rows[end - one.last : end] for one, end in zip(parts, ends.tolist(), strict=True)]
-        return [
-            those if one.cut is not None else np.stack(cast("list[Logits]", those))
-            for one, those in zip(parts, own, strict=True)
-        ]
+        rows = self.device_top_k.transfer(logits, [item.top_k_filter for item in inputs for _ in range(item.last)])
+        outputs = [(item, rows[end - item.last : end]) for item, end in zip(inputs, ends, strict=True)]
+        return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
 
-    def _cached(self, session: Session) -> dict[str, Any]:
-        """Return what a forward of one sequence is called with, for models that cannot run several at once."""
-        from transformers import DynamicCache
-
-        if self.recomputes:
-            return {"use_cache": False}
-        one = cast(HFSession, session)
-        # One made from the model's config would forget what leaves a window, and could not be cut back into it.
-        one.cache = DynamicCache() if one.cache is None else one.cache
-        return {"past_key_values": one.cache, "use_cache": True}
-
-    def _batches(self) -> bool:
-        """Whether the model gives several sequences at once what it gives each alone: tried, not guessed."""
-        if self.recomputes:
-            return False
+    def _enable_batching(self) -> None:
+        """Run several sequences at once where the model then gives each what it gives it alone."""
+        if self.is_stateful:
+            return
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        from mixlm.engines.transformers.kv_cache import NAME, attend
+        from mixlm.engines.transformers.kv_cache import ATTENTION_NAME, attend
 
-        usual = self.model.config._attn_implementation
-        size = self.model.get_output_embeddings().weight.shape[0]
-        ids = np.arange(_TRIED, dtype=np.int64) % size
-        expected = self.whole([Part(self._session(), ids, 1)])[0]
-        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-        try:
-            self.model.set_attn_implementation(NAME)
-            if self.model.config._attn_implementation == NAME:
-                self.batches = True
-                one, other = self._session(), self._session()
-                self.run([Part(one, ids[:9], 1), Part(other, ids[:4], 1)])
-                self.run([Part(other, ids[4:5], 1), Part(one, ids[9:], 1)])
-                found = self.whole([Part(one, ids[:1], 1), Part(other, ids[5:], 1)])[1]
-                if _total_variation(found, expected) < _DIFFERENCE:
-                    return True
-        except _UNFIT:
-            pass  # models differ in what their attention asks for, and in what they let a caller say
-        self.batches = False
-        self.model.set_attn_implementation(usual)
+        default = self.model.config._attn_implementation
+        ids = self_test.sample_ids(self._vocab_size)
+        expected = self.run_unfiltered([SequenceInput(self._test_session(), ids, 1)])[0]
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+
+        def trial() -> Iterator[tuple[Logits, Logits]]:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            if self.model.config._attn_implementation != ATTENTION_NAME:
+                raise NotImplementedError
+            self.batches = True
+            a, b = self._test_session(), self._test_session()
+            self.run([SequenceInput(a, ids[:9], 1), SequenceInput(b, ids[:4], 1)])
+            self.run([SequenceInput(b, ids[4:5], 1), SequenceInput(a, ids[9:], 1)])
+            [_, logits] = self.run_unfiltered([SequenceInput(a, ids[:1], 1), SequenceInput(b, ids[5:], 1)])
+            yield logits[0], expected[0]
+
+        if not self_test.passes(trial):
+            self.batches = False
+            self.model.set_attn_implementation(default)
+
+    def _enable_graphs(self, *, capture: bool) -> bool:
+        """Run short passes in fixed shapes where they give what the plain ones give: new, captured and replayed."""
+        if not self.batches:
+            return False
+        from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
+
+        ids = self_test.sample_ids(self._vocab_size)
+        [expected] = self.run_unfiltered([SequenceInput(self._test_session(), ids, 4)])
+        self.graphs = CudaGraphRunner(self.model, capture=capture)
+
+        def trial() -> Iterator[tuple[Logits, Logits]]:
+            session = self._test_session()
+            self.run([SequenceInput(session, ids[:7], 1)])
+            for position in range(7, len(ids) - 5):
+                self.run([SequenceInput(session, ids[position : position + 1], 1)])
+            length = session.cache.length
+            for _ in range(3):
+                session.cache.length = length
+                [logits] = self.run_unfiltered([SequenceInput(session, ids[length:], 4)])
+            yield from zip(logits, expected, strict=True)
+
+        if self_test.passes(trial):
+            return True
+        self.graphs = None
         return False
 
-    def _stepped(self, graphs: str) -> CudaGraphRunner | None:
-        """Return the steps, where they are wanted and give what the usual forward gives: tried, not guessed."""
-        cuda = self.model.device.type == "cuda"
-        if graphs == "off" or (graphs == "auto" and not cuda):
-            return None
-        if self.batches:
-            from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
-
-            ids = np.arange(_TRIED, dtype=np.int64) % self.model.get_output_embeddings().weight.shape[0]
-            [expected] = self.whole([Part(self._session(), ids, 4)])
-            self.steps = CudaGraphRunner(self.model, capture=cuda)
-            try:
-                found = self._in_steps(ids)
-                if all(_total_variation(a, b) < _DIFFERENCE for a, b in zip(found, expected, strict=True)):
-                    return self.steps
-            except _UNFIT:
-                pass  # a model may look at numbers on the host, which a captured forward cannot
-            self.steps = None
-        if graphs == "on":
-            raise UnsupportedError(
-                f"{self._name} cannot run in steps of fixed shape", "leave graphs at auto, or set it to off"
-            )
-        return None
-
-    def _in_steps(self, ids: Ids) -> Logits:
-        """Return the logits of the last 4 positions, run in steps of every kind: new, captured and replayed."""
-        session = self._session()
-        self.run([Part(session, ids[:7], 1)])
-        for at in range(7, len(ids) - 5):
-            self.run([Part(session, ids[at : at + 1], 1)])
-        before = session.cache.length
-        for _ in range(3):
-            session.cache.length = before
-            [found] = self.whole([Part(session, ids[before:], 4)])
-        return found
-
-    def _ahead(self) -> DeviceSampler | None:
-        """Return what draws tokens of forwards that are run ahead, where that finds what steps find: tried."""
+    def _enable_run_ahead(self) -> None:
+        """Run ahead where that gives what passes on request give, and where all tokens are sampled as on the host."""
+        from mixlm.core.rng import Noise
+        from mixlm.core.sampling import Transform
         from mixlm.engines.transformers.device_topk import DeviceTopK
-        from mixlm.engines.transformers.run_ahead import DeviceSampler, written
+        from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
+        from mixlm.types import Sampling
 
-        self.draws = DeviceSampler(self.largest or DeviceTopK())
-        try:
-            session = self._session()
-            ids, rows = written(self.run, session, self.model.get_output_embeddings().weight.shape[0])
-            [expected] = self.whole([Part(self._session(), ids, len(rows))])
-            both = zip(rows, expected, strict=True)
-            agree = all(_total_variation(row.logprobs, whole[row.ids]) < _DIFFERENCE for row, whole in both)
-            return self.draws if agree and session.stats.run_ahead == len(rows) - 1 else None
-        except _UNFIT:
-            return None  # what a device cannot do of this, it can do one forward at a time
+        self.sampler = DeviceSampler(self.device_top_k or DeviceTopK())
+        steps = 6
 
-    def _session(self) -> HFSession:
-        return HFSession(self, _TRIED)
+        def trial() -> Iterator[tuple[Logits, Logits]]:
+            transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
+            session, symbols = self._test_session(), np.arange(self._vocab_size)
+            ids, rows = np.zeros(1, dtype=np.int64), []
+            for step in range(steps):
+                keys = tuple(noise.at(ahead).sample_key for ahead in range(step, min(step + DEPTH, steps - 1)))
+                hint = RunAheadHint(keys, transform.sampling, symbols) if keys else None
+                [[row]] = self.run([SequenceInput(session, ids[-1:], 1, transform.top_k_filter, hint)])
+                if not isinstance(row, Candidates):
+                    raise ValueError("the row was not filtered")
+                rows.append(row)
+                distribution = transform(row)
+                ids = np.append(ids, distribution.ids[noise.at(step).sample(*distribution)])
+            if session.stats.run_ahead != steps - 1:
+                raise ValueError("the device sampled other tokens")
+            [expected] = self.run_unfiltered([SequenceInput(self._test_session(), ids[:-1], steps)])
+            for row, whole in zip(rows, expected, strict=True):
+                yield row.logprobs, whole[row.ids]
 
+        if not self_test.passes(trial):
+            self.sampler = None
 
-def _total_variation(a: Logits, b: Logits) -> float:
-    one, other = (np.exp(x.astype(np.float64) - x.max()) for x in (a, b))
-    return float(0.5 * np.abs(one / one.sum() - other / other.sum()).sum())
+    @property
+    def _vocab_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def _test_session(self) -> HFSession:
+        return HFSession(self, self_test.LENGTH)
 
 
 @contextmanager
 def memory_errors(name: str) -> Iterator[None]:
-    """Turn torch's ways of saying that memory is out into one error."""
+    """Turn torch's errors that mean that memory is out into MemoryLimitError. name: of the model."""
     import torch
 
     try:
@@ -356,8 +365,8 @@ def memory_errors(name: str) -> Iterator[None]:
     except MixlmError:
         raise
     except Exception as error:
-        said = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in _NO_MEMORY):
+        message = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in message for part in _NO_MEMORY):
             raise MemoryLimitError(
                 f"the device has too little memory for {name}", "use --dtype bfloat16, or smaller members"
             ) from error

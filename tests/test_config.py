@@ -43,10 +43,10 @@ def write(tmp_path):
 def test_a_whole_file_is_read(write):
     config = read_config(write(WHOLE))
     assert (config.method, config.unit, config.system) == ("conventional", "piece", "Be brief.")
-    assert config.sampling.given() == {"top_k": 10}
+    assert config.sampling.options() == {"top_k": 10}
     first, second = config.members
     assert (first.model, first.weight, first.dtype, first.device) == ("one", 0.6, "float32", "cpu")
-    assert first.sampling.given() == {"temperature": 0.5}
+    assert first.sampling.options() == {"temperature": 0.5}
     assert (second.name, second.template) == ("second", "{{ messages[0].content }}")
     assert config.weights() == [0.6, 0.4]
 

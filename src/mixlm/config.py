@@ -1,13 +1,13 @@
-"""The ensemble file: TOML to one frozen tree. Unknown keys are refused, with the nearest known one as a hint.
+"""The ensemble file: TOML, parsed into frozen models. An unknown key is an error that names the closest known one.
 
 method = "mixture"              # or conventional, greedy, single, speculative, auto
 unit = "auto"                   # or token, piece, word, byte
 [sampling]                      # for every member
 top_k = 10
 [[members]]
-model = "smollm2-135m"          # a name, a folder, a GGUF file, a hub id
+model = "smollm2-135m"          # a name, a folder, a GGUF file or a hub id
 weight = 0.6
-[members.sampling]              # for this member, over the above
+[members.sampling]              # for this member; overrides the above
 temperature = 0.5
 """
 
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.types import Sampling
@@ -41,39 +41,39 @@ GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
 DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
-def supported_methods(unit: str) -> tuple[Method, ...]:
-    """Return the methods that a unit's law can be drawn by: the others need members' laws of symbols in full."""
-    return ("mixture", "single", "auto") if unit in ("word", "byte") else METHODS
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SamplingConfig(_Strict):
-    """Sampling options that are given; the others keep their defaults. See `Sampling`."""
+class _SamplingConfig(_Strict):
+    """The options of `Sampling` that a file sets; the others keep their defaults."""
 
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Return the options that are given."""
+    def options(self) -> dict[str, Any]:
+        """Return the options that are set."""
         return self.model_dump(exclude_none=True)
 
 
-class MemberConfig(_Strict):
-    """One member. `template` is a Jinja chat template, `template_file` a file that holds one.
+if TYPE_CHECKING:
+    SamplingConfig = _SamplingConfig
+else:
+    _OPTIONAL = {name: (kind | None, None) for name, kind in get_type_hints(Sampling).items()}
+    SamplingConfig = create_model("SamplingConfig", __base__=_SamplingConfig, **_OPTIONAL)
 
-    `url` stands in place of `model` for a member behind servers: their URLs; they are replicas, and all have the model.
-    `system` stands in front of every conversation of this member, `adapter` is a LoRA adapter: a folder or a hub id.
-    Members that differ in these alone share one copy of the weights.
-    engine: what runs the model; "auto" takes llama.cpp for a GGUF file where that is enough. The keys below it: see
-    `EngineSpec`.
+
+class MemberConfig(_Strict):
+    """One member.
+
+    A member behind servers has `url` in place of `model`: the URL of a server, or of several replicas of it. Members
+    that differ only in template, system message or adapter share one copy of the weights. The keys not listed here are
+    those of `EngineSpec`.
+
+    Attributes:
+        model: A name, a folder, a GGUF file or a hub id.
+        engine: What runs the model; "auto" is llama.cpp for a GGUF file where that is enough.
+        template: A Jinja chat template.
+        template_file: A file with one.
+        system: A system message in front of every conversation of this member.
+        adapter: A LoRA adapter: a folder or a hub id.
     """
 
     model: str
@@ -97,20 +97,20 @@ class MemberConfig(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _urls(cls, given: Any) -> Any:
-        """Take `url` for `model`: what names several servers is their URLs with commas between them."""
-        if not isinstance(given, dict) or "url" not in given:
-            return given
-        urls = [given["url"]] if isinstance(given["url"], str) else given["url"]
-        if "model" in given:
+    def _join_urls(cls, keys: Any) -> Any:
+        """Turn `url` into a `model`: the URLs with commas between them."""
+        if not isinstance(keys, dict) or "url" not in keys:
+            return keys
+        urls = [keys["url"]] if isinstance(keys["url"], str) else keys["url"]
+        if "model" in keys:
             raise ValueError("a member has a model or a url, not both")
-        if not isinstance(urls, list) or not urls or not all(_is_url(one) for one in urls):
+        if not isinstance(urls, list) or not urls or not all(_is_url(url) for url in urls):
             raise ValueError("url is a server's URL or a list of them: http://host:port or https://host:port")
-        return {key: value for key, value in given.items() if key != "url"} | {"model": ",".join(urls)}
+        return {key: value for key, value in keys.items() if key != "url"} | {"model": ",".join(urls)}
 
 
 class RouterConfig(_Strict):
-    """Weights by state: "fixed", "prompt" (by how well each member predicts it), or "learned" (from `file`)."""
+    """The router: "fixed" weights, "prompt" (by how well each member predicts the prompt), or "learned" (`file`)."""
 
     kind: RouterKind = "fixed"
     file: str | None = None
@@ -118,7 +118,7 @@ class RouterConfig(_Strict):
 
 
 class EnsembleConfig(_Strict):
-    """A whole ensemble. `rule` is a published way to average in place of the library's own; `conventional` only."""
+    """An ensemble. `rule` is a published averaging rule in place of the mixture; `conventional` only."""
 
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     method: Method = "mixture"
@@ -130,40 +130,41 @@ class EnsembleConfig(_Strict):
     router: RouterConfig = RouterConfig()
 
     def weights(self) -> list[float] | None:
-        """Return the members' weights, None when none is given.
+        """Return the members' weights, None if no member has one.
 
-        Raises ConfigError when some members have one and some have not.
+        Raises:
+            ConfigError: Some members have a weight and some have none.
         """
-        given = [one.weight for one in self.members if one.weight is not None]
-        if given and len(given) != len(self.members):
+        weights = [member.weight for member in self.members if member.weight is not None]
+        if weights and len(weights) != len(self.members):
             raise ConfigError(
-                f"{len(given)} of {len(self.members)} members have a weight", "give every member a weight, or none"
+                f"{len(weights)} of {len(self.members)} members have a weight", "give every member a weight, or none"
             )
-        return given or None
+        return weights or None
 
 
 def read_config(path: str | Path) -> EnsembleConfig:
-    """Read an ensemble file. Raises ConfigError that names the file, the key and what is allowed."""
+    """Read an ensemble file. Raises ConfigError that names the file, the key and the allowed values."""
     path = Path(path)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        beside = [one.name for one in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, beside)) from None
+        names = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, names)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     config = parse_config(raw, str(path))
     folder = path.resolve().parent
-    update: dict[str, Any] = {"members": tuple(_with_files(one, folder) for one in config.members)}
+    update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder) for member in config.members)}
     if config.router.file is not None:
         update["router"] = config.router.model_copy(update={"file": str(folder / config.router.file)})
     return config.model_copy(update=update)
 
 
 def write_config(config: EnsembleConfig, path: str | Path) -> None:
-    """Write an ensemble file that `read_config` reads back; what has its default value is left out."""
+    """Write an ensemble file that `read_config` reads back; default values are omitted."""
     import tomli_w
 
     form = config.model_dump(exclude_none=True, exclude_defaults=True)
@@ -171,21 +172,21 @@ def write_config(config: EnsembleConfig, path: str | Path) -> None:
 
 
 def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
-    """Check a parsed ensemble file. Raises ConfigError; `source` names the file in its message."""
+    """Validate a parsed ensemble file. Raises ConfigError with `source`, the file's name, in its message."""
     try:
         config = EnsembleConfig.model_validate(raw)
     except ValidationError as error:
-        raise _explained(error, source) from error
+        raise _config_error(error, source) from error
     config.weights()
     if (config.router.kind == "learned") != (config.router.file is not None):
-        raise ConfigError(f"{source}: a learned router has a file, and no other has one", "see mixlm fit --router")
-    for options in (config.sampling, *(one.sampling for one in config.members)):
-        Sampling(**options.given())
+        raise ConfigError(f"{source}: a learned router has a file, and no other kind has one", "see mixlm fit --router")
+    for sampling in (config.sampling, *(member.sampling for member in config.members)):
+        Sampling(**sampling.options())
     return config
 
 
-def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
-    """Read a member's template file, and take paths relative to the ensemble file."""
+def _resolve_files(member: MemberConfig, folder: Path) -> MemberConfig:
+    """Read a member's template file, and resolve paths relative to the ensemble file."""
     changes: dict[str, Any] = {}
     if member.template_file is not None:
         if member.template is not None:
@@ -194,8 +195,7 @@ def _with_files(member: MemberConfig, folder: Path) -> MemberConfig:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
-    own = (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer))
-    for key, value in own:
+    for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
         if value is not None and (folder / value).exists():
             changes[key] = str(folder / value)
     return member.model_copy(update=changes)
@@ -205,8 +205,8 @@ def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://")) and "," not in value
 
 
-def _explained(error: ValidationError, source: str) -> ConfigError:
-    """Turn the first of pydantic's complaints into one sentence and a hint."""
+def _config_error(error: ValidationError, source: str) -> ConfigError:
+    """Return the first of pydantic's errors as one sentence and a hint."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

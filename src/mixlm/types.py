@@ -1,4 +1,4 @@
-"""The nouns that every part of mixlm shares. This module imports nothing of mixlm but its errors."""
+"""The records that every part of mixlm shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.errors import ConfigError
+from mixlm.option_spec import check_options, option
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -36,41 +36,45 @@ class LogitBias(NamedTuple):
     values: Floats
 
 
-LogitsRow = Logits | Candidates  # logits of a whole vocabulary, or those that a `TopKFilter` keeps
+LogitsRow = Logits | Candidates  # all logits of a position, or those that a `TopKFilter` keeps
 
 
 @dataclass(frozen=True, eq=False)
 class TopKFilter:
-    """All that a choice depends on: the `k` largest logits, those of `banned` ids aside, and those equal to the k-th.
+    """The logits that top-k sampling needs: the `k` largest of ids not `banned`, and those equal to the k-th.
 
-    An engine may tell these alone, as `Candidates` of ascending ids, their logits in place of log-probabilities.
+    An engine may return these alone, as `Candidates` of ascending ids with logits in place of log-probabilities.
+
+    Attributes:
+        k: How many logits are needed.
+        banned: Ids that are never sampled, int64, ascending.
     """
 
     k: int
     banned: Ids
 
     def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Tell which ids, (n,), may be drawn. `banned` has to be ascending."""
+        """Return which of the ids, (n,), may be sampled: bool (n,)."""
         if self.banned.size == 0:
             return np.ones(ids.size, dtype=np.bool_)
-        at = np.minimum(np.searchsorted(self.banned, ids), self.banned.size - 1)
-        allowed: npt.NDArray[np.bool_] = self.banned[at] != ids
+        indices = np.minimum(np.searchsorted(self.banned, ids), self.banned.size - 1)
+        allowed: npt.NDArray[np.bool_] = self.banned[indices] != ids
         return allowed
 
-    def apply(self, told: Candidates) -> Candidates:
-        """Return what it leaves of an engine's likeliest tokens, which hold at least that."""
-        kept = self.allows(told.ids)
-        ids, values = told.ids[kept], told.logprobs[kept]
+    def apply(self, candidates: Candidates) -> Candidates:
+        """Return what the filter keeps of an engine's most likely tokens, which must contain all of that."""
+        mask = self.allows(candidates.ids)
+        ids, values = candidates.ids[mask], candidates.logprobs[mask]
         if ids.size > self.k:
-            kept = values >= np.partition(values, -self.k)[-self.k]
-            ids, values = ids[kept], values[kept]
+            mask = values >= np.partition(values, -self.k)[-self.k]
+            ids, values = ids[mask], values[mask]
         order = np.argsort(ids)
         return Candidates(ids[order], values[order])
 
 
 LogitsRows = Logits | list[Candidates]  # one `Row` for each position
 
-TopLogprobs = tuple[tuple[int, float], ...]
+TopLogprobs = tuple[tuple[int, float], ...]  # ids or symbols with their log-probabilities, in descending order
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,55 +87,111 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """One member's transform `A_i`, applied in the order of the fields; the rest is renormalised.
+    """The options of a member's transform `A_i`, applied in the order of the fields; the result is renormalized.
 
-    repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and reply; 1 is off.
-    presence_penalty, frequency_penalty: subtracted once, or per occurrence, from logits of tokens in the reply.
-    temperature: divides the logits. 0 is for `greedy` and `single` only.
-    top_k: keeps the k most likely tokens; 0 is off. top_p: keeps the smallest set of at least this mass.
-    min_p: keeps tokens of at least this share of the most likely one's probability.
+    Attributes:
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt and completion.
+        presence_penalty: Subtracted from the logits of tokens in the completion.
+        frequency_penalty: Subtracted from the logits of tokens in the completion, once per occurrence.
+        temperature: Divides the logits. 0 is for the methods `greedy` and `single` only.
+        top_k: Keeps the k most likely tokens.
+        top_p: Keeps the smallest set of the most likely tokens with at least this total probability.
+        min_p: Keeps tokens of at least this share of the most likely token's probability.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    temperature: float = 0.7
-    top_k: int = 20
-    top_p: float = 1.0
-    min_p: float = 0.0
+    repetition_penalty: float = option(
+        1.0,
+        help="Penalize tokens of the prompt and the completion; 1 is off.",
+        panel="Sampling",
+        metavar="X",
+        http="mixlm",
+        above=0,
+        note="1 is off",
+    )
+    presence_penalty: float = option(
+        0.0,
+        help="Penalize each token of the completion once; 0 is off.",
+        panel="Sampling",
+        metavar="X",
+        http="openai",
+        minimum=-100,
+        maximum=100,
+        note="0 is off",
+    )
+    frequency_penalty: float = option(
+        0.0,
+        help="Penalize each token of the completion, per occurrence; 0 is off.",
+        panel="Sampling",
+        metavar="X",
+        http="openai",
+        minimum=-100,
+        maximum=100,
+        note="0 is off",
+    )
+    temperature: float = option(
+        0.7,
+        help="Divide the logits by T; 0 is for greedy and single.",
+        panel="Sampling",
+        metavar="T",
+        http="openai",
+        minimum=0,
+        note="1 leaves the distribution as it is",
+    )
+    top_k: int = option(
+        20,
+        help="Keep the K most likely tokens; 0 is off.",
+        panel="Sampling",
+        metavar="K",
+        http="mixlm",
+        whole=True,
+        minimum=0,
+        note="0 is off",
+    )
+    top_p: float = option(
+        1.0,
+        help="Keep the most likely tokens with total probability P; 1 is off.",
+        panel="Sampling",
+        metavar="P",
+        http="openai",
+        above=0,
+        maximum=1,
+        note="1 is off",
+    )
+    min_p: float = option(
+        0.0,
+        help="Keep tokens of at least P times the probability of the most likely one; 0 is off.",
+        panel="Sampling",
+        metavar="P",
+        http="mixlm",
+        minimum=0,
+        maximum=1,
+        note="0 is off",
+    )
 
     def __post_init__(self) -> None:
-        positive_int = isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 0
-        checks = (
-            ("repetition_penalty", self.repetition_penalty > 0, "greater than 0; 1 is off"),
-            ("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100; 0 is off"),
-            ("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100; 0 is off"),
-            ("temperature", self.temperature >= 0, "0 or more; 1 leaves the distribution as it is"),
-            ("top_k", positive_int, "a whole number, 0 or more; 0 is off"),
-            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1; 1 is off"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1; 0 is off"),
-        )
-        for name, fits, allowed in checks:
-            value = getattr(self, name)
-            if not fits or not math.isfinite(value):
-                raise ConfigError(f"{name} is {value}; it must be {allowed}")
+        check_options(self)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the transform looks at the tokens written so far."""
+        """Whether the transform depends on the tokens so far."""
         return bool(self.active_penalties)
 
     @property
     def active_penalties(self) -> tuple[str, ...]:
-        """The names of the penalties that do something."""
+        """The names of the penalties that are on."""
         off = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         return tuple(name for name, value in off.items() if getattr(self, name) != value)
 
 
 class TopLogprob(NamedTuple):
-    """A symbol that could have come at a token's place, and its natural log-probability there.
+    """A symbol that could have been sampled at a position, and its natural log-probability there.
 
-    data: its exact bytes; none stand for end-of-text.
+    Attributes:
+        data: Its exact bytes; empty for end-of-text.
+        logprob: Its log-probability.
     """
 
     data: bytes
@@ -139,21 +199,23 @@ class TopLogprob(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The bytes as text; what is no UTF-8, half a character for one, as U+FFFD."""
+        """The bytes as text; what is not UTF-8, such as half a character, becomes U+FFFD."""
         return self.data.decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One step of a text.
+    """One symbol of a completion.
 
-    text: what this token adds to the text; empty while a character is still incomplete.
-    data: its exact bytes. member: name of the member that wrote it; where every member took part (`conventional`,
-    `greedy`), the one that gave it the largest part of its probability.
-    logprob: natural log-probability under the law it was drawn from: the drawn member's transformed distribution in
-    `mixture` and `single`, the ensemble's in `conventional` and `greedy`; the ensemble's everywhere with
-    `logprobs_of="ensemble"`.
-    alternatives: the likeliest symbols of that law, the likeliest first, as many as were asked for and it has.
+    Attributes:
+        text: What it adds to the text; empty while a character is still incomplete.
+        data: Its exact bytes.
+        member: Name of the member that generated it; where all members take part (`conventional`, `greedy`), of the
+            member that contributes most to its probability.
+        logprob: Natural log-probability in the distribution it was sampled from: the sampled member's transformed
+            distribution in `mixture` and `single`, the ensemble's in `conventional` and `greedy`; always the ensemble's
+            with `logprobs_of="ensemble"`.
+        top_logprobs: The most likely symbols of that distribution, in descending order, as many as were requested.
     """
 
     text: str
@@ -167,15 +229,21 @@ class Token:
         logprob = None if math.isnan(self.logprob) else self.logprob
         form: dict[str, Any] = {"text": self.text, "member": self.member, "logprob": logprob}
         if self.top_logprobs:
-            form["alternatives"] = [{"text": one.text, "logprob": one.logprob} for one in self.top_logprobs]
+            form["alternatives"] = [{"text": top.text, "logprob": top.logprob} for top in self.top_logprobs]
         return form
 
 
 @dataclass(frozen=True, slots=True)
 class MemberUsage:
-    """What one member did: its prompt's length, tokens written, forward passes, and tokens run through them.
+    """What one member contributed to a completion, and what it cost.
 
-    dropped: positions that were written without it, because it did not answer.
+    Attributes:
+        prompt_tokens: Length of its prompt.
+        tokens: Tokens that it generated.
+        forwards: Forward passes.
+        forward_tokens: Tokens that ran through them.
+        forward_seconds: Seconds of wall clock in them.
+        dropped: Positions generated without it, because it did not respond.
     """
 
     prompt_tokens: int
@@ -188,9 +256,17 @@ class MemberUsage:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Figures of one reply. Times are seconds of wall clock; `seconds` includes the prompts' prefill.
+    """Counts and times of one completion, in seconds of wall clock.
 
-    checked and accepted: guesses of what comes next, and how many were right. chosen: what `auto` used last.
+    Attributes:
+        tokens: Symbols generated.
+        bytes: Bytes generated.
+        seconds: Duration, with the prefill of the prompts.
+        seconds_to_first_token: Time to the first token.
+        members: By member's name.
+        drafted: Drafted symbols that were verified.
+        accepted: Those of them that were accepted.
+        chosen: The method that `auto` used last.
     """
 
     tokens: int
@@ -222,7 +298,7 @@ class Usage:
             "seconds_to_first_token": self.seconds_to_first_token,
             "tokens_per_second": self.tokens_per_second,
             "bytes_per_second": self.bytes_per_second,
-            "members": {name: asdict(one) for name, one in self.members.items()},
+            "members": {name: asdict(usage) for name, usage in self.members.items()},
             "checked": self.drafted,
             "accepted": self.accepted,
             "chosen": self.chosen,
@@ -231,11 +307,18 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished reply. `finish_reason` is "stop" (end of text or a stop string), "length", or "error"
-    where a member failed (`GenerationInterruptedError`).
+    """A finished generation.
 
-    prompt: with `score_prompt`, the prompt's tokens, or the segments between places where all members have a boundary;
-    the log-probability of what nothing is in front of is nan. end: the end-of-text that was drawn, without bytes.
+    Attributes:
+        text: The text.
+        tokens: Its symbols.
+        finish_reason: "stop" (end-of-text or a stop string), "length", or "error" if a member failed
+            (`GenerationInterruptedError`).
+        seed: The seed that reproduces it.
+        usage: Counts and times.
+        prompt: With `score_prompt`, the prompt's tokens, or its segments between common token boundaries of all
+            members. The log-probability of a first one that nothing precedes is nan.
+        end: The end-of-text that was sampled, without bytes.
     """
 
     text: str
@@ -248,12 +331,12 @@ class Completion:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        prompt = {"prompt": [one.as_dict() for one in self.prompt]} if self.prompt else {}
+        prompt = {"prompt": [token.as_dict() for token in self.prompt]} if self.prompt else {}
         return {
             **prompt,
             "text": self.text,
             "finish_reason": self.finish_reason,
             "seed": self.seed,
-            "tokens": [one.as_dict() for one in self.tokens],
+            "tokens": [token.as_dict() for token in self.tokens],
             "usage": self.usage.as_dict(),
         }

@@ -1,3 +1,3 @@
-"""The version of mixlm, where every part can read it."""
+"""The version of mixlm: the only place that has it."""
 
 __version__ = "0.1.0"

@@ -388,7 +388,7 @@ def test_schemas_that_cannot_be_held_to_are_refused(schema, why):
 
 
 def test_what_is_no_schema_is_refused():
-    with pytest.raises(ConfigError, match="it must be an object of JSON"):
+    with pytest.raises(ConfigError, match="it must be a JSON object"):
         pair("piece").settings(json_schema="string")
     with pytest.raises(ConfigError, match="json_schema is not JSON"):
         pair("piece").generate("a", json_schema={"const": {1, 2}})
@@ -436,7 +436,7 @@ def test_the_command_line_takes_a_file(capfd, tmp_path):
     file.write_text('{"enum": ["river", "bird"]}')
     assert main(asked) == 0
     assert json.loads(capfd.readouterr().out) in ("river", "bird")
-    for text, why in (("{", "is not valid JSON"), ('"x"', "object of JSON"), ('{"type": 5}', "cannot be enforced")):
+    for text, why in (("{", "is not valid JSON"), ('"x"', "JSON object"), ('{"type": 5}', "cannot be enforced")):
         file.write_text(text)
         assert main(asked) == 2
         assert why in capfd.readouterr().err

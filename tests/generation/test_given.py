@@ -141,7 +141,7 @@ def test_the_end_that_was_drawn_is_told():
 
 def test_what_cannot_be_told_is_refused():
     those = pair("piece")
-    with pytest.raises(UnsupportedError, match="score_prompt tells of a raw prompt"):
+    with pytest.raises(UnsupportedError, match="score_prompt needs a raw prompt"):
         those.generate("x", score_prompt=True)
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         those.generate("x", raw=True, max_tokens=0)

@@ -408,7 +408,7 @@ def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
     error = to_api_error(UnsupportedError("presence_penalty moves tokens from anywhere in the vocabulary", hint))
     assert (error.status, error.param) == (400, "presence_penalty")
     assert error.message.endswith("(use a top_k from 1 to 64 and no penalties)")
-    error = to_api_error(UnsupportedError("temperature is 0, and mixture draws by chance", "use --method greedy"))
+    error = to_api_error(UnsupportedError("temperature is 0, and mixture samples", "use --method greedy"))
     assert error.message.endswith('(use mixlm.method "greedy")')
 
 

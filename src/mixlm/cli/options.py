@@ -1,46 +1,42 @@
-"""The options that several commands share, and what they ask for: an ensemble, its weights, and a reply's options."""
+"""The options that several commands share: those of the ensemble, and those of a generation (the table of options)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hints
 
 from typer import Option
 
-from mixlm.config import DTYPES, ENGINES, GRAPHS, METHODS, RULES, UNITS, EnsembleConfig, MemberConfig, read_config
-from mixlm.core.options import GenerationOptions
-from mixlm.errors import ConfigError, ModelNotFoundError, UsageError, did_you_mean
+from mixlm.config import DTYPES, ENGINES, GRAPHS, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
+from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options
 
-_SAMPLING = tuple(one.name for one in fields(Sampling))
-_DEFAULTS = {one.name: one.default for one in (*fields(Sampling), *fields(GenerationOptions))}
-_CONFIG = {name: field.default for name, field in EnsembleConfig.model_fields.items()}
+_DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(GenerationOptions))}
 
 
-def _option(panel: str, *names: str, metavar: str, text: str) -> Any:
+def _option(panel: str, *names: str, metavar: str | None, text: str) -> Any:
     return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
 
 
 _ensemble = functools.partial(_option, "Ensemble")
-_reply = functools.partial(_option, "Reply")
-
-
-def _sampling(name: str, metavar: str, text: str) -> Any:
-    return _option(
-        "Sampling", f"--{name.replace('_', '-')}", metavar=metavar, text=f"{text} Default: {_DEFAULTS[name]}."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What was given of the shared options. None stands for not given, so that a file's value or a default holds."""
+    """The shared options of a command line. None is "not set": a file's value or a default applies.
+
+    Attributes:
+        generation: The options of a generation that are set, by name; see `GenerationOptions` and `Sampling`.
+    """
 
     model: Annotated[
         list[str] | None,
@@ -48,7 +44,7 @@ class Shared:
             "-m",
             "--model",
             metavar="MODEL",
-            text="A member: a name, a folder, a .gguf file or a hub id. Once for each member. Default: the demo pair.",
+            text="A member: a name, a folder, a .gguf file or a hub id. Repeatable. Default: the demo pair.",
         ),
     ] = None
     ensemble: Annotated[
@@ -57,17 +53,11 @@ class Shared:
     ] = None
     weights: Annotated[
         str | None,
-        _ensemble("-w", "--weights", metavar="W,W", text="One weight a member, such as 0.7,0.3. Default: equal."),
+        _ensemble("-w", "--weights", metavar="W,W", text="One weight per member, such as 0.7,0.3. Default: equal."),
     ] = None
-    method: Annotated[
-        str | None,
-        _ensemble("--method", metavar="NAME", text=f"{', '.join(METHODS)}. Default: {_CONFIG['method']}."),
-    ] = None
-    unit: Annotated[
-        str | None, _ensemble("--unit", metavar="NAME", text=f"{', '.join(UNITS)}. Default: {_CONFIG['unit']}.")
-    ] = None
+    unit: Annotated[str | None, _ensemble("--unit", metavar="NAME", text=f"{', '.join(UNITS)}. Default: auto.")] = None
     dtype: Annotated[
-        str | None, _ensemble("--dtype", metavar="NAME", text=f"{', '.join(DTYPES)}: of every member's weights.")
+        str | None, _ensemble("--dtype", metavar="NAME", text=f"{', '.join(DTYPES)}: data type of the weights.")
     ] = None
     device: Annotated[
         str | None, _ensemble("--device", metavar="NAME", text="cpu, cuda, cuda:1 and so on. Default: auto.")
@@ -81,111 +71,64 @@ class Shared:
             "--graphs", metavar="NAME", text=f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto."
         ),
     ] = None
-    temperature: Annotated[
-        float | None, _sampling("temperature", "T", "Divides the logits; 0 is for greedy and single.")
-    ] = None
-    top_k: Annotated[int | None, _sampling("top_k", "K", "Keep the K most likely tokens; 0 is off.")] = None
-    top_p: Annotated[float | None, _sampling("top_p", "P", "Keep the likeliest tokens of mass P; 1 is off.")] = None
-    min_p: Annotated[
-        float | None, _sampling("min_p", "P", "Keep tokens of at least P times the likeliest one's probability.")
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, _sampling("repetition_penalty", "X", "Against tokens of prompt and reply; 1 is off.")
-    ] = None
-    presence_penalty: Annotated[
-        float | None, _sampling("presence_penalty", "X", "Once against each token of the reply.")
-    ] = None
-    frequency_penalty: Annotated[
-        float | None, _sampling("frequency_penalty", "X", "Against each occurrence in the reply.")
-    ] = None
-    mix_then_truncate: Annotated[
-        bool,
-        Option(
-            "--mix-then-truncate",
-            help="Truncate and temper the average in place of each member; conventional only.",
-            rich_help_panel="Sampling",
-        ),
-    ] = False
-    rule: Annotated[
-        str | None,
-        _option(
-            "Sampling",
-            "--rule",
-            metavar="NAME",
-            text=f"{', '.join(RULES)}: a published way to average, to compare with; conventional only.",
-        ),
-    ] = None
-    max_tokens: Annotated[
-        int | None, _reply("--max-tokens", metavar="N", text=f"Write at most N. Default: {_DEFAULTS['max_tokens']}.")
-    ] = None
-    stop: Annotated[
-        list[str] | None, _reply("--stop", metavar="TEXT", text="End the reply before TEXT. Can be repeated.")
-    ] = None
-    seed: Annotated[
-        int | None, _reply("--seed", metavar="N", text="The same seed gives the same text. Default: a random one.")
-    ] = None
-    draft: Annotated[
-        str | None,
-        _reply(
-            "--draft",
-            metavar="NAME",
-            text="What writes ahead in speculative and greedy: a member's name, or lookup. Default: the cheapest member"
-            " in speculative, lookup where none is clearly cheaper.",
-        ),
-    ] = None
-    block: Annotated[
-        int | None, _reply("--block", metavar="N", text=f"Guesses checked at once. Default: {_DEFAULTS['block']}.")
-    ] = None
-    on_failure: Annotated[
-        str | None,
-        _reply("--on-failure", metavar="NAME", text="error or drop: what to do when a member stops answering."),
-    ] = None
-    system: Annotated[str | None, _reply("--system", metavar="TEXT", text="A system message in front.")] = None
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """The method, if it is set."""
+        return self.generation.get("method")
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, if it is set."""
+        return self.generation.get("seed")
+
+    @property
+    def system(self) -> str | None:
+        """The system message, if it is set; an empty one removes a file's."""
+        return self.generation.get("system")
 
     def options(self) -> Options:
-        """Return the options of a reply that are given. Raises nothing: `GenerationOptions` checks them."""
-        given = {
-            name: getattr(self, name) for name in (*_SAMPLING, "max_tokens", "seed", "draft", "block", "on_failure")
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.stop:
-            given["stop"] = tuple(self.stop)
-        if self.system is not None:
-            # An empty text is the way to leave out a file's system message.
-            given["system"] = self.system or None
-        if self.mix_then_truncate:
-            given["mix_then_truncate"] = True
-        return cast("Options", given)
+        """Return the options that are set, but for those of the ensemble. `GenerationOptions` checks them."""
+        options = {name: value for name, value in self.generation.items() if name not in _OF_ENSEMBLE}
+        if "system" in options:
+            options["system"] = options["system"] or None
+        return cast("Options", options)
 
     def config(self, *, dtype: str = "auto") -> EnsembleConfig:
-        """Return the ensemble that is asked for. dtype: for members of which neither option nor file says anything.
+        """Return the configuration of the ensemble, before anything is loaded.
 
-        Raises ConfigError, UsageError or ModelNotFoundError, before anything is loaded.
+        Args:
+            dtype: For members for which neither an option nor the file sets one.
+
+        Raises:
+            ConfigError: A value or the file is not valid.
+            UsageError: Options exclude each other.
+            ModelNotFoundError: No model is named, and the demo pair is not installed.
         """
-        changes: dict[str, Any] = {}
-        machine = {"dtype": DTYPES, "engine": ENGINES, "graphs": GRAPHS}
-        named = (("method", METHODS), ("unit", UNITS), ("rule", RULES), *machine.items())
-        for name, allowed in named:
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ConfigError(
-                    f"--{name} is {value!r}; it must be one of {', '.join(allowed)}", did_you_mean(value, allowed)
+        changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
+        if self.unit is not None:
+            changes["unit"] = self.unit
+        choices = {"unit": UNITS, "dtype": DTYPES, "engine": ENGINES, "graphs": GRAPHS}
+        values = {**changes, "dtype": self.dtype, "engine": self.engine, "graphs": self.graphs}
+        for name, value in values.items():
+            if value is not None:
+                OptionSpec(choices=choices[name] if name in choices else OPTIONS[name].choices).check(
+                    f"--{name}", value
                 )
-            if value is not None and name not in machine:
-                changes[name] = value
         if self.model and self.ensemble is not None:
             raise UsageError("--model and --ensemble are both given", "name the members here or in the file, not both")
         if self.ensemble is not None:
             config = read_config(self.ensemble)
         else:
             names = self.model or demo()
-            config = EnsembleConfig(members=tuple(MemberConfig(model=one) for one in names))
-        changes["members"] = tuple(self._with_machine(one, dtype) for one in config.members)
+            config = EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names))
+        changes["members"] = tuple(self._with_machine(member, dtype) for member in config.members)
         return config.model_copy(update=changes)
 
     def _with_machine(self, member: MemberConfig, dtype: str) -> MemberConfig:
-        """Return a member with the dtype, device, engine and graphs that are asked for."""
+        """Return a member with the dtype, device, engine and graphs that are set."""
         if self.dtype is not None:
             dtype = self.dtype
         elif member.dtype != "auto":
@@ -195,11 +138,11 @@ class Shared:
         return member.model_copy(update={"dtype": dtype, "device": device, "engine": engine, "graphs": graphs})
 
     def numbers(self) -> list[float] | None:
-        """Return the weights that are given as numbers. Raises ConfigError for anything that is no number."""
+        """Return the weights as numbers, None if they are not set. Raises ConfigError for what is not a number."""
         if self.weights is None:
             return None
         try:
-            return [float(one) for one in self.weights.split(",")]
+            return [float(weight) for weight in self.weights.split(",")]
         except ValueError:
             raise ConfigError(
                 f"--weights is {self.weights!r}; it must be numbers with commas between them", "such as: -w 0.7,0.3"
@@ -207,35 +150,88 @@ class Shared:
 
 
 def demo() -> Sequence[str]:
-    """Return the names of the demo pair. Raises ModelNotFoundError, with what to do, when it is not installed."""
+    """Return the names of the demo pair. Raises ModelNotFoundError, with what to do, if it is not installed."""
     from mixlm.models import GROUPS, find
 
     names = GROUPS["demo"]
-    if lacking := [one for one in names if find(one) is None]:
+    if missing := [name for name in names if find(name) is None]:
         raise ModelNotFoundError(
-            f"no model is given, and the demo pair is not installed: {' and '.join(lacking)} is missing",
+            f"no model is given, and the demo pair is not installed: {' and '.join(missing)} is missing",
             "run: mixlm models get demo",
         )
     return names
 
 
 def with_shared(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the shared options: it takes them as one parameter, `shared`, and may have others of its own."""
-    own, theirs = get_type_hints(command, include_extras=True), get_type_hints(Shared, include_extras=True)
+    """Give a command the shared options, which it takes as one parameter `shared`, in addition to its own."""
+    own = get_type_hints(command, include_extras=True)
     parameters = [
-        one.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[one.name])
-        for one in signature(command).parameters.values()
-        if one.name != "shared"
+        parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
+        for parameter in signature(command).parameters.values()
+        if parameter.name != "shared"
     ]
-    parameters += [
-        Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=theirs[one.name])
-        for one in fields(Shared)
-    ]
+    ensemble = _ensemble_parameters()
+    shared_parameters = [*ensemble[:3], *_generation_parameters(), *ensemble[3:]]  # the order of --help
 
     @functools.wraps(command)
-    def wrapped(**given: Any) -> int:
-        shared = Shared(**{one.name: given.pop(one.name) for one in fields(Shared)})
-        return command(shared=shared, **given)
+    def wrapped(**values: Any) -> int:
+        shared = Shared(
+            **{parameter.name: values.pop(parameter.name) for parameter in ensemble},
+            generation={name: value for name in _SHARED_OPTIONS if _is_set(value := values.pop(name))},
+        )
+        return command(shared=shared, **values)
 
-    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__signature__ = Signature([*parameters, *shared_parameters])  # type: ignore[attr-defined]
     return wrapped
+
+
+def _ensemble_parameters() -> list[Parameter]:
+    hints = get_type_hints(Shared, include_extras=True)
+    return [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        for field in fields(Shared)
+        if field.name != "generation"
+    ]
+
+
+def _generation_parameters() -> list[Parameter]:
+    """Return a parameter for each shared option of the table."""
+    hints = {**get_type_hints(Sampling), **get_type_hints(GenerationOptions)}
+    return [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=False if hints[name] is bool else None,
+            annotation=Annotated[_parsed_type(hints[name]), generation_option(name)],
+        )
+        for name in _SHARED_OPTIONS
+    ]
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ((), [])
+
+
+def _parsed_type(hint: Any) -> Any:
+    """Return the type that an option is parsed as: names are checked later, with a hint."""
+    if hint in (bool, int, float):
+        return hint if hint is bool else hint | None
+    return list[str] | None if get_origin(hint) is tuple else str | None
+
+
+def generation_option(name: str) -> Any:
+    """Return the command-line option of an entry of the table of options."""
+    spec, default = OPTIONS[name], _DEFAULTS[name]
+    text = f"{', '.join(spec.choices)}: {spec.help}." if spec.choices else spec.help
+    if spec.default_text or (_is_set(default) and default is not MISSING):
+        text += f" Default: {spec.default_text or default}."
+    return _option(str(spec.panel), f"--{name.replace('_', '-')}", metavar=spec.metavar, text=text)
+
+
+# In the order of --help: penalties, which are applied first, come last.
+_SHARED_OPTIONS = [
+    "method",
+    *sorted(SAMPLING_OPTIONS, key=lambda name: name.endswith("penalty")),
+    *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
+]
+_OF_ENSEMBLE = ("method", "rule")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,8 +98,12 @@ class GrammarCache:
         self._known: OrderedDict[str, list[Grammar]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def for_schema(self, schema: Mapping[str, Any]) -> list[Grammar]:
+    def for_schema(self, schema: Mapping[str, Any], check: Callable[[str], None] | None = None) -> list[Grammar]:
         """Return each member's grammar of a JSON schema.
+
+        Args:
+            schema: The schema.
+            check: Called with the grammar's source before it is compiled, which may take long; raises to refuse it.
 
         Raises:
             ConfigError: The schema cannot be enforced, or llguidance is not installed.
@@ -111,7 +115,7 @@ class GrammarCache:
         with self._lock:
             grammars = self._known.get(key)
         # Built outside the lock, so that a request with a cached schema does not wait for a new one.
-        grammars = grammars or self._build(key)
+        grammars = grammars or self._build(key, check)
         with self._lock:
             self._known[key] = grammars
             self._known.move_to_end(key)
@@ -119,9 +123,11 @@ class GrammarCache:
                 self._known.popitem(last=False)
         return grammars
 
-    def _build(self, schema: str) -> list[Grammar]:
+    def _build(self, schema: str, check: Callable[[str], None] | None) -> list[Grammar]:
         library = _library()
         source = _grammar_source(library, schema)
+        if check is not None:
+            check(source)
         grammars: dict[int, Grammar] = {}
         for vocabulary in self._vocabularies:
             if id(vocabulary) not in grammars:
@@ -173,17 +179,16 @@ def _library() -> Any:
 
 
 def _grammar_source(library: Any, schema: str) -> str:
-    """Return a schema as llguidance's grammar. Raises ConfigError for one that it does not support.
+    """Return a schema as llguidance's grammar. Raises ConfigError for one that llguidance would read differently.
 
     Forced text is off: where only one text can follow, members still generate it in tokens of their own.
     """
     form = json.loads(schema, parse_int=_exact)
-    form.setdefault("x-guidance", {"whitespace_pattern": _WHITESPACE})
+    if "x-guidance" in form:
+        raise ConfigError("json_schema has the key x-guidance, which may change the language to what is not JSON")
+    form["x-guidance"] = {"whitespace_pattern": _WHITESPACE}
     lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(form)}'
     source: str = library.LLMatcher.grammar_from_lark(lark)
-    failed, messages = library.LLMatcher.validate_grammar_with_warnings(source)
-    if failed:
-        raise _refused(messages[0])
     return source
 
 

@@ -1,26 +1,28 @@
-"""How one reply is to be written: the options of a call, checked before anything runs."""
+"""The options of a generation, checked before anything runs."""
 
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from mixlm.config import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
+from mixlm.option_spec import OptionSpec, check_options, option, specs
 from mixlm.types import Sampling
 
-# Greedy decoding asks for the most likely symbol of the plain average unless told otherwise.
+# Greedy decoding takes the most likely symbol of the untransformed average unless options are given.
 _PLAIN = Sampling(temperature=1.0, top_k=0)
-_SAMPLING = tuple(one.name for one in fields(Sampling))
-# What the papers set where an option is not given; temperature 0 is each rule's own choice of the most likely.
+# What the papers use where an option is not given; temperature 0 is each rule's own choice of the most likely.
 _PUBLISHED: Mapping[Rule, Mapping[str, Any]] = {"gac": {}, "unite": {"top_k": 10}}
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_RENAMED = {"alternatives": "top_logprobs"}
 
 
 class Options(TypedDict, total=False):
-    """Options of `Ensemble.generate`, `stream` and `chat`; see `GenerationOptions` and `Sampling`."""
+    """The keywords of `Ensemble.generate`, `stream` and `chat`: the fields of `GenerationOptions` and `Sampling`."""
 
     method: Method
     max_tokens: int
@@ -49,101 +51,157 @@ class Options(TypedDict, total=False):
     min_p: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """The checked options of one reply.
+    """The checked options of one generation.
 
-    max_tokens: symbols written at most. stop: strings that end the reply and are not part of it. seed and sequence: the
-    key of the noise; equal keys give equal text. raw: continue the prompt as it stands, without template. system: a
-    system message in front. mix_then_truncate: `conventional` only, truncates and tempers the average in place of each
-    member. rule: `conventional` only, a published way to average in place of the library's own (`decoding/gac`,
-    `decoding/unite`), for comparison. ignore_end: never draw end-of-text, for measuring. draft: what writes ahead in
-    `speculative` and `greedy`: a member's name, or "lookup". block: guessed positions that are checked at once.
-    on_failure: where a member stops answering, "error" ends the reply and "drop" gives its weight to the others.
-    alternatives: how many of the likeliest symbols each token tells beside itself. logprobs_of: "member" for
-    log-probabilities under the law that a token was drawn from, "ensemble" for those of the average, which takes a
-    forward of every member for each symbol. logit_bias: added to the logits of each member's tokens that have exactly a
-    text's bytes, in front of all other options; by ids where members share a vocabulary.
-    json_schema: the reply is JSON of this schema, if it ends before max_tokens (`core/grammar`).
-    score_prompt: the log-probabilities of a raw prompt are told too, under the members as they are; max_tokens may then
-    be 0. sampling: options given for every member, by name.
+    With `Sampling`, these fields are the table of options: the command line, the ensemble file, the HTTP API and the
+    keywords of `Ensemble.generate` are built from them.
+
+    Attributes:
+        method: The decoding method.
+        sampling: Options of `Sampling` that are given for every member, by name.
+        mix_then_truncate: Apply temperature and truncation to the average, not to each member; `conventional` only.
+        rule: A published averaging rule (`decoding/gac`, `decoding/unite`), for comparison; `conventional` only.
+        max_tokens: Most symbols to generate.
+        stop: Strings that end the completion and are not part of it.
+        seed: First part of the key of the random numbers; equal keys give equal text.
+        sequence: Second part of that key: the number of the sequence.
+        draft: What drafts in `speculative` and `greedy`: a member's name, or "lookup".
+        block: Positions that are drafted and verified at once.
+        on_failure: What to do when a member stops responding: "error" ends the completion, "drop" gives the member's
+            weight to the others.
+        system: A system message in front of the prompt.
+        raw: Continue the prompt as it is, without a chat template.
+        ignore_end: Never sample end-of-text, for measurements.
+        top_logprobs: How many of the most likely symbols to return with each token.
+        logprobs_of: "member" for log-probabilities in the distribution that a token was sampled from, "ensemble" for
+            those in the average, which takes a forward of every member for each symbol.
+        logit_bias: What is added to the logits of the tokens with exactly a text's bytes, before all other options; by
+            ids where members share a vocabulary.
+        json_schema: The completion is JSON of this schema, if it ends before `max_tokens` (`core/grammar`).
+        score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members; `max_tokens`
+            may then be 0.
     """
 
-    method: Method = "mixture"
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    seed: int = field(default_factory=lambda: secrets.randbits(32))
-    sequence: int = 0
-    raw: bool = False
-    system: str | None = None
-    mix_then_truncate: bool = False
-    rule: Rule | None = None
-    ignore_end: bool = False
-    draft: str | None = None
-    block: int = 4
-    on_failure: OnFailure = "error"
-    top_logprobs: int = 0
-    logprobs_of: LogprobsOf = "member"
-    logit_bias: Mapping[str | int, float] = field(default_factory=dict)
-    json_schema: Mapping[str, Any] | None = None
-    score_prompt: bool = False
+    method: Method = option(
+        "mixture", help="the decoding method", panel="Ensemble", metavar="NAME", http="mixlm", choices=METHODS
+    )
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    mix_then_truncate: bool = option(
+        False,
+        help="Apply temperature and truncation to the average, not to each member; conventional only.",
+        panel="Sampling",
+        http="mixlm",
+    )
+    rule: Rule | None = option(
+        None,
+        help="a published averaging rule, for comparison; conventional only",
+        panel="Sampling",
+        metavar="NAME",
+        choices=RULES,
+    )
+    max_tokens: int = option(
+        256,
+        help="Generate at most N tokens.",
+        panel="Generation",
+        metavar="N",
+        http="openai",
+        whole=True,
+        minimum=1,
+    )
+    stop: tuple[str, ...] = option(
+        (), help="End the completion before TEXT. Repeatable.", panel="Generation", metavar="TEXT", http="openai"
+    )
+    seed: int = option(
+        default_factory=lambda: secrets.randbits(32),
+        help="The same seed gives the same text.",
+        default_text="random",
+        panel="Generation",
+        metavar="N",
+        http="openai",
+        whole=True,
+        minimum=0,
+    )
+    draft: str | None = option(
+        None,
+        help="What drafts in speculative and greedy: a member's name, or lookup.",
+        default_text="the cheapest member in speculative, lookup if none is clearly cheaper",
+        panel="Generation",
+        metavar="NAME",
+        http="mixlm",
+    )
+    block: int = option(
+        4,
+        help="Tokens drafted and verified at once.",
+        panel="Generation",
+        metavar="N",
+        http="mixlm",
+        whole=True,
+        minimum=1,
+    )
+    on_failure: OnFailure = option(
+        "error",
+        help="what to do when a member stops responding",
+        panel="Generation",
+        metavar="NAME",
+        choices=ON_FAILURE,
+    )
+    system: str | None = option(None, help="A system message.", panel="Generation", metavar="TEXT")
+    sequence: int = option(0, whole=True, minimum=0)
+    raw: bool = option(False)
+    ignore_end: bool = option(False)
+    top_logprobs: int = option(0, whole=True, minimum=0)
+    logprobs_of: LogprobsOf = option(
+        "member",
+        help="log-probabilities of the sampled member's distribution or of the average (ensemble, which runs every"
+        " member)",
+        http="mixlm",
+        choices=LOGPROBS_OF,
+    )
+    logit_bias: Mapping[str | int, float] = option(
+        default_factory=dict, help="Bias by a token's text, digits too.", http="mixlm"
+    )
+    json_schema: Mapping[str, Any] | None = option(None)
+    score_prompt: bool = option(False)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            hint = did_you_mean(str(self.method), METHODS)
-            raise ConfigError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", hint)
-        if self.on_failure not in ON_FAILURE:
-            raise ConfigError(f"on_failure is {self.on_failure!r}; it must be one of {', '.join(ON_FAILURE)}")
-        if self.logprobs_of not in LOGPROBS_OF:
-            raise ConfigError(f"logprobs_of is {self.logprobs_of!r}; it must be one of {', '.join(LOGPROBS_OF)}")
+        check_options(self, skip=("max_tokens",) if self.score_prompt and self.max_tokens == 0 else ())
         if self.score_prompt and not self.raw:
-            raise UnsupportedError("score_prompt tells of a raw prompt, and this one is in a template", "use raw=True")
-        whole = (
-            ("max_tokens", 0 if self.score_prompt else 1),
-            ("seed", 0),
-            ("sequence", 0),
-            ("block", 1),
-            ("top_logprobs", 0),
-        )
-        for name, least in whole:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**64:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+            raise UnsupportedError("score_prompt needs a raw prompt, and this one is in a template", "use raw=True")
         self._check_bias()
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
-            raise ConfigError(f"json_schema is {self.json_schema!r}; it must be an object of JSON")
+            raise ConfigError(f"json_schema is {self.json_schema!r}; it must be a JSON object")
         if self.json_schema is not None and self.ignore_end:
-            raise UnsupportedError("json_schema says where a reply ends, and ignore_end goes on", "leave one out")
+            raise UnsupportedError(
+                "json_schema decides where a completion ends, and ignore_end goes on", "leave one out"
+            )
         if self.draft is not None and self.method not in ("speculative", "greedy"):
             raise ConfigError(
-                f"draft is {self.draft!r}, and {self.method} writes nothing ahead",
-                "use --method speculative with it, or greedy",
+                f"draft is {self.draft!r}, and {self.method} drafts nothing",
+                "use it with --method speculative or greedy",
             )
         if self.mix_then_truncate and self.method != "conventional":
             raise UnsupportedError(
-                f"mix-then-truncate has no exact form in {self.method}: its law needs every member's distribution",
-                "use --method conventional with it",
+                f"mix-then-truncate has no exact form in {self.method}: it needs every member's distribution",
+                "use it with --method conventional",
             )
         if self.rule is not None:
             self._check_rule(self.rule)
 
     def _check_bias(self) -> None:
         for key, value in self.logit_bias.items():
-            named = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
-            if not named or key == "":
+            is_key = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
+            if not is_key or key == "":
                 raise ConfigError(f"logit_bias has the key {key!r}; it must be a token's text, or its id")
             if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
                 raise ConfigError(f"logit_bias is {value!r} for {key!r}; it must be a number from -100 to 100")
 
     def _check_rule(self, rule: Rule) -> None:
-        if rule not in RULES:
-            hint = did_you_mean(str(rule), RULES)
-            raise ConfigError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}", hint)
         if self.method != "conventional":
             raise UnsupportedError(
-                f"rule {rule} has no form in {self.method}: its law needs every member's distribution",
-                "use --method conventional with it",
+                f"rule {rule} has no form in {self.method}: it needs every member's distribution",
+                "use it with --method conventional",
             )
         if self.mix_then_truncate:
             raise UnsupportedError(
@@ -152,66 +210,82 @@ class GenerationOptions:
             )
 
     def with_options(self, options: Mapping[str, Any]) -> GenerationOptions:
-        """Return these settings with a call's options over them. Raises ConfigError for an unknown one."""
-        sampling = {name: value for name, value in options.items() if name in _SAMPLING}
-        others = {name: value for name, value in options.items() if name not in _SAMPLING}
-        known = [one.name for one in fields(self) if one.name != "sampling"]
-        for name in others:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}", did_you_mean(name, [*known, *_SAMPLING]))
-        if "stop" in others:
-            stop = others["stop"]
-            others["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        others.setdefault("seed", secrets.randbits(32))
-        return replace(self, **others, sampling={**self.sampling, **sampling})
+        """Return these options with a call's options over them, and a new seed unless one is given.
+
+        Raises:
+            ConfigError: An option is unknown, or a value is not allowed.
+        """
+        values = dict(options)
+        for old, new in _RENAMED.items():
+            if old in values:
+                warnings.warn(f"the option {old!r} is now {new!r}", DeprecationWarning, stacklevel=5)
+                values[new] = values.pop(old)
+        for name in values:
+            if name not in OPTIONS:
+                raise ConfigError(f"unknown option {name!r}", did_you_mean(name, OPTIONS))
+        sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS if name in values}
+        if "stop" in values:
+            stop = values["stop"]
+            values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        values.setdefault("seed", secrets.randbits(32))
+        return replace(self, **values, sampling={**self.sampling, **sampling})
 
     def with_turn(self, turn: int) -> GenerationOptions:
-        """Return these settings for another turn of a conversation: the same seed, noise of its own."""
+        """Return these options for another turn of a conversation: the same seed, other random numbers."""
         return replace(self, sequence=self.sequence + turn)
 
-    def member_sampling(self, own: Mapping[str, Any]) -> Sampling:
-        """Return one member's sampling: the call's options over the member's own over the defaults.
+    def member_sampling(self, member: Mapping[str, Any]) -> Sampling:
+        """Return the sampling of one member: the call's options over the member's over the defaults.
 
-        Raises UnsupportedError for temperature 0 where a symbol is drawn from an average.
+        Args:
+            member: The member's own options of `Sampling`.
+
+        Raises:
+            UnsupportedError: The temperature is 0, and the method samples.
         """
-        given = {**own, **self.sampling}
+        options = {**member, **self.sampling}
         if self.mix_then_truncate or self.rule is not None:
-            return replace(_PLAIN, **{name: given[name] for name in _PENALTIES if name in given})
-        chosen = Sampling(**given)
-        if self.is_greedy(own):
-            if chosen.temperature == 0:
-                given["temperature"] = 1.0
-            return replace(_PLAIN, **given)
-        if chosen.temperature == 0:
+            return replace(_PLAIN, **{name: options[name] for name in _PENALTIES if name in options})
+        sampling = Sampling(**options)
+        if self.is_greedy(member):
+            if sampling.temperature == 0:
+                options["temperature"] = 1.0
+            return replace(_PLAIN, **options)
+        if sampling.temperature == 0:
             raise UnsupportedError(
-                f"temperature is 0, and {self.method} draws by chance: the most likely token of a member drawn by "
-                "chance is not the most likely token of the average",
+                f"temperature is 0, and {self.method} samples: the most likely token of a random member is not the most "
+                "likely token of the average",
                 "use --method greedy",
             )
-        return chosen
+        return sampling
 
     @property
     def wants_ensemble_logprobs(self) -> bool:
-        """Whether every member is asked for its part of the average, beside what the method itself asks."""
+        """Whether log-probabilities need more forwards than the method itself: one of every member per symbol."""
         return self.logprobs_of == "ensemble" and self.method != "conventional"
 
-    def is_greedy(self, own: Mapping[str, Any]) -> bool:
-        """Whether the reply is the most likely one at each step: `greedy`, or `single` at temperature 0."""
-        return self.method == "greedy" or (self.method == "single" and {**own, **self.sampling}.get("temperature") == 0)
+    def is_greedy(self, member: Mapping[str, Any]) -> bool:
+        """Whether each symbol is the most likely one: `greedy`, or `single` at temperature 0."""
+        options = {**member, **self.sampling}
+        return self.method == "greedy" or (self.method == "single" and options.get("temperature") == 0)
 
-    def mixed_sampling(self, own: Mapping[str, Any]) -> Sampling | None:
-        """Return what is applied to the average itself, if anything is."""
+    def mixed_sampling(self, member: Mapping[str, Any]) -> Sampling | None:
+        """Return the sampling that is applied to the average itself, None if there is none."""
         if not self.mix_then_truncate and self.rule is None:
             return None
-        given = {name: value for name, value in {**own, **self.sampling}.items() if name not in _PENALTIES}
+        options = {name: value for name, value in {**member, **self.sampling}.items() if name not in _PENALTIES}
         if self.rule is not None:
-            chosen = Sampling(**{**_PUBLISHED[self.rule], **given})
-            if self.rule == "unite" and chosen.top_k == 0:
+            sampling = Sampling(**{**_PUBLISHED[self.rule], **options})
+            if self.rule == "unite" and sampling.top_k == 0:
                 raise ConfigError(
                     "top_k is 0, and rule unite joins each member's top k", "give --top-k 10, as published"
                 )
-            return chosen
-        chosen = Sampling(**given)
-        if chosen.temperature == 0:
-            raise UnsupportedError("temperature is 0, and conventional draws by chance", "use --method greedy")
-        return chosen
+            return sampling
+        sampling = Sampling(**options)
+        if sampling.temperature == 0:
+            raise UnsupportedError("temperature is 0, and conventional samples", "use --method greedy")
+        return sampling
+
+
+SAMPLING_OPTIONS: Mapping[str, OptionSpec] = specs(Sampling)
+OPTIONS: Mapping[str, OptionSpec] = {**specs(GenerationOptions), **SAMPLING_OPTIONS}

@@ -1,4 +1,4 @@
-"""Routers: weights for a state. An ensemble with fixed weights is the simplest of them (paper, section 3.4)."""
+"""Routers: the weights for a state. Fixed weights are the simplest router (paper, section 3.4)."""
 
 from mixlm.routing.base import PromptContext, Route, Router
 from mixlm.routing.fixed import FixedRouter

@@ -1,4 +1,4 @@
-"""What a router is, and what it may look at."""
+"""The interface of routers, and what they may depend on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mixlm.units.base import TextView
 
 @dataclass(frozen=True, slots=True)
 class PromptContext:
-    """What is known before a reply begins.
+    """What is known before a generation begins.
 
-    text: the prompt as its author wrote it, UTF-8. read: lets every member read its own prompt and returns how well
-    each predicted it, in bits per byte of `text`, float64 (members,). Their caches hold the prompt afterwards.
+    Attributes:
+        text: The prompt, without templates, UTF-8.
+        bits_per_byte: Runs the prefill of every member and returns the bits per byte of `text` under each, float64
+            (members,). Their KV caches hold the prompt afterwards.
     """
 
     text: bytes
@@ -26,12 +28,12 @@ Route = Callable[[TextView], Floats]
 
 
 class Router(Protocol):
-    """Weights for a state.
+    """The weights for a state.
 
-    They may depend on the prompt and on the text so far, and on nothing else: weights that look at a member's current
-    distribution, or at who happened to run, would make the mixture follow another law than the average.
+    They may depend on the prompt and the text so far, and on nothing else. If they depended on a member's current
+    distribution, or on which members ran, the mixture would not sample from the average.
     """
 
     def begin(self, context: PromptContext) -> Route:
-        """Return the function that gives one weight a member, float64 (members,), 0 or more, summing to 1."""
+        """Return the function from a state to the weights, float64 (members,), non-negative and summing to 1."""
         ...

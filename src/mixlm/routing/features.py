@@ -1,7 +1,7 @@
-"""Cheap features of a text so far: what kind of characters it is made of, lately.
+"""Cheap features of the text so far: how often each class of characters occurs in its last bytes.
 
-They are a function of the last bytes alone. In particular they do not know which member wrote them: weights that did
-would no longer be a function of the state, and the mixture would follow another law than the average.
+They are a function of these bytes alone. In particular they do not depend on which member generated them: weights that
+did would not be a function of the state, and the mixture would not sample from the average.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CLASSES = (
 )  # fmt: skip
 _OTHER = len(_CLASSES)
 _CLASS_OF = np.full(256, _OTHER, dtype=np.int64)
-for _number, _members in enumerate(_CLASSES):
-    _CLASS_OF[list(_members)] = _number
+for _number, _bytes in enumerate(_CLASSES):
+    _CLASS_OF[list(_bytes)] = _number
 
-# Square roots of each class's share of each window, the class of the last byte, how much text there is, and a constant.
+# Square roots of each class's share of each window, the class of the last byte, how full each window is, a constant.
 FEATURES = len(WINDOWS) * (_OTHER + 1) + (_OTHER + 1) + len(WINDOWS) + 1
 
 
@@ -35,10 +35,10 @@ def features(text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
         _counts_at_end(classes) if len(positions) == 1 and positions[0] == len(text) else _counts(classes, positions)
     )
     last = np.zeros((len(positions), _OTHER + 1))
-    behind = np.flatnonzero(positions > 0)
-    last[behind, classes[positions[behind] - 1]] = 1
+    has_last = np.flatnonzero(positions > 0)
+    last[has_last, classes[positions[has_last] - 1]] = 1
     lengths = [np.maximum(np.minimum(positions, window), 1)[:, None] for window in WINDOWS]
-    # A square root spreads out rare classes: one bracket in a window says more than one letter more.
+    # The square root magnifies rare classes: one bracket in a window says more than another letter.
     shares = [np.sqrt(count / length) for count, length in zip(counts, lengths, strict=True)]
     filled = [np.minimum(positions / window, 1.0)[:, None] for window in WINDOWS]
     return np.hstack([*shares, last, *filled, np.ones((len(positions), 1))])
@@ -53,6 +53,6 @@ def _counts(classes: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> li
 
 
 def _counts_at_end(classes: npt.NDArray[np.int64]) -> list[Floats]:
-    """Return the same for the end of the text alone, as decoding asks for it at every token."""
+    """Return the same for the end of the text alone, as decoding needs it at every token."""
     ends = [classes[max(len(classes) - window, 0) :] for window in WINDOWS]
-    return [np.bincount(one, minlength=_OTHER + 1)[None].astype(np.float64) for one in ends]
+    return [np.bincount(end, minlength=_OTHER + 1)[None].astype(np.float64) for end in ends]

@@ -7,11 +7,11 @@ from mixlm.types import Floats
 
 
 class FixedRouter:
-    """An ensemble's own weights, float64 (members,), summing to 1."""
+    """The ensemble's weights, float64 (members,), summing to 1, for every state."""
 
     def __init__(self, weights: Floats) -> None:
         self.weights = weights
 
     def begin(self, context: PromptContext) -> Route:
-        """Return the weights, whatever the prompt and the state."""
+        """Return a route that ignores the state."""
         return lambda state: self.weights

@@ -1,4 +1,4 @@
-"""Weights from a function of the user's."""
+"""Weights from a user-defined function."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TAIL = 4096
 
 
 class FunctionRouter:
-    """Asks a function for weights: it is given the prompt and the end of the text so far (at most 4096 bytes).
+    """Weights from a function of the prompt and the last 4096 bytes of the text so far.
 
-    It must be a function of these alone; what it returns is checked and scaled to sum to 1.
+    The function must depend on these alone. The weights that it returns are checked and scaled to sum to 1.
     """
 
     def __init__(self, function: Callable[[bytes, bytes], Sequence[float]], members: int) -> None:

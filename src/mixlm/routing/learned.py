@@ -1,6 +1,7 @@
-"""A small gate: weights from features of the text so far, `softmax(W · features)`.
+"""A trained gate: weights from features of the text so far, `softmax(W · features)`.
 
-Trained by the likelihood of the mixture itself (`mixlm.fitting.likelihood.fit_router`), on text that every member has scored.
+It is trained to maximize the likelihood of the mixture (`mixlm.fitting.likelihood.fit_router`), on text that every
+member has scored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from mixlm.units.base import TextView
 
 
 class LearnedRouter:
-    """A trained gate. matrix: float64 (members, FEATURES). names: the members it was trained for, in order."""
+    """A trained gate.
+
+    Attributes:
+        matrix: float64 (members, FEATURES).
+        names: The members that it was trained for, in order.
+    """
 
     def __init__(self, matrix: Floats, names: Sequence[str]) -> None:
         if matrix.shape != (len(names), FEATURES):
@@ -29,7 +35,7 @@ class LearnedRouter:
         self.names = tuple(names)
 
     def begin(self, context: PromptContext) -> Route:
-        """Return the gate on the prompt and the text so far."""
+        """Return the gate, applied to the prompt and the text so far."""
 
         def route(state: TextView) -> Floats:
             text = (context.text[-TAIL:] + state.tail(TAIL))[-TAIL:]
@@ -38,9 +44,9 @@ class LearnedRouter:
 
         return route
 
-    def weights_at(self, text: bytes, places: npt.NDArray[np.int64]) -> Floats:
-        """Return the weights behind `text[:place]` for each place: float64 (places, members)."""
-        return gate_weights(features(text, places), self.matrix)
+    def weights_at(self, text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
+        """Return the weights after `text[:position]` for each position: float64 (positions, members)."""
+        return gate_weights(features(text, positions), self.matrix)
 
     def save(self, path: str | Path) -> None:
         """Write the gate as JSON."""
@@ -49,12 +55,12 @@ class LearnedRouter:
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedRouter:
-        """Read a gate. Raises ConfigError when the file holds none."""
+        """Read a gate. Raises ConfigError if the file is not one."""
         try:
             form = json.loads(Path(path).read_text(encoding="utf-8"))
             if form["kind"] != "learned":
                 raise ValueError(f"its kind is {form['kind']!r}")
-            matrix, names = np.array(form["matrix"], dtype=np.float64), [str(one) for one in form["members"]]
+            matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]
             if matrix.shape != (len(names), FEATURES) or not np.isfinite(matrix).all():
                 raise ValueError(f"its matrix is not one of {len(names)} × {FEATURES} finite numbers")
             return cls(matrix, names)
@@ -62,12 +68,12 @@ class LearnedRouter:
             raise ConfigError(f"the router file {path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} holds no learned router: {_reason(error)}", "write one with mixlm fit --router"
+                f"{path} is not a learned router: {_reason(error)}", "write one with mixlm fit --router"
             ) from error
 
 
 def _reason(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def gate_weights(inputs: Floats, matrix: Floats) -> Floats:

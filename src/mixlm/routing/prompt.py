@@ -1,6 +1,6 @@
 """Weights by how well each member predicts the prompt.
 
-Reading it is the prefill, done ahead for every member; the first token of the reply then needs no forward of its own.
+The log-probabilities of the prompt come from the prefill of every member, after which the first token needs no forward.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from mixlm.types import Floats
 
 
 class PromptRouter:
-    """Scales an ensemble's weights by 2^(-sharpness · bits per byte of the prompt), for the whole reply.
+    """The ensemble's weights times 2^(-sharpness · bits per byte of the prompt), for the whole completion.
 
-    sharpness: 0 leaves the weights; the larger, the more the member that knows this kind of text writes.
+    A sharpness of 0 keeps the weights; a larger one favors the members that predict the prompt best.
     """
 
     def __init__(self, weights: Floats, sharpness: float = 4.0) -> None:
@@ -25,17 +25,17 @@ class PromptRouter:
         self._sharpness = sharpness
 
     def begin(self, context: PromptContext) -> Route:
-        """Let every member read the prompt, and weigh it by what it made of it."""
+        """Run the prefill of every member and return a route with the resulting weights."""
         weights = weights_by_bits(self._weights, context.bits_per_byte(), self._sharpness)
         return lambda state: weights
 
 
 def weights_by_bits(weights: Floats, bits_per_byte: Floats, sharpness: float) -> Floats:
-    """Return weights scaled by 2^(-sharpness · bits per byte), summing to 1.
+    """Return the weights times 2^(-sharpness · bits per byte), scaled to sum to 1.
 
-    A member that finds the prompt impossible gets weight 0, unless all of them do.
+    A member that gives the prompt probability 0 gets weight 0, unless all members do.
     """
-    # Seen from the best of those that take part at all, so that its scale is 1 and the sum cannot vanish.
+    # Relative to the best member of positive weight, whose factor is then 1, so that the sum cannot underflow.
     best = bits_per_byte[weights > 0].min()
     if not np.isfinite(best) or sharpness == 0:
         return weights

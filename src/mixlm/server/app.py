@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -16,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mixlm.server.api_errors import ApiError
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.completion_handler import CompletionHandler
-from mixlm.server.fields import B, ChatBody, CompletionBody, read
+from mixlm.server.fair_threads import FairThreads
+from mixlm.server.fields import ChatBody, Common, CompletionBody, read
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
 from mixlm.server.middleware import RequestMiddleware
@@ -62,6 +64,7 @@ class ServerApp:
         self.metrics = ServerMetrics()
         self.tracer = tracer
         self.model_thread = ModelThread(limits)
+        self._threads = FairThreads(num_threads=2)
         self.metrics.add_gauge("mixlm_writing", "Running generations.", lambda: self.model_thread.num_running)
         self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         routes = self._routes()
@@ -69,6 +72,11 @@ class ServerApp:
         self.asgi: ASGIApp = RequestMiddleware(
             self._dispatch, {route.path for route in routes}, keys or ApiKeys(), self.metrics, hosts, tracer
         )
+
+    @property
+    def has_busy_threads(self) -> bool:
+        """Whether threads still run after the server has stopped."""
+        return self.model_thread.is_alive or self._threads.is_busy
 
     def _routes(self) -> list[Route]:
         document = to_json(openapi_document(self.limits))
@@ -109,34 +117,40 @@ class ServerApp:
         return _json(self.registry.get(request.path_params["name"]).to_dict())
 
     async def _post_chat_completion(self, request: Request) -> ASGIApp:
-        body = await self._prepare(read(ChatBody, await self._read_body(request)))
+        body = read(ChatBody, await self._read_body(request))
+        await self._build_unit(request, body)
         return self._handler(request, parse_chat(body, self.registry, self.limits))
 
     async def _post_completion(self, request: Request) -> ASGIApp:
-        body = await self._prepare(read(CompletionBody, await self._read_body(request)))
+        body = read(CompletionBody, await self._read_body(request))
+        await self._build_unit(request, body)
         return self._handler(request, parse_completion(body, self.registry, self.limits))
 
-    async def _prepare(self, body: B) -> B:
-        """Build the unit and compile the schema of a request, in another thread: other requests do not wait."""
+    async def _build_unit(self, request: Request, body: Common) -> None:
+        """Build the unit that a request needs, in another thread: other requests do not wait."""
         unit = body.mixlm.unit if body.mixlm is not None else None
         model = self.registry.get(body.model)
         if not model.has_unit(unit):
-            await asyncio.to_thread(model.with_unit, unit)
-        if body.schema_of_reply is not None:
-            await asyncio.to_thread(model.ensemble.grammars.for_schema, body.schema_of_reply)
-        return body
+            await self._threads.run(request.scope["mixlm.record"].client, partial(model.with_unit, unit))
 
     def _handler(self, request: Request, parsed: ParsedRequest) -> ASGIApp:
         record = request.scope["mixlm.record"]
-        return CompletionHandler(parsed, self.model_thread, self.metrics, self.limits, record)
+        return CompletionHandler(parsed, self.model_thread, self._threads, self.metrics, self.limits, record)
 
     async def _get_health(self, _request: Request) -> Response:
-        alive = self.model_thread.is_alive
-        return _json({"status": "ok" if alive else "the models have stopped"}, 200 if alive else 503)
+        problem = self._model_problem()
+        return _json({"status": problem or "ok"}, 503 if problem else 200)
 
     async def _get_ready(self, _request: Request) -> Response:
-        ready = self.model_thread.is_alive and not self.model_thread.draining
-        return _json({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
+        problem = "stopping" if self.model_thread.draining else self._model_problem()
+        return _json({"status": problem or "ready"}, 503 if problem else 200)
+
+    def _model_problem(self) -> str | None:
+        """Return what is wrong with the model thread, or None."""
+        if not self.model_thread.is_alive:
+            return "the models have stopped"
+        seconds = self.model_thread.step_seconds
+        return f"a step of the models has taken {seconds:.0f} s" if seconds > self.limits.stall_timeout else None
 
     async def _get_metrics(self, _request: Request) -> Response:
         return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})

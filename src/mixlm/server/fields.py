@@ -1,39 +1,53 @@
-"""The bodies of requests: which fields there are, and which values they take. Anything else is refused by name."""
+"""The bodies of requests: their fields and allowed values. Anything else is refused by name.
+
+The fields under `mixlm` are built from the table of options; those of OpenAI's API are written out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from mixlm.config import LogprobsOf, Method, UnitName
+from mixlm.config import UnitName
+from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.server.api_errors import unsupported_field, validation_error
+from mixlm.types import Sampling
 
-# Below this a temperature divides logits beyond what float32 holds; 0 stands for the most likely token.
+# A lower temperature overflows float32; 0 selects the most likely token.
 _COLDEST = 1e-3
 
-_ONE_TEXT = "an ensemble writes text, and nothing else"
-# Fields of the API that have no meaning here, the values under which they ask for nothing, and why others are refused.
+_ONE_TEXT = "an ensemble generates text, and nothing else"
+# Fields of the API that have no meaning here: the values that request nothing, and why others are refused.
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), _ONE_TEXT),
-    "best_of": ((1,), "replies are not ranked; ask for n and choose"),
+    "best_of": ((1,), "completions are not ranked; request n and choose"),
     "function_call": (("none",), _ONE_TEXT),
     "functions": (([],), _ONE_TEXT),
     "metadata": (({},), "nothing is stored"),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
     "parallel_tool_calls": ((True, False), _ONE_TEXT),
-    "prediction": ((), "use mixlm.draft for guesses of what comes next"),
+    "prediction": ((), "use mixlm.draft for speculative decoding"),
     "prompt_cache_key": ((), "prompts are not kept between requests"),
     "prompt_cache_retention": ((), "prompts are not kept between requests"),
-    "reasoning_effort": (("none",), "the members are not told how to reason"),
+    "reasoning_effort": (("none",), "the members take no reasoning effort"),
     "service_tier": (("auto", "default"), "there is one kind of service"),
     "store": ((False,), "nothing is stored"),
-    "suffix": (("",), "members continue a text, and do not fill gaps"),
+    "suffix": (("",), "members continue a text; they do not fill gaps"),
     "tool_choice": (("none",), _ONE_TEXT),
     "tools": (([],), _ONE_TEXT),
-    "verbosity": ((), "the members are not told how long to write"),
+    "verbosity": ((), "the members take no verbosity"),
     "web_search_options": ((), _ONE_TEXT),
 }
 
@@ -48,27 +62,49 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Extras(_Body):
-    """What mixlm adds to the API, under `mixlm`. Left out, the served ensemble's own settings hold."""
+def _option(name: str, **limits: Any) -> Any:
+    """Return the field of an entry of the table of options. limits: of the API, in place of the table's bounds."""
+    bounds = limits or OPTIONS[name].bounds
+    return Field(default=None, description=_sentence(OPTIONS[name].help), **bounds)
 
-    method: Method | None = Field(default=None, description="How the members write together.")
-    unit: UnitName | None = Field(default=None, description="What the members meet in; in place of the ensemble's own.")
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text[0].upper()}{text[1:]}."
+
+
+class _Extras(_Body):
+    """What mixlm adds to the API, under `mixlm`. What is omitted is as in the served ensemble."""
+
+    unit: UnitName | None = Field(default=None, description="The unit, in place of the ensemble's.")
     weights: Annotated[list[Weight], Field(min_length=1, max_length=64)] | None = Field(
-        default=None, description="One a member, any positive scale, in place of the ensemble's weights or router."
+        default=None, description="One per member, of any positive scale, in place of the ensemble's weights or router."
     )
-    top_k: int | None = Field(
-        default=None, ge=0, le=2**31, description="Keep each member's k most likely tokens; 0 is off."
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+EXTRA_OPTIONS = tuple(name for name, spec in OPTIONS.items() if spec.http == "mixlm")
+_EXTRA_TYPES: Mapping[str, Any] = {"draft": Short, "logit_bias": Biases}
+_EXTRA_LIMITS: Mapping[str, Mapping[str, Any]] = {
+    "top_k": {"ge": 0, "le": 2**31},
+    "repetition_penalty": {"ge": 0.01, "le": 100},
+    "block": {"ge": 1, "le": 64},
+}
+if TYPE_CHECKING:
+    Extras = _Extras
+else:
+    _hints = {**get_type_hints(Sampling), **get_type_hints(GenerationOptions)}
+    Extras = create_model(
+        "Extras",
+        __base__=_Extras,
+        __doc__=_Extras.__doc__,
+        **{
+            name: (_EXTRA_TYPES.get(name, _hints[name]) | None, _option(name, **_EXTRA_LIMITS.get(name, {})))
+            for name in EXTRA_OPTIONS
+        },
     )
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
-    mix_then_truncate: bool | None = Field(default=None, description="Truncate the average; conventional only.")
-    logprobs_of: LogprobsOf | None = Field(
-        default=None,
-        description="Whose log-probabilities: the drawn member's, or the ensemble's, for a forward of every member.",
-    )
-    logit_bias: Biases | None = Field(default=None, description="By a token's text, digits too.")
-    draft: Short | None = Field(default=None, description="What writes ahead: a member's name, or lookup.")
-    block: int | None = Field(default=None, ge=1, le=64, description="Guesses checked at once.")
 
 
 class StreamOptions(_Body):
@@ -79,19 +115,19 @@ class StreamOptions(_Body):
 
 
 class PlainText(_Body):
-    """A reply of any text."""
+    """A completion of any text."""
 
     type: Literal["text"]
 
 
 class JsonObject(_Body):
-    """A reply that is an object of JSON."""
+    """A completion that is a JSON object."""
 
     type: Literal["json_object"]
 
 
 class Schema(_Body):
-    """A JSON schema. name, description and strict have no effect: replies are always held to it."""
+    """A JSON schema. name, description and strict have no effect: completions always match it."""
 
     name: Short
     of: dict[str, Any] = Field(alias="schema")
@@ -100,29 +136,30 @@ class Schema(_Body):
 
 
 class JsonSchema(_Body):
-    """A reply that is JSON of a schema."""
+    """A completion that is JSON of a schema."""
 
     type: Literal["json_schema"]
     json_schema: Schema
 
 
 class Common(_Body):
-    """Fields that both ways to ask have."""
+    """The fields that both endpoints have."""
 
     neutral: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _NEUTRAL
 
     model: Short | None = Field(
-        default=None, description="The name of a served ensemble; may be left out where there is one."
+        default=None, description="The name of a served ensemble; may be omitted if there is only one."
     )
     logit_bias: Biases | None = Field(
-        default=None, description="By a token's text; keys of digits are token ids, for members of one vocabulary."
+        default=None,
+        description="By a token's text; keys of digits are token ids, for members that share a vocabulary.",
     )
-    n: int | None = Field(default=None, ge=1, le=128, description="Replies to each prompt.")
+    n: int | None = Field(default=None, ge=1, le=128, description="Completions of each prompt.")
     max_tokens: int | None = Field(default=None, ge=1, le=2**31)
-    temperature: float | None = Field(default=None, ge=0, le=100, description="0 asks for method greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    presence_penalty: float | None = Field(default=None, ge=-100, le=100)
-    frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    temperature: float | None = Field(default=None, ge=0, le=100, description="0 selects the method greedy.")
+    top_p: float | None = _option("top_p")
+    presence_penalty: float | None = _option("presence_penalty")
+    frequency_penalty: float | None = _option("frequency_penalty")
     response_format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")
     stop: Short | Annotated[list[Short], Field(max_length=16)] | None = None
@@ -132,30 +169,30 @@ class Common(_Body):
     mixlm: Extras | None = None
 
     @property
-    def schema_of_reply(self) -> Mapping[str, Any] | None:
-        """The JSON schema that the reply is held to, if it is."""
+    def completion_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the completion must match, if there is one."""
         if isinstance(self.response_format, JsonSchema):
             return self.response_format.json_schema.of
         return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, given: Any) -> Any:
-        """Take out fields that ask for nothing, and refuse those that ask for what cannot be had."""
-        if not isinstance(given, dict):
-            return given
-        for name in given.keys() & cls.neutral.keys():
+    def _remove_neutral(cls, fields: Any) -> Any:
+        """Remove fields that request nothing, and refuse those that request what is not supported."""
+        if not isinstance(fields, dict):
+            return fields
+        for name in fields.keys() & cls.neutral.keys():
             allowed, why = cls.neutral[name]
-            # Equal values of another type, as 1 and True are, ask for something else.
-            if given[name] is not None and (type(given[name]), given[name]) not in [
-                (type(one), one) for one in allowed
+            # Equal values of another type, as 1 and True are, mean something else.
+            if fields[name] is not None and (type(fields[name]), fields[name]) not in [
+                (type(value), value) for value in allowed
             ]:
                 raise unsupported_field(name, why)
-        return {name: value for name, value in given.items() if name not in cls.neutral}
+        return {name: value for name, value in fields.items() if name not in cls.neutral}
 
     @field_validator("temperature")
     @classmethod
-    def _not_too_cold(cls, value: float | None) -> float | None:
+    def _check_temperature(cls, value: float | None) -> float | None:
         if value is not None and 0 < value < _COLDEST:
             raise ValueError(f"it must be 0, or {_COLDEST} or more")
         return value
@@ -176,17 +213,17 @@ class ChatMessage(_Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty(cls, given: Any) -> Any:
-        """Take out what libraries leave empty when they send back a reply."""
-        if not isinstance(given, dict):
-            return given
+    def _remove_empty(cls, fields: Any) -> Any:
+        """Remove what libraries leave empty when they send back a message."""
+        if not isinstance(fields, dict):
+            return fields
         empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "name")
-        return {key: value for key, value in given.items() if not (key in empty and value in (None, []))}
+        return {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(one.text for one in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatBody(Common):
@@ -198,7 +235,7 @@ class ChatBody(Common):
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
 
     @model_validator(mode="after")
-    def _told_together(self) -> ChatBody:
+    def _needs_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise unsupported_field("top_logprobs", "it goes with logprobs: true")
         return self
@@ -209,26 +246,26 @@ class CompletionBody(Common):
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
     logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="How many of the likeliest; 0 gives the drawn tokens' own alone."
+        default=None, ge=0, le=20, description="How many of the most likely; 0 gives those of the sampled tokens alone."
     )
     echo: bool | None = Field(default=None, description="With logprobs, the prompt's log-probabilities too.")
     max_tokens: int | None = Field(default=None, ge=0, le=2**31, description="0 goes with echo and logprobs.")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_ids(cls, given: Any) -> Any:
-        """Refuse what the API allows and an ensemble has no answer to."""
-        if not isinstance(given, dict):
-            return given
-        prompt = given.get("prompt")
-        if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
+    def _refuse_ids(cls, fields: Any) -> Any:
+        """Refuse what the API allows and an ensemble does not support."""
+        if not isinstance(fields, dict):
+            return fields
+        prompt = fields.get("prompt")
+        if isinstance(prompt, list) and any(isinstance(item, int | list) for item in prompt):
             raise unsupported_field(
                 "prompt", "token ids are those of one vocabulary, and members have their own; send text"
             )
-        return given
+        return fields
 
     @model_validator(mode="after")
-    def _scored_at_once(self) -> CompletionBody:
+    def _check_scoring(self) -> CompletionBody:
         scores = bool(self.echo) and self.logprobs is not None
         if scores and self.stream:
             raise unsupported_field("stream", "a prompt's log-probabilities (echo with logprobs) come in one piece")

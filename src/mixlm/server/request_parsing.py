@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixlm.config import Method
+from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.prompt import Prompt
 from mixlm.server.api_errors import ApiError, unsupported_field
-from mixlm.server.fields import ChatBody, Common, CompletionBody, Extras
-from mixlm.server.jobs import GenerationTask
+from mixlm.server.fields import EXTRA_OPTIONS, ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry, ServedModel
 from mixlm.types import Message
@@ -20,7 +20,15 @@ from mixlm.units.registry import unit_traits
 
 # Fields that are options of `Ensemble.generate` under the same name.
 _OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "stop")
-_EXTRA_OPTIONS = ("top_k", "min_p", "repetition_penalty", "draft", "block", "mix_then_truncate", "logprobs_of")
+_EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", "logit_bias"))  # treated below
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTask:
+    """One completion to generate."""
+
+    prompt: Prompt
+    settings: GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
         }
         options["logit_bias"] = {**by_id_or_text, **(extras.logit_bias or {})}
     if body.response_format is not None:
-        options["json_schema"] = body.schema_of_reply
+        options["json_schema"] = body.completion_schema
     method = extras.method
     if method is None and options.get("temperature") == 0 and ensemble.defaults.method not in ("greedy", "single"):
         # Clients of the API ask for the most likely text by temperature 0.

@@ -1,0 +1,115 @@
+"""What an option is: how it is checked, and how the command line and the HTTP API present it.
+
+The options of a generation are the fields of `Sampling` and `GenerationOptions`. Each field has an `OptionSpec`. The
+checks, the options of the command line, the keys of the ensemble file and the HTTP fields are built from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal
+
+from mixlm.errors import ConfigError, did_you_mean
+
+Panel = Literal["Ensemble", "Sampling", "Generation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionSpec:
+    """How an option is checked and presented.
+
+    Attributes:
+        help: What it does, one sentence.
+        panel: Heading under which `--help` lists it; None if commands do not share it.
+        metavar: Its value in `--help`; None for a flag.
+        default_text: Its default in words, where that is not a value.
+        http: Where the HTTP API has it: a field of OpenAI's, or one of `mixlm`.
+        choices: The values it may have, if it is a name.
+        whole: Whether it is an integer.
+        minimum: Least value.
+        above: Bound that its value must exceed.
+        maximum: Greatest value.
+        note: What special values mean, for messages.
+    """
+
+    help: str = ""
+    panel: Panel | None = None
+    metavar: str | None = None
+    default_text: str | None = None
+    http: Literal["openai", "mixlm"] | None = None
+    choices: tuple[str, ...] = ()
+    whole: bool = False
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    note: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError if the option may not have this value."""
+        if self.choices:
+            if value not in self.choices:
+                allowed = ", ".join(self.choices)
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be one of {allowed}", did_you_mean(str(value), self.choices)
+                )
+        elif self._is_number and not self._allows(value):
+            shown = str(value) if isinstance(value, Real) else repr(value)
+            raise ConfigError(f"{name} is {shown}; it must be {self.allowed}")
+
+    @property
+    def allowed(self) -> str:
+        """The allowed numbers in words."""
+        if self.minimum is not None and self.maximum is not None:
+            text = f"from {self.minimum:g} to {self.maximum:g}"
+        elif self.minimum is not None:
+            text = f"{self.minimum:g} or more"
+        else:
+            text = f"greater than {self.above:g}"
+            text += f" and at most {self.maximum:g}" if self.maximum is not None else ""
+        return ("a whole number, " if self.whole else "") + text + (f"; {self.note}" if self.note else "")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds as keywords of a pydantic `Field`."""
+        bounds = {"ge": self.minimum, "gt": self.above, "le": self.maximum}
+        return {name: value for name, value in bounds.items() if value is not None}
+
+    @property
+    def _is_number(self) -> bool:
+        return self.minimum is not None or self.above is not None
+
+    def _allows(self, value: Any) -> bool:
+        if isinstance(value, int):
+            is_number = not self.whole or (not isinstance(value, bool) and value < 2**64)
+        else:
+            is_number = not self.whole and isinstance(value, Real) and math.isfinite(value)
+        return (
+            is_number
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+
+def option(default: Any = MISSING, *, default_factory: Any = MISSING, **spec: Any) -> Any:
+    """Return a dataclass field with an `OptionSpec` of the keywords `spec`."""
+    metadata = {"option": OptionSpec(**spec)}
+    if default_factory is not MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def specs(record: Any) -> dict[str, OptionSpec]:
+    """Return the specs of a dataclass's options, by name, in the order of its fields."""
+    return {entry.name: entry.metadata["option"] for entry in fields(record) if "option" in entry.metadata}
+
+
+def check_options(record: Any, *, skip: Collection[str] = ()) -> None:
+    """Check the options of a dataclass instance; None is allowed where it is the default. Raises ConfigError."""
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if "option" in entry.metadata and entry.name not in skip and not (value is None and entry.default is None):
+            entry.metadata["option"].check(entry.name, value)

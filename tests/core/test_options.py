@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from inspect import signature
+from typing import get_type_hints
+
+import pytest
+
+from mixlm.cli.options import generation_option, with_shared
+from mixlm.config import METHODS, SamplingConfig
+from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.server.fields import Common, Extras
+from mixlm.types import Sampling
+
+
+def generation_options(**options) -> GenerationOptions:
+    return GenerationOptions().with_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "mixtur"}, "method is 'mixtur'; it must be one of mixture, .*did you mean 'mixture'"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number, 1 or more"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"seed": -1}, "seed is -1; it must be a whole number, 0 or more"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": None}, "seed is None"),
+        ({"sequence": -1}, "sequence is -1"),
+        ({"temprature": 1}, "unknown option 'temprature' .did you mean 'temperature'"),
+        ({"max_token": 1}, "unknown option 'max_token' .did you mean 'max_tokens'"),
+        ({"sampling": {}}, "unknown option 'sampling'"),
+        ({"whatever": 1}, "unknown option 'whatever'"),
+    ],
+)
+def test_invalid_options_are_refused_with_the_allowed_values(options, message):
+    with pytest.raises(ConfigError, match=message):
+        generation_options(**options)
+
+
+def test_seeds_of_64_bits_are_allowed():
+    assert generation_options(seed=2**64 - 1, sequence=2**63).seed == 2**64 - 1
+
+
+def test_a_generation_without_a_seed_gets_a_random_one():
+    assert len({generation_options().seed for _ in range(20)}) == 20
+    assert GenerationOptions(seed=5).with_options({"seed": 0}).seed == 0
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])
+def test_stop_is_one_string_or_several(stop, expected):
+    assert generation_options(stop=stop).stop == expected
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "conventional"])
+def test_mix_then_truncate_is_for_conventional_only(method):
+    with pytest.raises(UnsupportedError, match=f"no exact form in {method}.*--method conventional"):
+        generation_options(method=method, mix_then_truncate=True)
+    assert generation_options(method="conventional", mix_then_truncate=True).mix_then_truncate
+
+
+def test_options_of_a_call_override_those_of_a_member():
+    sampling = generation_options(top_k=5).member_sampling({"top_k": 9, "temperature": 0.4})
+    assert sampling == Sampling(top_k=5, temperature=0.4)
+    assert generation_options().member_sampling({}) == Sampling()
+
+
+def test_options_accumulate():
+    twice = generation_options(top_k=5, max_tokens=7).with_options({"top_p": 0.5})
+    assert twice.sampling == {"top_k": 5, "top_p": 0.5}
+    assert twice.max_tokens == 7
+
+
+def test_a_turn_has_the_same_seed_and_another_sequence():
+    turn = generation_options(seed=3, sequence=10).with_turn(2)
+    assert (turn.seed, turn.sequence) == (3, 12)
+
+
+@pytest.mark.parametrize("method", ["mixture", "conventional"])
+@pytest.mark.parametrize("member", [{}, {"temperature": 0}])
+def test_temperature_zero_in_a_sampling_method_names_greedy(method, member):
+    options = generation_options(method=method) if member else generation_options(method=method, temperature=0)
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
+        options.member_sampling(member)
+
+
+def test_greedy_uses_the_untransformed_average_by_default():
+    assert generation_options(method="greedy").member_sampling({}) == Sampling(temperature=1.0, top_k=0)
+    assert generation_options(method="greedy", temperature=0).member_sampling({}) == Sampling(temperature=1.0, top_k=0)
+    sampling = generation_options(method="greedy", temperature=0.5).member_sampling({"repetition_penalty": 1.2})
+    assert sampling == Sampling(repetition_penalty=1.2, temperature=0.5, top_k=0)
+
+
+def test_a_single_member_at_temperature_zero_takes_the_most_likely():
+    assert generation_options(method="single", temperature=0).is_greedy({})
+    assert generation_options(method="single").is_greedy({"temperature": 0})
+    assert not generation_options(method="single", temperature=1).is_greedy({"temperature": 0})
+    assert not generation_options(method="mixture", temperature=0).is_greedy({})
+
+
+def test_sampling_of_the_average_has_all_but_the_penalties():
+    options = generation_options(
+        method="conventional", mix_then_truncate=True, top_k=3, temperature=0.5, presence_penalty=1
+    )
+    assert options.member_sampling({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
+    assert options.mixed_sampling({}) == Sampling(top_k=3, temperature=0.5)
+    assert generation_options(method="conventional").mixed_sampling({}) is None
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
+        generation_options(method="conventional", mix_then_truncate=True, temperature=0).mixed_sampling({})
+
+
+@pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}])
+def test_a_sampling_option_out_of_range_is_refused(option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        generation_options(**option).member_sampling({})
+
+
+def test_the_keywords_of_generate_are_the_table():
+    hints, table = get_type_hints(Options), {**get_type_hints(GenerationOptions), **get_type_hints(Sampling)}
+    del table["sampling"]
+    assert hints.keys() == table.keys() == OPTIONS.keys()
+    assert {name for name in table if hints[name] != table[name]} == {"stop"}  # one string or several
+
+
+def test_the_ensemble_file_has_the_sampling_options():
+    assert list(SamplingConfig.model_fields) == list(SAMPLING_OPTIONS)
+
+
+def test_commands_have_the_shared_options():
+    command = with_shared(lambda shared: 0)
+    shared = {name for name, spec in OPTIONS.items() if spec.panel}
+    assert shared <= signature(command).parameters.keys()
+    assert not (OPTIONS.keys() - shared) & signature(command).parameters.keys()
+
+
+def test_a_default_that_is_zero_is_shown_and_a_value_that_is_zero_is_set():
+    assert generation_option("min_p").help.endswith("Default: 0.0.")
+    received = []
+    values = {
+        name: parameter.default for name, parameter in signature(with_shared(lambda shared: 0)).parameters.items()
+    }
+    with_shared(lambda shared: received.append(shared.options()) or 0)(**{**values, "temperature": 0.0, "top_k": 0})
+    assert received == [{"temperature": 0.0, "top_k": 0}]
+
+
+def test_the_http_api_has_the_options_of_the_table():
+    by_api = {api: {name for name, spec in OPTIONS.items() if spec.http == api} for api in ("openai", "mixlm")}
+    assert by_api["mixlm"] <= Extras.model_fields.keys()
+    assert by_api["openai"] <= Common.model_fields.keys()
+
+
+def test_the_old_name_of_an_option_still_works():
+    with pytest.warns(DeprecationWarning, match="'alternatives' is now 'top_logprobs'"):
+        assert generation_options(alternatives=3).top_logprobs == 3

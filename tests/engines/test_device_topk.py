@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_hf import build
+from test_transformers_engine import build
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform

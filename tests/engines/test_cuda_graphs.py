@@ -12,7 +12,7 @@ import pytest
 import torch
 from contract import *  # noqa: F403
 from contract import assert_close, random_ids, uncached
-from test_hf import build
+from test_transformers_engine import build
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

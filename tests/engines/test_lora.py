@@ -11,7 +11,7 @@ import pytest
 import torch
 from contract import assert_close, random_ids, uncached
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_hf import build
+from test_transformers_engine import build
 from transformers import AutoModelForCausalLM
 
 from mixlm.config import parse_config, read_config

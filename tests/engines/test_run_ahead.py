@@ -11,8 +11,8 @@ import pytest
 import torch
 from contract import *  # noqa: F403
 from contract import random_ids, uncached
-from test_largest import random_case
-from test_steps import KINDS, Load, Recorded, load  # noqa: F401
+from test_cuda_graphs import KINDS, Load, Recorded, load  # noqa: F401
+from test_device_topk import random_case
 from toys import toys
 
 from mixlm.core.rng import Noise

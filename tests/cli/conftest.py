@@ -42,5 +42,5 @@ def at_terminal() -> Iterator[Callable[..., Terminal]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.close()
+    for terminal in started:
+        terminal.close()

@@ -20,7 +20,7 @@ OPTIONS = ("--max-tokens", "12", "--seed", "7")
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"prompt": one}) for one in PROMPTS[:-1]]
+    lines = [json.dumps({"prompt": prompt}) for prompt in PROMPTS[:-1]]
     lines.append(json.dumps({"messages": [{"role": "user", "content": PROMPTS[-1]}]}))
     path.write_text("\n".join(lines) + "\n\n")
     return path
@@ -32,8 +32,8 @@ def arguments(prompts: Path, output: Path) -> list[str]:
 
 def replies(path: Path) -> dict[int, str]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({one["number"] for one in lines}) == len(lines), "a prompt was answered twice"
-    return {one["number"]: one["text"] for one in lines}
+    assert len({item["number"] for item in lines}) == len(lines), "a prompt was answered twice"
+    return {item["number"]: item["text"] for item in lines}
 
 
 def test_each_prompt_gets_the_reply_it_would_get_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_each_prompt_gets_the_reply_it_would_get_alone(run: Run, prompts: Path, 
     done = run(*arguments(prompts, tmp_path / "out.jsonl"))
     assert (done.code, done.out) == (0, "")
     those = load("toy:1", "toy:2")
-    alone = [those.generate(one, seed=7, sequence=i, max_tokens=12).text for i, one in enumerate(PROMPTS)]
+    alone = [those.generate(prompt, seed=7, sequence=i, max_tokens=12).text for i, prompt in enumerate(PROMPTS)]
     assert replies(tmp_path / "out.jsonl") == dict(enumerate(alone))
     for batch in ("1", "5"):
         run(*arguments(prompts, tmp_path / f"{batch}.jsonl"), "--batch", batch)
@@ -90,7 +90,7 @@ def test_without_a_seed_a_continued_run_keeps_that_of_the_first(run: Run, prompt
     output.write_text("\n".join(first[:4]) + "\n")
     run(*command)
     assert sorted(output.read_text().splitlines()[4:]) != []
-    assert replies(output) == {json.loads(one)["number"]: json.loads(one)["text"] for one in first}
+    assert replies(output) == {json.loads(line)["number"]: json.loads(line)["text"] for line in first}
 
 
 def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tmp_path: Path) -> None:

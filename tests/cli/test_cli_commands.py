@@ -138,8 +138,8 @@ def test_models_lists_the_catalogue(run: Run) -> None:
     for part in ("smollm2-135m", "gemma-3-270m", "98 MB", "Apache-2.0", "Gemma Terms of Use", "mixlm models get"):
         assert part in done.out
     rows = json.loads(run("models", "--json").out)["models"]
-    assert [one["name"] for one in rows] == ["smollm2-135m", "gemma-3-270m"]
-    assert [one["installed"] for one in rows] == [False, False]
+    assert [row["name"] for row in rows] == ["smollm2-135m", "gemma-3-270m"]
+    assert [row["installed"] for row in rows] == [False, False]
 
 
 def test_models_lists_what_is_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_check_loads_in_float32_unless_told_otherwise(
     seen: list[list[str]] = []
 
     def load(config: Any, **given: Any) -> Any:
-        seen.append([f"{one.dtype} {one.device}" for one in config.members])
+        seen.append([f"{member.dtype} {member.device}" for member in config.members])
         return load_config(config, **given)
 
     monkeypatch.setattr("mixlm.loading.load_config", load)

@@ -28,7 +28,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     words = WORDS.split(" ")[1:]
-    (tmp_path / "words.txt").write_text("".join(f" {one}" for one in rng.choice(words, 120)))
+    (tmp_path / "words.txt").write_text("".join(f" {word}" for word in rng.choice(words, 120)))
     lines = [{"prompt": f"What is {i}?", "answer": f" {rng.choice(words)} {i}"} for i in range(12)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     return ["words.txt", "pairs.jsonl"]
@@ -43,7 +43,7 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
     }  # fmt: skip
     assert found["members"] == ["toy:1", "toy:2"]
     assert found["unit"] == "token"
-    assert [one["file"] for one in found["files"]] == texts
+    assert [entry["file"] for entry in found["files"]] == texts
     assert sum(found["weights"].values()) == pytest.approx(1)
     for name, (low, high) in found["intervals"].items():
         assert 0 <= low <= found["weights"][name] <= high <= 1
@@ -51,17 +51,17 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
     assert found["em"]["end_bits_per_byte"] <= found["grid"]["bits_per_byte"] + 1e-9
     assert found["grid"]["points"] == 11
     assert found["grid"]["readings_anew"] == 11 * found["em"]["readings"]
-    rows = {one["name"]: one for one in found["check"]["rows"]}
+    rows = {row["name"]: row for row in found["check"]["rows"]}
     assert list(rows) == [
         "toy:1", "toy:2", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself",
         f"by prompt, sharpness {found['by_prompt']['sharpness']:g}", "router",
     ]  # fmt: skip
     best = rows[found["check"]["best_member"]]
     assert best["percent_below_best_member"] == 0
-    for one in rows.values():
-        assert set(one["files"]) == set(texts)
-        assert one["percent_below_best_member"] == pytest.approx(
-            100 * (1 - one["bits_per_byte"] / best["bits_per_byte"])
+    for row in rows.values():
+        assert set(row["files"]) == set(texts)
+        assert row["percent_below_best_member"] == pytest.approx(
+            100 * (1 - row["bits_per_byte"] / best["bits_per_byte"])
         )
 
 
@@ -71,7 +71,7 @@ def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) 
     train, check = split_holdout(scores, 0.25)
     weights = expectation_maximisation(train).weights
     assert list(found["weights"].values()) == pytest.approx(weights)
-    row = next(one for one in found["check"]["rows"] if one["name"] == "EM")
+    row = next(item for item in found["check"]["rows"] if item["name"] == "EM")
     assert row["bits_per_byte"] == pytest.approx(check.bits_per_byte(check.mixture(weights)))
     whole = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0").out)
     assert whole["check"]["held_out"] is False
@@ -83,16 +83,16 @@ def test_answers_are_fitted_behind_their_prompts(run: Run, texts: list[str]) -> 
     those = load("toy:1", "toy:2")
     for system in (None, "Be brief."):
         settings = those.settings(system=system)
-        scores = score_answers(those, [(one["prompt"], one["answer"]) for one in pairs], settings=settings)
+        scores = score_answers(those, [(pair["prompt"], pair["answer"]) for pair in pairs], settings=settings)
         more = () if system is None else ("--system", system)
         found = json.loads(run("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0", *more).out)
-        assert found["files"][0]["train_bytes"] == sum(len(one["answer"]) for one in pairs)
+        assert found["files"][0]["train_bytes"] == sum(len(pair["answer"]) for pair in pairs)
         assert list(found["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
 
 
 def test_the_end_of_an_answer_is_fitted_too_where_members_end_themselves(run: Run, texts: list[str]) -> None:
     pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines() if line]
-    pairs = [(one["prompt"], one["answer"]) for one in pairs]
+    pairs = [(pair["prompt"], pair["answer"]) for pair in pairs]
     arguments = ("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0")
     for option, ends in ((), True), (("--ends",), True), (("--no-ends",), False):
         expected = expectation_maximisation(score_answers(load("toy:1", "toy:2"), pairs, ends=ends)).weights
@@ -102,12 +102,12 @@ def test_the_end_of_an_answer_is_fitted_too_where_members_end_themselves(run: Ru
 def test_weights_by_prompt_are_compared_where_there_are_prompts(run: Run, texts: list[str]) -> None:
     found = json.loads(run("fit", *texts, *TOYS, *FAST, "--json", "--prompt-bytes", "100").out)
     assert found["by_prompt"]["sharpness"] >= 0
-    (name,) = (one["name"] for one in found["check"]["rows"] if one["name"].startswith("by prompt"))
+    (name,) = (row["name"] for row in found["check"]["rows"] if row["name"].startswith("by prompt"))
     assert name == f"by prompt, sharpness {found['by_prompt']['sharpness']:g}"
     plain = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json").out)
     assert plain["by_prompt"] is None
-    assert not any(one["name"].startswith("by prompt") for one in plain["check"]["rows"])
-    sizes = [sum(one["files"][0][key] for key in ("train_bytes", "check_bytes")) for one in (plain, found)]
+    assert not any(row["name"].startswith("by prompt") for row in plain["check"]["rows"])
+    sizes = [sum(item["files"][0][key] for key in ("train_bytes", "check_bytes")) for item in (plain, found)]
     assert 80 <= sizes[0] - sizes[1] <= 100
 
 
@@ -137,7 +137,7 @@ def test_the_ensemble_file_has_the_weights(run: Run, texts: list[str]) -> None:
     assert "ensemble written to pair.toml: use it with -e pair.toml" in done.err
     config = read_config("pair.toml")
     weights = list(json.loads(done.out)["weights"].values())
-    assert [one.model for one in config.members] == ["toy:1", "toy:2"]
+    assert [member.model for member in config.members] == ["toy:1", "toy:2"]
     assert config.weights() == pytest.approx(weights, abs=1e-6)
     assert config.router.kind == "fixed"
     assert run("generate", "hello", "-e", "pair.toml", "--seed", "1").code == 0
@@ -166,7 +166,7 @@ def test_what_an_ensemble_file_says_is_kept(run: Run, texts: list[str], tmp_path
     )
     done = run("fit", "words.txt", "-e", "pair.toml", *FAST, "--output", "fitted.toml", "--json")
     assert done.code == 0
-    rows = [one["name"] for one in json.loads(done.out)["check"]["rows"]]
+    rows = [row["name"] for row in json.loads(done.out)["check"]["rows"]]
     assert "weights as given" in rows
     config = read_config("fitted.toml")
     assert (config.unit, config.system, config.sampling.top_k) == ("piece", "Be kind.", 7)

@@ -24,9 +24,9 @@ def test_only_the_text_goes_to_stdout(run: Run) -> None:
     assert done.out == found["text"] + "\n"
     assert done.err.count("\n") == 1
     shares = []
-    for name, one in found["usage"]["members"].items():
-        forwards = f"{one['forwards']} forward"
-        shares.append(f"{name} {one['tokens'] / len(found['tokens']):.0%}, {forwards}")
+    for name, member in found["usage"]["members"].items():
+        forwards = f"{member['forwards']} forward"
+        shares.append(f"{name} {member['tokens'] / len(found['tokens']):.0%}, {forwards}")
     for part in (f"{len(found['tokens'])} tokens", "tokens/s", "bytes/s", *shares, "seed 3"):
         assert part in done.err
 
@@ -49,7 +49,7 @@ def test_json_is_one_object_and_nothing_else(run: Run) -> None:
     assert set(found) == {"text", "finish_reason", "seed", "tokens", "usage"}
     assert found["text"] + "\n" == plain.out
     assert found["seed"] == 3
-    assert {one["member"] for one in found["tokens"]} == {"toy:1", "toy:2"}
+    assert {token["member"] for token in found["tokens"]} == {"toy:1", "toy:2"}
     assert done.err == ""
 
 
@@ -59,9 +59,9 @@ def test_alternatives_go_into_the_json(run: Run) -> None:
         for more in ((), ("--alternatives", "3"), ("--alternatives", "3", "--logprobs-of", "ensemble"))
     )
     assert plain["text"] == told["text"] == average["text"]
-    assert all(len(one["alternatives"]) == 3 for one in told["tokens"] + average["tokens"])
-    assert [one["logprob"] for one in told["tokens"]] == [one["logprob"] for one in plain["tokens"]]
-    assert [one["logprob"] for one in average["tokens"]] != [one["logprob"] for one in plain["tokens"]]
+    assert all(len(token["alternatives"]) == 3 for token in told["tokens"] + average["tokens"])
+    assert [token["logprob"] for token in told["tokens"]] == [token["logprob"] for token in plain["tokens"]]
+    assert [token["logprob"] for token in average["tokens"]] != [token["logprob"] for token in plain["tokens"]]
     assert "--json" in run("generate", "hello", *TOYS, "--alternatives", "3").error
     assert "logprobs_of" in run("generate", "hello", *TOYS, "--json", "--logprobs-of", "all").error
 
@@ -91,7 +91,7 @@ def test_options_reach_the_reply(run: Run) -> None:
     assert stopped["text"] == found["text"].partition(found["tokens"][2]["text"])[0]
     assert stopped["finish_reason"] == "stop"
     alone = json.loads(run("generate", "x", *TOYS, "--method", "single", "-w", "0.3,0.7", "--json").out)
-    assert {one["member"] for one in alone["tokens"]} <= {"toy:2"}
+    assert {token["member"] for token in alone["tokens"]} <= {"toy:2"}
     greedy = [run("generate", "x", *TOYS, "--method", "greedy", "--seed", seed).out for seed in ("1", "2")]
     assert greedy[0] == greedy[1]
 
@@ -106,7 +106,7 @@ def test_a_value_of_the_file_holds_unless_an_option_says_otherwise(run: Run, tmp
 
     def writers(*arguments: str) -> set[str]:
         found = json.loads(run("generate", "x", "-e", file, "--seed", "1", "--json", *arguments).out)
-        return {one["member"] for one in found["tokens"]}
+        return {token["member"] for token in found["tokens"]}
 
     assert writers() == {"one"}
     assert writers("-w", "0,1") == {"toy:2"}

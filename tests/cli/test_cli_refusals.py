@@ -162,7 +162,7 @@ def test_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Generation, "__next__", interrupted)
     done = run("generate", "hello", *TOYS, "--seed", "3")
     assert (done.code, done.err) == (130, "mixlm: interrupted\n")
-    assert done.out == "".join(one.text for one in seen) + "\n"
+    assert done.out == "".join(token.text for token in seen) + "\n"
 
 
 def test_control_characters_in_a_message_are_not_obeyed(run: Run) -> None:

@@ -42,12 +42,12 @@ def test_json_says_what_scoring_finds(run: Run, text: Path) -> None:
     assert found["bits_per_byte"]["members"] == {
         name: pytest.approx(scores.bits_per_byte(scores.logprobs[:, i])) for i, name in enumerate(scores.names)
     }
-    assert "".join(one["text"] for one in found["segments"]) == TEXT
-    assert sum(one["logprob"] for one in found["segments"]) == pytest.approx(scores.mixture(weights).sum())
-    for one in found["segments"]:
-        assert set(one) == {"text", "logprob", "members", "responsibilities"}
-        assert set(one["members"]) == set(one["responsibilities"]) == {"toy:1", "toy:2"}
-        assert sum(one["responsibilities"].values()) == pytest.approx(1)
+    assert "".join(segment["text"] for segment in found["segments"]) == TEXT
+    assert sum(segment["logprob"] for segment in found["segments"]) == pytest.approx(scores.mixture(weights).sum())
+    for segment in found["segments"]:
+        assert set(segment) == {"text", "logprob", "members", "responsibilities"}
+        assert set(segment["members"]) == set(segment["responsibilities"]) == {"toy:1", "toy:2"}
+        assert sum(segment["responsibilities"].values()) == pytest.approx(1)
 
 
 def test_the_table_has_a_row_for_each_member_and_the_mixture(run: Run, text: Path) -> None:
@@ -75,13 +75,13 @@ def test_several_files_have_a_row_each(run: Run, text: Path, tmp_path: Path) -> 
     other = tmp_path / "other.txt"
     other.write_text("one bird sings")
     both = json.loads(run("score", str(text), str(other), *TOYS, "--json").out)
-    assert [one["file"] for one in both["files"]] == [str(text), str(other)]
-    for one, path in zip(both["files"], (text, other), strict=True):
+    assert [entry["file"] for entry in both["files"]] == [str(text), str(other)]
+    for entry, path in zip(both["files"], (text, other), strict=True):
         alone = json.loads(run("score", str(path), *TOYS, "--json").out)
-        assert one["bytes"] == alone["bytes"]
-        assert one["bits_per_byte"]["members"] == pytest.approx(alone["bits_per_byte"]["members"])
-    sizes = [one["bytes"] for one in both["files"]]
-    mean = np.average([one["bits_per_byte"]["mixture"] for one in both["files"]], weights=sizes)
+        assert entry["bytes"] == alone["bytes"]
+        assert entry["bits_per_byte"]["members"] == pytest.approx(alone["bits_per_byte"]["members"])
+    sizes = [entry["bytes"] for entry in both["files"]]
+    mean = np.average([entry["bits_per_byte"]["mixture"] for entry in both["files"]], weights=sizes)
     assert both["bits_per_byte"]["mixture"] == pytest.approx(mean)
     assert str(other) in run("score", str(text), str(other), *TOYS).out
 
@@ -131,11 +131,11 @@ def test_at_a_terminal_each_part_has_its_members_colour(
     assert "\x1b[38;5;32mtoy:1\x1b[0m" in terminal.screen
     assert "dim: likely" in terminal.screen
     shown = ""
-    for one in found["segments"]:
-        colour = 32 if one["responsibilities"]["toy:1"] >= 0.5 else 166
-        bits = -one["logprob"] / np.log(2)
+    for segment in found["segments"]:
+        colour = 32 if segment["responsibilities"]["toy:1"] >= 0.5 else 166
+        bits = -segment["logprob"] / np.log(2)
         style = "2;" if bits < 1 else "1;" if bits >= 8 else ""
-        shown += f"\x1b[{style}38;5;{colour}m{one['text']}\x1b[0m"
+        shown += f"\x1b[{style}38;5;{colour}m{segment['text']}\x1b[0m"
     assert shown in terminal.screen
 
 
@@ -184,11 +184,11 @@ def test_the_page_shows_the_text_and_nothing_it_says_is_obeyed(run: Run, tmp_pat
     spans = [given for tag, given in found.tags if tag == "span" and "data-n" in given]
     numbers = json.loads(run("score", str(file), *TOYS, "--json").out)["segments"]
     assert len(spans) == len(numbers)
-    for span, one in zip(spans, numbers, strict=True):
+    for span, record in zip(spans, numbers, strict=True):
         lines = str(span["data-n"]).splitlines()
-        assert f"{-one['logprob'] / np.log(2):.2f} bits" in lines[0]
+        assert f"{-record['logprob'] / np.log(2):.2f} bits" in lines[0]
         assert [line.split()[0] for line in lines] == ["mixture", "toy:1", "toy:2"]
-        assert ("m0" if one["responsibilities"]["toy:1"] >= 0.5 else "m1") in str(span["class"]).split()
+        assert ("m0" if record["responsibilities"]["toy:1"] >= 0.5 else "m1") in str(span["class"]).split()
 
 
 @pytest.mark.parametrize(

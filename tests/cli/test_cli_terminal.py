@@ -27,7 +27,7 @@ def test_each_member_has_its_colour(run: Run, at_terminal: Start) -> None:
     assert "\x1b[38;5;32mtoy:1\x1b[0m 25%" in legend
     assert "\x1b[38;5;166mtoy:2\x1b[0m 75%" in legend
     codes = {"toy:1": 32, "toy:2": 166}
-    pieces = [(codes[one["member"]], one["text"]) for one in reply(run, "-w", "1,3")["tokens"]]
+    pieces = [(codes[token["member"]], token["text"]) for token in reply(run, "-w", "1,3")["tokens"]]
     assert {code for code, _ in pieces} == {32, 166}
     assert lines[lines.index(legend) + 1] == "".join(f"\x1b[38;5;{code}m{text}\x1b[0m" for code, text in pieces)
     assert lines[-1].startswith("\x1b[2m")

@@ -40,12 +40,12 @@ def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundarie
     those = toys("piece", 3)
     found = measure_agreement(those, TEXT, compare_vocabularies(those))
     distributions, marks = [], []
-    for one in those.members:
-        tokens = one.engine.vocabulary.tokens
-        ids = one.engine.encoder.encode(TEXT).ids
+    for member in those.members:
+        tokens = member.engine.vocabulary.tokens
+        ids = member.engine.encoder.encode(TEXT).ids
         at, mine = 0, {}
         for count in range(len(ids) + 1):
-            logits = one.engine.table((len(tokens) - 2, *ids[:count])).astype(np.float32).astype(float)
+            logits = member.engine.table((len(tokens) - 2, *ids[:count])).astype(np.float32).astype(float)
             logits[len(tokens) - 2] = -np.inf
             law = np.exp(logits) / np.exp(logits).sum()
             mine[at] = {}
@@ -93,7 +93,7 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
     assert len(seen) == 2
     assert found[0].seconds == found[2].seconds
     assert set(found[0].seconds) == set(LENGTHS)
-    timed = [(one.tokens, one.cached) for one in seen[0].stats.forwards[1::2]]
+    timed = [(token.tokens, token.cached) for token in seen[0].stats.forwards[1::2]]
     assert timed == [(length, 128) for length in LENGTHS] * 4
 
 
@@ -114,7 +114,10 @@ def test_speeds_follow_the_cost_model():
         ForwardCost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}),
         ForwardCost("c", 1, {1: 9.0}),
     ]
-    speeds = {(one.method, one.members): one.predicted for one in predict_speeds("abc", np.array([0.5, 0.5, 0]), found)}
+    speeds = {
+        (speed.method, speed.members): speed.predicted
+        for speed in predict_speeds("abc", np.array([0.5, 0.5, 0]), found)
+    }
     assert speeds == {
         ("single", ("a",)): pytest.approx(10),
         ("single", ("b",)): pytest.approx(1 / 0.3),
@@ -131,8 +134,8 @@ def test_speeds_follow_the_cost_model():
 def test_speeds_are_of_methods_that_the_unit_has(unit, methods):
     those = ensemble([ToyEngine(), ToyEngine(seed=3)], [1, 1], unit=unit)
     found = inspect(those)
-    assert {one.method for one in found.speeds} == methods
-    assert {one.measured is not None for one in found.speeds} == {unit != "byte"}
+    assert {speed.method for speed in found.speeds} == methods
+    assert {speed.measured is not None for speed in found.speeds} == {unit != "byte"}
 
 
 def test_a_member_is_described_by_what_its_engine_says():
@@ -150,7 +153,7 @@ def test_a_member_is_described_by_what_its_engine_says():
 
 def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     those = toys("piece", 2)
-    found = {one.name: one for one in check_feasibility(those, {"temperature": 0.0})}
+    found = {item.name: item for item in check_feasibility(those, {"temperature": 0.0})}
     with pytest.raises(UnsupportedError) as refused:
         Ensemble(those.members, unit="token")
     assert (found["token"].possible, found["token"].reason) == (False, str(refused.value))
@@ -160,7 +163,7 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     assert found["piece"].possible
     assert found["greedy"].possible
     assert found["single"].possible
-    assert all(one.possible for one in check_feasibility(toys("token", 2), {}))
+    assert all(item.possible for item in check_feasibility(toys("token", 2), {}))
 
 
 def words() -> Ensemble:
@@ -170,11 +173,11 @@ def words() -> Ensemble:
 def test_a_whole_inspection():
     seen = []
     found = inspect(words(), progress=lambda label, done, total: seen.append((label, done, total)))
-    assert [one.name for one in found.members] == ["m1", "m2"]
+    assert [member.name for member in found.members] == ["m1", "m2"]
     assert found.text_bytes > 500
     assert len(found.costs) == 2
-    assert [one.method for one in found.speeds] == ["single", "single", "conventional", "mixture"]
-    assert all(one.measured for one in found.speeds)
+    assert [speed.method for speed in found.speeds] == ["single", "single", "conventional", "mixture"]
+    assert all(speed.measured for speed in found.speeds)
     assert {label for label, _, _ in seen} >= {"reading the sample text", "timing forward passes", "mixture"}
     form = found.as_dict()
     assert form["members"][0]["ends"] == {"<end>": 275}
@@ -203,7 +206,7 @@ def test_members_that_tell_no_whole_distribution_are_not_measured():
 
 def test_a_method_that_cannot_be_run_is_not_measured():
     found = inspect(words(), options={"temperature": 0.0})
-    assert all(one.predicted and one.measured is None for one in found.speeds)
+    assert all(speed.predicted and speed.measured is None for speed in found.speeds)
 
 
 def test_a_long_text_is_read_at_its_beginning():
@@ -239,5 +242,5 @@ def test_the_demo_pair(demo_pair):
     assert min(pair.mass) > 0.9
     assert 0.1 < pair.distance < 0.8
     assert found.weights_bytes == smollm.weights_bytes + gemma.weights_bytes
-    possible = {one.name: one.possible for one in found.possibilities}
+    possible = {item.name: item.possible for item in found.possibilities}
     assert (possible["token"], possible["piece"], possible["mixture"]) == (False, True, True)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from mixlm.errors import ModelLoadError
-from mixlm.models import ModelInfo, cache_root, find, installed
+from mixlm.models import ModelMetadata, cache_root, find, installed
 from mixlm.models.cache import BuildFolders, install, model_folder
 from mixlm.terminal import ProgressDisplay
 
-INFO = ModelInfo("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
+INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
 
 
-def build(folders: BuildFolders) -> ModelInfo:
+def build(folders: BuildFolders) -> ModelMetadata:
     (folders.target / "config.json").write_text("{}")
     (folders.target / "weights").touch(0o600)
     return INFO
@@ -40,12 +40,12 @@ def test_an_installed_model_is_found_with_readable_files(quiet):
     assert [model] == installed()
     assert model.path == model_folder("m")
     assert (model.source, model.dtype, model.licence) == ("here", "bfloat16", "Test licence")
-    assert {one.stat().st_mode & 0o777 for one in model.path.iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in model.path.iterdir()} == {0o644}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_build_that_fails_leaves_nothing(quiet, error):
-    def failing(folders: BuildFolders) -> ModelInfo:
+    def failing(folders: BuildFolders) -> ModelMetadata:
         build(folders)
         assert installed() == []
         raise error
@@ -64,7 +64,7 @@ def test_what_a_killed_build_left_is_cleared(quiet):
 
 
 def test_a_full_disk_names_the_cache(quiet):
-    def full(_: BuildFolders) -> ModelInfo:
+    def full(_: BuildFolders) -> ModelMetadata:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelLoadError, match="No space left on device") as caught:
@@ -81,7 +81,7 @@ def test_a_folder_that_mixlm_did_not_make_is_left_alone(quiet):
 
 
 def _install_in_a_process(start, built) -> None:
-    def counted(folders: BuildFolders) -> ModelInfo:
+    def counted(folders: BuildFolders) -> ModelMetadata:
         with built.get_lock():
             built.value += 1
         return build(folders)

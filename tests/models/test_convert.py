@@ -139,7 +139,7 @@ def test_the_demo_models(name, control):
     config = json.loads((model.path / "config.json").read_text())
     assert info.context == config["max_position_embeddings"]
     assert config["eos_token_id"] in info.ends
-    files = {one.name for one in model.path.iterdir()}
+    files = {path.name for path in model.path.iterdir()}
     assert files >= {"model.safetensors", "tokenizer.json"}
     assert ("chat_template.jinja" in files) is (name == "smollm2-135m")
     assert {"LICENSE", "GEMMA_TERMS.html"} & files

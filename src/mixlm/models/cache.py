@@ -26,7 +26,7 @@ TOKENIZER_VERSION = 2  # increases when the conversion of tokenizers changes
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class ModelMetadata:
     """The content of `mixlm.json`: the source of a model, and what the rest of its folder does not contain."""
 
     source: str
@@ -74,16 +74,16 @@ def model_folder(name: str) -> Path:
     return cache_root() / "models" / name
 
 
-def read_info(folder: Path) -> ModelInfo | None:
+def read_info(folder: Path) -> ModelMetadata | None:
     """Return the content of `mixlm.json`; None for a folder that mixlm did not create."""
     try:
         raw = json.loads((folder / INFO_FILE).read_text("utf-8"))
-        return ModelInfo(**{**raw, "control": tuple(raw["control"]), "ends": tuple(raw["ends"])})
+        return ModelMetadata(**{**raw, "control": tuple(raw["control"]), "ends": tuple(raw["ends"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def write_info(folder: Path, info: ModelInfo) -> None:
+def write_info(folder: Path, info: ModelMetadata) -> None:
     """Write `mixlm.json` into a folder."""
     write_json(folder / INFO_FILE, asdict(info))
 
@@ -110,7 +110,7 @@ def installed() -> list[InstalledModel]:
     return [model for name in names if (model := find(name))]
 
 
-def install(name: str, build: Callable[[BuildFolders], ModelInfo], display: ProgressDisplay) -> InstalledModel:
+def install(name: str, build: Callable[[BuildFolders], ModelMetadata], display: ProgressDisplay) -> InstalledModel:
     """Return the model `name`; build it if it is not installed.
 
     If several processes need it at the same time, one builds it and the others wait.

@@ -20,7 +20,7 @@ from mixlm.models.cache import (
     GGUF_FILE,
     TOKENIZER_VERSION,
     BuildFolders,
-    ModelInfo,
+    ModelMetadata,
     cache_root,
     install,
     locked,
@@ -87,7 +87,7 @@ def converted(path: Path, dtype: str = "bfloat16", display: ProgressDisplay | No
     sha256 = checksum(path, display)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
 
-    def build(folders: BuildFolders) -> ModelInfo:
+    def build(folders: BuildFolders) -> ModelMetadata:
         with display.stage(f"{path.name}: converting, once", unit="items") as stage:
             header = convert_gguf(path, folders.target, dtype, stage)
         return model_info(header, source=str(path), sha256=sha256, dtype=dtype)
@@ -140,9 +140,11 @@ def with_tokenizer(folder: Path, gguf: Path | None = None) -> Path:
     return folder
 
 
-def model_info(header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None) -> ModelInfo:
+def model_info(
+    header: GgufHeader, *, source: str, sha256: str, dtype: str, licence: str | None = None
+) -> ModelMetadata:
     """Return the content of `mixlm.json` for a converted GGUF file."""
-    return ModelInfo(
+    return ModelMetadata(
         source=source,
         sha256=sha256,
         dtype=dtype,

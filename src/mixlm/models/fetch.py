@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixlm.errors import DownloadError
-from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelInfo, find, install
+from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelMetadata, find, install
 from mixlm.models.catalog import CatalogModel, WheelFile, expand
 from mixlm.models.convert import model_info, with_tokenizer
 from mixlm.models.gguf_tokenizer import write_tokenizer
@@ -44,7 +44,7 @@ def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledMode
 
 
 def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:
-    def build(folders: BuildFolders) -> ModelInfo:
+    def build(folders: BuildFolders) -> ModelMetadata:
         display.line(f"{model.title}: {model.licence}")
         wheels = _download(model, folders.scratch / "wheels", display)
         whole = folders.target / GGUF_FILE

@@ -24,7 +24,7 @@ test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a momen
 	$(BIN)/python -m pytest -n auto -q -m "not models and not engines and not slow"
 
 test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm check with real llama.cpp and vLLM (minutes)
-	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_failure.py -m "engines or not engines"
+	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_unavailable.py -m "engines or not engines"
 	$(ENGINES)/bin/mixlm check --engine llamacpp --samples 1000 $(EXACT) --tolerance 0.1
 	$(ENGINES)/bin/mixlm check --engine vllm --samples 500 $(EXACT)
 

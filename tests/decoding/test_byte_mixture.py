@@ -256,7 +256,7 @@ def test_a_member_alone_needs_about_a_forward_a_token():
 
 @pytest.mark.parametrize("method", ["conventional", "greedy", "speculative"])
 def test_methods_that_need_an_average_are_refused_by_name(method):
-    with pytest.raises(UnsupportedError, match=f"{method} does not go with the unit byte"):
+    with pytest.raises(UnsupportedError, match=f"{method} does not work with the unit byte"):
         pair().stream("hello", method=method)
 
 

@@ -18,11 +18,12 @@ from mixlm.generation.scheduler import Scheduler
 from mixlm.routing import FunctionRouter
 
 
-def writing(those: Ensemble) -> Ensemble:
-    """The same ensemble on engines that write runs."""
-    for one in those.members:
-        one.engine._writes = True
-    return those
+def sampling_toys(unit: str, members: int) -> Ensemble:
+    """An ensemble of `toys` whose engines sample themselves."""
+    models = [member.engine for member in toys(unit, members).members]
+    specials = 2
+    engines = [ToyEngine(model.vocabulary.tokens[:-specials], model.table, samples_itself=True) for model in models]
+    return ensemble(engines, WEIGHTS[:members], unit=unit)
 
 
 def by_text(weights: np.ndarray) -> FunctionRouter:
@@ -37,7 +38,7 @@ def texts_law(those: Ensemble, options, length: int, router=None) -> dict[tuple[
         longer = defaultdict(float)
         for pieces, mass in open_texts.items():
             weights = those.weights if router is None or b"".join(pieces)[-1:] != b"a" else those.weights[::-1]
-            for piece, p in exact_law(those.with_weights(weights), options, "ab", pieces).items():
+            for piece, p in exact_law(those.with_weights(weights.tolist()), options, "ab", pieces).items():
                 (law if piece == END else longer)[(*pieces, piece)] = mass * p
         open_texts = longer
     return law | open_texts
@@ -54,7 +55,7 @@ def pieces_of(those: Ensemble, options, length: int, sequence: int) -> tuple[byt
 @pytest.mark.parametrize("name", ["plain", "all but penalties"])
 def test_texts_written_in_runs_follow_the_law(unit, name, routed):
     options = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.03} if name != "plain" else OPTIONS[name]
-    those = writing(toys(unit, 3))
+    those = sampling_toys(unit, 3)
     router = by_text(those.weights) if routed else None
     one = Ensemble(those.members, WEIGHTS[:3], unit=unit, router=router)
     found = counted(lambda i: pieces_of(one, options, 3, i), 4000)
@@ -62,7 +63,7 @@ def test_texts_written_in_runs_follow_the_law(unit, name, routed):
 
 
 def test_coins_that_fall_on_one_member_are_one_request():
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     for position in range(60):
         noise = Noise(1, 0, position)
         coins = [noise.at(position + ahead).coin(those.weights) for ahead in range(9)]
@@ -76,7 +77,7 @@ def test_coins_that_fall_on_one_member_are_one_request():
 
 
 def test_a_member_alone_is_asked_for_no_more_than_the_reply_or_a_reader_waits_for():
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     for most, expected in ((1, 1), (5, 5), (1000, MAX_RUN)):
         flow = written(those, {}, "ab", []).decode_step(single(1), Noise(0), most)
         [request] = next(flow)
@@ -89,14 +90,14 @@ def test_a_run_is_as_long_as_it_was_read_in_the_members_own_tokens():
     engines = [ToyEngine((b"a", b"b", b"ab"), lambda _: np.array([0.0, 0, -9, -99, -99]), samples_itself=True)]
     those = ensemble(engines, unit="piece")
     asked = []
-    write = ToySession.write
+    write = ToySession.generate
 
     def noted(self, run):
         asked.append(run.ids.tolist())
         return write(self, run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ToySession, "write", noted)
+        patch.setattr(ToySession, "generate", noted)
         reply = those.generate("b", raw=True, seed=1, max_tokens=30, ignore_end=True, top_k=0)
     assert b"ab" in reply.text.encode()
     assert len(asked) > 4  # 2, were it not for the tokens
@@ -108,7 +109,7 @@ def test_a_run_is_as_long_as_it_was_read_in_the_members_own_tokens():
 
 
 def test_usage_counts_a_forward_for_each_token_and_what_a_member_caught_up_with():
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     usage = those.generate("ab", raw=True, seed=1, max_tokens=40, ignore_end=True).usage
     assert sum(one.forwards for one in usage.members.values()) == 40
     # Each reads the prompt and what was written before its last token, once: nothing is run twice.
@@ -117,7 +118,7 @@ def test_usage_counts_a_forward_for_each_token_and_what_a_member_caught_up_with(
 
 
 def test_log_probabilities_are_those_of_the_drawn_members_law():
-    those = writing(toys("token", 3))
+    those = sampling_toys("token", 3)
     reply = those.generate("ab", raw=True, seed=4, max_tokens=12, ignore_end=True)
     written_before = []
     for token in reply.tokens:
@@ -130,7 +131,7 @@ def test_log_probabilities_are_those_of_the_drawn_members_law():
 
 
 def test_equal_seeds_give_equal_texts_alone_and_together():
-    those = writing(toys("piece", 3))
+    those = sampling_toys("piece", 3)
     options = {"raw": True, "max_tokens": 20, "seed": 7}
     alone = [those.generate("ab", sequence=i, **options).text for i in range(5)]
     assert len(set(alone)) > 1
@@ -142,29 +143,29 @@ def test_equal_seeds_give_equal_texts_alone_and_together():
 
 
 def test_penalties_and_other_methods_draw_here():
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     for options in ({"repetition_penalty": 1.2}, {"method": "conventional"}, {"method": "auto"}):
         writer = those.context(those.settings(**options))
         assert not any(one.samples_itself for one in writer.members)
     assert all(one.samples_itself for one in those.context(those.settings()).members)
-    toyed = ensemble([engine()], unit="word")
-    assert not any(one.samples_itself for one in writing(toyed).context(toyed.settings()).members)
+    by_word = ensemble([engine(samples_itself=True)], unit="word")
+    assert not any(member.samples_itself for member in by_word.context(by_word.settings()).members)
 
 
 def test_an_engine_that_draws_by_itself_needs_to_tell_nothing():
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     for one in those.members:
         one.engine.top_k_limit = 3
     those.generate("ab", raw=True, max_tokens=3, top_k=0)
-    with pytest.raises(UnsupportedError, match="tells its 3 likeliest tokens only"):
+    with pytest.raises(UnsupportedError, match="reports its 3 most likely tokens only"):
         those.generate("ab", raw=True, max_tokens=3, top_k=0, method="conventional")
 
 
 def test_a_token_that_may_not_be_drawn_is_never_written(monkeypatch):
-    those = writing(toys("token", 2))
+    those = sampling_toys("token", 2)
     begin = those.members[0].engine.vocabulary.size - 2
-    monkeypatch.setattr(ToySession, "write", lambda self, run: GenerateResponse([begin], [-1.0]))
-    with pytest.raises(EngineError, match=f"drew the token {begin}, which it may not draw"):
+    monkeypatch.setattr(ToySession, "generate", lambda self, run: GenerateResponse([begin], [-1.0]))
+    with pytest.raises(EngineError, match=f"sampled the token {begin}, which is masked here"):
         driven(mixture, written(those, {}, "ab", []), those.weights, Noise(0))
 
 

@@ -78,7 +78,7 @@ class Path:
     """Stands in for noise: takes one path through the draws of a position, and notes how likely it was."""
 
     def __init__(self, coin: int, takes: list[int], first: Path | None = None) -> None:
-        self.coin, self.takes = coin, takes
+        self._coin, self.takes = coin, takes
         self.sizes: list[int] = first.sizes if first else []
         self.odds: list[float] = first.odds if first else []
         self.drawn = False
@@ -89,11 +89,11 @@ class Path:
         return float(np.prod(self.odds))
 
     def coin(self, weights: np.ndarray) -> int:
-        self.odds.append(float(weights[self.coin]))
-        return self.coin
+        self.odds.append(float(weights[self._coin]))
+        return self._coin
 
     def next_round(self) -> Path:
-        self.next = self.next or Path(self.coin, self.takes, self)
+        self.next = self.next or Path(self._coin, self.takes, self)
         return self.next
 
     def sample(self, symbols: np.ndarray, logprobs: np.ndarray) -> int:
@@ -391,14 +391,14 @@ def test_where_the_next_member_can_begin_no_word_the_symbol_stands():
 
 @pytest.mark.parametrize("method", ["conventional", "greedy", "speculative"])
 def test_methods_that_need_an_average_are_refused_by_name(method):
-    with pytest.raises(UnsupportedError, match=f"{method} does not go with the unit word") as caught:
+    with pytest.raises(UnsupportedError, match=f"{method} does not work with the unit word") as caught:
         three().stream("hello", method=method)
     assert "--method mixture" in caught.value.hint
 
 
 def test_an_ensemble_with_such_a_method_is_not_built():
     settings = three().defaults.with_options({"method": "greedy"})
-    with pytest.raises(UnsupportedError, match="greedy does not go with the unit word"):
+    with pytest.raises(UnsupportedError, match="greedy does not work with the unit word"):
         three(defaults=settings)
 
 

@@ -64,10 +64,10 @@ def ensemble(engine) -> Ensemble:
 def distance(engine: Engine, exact: Engine, text: str) -> float:
     ids = engine.prompts.raw(text)
     assert ids.tolist() == exact.prompts.raw(text).tolist()
-    wanted, found = exact.session().logits(ids)[0], engine.session().logits(ids)[0]
-    assert np.isfinite(found).sum() >= engine.top_k_limit
+    wanted, actual = exact.session().logits(ids)[0], engine.session().logits(ids)[0]
+    assert np.isfinite(actual).sum() >= engine.top_k_limit
     top = np.argsort(-wanted)[:20]
-    return float(0.5 * np.abs(softmax(found[top]) - softmax(wanted[top])).sum())
+    return float(0.5 * np.abs(softmax(actual[top]) - softmax(wanted[top])).sum())
 
 
 def test_its_likeliest_tokens_are_those_of_transformers(engine, file):
@@ -106,7 +106,7 @@ def test_numbers_that_are_kept_back_are_asked_for_another_way(engine):
 def test_replies_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
     alone = Ensemble([MemberSpec(engine, "a")])
     replies = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]
-    assert len({tuple(token.data for token in one.tokens) for one in replies}) == 1
+    assert len({tuple(token.data for token in completion.tokens) for completion in replies}) == 1
 
 
 METHODS = ("mixture", "mixture", "conventional", "single")
@@ -114,12 +114,12 @@ METHODS = ("mixture", "mixture", "conventional", "single")
 
 def test_mixture_runs_one_member_a_token(ensemble):
     usage = ensemble.generate("Why is the sky blue?", seed=1, max_tokens=20, ignore_end=True).usage
-    assert sum(one.forwards for one in usage.members.values()) == 20
-    assert all(one.tokens for one in usage.members.values())
+    assert sum(member.forwards for member in usage.members.values()) == 20
+    assert all(member.tokens for member in usage.members.values())
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "reason"),
     [
         ({"top_k": 0}, r"top_k is 0 \(off\)"),
         ({"top_k": 65}, "top_k is 65"),
@@ -130,8 +130,8 @@ def test_mixture_runs_one_member_a_token(ensemble):
         ({"top_k": 64, "ignore_end": True}, "top_k is 64"),
     ],
 )
-def test_options_that_need_more_than_its_candidates_are_refused_before_anything_runs(ensemble, options, found):
-    with pytest.raises(UnsupportedError, match=f"{found}.*64 likeliest") as raised:
+def test_options_that_need_more_than_its_candidates_are_refused_before_anything_runs(ensemble, options, reason):
+    with pytest.raises(UnsupportedError, match=f"{reason}.*64 most likely") as raised:
         ensemble.context(ensemble.settings(**options))
     assert "--engine hf" in str(raised.value)
 
@@ -142,7 +142,7 @@ def test_options_that_its_candidates_are_enough_for_are_taken(ensemble, options)
 
 
 def test_log_probabilities_of_given_texts_are_refused(engine):
-    with pytest.raises(UnsupportedError, match=r"log-probability of a given text.*64 likeliest"):
+    with pytest.raises(UnsupportedError, match=r"log-probability of a given text.*64 most likely"):
         engine.session().token_logprobs(random_ids(engine, 5))
 
 
@@ -162,17 +162,17 @@ def test_a_session_that_lost_its_slot_reads_its_text_anew(engine):
     texts = [random_ids(engine, 6, seed) for seed in range(4)]
     for session, ids in zip(sessions, texts, strict=True):
         session.logits(ids[:5])
-    found = sessions[0].logits(texts[0])
-    np.testing.assert_array_equal(found, engine.session().logits(texts[0]))
-    assert [(one.tokens, one.cached) for one in sessions[0].stats.forwards] == [(5, 0), (6, 0)]
+    actual = sessions[0].logits(texts[0])
+    np.testing.assert_array_equal(actual, engine.session().logits(texts[0]))
+    assert [(forward.tokens, forward.cached) for forward in sessions[0].stats.forwards] == [(5, 0), (6, 0)]
     sessions[3].logits(texts[3])
     assert sessions[3].stats.forwards[-1].cached == 5
 
 
 def test_several_sequences_are_answered_at_once_and_in_order(engine):
     texts = [random_ids(engine, 4 + seed, seed) for seed in range(5)]
-    asked = [(engine.session(), LogitsRequest(0, ids)) for ids in texts]
-    for row, ids in zip(engine.respond(asked), texts, strict=True):
+    requests = [(engine.session(), LogitsRequest(0, ids)) for ids in texts]
+    for row, ids in zip(engine.respond(requests), texts, strict=True):
         expected = engine.session().logits(ids)
         assert row[0].argmax() == expected[0].argmax()
         np.testing.assert_allclose(softmax(row[0]), softmax(expected[0]), atol=1e-4)

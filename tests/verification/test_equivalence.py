@@ -100,7 +100,7 @@ def test_every_unit_is_checked_that_members_have() -> None:
 
 
 def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="conventional does not go with the unit word"):
+    with pytest.raises(UnsupportedError, match="conventional does not work with the unit word"):
         check(ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 

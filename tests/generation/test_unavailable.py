@@ -68,7 +68,7 @@ def test_a_reply_ends_with_what_was_written(method):
     one.weights = np.array([0.2, 0.6, 0.2])
     stream = one.stream(PROMPT, **options(method=method))
     with pytest.raises(
-        GenerationInterruptedError, match="toy-2 failed in the middle of a reply: the line is dead"
+        GenerationInterruptedError, match="toy-2 failed in the middle of a generation: the line is dead"
     ) as raised:
         stream.finish()
     cut = raised.value.completion
@@ -95,7 +95,7 @@ def test_a_reply_goes_on_without_a_member_and_nothing_is_written_twice(method, c
     before = 20 - dropped["toy-2"]
     assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
     assert not any(one.member == "toy-2" for one in reply.tokens[before:])
-    assert caplog.messages == ["toy-2 is left out of a reply: the line is dead"]
+    assert caplog.messages == ["toy-2 is excluded from a generation: the line is dead"]
     assert reply.as_dict()["usage"]["members"]["toy-2"]["dropped"] == dropped["toy-2"]
 
 
@@ -135,7 +135,7 @@ def test_a_reply_ends_where_nobody_is_left():
     engines = [Flaky(1, 4), Flaky(2, 3)]
     pair = Ensemble([MemberSpec(one, one.name) for one in engines])
     with pytest.raises(
-        GenerationInterruptedError, match="every member that could write here has stopped answering"
+        GenerationInterruptedError, match="every member that has weight here has stopped answering"
     ) as raised:
         pair.generate(PROMPT, **options(on_failure="drop"))
     assert len(raised.value.completion.tokens) >= 4

@@ -18,18 +18,18 @@ ALL_METHODS = ["mixture", "conventional", "greedy", "single", "speculative", "au
 PROMPT = "ab c"
 
 
-def told(token):
-    return {one.data: one.logprob for one in token.alternatives}
+def reported(token):
+    return {one.data: one.logprob for one in token.top_logprobs}
 
 
 def assert_likeliest(token, law, count):
     """The token's figures are the law's: as many as were asked for, in order, and none likelier is missing."""
     assert token.logprob == pytest.approx(math.log(law[token.data]))
-    found = told(token)
-    assert len(found) == len(token.alternatives) == min(count, sum(one > 0 for one in law.values()))
+    found = reported(token)
+    assert len(found) == len(token.top_logprobs) == min(count, sum(one > 0 for one in law.values()))
     for data, logprob in found.items():
         assert logprob == pytest.approx(math.log(law[data])), data
-    values = [one.logprob for one in token.alternatives]
+    values = [one.logprob for one in token.top_logprobs]
     assert values == sorted(values, reverse=True)
     assert all(law[data] <= math.exp(values[-1]) + 1e-12 for data in law.keys() - found.keys())
 
@@ -89,7 +89,7 @@ def test_the_average_of_a_drawn_token_is_the_one_that_conventional_tells(method)
         pieces.append(token.data)
 
 
-def test_greedy_asks_every_member_where_alternatives_are_told():
+def test_greedy_asks_every_member_where_alternatives_are_reported():
     """A heavy member is certain by itself; the figures are the average's all the same."""
     those = toys("piece", 2).with_weights([0.9, 0.1])
     options = {"raw": True, "method": "greedy", "max_tokens": 12, "temperature": 0.5}
@@ -108,7 +108,7 @@ def test_the_ensembles_cost_a_forward_of_every_member_and_the_members_cost_nothi
     options = {"raw": True, "seed": 1, "max_tokens": 12, "ignore_end": True}
     plain, own, average = (
         those.generate(PROMPT, **options, **more).usage.members
-        for more in ({}, {"alternatives": 5}, {"alternatives": 5, "logprobs_of": "ensemble"})
+        for more in ({}, {"top_logprobs": 5}, {"top_logprobs": 5, "logprobs_of": "ensemble"})
     )
     assert [one.forwards for one in own.values()] == [one.forwards for one in plain.values()]
     assert [one.forwards for one in average.values()] == [12, 12, 12]
@@ -116,14 +116,14 @@ def test_the_ensembles_cost_a_forward_of_every_member_and_the_members_cost_nothi
 
 def test_mix_then_truncate_tells_the_truncated_average():
     those = toys("token", 2)
-    plain = {"raw": True, "seed": 3, "max_tokens": 6, "method": "conventional", "alternatives": 9}
+    plain = {"raw": True, "seed": 3, "max_tokens": 6, "method": "conventional", "top_logprobs": 9}
     found = those.generate(PROMPT, mix_then_truncate=True, temperature=1.0, top_k=2, **plain)
     assert all(len(one.top_logprobs) == 2 for one in found.tokens)
-    assert all(sum(map(math.exp, told(one).values())) == pytest.approx(1) for one in found.tokens)
+    assert all(sum(map(math.exp, reported(one).values())) == pytest.approx(1) for one in found.tokens)
     for rule in ("gac", "unite"):
         ruled = those.generate(PROMPT, rule=rule, temperature=1.0, **plain)
         for one in ruled.tokens:
-            assert told(one)[one.data] == pytest.approx(one.logprob)
+            assert reported(one)[one.data] == pytest.approx(one.logprob)
 
 
 def test_words_tell_the_law_of_the_member_whose_word_it_is():
@@ -137,7 +137,7 @@ def test_words_tell_the_law_of_the_member_whose_word_it_is():
         del law[END]
         scale = sum(law.values())
         law = {data: one / scale for data, one in law.items()}
-        if told(token).keys() != law.keys():  # given that a word begins
+        if reported(token).keys() != law.keys():  # given that a word begins
             begun += 1
             law = {data: one for data, one in law.items() if data.startswith(b" ")}
             scale = sum(law.values())
@@ -159,8 +159,8 @@ def test_bytes_tell_the_law_of_the_byte():
         first[data[:1]] += probability
     assert_likeliest(found.tokens[0], first, 9)
     for one in found.tokens:
-        assert told(one)[one.data] == pytest.approx(one.logprob, abs=1e-9)
-        assert sum(map(math.exp, told(one).values())) < 1 + 1e-9
+        assert reported(one)[one.data] == pytest.approx(one.logprob, abs=1e-9)
+        assert sum(map(math.exp, reported(one).values())) < 1 + 1e-9
 
 
 @pytest.mark.parametrize("unit", ["word", "byte"])
@@ -172,7 +172,7 @@ def test_units_without_an_average_of_symbols_refuse_the_ensembles(unit):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"alternatives": -1}, "alternatives is -1"), ({"logprobs_of": "all"}, "logprobs_of is 'all'")],
+    [({"top_logprobs": -1}, "top_logprobs is -1"), ({"logprobs_of": "all"}, "logprobs_of is 'all'")],
 )
 def test_wrong_values_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):

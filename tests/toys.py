@@ -79,8 +79,10 @@ def fixed(probabilities: Mapping[bytes, float], tokens: Sequence[bytes] = SHARED
 def ensemble(
     engines: Sequence[ToyEngine], weights: Sequence[float] | None = None, *, own: Sequence[Any] = (), **options: Any
 ) -> Ensemble:
-    own = own or [{} for _ in engines]
-    members = [MemberSpec(one, f"m{i}", mine) for i, (one, mine) in enumerate(zip(engines, own, strict=True))]
+    member_options = own or [{} for _ in engines]
+    members = [
+        MemberSpec(engine, f"m{i}", mine) for i, (engine, mine) in enumerate(zip(engines, member_options, strict=True))
+    ]
     return Ensemble(members, weights, **options)
 
 
@@ -92,39 +94,39 @@ def toys(unit: str, members: int, **options: Any) -> Ensemble:
 
 
 def member_law(
-    one: ToyEngine,
+    engine: ToyEngine,
     sampling: Sampling,
     prompt: Sequence[int],
     reply: Sequence[int],
     without: Callable[[bytes], bool] = lambda _: False,
 ) -> Law:
     """One member's law over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
-    logits = one.table((*prompt, *reply)).astype(np.float32)
-    vocabulary = one.vocabulary
+    logits = engine.table((*prompt, *reply)).astype(np.float32)
+    vocabulary = engine.vocabulary
     control = vocabulary.special_ids - vocabulary.end_ids
     masked = [i for i in range(vocabulary.size) if i not in control and without(vocabulary.tokens[i])]
     banned = np.array(sorted([*control, *masked]), dtype=np.int64)
     history = TokenHistory.from_tokens(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
-    law: Law = defaultdict(float)
+    distribution: Law = defaultdict(float)
     for i, probability in enumerate(dense_distribution(logits, sampling, banned, history)):
         if probability > 0:
-            law[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
-    return dict(law)
+            distribution[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
+    return dict(distribution)
 
 
-def exact_law(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes] = ()) -> Law:
+def exact_law(ensemble: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes] = ()) -> Law:
     """The ensemble's law `Σ λ_i K_i A_i p_i` behind a raw prompt and the pieces written so far."""
-    law: Law = defaultdict(float)
-    for weight, member in zip(those.weights, those.members, strict=True):
+    distribution: Law = defaultdict(float)
+    for weight, member in zip(ensemble.weights, ensemble.members, strict=True):
         one = member.engine
-        if those.unit.name == "token":
+        if ensemble.unit.name == "token":
             reply = [one.vocabulary.tokens.index(piece) for piece in pieces]
         else:
             reply = one.encoder.encode(b"".join(pieces)).ids
         read = one.prompts.raw(prompt).tolist()
         for data, probability in member_law(one, Sampling(**{**member.sampling, **options}), read, reply).items():
-            law[data] += weight * probability
-    return dict(law)
+            distribution[data] += weight * probability
+    return dict(distribution)
 
 
 class Recorder:
@@ -145,21 +147,21 @@ class Recorder:
         return 0
 
 
-def named(those: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> Law:
+def named(ensemble: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> Law:
     """A law over symbols as one over byte strings; a symbol that comes twice is an error."""
-    unit = those.unit
+    unit = ensemble.unit
     assert len(set(symbols.tolist())) == len(symbols)
     keys = [END if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist()]
     return dict(zip(keys, probabilities.tolist(), strict=True))
 
 
-def written(those: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> SequenceState:
+def written(ensemble: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes]) -> SequenceState:
     """A text that stands at a given place."""
-    settings = those.settings(raw=True, seed=0, **options)
-    writing = those.context(settings).begin_sequence(those.encode_prompt(prompt, settings))
+    settings = ensemble.settings(raw=True, seed=0, **options)
+    writing = ensemble.context(settings).begin_sequence(ensemble.encode_prompt(prompt, settings))
     for piece in pieces:
-        known = range(those.unit.end)
-        writing.state.append(next(symbol for symbol in known if those.unit.symbol_bytes(symbol) == piece))
+        known = range(ensemble.unit.end)
+        writing.state.append(next(symbol for symbol in known if ensemble.unit.symbol_bytes(symbol) == piece))
     return writing
 
 
@@ -177,24 +179,24 @@ def driven(strategy: Strategy, writing: SequenceState, weights: np.ndarray, nois
         return choice, rounds
 
 
-def assert_same_law(found: Law, expected: Law, tolerance: float = 1e-12) -> None:
-    for key in found.keys() | expected.keys():
-        assert abs(found.get(key, 0.0) - expected.get(key, 0.0)) < tolerance, key
+def assert_same_law(actual: Law, expected: Law, tolerance: float = 1e-12) -> None:
+    for key in actual.keys() | expected.keys():
+        assert abs(actual.get(key, 0.0) - expected.get(key, 0.0)) < tolerance, key
 
 
-def assert_drawn_from(counts: Mapping[Any, int], law: Mapping[Any, float]) -> None:
+def assert_drawn_from(counts: Mapping[Any, int], distribution: Mapping[Any, float]) -> None:
     """Chi-square; outcomes expected fewer than five times are taken together."""
-    assert set(counts) <= set(law), "something was drawn that the law excludes"
+    assert set(counts) <= set(distribution), "something was drawn that the law excludes"
     total = sum(counts.values())
-    often = [key for key in law if law[key] * total >= 5]
-    rare = [key for key in law if key not in often]
+    often = [key for key in distribution if distribution[key] * total >= 5]
+    rare = [key for key in distribution if key not in often]
     seen = [counts.get(key, 0) for key in often]
-    expected = [law[key] * total for key in often]
-    if rare and sum(law[key] for key in rare) * total >= 1:
+    expected = [distribution[key] * total for key in often]
+    if rare and sum(distribution[key] for key in rare) * total >= 1:
         seen.append(sum(counts.get(key, 0) for key in rare))
-        expected.append(sum(law[key] for key in rare) * total)
+        expected.append(sum(distribution[key] for key in rare) * total)
     scale = sum(seen) / sum(expected)
-    p = stats.chisquare(seen, [one * scale for one in expected]).pvalue
+    p = stats.chisquare(seen, [count * scale for count in expected]).pvalue
     assert p > 1e-4, (p, seen, expected)
 
 

@@ -1,4 +1,4 @@
-"""What every engine promises: the answer depends on the ids alone, and the cache is an optimisation.
+"""What every engine promises: responses depend on the ids alone, and the KV cache is an optimisation.
 
 A test module of an engine defines the fixture `engine` and imports the tests of this one.
 """
@@ -17,7 +17,7 @@ from mixlm.types import Message
 
 
 def random_ids(engine: Engine, length: int, seed: int = 0) -> np.ndarray:
-    spelled = np.flatnonzero([bool(one) for one in engine.vocabulary.tokens])
+    spelled = np.flatnonzero([bool(token) for token in engine.vocabulary.tokens])
     return np.random.default_rng(seed).choice(spelled, size=length)
 
 
@@ -25,14 +25,14 @@ def uncached(engine: Engine, ids: np.ndarray, last: int = 1) -> np.ndarray:
     return engine.session().logits(ids, last)
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == np.float32
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == np.float32
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_cached_answer_is_the_uncached_one_for_any_sequence_of_questions(engine, seed):
+def test_cached_logits_are_the_uncached_ones_for_any_sequence_of_requests(engine, seed):
     rng = np.random.default_rng(seed)
     session, ids = engine.session(), random_ids(engine, 6, seed)
     for step in range(14):
@@ -42,15 +42,15 @@ def test_a_cached_answer_is_the_uncached_one_for_any_sequence_of_questions(engin
         elif move == "roll back":
             ids = ids[: max(1, len(ids) - int(rng.integers(1, 8)))]
         elif move == "rewrite":
-            at = int(rng.integers(len(ids)))
-            ids = np.concatenate([ids[:at], random_ids(engine, int(rng.integers(1, 6)), 100 * seed + step)])
+            index = int(rng.integers(len(ids)))
+            ids = np.concatenate([ids[:index], random_ids(engine, int(rng.integers(1, 6)), 100 * seed + step)])
         elif move == "jump":
             ids = random_ids(engine, int(rng.integers(1, 12)), 100 * seed + step)
         last = int(rng.integers(1, min(len(ids), 4) + 1))
         assert_close(session.logits(ids, last), uncached(engine, ids, last))
 
 
-def test_a_long_text_can_be_taken_back_step_by_step(engine):
+def test_a_long_text_can_be_rolled_back_step_by_step(engine):
     session, ids = engine.session(), random_ids(engine, 40)
     session.logits(ids)
     for length in (38, 20, 21, 5, 30, 1):
@@ -59,23 +59,23 @@ def test_a_long_text_can_be_taken_back_step_by_step(engine):
 
 def test_the_last_logits_are_those_after_each_prefix(engine):
     ids = random_ids(engine, 7)
-    found = engine.session().logits(ids, 5)
+    actual = engine.session().logits(ids, 5)
     for row, end in enumerate(range(3, 8)):
-        assert_close(found[row : row + 1], uncached(engine, ids[:end]))
+        assert_close(actual[row : row + 1], uncached(engine, ids[:end]))
 
 
-def test_all_positions_can_be_asked_for(engine):
+def test_all_positions_can_be_requested(engine):
     ids = random_ids(engine, 5)
     session = engine.session()
     session.logits(ids)
     assert_close(session.logits(ids, 5), uncached(engine, ids, 5))
 
 
-def test_answers_have_one_number_for_each_row_of_the_vocabulary(engine):
+def test_logits_have_one_number_for_each_row_of_the_vocabulary(engine):
     assert engine.session().logits(random_ids(engine, 4), 2).shape == (2, engine.vocabulary.size)
 
 
-def test_the_same_question_twice_runs_no_forward(engine):
+def test_the_same_request_twice_runs_no_forward(engine):
     session, ids = engine.session(), random_ids(engine, 5)
     first = session.logits(ids).copy()
     count = len(session.stats.forwards)
@@ -90,13 +90,13 @@ def test_a_forward_runs_exactly_the_tokens_that_are_missing(engine):
     session.logits(ids)
     missing = [(5, 0), (1, 5), (6, 6)]
     everything = [(5, 0), (6, 0), (12, 0)]
-    log = [(one.tokens, one.cached) for one in session.stats.forwards]
+    log = [(forward.tokens, forward.cached) for forward in session.stats.forwards]
     assert log == (missing if session.keeps_cache else everything)
     assert session.stats.tokens == sum(tokens for tokens, _ in log)
-    assert session.stats.seconds == sum(one.seconds for one in session.stats.forwards) >= 0
+    assert session.stats.seconds == sum(forward.seconds for forward in session.stats.forwards) >= 0
 
 
-def test_an_answer_does_not_change_with_later_questions(engine):
+def test_logits_do_not_change_with_later_requests(engine):
     session, ids = engine.session(), random_ids(engine, 8)
     first = session.logits(ids[:4])
     before = first.copy()
@@ -105,7 +105,7 @@ def test_an_answer_does_not_change_with_later_questions(engine):
     np.testing.assert_array_equal(first, before)
 
 
-def test_a_question_may_be_a_buffer_that_goes_on_changing(engine):
+def test_ids_may_be_a_buffer_that_goes_on_changing(engine):
     session, buffer = engine.session(), random_ids(engine, 8)
     session.logits(buffer[:6])
     buffer[3] = random_ids(engine, 1, seed=9)[0]
@@ -113,12 +113,12 @@ def test_a_question_may_be_a_buffer_that_goes_on_changing(engine):
 
 
 def test_sessions_do_not_disturb_each_other(engine):
-    one, other = engine.session(), engine.session()
+    first_session, second_session = engine.session(), engine.session()
     first, second = random_ids(engine, 6, 1), random_ids(engine, 9, 2)
-    one.logits(first[:3])
-    other.logits(second[:4])
-    assert_close(one.logits(first), uncached(engine, first))
-    assert_close(other.logits(second), uncached(engine, second))
+    first_session.logits(first[:3])
+    second_session.logits(second[:4])
+    assert_close(first_session.logits(first), uncached(engine, first))
+    assert_close(second_session.logits(second), uncached(engine, second))
 
 
 @pytest.mark.parametrize(("length", "last"), [(0, 1), (3, 0), (3, 4), (3, -1)])
@@ -140,63 +140,63 @@ def test_more_tokens_than_the_context_are_refused_and_the_session_stays_usable(e
 def test_a_forward_that_fails_leaves_the_session_usable(engine, error):
     session, ids = engine.session(), random_ids(engine, 12)
     session.logits(ids[:5])
-    forward = type(session).forward
+    forward_method = type(session).forward
 
     def halfway(self: Session, ids: np.ndarray, last: int) -> None:
-        forward(self, ids[:2], 1)
+        forward_method(self, ids[:2], 1)
         raise error
 
     with patch.object(type(session), "forward", halfway), pytest.raises(error):
         session.logits(ids)
     count = len(session.stats.forwards)
     assert_close(session.logits(ids), uncached(engine, ids))
-    assert [(one.tokens, one.cached) for one in session.stats.forwards[count:]] == [(12, 0)]
+    assert [(forward.tokens, forward.cached) for forward in session.stats.forwards[count:]] == [(12, 0)]
     assert_close(session.logits(ids[:7]), uncached(engine, ids[:7]))
 
 
-def test_a_cut_that_fails_leaves_the_session_usable(engine):
+def test_a_truncation_that_fails_leaves_the_session_usable(engine):
     session, ids = engine.session(), random_ids(engine, 8)
     session.logits(ids)
-    keep, cuts = type(session).truncate, []
+    truncate, lengths = type(session).truncate, []
 
     def once(self: Session, length: int) -> int:
-        cuts.append(length)
-        if len(cuts) == 1:
+        lengths.append(length)
+        if len(lengths) == 1:
             raise KeyboardInterrupt
-        return keep(self, length)
+        return truncate(self, length)
 
     with patch.object(type(session), "truncate", once), pytest.raises(KeyboardInterrupt):
         session.logits(ids[:4])
     assert_close(session.logits(ids[:4]), uncached(engine, ids[:4]))
 
 
-def test_requests_are_answered_in_their_order(engine):
-    one, other = engine.session(), engine.session()
+def test_responses_are_in_the_order_of_requests(engine):
+    first_session, second_session = engine.session(), engine.session()
     ids = random_ids(engine, 6)
-    asked = [
-        (one, LogitsRequest(0, ids, 2)),
-        (other, SampleRequest(1, ids[:4], lambda x: SampleResponse(int(np.argmax(x)), -0.5))),
+    requests = [
+        (first_session, LogitsRequest(0, ids, 2)),
+        (second_session, SampleRequest(1, ids[:4], lambda x: SampleResponse(int(np.argmax(x)), -0.5))),
     ]
-    logits, drawn = engine.respond(asked)
+    logits, response = engine.respond(requests)
     assert_close(logits, uncached(engine, ids, 2))
-    assert drawn == SampleResponse(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
+    assert response == SampleResponse(int(np.argmax(uncached(engine, ids[:4]))), -0.5)
 
 
-def test_many_sessions_are_answered_as_each_alone(engine):
+def test_many_sessions_get_the_responses_that_each_gets_alone(engine):
     sessions = [engine.session() for _ in range(4)]
     texts = [random_ids(engine, length, length) for length in (3, 9, 1, 6)]
     sessions[1].logits(texts[1][:5])
-    asked = [(session, LogitsRequest(0, ids)) for session, ids in zip(sessions, texts, strict=True)]
-    # One of them is asked three things at once, of which the last takes text back.
-    asked += [
+    requests = [(session, LogitsRequest(0, ids)) for session, ids in zip(sessions, texts, strict=True)]
+    # One of them gets three requests at once, of which the last rolls back.
+    requests += [
         (sessions[3], LogitsRequest(0, np.append(texts[3], texts[0]), 2)),
         (sessions[3], LogitsRequest(0, texts[3][:2], 2)),
     ]
-    for (_, ask), found in zip(asked, engine.respond(asked), strict=True):
-        assert_close(found, uncached(engine, ask.ids, ask.last))
+    for (_, request), actual in zip(requests, engine.respond(requests), strict=True):
+        assert_close(actual, uncached(engine, request.ids, request.last))
 
 
-def test_a_failed_answer_to_many_leaves_all_sessions_usable(engine):
+def test_a_failed_step_of_many_leaves_all_sessions_usable(engine):
     sessions, ids = [engine.session() for _ in range(3)], random_ids(engine, 7)
     for session in sessions:
         session.logits(ids[:4])
@@ -204,13 +204,13 @@ def test_a_failed_answer_to_many_leaves_all_sessions_usable(engine):
     def fails(logits: np.ndarray) -> SampleResponse:
         raise KeyboardInterrupt
 
-    asked = [
+    requests = [
         (sessions[0], LogitsRequest(0, ids)),
         (sessions[1], SampleRequest(0, ids, fails)),
         (sessions[2], LogitsRequest(0, ids)),
     ]
     with pytest.raises(KeyboardInterrupt):
-        engine.respond(asked)
+        engine.respond(requests)
     for session in sessions:
         assert_close(session.logits(ids), uncached(engine, ids))
 

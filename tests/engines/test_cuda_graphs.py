@@ -1,4 +1,4 @@
-"""Forwards in fixed shapes: what they answer is what the usual forward answers, whatever was asked before."""
+"""Forward passes in fixed shapes return what the plain pass returns, whatever was requested before."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def many(length: int) -> Sequence[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [5, 240])
-def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, length: int) -> None:
+def test_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: str, length: int) -> None:
     fixed, usual = load(kind), load(kind, "off")
     assert fixed.runner.graphs is not None
     assert usual.runner.graphs is None
@@ -78,25 +78,25 @@ def test_steps_answer_what_the_usual_forward_answers(load: Load, kind: str, leng
     ids = np.zeros(0, dtype=np.int64)
     for seed, (stand, new, last) in enumerate(many(length)):
         ids = np.concatenate([ids[:stand], random_ids(fixed, new, seed)])
-        found, expected = session.logits(ids, last), reference.logits(ids, last)
-        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+        actual, expected = session.logits(ids, last), reference.logits(ids, last)
+        np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
         assert session.cache.length == len(ids)
 
 
-def test_steps_answer_what_transformers_answers(load: Load) -> None:
-    one = load("gemma3")
-    ids = random_ids(one, 40)
-    reference = AutoModelForCausalLM.from_pretrained(one.model.name_or_path, dtype=torch.float32)
+def test_fixed_shapes_return_what_transformers_returns(load: Load) -> None:
+    engine = load("gemma3")
+    ids = random_ids(engine, 40)
+    reference = AutoModelForCausalLM.from_pretrained(engine.model.name_or_path, dtype=torch.float32)
     with torch.inference_mode():
         expected = reference(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
-    session = one.session()
+    session = engine.session()
     ends = (6, 7, 20, 23, 31, 40)
     for begin, end in zip((0, *ends), ends, strict=False):
         assert_close(session.logits(ids[:end], end - begin), expected[begin:end])
 
 
-def test_short_forwards_are_steps_and_long_ones_are_not(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = load("llama")
+def test_short_forwards_have_fixed_shapes_and_long_ones_do_not(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load("llama")
     ran: list[tuple[int, int, int]] = []
     run = steps.FixedShapeForward.run
 
@@ -105,30 +105,30 @@ def test_short_forwards_are_steps_and_long_ones_are_not(load: Load, monkeypatch:
         return run(self, room)
 
     monkeypatch.setattr(steps.FixedShapeForward, "run", noted)
-    session, ids = one.session(), random_ids(one, 300)
+    session, ids = engine.session(), random_ids(engine, 300)
     for end, last in ((40, 1), (41, 1), (44, 1), (50, 6), (53, 2), (255, 1), (256, 1), (257, 1)):
         session.logits(ids[:end], last)
-    one.respond([(session, LogitsRequest(0, ids[:258])), (one.session(), LogitsRequest(0, ids[:5]))])
+    engine.respond([(session, LogitsRequest(0, ids[:258])), (engine.session(), LogitsRequest(0, ids[:5]))])
     assert ran == [(1, 1, 256), (4, 1, 256), (8, 8, 256), (4, 4, 256), (1, 1, 256), (1, 1, 512)]
 
 
-def test_a_sequence_goes_from_steps_to_forwards_of_many_and_back(load: Load) -> None:
-    one = load("gemma3")
-    sessions = [one.session(), one.session()]
-    texts = [random_ids(one, 50, seed) for seed in (1, 2)]
+def test_a_sequence_goes_from_fixed_shapes_to_batches_and_back(load: Load) -> None:
+    engine = load("gemma3")
+    sessions = [engine.session(), engine.session()]
+    texts = [random_ids(engine, 50, seed) for seed in (1, 2)]
     for end in (3, 4, 11, 12, 30, 50):
         sessions[0].logits(texts[0][: end - 1])
-        asked = [(session, LogitsRequest(0, ids[:end], 2)) for session, ids in zip(sessions, texts, strict=True)]
-        for found, ids in zip(one.respond(asked), texts, strict=True):
-            assert_close(found, uncached(one, ids[:end], 2))
+        requests = [(session, LogitsRequest(0, ids[:end], 2)) for session, ids in zip(sessions, texts, strict=True)]
+        for actual, ids in zip(engine.respond(requests), texts, strict=True):
+            assert_close(actual, uncached(engine, ids[:end], 2))
 
 
-def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = load("mistral")
-    assert one.runner.graphs is not None
-    monkeypatch.setattr(one.runner.graphs.pool, "_max_idle", 1)
-    first = one.session()
-    first.logits(random_ids(one, 20))
+def test_what_a_buffer_held_before_is_not_attended_to(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load("mistral")
+    assert engine.runner.graphs is not None
+    monkeypatch.setattr(engine.runner.graphs.pool, "_max_idle", 1)
+    first = engine.session()
+    first.logits(random_ids(engine, 20))
     room = first.cache.reserve(0)
     with torch.inference_mode():
         for keys, values in room.layers.values():
@@ -136,22 +136,22 @@ def test_what_a_room_held_before_is_not_looked_at(load: Load, monkeypatch: pytes
             values.fill_(float("nan"))
     del first
     assert room.idle
-    second, ids = one.session(), random_ids(one, 5, 3)
+    second, ids = engine.session(), random_ids(engine, 5, 3)
     assert_close(second.logits(ids), uncached(load("mistral", "off"), ids))
     assert second.cache.reserve(0) is room
     assert not room.idle
 
 
-def test_few_sequences_at_a_time_have_captured_steps(load: Load) -> None:
+def test_few_sequences_at_a_time_have_captured_forwards(load: Load) -> None:
     # Whether a room is to have steps is decided before anything is captured, so no device is needed to ask.
-    those = steps.CudaGraphRunner(load("llama").model, capture=True)
-    caches = [KVCache(those.pool) for _ in range(6)]
-    assert [those.fits(one, 1) for one in caches] == [True] * 4 + [False] * 2
-    assert [those.fits(one, 33) for one in caches] == [False] * 6
+    ensemble = steps.CudaGraphRunner(load("llama").model, capture=True)
+    caches = [KVCache(ensemble.pool) for _ in range(6)]
+    assert [ensemble.fits(cache, 1) for cache in caches] == [True] * 4 + [False] * 2
+    assert [ensemble.fits(cache, 33) for cache in caches] == [False] * 6
     del caches[0]
-    assert [those.fits(one, 2) for one in caches] == [True] * 4 + [False]  # the next in line takes its place
-    assert those.fits(KVCache(those.pool), 1)  # in the room that was left, with what is captured there
-    assert not those.fits(caches[-1], 1)
+    assert [ensemble.fits(cache, 2) for cache in caches] == [True] * 4 + [False]  # the next in line takes its place
+    assert ensemble.fits(KVCache(ensemble.pool), 1)  # in the room that was left, with what is captured there
+    assert not ensemble.fits(caches[-1], 1)
 
 
 @pytest.mark.parametrize("method", ["mixture", "speculative", "conventional"])
@@ -166,12 +166,12 @@ def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "count"), [("llama", 5), ("gemma3", 13)])  # gemma3 has six in a layer
-def test_norms_are_one_operation_inside_steps_only(load: Load, kind: str, count: int, dtype: torch.dtype) -> None:
+def test_norms_are_fused_in_fixed_shapes_only(load: Load, kind: str, count: int, dtype: torch.dtype) -> None:
     model = copy.deepcopy(load(kind, "off").model).to(dtype)
     with torch.no_grad():
-        for one in model.modules():
-            if type(one).__name__.endswith("RMSNorm"):
-                one.weight.normal_()
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.weight.normal_()
     norms = FusedNorms(model)
     assert len(norms) == count
     norm = model.model.norm
@@ -199,10 +199,10 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
     assert len(FusedNorms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
 
 
-def test_graphs_are_on_by_themselves_on_cuda_only_and_said(load: Load) -> None:
+def test_graphs_are_on_by_themselves_on_cuda_only_and_reported(load: Load) -> None:
     for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
-        one = load("llama", graphs)
-        assert {key: value for key, value in one.details.items() if key == "short forwards"} == said
+        engine = load("llama", graphs)
+        assert {key: value for key, value in engine.details.items() if key == "short forwards"} == said
 
 
 def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Pat
         assert (engine.runner.graphs is not None) == used
 
 
-def test_another_adapter_has_steps_of_its_own(load: Load) -> None:
+def test_another_adapter_has_graphs_of_its_own(load: Load) -> None:
     runner = load("llama").runner
     other = runner.with_adapter("some adapter")
     assert other.graphs is not None
@@ -228,7 +228,7 @@ def test_another_adapter_has_steps_of_its_own(load: Load) -> None:
     assert runner.with_adapter("some adapter") is other
 
 
-def test_a_model_that_steps_would_change_keeps_its_usual_forward(
+def test_a_model_that_fixed_shapes_would_change_keeps_its_plain_forward(
     load: Load, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mamba = str(build(tmp_path / "m", "mamba"))
@@ -253,7 +253,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
-def test_steps_that_are_recorded_once_answer_what_the_usual_forward_answers(
+def test_recorded_forwards_return_what_the_plain_forward_returns(
     load: Load, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def captured(run: Callable[[], torch.Tensor], *_: Any) -> tuple[Recorded, torch.Tensor]:
@@ -276,13 +276,13 @@ def agree(fixed: HFEngine, usual: HFEngine) -> None:
         session, reference = fixed.session(), usual.session()
         for seed, (stand, new, last) in enumerate([*many(240)] * 3):
             ids = np.concatenate([ids[:stand], random_ids(fixed, new, 100 * begin + seed)])
-            found, expected = session.logits(ids, last), reference.logits(ids, last)
-            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+            actual, expected = session.logits(ids, last), reference.logits(ids, last)
+            np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
 @pytest.mark.parametrize("kind", KINDS)
-def test_captured_steps_answer_what_the_usual_forward_answers(load: Load, kind: str) -> None:
+def test_captured_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: str) -> None:
     captured, usual = load(kind, "auto", "cuda"), load(kind, "off", "cuda")
     assert captured.details["short forwards"] == "captured graphs"
     agree(captured, usual)

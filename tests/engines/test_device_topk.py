@@ -1,4 +1,4 @@
-"""The largest logits alone: every choice is the one that the whole row leads to, ties and all."""
+"""The largest logits alone: every sample is the one of the whole row, ties and all."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ def random_case(seed: int) -> tuple[torch.Tensor, Transform]:
     return logits, Transform(sampling, banned)
 
 
-def test_choices_are_those_of_the_whole_row() -> None:
+def test_samples_are_those_of_the_whole_row() -> None:
     largest, short = DeviceTopK(), 0
     for seed in range(400):
         logits, transform = random_case(seed)
         assert transform.top_k_filter is not None
         [row] = largest.transfer(logits[None], [transform.top_k_filter])
         short += isinstance(row, Candidates)
-        found, expected = transform(row), transform(logits.float().numpy())
-        np.testing.assert_array_equal(found.ids, expected.ids)
-        np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+        actual, expected = transform(row), transform(logits.float().numpy())
+        np.testing.assert_array_equal(actual.ids, expected.ids)
+        np.testing.assert_array_equal(actual.logprobs, expected.logprobs)
         noise = Noise(seed)
-        assert noise.sample(*found) == noise.sample(*expected)
+        assert noise.sample(*actual) == noise.sample(*expected)
     assert short > 100
 
 
-def test_rows_of_many_cuts_come_together_each_by_its_own() -> None:
+def test_rows_of_many_filters_are_transferred_together() -> None:
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=(7, 900)), dtype=torch.bfloat16)
     cuts = [TopKFilter(k, rng.choice(900, size=20, replace=False)) for k in (1, 5, 445)]
-    asked = [cuts[0], None, cuts[1], cuts[0], cuts[2], None, cuts[1]]
-    rows = DeviceTopK().transfer(logits, asked)
-    for row, cut, own in zip(rows, asked, logits, strict=True):
-        whole = own.float().numpy()
+    requests = [cuts[0], None, cuts[1], cuts[0], cuts[2], None, cuts[1]]
+    rows = DeviceTopK().transfer(logits, requests)
+    for row, cut, member_options in zip(rows, requests, logits, strict=True):
+        whole = member_options.float().numpy()
         if cut is None or cut.k == 445:  # nearly all of the row
             np.testing.assert_array_equal(row, whole)
             continue
@@ -82,7 +82,7 @@ def test_a_row_where_others_might_be_tied_with_the_last_comes_whole(value: float
     np.testing.assert_array_equal(row, logits[0].numpy())
 
 
-def test_what_depends_on_more_than_the_largest_has_no_cut() -> None:
+def test_what_depends_on_more_than_the_largest_has_no_filter() -> None:
     banned = np.array([1, 2])
     for options in ({"top_k": 0}, {"top_k": 5, "repetition_penalty": 1.1}, {"top_k": 5, "presence_penalty": 0.5}):
         assert Transform(Sampling(**options), banned).top_k_filter is None
@@ -95,7 +95,10 @@ def test_what_depends_on_more_than_the_largest_has_no_cut() -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[HFEngine]:
     folders: list[Path] = [build(tmp_path_factory.mktemp(kind), kind) for kind in ("llama", "gemma3")]
-    return [HFEngine.from_pretrained(EngineSpec(one.name, one.name, "bfloat16", "cpu"), str(one)) for one in folders]
+    return [
+        HFEngine.from_pretrained(EngineSpec(folder.name, folder.name, "bfloat16", "cpu"), str(folder))
+        for folder in folders
+    ]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 4}, {"top_k": 12, "top_p": 0.8}, {"top_k": 0}, {"min_p": 0.1}])
@@ -103,37 +106,39 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[HFEngine]:
 def test_texts_are_those_of_whole_rows(
     pair: list[HFEngine], method: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Ensemble([MemberSpec(one, f"m{at}") for at, one in enumerate(pair)], [0.6, 0.4])
-    written = []
+    both = Ensemble([MemberSpec(engine, f"m{index}") for index, engine in enumerate(pair)], [0.6, 0.4])
+    texts = []
     for largest in (None, DeviceTopK()):
         for one in pair:
             monkeypatch.setattr(one.runner, "device_top_k", largest)
         replies = [both.generate("the river", method=method, max_tokens=30, seed=seed, **options) for seed in range(3)]
-        written.append([[(token.data, token.member, token.logprob) for token in one.tokens] for one in replies])
-    assert written[0] == written[1]
+        texts.append(
+            [[(token.data, token.member, token.logprob) for token in completion.tokens] for completion in replies]
+        )
+    assert texts[0] == texts[1]
 
 
-def test_an_engine_tells_what_is_needed_and_no_more(pair: list[HFEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    one = pair[0]
-    monkeypatch.setattr(one.runner, "device_top_k", DeviceTopK())
+def test_an_engine_returns_what_is_needed_and_no_more(pair: list[HFEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = pair[0]
+    monkeypatch.setattr(engine.runner, "device_top_k", DeviceTopK())
     seen: list[Any] = []
     ids, cut = np.arange(20, 30), TopKFilter(3, np.array([0]))
-    session = one.session()
+    session = engine.session()
 
     def choose(row: Any) -> Any:
         seen.append(row)
         return row
 
-    asked = [
+    requests = [
         (session, SampleRequest(0, ids, choose, cut)),
-        (one.session(), LogitsRequest(0, ids[:8], 2, cut)),
+        (engine.session(), LogitsRequest(0, ids[:8], 2, cut)),
         (session, LogitsRequest(0, ids)),
     ]
-    _, rows, whole = one.respond(asked)
+    _, rows, whole = engine.respond(requests)
     assert isinstance(seen[0], Candidates)
     assert [type(row) for row in rows] == [Candidates] * 2
-    assert whole.shape == (1, one.vocabulary.size)
+    assert whole.shape == (1, engine.vocabulary.size)
     order = np.argsort(-whole[0], kind="stable")
     assert set(order[:3]) <= set(seen[0].ids)
-    again = one.respond([(session, SampleRequest(0, ids, choose, cut))])[0]
+    again = engine.respond([(session, SampleRequest(0, ids, choose, cut))])[0]
     np.testing.assert_array_equal(again, whole[0])  # known by now, so nothing is run and nothing is brought over

@@ -1,4 +1,4 @@
-"""Models of a known shape, filled with numbers: every engine's contract on a tiny one, the sizes of the real ones."""
+"""Models of a known shape with dummy weights: every engine's contract on a tiny one, the sizes of the real ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def engine() -> DummyWeightsEngine:
 def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name: str) -> None:
     with torch.device("meta"):
         model = shape.from_shape(SHAPES[name], torch.bfloat16)
-    assert sum(one.numel() for one in model.parameters()) == PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
 def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engine: DummyWeightsEngine) -> None:
@@ -74,7 +74,7 @@ def test_the_filled_model_computes_what_one_built_with_its_weights_computes(engi
         np.testing.assert_allclose(filled.session().logits(ids)[0], expected, atol=1e-4)
 
 
-def test_answers_depend_on_what_is_read_and_are_numbers(engine: DummyWeightsEngine) -> None:
+def test_logits_depend_on_the_ids_and_are_finite(engine: DummyWeightsEngine) -> None:
     ids = random_ids(engine, 12)
     first = engine.session().logits(ids)
     assert np.isfinite(first).all()
@@ -89,10 +89,10 @@ def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine
         assert (values == 1).all() if name.endswith("norm.weight") else 0.01 < values.std() < 0.03
     embedding = engine.model.get_input_embeddings().weight
     assert engine.model.get_output_embeddings().weight is embedding
-    assert engine.weights_bytes == sum(one.numel() * 4 for one in engine.model.parameters())
+    assert engine.weights_bytes == sum(parameter.numel() * 4 for parameter in engine.model.parameters())
 
 
-def test_a_shape_says_what_it_is(engine: DummyWeightsEngine) -> None:
+def test_a_shape_describes_itself(engine: DummyWeightsEngine) -> None:
     assert engine.name == "shape:tiny"
     assert engine.notes == (f"shape:tiny: {shape.LABEL}",)
     assert "filled" in engine.details["weights"]
@@ -100,7 +100,7 @@ def test_a_shape_says_what_it_is(engine: DummyWeightsEngine) -> None:
 
 def test_bfloat16_weights_keep_exact_frequencies() -> None:
     model = tiny(dtype="bfloat16").model
-    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -110,11 +110,11 @@ def test_many_sequences_run_in_one_forward(engine: DummyWeightsEngine) -> None:
 
 def test_shapes_and_toys_share_a_vocabulary() -> None:
     engines = [tiny(), tiny(SMALLER), ToyEngine()]
-    those = Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines)])
-    assert those.unit.name == "token"
-    drawable = [set(those.unit.symbols(i)) - {-1, those.unit.end} for i in range(3)]
+    ensemble = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
+    assert ensemble.unit.name == "token"
+    drawable = [set(ensemble.unit.symbols(i)) - {-1, ensemble.unit.end} for i in range(3)]
     assert drawable[0] == drawable[1] == drawable[2] == set(range(len(WORD_TOKENS)))
-    two = Ensemble([MemberSpec(one, f"m{i}") for i, one in enumerate(engines[:2])])
+    two = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines[:2])])
     assert (two.unit.symbols(1) >= 0).sum() == 350 - 1  # all but the begin mark
     reply = two.generate("the river", max_tokens=5, seed=1)
     assert reply.usage.tokens == 5
@@ -128,16 +128,16 @@ def test_an_unknown_shape_is_refused_with_the_nearest_name() -> None:
 
 def test_a_shape_is_loaded_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
-    found = load(EngineSpec("shape:tiny", "mine", "float32", "cpu"))
-    assert isinstance(found, DummyWeightsEngine)
-    assert found.name == "mine"
+    actual = load(EngineSpec("shape:tiny", "mine", "float32", "cpu"))
+    assert isinstance(actual, DummyWeightsEngine)
+    assert actual.name == "mine"
 
 
 def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shape, "SHAPES", {"tiny": TINY})
     names = ["shape:tiny", "shape:tiny", "shape:tiny#2"]
-    config = EnsembleConfig(members=tuple(MemberConfig(model=one, dtype="float32") for one in names))
-    first, same, other = (one.engine for one in load_config(config).members)
+    config = EnsembleConfig(members=tuple(MemberConfig(model=name, dtype="float32") for name in names))
+    first, same, other = (member.engine for member in load_config(config).members)
     assert first is same
     assert other is not first
     assert other.name == "shape:tiny#2"

@@ -70,7 +70,7 @@ def distance(engine: Engine, exact: Engine, text: str) -> float:
     return float(0.5 * np.abs(softmax(actual[top]) - softmax(wanted[top])).sum())
 
 
-def test_its_likeliest_tokens_are_those_of_transformers(engine, file):
+def test_its_top_tokens_are_those_of_transformers(engine, file):
     # Keys and values are kept in 16 bits.
     exact = load(EngineSpec(file, "", "float32", engine="hf"))
     assert engine.vocabulary == exact.vocabulary
@@ -85,12 +85,12 @@ def test_a_tokenizer_is_converted_once_and_without_the_weights(file, monkeypatch
     assert tokenizer_folder(find_gguf(file)) == folder
 
 
-def test_a_text_that_ends_in_half_a_character_is_answered(engine):
+def test_a_text_that_ends_in_half_a_character_has_logits(engine):
     ids = engine.encoder.encode("Smile: 😀 und Grüße 中文 ".encode() + "😀".encode()[:2]).ids
     assert np.isfinite(engine.session().logits(np.array(ids))).sum() >= engine.top_k_limit
 
 
-def test_numbers_that_are_kept_back_are_asked_for_another_way(engine):
+def test_probabilities_that_are_missing_are_requested_another_way(engine):
     ids = random_ids(engine, 5)
     session = engine.session()
     usual = session.logits(ids).copy()
@@ -103,7 +103,7 @@ def test_numbers_that_are_kept_back_are_asked_for_another_way(engine):
     assert (usual != other).any()
 
 
-def test_replies_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
+def test_texts_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
     alone = Ensemble([MemberSpec(engine, "a")])
     replies = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]
     assert len({tuple(token.data for token in completion.tokens) for completion in replies}) == 1
@@ -146,7 +146,7 @@ def test_log_probabilities_of_given_texts_are_refused(engine):
         engine.session().token_logprobs(random_ids(engine, 5))
 
 
-def test_more_tokens_are_asked_for_while_too_few_may_be_drawn(engine, monkeypatch):
+def test_more_tokens_are_requested_while_too_few_may_be_sampled(engine, monkeypatch):
     ids = random_ids(engine, 4)
     first = np.isfinite(engine.session().logits(ids)[0])
     sampleable = engine.sampleable.copy()
@@ -157,7 +157,7 @@ def test_more_tokens_are_asked_for_while_too_few_may_be_drawn(engine, monkeypatc
     assert (more & first).sum() == first.sum()
 
 
-def test_a_session_that_lost_its_slot_reads_its_text_anew(engine):
+def test_a_session_that_lost_its_slot_is_prefilled_again(engine):
     sessions = [engine.session() for _ in range(4)]
     texts = [random_ids(engine, 6, seed) for seed in range(4)]
     for session, ids in zip(sessions, texts, strict=True):
@@ -169,7 +169,7 @@ def test_a_session_that_lost_its_slot_reads_its_text_anew(engine):
     assert sessions[3].stats.forwards[-1].cached == 5
 
 
-def test_several_sequences_are_answered_at_once_and_in_order(engine):
+def test_several_sequences_are_served_at_once_and_in_order(engine):
     texts = [random_ids(engine, 4 + seed, seed) for seed in range(5)]
     requests = [(engine.session(), LogitsRequest(0, ids)) for ids in texts]
     for row, ids in zip(engine.respond(requests), texts, strict=True):
@@ -214,7 +214,7 @@ def test_a_slot_in_use_is_waited_for():
     assert order == ["one", "other"]
 
 
-def test_what_is_no_answer_is_an_error_that_says_what_came(engine, monkeypatch):
+def test_an_unusable_response_is_an_error_that_quotes_it(engine, monkeypatch):
     class Broken:
         def handle_completions(self, request):
             return {"error": {"code": 500, "message": "out of luck"}}
@@ -315,7 +315,7 @@ def test_the_demo_models_are_those_of_transformers(real):
 
 @pytest.mark.models
 @pytest.mark.engines
-def test_the_demo_pair_writes_the_law(real):
+def test_the_demo_pair_samples_the_exact_distribution(real):
     pair = mixlm.load(*real, engine="llamacpp", dtype="float32")
     report = check(pair, "Why is the sky blue?", samples=300)
     assert report.equal

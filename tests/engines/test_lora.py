@@ -43,8 +43,8 @@ def adapter(folder: Path, base: Path, **options) -> Path:
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     base = build(root / "base", "llama")
-    own = {name: adapter(root / name, base, target_modules=targets) for name, targets in TARGETS.items()}
-    return {"base": base, **own}
+    member_options = {name: adapter(root / name, base, target_modules=targets) for name, targets in TARGETS.items()}
+    return {"base": base, **member_options}
 
 
 def spec(folders: dict[str, Path], **options) -> EngineSpec:
@@ -73,38 +73,38 @@ def merged(folders: dict[str, Path], name: str | None, ids: np.ndarray) -> np.nd
         return model(torch.tensor(ids[None]), use_cache=False).logits[0, -1:].float().numpy()
 
 
-def test_answers_are_those_of_models_of_their_own_in_any_order(folders, engines):
+def test_logits_are_those_of_merged_models_in_any_order(folders, engines):
     ids = random_ids(engines[None], 12)
-    sessions = {name: one.session() for name, one in engines.items()}
-    answers = {}
+    sessions = {name: engine.session() for name, engine in engines.items()}
+    outputs = {}
     for end, name in [(4, "a"), (7, None), (5, "b"), (9, "a"), (12, "b"), (11, None), (12, "a"), (12, None)]:
-        answers[name] = sessions[name].logits(ids[:end])
-        assert_close(answers[name], merged(folders, name, ids[:end]))
+        outputs[name] = sessions[name].logits(ids[:end])
+        assert_close(outputs[name], merged(folders, name, ids[:end]))
     for one, other in [(None, "a"), (None, "b"), ("a", "b")]:
-        assert np.abs(answers[one] - answers[other]).max() > 0.1
+        assert np.abs(outputs[one] - outputs[other]).max() > 0.1
 
 
-def test_caches_are_a_sequences_own(engines):
+def test_each_sequence_has_a_cache_of_its_own(engines):
     ids = random_ids(engines[None], 9)
-    one, other = engines["a"].session(), engines["b"].session()
+    first_session, second_session = engines["a"].session(), engines["b"].session()
     for end in (3, 6, 9):
-        one.logits(ids[:end])
-        other.logits(ids[:end])
-    assert [(f.tokens, f.cached) for f in one.stats.forwards] == [(3, 0), (3, 3), (3, 6)]
-    assert_close(one.logits(ids), uncached(engines["a"], ids))
-    assert_close(other.logits(ids), uncached(engines["b"], ids))
+        first_session.logits(ids[:end])
+        second_session.logits(ids[:end])
+    assert [(f.tokens, f.cached) for f in first_session.stats.forwards] == [(3, 0), (3, 3), (3, 6)]
+    assert_close(first_session.logits(ids), uncached(engines["a"], ids))
+    assert_close(second_session.logits(ids), uncached(engines["b"], ids))
 
 
 def test_weights_are_held_once(folders, engines):
     base, a, b = engines.values()
     assert a.model is b.model is base.model
-    own = {name: one.weights_bytes - base.weights_bytes for name, one in engines.items()}
+    member_options = {name: engine.weights_bytes - base.weights_bytes for name, engine in engines.items()}
     files = {name: (folders[name] / "adapter_model.safetensors").stat().st_size for name in TARGETS}
     for name in TARGETS:
-        assert 0.5 * files[name] < own[name] < files[name]
-    assert total_weight_bytes(engines.values()) == base.weights_bytes + own["a"] + own["b"]
+        assert 0.5 * files[name] < member_options[name] < files[name]
+    assert total_weight_bytes(engines.values()) == base.weights_bytes + member_options["a"] + member_options["b"]
     assert total_weight_bytes([a, a]) == a.weights_bytes
-    held = sum(one.numel() * one.element_size() for one in base.model.parameters())
+    held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
     assert held == total_weight_bytes(engines.values())
 
 
@@ -119,26 +119,26 @@ def test_the_same_adapter_twice_is_loaded_once(folders, engines):
 
 def test_threads_do_not_switch_each_others_adapters(engines):
     ids = random_ids(engines[None], 30)
-    expected = {name: uncached(one, ids) for name, one in engines.items()}
+    expected = {name: uncached(engine, ids) for name, engine in engines.items()}
     wrong = []
 
     def work(name: str | None) -> None:
         for _ in range(20):
-            found = uncached(engines[name], ids)
-            if np.abs(found - expected[name]).max() > 1e-3:
+            actual = uncached(engines[name], ids)
+            if np.abs(actual - expected[name]).max() > 1e-3:
                 wrong.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in [*engines, *engines]]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert wrong == []
 
 
 def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
     ids = random_ids(base, 5)
-    expected = {name: uncached(one, ids) for name, one in engines.items()}
+    expected = {name: uncached(engine, ids) for name, engine in engines.items()}
     uncached(base, ids)
 
     class Interrupted:
@@ -155,66 +155,72 @@ def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
 
 
 def members(folders: dict[str, Path], *own: dict, **options):
-    given = [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **one} for one in own]
+    given = [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in own]
     return load_config(parse_config({"members": given, **options}, "here"))
 
 
-def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_exact_law(folders):
+def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_exact_distribution(folders):
     seen = []
     plain = "{% for m in messages %}{{ m.content }} {% endfor %}"
     given = [{}, {"adapter": str(folders["a"])}, {"system": "the river"}, {"template": plain}]
-    config = {"members": [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **one} for one in given]}
-    those = load_config(parse_config(config, "here"), weights=[0.4, 0.3, 0.2, 0.1], progress=seen.append)
+    config = {
+        "members": [
+            {"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in given
+        ]
+    }
+    ensemble = load_config(parse_config(config, "here"), weights=[0.4, 0.3, 0.2, 0.1], progress=seen.append)
     assert len(seen) == 1
-    assert those.names == ("base", "base+a", "base-2", "base-3")
-    assert len({id(one.engine.model) for one in those.members}) == 1
-    sizes = [one.engine.weights_bytes for one in those.members]
-    assert total_weight_bytes(one.engine for one in those.members) == sizes[1] > sizes[0] == sizes[2] == sizes[3]
-    assert check(those, "the bird", samples=600, options={"top_k": 6}).equal
-    found = inspect(those, measure=False)
-    assert found.weights_bytes == sizes[1]
-    assert [one.shares for one in found.members] == [None, "base", "base", "base"]
-    assert found.members[1].details["adapter"] == str(folders["a"])
-    assert found.members[3].reading["template"] == "given"
-    prompts = [one.prompt for one in found.members]
+    assert ensemble.names == ("base", "base+a", "base-2", "base-3")
+    assert len({id(member.engine.model) for member in ensemble.members}) == 1
+    sizes = [member.engine.weights_bytes for member in ensemble.members]
+    assert (
+        total_weight_bytes(member.engine for member in ensemble.members) == sizes[1] > sizes[0] == sizes[2] == sizes[3]
+    )
+    assert check(ensemble, "the bird", samples=600, options={"top_k": 6}).equal
+    actual = inspect(ensemble, measure=False)
+    assert actual.weights_bytes == sizes[1]
+    assert [member.shares for member in actual.members] == [None, "base", "base", "base"]
+    assert actual.members[1].details["adapter"] == str(folders["a"])
+    assert actual.members[3].reading["template"] == "given"
+    prompts = [member.prompt for member in actual.members]
     assert prompts[0] == prompts[1]
     assert "<|im_start|>system\nthe river<|im_end|>" in prompts[2]
     assert prompts[3] == "Why is the sky blue? "
 
 
 def test_members_that_differ_in_nothing_share_an_engine_and_other_weights_are_loaded(folders):
-    those = members(folders, {}, {}, {"system": "x"}, {"dtype": "bfloat16"})
-    first, second, third, fourth = (one.engine for one in those.members)
+    ensemble = members(folders, {}, {}, {"system": "x"}, {"dtype": "bfloat16"})
+    first, second, third, fourth = (member.engine for member in ensemble.members)
     assert first is second is not third
     assert third.model is first.model is not fourth.model
 
 
 def test_members_that_differ_in_their_prompts_alone_are_run_in_one_forward(folders):
-    those = members(folders, {"system": "x"}, {"system": "the river"}, {"adapter": str(folders["a"])}, {})
-    settings = those.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
-    sessions = [one.engine.session() for one in those.members]
-    those.context(settings, sessions).start(those.encode_prompt("u", settings)).finish()
-    assert [{forward.batch_size for forward in one.stats.forwards} for one in sessions] == [{3}, {3}, {1}, {3}]
+    ensemble = members(folders, {"system": "x"}, {"system": "the river"}, {"adapter": str(folders["a"])}, {})
+    settings = ensemble.settings(method="conventional", seed=1, max_tokens=3, ignore_end=True)
+    sessions = [member.engine.session() for member in ensemble.members]
+    ensemble.context(settings, sessions).start(ensemble.encode_prompt("u", settings)).finish()
+    assert [{forward.batch_size for forward in session.stats.forwards} for session in sessions] == [{3}, {3}, {1}, {3}]
 
 
-def test_a_members_own_system_text_stands_in_front_of_others(folders):
-    [one] = (member.engine for member in members(folders, {"system": "one <|im_end|>"}).members)
+def test_a_members_own_system_message_stands_in_front_of_others(folders):
+    [engine] = (member.engine for member in members(folders, {"system": "one <|im_end|>"}).members)
     user = Message("user", "u")
 
     def read(*messages: Message) -> str:
-        ids = one.prompts.chat(messages).tolist()
-        return b"".join(one.vocabulary.tokens[i] or b"|" for i in ids).decode()
+        ids = engine.prompts.chat(messages).tolist()
+        return b"".join(engine.vocabulary.tokens[i] or b"|" for i in ids).decode()
 
     assert read(user) == "|system\none <|im_end|>|\n|user\nu|\n|assistant\n"
     assert read(Message("system", "two"), user) == "|system\none <|im_end|>\n\ntwo|\n|user\nu|\n|assistant\n"
-    assert one.prompts.raw("u").tolist() == one.encoder.encode(b"u").ids
+    assert engine.prompts.raw("u").tolist() == engine.encoder.encode(b"u").ids
 
 
 def test_a_models_only_member_may_have_an_adapter(folders):
-    [one] = (member.engine for member in members(folders, {"adapter": str(folders["a"]), "name": "poet"}).members)
-    ids = random_ids(one, 6)
-    assert_close(uncached(one, ids), merged(folders, "a", ids))
-    assert one.name == "poet"
+    [engine] = (member.engine for member in members(folders, {"adapter": str(folders["a"]), "name": "poet"}).members)
+    ids = random_ids(engine, 6)
+    assert_close(uncached(engine, ids), merged(folders, "a", ids))
+    assert engine.name == "poet"
 
 
 def test_an_adapter_is_found_beside_the_ensemble_file(folders):
@@ -240,7 +246,7 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_as_it_was(f
     from safetensors.torch import load_file, save_file
 
     file = shapes / "adapter_model.safetensors"
-    save_file({key: one[:, :-1].contiguous() for key, one in load_file(file).items()}, file)
+    save_file({key: tensor[:, :-1].contiguous() for key, tensor in load_file(file).items()}, file)
     with pytest.raises(ModelLoadError, match=r"the adapter .*shapes does not fit tiny"):
         base.with_spec(spec(folders, adapter=str(shapes)))
     assert_close(uncached(base, ids), before)
@@ -259,9 +265,9 @@ def test_another_kind_of_adapter_is_refused_by_name(folders, base, tmp_path):
         base.with_spec(spec(folders, adapter=str(tmp_path)))
 
 
-def test_a_toy_takes_a_system_text_and_no_adapter():
-    those = load_config(parse_config({"members": [{"model": "toy:1", "system": "one"}, {"model": "toy:1"}]}, "here"))
-    first, second = (len(one.engine.prompts.chat([Message("user", "two")])) for one in those.members)
+def test_a_toy_takes_a_system_message_and_no_adapter():
+    ensemble = load_config(parse_config({"members": [{"model": "toy:1", "system": "one"}, {"model": "toy:1"}]}, "here"))
+    first, second = (len(member.engine.prompts.chat([Message("user", "two")])) for member in ensemble.members)
     assert first > second
     with pytest.raises(UnsupportedError, match="toy:1 is a toy, which takes no adapter"):
         load_config(parse_config({"members": [{"model": "toy:1", "adapter": "x"}]}, "here"))

@@ -1,4 +1,4 @@
-"""Forwards that are run before they are asked for: what a session answers is what it would have answered without."""
+"""Running ahead of requests: a session returns what it would have returned without."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     row = from_device(part.cpu().numpy(), cut)
     if row is None:
         return None
-    told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
-    law = transform(row)
-    return int(draws.sample(part, cut, told, noise.sample_key)), int(
-        law.ids[noise.sample(symbols[law.ids], law.logprobs)]
+    hint = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
+    distribution = transform(row)
+    return int(draws.sample(part, cut, hint, noise.sample_key)), int(
+        distribution.ids[noise.sample(symbols[distribution.ids], distribution.logprobs)]
     )
 
 
-def test_the_device_draws_what_the_host_draws() -> None:
-    both = [found for seed in range(1500) if (found := drawn_twice(seed)) is not None]
+def test_the_device_samples_what_the_host_samples() -> None:
+    both = [actual for seed in range(1500) if (actual := drawn_twice(seed)) is not None]
     assert len(both) > 400
     assert [device for device, _ in both] == [host for _, host in both]
 
@@ -66,11 +66,11 @@ def test_the_device_draws_what_the_host_draws() -> None:
 def test_noise_is_the_same_number_for_number(key: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Noise, "sample_key", key)
     symbols = np.arange(300_000)
-    found = ahead.gumbel((torch.from_numpy(symbols) + 1) * ahead._GOLDEN, key)
-    np.testing.assert_allclose(found.numpy(), Noise(0).gumbel(symbols), rtol=1e-13, atol=1e-13)
+    actual = ahead.gumbel((torch.from_numpy(symbols) + 1) * ahead._GOLDEN, key)
+    np.testing.assert_allclose(actual.numpy(), Noise(0).gumbel(symbols), rtol=1e-13, atol=1e-13)
 
 
-def test_equal_logits_are_cut_where_the_host_cuts_them() -> None:
+def test_equal_logits_are_truncated_where_the_host_truncates_them() -> None:
     logits = torch.tensor([1.0] * 4 + [3.0] * 6 + [2.0] * 5 + [0.0] * 100)[torch.randperm(115)]
     for p in np.linspace(0.02, 0.99, 60):
         transform = Transform(Sampling(top_k=14, top_p=float(p)), np.array([3, 20]))
@@ -84,15 +84,15 @@ class Log:
     """The forwards that sessions answered with, and those that nobody asked for."""
 
     def __init__(self, sessions: list[Session]) -> None:
-        works = [one.stats for one in sessions]
-        self.forwards = sum(len(one.forwards) for one in works)
-        self.ahead = sum(one.run_ahead for one in works)
-        self.vain = sum(one.wasted for one in works)
+        works = [session.stats for session in sessions]
+        self.forwards = sum(len(stats.forwards) for stats in works)
+        self.ahead = sum(stats.run_ahead for stats in works)
+        self.vain = sum(stats.wasted for stats in works)
 
 
-def write(those: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], str, Log]:
+def write(ensemble: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], str, Log]:
     """A reply's pieces and who wrote them, why it ended, and what its sessions did."""
-    stream = those.stream("the river", **options)
+    stream = ensemble.stream("the river", **options)
     tokens = [(token.data, token.member) for token in stream]
     stream.release()
     return tokens, stream.completion.finish_reason, Log(list(stream.sessions))
@@ -118,13 +118,13 @@ def test_texts_are_those_of_one_forward_at_a_time(
             options = {"method": method, "seed": seed, "max_tokens": 50, **more}
             if "stop" in more:  # something that is written
                 options["stop"] = [usual.generate("the river", **options).text[20:22]]
-            found, expected = write(fixed, **options), write(usual, **options)
-            assert found[:2] == expected[:2]
-            assert found[1] == "stop" or "stop" not in more
-            assert found[2].forwards == expected[2].forwards
+            actual, expected = write(fixed, **options), write(usual, **options)
+            assert actual[:2] == expected[:2]
+            assert actual[1] == "stop" or "stop" not in more
+            assert actual[2].forwards == expected[2].forwards
             assert expected[2].ahead == expected[2].vain == 0
-            if len(found[0]) > 5:
-                assert (found[2].ahead > 0) == (more.get("top_k") not in (0, 300))
+            if len(actual[0]) > 5:
+                assert (actual[2].ahead > 0) == (more.get("top_k") not in (0, 300))
 
 
 @pytest.mark.parametrize("method", ["mixture", "single"])
@@ -138,7 +138,7 @@ def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> Non
         assert log.vain == 0
 
 
-def test_what_is_run_in_vain_is_bounded(load: Load) -> None:  # noqa: F811
+def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
     fixed = pair(load, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
     tokens, _, log = write(fixed, seed=1, max_tokens=200, ignore_end=True)
     runs = sum(one[1] == other[1] for one, other in pairwise(tokens))
@@ -152,21 +152,21 @@ def test_what_is_run_in_vain_is_bounded(load: Load) -> None:  # noqa: F811
 def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
     router = FunctionRouter(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
-    found, expected = (write(one, seed=3, max_tokens=80) for one in (fixed, usual))
-    assert found[:2] == expected[:2]
-    assert found[2].ahead > 0 < found[2].vain
+    actual, expected = (write(one, seed=3, max_tokens=80) for one in (fixed, usual))
+    assert actual[:2] == expected[:2]
+    assert actual[2].ahead > 0 < actual[2].vain
 
 
-def test_draws_that_are_wrong_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_wrong_samples_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
     token = DeviceSampler.sample
     for off, hits in ((0, True), (1, False)):
         monkeypatch.setattr(DeviceSampler, "sample", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
         for seed in range(2):
-            found, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
-            assert found[:2] == expected[:2]
-            assert (found[2].ahead > 10) == hits
-            assert (found[2].ahead == 0) == (found[2].vain > 10) == (not hits)
+            actual, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
+            assert actual[:2] == expected[:2]
+            assert (actual[2].ahead > 10) == hits
+            assert (actual[2].ahead == 0) == (actual[2].vain > 10) == (not hits)
 
 
 class Asking:
@@ -182,12 +182,12 @@ class Asking:
 
     def draw(self, reach: int = DEPTH) -> SampleRequest:
         keys = tuple(self._noise.at(len(self.ids) + further).sample_key for further in range(reach))
-        told = RunAheadHint(keys, self.transform.sampling, self._symbols) if keys else None
-        return SampleRequest(0, self.ids.copy(), lambda row: row, self.transform.top_k_filter, told)
+        hint = RunAheadHint(keys, self.transform.sampling, self._symbols) if keys else None
+        return SampleRequest(0, self.ids.copy(), lambda row: row, self.transform.top_k_filter, hint)
 
     def next(self, row: Any) -> int:
-        law = self.transform(row)
-        return int(law.ids[self._noise.at(len(self.ids)).sample(*law)])
+        distribution = self.transform(row)
+        return int(distribution.ids[self._noise.at(len(self.ids)).sample(*distribution)])
 
     def check(self, row: Any) -> None:
         whole = uncached(self.engine, self.ids)[0]
@@ -229,17 +229,17 @@ def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.usefixtures("uncrowded")
-def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, seed: int) -> None:
+def test_whatever_is_requested_in_between_gets_the_uncached_response(engine: HFEngine, seed: int) -> None:
     rng = np.random.default_rng(seed)
     one, other = Asking(engine, seed=seed), Asking(engine, 9, seed + 50)
-    asked = ["whole", "several", "back", "replaced", "both", "cut", "other cut", "forgotten", "again", "none"]
-    for kind in rng.permutation(asked * 2):
+    requests = ["whole", "several", "back", "replaced", "both", "cut", "other cut", "forgotten", "again", "none"]
+    for kind in rng.permutation(requests * 2):
         one.go_on(int(rng.integers(1, 4)))
         if kind == "whole":
             one.session.logits(one.ids)
         elif kind == "several":
-            found = one.session.logits(one.ids, 3)
-            np.testing.assert_allclose(found, uncached(engine, one.ids, 3), atol=1e-4)
+            actual = one.session.logits(one.ids, 3)
+            np.testing.assert_allclose(actual, uncached(engine, one.ids, 3), atol=1e-4)
         elif kind == "back":
             one.ids = one.ids[: -int(rng.integers(1, 4))]
         elif kind == "replaced":
@@ -269,7 +269,7 @@ def test_whatever_is_asked_in_between_is_answered_as_uncached(engine: HFEngine, 
 
 
 @pytest.mark.usefixtures("uncrowded")
-def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEngine) -> None:
+def test_a_session_that_has_run_ahead_is_served_alone(engine: HFEngine) -> None:
     one, other = Asking(engine), Asking(engine, seed=1)
     for each in (one, other):
         each.go_on(2)
@@ -282,9 +282,7 @@ def test_an_answer_that_waits_is_a_forward_of_its_own_among_several(engine: HFEn
     assert one.session.stats.run_ahead == before + 1
 
 
-def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
-    engine: HFEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_session_runs_ahead_after_a_batch(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "RUN_AHEAD_COOLDOWN", 6)
     one, other = Asking(engine), Asking(engine, seed=1)
     engine.respond([(each.session, each.draw()) for each in (one, other)])
@@ -297,11 +295,11 @@ def test_nobody_goes_ahead_where_several_sequences_are_asked_at_once(
 
 
 @pytest.mark.parametrize("captures", [False, True])
-def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    one = Asking(load("qwen2"))
+def test_tied_rows_are_transferred_whole(load: Load, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    driver = Asking(load("qwen2"))
     if captures:  # where the logits of one step are written over by the next
-        record(one.engine, monkeypatch)
-    head = one.engine.model.get_output_embeddings()
+        record(driver.engine, monkeypatch)
+    head = driver.engine.model.get_output_embeddings()
     held = head.weight
     # Most logits are 0, so the fifth is tied wherever fewer than five of the others are above that.
     few = torch.zeros_like(held)
@@ -310,18 +308,18 @@ def test_rows_that_are_tied_come_whole(load: Load, captures: bool, monkeypatch: 
     try:
         whole, cut = 0, 0
         for _ in range(60):
-            [row] = one.engine.respond([(one.session, one.draw())])
-            one.check(row)
+            [row] = driver.engine.respond([(driver.session, driver.draw())])
+            driver.check(row)
             whole, cut = whole + isinstance(row, np.ndarray), cut + isinstance(row, Candidates)
-            one.ids = np.append(one.ids, one.next(row))
+            driver.ids = np.append(driver.ids, driver.next(row))
     finally:
         head.weight = held
     assert whole > 5 < cut
-    assert one.session.stats.run_ahead > 2
-    assert len(one.session.stats.forwards) == 60
+    assert driver.session.stats.run_ahead > 2
+    assert len(driver.session.stats.forwards) == 60
 
 
-def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_no_more_is_run_than_a_context_or_a_buffer_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     ran: list[tuple[int, int]] = []
     run_on = steps.CudaGraphRunner.run_token
 
@@ -329,17 +327,17 @@ def test_no_more_is_run_than_a_context_or_a_room_holds(load: Load, monkeypatch: 
         ran.append((length, room.size))
         return run_on(self, room, token, length)
 
-    one = Asking(load("mistral"))
+    driver = Asking(load("mistral"))
     monkeypatch.setattr(steps.CudaGraphRunner, "run_token", noted)
-    one.ids = random_ids(one.engine, 250)
-    one.session.context_length = 262
-    one.go_on(12)
+    driver.ids = random_ids(driver.engine, 250)
+    driver.session.context_length = 262
+    driver.go_on(12)
     assert [length for length, _ in ran] == [*range(250, 256), *range(257, 262)]
     assert all(length < size for length, size in ran)
-    assert one.session.stats.run_ahead == 10
+    assert driver.session.stats.run_ahead == 10
 
 
-def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
+def test_members_with_one_filter_are_sampled_by_their_own_symbols() -> None:
     # Two members may be set up with one transform, and mean other symbols by their ids.
     logits, transform = (
         torch.randn(500, generator=torch.Generator().manual_seed(0)),
@@ -348,15 +346,15 @@ def test_members_with_one_cut_are_drawn_by_their_own_symbols() -> None:
     draws = DeviceSampler(DeviceTopK())
     assert transform.top_k_filter is not None
     part = draws.top_k.select(logits[None], transform.top_k_filter, [0])[0]
-    law = transform(logits.numpy())
+    distribution = transform(logits.numpy())
     for key, shift in enumerate([0, 1000, 0, 77]):
         noise, symbols = Noise(key), np.arange(500) + shift
-        told = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
-        found = int(draws.sample(part, transform.top_k_filter, told, noise.sample_key))
-        assert found == law.ids[noise.sample(symbols[law.ids], law.logprobs)]
+        hint = RunAheadHint((noise.sample_key,), transform.sampling, symbols)
+        actual = int(draws.sample(part, transform.top_k_filter, hint, noise.sample_key))
+        assert actual == distribution.ids[noise.sample(symbols[distribution.ids], distribution.logprobs)]
 
 
-def test_engines_that_do_not_go_ahead_are_told_nothing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_engines_that_do_not_run_ahead_get_no_hint(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def never(*_: Any) -> int:
         raise AssertionError
 
@@ -372,7 +370,7 @@ def test_engines_that_do_not_go_ahead_are_told_nothing(load: Load, monkeypatch: 
 
 
 @pytest.mark.parametrize("broken", ["fails", "errs", "steps err"])
-def test_a_device_that_cannot_draw_runs_in_steps_alone(
+def test_a_device_that_cannot_sample_does_not_run_ahead(
     load: Load,  # noqa: F811
     broken: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -383,33 +381,33 @@ def test_a_device_that_cannot_draw_runs_in_steps_alone(
         monkeypatch.setattr(ahead, "gumbel", lambda starts, key: starts.double())
     else:
         monkeypatch.setattr(steps.FixedShapeForward, "set_token", lambda self, token, length: None)
-    one = load("llama")
-    assert one.runner.graphs is not None
-    assert one.run_ahead_depth == 0
-    assert not one.session().has_run_ahead
+    engine = load("llama")
+    assert engine.runner.graphs is not None
+    assert engine.run_ahead_depth == 0
+    assert not engine.session().has_run_ahead
 
 
-def test_only_engines_that_run_in_steps_go_ahead(load: Load) -> None:  # noqa: F811
+def test_only_engines_with_fixed_shapes_run_ahead(load: Load) -> None:  # noqa: F811
     assert load("llama").run_ahead_depth == DEPTH
     assert load("llama", "off").run_ahead_depth == 0
     assert load("llama").runner.with_adapter("some adapter").run_ahead_depth == DEPTH
 
 
 @pytest.mark.parametrize("method", ["mixture", "single"])
-def test_steps_that_are_recorded_once_go_ahead_alike(
+def test_recorded_forwards_run_ahead_alike(
     load: Load,  # noqa: F811
     method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fixed, usual = (pair(load, graphs, ("gemma3", "qwen2"), unit="token") for graphs in ("on", "off"))
-    for one in fixed.members:
-        record(one.engine, monkeypatch)
+    for member in fixed.members:
+        record(member.engine, monkeypatch)
     for seed in range(3):  # on rooms that go from one reply to the next
-        found, expected = (
-            write(one, method=method, seed=seed, max_tokens=60, ignore_end=True) for one in (fixed, usual)
+        actual, expected = (
+            write(member, method=method, seed=seed, max_tokens=60, ignore_end=True) for member in (fixed, usual)
         )
-        assert found[:2] == expected[:2]
-        assert found[2].ahead == sum(one[1] == other[1] for one, other in pairwise(found[0]))
+        assert actual[:2] == expected[:2]
+        assert actual[2].ahead == sum(member[1] == other[1] for member, other in pairwise(actual[0]))
     assert Recorded.replays > 60
 
 
@@ -417,8 +415,8 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA g
 
 
 @CUDA
-def test_a_gpu_draws_what_the_host_draws() -> None:
-    both = [found for seed in range(1500) if (found := drawn_twice(seed, "cuda")) is not None]
+def test_a_gpu_samples_what_the_host_samples() -> None:
+    both = [actual for seed in range(1500) if (actual := drawn_twice(seed, "cuda")) is not None]
     assert sum(device == host for device, host in both) > 0.99 * len(both) > 400
 
 
@@ -426,33 +424,33 @@ def test_a_gpu_draws_what_the_host_draws() -> None:
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("method", ["mixture", "single"])
 @pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
-def test_captured_steps_go_ahead_alike(load: Load, kinds: tuple[str, str], method: str, unit: Any) -> None:  # noqa: F811
+def test_captured_forwards_run_ahead_alike(load: Load, kinds: tuple[str, str], method: str, unit: Any) -> None:  # noqa: F811
     captured, usual = (pair(load, graphs, kinds, device="cuda", unit=unit) for graphs in ("auto", "off"))
-    assert [one.engine.run_ahead_depth for one in captured.members] == [DEPTH] * 2
+    assert [member.engine.run_ahead_depth for member in captured.members] == [DEPTH] * 2
     for seed, more in enumerate([{}, TRUNCATED, {"stop": ["e"]}, {}]):
         options = {"method": method, "seed": seed, "max_tokens": 60, **more}
-        found, expected = write(captured, **options), write(usual, **options)
-        assert found[:2] == expected[:2]
-        assert found[2].forwards == expected[2].forwards
-        assert found[2].ahead > 0 or len(found[0]) < 12
+        actual, expected = write(captured, **options), write(usual, **options)
+        assert actual[:2] == expected[:2]
+        assert actual[2].forwards == expected[2].forwards
+        assert actual[2].ahead > 0 or len(actual[0]) < 12
 
 
 @CUDA
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_nothing_that_goes_ahead_waits_for_the_device(load: Load) -> None:  # noqa: F811
-    one = Asking(load("llama", "auto", "cuda"))
-    one.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
+def test_nothing_that_runs_ahead_waits_for_the_device(load: Load) -> None:  # noqa: F811
+    driver = Asking(load("llama", "auto", "cuda"))
+    driver.transform = Transform(Sampling(**TRUNCATED), np.array([1, 2]))
     go_on = ahead.RunAhead._extend
 
-    def strictly(self: ahead.RunAhead, told: RunAheadHint, run: int) -> None:
+    def strictly(self: ahead.RunAhead, hint: RunAheadHint, run: int) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            go_on(self, told, run)
+            go_on(self, hint, run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    one.go_on(6, checked=False)  # what is captured, and what is brought to the device once
+    driver.go_on(6, checked=False)  # what is captured, and what is brought to the device once
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead.RunAhead, "_extend", strictly)
-        one.go_on(20, checked=False)
-    assert one.session.stats.run_ahead >= 20
+        driver.go_on(20, checked=False)
+    assert driver.session.stats.run_ahead >= 20

@@ -17,12 +17,12 @@ def engine() -> ToyEngine:
 
 
 def test_a_toy_is_loaded_by_its_seed():
-    one = load(EngineSpec("toy:7", ""))
-    assert isinstance(one, ToyEngine)
-    assert one.name == "toy:7"
+    engine = load(EngineSpec("toy:7", ""))
+    assert isinstance(engine, ToyEngine)
+    assert engine.name == "toy:7"
     ids = np.array([1, 2, 3])
-    np.testing.assert_array_equal(one.session().logits(ids), load(EngineSpec("toy:7", "")).session().logits(ids))
-    assert (one.session().logits(ids) != load(EngineSpec("toy:8", "")).session().logits(ids)).any()
+    np.testing.assert_array_equal(engine.session().logits(ids), load(EngineSpec("toy:7", "")).session().logits(ids))
+    assert (engine.session().logits(ids) != load(EngineSpec("toy:8", "")).session().logits(ids)).any()
 
 
 def test_a_table_looks_at_the_last_ids_only():
@@ -32,13 +32,13 @@ def test_a_table_looks_at_the_last_ids_only():
 
 
 def test_a_session_answers_from_the_table():
-    one = ToyEngine(SHARED, lambda context: np.arange(8) * len(context))
-    np.testing.assert_array_equal(one.session().logits(np.array([0, 1, 2]), 2), [np.arange(8) * 2, np.arange(8) * 3])
+    engine = ToyEngine(SHARED, lambda context: np.arange(8) * len(context))
+    np.testing.assert_array_equal(engine.session().logits(np.array([0, 1, 2]), 2), [np.arange(8) * 2, np.arange(8) * 3])
 
 
 def test_the_longest_token_that_fits_is_taken_and_the_lowest_id_of_equals():
-    one = LongestMatch([b"a", b"ab", b"b", b"ab"])
-    assert one.encode(b"abaab").ids == [1, 0, 1]
+    encoder = LongestMatch([b"a", b"ab", b"b", b"ab"])
+    assert encoder.encode(b"abaab").ids == [1, 0, 1]
 
 
 def test_a_byte_without_token_is_refused():
@@ -47,12 +47,12 @@ def test_a_byte_without_token_is_refused():
 
 
 def test_a_prompt_begins_with_the_token_before_the_end():
-    one = ToyEngine(WORD_TOKENS)
+    engine = ToyEngine(WORD_TOKENS)
     begin, end = len(WORD_TOKENS), len(WORD_TOKENS) + 1
-    assert one.vocabulary.end_ids == {end}
-    assert one.vocabulary.special_ids == {begin, end}
-    assert one.prompts.raw("").tolist() == [begin]
-    chat = one.prompts.chat([Message("user", "<end> the")]).tolist()
+    assert engine.vocabulary.end_ids == {end}
+    assert engine.vocabulary.special_ids == {begin, end}
+    assert engine.prompts.raw("").tolist() == [begin]
+    chat = engine.prompts.chat([Message("user", "<end> the")]).tolist()
     assert chat[0] == begin
-    assert b"".join(one.vocabulary.tokens[i] for i in chat[1:]) == b"user: <end> the\n"
+    assert b"".join(engine.vocabulary.tokens[i] for i in chat[1:]) == b"user: <end> the\n"
     assert end not in chat

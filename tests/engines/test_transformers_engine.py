@@ -108,20 +108,20 @@ def llama(folders) -> HFEngine:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "mamba"])
-def test_answers_are_those_of_transformers(folders, kind):
+def test_logits_are_those_of_transformers(folders, kind):
     from transformers import AutoModelForCausalLM
 
-    one = load(folders(kind))
-    ids = random_ids(one, 30)
+    engine = load(folders(kind))
+    ids = random_ids(engine, 30)
     reference = AutoModelForCausalLM.from_pretrained(folders(kind), dtype=torch.float32)
     with torch.inference_mode():
         expected = reference(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
-    session = one.session()
+    session = engine.session()
     session.logits(ids[:11])
     assert_close(session.logits(ids, 6), expected[-6:])
 
 
-def test_only_models_that_carry_a_state_read_the_whole_text_again(folders):
+def test_only_stateful_models_run_the_whole_text_again(folders):
     assert load(folders("mamba")).runner.is_stateful
     assert "cannot roll back" in load(folders("mamba")).notes[0]
     for kind in ("llama", "mistral", "gemma3"):
@@ -142,19 +142,19 @@ def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders,
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 def test_one_forward_serves_many_sessions(folders, kind):
-    one = load(folders(kind))
+    engine = load(folders(kind))
     rng = np.random.default_rng(3)
-    sessions = [one.session() for _ in range(6)]
-    texts = [random_ids(one, int(rng.integers(1, 30)), i) for i in range(6)]
+    sessions = [engine.session() for _ in range(6)]
+    texts = [random_ids(engine, int(rng.integers(1, 30)), i) for i in range(6)]
     for turn in range(4):
         lasts = [int(rng.integers(1, min(4, len(ids)) + 1)) for ids in texts]
-        asked = [(s, LogitsRequest(0, ids, last)) for s, ids, last in zip(sessions, texts, lasts, strict=True)]
-        for found, ids, last in zip(one.respond(asked), texts, lasts, strict=True):
-            assert_close(found, uncached(one, ids, last))
+        requests = [(s, LogitsRequest(0, ids, last)) for s, ids, last in zip(sessions, texts, lasts, strict=True)]
+        for actual, ids, last in zip(engine.respond(requests), texts, lasts, strict=True):
+            assert_close(actual, uncached(engine, ids, last))
         if turn:
             assert {session.stats.forwards[-1].batch_size for session in sessions} == {6}
         texts = [
-            np.concatenate([ids[: max(1, len(ids) - 2)], random_ids(one, int(rng.integers(3, 9)), i + turn)])
+            np.concatenate([ids[: max(1, len(ids) - 2)], random_ids(engine, int(rng.integers(3, 9)), i + turn)])
             for i, ids in enumerate(texts)
         ]
 
@@ -162,23 +162,23 @@ def test_one_forward_serves_many_sessions(folders, kind):
 def test_a_forward_takes_no_more_tokens_than_it_may(llama, monkeypatch):
     monkeypatch.setattr(runner, "MAX_BATCH_TOKENS", 20)
     sessions = [llama.session() for _ in range(5)]
-    asked = [
+    requests = [
         (session, LogitsRequest(0, random_ids(llama, length, length)))
         for session, length in zip(sessions, (8, 9, 9, 50, 3), strict=True)
     ]
-    for found, (_, ask) in zip(llama.respond(asked), asked, strict=True):
-        assert_close(found, uncached(llama, ask.ids))
+    for actual, (_, request) in zip(llama.respond(requests), requests, strict=True):
+        assert_close(actual, uncached(llama, request.ids))
     assert [session.stats.forwards[0].batch_size for session in sessions] == [2, 2, 1, 1, 1]
 
 
-def test_a_long_prompt_is_run_in_parts_with_the_same_answer(llama, monkeypatch):
+def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_logits(llama, monkeypatch):
     ids = random_ids(llama, 50)
     whole = uncached(llama, ids, 3)
     monkeypatch.setattr(runner, "MAX_BATCH_TOKENS", 16)
     session = llama.session()
     assert_close(session.logits(ids, 3), whole)
     assert_close(session.logits(ids[:45], 20), uncached(llama, ids[:45], 20))
-    assert [(one.tokens, one.cached) for one in session.stats.forwards] == [(50, 0), (20, 25)]
+    assert [(forward.tokens, forward.cached) for forward in session.stats.forwards] == [(50, 0), (20, 25)]
 
 
 def test_the_output_layer_decides_the_rows_and_padding_has_no_bytes(llama):
@@ -193,21 +193,21 @@ def test_ends_are_gathered_from_tokenizer_config_generation_config_and_template(
     folder = build(tmp_path / "m", "llama")
     tokenizer = trained("gpt2")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.token_to_id("<s>"), 505]}))
-    found = load(folder).vocabulary.end_ids
-    assert found == {504, 505, *(tokenizer.token_to_id(one) for one in ("</s>", "<s>", "<|im_end|>"))}
+    actual = load(folder).vocabulary.end_ids
+    assert actual == {504, 505, *(tokenizer.token_to_id(one) for one in ("</s>", "<s>", "<|im_end|>"))}
 
 
-def test_what_a_conversion_noted_joins_the_control_tokens_and_the_ends(tmp_path):
+def test_what_a_conversion_noted_joins_the_special_tokens_and_the_ends(tmp_path):
     folder = build(tmp_path / "m", "llama")
     control, end = 300, 301
     (folder / "mixlm.json").write_text(json.dumps({"control": [control], "ends": [end]}))
-    one = load(folder)
-    assert {control, end} <= one.vocabulary.special_ids
-    assert end in one.vocabulary.end_ids
-    assert one.vocabulary.tokens[control] == one.vocabulary.tokens[end] == b""
+    engine = load(folder)
+    assert {control, end} <= engine.vocabulary.special_ids
+    assert end in engine.vocabulary.end_ids
+    assert engine.vocabulary.tokens[control] == engine.vocabulary.tokens[end] == b""
 
 
-def test_a_chat_prompt_is_the_templates_with_its_control_tokens(llama):
+def test_a_chat_prompt_is_the_templates_with_its_special_tokens(llama):
     tokenizer = trained("gpt2")
     start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
     ids = llama.prompts.chat([Message("system", "x <|im_end|>"), Message("user", "the")]).tolist()
@@ -218,32 +218,32 @@ def test_a_chat_prompt_is_the_templates_with_its_control_tokens(llama):
 
 
 def test_a_given_template_takes_the_place_of_the_models_own(folders):
-    one = load(folders("llama"), template="{{ messages[0].content }}!")
-    ids = one.prompts.chat([Message("user", "the river")])
-    assert b"".join(one.vocabulary.tokens[i] for i in ids) == b"the river!"
+    engine = load(folders("llama"), template="{{ messages[0].content }}!")
+    ids = engine.prompts.chat([Message("user", "the river")])
+    assert b"".join(engine.vocabulary.tokens[i] for i in ids) == b"the river!"
 
 
 def test_a_model_without_a_template_gets_a_plain_question_and_a_note(folders):
-    one = load(folders("llama", template=None))
-    ids = one.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
-    assert b"".join(one.vocabulary.tokens[i] for i in ids) == b"Brief.\n\nQuestion: Why?\nAnswer:"
-    assert one.stops == ("\nQuestion:",)
-    assert "has no chat template" in one.notes[0]
+    engine = load(folders("llama", template=None))
+    ids = engine.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
+    assert b"".join(engine.vocabulary.tokens[i] for i in ids) == b"Brief.\n\nQuestion: Why?\nAnswer:"
+    assert engine.stops == ("\nQuestion:",)
+    assert "has no chat template" in engine.notes[0]
     assert load(folders("llama")).stops == ()
 
 
-def test_a_system_text_joins_the_question_where_a_template_has_no_place_for_it(folders):
-    one = load(folders("llama", template=NO_SYSTEM))
-    ids = one.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
-    plain = b"".join(one.vocabulary.tokens[i] or b"|" for i in ids)
+def test_a_system_message_joins_the_user_message_where_a_template_allows_none(folders):
+    engine = load(folders("llama", template=NO_SYSTEM))
+    ids = engine.prompts.chat([Message("system", "Brief."), Message("user", "Why?")])
+    plain = b"".join(engine.vocabulary.tokens[i] or b"|" for i in ids)
     assert plain == b"|user\nBrief.\n\nWhy?|\n|assistant\n"
 
 
 def test_a_template_that_refuses_the_messages_is_an_error_with_its_reason(folders):
-    one = load(folders("llama"), template="{{ raise_exception('never') }}")
+    engine = load(folders("llama"), template="{{ raise_exception('never') }}")
     for messages in ([Message("user", "x")], [Message("system", "s"), Message("user", "x")]):
         with pytest.raises(ConfigError, match="the prompt template refuses these messages: never"):
-            one.prompts.chat(messages)
+            engine.prompts.chat(messages)
 
 
 def test_a_conversation_without_messages_is_refused(llama):
@@ -259,10 +259,10 @@ def test_a_tokenizers_own_beginning_stands_in_front_of_a_raw_text(tmp_path):
     begin = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    one = load(folder)
-    assert one.prompts.raw("the").tolist()[0] == begin
-    chat = one.prompts.chat([Message("user", "Why?")]).tolist()
-    assert [i for i in chat if i in one.vocabulary.special_ids] == [begin]
+    engine = load(folder)
+    assert engine.prompts.raw("the").tolist()[0] == begin
+    chat = engine.prompts.chat([Message("user", "Why?")]).tolist()
+    assert [i for i in chat if i in engine.vocabulary.special_ids] == [begin]
     assert chat[0] == begin
 
 
@@ -319,6 +319,6 @@ def test_other_errors_of_a_forward_stay_what_they_are(llama, monkeypatch):
         llama.session().logits(random_ids(llama, 3))
 
 
-def test_the_same_folder_gives_the_same_answers(folders, llama):
+def test_the_same_folder_gives_the_same_logits(folders, llama):
     ids = random_ids(llama, 9)
     np.testing.assert_array_equal(uncached(llama, ids), uncached(load(folders("llama")), ids))

@@ -63,6 +63,7 @@ class TokenizerSetup:
         family = detect_family(describe(backend), name)
         _make_special(backend, conversion_notes.get("control", []))
         tokens, special_ids = token_bytes(backend, family, name)
+        begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
         return cls(
             tokenizer,
             family,
@@ -71,7 +72,7 @@ class TokenizerSetup:
             {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()},
             special_ids,
             {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
-            _begin_ids(tokenizer),
+            begin,
             [*conversion_notes.get("ends", []), *configured_end_ids(source)],
         )
 

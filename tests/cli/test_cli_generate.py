@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,9 +115,9 @@ def test_a_value_of_the_file_holds_unless_an_option_says_otherwise(run: Run, tmp
 
 
 def test_notes_of_engines_are_shown_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.engines.toy import ToyEngine
+    from mixlm.engines import toy
 
-    monkeypatch.setattr(ToyEngine, "notes", ("this model is a table",))
+    monkeypatch.setattr(toy, "toy_text", partial(toy.toy_text, notes=("this model is a table",)))
     assert run("generate", "x", *TOYS).err.count("note: this model is a table") == 1
 
 

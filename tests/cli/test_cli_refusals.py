@@ -12,7 +12,7 @@ from programs import TOYS, Run, process
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ((*TOYS, "-w", "1"), ("1 weight (1) for 2 members", "one weight a member")),
+        ((*TOYS, "-w", "1"), ("1 weight (1) for 2 members", "one weight per member")),
         ((*TOYS, "-w", "1,2,3"), ("3 weights (1, 2, 3) for 2 members",)),
         ((*TOYS, "-w", "-1,2"), ("weights are -1, 2", "0 or more", "0.7,0.3")),
         ((*TOYS, "-w", "0,0"), ("weights are 0, 0", "greater than 0")),
@@ -29,7 +29,7 @@ from programs import TOYS, Run, process
         ((*TOYS, "--top-p", "3"), ("top_p is 3.0", "at most 1")),
         ((*TOYS, "--temperature", "nan"), ("temperature is nan",)),
         ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
-        ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "use --method conventional")),
+        ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "--method conventional")),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
         ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),
         ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),

@@ -21,7 +21,7 @@ from mixlm.errors import EngineError, MemoryLimitError
 from mixlm.loading import load
 from mixlm.server.api_errors import ApiError
 from mixlm.server.fair_queue import FairQueue
-from mixlm.server.jobs import GenerationTask, Job, JobCancelled, JobQueued, TokensGenerated
+from mixlm.server.jobs import Job, JobCancelled, JobQueued, TokensGenerated
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_thread import ModelThread
 
@@ -79,13 +79,21 @@ class Gated(EndlessToy):
         return session
 
 
+def submit(model_thread, job, ensemble, **options):
+    """Admit a job, and start it: all its generations are of the same options."""
+    settings = ensemble.settings(**options)
+    prompt = ensemble.encode_prompt("x", settings)
+    model_thread.admit(job)
+    model_thread.start_job(job, [ensemble.context(settings).start(prompt) for _ in range(job.unfinished)])
+
+
 def test_a_client_with_many_generations_does_not_delay_the_others():
     """One slot; the job of 20 came first. The single one is third: after the running one, and one more."""
     engine, ended = Gated(), []
     ensemble = Ensemble([MemberSpec(engine, "m")])
 
     async def follow(job, name):
-        left = len(job.tasks)
+        left = job.unfinished
         while left:
             if isinstance(event := await job.events.get(), TokensGenerated) and event.completion is not None:
                 ended.append(name)
@@ -94,10 +102,9 @@ def test_a_client_with_many_generations_does_not_delay_the_others():
     async def run():
         model_thread = ModelThread(ServerLimits(max_batch=1))
         model_thread.start()
-        task = GenerationTask("x", ensemble.settings(max_tokens=1, seed=1))
-        many, single = Job("a", ensemble, [task] * 20), Job("b", ensemble, [task])
-        model_thread.submit(many)
-        model_thread.submit(single)
+        many, single = Job("a", 20), Job("b", 1)
+        for job in (many, single):
+            submit(model_thread, job, ensemble, max_tokens=1, seed=1)
         engine.gate.release(21)
         await asyncio.gather(follow(many, "many"), follow(single, "single"))
         await model_thread.stop()
@@ -113,13 +120,9 @@ def test_the_slot_of_a_cancelled_generation_is_free_after_the_step():
     async def run():
         model_thread = ModelThread(ServerLimits(max_batch=1))
         model_thread.start()
-        task = GenerationTask("x", ensemble.settings(seed=1))
-        gone, next_job = (
-            Job("a", ensemble, [task]),
-            Job("b", ensemble, [GenerationTask("y", ensemble.settings(max_tokens=1))]),
-        )
-        model_thread.submit(gone)
-        model_thread.submit(next_job)
+        gone, next_job = (Job("a", 1), Job("b", 1))
+        submit(model_thread, gone, ensemble, seed=1)
+        submit(model_thread, next_job, ensemble, max_tokens=1)
         engine.gate.release(2)
         while getattr(engine, "begun", 0) < 3:
             await asyncio.sleep(0.001)
@@ -343,7 +346,7 @@ def test_cancelled_work_counts():
 def test_jobs_are_refused_while_the_thread_does_not_run():
     model_thread = ModelThread(ServerLimits())
     with pytest.raises(ApiError, match="about to stop"):
-        model_thread.submit(None)  # type: ignore[arg-type]
+        model_thread.admit(None)  # type: ignore[arg-type]
 
 
 STREAMED = {"messages": HELLO, "seed": 1, "stream": True}

@@ -18,10 +18,12 @@ from contextlib import asynccontextmanager, suppress
 from starlette.types import Message, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError, to_api_error
+from mixlm.server.fair_threads import FairThreads
 from mixlm.server.jobs import GenerationStarted, Job, JobCancelled, JobEvent, JobFailed, JobQueued, TokensGenerated
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.model_thread import ModelThread
+from mixlm.server.preparation import prepare
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.request_record import RequestRecord
 from mixlm.server.responses import DONE, ResponseBuilder, server_sent_event, to_json
@@ -47,16 +49,18 @@ class CompletionHandler:
         self,
         request: ParsedRequest,
         model_thread: ModelThread,
+        threads: FairThreads,
         metrics: ServerMetrics,
         limits: ServerLimits,
         record: RequestRecord,
     ) -> None:
         self._request = request
         self._model_thread = model_thread
+        self._threads = threads
         self._metrics = metrics
         self._limits = limits
         self._record = record
-        self._job = Job(record.client, request.ensemble, request.tasks)
+        self._job = Job(record.client, len(request.tasks))
         self._responses = ResponseBuilder(request, record.request_id)
         self._completions: dict[int, Completion] = {}
         self._work: Counter[tuple[str, str]] = Counter()
@@ -66,15 +70,27 @@ class CompletionHandler:
         """Answer the request. Raises ApiError or MixlmError as long as nothing has been sent."""
         self._record.model = self._request.model.name
         self._record.completions = len(self._request.tasks)
-        self._model_thread.submit(self._job)
+        self._model_thread.admit(self._job)
+        preparation = asyncio.create_task(self._prepare())
         try:
             async with self._cancelled_when_over(receive):
                 await (self._send_stream(send) if self._request.stream else self._send_whole(send))
         except ClientGoneError:
             self._record_cancelled(JobCancelled("gone"))
         finally:
+            preparation.cancel()
             self._model_thread.cancel(self._job, "gone")  # does nothing to a job that has ended
             self._record_work()
+
+    async def _prepare(self) -> None:
+        """Hand the generations to the model thread; errors become an event of the job."""
+        job = self._job
+        try:
+            generations = await prepare(self._request, job.client, self._threads, self._limits, lambda: job.cancelled)
+        except Exception as error:
+            self._model_thread.fail(job, error)
+        else:
+            self._model_thread.start_job(job, generations)
 
     @asynccontextmanager
     async def _cancelled_when_over(self, receive: Receive) -> AsyncIterator[None]:

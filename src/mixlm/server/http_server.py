@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
+from math import ceil
 from types import FrameType
 
 import uvicorn
@@ -26,6 +28,8 @@ from mixlm.server.http_protocol import LimitedHttpProtocol
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 # How long a connection may be idle between two requests, seconds.
 _KEEP_ALIVE_SECONDS = 30
+# How long a server may take to stop once its generations have ended, seconds; then the process exits.
+_EXIT_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def serve(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], 
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     uvicorn_server(app, listener, on_ready=on_ready).run(sockets=[listener])
+    if app.has_busy_threads:
+        # The interpreter would end these threads in the midst of foreign code, which may abort the process.
+        os._exit(0)
 
 
 def uvicorn_server(app: ServerApp, listener: socket.socket, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
@@ -96,7 +103,7 @@ def uvicorn_server(app: ServerApp, listener: socket.socket, *, on_ready: Callabl
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(app.limits.grace_period) + 5,
+        timeout_graceful_shutdown=ceil(app.limits.grace_period) + 2,
         lifespan="on",
         ws="none",
     )
@@ -111,9 +118,12 @@ class GracefulServer(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             self._on_ready()
@@ -122,14 +132,21 @@ class GracefulServer(uvicorn.Server):
         """Refuse new requests, let generations finish, and cancel those that exceed the grace period."""
         model_thread, grace_period = self._app.model_thread, self._app.limits.grace_period
         model_thread.draining = True
-        seconds = 0 if self.force_exit else grace_period
-        asyncio.get_running_loop().call_later(seconds, model_thread.cancel_all, "shutdown")
+        asyncio.get_running_loop().call_later(grace_period, model_thread.cancel_all, "shutdown")
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; on the second signal, at once."""
-        self.force_exit = self.should_exit
+        """Stop, within the grace period. The second signal cancels all generations; the third ends the process."""
+        self._num_signals += 1
         self.should_exit = True
+        if self._num_signals == 1:
+            # Nothing that hangs keeps the process alive: a step of a model, a thread, a library.
+            _exit_after(self._app.limits.grace_period + _EXIT_SECONDS)
+        elif self._num_signals == 2 and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._app.model_thread.cancel_all, "shutdown")
+            _exit_after(_EXIT_SECONDS)
+        else:
+            _exit_after(0)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -143,6 +160,13 @@ class GracefulServer(uvicorn.Server):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _exit_after(seconds: float) -> None:
+    """End the process after some seconds, whatever it does then."""
+    timer = threading.Timer(seconds, os._exit, [0])
+    timer.daemon = True
+    timer.start()
 
 
 class JsonLogFormatter(logging.Formatter):

@@ -7,25 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mixlm.core.options import GenerationOptions
-from mixlm.ensemble import Ensemble
-from mixlm.generation.prompt import Prompt
 from mixlm.types import Completion, Token
 
 CancelReason = Literal["gone", "timeout", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationTask:
-    """One completion to generate."""
-
-    prompt: Prompt
-    settings: GenerationOptions
-
-
-@dataclass(frozen=True, slots=True)
 class JobQueued:
-    """All prompts of the job are encoded and fit; its generations wait. time: of `time.monotonic`."""
+    """All prompts of the job are encoded and fit; its generations are queued. time: of `time.monotonic`."""
 
     time: float
 
@@ -68,23 +57,22 @@ JobEvent = JobQueued | GenerationStarted | TokensGenerated | JobFailed | JobCanc
 
 
 class Job:
-    """The generations of one request. It belongs to the event loop; the model thread reads only what never changes.
+    """The generations of one request. It belongs to the event loop; the model thread reads only `client`.
 
     Args:
         client: Who sent the request; clients take turns.
-        ensemble: The ensemble that generates.
-        tasks: The completions to generate.
+        num_generations: How many generations it consists of.
 
     Attributes:
         events: What happened to the job, in order.
         unfinished: Number of generations that have not ended.
+        started: Whether the model thread has its generations.
         cancelled: Whether the job was cancelled.
     """
 
-    def __init__(self, client: str, ensemble: Ensemble, tasks: Sequence[GenerationTask]) -> None:
+    def __init__(self, client: str, num_generations: int) -> None:
         self.client = client
-        self.ensemble = ensemble
-        self.tasks = tuple(tasks)
         self.events: asyncio.Queue[JobEvent] = asyncio.Queue()
-        self.unfinished = len(self.tasks)
+        self.unfinished = num_generations
+        self.started = False
         self.cancelled = False

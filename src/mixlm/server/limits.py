@@ -19,6 +19,10 @@ class ServerLimits:
         max_body_bytes: Size of a request body.
         max_prompt_chars: Characters of one prompt, or of one conversation.
         body_timeout: For a request body to arrive.
+        max_schema_chars: Characters of a JSON schema, as a grammar.
+        schema_timeout: For a JSON schema to compile.
+        encode_timeout: For the prompts of a request to be tokenized.
+        stall_timeout: For a step of the models, before the server reports itself as stalled.
         send_timeout: For a client to take what was sent to it.
     """
 
@@ -29,6 +33,10 @@ class ServerLimits:
     max_body_bytes: int = 1 << 20
     max_prompt_chars: int = 200_000
     body_timeout: float = 10.0
+    max_schema_chars: int = 100_000
+    schema_timeout: float = 2.0
+    encode_timeout: float = 10.0
+    stall_timeout: float = 120.0
     send_timeout: float = 30.0
 
     def __post_init__(self) -> None:

@@ -12,12 +12,12 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
-from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from mixlm.server.api_errors import ApiError
@@ -25,7 +25,6 @@ from mixlm.server.fair_queue import FairQueue
 from mixlm.server.jobs import (
     CancelReason,
     GenerationStarted,
-    GenerationTask,
     Job,
     JobCancelled,
     JobEvent,
@@ -36,6 +35,8 @@ from mixlm.server.jobs import (
 from mixlm.server.limits import ServerLimits
 
 _log = logging.getLogger("mixlm.server")
+# How long a stopping server waits for the current step, seconds.
+_STOP_SECONDS = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +49,9 @@ class ActiveGeneration:
 
 
 class ModelThread:
-    """Runs the generations of jobs. `submit`, `cancel` and `cancel_all` belong to the event loop's thread.
+    """Runs the generations of jobs. The public methods belong to the event loop's thread.
+
+    A job is admitted when its request arrives, and started when it is prepared.
 
     Attributes:
         draining: Set it to refuse new jobs.
@@ -57,12 +60,13 @@ class ModelThread:
     def __init__(self, limits: ServerLimits) -> None:
         self.draining = False
         self._limits = limits
-        # Used by the event loop: jobs that have not ended, their generations, and when generations ended lately.
+        # Used by the event loop: jobs that have not ended, their generations by client, and when some ended lately.
         self._jobs: set[Job] = set()
-        self._num_unfinished = 0
+        self._unfinished: Counter[str] = Counter()
         self._end_times: deque[float] = deque(maxlen=32)
         # Used by both.
-        self._inbox: queue.SimpleQueue[tuple[Literal["start", "cancel", "stop"], Job | None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
+        self._step_start: float | None = None
         # Used by the thread.
         self._queue: FairQueue[tuple[Job, Generation]] = FairQueue()
         self._active: dict[Generation, ActiveGeneration] = {}
@@ -79,9 +83,11 @@ class ModelThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread after its current step."""
-        self._inbox.put(("stop", None))
-        await asyncio.to_thread(self._thread.join)
+        """End the thread after its current step. A step that takes too long is abandoned."""
+        self._inbox.put(None)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     @property
     def is_alive(self) -> bool:
@@ -89,9 +95,15 @@ class ModelThread:
         return self._thread.is_alive()
 
     @property
+    def step_seconds(self) -> float:
+        """How long the current step has taken; 0 when the thread is idle."""
+        start = self._step_start
+        return 0.0 if start is None else time.monotonic() - start
+
+    @property
     def num_unfinished(self) -> int:
         """Number of generations that run or wait."""
-        return self._num_unfinished
+        return self._unfinished.total()
 
     @property
     def num_running(self) -> int:
@@ -103,32 +115,55 @@ class ModelThread:
         """Number of generations that wait in the queue."""
         return len(self._queue)
 
-    def submit(self, job: Job) -> None:
-        """Accept a job. Raises ApiError when the queue has no room for it, or the server is stopping."""
+    def admit(self, job: Job) -> None:
+        """Reserve places for a job.
+
+        A full queue still admits a client that has less than its share: the capacity over the number of clients. So
+        the places add up to more than the capacity, but not to more than twice as many.
+
+        Raises:
+            ApiError: There are not enough places, or the server is stopping.
+        """
         if self.draining or not self.is_alive:
             raise ApiError(503, "the server is about to stop", code="stopping", headers={"retry-after": "5"})
-        count, capacity = len(job.tasks), self._limits.capacity
+        count, capacity = job.unfinished, self._limits.capacity
         if count > capacity:
             message = f"the request needs {count} completions; one request may need {capacity}"
             raise ApiError(400, message, code="too_many_replies")
-        if self._num_unfinished + count > capacity:
+        total, own = self.num_unfinished + count, self._unfinished[job.client] + count
+        share = capacity // len({*self._unfinished, job.client})
+        if total > capacity and (own > share or total > 2 * capacity):
             seconds = str(self._estimate_wait(count))
             raise ApiError(
                 429,
-                f"{self._num_unfinished} of {capacity} places for completions are taken; retry in {seconds} s",
+                f"{self.num_unfinished} of {capacity} places for completions are taken; retry in {seconds} s",
                 code="queue_full",
                 headers={"retry-after": seconds},
             )
-        self._num_unfinished += count
+        self._unfinished[job.client] += count
         self._jobs.add(job)
-        self._inbox.put(("start", job))
+
+    def start_job(self, job: Job, generations: Sequence[Generation]) -> None:
+        """Queue the generations of an admitted job."""
+        if not job.cancelled:
+            job.started = True
+            self._inbox.put(partial(self._start, job, generations))
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """End an admitted job that could not be prepared."""
+        if not job.cancelled:
+            job.events.put_nowait(JobFailed(error))
+            self._end(job, job.unfinished)
 
     def cancel(self, job: Job, reason: CancelReason) -> None:
         """Cancel a job that has not ended. Its slots are free after the current step."""
         if job in self._jobs and not job.cancelled:
             job.cancelled = True
             job.events.put_nowait(JobCancelled(reason))
-            self._inbox.put(("cancel", job))
+            if job.started:
+                self._inbox.put(partial(self._cancel, job))
+            else:
+                self._end(job, job.unfinished)
 
     def cancel_all(self, reason: CancelReason) -> None:
         """Cancel every job."""
@@ -150,12 +185,17 @@ class ModelThread:
                 ended = job.unfinished
             if ended:
                 self._end_times.append(time.monotonic())
-            job.unfinished -= ended
-            self._num_unfinished -= ended
-            if job.unfinished == 0:
-                self._jobs.discard(job)
+                self._end(job, ended)
             if event is not None and not job.cancelled:
                 job.events.put_nowait(event)
+
+    def _end(self, job: Job, count: int) -> None:
+        """Free the places of generations that have ended."""
+        job.unfinished -= count
+        self._unfinished[job.client] -= count
+        self._unfinished += Counter()  # drops clients without any
+        if job.unfinished == 0:
+            self._jobs.discard(job)
 
     # In the thread.
 
@@ -179,30 +219,17 @@ class ModelThread:
         """Process all messages; wait for one when there is nothing else to do. Returns False at the end."""
         while True:
             idle = self._scheduler.idle and not len(self._queue) and not self._outbox
+            self._step_start = None if idle else time.monotonic()
             try:
-                action, job = self._inbox.get(block=idle)
+                message = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
-            if job is None:
+            self._step_start = time.monotonic()
+            if message is None:
                 return False
-            (self._start if action == "start" else self._cancel)(job)
+            message()
 
-    def _start(self, job: Job) -> None:
-        """Encode the prompts of a job and queue its generations: all of them, or none."""
-        try:
-            generations: list[Generation] = []
-            previous: GenerationTask | None = None
-            for task in job.tasks:
-                # Tasks with the same prompt follow each other; it is encoded once.
-                if previous is None or task.prompt is not previous.prompt:
-                    prompts = job.ensemble.encode_prompt(task.prompt, task.settings)
-                previous = task
-                generations.append(job.ensemble.context(task.settings).start(prompts))
-        except Exception as error:
-            if not isinstance(error, MixlmError):
-                _log.exception("a job could not be prepared")
-            self._outbox.append((job, JobFailed(error)))
-            return
+    def _start(self, job: Job, generations: Sequence[Generation]) -> None:
         self._outbox.append((job, JobQueued(time.monotonic())))
         for index, generation in enumerate(generations):
             self._active[generation] = ActiveGeneration(job, index, [0] * len(generation.sessions))

@@ -1,0 +1,42 @@
+"""Compiles the grammar on stdin and computes its first mask. `schema_check` runs this file in a process of its own.
+
+It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory (bytes) and processor time (seconds).
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+class _Bytes:
+    """A vocabulary of the 256 bytes and an end-of-text token."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    eos_token_id = 256
+    special_token_ids = (256,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+def main() -> None:
+    """Compile the grammar; the process is killed where that exceeds the limits."""
+    try:
+        import resource
+
+        for limit, value in ((resource.RLIMIT_AS, int(sys.argv[1])), (resource.RLIMIT_CPU, int(sys.argv[2]))):
+            resource.setrlimit(limit, (value, value))
+    except ImportError:  # there are no such limits on Windows
+        pass
+    import llguidance
+
+    source = sys.stdin.buffer.read().decode()
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer(_Bytes()), source, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+
+
+if __name__ == "__main__":
+    main()

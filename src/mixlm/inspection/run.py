@@ -76,7 +76,8 @@ def inspect(
     )
     partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
     if measure and partial:
-        reason = f"{', '.join(partial)} returns only its most likely tokens, so agreement and forward passes are not measured"
+        names = ", ".join(partial)
+        reason = f"{names} returns only its most likely tokens, so agreement and forward passes are not measured"
         return replace(inspection, unmeasured=reason)
     if not measure:
         return replace(inspection, unmeasured="no model was run")

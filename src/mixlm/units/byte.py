@@ -14,6 +14,10 @@ sampled in. So the mass of the covers whose last token begins at m is a sum over
 
 with n the length of x, and u… for all tokens that begin with u. Sampling options act on the token distributions f_i.
 
+Example: a member with the tokens a, b and ab has f(a) = 0.5 and f(ab) = 0.3 at the beginning, and f(b | a) = 0.4 after
+"a". The text "a" has two covers: a, which ends with it, and ab, which reaches beyond, so P(a) = 0.5 + 0.3 = 0.8. "ab"
+has the covers a·b and ab, so P(ab) = 0.5 · 0.4 + 0.3 = 0.5. The next byte after "a" is b with probability 0.5 / 0.8.
+
 Published methods differ in what they sum over. Vieira et al. (2024, arXiv 2412.03719) sum over all token sequences,
 each read as it stands, whose number grows exponentially. Phan et al. (2024, arXiv 2410.09303) and Hayase et al. (2025,
 arXiv 2506.14123) sum over those that a tokenizer would produce, and leave out the mass of the others. Here the state is

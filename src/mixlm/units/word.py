@@ -17,9 +17,9 @@ line are one word. The other bytes of a character are 0x80 to 0xBF and begin no 
 uses spaces and is outside the range. Symbols are never split: where a word begins inside a symbol (".\\n", "of the"),
 no coin is tossed.
 
-Example: after "The river", which member 1 owns, member 1 samples " turns". It begins a word, so a coin is tossed. If the
-coin falls on member 1, " turns" stands. If it falls on member 2, member 2 samples among the symbols that begin a word,
-such as " flow", and owns the word until a symbol begins the next one: " flow", "s", but not " on".
+Example: after "The river", which member 1 owns, member 1 samples " turns". It begins a word, so a coin is tossed. Where
+the coin falls on member 1, " turns" stands. Where it falls on member 2, member 2 samples among the symbols that begin a
+word, such as " flow", and owns the word until a symbol begins the next one: "s" continues it, " on" does not.
 
 A symbol identifies the member that generated it as well as its bytes. The state, a function of the symbols, therefore
 knows the owner of the current word.

@@ -108,7 +108,7 @@ class _SteadyWindow:
                 ]
             elif any(generation.finished for generation in streams):
                 raise ConfigError(
-                    f"a reply was finished before all {self._replies} had begun", "write more tokens in each"
+                    f"a completion was finished before all {self._replies} had begun", "generate more tokens in each"
                 )
             return
         self.seconds, self.tokens = self.latest - self.begin, sum(counts) - self._before

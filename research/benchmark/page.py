@@ -60,7 +60,7 @@ def runs(report: dict[str, Any]) -> str:
         "by the cost model",
         "outside forwards",
         "forwards a token",
-        "guesses right",
+        "drafts accepted",
         "s to first token",
         "GB in use",
     )

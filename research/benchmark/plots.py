@@ -27,7 +27,7 @@ _SINGLES = (
     {"color": "#333333", "linestyle": (0, (1, 3)), "marker": "<"},
 )
 _TITLES = {
-    "batch": "Speed against replies written at once",
+    "batch": "Speed against completions at once",
     "context": "Speed against the length of the prompt",
     "members": "Speed against the number of members",
     "weights": "Speed against the weight of a member",

@@ -30,7 +30,7 @@ from research.benchmark.agreement import with_agreement
 from research.benchmark.compare import ComparisonPlan, record_agreement
 
 AXES: Mapping[str, str] = {
-    "batch": "replies at once",
+    "batch": "completions at once",
     "context": "tokens of the prompt",
     "members": "members",
     "weights": "λ: weight of the first member",
@@ -161,7 +161,7 @@ def _batch(task: _SweepTask) -> _SweepResult:
     if whole is None:
         return _SweepResult(points)
     note = (
-        f"{whole.replies} replies of {plan.tokens + 1} tokens by {whole.label}: {whole.together:.1f} s together, "
+        f"{whole.replies} completions of {plan.tokens + 1} tokens by {whole.label}: {whole.together:.1f} s together, "
         f"{whole.one_by_one:.1f} s one by one: {whole.ratio:.2f} times"
     )
     return _SweepResult(points, [note], {"offline": {**asdict(whole), "ratio": whole.ratio}})

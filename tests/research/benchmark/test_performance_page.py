@@ -58,7 +58,7 @@ def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
 
 def test_the_table_of_batches_is_simulated() -> None:
     for replies in (4, 16, 64, 1000):
-        assert rows(f"{replies} replies") == [f"{n * batch_share(replies, n):.2f}" for n in (2, 3, 4, 8)]
+        assert rows(f"{replies} sequences") == [f"{n * batch_share(replies, n):.2f}" for n in (2, 3, 4, 8)]
     assert rows("the limit") == [f"{2 * n / (n + 1):.2f}" for n in (2, 3, 4, 8)]
 
 
@@ -118,7 +118,7 @@ def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
     at = dict(zip(cells(head), cells(line), strict=True))
     assert at["mixture"] == f"{ratio:.2f}"
     columns = [f"{one}, tokens/s" for one in ("single toy-1", "single toy-2", "conventional", "mixture")]
-    assert f"| {' | '.join(['replies at once', *columns, 'mixture/conventional'])} |" in text
+    assert f"| {' | '.join(['completions at once', *columns, 'mixture/conventional'])} |" in text
     for name in reports:
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
         assert f"![{name}](performance/{name}.png)" in text

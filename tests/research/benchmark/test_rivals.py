@@ -27,8 +27,8 @@ def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
         assert run.outside_forwards_share is run.predicted_tokens_per_second is None
     wanted = {"mixture/transformers large", f"mixture/{ASSISTED}", "single small/transformers small"}
     assert set(report.ratios) >= wanted
-    assert any("small drafts; its law is not the ensemble's" in note for note in report.notes)
-    assert any("filled weights" in note for note in report.notes)
+    assert any("small drafts; its distribution is not the ensemble's" in note for note in report.notes)
+    assert any("dummy weights" in note for note in report.notes)
 
 
 def test_generation_gets_the_same_options_and_the_weight_of_the_larger_member() -> None:

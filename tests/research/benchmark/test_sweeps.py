@@ -44,7 +44,7 @@ def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> Non
         assert point.more["seconds_of_the_batch"] > 0
     assert found.more["offline"]["replies"] == 3
     assert found.more["offline"]["label"] == "mixture"
-    assert "3 replies of 9 tokens by mixture" in found.notes[0]
+    assert "3 completions of 9 tokens by mixture" in found.notes[0]
 
 
 def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair: Ensemble) -> None:

@@ -71,6 +71,12 @@ def serve(
     grace: Annotated[
         float, _server("--grace", metavar="S", text="On shutdown, wait S seconds for completions to finish.")
     ] = 30.0,
+    stall_timeout: Annotated[
+        float,
+        _server(
+            "--stall-timeout", metavar="S", text="Report a failing health once a step of the models takes S seconds."
+        ),
+    ] = 120.0,
     max_body: Annotated[int, _server("--max-body", metavar="BYTES", text="The maximum size of a request body.")] = 1
     << 20,
     max_prompt: Annotated[
@@ -112,6 +118,7 @@ def serve(
         max_queue=queue,
         request_timeout=timeout,
         grace_period=grace,
+        stall_timeout=stall_timeout,
         max_body_bytes=max_body,
         max_prompt_chars=max_prompt,
     )

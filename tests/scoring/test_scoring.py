@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scored_texts import made, probabilities, speaking, stepwise, token_scores
 from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
 
-from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
+from mixlm.engines.toy import LongestMatch, ToyEngine
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES
@@ -342,13 +342,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """Number of tokens in each forward of the toys; the cache is an empty folder."""
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path))
     seen: list[int] = []
-    plain = ToySession.forward
-
-    def forward(self: ToySession, ids: Any, last: int) -> Any:
-        seen.append(len(ids))
-        return plain(self, ids, last)
-
-    monkeypatch.setattr(ToySession, "forward", forward)
+    monkeypatch.setattr(ToyEngine, "on_forward", staticmethod(lambda ids, last: seen.append(len(ids))))
     return seen
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from mixlm.engines.toy import WORD_TOKENS, ToyEngine, ToySession, wordy_table
+from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.app import ServerApp
@@ -45,17 +45,11 @@ class EndlessToy(ToyEngine):
         super().__init__(table=table, name=f"toy:{seed}")
         self.seconds = seconds
         self.forwards = 0
+        self.on_forward = self.count_and_wait
 
-    def session(self) -> ToySession:
-        engine = self
-
-        class SlowSession(ToySession):
-            def forward(self, ids: Any, last: int) -> Any:
-                engine.forwards += 1
-                time.sleep(engine.seconds)
-                return super().forward(ids, last)
-
-        return SlowSession(self)
+    def count_and_wait(self, ids: Any, last: int) -> None:
+        self.forwards += 1
+        time.sleep(self.seconds)
 
 
 def endless(seconds: float = 0.0) -> Ensemble:

@@ -65,18 +65,11 @@ class Gated(EndlessToy):
     def __init__(self) -> None:
         super().__init__(1)
         self.gate = threading.Semaphore(0)
+        self.on_forward = self.wait_for_permit
 
-    def session(self):
-        session = super().session()
-        plain = session.forward
-
-        def forward(ids, last):
-            self.begun = getattr(self, "begun", 0) + 1
-            self.gate.acquire(timeout=20)
-            return plain(ids, last)
-
-        session.forward = forward
-        return session
+    def wait_for_permit(self, ids, last):
+        self.begun = getattr(self, "begun", 0) + 1
+        self.gate.acquire(timeout=20)
 
 
 def submit(model_thread, job, ensemble, **options):

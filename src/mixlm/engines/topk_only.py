@@ -132,7 +132,7 @@ class TopKOnlySession(Session):
                 return candidates
             if count >= most:
                 raise EngineError(
-                    f"fewer than {enough} of the top {count} tokens of {engine.name} may be sampled",
+                    f"fewer than {enough} of the {count} most likely tokens of {engine.name} may be sampled",
                     "use fewer candidates, or let its server return more of them",
                 )
             count = min(4 * count, most)
@@ -141,6 +141,6 @@ class TopKOnlySession(Session):
 def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:
     """Return the error for what a top-k-only engine cannot do."""
     return UnsupportedError(
-        f"{purpose} needs every token's probability, and {engine.name} returns its top {engine.top_k_limit} only",
+        f"{purpose} needs every token's probability, and {engine.name} returns its {engine.top_k_limit} most likely only",
         "use --engine hf (engine='hf' in mixlm.load)",
     )

@@ -145,7 +145,7 @@ class HttpClient:
             The response, whatever its status, except 429 and 503.
 
         Raises:
-            EngineError: there is no response, the server stays busy, or what it sends is no JSON. It names the server.
+            EngineError: there is no response, the server stays busy, or what it sends is not JSON. It names the server.
         """
         retry_until = time.monotonic() + (0.0 if seconds else self.limits.busy)
         attempts = 0
@@ -263,4 +263,4 @@ def _parse(status: int, content: bytes, base_url: str) -> Any:
         text = content.decode(errors="replace")
         if status >= 400:
             return text[:200]
-        raise EngineError(f"{base_url} answers with what is no JSON: {text[:80]!r}") from None
+        raise EngineError(f"{base_url} sends a response that is not JSON: {text[:80]!r}") from None

@@ -134,9 +134,9 @@ class ModelServer:
             top_tokens = parse_top_tokens(response, self._endpoint.client.base_url)
             return CandidatesResponse(self._endpoint.without_padding(top_tokens), response.get("cached"))
         async with self._slot(session, ids) as slot:
-            found = await self._endpoint.candidates(self.protocol, ids.tolist(), count, slot)
-        await self.identity.check(found.new_connection)
-        return found
+            candidates = await self._endpoint.candidates(self.protocol, ids.tolist(), count, slot)
+        await self.identity.check(candidates.new_connection)
+        return candidates
 
     async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
         """Let it sample tokens itself.

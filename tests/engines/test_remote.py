@@ -141,7 +141,7 @@ def test_a_passing_failure_is_retried(remote, fake, fault):
     [
         (["drop", "drop"], "does not answer: "),
         (["cut", "cut"], "does not answer: "),
-        (["garbage"], "what is no JSON: '<html>so sorry"),
+        (["garbage"], "is not JSON: '<html>so sorry"),
         (["error"], r"refuses \(500\): it broke"),
         (["{}"], "sends a malformed response"),
         (["null"], "sends a malformed response"),

@@ -245,7 +245,7 @@ def test_an_adapter_is_requested_by_its_name(fake, loaded, folder):  # noqa: F81
         ('{"meta_info": null}', "sends a malformed response"),
         ("{}", "sends a malformed response"),
         ("null", "sends a malformed response"),
-        ("garbage", "what is no JSON"),
+        ("garbage", "is not JSON"),
         ("error", r"refuses \(500\): it broke"),
     ],
 )

@@ -9,7 +9,7 @@ from mixlm.cli.options import generation_option, with_shared
 from mixlm.config import METHODS, SamplingConfig
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.server.fields import Common, Extras
+from mixlm.server.request_schemas import CommonFields, Extras
 from mixlm.types import Sampling
 
 
@@ -147,7 +147,7 @@ def test_a_default_that_is_zero_is_shown_and_a_value_that_is_zero_is_set():
 def test_the_http_api_has_the_options_of_the_table():
     by_api = {api: {name for name, spec in OPTIONS.items() if spec.http == api} for api in ("openai", "mixlm")}
     assert by_api["mixlm"] <= Extras.model_fields.keys()
-    assert by_api["openai"] <= Common.model_fields.keys()
+    assert by_api["openai"] <= CommonFields.model_fields.keys()
 
 
 def test_the_old_name_of_an_option_still_works():

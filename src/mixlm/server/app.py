@@ -18,7 +18,6 @@ from mixlm.server.api_errors import ApiError
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.completion_handler import CompletionHandler
 from mixlm.server.fair_threads import FairThreads
-from mixlm.server.fields import ChatBody, Common, CompletionBody, read
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
 from mixlm.server.middleware import RequestMiddleware
@@ -26,6 +25,7 @@ from mixlm.server.model_registry import ModelRegistry
 from mixlm.server.model_thread import ModelThread
 from mixlm.server.openapi import openapi_document
 from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
+from mixlm.server.request_schemas import ChatBody, CommonFields, CompletionBody, parse_body
 from mixlm.server.responses import to_json
 from mixlm.server.tracing import RequestTracer
 
@@ -117,16 +117,16 @@ class ServerApp:
         return _json(self.registry.get(request.path_params["name"]).to_dict())
 
     async def _post_chat_completion(self, request: Request) -> ASGIApp:
-        body = read(ChatBody, await self._read_body(request))
+        body = parse_body(ChatBody, await self._read_body(request))
         await self._build_unit(request, body)
         return self._handler(request, parse_chat(body, self.registry, self.limits))
 
     async def _post_completion(self, request: Request) -> ASGIApp:
-        body = read(CompletionBody, await self._read_body(request))
+        body = parse_body(CompletionBody, await self._read_body(request))
         await self._build_unit(request, body)
         return self._handler(request, parse_completion(body, self.registry, self.limits))
 
-    async def _build_unit(self, request: Request, body: Common) -> None:
+    async def _build_unit(self, request: Request, body: CommonFields) -> None:
         """Build the unit that a request needs, in another thread: other requests do not wait."""
         unit = body.mixlm.unit if body.mixlm is not None else None
         model = self.registry.get(body.model)

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from mixlm.server import response_schemas
-from mixlm.server.fields import ChatBody, CompletionBody
 from mixlm.server.limits import ServerLimits
+from mixlm.server.request_schemas import ChatBody, CompletionBody
 from mixlm.version import __version__
 
 _REFERENCE = "#/components/schemas/{model}"

@@ -12,9 +12,9 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.prompt import Prompt
 from mixlm.server.api_errors import ApiError, unsupported_field
-from mixlm.server.fields import EXTRA_OPTIONS, ChatBody, Common, CompletionBody, Extras
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry, ServedModel
+from mixlm.server.request_schemas import EXTRA_OPTIONS, ChatBody, CommonFields, CompletionBody, Extras
 from mixlm.types import Message
 from mixlm.units.registry import unit_traits
 
@@ -95,7 +95,7 @@ def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: Serv
 
 
 def _parse(
-    body: Common,
+    body: CommonFields,
     registry: ModelRegistry,
     prompts: Sequence[Prompt],
     options: Mapping[str, Any],
@@ -132,7 +132,7 @@ def _parse(
     )
 
 
-def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
+def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
     """Return the options of a request that `Ensemble.settings` lays over the ensemble's defaults."""
     options = dict(options)
     for source, names in ((body, _OPTIONS), (extras, _EXTRA_OPTIONS)):
@@ -161,7 +161,7 @@ def _options(body: Common, extras: Extras, ensemble: Ensemble, options: Mapping[
     return options
 
 
-def _check_method(body: Common, extras: Extras, method: Method, unit: str) -> None:
+def _check_method(body: CommonFields, extras: Extras, method: Method, unit: str) -> None:
     """Raise ApiError for a method that the unit does not support, with the field that selected one of the two."""
     supported = unit_traits(unit).methods
     if method in supported:

@@ -51,7 +51,7 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), _ONE_TEXT),
 }
 
-B = TypeVar("B", bound="Common")
+Body = TypeVar("Body", bound="CommonFields")
 Short = Annotated[str, StringConstraints(max_length=512)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
@@ -142,7 +142,7 @@ class JsonSchema(_Body):
     json_schema: Schema
 
 
-class Common(_Body):
+class CommonFields(_Body):
     """The fields that both endpoints have."""
 
     neutral: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _NEUTRAL
@@ -226,7 +226,7 @@ class ChatMessage(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatBody(Common):
+class ChatBody(CommonFields):
     """A request to /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
@@ -241,7 +241,7 @@ class ChatBody(Common):
         return self
 
 
-class CompletionBody(Common):
+class CompletionBody(CommonFields):
     """A request to /v1/completions: a text, or several, to be continued as they stand."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
@@ -274,9 +274,9 @@ class CompletionBody(Common):
         return self
 
 
-def read(kind: type[B], data: bytes) -> B:
-    """Read a body. Raises ApiError that names the field at fault."""
+def parse_body(schema: type[Body], data: bytes) -> Body:
+    """Validate a JSON body. Raises ApiError, which names the field at fault."""
     try:
-        return kind.model_validate_json(data)
+        return schema.model_validate_json(data)
     except ValidationError as error:
-        raise validation_error(error, {**kind.model_fields, **kind.neutral}) from None
+        raise validation_error(error, {**schema.model_fields, **schema.neutral}) from None

@@ -17,7 +17,7 @@ _MOST = 256
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """Requirements: seconds to the first token for 95 % of completions, and the share of time that machines may work."""
+    """Requirements: seconds to the first token for 95 % of completions, and share of time that machines may work."""
 
     first: float | None = None
     busy: float = 0.85

@@ -300,7 +300,7 @@ def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
 
 def replied(those, strategy, options, monkeypatch, prompts="ab"):
     """What a strategy writes: symbols, members, log-probabilities and why it ended; and the forwards it took."""
-    monkeypatch.setattr("mixlm.ensemble.strategy", lambda *_: strategy)
+    monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: strategy)
     found = those.generate(prompts, raw=True, **options)
     found = found if isinstance(found, list) else [found]
     texts = [([(t.data, t.member) for t in one.tokens], one.finish_reason) for one in found]

@@ -1,19 +1,19 @@
-"""What can go wrong, as one tree.
+"""The errors that mixlm raises, as one tree.
 
-    MixlmError                 anything mixlm says no to; message and hint, exit code 1
-    ├── UsageError             what was asked cannot be; exit code 2
-    │   ├── ConfigError        an ensemble file or an option that does not fit
+    MixlmError                 base: a message and a hint, exit code 1
+    ├── UsageError             the request is not possible; exit code 2
+    │   ├── ConfigError        an invalid ensemble file or option
     │   ├── UnsupportedError   a combination that has no exact meaning, or that a member cannot do
     │   ├── ModelNotFoundError no model of that name or at that path
     │   └── PromptTooLongError more tokens than a member's context holds
-    ├── ModelLoadError         the model is there but cannot be loaded
+    ├── ModelLoadError         the model exists but cannot be loaded
     ├── TokenizerError         a tokenizer whose tokens cannot be mapped to bytes
-    ├── EngineError            an engine or a server does not answer, or not with what was asked
+    ├── EngineError            an engine or a server does not respond, or responds wrongly
     │   └── GenerationInterruptedError  a member failed during generation; carries the completion so far
     ├── DownloadError          a file could not be fetched, or is not the one expected
     └── MemoryLimitError       the device ran out of memory
 
-A message gives the value found and what is allowed; the hint says what to do about it.
+A message gives the value and what is allowed; the hint says what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 
 class MixlmError(Exception):
-    """Base of every error mixlm raises on purpose. `exit_code` is what the command line ends with."""
+    """Base of all errors that mixlm raises. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -38,13 +38,13 @@ class MixlmError(Exception):
 
 
 class UsageError(MixlmError):
-    """What was asked cannot be done as asked."""
+    """The request is not possible."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """An ensemble file or option has a value that is not allowed."""
+    """An ensemble file or an option has a value that is not allowed."""
 
 
 class UnsupportedError(UsageError):
@@ -52,48 +52,51 @@ class UnsupportedError(UsageError):
 
 
 class ModelNotFoundError(UsageError):
-    """No model has that name, and nothing lies at that path."""
+    """There is no model of this name or at this path."""
 
 
 class PromptTooLongError(UsageError):
-    """The prompt has more tokens than a member's context."""
+    """The prompt has more tokens than a member's context holds."""
 
 
 class ModelLoadError(MixlmError):
-    """The model was found but cannot be loaded."""
+    """The model exists but cannot be loaded."""
 
 
 class TokenizerError(MixlmError):
-    """A tokenizer whose ids cannot be mapped to exact bytes."""
+    """The tokens of a tokenizer cannot be mapped to exact bytes."""
 
 
 class EngineError(MixlmError):
-    """An engine, or the server that runs a model, does not answer, or not with what was asked."""
+    """An engine or a server does not respond, or responds wrongly."""
 
 
 class GenerationInterruptedError(EngineError):
-    """A member failed in the middle of a reply. `completion` is what was written until then."""
+    """A member failed during generation. `completion` is what was generated until then."""
 
     def __init__(self, message: str, hint: str | None = None, completion: Any = None) -> None:
         super().__init__(message, hint)
         self.completion = completion
 
 
+ReplyCutError = GenerationInterruptedError  # the old name
+
+
 class DownloadError(MixlmError):
-    """A file could not be fetched, or its checksum is not the expected one."""
+    """A file could not be downloaded, or its checksum is wrong."""
 
 
 class MemoryLimitError(MixlmError):
-    """The device has no memory left."""
+    """The device is out of memory."""
 
 
 def close_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Return up to `limit` of the `known` names that look like `name`, best first."""
-    by_lower = {one.lower(): one for one in known}
-    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
+    """Return at most `limit` of the `known` names that are similar to `name`, the closest first."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Return a hint that names close matches of `name`, or None when nothing is close."""
-    close = close_matches(name, known)
-    return f"did you mean {' or '.join(repr(one) for one in close)}?" if close else None
+    """Return a hint with the known names closest to `name`, None if there is none."""
+    matches = close_matches(name, known)
+    return f"did you mean {' or '.join(repr(match) for match in matches)}?" if matches else None

@@ -5,14 +5,14 @@ import pytest
 from scipy import stats
 from toys import assert_drawn_from, counted
 
-from mixlm.core import rng as noise
+from mixlm.core import rng
 from mixlm.core.rng import Noise
 
 SYMBOLS = np.array([0, 1, 49151, 2**40])
 
 
 @pytest.mark.parametrize(
-    ("one", "gumbel", "coin"),
+    ("noise", "gumbel", "coin"),
     [
         (Noise(0), [-0.08509219704059506, -0.7304409176511977, 0.39128212967631576, -0.9107462914081998], 6),
         (Noise(1, 2, 3), [3.8950838967198407, 1.3505897493882155, 2.116136771335933, 3.7918911715203727], 202),
@@ -20,32 +20,32 @@ SYMBOLS = np.array([0, 1, 49151, 2**40])
         (Noise(2**64 - 1), [0.9950622969195311, 5.185827557174435, 1.0285218267263, 0.7059538761710169], 321),
     ],
 )
-def test_the_noise_of_a_key_never_changes(one, gumbel, coin):
-    np.testing.assert_allclose(one.gumbel(SYMBOLS), gumbel, rtol=1e-12)
-    assert one.choice(np.full(1000, 1e-3)) == coin
+def test_the_noise_of_a_key_never_changes(noise, gumbel, coin):
+    np.testing.assert_allclose(noise.gumbel(SYMBOLS), gumbel, rtol=1e-12)
+    assert noise.coin(np.full(1000, 1e-3)) == coin
 
 
-def test_a_symbol_has_the_same_noise_whoever_asks():
-    one = Noise(3, 1, 4)
+def test_a_symbol_has_the_same_noise_in_any_set_of_symbols():
+    noise = Noise(3, 1, 4)
     some = np.array([7, 70_000, 3])
-    np.testing.assert_array_equal(one.gumbel(some), one.gumbel(np.arange(100_000))[some])
+    np.testing.assert_array_equal(noise.gumbel(some), noise.gumbel(np.arange(100_000))[some])
 
 
 def test_every_part_of_the_key_counts():
     keys = [Noise(0, 0, 0), Noise(1, 0, 0), Noise(0, 1, 0), Noise(0, 0, 1), Noise(1, 1, 0), Noise(0, 1, 1)]
     keys += [Noise(2**63), Noise(2**63 + 1), Noise(2**32), Noise(0, 2**32), Noise(0, 0, 2**32)]
-    assert len({tuple(one.gumbel(SYMBOLS)) for one in keys}) == len(keys)
+    assert len({tuple(noise.gumbel(SYMBOLS)) for noise in keys}) == len(keys)
 
 
 def test_another_position_keeps_seed_and_sequence():
     assert Noise(5, 6, 7).at(8) == Noise(5, 6, 8)
 
 
-def test_more_noise_of_a_position_is_other_noise():
-    one = Noise(5, 6, 7)
-    turns = [one, one.next_round(), one.next_round().next_round(), one.at(8), one.at(8).next_round()]
+def test_rounds_of_a_position_have_different_noise():
+    noise = Noise(5, 6, 7)
+    turns = [noise, noise.next_round(), noise.next_round().next_round(), noise.at(8), noise.at(8).next_round()]
     assert len({tuple(turn.gumbel(SYMBOLS)) for turn in turns}) == len({turn.uniform() for turn in turns}) == 5
-    assert one.next_round().at(7) == one
+    assert noise.next_round().at(7) == noise
 
 
 def test_the_second_draw_of_a_position_says_nothing_about_the_first():
@@ -65,8 +65,8 @@ def keys(count: int, vary: str) -> list[Noise]:
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 def test_coins_follow_their_weights(vary):
     weights = np.array([0.05, 0.5, 0.15, 0.3])
-    many = keys(6_000, vary)
-    assert_drawn_from(counted(lambda i: many[i].coin(weights), len(many)), dict(enumerate(weights)))
+    noises = keys(6_000, vary)
+    assert_drawn_from(counted(lambda i: noises[i].coin(weights), len(noises)), dict(enumerate(weights)))
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
@@ -75,29 +75,29 @@ def test_coins_follow_their_weights(vary):
 )
 def test_draws_follow_their_probabilities(vary, symbols):
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
-    many = keys(6_000, vary)
+    noises = keys(6_000, vary)
     logprobs = np.log(probabilities)
-    counts = counted(lambda i: many[i].sample(symbols, logprobs), len(many))
+    counts = counted(lambda i: noises[i].sample(symbols, logprobs), len(noises))
     assert_drawn_from(counts, dict(enumerate(probabilities)))
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
-def test_a_coin_says_nothing_about_the_draw_after_it(vary):
-    many = keys(6_000, vary)
+def test_coin_and_sample_of_a_position_are_independent(vary):
+    noises = keys(6_000, vary)
     weights, logprobs, symbols = np.full(3, 1 / 3), np.log(np.full(4, 0.25)), np.arange(4)
     table = np.zeros((3, 4))
-    for one in many:
-        table[one.coin(weights), one.sample(symbols, logprobs)] += 1
+    for noise in noises:
+        table[noise.coin(weights), noise.sample(symbols, logprobs)] += 1
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 def test_neighbouring_keys_are_independent(vary):
-    many = keys(6_000, vary)
+    noises = keys(6_000, vary)
     logprobs, symbols = np.log(np.full(4, 0.25)), np.arange(4)
-    drawn = [one.sample(symbols, logprobs) for one in many]
-    coins = [one.coin(np.full(4, 0.25)) for one in many]
-    for first, second in ((drawn[:-1], drawn[1:]), (coins[:-1], coins[1:]), (drawn[:-1], coins[1:])):
+    samples = [noise.sample(symbols, logprobs) for noise in noises]
+    coins = [noise.coin(np.full(4, 0.25)) for noise in noises]
+    for first, second in ((samples[:-1], samples[1:]), (coins[:-1], coins[1:]), (samples[:-1], coins[1:])):
         table = np.zeros((4, 4))
         np.add.at(table, (first, second), 1)
         assert stats.chi2_contingency(table).pvalue > 1e-4
@@ -116,23 +116,23 @@ def test_a_weight_of_zero_is_never_chosen():
         ([1e-300, 0], {0}),
         ([0, 1e-9, 1], {1, 2}),
     ):
-        assert {one.coin(np.array(weights, dtype=float)) for one in keys(500, "position")} <= allowed
+        assert {noise.coin(np.array(weights, dtype=float)) for noise in keys(500, "position")} <= allowed
 
 
 @pytest.mark.parametrize("key", [0, 2**64 - 1])
 def test_the_ends_of_the_range_choose_no_weight_of_zero(key, monkeypatch):
-    monkeypatch.setattr(noise, "_key", lambda *_: key)
+    monkeypatch.setattr(rng, "_key", lambda *_: key)
     assert Noise(0).coin(np.array([0, 0.3, 0.7, 0])) == (1 if key == 0 else 2)
 
 
 def test_weights_need_not_sum_to_one():
-    assert [one.coin(np.array([2.0, 6.0])) for one in keys(100, "seed")] == [
-        one.coin(np.array([0.25, 0.75])) for one in keys(100, "seed")
+    assert [noise.coin(np.array([2.0, 6.0])) for noise in keys(100, "seed")] == [
+        noise.coin(np.array([0.25, 0.75])) for noise in keys(100, "seed")
     ]
 
 
-def _undone(x: int) -> int:
-    """The inverse of SplitMix64's finaliser."""
+def _invert(x: int) -> int:
+    """Invert the finalizer of SplitMix64."""
     mask = 2**64 - 1
     x ^= (x >> 31) ^ (x >> 62)
     x = x * pow(0x94D049BB133111EB, -1, 2**64) & mask
@@ -143,6 +143,6 @@ def _undone(x: int) -> int:
 
 @pytest.mark.parametrize("bits", [0, 2**64 - 1])
 def test_uniform_numbers_never_reach_zero_or_one(bits):
-    key = (_undone(_undone(bits)) - noise._GOLDEN) % 2**64
-    [found] = noise._uniform(key, np.array([0]))
-    assert 0 < found < 1
+    key = (_invert(_invert(bits)) - rng._GOLDEN) % 2**64
+    [uniform] = rng._uniform(key, np.array([0]))
+    assert 0 < uniform < 1

@@ -170,15 +170,15 @@ def gate(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing", "holds no learned router"),
-        ("[]", "holds no learned router"),
-        ("{}", "it lacks 'kind'"),
+        ("nothing", "is not a learned router"),
+        ("[]", "is not a learned router"),
+        ("{}", "'kind' is missing"),
         ('{"kind": "other", "members": ["a"], "matrix": [[1]]}', "its kind is 'other'"),
         ('{"kind": "learned", "members": ["a"], "matrix": [[1]]}', "finite numbers"),
-        ('{"kind": "learned", "members": ["a"], "matrix": [["x"]]}', "holds no learned router"),
+        ('{"kind": "learned", "members": ["a"], "matrix": [["x"]]}', "is not a learned router"),
         (
             f'{{"kind": "learned", "members": ["a"], "matrix": [{[float("nan")] * FEATURES}]}}',
-            "holds no learned router",
+            "is not a learned router",
         ),
     ],
 )

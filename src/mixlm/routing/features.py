@@ -29,7 +29,7 @@ FEATURES = len(WINDOWS) * (_OTHER + 1) + (_OTHER + 1) + len(WINDOWS) + 1
 
 
 def features(text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
-    """Return the features of `text[:place]` for each place: float64 (places, FEATURES)."""
+    """Return the features of `text[:position]` for each position: float64 (positions, FEATURES)."""
     classes = _CLASS_OF[np.frombuffer(text, dtype=np.uint8)]
     counts = (
         _counts_at_end(classes) if len(positions) == 1 and positions[0] == len(text) else _counts(classes, positions)
@@ -44,12 +44,12 @@ def features(text: bytes, positions: npt.NDArray[np.int64]) -> Floats:
     return np.hstack([*shares, last, *filled, np.ones((len(positions), 1))])
 
 
-def _counts(classes: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> list[Floats]:
-    """Return how often each class occurs in each window before each place: a (places, classes) array a window."""
+def _counts(classes: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> list[Floats]:
+    """Count each class in each window before each position: for each window an array (positions, classes)."""
     marks = np.zeros((len(classes) + 1, _OTHER + 1))
     marks[np.arange(1, len(classes) + 1), classes] = 1
     totals = np.cumsum(marks, axis=0)
-    return [totals[places] - totals[np.maximum(places - window, 0)] for window in WINDOWS]
+    return [totals[positions] - totals[np.maximum(positions - window, 0)] for window in WINDOWS]
 
 
 def _counts_at_end(classes: npt.NDArray[np.int64]) -> list[Floats]:

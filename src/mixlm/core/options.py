@@ -253,8 +253,8 @@ class GenerationOptions:
             return replace(_PLAIN, **options)
         if sampling.temperature == 0:
             raise UnsupportedError(
-                f"temperature is 0, and {self.method} samples: the most likely token of a random member is not the most "
-                "likely token of the average",
+                f"temperature is 0, and {self.method} samples: the most likely token of a random member is not the "
+                "most likely token of the average",
                 "use --method greedy",
             )
         return sampling
@@ -273,7 +273,8 @@ class GenerationOptions:
         """Return the sampling that is applied to the average itself, None if there is none."""
         if not self.mix_then_truncate and self.rule is None:
             return None
-        options = {name: value for name, value in {**member, **self.sampling}.items() if name not in _PENALTIES}
+        values = {**member, **self.sampling}
+        options = {name: value for name, value in values.items() if name not in _PENALTIES}
         if self.rule is not None:
             sampling = Sampling(**{**_PUBLISHED[self.rule], **options})
             if self.rule == "unite" and sampling.top_k == 0:

@@ -6,4 +6,4 @@ from mixlm.routing.function import FunctionRouter
 from mixlm.routing.learned import LearnedRouter
 from mixlm.routing.prompt import PromptRouter
 
-__all__ = ["FunctionRouter", "PromptRouter", "PromptContext", "FixedRouter", "LearnedRouter", "Route", "Router"]
+__all__ = ["FixedRouter", "FunctionRouter", "LearnedRouter", "PromptContext", "PromptRouter", "Route", "Router"]

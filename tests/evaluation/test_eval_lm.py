@@ -17,6 +17,8 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError
 from mixlm.evaluation.contexts import generation_options, is_greedy, pack, unpack
 from mixlm.evaluation.lm import EnsembleLM
+from mixlm.generation.generation import Generation, GenerationContext
+from mixlm.generation.prompt import EncodedPrompt
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter, Router
 from mixlm.routing.features import FEATURES
 from mixlm.scoring.score import score
@@ -225,7 +227,7 @@ def test_weights_by_prompt_want_the_whole_prompt() -> None:
     members = [MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)]
     lm = EnsembleLM(Ensemble(members, router=PromptRouter(np.array([0.5, 0.5]))))
     assert lm.loglikelihood([Request(("b" * 60, " the"))]) == [(-np.inf, False)]
-    assert "weights depend on how it is read" in lm.log.entries[0]["error"]
+    assert "weights depend on how it is read" in lm.log.records[0]["error"]
     assert np.isfinite(EnsembleLM(Ensemble(members)).loglikelihood([Request(("b" * 60, " the"))])[0][0])
 
 
@@ -250,7 +252,7 @@ def test_what_is_too_long_is_cut_or_counts_as_wrong() -> None:
     assert lm.loglikelihood([Request(("x", "y" * 40))]) == [(-np.inf, False)]
     lm = EnsembleLM(those)
     assert lm.generate_until([Request((long, {"do_sample": True}))]) == [""]
-    assert "context holds 24" in lm.log.entries[0]["error"]
+    assert "context holds 24" in lm.log.records[0]["error"]
 
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []}
@@ -349,15 +351,13 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
     lm = EnsembleLM(those, options={"method": "conventional", "system": "sing", "seed": 3})
     history = [*HISTORY, {"role": "assistant", "content": "It"}]
     asked: list[tuple[np.ndarray, ...]] = []
-    writer = those.context
+    start = GenerationContext.start
 
-    def noting(settings: Any) -> Any:
-        made = writer(settings)
-        stream = made.start
-        made.start = lambda prompts: (asked.append(prompts.ids), stream(prompts))[1]
-        return made
+    def recording(context: GenerationContext, prompt: EncodedPrompt) -> Generation:
+        asked.append(prompt.ids)
+        return start(context, prompt)
 
-    monkeypatch.setattr(those, "writer", noting)
+    monkeypatch.setattr(GenerationContext, "start", recording)
     lm.generate_until([Request((lm.apply_chat_template(history), SAMPLED))])
     ((first, second),) = asked
     spelled = [b"".join(engines[0].vocabulary.tokens[i] for i in ids).decode() for ids in (first, second)]

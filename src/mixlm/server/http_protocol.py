@@ -22,10 +22,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     head_timeout = 10.0
     max_head_bytes = 1 << 16
     _timer: asyncio.TimerHandle | None = None
-    # Bytes of the current head: of the fields that the parser returned, and of all data since it began.
+    # Of the current head: the bytes of the fields that the parser returned, and of the data that is its alone.
     _field_bytes = 0
     _received_bytes = 0
     _in_head = False
+    _in_message = False
+    _num_heads = 0
 
     def connection_made(self, transport: Any) -> None:
         """Start the timer for the first request."""
@@ -34,8 +36,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Process data; the timer runs while no complete head has arrived."""
-        self._received_bytes = self._received_bytes + len(data) if self._in_head else 0
+        # The parser holds back an incomplete field, so its fields alone do not bound a head.
+        continues, begins, num_heads = self._in_head, not self._in_message, self._num_heads
         super().data_received(data)
+        if continues and self._num_heads == num_heads:
+            self._received_bytes += len(data)
+        else:
+            self._received_bytes = len(data) if begins and self._num_heads == num_heads + 1 else 0
         if self._in_head and self._received_bytes > self.max_head_bytes:
             self.send_400_response("")
         if self.cycle is not None and not self.cycle.response_complete:
@@ -50,7 +57,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start a head."""
-        self._field_bytes, self._in_head = 0, True
+        self._field_bytes, self._in_head, self._in_message = 0, True, True
+        self._num_heads += 1
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -68,9 +76,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_head = False
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._in_message = False
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that cannot be parsed, with 431 if its head is too large, and close the connection."""
-        if max(self._field_bytes, self._received_bytes) <= self.max_head_bytes:
+        too_large = self._field_bytes > self.max_head_bytes or (
+            self._in_head and self._received_bytes > self.max_head_bytes
+        )
+        if not too_large:
             super().send_400_response(msg)
             return
         if self.cycle is None or self.cycle.response_complete:

@@ -70,7 +70,7 @@ def test_words_and_bytes_follow_their_laws_with_options(unit: str, options: dict
 
 def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The law of bytes is not that of the bytes behind a boundary."""
-    monkeypatch.setattr(ByteState, "seam", lambda self, member: len(self))
+    monkeypatch.setattr(ByteState, "forced_boundary", lambda self, member: len(self))
     report = check(ensemble(2, "byte"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2), ("single", 2)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -17,13 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mixlm.server.api_errors import ApiError
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.completion_handler import CompletionHandler
-from mixlm.server.fair_threads import FairThreads
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
 from mixlm.server.middleware import RequestMiddleware
 from mixlm.server.model_registry import ModelRegistry
 from mixlm.server.model_thread import ModelThread
 from mixlm.server.openapi import openapi_document
+from mixlm.server.preparation import RequestPreparer
 from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
 from mixlm.server.request_schemas import ChatBody, CommonFields, CompletionBody, parse_body
 from mixlm.server.responses import to_json
@@ -64,7 +63,7 @@ class ServerApp:
         self.metrics = ServerMetrics()
         self.tracer = tracer
         self.model_thread = ModelThread(limits)
-        self._threads = FairThreads(num_threads=2)
+        self.preparer = RequestPreparer(limits)
         self.metrics.add_gauge("mixlm_writing", "Running generations.", lambda: self.model_thread.num_running)
         self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         routes = self._routes()
@@ -76,7 +75,7 @@ class ServerApp:
     @property
     def has_busy_threads(self) -> bool:
         """Whether threads still run after the server has stopped."""
-        return self.model_thread.is_alive or self._threads.is_busy
+        return self.model_thread.is_alive or self.preparer.is_busy
 
     def _routes(self) -> list[Route]:
         document = to_json(openapi_document(self.limits))
@@ -127,15 +126,12 @@ class ServerApp:
         return self._handler(request, parse_completion(body, self.registry, self.limits))
 
     async def _build_unit(self, request: Request, body: CommonFields) -> None:
-        """Build the unit that a request needs, in another thread: other requests do not wait."""
         unit = body.mixlm.unit if body.mixlm is not None else None
-        model = self.registry.get(body.model)
-        if not model.has_unit(unit):
-            await self._threads.run(request.scope["mixlm.record"].client, partial(model.with_unit, unit))
+        await self.preparer.build_unit(self.registry.get(body.model), unit, request.scope["mixlm.record"].client)
 
     def _handler(self, request: Request, parsed: ParsedRequest) -> ASGIApp:
         record = request.scope["mixlm.record"]
-        return CompletionHandler(parsed, self.model_thread, self._threads, self.metrics, self.limits, record)
+        return CompletionHandler(parsed, self.model_thread, self.preparer, self.metrics, self.limits, record)
 
     async def _get_health(self, _request: Request) -> Response:
         problem = self._model_problem()

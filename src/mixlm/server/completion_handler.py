@@ -18,12 +18,11 @@ from contextlib import asynccontextmanager, suppress
 from starlette.types import Message, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError, to_api_error
-from mixlm.server.fair_threads import FairThreads
 from mixlm.server.jobs import GenerationStarted, Job, JobCancelled, JobEvent, JobFailed, JobQueued, TokensGenerated
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.model_thread import ModelThread
-from mixlm.server.preparation import prepare
+from mixlm.server.preparation import RequestPreparer
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.request_record import RequestRecord
 from mixlm.server.responses import DONE, ResponseBuilder, server_sent_event, to_json
@@ -49,14 +48,14 @@ class CompletionHandler:
         self,
         request: ParsedRequest,
         model_thread: ModelThread,
-        threads: FairThreads,
+        preparer: RequestPreparer,
         metrics: ServerMetrics,
         limits: ServerLimits,
         record: RequestRecord,
     ) -> None:
         self._request = request
         self._model_thread = model_thread
-        self._threads = threads
+        self._preparer = preparer
         self._metrics = metrics
         self._limits = limits
         self._record = record
@@ -86,7 +85,7 @@ class CompletionHandler:
         """Hand the generations to the model thread; errors become an event of the job."""
         job = self._job
         try:
-            generations = await prepare(self._request, job.client, self._threads, self._limits, lambda: job.cancelled)
+            generations = await self._preparer.prepare(self._request, job.client, lambda: job.cancelled)
         except Exception as error:
             self._model_thread.fail(job, error)
         else:

@@ -9,44 +9,67 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from mixlm.config import UnitName
 from mixlm.generation.generation import Generation
 from mixlm.server.api_errors import ApiError
 from mixlm.server.fair_threads import FairThreads
 from mixlm.server.limits import ServerLimits
+from mixlm.server.model_registry import ServedModel
 from mixlm.server.request_parsing import GenerationTask, ParsedRequest
 from mixlm.server.schema_check import check_grammar
 
+_NUM_THREADS = 2
 
-async def prepare(
-    request: ParsedRequest, client: str, threads: FairThreads, limits: ServerLimits, is_cancelled: Callable[[], bool]
-) -> list[Generation]:
-    """Return the generations of a request, which have not begun.
+
+class RequestPreparer:
+    """Prepares requests; clients take turns. Schemas have threads of their own: prompts do not wait for them.
 
     Args:
-        request: The request.
-        client: Who sent it; clients take turns in the threads.
-        threads: Where the work runs.
-        limits: How much work there may be.
-        is_cancelled: Called in a thread between two prompts; True stops the work.
-
-    Raises:
-        ApiError: The prompts take too long to encode.
-        MixlmError: The ensemble refuses the schema, a prompt or an option.
+        limits: How much work a request may cause.
     """
-    schema = request.tasks[0].settings.json_schema
-    if schema is not None:
-        check = partial(check_grammar, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
-        await threads.run(client, partial(request.ensemble.grammars.for_schema, schema, check))
-    try:
-        encode = partial(_encode, request, is_cancelled)
-        return await threads.run(client, encode, timeout=limits.encode_timeout)
-    except TimeoutError:
-        raise ApiError(
-            400,
-            f"the prompt takes longer than {limits.encode_timeout:g} s to encode",
-            param="messages" if request.kind == "chat" else "prompt",
-            code="prompt_too_complex",
-        ) from None
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._schema_threads = FairThreads(_NUM_THREADS)
+        self._prompt_threads = FairThreads(_NUM_THREADS)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any of the threads runs."""
+        return self._schema_threads.is_busy or self._prompt_threads.is_busy
+
+    async def build_unit(self, model: ServedModel, unit: UnitName | None, client: str) -> None:
+        """Build the unit that a request needs, unless it is there. Raises ApiError for one that does not exist."""
+        if not model.has_unit(unit):
+            await self._schema_threads.run(client, partial(model.with_unit, unit))
+
+    async def prepare(self, request: ParsedRequest, client: str, is_cancelled: Callable[[], bool]) -> list[Generation]:
+        """Return the generations of a request, which have not begun.
+
+        Args:
+            request: The request.
+            client: Who sent it.
+            is_cancelled: Called in a thread between two prompts; True stops the work.
+
+        Raises:
+            ApiError: The prompts take too long to encode.
+            MixlmError: The ensemble refuses the schema, a prompt or an option.
+        """
+        limits = self._limits
+        schema = request.tasks[0].settings.json_schema
+        if schema is not None:
+            check = partial(check_grammar, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
+            await self._schema_threads.run(client, partial(request.ensemble.grammars.for_schema, schema, check))
+        try:
+            encode = partial(_encode, request, is_cancelled)
+            return await self._prompt_threads.run(client, encode, timeout=limits.encode_timeout)
+        except TimeoutError:
+            raise ApiError(
+                400,
+                f"the prompt takes longer than {limits.encode_timeout:g} s to encode",
+                param="messages" if request.kind == "chat" else "prompt",
+                code="prompt_too_complex",
+            ) from None
 
 
 def _encode(request: ParsedRequest, is_cancelled: Callable[[], bool]) -> list[Generation]:

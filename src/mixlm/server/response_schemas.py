@@ -1,7 +1,8 @@
 """The JSON bodies of responses, as types: type checkers use them, and the OpenAPI document is generated from them.
 
 They are TypedDicts, and not pydantic models, for speed: every token of a stream is a body. Building and serialising a
-chunk takes 2 µs as a dict by pydantic_core, 13 µs as a dict by `json`, and 21 µs as a pydantic model.
+chunk takes 2 µs as a dict by pydantic_core, 13 µs as a dict by `json`, and 21 µs as a pydantic model (CPython 3.11, one
+core of a server); FastAPI would add its own validation of each response.
 """
 
 from __future__ import annotations

@@ -116,7 +116,6 @@ def test_nothing_in_front_of_a_text_says_nothing_about_its_beginning():
 
 def test_a_space_that_a_tokenizer_adds_belongs_to_the_first_token():
     one = speaking("llama2", 0)
-    one.prompts._leading_space = "always"
     found = ensemble([one]).generate("river bank", raw=True, score_prompt=True, max_tokens=0)
     assert "".join(one.text for one in found.prompt) == "river bank"
     ids = one.prompts.raw("river bank")

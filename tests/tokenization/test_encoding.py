@@ -244,7 +244,7 @@ def test_a_leading_space_at_the_first_place_only_is_known():
 @example(text="  two")
 def test_a_raw_prompt_has_the_ids_of_the_tokenizer_itself(name, text):
     plain = encoder(trained(name))
-    raw = PromptEncoder(plain, {}, lambda _: "", leading_space=plain.leading_space).raw(text)
+    raw = PromptEncoder(plain, {}, lambda _: "").raw(text)
     assert raw.tolist() == trained(name).encode(text, add_special_tokens=False).ids
 
 

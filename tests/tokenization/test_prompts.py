@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
-from trained import SPECIAL, encoder, trained
+from tokenizers import Tokenizer, normalizers
+from trained import ALL, SPECIAL, encoder, trained
 
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.incremental import Encoded
@@ -75,19 +78,77 @@ def test_a_raw_text_begins_as_the_tokenizer_begins_and_has_no_special_tokens():
     assert spelled(prompts.raw("")) == "{7}{8}"
 
 
-@pytest.mark.parametrize(
-    ("rule", "chat", "raw"),
-    [
-        ("never", "pre{1}user\nx{2}\n{1}assistant\n", "a"),
-        ("first", " pre{1}user\nx{2}\n{1}assistant\n", " a"),
-        ("always", " pre{1} user\nx{2} \n{1} assistant\n", " a"),
-    ],
-)
-def test_a_leading_space_is_where_the_tokenizer_adds_it(rule, chat, raw):
-    prompts = PromptEncoder(Characters(), CHATML, lambda m: "pre" + chatml(m), leading_space=rule)
-    assert spelled(prompts.chat([Message("user", "x")])) == chat
-    assert spelled(prompts.raw("a")) == raw
-    assert spelled(prompts.raw("")) == ""
+FLAGS = [
+    {},
+    {"rstrip": True},
+    {"lstrip": True},
+    {"lstrip": True, "rstrip": True},
+    {"single_word": True},
+    {"normalized": True},
+    {"normalized": True, "rstrip": True, "single_word": True},
+]
+CONVERSATIONS = [
+    [Message("user", "x")],
+    [Message("user", "  Why?\n"), Message("assistant", "So  "), Message("user", "\tReally 12345 e\u0301 ▁")],
+    [Message("system", "Be brief."), Message("user", "")],
+]
+
+
+def spaced(messages) -> str:
+    """A template that writes spaces and letters at special tokens."""
+    turns = "".join(f" <s>  {message.role}x</s>y <|im_start|>\n {message.content} <|im_end|>\n" for message in messages)
+    return f"pre{turns}<s> "
+
+
+def flagged(name: str, flags: dict[str, bool]) -> Tokenizer:
+    """A trained tokenizer whose special tokens have other flags."""
+    tokenizer = json.loads(trained(name).to_str())
+    for token in tokenizer["added_tokens"]:
+        token.update(flags if token["special"] else {})
+    return Tokenizer.from_str(json.dumps(tokenizer))
+
+
+def prompt_encoder(tokenizer: Tokenizer, render) -> PromptEncoder:
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return PromptEncoder(encoder(tokenizer), special, render)
+
+
+@pytest.mark.parametrize("render", [chatml, spaced])
+@pytest.mark.parametrize("flags", FLAGS, ids="-".join)
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_has_the_ids_of_the_tokenizer_itself(name, flags, render):
+    tokenizer = flagged(name, flags)
+    prompts = prompt_encoder(Tokenizer.from_str(tokenizer.to_str()), render)
+    for messages in CONVERSATIONS:
+        expected = tokenizer.encode(render(messages), add_special_tokens=False).ids
+        assert prompts.chat(messages).tolist() == expected
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids="-".join)
+@pytest.mark.parametrize("name", ALL)
+def test_typed_special_tokens_are_text_beside_those_of_the_template(name, flags):
+    tokenizer = flagged(name, flags)
+    prompts = prompt_encoder(tokenizer, spaced)
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    typed, plain = (
+        [i for i in prompts.chat([Message("user", content)]).tolist() if i in special]
+        for content in ("a <|im_end|> </s>b", "a b")
+    )
+    unknown = tokenizer.token_to_id("<unk>")
+    assert [i for i in typed if i != unknown] == [i for i in plain if i != unknown]
+
+
+def test_what_a_normalizer_turns_into_a_special_token_is_text():
+    tokenizer = flagged("gpt4", {"normalized": True})
+    tokenizer.normalizer = normalizers.NFKC()
+    prompts = prompt_encoder(tokenizer, chatml)
+    fullwidth = "".join(chr(ord(character) + 0xFEE0) for character in "<|im_end|>")
+    ids = prompts.chat([Message("user", f"a {fullwidth} b")]).tolist()
+    assert [tokenizer.id_to_token(i) for i in ids if i in tokenizer.get_added_tokens_decoder()] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
 
 
 def test_text_that_is_not_unicode_is_replaced():
@@ -101,7 +162,7 @@ def test_with_a_trained_tokenizer_typed_special_tokens_are_text(name):
     tokenizer = trained(name)
     special = {spelling: tokenizer.token_to_id(spelling) for spelling in SPECIAL}
     plain_encoder = encoder(tokenizer)
-    prompts = PromptEncoder(plain_encoder, special, chatml, leading_space=plain_encoder.leading_space)
+    prompts = PromptEncoder(plain_encoder, special, chatml)
     ids = prompts.chat([Message("user", "end it: <|im_end|></s>")]).tolist()
     assert [i for i in ids if i in special.values()] == [
         special[spelling] for spelling in ("<|im_start|>", "<|im_end|>", "<|im_start|>")

@@ -104,6 +104,47 @@ def test_a_token_outside_the_byte_alphabet_is_refused():
         token_bytes(Tokenizer(models.BPE({"a b": 0}, [])), TokenizerFamily.BYTE_LEVEL, "x")
 
 
+def _bytes_without_a_space() -> Tokenizer:
+    names = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _changed(name: str, change) -> Tokenizer:
+    tokenizer = trained(name)
+    change(tokenizer)
+    return tokenizer
+
+
+def _in_parts(tokenizer: Tokenizer) -> None:
+    parts = [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+
+
+def _words_apart(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "shown"),
+    [
+        (_bytes_without_a_space(), "has no token for the space: it would read and write '▁'"),
+        (_changed("gpt2", lambda t: setattr(t.model, "dropout", 0.1)), "drops merges at random"),
+        (_changed("gpt2", lambda t: setattr(t.model, "end_of_word_suffix", "</w>")), "carry the mark '</w>'"),
+        (_changed("gpt2", lambda t: setattr(t.model, "continuing_subword_prefix", "##")), "carry the mark '##'"),
+        (_changed("gpt2", _in_parts), "ByteLevel pre-tokenizer puts a space in front of every part that Digits leaves"),
+        (_changed("unigram", _words_apart), "Metaspace pre-tokenizer puts a space .* WhitespaceSplit leaves"),
+        (_changed("unigram", lambda t: setattr(t, "decoder", decoders.Metaspace("_"))), "decodes .* as "),
+    ],
+)
+def test_a_tokenizer_whose_tokens_do_not_tell_the_text_is_refused(tokenizer, shown):
+    with pytest.raises(TokenizerError, match=f"the tokenizer of x .*{shown}"):
+        token_bytes(tokenizer, detect_family(describe(tokenizer), "x"), "x")
+
+
 def test_added_tokens_that_are_not_special_are_text():
     tokenizer = trained("tools")
     tokens, _ = token_bytes(tokenizer, TokenizerFamily.BYTE_LEVEL, "tools")

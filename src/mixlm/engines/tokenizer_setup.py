@@ -7,7 +7,7 @@ Every engine that runs a model sets up its tokenizer here, whatever runs the wei
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,29 @@ from typing import Any
 
 from mixlm.engines.base import TextInterface
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import ConfigError, MixlmError, ModelLoadError, TokenizerError
+from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
+from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
+from mixlm.tokenization.template_renderer import ChatTemplate
+from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_tokenizer
+from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
 from mixlm.tokenization.vocabulary import TokenizerFamily, Vocabulary, describe, detect_family, token_bytes
 from mixlm.types import Message
-
-_PROBE = "0123456789"
 
 
 @dataclass(frozen=True)
 class TokenizerSetup:
     """A tokenizer and what is known of its tokens, whatever prompts it is used for.
 
-    tokens: bytes of each id. names: its spelling. special_ids: those that no text encodes to. special_tokens: the id of
-    each special token by its spelling. begin: ids in front of a text. ends: ends of text by the model's configuration.
+    source: folder or hub id. name: of the model, for messages. tokens: bytes of each id. names: its spelling.
+    special_ids: those that no text encodes to. special_tokens: the id of each special token by its spelling. begin: ids
+    in front of a text. ends: ends of text by the model's configuration.
     """
 
-    tokenizer: Any
+    source: str
+    name: str
+    tokenizer: FolderTokenizer
     family: TokenizerFamily
     encoder: TokenizerEncoder
     tokens: Mapping[int, bytes]
@@ -44,7 +49,11 @@ class TokenizerSetup:
 
     @classmethod
     def load(
-        cls, source: str, name: str, memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        cls,
+        source: str,
+        name: str,
+        memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        template: str | None = None,
     ) -> TokenizerSetup:
         """Load a tokenizer from a folder or a hub id.
 
@@ -52,19 +61,29 @@ class TokenizerSetup:
             source: folder or hub id.
             name: of the model, for messages.
             memory_errors: translates errors that mean that memory ran out.
+            template: what a member has in place of the model's chat template.
 
         Raises:
             ModelLoadError: it cannot be loaded.
+            TemplateError: the chat template is broken.
             TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
         """
         tokenizer = load_tokenizer(source, name, memory_errors)
-        conversion_notes = _conversion_notes(source)
-        backend = tokenizer.backend_tokenizer
+        notes = _conversion_notes(source)
+        backend = tokenizer.backend
         family = detect_family(describe(backend), name)
-        _make_special(backend, conversion_notes.get("control", []))
+        ends = [*notes.get("ends", []), *configured_end_ids(source)]
+        control = [*notes.get("control", []), *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
+        for source_text in (tokenizer.chat_template, template):
+            if source_text is not None:
+                render = _compiled(tokenizer, source_text, name).render
+                control += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
+        _make_special(backend, control)
         tokens, special_ids = token_bytes(backend, family, name)
         begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
         return cls(
+            source,
+            name,
             tokenizer,
             family,
             TokenizerEncoder(backend, family),
@@ -73,7 +92,7 @@ class TokenizerSetup:
             special_ids,
             {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
             begin,
-            [*conversion_notes.get("ends", []), *configured_end_ids(source)],
+            ends,
         )
 
     def text_interface(
@@ -87,49 +106,91 @@ class TokenizerSetup:
             end_ids: the model's own ends of text, besides those of the tokenizer and the configuration.
             notes: what a user should know about the model.
         """
-        renderer = _Renderer(self.tokenizer, spec.template, self.begin)
-        own_ends = {*as_ids(self.tokenizer.eos_token_id), *self.ends, *renderer.end_of_turn(self.special_tokens)}
-        prompts = PromptEncoder(self.encoder, self.special_tokens, renderer, self.begin, self.encoder.leading_space)
+        template, plain = self._chat_template(spec)
+        if spec.template is not None and not self.special_tokens.keys() >= set(
+            turn_tokens(template.render, self.tokenizer.backend)
+        ):
+            return TokenizerSetup.load(self.source, self.name, template=spec.template).text_interface(
+                spec, vocab_size, end_ids, notes
+            )
+        after_response = "" if plain else text_after_response(template.render)
+        end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
+        end_of_text = self.tokenizer.named_id("eos_token")
+        own_ends = {*as_ids(end_of_text), *self.ends, *end_of_turn}
+        renderer = ConversationRenderer(template.render, spec.name)
+        prompts = PromptEncoder(self.encoder, self.special_tokens, renderer, self.begin)
         prompts.system = spec.system
-        plain = f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt"
+        notes = [*notes, *self._template_notes(spec, renderer, plain=plain)]
         return TextInterface(
             Vocabulary.of(self.tokens, vocab_size, {*own_ends, *end_ids}, self.special_ids, self.names),
             self.encoder,
             prompts,
-            PLAIN_STOPS if renderer.plain else (),
+            PLAIN_STOPS if plain else (),
             {
                 "family": self.family.value,
                 "normaliser": self.encoder.normalizers,
                 "leading space": self.encoder.leading_space,
-                "template": "given" if spec.template is not None else "plain" if renderer.plain else "its own",
+                "template": "given" if spec.template is not None else "plain" if plain else "its own",
             },
-            (*notes, plain) if renderer.plain else tuple(notes),
+            tuple(notes),
         )
+
+    def _chat_template(self, spec: EngineSpec) -> tuple[ChatTemplate, bool]:
+        """Return a member's chat template, and whether it is the plain one, for want of another."""
+        source = spec.template if spec.template is not None else self.tokenizer.chat_template
+        if source is not None:
+            return _compiled(self.tokenizer, source, spec.name), False
+        # The plain template begins with what the tokenizer itself puts in front of a text.
+        begin = "".join(self.tokenizer.backend.id_to_token(i) for i in self.begin)
+        return ChatTemplate(PLAIN_TEMPLATE, {"bos_token": begin}, f"the plain prompt of {spec.name}"), True
+
+    def _template_notes(self, spec: EngineSpec, renderer: ConversationRenderer, *, plain: bool) -> list[str]:
+        """Return what a user should know about the chat template."""
+        if plain:
+            return [f"{spec.name} has no chat template: it gets a plain 'Question: … Answer:' prompt"]
+        try:
+            renderer([Message("user", PROBE)])
+        except TemplateError as error:
+            return [f"{spec.name} takes no messages, only --raw text: {error.message}"]
+        return []
 
 
 def load_tokenizer(
     source: str, name: str, memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext
-) -> Any:
+) -> FolderTokenizer:
     """Load the fast tokenizer of a folder or a hub id: see `TokenizerSetup.load`."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
         with memory_errors(name):
-            if (Path(source) / "tokenizer.json").is_file():
+            if (Path(source) / TOKENIZER_FILE).is_file():
                 # The file is complete; the class that a model names would only rebuild it, slowly.
-                return PreTrainedTokenizerFast.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+                return read_tokenizer(Path(source))
+            return _converted_tokenizer(source, name)
     except MixlmError:
         raise
     except Exception as error:
         raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
+
+
+def _converted_tokenizer(source: str, name: str) -> FolderTokenizer:
+    """Load the tokenizer of a folder without `tokenizer.json`, or of a hub id, by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise TokenizerError(f"the tokenizer of {name} has no fast form ({type(tokenizer).__name__})")
     if (file := Path(source) / "tokenizer.model").is_file():
         from mixlm.tokenization.sentencepiece import restore_leading_space
 
         restore_leading_space(tokenizer.backend_tokenizer, file)
-    return tokenizer
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return FolderTokenizer(tokenizer.backend_tokenizer, tokenizer.special_tokens_map, template)
+
+
+def _compiled(tokenizer: FolderTokenizer, source: str, name: str) -> ChatTemplate:
+    """Return a member's chat template, ready to render."""
+    own = source == tokenizer.chat_template and tokenizer.template_file
+    origin = f"the chat template of {name}" + (f" ({tokenizer.template_file})" if own else "")
+    return ChatTemplate(source, tokenizer.named, origin)
 
 
 def configured_end_ids(source: str) -> list[int]:
@@ -138,15 +199,24 @@ def configured_end_ids(source: str) -> list[int]:
     Args:
         source: folder or hub id.
     """
+    if Path(source).is_dir():
+        files = (Path(source) / name for name in ("config.json", "generation_config.json"))
+        configs: list[Any] = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
+        return [
+            i
+            for config in configs
+            for part in (config, config.get("text_config") or {})
+            for i in as_ids(part.get("eos_token_id"))
+        ]
     from transformers import AutoConfig, GenerationConfig
 
     end_ids: list[int] = []
     for reader in (AutoConfig, GenerationConfig):
         try:
-            config = reader.from_pretrained(source)
+            hub_config = reader.from_pretrained(source)
         except (OSError, ValueError):  # there is none, or transformers does not know the architecture
             continue
-        end_ids += as_ids(getattr(config, "eos_token_id", None))
+        end_ids += as_ids(getattr(hub_config, "eos_token_id", None))
     return end_ids
 
 
@@ -160,75 +230,27 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class _Renderer:
-    """Renders messages by a chat template. plain: the tokenizer has none."""
-
-    def __init__(self, tokenizer: Any, template: str | None, begin: Sequence[int]) -> None:
-        self.plain = template is None and not tokenizer.chat_template
-        self._template = PLAIN_TEMPLATE if self.plain else template
-        self._tokenizer = tokenizer
-        if self.plain:
-            # The plain template begins with what the tokenizer itself puts in front of a text.
-            self._bos = "".join(tokenizer.convert_ids_to_tokens(list(begin)))
-
-    def __call__(self, messages: Sequence[Message]) -> str:
-        """Render up to where the response begins.
-
-        Where a template allows no system message, it is joined to the first user message.
-        """
-        from jinja2 import TemplateError
-
-        if not messages:
-            raise ConfigError("the conversation has no messages", "give at least one message of the user")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._render(turns, add_generation_prompt=True)
-        except TemplateError as error:
-            if len(turns) > 1 and turns[0]["role"] == "system":
-                joined = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-                try:
-                    return self._render([joined, *turns[2:]], add_generation_prompt=True)
-                except TemplateError:
-                    pass
-            raise ConfigError(f"the prompt template refuses these messages: {error}") from error
-
-    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        options: dict[str, Any] = {"bos_token": self._bos} if self.plain else {}
-        rendered: str = self._tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
-        return rendered
-
-    def end_of_turn(self, special_tokens: dict[str, int]) -> set[int]:
-        """Return the special token that the template writes right behind a response, if there is one."""
-        from jinja2 import TemplateError
-
-        if self.plain:
-            return set()
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            rest = self._render(turns, add_generation_prompt=False).rpartition(_PROBE)[2].lstrip()
-        except TemplateError:
-            return set()
-        return {i for spelling, i in special_tokens.items() if rest.startswith(spelling)}
-
-
-def _begin_ids(tokenizer: Any) -> list[int]:
+def _begin_ids(tokenizer: FolderTokenizer) -> list[int]:
     """Return the ids that the tokenizer puts in front of a text."""
-    ids: list[int] = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
-    if ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+    ids: list[int] = tokenizer.backend.encode("", add_special_tokens=True).ids
+    if ids and ids[-1] == tokenizer.named_id("eos_token") != tokenizer.named_id("bos_token"):
         ids = ids[:-1]
     return ids
 
 
-def _make_special(backend: Any, special_ids: Sequence[int]) -> None:
+def _make_special(backend: Any, ids: Iterable[int]) -> None:
     """Mark special tokens that the tokenizer's own file lists as text."""
     from tokenizers import AddedToken
 
     added = backend.get_added_tokens_decoder()
-    unmarked = [i for i in special_ids if i not in added or not added[i].special]
-    names = [backend.id_to_token(i) for i in unmarked]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names if name])
+    tokens = []
+    for i in dict.fromkeys(ids):
+        name = backend.id_to_token(i)
+        if name and not (i in added and added[i].special):
+            token = added.get(i) or AddedToken(name, normalized=False)
+            token.special = True
+            tokens.append(token)
+    backend.add_special_tokens(tokens)
 
 
 def _conversion_notes(source: str) -> dict[str, Any]:

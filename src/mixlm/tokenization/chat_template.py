@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from mixlm.errors import ConfigError
-from mixlm.tokenization.incremental import Encoder, LeadingSpace
+from mixlm.tokenization.incremental import Encoder, TokenizerEncoder
 from mixlm.types import Ids, Message
 
 # For models without a template: a base model continues a question and the beginning of an answer best.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
-    "{%- if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}Question: {{ message.content }}{{ '\n' }}"
+    "{%- if message.role == 'system' %}{{ message.content }}{{ '\n\n' }}"
+    "{%- elif message.role == 'user' %}Question: {{ message.content }}{{ '\n' }}"
     "{%- elif message.role == 'assistant' %}Answer: {{ message.content }}\n\n{% endif %}"
     "{%- endfor %}Answer:"
 )
@@ -41,7 +41,6 @@ class PromptEncoder:
         special_tokens: Spelling and id of every special token.
         render: Renders messages by the chat template, up to where the completion begins.
         begin: Ids in front of a raw text: a BOS token or nothing.
-        leading_space: Where the tokenizer adds a space.
 
     Attributes:
         system: This member's own system message, in front of that of a conversation.
@@ -55,13 +54,11 @@ class PromptEncoder:
         special_tokens: Mapping[str, int],
         render: Render,
         begin: Sequence[int] = (),
-        leading_space: LeadingSpace = "never",
     ) -> None:
         self._encoder = encoder
         self._special_tokens = dict(special_tokens)
         self._render = render
         self._begin = list(begin)
-        self._leading_space = leading_space
         self._pattern = re.compile(_longest_of(self._special_tokens))
         # The rest of a spelling is looked at and not consumed, so that one inside another is found too.
         self._breakable = re.compile(
@@ -73,39 +70,42 @@ class PromptEncoder:
         if self.system is not None:
             systems = [message.content for message in messages[:1] if message.role == "system"]
             messages = [Message("system", "\n\n".join([self.system, *systems])), *messages[len(systems) :]]
-        mark = _unused_character("".join(message.content for message in messages))
+        mark = unused_character("".join(message.content for message in messages))
         safe = [replace(message, content=self._escaped(message.content, mark)) for message in messages]
         return self._rendered_ids(self._render(safe), mark)
 
     def _escaped(self, text: str, mark: str) -> str:
         """Put the mark after the first character of every spelling of a special token, overlapping ones included."""
-        return self._breakable.sub(lambda match: match[2] + mark, text)
+        escaped = self._breakable.sub(lambda match: match[2] + mark, text)
+        if isinstance(self._encoder, TokenizerEncoder) and self._encoder.spells_special(escaped):
+            return re.sub(r"(?<=\S)(?=\S)", mark, text)
+        return escaped
 
     def raw(self, text: str) -> Ids:
         """Return the ids of a text to be continued as it stands, int64 (n,); nothing in it is a special token."""
-        return np.array([*self._begin, *self._text_ids(text, first=True)], dtype=np.int64)
+        return np.array([*self._begin, *self._text_ids(text)], dtype=np.int64)
 
     def prefix(self, end_ids: Collection[int]) -> list[int]:
         """Return the ids in front of a text that is scored without a prompt: BOS, or end-of-text if there is none."""
         return self._begin or sorted(end_ids)[:1]
 
     def _rendered_ids(self, rendered: str, mark: str) -> Ids:
+        if isinstance(self._encoder, TokenizerEncoder):
+            return np.array(self._encoder.conversation(rendered, mark), dtype=np.int64)
         ids: list[int] = []
         start = 0
         for match in self._pattern.finditer(rendered):
-            ids += self._text_ids(rendered[start : match.start()].replace(mark, ""), first=start == 0)
+            ids += self._text_ids(rendered[start : match.start()].replace(mark, ""))
             ids.append(self._special_tokens[match[0]])
             start = match.end()
-        ids += self._text_ids(rendered[start:].replace(mark, ""), first=start == 0)
+        ids += self._text_ids(rendered[start:].replace(mark, ""))
         return np.array(ids, dtype=np.int64)
 
-    def _text_ids(self, text: str, *, first: bool) -> list[int]:
+    def _text_ids(self, text: str) -> list[int]:
         if not text:
             return []
-        rule = self._leading_space
-        adds_space = rule in ("always", "doubled") or (rule == "first" and first)
-        if adds_space and (rule == "doubled" or not text.startswith(" ")):
-            text = " " + text
+        if isinstance(self._encoder, TokenizerEncoder):
+            return self._encoder.prompt(text, first=True)
         return self._encoder.encode(text.encode(errors="replace")).ids
 
 
@@ -127,7 +127,7 @@ def _longest_of(spellings: Iterable[str]) -> str:
     return source(root) or "(?!)"
 
 
-def _unused_character(text: str) -> str:
+def unused_character(text: str) -> str:
     """Return a private-use character that the text does not contain.
 
     Raises:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, cast
-from unicodedata import category
 
-from mixlm.tokenization.vocabulary import SPACE, TokenizerFamily, byte_alphabet, describe, flatten_component
+from mixlm.tokenization.boundaries import Boundaries
+from mixlm.tokenization.vocabulary import TokenizerFamily, byte_alphabet, describe, flatten_component, load_component
 
 # Where a tokenizer adds a space: nowhere; in front of a text; also after every special token; or there even if the text
 # already begins with a space.
@@ -104,33 +103,87 @@ def utf8_runs(data: bytes) -> tuple[list[tuple[str | None, bytes]], bytes]:
 
 
 class TokenizerEncoder:
-    """The encoder of a `tokenizers.Tokenizer`, which it changes: no special tokens in text, no space added in front.
+    """The encoder of a `tokenizers.Tokenizer`: no special tokens in text, no space added in front.
 
     Text that a member reads continues a prompt, so the leading space that some SentencePiece tokenizers add to a
-    sentence has no place in it. leading_space: where the tokenizer would add one, for prompts. normalizers: the names
-    of the normalizers that change a text before it is encoded, or "none".
+    sentence has no place in it; prompts have it. leading_space: where the tokenizer would add one. normalizers: the
+    names of the normalizers that change a text before it is encoded, or "none".
     """
 
     leading_space: LeadingSpace
     normalizers: str
 
     def __init__(self, tokenizer: Any, kind: TokenizerFamily) -> None:
-        from tokenizers import processors
-
-        tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.leading_space = _take_leading_space(tokenizer)
+        tokenizer.encode_special_tokens = False
+        self._chat_tokenizer = tokenizer
+        # Without a post-processor, which trims spaces from offsets and so hides boundaries.
+        self._prompt_tokenizer, self._tokenizer = _without_special_tokens(tokenizer), _without_special_tokens(tokenizer)
+        self.leading_space = _take_leading_space(self._tokenizer)
         self.normalizers = ", ".join(_changes(tokenizer)) or "none"
-        # A post-processor adds ids for prompts, and trims spaces from offsets, which hides boundaries.
-        tokenizer.post_processor = processors.Sequence([])
-        self._tokenizer = tokenizer
         self._byte_ids = _byte_ids(tokenizer, kind)
         byte_level = kind is TokenizerFamily.BYTE_LEVEL
-        self._boundary = _PretokenBoundaries(tokenizer) if byte_level else _PairBoundaries(tokenizer)
-        self._byte_characters = {b: c for c, b in byte_alphabet().items()} if byte_level else None
+        self._boundaries = Boundaries(self._tokenizer, byte_level=byte_level)
+        # A normalizer that spells bytes cannot be applied to parts of a character.
+        whole_characters = "ByteLevel" in self.normalizers
+        self._byte_characters = (
+            {b: c for c, b in byte_alphabet().items()} if byte_level and not whole_characters else None
+        )
         self._unknown = _unknown_id(tokenizer)
         self._lookalikes = _lookalike_pattern(tokenizer)
+        self._special = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def prompt(self, text: str, *, first: bool) -> list[int]:
+        """Return the ids of a part of a prompt without special tokens, with a leading space where there is to be one.
+
+        first: whether it is the beginning; other parts follow a special token.
+        """
+        text = text.encode(errors="replace").decode()
+        anew = first or self.leading_space != "first"
+        tokenizer = self._prompt_tokenizer if anew else self._tokenizer
+        ids = self._lookalike_ids(tokenizer, text)
+        return list(tokenizer.encode(text, add_special_tokens=False).ids) if ids is None else ids
+
+    def conversation(self, rendered: str, mark: str) -> list[int]:
+        """Return the ids of a rendered conversation: those of the tokenizer itself, special tokens included.
+
+        Args:
+            rendered: the prompt.
+            mark: a character that breaks spellings of special tokens that are text; it is no part of the prompt.
+        """
+        rendered = rendered.encode(errors="replace").decode()
+        encoding = self._chat_tokenizer.encode(rendered, add_special_tokens=False)
+        if mark not in rendered and self._lookalikes is None:
+            return list(encoding.ids)
+        ids: list[int] = []
+        end = 0
+        for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if self._is_special(i, rendered[start:stop]):
+                ids += self.prompt(rendered[end:start].replace(mark, ""), first=end == 0)
+                ids.append(i)
+                end = stop
+        return ids + self.prompt(rendered[end:].replace(mark, ""), first=end == 0)
+
+    def spells_special(self, text: str) -> bool:
+        """Return whether a text is read as a special token though it does not contain one: a normalizer made one."""
+        if not any(token.normalized for token in self._special.values()):
+            return False
+        encoding = self._chat_tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False)
+        return any(
+            self._is_special(i, text[start:stop])
+            for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        )
+
+    def _is_special(self, i: int, text: str) -> bool:
+        """Whether an id stands for a special token that a text spells: some are also what unknown characters become."""
+        token = self._special.get(i)
+        if token is None or token.content in text:
+            return token is not None
+        normalizer = self._chat_tokenizer.normalizer
+        if not token.normalized or normalizer is None:
+            return False
+        return normalizer.normalize_str(token.content) in normalizer.normalize_str(text)
 
     def encode(self, data: bytes) -> Encoded:
         """Encode any bytes. An incomplete character at the end is encoded as the bytes that are there."""
@@ -151,20 +204,34 @@ class TokenizerEncoder:
                 stable_bytes = offset + len(text[:stable_characters].encode() if last else raw)
             offset += len(raw)
             if partial and last and self._byte_characters is not None:
-                ids += self._encode_partial(text, partial)
+                ids += text_ids[:stable_tokens] + self._encode_partial(text[stable_characters:], partial)
                 return Encoded(ids, stable_ids, stable_bytes)
             ids += text_ids
         return Encoded(ids + self._encode_bytes(partial), stable_ids, stable_bytes)
 
     def _encode_text(self, text: str) -> tuple[list[int], int, int]:
         """Return the ids of a text, and how many ids and characters of it no later text can change."""
-        if self._lookalikes is not None:
-            normalizer = self._tokenizer.normalizer
-            parts = self._lookalikes.split(text if normalizer is None else normalizer.normalize_str(text))
-            if len(parts) > 1:
-                return [i for part in parts for i in self._tokenizer.encode(part, add_special_tokens=False).ids], 0, 0
+        if (ids := self._lookalike_ids(self._tokenizer, text)) is not None:
+            return ids, 0, 0
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return (encoding.ids, *self._boundary(encoding, text))
+        return (encoding.ids, *self._boundaries.find(encoding, text))
+
+    def _lookalike_ids(self, tokenizer: Any, text: str) -> list[int] | None:
+        """Return the ids of a text parts of which look like a special token, and none of which is read as one.
+
+        None where nothing looks like one.
+        """
+        if self._lookalikes is None:
+            return None
+        first, *others = self._lookalikes.split(_normalized(tokenizer, text))
+        if not others:
+            return None
+        # The parts are normalized already, and only the first may get a leading space.
+        bare = [_without_special_tokens(each) for each in (tokenizer, self._tokenizer)]
+        for each in bare:
+            each.normalizer = None
+        ids: list[int] = bare[0].encode(first, add_special_tokens=False).ids
+        return ids + [i for part in others for i in bare[1].encode(part, add_special_tokens=False).ids]
 
     def _encode_partial(self, text: str, partial: bytes) -> list[int]:
         """Encode text and the incomplete character after it as byte-level BPE would have begun to merge them.
@@ -186,7 +253,7 @@ class TokenizerEncoder:
         # By whole pre-tokens: where a vocabulary lacks bytes, offsets inside one are wrong.
         while first and offsets[first - 1][1] != offsets[first][0]:
             first = words.index(words[first - 1])
-        tail = text[offsets[first][0] if first else 0 :].encode() + partial
+        tail = _normalized(self._tokenizer, text[offsets[first][0] if first else 0 :]).encode() + partial
         assert self._byte_characters is not None
         merged = self._tokenizer.model.tokenize("".join(self._byte_characters[b] for b in tail))
         return [*encoding.ids[:first], *(token.id for token in merged)]
@@ -205,13 +272,15 @@ def _lookalike_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     """Return a pattern of the offsets at which to split a text so that no part looks like a special or byte token.
 
     SentencePiece never reads text as one of these. A unigram model of `tokenizers` takes any piece that is spelled in
-    the text. Other models merge single characters and never arrive at such a piece.
+    the text, other models words that are a token as a whole. BPE merges single characters and never arrives at one.
     """
-    if type(tokenizer.model).__name__ != "Unigram":
+    if type(tokenizer.model).__name__ == "BPE" and not tokenizer.model.ignore_merges:
         return None
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     patterns = [re.escape(name[0]) + f")(?={re.escape(name[1:])}" for name in special if len(name) > 1]
-    return re.compile("|".join(f"(?<={pattern})" for pattern in [*patterns, "<)(?=0x[0-9A-F]{2}>"]))
+    if tokenizer.token_to_id("<0x0A>") is not None:
+        patterns.append("<)(?=0x[0-9A-F]{2}>")
+    return re.compile("|".join(f"(?<={pattern})" for pattern in patterns)) if patterns else None
 
 
 def _character_length(first: int) -> int:
@@ -219,78 +288,25 @@ def _character_length(first: int) -> int:
     return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2
 
 
-class _PretokenBoundaries:
-    """Stable boundaries of a tokenizer that finds pre-tokens by a pattern from left to right.
+def _without_special_tokens(tokenizer: Any) -> Any:
+    """Return a tokenizer that shares the model, and takes no special tokens from text."""
+    from tokenizers import Tokenizer
 
-    A pattern looks ahead by at most one character and never back, so more text can only change the last pre-token; the
-    last but one counts as unstable too. A combining mark may be normalized together with the character before it.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
-        # Prefixes of added tokens, which are found before the pattern is applied.
-        self._added_prefixes = {content[:length] for content in added for length in range(1, len(content))}
-        self._longest = max(map(len, self._added_prefixes), default=0)
-
-    def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
-        """Return how many ids and how many characters no later text can change."""
-        for start in range(max(len(text) - self._longest, 0), len(text)):
-            if text[start:] in self._added_prefixes:
-                text = text[:start]
-                encoding = self._tokenizer.encode(text, add_special_tokens=False)
-                break
-        words, offsets = encoding.word_ids, encoding.offsets
-        for count in range(len(words) - 1, 0, -1):
-            if words[count - 1] >= words[-1] - 1 or words[count - 1] == words[count]:
-                continue
-            offset = offsets[count][0]
-            if offsets[count - 1][1] == offset and not category(text[offset]).startswith("M"):
-                return count, offset
-        return 0, 0
+    added = tokenizer.get_added_tokens_decoder()
+    twin = Tokenizer(tokenizer.model)
+    for field in ("normalizer", "pre_tokenizer"):
+        if (component := getattr(tokenizer, field)) is not None:
+            setattr(twin, field, component)
+    twin.add_tokens([added[i] for i in sorted(added)])
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # their ids have gaps
+        twin = Tokenizer.from_str(tokenizer.to_str())
+        twin.post_processor = None
+    twin.encode_special_tokens = True
+    return twin
 
 
-class _PairBoundaries:
-    """Stable boundaries of a tokenizer without pre-tokens, as SentencePiece's are.
-
-    No token reaches across two characters that are adjacent in no token. The text before and the text after are then
-    encoded apart, whatever follows.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        pairs: set[tuple[str, str]] = set()
-        for token in tokenizer.get_vocab(with_added_tokens=True):
-            pairs.update(pairwise(token.replace(SPACE, " ")))
-        self._pairs = pairs
-        # A normalizer may join characters, and without byte tokens unknown characters are fused into one token. Then
-        # only a boundary in front of a space is safe.
-        self._normalizes = bool(_changes(tokenizer))
-        self._only_spaces = self._normalizes or not getattr(tokenizer.model, "byte_fallback", False)
-        self._tokenizer = tokenizer
-
-    def __call__(self, encoding: Any, text: str) -> tuple[int, int]:
-        """Return how many ids and how many characters no later text can change."""
-        offsets = encoding.offsets
-        plain = text.replace(SPACE, " ")
-        for count in range(len(offsets) - 1, 0, -1):
-            offset = offsets[count][0]
-            if offset < 1 or offsets[count - 1][1] != offset or (self._only_spaces and plain[offset] != " "):
-                continue
-            last = self._last_normalized(text[:offset]) if self._normalizes else plain[offset - 1]
-            if (last, plain[offset]) in self._pairs:
-                continue
-            if not self._normalizes:
-                return count, offset
-            # A normalizer that drops characters shifts the offsets of all tokens after them: count the ids anew.
-            before = self._tokenizer.encode(text[:offset], add_special_tokens=False).ids
-            if encoding.ids[: len(before)] == before:
-                return len(before), offset
-        return 0, 0
-
-    def _last_normalized(self, text: str) -> str:
-        """Return the last character of a text as its tokens spell it; empty where nothing remains of the text."""
-        normalized: str = self._tokenizer.normalizer.normalize_str(text)
-        return normalized[-1:].replace(SPACE, " ")
+def _normalized(tokenizer: Any, text: str) -> str:
+    return text if tokenizer.normalizer is None else str(tokenizer.normalizer.normalize_str(text))
 
 
 def _changes(tokenizer: Any) -> list[str]:
@@ -304,7 +320,7 @@ def _changes(tokenizer: Any) -> list[str]:
 
 def _take_leading_space(tokenizer: Any) -> LeadingSpace:
     """Stop a tokenizer from adding spaces in front of texts, and return where it did."""
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import normalizers
 
     rule: LeadingSpace = "never"
     description = describe(tokenizer)
@@ -312,7 +328,7 @@ def _take_leading_space(tokenizer: Any) -> LeadingSpace:
     remaining = [part for part in parts if part["type"] != "Prepend"]
     if len(remaining) != len(parts):
         rule = "doubled"
-        tokenizer.normalizer = normalizers.Sequence([_load(normalizers.Normalizer, part) for part in remaining])
+        tokenizer.normalizer = normalizers.Sequence([load_component("normalizer", part) for part in remaining])
     state = json.dumps(description["pre_tokenizer"])
     for setting, replacement, meaning in (
         ('"prepend_scheme": "always"', '"prepend_scheme": "never"', "always"),
@@ -323,18 +339,8 @@ def _take_leading_space(tokenizer: Any) -> LeadingSpace:
             rule = cast(LeadingSpace, meaning)
             state = state.replace(setting, replacement)
     if rule != "never" and description["pre_tokenizer"] is not None:
-        tokenizer.pre_tokenizer = _load(pre_tokenizers.PreTokenizer, json.loads(state))
+        tokenizer.pre_tokenizer = load_component("pre_tokenizer", json.loads(state))
     return rule
-
-
-def _load(base: Any, state: dict[str, Any]) -> Any:
-    """Return a component of a tokenizer from its description."""
-    from tokenizers import Tokenizer, models
-
-    shell = json.loads(Tokenizer(models.BPE()).to_str())
-    field = "normalizer" if base.__name__ == "Normalizer" else "pre_tokenizer"
-    shell[field] = state
-    return getattr(Tokenizer.from_str(json.dumps(shell)), field)
 
 
 def _byte_ids(tokenizer: Any, kind: TokenizerFamily) -> dict[int, int]:

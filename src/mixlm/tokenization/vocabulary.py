@@ -35,7 +35,8 @@ class Vocabulary:
 
     tokens: exact bytes of each id; empty for special tokens, end-of-text and padding rows.
     end_ids: ids that end a completion. special_ids: ids that only templates may use; they include `end_ids`.
-    names: the tokenizer's own spelling of each id; empty for padding rows, and altogether where it is not known.
+    names: the tokenizer's own spelling of each id, also of those without a row; empty for padding rows, and altogether
+        where it is not known.
     """
 
     tokens: tuple[bytes, ...]
@@ -50,8 +51,9 @@ class Vocabulary:
 
     def name(self, i: int) -> str:
         """Return the tokenizer's spelling of an id; where that is not known, its bytes as text, or its number."""
-        name = self.names[i] if self.names else ""
-        return name or self.tokens[i].decode(errors="backslashreplace") or f"<{i}>"
+        name = self.names[i] if i < len(self.names) else ""
+        data = self.tokens[i] if i < self.size else b""
+        return name or data.decode(errors="backslashreplace") or f"<{i}>"
 
     @classmethod
     def of(
@@ -74,7 +76,8 @@ class Vocabulary:
         ends = frozenset(i for i in end_ids if i < size)
         special = frozenset(i for i in special_ids if i < size) | ends
         rows = tuple(b"" if i in special else tokens.get(i, b"") for i in range(size))
-        spellings = tuple(names.get(i, "") for i in range(size)) if names is not None else ()
+        rows_and_names = range(max(size, max(names or (), default=-1) + 1))
+        spellings = tuple(names.get(i, "") for i in rows_and_names) if names is not None else ()
         return cls(rows, ends, special, spellings)
 
 
@@ -130,6 +133,14 @@ def describe(tokenizer: Any) -> dict[str, Any]:
     return description
 
 
+def load_component(field: str, description: Mapping[str, Any]) -> Any:
+    """Return a component from its description. field: "normalizer" or "pre_tokenizer"."""
+    from tokenizers import Tokenizer, models
+
+    shell = json.loads(Tokenizer(models.BPE()).to_str())
+    return getattr(Tokenizer.from_str(json.dumps(shell | {field: description})), field)
+
+
 def has_byte_fallback(tokenizer: Any) -> bool:
     """Return whether a `tokenizers.Tokenizer` spells characters without a token byte by byte.
 
@@ -147,8 +158,9 @@ def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and the ids of its special tokens, which have none.
 
     Raises:
-        TokenizerError: A token is not spelled in the family's alphabet.
+        TokenizerError: The bytes of its tokens cannot be known, or it does not read every text alike each time.
     """
+    _refuse_unreadable(tokenizer, name)
     added = tokenizer.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
     data = {i: token.content.encode() for i, token in added.items() if i not in special}
@@ -165,4 +177,54 @@ def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[
             data[i] = bytes([int(match[1], 16)])
         else:
             data[i] = token.replace(SPACE, " ").encode()
+    _check_spelling(tokenizer, data, name)
     return data, frozenset(special)
+
+
+def _refuse_unreadable(tokenizer: Any, name: str) -> None:
+    """Raise TokenizerError for a tokenizer with a part that puts more or less into a text than its tokens tell."""
+    model = tokenizer.model
+    hint = "byte-level BPE and SentencePiece tokenizers can be used"
+    for setting in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if mark := getattr(model, setting, None):
+            raise TokenizerError(
+                f"the tokenizer of {name} cannot be mapped to bytes: its tokens carry the mark {mark!r} ({setting})",
+                hint,
+            )
+    if dropout := getattr(model, "dropout", None):
+        raise TokenizerError(
+            f"the tokenizer of {name} encodes a text differently each time: it drops merges at random ({dropout=})",
+            "save it without dropout, which is for training",
+        )
+    parts = flatten_component(describe(tokenizer)["pre_tokenizer"], "pretokenizers")
+    for number, part in enumerate(parts):
+        if number and (part.get("add_prefix_space") or part.get("prepend_scheme") == "always"):
+            raise TokenizerError(
+                f"the tokenizer of {name} cannot be mapped to bytes: its {part['type']} pre-tokenizer puts a space in "
+                f"front of every part that {parts[0]['type']} leaves",
+                hint,
+            )
+
+
+def _check_spelling(tokenizer: Any, tokens: Mapping[int, bytes], name: str) -> None:
+    """Raise TokenizerError where the tokenizer itself decodes tokens to another text than their bytes.
+
+    A space tells most: whether it has a token at all, and by what sign it is spelled.
+    """
+    decoder = tokenizer.decoder
+    if decoder is None:
+        return
+    ids = [i for i in tokenizer.encode("a b  c\n1.", add_special_tokens=False).ids if i in tokens]
+    spelled = b"".join(tokens[i] for i in ids)
+    if SPACE.encode() in spelled:
+        raise TokenizerError(
+            f"the tokenizer of {name} has no token for the space: it would read and write {SPACE!r} in its place",
+            "the vocabulary needs the token '▁'",
+        )
+    decoded: str = tokenizer.decode(ids)
+    if decoded.strip(" ") != spelled.decode(errors="replace").strip(" "):
+        raise TokenizerError(
+            f"the tokenizer of {name} cannot be mapped to bytes: it decodes {spelled.decode(errors='replace')!r} as "
+            f"{decoded!r}",
+            "byte-level BPE and SentencePiece tokenizers can be used",
+        )

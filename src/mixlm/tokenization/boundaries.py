@@ -1,0 +1,283 @@
+"""Stable boundaries: where no later text can change the tokens before, and those after are encoded alike apart.
+
+A text passes stages: normalizers, then pre-tokenizers, each reading what the one before it left. `Boundaries` knows of
+each how far its decisions are final and which adjacent characters it keeps together. Where nothing can be proven of a
+stage, no boundary is stable, and the whole text is encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+from unicodedata import category
+
+from mixlm.tokenization.lookahead import PatternReach, UnprovableError
+from mixlm.tokenization.vocabulary import SPACE, describe, flatten_component, load_component
+
+# The pattern of ByteLevel, GPT-2's, and that of Whitespace.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"\w+|[^\w\s]+"
+_UNICODE_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
+_ONE_BY_ONE = frozenset({"Lowercase", "Nmt", "StripAccents", "ByteLevel", "Prepend"})
+_CHARACTER_SPLITS = frozenset({"WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit", "Punctuation", "Digits"})
+# Characters that stay together with whatever follows them (Grapheme_Cluster_Break=Prepend), outside category Cf.
+_PREPENDED = frozenset("\u0d4e\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a\U00011d46\U00011f02") | {
+    chr(code) for code in range(0x11A84, 0x11A8A)
+}
+
+
+class Reach(Protocol):
+    """What a stage can read."""
+
+    def limit(self, text: str, end: int) -> int:
+        """Return an offset before which every decision depends on the first `end` characters of the text alone."""
+        ...
+
+    def joins(self, left: str, right: str) -> bool:
+        """Return whether a cut between two adjacent characters may change what the stage does to either side."""
+        ...
+
+
+class _OneByOne:
+    """Reads `ahead` characters from each on, and decides for each by itself."""
+
+    def __init__(self, ahead: int = 0) -> None:
+        self._ahead = ahead
+
+    def limit(self, text: str, end: int) -> int:
+        return max(end - self._ahead, 0)
+
+    def joins(self, left: str, right: str) -> bool:
+        return False
+
+
+class _Counting:
+    """What it does depends on all that came before: nothing may be cut off."""
+
+    def limit(self, text: str, end: int) -> int:
+        return end
+
+    def joins(self, left: str, right: str) -> bool:
+        return True
+
+
+class _UnicodeForm:
+    """A normalization form: a character may be changed by combining ones behind it."""
+
+    def limit(self, text: str, end: int) -> int:
+        return next((at for at in range(end - 1, -1, -1) if not self.joins("", text[at])), 0)
+
+    def joins(self, left: str, right: str) -> bool:
+        return not right.isascii() and (
+            category(right)[0] in "MC" or "\u1100" <= right <= "\u11ff" or "\ud7b0" <= right <= "\ud7ff"
+        )
+
+
+class _Graphemes:
+    """Reads clusters of characters: only a space behind a character of no cluster is sure to stand apart."""
+
+    def limit(self, text: str, end: int) -> int:
+        return next((at for at in range(end - 1, 0, -1) if not self.joins(text[at - 1], text[at])), 0)
+
+    def joins(self, left: str, right: str) -> bool:
+        return right != " " or category(left)[0] in "MC" or left in _PREPENDED
+
+
+class _AddedTokens:
+    """Finds added tokens, which are looked for in a text before anything else is done to it."""
+
+    def __init__(self, tokens: Iterable[Any], contents: Iterable[str]) -> None:
+        self._prefixes: set[str] = set()
+        self._takes_spaces = self._takes_spaces_before = self._whole_words = False
+        for token, content in zip(tokens, contents, strict=True):
+            # Only what comes behind it tells whether a token stands alone, and how many spaces belong to it.
+            open_end = token.rstrip or token.single_word
+            self._prefixes |= {content[:length] for length in range(1, len(content) + open_end)}
+            self._takes_spaces |= token.rstrip or token.lstrip
+            self._takes_spaces_before |= token.lstrip
+            self._whole_words |= token.single_word
+        self._longest = max(map(len, self._prefixes), default=0)
+
+    def limit(self, text: str, end: int) -> int:
+        if self._takes_spaces:
+            end = len(text[:end].rstrip())
+        first = max(end - self._longest, 0)
+        end = next((start for start in range(first, end) if text[start:end] in self._prefixes), end)
+        return len(text[:end].rstrip()) if self._takes_spaces_before else end
+
+    def joins(self, left: str, right: str) -> bool:
+        return self._whole_words and (not left.isascii() or left.isalnum() or left == "_")
+
+
+class _Strip:
+    """Drops spaces at the ends of the text."""
+
+    def limit(self, text: str, end: int) -> int:
+        return len(text[:end].rstrip())
+
+    def joins(self, left: str, right: str) -> bool:
+        return left.isspace() or right.isspace()
+
+
+class Boundaries:
+    """The stable boundaries of a `tokenizers.Tokenizer` that takes no special tokens from text and adds no space.
+
+    Args:
+        tokenizer: The tokenizer.
+        byte_level: Whether its tokens are spelled in the byte-level alphabet.
+    """
+
+    def __init__(self, tokenizer: Any, *, byte_level: bool) -> None:
+        self._tokenizer = tokenizer
+        description = describe(tokenizer)
+        normalizers = flatten_component(description["normalizer"], "normalizers")
+        splitters = flatten_component(description["pre_tokenizer"], "pretokenizers")
+        added = [token for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+        plain, normalized = ([token for token in added if token.normalized is flag] for flag in (False, True))
+        try:
+            self._normalizers = [(load_component("normalizer", part), _normalizer_reach(part)) for part in normalizers]
+            self._splitters = _splitter_reaches(splitters)
+            self._provable = True
+        except UnprovableError:
+            self._provable = False
+            return
+        self._added = _AddedTokens(plain, (token.content for token in plain))
+        contents = (self._normalized(token.content) for token in normalized)
+        self._splitters.insert(0, (_AddedTokens(normalized, contents), {}))
+        self._one_splitter = len(self._splitters) == 2
+        self._pairs = None if byte_level else _pairs(tokenizer)
+        # A normalizer may join characters, and without byte tokens unknown characters are fused into one token.
+        self._only_spaces = not getattr(tokenizer.model, "byte_fallback", False) or any(
+            part["type"] != "Replace" for part in normalizers
+        )
+
+    def find(self, encoding: Any, text: str) -> tuple[int, int]:
+        """Return how many ids and how many characters no later text can change.
+
+        Args:
+            encoding: The text's.
+            text: The text.
+        """
+        limit = self._limit(text) if self._provable else 0
+        if not limit:
+            return 0, 0
+        words, offsets, ids = encoding.word_ids, encoding.offsets, encoding.ids
+        for count in range(len(ids) - 1, 0, -1):
+            cut = offsets[count][0]
+            between_words = words[count - 1] != words[count]
+            if not 0 < cut < len(text) or offsets[count - 1][1] != cut or not (between_words or self._pairs):
+                continue
+            if not self._may_cut(text[:cut], text[cut:], limit, between_words):
+                continue
+            if not self._normalizers:
+                return count, cut
+            # A normalizer that drops characters shifts the offsets of all tokens after them: count the ids anew.
+            before = self._tokenizer.encode(text[:cut], add_special_tokens=False).ids
+            if ids[: len(before)] == before:
+                return len(before), cut
+        return 0, 0
+
+    def _limit(self, text: str) -> int:
+        """Return an offset in the normalized text before which everything is final."""
+        text = text[: self._added.limit(text, len(text))]
+        for normalizer, reach in self._normalizers:
+            end = reach.limit(text, len(text))
+            while 0 < end < len(text) and reach.joins(text[end - 1], text[end]):
+                end -= 1
+            text = normalizer.normalize_str(text[:end])
+        end = len(text)
+        for reach, spelling in self._splitters:
+            end = reach.limit(text, end)
+            text = _respelled(text, spelling)
+        return end
+
+    def _may_cut(self, left: str, right: str, limit: int, between_words: bool) -> bool:
+        """Return whether a text may be cut between two parts, between two tokens of its own."""
+        if self._added.joins(left[-1], right[0]):
+            return False
+        for normalizer, reach in self._normalizers:
+            if not left or not right or reach.joins(left[-1], right[0]):
+                return False
+            left, right = normalizer.normalize_str(left), normalizer.normalize_str(right)
+        if not left or not right or len(left) >= limit:
+            return False
+        last, first = left[-1], right[0]
+        for number, (reach, spelling) in enumerate(self._splitters):
+            # A cut that the only splitter makes itself is one that it may make.
+            if not (between_words and self._one_splitter and number) and reach.joins(last, first):
+                return False
+            last, first = _respelled(last, spelling), _respelled(first, spelling)
+        last, first = last.replace(SPACE, " "), first.replace(SPACE, " ")
+        return between_words or (not (self._only_spaces and first != " ") and (last, first) not in (self._pairs or ()))
+
+    def _normalized(self, text: str) -> str:
+        for normalizer, _ in self._normalizers:
+            text = normalizer.normalize_str(text)
+        return text
+
+
+def _pairs(tokenizer: Any) -> set[tuple[str, str]] | None:
+    """Return the pairs of characters that are adjacent in a token; None where a model reads words as a whole.
+
+    No token reaches across two other characters: the text before and the text after are encoded apart.
+    """
+    if type(tokenizer.model).__name__ not in ("BPE", "Unigram"):
+        return None
+    return {
+        pair for token in tokenizer.get_vocab(with_added_tokens=True) for pair in pairwise(token.replace(SPACE, " "))
+    }
+
+
+def _normalizer_reach(part: Mapping[str, Any]) -> Reach:
+    kind = part["type"]
+    if kind in _ONE_BY_ONE:
+        return _OneByOne()
+    if kind in _UNICODE_FORMS or kind == "BertNormalizer":
+        return _UnicodeForm()
+    if kind == "Precompiled":
+        return _Graphemes()
+    if kind == "Strip":
+        return _Strip()
+    if kind == "Replace":
+        if len(part["pattern"].get("String", "")) == 1:
+            return _OneByOne()
+        reach = _pattern_reach(part["pattern"])
+        if not reach.nullable:
+            return reach
+    raise UnprovableError
+
+
+def _splitter_reaches(parts: Sequence[Mapping[str, Any]]) -> list[tuple[Reach, Mapping[str, str]]]:
+    """Return what each pre-tokenizer that splits can read, and the characters that it spells anew."""
+    reaches: list[tuple[Reach, Mapping[str, str]]] = []
+    for number, part in enumerate(parts):
+        kind = part["type"]
+        if kind == "ByteLevel":
+            if number < len(parts) - 1:  # what follows sees bytes
+                raise UnprovableError
+            if part.get("use_regex", True):
+                reaches.append((PatternReach(_GPT2), {}))
+        elif kind == "Metaspace":
+            reaches.append((_OneByOne(1 if part.get("split", True) else 0), {" ": part["replacement"]}))
+        elif kind == "Split":
+            reaches.append((_pattern_reach(part["pattern"]), {}))
+        elif kind == "Whitespace":
+            reaches.append((PatternReach(_WORDS), {}))
+        elif kind in _CHARACTER_SPLITS:
+            reaches.append((_OneByOne(1), {}))
+        elif kind in ("UnicodeScripts", "FixedLength"):
+            reaches.append((_Counting(), {}))
+        else:
+            raise UnprovableError
+    return reaches
+
+
+def _pattern_reach(pattern: Mapping[str, str]) -> PatternReach:
+    return PatternReach(pattern["Regex"]) if "Regex" in pattern else PatternReach(pattern["String"], literal=True)
+
+
+def _respelled(text: str, spelling: Mapping[str, str]) -> str:
+    for old, new in spelling.items():
+        text = text.replace(old, new)
+    return text

@@ -53,7 +53,7 @@ def benchmark(
             show_default=False,
         ),
     ] = None,
-    at: Annotated[
+    axis_places: Annotated[
         str | None,
         Option("--at", metavar="N,N", help="The places of the sweep. Default: its usual ones.", show_default=False),
     ] = None,
@@ -88,7 +88,7 @@ def benchmark(
         require(plot)
     from research.benchmark import ComparisonPlan
 
-    fields = _methods_of(sweep) | prompt_and_methods(prompt, methods) | _places(at, sweep)
+    fields = _methods_of(sweep) | prompt_and_methods(prompt, methods) | _places(axis_places, sweep)
     if rivals and sweep is not None:
         raise UsageError("--rivals and --sweep are both given", "rivals are measured without a sweep")
     plan = ComparisonPlan(tokens=tokens, repeats=repeats, agreement=agreement, rivals=rivals, **fields)
@@ -109,15 +109,15 @@ def _methods_of(sweep: str | None) -> dict[str, Any]:
     return {} if sweep is None else {"methods": METHODS[checked_axis(sweep)]}
 
 
-def _places(at: str | None, sweep: str | None) -> dict[str, Any]:
-    if at is None:
+def _places(text: str | None, sweep: str | None) -> dict[str, Any]:
+    if text is None:
         return {}
     if sweep in (None, "devices"):
         raise UsageError("--at is given, and there are no places to choose from", "name --sweep batch, for example")
     try:
-        return {"places": [float(place) for place in at.split(",")]}
+        return {"places": [float(place) for place in text.split(",")]}
     except ValueError:
-        raise ConfigError(f"--at is {at!r}; it must be numbers with commas between them", "such as: 1,4,16") from None
+        raise ConfigError(f"--at is {text!r}; it must be numbers with commas between them", "such as: 1,4,16") from None
 
 
 def _measure(shared: Shared, plan: ComparisonPlan, sweep: str | None, each: bool) -> dict[str, Any]:

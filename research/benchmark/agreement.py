@@ -49,8 +49,8 @@ class AgreementDistribution:
         agrees = rng.random() < self.share
         values = rng.normal(scale=_SCALE, size=self._ids.size)
         out = np.full(self._sizes[member], -np.inf, dtype=np.float32)
-        kept = slice(None) if agrees else slice(member, None, len(self._sizes))
-        out[self._ids[kept]] = values[kept]
+        rows = slice(None) if agrees else slice(member, None, len(self._sizes))
+        out[self._ids[rows]] = values[rows]
         return out
 
     def _rng(self, ids: Ids) -> np.random.Generator:
@@ -60,16 +60,16 @@ class AgreementDistribution:
 class AgreementEngine(Engine):
     """An engine whose forwards are another's, and whose answers are a distribution's."""
 
-    def __init__(self, inner: Engine, member: int, law: AgreementDistribution) -> None:
+    def __init__(self, inner: Engine, member: int, distribution: AgreementDistribution) -> None:
         self.inner = inner
         self._member = member
-        self._law = law
+        self._law = distribution
         self.name = inner.name
         self.vocabulary, self.encoder, self.prompts = inner.vocabulary, inner.encoder, inner.prompts
         self.context_length, self.stops, self.device = inner.context_length, inner.stops, inner.device
         self.weights_bytes, self.tokenizer_info = inner.weights_bytes, inner.tokenizer_info
-        self.details = {**inner.details, "agreement": agreement_note(law.share)}
-        self.notes = (*inner.notes, agreement_note(law.share))
+        self.details = {**inner.details, "agreement": agreement_note(distribution.share)}
+        self.notes = (*inner.notes, agreement_note(distribution.share))
 
     @property
     def weight_parts(self) -> Mapping[Hashable, int]:
@@ -82,10 +82,10 @@ class AgreementEngine(Engine):
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Run what is asked, and answer by the distribution."""
-        replies = self.inner.respond([(session, self._own(request)) for session, request in requests])
+        responses = self.inner.respond([(session, self._own(request)) for session, request in requests])
         return [
-            self._rows(request) if isinstance(request, LogitsRequest) else reply
-            for (_, request), reply in zip(requests, replies, strict=True)
+            self._rows(request) if isinstance(request, LogitsRequest) else response
+            for (_, request), response in zip(requests, responses, strict=True)
         ]
 
     def _own(self, request: Request) -> Request:
@@ -125,9 +125,9 @@ def with_agreement(ensemble: Ensemble, share: float) -> Ensemble:
             f"agreement by construction needs the unit token, and these members write in {ensemble.unit.name}s",
             "take members that share a vocabulary, such as shape: models",
         )
-    law = AgreementDistribution([member.engine.vocabulary for member in ensemble.members], share)
+    distribution = AgreementDistribution([member.engine.vocabulary for member in ensemble.members], share)
     members = [
-        MemberSpec(AgreementEngine(member.engine, i, law), member.name, member.sampling)
+        MemberSpec(AgreementEngine(member.engine, i, distribution), member.name, member.sampling)
         for i, member in enumerate(ensemble.members)
     ]
     return Ensemble(

@@ -83,13 +83,13 @@ class BatchContestant:
 class _SteadyWindow:
     """The time between the last completion's first token and the first completion's last."""
 
-    def __init__(self, replies: int) -> None:
+    def __init__(self, count: int) -> None:
         self.start = self.begin = self.latest = time.perf_counter()
         self.seconds = 0.0
         self.tokens = 0
         self.memory: int | None = None
         self.forwards: list[list[Forward]] = []
-        self._replies = replies
+        self._count = count
         self._logs: list[list[int]] = []
         self._before: int | None = None
         self._open = True
@@ -108,7 +108,7 @@ class _SteadyWindow:
                 ]
             elif any(generation.finished for generation in streams):
                 raise ConfigError(
-                    f"a completion was finished before all {self._replies} had begun", "generate more tokens in each"
+                    f"a completion was finished before all {self._count} had begun", "generate more tokens in each"
                 )
             return
         self.seconds, self.tokens = self.latest - self.begin, sum(counts) - self._before
@@ -143,22 +143,22 @@ def batch_contestants(
     ensemble: Ensemble, kinds: Sequence[str], sizes: Sequence[int], prompt: str, options: Mapping[str, Any]
 ) -> list[BatchContestant]:
     """Return what is measured: every method at every size, `single` for each member alone."""
-    found: list[BatchContestant] = []
+    contestants: list[BatchContestant] = []
     for size in sizes:
         for kind in kinds:
-            those = (
+            ensembles = (
                 [ensemble] if kind != "single" else [single_member(ensemble, i) for i in range(len(ensemble.members))]
             )
-            found += [BatchContestant(one, kind, size, prompt, options) for one in those]
-    return found
+            contestants += [BatchContestant(source, kind, size, prompt, options) for source in ensembles]
+    return contestants
 
 
-def compare_offline(those: Sequence[BatchContestant], tokens: int) -> OfflineBatch | None:
+def compare_offline(contestants: Sequence[BatchContestant], tokens: int) -> OfflineBatch | None:
     """Set the largest batch of the mixture (of the last method, without one) against its completions one by one."""
-    largest = max(one.size for one in those)
-    of_it = [one for one in those if one.size == largest]
-    one = next((one for one in of_it if one.method == "mixture"), of_it[-1])
+    largest = max(contestant.size for contestant in contestants)
+    of_it = [contestant for contestant in contestants if contestant.size == largest]
+    contestant = next((contestant for contestant in of_it if contestant.method == "mixture"), of_it[-1])
     if largest < 2:
         return None
-    together = median(one.whole[1:] or one.whole)
-    return OfflineBatch(one.series, largest, together, one.one_by_one(1, tokens))
+    together = median(contestant.whole[1:] or contestant.whole)
+    return OfflineBatch(contestant.series, largest, together, contestant.one_by_one(1, tokens))

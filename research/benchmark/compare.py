@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 from mixlm.benchmark import BenchPlan, BenchReport, bench
-from mixlm.benchmark.measure import BenchFields, Progress
+from mixlm.benchmark.measure import BenchFields
 from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
+from mixlm.terminal import Progress
 from research.benchmark.agreement import agreement_note, check_share, with_agreement
 from research.benchmark.rivals import available_rivals
 
@@ -60,10 +61,10 @@ def compare(
     if plan.places:
         raise ConfigError("places are given, and nothing is varied", "name a sweep with them")
     ensemble, notes = plan.apply_agreement(ensemble)
-    found, left_out = (
+    rivals, left_out = (
         available_rivals(ensemble, plan.prompt, {"seed": 0, **(options or {})}) if plan.rivals else ([], [])
     )
-    report = bench(ensemble, plan, options=options, progress=progress, rivals=found)
+    report = bench(ensemble, plan, options=options, progress=progress, rivals=rivals)
     return replace(report, environment=record_agreement(report.environment, plan), notes=(*notes, *left_out))
 
 

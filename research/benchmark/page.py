@@ -67,9 +67,9 @@ def runs(report: dict[str, Any]) -> str:
     return f"{table(heads, rows)}\n\n{ratios(report['ratios'])}"
 
 
-def ratios(found: dict[str, float]) -> str:
+def ratios(values: dict[str, float]) -> str:
     """How many times as fast: a row what is compared, a column what it is compared with."""
-    pairs = {tuple(name.split("/", 1)): one for name, one in found.items()}
+    pairs = {tuple(name.split("/", 1)): ratio for name, ratio in values.items()}
     bases = list(dict.fromkeys(base for _, base in pairs))
     rows = [
         (name, *(number(pairs.get((name, base)), ".2f") for base in bases))
@@ -80,19 +80,19 @@ def ratios(found: dict[str, float]) -> str:
 
 def points(report: dict[str, Any]) -> str:
     """The points of a sweep: a row a place, a column a method."""
-    found = report["points"]
-    series = list(dict.fromkeys(one["series"] for one in found))
-    by_place = {(one["x"], one["series"]): one for one in found}
+    points = report["points"]
+    series = list(dict.fromkeys(point["series"] for point in points))
+    by_place = {(point["x"], point["series"]): point for point in points}
     rows = []
-    for x in dict.fromkeys(one["x"] for one in found):
+    for x in dict.fromkeys(point["x"] for point in points):
         row = [x if isinstance(x, str) else f"{x:g}"]
         for name in series:
-            one = by_place.get((x, name))
-            expected = f" ({number(one['predicted'])})" if one and one["predicted"] is not None else ""
-            row.append("" if one is None else number(one["tokens_per_second"]) + expected)
+            point = by_place.get((x, name))
+            expected = f" ({number(point['predicted'])})" if point and point["predicted"] is not None else ""
+            row.append("" if point is None else number(point["tokens_per_second"]) + expected)
         if "conventional" in series and "mixture" in series:
             both = [by_place.get((x, name)) for name in ("mixture", "conventional")]
-            speeds = [one["tokens_per_second"] for one in both if one is not None]
+            speeds = [point["tokens_per_second"] for point in both if point is not None]
             row.append(number(speeds[0] / speeds[1], ".2f") if len(speeds) == 2 else "")
         rows.append(row)
     heads = [report["axis"], *(f"{name}, tokens/s" for name in series)]
@@ -107,18 +107,20 @@ def part(name: str, report: dict[str, Any]) -> str:
     words = ["python", "-m", "research.benchmark", *arguments[arguments[:1] == ["bench"] :]]
     for option in _REPORTS:
         if option in words:
-            at = words.index(option)
-            del words[at : at + 2]
+            i = words.index(option)
+            del words[i : i + 2]
     machine = where.get("accelerator") or f"{where['processor']}, {where['cores']} cores"
-    kinds = sorted({one["dtype"] for one in where["engines"].values() if "dtype" in one})
+    kinds = sorted({engine["dtype"] for engine in where["engines"].values() if "dtype" in engine})
     versions = ", ".join(
-        f"{one} {where['versions'][one]}" for one in ("torch", "transformers") if one in where["versions"]
+        f"{package} {where['versions'][package]}"
+        for package in ("torch", "transformers")
+        if package in where["versions"]
     )
     about = [machine, *kinds, versions, f"peak memory {where['peak_memory_bytes'] / 1e9:.1f} GB"]
     lines = [
         f"```sh\n{shlex.join(words)}\n```",
         points(report) if "sweep" in report else runs(report),
-        " · ".join(one for one in about if one),
+        " · ".join(text for text in about if text),
         *(f"- {note}" for note in report.get("notes", [])),
         f"![{name}](performance/{name}.png)",
     ]
@@ -128,9 +130,9 @@ def part(name: str, report: dict[str, Any]) -> str:
 def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
     """The page with every report in its place."""
 
-    def put(found: re.Match[str]) -> str:
-        report = reports.get(found[2])
-        return found[0] if report is None else f"{found[1]}\n{part(found[2], report)}\n\n{found[3]}"
+    def put(match: re.Match[str]) -> str:
+        report = reports.get(match[2])
+        return match[0] if report is None else f"{match[1]}\n{part(match[2], report)}\n\n{match[3]}"
 
     return _PART.sub(put, page)
 
@@ -139,7 +141,7 @@ def main(page: Path, folder: Path) -> None:
     """Fill the page with the reports of a folder, and draw their figures beside them."""
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     text = page.read_text(encoding="utf-8")
-    places = [found[2] for found in _PART.finditer(text)]
+    places = [match[2] for match in _PART.finditer(text)]
     page.write_text(filled(text, reports), encoding="utf-8")
     for name in places:
         if name in reports:
@@ -150,5 +152,5 @@ def main(page: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = [Path(one) for one in sys.argv[1:]]
-    main(*given, *[ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"][len(given) :])
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    main(*paths, *[ROOT / "docs" / "performance.md", ROOT / "docs" / "performance"][len(paths) :])

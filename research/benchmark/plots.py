@@ -64,7 +64,7 @@ def draw(form: Mapping[str, Any]) -> Figure:
         axes[0].legend()
     figure.suptitle(f"{_TITLES.get(kind or '', 'Speed of every method')}\n{machine(form['environment'])}", fontsize=10)
     about = [_about(form["environment"], weighted=kind not in ("weights", "members")), *form.get("notes", [])]
-    figure.supxlabel("\n".join(one for one in about if one), fontsize=7, color="#444444")
+    figure.supxlabel("\n".join(text for text in about if text), fontsize=7, color="#444444")
     return figure
 
 
@@ -77,26 +77,26 @@ def _about(environment: Mapping[str, Any], *, weighted: bool) -> str:
     settings = environment.get("settings", {})
     members = settings.get("weights", {}).items()
     weights = " + ".join(f"{name} ({weight:.2g})" if weighted else name for name, weight in members)
-    kinds = sorted({str(one.get("dtype", "")) for one in environment.get("engines", {}).values()} - {""})
+    kinds = sorted({str(engine.get("dtype", "")) for engine in environment.get("engines", {}).values()} - {""})
     amount = f"medians of {settings.get('repeats')} runs of {settings.get('tokens')} tokens"
-    return " · ".join(one for one in (weights, ", ".join(kinds), amount) if one)
+    return " · ".join(text for text in (weights, ", ".join(kinds), amount) if text)
 
 
 def _lines(axes: Axes, form: Mapping[str, Any], value: str, unit: str) -> None:
     points = [point for point in form["points"] if point["x"] != "alone"]
     series = list(dict.fromkeys(point["series"] for point in points))
-    singles = [one for one in series if one.startswith("single")]
+    singles = [name for name in series if name.startswith("single")]
     for name in series:
-        mine = sorted((point for point in points if point["series"] == name), key=lambda one: one["x"])
+        mine = sorted((point for point in points if point["series"] == name), key=lambda point: point["x"])
         look = _LOOKS[name] if name in _LOOKS else _SINGLES[singles.index(name) % len(_SINGLES)]
-        at = [one["x"] for one in mine]
-        axes.plot(at, [_value(one, value) for one in mine], label=name, **look)
+        xs = [point["x"] for point in mine]
+        axes.plot(xs, [_value(point, value) for point in mine], label=name, **look)
         if value == "tokens_per_second":
-            low, high = [one["slowest"] for one in mine], [one["fastest"] for one in mine]
-            axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            expected = [one["predicted"] for one in mine]
-            if form["sweep"] in ("weights", "members") and all(one is not None for one in expected):
-                axes.plot(at, expected, color=look["color"], linestyle=":", linewidth=1, label=f"{name}, predicted")
+            low, high = [point["slowest"] for point in mine], [point["fastest"] for point in mine]
+            axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            expected = [point["predicted"] for point in mine]
+            if form["sweep"] in ("weights", "members") and all(point is not None for point in expected):
+                axes.plot(xs, expected, color=look["color"], linestyle=":", linewidth=1, label=f"{name}, predicted")
     for number, point in enumerate(point for point in form["points"] if point["x"] == "alone"):
         look = _SINGLES[number % len(_SINGLES)]
         axes.axhline(
@@ -122,8 +122,8 @@ def _value(point: Mapping[str, Any], name: str) -> float:
 
 def _bars(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> None:
     """Draw a bar a run, the slowest and the fastest of its repeats as a whisker, what was predicted as a mark."""
-    speeds = [one["tokens_per_second"] for _, one, _ in runs]
-    ends = [_ends(one) for _, one, _ in runs]
+    speeds = [report["tokens_per_second"] for _, report, _ in runs]
+    ends = [_ends(report) for _, report, _ in runs]
     low = [speed - end for speed, (end, _) in zip(speeds, ends, strict=True)]
     high = [end - speed for speed, (_, end) in zip(speeds, ends, strict=True)]
     places = range(len(runs))
@@ -131,11 +131,11 @@ def _bars(axes: Axes, runs: Sequence[tuple[str, Mapping[str, Any], str]]) -> Non
     axes.errorbar(speeds, places, xerr=[low, high], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     for i, (speed, (_, fastest)) in enumerate(zip(speeds, ends, strict=True)):
         axes.annotate(f"{speed:.1f}", (fastest, i), (5, 0), textcoords="offset points", va="center", fontsize=7)
-    expected = [one.get("predicted_tokens_per_second", one.get("predicted")) for _, one, _ in runs]
+    expected = [report.get("predicted_tokens_per_second", report.get("predicted")) for _, report, _ in runs]
     known = [(speed, i) for i, speed in enumerate(expected) if speed is not None]
     if known:
         marks: dict[str, Any] = {"color": RED, "marker": "D", "linestyle": "none", "label": "by the cost model"}
-        axes.plot([speed for speed, _ in known], [at for _, at in known], **marks)
+        axes.plot([speed for speed, _ in known], [place for _, place in known], **marks)
         axes.legend(loc="lower right")
     axes.set_yticks(list(places), [name for name, _, _ in runs])
     axes.invert_yaxis()

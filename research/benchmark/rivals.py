@@ -71,43 +71,43 @@ class Rival:
             tokens=len(written),
             seconds=end - first,
             first=first - start,
-            bytes=sum(len(self._engines[0].vocabulary.tokens[one]) for one in written),
-            forwards=[[one for at, one in log if at > first] for log in clock.logs],
+            bytes=sum(len(self._engines[0].vocabulary.tokens[token]) for token in written),
+            forwards=[[forward for began, forward in log if began > first] for log in clock.logs],
             memory=memory_in_use(),
         )
 
 
 def available_rivals(ensemble: Ensemble, prompt: str, options: Mapping[str, Any]) -> tuple[list[Rival], list[str]]:
     """Return the rivals that can run with these members, and a sentence on each that cannot."""
-    found: list[Rival] = []
+    rivals: list[Rival] = []
     notes: list[str] = []
     reasons = [_reason(ensemble, i, options) for i in range(len(ensemble.members))]
     for i, name in enumerate(ensemble.names):
         if reasons[i] is None:
-            found.append(Rival(ensemble, (i,), prompt, options))
+            rivals.append(Rival(ensemble, (i,), prompt, options))
         else:
             notes.append(f"transformers {name} was left out: {reasons[i]}")
     order = sorted(range(len(ensemble.members)), key=lambda i: -ensemble.members[i].engine.weights_bytes)
     reason = _assisted_reason(ensemble, reasons)
     if reason is None:
-        found.append(Rival(ensemble, tuple(order), prompt, options))
+        rivals.append(Rival(ensemble, tuple(order), prompt, options))
         notes.append(f"{ASSISTED}: {ensemble.names[order[1]]} drafts; its distribution is not the ensemble's")
         if any("weights" in member.engine.details for member in ensemble.members):
             notes.append(f"{ASSISTED}: with dummy weights, its acceptance rate means nothing")
     else:
         notes.append(f"{ASSISTED} was left out: {reason}")
-    return found, notes
+    return rivals, notes
 
 
 def _reason(ensemble: Ensemble, member: int, options: Mapping[str, Any]) -> str | None:
     """Say why transformers cannot write as this member would; None when it can."""
-    one = ensemble.members[member]
-    if not hasattr(getattr(_own(one.engine), "model", None), "generate"):
+    spec = ensemble.members[member]
+    if not hasattr(getattr(_own(spec.engine), "model", None), "generate"):
         return "it is no model of transformers"
-    if getattr(_own(one.engine), "adapter", None) is not None:
+    if getattr(_own(spec.engine), "adapter", None) is not None:
         return "its adapter is switched on by mixlm alone"
     try:
-        sampling = method_settings(ensemble, "mixture", options).member_sampling(one.sampling)
+        sampling = method_settings(ensemble, "mixture", options).member_sampling(spec.sampling)
     except MixlmError as error:
         return error.message
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -128,8 +128,11 @@ def _assisted_reason(ensemble: Ensemble, reasons: Sequence[str | None]) -> str |
         "it needs weights between 0 and 1": not all(ensemble.weights > 0),
         "agreement by construction is not known to it": any("agreement" in e.engine.details for e in ensemble.members),
     }
-    found = [*(reason for reason in reasons if reason is not None), *(one for one, there in obstacles.items() if there)]
-    return found[0] if found else None
+    refusals = [
+        *(reason for reason in reasons if reason is not None),
+        *(obstacle for obstacle, there in obstacles.items() if there),
+    ]
+    return refusals[0] if refusals else None
 
 
 def _own(engine: Engine) -> Engine:

@@ -76,7 +76,7 @@ class ForwardNeeds:
         )
 
 
-def batch_share(replies: int, members: int, calls: int = 4000) -> float:
+def batch_share(completions: int, members: int, calls: int = 4000) -> float:
     """Return the share of completions that a call serves on average, the longest queue first, by playing it through.
 
     Every completion waits for a member sampled anew, all equally likely, after each token. For many completions it is
@@ -85,7 +85,7 @@ def batch_share(replies: int, members: int, calls: int = 4000) -> float:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    queues = rng.multinomial(replies, np.full(members, 1 / members))
+    queues = rng.multinomial(completions, np.full(members, 1 / members))
     total = 0
     for call in range(2 * calls):
         longest = int(np.argmax(queues))
@@ -93,4 +93,4 @@ def batch_share(replies: int, members: int, calls: int = 4000) -> float:
         queues[longest] = 0
         queues += rng.multinomial(count, np.full(members, 1 / members))
         total += count if call >= calls else 0
-    return total / calls / replies
+    return total / calls / completions

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from mixlm.benchmark.measure import Progress, run_interleaved, settings_record
+from mixlm.benchmark.measure import run_interleaved, settings_record
 from mixlm.benchmark.prediction import measured_costs, predicted_speed
 from mixlm.benchmark.report import environment
 from mixlm.benchmark.timing import (
@@ -25,6 +25,7 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.terminal import Progress
 from research.benchmark import batch
 from research.benchmark.agreement import with_agreement
 from research.benchmark.compare import ComparisonPlan, record_agreement
@@ -95,7 +96,7 @@ class _Place(NamedTuple):
 
     x: float | str
     series: str
-    one: Contestant
+    contestant: Contestant
     whole: Ensemble
 
 
@@ -132,11 +133,11 @@ def sweep_along(
     """
     kind = checked_axis(kind)
     ensemble, notes = plan.apply_agreement(ensemble)
-    given: dict[str, Any] = {"seed": 0, **(options or {})}
-    found = _SWEEPS[kind](_SweepTask(ensemble, plan, given, progress, apart))
-    settings = settings_record(ensemble, plan, given)
+    chosen: dict[str, Any] = {"seed": 0, **(options or {})}
+    sweep = _SWEEPS[kind](_SweepTask(ensemble, plan, chosen, progress, apart))
+    settings = settings_record(ensemble, plan, chosen)
     where = record_agreement(environment([member.engine for member in ensemble.members], settings), plan)
-    return Sweep(kind, tuple(found.points), where, (*notes, *found.notes), found.more)
+    return Sweep(kind, tuple(sweep.points), where, (*notes, *sweep.notes), sweep.more)
 
 
 def checked_axis(name: str) -> str:
@@ -149,15 +150,15 @@ def checked_axis(name: str) -> str:
 def _batch(task: _SweepTask) -> _SweepResult:
     plan = task.plan
     sizes = _whole(task.plan.places, 1) or batch.SIZES
-    those = batch.batch_contestants(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
-    samples = run_interleaved(those, plan, task.progress)
+    contestants = batch.batch_contestants(task.ensemble, plan.methods, sizes, plan.prompt, task.options)
+    samples = run_interleaved(contestants, plan, task.progress)
     points = []
-    for one, run in zip(those, samples, strict=True):
+    for contestant, run in zip(contestants, samples, strict=True):
         served = [f.batch_size for sample in run for log in sample.forwards for f in log]
         more = {"replies_a_forward": len(served) / sum(1 / rows for rows in served)} if served else {}
-        more["seconds_of_the_batch"] = median(one.whole[1:])
-        points.append(_point(_Place(one.size, one.series, one, task.ensemble), run, None, more))
-    whole = batch.compare_offline(those, plan.tokens)
+        more["seconds_of_the_batch"] = median(contestant.whole[1:])
+        points.append(_point(_Place(contestant.size, contestant.series, contestant, task.ensemble), run, None, more))
+    whole = batch.compare_offline(contestants, plan.tokens)
     if whole is None:
         return _SweepResult(points)
     note = (
@@ -180,11 +181,14 @@ def _context(task: _SweepTask) -> _SweepResult:
         for session, ids in zip(sessions, long.ids, strict=True):
             session.logits(ids)
         reading = {name: session.stats.seconds for name, session in zip(task.ensemble.names, sessions, strict=True)}
-        those = [_LongContextContestant(one, long, sessions, task.ensemble.names) for one in _own(task, task.ensemble)]
-        for one, taken in zip(those, run_interleaved(those, task.plan, task.progress), strict=True):
-            ms = 1e3 / median(sample.speed for sample in taken)
-            more = {"ms_a_token": ms, **{f"seconds_to_read {name}": reading[name] for name in one.members}}
-            points.append(_point(_Place(size, one.label, one, task.ensemble), taken, None, more))
+        contestants = [
+            _LongContextContestant(contestant, long, sessions, task.ensemble.names)
+            for contestant in _own(task, task.ensemble)
+        ]
+        for contestant, runs in zip(contestants, run_interleaved(contestants, task.plan, task.progress), strict=True):
+            ms = 1e3 / median(sample.speed for sample in runs)
+            more = {"ms_a_token": ms, **{f"seconds_to_read {name}": reading[name] for name in contestant.members}}
+            points.append(_point(_Place(size, contestant.label, contestant, task.ensemble), runs, None, more))
     return _SweepResult(points, notes)
 
 
@@ -192,13 +196,18 @@ class _LongContextContestant:
     """A contestant behind a prompt that its sessions have read already."""
 
     def __init__(
-        self, own: EnsembleContestant, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]
+        self, contestant: EnsembleContestant, prompts: EncodedPrompt, sessions: Sequence[Session], names: Sequence[str]
     ) -> None:
-        self.label, self.method, self.members, self.draft = own.label, own.method, own.members, own.draft
-        at = [names.index(name) for name in own.members]
-        self._own = own
-        self._prompts = EncodedPrompt(tuple(prompts.ids[i] for i in at), prompts.text)
-        self._sessions = [sessions[i] for i in at]
+        self.label, self.method, self.members, self.draft = (
+            contestant.label,
+            contestant.method,
+            contestant.members,
+            contestant.draft,
+        )
+        indices = [names.index(name) for name in contestant.members]
+        self._own = contestant
+        self._prompts = EncodedPrompt(tuple(prompts.ids[i] for i in indices), prompts.text)
+        self._sessions = [sessions[i] for i in indices]
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
         """Write with the sessions as they are."""
@@ -219,8 +228,12 @@ def _members(task: _SweepTask) -> _SweepResult:
     places: list[_Place] = []
     for count in _whole(task.plan.places, 1) or MEMBERS:
         copies = [MemberSpec(first.engine.replica(), f"{first.name}-{i + 1}", first.sampling) for i in range(count)]
-        those = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
-        places += [_Place(count, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+        copied = Ensemble(copies, unit=_unit(task.ensemble), defaults=task.ensemble.defaults)
+        places += [
+            _Place(count, contestant.label, contestant, copied)
+            for contestant in _own(task, copied)
+            if contestant.method != "single"
+        ]
     places.append(
         _Place(1, "single", _own(task, single_member(task.ensemble, 0), ["single"])[0], single_member(task.ensemble, 0))
     )
@@ -237,21 +250,32 @@ def _weights(task: _SweepTask) -> _SweepResult:
     for place in task.plan.places or LAMBDAS:
         if not 0 <= place <= 1:
             raise ConfigError(f"λ is {place:g}; it must be from 0 to 1")
-        those = weighted(task.ensemble, (place, 1 - place))
-        places += [_Place(place, own.label, own, those) for own in _own(task, those) if own.method != "single"]
-    singles = [_Place("alone", one.label, one, task.ensemble) for one in _own(task, task.ensemble, ["single"])]
+        ensemble = weighted(task.ensemble, (place, 1 - place))
+        places += [
+            _Place(place, contestant.label, contestant, ensemble)
+            for contestant in _own(task, ensemble)
+            if contestant.method != "single"
+        ]
+    singles = [
+        _Place("alone", contestant.label, contestant, task.ensemble)
+        for contestant in _own(task, task.ensemble, ["single"])
+    ]
     return _SweepResult(_measured(task, [*places, *singles]))
 
 
 def _devices(task: _SweepTask) -> _SweepResult:
-    places = [_Place(TOGETHER, one.label, one, task.ensemble) for one in _own(task, task.ensemble)]
+    places = [_Place(TOGETHER, contestant.label, contestant, task.ensemble) for contestant in _own(task, task.ensemble)]
     if task.apart is None:
         note = f"there is one device here, so the {len(task.ensemble.members)} members were measured on it alone"
         return _SweepResult(_measured(task, places), [note])
-    those = task.apart()
+    ensemble = task.apart()
     if task.plan.agreement is not None:
-        those = with_agreement(those, task.plan.agreement)
-    places += [_Place(APART, one.label, one, those) for one in _own(task, those) if one.method != "single"]
+        ensemble = with_agreement(ensemble, task.plan.agreement)
+    places += [
+        _Place(APART, contestant.label, contestant, ensemble)
+        for contestant in _own(task, ensemble)
+        if contestant.method != "single"
+    ]
     return _SweepResult(_measured(task, places))
 
 
@@ -273,37 +297,42 @@ def _unit(ensemble: Ensemble) -> UnitName:
     return cast(UnitName, ensemble.unit.name)
 
 
-def _own(task: _SweepTask, those: Ensemble, kinds: Sequence[str] = ()) -> list[EnsembleContestant]:
-    return contestants(those, kinds or task.plan.methods, task.plan.prompt, task.options)
+def _own(task: _SweepTask, ensemble: Ensemble, kinds: Sequence[str] = ()) -> list[EnsembleContestant]:
+    return contestants(ensemble, kinds or task.plan.methods, task.plan.prompt, task.options)
 
 
 def _measured(task: _SweepTask, places: Sequence[_Place]) -> list[SweepPoint]:
     """Measure all places in turns, and set the cost model's figure beside each."""
-    samples = run_interleaved([place.one for place in places], task.plan, task.progress)
+    samples = run_interleaved([place.contestant for place in places], task.plan, task.progress)
     known = [(place, run) for place, run in zip(places, samples, strict=True)]
     points = []
-    for at, taken in known:
-        alike = [(other.one, theirs) for other, theirs in known if set(other.one.members) <= set(at.whole.names)]
-        fit = measured_costs(at.whole, [one for one, _ in alike], [theirs for _, theirs in alike])
-        points.append(_point(at, taken, predicted_speed(at.whole, at.one, taken, fit), {}))
+    for place, runs in known:
+        alike = [
+            (other.contestant, theirs)
+            for other, theirs in known
+            if set(other.contestant.members) <= set(place.whole.names)
+        ]
+        fit = measured_costs(place.whole, [other for other, _ in alike], [theirs for _, theirs in alike])
+        points.append(_point(place, runs, predicted_speed(place.whole, place.contestant, runs, fit), {}))
     return points
 
 
-def _point(at: _Place, taken: Sequence[TimedRun], expected: float | None, more: Mapping[str, float]) -> SweepPoint:
-    tokens = sum(sample.tokens for sample in taken)
-    checked = sum(sample.checked for sample in taken)
+def _point(place: _Place, runs: Sequence[TimedRun], expected: float | None, more: Mapping[str, float]) -> SweepPoint:
+    tokens = sum(sample.tokens for sample in runs)
+    checked = sum(sample.checked for sample in runs)
     return SweepPoint(
-        series=at.series,
-        x=at.x,
-        tokens_per_second=median(sample.speed for sample in taken),
-        slowest=min(sample.speed for sample in taken),
-        fastest=max(sample.speed for sample in taken),
+        series=place.series,
+        x=place.x,
+        tokens_per_second=median(sample.speed for sample in runs),
+        slowest=min(sample.speed for sample in runs),
+        fastest=max(sample.speed for sample in runs),
         predicted=expected,
         forwards={
-            name: sum(len(sample.forwards[i]) for sample in taken) / tokens for i, name in enumerate(at.one.members)
+            name: sum(len(sample.forwards[i]) for sample in runs) / tokens
+            for i, name in enumerate(place.contestant.members)
         },
-        acceptance=sum(sample.accepted for sample in taken) / checked if checked else None,
-        memory_bytes=max((sample.memory for sample in taken if sample.memory is not None), default=None),
+        acceptance=sum(sample.accepted for sample in runs) / checked if checked else None,
+        memory_bytes=max((sample.memory for sample in runs if sample.memory is not None), default=None),
         more=more,
     )
 

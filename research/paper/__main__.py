@@ -111,19 +111,19 @@ def _lineups(files: list[Path]) -> tuple[Any, ...]:
     return tuple(distinct([lineup(read_config(path)) for path in files]))
 
 
-def _tasks(given: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(part.strip() for part in given.split(",") if part.strip()))
+def _tasks(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise ConfigError("--tasks names nothing", "mixlm eval --list shows mixlm's own tasks")
     return names
 
 
-def _numbers(given: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in given.split(",")))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ConfigError(
-            f"--top-k is {given!r}; it must be whole numbers with commas between them", "such as: --top-k 5,10"
+            f"--top-k is {text!r}; it must be whole numbers with commas between them", "such as: --top-k 5,10"
         ) from None
 
 

@@ -53,8 +53,8 @@ def _lines(findings: Findings, *, with_speed: bool) -> Figure:
         mine = [
             accuracy for accuracy in findings.accuracies if (accuracy.ensemble, accuracy.score.task) == (label, task)
         ]
-        for method in dict.fromkeys(one.score.method for one in mine):
-            _curve(top, method, [one for one in mine if one.score.method == method])
+        for method in dict.fromkeys(finding.score.method for finding in mine):
+            _curve(top, method, [finding for finding in mine if finding.score.method == method])
         top.set_title(f"{label}\n{task_name(task)}, {mine[0].score.count} questions, k = {mine[0].top_k}")
         top.set_ylabel("accuracy, %")
         if not _banded(mine):
@@ -64,7 +64,7 @@ def _lines(findings: Findings, *, with_speed: bool) -> Figure:
         last.set_xlim(-0.03, 1.03)
         if with_speed:
             _speed_panel(last, [speed for speed in findings.speeds if speed.ensemble == label])
-        elif len({one.score.method for one in mine}) > 1:
+        elif len({finding.score.method for finding in mine}) > 1:
             top.legend()
     return figure
 
@@ -72,13 +72,13 @@ def _lines(findings: Findings, *, with_speed: bool) -> Figure:
 def _curve(axes: Axes, method: str, scores: Sequence[AccuracyFinding]) -> None:
     name, style, shade = _LINES[method]
     look: dict[str, Any] = dict(style)
-    at = [score.weights[0] for score in scores]
-    axes.plot(at, [100 * score.score.mean for score in scores], label=name, **look)
+    xs = [score.weights[0] for score in scores]
+    axes.plot(xs, [100 * score.score.mean for score in scores], label=name, **look)
     bands = [score.score.interval for score in scores]
     if _banded(scores):
         low = [100 * max(band[0], 0) for band in bands if band is not None]
         high = [100 * min(band[1], 1) for band in bands if band is not None]
-        axes.fill_between(at, low, high, color=shade, alpha=0.22, linewidth=0)
+        axes.fill_between(xs, low, high, color=shade, alpha=0.22, linewidth=0)
 
 
 def _banded(scores: Sequence[AccuracyFinding]) -> bool:
@@ -89,8 +89,8 @@ def _banded(scores: Sequence[AccuracyFinding]) -> bool:
 def _speed_panel(axes: Axes, speeds: Sequence[SpeedFinding]) -> None:
     name, style, _ = _LINES["mixture"]
     look: dict[str, Any] = dict(style)
-    at = [speed.weights[0] for speed in speeds]
-    axes.plot(at, [speed.mixture for speed in speeds], label=name, **look)
+    xs = [speed.weights[0] for speed in speeds]
+    axes.plot(xs, [speed.mixture for speed in speeds], label=name, **look)
     for number, member in enumerate(speeds[0].single):
         alone = sorted(speed.single[member] for speed in speeds)
         axes.axhline(
@@ -118,11 +118,11 @@ def _bars(findings: Findings) -> Figure:
             places = [place + (number - 1.5) * 0.2 for place in range(len(speeds))]
             there = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
             look = {"color": colour, "edgecolor": "#333333", "linewidth": 0.6, "hatch": hatch}
-            bars = panel.bar([at for at, _ in there], [value for _, value in there], width=0.18, **look)
+            bars = panel.bar([x for x, _ in there], [value for _, value in there], width=0.18, **look)
             panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-            for at, value in zip(places, values, strict=True):
+            for x, value in zip(places, values, strict=True):
                 if value is None:
-                    panel.text(at, 0, " not measured", rotation=90, ha="center", va="bottom", fontsize=7)
+                    panel.text(x, 0, " not measured", rotation=90, ha="center", va="bottom", fontsize=7)
         panel.set_xticks(range(len(speeds)), [speed.ensemble.replace(" + ", "\n+ ") for speed in speeds])
         spare = max(2 - len(speeds), 0) / 2
         panel.set_xlim(-0.6 - spare, len(speeds) - 0.4 + spare)

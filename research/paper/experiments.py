@@ -47,8 +47,8 @@ class Lineup:
     @property
     def weights(self) -> Weights:
         """The members' weights, summing to 1; equal when the ensemble has none."""
-        found = normalized_weights(self.config.weights(), len(self.config.members))
-        return tuple(round(one, 12) for one in found.tolist())
+        weights = normalized_weights(self.config.weights(), len(self.config.members))
+        return tuple(round(weight, 12) for weight in weights.tolist())
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Experiment:
         for name in ("seeds", "tokens", "repeats", *(("limit",) if self.limit is not None else ())):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not self.top_k or any(one < 0 for one in self.top_k):
+        if not self.top_k or any(k < 0 for k in self.top_k):
             raise ConfigError(f"top-k is {list(self.top_k)}; give whole numbers, 0 or more")
         if self.search and (self.lambdas or not self.methods):
             raise ConfigError(f"{self.name} has no weights to search", "tables 2 and 3 have")
@@ -109,11 +109,11 @@ class Experiment:
         if self.methods:
             parts += [f"{self.limit} questions a task"] if self.limit is not None else []
             parts += [f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"] if self.seeds < whole.seeds else []
-            parts += [f"replies of at most {self.max_tokens} tokens"] if self.max_tokens is not None else []
+            parts += [f"completions of at most {self.max_tokens} tokens"] if self.max_tokens is not None else []
             lacking = {COLUMNS[task] for task in whole.tasks} - {COLUMNS.get(task) for task in self.tasks}
             if lacking and self.name.startswith("table"):  # the text does not say which task the figures show
                 parts.append(f"without {', '.join(sorted(map(str, lacking)))}")
-            lacking_k = [str(one) for one in whole.top_k if one not in self.top_k]
+            lacking_k = [str(k) for k in whole.top_k if k not in self.top_k]
             parts += [f"without top-k {' and '.join(lacking_k)}"] if lacking_k else []
         if len(self.lambdas) < len(whole.lambdas):
             parts.append(f"λ in {len(self.lambdas)} steps")
@@ -123,7 +123,7 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """Return what it runs with, for reports."""
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "ensembles": {
                 lineup.label: {
                     "models": [member.model for member in lineup.config.members],
@@ -135,11 +135,11 @@ class Experiment:
             "temperature": 1.0,
         }
         if self.methods:
-            found |= {"tasks": list(self.tasks), "seeds": self.seeds, "limit": self.limit}
-            found |= {"max_tokens": self.max_tokens, "data": self.data}
+            settings |= {"tasks": list(self.tasks), "seeds": self.seeds, "limit": self.limit}
+            settings |= {"max_tokens": self.max_tokens, "data": self.data}
         if self.speed:
-            found |= {"tokens": self.tokens, "repeats": self.repeats}
-        return found
+            settings |= {"tokens": self.tokens, "repeats": self.repeats}
+        return settings
 
     def weights(self, lineup: Lineup) -> tuple[Weights, ...]:
         """Return the weights an ensemble is run with."""
@@ -150,8 +150,8 @@ class Experiment:
 
 _BOTH = ("mixture", "conventional")
 _SPECS: dict[str, Experiment] = {
-    one.name: one
-    for one in (
+    experiment.name: experiment
+    for experiment in (
         Experiment("table2", "accuracy of similar models", (), ("single", *_BOTH), top_k=(5, 10)),
         Experiment("table3", "accuracy of heterogeneous models", (), ("single", *_BOTH), top_k=(5, 10)),
         Experiment("table4", "speed", (), speed=True),
@@ -182,13 +182,13 @@ def make(name: str, lineups: Sequence[Lineup] = (), *, quick: bool = False) -> E
         raise ConfigError(
             f"there is no experiment {name!r}", did_you_mean(name, NAMES) or f"there are {', '.join(NAMES)}"
         )
-    one = _SPECS[name]
+    experiment = _SPECS[name]
     if quick:
-        one = replace(one, limit=20, seeds=2, max_tokens=48, top_k=(5,), tokens=32, repeats=3)
-        one = replace(one, lambdas=(0.0, 0.25, 0.5, 0.75, 1.0) if one.lambdas else ())
+        experiment = replace(experiment, limit=20, seeds=2, max_tokens=48, top_k=(5,), tokens=32, repeats=3)
+        experiment = replace(experiment, lambdas=(0.0, 0.25, 0.5, 0.75, 1.0) if experiment.lambdas else ())
     if not lineups:
         lineups = (_demo(name),) if quick else tuple(_of_the_paper(names) for names in published.ENSEMBLES[name])
-    return replace(one, lineups=tuple(lineups))
+    return replace(experiment, lineups=tuple(lineups))
 
 
 def grid(members: int, steps: int = 10) -> Iterator[Weights]:
@@ -199,17 +199,17 @@ def grid(members: int, steps: int = 10) -> Iterator[Weights]:
 
 def lineup(config: EnsembleConfig) -> Lineup:
     """Return an ensemble as part of an experiment; one of the paper's is recognised, and gets its names."""
-    found = published.find([member.model for member in config.members])
-    taken: list[str] = []
+    published_names = published.find([member.model for member in config.members])
+    names: list[str] = []
     members = []
     for member in config.members:
         last = PurePath(member.model).name
-        theirs = [name for name in found or () if published.last_part(name) == last.lower()]
+        theirs = [name for name in published_names or () if published.last_part(name) == last.lower()]
         name = theirs[0] if theirs else member.name or last
-        name = name if name not in taken else next(new for i in count(2) if (new := f"{name}-{i}") not in taken)
-        taken.append(name)
+        name = name if name not in names else next(new for i in count(2) if (new := f"{name}-{i}") not in names)
+        names.append(name)
         members.append(member.model_copy(update={"name": name}))
-    return Lineup(config.model_copy(update={"members": tuple(members)}), found)
+    return Lineup(config.model_copy(update={"members": tuple(members)}), published_names)
 
 
 def distinct(lineups: Sequence[Lineup]) -> Iterator[Lineup]:

@@ -42,8 +42,8 @@ class DifferenceFinding:
         return {**_about(self), **self.pair.as_dict()}
 
 
-def _about(one: AccuracyFinding | DifferenceFinding) -> dict[str, Any]:
-    return {"ensemble": one.ensemble, "weights": list(one.weights), "top_k": one.top_k}
+def _about(finding: AccuracyFinding | DifferenceFinding) -> dict[str, Any]:
+    return {"ensemble": finding.ensemble, "weights": list(finding.weights), "top_k": finding.top_k}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class SpeedFinding:
     @property
     def alone(self) -> float:
         """Speed of the members alone, each for its share of the tokens: the most that ME could reach."""
-        return 1 / sum(w / one for w, one in zip(self.weights, self.single.values(), strict=True) if w)
+        return 1 / sum(w / speed for w, speed in zip(self.weights, self.single.values(), strict=True) if w)
 
     def ratio(self, value: float) -> float:
         """Return a speed as a multiple of sequential CE's."""
@@ -142,18 +142,21 @@ def _findings(raw: Mapping[str, Any]) -> Findings:
         raw["settings"],
         raw["environment"],
         tuple(
-            AccuracyFinding(one["ensemble"], tuple(one["weights"]), one["top_k"], Score.read(one))
-            for one in raw["accuracies"]
+            AccuracyFinding(finding["ensemble"], tuple(finding["weights"]), finding["top_k"], Score.read(finding))
+            for finding in raw["accuracies"]
         ),
         tuple(
-            DifferenceFinding(one["ensemble"], tuple(one["weights"]), one["top_k"], PairedComparison.read(one))
-            for one in raw["differences"]
+            DifferenceFinding(
+                finding["ensemble"], tuple(finding["weights"]), finding["top_k"], PairedComparison.read(finding)
+            )
+            for finding in raw["differences"]
         ),
         tuple(
             SpeedFinding(
-                **{key: value for key, value in one.items() if key != "alone"} | {"weights": tuple(one["weights"])}
+                **{key: value for key, value in finding.items() if key != "alone"}
+                | {"weights": tuple(finding["weights"])}
             )
-            for one in raw["speeds"]
+            for finding in raw["speeds"]
         ),
         tuple(raw["notes"]),
         {label: None if names is None else tuple(names) for label, names in raw["ensembles"].items()},

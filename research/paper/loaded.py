@@ -48,8 +48,8 @@ def single(ensemble: Ensemble, member: int) -> Ensemble:
 
 def alone(config: EnsembleConfig, member: int) -> EnsembleConfig:
     """Return the configuration of one member."""
-    own = config.members[member].model_copy(update={"weight": None})
-    return config.model_copy(update={"members": (own,)})
+    spec = config.members[member].model_copy(update={"weight": None})
+    return config.model_copy(update={"members": (spec,)})
 
 
 def accelerators(config: EnsembleConfig) -> list[str]:
@@ -78,8 +78,8 @@ def apart(config: EnsembleConfig) -> list[str] | None:
 def machine(config: EnsembleConfig) -> list[Any]:
     """Return what of this machine speeds depend on, the same before and after models are loaded."""
     accelerators(config)  # imports what knows them
-    here = environment([], {})
-    return [here["processor"], here["cores"], here.get("accelerator")]
+    hardware = environment([], {})
+    return [hardware["processor"], hardware["cores"], hardware.get("accelerator")]
 
 
 def placed(config: EnsembleConfig, devices: Sequence[str]) -> EnsembleConfig:
@@ -93,4 +93,4 @@ def placed(config: EnsembleConfig, devices: Sequence[str]) -> EnsembleConfig:
 def key(config: EnsembleConfig) -> dict[str, Any]:
     """Return what of an ensemble its runs depend on; weights and method are given for each run."""
     raw = config.model_dump(exclude_none=True, exclude={"method"})
-    return {**raw, "members": [{k: v for k, v in one.items() if k != "weight"} for one in raw["members"]]}
+    return {**raw, "members": [{k: v for k, v in member.items() if k != "weight"} for member in raw["members"]]}

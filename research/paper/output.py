@@ -46,5 +46,5 @@ def joined(findings: Findings, others: Sequence[str | Path]) -> Findings:
     return replace(findings, speeds=tuple(speeds), notes=tuple(notes), ensembles=ensembles)
 
 
-def _same(one: SpeedFinding, others: Sequence[SpeedFinding]) -> bool:
-    return any((one.ensemble, one.machine) == (other.ensemble, other.machine) for other in others)
+def _same(finding: SpeedFinding, others: Sequence[SpeedFinding]) -> bool:
+    return any((finding.ensemble, finding.machine) == (other.ensemble, other.machine) for other in others)

@@ -143,7 +143,7 @@ def title(names: Names) -> str:
 def find(models: Sequence[str]) -> Names | None:
     """Return the ensemble of the paper that has these models (hub ids, or folders that end in the same name)."""
     wanted = sorted(PurePath(model).name.lower() for model in models)
-    for names in dict.fromkeys(one for group in ENSEMBLES.values() for one in group):
+    for names in dict.fromkeys(members for group in ENSEMBLES.values() for members in group):
         if sorted(map(last_part, names)) == wanted:
             return names
     return None

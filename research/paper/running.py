@@ -12,12 +12,12 @@ from mixlm.benchmark.report import environment
 from mixlm.config import EnsembleConfig
 from mixlm.core.options import Options
 from mixlm.evaluation.results import PairedComparison, Score
+from mixlm.terminal import Progress
 from research.paper.experiments import SEARCH_SEED, Experiment, Lineup, Weights, grid
 from research.paper.findings import AccuracyFinding, DifferenceFinding, Findings, SpeedFinding
 from research.paper.loaded import EnsembleCache, alone, apart, key, machine, placed, single, weighted
 from research.paper.store import ResultStore
 
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 
 
@@ -29,10 +29,10 @@ def run(
     progress: called within a run with a label, work done, work. say: called with one line for each run. Raises
     ConfigError before anything is loaded when tasks or questions are not there.
     """
-    return _Running(experiment, store, progress, say or (lambda line: None)).all()
+    return _ExperimentRun(experiment, store, progress, say or (lambda line: None)).all()
 
 
-class _Running:
+class _ExperimentRun:
     def __init__(self, experiment: Experiment, store: ResultStore, progress: Progress | None, say: Say) -> None:
         self.experiment = experiment
         self.store = store
@@ -49,54 +49,56 @@ class _Running:
 
     def all(self) -> Findings:
         """Run everything."""
-        one = self.experiment
-        if one.methods:
+        experiment = self.experiment
+        if experiment.methods:
             from mixlm.evaluation.catalog import load_tasks
 
             # Questions are read before models: what is wrong with them is said at once.
-            self.tasks = load_tasks(one.tasks, data=one.data)
-        work = [step for lineup in one.lineups for step in self._steps(lineup)]
+            self.tasks = load_tasks(experiment.tasks, data=experiment.data)
+        work = [step for lineup in experiment.lineups for step in self._steps(lineup)]
         for i, step in enumerate(work, 1):
             self.place = f"{i}/{len(work)}"
             step()
         return Findings(
-            one.name,
-            one.title,
-            one.reduced,
-            one.settings(),
+            experiment.name,
+            experiment.title,
+            experiment.reduced,
+            experiment.settings(),
             {**environment([], {}), **self.environment, "settings": {}},
             tuple(self.accuracies),
             tuple(self.differences),
             tuple(self.speeds),
             tuple(self.notes),
-            {lineup.label: lineup.published for lineup in one.lineups},
+            {lineup.label: lineup.published for lineup in experiment.lineups},
         )
 
     def _steps(self, lineup: Lineup) -> Sequence[Callable[[], None]]:
-        one = self.experiment
+        experiment = self.experiment
         steps: list[Callable[[], None]] = []
-        for top_k in one.top_k:
-            if "single" in one.methods:
-                steps += [partial(self._accuracy, lineup, top_k, member=at) for at in range(len(lineup.names))]
-            if one.search:
+        for top_k in experiment.top_k:
+            if "single" in experiment.methods:
+                steps += [partial(self._accuracy, lineup, top_k, member=i) for i in range(len(lineup.names))]
+            if experiment.search:
                 steps.append(partial(self._searched, lineup, top_k))
                 continue
-            for weights in one.weights(lineup):
-                if one.methods:
+            for weights in experiment.weights(lineup):
+                if experiment.methods:
                     steps.append(partial(self._accuracy, lineup, top_k, weights=weights))
-                if one.speed:
+                if experiment.speed:
                     steps.append(partial(self._speed, lineup, top_k, weights))
         return steps
 
     def _accuracy(self, lineup: Lineup, top_k: int, *, member: int | None = None, weights: Weights = ()) -> None:
         """Evaluate an ensemble, or one of its members alone."""
-        found = self._evaluated(lineup, top_k, range(self.experiment.seeds), member=member, weights=weights)
+        results = self._evaluated(lineup, top_k, range(self.experiment.seeds), member=member, weights=weights)
         name = lineup.label if member is None else lineup.names[member]
-        self.notes |= {f"{name}, k = {top_k}: {note}": None for note in found["notes"]}
-        self.accuracies += [AccuracyFinding(lineup.label, weights, top_k, Score.read(one)) for one in found["scores"]]
+        self.notes |= {f"{name}, k = {top_k}: {note}": None for note in results["notes"]}
+        self.accuracies += [
+            AccuracyFinding(lineup.label, weights, top_k, Score.read(score)) for score in results["scores"]
+        ]
         self.differences += [
             DifferenceFinding(lineup.label, weights, top_k, PairedComparison.read(pair))
-            for pair in found["comparisons"]
+            for pair in results["comparisons"]
             if (pair["left"], pair["right"]) == ("mixture", "conventional")
         ]
 
@@ -105,10 +107,10 @@ class _Running:
         tried = {}
         for weights in grid(len(lineup.names)):
             # A seed of its own: the texts that chose the weights are not those that are reported.
-            found = self._evaluated(lineup, top_k, [SEARCH_SEED], weights=weights, methods=["mixture"])
-            tried[weights] = mean(score["mean"] for score in found["scores"])
-        best = max(tried, key=lambda one: tried[one])
-        shown = ", ".join(f"{one:g}" for one in best)
+            results = self._evaluated(lineup, top_k, [SEARCH_SEED], weights=weights, methods=["mixture"])
+            tried[weights] = mean(score["mean"] for score in results["scores"])
+        best = max(tried, key=lambda weights: tried[weights])
+        shown = ", ".join(f"{weight:g}" for weight in best)
         self.notes[
             f"{lineup.label}, k = {top_k}: {shown} are the best of {len(tried)} weights by the accuracy of ME on the "
             "same questions, with a seed of its own; gains over single members are flattered"
@@ -125,16 +127,21 @@ class _Running:
         weights: Weights = (),
         methods: Sequence[str] = (),
     ) -> dict[str, Any]:
-        one = self.experiment
+        experiment = self.experiment
         config = lineup.config if member is None else alone(lineup.config, member)
         options: dict[str, Any] = {"temperature": 1.0, "top_k": top_k}
-        if one.max_tokens is not None:
-            options["max_tokens"] = one.max_tokens
+        if experiment.max_tokens is not None:
+            options["max_tokens"] = experiment.max_tokens
         if member is not None:
             methods = ["single"]
-        methods = list(methods) or [name for name in one.methods if name != "single"]
+        methods = list(methods) or [name for name in experiment.methods if name != "single"]
         same = {"mixlm": __version__, "ensemble": key(config), "weights": list(weights), "options": options}
-        amount = {"tasks": list(one.tasks), "seeds": list(seeds), "limit": one.limit, "data": one.data}
+        amount = {
+            "tasks": list(experiment.tasks),
+            "seeds": list(seeds),
+            "limit": experiment.limit,
+            "data": experiment.data,
+        }
         name = lineup.label if member is None else lineup.names[member]
         label = f"{name}{self._shown(weights)}, k = {top_k}: accuracy"
 
@@ -147,8 +154,8 @@ class _Running:
                 self.tasks,
                 methods=methods,
                 seeds=seeds,
-                limit=one.limit,
-                data=one.data,
+                limit=experiment.limit,
+                data=experiment.data,
                 options=cast(Options, options),
                 out=self.store.responses(label, same),
                 progress=self.progress,
@@ -164,7 +171,7 @@ class _Running:
         devices, parallel = apart(lineup.config), None
         together = placed(lineup.config, [devices[0]] * len(devices)) if devices else lineup.config
         label = f"{lineup.label}{self._shown(weights)}, k = {top_k}: speed"
-        found = self._bench(label, together, top_k, weights)
+        results = self._bench(label, together, top_k, weights)
         if self.experiment.name != "figure2":  # which shows no CE
             if devices:
                 more = self._bench(f"{label} with a device each", placed(lineup.config, devices), top_k, weights)
@@ -174,8 +181,8 @@ class _Running:
                     f"{lineup.label}: CE (parallel) was not measured, for want of a device for each of its "
                     f"{len(lineup.names)} members"
                 ] = None
-        singles = [run for run in found["runs"] if run["method"] == "single"]
-        where = found["environment"]
+        singles = [run for run in results["runs"] if run["method"] == "single"]
+        where = results["environment"]
         self.speeds.append(
             SpeedFinding(
                 lineup.label,
@@ -183,15 +190,15 @@ class _Running:
                 weights,
                 top_k,
                 {run["members"][0]: run["tokens_per_second"] for run in singles},
-                _tokens_per_second(found, "conventional"),
+                _tokens_per_second(results, "conventional"),
                 parallel,
-                _tokens_per_second(found, "mixture"),
-                found["ratios"]["mixture/conventional"],
+                _tokens_per_second(results, "mixture"),
+                results["ratios"]["mixture/conventional"],
             )
         )
 
     def _bench(self, label: str, config: EnsembleConfig, top_k: int, weights: Weights) -> dict[str, Any]:
-        one = self.experiment
+        experiment = self.experiment
         options = {"temperature": 1.0, "top_k": top_k}
         settings = {
             "mixlm": __version__,
@@ -199,27 +206,31 @@ class _Running:
             "ensemble": key(config),
             "weights": list(weights),
             "options": options,
-            "tokens": one.tokens,
-            "repeats": one.repeats,
+            "tokens": experiment.tokens,
+            "repeats": experiment.repeats,
         }
 
         def work() -> dict[str, Any]:
             from mixlm.benchmark import bench
 
             ensemble = weighted(self.loaded.get(config), weights)
-            amount: dict[str, Any] = {"tokens": one.tokens, "repeats": one.repeats, "progress": self.progress}
+            amount: dict[str, Any] = {
+                "tokens": experiment.tokens,
+                "repeats": experiment.repeats,
+                "progress": self.progress,
+            }
             return bench(ensemble, options=cast(Options, options), **amount).as_dict()
 
         return self._once(label, settings, work)
 
     def _once(self, label: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a run found, from the store when it is finished."""
-        found = self.store.get(label, settings)
-        self.say(f"[{self.place}] {label}{'' if found is None else ': finished before'}")
-        if found is None:
-            found = self.store.put(label, settings, work())
-        self.environment = found["environment"]
-        return found
+        result = self.store.get(label, settings)
+        self.say(f"[{self.place}] {label}{'' if result is None else ': finished before'}")
+        if result is None:
+            result = self.store.put(label, settings, work())
+        self.environment = result["environment"]
+        return result
 
     def _shown(self, weights: Weights) -> str:
         if weights and self.experiment.lambdas:
@@ -229,5 +240,5 @@ class _Running:
         )
 
 
-def _tokens_per_second(found: Mapping[str, Any], method: str) -> float:
-    return float(next(run["tokens_per_second"] for run in found["runs"] if run["method"] == method))
+def _tokens_per_second(results: Mapping[str, Any], method: str) -> float:
+    return float(next(run["tokens_per_second"] for run in results["runs"] if run["method"] == method))

@@ -53,8 +53,8 @@ def markdown(findings: Findings, *, image: str | None = None) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return a Markdown table whose first `left` columns are texts and whose others are numbers."""
-    marks = [":--" if at < left else "--:" for at in range(len(heads))]
-    cells = [[one.replace("|", "\\|") for one in row] for row in (heads, marks, *rows)]
+    marks = [":--" if i < left else "--:" for i in range(len(heads))]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, marks, *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
@@ -85,7 +85,7 @@ def _accuracies(findings: Findings) -> list[str]:
     for label, names in findings.ensembles.items():
         mine = [accuracy for accuracy in findings.accuracies if accuracy.ensemble == label]
         rows = []
-        for top_k, method in dict.fromkeys((one.top_k, one.score.method) for one in mine):
+        for top_k, method in dict.fromkeys((finding.top_k, finding.score.method) for finding in mine):
             row = [f"{method_name(method)} (k = {top_k})"]
             for task in findings.tasks:
                 score = findings.accuracy(label, method, top_k, task)
@@ -96,20 +96,25 @@ def _accuracies(findings: Findings) -> list[str]:
         heads = ["method"]
         for task in findings.tasks:
             heads += [task_name(task), *(["paper"] if names is not None else [])]
-        weights = {one.top_k: f"Weights {_weights(one.weights)} (k = {one.top_k})." for one in mine if one.weights}
+        weights = {
+            finding.top_k: f"Weights {_weights(finding.weights)} (k = {finding.top_k})."
+            for finding in mine
+            if finding.weights
+        }
         parts += [f"## {label}", " ".join(weights.values()), table(heads, rows)]
     return parts
 
 
-def _gain(findings: Findings, found: AccuracyFinding) -> str:
+def _gain(findings: Findings, finding: AccuracyFinding) -> str:
     """Return the gain over the best single member of the same ensemble, k and task; nothing for the singles."""
     alone = [
         accuracy.score.mean
         for accuracy in findings.accuracies
         if accuracy.score.method.startswith("single")
-        and (accuracy.ensemble, accuracy.top_k, accuracy.score.task) == (found.ensemble, found.top_k, found.score.task)
+        and (accuracy.ensemble, accuracy.top_k, accuracy.score.task)
+        == (finding.ensemble, finding.top_k, finding.score.task)
     ]
-    score = found.score
+    score = finding.score
     return f" ({100 * (score.mean - max(alone)):+.2f})" if alone and not score.method.startswith("single") else ""
 
 
@@ -140,8 +145,8 @@ def _differences(findings: Findings) -> str:
     for difference in findings.differences:
         pair = difference.pair
         about = (difference.ensemble, task_name(pair.task), str(difference.top_k), _weights(difference.weights))
-        found = (f"{100 * pair.difference:+.2f}", span(pair.interval), f"{pair.p_value:.3g}")
-        rows.append([*about, *found, str(pair.questions), str(pair.better), str(pair.worse)])
+        statistics = (f"{100 * pair.difference:+.2f}", span(pair.interval), f"{pair.p_value:.3g}")
+        rows.append([*about, *statistics, str(pair.questions), str(pair.better), str(pair.worse)])
     return table(heads, rows, left=2)
 
 
@@ -187,13 +192,13 @@ def _pace(speed: SpeedFinding, value: float) -> str:
 
 def _apart(findings: Findings) -> list[str]:
     """Return the paper's rows of ensembles that were not run here."""
-    here = {frozenset(names) for names in findings.ensembles.values() if names is not None}
-    lacking = [one for one in published.ENSEMBLES[findings.experiment] if frozenset(one) not in here]
+    measured = {frozenset(names) for names in findings.ensembles.values() if names is not None}
+    lacking = [names for names in published.ENSEMBLES[findings.experiment] if frozenset(names) not in measured]
     if not lacking:
         return []
     head = ["## The paper's own models", f"From {published.SOURCE}; other models than those above."]
     if findings.experiment.startswith("figure"):
-        shown = "; ".join(published.title(one) for one in lacking)
+        shown = "; ".join(published.title(names) for names in lacking)
         lost = "taken from table 2, since the text has lost the symbols that name them"
         shown = f"{shown} ({lost})" if findings.experiment == "figure4" else shown
         return [*head, f"Models: {shown}; plot only, the text has no numbers."]

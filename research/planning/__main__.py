@@ -30,28 +30,29 @@ def plan(
     ] = False,
     rate: Annotated[
         str | None,
-        Option("--rate", metavar="R[,R]", help="Replies that come in a second. Default: --at-once at any time."),
+        Option("--rate", metavar="R[,R]", help="Completions requested per second. Default: --at-once at any time."),
     ] = None,
-    at_once: Annotated[int, Option("--at-once", metavar="N", help="Replies written together at most.")] = 16,
+    at_once: Annotated[int, Option("--at-once", metavar="N", help="Completions generated together at most.")] = 16,
     prompt: Annotated[int, Option("--prompt", metavar="N", help="Tokens of a prompt.")] = 100,
-    reply: Annotated[float, Option("--reply", metavar="N", help="Tokens of a reply, on average.")] = 200,
-    fixed: Annotated[bool, Option("--fixed", help="All replies have that length; else a geometric law.")] = False,
+    length: Annotated[float, Option("--reply", metavar="N", help="Tokens of a completion, on average.")] = 200,
+    fixed: Annotated[
+        bool,
+        Option("--fixed", help="All completions have that length; without it, lengths have a geometric distribution."),
+    ] = False,
     coin: Annotated[
         float, Option("--coin", metavar="N", help="Tokens that a coin decides on average: 1, or those of a word.")
     ] = 1.0,
     replicas: Annotated[
         list[str] | None, Option("--replicas", metavar="NAME=N", help="Machines of a member. Can be repeated.")
     ] = None,
-    need: Annotated[
-        bool, Option("--need", help="Find how many machines each member needs, in place of taking those given.")
-    ] = False,
+    need: Annotated[bool, Option("--need", help="Find how many machines each member needs.")] = False,
     first: Annotated[
         float | None, Option("--first", metavar="S", help="With --need: 95 in 100 first tokens within S seconds.")
     ] = None,
     busy: Annotated[
         float, Option("--busy", metavar="SHARE", help="With --need: the share of time that a machine may work.")
     ] = 0.85,
-    replies: Annotated[int, Option("--replies", metavar="N", help="How many replies are simulated.")] = 1000,
+    count: Annotated[int, Option("--replies", metavar="N", help="How many completions are simulated.")] = 1000,
     plot: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw the rates: .png or .svg.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -60,13 +61,13 @@ def plan(
     Completions, mixlm and the members' machines are simulated as queues. The file has the costs of runs, in seconds.
 
         \\[router]               # mixlm itself
-        seconds = 0.002        # of one processor, for each run
+        seconds = 0.002        # of one processor, for each request
                                # also: delay = 0.0, processes = 1
         \\[members.NAME]
         weight = 0.6
         forward = 0.010        # one sequence, one token
         sequence = 0.002       # each further sequence in a forward
-        token = 0.003          # each further token: missed, or of a prompt
+        token = 0.003          # each further token: of a prompt or of other members
                                # also: slots = 256, replicas = 1,
                                # runs = false, device = "shared"
 
@@ -77,7 +78,7 @@ def plan(
     from research.planning.simulation import Workload
 
     rates = _rates(rate)
-    _check(at_once=at_once, prompt=prompt, reply=reply, replies=replies, coin=coin)
+    _check({"--at-once": at_once, "--prompt": prompt, "--reply": length, "--replies": count, "--coin": coin})
     if plot is not None:
         from research.figures import require
         from research.planning.chart import save
@@ -90,18 +91,18 @@ def plan(
 
         options = shared.options()
         ensemble = open_ensemble(shared, {**options, "top_k": options.get("top_k", 10)})
-        costs = measured(ensemble, most=min(at_once, 32), progress=dim)
+        costs = measured(ensemble, max_batch=min(at_once, 32), progress=dim)
         write_costs(costs, file)
     elif shared.model or shared.ensemble is not None:
         raise UsageError("members are given, and the costs come from the file", "measure them: --measure")
     else:
         costs = read_costs(file)
     costs = costs.with_replicas(_replicas(replicas or []))
-    load = Workload(rates[0], prompt, reply, at_once, "fixed" if fixed else "geometric", coin)
+    load = Workload(rates[0], prompt, length, at_once, "fixed" if fixed else "geometric", coin)
     if need:
-        points = [needed(costs, load, PlanTarget(first, busy), replies=replies)]
+        points = [needed(costs, load, PlanTarget(first, busy), count=count)]
     else:
-        points = sweep(costs, load, rates, replies=replies)
+        points = sweep(costs, load, rates, count=count)
     if plot is not None:
         save(points, plot)
     if as_json:
@@ -113,12 +114,12 @@ def plan(
 
 def _show(costs: PlanCosts, points: list[PlanPoint]) -> None:
     heads = [
-        "replies/s come",
+        "requests/s",
         "tokens/s",
-        "replies/s",
+        "completions/s",
         "first token s",
         "95 % within",
-        "reply s",
+        "completion s",
         "95 % within",
         "busy",
     ]
@@ -139,7 +140,7 @@ def _show(costs: PlanCosts, points: list[PlanPoint]) -> None:
         )
     print_table(heads, rows, right=heads[:-1])
     if not all(point.keeps_up for point in points):
-        console().print("Where it cannot keep up, the times grow with the replies simulated. See --need.")
+        console().print("Where it cannot keep up, the times grow with the completions simulated. See --need.")
 
 
 def _rates(text: str | None) -> list[float | None]:
@@ -154,20 +155,20 @@ def _rates(text: str | None) -> list[float | None]:
     return list(rates)
 
 
-def _replicas(given: list[str]) -> dict[str, int]:
-    found = {}
-    for one in given:
-        name, _, number = one.rpartition("=")
+def _replicas(texts: list[str]) -> dict[str, int]:
+    replicas = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
         if not name or not number.isdigit():
-            raise ConfigError(f"--replicas is {one!r}; it must be a member's name and a number", "such as: smollm2=3")
-        found[name] = int(number)
-    return found
+            raise ConfigError(f"--replicas is {text!r}; it must be a member's name and a number", "such as: smollm2=3")
+        replicas[name] = int(number)
+    return replicas
 
 
-def _check(**given: float) -> None:
-    for name, value in given.items():
+def _check(values: dict[str, float]) -> None:
+    for name, value in values.items():
         if not 1 <= value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be 1 or more")
+            raise ConfigError(f"{name} is {value:g}; it must be 1 or more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

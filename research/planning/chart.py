@@ -28,7 +28,7 @@ def save(points: Sequence[PlanPoint], path: Path) -> None:
         looks = (("first", 0.5, "-"), ("first", 0.95, "--"), ("whole", 0.5, "-"), ("whole", 0.95, "--"))
         for what, share, line in looks:
             values = [quantiles(getattr(point.seen, what), [share])[0] for point in points]
-            word = "first token" if what == "first" else "whole reply"
+            word = "first token" if what == "first" else "whole completion"
             color = BLUE if what == "first" else RED
             wait.plot(rates, values, color=color, linestyle=line, marker="o", label=f"{word}, {share:.0%} within")
         wait.set_ylabel("seconds")
@@ -38,7 +38,7 @@ def save(points: Sequence[PlanPoint], path: Path) -> None:
         wait.minorticks_off()
         wait.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         for axes in (speed, wait):
-            axes.set_xlabel("replies that come in a second")
+            axes.set_xlabel("requests per second")
         machines = ", ".join(f"{name} × {count}" for name, count in points[0].replicas.items())
         figure.suptitle(f"Predicted: {machines}", fontsize=10)
         figures.save(figure, path)

@@ -1,7 +1,7 @@
 """What members' forwards and mixlm's own work cost: one TOML file, measured or written by hand.
 
 [router]
-seconds = 0.002     # of one processor, for each run (a question to a member)
+seconds = 0.002     # of one processor, for each request to a member
 delay = 0.0005      # to the server and back
 [members.NAME]
 weight = 0.6
@@ -22,14 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixlm.errors import ConfigError, did_you_mean
 
 
-class _Strict(BaseModel):
+class _CostsModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class MemberCost(_Strict):
+class MemberCost(_CostsModel):
     """A member's weight, and what its forwards take, in seconds: forward + sequence·(n - 1) + token·(tokens - n).
 
-    slots: sequences in one forward at most. runs: its server writes consecutive coins in one request. device: members
+    slots: sequences in one forward at most. runs: its server samples consecutive tokens itself, in one request. device: members
     with the same name take turns on it; None for machines of its own. replicas: machines that it has.
     """
 
@@ -47,15 +47,15 @@ class MemberCost(_Strict):
         return self.forward + self.sequence * (sequences - 1) + self.token * (tokens - sequences)
 
 
-class RouterCost(_Strict):
-    """Seconds of one processor for each run, seconds on the way to the server and back, and processes."""
+class RouterCost(_CostsModel):
+    """Seconds of one processor for each request, seconds on the way to the server and back, and processes."""
 
     seconds: float = Field(default=0.0, ge=0)
     delay: float = Field(default=0.0, ge=0)
     processes: int = Field(default=1, ge=1)
 
 
-class PlanCosts(_Strict):
+class PlanCosts(_CostsModel):
     """All costs of an ensemble."""
 
     members: Mapping[str, MemberCost] = Field(min_length=1)
@@ -83,7 +83,7 @@ def read_costs(path: Path) -> PlanCosts:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no file of costs {path}", "make one: mixlm plan FILE --measure -e ENSEMBLE"
+            f"there is no file of costs {path}", "make one: python -m research.planning FILE --measure -e ENSEMBLE"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -94,7 +94,9 @@ def read_costs(path: Path) -> PlanCosts:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {place}: {first['msg']}", "see mixlm plan --help for the keys") from error
+        raise ConfigError(
+            f"{path}: {place}: {first['msg']}", "see python -m research.planning --help for the keys"
+        ) from error
 
 
 def write_costs(costs: PlanCosts, path: Path) -> None:

@@ -15,15 +15,15 @@ from mixlm.ensemble import Ensemble
 from mixlm.types import Ids
 from research.planning.costs import MemberCost, PlanCosts, RouterCost
 
-Progress = Callable[[str], None]
-
 _AT_ONCE = (1, 2, 4, 8, 16, 32)
 _TOKENS = (2, 4, 8, 16, 32)
 _TEXT = " One morning the river had risen over the fields, and nobody knew how far the road went."
 
 
-def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: Progress | None = None) -> PlanCosts:
-    """Measure what runs of each member cost, with up to `most` sequences at once, and what mixlm adds to each.
+def measure(
+    ensemble: Ensemble, *, max_batch: int = 16, repeats: int = 3, progress: Callable[[str], None] | None = None
+) -> PlanCosts:
+    """Measure what runs of each member cost, with up to `max_batch` sequences at once, and what mixlm adds to each.
 
     Takes about a hundred forwards of each member. Members that are engines of one device take turns on it in a plan;
     such as are behind servers have machines of their own.
@@ -37,13 +37,13 @@ def measure(ensemble: Ensemble, *, most: int = 16, repeats: int = 3, progress: P
         if progress is not None:
             progress(f"measuring {spec.name}")
         shared = devices.count(device) > 1
-        forward, sequence, token = fitted(_timed(spec.engine, most, repeats))
+        forward, sequence, token = fitted(_timed(spec.engine, max_batch, repeats))
         members[spec.name] = MemberCost(
             weight=weight,
             forward=forward,
             sequence=sequence,
             token=token,
-            slots=most,
+            slots=max_batch,
             runs=runs,
             device=device if shared else None,
         )
@@ -64,43 +64,43 @@ def fitted(timed: Sequence[tuple[int, int, float]]) -> tuple[float, float, float
     Costs below 0, which noise makes of small ones, are taken for 0.
     """
     rows = np.array([[1.0, n - 1, tokens - n] for n, tokens, _ in timed])
-    seconds = np.array([one for _, _, one in timed])
+    seconds = np.array([duration for _, _, duration in timed])
     from scipy.optimize import nnls
 
-    found, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
-    forward, sequence, token = (float(one) for one in found)
+    solution, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
+    forward, sequence, token = (float(cost) for cost in solution)
     return forward, sequence, token
 
 
-def _timed(engine: Engine, most: int, repeats: int) -> list[tuple[int, int, float]]:
+def _timed(engine: Engine, max_batch: int, repeats: int) -> list[tuple[int, int, float]]:
     """Return (sequences, tokens, seconds): each the median of `repeats`."""
     text = engine.encoder.encode((_TEXT * 40).encode()).ids
     ids = np.array(text, dtype=np.int64)
     start = min(48, engine.context_length // 4)
-    found = []
-    sessions = [engine.session() for _ in range(most)]
-    reach = [start + at for at in range(most)]  # no two sequences are alike
+    timings = []
+    sessions = [engine.session() for _ in range(max_batch)]
+    reach = [start + i for i in range(max_batch)]  # no two sequences are alike
 
-    def run(those: Sequence[int], tokens: int) -> float:
-        asked: list[tuple[Session, LogitsRequest]] = []
-        for at in those:
-            reach[at] += tokens
-            asked.append((sessions[at], LogitsRequest(0, _turned(ids, at)[: reach[at]])))
+    def run(batch: Sequence[int], tokens: int) -> float:
+        requests: list[tuple[Session, LogitsRequest]] = []
+        for i in batch:
+            reach[i] += tokens
+            requests.append((sessions[i], LogitsRequest(0, _turned(ids, i)[: reach[i]])))
         before, processor = time.perf_counter(), time.process_time()
-        engine.respond(asked)
+        engine.respond(requests)
         seconds, used = time.perf_counter() - before, time.process_time() - processor
         # What this process did for a server's member is not the server's; for others it is the forward itself.
         return max(seconds - used, seconds / 10) if engine.asynchronous else seconds
 
-    run(range(most), 1)
-    for n in [one for one in _AT_ONCE if one <= most]:
-        found.append((n, n, median(run(range(n), 1) for _ in range(repeats))))
+    run(range(max_batch), 1)
+    for n in [size for size in _AT_ONCE if size <= max_batch]:
+        timings.append((n, n, median(run(range(n), 1) for _ in range(repeats))))
     for tokens in _TOKENS:
         if max(reach) + repeats * tokens < min(engine.context_length, len(ids)):
-            found.append((1, tokens, median(run([0], tokens) for _ in range(repeats))))
+            timings.append((1, tokens, median(run([0], tokens) for _ in range(repeats))))
     for session in sessions:
         session.reset()
-    return found
+    return timings
 
 
 def _turned(ids: Ids, by: int) -> Ids:

@@ -42,40 +42,40 @@ class PlanPoint:
             "processes": self.processes,
             "keeps_up": self.keeps_up,
             "tokens_per_second": self.seen.tokens_per_second,
-            "replies_per_second": self.seen.replies_per_second,
+            "replies_per_second": self.seen.completions_per_second,
             "first_token": {"p50": first[0], "p95": first[1]},
             "whole_reply": {"p50": last[0], "p95": last[1]},
-            "busy": {name: sum(those) / len(those) for name, those in self.seen.busy.items()},
+            "busy": {name: sum(shares) / len(shares) for name, shares in self.seen.busy.items()},
             "router_busy": self.seen.router,
         }
 
 
-def expected(costs: PlanCosts, load: Workload, *, replies: int = 1000, seed: int = 0) -> PlanPoint:
+def expected(costs: PlanCosts, load: Workload, *, count: int = 1000, seed: int = 0) -> PlanPoint:
     """Simulate one load."""
-    seen = simulate(costs, load, replies=replies, seed=seed)
+    seen = simulate(costs, load, count=count, seed=seed)
     replicas = {name: member.replicas for name, member in costs.members.items()}
-    busiest = max(*(sum(those) / len(those) for those in seen.busy.values()), seen.router)
+    busiest = max(*(sum(shares) / len(shares) for shares in seen.busy.values()), seen.router)
     keeps_up = load.rate is None or (seen.late <= _LATE and busiest < _FULL)
     return PlanPoint(load.rate, replicas, costs.router.processes, seen, keeps_up)
 
 
 def sweep(
-    costs: PlanCosts, load: Workload, rates: Sequence[float | None], *, replies: int = 1000, seed: int = 0
+    costs: PlanCosts, load: Workload, rates: Sequence[float | None], *, count: int = 1000, seed: int = 0
 ) -> list[PlanPoint]:
     """Simulate a load at several arrival rates."""
-    return [expected(costs, replace(load, rate=rate), replies=replies, seed=seed) for rate in rates]
+    return [expected(costs, replace(load, rate=rate), count=count, seed=seed) for rate in rates]
 
 
-def needed(costs: PlanCosts, load: Workload, target: PlanTarget, *, replies: int = 1000, seed: int = 0) -> PlanPoint:
+def needed(costs: PlanCosts, load: Workload, target: PlanTarget, *, count: int = 1000, seed: int = 0) -> PlanPoint:
     """Return the expectation with as few machines as keep the target: what is busiest gets one more until they do.
 
     Members that share a device keep it. Raises ConfigError for a load without a rate, and when no number is enough.
     """
     if load.rate is None:
-        raise ConfigError("how many machines are needed depends on how often replies come", "give --rate")
+        raise ConfigError("how many machines are needed depends on how often requests arrive", "give --rate")
     while True:
-        point = expected(costs, load, replies=replies, seed=seed)
-        busy = {name: sum(those) / len(those) for name, those in point.seen.busy.items()}
+        point = expected(costs, load, count=count, seed=seed)
+        busy = {name: sum(shares) / len(shares) for name, shares in point.seen.busy.items()}
         slow = target.first is not None and quantiles(point.seen.first)[1] > target.first
         if point.keeps_up and not slow and max(*busy.values(), point.seen.router) <= target.busy:
             return point
@@ -87,7 +87,7 @@ def needed(costs: PlanCosts, load: Workload, target: PlanTarget, *, replies: int
         elif busiest is None or costs.members[busiest].replicas >= _MOST:
             raise ConfigError(
                 "no number of machines keeps this target",
-                "the wait may be for a turn (--at-once), or a reply alone may take longer: see it at a low --rate",
+                "the wait may be for a turn (--at-once), or one completion alone may take longer: try a low --rate",
             )
         else:
             costs = costs.with_replicas({busiest: costs.members[busiest].replicas + 1})

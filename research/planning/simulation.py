@@ -27,7 +27,7 @@ class Workload:
     Args:
         rate: Completions per second, at random times; None for `at_once` completions at any time.
         prompt: Tokens of a prompt.
-        reply: Mean tokens of a completion.
+        length: Mean tokens of a completion.
         at_once: Completions generated together at most.
         lengths: Whether all completions have the mean length, or a geometric distribution of lengths.
         coin: Mean tokens that one coin decides; more than 1 for words.
@@ -35,7 +35,7 @@ class Workload:
 
     rate: float | None
     prompt: int
-    reply: float
+    length: float
     at_once: int = 16
     lengths: Lengths = "geometric"
     coin: float = 1.0
@@ -47,7 +47,7 @@ class SimulationResult:
 
     Args:
         tokens_per_second: Throughput.
-        replies_per_second: Completions per second.
+        completions_per_second: Completions per second.
         first: Time to the first token of each completion, waiting included.
         whole: Time to its last token.
         waited: Time until its turn.
@@ -57,7 +57,7 @@ class SimulationResult:
     """
 
     tokens_per_second: float
-    replies_per_second: float
+    completions_per_second: float
     first: np.ndarray
     whole: np.ndarray
     waited: np.ndarray
@@ -67,7 +67,7 @@ class SimulationResult:
 
 
 @dataclass(eq=False)
-class _SimulatedReply:
+class _SimulatedGeneration:
     came: float
     left: int
     read: list[int]
@@ -81,7 +81,7 @@ class _SimulatedReply:
 
 @dataclass(eq=False)
 class _SimulatedRequest:
-    reply: _SimulatedReply
+    generation: _SimulatedGeneration
     member: int
     tokens: int
     steps: int
@@ -99,7 +99,7 @@ class _SimulatedMachine:
 class _Simulation:
     """One run of it. Everything random comes from one generator, so equal seeds give equal runs."""
 
-    def __init__(self, costs: PlanCosts, load: Workload, replies: int, seed: int) -> None:
+    def __init__(self, costs: PlanCosts, load: Workload, count: int, seed: int) -> None:
         self.load = load
         self._costs: list[MemberCost] = list(costs.members.values())
         self._router = costs.router
@@ -116,13 +116,13 @@ class _Simulation:
             else [_SimulatedMachine() for _ in range(cost.replicas)]
             for cost in self._costs
         ]
-        self._total = replies
+        self._total = count
         self._come = self._in_progress = 0
-        self._waiting: deque[_SimulatedReply] = deque()
+        self._waiting: deque[_SimulatedGeneration] = deque()
         self._free = self._router.processes
-        self._to_prepare: deque[_SimulatedReply] = deque()
+        self._to_prepare: deque[_SimulatedGeneration] = deque()
         self.router_worked = 0.0
-        self.done: list[tuple[_SimulatedReply, float]] = []
+        self.done: list[tuple[_SimulatedGeneration, float]] = []
         self.wrote: list[tuple[float, int]] = []  # when, and how many tokens
         self.late = 0
         self.last_came = 0.0
@@ -153,68 +153,68 @@ class _Simulation:
 
     def _arrive(self) -> None:
         self._come += 1
-        mean = self.load.reply
+        mean = self.load.length
         length = max(1, round(mean)) if self.load.lengths == "fixed" else int(self._random.geometric(1 / max(mean, 1)))
         members = len(self._costs)
-        self._waiting.append(_SimulatedReply(self.now, length, [0] * members, length, [None] * members))
+        self._waiting.append(_SimulatedGeneration(self.now, length, [0] * members, length, [None] * members))
         self._admit()
         if self._come == self._total:
             self.late, self.last_came = len(self._waiting), self.now
-            self.worked_then = [[machine.worked for machine in those] for those in self.machines]
+            self.worked_then = [[machine.worked for machine in group] for group in self.machines]
             self.router_then = self.router_worked
 
     def _admit(self) -> None:
         while self._waiting and self._in_progress < self.load.at_once:
             self._in_progress += 1
-            reply = self._waiting.popleft()
-            reply.began = self.now
-            self._prepare(reply)
+            generation = self._waiting.popleft()
+            generation.began = self.now
+            self._prepare(generation)
 
-    def _prepare(self, reply: _SimulatedReply) -> None:
-        """Let mixlm put the next question, when one of its processes is free."""
+    def _prepare(self, generation: _SimulatedGeneration) -> None:
+        """Let mixlm prepare the next request when one of its processes is free."""
         if self._free == 0:
-            self._to_prepare.append(reply)
+            self._to_prepare.append(generation)
             return
         self._free -= 1
         self.router_worked += self._router.seconds
-        self._at(self._router.seconds, lambda: self._prepared(reply))
+        self._at(self._router.seconds, lambda: self._prepared(generation))
 
-    def _prepared(self, reply: _SimulatedReply) -> None:
+    def _prepared(self, generation: _SimulatedGeneration) -> None:
         self._free += 1
         if self._to_prepare:
             self._prepare(self._to_prepare.popleft())
-        question = self._question(reply)
-        self._at(self._router.delay / 2, lambda: self._ask(question))
+        request = self._next_request(generation)
+        self._at(self._router.delay / 2, lambda: self._enqueue(request))
 
-    def _question(self, reply: _SimulatedReply) -> _SimulatedRequest:
-        """Sample coins, and merge equal ones where the member's server writes runs."""
-        if reply.owed == 0:
-            self._draw(reply)
-        member = reply.member
-        steps = reply.owed if self._costs[member].runs else 1
-        reply.owed -= steps
-        while self._costs[member].runs and steps < reply.left:
-            self._draw(reply)
-            if reply.member != member:
+    def _next_request(self, generation: _SimulatedGeneration) -> _SimulatedRequest:
+        """Sample coins, and merge equal ones where the member's server samples runs itself."""
+        if generation.owed == 0:
+            self._sample_coin(generation)
+        member = generation.member
+        steps = generation.owed if self._costs[member].runs else 1
+        generation.owed -= steps
+        while self._costs[member].runs and steps < generation.left:
+            self._sample_coin(generation)
+            if generation.member != member:
                 break
-            steps += reply.owed
-            reply.owed = 0
-        steps = min(steps, reply.left)
-        text = self.load.prompt + reply.length - reply.left
-        return _SimulatedRequest(reply, member, max(text - reply.read[member], 1), steps)
+            steps += generation.owed
+            generation.owed = 0
+        steps = min(steps, generation.left)
+        text = self.load.prompt + generation.length - generation.left
+        return _SimulatedRequest(generation, member, max(text - generation.read[member], 1), steps)
 
-    def _draw(self, reply: _SimulatedReply) -> None:
-        reply.member = int(np.searchsorted(self._chances, self._random.random(), side="right"))
-        reply.owed = 1 if self.load.coin <= 1 else int(self._random.geometric(1 / self.load.coin))
+    def _sample_coin(self, generation: _SimulatedGeneration) -> None:
+        generation.member = int(np.searchsorted(self._chances, self._random.random(), side="right"))
+        generation.owed = 1 if self.load.coin <= 1 else int(self._random.geometric(1 / self.load.coin))
 
-    def _ask(self, question: _SimulatedRequest) -> None:
-        reply, member = question.reply, question.member
-        machine = reply.homes[member]
+    def _enqueue(self, request: _SimulatedRequest) -> None:
+        generation, member = request.generation, request.member
+        machine = generation.homes[member]
         if machine is None:
-            machine = min(self.machines[member], key=lambda one: one.homes)
+            machine = min(self.machines[member], key=lambda machine: machine.homes)
             machine.homes += 1
-            reply.homes[member] = machine
-        machine.queues.setdefault(member, deque()).append(question)
+            generation.homes[member] = machine
+        machine.queues.setdefault(member, deque()).append(request)
         self._work_soon(machine)
 
     def _work_soon(self, machine: _SimulatedMachine) -> None:
@@ -232,12 +232,12 @@ class _Simulation:
         }
         if not sizes:
             return
-        member = max(sizes, key=lambda one: sizes[one])
+        member = max(sizes, key=lambda name: sizes[name])
         cost, queue = self._costs[member], machine.queues[member]
         batch = machine.going.setdefault(member, [])
         while queue and len(batch) < cost.slots:
             batch.append(queue.popleft())
-        seconds = cost.seconds(len(batch), sum(one.tokens for one in batch))
+        seconds = cost.seconds(len(batch), sum(request.tokens for request in batch))
         machine.working = True
         machine.worked += seconds
         self._at(seconds, lambda: self._worked(machine, member))
@@ -245,27 +245,27 @@ class _Simulation:
     def _worked(self, machine: _SimulatedMachine, member: int) -> None:
         machine.working = False
         batch, going = machine.going[member], []
-        for one in batch:
-            one.tokens, one.steps = 1, one.steps - 1
-            if one.reply.first == 0.0:
-                one.reply.first = self.now + self._router.delay / 2
-            one.reply.left -= 1
-            if one.steps > 0:
-                going.append(one)
+        for request in batch:
+            request.tokens, request.steps = 1, request.steps - 1
+            if request.generation.first == 0.0:
+                request.generation.first = self.now + self._router.delay / 2
+            request.generation.left -= 1
+            if request.steps > 0:
+                going.append(request)
             else:
-                self._at(self._router.delay / 2, lambda one=one: self._answered(one))  # type: ignore[misc]
+                self._at(self._router.delay / 2, lambda request=request: self._completed(request))  # type: ignore[misc]
         machine.going[member] = going
         self.wrote.append((self.now, len(batch)))
         self._work_soon(machine)
 
-    def _answered(self, question: _SimulatedRequest) -> None:
-        reply = question.reply
-        reply.read[question.member] = self.load.prompt + reply.length - reply.left - 1
-        if reply.left > 0:
-            self._prepare(reply)
+    def _completed(self, request: _SimulatedRequest) -> None:
+        generation = request.generation
+        generation.read[request.member] = self.load.prompt + generation.length - generation.left - 1
+        if generation.left > 0:
+            self._prepare(generation)
             return
-        self.done.append((reply, self.now))
-        for machine in reply.homes:
+        self.done.append((generation, self.now))
+        for machine in generation.homes:
             if machine is not None:
                 machine.homes -= 1
         self._in_progress -= 1
@@ -274,35 +274,35 @@ class _Simulation:
         self._admit()
 
 
-def simulate(costs: PlanCosts, load: Workload, *, replies: int = 1000, seed: int = 0) -> SimulationResult:
-    """Let `replies` completions come and be written."""
-    one = _Simulation(costs, load, replies, seed)
-    one.run()
-    times = np.array([when for when, _ in one.wrote])
-    counts = np.cumsum([number for _, number in one.wrote])
+def simulate(costs: PlanCosts, load: Workload, *, count: int = 1000, seed: int = 0) -> SimulationResult:
+    """Let `count` completions come and be written."""
+    simulation = _Simulation(costs, load, count, seed)
+    simulation.run()
+    times = np.array([when for when, _ in simulation.wrote])
+    counts = np.cumsum([number for _, number in simulation.wrote])
     # While completions come: what is left behind the last of them is written by ever fewer at once.
-    close = one.last_came or min(end for _, end in one.done)
+    close = simulation.last_came or min(end for _, end in simulation.done)
     begin = close / 5
     before, within = np.searchsorted(times, (begin, close), side="right")
     tokens = counts[max(within - 1, 0)] - (counts[before - 1] if before else 0)
-    steady = sorted(one.done, key=lambda entry: entry[0].came)[len(one.done) // 5 :]
-    lengths = np.mean([reply.length for reply, _ in one.done])
-    worked, router, span = one.worked_then, one.router_then, one.last_came
+    steady = sorted(simulation.done, key=lambda entry: entry[0].came)[len(simulation.done) // 5 :]
+    lengths = np.mean([generation.length for generation, _ in simulation.done])
+    worked, router, span = simulation.worked_then, simulation.router_then, simulation.last_came
     if span == 0:
-        worked = [[machine.worked for machine in those] for those in one.machines]
-        router, span = one.router_worked, one.now or 1.0
+        worked = [[machine.worked for machine in group] for group in simulation.machines]
+        router, span = simulation.router_worked, simulation.now or 1.0
     return SimulationResult(
         tokens_per_second=float(tokens / (close - begin)) if close > begin else 0.0,
-        replies_per_second=float(tokens / (close - begin) / lengths) if close > begin else 0.0,
-        first=np.array([reply.first - reply.came for reply, _ in steady]),
-        whole=np.array([end - reply.came for reply, end in steady]),
-        waited=np.array([reply.began - reply.came for reply, _ in steady]),
-        busy={name: [seconds / span for seconds in those] for name, those in zip(costs.members, worked, strict=True)},
+        completions_per_second=float(tokens / (close - begin) / lengths) if close > begin else 0.0,
+        first=np.array([generation.first - generation.came for generation, _ in steady]),
+        whole=np.array([end - generation.came for generation, end in steady]),
+        waited=np.array([generation.began - generation.came for generation, _ in steady]),
+        busy={name: [seconds / span for seconds in times] for name, times in zip(costs.members, worked, strict=True)},
         router=router / span / costs.router.processes,
-        late=one.late / replies,
+        late=simulation.late / count,
     )
 
 
 def quantiles(values: np.ndarray, shares: Sequence[float] = (0.5, 0.95)) -> list[float]:
     """Return quantiles of times; zeros where there are none."""
-    return [float(one) for one in np.quantile(values, shares)] if values.size else [0.0] * len(shares)
+    return [float(quantile) for quantile in np.quantile(values, shares)] if values.size else [0.0] * len(shares)

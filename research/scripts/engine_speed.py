@@ -25,7 +25,7 @@ def seconds(ensemble: Ensemble, tokens: int, **options) -> list[float]:
 
 
 def main() -> None:
-    tokens, repeats = (int(one) for one in (*sys.argv[1:], 32, 5)[:2])
+    tokens, repeats = (int(number) for number in (*sys.argv[1:], 32, 5)[:2])
     pairs = {engine: mixlm.load(*MODELS, engine=engine) for engine in ("llamacpp", "hf")}
     runs: dict[tuple[str, str], list[list[float]]] = {}
     for _ in range(repeats):
@@ -35,7 +35,7 @@ def main() -> None:
                 alone = Ensemble([pair.members[number]])
                 runs.setdefault((engine, name), []).append(seconds(alone, tokens))
     for engine in pairs:
-        best = {name: np.min(found, axis=0).mean() for (one, name), found in runs.items() if one == engine}
+        best = {name: np.min(rounds, axis=0).mean() for (kind, name), rounds in runs.items() if kind == engine}
         single = sum(best[name] for name in MODELS) / len(MODELS)
         figures = " ".join(f"{name} {1 / value:.1f}" for name, value in best.items())
         print(f"{engine}: tokens/s {figures}; mixture / weighted single {single / best['mixture']:.2f}")

@@ -28,9 +28,9 @@ METHODS, LENGTHS, TOP_K = ("mixture", "speculative"), (20, 1000, 7000), 20
 
 
 def main() -> None:
-    tokens, repeats = (int(one) for one in (*sys.argv[1:], 400, 5)[:2])
+    tokens, repeats = (int(number) for number in (*sys.argv[1:], 400, 5)[:2])
     engines = [DummyWeightsEngine(EngineSpec(f"shape:tiny#{i}", "", "bfloat16", "cpu"), TINY) for i in (1, 2)]
-    pair = Ensemble([MemberSpec(one, f"tiny-{i}") for i, one in enumerate(engines)])
+    pair = Ensemble([MemberSpec(engine, f"tiny-{i}") for i, engine in enumerate(engines)])
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(64, TINY["vocab_size"])).astype(np.float32)
     likely = np.sort(rng.choice(TINY["vocab_size"], TOP_K, replace=False))
@@ -38,20 +38,20 @@ def main() -> None:
 
     def taken_out(cut: bool) -> Any:
         def run(_: ModelRunner, parts: Sequence[Part]) -> list[Found]:
-            return [[short] * one.last if cut and one.cut is not None else rows[: one.last] for one in parts]
+            return [[short] * part.last if cut and part.cut is not None else rows[: part.last] for part in parts]
 
         return patch.object(ModelRunner, "run", run)
 
     for method in METHODS:
         for words in LENGTHS:
-            given = {"top_k": TOP_K, **({"draft": "tiny-0"} if method == "speculative" else {})}
-            own = EnsembleContestant(pair, method, "the river " * (words // 2), given)
-            found = []
+            options = {"top_k": TOP_K, **({"draft": "tiny-0"} if method == "speculative" else {})}
+            contestant = EnsembleContestant(pair, method, "the river " * (words // 2), options)
+            times = []
             for cut in (False, True):
                 with taken_out(cut), patch.object(HFSession, "_keep", lambda _, length: length):
-                    samples = [own.measure(repeat, tokens) for repeat in range(repeats + 1)][1:]
-                found.append(1e6 * median(one.seconds / one.tokens for one in samples))
-            print(f"{method:12} prompt of {words:4} words: {found[0]:4.0f} us a token whole, {found[1]:4.0f} cut")
+                    samples = [contestant.measure(repeat, tokens) for repeat in range(repeats + 1)][1:]
+                times.append(1e6 * median(sample.seconds / sample.tokens for sample in samples))
+            print(f"{method:12} prompt of {words:4} words: {times[0]:4.0f} us a token whole, {times[1]:4.0f} cut")
 
 
 if __name__ == "__main__":

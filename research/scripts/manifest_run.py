@@ -1,8 +1,8 @@
 """Runs examples/kubernetes on one machine, as far as that goes: every pod a process in a network namespace of its own.
 
 Names, addresses, ports, keys, probes, commands and numbers of replicas are those of the manifests. In the place of the
-rest stand small models, processors for GPUs, and this file for the cluster. Then, with clients on the network: replies
-by both of mixlm's pods; a replica of the large member is killed in the middle of replies; the small member is killed,
+rest stand small models, processors for GPUs, and this file for the cluster. Then, with clients on the network: completions
+by both of mixlm's pods; a replica of the large member is killed in the middle of completions; the small member is killed,
 and comes back; one of mixlm's pods is killed. Needs root, and vLLM in an environment of its own (`make test-engines`).
 
 python -m research.scripts.manifest_run [--engines .venv-engines] [--large FOLDER] [--small FOLDER]
@@ -71,9 +71,9 @@ class Pod:
     def plug(self, number: int, hosts: str) -> None:
         """Put it on the network."""
         sh("ip", "netns", "add", self.space)
-        own = f"/etc/netns/{self.space}"
-        os.makedirs(own, exist_ok=True)
-        Path(own, "hosts").write_text(hosts)
+        etc = f"/etc/netns/{self.space}"
+        os.makedirs(etc, exist_ok=True)
+        Path(etc, "hosts").write_text(hosts)
         sh("ip", "link", "add", f"mx{number}", "type", "veth", "peer", "name", "eth0", "netns", self.space)
         sh("ip", "link", "set", f"mx{number}", "master", BRIDGE, "up")
         sh("ip", "-n", self.space, "addr", "add", f"{self.address}/24", "dev", "eth0")
@@ -107,53 +107,55 @@ class Pod:
 
 def environment(container: dict, keys: dict[str, str]) -> dict[str, str]:
     """Return a container's environment, secrets looked up by their names."""
-    found = {}
-    for one in container.get("env", ()):
-        found[one["name"]] = one["value"] if "value" in one else keys[one["valueFrom"]["secretKeyRef"]["name"]]
-    return found
+    values = {}
+    for variable in container.get("env", ()):
+        values[variable["name"]] = (
+            variable["value"] if "value" in variable else keys[variable["valueFrom"]["secretKeyRef"]["name"]]
+        )
+    return values
 
 
 def pods(folder: Path, models: dict[str, str], engines: Path) -> tuple[list[Pod], list[Pod], str]:
     """Read the manifests: the members' pods, mixlm's, and the clients' key."""
     things = [
-        one
+        thing
         for name in ("members.yaml", "mixlm.yaml")
-        for one in yaml.safe_load_all((ROOT / "examples/kubernetes" / name).read_text())
+        for thing in yaml.safe_load_all((ROOT / "examples/kubernetes" / name).read_text())
     ]
     keys = {"members": secrets.token_hex(8), "clients": secrets.token_hex(8)}
-    [config] = [one["data"]["pair.toml"] for one in things if one["kind"] == "ConfigMap"]
+    [config] = [thing["data"]["pair.toml"] for thing in things if thing["kind"] == "ConfigMap"]
     members, fronts = [], []
     addresses = iter(f"{NET}.{number}" for number in range(10, 250))
-    for one in (each for each in things if each["kind"] in ("StatefulSet", "Deployment")):
-        name, spec = one["metadata"]["name"], one["spec"]
+    for thing in (each for each in things if each["kind"] in ("StatefulSet", "Deployment")):
+        name, spec = thing["metadata"]["name"], thing["spec"]
         [container] = spec["template"]["spec"]["containers"]
         env = environment(container, keys)
         probe = container["readinessProbe"]["httpGet"]["path"]
-        for at in range(spec["replicas"]):
-            if one["kind"] == "StatefulSet":
+        for i in range(spec["replicas"]):
+            if thing["kind"] == "StatefulSet":
                 args = [each for each in container["args"] if not each.startswith(LEFT_OUT)]
                 theirs = next(each for each in args if each.startswith("--model=")).removeprefix("--model=")
                 config = config.replace(f'"{theirs}"', json.dumps(models[name]))
                 args = [each.replace(theirs, models[name]) for each in args] + CPU
                 python = str(engines / "bin/python")
                 command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host=0.0.0.0", "--port=8000", *args]
-                place = f"{name}-{at}.{spec['serviceName']}"
-                members.append(Pod(place, next(addresses), command, env | CPU_ENV, probe, folder / f"{name}-{at}.log"))
+                place = f"{name}-{i}.{spec['serviceName']}"
+                members.append(Pod(place, next(addresses), command, env | CPU_ENV, probe, folder / f"{name}-{i}.log"))
             else:
                 args = [str(folder) if each == "/etc/mixlm" else each for each in container["args"]]
                 command = [str(ROOT / ".venv/bin/mixlm"), *args]
-                fronts.append(Pod(f"{name}-{at}", next(addresses), command, env, probe, folder / f"{name}-{at}.log"))
+                fronts.append(Pod(f"{name}-{i}", next(addresses), command, env, probe, folder / f"{name}-{i}.log"))
     (folder / "pair.toml").write_text(config)
     return members, fronts, keys["clients"]
 
 
-def ask(front: Pod, key: str, at: int, tokens: int = 48) -> tuple[float, dict]:
+def ask(front: Pod, key: str, index: int, tokens: int = 48) -> tuple[float, dict]:
     """Return seconds and the answer to one request."""
     body = {
         "model": "pair",
-        "messages": [{"role": "user", "content": PROMPT.format(at)}],
+        "messages": [{"role": "user", "content": PROMPT.format(index)}],
         "max_tokens": tokens,
-        "seed": at,
+        "seed": index,
     }
     start = time.perf_counter()
     url, headers = front.url + "/v1/chat/completions", {"Authorization": f"Bearer {key}"}
@@ -163,29 +165,29 @@ def ask(front: Pod, key: str, at: int, tokens: int = 48) -> tuple[float, dict]:
 
 
 def several(fronts: list[Pod], key: str, count: int, first: int, then=None, after: float = 0.0) -> list[dict]:
-    """Ask for replies at once, each of a pod in turn; `then` is done in the middle."""
+    """Ask for completions at once, each of a pod in turn; `then` is done in the middle."""
     with ThreadPoolExecutor(count) as threads:
         start = time.perf_counter()
-        asked = [threads.submit(ask, fronts[i % len(fronts)], key, first + i) for i in range(count)]
+        futures = [threads.submit(ask, fronts[i % len(fronts)], key, first + i) for i in range(count)]
         if then is not None:
             threading.Timer(after, then).start()
-        found = [one.result() for one in asked]
+        results = [future.result() for future in futures]
         seconds = time.perf_counter() - start
-    written = sum(answer["usage"]["completion_tokens"] for _, answer in found)
-    took = [one for one, _ in found]
+    written = sum(answer["usage"]["completion_tokens"] for _, answer in results)
+    took = [seconds for seconds, _ in results]
     print(
-        f"  {count} replies, {written} tokens: {written / seconds:.1f} tokens/s, a reply {median(took):.1f} s"
-        f" ({min(took):.1f} to {max(took):.1f}); members: {shares([answer for _, answer in found])}",
+        f"  {count} completions, {written} tokens: {written / seconds:.1f} tokens/s, a completion {median(took):.1f} s"
+        f" ({min(took):.1f} to {max(took):.1f}); members: {shares([answer for _, answer in results])}",
         flush=True,
     )
-    return [answer for _, answer in found]
+    return [answer for _, answer in results]
 
 
 def shares(answers: list[dict]) -> str:
     """Return what each member wrote, and missed."""
     totals: dict[str, list[int]] = {}
-    for one in answers:
-        for name, used in one["usage"]["mixlm"]["members"].items():
+    for answer in answers:
+        for name, used in answer["usage"]["mixlm"]["members"].items():
             total = totals.setdefault(name, [0, 0])
             total[0] += used["tokens"]
             total[1] += used["dropped"]
@@ -222,32 +224,32 @@ def main() -> None:
     parser.add_argument("--engines", type=Path, default=ROOT / ".venv-engines")
     parser.add_argument("--large", default=str(home / "gemma-3-270m"))
     parser.add_argument("--small", default=str(home / "smollm2-135m"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = {"large": given.large, "small": given.small}
-        members, fronts, key = pods(Path(folder), models, given.engines.absolute())
+        models = {"large": arguments.large, "small": arguments.small}
+        members, fronts, key = pods(Path(folder), models, arguments.engines.absolute())
         every = members + fronts
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{one.address} {one.name}\n" for one in every)
+        hosts = "127.0.0.1 localhost\n" + "".join(f"{pod.address} {pod.name}\n" for pod in every)
         try:
             sh("ip", "link", "add", BRIDGE, "type", "bridge")
             sh("ip", "addr", "add", f"{NET}.1/24", "dev", BRIDGE)
             sh("ip", "link", "set", BRIDGE, "up")
-            for number, one in enumerate(every):
-                one.plug(number, hosts)
+            for number, pod in enumerate(every):
+                pod.plug(number, hosts)
             start = time.perf_counter()
             for group in (members, fronts):
-                for one in group:
-                    one.start()
-                for one in group:
-                    one.wait_ready()
-            names = ", ".join(f"{one.name} at {one.address}" for one in every)
+                for pod in group:
+                    pod.start()
+                for pod in group:
+                    pod.wait_ready()
+            names = ", ".join(f"{pod.name} at {pod.address}" for pod in every)
             print(f"ready after {time.perf_counter() - start:.0f} s: {names}", flush=True)
             run(members, fronts, key)
         finally:
-            for one in every:
-                one.kill()
-                subprocess.run(["ip", "netns", "del", one.space], check=False, capture_output=True)
-                subprocess.run(["rm", "-rf", f"/etc/netns/{one.space}"], check=False)
+            for pod in every:
+                pod.kill()
+                subprocess.run(["ip", "netns", "del", pod.space], check=False, capture_output=True)
+                subprocess.run(["rm", "-rf", f"/etc/netns/{pod.space}"], check=False)
             subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
 
 

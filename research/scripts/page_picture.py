@@ -25,11 +25,11 @@ def main() -> None:
         [sys.executable, "-c", MAIN, "serve", "--port", "0", "--max-tokens", "70"], stderr=subprocess.PIPE, text=True
     )
     assert server.stderr is not None
-    url = next(found[1] for line in server.stderr if (found := re.match(r"serving .* at (\S+)", line)))
+    url = next(match[1] for line in server.stderr if (match := re.match(r"serving .* at (\S+)", line)))
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     try:
-        with sync_playwright() as one:
-            browser = one.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--no-proxy-server"])
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--no-proxy-server"])
             for scheme, size, compare in (("light", (1280, 760), True), ("dark", (380, 800), False)):
                 context = browser.new_context(
                     color_scheme=scheme,

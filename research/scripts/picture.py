@@ -1,4 +1,4 @@
-"""Make docs/reply.svg: a real reply of the demo pair, as a terminal shows it.
+"""Make docs/reply.svg: a real completion of the demo pair, as a terminal shows it.
 
 Usage: python -m research.scripts.picture [PROMPT]   (after `make models`)
 """
@@ -33,7 +33,7 @@ DARK = TerminalTheme(
 )  # fmt: skip
 # rich's own frame names fonts to fetch; a picture in a repository uses what the reader has.
 FRAME = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
-aria-label="A reply in a terminal, each piece in the colour of the model that wrote it">
+aria-label="A completion in a terminal, each piece in the colour of the model that wrote it">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px; \
 line-height: {line_height}px; }}

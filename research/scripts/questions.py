@@ -24,9 +24,9 @@ def main(path: str) -> None:
     for seed, size in PARTS:
         made = [reasoning_gym.create_dataset(name, seed=seed, size=size) for name in TASKS]
         lines += [
-            {"prompt": one["question"], "answer": one["answer"]} for row in zip(*made, strict=True) for one in row
+            {"prompt": entry["question"], "answer": entry["answer"]} for row in zip(*made, strict=True) for entry in row
         ]
-    Path(path).write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

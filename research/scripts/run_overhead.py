@@ -52,8 +52,8 @@ def stepped() -> Iterator[list[float]]:
 def texts(engine: Engine, runs: int, length: int) -> Iterator[tuple[float, int]]:
     """Write runs of one length into a text, with foreign tokens between them; the time of each."""
     rng = np.random.default_rng(0)
-    drawable = np.flatnonzero([bool(one) for one in engine.vocabulary.tokens])
-    banned = np.flatnonzero([not one for one in engine.vocabulary.tokens])
+    drawable = np.flatnonzero([bool(token) for token in engine.vocabulary.tokens])
+    banned = np.flatnonzero([not token for token in engine.vocabulary.tokens])
     session, ids = engine.session(), rng.choice(drawable, size=64)
     for number in range(runs):
         if len(ids) > 320:
@@ -69,7 +69,7 @@ def show(path: str, times: dict[int, list[float]]) -> None:
     """Print what a run costs beside its tokens, and a token of runs of several lengths."""
     first, last = LENGTHS[0], LENGTHS[-1]
     for name, best in (("median", statistics.median), ("best", min)):
-        whole = {length: 1000 * best(found[2:]) for length, found in times.items()}
+        whole = {length: 1000 * best(seconds[2:]) for length, seconds in times.items()}
         further = (whole[last] - whole[first]) / (last - first)
         each = ", ".join(f"{length}: {whole[length] / length:.2f}" for length in LENGTHS)
         print(f"{path}, {name}: a run beside its tokens {whole[first] - further:.2f} ms; ms a token in runs of {each}")
@@ -88,21 +88,21 @@ def main() -> None:
     options.add_argument("--url")
     options.add_argument("--runs", type=int, default=40)
     options.add_argument("--dtype", default="auto")
-    given = options.parse_args()
-    if given.url is None:
-        engine = load(EngineSpec(given.model, "", given.dtype, engine="vllm", context=512))
-        show("in this process", measured(engine, given.runs))
+    arguments = options.parse_args()
+    if arguments.url is None:
+        engine = load(EngineSpec(arguments.model, "", arguments.dtype, engine="vllm", context=512))
+        show("in this process", measured(engine, arguments.runs))
         outside = []
         with stepped() as steps:
-            for seconds, _ in texts(engine, given.runs, 1):
+            for seconds, _ in texts(engine, arguments.runs, 1):
                 outside.append(1000 * (seconds - sum(steps)))
                 steps.clear()
         print(f"outside vLLM's steps, one token: {statistics.median(outside):.2f} ms, best {min(outside):.2f}")
         return
     for use_sessions in (True, False):
-        remote = RemoteEngine(EngineSpec(given.url, ""), Path(given.model), use_sessions=use_sessions)
+        remote = RemoteEngine(EngineSpec(arguments.url, ""), Path(arguments.model), use_sessions=use_sessions)
         if (remote.replicas[0].server.sessions is not None) == use_sessions:
-            show("sessions" if use_sessions else "completions", measured(remote, given.runs))
+            show("sessions" if use_sessions else "completions", measured(remote, arguments.runs))
 
 
 if __name__ == "__main__":

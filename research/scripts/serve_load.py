@@ -34,11 +34,11 @@ class Served:
     """A server in a process of its own."""
 
     def __init__(self, models: Sequence[str], *options: str) -> None:
-        chosen = [word for one in models for word in ("-m", one)]
+        chosen = [word for model in models for word in ("-m", model)]
         command = [sys.executable, "-c", MAIN, "serve", "--port", "0", "--log", "error", *chosen, *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
-        url = next(found[1] for line in self.process.stderr if (found := re.match(r"serving .* at http://(\S+)", line)))
+        url = next(match[1] for line in self.process.stderr if (match := re.match(r"serving .* at http://(\S+)", line)))
         self.port = int(url.rpartition(":")[2])
 
     @property
@@ -73,7 +73,7 @@ def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
 
 
 async def streamed(port: int, prompt: str, seed: int, tokens: int) -> tuple[int, float]:
-    """Stream one reply; return its tokens and the seconds in forwards. Raises when it does not end as it should."""
+    """Stream one completion; return its tokens and the seconds in forwards. Raises when it does not end as it should."""
     reader, writer = await asyncio.open_connection("localhost", port)
     body = {"messages": [{"role": "user", "content": prompt}], "seed": seed, "max_tokens": tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}
@@ -111,7 +111,7 @@ def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
             served.append(written / (end - between))
             ratios.append((end - between) / (between - start))
             work.append(theirs / ours)
-            inside = sum(one.forward_seconds for one in usage.members.values())
+            inside = sum(member.forward_seconds for member in usage.members.values())
             outside["direct"].append(1000 * (between - start - inside) / written)
             outside["served"].append(1000 * (end - between - forwards) / written)
             print(f"time served / direct {ratios[-1]:.3f}; processor time {theirs / ours:.3f}")
@@ -134,27 +134,27 @@ def measure_many(models: Sequence[str], tokens: int, repeats: int, clients: int)
             settings = ensemble.settings(seed=i, max_tokens=tokens)
             prompts = ensemble.encode_prompt(PROMPTS[i % len(PROMPTS)], settings)
             scheduler.add(ensemble.context(settings).start(prompts))
-        written = sum(one.completion.usage.tokens for one in scheduler.run())
+        written = sum(generation.completion.usage.tokens for generation in scheduler.run())
         return written / (time.perf_counter() - start), time.process_time() - worked, written
 
     async def online() -> tuple[float, int]:
         """Tokens a second, tokens."""
         start = time.perf_counter()
-        asked = [streamed(server.port, PROMPTS[i % len(PROMPTS)], i, tokens) for i in range(clients)]
-        written = sum(count for count, _ in await asyncio.gather(*asked))
+        streams = [streamed(server.port, PROMPTS[i % len(PROMPTS)], i, tokens) for i in range(clients)]
+        written = sum(count for count, _ in await asyncio.gather(*streams))
         return written / (time.perf_counter() - start), written
 
     ratios, work, loop = [], [], []
     for turn in range(repeats + 1):
         batch, ours, there = offline()
         before = server.seconds, server.loop_seconds
-        live, here = asyncio.run(online())
+        live, waits = asyncio.run(online())
         theirs, looping = server.seconds - before[0], server.loop_seconds - before[1]
         print(f"batch {batch:.1f} tokens/s, {clients} streams {live:.1f}, ratio {live / batch:.3f}")
         if turn:
             ratios.append(live / batch)
-            work.append(theirs / here / (ours / there))
-            loop.append(1000 * looping / here)
+            work.append(theirs / waits / (ours / there))
+            loop.append(1000 * looping / waits)
     server.stop()
     print(f"streams / batch: median {statistics.median(ratios):.3f}, {middle(ratios)}")
     print(f"processor time a token, streams / batch: median {statistics.median(work):.3f}, {middle(work)}")
@@ -171,8 +171,8 @@ def spoiled(rng: random.Random) -> tuple[str, bytes]:
         body["max_tokens"] = 2
     data = json.dumps(body).encode()
     if rng.random() < 0.4:
-        at = rng.randrange(len(data))
-        data = data[:at] + rng.randbytes(rng.randrange(4)) + data[at + rng.randrange(5) :]
+        position = rng.randrange(len(data))
+        data = data[:position] + rng.randbytes(rng.randrange(4)) + data[position + rng.randrange(5) :]
     return rng.choice(["/v1/chat/completions", "/v1/completions", f"/v1/x{rng.random()}"]), data
 
 
@@ -206,20 +206,20 @@ def measure_cancel(models: Sequence[str]) -> None:
     async def run() -> None:
         body = {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 500, "stream": True, "seed": 3}
         data = request(json.dumps(body).encode())
-        held = [await asyncio.open_connection("localhost", server.port) for _ in range(8)]
-        for reader, writer in held:
+        connections = [await asyncio.open_connection("localhost", server.port) for _ in range(8)]
+        for reader, writer in connections:
             writer.write(data)
             await reader.readuntil(b'"members":["')
         for _ in range(12):
             late = await asyncio.open_connection("localhost", server.port)
             late[1].write(data)
             await asyncio.sleep(0.3)
-            held.pop(0)[1].close()
+            connections.pop(0)[1].close()
             start = time.perf_counter()
             await late[0].readuntil(b'"members":["')
             waits.append(time.perf_counter() - start)
-            held.append(late)
-        for _, writer in held:
+            connections.append(late)
+        for _, writer in connections:
             writer.close()
 
     asyncio.run(run())
@@ -239,14 +239,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=10_000)
-    given = parser.parse_args()
-    models = given.models or ["smollm2-135m", "gemma-3-270m"]
-    if given.what == "one":
-        measure_one(models, given.tokens, given.repeats)
-    elif given.what == "many":
-        measure_many(models, given.tokens, given.repeats, given.clients)
-    elif given.what == "malformed":
-        measure_malformed(given.requests)
+    arguments = parser.parse_args()
+    models = arguments.models or ["smollm2-135m", "gemma-3-270m"]
+    if arguments.what == "one":
+        measure_one(models, arguments.tokens, arguments.repeats)
+    elif arguments.what == "many":
+        measure_many(models, arguments.tokens, arguments.repeats, arguments.clients)
+    elif arguments.what == "malformed":
+        measure_malformed(arguments.requests)
     else:
         measure_cancel(models)
 

@@ -41,19 +41,19 @@ PROMPTS = (
 def bits(readings: Sequence[TokenMatches], data: bytes, weights: npt.NDArray[np.float64], unit: str) -> float:
     """Return bits per byte of a text under the law of texts of a unit, and of a mixture of members."""
     if unit == "byte":
-        found = np.logaddexp.reduce(np.log(weights)[:, None] + [byte_logprobs(one) for one in readings])
+        logprobs = np.logaddexp.reduce(np.log(weights)[:, None] + [byte_logprobs(reading) for reading in readings])
     elif unit == "word":
-        found = np.logaddexp.reduce(np.log(weights) + word_logprobs(readings, data, weights)[1], axis=1)
+        logprobs = np.logaddexp.reduce(np.log(weights) + word_logprobs(readings, data, weights)[1], axis=1)
     else:
-        found = piece_logprobs(readings, weights)
-    return float(-found.sum() / np.log(2) / len(data))
+        logprobs = piece_logprobs(readings, weights)
+    return float(-logprobs.sum() / np.log(2) / len(data))
 
 
-def texts(given: Sequence[str], size: int) -> dict[str, bytes]:
+def texts(arguments: Sequence[str], size: int) -> dict[str, bytes]:
     """Return `size` bytes from the middle of each file of NAME=FILE, from the first line end there."""
     out = {}
-    for one in given:
-        name, _, path = one.partition("=")
+    for argument in arguments:
+        name, _, path = argument.partition("=")
         data = Path(path).read_bytes()
         start = data.find(b"\n", max((len(data) - size) // 2, 0)) + 1
         out[name] = data[start : start + size].decode(errors="ignore").encode()
@@ -62,49 +62,51 @@ def texts(given: Sequence[str], size: int) -> dict[str, bytes]:
 
 def likelihood(ensemble: Ensemble, models: Sequence[str], data: bytes) -> dict[str, float]:
     """Return bits per byte of one text: of each member, and of equal weights in each unit. What was read is kept."""
-    passage = Passage(data, [text_prefix(one.engine) for one in ensemble.members])
+    passage = Passage(data, [text_prefix(member.engine) for member in ensemble.members])
     readings = [
-        cached_matches(ScoringMember(one.name, one.engine, identity(model)), passage, i)
-        for i, (one, model) in enumerate(zip(ensemble.members, models, strict=True))
+        cached_matches(ScoringMember(member.name, member.engine, identity(model)), passage, i)
+        for i, (member, model) in enumerate(zip(ensemble.members, models, strict=True))
     ]
     equal = np.full(len(readings), 1 / len(readings))
     alone = {
-        one.name: bits([mine], data, np.ones(1), "byte") for one, mine in zip(ensemble.members, readings, strict=True)
+        member.name: bits([mine], data, np.ones(1), "byte")
+        for member, mine in zip(ensemble.members, readings, strict=True)
     }
     return alone | {unit: bits(readings, data, equal, unit) for unit in ("piece", "word", "byte")}
 
 
-def health(ensemble: Ensemble, replies: list[Completion]) -> dict[str, float | None]:
+def health(ensemble: Ensemble, completions: list[Completion]) -> dict[str, float | None]:
     """Return what can be seen of texts without reading them."""
-    encoders = {one.name: one.engine for one in ensemble.members}
+    encoders = {member.name: member.engine for member in ensemble.members}
     tokens = astray = switches = words = invalid = 0
-    for reply in replies:
-        data = b"".join(one.data for one in reply.tokens)
+    for completion in completions:
+        data = b"".join(token.data for token in completion.tokens)
         spans = {}
         for name, engine in encoders.items():
             ends = np.cumsum([len(engine.vocabulary.tokens[i]) for i in engine.encoder.encode(data).ids]).tolist()
             spans[name] = set(zip([0, *ends], ends, strict=False))
         invalid += any(text is None for text, _ in utf8_runs(data)[0])
-        at = 0
-        for before, one in zip([None, *reply.tokens], reply.tokens, strict=False):
-            begins = at == 0 or begins_word(one.data, data[:at])
+        start = 0
+        for before, token in zip([None, *completion.tokens], completion.tokens, strict=False):
+            begins = start == 0 or begins_word(token.data, data[:start])
             words += begins
-            switches += before is not None and before.member != one.member and not begins
-            astray += (at, at + len(one.data)) not in spans[one.member]
-            at += len(one.data)
-        tokens += len(reply.tokens)
-    size = sum(one.usage.bytes for one in replies)
-    work = [one for reply in replies for one in reply.usage.members.values()]
-    read = sum(len(encoders[name].encoder.encode(reply.text.encode()).ids) * share.tokens / len(reply.tokens)
-               for reply in replies for name, share in reply.usage.members.items())  # fmt: skip
+            switches += before is not None and before.member != token.member and not begins
+            astray += (start, start + len(token.data)) not in spans[token.member]
+            start += len(token.data)
+        tokens += len(completion.tokens)
+    size = sum(completion.usage.bytes for completion in completions)
+    work = [member for completion in completions for member in completion.usage.members.values()]
+    read = sum(len(encoders[name].encoder.encode(completion.text.encode()).ids) * share.tokens / len(completion.tokens)
+               for completion in completions for name, share in completion.usage.members.items())  # fmt: skip
     return {
         "bytes": size,
         "not canonical": None if ensemble.unit.name == "byte" else astray / tokens,
-        "not UTF-8": invalid / len(replies),
+        "not UTF-8": invalid / len(completions),
         "switches inside 100 words": 100 * switches / words,
-        "forwards / byte": sum(one.forwards for one in work) / size,
-        "forwards / token": sum(one.forwards for one in work) / read,
-        "bytes/s": size / sum(one.usage.seconds - one.usage.seconds_to_first_token for one in replies),
+        "forwards / byte": sum(member.forwards for member in work) / size,
+        "forwards / token": sum(member.forwards for member in work) / read,
+        "bytes/s": size
+        / sum(completion.usage.seconds - completion.usage.seconds_to_first_token for completion in completions),
     }
 
 
@@ -115,45 +117,45 @@ def main() -> None:
     parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="leave out for no first table")
     parser.add_argument("--bytes", type=int, default=4000, help="of each text, from its middle")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--tokens", type=int, default=100, help="of each reply; five bytes are taken for one")
+    parser.add_argument("--tokens", type=int, default=100, help="of each completion; five bytes are taken for one")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    pair = mixlm.load(*given.models)
+    arguments = parser.parse_args()
+    pair = mixlm.load(*arguments.models)
     equal = np.full(len(pair.members), 1 / len(pair.members))
-    found: dict[str, Any] = {"arguments": {name: str(one) for name, one in vars(given).items()}}
-    rows = [(name, one, "byte") for name, one in zip(pair.names, np.eye(len(equal)), strict=True)]
+    results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(arguments).items()}}
+    rows = [(name, row_weights, "byte") for name, row_weights in zip(pair.names, np.eye(len(equal)), strict=True)]
     rows += [(unit, equal, unit) for unit in ("piece", "word", "byte")]
-    if given.texts:
+    if arguments.texts:
         columns = {}
-        for name, data in texts(given.texts, given.bytes).items():
-            columns[name] = likelihood(pair, given.models, data)
+        for name, data in texts(arguments.texts, arguments.bytes).items():
+            columns[name] = likelihood(pair, arguments.models, data)
             print(name, len(data), columns[name], flush=True)
-        found["bits per byte"] = columns
+        results["bits per byte"] = columns
         labels = next(iter(columns.values()))
         show(
             ["bits per byte", *columns],
-            [[label, *(f"{one[label]:.3f}" for one in columns.values())] for label in labels],
+            [[label, *(f"{column[label]:.3f}" for column in columns.values())] for label in labels],
         )
     written: dict[str, Any] = {}
-    for label, weights, unit in rows if given.prompts else []:
+    for label, weights, unit in rows if arguments.prompts else []:
         alone = weights.max() == 1
-        those = Ensemble(pair.members, weights.tolist(), unit="piece" if alone else unit)  # type: ignore[arg-type]
-        for name, kind in [(label, those)] + (
+        ensemble = Ensemble(pair.members, weights.tolist(), unit="piece" if alone else unit)  # type: ignore[arg-type]
+        for name, kind in [(label, ensemble)] + (
             [(f"{label} (byte)", Ensemble(pair.members, weights.tolist(), unit="byte"))] if alone else []
         ):
-            most = given.tokens * (5 if kind.unit.name == "byte" else 1)
-            replies = [
-                kind.generate(one, seed=1, sequence=i, max_tokens=most, ignore_end=True)
-                for i, one in enumerate(PROMPTS[: given.prompts])
+            limit = arguments.tokens * (5 if kind.unit.name == "byte" else 1)
+            completions = [
+                kind.generate(prompt, seed=1, sequence=i, max_tokens=limit, ignore_end=True)
+                for i, prompt in enumerate(PROMPTS[: arguments.prompts])
             ]
-            written[name] = {**health(kind, replies), "replies": [one.text for one in replies]}
-            print(name, {key: one for key, one in written[name].items() if key != "replies"}, flush=True)
-    found["written"] = written
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            written[name] = {**health(kind, completions), "replies": [completion.text for completion in completions]}
+            print(name, {key: value for key, value in written[name].items() if key != "replies"}, flush=True)
+    results["written"] = written
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if written:
-        heads = [one for one in next(iter(written.values())) if one != "replies"]
-        show(["", *heads], [[label, *(number(row[one]) for one in heads)] for label, row in written.items()])
+        heads = [key for key in next(iter(written.values())) if key != "replies"]
+        show(["", *heads], [[label, *(number(row[head]) for head in heads)] for label, row in written.items()])
 
 
 def number(value: float | None) -> str:
@@ -163,7 +165,7 @@ def number(value: float | None) -> str:
 
 def show(heads: list[str], rows: list[list[str]]) -> None:
     """Print a table as Markdown."""
-    print("\n".join(f"| {' | '.join(one)} |" for one in [heads, ["---"] * len(heads), *rows]), flush=True)
+    print("\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows]), flush=True)
 
 
 if __name__ == "__main__":

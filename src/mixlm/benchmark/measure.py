@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, TypedDict, Unpack
@@ -17,8 +17,8 @@ from mixlm.core.options import Options
 from mixlm.engines.base import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
+from mixlm.terminal import Progress
 
-Progress = Callable[[str, int, int], None]
 PROMPT = "Explain how a suspension bridge carries its load, and why the towers are so tall."
 _WARM_UP = 8  # tokens
 

@@ -92,7 +92,7 @@ class BenchReport:
 def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return machine, versions, command, settings and memory."""
     packages = ("mixlm", "torch", "transformers", "tokenizers", "numpy")
-    versions = {name: found for name in packages if (found := _version(name)) is not None}
+    versions = {name: version for name in packages if (version := _version(name)) is not None}
     distinct = {id(engine): engine for engine in engines}.values()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -101,7 +101,7 @@ def environment(engines: Sequence[Engine], settings: Mapping[str, Any]) -> dict[
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
-        "engines": {one.name: dict(one.details) for one in distinct},
+        "engines": {engine.name: dict(engine.details) for engine in distinct},
         "weights_bytes": total_weight_bytes(engines),
         "peak_memory_bytes": _peak_memory(),
         **_accelerator(),

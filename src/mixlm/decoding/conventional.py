@@ -60,8 +60,8 @@ def sample_mixed(noise: Noise, distribution: Candidates, sampling: Sampling | No
     if sampling is not None and sampling.temperature == 0:
         return distribution, int(np.argmax(distribution.logprobs))
     if sampling is not None:
-        kept = Transform(sampling, np.zeros(0, dtype=np.int64))(distribution.logprobs)
-        distribution = Candidates(distribution.ids[kept.ids], kept.logprobs)
+        candidates = Transform(sampling, np.zeros(0, dtype=np.int64))(distribution.logprobs)
+        distribution = Candidates(distribution.ids[candidates.ids], candidates.logprobs)
     return distribution, noise.sample(distribution.ids, distribution.logprobs)
 
 

@@ -25,10 +25,11 @@ from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.lm import EnsembleLM
 from mixlm.evaluation.request_scores import RequestScores
 from mixlm.evaluation.results import Score
-from mixlm.evaluation.run import Progress, describe, describe_router, evaluate
+from mixlm.evaluation.run import describe, describe_router, evaluate
 from mixlm.evaluation.run_folder import locked_folder, response_log
 from mixlm.fitting.likelihood import simplex
 from mixlm.routing import FixedRouter, Router
+from mixlm.terminal import Progress
 from mixlm.types import Floats
 
 
@@ -125,10 +126,10 @@ def best_weights(grid: Sequence[WeightingAccuracy], questions: npt.NDArray[np.bo
 
 def _unweighted(ensemble: Ensemble, setup: AccuracySetup) -> dict[str, Any]:
     """Return all that readings and completions depend on besides weights."""
-    found = describe(ensemble, setup.options or {}, None)
-    members = [{name: value for name, value in one.items() if name != "weight"} for one in found["members"]]
+    settings = describe(ensemble, setup.options or {}, None)
+    members = [{name: value for name, value in member.items() if name != "weight"} for member in settings["members"]]
     written = {} if setup.scores_given_texts else {"method": setup.method}
-    return {**{name: value for name, value in found.items() if name != "router"}, "members": members, **written}
+    return {**{name: value for name, value in settings.items() if name != "router"}, "members": members, **written}
 
 
 def _from_logprobs(
@@ -140,11 +141,11 @@ def _from_logprobs(
     readable = Ensemble(ensemble.members, unit=cast(UnitName, ensemble.unit.name), defaults=ensemble.defaults)
     lm = EnsembleLM(readable, options=cast(Options, options), log=log, progress=setup.progress, label="reading")
     plain = lm.member_scores(requests)
-    found = RequestScores.of(plain, ensemble.names, ensemble.unit.name)
+    scores = RequestScores.of(plain, ensemble.names, ensemble.unit.name)
 
     def way(name: str, router: Router) -> WeightingAccuracy:
         start = time.perf_counter()
-        answers = [(float(logprob), False) for logprob in found.logprobs(router)]
+        answers = [(float(logprob), False) for logprob in scores.logprobs(router)]
         table = judge(setup.task, requests, answers)
         # Whether a text is the greedy one is not known from readings.
         usable = {key: values for key, values in table.items() if key[0] != "exact_match"}
@@ -153,7 +154,7 @@ def _from_logprobs(
 
     engines = len({id(member.engine) for member in ensemble.members})
     done = [way(name, router) for name, router in (*ways.items(), *points.items())]
-    grid, seconds = tuple(done[len(ways) :]), sum(one["seconds"] for one in plain if one)
+    grid, seconds = tuple(done[len(ways) :]), sum(record["seconds"] for record in plain if record)
     return AccuracyStudy(tuple(done[: len(ways)]), grid, engines * len(requests), seconds)
 
 
@@ -188,8 +189,8 @@ def _from_generation(
         entry
         for file in sorted(out.glob("*/*/seed-*.jsonl"))
         if int(file.stem.removeprefix("seed-")) in score.seeds
-        for at, entry in response_log(file).records.items()
-        if at < score.count
+        for index, entry in response_log(file).records.items()
+        if index < score.count
     ]
     tokens = sum(entry.get("tokens", 0) for entry in entries)
     return _weighting_accuracy(name, router, score, tokens, sum(entry.get("seconds", 0.0) for entry in entries))

@@ -32,17 +32,17 @@ def number_answer(text: str) -> str:
     """Return the number that is given as the answer, else the last one of the text: "1,234.50" becomes "1234.5"."""
     line = stated_answer(text) if _SAID.search(text) else ""
     # Of a calculation, "3 + 4 = 7", the result is the answer.
-    found = _NUMBER.findall(line.rpartition("=")[2])
-    if found:
-        return _plain(found[0])
-    found = _NUMBER.findall(text)
-    return _plain(found[-1]) if found else ""
+    numbers = _NUMBER.findall(line.rpartition("=")[2])
+    if numbers:
+        return _plain(numbers[0])
+    numbers = _NUMBER.findall(text)
+    return _plain(numbers[-1]) if numbers else ""
 
 
 def letter_answer(text: str) -> str:
     """Return the letter that is given as the answer, or that the text begins with, or the last one in brackets."""
-    found = _SAID_LETTER.findall(text) or _FIRST_LETTER.findall(text) or _LAST_LETTER.findall(text)
-    return found[-1] if found else ""
+    marks = _SAID_LETTER.findall(text) or _FIRST_LETTER.findall(text) or _LAST_LETTER.findall(text)
+    return marks[-1] if marks else ""
 
 
 def phrase_answer(text: str) -> str:
@@ -56,8 +56,8 @@ def phrase_answer(text: str) -> str:
     return "".join(line.split())
 
 
-def _plain(found: str) -> str:
-    digits = found.replace("$", "").replace(",", "")
+def _plain(number: str) -> str:
+    digits = number.replace("$", "").replace(",", "")
     try:
         value = Decimal(digits)
     except InvalidOperation:
@@ -66,9 +66,9 @@ def _plain(found: str) -> str:
     return f"{value.to_integral_value():f}" if whole else f"{value.normalize():f}"
 
 
-def _filter(one: Callable[[str], str]) -> Callable[[Sequence[Sequence[str]], object], list[list[str]]]:
+def _filter(extract: Callable[[str], str]) -> Callable[[Sequence[Sequence[str]], object], list[list[str]]]:
     """Return a function in the form that the harness's `custom` filter calls."""
-    return lambda texts, documents: [[one(text) for text in group] for group in texts]
+    return lambda texts, documents: [[extract(text) for text in group] for group in texts]
 
 
 numbers, letters, phrases = _filter(number_answer), _filter(letter_answer), _filter(phrase_answer)

@@ -43,7 +43,7 @@ def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[
                 if name.endswith((".yaml", ".yml")):
                     raise ConfigError(f"there is no file {name}", "give the path of a task's YAML file")
                 close = close_matches(name, manager.all_tasks, 5)
-                hint = f"did you mean {' or '.join(repr(one) for one in close)}?" if close else None
+                hint = f"did you mean {' or '.join(repr(task_name) for task_name in close)}?" if close else None
                 raise ConfigError(f"there is no task {name!r}", hint or "mixlm eval --list shows mixlm's own tasks")
         tasks: dict[str, Any] = {}
         for name in names:
@@ -78,18 +78,18 @@ def _is_file(name: str) -> bool:
 
 def _loaded(manager: Any, name: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = manager.load(name)["tasks"]
+        tasks: dict[str, Any] = manager.load(name)["tasks"]
     except MixlmError:
         raise
     except Exception as error:  # a task may run any code, and the hub's client has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "a task's file has task, doc_to_text and so on: see lm-evaluation-harness's guide to tasks"
         raise ConfigError(f"the task {name} could not be loaded: {reason}", hint if _is_file(name) else None) from error
-    for one, task in found.items():
+    for task_name, task in tasks.items():
         if getattr(task, "MULTIMODAL", False):
-            raise UnsupportedError(f"the task {one} has images or sound, and mixlm's models read text")
+            raise UnsupportedError(f"the task {task_name} has images or sound, and mixlm's models read text")
         if getattr(task, "UNSAFE_CODE", False):
-            raise UnsupportedError(f"the task {one} runs code that a model wrote, which mixlm does not do")
+            raise UnsupportedError(f"the task {task_name} runs code that a model wrote, which mixlm does not do")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return found
+    return tasks

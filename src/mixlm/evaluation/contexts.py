@@ -59,18 +59,18 @@ def unpack(context: str) -> RequestContext:
     return RequestContext(begun, tuple(Message(role, content) for role, content in turns))
 
 
-def is_greedy(task: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+def is_greedy(task: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
     """Whether a request asks for the most likely text, as the harness reads its options.
 
     It does with temperature 0, with `do_sample: false`, and without either; a temperature of the user's overrules it.
     """
-    if "temperature" in given:
-        return given.get("method") == "greedy"
+    if "temperature" in overrides:
+        return overrides.get("method") == "greedy"
     temperature, sample = task.get("temperature"), task.get("do_sample")
-    return given.get("method") == "greedy" or sample is False or temperature == 0 or (sample or temperature) is None
+    return overrides.get("method") == "greedy" or sample is False or temperature == 0 or (sample or temperature) is None
 
 
-def generation_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def generation_options(task: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a completion: those of the task (its `generation_kwargs`), under those that the user gave.
 
     A greedy request is written with the method `greedy`; `single` stays, at temperature 0. Raises ConfigError for an
@@ -81,18 +81,22 @@ def generation_options(task: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     for name in task:
         if name not in (*_KNOWN, "num_beams"):
             raise ConfigError(f"the task has the generation option {name!r}, which mixlm has not", _hint(name))
-    greedy = is_greedy(task, given)
+    greedy = is_greedy(task, overrides)
     sampling = () if greedy else _SAMPLING
     options: dict[str, Any] = {name: task[name] for name in sampling if task.get(name) is not None}
     if options.get("top_k", 0) < 0:
         options["top_k"] = 0  # elsewhere -1 is off
     lengths = [task[name] for name in _LENGTHS if task.get(name) is not None]
-    options |= {"max_tokens": int(lengths[0]) if lengths else _MAX_TOKENS, "seed": int(task.get("seed") or 0), **given}
-    if greedy and given.get("method") == "single":
+    options |= {
+        "max_tokens": int(lengths[0]) if lengths else _MAX_TOKENS,
+        "seed": int(task.get("seed") or 0),
+        **overrides,
+    }
+    if greedy and overrides.get("method") == "single":
         options["temperature"] = 0.0
     elif greedy:
         options["method"] = "greedy"
-    options["stop"] = tuple(dict.fromkeys([*_strings(task.get("until")), *_strings(given.get("stop"))]))
+    options["stop"] = tuple(dict.fromkeys([*_strings(task.get("until")), *_strings(overrides.get("stop"))]))
     return options
 
 

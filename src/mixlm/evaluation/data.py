@@ -42,34 +42,34 @@ def load(
     """
     from datasets import Dataset
 
-    one = _SETS[name]
-    where = f"the hub's {one.hub[0]}" if mixlm_data is None else str(Path(mixlm_data) / f"{name}.jsonl")
-    rows = _from_hub(name, one) if mixlm_data is None else _from_file(Path(where))
+    question_set = _SETS[name]
+    where = f"the hub's {question_set.hub[0]}" if mixlm_data is None else str(Path(mixlm_data) / f"{name}.jsonl")
+    rows = _from_hub(name, question_set) if mixlm_data is None else _from_file(Path(where))
     documents = []
     for line, row in rows:
         try:
-            documents.append(one.document(row))
+            documents.append(question_set.document(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(
-                f"{where}, line {line}: {reason}", f"each line is a JSON object with {one.form}"
+                f"{where}, line {line}: {reason}", f"each line is a JSON object with {question_set.form}"
             ) from None
     if not documents:
-        raise ConfigError(f"{where} has no questions", f"each line is a JSON object with {one.form}")
+        raise ConfigError(f"{where} has no questions", f"each line is a JSON object with {question_set.form}")
     return {"test": Dataset.from_list(choose_questions(documents, per_group, choice) if per_group else documents)}
 
 
 def choose_questions(documents: Iterable[dict[str, Any]], per_group: int, choice: int) -> list[dict[str, Any]]:
     """Choose questions of each group by a hash of their text, so that neither order nor library versions matter."""
 
-    def key(one: dict[str, Any]) -> str:
-        return hashlib.sha256(f"{choice} {one['question']} {one['options']}".encode()).hexdigest()
+    def key(document: dict[str, Any]) -> str:
+        return hashlib.sha256(f"{choice} {document['question']} {document['options']}".encode()).hexdigest()
 
     groups = defaultdict(list)
     for document in documents:
         groups[document["group"]].append(document)
-    taken = [sorted(members, key=key)[:per_group] for _, members in sorted(groups.items())]
-    return [members[turn] for turn in range(per_group) for members in taken if turn < len(members)]
+    chosen = [sorted(members, key=key)[:per_group] for _, members in sorted(groups.items())]
+    return [members[turn] for turn in range(per_group) for members in chosen if turn < len(members)]
 
 
 def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
@@ -77,8 +77,8 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
         # With their endings, any two names look a little alike.
-        there = sorted(one.stem for one in path.parent.glob("*.jsonl"))
-        shown = ", ".join(f"{one}.jsonl" for one in there[:8]) or "no .jsonl files"
+        there = sorted(file.stem for file in path.parent.glob("*.jsonl"))
+        shown = ", ".join(f"{stem}.jsonl" for stem in there[:8]) or "no .jsonl files"
         close = [f"{close_matche}.jsonl" for close_matche in close_matches(path.stem, there)]
         hint = did_you_mean(path.name, close) or f"the folder has {shown}"
         raise ConfigError(f"there is no file {path}", hint) from None
@@ -95,10 +95,10 @@ def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
             ) from error
 
 
-def _from_hub(name: str, one: _QuestionSet) -> Iterable[tuple[int, Any]]:
+def _from_hub(name: str, question_set: _QuestionSet) -> Iterable[tuple[int, Any]]:
     from datasets import get_dataset_config_names, load_dataset
 
-    path, configuration, split = one.hub
+    path, configuration, split = question_set.hub
     try:
         if configuration is not None:
             rows = list(load_dataset(path, configuration, split=split))
@@ -119,14 +119,14 @@ def _document(question: Any, target: str, group: Any = "", choices: Sequence[str
         if not isinstance(value, str):
             raise TypeError(f"{name} is {value!r}, not a text")
     options = "\n".join(f"{mark}. {choice}" for mark, choice in zip(_LETTERS, choices, strict=False))
-    found = {"group": group, "question": question.strip(), "options": options, "target": target}
-    return {**found, "choices": list(choices)} if choices else found
+    document = {"group": group, "question": question.strip(), "options": options, "target": target}
+    return {**document, "choices": list(choices)} if choices else document
 
 
-def _choices(given: Any) -> list[str]:
-    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
-        raise TypeError(f"choices is {given!r}, not a list of texts")
-    return [one.strip() for one in given]
+def _choices(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(choice, str) for choice in value):
+        raise TypeError(f"choices is {value!r}, not a list of texts")
+    return [choice.strip() for choice in value]
 
 
 def _gsm8k(row: Row) -> dict[str, Any]:

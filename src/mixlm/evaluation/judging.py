@@ -47,14 +47,14 @@ def judge(task: Any, requests: Sequence[Any], responses: Sequence[Any]) -> Table
     with quiet():
         task.apply_filters()
     questions = defaultdict(list)
-    for one in task.instances:
-        questions[one.doc_id].append(one)
+    for instance in task.instances:
+        questions[instance.doc_id].append(instance)
     out: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for name in task.instances[0].filtered_resps:
         for parts in questions.values():
-            parts.sort(key=lambda one: one.idx)
-            found = task.process_results(parts[0].doc, [part.filtered_resps[name] for part in parts])
-            for metric, value in found.items():
+            parts.sort(key=lambda part: part.idx)
+            metrics = task.process_results(parts[0].doc, [part.filtered_resps[name] for part in parts])
+            for metric, value in metrics.items():
                 out[metric, name].append(value)
     return out
 

@@ -47,7 +47,7 @@ class ContinuationScorer:
         if isinstance(self._router, FixedRouter):
             self._live = [i for i in self._live if weights[i] > 0]
         # Members that share a model would score alike.
-        self._engines = {id(one.engine): one.engine for one in (ensemble.members[i] for i in self._live)}
+        self._engines = {id(member.engine): member.engine for member in (ensemble.members[i] for i in self._live)}
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}
         self._prompt: tuple[RequestContext, dict[int, float]] | None = None
 
@@ -100,7 +100,7 @@ class ContinuationScorer:
         parts = {key: _MemberContinuation(engine, context, data) for key, engine in self._engines.items()}
         bounds = [part.bounds for part in parts.values()]
         common = np.array([len(data)])
-        if all(len(one) and one[-1] == len(data) for one in bounds):
+        if all(len(ends) and ends[-1] == len(data) for ends in bounds):
             common = common_boundaries(bounds)
         prompt = context_text(context)
         table = np.zeros((len(common), len(self._ensemble.members)))
@@ -124,10 +124,10 @@ class ContinuationScorer:
                 name = self._engines[key].name
                 raise PromptTooLongError(f"the context is too long for {name}, and weights depend on how it is read")
         if self._prompt is None or self._prompt[0] != context:
-            found = {
+            bits = {
                 key: prompt_bits(self._sessions[key].token_logprobs(part.before), prompt) for key, part in parts.items()
             }
-            self._prompt = context, found
+            self._prompt = context, bits
         return self._prompt[1]
 
     def _with_logprobs(
@@ -149,7 +149,7 @@ class ContinuationScorer:
         """Score the same tokens under all members, side by side. weights: (tokens, members)."""
         unit = self._ensemble.unit
         out: dict[int, list[Floats]] = {key: [] for key in parts}
-        greedy, at = True, 0
+        greedy, start = True, 0
         for blocks in zip(*(part.rows(self._sessions[key]) for key, part in parts.items()), strict=True):
             rows = dict(zip(parts, blocks, strict=True))
             count = len(blocks[0][0])
@@ -158,24 +158,24 @@ class ContinuationScorer:
                 targets, logprobs = rows[id(self._ensemble.members[i].engine)]
                 symbols = unit.symbols(i)
                 shared, ends = (symbols >= 0) & (symbols != unit.end), symbols == unit.end
-                mass = weights[at : at + count, i, None] * np.exp(logprobs)
+                mass = weights[start : start + count, i, None] * np.exp(logprobs)
                 average[:, symbols[shared]] += mass[:, shared]
                 average[:, unit.end] += mass[:, ends].sum(axis=1)
-            greedy, at = greedy and bool((average.argmax(axis=1) == targets).all()), at + count
+            greedy, start = greedy and bool((average.argmax(axis=1) == targets).all()), start + count
             for key, (targets, logprobs) in rows.items():
                 out[key].append(logprobs[np.arange(len(targets)), targets])
-        return {key: np.concatenate(found) for key, found in out.items()}, greedy
+        return {key: np.concatenate(columns) for key, columns in out.items()}, greedy
 
     def _score_own_tokens(self, parts: dict[int, _MemberContinuation]) -> tuple[dict[int, Floats], bool]:
         """Score each member's own tokens."""
         out: dict[int, Floats] = {}
         greedy = True
         for key, part in parts.items():
-            found = []
+            columns = []
             for targets, logprobs in part.rows(self._sessions[key]):
-                found.append(logprobs[np.arange(len(targets)), targets])
+                columns.append(logprobs[np.arange(len(targets)), targets])
                 greedy = greedy and bool((logprobs.argmax(axis=1) == targets).all())
-            out[key] = np.concatenate(found)
+            out[key] = np.concatenate(columns)
         return out, greedy
 
 
@@ -215,8 +215,8 @@ def _split_context(context: RequestContext, text: str) -> tuple[RequestContext, 
     """Return a context and the continuation's bytes. A space at the end of a plain text belongs to what follows:
     tokenizers put it at the beginning of a word."""
     if context.messages is None:
-        kept = context.text.rstrip()
-        text, context = context.text[len(kept) :] + text, RequestContext(kept)
+        stripped = context.text.rstrip()
+        text, context = context.text[len(stripped) :] + text, RequestContext(stripped)
     return context, text.encode(errors="replace")
 
 

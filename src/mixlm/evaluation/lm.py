@@ -23,6 +23,7 @@ from mixlm.generation.generation import Generation
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.scheduler import Scheduler
 from mixlm.resumable_log import ResumableLog
+from mixlm.terminal import Progress
 from mixlm.types import Message
 
 try:
@@ -30,7 +31,6 @@ try:
 except ImportError as error:
     raise ConfigError(f"evaluation needs lm-eval: {error}", "pip install 'mixlm[eval]'") from error
 
-Progress = Callable[[str, int, int], None]
 _Answer = tuple[Any, dict[str, Any]]
 _Pending = Sequence[tuple[int, tuple[Any, ...]]]
 _Answers = Callable[[_Pending], Iterator[tuple[int, _Answer]]]
@@ -98,11 +98,11 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return natural log-probability and greediness of each request's continuation behind its context."""
-        return [(float(one), bool(greedy)) for one, greedy in self._respond(requests, _one_by_one(self._score))]
+        return [(float(logprob), bool(greedy)) for logprob, greedy in self._respond(requests, _one_by_one(self._score))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the natural log-probability of each request's text, read as `scoring/score` does, in passages."""
-        return [float(one) for one in self._respond(requests, _one_by_one(self._score_text))]
+        return [float(logprob) for logprob in self._respond(requests, _one_by_one(self._score_text))]
 
     def member_scores(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
         """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
@@ -118,13 +118,13 @@ class EnsembleLM(LM):  # type: ignore[misc]
         arguments = [cast(tuple[Any, ...], request.args) for request in requests]
         pending = [i for i, argument in enumerate(arguments) if self.log.get(i, request_key(argument)) is None]
         known = len(requests) - len(pending)
-        pending.sort(key=lambda at: (str(arguments[at][0]), at))
+        pending.sort(key=lambda i: (str(arguments[i][0]), i))
         self._show(known, len(requests))
-        for done, (at, (response, about)) in enumerate(answers([(at, arguments[at]) for at in pending]), start=1):
+        for done, (i, (response, about)) in enumerate(answers([(i, arguments[i]) for i in pending]), start=1):
             self._show(known + done, len(requests))
-            document = {"doc_id": getattr(requests[at], "doc_id", None), "prompt": _readable(arguments[at])}
-            self.log.add(at, request_key(arguments[at]), {**document, "response": response, **about})
-        return [self.log.records[at]["response"] for at in range(len(requests))]
+            document = {"doc_id": getattr(requests[i], "doc_id", None), "prompt": _readable(arguments[i])}
+            self.log.add(i, request_key(arguments[i]), {**document, "response": response, **about})
+        return [self.log.records[i]["response"] for i in range(len(requests))]
 
     def _show(self, done: int, total: int) -> None:
         if self._progress is not None:
@@ -135,24 +135,24 @@ class EnsembleLM(LM):  # type: ignore[misc]
         scheduler, left, numbers = Scheduler(self._at_once), iter(pending), {}
         since = time.perf_counter()
         while True:
-            for at, arguments in islice(left, scheduler.free_slots):
-                options = {**generation_options(arguments[1], self.options), "sequence": at}
+            for index, arguments in islice(left, scheduler.free_slots):
+                options = {**generation_options(arguments[1], self.options), "sequence": index}
                 try:
                     stream = self._stream(arguments[0], options)
                 except PromptTooLongError as error:
-                    yield at, ("", {"error": error.message})
+                    yield index, ("", {"error": error.message})
                     continue
-                numbers[stream] = at, options["method"]
+                numbers[stream] = index, options["method"]
                 scheduler.add(stream)
             if scheduler.idle:
                 return
             for stream in scheduler.step():
                 if stream.finished:
-                    at, method = numbers.pop(stream)
+                    index, method = numbers.pop(stream)
                     response, about = _log_entry(stream, method)
                     # Since the last one was finished: completions overlap, and their own times would not add up.
                     now = time.perf_counter()
-                    yield at, (response, {**about, "seconds": round(now - since, 6)})
+                    yield index, (response, {**about, "seconds": round(now - since, 6)})
                     since = now
 
     def _stream(self, packed: str, options: dict[str, Any]) -> Generation:
@@ -183,21 +183,21 @@ class EnsembleLM(LM):  # type: ignore[misc]
                 )
         return EncodedPrompt(ids, context_text(context))
 
-    def _score(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+    def _score(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
         try:
             return list(self._scorer().continuation(self._context(arguments), arguments[1])), about
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
 
-    def _score_members(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+    def _score_members(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
         start = time.perf_counter()
         try:
-            found = scores_to_json(self._scorer().member_scores(self._context(arguments), arguments[1]))
+            scores = scores_to_json(self._scorer().member_scores(self._context(arguments), arguments[1]))
         except PromptTooLongError as error:
             return None, {**about, "error": error.message}
-        return found and {**found, "seconds": time.perf_counter() - start}, about
+        return scores and {**scores, "seconds": time.perf_counter() - start}, about
 
     def _context(self, arguments: tuple[Any, ...]) -> RequestContext:
         """Return the context of a request, with the system text in front of its messages."""
@@ -206,7 +206,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
             return context
         return RequestContext(context.text, _with_system(context.messages, self._system()))
 
-    def _score_text(self, at: int, arguments: tuple[Any, ...]) -> _Answer:
+    def _score_text(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         return self._scorer().text(arguments[0]), {}
 
     def _scorer(self) -> ContinuationScorer:
@@ -235,10 +235,10 @@ def _one_by_one(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
     """Return what answers one request after the other, and notes how long each took."""
 
     def answers(pending: _Pending) -> Iterator[tuple[int, _Answer]]:
-        for at, arguments in pending:
+        for index, arguments in pending:
             start = time.perf_counter()
-            response, about = answer(at, arguments)
-            yield at, (response, {"seconds": round(time.perf_counter() - start, 6), **about})
+            response, about = answer(index, arguments)
+            yield index, (response, {"seconds": round(time.perf_counter() - start, 6), **about})
 
     return answers
 

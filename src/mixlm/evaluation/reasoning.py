@@ -25,12 +25,12 @@ def load(*, name: str, size: int = 200, seed: int = 0, kind: str = "text", **_: 
         {
             "name": name,
             "kind": kind,
-            "question": one["question"].strip(),
-            "answer": one["answer"],
+            "question": entry["question"].strip(),
+            "answer": entry["answer"],
             # Rows of one table have equal columns, and what an entry knows of itself differs from row to row.
-            "entry": json.dumps(one, default=str),
+            "entry": json.dumps(entry, default=str),
         }
-        for one in made
+        for entry in made
     ]
     return {"test": Dataset.from_list(documents)}
 

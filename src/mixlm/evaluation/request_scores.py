@@ -28,9 +28,9 @@ class RequestScores:
     @classmethod
     def of(cls, plain: Sequence[Mapping[str, Any] | None], names: Sequence[str], unit: str) -> RequestScores:
         """Return readings from what `as_plain` gave for each request; an empty one has nothing to read, None failed."""
-        parts = [(i, scores_from_json(one, names, unit)) for i, one in enumerate(plain) if one]
-        owner = np.concatenate([np.full(len(one.ends), at) for at, one in parts])
-        return cls(concatenate([one for _, one in parts]), owner, np.array([one is None for one in plain]))
+        parts = [(i, scores_from_json(record, names, unit)) for i, record in enumerate(plain) if record]
+        owner = np.concatenate([np.full(len(part.ends), i) for i, part in parts])
+        return cls(concatenate([part for _, part in parts]), owner, np.array([record is None for record in plain]))
 
     def logprobs(self, router: Router) -> Floats:
         """Return the natural log-probability of each request's text under a router's mixture: float64 (requests,)."""

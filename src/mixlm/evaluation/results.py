@@ -69,7 +69,10 @@ class Score:
     def read(cls, raw: Mapping[str, Any]) -> Score:
         """Return what `as_dict` was made of, as far as it holds it. Raises KeyError, TypeError or ValueError."""
         about = {name: raw[name] for name in ("task", "method", "metric", "filter", "higher_is_better")}
-        seeds, values = tuple(int(one) for one in raw["seeds"]), tuple(float(one) for one in raw["seeds"].values())
+        seeds, values = (
+            tuple(int(seed) for seed in raw["seeds"]),
+            tuple(float(value) for value in raw["seeds"].values()),
+        )
         questions = np.array(raw["values"], dtype=np.float64) if "values" in raw else None
         return cls(**about, seeds=seeds, values=values, count=int(raw["questions"]), questions=questions)
 
@@ -100,8 +103,8 @@ class PairedComparison:
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> PairedComparison:
         """Return what `as_dict` was made of. Raises KeyError or TypeError."""
-        found = {name: raw[name] for name in cls.__slots__}
-        return cls(**found | {"interval": None if raw["interval"] is None else tuple(raw["interval"])})
+        fields = {name: raw[name] for name in cls.__slots__}
+        return cls(**fields | {"interval": None if raw["interval"] is None else tuple(raw["interval"])})
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,11 @@ class Results:
             if value not in known:
                 hint = did_you_mean(value, known) or f"there are {', '.join(known)}"
                 raise ConfigError(f"these results have no {name} {value!r}", hint)
-        found = [score for score in self.scores if (score.task, score.method) == (task, method)]
-        for one in found:
-            if metric in (None, one.metric):
-                return one
-        raise ConfigError(f"{task} has no metric {metric!r}", f"it has {', '.join(one.metric for one in found)}")
+        scores = [score for score in self.scores if (score.task, score.method) == (task, method)]
+        for score in scores:
+            if metric in (None, score.metric):
+                return score
+        raise ConfigError(f"{task} has no metric {metric!r}", f"it has {', '.join(score.metric for score in scores)}")
 
     def compare(self, left: str, right: str, task: str | None = None) -> PairedComparison:
         """Compare two methods on a task, by its first metric that is a mean over questions.
@@ -145,20 +148,22 @@ class Results:
             task = self.tasks[0]
         self.score(task, left), self.score(task, right)
         usable = [score for score in self.scores if score.task == task and score.questions is not None]
-        for one in (one for one in usable if one.method == left):
-            other = [two for two in usable if (two.method, two.metric, two.filter) == (right, one.metric, one.filter)]
+        for score in (score for score in usable if score.method == left):
+            other = [
+                two for two in usable if (two.method, two.metric, two.filter) == (right, score.metric, score.filter)
+            ]
             if other:
-                return _paired_comparison(one, other[0])
+                return _paired_comparison(score, other[0])
         raise ConfigError(f"{task} has no metric that is a mean over questions, so its methods cannot be paired")
 
     def comparisons(self) -> tuple[PairedComparison, ...]:
         """Compare the first method with every other one, on every task that can be."""
-        found = []
+        comparisons = []
         for task in self.tasks:
             first, *others = dict.fromkeys(score.method for score in self.scores if score.task == task)
             if self._paired(task):
-                found += [self.compare(first, other, task) for other in others]
-        return tuple(found)
+                comparisons += [self.compare(first, other, task) for other in others]
+        return tuple(comparisons)
 
     def as_dict(self, *, questions: bool = False) -> dict[str, Any]:
         """Return the form that `--json` prints. questions: with the value of every question in every run."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +27,9 @@ from mixlm.evaluation.results import Results, Score
 from mixlm.evaluation.run_folder import locked_folder, response_log, responses_path
 from mixlm.resumable_log import ResumableLog
 from mixlm.routing import Router
+from mixlm.terminal import Progress
 from mixlm.types import Ids, Message
 from mixlm.version import __version__
-
-Progress = Callable[[str, int, int], None]
 
 
 class EvaluationOptions(TypedDict, total=False):
@@ -100,14 +99,14 @@ def evaluate(
             requests = build_requests(task, limit, plan.get("chat"))
             if system and unpack(requests[0].args[0]).messages is None:
                 notes.append(f"{name} puts its questions as plain text, without the system text")
-            found, said = run.task(name, task, requests)
-            scores += found
+            task_scores, said = run.task(name, task, requests)
+            scores += task_scores
             notes += said
         about = {
             **settings,
             "seeds": list(seeds),
             "limit": limit,
-            "data": str(given) if (given := plan.get("data")) else None,
+            "data": str(folder) if (folder := plan.get("data")) else None,
         }
         results = Results(tuple(scores), about, tuple(notes))
         if out is not None:
@@ -132,18 +131,18 @@ class _Evaluation:
         notes: dict[str, None] = {}
         logs: dict[tuple[str, int], ResumableLog] = {}
         for label, (ensemble, method) in self.writers.items():
-            given = {**self.options, "method": method}
+            options = {**self.options, "method": method}
             scored = requests[0].request_type != "generate_until"
-            greedy = not scored and all(is_greedy(request.args[1], given) for request in requests)
+            greedy = not scored and all(is_greedy(request.args[1], options) for request in requests)
             seeds = self.seeds[:1] if scored or greedy else self.seeds
-            law = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
+            target = label if method == "single" or not (scored or greedy) else "mixture" if scored else "greedy"
             tables = []
             for seed in seeds:
-                if (law, seed) not in logs:
-                    path = responses_path(self.out, name, law, seed) if self.out is not None else None
-                    logs[law, seed] = response_log(path)
-                log = logs[law, seed]
-                lm = self._model(ensemble, {**given, "seed": seed}, log, f"{name} {label} seed {seed}")
+                if (target, seed) not in logs:
+                    path = responses_path(self.out, name, target, seed) if self.out is not None else None
+                    logs[target, seed] = response_log(path)
+                log = logs[target, seed]
+                lm = self._model(ensemble, {**options, "seed": seed}, log, f"{name} {label} seed {seed}")
                 tables.append(judge(task, requests, getattr(lm, requests[0].request_type)(requests)))
                 notes |= dict.fromkeys(_run_notes(name, label, method, log, len(requests)))
             scores += to_scores(name, label, task, seeds, tables)
@@ -168,7 +167,7 @@ def _method_ensembles(ensemble: Ensemble, methods: Iterable[str], options: Optio
     out: dict[str, tuple[Ensemble, str]] = {}
     for name in methods:
         if name == "single":
-            out |= {label: (one, "single") for label, one in alone.items()}
+            out |= {label: (single, "single") for label, single in alone.items()}
         elif name in alone:
             out[name] = alone[name], "single"
         elif name in METHODS:
@@ -177,8 +176,8 @@ def _method_ensembles(ensemble: Ensemble, methods: Iterable[str], options: Optio
             known = [*METHODS, *alone]
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise ConfigError(f"there is no method {name!r}", hint)
-    for one, method in out.values():
-        one.context(one.settings(**cast(Options, {**options, "method": method, "seed": 0})))
+    for evaluated, method in out.values():
+        evaluated.context(evaluated.settings(**cast(Options, {**options, "method": method, "seed": 0})))
     return out
 
 
@@ -222,7 +221,7 @@ def _digest(ids: Ids) -> str:
 
 def _run_notes(task: str, label: str, method: str, log: ResumableLog, count: int) -> list[str]:
     """Return what a reader should know about a run."""
-    entries = [log.records[at] for at in range(count)]
+    entries = [log.records[i] for i in range(count)]
     notes = []
     if method not in ("greedy", "single") and any(entry.get("method") == "greedy" for entry in entries):
         notes.append(f"{task} asks for greedy decoding, so {label} wrote with method greedy; a temperature samples")

@@ -62,8 +62,8 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}", "give another folder") from error
-    if (found := _difference(before, now)) is not None:
-        key, old, new = found
+    if (difference := _difference(before, now)) is not None:
+        key, old, new = difference
         raise ConfigError(
             f"{folder} was begun with {key} = {old}, and this run has {new}",
             "give another folder, or the settings and questions that this one was begun with",
@@ -80,6 +80,6 @@ def _difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | 
         place = f"{key}.{name}" if key else str(name)
         if name not in before or name not in now:
             return place, json.dumps(before.get(name)), json.dumps(now.get(name))
-        if (found := _difference(before[name], now[name], place)) is not None:
-            return found
+        if (difference := _difference(before[name], now[name], place)) is not None:
+            return difference
     return None

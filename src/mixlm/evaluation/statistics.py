@@ -20,11 +20,11 @@ _EXACT = 14  # with so few questions that differ, all sign patterns are gone thr
 
 def t_interval(values: Sequence[float] | Floats) -> Interval | None:
     """Return the 95 % interval of a mean by Student's t; None for fewer than two values."""
-    given = np.asarray(values, dtype=np.float64)
-    if given.size < 2:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
         return None
-    half = stats.t.ppf((1 + LEVEL) / 2, given.size - 1) * given.std(ddof=1) / np.sqrt(given.size)
-    return float(given.mean() - half), float(given.mean() + half)
+    half = stats.t.ppf((1 + LEVEL) / 2, array.size - 1) * array.std(ddof=1) / np.sqrt(array.size)
+    return float(array.mean() - half), float(array.mean() + half)
 
 
 def sign_flip_p(differences: Floats, seed: int = 0) -> float:
@@ -39,13 +39,13 @@ def sign_flip_p(differences: Floats, seed: int = 0) -> float:
         return 1.0
     if (abs(moved) == abs(moved[0])).all():
         return float(stats.binomtest(int((moved > 0).sum()), moved.size).pvalue)
-    found = abs(moved.sum()) * (1 - 1e-12)
+    observed = abs(moved.sum()) * (1 - 1e-12)
     if moved.size <= _EXACT:
         patterns = np.array(list(product((-1.0, 1.0), repeat=moved.size))).reshape(-1, moved.size)
-        return float((abs(patterns @ moved) >= found).mean())
+        return float((abs(patterns @ moved) >= observed).mean())
     rng = np.random.default_rng(seed)
     far = 0
     for _ in range(_FLIPS // _BLOCK):
         patterns = rng.integers(0, 2, size=(_BLOCK, moved.size)) * 2.0 - 1.0
-        far += int((abs(patterns @ moved) >= found).sum())
+        far += int((abs(patterns @ moved) >= observed).sum())
     return (far + 1) / (_FLIPS + 1)

@@ -92,10 +92,10 @@ def _likelihood(scores: Scores) -> tuple[Floats, Floats]:
     top = scores.logprobs.max(axis=1)
     impossible = np.flatnonzero(~np.isfinite(top))
     if impossible.size:
-        at = impossible[0]
-        if scores.starts[at] == scores.ends[at]:
+        segment = impossible[0]
+        if scores.starts[segment] == scores.ends[segment]:
             raise ConfigError("no member can end an answer where one ends", "leave ends out: --no-ends, or ends=False")
-        shown = scores.text[scores.starts[at] : scores.ends[at]].decode(errors="replace")
+        shown = scores.text[scores.starts[segment] : scores.ends[segment]].decode(errors="replace")
         raise ConfigError(f"no member can write {shown!r}, so no weights make the text likely", "leave it out")
     return np.exp(scores.logprobs - top[:, None]), top
 
@@ -156,13 +156,13 @@ def bootstrap(
     block_of = np.arange(segments) * count // segments
     # A weight that has become zero would stay zero, so every fit starts a little inside.
     start = 0.98 * expectation_maximisation(scores).weights + 0.02 * equal_weights(scores)
-    found = []
+    samples = []
     for _ in range(rounds):
         drawn = np.bincount(rng.integers(count, size=count), minlength=count)
         counts = drawn[block_of].astype(np.float64)
-        found.append(_maximize(likelihood, counts, start, 1000, 1e-7)[0])
+        samples.append(_maximize(likelihood, counts, start, 1000, 1e-7)[0])
     low, high = (1 - level) / 2, (1 + level) / 2
-    return np.quantile(np.array(found), [low, high], axis=0).T
+    return np.quantile(np.array(samples), [low, high], axis=0).T
 
 
 def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[PromptRouter, float]:
@@ -170,12 +170,13 @@ def fit_by_prompt(scores: Scores, weights: Floats) -> tuple[PromptRouter, float]
 
     weights: those that are scaled, float64 (members,). Text without prompts says nothing about it.
     """
-    routers = {one: PromptRouter(weights, one) for one in _SHARPNESS}
+    routers = {sharpness: PromptRouter(weights, sharpness) for sharpness in _SHARPNESS}
     bits = {
-        one: scores.bits_per_byte(scores.mixture(router_weights(scores, router))) for one, router in routers.items()
+        sharpness: scores.bits_per_byte(scores.mixture(router_weights(scores, router)))
+        for sharpness, router in routers.items()
     }
-    found = min(bits, key=lambda one: bits[one])
-    return routers[found], found
+    best = min(bits, key=lambda sharpness: bits[sharpness])
+    return routers[best], best
 
 
 def fit_router(
@@ -197,7 +198,7 @@ def _chosen_penalty(scores: Sequence[Scores]) -> float:
     parts = [split_holdout(score, 0.25) for score in scores if len(score.ends) > 1]
     if not parts:
         return _PENALTIES[-1]
-    first, last = concatenate([one for one, _ in parts]), concatenate([one for _, one in parts])
+    first, last = concatenate([part for part, _ in parts]), concatenate([part for _, part in parts])
 
     def loss(penalty: float) -> float:
         router = _train_router([first], penalty)
@@ -229,9 +230,9 @@ def _train_router(
 
     start = np.zeros((len(whole.names), FEATURES))
     start[:, -1] = np.log(np.maximum(expectation_maximisation(whole).weights, 1e-4))
-    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=report, options={"maxiter": 200})
+    optimum = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", callback=report, options={"maxiter": 200})
     # The gate works on features as they are: their standardisation goes into the matrix.
-    matrix = found.x.reshape(start.shape) / scale
+    matrix = optimum.x.reshape(start.shape) / scale
     matrix[:, -1] -= matrix[:, :-1] @ centre[:-1]
     return LearnedRouter(matrix, whole.names)
 

@@ -7,7 +7,7 @@ they are worth on text they have not seen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ from mixlm.fitting.likelihood import (
 )
 from mixlm.routing import LearnedRouter, PromptRouter, Router
 from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout, with_leading_prompts
+from mixlm.terminal import Progress
 from mixlm.types import Floats
 
-Progress = Callable[[str, int, int], None]
 _ROUTER_ROUNDS = 500
 
 
@@ -88,12 +88,12 @@ class FitStudy:
     @property
     def best_member(self) -> FitRow:
         """The single member that does best on the check text."""
-        return min((row for row in self.rows if row.kind == "member"), key=lambda one: one.all)
+        return min((row for row in self.rows if row.kind == "member"), key=lambda row: row.all)
 
     @property
     def seconds(self) -> float:
         """What the members took to read the training part, whenever they did."""
-        return sum(one.seconds for one in self.train.values())
+        return sum(reading.seconds for reading in self.train.values())
 
     def percent_below(self, row: FitRow) -> float:
         """Return how many percent of bits per byte a row lies below the best single member."""
@@ -101,7 +101,7 @@ class FitStudy:
 
     def passes(self, engines: int) -> tuple[int, int | None]:
         """Return how many times a model reads a passage to fit by EM, and by a grid whose points are run anew."""
-        once = engines * sum(one.passages for one in self.train.values())
+        once = engines * sum(reading.passages for reading in self.train.values())
         return once, None if self.grid is None else once * len(self.grid.trace)
 
     def as_dict(self, engines: int) -> dict[str, Any]:
@@ -118,8 +118,8 @@ class FitStudy:
             "members": list(self.names),
             "unit": next(iter(self.train.values())).unit,
             "files": [
-                {"file": name, "train_bytes": one.size, "check_bytes": self.check[name].size}
-                for name, one in self.train.items()
+                {"file": name, "train_bytes": reading.size, "check_bytes": self.check[name].size}
+                for name, reading in self.train.items()
             ],
             "weights": self._named(self.em.weights),
             "intervals": None
@@ -191,8 +191,8 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
     if grid is not None:
         rows.append(_fixed("grid", check, grid.weights))
     if len(files) > 1:
-        own = [check[name].mixture(expectation_maximisation(one).weights) for name, one in train.items()]
-        rows.append(_row("EM, each file by itself", check, own))
+        oracle = [check[name].mixture(expectation_maximisation(scores).weights) for name, scores in train.items()]
+        rows.append(_row("EM, each file by itself", check, oracle))
     if by_prompt is not None:
         rows.append(_routed(f"by prompt, sharpness {by_prompt[1]:g}", check, by_prompt[0]))
     if router is not None:
@@ -204,17 +204,17 @@ def _members(check: Mapping[str, Scores]) -> list[FitRow]:
     names = next(iter(check.values())).names
     weights = np.eye(len(names))
     return [
-        _row(name, check, [one.logprobs[:, i] for one in check.values()], kind="member", weights=weights[i])
+        _row(name, check, [scores.logprobs[:, i] for scores in check.values()], kind="member", weights=weights[i])
         for i, name in enumerate(names)
     ]
 
 
 def _fixed(name: str, check: Mapping[str, Scores], weights: Floats) -> FitRow:
-    return _row(name, check, [one.mixture(weights) for one in check.values()], weights=weights)
+    return _row(name, check, [scores.mixture(weights) for scores in check.values()], weights=weights)
 
 
 def _routed(name: str, check: Mapping[str, Scores], router: Router) -> FitRow:
-    return _row(name, check, [one.mixture(router_weights(one, router)) for one in check.values()])
+    return _row(name, check, [scores.mixture(router_weights(scores, router)) for scores in check.values()])
 
 
 def _row(
@@ -225,6 +225,6 @@ def _row(
     kind: str = "mixture",
     weights: Floats | None = None,
 ) -> FitRow:
-    files = tuple(one.bits_per_byte(lp) for one, lp in zip(check.values(), logprobs, strict=True))
-    sizes = [one.size for one in check.values()]
+    files = tuple(scores.bits_per_byte(lp) for scores, lp in zip(check.values(), logprobs, strict=True))
+    sizes = [scores.size for scores in check.values()]
     return FitRow(name, kind, files, float(np.average(files, weights=sizes)), weights)

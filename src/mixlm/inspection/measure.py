@@ -11,7 +11,7 @@ overhead of mixlm itself is not included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from statistics import median
@@ -26,12 +26,12 @@ from mixlm.errors import ConfigError
 from mixlm.inspection.report import ForwardCost, PairReport, SpeedEstimate
 from mixlm.inspection.static import shared_symbols
 from mixlm.scoring.passages import text_prefix
+from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly
 from mixlm.types import Floats, Ids, Logits
 from mixlm.units.base import PIECE_TRAITS, UnitTraits
 from mixlm.units.piece import PieceUnit
 
-Progress = Callable[[str, int, int], None]
 LENGTHS = (1, 2, 4, 8, 16)
 _CACHED = 128  # tokens in the KV cache when forward passes are timed
 _REPEATS = 3

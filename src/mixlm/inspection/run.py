@@ -11,9 +11,10 @@ from mixlm.engines.base import total_weight_bytes
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.inspection import static
-from mixlm.inspection.measure import Progress, measure_agreement, measure_costs, predict_speeds, with_measured_speeds
+from mixlm.inspection.measure import measure_agreement, measure_costs, predict_speeds, with_measured_speeds
 from mixlm.inspection.report import Inspection
 from mixlm.scoring.passages import split_passages
+from mixlm.terminal import Progress
 
 QUESTION = "Why is the sky blue?"
 # Prose and code, to compare members on both.
@@ -62,8 +63,8 @@ def inspect(
     for name, value in (("question", question), ("sample text", text)):
         if not value.strip():
             raise ConfigError(f"the {name} is empty", "omit it for the default")
-    given: dict[str, Any] = dict(options or {})
-    prompt_options = {name: value for name, value in given.items() if name in ("system", "seed")}
+    chosen: dict[str, Any] = dict(options or {})
+    prompt_options = {name: value for name, value in chosen.items() if name in ("system", "seed")}
     members = static.describe_members(ensemble, question, prompt_options)
     inspection = Inspection(
         unit=ensemble.unit.name,
@@ -71,7 +72,7 @@ def inspect(
         question=question,
         members=members,
         weights_bytes=total_weight_bytes(member.engine for member in ensemble.members),
-        possibilities=static.check_feasibility(ensemble, given),
+        possibilities=static.check_feasibility(ensemble, chosen),
         pairs=static.compare_vocabularies(ensemble),
     )
     partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
@@ -90,7 +91,7 @@ def inspect(
     long = sum(2 * _TOKENS / speed.predicted for speed in speeds) > _SECONDS
     # In the unit `byte`, runs count bytes, and predictions count tokens.
     if possible >= set(methods) and not long and not ensemble.unit.traits.counts_bytes:
-        allowed = cast(Options, {name: value for name, value in given.items() if name not in _NOT_FOR_RUNS})
+        allowed = cast(Options, {name: value for name, value in chosen.items() if name not in _NOT_FOR_RUNS})
         report = bench(
             ensemble,
             tokens=_TOKENS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError
 from mixlm.types import Ids
 
+Before = Literal["begin", "end"]
+BEFORE: tuple[Before, ...] = ("begin", "end")
 # Texts are scored in passages of about this many bytes, each from the beginning of a context.
 PASSAGE_BYTES = 6000
 
@@ -47,9 +50,18 @@ def split_passages(data: bytes, size: int = PASSAGE_BYTES) -> list[bytes]:
     return [*passages, data[start:]]
 
 
-def text_prefix(engine: Engine) -> Ids:
-    """Return a member's ids in front of a text without a prompt, int64 (n,). Raises ConfigError if it has none."""
-    prefix = engine.prompts.prefix(engine.vocabulary.end_ids)
+def text_prefix(engine: Engine, before: Before = "begin") -> Ids:
+    """Return a member's ids in front of a text without a prompt, int64 (n,).
+
+    Args:
+        engine: The member's.
+        before: "begin" for its BOS, or end-of-text if it has none; "end" for end-of-text.
+
+    Raises:
+        ConfigError: It has no such token.
+    """
+    ends = engine.vocabulary.end_ids
+    prefix = engine.prompts.prefix(ends) if before == "begin" else sorted(ends)[:1]
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
     return np.array(prefix, dtype=np.int64)

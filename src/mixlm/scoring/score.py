@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +31,14 @@ from mixlm.generation.prompt import Prompt
 from mixlm.models import resolve
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
-from mixlm.scoring.passages import PASSAGE_BYTES, Passage, split_passages, split_to_fit, text_prefix
+from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.scoring.scores import Scores, concatenate
+from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids, Logits
 from mixlm.version import __version__
 
 __all__ = ["Scores", "identity", "score", "score_answers", "score_passages", "split_passages"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def score(
@@ -49,6 +48,7 @@ def score(
     progress: Progress | None = None,
     identities: Sequence[str] | None = None,
     by_segment: bool = False,
+    before: Before = "begin",
 ) -> Scores:
     """Score a text under every member of an ensemble, one pass a member; in the units `word` and `byte`, byte by byte.
 
@@ -58,6 +58,7 @@ def score(
         progress: Called with a member's name, the passages done and their number (bytes in `word` and `byte`).
         identities: Each member's `identity`; with them, scores are cached and the same text is not read again.
         by_segment: Members meet at common token boundaries, whatever the unit.
+        before: What stands in front of the text; see `text_prefix`.
 
     Raises:
         ConfigError: The text is empty, or a member's tokens do not spell it exactly.
@@ -65,7 +66,7 @@ def score(
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    prefixes = [text_prefix(member.engine) for member in ensemble.members]
+    prefixes = [text_prefix(member.engine, before) for member in ensemble.members]
     engines = [member.engine for member in ensemble.members]
     passages = [
         Passage(part, prefixes)

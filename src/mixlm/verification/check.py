@@ -10,7 +10,7 @@ A comparison is Pearson's chi-square test over all outcomes that are expected at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,11 +24,10 @@ from mixlm.decoding import check_method
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import EncodedPrompt, Prompt
+from mixlm.terminal import Progress
 from mixlm.types import Floats
 from mixlm.verification.exact import ExactReference
 from mixlm.verification.sampling import Outcome, first_symbols, sampling_contexts
-
-Progress = Callable[[str, int, int], None]
 
 # The significance level of a whole check, however many comparisons it makes.
 LEVEL = 0.001
@@ -286,15 +285,15 @@ def _chi_square(observed: npt.NDArray[Any], expected: Floats) -> tuple[float, fl
 
 def _greedy(ensemble: Ensemble, outcome: Outcome, exact: ExactReference, tolerance: float) -> list[CheckResult]:
     """Compare greedy's choices with the most likely symbols of the exact average: equal, or not."""
-    found = []
+    comparisons = []
     for position, symbol in enumerate(outcome, start=1):
         distribution = exact.distribution(outcome[: position - 1])
         # Equally likely symbols may be told apart by rounding alone.
         same = bool(distribution[symbol] >= distribution.max() * (1 - 1e-5) - 2 * tolerance)
         p_value, distance = float(same), float(not same)
-        found.append(
+        comparisons.append(
             CheckResult(
                 "greedy", "exact", ensemble.unit.name, position, 1, distance, p_value, distance, 0.0, equal=same
             )
         )
-    return found
+    return comparisons

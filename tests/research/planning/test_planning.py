@@ -28,7 +28,7 @@ def pair(**given) -> PlanCosts:
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
 def test_the_wait_of_one_server_with_equal_services_is_that_of_pollaczek_and_khinchine(load):
-    seen = simulate(one(), Workload(load / 0.1, 1, 1, 10**6, "fixed"), replies=20_000)
+    seen = simulate(one(), Workload(load / 0.1, 1, 1, 10**6, "fixed"), count=20_000)
     assert seen.first.mean() - 0.1 == pytest.approx(0.1 * load / (2 * (1 - load)), rel=0.1)  # M/D/1
     assert seen.busy["a"][0] == pytest.approx(load, rel=0.03)
 
@@ -38,7 +38,7 @@ def test_the_wait_of_one_server_with_random_services(load):
     """Replies are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
     tokens, forward = 20, 0.005
     service = tokens * forward
-    seen = simulate(one(forward, runs=True), Workload(load / service, 1, tokens, 10**6), replies=16_000)
+    seen = simulate(one(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=16_000)
     square = forward**2 * (2 * tokens**2 - tokens)  # of a geometric law
     wait = load / service * square / (2 * (1 - load))
     assert wait == pytest.approx(service * load / (1 - load), rel=0.03)
@@ -47,7 +47,7 @@ def test_the_wait_of_one_server_with_random_services(load):
 
 def test_replicas_that_serve_everyone_at_once_add_nothing_but_room():
     costs = PlanCosts(members={"a": MemberCost(weight=1, forward=0.1, slots=10**6)})
-    seen = simulate(costs, Workload(5, 1, 20, 10**6, "fixed"), replies=2000)
+    seen = simulate(costs, Workload(5, 1, 20, 10**6, "fixed"), count=2000)
     assert np.median(seen.whole) == pytest.approx(20.5 * 0.1, rel=0.02)  # half a forward until the next one begins
 
 
@@ -57,13 +57,13 @@ def test_members_in_turn_on_one_device_serve_two_of_n_plus_one_at_a_time(members
     costs = PlanCosts(
         members={f"m{i}": MemberCost(weight=1 / members, forward=1.0, device="one") for i in range(members)}
     )
-    seen = simulate(costs, Workload(None, 1, 400, 64, "fixed"), replies=64)
+    seen = simulate(costs, Workload(None, 1, 400, 64, "fixed"), count=64)
     together = seen.tokens_per_second * members  # forwards that conventional makes for each position
     assert together / 64 == pytest.approx(2 * members / (members + 1), rel=0.06)
 
 
 def test_two_machines_that_work_at_once_write_a_token_of_every_reply_in_a_step():
-    seen = simulate(pair(), Workload(None, 1, 300, 32, "fixed"), replies=32)
+    seen = simulate(pair(), Workload(None, 1, 300, 32, "fixed"), count=32)
     assert seen.tokens_per_second == pytest.approx(32, rel=0.03)
     assert [round(those[0], 1) for those in seen.busy.values()] == [1.0, 1.0]
 
@@ -71,20 +71,18 @@ def test_two_machines_that_work_at_once_write_a_token_of_every_reply_in_a_step()
 def test_what_members_read_is_what_others_wrote():
     """Each token of the text and of the prompt is run by every member once, the last one apart."""
     costs = PlanCosts(members={name: MemberCost(weight=0.5, forward=1.0, sequence=1.0, token=1.0) for name in "ab"})
-    seen_work = simulate(costs, Workload(None, 10, 500, 1, "fixed"), replies=1)
+    seen_work = simulate(costs, Workload(None, 10, 500, 1, "fixed"), count=1)
     seconds = sum(those[0] for those in seen_work.busy.values()) * seen_work.whole[0]
     assert seconds == pytest.approx(2 * 510, abs=30)
 
 
 def test_runs_make_fewer_questions():
     router = RouterCost(seconds=1.0)
-    single = simulate(PlanCosts(members=pair().members, router=router), Workload(None, 1, 400, 1, "fixed"), replies=4)
+    single = simulate(PlanCosts(members=pair().members, router=router), Workload(None, 1, 400, 1, "fixed"), count=4)
     runs = simulate(
-        PlanCosts(members=pair(runs=True).members, router=router), Workload(None, 1, 400, 1, "fixed"), replies=4
+        PlanCosts(members=pair(runs=True).members, router=router), Workload(None, 1, 400, 1, "fixed"), count=4
     )
-    words = simulate(
-        PlanCosts(members=pair().members, router=router), Workload(None, 1, 400, 1, "fixed", 3.0), replies=4
-    )
+    words = simulate(PlanCosts(members=pair().members, router=router), Workload(None, 1, 400, 1, "fixed", 3.0), count=4)
     # Equal coins in a row are two on average, so mixlm's second is spent half as often: 1.5 s a token in place of 2.
     assert single.whole.mean() / runs.whole.mean() == pytest.approx(2 / 1.5, rel=0.05)
     assert words.whole.mean() == pytest.approx(single.whole.mean(), rel=0.05)
@@ -92,42 +90,40 @@ def test_runs_make_fewer_questions():
 
 def test_mixlm_itself_can_be_what_is_full():
     costs = PlanCosts(members=pair().members, router=RouterCost(seconds=0.5))
-    seen = simulate(costs, Workload(None, 1, 200, 32, "fixed"), replies=64)
+    seen = simulate(costs, Workload(None, 1, 200, 32, "fixed"), count=64)
     assert seen.tokens_per_second == pytest.approx(2, rel=0.05)
     two = costs.model_copy(update={"router": RouterCost(seconds=0.5, processes=2)})
-    assert simulate(two, Workload(None, 1, 200, 32, "fixed"), replies=64).tokens_per_second == pytest.approx(
-        4, rel=0.05
-    )
+    assert simulate(two, Workload(None, 1, 200, 32, "fixed"), count=64).tokens_per_second == pytest.approx(4, rel=0.05)
 
 
 def test_sequences_stay_with_their_machine_and_share_them_evenly():
     costs = one(replicas=3).with_replicas({"a": 4})
-    seen = simulate(costs, Workload(20, 1, 1, 10**6, "fixed"), replies=8000)
+    seen = simulate(costs, Workload(20, 1, 1, 10**6, "fixed"), count=8000)
     assert len(seen.busy["a"]) == 4
     assert max(seen.busy["a"]) - min(seen.busy["a"]) < 0.5
     assert sum(seen.busy["a"]) == pytest.approx(20 * 0.1, rel=0.05)
 
 
 def test_equal_seeds_give_equal_runs():
-    runs = [simulate(pair(), Workload(0.1, 5, 9), replies=200, seed=seed).whole.sum() for seed in (1, 1, 2)]
+    runs = [simulate(pair(), Workload(0.1, 5, 9), count=200, seed=seed).whole.sum() for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_as_few_machines_as_keep_up_are_found():
     load = Workload(25, 1, 1, 10**6, "fixed")
-    point = needed(one(), load, PlanTarget(busy=0.85), replies=4000)
+    point = needed(one(), load, PlanTarget(busy=0.85), count=4000)
     assert point.replicas == {"a": 3}  # 2.5 machines' work
-    sooner = needed(one(), load, PlanTarget(first=0.105, busy=0.85), replies=4000)
+    sooner = needed(one(), load, PlanTarget(first=0.105, busy=0.85), count=4000)
     assert sooner.replicas["a"] > 3
-    assert not expected(one(), load, replies=4000).keeps_up
+    assert not expected(one(), load, count=4000).keeps_up
     with pytest.raises(ConfigError, match="give --rate"):
         needed(one(), Workload(None, 1, 1), PlanTarget())
     with pytest.raises(ConfigError, match="no number of machines"):
-        needed(one(), load, PlanTarget(first=0.05), replies=50)
+        needed(one(), load, PlanTarget(first=0.05), count=50)
 
 
 def test_more_that_comes_waits_longer():
-    points = sweep(one(), Workload(None, 1, 1, 10**6, "fixed"), [2, 5, 8], replies=4000)
+    points = sweep(one(), Workload(None, 1, 1, 10**6, "fixed"), [2, 5, 8], count=4000)
     waits = [point.as_dict()["first_token"]["p95"] for point in points]
     assert waits == sorted(waits)
 
@@ -140,7 +136,7 @@ def test_costs_are_fitted_and_never_below_nothing():
 
 def test_costs_of_an_ensemble_are_measured():
     members = [MemberSpec(ToyEngine(seed=seed), f"m{seed}") for seed in (1, 2)]
-    costs = measure(Ensemble(members, [0.7, 0.3]), most=4)
+    costs = measure(Ensemble(members, [0.7, 0.3]), max_batch=4)
     assert [member.weight for member in costs.members.values()] == [0.7, 0.3]
     assert all(member.forward > 0 and member.device == "cpu" for member in costs.members.values())
     assert costs.router.seconds > 0
@@ -149,7 +145,7 @@ def test_costs_of_an_ensemble_are_measured():
 
 def test_members_that_draw_by_themselves_are_planned_by_runs():
     members = [MemberSpec(ToyEngine(seed=seed, samples_itself=seed == 1), f"m{seed}") for seed in (1, 2)]
-    costs = measure(Ensemble(members), most=2)
+    costs = measure(Ensemble(members), max_batch=2)
     assert {name: member.runs for name, member in costs.members.items()} == {"m1": True, "m2": False}
 
 

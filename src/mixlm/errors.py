@@ -3,6 +3,7 @@
     MixlmError                 base: a message and a hint, exit code 1
     ├── UsageError             the request is not possible; exit code 2
     │   ├── ConfigError        an invalid ensemble file or option
+    │   │   └── TemplateError  a chat template that is broken, or refuses or loses messages
     │   ├── UnsupportedError   a combination that has no exact meaning, or that a member cannot do
     │   ├── ModelNotFoundError no model of that name or at that path
     │   └── PromptTooLongError more tokens than a member's context holds
@@ -45,6 +46,10 @@ class UsageError(MixlmError):
 
 class ConfigError(UsageError):
     """An ensemble file or an option has a value that is not allowed."""
+
+
+class TemplateError(ConfigError):
+    """A chat template is broken, refuses the messages, or leaves one of them out."""
 
 
 class UnsupportedError(UsageError):

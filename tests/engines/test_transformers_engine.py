@@ -122,10 +122,10 @@ def test_logits_are_those_of_transformers(folders, kind):
 
 
 def test_only_stateful_models_run_the_whole_text_again(folders):
-    assert load(folders("mamba")).runner.is_stateful
+    assert not load(folders("mamba")).runner.keeps_cache
     assert "cannot roll back" in load(folders("mamba")).notes[0]
     for kind in ("llama", "mistral", "gemma3"):
-        assert not load(folders(kind)).runner.is_stateful
+        assert load(folders(kind)).runner.keeps_cache
         assert load(folders(kind)).notes == ()
 
 
@@ -242,7 +242,7 @@ def test_a_system_message_joins_the_user_message_where_a_template_allows_none(fo
 def test_a_template_that_refuses_the_messages_is_an_error_with_its_reason(folders):
     engine = load(folders("llama"), template="{{ raise_exception('never') }}")
     for messages in ([Message("user", "x")], [Message("system", "s"), Message("user", "x")]):
-        with pytest.raises(ConfigError, match="the prompt template refuses these messages: never"):
+        with pytest.raises(ConfigError, match="the chat template of tiny refuses these messages: never"):
             engine.prompts.chat(messages)
 
 

@@ -1,0 +1,168 @@
+"""Chat templates of Hugging Face models, rendered by Jinja alone.
+
+The environment is the one that transformers renders in (`utils/chat_template_utils.py`), so a template gives the same
+text here as `apply_chat_template` gives there, without the import of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from mixlm.errors import TemplateError
+
+_HINT = "give the member a template of its own: template_file = PATH"
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: The template.
+        variables: What the template may name besides the conversation: special tokens such as `bos_token`.
+        origin: Where the template comes from, for messages.
+
+    Raises:
+        TemplateError: The template is not valid Jinja.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str], origin: str) -> None:
+        self._variables = dict(variables)
+        self._origin = origin
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"{origin}, line {error.lineno}: {_sentence(error)}", _HINT) from error
+        except Exception as error:  # an invalid constant, such as 1 // 0, fails when it is compiled
+            raise TemplateError(f"{origin}: {_sentence(error)}", _HINT) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: Each has "role" and "content".
+            add_generation_prompt: Whether to end where a response begins.
+            tools: JSON schemas of functions.
+            documents: Each has "title" and "text".
+
+        Raises:
+            TemplateError: The template refuses the conversation (`raise_exception`), or fails.
+        """
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except _RefusedError as error:
+            raise TemplateError(f"{self._origin} refuses these messages: {_sentence(error)}", _HINT) from error
+        except Exception as error:  # whatever an expression in a template may raise
+            line = _line(error)
+            detail = f"{type(error).__name__}: {_sentence(error)}"
+            raise TemplateError(f"{self._origin}{line} fails: {detail}", _HINT) from error
+
+
+class _RefusedError(jinja2.TemplateError):
+    """A template called `raise_exception`."""
+
+
+class _GenerationTag(ext.Extension):
+    """`{% generation %}` marks what the assistant wrote; here its content is rendered as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - so declared by Jinja
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace()` without attributes that begin with an underscore."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:
+        self, *rest = args
+        Namespace.__init__(self, *rest, **attributes)
+        for name in dict(*rest, **attributes):
+            _check_attribute(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        Namespace.__setitem__(self, name, value)
+
+
+class _Dict:
+    """`dict()` without the attributes of the class."""
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "dict": _Dict(),
+        "namespace": _TemplateNamespace,
+    }
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise _RefusedError(message)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a template may not store the attribute {name!r} on a namespace")
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _line(error: BaseException) -> str:
+    """Return the line of the template that an error comes from, in words."""
+    line, traceback = "", error.__traceback__
+    while traceback is not None:
+        if (
+            "__jinja_template__" in traceback.tb_frame.f_globals
+            or traceback.tb_frame.f_code.co_filename == "<template>"
+        ):
+            line = f", line {traceback.tb_lineno},"
+        traceback = traceback.tb_next
+    return line

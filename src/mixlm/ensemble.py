@@ -18,11 +18,13 @@ from mixlm.core.sampling import Transform
 from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy, check_method
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.errors import ConfigError, MixlmError, UnsupportedError
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.dispatch import to_mixlm_error
 from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.member import Member, MemberOptions
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
-from mixlm.routing import FixedRouter, Router
+from mixlm.routing.base import Router, RouterFunction, as_router
+from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Completion, Message
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
@@ -49,12 +51,13 @@ class Ensemble:
         weights: One a member, on any positive scale; equal when left out.
         unit: "token" (members that share a vocabulary), "piece", "word" and "byte" (any vocabularies), or "auto"; or
             one that was built for these members.
-        router: Weights that depend on the prompt or the text, in place of `weights`.
+        router: Weights that depend on the prompt or the text, in place of `weights`: a router, or a function of the
+            prompt and the last 4096 bytes of the text so far, both bytes, that returns one weight per member.
         defaults: The options of every call, where it gives no others.
         grammars: A cache for JSON schemas that another ensemble of these members filled.
 
     Raises:
-        ConfigError: The weights do not fit the members.
+        ConfigError: The weights or the router do not fit the members.
         UnsupportedError: The unit does not fit the vocabularies, or the default method.
 
     >>> import mixlm
@@ -70,7 +73,7 @@ class Ensemble:
         weights: Sequence[float] | None = None,
         *,
         unit: UnitName | Unit = "auto",
-        router: Router | None = None,
+        router: Router | RouterFunction | None = None,
         defaults: GenerationOptions | None = None,
         grammars: GrammarCache | None = None,
     ) -> None:
@@ -78,7 +81,7 @@ class Ensemble:
             raise ConfigError("an ensemble needs at least one member")
         self.members = tuple(members)
         self.weights = normalized_weights(weights, len(members))
-        self.router = router or FixedRouter(self.weights)
+        self.router = FixedRouter(self.weights) if router is None else as_router(router, len(members))
         self.defaults = defaults or GenerationOptions()
         self.grammars = grammars or GrammarCache([member.engine.vocabulary for member in members])
         if isinstance(unit, str):
@@ -149,10 +152,10 @@ class Ensemble:
                 context = self.context(settings.with_turn(number))
                 try:
                     generation = context.start(self.encode_prompt(prompt, settings))
-                except MixlmError as error:
+                except Exception as error:
                     no_ids = np.zeros(0, dtype=np.int64)
                     generation = context.start(EncodedPrompt((no_ids,) * len(self.members), b""))
-                    generation.fail(error)
+                    generation.fail(to_mixlm_error(error))
                     yield number, generation
                     continue
                 numbers[generation] = number

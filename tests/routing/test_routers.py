@@ -242,3 +242,116 @@ def test_a_router_of_other_members_is_refused(gate: Path) -> None:
 
 def test_the_default_is_fixed() -> None:
     assert RouterConfig().kind == "fixed"
+
+
+class Constant:
+    """A user's router that returns one value at every state."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def begin(self, context: PromptContext) -> Route:
+        return lambda state: self.weights
+
+
+WRONG_WEIGHTS = [
+    ([0.5, 0.3, 0.2], "it must return 2 numbers"),
+    ([1.0], "it must return 2 numbers"),
+    ([], "it must return 2 numbers"),
+    ([[0.5, 0.5]], "it must return 2 numbers"),
+    (0.5, "it must return 2 numbers"),
+    (None, "it must return 2 numbers"),
+    ("ab", "it must return 2 numbers"),
+    ({"toy-0": 0.5, "toy-1": 0.5}, "it must return 2 numbers"),
+    (["0.5", "0.5"], "it must return 2 numbers"),
+    ([0.5, None], "it must return 2 numbers"),
+    ([True, False], "it must return 2 numbers"),
+    ([0.5, [0.5]], "it must return 2 numbers"),
+    ([1.5, -0.5], "a finite number, 0 or more"),
+    ([float("nan"), 1.0], "a finite number, 0 or more"),
+    ([float("inf"), 0.0], "a finite number, 0 or more"),
+    ([0.5, 0.4], "sum to 0.9"),
+    ([0.0, 0.0], "sum to 0"),
+    ([2, 1], "sum to 3"),
+]
+
+
+@pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])
+@pytest.mark.parametrize(("weights", "reason"), WRONG_WEIGHTS, ids=str)
+def test_the_weights_of_a_users_router_are_checked(unit: str, weights: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"the router Constant returned .*{reason}"):
+        ensemble(unit, Constant(weights)).generate("abc", raw=True, seed=1, max_tokens=3)
+
+
+def test_they_are_checked_at_every_position() -> None:
+    class Late(Constant):
+        def begin(self, context: PromptContext) -> Route:
+            return lambda state: [0.5, 0.5] if not state.tail(1) else [0.5, 0.6]  # type: ignore[return-value]
+
+    stream = ensemble("token", Late(None)).stream("abc", raw=True, seed=1, max_tokens=5, ignore_end=True)
+    with pytest.raises(ConfigError, match=r"the router Late returned \[0\.5, 0\.6\]: weights must sum to 1.*1\.1"):
+        list(stream)
+    assert len(stream.completion.tokens) == 1
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], (1, 0), np.array([0.25, 0.75], dtype=np.float32), [np.int64(0), 1]])
+def test_weights_of_any_kind_of_numbers_are_taken(weights: Any) -> None:
+    options = {"raw": True, "seed": 1, "max_tokens": 8}
+    expected = ensemble("token", FixedRouter(np.asarray(weights, dtype=np.float64))).generate("abc", **options)
+    assert ensemble("token", Constant(weights)).generate("abc", **options).text == expected.text
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [(None, "None"), ([1], "1 weight"), ([1, -1], "0 or more"), ("ab", "a list"), ([0, 0], "greater than 0")],
+    ids=str,
+)
+def test_a_function_is_a_router_and_its_weights_are_checked(returned: Any, reason: str) -> None:
+    plain = ensemble("token", by_last_byte)  # type: ignore[arg-type]
+    expected = ensemble("token", FunctionRouter(by_last_byte, 2))
+    options = {"raw": True, "seed": 1, "max_tokens": 8}
+    assert plain.generate("abc", **options).text == expected.generate("abc", **options).text
+    with pytest.raises(ConfigError, match=f"the router's function returned.*{reason}"):
+        ensemble("token", lambda prompt, text: returned).generate("abc", **options)  # type: ignore[arg-type]
+
+
+def test_a_router_that_fails_is_named_with_the_reason() -> None:
+    def fails(prompt: bytes, text: bytes) -> list[float]:
+        raise KeyError("x")
+
+    with pytest.raises(ConfigError, match="the router FunctionRouter failed: KeyError: 'x'"):
+        ensemble("token", fails).generate("abc", raw=True)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"failed: TypeError: .*takes 1 positional argument"):
+        ensemble("token", lambda prompt: [1, 1]).generate("abc", raw=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        FunctionRouter(lambda prompt, text: [1, 1, 1], 3),
+        FixedRouter(np.array([1.0])),
+        PromptRouter(np.full(3, 1 / 3)),
+        LearnedRouter(np.zeros((3, FEATURES)), "abc"),
+    ],
+    ids=lambda router: type(router).__name__,
+)
+def test_a_router_for_other_members_is_refused_with_the_ensemble(router: Router) -> None:
+    with pytest.raises(ConfigError, match=r"the router is for . members, and the ensemble has 2 of them"):
+        ensemble("token", router)
+
+
+@pytest.mark.parametrize("router", [3, "learned", [0.5, 0.5], FunctionRouter], ids=str)
+def test_what_is_no_router_is_refused_with_the_ensemble(router: Any) -> None:
+    with pytest.raises(ConfigError, match="it must be a router or a function"):
+        ensemble("token", router)
+
+
+def test_routers_check_what_they_are_built_with() -> None:
+    with pytest.raises(ConfigError, match="is no function"):
+        FunctionRouter("ab", 2)  # type: ignore[arg-type]
+    for members in (0, -1, 2.0, None):
+        with pytest.raises(ConfigError, match="the number of the ensemble's members"):
+            FunctionRouter(by_last_byte, members)  # type: ignore[arg-type]
+    for weights in ([0.5, 0.6], [1.5, -0.5], [np.nan, 1.0]):
+        with pytest.raises(ConfigError, match="the router FixedRouter returned"):
+            FixedRouter(np.array(weights))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -27,7 +28,12 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
     """
     if weights is None:
         return np.full(members, 1 / members)
-    values = np.asarray(list(weights), dtype=np.float64)
+    if isinstance(weights, str | bytes | Mapping) or not isinstance(weights, Iterable):
+        raise ConfigError(f"weights is {weights!r}; it must be a list with one number per member", _EXAMPLE)
+    numbers: list[object] = list(weights)
+    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in numbers):
+        raise ConfigError(f"weights are {numbers!r}; each must be a number", _EXAMPLE)
+    values = np.asarray(numbers, dtype=np.float64)
     shown = ", ".join(f"{value:g}" for value in values)
     if values.size != members:
         raise ConfigError(

@@ -14,16 +14,16 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
+from mixlm.errors import EngineError, PromptTooLongError, UnsupportedError, UsageError
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Floats, Ids, Logits, LogitsRows, Sampling, TopKFilter, TopLogprobs
+from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, Sampling, TopKFilter, TopLogprobs
 from mixlm.units.base import TokenBuffer
 
 _LOGPROBS_CHUNK = 128  # positions
@@ -208,7 +208,7 @@ class Session(ABC):
         for start in range(0, len(ids), _LOGPROBS_CHUNK):
             end = min(start + _LOGPROBS_CHUNK, len(ids))
             targets = ids[start + 1 : end + 1]
-            logits = self.logits(ids[:end], last=end - start)[: len(targets)]
+            logits = check_logits(self.logits(ids[:end], last=end - start), end)[: len(targets)]
             target_logits = logits[np.arange(len(targets)), targets]
             logprobs[start : start + len(targets)] = target_logits - self.log_normalizers(logits)
         return logprobs
@@ -258,6 +258,7 @@ class Session(ABC):
                 self.reset()
                 raise
         self._cached.replace_tail(len(cached) - length, [])
+        self._last_logits = None
         return length
 
     def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
@@ -324,6 +325,11 @@ class Engine(ABC):
         self.notes = text.notes
 
     @property
+    def backend(self) -> str:
+        """What runs the model, such as "transformers" or "llama.cpp", for reports."""
+        return self.details.get("engine", type(self).__name__)
+
+    @property
     def batch_key(self) -> int:
         """Equal for engines that run in one batch: each of them can serve the others' sessions."""
         return id(self)
@@ -379,17 +385,47 @@ def total_weight_bytes(engines: Iterable[Engine]) -> int:
 
 
 def respond(session: Session, request: Request) -> Response:
-    """Serve one request with a session."""
-    if isinstance(request, SampleRequest):
-        return request.sample(session.logits_rows(request.ids, 1, request.top_k_filter)[0])
+    """Serve one request with a session. Raises EngineError for logits that are not numbers."""
     if isinstance(request, GenerateRequest):
         return session.generate(request)
-    return session.logits_rows(request.ids, request.last, request.top_k_filter)
+    last = request.last if isinstance(request, LogitsRequest) else 1
+    return to_response(request, session.logits_rows(request.ids, last, request.top_k_filter))
 
 
 def to_response(request: Request, result: Any) -> Response:
-    """Return the response to a request that was started with `Engine.submit`. result: of its future."""
+    """Return the response to a request. Raises EngineError for logits that are not numbers.
+
+    result: the logits, `LogitsRows`, that the engine computed for the request; or its `GenerateResponse`.
+    """
+    if isinstance(request, GenerateRequest):
+        return result
+    check_logits(result, len(request.ids))
     return request.sample(result[0]) if isinstance(request, SampleRequest) else result
+
+
+Rows = TypeVar("Rows", bound=LogitsRows)
+
+
+def check_logits(rows: Rows, length: int) -> Rows:
+    """Return logits in which every position has a largest finite one, and nan or +inf nowhere.
+
+    Args:
+        rows: The logits after each of the last prefixes of some ids.
+        length: The number of ids.
+
+    Raises:
+        EngineError: A position has nan or +inf, or nothing but -inf.
+    """
+    for index, row in enumerate(rows):
+        values = row.logprobs if isinstance(row, Candidates) else row
+        # The maximum is nan where there is one.
+        if values.size and not np.isfinite(largest := values.max()):
+            what = "all -inf" if largest == -np.inf else f"not finite: one is {largest}"
+            raise EngineError(
+                f"the logits after {length - len(rows) + index + 1} tokens are {what}",
+                "try --dtype float32; where that is no different, the weights are damaged",
+            )
+    return rows
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

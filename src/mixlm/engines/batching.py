@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mixlm.engines.base import Forward, LogitsRequest, Request, Response, RunAheadHint, SampleRequest, Session
+from mixlm.engines.base import (
+    Forward,
+    LogitsRequest,
+    Request,
+    Response,
+    RunAheadHint,
+    SampleRequest,
+    Session,
+    to_response,
+)
 from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 
@@ -86,9 +95,7 @@ def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, 
         for item, output in zip(items, _run_items(items, run, max_tokens), strict=True):
             responses[item.position] = output
         for index in current:
-            request = requests[index][1]
-            if isinstance(request, SampleRequest):
-                responses[index] = request.sample(responses[index][0])
+            responses[index] = to_response(requests[index][1], responses[index])
     return responses
 
 

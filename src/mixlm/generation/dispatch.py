@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from mixlm.engines.base import Engine, Request, Response, Session, to_response
-from mixlm.errors import EngineError, MixlmError
+from mixlm.errors import EngineError, MemoryLimitError, MixlmError, TokenizerError
+from mixlm.types import Ids
 
 _MAX_THREADS = 32
 
@@ -49,8 +50,8 @@ class EngineCall:
             return list(self.future.result())
         try:
             return [to_response(self.requests[0].request, self.future.result())]
-        except MixlmError as error:
-            return [error]
+        except Exception as error:
+            return [to_mixlm_error(error)]
 
 
 class Dispatcher:
@@ -82,8 +83,7 @@ class Dispatcher:
         """
         engine = requests[0].engine
         if engine.asynchronous:
-            [(_, session, request)] = requests
-            return EngineCall(requests, engine.submit(session, request))
+            return EngineCall(requests, _submit(requests[0]))
         if in_thread:
             return EngineCall(requests, self._threads.submit(_respond_each, requests))
         done: Future[list[Response | MixlmError]] = Future()
@@ -97,20 +97,67 @@ class Dispatcher:
         return self._pool
 
 
+def to_mixlm_error(error: Exception) -> MixlmError:
+    """Return the error itself if it is one of mixlm's, else one that it is the cause of."""
+    if isinstance(error, MixlmError):
+        return error
+    if isinstance(error, MemoryError):
+        wrapped: MixlmError = MemoryLimitError("there is too little memory", "use smaller members")
+    else:
+        lines = str(error).strip().splitlines()
+        wrapped = EngineError(f"unexpected {type(error).__name__}" + (f": {lines[0]}" if lines else ""))
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def check_ids(engine: Engine, ids: Ids, name: str | None = None) -> None:
+    """Raise TokenizerError for ids, int64 (n,), that the model has no row for: a forward pass would fail on them.
+
+    name: of the member, for the message.
+    """
+    vocabulary = engine.vocabulary
+    if len(ids) and (token := int(ids.max())) >= vocabulary.size:
+        raise TokenizerError(
+            f"the text has the token {vocabulary.name(token)!r} (id {token}) for {name or engine.name}, whose model "
+            f"has embeddings for ids below {vocabulary.size} only",
+            "its tokenizer has tokens that the model was not trained with; take this one out of the text",
+        )
+
+
+def _call(requests: Sequence[EngineRequest]) -> list[Response]:
+    for engine, _, request in requests:
+        check_ids(engine, request.ids)
+    return requests[0].engine.respond([(session, request) for _, session, request in requests])
+
+
+def _submit(request: EngineRequest) -> Future[Any]:
+    """Start a request of an asynchronous engine; what is raised here is in the future."""
+    try:
+        check_ids(request.engine, request.request.ids)
+        return request.engine.submit(request.session, request.request)
+    except Exception as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+
 def _respond(requests: Sequence[EngineRequest]) -> list[Response]:
     try:
-        return requests[0].engine.respond([(session, request) for _, session, request in requests])
-    except EngineError as error:
-        raise MemberError(requests[0].request.member, error) from error
+        return _call(requests)
+    except Exception as raised:
+        error = to_mixlm_error(raised)
+        if isinstance(error, EngineError):
+            raise MemberError(requests[0].request.member, error) from raised
+        raise error from error.__cause__
 
 
 def _respond_each(requests: Sequence[EngineRequest]) -> list[Response | MixlmError]:
     """Respond to all in one call; where it fails, to each by itself: one sequence's error is not the others'."""
     try:
-        return requests[0].engine.respond([(session, request) for _, session, request in requests])
-    except MixlmError as error:
+        return _call(requests)
+    except Exception as error:
         if len(requests) == 1:
-            return [error]
+            return [to_mixlm_error(error)]
     return [response for request in requests for response in _respond_each([request])]
 
 

@@ -21,7 +21,8 @@ from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, Re
 from mixlm.generation.member import Member
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
-from mixlm.routing import FixedRouter, PromptContext, Router
+from mixlm.routing.base import PromptContext, Router, begin_route
+from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, TopLogprob, Usage
 from mixlm.units.base import Unit
 
@@ -49,7 +50,8 @@ class GenerationContext:
 
     def begin_sequence(self, prompt: EncodedPrompt) -> SequenceState:
         """Return the sequence that begins after the members' prompts."""
-        route = self.router.begin(PromptContext(prompt.text, lambda: bits_per_byte(self.sessions, prompt)))
+        context = PromptContext(prompt.text, lambda: bits_per_byte(self.sessions, prompt))
+        route = begin_route(self.router, context, len(self.members))
         unavailable = None
         if self.settings.on_failure == "drop":
             from mixlm.generation.unavailable import UnavailableMembers

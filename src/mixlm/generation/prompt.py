@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, PromptTooLongError
+from mixlm.generation.dispatch import check_ids
 from mixlm.types import ROLES, Ids, Message
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
@@ -43,6 +44,7 @@ def encode_prompt(
     for engine, name, ids in zip(engines, names, encoded, strict=True):
         if len(ids) == 0:
             raise ConfigError(f"the prompt has no tokens for {name}", "give a prompt that is not empty")
+        check_ids(engine, ids, name)
         if len(ids) >= engine.context_length:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens for {name}, whose context holds {engine.context_length}",

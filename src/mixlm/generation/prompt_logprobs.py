@@ -19,7 +19,8 @@ from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import LogitsRequest, Request, Response
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
-from mixlm.routing import FixedRouter, Router
+from mixlm.routing.base import Router
+from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.given_text import weights_along
 from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, segment_strings, token_ends
 from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob

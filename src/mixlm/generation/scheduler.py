@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mixlm.engines.base import Engine, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
-from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError
+from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
 
 # An engine whose oldest request has seen this many other calls is served whatever its queue: on a busy server the
@@ -171,8 +171,8 @@ class Scheduler:
             if responses is not None:
                 generation.resume(responses)
             requests = generation.requests()
-        except MixlmError as error:
-            generation.fail(error)
+        except Exception as error:  # also of a user's router: it ends this generation alone
+            generation.fail(to_mixlm_error(error))
             requests = []
         if generation.finished:
             self._end(generation)

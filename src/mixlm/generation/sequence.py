@@ -20,7 +20,7 @@ from mixlm.engines.base import Request, Session
 from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import EngineRequest, RequestFlow
 from mixlm.generation.member import Member, MemberView
-from mixlm.routing import Route
+from mixlm.routing.base import Route
 from mixlm.types import Candidates, Floats, Ids, TopLogprobs
 from mixlm.units.base import TextState, Unit
 

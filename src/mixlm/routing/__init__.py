@@ -1,9 +1,25 @@
 """Routers: the weights for a state. Fixed weights are the simplest router (paper, section 3.4)."""
 
-from mixlm.routing.base import PromptContext, Route, Router
-from mixlm.routing.fixed import FixedRouter
-from mixlm.routing.function import FunctionRouter
-from mixlm.routing.learned import LearnedRouter
-from mixlm.routing.prompt import PromptRouter
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixlm.routing.base import PromptContext, Route, Router
+    from mixlm.routing.fixed import FixedRouter
+    from mixlm.routing.function import FunctionRouter
+    from mixlm.routing.learned import LearnedRouter
+    from mixlm.routing.prompt import PromptRouter
 
 __all__ = ["FixedRouter", "FunctionRouter", "LearnedRouter", "PromptContext", "PromptRouter", "Route", "Router"]
+
+_MODULES = {"FixedRouter": "fixed", "FunctionRouter": "function", "LearnedRouter": "learned", "PromptRouter": "prompt"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import routers when they are first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'mixlm.routing' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"mixlm.routing.{_MODULES.get(name, 'base')}"), name)

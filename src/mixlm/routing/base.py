@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
+import numpy as np
+
+from mixlm.errors import ConfigError, MixlmError
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
@@ -25,6 +28,7 @@ class PromptContext:
 
 
 Route = Callable[[TextView], Floats]
+RouterFunction = Callable[[bytes, bytes], Sequence[float]]  # prompt and text so far to one weight per member
 
 
 class Router(Protocol):
@@ -37,3 +41,80 @@ class Router(Protocol):
     def begin(self, context: PromptContext) -> Route:
         """Return the function from a state to the weights, float64 (members,), non-negative and summing to 1."""
         ...
+
+
+def as_router(router: Any, members: int) -> Router:
+    """Return a router, or one of a plain function of the prompt and the text so far, for an ensemble of `members`.
+
+    Raises:
+        ConfigError: It is neither, or a router for another number of members.
+    """
+    if isinstance(router, type) or not hasattr(router, "begin"):
+        if isinstance(router, type) or not callable(router):
+            raise ConfigError(
+                f"router is {router!r}; it must be a router or a function",
+                "a function takes the prompt and the text so far, bytes, and returns one weight per member",
+            )
+        from mixlm.routing.function import FunctionRouter
+
+        router = FunctionRouter(router, members)
+    expected = getattr(router, "members", members)
+    if expected != members:
+        raise ConfigError(f"the router is for {expected} members, and the ensemble has {members} of them")
+    checked: Router = router
+    return checked
+
+
+def begin_route(router: Router, context: PromptContext, members: int) -> Route:
+    """Return the router's function from a state to the weights, which checks the weights each time.
+
+    Raises:
+        ConfigError: The router fails; or, by the returned function, its weights are not one finite number per member,
+            0 or more, that sum to 1.
+    """
+    route = _call(router, lambda: router.begin(context))
+
+    def checked(state: TextView) -> Floats:
+        return check_weights(_call(router, lambda: route(state)), members, router)
+
+    return checked
+
+
+def check_weights(weights: Any, members: int, router: object) -> Floats:
+    """Return the weights that a router gave, float64 (members,). Raises ConfigError where they are none."""
+    values = as_numbers(weights)
+    if values is None or values.shape != (members,):
+        _refuse(router, weights, f"it must return {members} numbers, one per member")
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        _refuse(router, weights, "each weight must be a finite number, 0 or more")
+    if abs(values.sum() - 1) > _TOLERANCE:
+        _refuse(router, weights, f"weights must sum to 1, and these sum to {values.sum():.6g}")
+    return values
+
+
+def as_numbers(values: Any) -> Floats | None:
+    """Return a sequence or an array of numbers as float64; None for anything else."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        return None
+    return array.astype(np.float64, copy=False) if array.dtype.kind in "fiu" else None
+
+
+_TOLERANCE = 1e-6  # weights may be float32
+
+
+def _refuse(router: object, weights: Any, rule: str) -> NoReturn:
+    shown = repr(weights)
+    shown = shown if len(shown) <= 100 else f"{shown[:100]} …"
+    raise ConfigError(f"the router {type(router).__name__} returned {shown}: {rule}")
+
+
+def _call(router: object, function: Callable[[], Any]) -> Any:
+    """Call a user's router. What it raises becomes a ConfigError that names it."""
+    try:
+        return function()
+    except MixlmError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the router {type(router).__name__} failed: {type(error).__name__}: {error}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mixlm.routing.base import PromptContext, Route
+import numpy as np
+
+from mixlm.routing.base import PromptContext, Route, check_weights
 from mixlm.types import Floats
 
 
@@ -10,7 +12,8 @@ class FixedRouter:
     """The ensemble's weights, float64 (members,), summing to 1, for every state."""
 
     def __init__(self, weights: Floats) -> None:
-        self.weights = weights
+        self.weights = check_weights(weights, np.size(weights), self)
+        self.members = len(self.weights)
 
     def begin(self, context: PromptContext) -> Route:
         """Return a route that ignores the state."""

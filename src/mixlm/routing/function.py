@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from mixlm.core.mixing import normalized_weights
-from mixlm.routing.base import PromptContext, Route
+from mixlm.errors import ConfigError
+from mixlm.routing.base import PromptContext, Route, RouterFunction
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
@@ -16,16 +15,29 @@ class FunctionRouter:
     """Weights from a function of the prompt and the last 4096 bytes of the text so far.
 
     The function must depend on these alone. The weights that it returns are checked and scaled to sum to 1.
+
+    Raises:
+        ConfigError: It is no function, or there is no member.
     """
 
-    def __init__(self, function: Callable[[bytes, bytes], Sequence[float]], members: int) -> None:
+    def __init__(self, function: RouterFunction, members: int) -> None:
+        if not callable(function):
+            raise ConfigError(f"{function!r} is no function of the prompt and the text so far")
+        if not isinstance(members, int) or members < 1:
+            raise ConfigError(f"members is {members!r}; it must be the number of the ensemble's members")
+        self.members = members
         self._function = function
-        self._members = members
 
     def begin(self, context: PromptContext) -> Route:
         """Return the function, bound to the prompt."""
 
         def route(state: TextView) -> Floats:
-            return normalized_weights(self._function(context.text, state.tail(TAIL)), self._members)
+            weights = self._function(context.text, state.tail(TAIL))
+            if weights is None:
+                raise ConfigError("the router's function returned None", "return one weight per member")
+            try:
+                return normalized_weights(weights, self.members)
+            except ConfigError as error:
+                raise ConfigError(f"the router's function returned {error.message}", error.hint) from error
 
         return route

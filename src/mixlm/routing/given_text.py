@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from mixlm.errors import UnsupportedError
-from mixlm.routing.base import PromptContext, Router
+from mixlm.routing.base import PromptContext, Router, begin_route
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.learned import LearnedRouter, gate_weights
@@ -37,7 +37,8 @@ def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: 
     for segments in segments_by_passage(passage_starts):
         passage_start = int(passage_starts[segments[0]])
         prompt = text[passage_start : int(starts[segments].min())]
-        route = router.begin(PromptContext(prompt, partial(np.copy, prompt_bits[segments[0]])))
+        context = PromptContext(prompt, partial(np.copy, prompt_bits[segments[0]]))
+        route = begin_route(router, context, prompt_bits.shape[1])
         if isinstance(router, FixedRouter | PromptRouter):
             weights[segments] = route(_GivenText(b""))
             continue

@@ -26,6 +26,7 @@ class LearnedRouter:
     Attributes:
         matrix: float64 (members, FEATURES).
         names: The members that it was trained for, in order.
+        members: Their number.
     """
 
     def __init__(self, matrix: Floats, names: Sequence[str]) -> None:
@@ -33,6 +34,7 @@ class LearnedRouter:
             raise ConfigError(f"a router for {len(names)} members has a matrix of shape {matrix.shape}")
         self.matrix = matrix
         self.names = tuple(names)
+        self.members = len(self.names)
 
     def begin(self, context: PromptContext) -> Route:
         """Return the gate, applied to the prompt and the text so far."""

@@ -196,7 +196,17 @@ def _refuse_unreadable(tokenizer: Any, name: str) -> None:
             f"the tokenizer of {name} encodes a text differently each time: it drops merges at random ({dropout=})",
             "save it without dropout, which is for training",
         )
-    parts = flatten_component(describe(tokenizer)["pre_tokenizer"], "pretokenizers")
+    description = describe(tokenizer)
+    parts = flatten_component(description["pre_tokenizer"], "pretokenizers")
+    spelled_as_bytes = any(part["type"] == "ByteLevel" for part in parts) or any(
+        part["type"] == "ByteLevel" for part in flatten_component(description["normalizer"], "normalizers")
+    )
+    if spelled_as_bytes is not (detect_family(description, name) is TokenizerFamily.BYTE_LEVEL):
+        reads, writes = ("bytes", "text") if spelled_as_bytes else ("text", "bytes")
+        raise TokenizerError(
+            f"the tokenizer of {name} cannot be mapped to bytes: it reads {reads}, and its decoder writes {writes}",
+            hint,
+        )
     for number, part in enumerate(parts):
         if number and (part.get("add_prefix_space") or part.get("prepend_scheme") == "always"):
             raise TokenizerError(

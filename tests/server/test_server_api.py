@@ -7,9 +7,12 @@ import math
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from serving import HELLO, endless, events, running
 
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import UnsupportedError
 from mixlm.loading import load
 from mixlm.server.api_errors import to_api_error
@@ -35,7 +38,7 @@ def test_a_chat_completion_is_what_the_ensemble_generates(toys):
     assert choice["finish_reason"] == expected.finish_reason
     assert choice["mixlm"] == {"members": [token.member for token in expected.tokens], "seed": 3}
     logprobs = choice["logprobs"]["content"]
-    assert [entry["token"] for entry in logprobs] == [token.text for token in expected.tokens]
+    assert [entry["token"] for entry in logprobs] == [spelled(token.data) for token in expected.tokens]
     assert [entry["logprob"] for entry in logprobs] == pytest.approx([token.logprob for token in expected.tokens])
     assert [bytes(entry["bytes"]) for entry in logprobs] == [token.data for token in expected.tokens]
     usage = body["usage"]
@@ -51,7 +54,7 @@ def test_a_completion_continues_the_text_as_it_stands(toys):
     expected = PAIR.generate("one river", seed=5, max_tokens=6, raw=True)
     [choice] = body["choices"]
     assert choice["text"] == expected.text
-    assert choice["logprobs"]["tokens"] == [token.text for token in expected.tokens]
+    assert choice["logprobs"]["tokens"] == [spelled(token.data) for token in expected.tokens]
     assert choice["logprobs"]["text_offset"][0] == 0
     assert body["object"] == "text_completion"
 
@@ -142,10 +145,11 @@ def test_a_prompt_is_scored_before_its_completion(toys, max_tokens):
         logprobs = choice["logprobs"]
         end = (expected.end,) if expected.end else ()
         tokens = [*expected.prompt, *expected.tokens, *end]
-        assert choice["text"] == prompt + expected.text == "".join(logprobs["tokens"])
-        assert logprobs["tokens"] == [token.text for token in tokens]
+        assert choice["text"] == prompt + expected.text
+        assert logprobs["tokens"] == [spelled(token.data) for token in tokens]
         assert logprobs["token_logprobs"] == pytest.approx([token.logprob for token in tokens])
-        assert [choice["text"][a:b] for a, b in pairwise([*logprobs["text_offset"], None])] == logprobs["tokens"]
+        texts = [choice["text"][a:b] for a, b in pairwise([*logprobs["text_offset"], None])]
+        assert texts == [token.text for token in tokens]
         assert all(len(top) in (2, 3) for top in logprobs["top_logprobs"])
         assert choice["mixlm"]["members"] == [token.member for token in expected.tokens]
 
@@ -488,3 +492,56 @@ def test_log_probabilities_are_finite_numbers():
     with running(endless()) as server:
         for choice in server.chat(max_tokens=30, logprobs=True, mixlm={"top_k": 0}).json()["choices"]:
             assert all(math.isfinite(token["logprob"]) for token in choice["logprobs"]["content"])
+
+
+PARTS = "é🦉".encode()
+
+
+def test_parts_of_characters_have_one_spelling():
+    """A client finds each token among its own alternatives, in chat and in completions."""
+    bytewise = ToyEngine([bytes([byte]) for byte in PARTS], lambda context: np.array([0.0] * len(PARTS) + [-9.0, -9.0]))
+    with running(Ensemble([MemberSpec(bytewise, "m0")])) as server:
+        bytewise.prompts.chat = bytewise.prompts.raw = lambda _: np.zeros(1, dtype=np.int64)
+        fields = {"seed": 1, "max_tokens": 40, "mixlm": {"top_k": 0}, "logit_bias": {}}
+        for stream in (False, True):
+            content = server.chat(**fields, stream=stream, logprobs=True, top_logprobs=8)
+            bodies = events(content) if stream else [content.json()]
+            choices = [choice for body in bodies for choice in body["choices"] if choice["logprobs"]]
+            entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+            assert len(entries) > 3
+            for entry in entries:
+                assert entry["token"] in [top["token"] for top in entry["top_logprobs"]]
+                assert entry["token"] == spelled(bytes(entry["bytes"])) == f"bytes:\\x{entry['bytes'][0]:02x}"
+        logprobs = server.complete("x", **fields, logprobs=8).json()["choices"][0]["logprobs"]
+        assert len(logprobs["tokens"]) > 3
+        for token, logprob, top in zip(
+            logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+        ):
+            assert top[token] == logprob
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"temperature": 0.0001}, "temperature", "temperature: it must be 0, or 0.001 or more"),
+        ({"mixlm": {"topk": 3}}, "mixlm.topk", "there is no field mixlm.topk: did you mean 'top_k'?"),
+        ({"top_k": 3}, "top_k", "there is no field top_k: did you mean 'mixlm.top_k'?"),
+        ({"mixlm": {"stop": "x"}}, "mixlm.stop", "there is no field mixlm.stop: did you mean 'stop'?"),
+        ({"mixlm": {"stpo": "x"}}, "mixlm.stpo", "there is no field mixlm.stpo"),
+        ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "'include_usage'"),
+        ({"messages": [{"role": "user", "contents": "x"}]}, "messages.0.contents", "did you mean 'content'?"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "scheme": {}, "schema": {}}}},
+            "response_format.json_schema.scheme",
+            "did you mean 'schema'?",
+        ),
+        ({"service_tiers": "auto"}, "service_tiers", "did you mean 'service_tier'?"),
+    ],
+    ids=str,
+)
+def test_hints_come_from_the_level_of_the_field(toys, fields, param, message):
+    response = toys.chat(**{"messages": HELLO, **fields})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
+    assert "stpo" not in param or "did you mean" not in error["message"]

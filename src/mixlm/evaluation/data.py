@@ -74,7 +74,7 @@ def choose_questions(documents: Iterable[dict[str, Any]], per_group: int, choice
 
 def _from_file(path: Path) -> Iterable[tuple[int, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # some questions contain other line ends
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some questions contain other line ends
     except FileNotFoundError:
         # With their endings, any two names look a little alike.
         there = sorted(file.stem for file in path.parent.glob("*.jsonl"))

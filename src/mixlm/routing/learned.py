@@ -59,7 +59,7 @@ class LearnedRouter:
     def load(cls, path: str | Path) -> LearnedRouter:
         """Read a gate. Raises ConfigError if the file is not one."""
         try:
-            form = json.loads(Path(path).read_text(encoding="utf-8"))
+            form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             if form["kind"] != "learned":
                 raise ValueError(f"its kind is {form['kind']!r}")
             matrix, names = np.array(form["matrix"], dtype=np.float64), [str(name) for name in form["members"]]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 
@@ -111,25 +112,71 @@ def _client_error(error: UsageError | TokenizerError) -> ApiError:
     return ApiError(400, _in_api_terms(str(error)), param=_FIELDS.get(option), code="invalid_value")
 
 
-def validation_error(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
-    """Return the response for an invalid body: its first fault, with the field. fields: the known top-level fields."""
+def validation_error(error: ValidationError, schema: type[BaseModel], others: Iterable[str]) -> ApiError:
+    """Return the response for an invalid body: its first fault, with the field.
+
+    Args:
+        error: Of pydantic.
+        schema: Of the body.
+        others: Fields that the body may have besides those of its schema.
+    """
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         why = errors[0]["msg"].removeprefix("Invalid JSON: ")
         return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
     # A union reports an error from each of its branches; the deepest one is the branch that was meant.
     first = max(errors, key=lambda detail: len(detail["loc"]) if detail["loc"][:1] == errors[0]["loc"][:1] else 0)
+    if first["type"] == "missing":  # a field with a typing error explains it
+        siblings = [detail for detail in errors if detail["loc"][:-1] == first["loc"][:-1]]
+        first = next((detail for detail in siblings if detail["type"] == "extra_forbidden"), first)
     param = _dotted_path(first["loc"])
     if first["type"] == "extra_forbidden":
-        suggestion = did_you_mean(str(first["loc"][-1]), fields)
+        suggestion = _similar_field(first["loc"], schema, others)
         message = f"there is no field {param}" + (f": {suggestion}" if suggestion else "")
         return ApiError(400, message, param=param, code="unknown_field")
     messages = dict.fromkeys(_in_lower_case(detail["msg"]) for detail in errors if _dotted_path(detail["loc"]) == param)
     return ApiError(400, f"{param or 'the body'}: {', or '.join(messages)}", param=param or None, code="invalid_value")
 
 
+def _similar_field(location: tuple[int | str, ...], schema: type[BaseModel], others: Iterable[str]) -> str | None:
+    """Return a hint: the field of this name at another level, else the fields of the same level that are similar."""
+    models = [schema]
+    for part in location[:-1]:
+        fields = [field for model in models for name, field in _fields(model).items() if name == part]
+        if tagged := [model for model in models if len(models) > 1 and part in _tags(model)]:
+            models = tagged
+        elif fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    name = str(location[-1])
+    elsewhere = [field for field in _fields(schema) if field == name]
+    for field, info in _fields(schema).items():
+        elsewhere += [f"{field}.{name}" for model in _models_in(info.annotation) if name in _fields(model)]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    known = [name for model in models for name in _fields(model)]
+    return did_you_mean(name, [*known, *(others if models == [schema] else ())])
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {info.alias or name: info for name, info in model.model_fields.items()}
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the values by which a union knows this branch."""
+    kind = model.model_fields.get("type")
+    return () if kind is None else get_args(kind.annotation)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models in a type, such as a list or a union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
 def _in_lower_case(message: str) -> str:
-    return message[:1].lower() + message[1:].removeprefix("alue error, ")
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _dotted_path(location: tuple[int | str, ...]) -> str:

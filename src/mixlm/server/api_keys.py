@@ -57,7 +57,7 @@ def load_api_keys(path: Path | None, environment: Mapping[str, str]) -> ApiKeys:
     names: dict[str, str] = {}
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the key file {path} cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):

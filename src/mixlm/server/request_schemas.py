@@ -279,4 +279,4 @@ def parse_body(schema: type[Body], data: bytes) -> Body:
     try:
         return schema.model_validate_json(data)
     except ValidationError as error:
-        raise validation_error(error, {**schema.model_fields, **schema.neutral}) from None
+        raise validation_error(error, schema, schema.neutral) from None

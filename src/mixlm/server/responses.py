@@ -198,7 +198,7 @@ class ResponseBuilder:
             offsets.append(self._text_offsets[index])
             self._text_offsets[index] += len(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [_symbol_text(token.data) for token in tokens],
             "token_logprobs": [None if isnan(token.logprob) else _finite(token.logprob) for token in tokens],
             "top_logprobs": [_top_logprobs(token) for token in tokens] if self._request.top_logprobs else None,
             "text_offset": offsets,
@@ -208,7 +208,7 @@ class ResponseBuilder:
 def _token_logprob(token: Token) -> schemas.TokenLogprob:
     """Return the log-probabilities at a token's position, in the format of chat completions."""
     return {
-        "token": token.text,
+        "token": _symbol_text(token.data),
         "logprob": _finite(token.logprob),
         "bytes": list(token.data),
         "top_logprobs": [

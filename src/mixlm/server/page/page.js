@@ -211,9 +211,10 @@ class Pane {
         const member = choice.mixlm.members[0];
         const token = choice.logprobs.content[0];
         counts[member] = (counts[member] || 0) + 1;
-        text += token.token;
+        const written = choice.delta.content;
+        text += written;
         const follow = isAtEnd();
-        completion.append(this.token(token, member));
+        completion.append(this.token(token, member, written));
         this.timeline.add(member, forwards, performance.now() - stats.start);
         forwards = {};
         stats.token();
@@ -229,9 +230,9 @@ class Pane {
     return `${this.title}: ${stats.tokens} tokens. ${shares.join(", ")}.`;
   }
 
-  token(token, member) {
+  token(token, member, written) {
     const probability = Math.exp(token.logprob);
-    const span = element("span", this.colour(member), token.token);
+    const span = element("span", this.colour(member), written);
     if (probability < UNLIKELY) span.classList.add("unlikely");
     this.details.set(span, { token, member });
     return span;

@@ -90,7 +90,7 @@ def main() -> None:
     written = terminal_output([str(Path(sys.executable).parent / "mixlm"), "generate", PROMPT, *OPTIONS])
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(Text(shown, style="bold"), Text.from_ansi(screen(written)), sep="", soft_wrap=False)
-    target = Path(__file__).parent.parent / "docs" / "reply.svg"
+    target = Path(__file__).parents[2] / "docs" / "reply.svg"
     svg = console.export_svg(title="mixlm", theme=DARK, code_format=FRAME, unique_id="reply")
     target.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n")
     print(target)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import OPTIONS, SHARED, engine, ensemble, toys
+from toys import OPTIONS, SHARED, engine, make_ensemble, toys
 
 from mixlm.decoding.auto import Auto
 from mixlm.decoding.cost_model import (
@@ -26,30 +26,32 @@ from mixlm.routing import FunctionRouter
 DRAFTS = ("lookup", "m0", "m1")
 
 
-def same_text(those, method, **options):
+def same_text(ensemble, method, **options):
     """Compare with the mixture's pieces, who wrote them, and their log-probabilities."""
     draft = {name: options.pop(name) for name in ("draft", "block") if name in options}
-    expected = those.generate("ab", method="mixture", raw=True, **options)
-    found = those.generate("ab", method=method, raw=True, **options, **draft)
-    assert [(one.data, one.member) for one in found.tokens] == [(one.data, one.member) for one in expected.tokens]
-    assert found.finish_reason == expected.finish_reason
-    np.testing.assert_allclose([t.logprob for t in found.tokens], [t.logprob for t in expected.tokens], atol=1e-12)
-    return found, expected
+    expected = ensemble.generate("ab", method="mixture", raw=True, **options)
+    completion = ensemble.generate("ab", method=method, raw=True, **options, **draft)
+    assert [(token.data, token.member) for token in completion.tokens] == [
+        (token.data, token.member) for token in expected.tokens
+    ]
+    assert completion.finish_reason == expected.finish_reason
+    np.testing.assert_allclose([t.logprob for t in completion.tokens], [t.logprob for t in expected.tokens], atol=1e-12)
+    return completion, expected
 
 
-def drafted(those, draft, block, **options):
-    return same_text(those, "speculative", draft=draft, block=block, **options)
+def drafted(ensemble, draft, block, **options):
+    return same_text(ensemble, "speculative", draft=draft, block=block, **options)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("members", [2, 3, 5])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_the_text_is_the_mixtures_token_for_token(unit, members, name):
-    those = toys(unit, members)
+    ensemble = toys(unit, members)
     for sequence, draft in enumerate(DRAFTS):
         for block in (1, 3):
             options = {"seed": 3, "sequence": sequence, "max_tokens": 30, **OPTIONS[name]}
-            drafted(those, draft, block, ignore_end=block == 3, **options)
+            drafted(ensemble, draft, block, ignore_end=block == 3, **options)
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
@@ -58,29 +60,29 @@ def test_weights_may_depend_on_the_text(unit, draft):
     def by_last_byte(prompt, text):
         return [0.8, 0.1, 0.1] if text[-1:] in (b"a", b"") else [0.1, 0.3, 0.6]
 
-    those = toys(unit, 3, router=FunctionRouter(by_last_byte, 3))
+    ensemble = toys(unit, 3, router=FunctionRouter(by_last_byte, 3))
     for sequence in range(10):
-        drafted(those, draft, 3, seed=1, sequence=sequence, max_tokens=25)
+        drafted(ensemble, draft, 3, seed=1, sequence=sequence, max_tokens=25)
 
 
 @pytest.mark.parametrize("method", ["speculative", "auto", "greedy"])
-def test_a_reply_ends_where_a_context_is_full_and_after_its_stop(method):
-    those = ensemble([engine(seed=1, context_length=14), engine(seed=2, context_length=30)])
+def test_a_completion_ends_where_a_context_is_full_and_after_its_stop(method):
+    ensemble = make_ensemble([engine(seed=1, context_length=14), engine(seed=2, context_length=30)])
     reference = "greedy" if method == "greedy" else "mixture"
     draft = {} if method == "auto" else {"draft": "m1"}
     for sequence in range(8):
         options = {"raw": True, "seed": 2, "sequence": sequence, "max_tokens": 40, "ignore_end": True}
         for extra in ({}, {"stop": "cb"}, {"max_tokens": 5}):
-            given = {**options, **extra}
-            expected = those.generate("ab", method=reference, **given)
-            found = those.generate("ab", method=method, **given, **draft)
-            assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+            settings = {**options, **extra}
+            expected = ensemble.generate("ab", method=reference, **settings)
+            completion = ensemble.generate("ab", method=method, **settings, **draft)
+            assert (completion.text, completion.finish_reason) == (expected.text, expected.finish_reason)
 
 
 def test_members_that_agree_need_one_forward_for_many_tokens():
-    those = ensemble([engine(seed=1), engine(seed=1)])
-    found, expected = drafted(those, "m0", 8, seed=1, max_tokens=60, ignore_end=True)
-    usage = found.usage
+    ensemble = make_ensemble([engine(seed=1), engine(seed=1)])
+    counts, expected = drafted(ensemble, "m0", 8, seed=1, max_tokens=60, ignore_end=True)
+    usage = counts.usage
     assert usage.accepted == usage.drafted > 15
     assert usage.members["m1"].forwards * 5 < expected.usage.members["m1"].forwards
     # Every block yields a symbol of the checking member that was not guessed.
@@ -92,25 +94,25 @@ def test_large_forwards_a_token_are_as_the_formula_says():
     table = engine(seed=1).table
 
     def sometimes(context):
-        # The other member's law, but for a fifth of the contexts another one with no symbol in common with it.
+        # The other member's distribution, but for a fifth of the contexts another one with no symbol in common with it.
         logits = table(context).copy()
         if np.random.default_rng([5, *context[-3:]]).random() > right:
             logits = np.roll(logits, 1)
         return logits
 
-    those = ensemble([engine(seed=1), engine(seed=1)])
-    those.members[1].engine.table = sometimes
+    ensemble = make_ensemble([engine(seed=1), engine(seed=1)])
+    ensemble.members[1].engine.table = sometimes
     usages = [
-        those.generate(
+        ensemble.generate(
             "ab", method="speculative", raw=True, draft="m0", block=checks, seed=s, max_tokens=400, ignore_end=True
         ).usage
         for s in range(3)
     ]
-    beta = sum(one.accepted for one in usages) / sum(one.drafted for one in usages)
-    found = sum(one.members["m1"].forwards for one in usages) / sum(one.tokens for one in usages)
+    beta = sum(usage.accepted for usage in usages) / sum(usage.drafted for usage in usages)
+    ratio = sum(usage.members["m1"].forwards for usage in usages) / sum(usage.tokens for usage in usages)
     expected = (1 - weights[0]) * (1 - beta) / (1 - beta ** (checks + 1))
     assert 0.5 < beta < 0.95
-    assert abs(found / expected - 1) < 0.1
+    assert abs(ratio / expected - 1) < 0.1
 
 
 def test_a_wrong_guess_is_never_kept():
@@ -121,11 +123,11 @@ def test_a_wrong_guess_is_never_kept():
             yield from ()
             return int(np.random.default_rng(step.noise.position).integers(len(SHARED)))
 
-    those = toys("piece", 3)
-    settings = those.settings(raw=True, seed=9, max_tokens=60, ignore_end=True)
-    prompts = those.encode_prompt("ab", settings)
-    expected = those.context(settings).start(prompts).finish()
-    writer, tally = those.context(settings), SpeculationStats()
+    ensemble = toys("piece", 3)
+    settings = ensemble.settings(raw=True, seed=9, max_tokens=60, ignore_end=True)
+    prompts = ensemble.encode_prompt("ab", settings)
+    expected = ensemble.context(settings).start(prompts).finish()
+    writer, tally = ensemble.context(settings), SpeculationStats()
     writer = replace(writer, strategy=speculative(Random(), 4, tally))
     assert writer.start(prompts).finish().text == expected.text
     assert 0 < tally.accepted < tally.drafted
@@ -136,21 +138,21 @@ def test_a_wrong_guess_is_never_kept():
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_drafted_greedy_is_greedy(unit, draft, name):
     for members in (1, 2, 3):
-        those = toys(unit, members)
-        if draft not in (*those.names, "lookup"):
+        ensemble = toys(unit, members)
+        if draft not in (*ensemble.names, "lookup"):
             continue
         for prompt in ("ab", "c a", "b"):
             options = {"raw": True, "seed": 0, "max_tokens": 40, "ignore_end": prompt != "b", **OPTIONS[name]}
-            expected = those.generate(prompt, method="greedy", **options)
-            found = those.generate(prompt, method="greedy", draft=draft, block=3, **options)
-            assert [one.data for one in found.tokens] == [one.data for one in expected.tokens]
+            expected = ensemble.generate(prompt, method="greedy", **options)
+            completion = ensemble.generate(prompt, method="greedy", draft=draft, block=3, **options)
+            assert [token.data for token in completion.tokens] == [token.data for token in expected.tokens]
 
 
 def test_drafted_greedy_runs_fewer_forwards_where_members_agree():
-    those = ensemble([engine(seed=1), engine(seed=1)])
+    ensemble = make_ensemble([engine(seed=1), engine(seed=1)])
     options = {"raw": True, "seed": 0, "max_tokens": 48, "ignore_end": True, "method": "greedy"}
-    plain = those.generate("ab", **options).usage.members["m1"].forwards
-    usage = those.generate("ab", **options, draft="m0", block=5).usage
+    plain = ensemble.generate("ab", **options).usage.members["m1"].forwards
+    usage = ensemble.generate("ab", **options, draft="m0", block=5).usage
     assert usage.accepted == usage.drafted
     assert usage.members["m1"].forwards == 8 < plain
 
@@ -158,18 +160,18 @@ def test_drafted_greedy_runs_fewer_forwards_where_members_agree():
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_auto_writes_the_mixtures_text(unit):
     for members in (1, 2, 4):
-        those = toys(unit, members)
+        ensemble = toys(unit, members)
         for sequence in range(5):
-            found, _ = same_text(those, "auto", seed=8, sequence=sequence, max_tokens=80, ignore_end=True)
-            assert found.usage.chosen
+            texts, _ = same_text(ensemble, "auto", seed=8, sequence=sequence, max_tokens=80, ignore_end=True)
+            assert texts.usage.chosen
 
 
-def forwards(one, count=8):
-    return [Forward(1, 10, one) for _ in range(count)]
+def forwards(tokens, count=8):
+    return [Forward(1, 10, tokens) for _ in range(count)]
 
 
 def plan(seconds, agreement):
-    costs = ForwardCostEstimator(lambda: [forwards(one) for one in seconds], [1] * len(seconds))
+    costs = ForwardCostEstimator(lambda: [forwards(second) for second in seconds], [1] * len(seconds))
     acceptance = {name: SpeculationStats(1000, int(1000 * agreement)) for name in ("small", "large")}
     auto = Auto(costs, ["small", "large"], SpeculationStats(), acceptance)
     return auto.plan(np.array([0.5, 0.5]))
@@ -202,29 +204,29 @@ def test_the_cost_of_a_token_by_hand():
 
 
 def test_what_cannot_be_drafted_is_refused():
-    those = toys("token", 2)
+    ensemble = toys("token", 2)
     with pytest.raises(ConfigError, match="draft is 'm9'; it must be one of m0, m1, lookup"):
-        those.generate("ab", method="speculative", draft="m9")
-    with pytest.raises(ConfigError, match="mixture drafts nothing"):
-        those.generate("ab", method="mixture", draft="m0")
+        ensemble.generate("ab", method="speculative", draft="m9")
+    with pytest.raises(ConfigError, match="mixture does not draft"):
+        ensemble.generate("ab", method="mixture", draft="m0")
     with pytest.raises(ConfigError, match="block is 0"):
-        those.generate("ab", method="speculative", block=0)
+        ensemble.generate("ab", method="speculative", block=0)
     with pytest.raises(UnsupportedError, match="temperature is 0"):
-        those.generate("ab", method="speculative", temperature=0)
+        ensemble.generate("ab", method="speculative", temperature=0)
 
 
 @given(st.lists(st.integers(0, 3), max_size=30))
 @settings(max_examples=200)
 def test_what_followed_before_is_found(ids):
-    found = lookup_continuation(np.array(ids, dtype=np.int64), range(4, 1, -1))
+    draft = lookup_continuation(np.array(ids, dtype=np.int64), range(4, 1, -1))
     for length in (4, 3, 2):
-        places = [at for at in range(len(ids) - length) if ids[at : at + length] == ids[len(ids) - length :]]
+        places = [i for i in range(len(ids) - length) if ids[i : i + length] == ids[len(ids) - length :]]
         if places:
-            assert found == ids[places[-1] + length]
+            assert draft == ids[places[-1] + length]
             return
-    assert found is None
+    assert draft is None
 
 
 def test_texts_that_extend_each_other_are_read_at_once():
-    texts = [np.array(one) for one in ([1], [1, 2], [1, 2], [1, 3, 4], [1, 3, 4, 5], [1, 3])]
+    texts = [np.array(ids) for ids in ([1], [1, 2], [1, 2], [1, 3, 4], [1, 3, 4, 5], [1, 3])]
     assert prefix_groups(texts) == [[0, 1, 2], [3, 4], [5]]

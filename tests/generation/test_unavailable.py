@@ -15,7 +15,7 @@ PROMPT = "the river"
 
 
 class Flaky(ToyEngine):
-    """A toy that stops answering at its `fails`-th forward and answers again after `back` looks at it."""
+    """A toy that stops answering at its `fails`-th forward and responds again after `back` looks at it."""
 
     def __init__(self, seed: int, fails: int | None = None, back: int | None = None) -> None:
         super().__init__(seed=seed, name=f"toy-{seed}")
@@ -39,21 +39,21 @@ class FlakySession(ToySession):
         self._flaky = engine
 
     def forward(self, ids: np.ndarray, last: int) -> np.ndarray:
-        one = self._flaky
-        one.forwards += 1
-        one.down = one.down or one.forwards == one.fails
-        if one.down:
+        flaky = self._flaky
+        flaky.forwards += 1
+        flaky.down = flaky.down or flaky.forwards == flaky.fails
+        if flaky.down:
             raise EngineError("the line is dead", "plug it in")
         return super().forward(ids, last)
 
 
-def ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:
+def make_ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:
     engines = [Flaky(1), Flaky(2, fails, back), Flaky(3, other)]
-    return Ensemble([MemberSpec(one, one.name) for one in engines], [0.4, 0.4, 0.2])
+    return Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.4, 0.4, 0.2])
 
 
-def options(**given):
-    return {"seed": 5, "max_tokens": 20, "ignore_end": True, **given}
+def options(**overrides):
+    return {"seed": 5, "max_tokens": 20, "ignore_end": True, **overrides}
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +62,11 @@ def at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "single", "greedy", "speculative"])
-def test_a_reply_ends_with_what_was_written(method):
-    healthy = ensemble(None).generate(PROMPT, **options(method=method))
-    one = ensemble(3)
-    one.weights = np.array([0.2, 0.6, 0.2])
-    stream = one.stream(PROMPT, **options(method=method))
+def test_a_completion_ends_with_what_was_written(method):
+    healthy = make_ensemble(None).generate(PROMPT, **options(method=method))
+    ensemble = make_ensemble(3)
+    ensemble.weights = np.array([0.2, 0.6, 0.2])
+    stream = ensemble.stream(PROMPT, **options(method=method))
     with pytest.raises(
         GenerationInterruptedError, match="toy-2 failed in the middle of a generation: the line is dead"
     ) as raised:
@@ -84,56 +84,56 @@ def test_a_reply_ends_with_what_was_written(method):
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "greedy", "speculative"])
-def test_a_reply_goes_on_without_a_member_and_nothing_is_written_twice(method, caplog):
+def test_a_completion_goes_on_without_a_member_and_nothing_is_written_twice(method, caplog):
     caplog.set_level(logging.WARNING, "mixlm")
-    healthy = ensemble(None).generate(PROMPT, **options(method=method))
-    reply = ensemble(3).generate(PROMPT, **options(method=method, on_failure="drop"))
-    dropped = {name: one.dropped for name, one in reply.usage.members.items()}
-    assert len(reply.tokens) == 20
+    healthy = make_ensemble(None).generate(PROMPT, **options(method=method))
+    completion = make_ensemble(3).generate(PROMPT, **options(method=method, on_failure="drop"))
+    dropped = {name: member.dropped for name, member in completion.usage.members.items()}
+    assert len(completion.tokens) == 20
     assert dropped["toy-1"] == dropped["toy-3"] == 0
     assert 0 < dropped["toy-2"] < 20
     before = 20 - dropped["toy-2"]
-    assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
-    assert not any(one.member == "toy-2" for one in reply.tokens[before:])
+    assert [token.data for token in completion.tokens[:before]] == [token.data for token in healthy.tokens[:before]]
+    assert not any(token.member == "toy-2" for token in completion.tokens[before:])
     assert caplog.messages == ["toy-2 is excluded from a generation: the line is dead"]
-    assert reply.as_dict()["usage"]["members"]["toy-2"]["dropped"] == dropped["toy-2"]
+    assert completion.as_dict()["usage"]["members"]["toy-2"]["dropped"] == dropped["toy-2"]
 
 
 @pytest.mark.parametrize("failing", range(3, 9))
 def test_the_word_of_a_member_that_is_gone_is_taken_over(failing):
-    one = ensemble(failing)
-    those = Ensemble(one.members, [0.2, 0.6, 0.2], unit="word")
-    healthy = Ensemble(ensemble(None).members, [0.2, 0.6, 0.2], unit="word").generate(PROMPT, **options())
-    reply = those.generate(PROMPT, **options(on_failure="drop"))
-    before = 20 - reply.usage.members["toy-2"].dropped
-    assert len(reply.tokens) == 20
+    ensemble = make_ensemble(failing)
+    ensemble = Ensemble(ensemble.members, [0.2, 0.6, 0.2], unit="word")
+    healthy = Ensemble(make_ensemble(None).members, [0.2, 0.6, 0.2], unit="word").generate(PROMPT, **options())
+    completion = ensemble.generate(PROMPT, **options(on_failure="drop"))
+    before = 20 - completion.usage.members["toy-2"].dropped
+    assert len(completion.tokens) == 20
     assert 0 < before < 20
-    assert [one.data for one in reply.tokens[:before]] == [one.data for one in healthy.tokens[:before]]
-    assert not any(one.member == "toy-2" for one in reply.tokens[before:])
+    assert [token.data for token in completion.tokens[:before]] == [token.data for token in healthy.tokens[:before]]
+    assert not any(token.member == "toy-2" for token in completion.tokens[before:])
 
 
-def test_the_rest_is_the_law_of_the_others():
+def test_the_rest_is_the_distribution_of_the_others():
     # From the first position on without the member: the others' own ensemble, with the same noise.
-    one = ensemble(1).generate(PROMPT, **options(method="conventional", on_failure="drop"))
+    completion = make_ensemble(1).generate(PROMPT, **options(method="conventional", on_failure="drop"))
     engines = [Flaky(1), Flaky(3)]
-    pair = Ensemble([MemberSpec(one, one.name) for one in engines], [0.4, 0.2])
+    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.4, 0.2])
     two = pair.generate(PROMPT, **options(method="conventional"))
-    assert [token.data for token in one.tokens] == [token.data for token in two.tokens]
-    np.testing.assert_allclose([token.logprob for token in one.tokens], [token.logprob for token in two.tokens])
+    assert [token.data for token in completion.tokens] == [token.data for token in two.tokens]
+    np.testing.assert_allclose([token.logprob for token in completion.tokens], [token.logprob for token in two.tokens])
 
 
 def test_a_member_comes_back_when_it_answers_again(caplog):
     caplog.set_level(logging.WARNING, "mixlm")
-    reply = ensemble(3, back=2).generate(PROMPT, **options(max_tokens=40, on_failure="drop"))
-    dropped = reply.usage.members["toy-2"].dropped
+    completion = make_ensemble(3, back=2).generate(PROMPT, **options(max_tokens=40, on_failure="drop"))
+    dropped = completion.usage.members["toy-2"].dropped
     assert 0 < dropped < 10
-    assert any(one.member == "toy-2" for one in reply.tokens[-20:])
-    assert caplog.messages[-1] == "toy-2 answers again"
+    assert any(token.member == "toy-2" for token in completion.tokens[-20:])
+    assert caplog.messages[-1] == "toy-2 responds again"
 
 
-def test_a_reply_ends_where_nobody_is_left():
+def test_a_completion_ends_where_nobody_is_left():
     engines = [Flaky(1, 4), Flaky(2, 3)]
-    pair = Ensemble([MemberSpec(one, one.name) for one in engines])
+    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
     with pytest.raises(
         GenerationInterruptedError, match="every member that has weight here has stopped answering"
     ) as raised:
@@ -142,20 +142,22 @@ def test_a_reply_ends_where_nobody_is_left():
 
 
 def test_a_member_that_must_write_cannot_be_left_out():
-    one = ensemble(3)
-    one.weights = np.array([0.2, 0.6, 0.2])
+    ensemble = make_ensemble(3)
+    ensemble.weights = np.array([0.2, 0.6, 0.2])
     with pytest.raises(GenerationInterruptedError):
-        one.generate(PROMPT, **options(method="single", on_failure="drop"))
+        ensemble.generate(PROMPT, **options(method="single", on_failure="drop"))
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional"])
-def test_replies_that_are_written_together_go_on_or_end_each_by_itself(method):
-    alone = ensemble(None)
+def test_completions_that_are_written_together_go_on_or_end_each_by_itself(method):
+    alone = make_ensemble(None)
     expected = [alone.generate(PROMPT, **options(method=method, sequence=i)).tokens[0].data for i in range(4)]
     for on_failure in ("drop", "error"):
-        one = ensemble(6)
+        ensemble = make_ensemble(6)
         scheduler = Scheduler()
-        streams = [one.stream(PROMPT, **options(method=method, sequence=i, on_failure=on_failure)) for i in range(4)]
+        streams = [
+            ensemble.stream(PROMPT, **options(method=method, sequence=i, on_failure=on_failure)) for i in range(4)
+        ]
         for stream in streams:
             scheduler.add(stream)
         assert {id(stream) for stream in scheduler.run()} == {id(stream) for stream in streams}
@@ -175,7 +177,7 @@ def test_replies_that_are_written_together_go_on_or_end_each_by_itself(method):
 
 def test_a_choice_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="on_failure is 'ignore'; it must be one of error, drop"):
-        ensemble().generate(PROMPT, on_failure="ignore")
+        make_ensemble().generate(PROMPT, on_failure="ignore")
 
 
 def test_a_member_is_asked_after_ever_longer_times(monkeypatch):

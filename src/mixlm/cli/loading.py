@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from mixlm.cli.display import dim
 from mixlm.cli.options import Shared
 from mixlm.core.options import GenerationOptions
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mixlm.config import EnsembleConfig
     from mixlm.core.options import Options
     from mixlm.engines import Engine, EngineSpec
@@ -25,7 +27,8 @@ def open_ensemble(
     *,
     dtype: str = "auto",
     engines: dict[EngineSpec, Engine] | None = None,
-    whole: bool = True,
+    load_engine: Callable[[EngineSpec], Engine] | None = None,
+    one_method: bool = False,
 ) -> Ensemble:
     """Load the ensemble and show the notes of its engines.
 
@@ -34,12 +37,17 @@ def open_ensemble(
         options: The generation options of the command.
         dtype: The dtype of members for which neither an option nor the ensemble file sets one.
         engines: Engines to reuse; see `load_config`.
-        whole: False if the members only generate completions with these options, so that less has to be loaded.
+        load_engine: Loads an engine, in place of `mixlm.engines.load`.
+        one_method: Whether the command uses no other method than the ensemble's.
 
     Raises:
         ConfigError, UsageError: The options do not fit; raised before anything is loaded.
     """
     config = shared.config(dtype=dtype)
+    if one_method and "block" in options and config.method not in ("speculative", "greedy", "auto"):
+        raise UsageError(
+            f"--block is given, and {config.method} does not draft", "omit it, or use --method speculative or greedy"
+        )
     weights = shared.numbers()
     _check(config, weights, options)
     from mixlm.loading import load_config
@@ -51,8 +59,8 @@ def open_ensemble(
             if show is not None:
                 show(f"loading {name}", next(loaded), len(config.members))
 
-        needed = None if whole else options
-        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, options=needed)
+        how = {} if load_engine is None else {"load_engine": load_engine}
+        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, **how)
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")
     return ensemble
@@ -68,6 +76,8 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
     except ConfigError as error:
         example = ",".join(["1"] * len(config.members))
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
+    if weights is not None and config.router.kind == "learned":
+        raise UsageError("--weights is given, and the ensemble file has a learned router", "omit it")
     settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
     sampling = [{**config.sampling.options(), **member.sampling.options()} for member in config.members]
     for member_sampling in sampling:

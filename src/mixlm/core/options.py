@@ -169,6 +169,10 @@ class GenerationOptions:
         check_options(self, skip=("max_tokens",) if self.score_prompt and self.max_tokens == 0 else ())
         if self.score_prompt and not self.raw:
             raise UnsupportedError("score_prompt needs a raw prompt, and this one is in a template", "use raw=True")
+        for name in ("system", "draft"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ConfigError(f"{name} is {value!r}; it must be a text, or None")
         self._check_bias()
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
             raise ConfigError(f"json_schema is {self.json_schema!r}; it must be a JSON object")
@@ -178,7 +182,7 @@ class GenerationOptions:
             )
         if self.draft is not None and self.method not in ("speculative", "greedy"):
             raise ConfigError(
-                f"draft is {self.draft!r}, and {self.method} drafts nothing",
+                f"draft is {self.draft!r}, and {self.method} does not draft",
                 "use it with --method speculative or greedy",
             )
         if self.mix_then_truncate and self.method != "conventional":
@@ -190,6 +194,8 @@ class GenerationOptions:
             self._check_rule(self.rule)
 
     def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigError(f"logit_bias is {self.logit_bias!r}; it must be a dict of tokens' texts and numbers")
         for key, value in self.logit_bias.items():
             is_key = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
             if not is_key or key == "":
@@ -225,8 +231,7 @@ class GenerationOptions:
                 raise ConfigError(f"unknown option {name!r}", did_you_mean(name, OPTIONS))
         sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS if name in values}
         if "stop" in values:
-            stop = values["stop"]
-            values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+            values["stop"] = _stop_strings(values["stop"])
         values.setdefault("seed", secrets.randbits(32))
         return replace(self, **values, sampling={**self.sampling, **sampling})
 
@@ -286,6 +291,13 @@ class GenerationOptions:
         if sampling.temperature == 0:
             raise UnsupportedError("temperature is 0, and conventional samples", "use --method greedy")
         return sampling
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(strings, list | tuple | set) or not all(isinstance(string, str) for string in strings):
+        raise ConfigError(f"stop is {stop!r}; it must be a text, or a list of texts")
+    return tuple(strings)
 
 
 SAMPLING_OPTIONS: Mapping[str, OptionSpec] = specs(Sampling)

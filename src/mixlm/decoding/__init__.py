@@ -98,7 +98,7 @@ def check_method(method: str, unit: str) -> None:
     """Raise UnsupportedError where the target distribution of a unit cannot be sampled by a method."""
     if method not in unit_traits(unit).methods:
         raise UnsupportedError(
-            f"{method} does not work with the unit {unit}: a member's distribution over {unit}s can be sampled, "
-            "but is never known in full",
+            f"{method} does not work with the unit {unit}: it needs a member's full distribution over {unit}s, which "
+            "one forward pass does not give",
             f"use --method mixture, or --unit piece with {method}",
         )

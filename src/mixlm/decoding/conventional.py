@@ -71,5 +71,5 @@ def _sample_average(step: DecodeStep, sampling: Sampling | None) -> Flow:
     parts = [(step.weights[i], step.views[i].distribution(rows[0])) for i, rows in zip(members, responses, strict=True)]
     average, index = sample_mixed(step.noise, mix(parts), sampling)
     symbol = int(average.ids[index])
-    author = members[int(np.argmax(responsibilities(symbol, parts)))]
-    return [Choice(symbol, author, float(average.logprobs[index]), step.top_logprobs(average))]
+    top_contributor = members[int(np.argmax(responsibilities(symbol, parts)))]
+    return [Choice(symbol, top_contributor, float(average.logprobs[index]), step.top_logprobs(average))]

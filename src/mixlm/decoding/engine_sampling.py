@@ -19,11 +19,11 @@ from mixlm.generation.sequence import Choice, DecodeStep, Flow
 MAX_RUN = 16  # tokens of one request; a reader waits for all of them
 
 
-def generate_run(step: DecodeStep, member: int, *, always: bool = False) -> Flow:
-    """Let a member generate as far as its coins reach, or to the end where `always` says that every coin is its own."""
+def generate_run(step: DecodeStep, member: int, *, single_member: bool = False) -> Flow:
+    """Let a member generate as far as its coins reach; to the end of the text with `single_member`."""
     view = step.views[member]
     length = min(step.max_symbols, MAX_RUN)
-    if not always:
+    if not single_member:
         length = run_length(step, member, length)
     ids = view.ids().copy()
     transform = view.member.transform
@@ -40,20 +40,20 @@ def generate_run(step: DecodeStep, member: int, *, always: bool = False) -> Flow
         following = step.push(symbol)
         if following is None or view.ids().tolist() != generated:
             break
-        if not always and following.noise.coin(following.weights) != member:
+        if not single_member and following.noise.coin(following.weights) != member:
             break
         step = following
     return choices
 
 
-def sample_request(step: DecodeStep, member: int, *, always: bool = False) -> SampleRequest:
+def sample_request(step: DecodeStep, member: int, *, single_member: bool = False) -> SampleRequest:
     """Return the request for one symbol, with a hint of the positions behind it for engines that run ahead.
 
-    always: every coin to the end of the text is this member's.
+    single_member: every coin up to the end of the text is this member's.
     """
     view, noise = step.views[member], step.noise
     length = min(view.member.run_ahead + 1, step.max_symbols)
-    if length > 1 and not always:
+    if length > 1 and not single_member:
         length = run_length(step, member, length)
     hint = None
     if length > 1:

@@ -52,9 +52,9 @@ def gac(sampling: Sampling) -> Strategy:
             parts.append((float(step.weights[i]), pool(union.strings_of[i][ids], logprobs)))
         average, index = sample_mixed(step.noise, mix(parts), sampling)
         string = int(average.ids[index])
-        author = members[int(np.argmax(responsibilities(string, parts)))]
+        top_contributor = members[int(np.argmax(responsibilities(string, parts)))]
         top_logprobs = tuple((int(union.symbols[top]), logprob) for top, logprob in step.top_logprobs(average))
-        return [Choice(int(union.symbols[string]), author, float(average.logprobs[index]), top_logprobs)]
+        return [Choice(int(union.symbols[string]), top_contributor, float(average.logprobs[index]), top_logprobs)]
 
     return strategy
 

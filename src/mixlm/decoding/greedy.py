@@ -169,8 +169,8 @@ def _most_likely(step: DecodeStep, parts: list[tuple[float, Candidates]], order:
     average = mix(parts)
     best = int(np.argmax(average.logprobs))
     symbol = int(average.ids[best])
-    author = order[int(np.argmax(responsibilities(symbol, parts)))]
-    return Choice(symbol, author, float(average.logprobs[best]), step.top_logprobs(average))
+    top_contributor = order[int(np.argmax(responsibilities(symbol, parts)))]
+    return Choice(symbol, top_contributor, float(average.logprobs[best]), step.top_logprobs(average))
 
 
 def _lead(average: Candidates) -> float:

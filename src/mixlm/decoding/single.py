@@ -33,8 +33,8 @@ def single(member: int) -> Strategy:
 
     def strategy(step: DecodeStep) -> Flow:
         if step.views[member].member.samples_itself:
-            return (yield from generate_run(step, member, always=True))
-        [response] = yield [sample_request(step, member, always=True)]
+            return (yield from generate_run(step, member, single_member=True))
+        [response] = yield [sample_request(step, member, single_member=True)]
         return [Choice(response.symbol, member, response.logprob, response.top_logprobs)]
 
     return strategy

@@ -57,8 +57,8 @@ def unite(sampling: Sampling) -> Strategy:
         ]
         average, index = sample_mixed(step.noise, mix(parts), replace(sampling, top_k=0))
         symbol = int(average.ids[index])
-        author = members[int(np.argmax(responsibilities(symbol, parts)))]
-        return [Choice(symbol, author, float(average.logprobs[index]), step.top_logprobs(average))]
+        top_contributor = members[int(np.argmax(responsibilities(symbol, parts)))]
+        return [Choice(symbol, top_contributor, float(average.logprobs[index]), step.top_logprobs(average))]
 
     return strategy
 

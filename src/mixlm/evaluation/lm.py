@@ -105,7 +105,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return [float(logprob) for logprob in self._respond(requests, _one_by_one(self._score_text))]
 
     def member_scores(self, requests: Sequence[Any]) -> list[dict[str, Any] | None]:
-        """Return what each member thinks of each request's continuation, as `evaluation.readings.as_plain` gives it.
+        """Return what each member thinks of each request's continuation, as `evaluation.request_scores` gives it.
 
         None for a request that is too long for a member.
         """

@@ -38,7 +38,7 @@ class UnavailableMembers:
         return member in self._retry_times
 
     def exclude(self, member: int, error: EngineError) -> None:
-        """Exclude a member until it answers again. It is retried after ever longer times."""
+        """Exclude a member until it responds again. It is retried after ever longer times."""
         self._waits[member] = min(2 * self._waits.get(member, _FIRST_WAIT / 2), _MAX_WAIT)
         self._retry_times[member] = time.monotonic() + self._waits[member]
         _log.warning("%s is excluded from a generation: %s", self._names[member], error.message)
@@ -49,7 +49,7 @@ class UnavailableMembers:
         for member in [member for member, due in self._retry_times.items() if now >= due]:
             if self._alive[member]():
                 del self._retry_times[member]
-                _log.warning("%s answers again", self._names[member])
+                _log.warning("%s responds again", self._names[member])
             else:
                 self._waits[member] = min(2 * self._waits[member], _MAX_WAIT)
                 self._retry_times[member] = time.monotonic() + self._waits[member]
@@ -71,6 +71,6 @@ class UnavailableMembers:
         remaining[list(self._retry_times)] = 0.0
         total = remaining.sum()
         if total <= 0:
-            raise EngineError("every member that has weight here has stopped answering", "look at their servers")
+            raise EngineError("every member that has weight here has stopped answering", "check their servers")
         remaining /= total
         return remaining

@@ -1,7 +1,7 @@
 """The exact distribution of the next symbol, computed another way than the strategies compute anything: the reference.
 
 Uncached forwards, dense over the whole vocabulary, by the reference form of the transforms; every unit's definition
-written down as it is said.
+implemented directly from its definition.
 """
 
 from __future__ import annotations

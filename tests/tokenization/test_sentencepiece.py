@@ -69,7 +69,7 @@ def loaded(tmp_path_factory):
             folder: Path = tmp_path_factory.mktemp("spm")
             (folder / "tokenizer.model").write_bytes(train(kind, **options))
             (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
-            backend = load_tokenizer(str(folder), "bare").backend_tokenizer
+            backend = load_tokenizer(str(folder), "bare").backend
             assert detect_family(describe(backend), "bare") is TokenizerFamily.SENTENCEPIECE
             tokens, special = token_bytes(backend, TokenizerFamily.SENTENCEPIECE, "bare")
             encoder = TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE)
@@ -206,5 +206,5 @@ def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
     for name, rule in (("GemmaTokenizer", "never"), ("LlamaTokenizer", "first")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma" if "Gemma" in name else "llama"}))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-        backend = load_tokenizer(str(tmp_path), "known").backend_tokenizer
+        backend = load_tokenizer(str(tmp_path), "known").backend
         assert TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE).leading_space == rule

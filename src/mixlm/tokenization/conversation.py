@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import markupsafe
+
 from mixlm.errors import ConfigError, TemplateError
 from mixlm.tokenization.chat_template import unused_character
 from mixlm.types import ROLES, Message, Role
@@ -20,6 +22,7 @@ from mixlm.types import ROLES, Message, Role
 _THINKING_END = "</think>"
 # Roles whose content is a list of parts in place of a string; templates take the one, the other, or both.
 _FORMS: tuple[frozenset[Role], ...] = (frozenset(), frozenset(ROLES), frozenset({"user", "assistant"}))
+_PRINTED_PARTS = ("'type':'text'", '"type":"text"')
 _REFUSED = "drop that message, or give the member another template: template_file = PATH"
 
 Turns = list[dict[str, Any]]
@@ -84,6 +87,9 @@ class ConversationRenderer:
         ]
         with_marks = self._render(_turns(marked, form)).replace(json.dumps(mark)[1:-1], mark)
         plain, bordered = _packed(rendered), _packed(with_marks)
+        texts = _packed("".join(message.content for message in messages))
+        if any(plain.count(part) > texts.count(part) for part in _PRINTED_PARTS):
+            return 0  # it prints the list instead of the text in it
         plain_end = bordered_end = 0
         for number, (message, border) in enumerate(zip(messages, marks, strict=True)):
             content = message.content
@@ -118,6 +124,7 @@ def _spellings(content: str) -> Iterator[str]:
     yield _packed(json.dumps(content, ensure_ascii=False)[1:-1])
     yield _packed(json.dumps(content)[1:-1])
     yield _packed(html.escape(content))
+    yield _packed(str(markupsafe.escape(content)))
 
 
 def _packed(text: str) -> str:

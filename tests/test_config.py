@@ -136,3 +136,45 @@ def test_a_configuration_cannot_be_changed(write):
 def test_what_is_parsed_names_its_source():
     with pytest.raises(ConfigError, match=r"^here: members is missing"):
         parse_config({}, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"),
+    [
+        ('[members]\nmodel = "toy:1"', "[members] is one table", "write [[members]]"),
+        ('members = ["toy:1"]', "members is a list of names", "write [[members]] for each"),
+        ('[[members]]\nmodel = "toy:1"\nweight = "0.6"', "members.0.weight is '0.6'", "without quotes"),
+        ('[[members]]\nmodel = "toy:1"\nslots = "4"', "members.0.slots is '4'", "without quotes"),
+        ('[[members]]\nmodel = "toy:1"\nslots = true', "members.0.slots is True", None),
+        ('[sampling]\ntop_k = "4"\n[[members]]\nmodel = "toy:1"', "sampling.top_k is '4'", "without quotes"),
+        ('[[members]]\nmodel = "toy:1"\nmethod = "greedy"', "'members.0.method'", "above the first [table]"),
+        ('temperature = 1\n[[members]]\nmodel = "toy:1"', "'temperature'", "below [sampling]"),
+        ('[[members]]\nmodel = "toy:1"\ntop_k = 1', "'members.0.top_k'", "below [members.sampling]"),
+        ('weight = 1\n[[members]]\nmodel = "toy:1"', "'weight'", "below [[members]]"),
+        ('[[sampling]]\n[[members]]\nmodel = "toy:1"', "sampling is a list of tables", "write [sampling]"),
+        ('[[members]]\nmodel = "toy:1"\n[[members.sampling]]', "members.0.sampling is a", "write [members.sampling]"),
+        ('[[members]]\nmodel = "toy:1"\ntemplate = """\n{% if %}"""', "template of member toy:1, line 1: ", "Jinja"),
+    ],
+)
+def test_each_slip_in_a_file_has_a_hint_of_its_own(tmp_path, text, reason, hint):
+    path = tmp_path / "pair.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read_config(path)
+    assert reason in raised.value.message
+    assert (hint or "") in (raised.value.hint or "")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "pair.toml"
+    path.write_text('\ufeff[[members]]\nmodel = "toy:1"')
+    assert read_config(path).members[0].model == "toy:1"
+
+
+def test_a_template_of_transformers_is_valid(tmp_path):
+    path = tmp_path / "pair.toml"
+    path.write_text(
+        "[[members]]\nmodel = 'toy:1'\ntemplate = '''{% for m in messages %}{% generation %}{{ m }}"
+        "{% endgeneration %}{% break %}{% endfor %}'''\n"
+    )
+    assert read_config(path).members[0].template is not None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from research.benchmark import ComparisonPlan
 
 
-@with_shared
+@with_shared()
 def benchmark(
     shared: Shared,
     tokens: TokensOption = 64,

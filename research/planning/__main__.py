@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from research.planning.plan import PlanPoint
 
 
-@with_shared
+@with_shared()
 def plan(
     *,
     shared: Shared,

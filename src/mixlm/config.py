@@ -13,9 +13,10 @@ temperature = 0.5
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -56,7 +57,9 @@ class _SamplingConfig(_Strict):
 if TYPE_CHECKING:
     SamplingConfig = _SamplingConfig
 else:
-    _OPTIONAL = {name: (kind | None, None) for name, kind in get_type_hints(Sampling).items()}
+    _OPTIONAL = {
+        name: (Annotated[kind | None, Field(strict=True)], None) for name, kind in get_type_hints(Sampling).items()
+    }
     SamplingConfig = create_model("SamplingConfig", __base__=_SamplingConfig, **_OPTIONAL)
 
 
@@ -74,21 +77,23 @@ class MemberConfig(_Strict):
         template_file: A file with one.
         system: A system message in front of every conversation of this member.
         adapter: A LoRA adapter: a folder or a hub id.
+        trust_remote_code: Whether Python code in the model's folder may run.
     """
 
     model: str
     name: str | None = None
-    weight: float | None = None
+    weight: float | None = Field(default=None, strict=True)
     dtype: DType = "auto"
     device: str = "auto"
     engine: EngineName = "auto"
     graphs: Graphs = "auto"
-    candidates: int = Field(default=64, ge=1)
-    context: int | None = Field(default=None, ge=16)
-    slots: int = Field(default=4, ge=1)
+    candidates: int = Field(default=64, ge=1, strict=True)
+    context: int | None = Field(default=None, ge=16, strict=True)
+    slots: int = Field(default=4, ge=1, strict=True)
     tokenizer: str | None = None
     key_env: str | None = None
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, strict=True)
+    trust_remote_code: bool = False
     template: str | None = None
     template_file: str | None = None
     system: str | None = None
@@ -114,7 +119,7 @@ class RouterConfig(_Strict):
 
     kind: RouterKind = "fixed"
     file: str | None = None
-    sharpness: float | None = None
+    sharpness: float | None = Field(default=None, strict=True)
 
 
 class EnsembleConfig(_Strict):
@@ -147,7 +152,7 @@ def read_config(path: str | Path) -> EnsembleConfig:
     """Read an ensemble file. Raises ConfigError that names the file, the key and the allowed values."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # a byte-order mark is no text
     except FileNotFoundError:
         names = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, names)) from None
@@ -158,6 +163,9 @@ def read_config(path: str | Path) -> EnsembleConfig:
     config = parse_config(raw, str(path))
     folder = path.resolve().parent
     update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder) for member in config.members)}
+    for member, resolved in zip(config.members, update["members"], strict=True):
+        place = "template" if member.template_file is None else f"template_file {member.template_file}"
+        _check_template(resolved.template, f"{path}: {place} of member {member.name or member.model}")
     if config.router.file is not None:
         update["router"] = config.router.model_copy(update={"file": str(folder / config.router.file)})
     return config.model_copy(update=update)
@@ -173,6 +181,7 @@ def write_config(config: EnsembleConfig, path: str | Path) -> None:
 
 def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
     """Validate a parsed ensemble file. Raises ConfigError with `source`, the file's name, in its message."""
+    _check_tables(raw, source)
     try:
         config = EnsembleConfig.model_validate(raw)
     except ValidationError as error:
@@ -192,7 +201,7 @@ def _resolve_files(member: MemberConfig, folder: Path) -> MemberConfig:
         if member.template is not None:
             raise ConfigError(f"member {member.model} has a template and a template_file", "give one of them")
         try:
-            changes["template"] = (folder / member.template_file).read_text(encoding="utf-8")
+            changes["template"] = (folder / member.template_file).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
     for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
@@ -210,15 +219,68 @@ def _config_error(error: ValidationError, source: str) -> ConfigError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        model = _model_at(first["loc"])
-        known = list(model.model_fields)
-        hint = did_you_mean(str(first["loc"][-1]), known) or f"known keys: {', '.join(known)}"
-        return ConfigError(f"{source}: unknown key {place!r}", hint)
+        return ConfigError(f"{source}: unknown key {place!r}", _key_hint(first["loc"]))
     if first["type"] == "missing":
         return ConfigError(f"{source}: {place} is missing", "an ensemble file lists its [[members]], each with a model")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
-    return ConfigError(f"{source}: {place}{shown}: {message}")
+    hint = (
+        "write it without quotes"
+        if isinstance(first["input"], str) and ("number" in message or "integer" in message)
+        else None
+    )
+    return ConfigError(f"{source}: {place}{shown}: {message}", hint)
+
+
+def _check_tables(raw: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a table where a list of tables belongs, or the reverse."""
+    members = raw.get("members")
+    if isinstance(members, dict):
+        raise ConfigError(f"{source}: [members] is one table, and members are a list of them", "write [[members]]")
+    if isinstance(members, list) and not all(isinstance(member, dict) for member in members):
+        raise ConfigError(
+            f"{source}: members is a list of names, and must be one of tables",
+            'write [[members]] for each, and below it: model = "NAME"',
+        )
+    owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members or ()))]
+    for prefix, table in owners:
+        for key in ("sampling", "router"):
+            if isinstance(table.get(key), list):
+                place = f"{prefix.split('.')[0]}.{key}" if prefix else key
+                raise ConfigError(f"{source}: {prefix}{key} is a list of tables, and must be one", f"write [{place}]")
+
+
+def _check_template(template: str | None, place: str) -> None:
+    """Raise ConfigError for a chat template that is not valid Jinja."""
+    if template is None:
+        return
+    try:
+        from jinja2 import Environment, TemplateSyntaxError
+    except ImportError:  # then no engine that uses templates is installed
+        return
+    try:
+        # transformers adds a tag of its own, which marks what an assistant says.
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(
+            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        )
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{place}, line {error.lineno}: {error.message}", "it must be a valid Jinja template"
+        ) from error
+
+
+def _key_hint(place: tuple[int | str, ...]) -> str:
+    """Return what to do about an unknown key: where it belongs, or what was probably meant."""
+    name, model = str(place[-1]), _model_at(place)
+    if model is not SamplingConfig and name in SamplingConfig.model_fields:
+        return f"it is a sampling option: write it below [{'members.' if model is MemberConfig else ''}sampling]"
+    if model is not EnsembleConfig and name in EnsembleConfig.model_fields:
+        return "it is a key of the ensemble: write it above the first [table] of the file"
+    if model is EnsembleConfig and name in MemberConfig.model_fields:
+        return "it is a key of a member: write it below [[members]]"
+    known = list(model.model_fields)
+    return did_you_mean(name, known) or f"known keys: {', '.join(known)}"
 
 
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:

@@ -5,8 +5,11 @@ Members that name the same model share one copy of its weights, also where their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,17 @@ from mixlm.config import (
     read_config,
 )
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import GenerationOptions, Options
+from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine, EngineSpec, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, UsageError
-from mixlm.routing import FixedRouter, LearnedRouter, PromptRouter, Router
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.routing.base import Router, RouterFunction, as_router
+from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Floats
 
 Progress = Callable[[str], None]
-# End-of-text tokens that `ignore_end` masks among a member's top k; no model has more.
-_MAX_END_TOKENS = 16
+_USE_HF = "use --engine hf (engine='hf'), and keep it for all that is to be compared"
 
 
 def load(  # noqa: PLR0913 - one option each
@@ -47,6 +50,7 @@ def load(  # noqa: PLR0913 - one option each
     device: str | None = None,
     engine: EngineName | None = None,
     graphs: Graphs | None = None,
+    router: Router | RouterFunction | None = None,
     **sampling: Any,
 ) -> Ensemble:
     """Load an ensemble.
@@ -54,10 +58,14 @@ def load(  # noqa: PLR0913 - one option each
     Args:
         models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`).
         weights: One a model; equal when left out.
-        engine: "llamacpp" is about twice as fast for models in GGUF form, and reports its most likely tokens only;
-            other engines can compute every option.
+        engine: What runs the models; "auto" is `choose_engine`'s choice.
         graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
+        router: Weights that depend on the prompt or the text, in place of `weights`: a router of `mixlm.routing`, or a
+            function of the prompt and the last 4096 bytes of the text so far, both bytes, that returns one weight per
+            member.
         sampling: Options of `Sampling` for every member.
+
+    Where standard error is a terminal, or in a notebook, the progress is shown there.
 
     Options that are given replace those of the ensemble file.
 
@@ -68,11 +76,21 @@ def load(  # noqa: PLR0913 - one option each
     >>> mixlm.load("toy:1", "toy:2", weights=[2, 1]).names
     ('toy-1', 'toy-2')
     """
+    for model in models:
+        if isinstance(model, list | tuple | set):
+            call = ", ".join(repr(str(name)) for name in model)
+            raise ConfigError(f"the model is {model!r}, and models are named one by one", f"mixlm.load({call})")
+        if not isinstance(model, str | Path):
+            raise ConfigError(f"the model is {model!r}; it must be a name or a path")
     names = [str(model) for model in models]
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
     if len(names) == 1 and names[0].endswith(".toml"):
         raw = read_config(names[0]).model_dump(exclude_none=True)
+    elif files := [name for name in names if name.endswith(".toml")]:
+        raise ConfigError(
+            f"{files[0]} is an ensemble file, and is loaded alone", "write all members into it, or name no file"
+        )
     else:
         raw = {"members": [{"model": name} for name in names]}
     raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
@@ -81,75 +99,87 @@ def load(  # noqa: PLR0913 - one option each
         member.pop("template_file", None)  # read by then
         overrides = (("dtype", dtype), ("device", device), ("engine", engine), ("graphs", graphs))
         member |= {name: value for name, value in overrides if value is not None}
-    return load_config(parse_config(raw, "load"), weights=weights)
+    config = parse_config(raw, "load")
+    with _shown_progress(len(config.members)) as progress:
+        return load_config(config, weights=weights, router=router, progress=progress)
 
 
 def load_config(
     config: EnsembleConfig,
     *,
     weights: Sequence[float] | None = None,
+    router: Router | RouterFunction | None = None,
     progress: Progress | None = None,
     engines: dict[EngineSpec, Engine] | None = None,
-    options: Options | None = None,
+    load_engine: Callable[[EngineSpec], Engine] = load_engine,
 ) -> Ensemble:
     """Load the ensemble that a configuration describes.
 
     Args:
         weights: Replace those of the configuration.
+        router: Replaces that of the configuration.
         progress: Called with each model's name before it is loaded.
         engines: Loaded engines to share where models are the same; engines that are loaded here join them.
-        options: The generation options, if they are all that the ensemble is for. Members whose engine is "auto" then
-            run in llama.cpp, where there is a GGUF file and llama.cpp can compute these options.
+        load_engine: Loads an engine.
     """
     weights = weights if weights is not None else config.weights()
+    checked_weights = normalized_weights(weights, len(config.members))
+    if router is not None:
+        router = as_router(router, len(config.members))
+    elif config.router.kind == "prompt":
+        check_full_distributions(config, "the router by prompt")
     engines = {} if engines is None else engines
     members: list[MemberSpec] = []
     for member in config.members:
-        engine = member.engine
-        if (
-            engine == "auto"
-            and options is not None
-            and _fits_llamacpp(member, config, options)
-            and runs_as_gguf(member.model)
-        ):
-            engine = "llamacpp"
         spec_fields = member.model_dump(include={field.name for field in fields(EngineSpec)})
-        spec = EngineSpec(**{**spec_fields, "name": member.name or "", "engine": engine})
+        spec = EngineSpec(**{**spec_fields, "name": member.name or "", "engine": choose_engine(member)})
         key = replace(spec, name="")
         if key not in engines:
-            engines[key] = _load_or_share(spec, engines, progress)
+            engines[key] = _load_or_share(spec, engines, progress, load_engine)
         name = _unique_name(member.name or engines[key].name, [other.name for other in members])
         members.append(MemberSpec(engines[key], name, {**config.sampling.options(), **member.sampling.options()}))
     defaults = GenerationOptions(
         method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure
     )
-    router = _router(config.router, normalized_weights(weights, len(members)), [member.name for member in members])
+    if router is None:
+        router = _router(config.router, checked_weights, [member.name for member in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
-def _fits_llamacpp(member: MemberConfig, config: EnsembleConfig, options: Options) -> bool:
-    """Whether a member may run in llama.cpp: no option excludes it, and none needs the whole distribution."""
-    if (
-        member.adapter is not None
-        or member.dtype != "auto"
-        or member.graphs == "on"
-        or member.device not in ("auto", "cpu")
-        or config.router.kind == "prompt"
-    ):
-        return False
-    try:
-        settings = GenerationOptions(method=config.method).with_options(options)
-        sampling = settings.member_sampling({**config.sampling.options(), **member.sampling.options()})
-    except UsageError:
-        return False  # raised again, where the generation begins
-    if settings.method in ("speculative", "auto"):
-        return False  # llama.cpp returns one position a request, so verifying several costs as much as generating them
-    if sampling.has_penalties or settings.logit_bias or settings.json_schema is not None:
-        return False
-    return 1 <= sampling.top_k <= member.candidates - settings.ignore_end * _MAX_END_TOKENS
+def choose_engine(member: MemberConfig) -> EngineName:
+    """Return the engine of a member: the one that it names, else the one for its model.
+
+    A GGUF file, or a model of the catalog, runs in llama.cpp where that is installed; everything else in transformers,
+    but for toys and models behind servers. The choice depends on the model and the installed packages alone, so that
+    every command, method and option gives the text of one engine.
+
+    Raises:
+        UnsupportedError: The member has graphs, which llama.cpp has not.
+    """
+    if member.engine != "auto" or not runs_as_gguf(member.model):
+        return member.engine
+    if member.graphs == "on":
+        raise UnsupportedError(f"graphs is 'on', and {member.model} runs in llama.cpp", _USE_HF)
+    return "llamacpp"
 
 
-def _load_or_share(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progress: Progress | None) -> Engine:
+def check_full_distributions(config: EnsembleConfig, purpose: str) -> None:
+    """Raise UnsupportedError where a member's engine is known to report its most likely tokens only."""
+    for member in config.members:
+        if choose_engine(member) == "llamacpp":
+            raise UnsupportedError(
+                f"{purpose} needs every token's probability, and llama.cpp reports the {member.candidates} most likely "
+                f"of {member.name or member.model} only",
+                _USE_HF,
+            )
+
+
+def _load_or_share(
+    spec: EngineSpec,
+    engines: Mapping[EngineSpec, Engine],
+    progress: Progress | None,
+    load_engine: Callable[[EngineSpec], Engine],
+) -> Engine:
     """Return an engine on weights that another engine has loaded, or load it."""
     for other, engine in engines.items():
         if other.weights_key == spec.weights_key and (shared := engine.with_spec(spec)) is not None:
@@ -161,8 +191,12 @@ def _load_or_share(spec: EngineSpec, engines: Mapping[EngineSpec, Engine], progr
 
 def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:
     if config.kind == "prompt":
+        from mixlm.routing.prompt import PromptRouter
+
         return PromptRouter(weights) if config.sharpness is None else PromptRouter(weights, config.sharpness)
     if config.kind == "learned" and config.file is not None:
+        from mixlm.routing.learned import LearnedRouter
+
         learned = LearnedRouter.load(config.file)
         if sorted(learned.names) != sorted(names):
             raise ConfigError(
@@ -172,6 +206,22 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
         # The order of members may differ from that in training: each keeps its own row.
         return LearnedRouter(learned.matrix[[learned.names.index(name) for name in names]], names)
     return FixedRouter(weights)
+
+
+@contextmanager
+def _shown_progress(models: int) -> Iterator[Progress | None]:
+    """Yield a function that shows what is loaded: in a bar at a terminal, in lines in a notebook, else None."""
+    if "ipykernel" in sys.modules:
+        yield lambda name: print(f"loading {name}", file=sys.stderr, flush=True)
+        return
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from mixlm.terminal import progress_bars
+
+    with progress_bars(single=True) as show:
+        loaded = count()
+        yield None if show is None else lambda name: show(f"loading {name}", next(loaded), models)
 
 
 def _unique_name(name: str, names: Sequence[str]) -> str:

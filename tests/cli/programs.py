@@ -22,7 +22,7 @@ _AT_TERMINAL = (
     "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 )
-# Toys that never end a reply and take their time over it.
+# Toys that never end a completion and take their time over it.
 SLOW = """
 import time
 from mixlm.engines import toy

@@ -30,23 +30,23 @@ def arguments(prompts: Path, output: Path) -> list[str]:
     return ["generate", *TOYS, "--input", str(prompts), "--output", str(output), *OPTIONS]
 
 
-def replies(path: Path) -> dict[int, str]:
+def completions(path: Path) -> dict[int, str]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({item["number"] for item in lines}) == len(lines), "a prompt was answered twice"
     return {item["number"]: item["text"] for item in lines}
 
 
-def test_each_prompt_gets_the_reply_it_would_get_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
+def test_each_prompt_gets_the_completion_it_would_get_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
     from mixlm import load
 
     done = run(*arguments(prompts, tmp_path / "out.jsonl"))
     assert (done.code, done.out) == (0, "")
-    those = load("toy:1", "toy:2")
-    alone = [those.generate(prompt, seed=7, sequence=i, max_tokens=12).text for i, prompt in enumerate(PROMPTS)]
-    assert replies(tmp_path / "out.jsonl") == dict(enumerate(alone))
+    ensemble = load("toy:1", "toy:2")
+    alone = [ensemble.generate(prompt, seed=7, sequence=i, max_tokens=12).text for i, prompt in enumerate(PROMPTS)]
+    assert completions(tmp_path / "out.jsonl") == dict(enumerate(alone))
     for batch in ("1", "5"):
         run(*arguments(prompts, tmp_path / f"{batch}.jsonl"), "--batch", batch)
-        assert replies(tmp_path / f"{batch}.jsonl") == dict(enumerate(alone))
+        assert completions(tmp_path / f"{batch}.jsonl") == dict(enumerate(alone))
 
 
 def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -69,17 +69,17 @@ def test_a_killed_run_is_continued_with_nothing_lost_or_done_twice(run: Run, pro
             assert time.monotonic() < end
             time.sleep(0.02)
         process.kill()
-    kept = output.read_bytes()
-    kept = kept[: kept.rfind(b"\n") + 1]
-    assert 2 <= kept.count(b"\n") < 12
+    data = output.read_bytes()
+    data = data[: data.rfind(b"\n") + 1]
+    assert 2 <= data.count(b"\n") < 12
     # Killed while it wrote a line.
-    output.write_bytes(kept + b'{"number": 11, "key": "4f')
+    output.write_bytes(data + b'{"number": 11, "key": "4f')
     done = run(*arguments(prompts, output))
     assert done.code == 0
-    assert output.read_bytes().startswith(kept)
-    assert set(replies(output)) == set(range(12))
-    missing = set(range(12)) - {json.loads(line)["number"] for line in kept.splitlines()}
-    assert {at: replies(output)[at] for at in missing} == {at: replies(whole)[at] for at in missing}
+    assert output.read_bytes().startswith(data)
+    assert set(completions(output)) == set(range(12))
+    missing = set(range(12)) - {json.loads(line)["number"] for line in data.splitlines()}
+    assert {i: completions(output)[i] for i in missing} == {i: completions(whole)[i] for i in missing}
 
 
 def test_without_a_seed_a_continued_run_keeps_that_of_the_first(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -90,10 +90,10 @@ def test_without_a_seed_a_continued_run_keeps_that_of_the_first(run: Run, prompt
     output.write_text("\n".join(first[:4]) + "\n")
     run(*command)
     assert sorted(output.read_text().splitlines()[4:]) != []
-    assert replies(output) == {json.loads(line)["number"]: json.loads(line)["text"] for line in first}
+    assert completions(output) == {json.loads(line)["number"]: json.loads(line)["text"] for line in first}
 
 
-def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tmp_path: Path) -> None:
+def test_a_file_of_other_completions_is_refused_and_kept(run: Run, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     run(*arguments(prompts, output))
     before = output.read_bytes()
@@ -105,6 +105,34 @@ def test_a_file_of_other_replies_is_refused_and_kept(run: Run, prompts: Path, tm
     assert "line 1: expected a JSON object with number, key, seed" in run(*arguments(prompts, output)).err
     assert output.read_text() == "something else\n"
     output.write_bytes(before)
+
+
+def test_other_keys_of_a_line_are_in_its_output(run: Run, tmp_path: Path) -> None:
+    path, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"id": "a7", "prompt": "one", "label": [1]}\n{"prompt": "two"}\n')
+    assert run(*arguments(path, output)).code == 0
+    lines = {line["number"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert (lines[0]["id"], lines[0]["label"]) == ("a7", [1])
+    assert "id" not in lines[1]
+    assert lines[0]["run"]["engines"] == {"toy:1": "toy", "toy:2": "toy"}
+    assert lines[0]["run"]["options"] == {"max_tokens": 12}
+    assert set(lines[0]["run"]) == {"mixlm", "engines", "weights", "method", "unit", "options"}
+
+
+def test_output_may_be_standard_output(run: Run, prompts: Path, tmp_path: Path) -> None:
+    run(*arguments(prompts, tmp_path / "out.jsonl"))
+    done = run(*arguments(prompts, Path("-")))
+    assert done.code == 0
+    shown = {item["number"]: item["text"] for item in map(json.loads, done.out.splitlines())}
+    assert shown == completions(tmp_path / "out.jsonl")
+    assert not Path("-").exists()
+
+
+def test_another_seed_is_refused_and_the_same_one_is_not(run: Run, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(*arguments(prompts, output))
+    assert "was written with seed 7, and --seed is 8" in run(*arguments(prompts, output), "--seed", "8").err
+    assert run(*arguments(prompts, output)).code == 0
 
 
 def test_a_file_that_another_process_writes_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -122,7 +150,7 @@ def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, 
     done = run(*arguments(prompts, output))
     assert done.code == 1
     assert "prompt 13: the prompt has" in done.err
-    assert set(replies(output)) == set(range(12))
+    assert set(completions(output)) == set(range(12))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +161,10 @@ def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, 
         ('{"prompt": "a", "messages": []}', "line 2: it needs either"),
         ('{"prompt": 3}', 'line 2: "prompt" is empty or not a string'),
         ('{"messages": "a"}', 'line 2: "messages" is not a list'),
+        ('{"prompt": "a", "temperature": 0.5}', "line 2: 'temperature' is an option"),
+        ('{"prompt": "a", "seed": 1}', "line 2: 'seed' is an option"),
+        ('{"prompt": "a", "text": "b"}', "line 2: 'text' is a key of the output"),
+        ('{"promt": "a"}', "line 2: it needs either"),
     ],
 )
 def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, reason: str) -> None:
@@ -146,7 +178,7 @@ def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, re
 
 def test_what_does_not_go_together_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    for given, reason in (
+    for changes, reason in (
         (["--input", str(prompts)], "--input and --output go together"),
         (["--output", str(output)], "--input and --output go together"),
         (["--input", str(prompts), "--output", str(prompts)], "are both"),
@@ -155,6 +187,6 @@ def test_what_does_not_go_together_is_refused(run: Run, prompts: Path, tmp_path:
         (["--input", str(prompts), "--output", str(output), "--batch", "0"], "--batch is 0"),
         (["--input", str(prompts), "--output", str(tmp_path / "no" / "x")], "there is no folder"),
     ):
-        assert reason in run("generate", *TOYS, *given).error
+        assert reason in run("generate", *TOYS, *changes).error
     assert not output.exists()
     assert os.listdir(tmp_path) == ["prompts.jsonl"]

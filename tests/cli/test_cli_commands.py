@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import TOYS, Run, process
+from programs import TOYS, Result, Run, process
 
 COMMANDS = ("generate", "chat", "serve", "inspect", "check", "bench", "score", "fit", "eval", "models")
 
@@ -114,9 +114,72 @@ def test_reset_begins_a_new_conversation(run: Run) -> None:
 def test_chat_commands_are_not_messages(run: Run) -> None:
     done = run("chat", *TOYS, stdin="/help\n/rest\n/exit\n")
     assert done.out == ""
-    assert "/reset   start a new conversation" in done.err
-    assert "there is no command /rest; did you mean '/reset'" in done.err
+    assert "/reset    start a new conversation" in done.err
+    assert done.code == 2  # a script learns of it
+    assert "there is no command /rest\nhint: did you mean '/reset'" in done.err
     assert run("chat", *TOYS, stdin="/usr/bin is what?\n").out != ""
+
+
+def texts(done: Result) -> list[str]:
+    return [json.loads(line)["text"] for line in done.out.splitlines()]
+
+
+def test_chat_commands_change_the_next_turns(run: Run) -> None:
+    chat = ("chat", *TOYS, "--json", "--max-tokens", "8", "--seed", "3")
+    done = run(*chat, stdin="hello\n/weights 1,0\nagain\n/weights\n")
+    assert done.err.count("weights: toy:1 1, toy:2 0") == 2
+    members = [json.loads(line)["usage"]["members"] for line in done.out.splitlines()]
+    assert members[0]["toy:2"]["tokens"] > 0
+    assert members[1]["toy:2"]["tokens"] == 0
+    plain = texts(run(*chat, stdin="hello\nagain\n"))
+    assert texts(run(*chat, stdin="hello\n/seed 3\nagain\n")) == plain
+    assert texts(run(*chat, stdin="hello\n/seed 4\nagain\n"))[1] != plain[1]
+    first, other = texts(run(*chat, stdin="hello\n/retry\n"))
+    assert first == plain[0] != other
+    briefed = run(*chat, stdin="hello\n/system of\nagain\n/system\nmore\n")
+    lengths = [json.loads(line)["usage"]["members"]["toy:1"]["prompt_tokens"] for line in briefed.out.splitlines()]
+    without = [json.loads(line)["usage"]["members"]["toy:1"]["prompt_tokens"]
+               for line in run(*chat, stdin="hello\nagain\nmore\n").out.splitlines()]  # fmt: skip
+    assert lengths[1] > without[1]
+    assert lengths[0] == without[0]
+
+
+def test_chat_saves_what_generate_reads(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    assert run("chat", *TOYS, stdin=f"hello\n/save {file}\n").code == 0
+    messages = json.loads(file.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert "exists" in run("chat", *TOYS, stdin=f"/save {file}\n").error
+    file.write_text(json.dumps({"messages": [*messages, {"role": "user", "content": "and"}]}))
+    assert run("generate", *TOYS, "--input", str(file), "--output", "-").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/weights a", "/weights is 'a'"),
+        ("/weights 1", "for 2 members"),
+        ("/seed x", "/seed is 'x'"),
+        ("/seed", "/seed is ''"),
+        ("/reset now", "/reset takes no argument"),
+        ("/exit now", "/exit takes no argument"),
+        ("/retry", "there is none"),
+        ("/save", "/save names no file"),
+        ("/nothing 1", "there is no command /nothing"),
+        ("/seed=7", "there is no command /seed=7"),
+        ('"""no end', "the input ends within a message"),
+    ],
+)
+def test_a_chat_command_that_means_nothing_is_refused_and_never_sent(run: Run, line: str, reason: str) -> None:
+    assert reason in run("chat", *TOYS, stdin=line + "\n").error
+
+
+def test_chat_messages_of_several_lines_and_with_a_slash(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    run("chat", *TOYS, stdin=f'"""\none\n/reset\n"""\n//exit now\n"""short"""\n/save {file}\n')
+    messages = json.loads(file.read_text())["messages"]
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    assert users == ["one\n/reset", "/exit now", "short"]
 
 
 def test_chat_as_json_is_one_object_a_line(run: Run) -> None:
@@ -145,8 +208,8 @@ def test_models_lists_the_catalogue(run: Run) -> None:
 def test_models_lists_what_is_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlm.models import InstalledModel
 
-    one = InstalledModel("own-abc", Path("/models/own-abc"), "/files/[own].gguf", 5_000_000, "bfloat16", None)
-    monkeypatch.setattr("mixlm.models.installed", lambda: [one])
+    model = InstalledModel("own-abc", Path("/models/own-abc"), "/files/[own].gguf", 5_000_000, "bfloat16", None)
+    monkeypatch.setattr("mixlm.models.installed", lambda: [model])
     assert "/files/[own].gguf" in run("models").out
     row = json.loads(run("models", "--json").out)["models"][-1]
     assert (row["name"], row["path"], row["size_bytes"]) == ("own-abc", "/models/own-abc", 5_000_000)
@@ -170,10 +233,10 @@ def _report(equal: bool) -> Any:
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_check_says_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch, equal: bool) -> None:
-    asked: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
-    def compare(ensemble: Any, prompt: str, **given: Any) -> Any:
-        asked.update(given, prompt=prompt, names=ensemble.names)
+    def compare(ensemble: Any, prompt: str, **options: Any) -> Any:
+        arguments.update(options, prompt=prompt, names=ensemble.names)
         return _report(equal)
 
     monkeypatch.setattr("mixlm.verification.check.check", compare)
@@ -181,11 +244,11 @@ def test_check_says_what_was_found(run: Run, monkeypatch: pytest.MonkeyPatch, eq
     assert done.code == (0 if equal else 1)
     assert ("equal" if equal else "different") in done.out
     assert ("No difference" if equal else "do not sample from one distribution") in done.out
-    assert (asked["samples"], asked["prompt"], asked["names"]) == (500, "Hello?", ("toy:1", "toy:2"))
-    assert asked["options"] == {"top_k": 5, "seed": 1}
-    found = json.loads(run("check", *TOYS, "--json").out)
-    assert found["equal"] is equal
-    assert found["comparisons"][0]["expected_total_variation"] is None
+    assert (arguments["samples"], arguments["prompt"], arguments["names"]) == (500, "Hello?", ("toy:1", "toy:2"))
+    assert arguments["options"] == {"top_k": 5, "seed": 1}
+    report = json.loads(run("check", *TOYS, "--json").out)
+    assert report["equal"] is equal
+    assert report["comparisons"][0]["expected_total_variation"] is None
 
 
 def test_check_loads_in_float32_unless_told_otherwise(
@@ -195,9 +258,9 @@ def test_check_loads_in_float32_unless_told_otherwise(
 
     seen: list[list[str]] = []
 
-    def load(config: Any, **given: Any) -> Any:
+    def load(config: Any, **options: Any) -> Any:
         seen.append([f"{member.dtype} {member.device}" for member in config.members])
-        return load_config(config, **given)
+        return load_config(config, **options)
 
     monkeypatch.setattr("mixlm.loading.load_config", load)
     monkeypatch.setattr("mixlm.verification.check.check", lambda *_, **__: _report(True))
@@ -231,8 +294,8 @@ def test_check_and_bench_on_toys(run: Run, tmp_path: Path) -> None:
     assert done.code == 0
     for part in ("single toy:1", "conventional", "mixture", "8 + 8", "mixture/conventional"):
         assert part in done.out
-    found = json.loads(file.read_text())
-    assert set(found) == {"runs", "ratios", "environment"}
+    report = json.loads(file.read_text())
+    assert set(report) == {"runs", "ratios", "environment"}
     assert str(file) in done.err
 
 

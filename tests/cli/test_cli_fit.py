@@ -37,26 +37,29 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
     done = run("fit", *texts, *TOYS, *FAST, "--json", "--grid", "--router", "router.json", "-w", "0.2,0.8")
     assert (done.code, done.err) == (0, "router written to router.json\n")
-    found = json.loads(done.out)
-    assert set(found) == {
+    report = json.loads(done.out)
+    assert set(report) == {
         "members", "unit", "files", "weights", "intervals", "em", "by_prompt", "grid", "router", "check",
+        "pays", "engines",
     }  # fmt: skip
-    assert found["members"] == ["toy:1", "toy:2"]
-    assert found["unit"] == "token"
-    assert [entry["file"] for entry in found["files"]] == texts
-    assert sum(found["weights"].values()) == pytest.approx(1)
-    for name, (low, high) in found["intervals"].items():
-        assert 0 <= low <= found["weights"][name] <= high <= 1
-    assert found["em"]["end_bits_per_byte"] <= found["em"]["start_bits_per_byte"]
-    assert found["em"]["end_bits_per_byte"] <= found["grid"]["bits_per_byte"] + 1e-9
-    assert found["grid"]["points"] == 11
-    assert found["grid"]["readings_anew"] == 11 * found["em"]["readings"]
-    rows = {row["name"]: row for row in found["check"]["rows"]}
+    assert report["members"] == ["toy:1", "toy:2"]
+    assert report["unit"] == "token"
+    assert [entry["file"] for entry in report["files"]] == texts
+    assert sum(report["weights"].values()) == pytest.approx(1)
+    for name, (low, high) in report["intervals"].items():
+        assert 0 <= low <= report["weights"][name] <= high <= 1
+    assert report["em"]["end_bits_per_byte"] <= report["em"]["start_bits_per_byte"]
+    assert report["em"]["end_bits_per_byte"] <= report["grid"]["bits_per_byte"] + 1e-9
+    assert report["grid"]["points"] == 11
+    assert report["grid"]["readings_anew"] == 11 * report["em"]["readings"]
+    rows = {row["name"]: row for row in report["check"]["rows"]}
     assert list(rows) == [
         "toy:1", "toy:2", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself",
-        f"by prompt, sharpness {found['by_prompt']['sharpness']:g}", "router",
+        f"by prompt, sharpness {report['by_prompt']['sharpness']:g}", "router",
     ]  # fmt: skip
-    best = rows[found["check"]["best_member"]]
+    best = rows[report["check"]["best_member"]]
+    assert report["pays"] == (rows["EM"]["bits_per_byte"] < best["bits_per_byte"])
+    assert report["engines"] == {"toy:1": "toy", "toy:2": "toy"}
     assert best["percent_below_best_member"] == 0
     for row in rows.values():
         assert set(row["files"]) == set(texts)
@@ -65,13 +68,34 @@ def test_json_says_what_was_found(run: Run, texts: list[str]) -> None:
         )
 
 
+def test_a_mixture_that_does_not_pay_says_so(run: Run, texts: list[str]) -> None:
+    """Two members that are one model cannot be better together."""
+    alike = ("-m", "toy:1", "-m", "toy:1")
+    done = run("fit", "words.txt", *alike, *FAST)
+    assert done.code == 0
+    assert "The fitted mixture is not better than toy:1 alone on text that it was not fitted to" in done.out
+    assert json.loads(run("fit", "words.txt", *alike, *FAST, "--json").out)["pays"] is False
+    assert "better than every member here" in run("fit", "words.txt", *TOYS, *FAST).out
+    assert "Nothing was held out" in run("fit", "words.txt", *TOYS, *FAST, "--holdout", "0").out
+
+
+def test_files_are_overwritten_with_force_alone(run: Run, texts: list[str]) -> None:
+    for option in ("--output", "--router"):
+        file = Path(f"kept{option}.toml")
+        file.write_text("mine")
+        assert f"{option} {file} exists" in run("fit", "words.txt", *TOYS, *FAST, option, str(file)).error
+        assert file.read_text() == "mine"
+        assert run("fit", "words.txt", *TOYS, *FAST, option, str(file), "--force").code == 0
+        assert file.read_text() != "mine"
+
+
 def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) -> None:
-    found = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0.25").out)
+    report = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0.25").out)
     scores = score(load("toy:1", "toy:2"), Path("words.txt").read_text())
     train, check = split_holdout(scores, 0.25)
     weights = expectation_maximisation(train).weights
-    assert list(found["weights"].values()) == pytest.approx(weights)
-    row = next(item for item in found["check"]["rows"] if item["name"] == "EM")
+    assert list(report["weights"].values()) == pytest.approx(weights)
+    row = next(item for item in report["check"]["rows"] if item["name"] == "EM")
     assert row["bits_per_byte"] == pytest.approx(check.bits_per_byte(check.mixture(weights)))
     whole = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0").out)
     assert whole["check"]["held_out"] is False
@@ -80,14 +104,14 @@ def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) 
 
 def test_answers_are_fitted_behind_their_prompts(run: Run, texts: list[str]) -> None:
     pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().split("\n") if line]
-    those = load("toy:1", "toy:2")
+    ensemble = load("toy:1", "toy:2")
     for system in (None, "Be brief."):
-        settings = those.settings(system=system)
-        scores = score_answers(those, [(pair["prompt"], pair["answer"]) for pair in pairs], settings=settings)
+        settings = ensemble.settings(system=system)
+        scores = score_answers(ensemble, [(pair["prompt"], pair["answer"]) for pair in pairs], settings=settings)
         more = () if system is None else ("--system", system)
-        found = json.loads(run("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0", *more).out)
-        assert found["files"][0]["train_bytes"] == sum(len(pair["answer"]) for pair in pairs)
-        assert list(found["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
+        report = json.loads(run("fit", "pairs.jsonl", *TOYS, *FAST, "--json", "--holdout", "0", *more).out)
+        assert report["files"][0]["train_bytes"] == sum(len(pair["answer"]) for pair in pairs)
+        assert list(report["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
 
 
 def test_the_end_of_an_answer_is_fitted_too_where_members_end_themselves(run: Run, texts: list[str]) -> None:
@@ -100,14 +124,14 @@ def test_the_end_of_an_answer_is_fitted_too_where_members_end_themselves(run: Ru
 
 
 def test_weights_by_prompt_are_compared_where_there_are_prompts(run: Run, texts: list[str]) -> None:
-    found = json.loads(run("fit", *texts, *TOYS, *FAST, "--json", "--prompt-bytes", "100").out)
-    assert found["by_prompt"]["sharpness"] >= 0
-    (name,) = (row["name"] for row in found["check"]["rows"] if row["name"].startswith("by prompt"))
-    assert name == f"by prompt, sharpness {found['by_prompt']['sharpness']:g}"
+    report = json.loads(run("fit", *texts, *TOYS, *FAST, "--json", "--prompt-bytes", "100").out)
+    assert report["by_prompt"]["sharpness"] >= 0
+    (name,) = (row["name"] for row in report["check"]["rows"] if row["name"].startswith("by prompt"))
+    assert name == f"by prompt, sharpness {report['by_prompt']['sharpness']:g}"
     plain = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json").out)
     assert plain["by_prompt"] is None
     assert not any(row["name"].startswith("by prompt") for row in plain["check"]["rows"])
-    sizes = [sum(item["files"][0][key] for key in ("train_bytes", "check_bytes")) for item in (plain, found)]
+    sizes = [sum(item["files"][0][key] for key in ("train_bytes", "check_bytes")) for item in (plain, report)]
     assert 80 <= sizes[0] - sizes[1] <= 100
 
 
@@ -127,8 +151,8 @@ def test_the_report_says_all_that_matters(run: Run, texts: list[str]) -> None:
 
 
 def test_a_step_asks_for_a_grid(run: Run, texts: list[str]) -> None:
-    found = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--step", "0.25", "--json").out)
-    assert found["grid"]["points"] == 5
+    report = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--step", "0.25", "--json").out)
+    assert report["grid"]["points"] == 5
     assert json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json").out)["grid"] is None
 
 

@@ -21,13 +21,13 @@ def test_a_report_on_toys(run: Run) -> None:
 def test_json_has_the_same_content(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "sample.txt"
     text.write_text("the bird sings under the tree")
-    found = json.loads(run("inspect", "Who?", *TOYS, "--text", str(text), "--json").out)
-    assert [member["name"] for member in found["members"]] == ["toy:1", "toy:2"]
-    assert found["members"][0]["prompt"] == "<begin>user: Who?\n"
-    assert found["text_bytes"] == 29
-    assert found["pairs"][0]["places"] > 5
-    assert set(found["costs"][0]["seconds"]) == {"1", "2", "4", "8", "16"}
-    assert [speed["method"] for speed in found["speeds"]] == ["single", "single", "conventional", "mixture"]
+    report = json.loads(run("inspect", "Who?", *TOYS, "--text", str(text), "--json").out)
+    assert [member["name"] for member in report["members"]] == ["toy:1", "toy:2"]
+    assert report["members"][0]["prompt"] == "<begin>user: Who?\n"
+    assert report["text_bytes"] == 29
+    assert report["pairs"][0]["places"] > 5
+    assert set(report["costs"][0]["seconds"]) == {"1", "2", "4", "8", "16"}
+    assert [speed["method"] for speed in report["speeds"]] == ["single", "single", "conventional", "mixture"]
 
 
 def test_a_quick_look_runs_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import TOYS, Run, process
+from programs import MAIN, TOYS, Run, process
 
 
 @pytest.mark.parametrize(
@@ -178,5 +180,50 @@ def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
 def test_a_rule_is_for_conventional_alone(run: Run) -> None:
     assert "rule gac has no form in mixture" in run("generate", "x", *TOYS, "--rule", "gac").error
     assert "--rule is 'gacs'; it must be one of gac, unite" in run("generate", "x", *TOYS, "--rule", "gacs").error
-    assert "no form in single" in run("bench", *TOYS, "--method", "conventional", "--rule", "unite").error
+    assert "no form in single" in run("bench", *TOYS, "--rule", "unite").error
     assert run("generate", "x", *TOYS, "--method", "conventional", "--rule", "unite", "--max-tokens", "3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("bench",), ("--method", "greedy")),
+        (("bench",), ("--max-tokens", "5")),
+        (("check",), ("--method", "greedy")),
+        (("check",), ("--draft", "toy:1")),
+        (("inspect",), ("--method", "greedy")),
+        (("inspect",), ("--max-tokens", "5")),
+        (("score", "text"), ("--seed", "1")),
+        (("score", "text"), ("--top-k", "1")),
+    ],
+)
+def test_options_without_effect_are_refused_and_not_in_help(
+    run: Run, command: tuple[str, ...], option: tuple[str, ...]
+) -> None:
+    assert f"mixlm {command[0]} does not use {option[0]}: " in run(*command, *TOYS, *option).error
+    assert f"{option[0]} " not in run(command[0], "--help").out
+
+
+def test_block_needs_a_method_that_drafts(run: Run) -> None:
+    assert "--block is given, and mixture does not draft" in run("generate", "hi", *TOYS, "--block", "2").error
+    assert run("generate", "hi", *TOYS, "--block", "2", "--method", "auto", "--max-tokens", "2").code == 0
+
+
+def test_an_ensemble_file_is_no_model(run: Run) -> None:
+    assert "-m pair.toml names an ensemble file, not a model\nhint: use: -e pair.toml" in (
+        run("generate", "hi", "-m", "pair.toml").error
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("models",), ("--help",), ("--version",), ("generate", "--help"), ("inspect", "--no-measure", *TOYS),
+     ("generate", "hi", *TOYS, "--max-tokens", "9"), ("nothing",)],
+)  # fmt: skip
+def test_a_pipe_that_is_closed_early_ends_every_command_alike(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", MAIN, *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
+    os.close(writer)
+    assert done.returncode == 141

@@ -33,27 +33,51 @@ def text(tmp_path: Path) -> Path:
 def test_json_says_what_scoring_finds(run: Run, text: Path) -> None:
     done = run("score", str(text), *TOYS, "-w", "1,3", "--json")
     assert (done.code, done.err) == (0, "")
-    found = json.loads(done.out)
+    report = json.loads(done.out)
     scores = score(load("toy:1", "toy:2"), TEXT)
     weights = np.array([0.25, 0.75])
-    assert set(found) == {"unit", "bytes", "bits_per_byte", "segments"}
-    assert (found["unit"], found["bytes"]) == ("token", len(TEXT))
-    assert found["bits_per_byte"]["mixture"] == pytest.approx(scores.bits_per_byte(scores.mixture(weights)))
-    assert found["bits_per_byte"]["members"] == {
+    assert set(report) == {"unit", "bytes", "bits_per_byte", "perplexity", "segments", "engines", "before"}
+    assert (report["unit"], report["bytes"]) == ("token", len(TEXT))
+    assert report["bits_per_byte"]["mixture"] == pytest.approx(scores.bits_per_byte(scores.mixture(weights)))
+    assert report["bits_per_byte"]["members"] == {
         name: pytest.approx(scores.bits_per_byte(scores.logprobs[:, i])) for i, name in enumerate(scores.names)
     }
-    assert "".join(segment["text"] for segment in found["segments"]) == TEXT
-    assert sum(segment["logprob"] for segment in found["segments"]) == pytest.approx(scores.mixture(weights).sum())
-    for segment in found["segments"]:
+    assert "".join(segment["text"] for segment in report["segments"]) == TEXT
+    assert sum(segment["logprob"] for segment in report["segments"]) == pytest.approx(scores.mixture(weights).sum())
+    for segment in report["segments"]:
         assert set(segment) == {"text", "logprob", "members", "responsibilities"}
         assert set(segment["members"]) == set(segment["responsibilities"]) == {"toy:1", "toy:2"}
         assert sum(segment["responsibilities"].values()) == pytest.approx(1)
 
 
+def test_perplexities_are_those_of_tokens_and_words(run: Run, text: Path) -> None:
+    report = json.loads(run("score", str(text), *TOYS, "--json").out)
+    ensemble = load("toy:1", "toy:2")
+    scores = score(ensemble, TEXT)
+    totals = [*scores.logprobs.sum(axis=0), scores.mixture(ensemble.weights).sum()]
+    count = len(ensemble.members[0].engine.encoder.encode(TEXT.encode()).ids)
+    for name, total in zip(("toy:1", "toy:2", "mixture"), totals, strict=True):
+        assert report["perplexity"]["token"][name] == pytest.approx(np.exp(-total / count))
+        assert report["perplexity"]["word"][name] == pytest.approx(np.exp(-total / 5))
+    apart = json.loads(run("score", str(text), *TOYS, "--json", "--unit", "piece").out)
+    assert apart["perplexity"]["token"]["mixture"] is None  # no tokens that all members share
+
+
+def test_what_stands_before_a_text_is_said_and_chosen(run: Run, text: Path) -> None:
+    begin, end = (json.loads(run("score", str(text), *TOYS, "--json", *more).out) for more in ((), ("--before", "end")))
+    assert (begin["before"]["toy:1"], end["before"]["toy:1"]) == ("<begin>", "<end>")
+    assert begin["bits_per_byte"] != end["bits_per_byte"]
+    assert "stands <begin> for toy:1" in run("score", str(text), *TOYS).out
+    assert "--before is 'bos'; it must be one of begin, end" in run("score", str(text), *TOYS, "--before", "bos").error
+    pairs = text.with_suffix(".jsonl")
+    pairs.write_text('{"prompt": "the", "answer": " river"}')
+    assert "prompts stand in front of all answers" in run("score", str(pairs), *TOYS, "--before", "end").error
+
+
 def test_the_table_has_a_row_for_each_member_and_the_mixture(run: Run, text: Path) -> None:
-    found = json.loads(run("score", str(text), *TOYS, "--json").out)
+    report = json.loads(run("score", str(text), *TOYS, "--json").out)
     lines = run("score", str(text), *TOYS).out.splitlines()
-    for name, bits in (*found["bits_per_byte"]["members"].items(), ("mixture", found["bits_per_byte"]["mixture"])):
+    for name, bits in (*report["bits_per_byte"]["members"].items(), ("mixture", report["bits_per_byte"]["mixture"])):
         assert any(line.split()[:1] == [name] and f"{bits:.4f}" in line for line in lines)
     assert any("the mixture's probability is exact" in line for line in lines)
 
@@ -95,8 +119,8 @@ def test_an_ensembles_router_weighs_the_text(run: Run, text: Path, tmp_path: Pat
     )
     scores = score(load("toy:1", "toy:2"), TEXT)
     expected = scores.bits_per_byte(scores.mixture(router_weights(scores, gate)))
-    found = json.loads(run("score", str(text), "-e", str(file), "--json").out)
-    assert found["bits_per_byte"]["mixture"] == pytest.approx(expected)
+    report = json.loads(run("score", str(text), "-e", str(file), "--json").out)
+    assert report["bits_per_byte"]["mixture"] == pytest.approx(expected)
     # The weights differ from place to place, so what is shown is their mean.
     assert "~0." in run("score", str(text), "-e", str(file)).out
 
@@ -125,13 +149,13 @@ def test_without_a_cache_nothing_is_kept(run: Run, text: Path, monkeypatch: pyte
 def test_at_a_terminal_each_part_has_its_members_colour(
     run: Run, text: Path, at_terminal: Callable[..., Terminal]
 ) -> None:
-    found = json.loads(run("score", str(text), *TOYS, "--json").out)
+    report = json.loads(run("score", str(text), *TOYS, "--json").out)
     terminal = at_terminal("score", str(text), *TOYS, "--tokens")
     assert terminal.end() == 0
     assert "\x1b[38;5;32mtoy:1\x1b[0m" in terminal.screen
     assert "dim: likely" in terminal.screen
     shown = ""
-    for segment in found["segments"]:
+    for segment in report["segments"]:
         colour = 32 if segment["responsibilities"]["toy:1"] >= 0.5 else 166
         bits = -segment["logprob"] / np.log(2)
         style = "2;" if bits < 1 else "1;" if bits >= 8 else ""
@@ -176,12 +200,12 @@ def test_the_page_shows_the_text_and_nothing_it_says_is_obeyed(run: Run, tmp_pat
     assert done.code == 0
     assert f"written to {page}" in done.err
     html = page.read_text(encoding="utf-8")
-    found = Page(html)
-    assert found.text == bad.replace("\x1b", "␛")
-    assert not {"script", "b", "link", "img", "iframe"} & {tag for tag, _ in found.tags}
+    parsed = Page(html)
+    assert parsed.text == bad.replace("\x1b", "␛")
+    assert not {"script", "b", "link", "img", "iframe"} & {tag for tag, _ in parsed.tags}
     assert not re.search(r"https?://|url\(|@import", html)
     assert "prefers-color-scheme: dark" in html
-    spans = [given for tag, given in found.tags if tag == "span" and "data-n" in given]
+    spans = [attributes for tag, attributes in parsed.tags if tag == "span" and "data-n" in attributes]
     numbers = json.loads(run("score", str(file), *TOYS, "--json").out)["segments"]
     assert len(spans) == len(numbers)
     for span, record in zip(spans, numbers, strict=True):
@@ -227,15 +251,15 @@ def test_answers_are_scored_behind_their_prompts(run: Run, tmp_path: Path) -> No
     path = tmp_path / "qa.jsonl"
     pairs = [("Who sings?", " one bird"), ("What falls?", " the stone")]
     path.write_text("".join(json.dumps({"prompt": a, "answer": b}) + "\n" for a, b in pairs))
-    those = load("toy:1", "toy:2", weights=[0.3, 0.7])
+    ensemble = load("toy:1", "toy:2", weights=[0.3, 0.7])
     for options, about in (((), {}), (("--no-ends",), {"ends": False}), (("--system", "Be brief."), {})):
-        settings = those.settings(system="Be brief.") if "--system" in options else None
-        expected = score_answers(those, pairs, settings=settings, **about)
-        found = json.loads(run("score", str(path), *TOYS, "-w", "3,7", *options, "--json").out)
-        assert found["bytes"] == sum(len(answer) for _, answer in pairs)
-        bits = expected.bits_per_byte(expected.mixture(those.weights))
-        assert found["bits_per_byte"]["mixture"] == pytest.approx(bits)
-        assert len(found["segments"]) == len(expected.ends)
+        settings = ensemble.settings(system="Be brief.") if "--system" in options else None
+        expected = score_answers(ensemble, pairs, settings=settings, **about)
+        report = json.loads(run("score", str(path), *TOYS, "-w", "3,7", *options, "--json").out)
+        assert report["bytes"] == sum(len(answer) for _, answer in pairs)
+        bits = expected.bits_per_byte(expected.mixture(ensemble.weights))
+        assert report["bits_per_byte"]["mixture"] == pytest.approx(bits)
+        assert len(report["segments"]) == len(expected.ends)
     assert "␣one" in run("score", str(path), *TOYS, "--tokens").out
     path.write_text("no json")
     assert "line 1: not valid JSON" in run("score", str(path), *TOYS).error

@@ -14,8 +14,8 @@ from mixlm.terminal import visible
 Start = Callable[..., Terminal]
 
 
-def reply(run: Run, *arguments: str) -> Any:
-    """Return the reply to "hello" with seed 3, as JSON says it."""
+def completion(run: Run, *arguments: str) -> Any:
+    """Return the completion to "hello" with seed 3, as JSON says it."""
     return json.loads(run("generate", "hello", *TOYS, "--seed", "3", "--json", *arguments).out)
 
 
@@ -27,7 +27,7 @@ def test_each_member_has_its_colour(run: Run, at_terminal: Start) -> None:
     assert "\x1b[38;5;32mtoy:1\x1b[0m 25%" in legend
     assert "\x1b[38;5;166mtoy:2\x1b[0m 75%" in legend
     codes = {"toy:1": 32, "toy:2": 166}
-    pieces = [(codes[token["member"]], token["text"]) for token in reply(run, "-w", "1,3")["tokens"]]
+    pieces = [(codes[token["member"]], token["text"]) for token in completion(run, "-w", "1,3")["tokens"]]
     assert {code for code, _ in pieces} == {32, 166}
     assert lines[lines.index(legend) + 1] == "".join(f"\x1b[38;5;{code}m{text}\x1b[0m" for code, text in pieces)
     assert lines[-1].startswith("\x1b[2m")
@@ -40,7 +40,7 @@ def test_without_colours_the_same_lines_are_shown(run: Run, at_terminal: Start) 
     assert terminal.end() == 0
     assert "\x1b[38" not in terminal.screen
     assert "toy:1 50%  toy:2 50%  mixture by token" in terminal.screen
-    assert f"\r\n{reply(run)['text']}\r\n" in terminal.screen.replace("\r\r", "\r")
+    assert f"\r\n{completion(run)['text']}\r\n" in terminal.screen.replace("\r\r", "\r")
 
 
 def test_one_member_needs_no_colour(at_terminal: Start) -> None:
@@ -90,7 +90,7 @@ def test_ctrl_c_ends_generate_with_the_text_so_far(at_terminal: Start) -> None:
     assert "Traceback" not in terminal.screen
 
 
-def test_ctrl_c_in_chat_stops_the_reply_and_not_the_program(at_terminal: Start) -> None:
+def test_ctrl_c_in_chat_stops_the_completion_and_not_the_program(at_terminal: Start) -> None:
     terminal = at_terminal("chat", *TOYS, "--seed", "3", "--max-tokens", "4000", before=SLOW)
     terminal.wait_for("> ")
     terminal.type("hello\n")
@@ -99,8 +99,8 @@ def test_ctrl_c_in_chat_stops_the_reply_and_not_the_program(at_terminal: Start) 
     terminal.wait_for("stopped")
     terminal.wait_for("> ", after=terminal.screen.index("stopped"))
     terminal.type("/help\n")
-    terminal.wait_for("/exit    end the chat")
-    terminal.wait_for("> ", after=terminal.screen.index("/exit    end the chat"))
+    terminal.wait_for("// begins a message")
+    terminal.wait_for("> ", after=terminal.screen.index("// begins a message"))
     terminal.type("\x04")
     assert terminal.end() == 0
 

@@ -22,12 +22,18 @@ from mixlm.engines import EngineSpec, load, runs_as_gguf
 from mixlm.engines.base import Engine, LogitsRequest, Session
 from mixlm.engines.llamacpp.engine import LlamaCppEngine
 from mixlm.engines.llamacpp.slots import Slots
-from mixlm.engines.toy import ToyEngine
-from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError, UnsupportedError
-from mixlm.loading import load_config
-from mixlm.models import find_gguf, tokenizer_folder
+from mixlm.errors import (
+    ConfigError,
+    EngineError,
+    ModelLoadError,
+    ModelNotFoundError,
+    TokenizerError,
+    UnsupportedError,
+    UsageError,
+)
+from mixlm.loading import choose_engine, load_config
+from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.types import Message
 from mixlm.verification.check import check
 
@@ -57,7 +63,7 @@ def engine(file) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def ensemble(engine) -> Ensemble:
+def make_ensemble(engine) -> Ensemble:
     return Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")], [0.5, 0.5])
 
 
@@ -105,8 +111,8 @@ def test_probabilities_that_are_missing_are_requested_another_way(engine):
 
 def test_texts_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
     alone = Ensemble([MemberSpec(engine, "a")])
-    replies = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]
-    assert len({tuple(token.data for token in completion.tokens) for completion in replies}) == 1
+    completions = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]
+    assert len({tuple(token.data for token in completion.tokens) for completion in completions}) == 1
 
 
 METHODS = ("mixture", "mixture", "conventional", "single")
@@ -133,7 +139,7 @@ def test_mixture_runs_one_member_a_token(ensemble):
 def test_options_that_need_more_than_its_candidates_are_refused_before_anything_runs(ensemble, options, reason):
     with pytest.raises(UnsupportedError, match=f"{reason}.*64 most likely") as raised:
         ensemble.context(ensemble.settings(**options))
-    assert "--engine hf" in str(raised.value)
+    assert "engine='hf'" in str(raised.value)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 64}, {"top_k": 1}, {"method": "greedy", "top_k": 40}])
@@ -183,29 +189,29 @@ class Dummy:
 
 
 def test_a_slot_is_given_back_when_its_session_is_gone():
-    slots, one, other = Slots(2), Dummy(), Dummy()
-    with slots.acquired(one) as (first, kept):
-        assert not kept
+    slots, session, other = Slots(2), Dummy(), Dummy()
+    with slots.acquired(session) as (first, kept_ids):
+        assert not kept_ids
     with slots.acquired(other) as (second, _):
         assert second != first
-    del one
+    del session
     gc.collect()
     third = Dummy()
-    with slots.acquired(third) as (slot, kept):
-        assert (slot, kept) == (first, False)
-    with slots.acquired(other) as (slot, kept):
-        assert (slot, kept) == (second, True)
+    with slots.acquired(third) as (slot, kept_ids):
+        assert (slot, kept_ids) == (first, False)
+    with slots.acquired(other) as (slot, kept_ids):
+        assert (slot, kept_ids) == (second, True)
 
 
 def test_a_slot_in_use_is_waited_for():
-    slots, one, other = Slots(1), Dummy(), Dummy()
+    slots, session, other = Slots(1), Dummy(), Dummy()
     order = []
 
     def use() -> None:
         with slots.acquired(other):
             order.append("other")
 
-    with slots.acquired(one):
+    with slots.acquired(session):
         thread = threading.Thread(target=use)
         thread.start()
         thread.join(0.05)
@@ -259,30 +265,66 @@ def test_a_tokenizer_of_another_model_is_refused(engine, file, tmp_path):
         LlamaCppEngine.from_file(spec(file), Path(file), tmp_path)
 
 
-def test_auto_takes_llama_cpp_where_it_is_enough(file):
-    config = parse_config({"members": [{"model": file, "context": 64}]}, "here")
-    assert isinstance(load_config(config, options={}).members[0].engine, LlamaCppEngine)
-    assert isinstance(load_config(config).members[0].engine, HFEngine)
+def chosen(model: str, **member: object) -> str:
+    [config] = parse_config({"members": [{"model": model, **member}]}, "here").members
+    return choose_engine(config)
+
+
+def test_auto_is_llama_cpp_for_gguf_files(file):
+    assert chosen(file) == "llamacpp"
+    assert isinstance(mixlm.load(file).members[0].engine, LlamaCppEngine)
+
+
+def test_auto_is_transformers_where_llama_cpp_is_not_installed(file, monkeypatch):
+    monkeypatch.setattr("mixlm.engines.registry.find_spec", lambda name: None)
+    assert chosen(file) == "auto"
+
+
+@pytest.mark.parametrize("member", [{"dtype": "float32"}, {"candidates": 16}, {"sampling": {"top_k": 0}}])
+def test_no_option_changes_the_engine_of_auto(file, member):
+    assert chosen(file, **member) == "llamacpp"
+
+
+def test_a_converted_model_is_no_gguf_file(file):
+    converted = resolve(file, "float32")
+    assert chosen(file) == "llamacpp"
+    assert chosen(converted.path_or_id) == "auto"
+    assert chosen(Path(converted.path_or_id).name) == "auto"
 
 
 @pytest.mark.parametrize(
     ("member", "options"),
     [
         ({}, {"top_k": 0}),
+        ({}, {"top_k": 100}),
         ({}, {"method": "greedy"}),
         ({}, {"repetition_penalty": 1.1}),
-        ({}, {"top_k": 60, "ignore_end": True}),
-        ({"dtype": "float32"}, {}),
+        ({}, {"logit_bias": {"a": 1.0}}),
+        ({}, {"score_prompt": True, "raw": True, "max_tokens": 0}),
+        ({"dtype": "bfloat16"}, {}),
         ({"device": "cuda"}, {}),
-        ({"engine": "hf"}, {}),
-        ({"candidates": 16}, {}),
+        ({"graphs": "on"}, {}),
+        ({"adapter": "somewhere"}, {}),
     ],
 )
-def test_auto_takes_transformers_where_llama_cpp_is_not_enough(file, member, options, monkeypatch):
-    taken = []
-    monkeypatch.setattr("mixlm.loading.load_engine", lambda one: taken.append(one.engine) or ToyEngine())
-    load_config(parse_config({"members": [{"model": file, **member}]}, "here"), options=options)
-    assert taken[0] in ("auto", "hf")
+def test_an_option_that_llama_cpp_cannot_compute_is_refused_with_the_remedy(file, member, options):
+    with pytest.raises(UsageError, match="engine='hf'"):
+        load_config(parse_config({"members": [{"model": file, **member}]}, "here")).generate("hi", **options)
+
+
+def test_a_router_by_prompt_is_refused_before_anything_is_loaded(file, monkeypatch):
+    monkeypatch.setattr("mixlm.loading.load_engine", None)
+    with pytest.raises(UnsupportedError, match=r"router by prompt needs every token's probability.*engine='hf'"):
+        load_config(parse_config({"members": [{"model": file}], "router": {"kind": "prompt"}}, "here"))
+
+
+def test_every_method_writes_the_text_of_one_engine(file):
+    pair = mixlm.load(file, file, dtype="float32")
+    options = {"seed": 3, "max_tokens": 12, "ignore_end": True, "top_k": 40}
+    text = pair.generate("hi", **options).text
+    assert pair.generate("hi", method="speculative", draft="lookup", **options).text == text
+    assert pair.generate("hi", method="auto", **options).text == text
+    assert pair.generate(["hi", "ho"], **options)[0].text == text
 
 
 REAL = ("smollm2-135m", "gemma-3-270m")
@@ -295,7 +337,7 @@ def real() -> Iterator[list[str]]:
         patch.delenv("MIXLM_CACHE")
         if USERS_CACHE:
             patch.setenv("MIXLM_CACHE", USERS_CACHE)
-        if not all(runs_as_gguf(one) for one in REAL):
+        if not all(runs_as_gguf(model) for model in REAL):
             pytest.skip("the GGUF files of the demo pair are not kept in the cache")
         yield list(REAL)
 
@@ -305,12 +347,12 @@ def real() -> Iterator[list[str]]:
 def test_the_demo_models_are_those_of_transformers(real):
     # The file's weights are 4-bit numbers; llama.cpp rounds what they are multiplied with, transformers does not.
     for name in real:
-        exact, one = load(EngineSpec(name, "", "float32")), load(spec(name, name=name, context=256, slots=1))
-        assert one.vocabulary.end_ids == exact.vocabulary.end_ids
-        assert one.prompts.chat([Message("user", "Hi <|im_end|> é½")]).tolist() == (
+        exact, loaded = load(EngineSpec(name, "", "float32")), load(spec(name, name=name, context=256, slots=1))
+        assert loaded.vocabulary.end_ids == exact.vocabulary.end_ids
+        assert loaded.prompts.chat([Message("user", "Hi <|im_end|> é½")]).tolist() == (
             exact.prompts.chat([Message("user", "Hi <|im_end|> é½")]).tolist()
         )
-        assert max(distance(one, exact, text) for text in TEXTS) < 0.1
+        assert max(distance(loaded, exact, text) for text in TEXTS) < 0.1
 
 
 @pytest.mark.models
@@ -319,4 +361,9 @@ def test_the_demo_pair_samples_the_exact_distribution(real):
     pair = mixlm.load(*real, engine="llamacpp", dtype="float32")
     report = check(pair, "Why is the sky blue?", samples=300)
     assert report.equal
-    assert {one.left for one in report.comparisons} == {"mixture", "conventional", "single", "speculative"}
+    assert {comparison.left for comparison in report.comparisons} == {
+        "mixture",
+        "conventional",
+        "single",
+        "speculative",
+    }

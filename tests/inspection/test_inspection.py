@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toys import END, SHARED, engine, ensemble, fixed, toys
+from toys import END, SHARED, engine, fixed, make_ensemble, toys
 
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -19,50 +19,51 @@ TEXT = b"ab c abc a b c" * 9
 
 def test_pieces_are_counted_by_their_bytes():
     # The second spells "a" twice and lacks "ab"; its own piece is "x".
-    those = ensemble([engine(SHARED), engine((b"a", b"b", b"c", b" ", b"a", b"x"))], unit="piece")
-    [pair] = compare_vocabularies(those)
+    ensemble = make_ensemble([engine(SHARED), engine((b"a", b"b", b"c", b" ", b"a", b"x"))], unit="piece")
+    [pair] = compare_vocabularies(ensemble)
     assert pair.common == 4
     assert pair.share == (4 / 6, 4 / 5)
     assert pair.distance is pair.mass is None
 
 
 def test_masses_and_distances_are_those_of_the_distributions():
-    one = fixed({b"a": 0.5, b"ab": 0.25, END: 0.25})
+    toy = fixed({b"a": 0.5, b"ab": 0.25, END: 0.25})
     other = fixed({b"a": 0.125, b"b": 0.375, b"x": 0.25, END: 0.25}, (b"a", b"b", b"c", b" ", b"x"))
-    those = ensemble([one, other], unit="piece")
-    [pair] = measure_agreement(those, TEXT, compare_vocabularies(those))
+    ensemble = make_ensemble([toy, other], unit="piece")
+    [pair] = measure_agreement(ensemble, TEXT, compare_vocabularies(ensemble))
     assert pair.mass == pytest.approx((0.75, 0.75))
     assert pair.distance == pytest.approx(0.5 * (0.375 + 0.25 + 0.375 + 0.25))
 
 
 def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundaries_alone():
     # Beside a text, each distribution is another one at every position; a plain second computation over all of them.
-    those = toys("piece", 3)
-    found = measure_agreement(those, TEXT, compare_vocabularies(those))
+    ensemble = toys("piece", 3)
+    pairs = measure_agreement(ensemble, TEXT, compare_vocabularies(ensemble))
     distributions, marks = [], []
-    for member in those.members:
+    for member in ensemble.members:
         tokens = member.engine.vocabulary.tokens
         ids = member.engine.encoder.encode(TEXT).ids
-        at, mine = 0, {}
+        place, mine = 0, {}
         for count in range(len(ids) + 1):
             logits = member.engine.table((len(tokens) - 2, *ids[:count])).astype(np.float32).astype(float)
             logits[len(tokens) - 2] = -np.inf
-            law = np.exp(logits) / np.exp(logits).sum()
-            mine[at] = {}
-            for i, probability in enumerate(law):
+            distribution = np.exp(logits) / np.exp(logits).sum()
+            mine[place] = {}
+            for i, probability in enumerate(distribution):
                 key = END if i == len(tokens) - 1 else tokens[i] or None
                 if key is not None:
-                    mine[at][key] = mine[at].get(key, 0) + probability
-            at += len(tokens[ids[count]]) if count < len(ids) else 0
+                    mine[place][key] = mine[place].get(key, 0) + probability
+            place += len(tokens[ids[count]]) if count < len(ids) else 0
         distributions.append(mine)
         marks.append({*tokens} - {b""} | {END})
-    for pair, (i, j) in zip(found, [(0, 1), (0, 2), (1, 2)], strict=True):
+    for pair, (i, j) in zip(pairs, [(0, 1), (0, 2), (1, 2)], strict=True):
         places = sorted(distributions[i].keys() & distributions[j].keys())
         assert pair.places == len(places)
         assert {0, len(TEXT)} < set(places)
         distance = [
-            sum(abs(distributions[i][at].get(u, 0) - distributions[j][at].get(u, 0)) for u in marks[i] | marks[j]) / 2
-            for at in places
+            sum(abs(distributions[i][place].get(u, 0) - distributions[j][place].get(u, 0)) for u in marks[i] | marks[j])
+            / 2
+            for place in places
         ]
         assert pair.distance == pytest.approx(np.mean(distance), abs=1e-9)
         for (a, b), mass in zip([(i, j), (j, i)], pair.mass, strict=True):
@@ -73,8 +74,8 @@ def test_positions_are_weighed_alike_and_distances_are_taken_at_common_boundarie
 
 
 def test_one_model_twice_agrees_wholly():
-    one = engine()
-    [pair] = measure_agreement(those := ensemble([one, one]), TEXT, compare_vocabularies(those))
+    toy = engine()
+    [pair] = measure_agreement(ensemble := make_ensemble([toy, toy]), TEXT, compare_vocabularies(ensemble))
     assert (pair.distance, pair.mass, pair.share) == (0, pytest.approx((1, 1)), (1, 1))
 
 
@@ -87,19 +88,19 @@ def test_forwards_are_timed_behind_a_cache_and_a_shared_engine_once(monkeypatch)
         return seen[-1]
 
     monkeypatch.setattr(ToyEngine, "session", session)
-    one = engine()
-    found = measure_costs(ensemble([one, engine(seed=2), one]), TEXT)
-    assert [cost.member for cost in found] == ["m0", "m1", "m2"]
+    toy = engine()
+    costs = measure_costs(make_ensemble([toy, engine(seed=2), toy]), TEXT)
+    assert [cost.member for cost in costs] == ["m0", "m1", "m2"]
     assert len(seen) == 2
-    assert found[0].seconds == found[2].seconds
-    assert set(found[0].seconds) == set(LENGTHS)
+    assert costs[0].seconds == costs[2].seconds
+    assert set(costs[0].seconds) == set(LENGTHS)
     timed = [(token.tokens, token.cached) for token in seen[0].stats.forwards[1::2]]
     assert timed == [(length, 128) for length in LENGTHS] * 4
 
 
 def test_a_context_too_small_to_time_is_refused():
     with pytest.raises(ConfigError, match="context length of toy is 16, too short"):
-        measure_costs(ensemble([engine(context_length=16)]), TEXT)
+        measure_costs(make_ensemble([engine(context_length=16)]), TEXT)
 
 
 def test_costs_between_and_beyond_what_was_measured_lie_on_lines():
@@ -109,14 +110,14 @@ def test_costs_between_and_beyond_what_was_measured_lie_on_lines():
 
 
 def test_speeds_follow_the_cost_model():
-    found = [
+    result = [
         ForwardCost("a", 1, {1: 0.1, 2: 0.2, 16: 0.2}),
         ForwardCost("b", 1, {1: 0.3, 2: 0.4, 16: 0.5}),
         ForwardCost("c", 1, {1: 9.0}),
     ]
     speeds = {
         (speed.method, speed.members): speed.predicted
-        for speed in predict_speeds("abc", np.array([0.5, 0.5, 0]), found)
+        for speed in predict_speeds("abc", np.array([0.5, 0.5, 0]), result)
     }
     assert speeds == {
         ("single", ("a",)): pytest.approx(10),
@@ -132,16 +133,16 @@ def test_speeds_follow_the_cost_model():
     [("piece", {"single", "conventional", "mixture"}), ("word", {"single", "mixture"}), ("byte", {"single"})],
 )
 def test_speeds_are_of_methods_that_the_unit_has(unit, methods):
-    those = ensemble([ToyEngine(), ToyEngine(seed=3)], [1, 1], unit=unit)
-    found = inspect(those)
-    assert {speed.method for speed in found.speeds} == methods
-    assert {speed.measured is not None for speed in found.speeds} == {unit != "byte"}
+    ensemble = make_ensemble([ToyEngine(), ToyEngine(seed=3)], [1, 1], unit=unit)
+    report = inspect(ensemble)
+    assert {speed.method for speed in report.speeds} == methods
+    assert {speed.measured is not None for speed in report.speeds} == {unit != "byte"}
 
 
 def test_a_member_is_described_by_what_its_engine_says():
-    one = ToyEngine(context_length=99)
-    those = ensemble([one, ToyEngine(seed=3), one], [2, 1, 1])
-    first, second, third = describe_members(those, "two <end>", {"system": "one"})
+    toy = ToyEngine(context_length=99)
+    ensemble = make_ensemble([toy, ToyEngine(seed=3), toy], [2, 1, 1])
+    first, second, third = describe_members(ensemble, "two <end>", {"system": "one"})
     assert (first.name, first.weight, first.rows, first.pieces, first.control) == ("m0", 0.5, 276, 274, 2)
     assert first.ends == {"<end>": 275}
     assert first.prompt == "<begin>system: one\nuser: two <end>\n"
@@ -152,17 +153,17 @@ def test_a_member_is_described_by_what_its_engine_says():
 
 
 def test_what_is_not_possible_has_the_reason_it_is_refused_with():
-    those = toys("piece", 2)
-    found = {item.name: item for item in check_feasibility(those, {"temperature": 0.0})}
+    ensemble = toys("piece", 2)
+    items = {item.name: item for item in check_feasibility(ensemble, {"temperature": 0.0})}
     with pytest.raises(UnsupportedError) as refused:
-        Ensemble(those.members, unit="token")
-    assert (found["token"].possible, found["token"].reason) == (False, str(refused.value))
+        Ensemble(ensemble.members, unit="token")
+    assert (items["token"].possible, items["token"].reason) == (False, str(refused.value))
     with pytest.raises(UnsupportedError) as refused:
-        those.context(those.settings(temperature=0.0))
-    assert (found["mixture"].possible, found["mixture"].reason) == (False, str(refused.value))
-    assert found["piece"].possible
-    assert found["greedy"].possible
-    assert found["single"].possible
+        ensemble.context(ensemble.settings(temperature=0.0))
+    assert (items["mixture"].possible, items["mixture"].reason) == (False, str(refused.value))
+    assert items["piece"].possible
+    assert items["greedy"].possible
+    assert items["single"].possible
     assert all(item.possible for item in check_feasibility(toys("token", 2), {}))
 
 
@@ -172,16 +173,16 @@ def words() -> Ensemble:
 
 def test_a_whole_inspection():
     seen = []
-    found = inspect(words(), progress=lambda label, done, total: seen.append((label, done, total)))
-    assert [member.name for member in found.members] == ["m1", "m2"]
-    assert found.text_bytes > 500
-    assert len(found.costs) == 2
-    assert [speed.method for speed in found.speeds] == ["single", "single", "conventional", "mixture"]
-    assert all(speed.measured for speed in found.speeds)
+    report = inspect(words(), progress=lambda label, done, total: seen.append((label, done, total)))
+    assert [member.name for member in report.members] == ["m1", "m2"]
+    assert report.text_bytes > 500
+    assert len(report.costs) == 2
+    assert [speed.method for speed in report.speeds] == ["single", "single", "conventional", "mixture"]
+    assert all(speed.measured for speed in report.speeds)
     assert {label for label, _, _ in seen} >= {"reading the sample text", "timing forward passes", "mixture"}
-    form = found.as_dict()
+    form = report.as_dict()
     assert form["members"][0]["ends"] == {"<end>": 275}
-    assert form["pairs"][0]["distance"] == found.pairs[0].distance
+    assert form["pairs"][0]["distance"] == report.pairs[0].distance
 
 
 def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
@@ -189,24 +190,24 @@ def test_nothing_runs_when_nothing_is_to_be_measured(monkeypatch):
         raise AssertionError("a model was run")
 
     monkeypatch.setattr("mixlm.engines.toy.ToySession.forward", fail)
-    found = inspect(words(), measure=False)
-    assert found.pairs[0].common == 274
-    assert (found.costs, found.speeds, found.text_bytes) == ((), (), 0)
+    report = inspect(words(), measure=False)
+    assert report.pairs[0].common == 274
+    assert (report.costs, report.speeds, report.text_bytes) == ((), (), 0)
 
 
-def test_members_that_tell_no_whole_distribution_are_not_measured():
-    those = words()
-    those.members[1].engine.top_k_limit = 64
-    found = inspect(those)
-    assert (
-        found.unmeasured == "m2 returns only its most likely tokens, so agreement and forward passes are not measured"
-    )
-    assert (found.costs, found.speeds, found.pairs[0].distance) == ((), (), None)
+def test_agreement_is_not_measured_where_distributions_are_partial():
+    ensemble = words()
+    ensemble.members[1].engine.top_k_limit = 64
+    report = inspect(ensemble)
+    assert report.unmeasured == "agreement is not measured, since only the most likely tokens are known of m2"
+    assert (report.text_bytes, report.pairs[0].distance) == (0, None)
+    assert [cost.member for cost in report.costs] == ["m1", "m2"]
+    assert report.speeds
 
 
 def test_a_method_that_cannot_be_run_is_not_measured():
-    found = inspect(words(), options={"temperature": 0.0})
-    assert all(speed.predicted and speed.measured is None for speed in found.speeds)
+    report = inspect(words(), options={"temperature": 0.0})
+    assert all(speed.predicted and speed.measured is None for speed in report.speeds)
 
 
 def test_a_long_text_is_read_at_its_beginning():
@@ -214,33 +215,33 @@ def test_a_long_text_is_read_at_its_beginning():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [({"text": " \n"}, "sample text is empty"), ({"question": ""}, "question")]
+    ("value", "message"), [({"text": " \n"}, "sample text is empty"), ({"question": ""}, "question")]
 )
-def test_what_is_empty_is_refused(given, message):
+def test_what_is_empty_is_refused(value, message):
     with pytest.raises(ConfigError, match=message):
-        inspect(words(), **given)
+        inspect(words(), **value)
 
 
 def test_a_text_longer_than_a_context_is_refused():
-    those = Ensemble([MemberSpec(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
+    ensemble = Ensemble([MemberSpec(ToyEngine(seed=i, context_length=50), f"m{i}") for i in (1, 2)])
     with pytest.raises(ConfigError, match=r"the sample text has \d+ tokens for toy, whose context length is 50"):
-        inspect(those)
+        inspect(ensemble)
 
 
 @pytest.mark.models
 def test_the_demo_pair(demo_pair):
-    found = inspect(demo_pair, text="The river turns under the old bridge.\n\ndef main():\n    return 0\n")
-    smollm, gemma = found.members
+    report = inspect(demo_pair, text="The river turns under the old bridge.\n\ndef main():\n    return 0\n")
+    smollm, gemma = report.members
     assert (smollm.rows, gemma.rows) == (49152, 262144)
     assert (smollm.reading["family"], gemma.reading["family"]) == ("byte-level", "SentencePiece")
     assert (smollm.reading["template"], gemma.reading["template"]) == ("its own", "plain")
     assert list(smollm.ends) == ["<|im_end|>"]
     assert smollm.prompt.endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
     assert gemma.prompt == "<bos>Question: Why is the sky blue?\nAnswer:"
-    [pair] = found.pairs
+    [pair] = report.pairs
     assert 45_000 < pair.common < 47_000
     assert min(pair.mass) > 0.9
     assert 0.1 < pair.distance < 0.8
-    assert found.weights_bytes == smollm.weights_bytes + gemma.weights_bytes
-    possible = {item.name: item.possible for item in found.possibilities}
+    assert report.weights_bytes == smollm.weights_bytes + gemma.weights_bytes
+    possible = {item.name: item.possible for item in report.possibilities}
     assert (possible["token"], possible["piece"], possible["mixture"]) == (False, True, True)

@@ -30,7 +30,7 @@ class _Commands(LazyGroup):
         "score": "Score text: bits per byte and log-probability under each member and the mixture.",
         "fit": "Fit the weights, or a router, to text.",
         "eval": "Evaluate methods on tasks, and compare them on the same questions.",
-        "models": "List the models, or fetch one.",
+        "models": "List, fetch or remove models.",
     }
     sources: ClassVar = {
         **{name: f"mixlm.cli.{name}:{name}" for name in texts if name != "eval"},

@@ -1,23 +1,26 @@
 """`mixlm generate --input … --output …`: completions of a file of prompts, written as they finish, and resumable.
 
-Each line of the output is one completion with the key of its request (prompt, options, members). A second run skips
-the requests that are done, and refuses a file that was written with other settings.
+Each line of the output is one completion: the keys of its input line but for the prompt, such as an id; the key of its
+request (prompt, options, members, engines); and under "run", what made it. A second run skips the requests that are
+done, and refuses a file that was written with other settings. On standard output there is nothing to continue.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mixlm.cli.display import dim
+from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
-from mixlm.errors import ConfigError, UsageError
+from mixlm.core.options import OPTIONS
+from mixlm.errors import ConfigError, UsageError, did_you_mean
 from mixlm.resumable_log import ResumableLog, exclusive
 from mixlm.terminal import progress_bars
+from mixlm.version import __version__
 
 if TYPE_CHECKING:
     from mixlm.core.options import Options
@@ -33,7 +36,7 @@ class PromptFile:
 
     Args:
         input: The prompts, JSON Lines; "-" is standard input.
-        output: The completions, JSON Lines.
+        output: The completions, JSON Lines; "-" is standard output.
         batch_size: The number of completions generated together.
     """
 
@@ -41,7 +44,7 @@ class PromptFile:
     output: Path
     batch_size: int
 
-    def prompts(self) -> list[Prompt]:
+    def records(self) -> list[PromptRecord]:
         """Read the prompts.
 
         Raises:
@@ -50,58 +53,134 @@ class PromptFile:
         """
         if self.batch_size < 1:
             raise ConfigError(f"--batch is {self.batch_size}; it must be 1 or more")
-        check_writable("--output", self.output)
+        if not self._to_stdout:
+            check_writable("--output", self.output)
         [(name, text)] = read_texts([self.input]).items()
         if name != STDIN and self.input.resolve() == self.output.resolve():
             raise UsageError(f"--input and --output are both {self.input}", "name another file for the completions")
-        return [_prompt(name, number, record) for number, record in json_lines(name, text, _RECORD)]
+        return [_read_record(name, number, record) for number, record in json_lines(name, text, _RECORD)]
 
-    def run(self, ensemble: Ensemble, prompts: Sequence[Prompt], options: Options) -> int:
+    def run(self, ensemble: Ensemble, records: Sequence[PromptRecord], options: Options) -> int:
         """Generate the missing completions. Returns the exit code: 1 if a prompt failed."""
         settings = ensemble.settings(**options)
+        fixed = {name: value for name, value in options.items() if name != "seed"}
         request = {
-            "options": {name: value for name, value in options.items() if name != "seed"},
+            "options": fixed,
             "method": settings.method,
             "unit": ensemble.unit.name,
             "system": settings.system,
             "members": ensemble.names,
             "weights": ensemble.weights.tolist(),
+            "engines": [[member.engine.backend, member.engine.details.get("dtype")] for member in ensemble.members],
         }
-        keys = [_key({**request, "prompt": _plain(prompt), "number": i}) for i, prompt in enumerate(prompts)]
+        run = {
+            "mixlm": __version__,
+            "engines": engines_by_member(ensemble),
+            "weights": dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
+            "method": settings.method,
+            "unit": ensemble.unit.name,
+            "options": fixed,
+        }
+        keys = [_key({**request, "prompt": _plain(record.prompt), "number": i}) for i, record in enumerate(records)]
+        if self._to_stdout:
+            return self._generate(ensemble, records, {"seed": settings.seed, **options}, keys, run, None)
         with exclusive(self.output):
             log = ResumableLog(self.output, index="number", key="key", result="seed")
             for i in log.records:
                 log.get(i, keys[i] if i in range(len(keys)) else "")
-            done = set(log.records)
             seed = next((record["seed"] for record in reversed(log.records.values())), settings.seed)
-            options = cast("Options", {"seed": seed, **options})
-            if done:
-                dim(f"{len(done)} of {len(prompts)} are in {self.output}; continuing with the rest")
-            failed = 0
-            with progress_bars(single=True) as show:
-                if show is not None:
-                    show("completions", len(done), len(prompts))
-                missing = [(i, prompt) for i, prompt in enumerate(prompts) if i not in done]
-                generations = ensemble.numbered_generations(missing, at_once=self.batch_size, **options)
-                for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
-                    if generation.error is not None:
-                        failed += 1
-                        dim(f"prompt {i + 1}: {generation.error}")
-                        continue
-                    fields = generation.completion.as_dict()
-                    fields.pop("tokens", None)
+            if "seed" in options and seed != options["seed"]:
+                raise ConfigError(
+                    f"{self.output} was written with seed {seed}, and --seed is {options['seed']}",
+                    "leave --seed out to continue it, or name another file",
+                )
+            if log.records:
+                dim(f"{len(log.records)} of {len(records)} are in {self.output}; continuing with the rest")
+            return self._generate(ensemble, records, {"seed": seed, **options}, keys, run, log)
+
+    @property
+    def _to_stdout(self) -> bool:
+        return str(self.output) == "-"
+
+    def _generate(
+        self,
+        ensemble: Ensemble,
+        records: Sequence[PromptRecord],
+        options: Mapping[str, Any],
+        keys: Sequence[str],
+        run: Mapping[str, Any],
+        log: ResumableLog | None,
+    ) -> int:
+        """Generate what is not in the log, and write it as it finishes. Returns the exit code."""
+        done = set() if log is None else set(log.records)
+        missing = [(i, record.prompt) for i, record in enumerate(records) if i not in done]
+        failed = 0
+        with progress_bars(single=True) as show:
+            if show is not None:
+                show("completions", len(done), len(records))
+            generations = ensemble.numbered_generations(missing, at_once=self.batch_size, **cast("Options", options))
+            for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
+                if generation.error is not None:
+                    failed += 1
+                    dim(f"prompt {i + 1}: {generation.error}")
+                    continue
+                fields = {**records[i].extra, **generation.completion.as_dict(), "run": run}
+                fields.pop("tokens", None)
+                if log is None:
+                    print_json({"number": i, "key": keys[i], **fields}, indent=None)
+                else:
                     log.add(i, keys[i], fields)
-                    if show is not None:
-                        show("completions", finished, len(prompts))
+                if show is not None:
+                    show("completions", finished, len(records))
         if failed:
-            dim(f"{failed} of {len(prompts)} failed; run the same command again to retry them")
+            again = "" if log is None else "; run the same command again to retry them"
+            dim(f"{failed} of {len(records)} failed{again}")
         return 1 if failed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A line of the input.
+
+    Attributes:
+        prompt: The prompt or the conversation.
+        extra: The other keys of the line, which its output line has too.
+    """
+
+    prompt: Prompt
+    extra: Mapping[str, Any]
+
+
+# Keys of output lines; an input line may not have them.
+_OUTPUT_KEYS = ("number", "key", "run", "text", "tokens", "seed", "finish_reason", "usage")
+
+
+def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord:
+    """Return what one line says."""
+    extra = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
+    for key in extra:
+        if key in OPTIONS:
+            reason = f"{key!r} is an option, and all prompts of a run have the same"
+            hint = f"give it once, as an option of mixlm generate{_flag(key)}"
+            raise ConfigError(f"{name}, line {number}: {reason}", hint)
+        if key in _OUTPUT_KEYS:
+            raise ConfigError(
+                f"{name}, line {number}: {key!r} is a key of the output, whose lines have those of the input too",
+                "give it another name",
+            )
+    if ("prompt" in record) == ("messages" in record):
+        near = did_you_mean(next(iter(extra)), ("prompt", "messages")) if len(extra) == 1 else None
+        error = line_error(name, number, 'it needs either "prompt" or "messages"', _RECORD)
+        raise ConfigError(error.message, near) if near else error
+    return PromptRecord(_prompt(name, number, record), extra)
+
+
+def _flag(option: str) -> str:
+    return "" if OPTIONS[option].panel is None else f": --{option.replace('_', '-')}"
 
 
 def _prompt(name: str, number: int, record: dict[str, Any]) -> Prompt:
     """Return the prompt of one line."""
-    if ("prompt" in record) == ("messages" in record):
-        raise line_error(name, number, 'it needs either "prompt" or "messages"', _RECORD)
     if "prompt" in record:
         prompt = record["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():

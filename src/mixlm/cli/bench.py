@@ -48,7 +48,9 @@ OutputOption = Annotated[
 ]
 
 
-@with_shared
+@with_shared(
+    unused=("method", "max_tokens", "stop"), reason="it measures --methods, for --tokens tokens whatever they are"
+)
 def bench(
     shared: Shared,
     tokens: TokensOption = 64,

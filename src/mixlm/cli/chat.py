@@ -9,28 +9,36 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from mixlm.cli.display import Display, dim, print_json
+from mixlm.cli.conversation import Conversation
+from mixlm.cli.display import completion_fields, dim, print_json
 from mixlm.cli.errors import say
 from mixlm.cli.inputs import STDIN, decode
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
-from mixlm.errors import MixlmError, PromptTooLongError, did_you_mean
+from mixlm.errors import MixlmError, PromptTooLongError, UsageError, did_you_mean
 from mixlm.terminal import has_colours, is_terminal
 
 if TYPE_CHECKING:
-    from mixlm.chat import Chat
+    from mixlm.chat import ChatGeneration
 
 _COMMANDS = {
     "/help": "show this list",
+    "/retry": "another completion of the last message",
     "/reset": "start a new conversation",
+    "/weights": "show the members' weights, or set them: /weights 0.7,0.3",
+    "/system": "set the system message: /system Be brief. Without a text, remove it",
+    "/seed": "set the seed: /seed 7",
+    "/save": "write the conversation to a new file: /save chat.jsonl",
     "/exit": "end the chat; so do Ctrl-D, and Ctrl-C while nothing is being generated",
 }
 _PROMPT = "> "
+_MORE = ". "
+_QUOTES = '"""'
 # A Ctrl-C within this many seconds after a completion was meant to stop that completion.
 _GRACE = 1.0
 
 
-@with_shared
+@with_shared()
 def chat(
     shared: Shared,
     as_json: Annotated[
@@ -39,43 +47,77 @@ def chat(
 ) -> int:
     """Chat with an ensemble.
 
-    Ctrl-C stops a completion; /help lists the commands. From a pipe, each line is a message.
+    Ctrl-C stops a completion; /help lists the commands. A message of several lines stands between lines that begin and
+    end with three double quotes. From a pipe, each line is a message.
     """
     options = shared.options()
-    ensemble = open_ensemble(shared, options, whole=False)
-    display = Display(ensemble, ensemble.settings(**options).method)
+    conversation = Conversation(open_ensemble(shared, options, one_method=True), options)
     if not as_json:
-        display.legend()
+        conversation.display().legend()
     if is_terminal(sys.stdin):
         dim("/help lists the commands; Ctrl-C stops a completion")
-    conversation = ensemble.chat(**options)
     ended = -_GRACE
-    while (line := _read(ended)) is not None:
-        command = _command(line)
-        if command == "/exit":
-            break
-        if command == "/reset":
-            conversation = ensemble.chat(**options)
-            dim("a new conversation")
-        elif command is not None:
-            _help(command)
-        elif line.strip():
-            try:
-                _complete(conversation, line, display, as_json=as_json)
-            except MixlmError as error:
-                # A script learns of it from the exit code; at a terminal the conversation can continue.
-                if not is_terminal(sys.stdin):
-                    raise
-                hint = "/reset starts a new conversation" if isinstance(error, PromptTooLongError) else error.hint
-                say(f"mixlm: error: {error.message}" + (f"\nhint: {hint}" if hint else ""))
-            ended = time.monotonic()
+    while (message := _read(ended)) is not None:
+        try:
+            command, argument = _command(message)
+            if command == "/exit":
+                _no_argument(command, argument)
+                break
+            if command is not None:
+                _run(conversation, command, argument, as_json=as_json)
+                if command == "/retry":
+                    ended = time.monotonic()
+            elif message.strip():
+                # A message may begin with a slash; a second one tells it from a command.
+                text = message.removeprefix("/") if message.startswith("//") else message
+                _complete(conversation, conversation.send(text), as_json=as_json)
+                ended = time.monotonic()
+        except MixlmError as error:
+            # A script learns of it from the exit code; at a terminal the conversation can continue.
+            if not is_terminal(sys.stdin):
+                raise
+            hint = "/reset starts a new conversation" if isinstance(error, PromptTooLongError) else error.hint
+            say(f"mixlm: error: {error.message}" + (f"\nhint: {hint}" if hint else ""))
     return 0
 
 
-def _complete(conversation: Chat, line: str, display: Display, *, as_json: bool) -> None:
+def _run(conversation: Conversation, command: str, argument: str, *, as_json: bool) -> None:
+    """Run a command. Raises UsageError for an unknown one, or an argument that it does not take."""
+    takes_text = {
+        "/weights": conversation.set_weights,
+        "/system": conversation.set_system,
+        "/seed": conversation.set_seed,
+        "/save": conversation.save,
+    }
+    if command not in _COMMANDS:
+        raise UsageError(
+            f"there is no command {command}",
+            did_you_mean(command, _COMMANDS) or "/help lists them; a message that begins with a slash begins with two",
+        )
+    if command in takes_text:
+        dim(takes_text[command](argument))
+        return
+    _no_argument(command, argument)
+    if command == "/help":
+        for name, text in _COMMANDS.items():
+            dim(f"{name:<9} {text}")
+        dim(f"{_QUOTES} begins a message of several lines, and ends it; // begins a message that begins with a slash")
+    elif command == "/reset":
+        conversation.reset()
+        dim("a new conversation")
+    else:
+        _complete(conversation, conversation.retry(), as_json=as_json)
+
+
+def _no_argument(command: str, argument: str) -> None:
+    if argument:
+        raise UsageError(f"{command} takes no argument, and has {argument!r}", f"write {command} alone")
+
+
+def _complete(conversation: Conversation, generation: ChatGeneration, *, as_json: bool) -> None:
     """Generate one completion. Ctrl-C stops it; the text so far stays in the history."""
+    display = conversation.display()
     stopped = False
-    generation = conversation.stream(line)
     try:
         for token in generation:
             if not as_json:
@@ -86,7 +128,7 @@ def _complete(conversation: Chat, line: str, display: Display, *, as_json: bool)
         if not as_json:
             display.end()
     if as_json:
-        print_json(generation.completion.as_dict(), indent=None)
+        print_json(completion_fields(conversation.ensemble, generation.completion), indent=None)
         return
     if stopped:
         dim("stopped")
@@ -100,7 +142,8 @@ def _read(ended: float) -> str | None:
         ended: When the last completion ended, by `time.monotonic`. Ctrl-C right after it returns an empty message.
     """
     try:
-        return _line()
+        line = _line(_PROMPT)
+        return _block(line) if line.lstrip().startswith(_QUOTES) else line
     except EOFError:
         stay = False
     except KeyboardInterrupt:
@@ -110,7 +153,21 @@ def _read(ended: float) -> str | None:
     return "" if stay else None
 
 
-def _line() -> str:
+def _block(line: str) -> str:
+    """Return the message that a line with three quotes begins. Raises UsageError if the input ends within it."""
+    lines = [line.lstrip().removeprefix(_QUOTES)]
+    while not lines[-1].rstrip().endswith(_QUOTES):
+        try:
+            lines.append(_line(_MORE))
+        except EOFError:
+            raise UsageError(
+                f"the input ends within a message that {_QUOTES} begins", f"end it with {_QUOTES}"
+            ) from None
+    lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+    return "\n".join(lines).strip("\n")
+
+
+def _line(prompt: str) -> str:
     """Return one line of standard input. Raises EOFError at its end."""
     if not is_terminal(sys.stdin):
         if sys.stdin is None or not (data := sys.stdin.buffer.readline()):
@@ -118,25 +175,21 @@ def _line() -> str:
         return decode(STDIN, data).removesuffix("\n").removesuffix("\r")
     if not is_terminal(sys.stdout):
         # Stdout is for the completions only.
-        print(_PROMPT, end="", file=sys.stderr, flush=True)
+        print(prompt, end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             raise EOFError
         return line.removesuffix("\n")
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` editing and a history
     # \1 and \2 tell readline which characters have no width.
-    return input(f"\1\x1b[1m\2{_PROMPT}\1\x1b[0m\2" if has_colours(sys.stdout) else _PROMPT)
+    return input(f"\1\x1b[1m\2{prompt}\1\x1b[0m\2" if has_colours(sys.stdout) else prompt)
 
 
-def _command(line: str) -> str | None:
-    """Return the line if it is a command: a slash and one word of letters. Anything else is a message."""
-    word = line.strip()
-    return word if word.startswith("/") and word[1:].isalpha() else None
+def _command(message: str) -> tuple[str | None, str]:
+    """Return a command and its argument; None for a message.
 
-
-def _help(command: str) -> None:
-    if command != "/help":
-        dim(f"there is no command {command}; {did_you_mean(command, _COMMANDS) or '/help lists them'}")
-        return
-    for name, text in _COMMANDS.items():
-        dim(f"{name:<8} {text}")
+    A command is a line whose first word begins with a slash, and has no other: /usr/bin is a message.
+    """
+    word, *argument = message.strip().split(None, 1) or [""]
+    is_command = word.startswith("/") and "/" not in word[1:] and "\n" not in message
+    return (word, "".join(argument)) if is_command else (None, "")

@@ -23,7 +23,9 @@ _HEADS = ("comparison", "symbol", "distance", "expected", "p-value", "verdict")
 _NUMBERS = frozenset(("symbol", "distance", "expected", "p-value"))
 
 
-@with_shared
+@with_shared(
+    unused=("method", "max_tokens", "stop", "draft"), reason="it tests the first symbols of every method and its drafts"
+)
 def check(
     shared: Shared,
     prompt: Annotated[str, Argument(help="The prompt.", show_default=False)] = _PROMPT,

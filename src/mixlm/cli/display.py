@@ -91,14 +91,31 @@ class Display:
 
     def figures(self, completion: Completion) -> None:
         """Show the statistics of a completion in one line."""
-        dim(figures(completion))
+        dim(figures(completion, engines_text(self._ensemble)))
 
     def _paint(self, text: str, member: str, stream: IO[str]) -> str:
         return styled(text, self._styles[member], stream) if self._colours else text
 
 
-def figures(completion: Completion) -> str:
-    """Return statistics in one line: speed, each member's share of the tokens and forward passes, the seed."""
+def engines_by_member(ensemble: Ensemble) -> dict[str, str]:
+    """Return what runs each member, by the member's name."""
+    return {member.name: member.engine.backend for member in ensemble.members}
+
+
+def engines_text(ensemble: Ensemble) -> str:
+    """Return what runs the members: one name where it is the same for all."""
+    engines = engines_by_member(ensemble)
+    names = set(engines.values())
+    return names.pop() if len(names) == 1 else ", ".join(f"{name} in {engine}" for name, engine in engines.items())
+
+
+def completion_fields(ensemble: Ensemble, completion: Completion) -> dict[str, Any]:
+    """Return the JSON form of a completion, with what ran each member."""
+    return {**completion.as_dict(), "engines": engines_by_member(ensemble)}
+
+
+def figures(completion: Completion, engines: str) -> str:
+    """Return statistics in one line: speed, each member's share of the tokens and forward passes, engines, the seed."""
     usage = completion.usage
     parts = [f"{usage.tokens} token{'' if usage.tokens == 1 else 's'}"]
     if completion.finish_reason == "length":
@@ -112,4 +129,4 @@ def figures(completion: Completion) -> str:
         parts.append(f"{usage.accepted} of {usage.drafted} drafts accepted")
     if usage.chosen:
         parts.append(f"auto: {usage.chosen}")
-    return " · ".join([*parts, f"seed {completion.seed}"])
+    return " · ".join([*parts, engines, f"seed {completion.seed}"])

@@ -11,7 +11,7 @@ from mixlm.cli.display import dim, print_json
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_table
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _METHODS = ("mixture", "conventional", "single")
 _DIFFERENCES = ("task", "comparison", "difference", "95 % interval", "p-value", "questions", "better", "worse")
 
 
-@with_shared
+@with_shared()
 def evaluate(
     shared: Shared,
     tasks: Annotated[
@@ -89,6 +89,8 @@ def evaluate(
         raise ConfigError(f"--limit is {limit}; it must be 1 or more")
     if batch < 1:
         raise ConfigError(f"--batch is {batch}; it must be 1 or more")
+    if methods is not None and shared.method is not None:
+        raise UsageError("--method and --methods are both given", "omit --method")
     names = _names("--methods", methods) if methods is not None else (shared.method or ",".join(_METHODS)).split(",")
     options: dict[str, Any] = {**shared.options()}
     first = options.pop("seed", 0)

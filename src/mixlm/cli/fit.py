@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
-from mixlm.cli.display import dim, print_json
+from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mixlm.fitting.study import FitStudy
 
 
-@with_shared
+@with_shared()
 def fit(
     shared: Shared,
     files: Annotated[
@@ -94,6 +94,7 @@ def fit(
             "--out", "DIR", "Save answers in this folder; an interrupted run resumes. Default: fit-results/TASK."
         ),
     ] = None,
+    force: Annotated[bool, Option("--force", help="Overwrite the files of --output and --router.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
     no_cache: Annotated[bool, Option("--no-cache", help="Score the texts again, without the cache of scores.")] = False,
 ) -> int:
@@ -105,15 +106,16 @@ def fit(
     """
     accuracy_options = AccuracyOptions(accuracy, limit, seeds, data, out)
     accuracy_options.check()
-    refuse_generation_options(shared, "fit", allowed=("method", "system", *(shared.options() if accuracy else ())))
+    written = ("method",) if output is not None or accuracy is not None else ()
+    refuse_generation_options(shared, "fit", allowed=(*written, "system", *(shared.options() if accuracy else ())))
     config = shared.config()
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step)
     if prompt_bytes < 0:
         raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 means no prompts")
-    check_writable("--output", output)
-    check_writable("--router", router)
+    check_writable("--output", output, force=force)
+    check_writable("--router", router, force=force)
     texts = read_texts(files)
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = accuracy_options.load(shared)
@@ -134,7 +136,8 @@ def fit(
     if task is not None:
         report = accuracy_options.measure(task, ensemble, result, shared, step=step, holdout=holdout)
     if as_json:
-        print_json({**result.as_dict(engines), **({} if report is None else {"accuracy": report.as_dict()})})
+        pays = {"pays": _pays(result), "engines": engines_by_member(ensemble)}
+        print_json({**result.as_dict(engines), **pays, **({} if report is None else {"accuracy": report.as_dict()})})
     else:
         _show(result, engines)
         if report is not None:
@@ -145,6 +148,9 @@ def fit(
 
 
 def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None) -> None:
+    from mixlm.loading import check_full_distributions
+
+    check_full_distributions(config, "mixlm fit")
     if len(config.members) < 2:
         raise ConfigError(
             "a single member has weight 1, so there is nothing to fit", "name two or more members with -m"
@@ -230,8 +236,28 @@ def _show_check(result: FitStudy) -> None:
         where = f"{size} held-out bytes; all weights, including those in files, are fitted to the other part"
     print_lines(f"Bits per byte on {where}. The best single member is {result.best_member.name}.")
     rows_by_name = {row.name: row.all for row in result.rows}
+    best_name = result.best_member.name
+    if _pays(result):
+        print_lines("The fitted mixture is better than every member here.")
+    elif result.held_out:
+        print_lines(
+            f"The fitted mixture is not better than {best_name} alone on text that it was not fitted to: use "
+            f"{best_name} alone, try other members, or fit to more text of the kind that you need."
+        )
+    else:
+        print_lines(
+            f"The fitted mixture is not better than {best_name} alone: use {best_name} alone, or other members."
+        )
+    if not result.held_out:
+        print_lines("Nothing was held out, so this shows the fit, not what it is worth on other text: see --holdout.")
     if result.router is not None and result.held_out and rows_by_name["router"] > rows_by_name["EM"]:
         print_lines("The router is worse than fixed weights here; more text, or more kinds of text, may help.")
+
+
+def _pays(result: FitStudy) -> bool:
+    """Whether the weights by EM are better than the best member, on the held-out text if there is some."""
+    em = next(row for row in result.rows if row.name == "EM")
+    return em.all < result.best_member.all
 
 
 def _show_costs(result: FitStudy, engines: int) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, Option
 
 from mixlm.cli.batch import PromptFile
-from mixlm.cli.display import Display, print_json
-from mixlm.cli.inputs import STDIN, decode, input_is_piped, read_texts
+from mixlm.cli.display import Display, completion_fields, print_json
+from mixlm.cli.inputs import STDIN, decode, input_is_piped, piped_text, read_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.errors import ConfigError, UsageError
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 _EXAMPLE = 'such as: mixlm generate "Why is the sky blue?"'
 
 
-@with_shared
+@with_shared()
 def generate(
     shared: Shared,
     prompt: Annotated[
-        str | None, Argument(help="The prompt. Omit it, or write '-', to read standard input.", show_default=False)
+        str | None,
+        Argument(
+            help="The prompt. Omit it, or write '-', to read standard input; text that is piped in stands before it.",
+            show_default=False,
+        ),
     ] = None,
     input: Annotated[
         Path | None,
@@ -42,13 +46,20 @@ def generate(
         Option(
             "--output",
             metavar="FILE",
-            help="Write the completions of --input here, one JSON object per line. If the file exists, continue it.",
+            help="Write the completions of --input here, one JSON object per line; '-' is standard output. If the file"
+            " exists, continue it.",
             show_default=False,
         ),
     ] = None,
     batch: Annotated[
-        int, Option("--batch", metavar="N", help="With --input: the number of completions generated together.")
-    ] = 16,
+        int | None,
+        Option(
+            "--batch",
+            metavar="N",
+            help="With --input: the number of completions generated together. Default: 16.",
+            show_default=False,
+        ),
+    ] = None,
     raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the completion and its usage as one JSON object.")] = False,
     alternatives: Annotated[
@@ -102,20 +113,25 @@ def generate(
         extra["json_schema"] = _schema(json_schema)
     if input is not None or output is not None:
         if input is None or output is None:
-            raise UsageError("--input and --output go together", "name a file of prompts and one for the completions")
+            raise UsageError(
+                "--input and --output go together",
+                "name a file of prompts and one for the completions; '-' is standard input, or output",
+            )
         if prompt is not None or as_json:
             unwanted = "prompt" if prompt is not None else "--json"
             raise UsageError(f"--input takes no {unwanted}", "prompts and completions are in files")
-        file = PromptFile(input, output, batch)
-        prompts = file.prompts()
+        file = PromptFile(input, output, 16 if batch is None else batch)
+        records = file.records()
         options = cast("Options", {**shared.options(), **extra})
-        return file.run(open_ensemble(shared, options), prompts, options)
+        return file.run(open_ensemble(shared, options, one_method=True), records, options)
+    if batch is not None:
+        raise UsageError("--batch is given without --input", "omit it, or name a file of prompts")
     text = _text(prompt, raw)
     options = cast("Options", {**shared.options(), **extra, **reported})
-    ensemble = open_ensemble(shared, options, whole=False)
+    ensemble = open_ensemble(shared, options, one_method=True)
     generation = ensemble.stream(text, **options)
     if as_json:
-        print_json(generation.finish().as_dict())
+        print_json(completion_fields(ensemble, generation.finish()))
         return 0
     display = Display(ensemble, ensemble.settings(**options).method)
     display.legend()
@@ -153,13 +169,19 @@ def _biases(values: list[str]) -> dict[str | int, float]:
 
 
 def _text(prompt: str | None, raw: bool) -> str:
-    """Return the prompt. Removes the newline that ends a message on standard input; `raw` keeps it."""
+    """Return the prompt, behind the text that is piped in.
+
+    Removes the newline that ends a message on standard input; `raw` keeps it.
+    """
     if prompt is None and not input_is_piped():
         raise UsageError("there is no prompt", f"give one as an argument or on standard input, {_EXAMPLE}")
     if prompt is None or prompt == "-":
         prompt = decode(STDIN, sys.stdin.buffer.read())
         if not raw:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
+    elif piped := piped_text():
+        ending = "" if piped.endswith("\n") else "\n"
+        prompt = f"{piped}{ending}\n{prompt}"
     if not raw and not prompt.strip():
         raise ConfigError("the prompt is empty", f"write something, {_EXAMPLE}")
     return prompt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import stat
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from mixlm.cli.display import dim
 from mixlm.cli.options import Shared
 from mixlm.errors import ConfigError, UsageError, did_you_mean
-from mixlm.terminal import progress_bars
+from mixlm.terminal import is_terminal, progress_bars, visible
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
+    from mixlm.scoring.passages import Before
     from mixlm.scoring.scores import Scores
 
 EndsOption = Annotated[
@@ -29,12 +33,34 @@ EndsOption = Annotated[
     ),
 ]
 STDIN = "standard input"
+# Seconds after which a wait for standard input is explained.
+_PATIENCE = 2.0
 _PAIR = '{"prompt": "…", "answer": "…"}'
 
 
 def input_is_piped() -> bool:
     """Whether standard input comes from a file or another program, not from a keyboard."""
     return sys.stdin is not None and not sys.stdin.isatty()
+
+
+def piped_text() -> str:
+    """Return what another program or a file sends to standard input, "" if neither is there.
+
+    Raises:
+        ConfigError: It is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except ValueError:  # a stream in memory
+        return decode(STDIN, sys.stdin.buffer.read())
+    if not stat.S_ISFIFO(mode) and not stat.S_ISREG(mode):
+        return ""
+    if not select.select([sys.stdin], [], [], _PATIENCE)[0]:
+        # Whoever started this program may have left a pipe open that nobody writes to.
+        dim("reading standard input, which is a pipe; to use the prompt alone, add: < /dev/null")
+    return decode(STDIN, sys.stdin.buffer.read())
 
 
 def decode(name: str, data: bytes) -> str:
@@ -44,7 +70,7 @@ def decode(name: str, data: bytes) -> str:
         ConfigError: The data is not UTF-8; the message starts with `name`.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}", "convert it first"
@@ -142,6 +168,7 @@ def score_texts(
     *,
     ends: bool | None,
     system: str | None,
+    before: Before = "begin",
 ) -> dict[str, Scores]:
     """Score every text under every member, and show the progress.
 
@@ -152,6 +179,7 @@ def score_texts(
         models: What identifies each member's model in the cache of scores; None to bypass the cache.
         ends: Whether to score the ends of answers; None for the default.
         system: The system message for prompts; None for the ensemble's own.
+        before: What stands in front of texts without prompts.
     """
     from mixlm.scoring.score import score, score_answers
 
@@ -164,7 +192,7 @@ def score_texts(
                 if name in pairs:
                     scores[name] = score_answers(ensemble, pairs[name], settings=settings, ends=ends, **arguments)
                 else:
-                    scores[name] = score(ensemble, text, **arguments)
+                    scores[name] = score(ensemble, text, before=before, **arguments)
         except UsageError as error:
             # Among several files, the message must say which one it means.
             raise type(error)(f"{name}: {error.message}" if len(texts) > 1 else error.message, error.hint) from error
@@ -184,14 +212,21 @@ def _bytes(file: Path) -> bytes:
         raise ConfigError(f"{file} cannot be read: {error.strerror}", "give a text file") from error
 
 
-def check_writable(option: str, path: Path | None) -> None:
+def check_writable(option: str, path: Path | None, *, force: bool = True) -> None:
     """Check that an output file can be written, before long work starts.
 
+    Args:
+        option: The option that names the file.
+        path: The file.
+        force: Whether a file that exists may be overwritten without asking.
+
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It cannot, or it exists and may not be overwritten.
     """
     if path is None:
         return
+    if not force and path.is_file() and not _confirms_overwriting(path):
+        raise ConfigError(f"{option} {path} exists", "name another file, or add --force to overwrite it")
     reason = None
     if path.is_dir():
         reason = "it is a folder"
@@ -205,8 +240,16 @@ def check_writable(option: str, path: Path | None) -> None:
         )
 
 
+def _confirms_overwriting(path: Path) -> bool:
+    """Ask at a terminal whether a file may be overwritten."""
+    if not is_terminal(sys.stdin) or not is_terminal(sys.stderr):
+        return False
+    print(f"{visible(str(path))} exists. Overwrite it? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def refuse_generation_options(shared: Shared, command: str, allowed: Collection[str] = ()) -> None:
-    """Refuse generation options, which would do nothing: members are scored as they are.
+    """Refuse generation options that would do nothing, since members are scored as they are.
 
     Raises:
         UsageError: One that is not `allowed` is given.

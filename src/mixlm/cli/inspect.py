@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _QUESTION = "Why is the sky blue?"
 
 
-@with_shared
+@with_shared(
+    unused=("method", "max_tokens", "stop", "draft", "block", "on_failure"), reason="it reports on every method"
+)
 def inspect(
     shared: Shared,
     question: Annotated[str, Argument(help="The user message whose prompts are shown.")] = _QUESTION,
@@ -49,8 +51,10 @@ def inspect(
     if text is not None and no_measure:
         raise UsageError("--text and --no-measure are both given", "a text is only used to measure")
     sample = next(iter(read_texts([text]).values())) if text is not None else None
-    ensemble = open_ensemble(shared, {})
     from mixlm.inspection import inspect as inspect_ensemble
+    from mixlm.inspection.unloaded import load_described
+
+    ensemble = open_ensemble(shared, {}, load_engine=load_described if no_measure else None)
 
     extra: dict[str, Any] = {} if sample is None else {"text": sample}
     with progress_bars(single=True) as progress:
@@ -73,7 +77,7 @@ def inspect(
     if report.costs:
         _show_costs(report)
     if report.unmeasured is not None:
-        dim(f"{report.unmeasured}; mixlm bench measures speed" if not no_measure else report.unmeasured)
+        dim(report.unmeasured)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`mixlm models`: list and fetch models."""
+"""`mixlm models`: list, fetch and remove models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from mixlm.cli.display import print_json
 from mixlm.cli.groups import Command, CommandGroup
 from mixlm.cli.tables import print_table
+from mixlm.errors import UsageError
 from mixlm.terminal import visible
 
 if TYPE_CHECKING:
@@ -22,12 +23,26 @@ _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an 
 
 @models.callback(invoke_without_command=True)
 def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) -> None:
-    """List the models, or fetch one.
+    """List, fetch or remove models.
 
-    Without a command: the models that can be fetched by name, and those that are installed.
+    Without a command: list them.
     """
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        _list(as_json)
+    elif as_json:
+        raise UsageError(
+            f"--json stands before {context.invoked_subcommand}, and is an option of the list",
+            "write: mixlm models --json",
+        )
+
+
+@models.command("list", cls=Command)
+def list_models(as_json: _Json = False, debug: _Debug = False) -> None:
+    """List the models that can be fetched by name, and those that are installed."""
+    _list(as_json)
+
+
+def _list(as_json: bool) -> None:
     rows = _rows()
     if as_json:
         print_json({"models": rows})
@@ -55,16 +70,36 @@ def show(context: typer.Context, as_json: _Json = False, debug: _Debug = False) 
 
 @models.command(cls=Command)
 def get(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name listed by `mixlm models`, or demo for the demo pair.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME",
+            help="A name listed by `mixlm models`; demo, for the demo pair; a .gguf file; or a Hugging Face id,"
+            " OWNER/NAME, or a file of one, OWNER/NAME/FILE.gguf.",
+        ),
     ],
     debug: _Debug = False,
 ) -> None:
-    """Fetch a model, or the demo pair, unless it is installed."""
+    """Fetch models, unless they are installed."""
     import mixlm.models as store
 
-    for model in store.get(name):
-        print(f"{model.name} is installed: {visible(str(model.path))}")
+    for name in names:
+        for model in store.get(name):
+            print(f"{visible(model.name)} is installed: {visible(str(model.path))}")
+
+
+@models.command(cls=Command)
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="A model that `mixlm models` lists as installed.")],
+    debug: _Debug = False,
+) -> None:
+    """Remove installed models."""
+    import mixlm.models as store
+    from mixlm.terminal import ProgressDisplay
+
+    for name in names:
+        model = store.remove(name, ProgressDisplay())
+        print(f"{visible(model.name)} is removed: {_size(model.size_bytes)}")
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hints
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(GenerationOptions))}
 
 
-def _option(panel: str, *names: str, metavar: str | None, text: str) -> Any:
-    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, *names: str, metavar: str | None, text: str, hidden: bool = False) -> Any:
+    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, hidden=hidden)
 
 
 _ensemble = functools.partial(_option, "Ensemble")
@@ -123,6 +123,8 @@ class Shared:
             config = read_config(self.ensemble)
         else:
             names = self.model or demo()
+            if files := [name for name in names if name.lower().endswith(".toml")]:
+                raise UsageError(f"-m {files[0]} names an ensemble file, not a model", f"use: -e {files[0]}")
             config = EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names))
         changes["members"] = tuple(self._with_machine(member, dtype) for member in config.members)
         return config.model_copy(update=changes)
@@ -162,8 +164,17 @@ def demo() -> Sequence[str]:
     return names
 
 
-def with_shared(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the shared options, which it takes as one parameter `shared`, in addition to its own."""
+def with_shared(*, unused: Sequence[str] = (), reason: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command the shared options, which it takes as one parameter `shared`, in addition to its own.
+
+    Args:
+        unused: Generation options without an effect on this command: help leaves them out, and they are refused.
+        reason: Why they have none.
+    """
+    return functools.partial(_with_shared, unused=unused, reason=reason)
+
+
+def _with_shared(command: Callable[..., int], unused: Sequence[str], reason: str) -> Callable[..., int]:
     own = get_type_hints(command, include_extras=True)
     parameters = [
         parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
@@ -171,7 +182,7 @@ def with_shared(command: Callable[..., int]) -> Callable[..., int]:
         if parameter.name != "shared"
     ]
     ensemble = _ensemble_parameters()
-    shared_parameters = [*ensemble[:3], *_generation_parameters(), *ensemble[3:]]  # the order of --help
+    shared_parameters = [*ensemble[:3], *_generation_parameters(unused), *ensemble[3:]]  # the order of --help
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> int:
@@ -179,6 +190,12 @@ def with_shared(command: Callable[..., int]) -> Callable[..., int]:
             **{parameter.name: values.pop(parameter.name) for parameter in ensemble},
             generation={name: value for name in _SHARED_OPTIONS if _is_set(value := values.pop(name))},
         )
+        if without_effect := [option_flag(name) for name in shared.generation if name in unused]:
+            verb = {"evaluate": "eval"}.get(command.__name__, command.__name__)
+            raise UsageError(f"mixlm {verb} does not use {', '.join(without_effect)}: {reason}", "omit it")
+        if "method" in unused and shared.generation.keys() & {"rule", "mix_then_truncate"}:
+            # These have a form in this method alone, and the command takes no --method.
+            shared = replace(shared, generation={**shared.generation, "method": "conventional"})
         return command(shared=shared, **values)
 
     wrapped.__signature__ = Signature([*parameters, *shared_parameters])  # type: ignore[attr-defined]
@@ -194,15 +211,20 @@ def _ensemble_parameters() -> list[Parameter]:
     ]
 
 
-def _generation_parameters() -> list[Parameter]:
-    """Return a parameter for each shared option of the table."""
+def option_flag(name: str) -> str:
+    """Return the name of an option on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _generation_parameters(hidden: Sequence[str]) -> list[Parameter]:
+    """Return a parameter for each shared option of the table; those that are hidden are not in help."""
     hints = {**get_type_hints(Sampling), **get_type_hints(GenerationOptions)}
     return [
         Parameter(
             name,
             Parameter.KEYWORD_ONLY,
             default=False if hints[name] is bool else None,
-            annotation=Annotated[_parsed_type(hints[name]), generation_option(name)],
+            annotation=Annotated[_parsed_type(hints[name]), generation_option(name, hidden=name in hidden)],
         )
         for name in _SHARED_OPTIONS
     ]
@@ -219,13 +241,13 @@ def _parsed_type(hint: Any) -> Any:
     return list[str] | None if get_origin(hint) is tuple else str | None
 
 
-def generation_option(name: str) -> Any:
+def generation_option(name: str, *, hidden: bool = False) -> Any:
     """Return the command-line option of an entry of the table of options."""
     spec, default = OPTIONS[name], _DEFAULTS[name]
     text = f"{', '.join(spec.choices)}: {spec.help}." if spec.choices else spec.help
     if spec.default_text or (_is_set(default) and default is not MISSING):
         text += f" Default: {spec.default_text or default}."
-    return _option(str(spec.panel), f"--{name.replace('_', '-')}", metavar=spec.metavar, text=text)
+    return _option(str(spec.panel), option_flag(name), metavar=spec.metavar, text=text, hidden=hidden)
 
 
 # In the order of --help: penalties, which are applied first, come last.
@@ -235,3 +257,5 @@ _SHARED_OPTIONS = [
     *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
 ]
 _OF_ENSEMBLE = ("method", "rule")
+# Options of `generate` and the like, without an effect on commands that only score.
+NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name != "system")

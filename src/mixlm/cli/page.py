@@ -37,18 +37,18 @@ pre span:hover::after { content: attr(data-n); position: fixed; left: 1rem; bott
 """
 
 
-def page(title: str, report: Mapping[str, Any], numbers: Sequence[Sequence[str]]) -> str:
+def page(title: str, report: Mapping[str, Any], heads: Sequence[str], numbers: Sequence[Sequence[str]]) -> str:
     """Return the HTML page of a scored text.
 
     Args:
         title: The title.
         report: The report that `--json` prints.
-        numbers: Rows of name, weight, bits per byte, log-probability and share; the mixture comes last.
+        heads: The headings of the numbers.
+        numbers: A row for each member, which begins with its name; the mixture comes last.
     """
     names = list(report["bits_per_byte"]["members"])
     places = {name: i % len(PALETTE) for i, name in enumerate(names)}
     colours = "".join(f".m{i} {{ --c: {_hex(code)} }}\n" for i, code in enumerate(PALETTE))
-    heads = ("", "weight", "bits per byte", "log-probability", "responsible for")
     rows = [_row("th", heads), *(_member(row, places.get(row[0])) for row in numbers)]
     segments = "".join(_segment(segment, places) for segment in report["segments"])
     about = about_unit(report["unit"], len(report["segments"]), report["bytes"])

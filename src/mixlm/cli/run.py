@@ -36,6 +36,18 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.Exit as ended:
-        return ended.exit_code
+        return _ended(ended.exit_code)
     except (Exception, KeyboardInterrupt) as error:
-        return failed(error, arguments)
+        try:
+            return failed(error, arguments)
+        except BrokenPipeError as closed:  # nobody reads the message
+            return failed(closed, arguments)
+
+
+def _ended(code: int) -> int:
+    """Return the exit code of a command that ended early, once its output has a reader."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        return failed(error, ())
+    return code

@@ -26,7 +26,7 @@ def _server(*names: str, metavar: str, text: str) -> Any:
     return Option(*names, metavar=metavar, help=text, rich_help_panel="Server")
 
 
-@with_shared
+@with_shared()
 def serve(
     shared: Shared,
     config: Annotated[

@@ -16,8 +16,13 @@ def console() -> Console:
     """Return a console on stdout. If stdout is not a terminal, lines are not wrapped."""
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to the program to end: rich would end it with an exit code of its own."""
+            raise BrokenPipeError
+
     colours = has_colours(sys.stdout)
-    return Console(
+    return PlainConsole(
         file=sys.stdout,
         force_terminal=colours,
         no_color=not colours,

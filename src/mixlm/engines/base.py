@@ -230,6 +230,16 @@ class Session(ABC):
         """Whether forward passes ran that have not been requested yet; such a session is served by itself."""
         return False
 
+    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
+        """Return how many tokens of `ids` a request for them would find in the KV cache; see `logits`."""
+        if not self.keeps_cache:
+            return 0
+        return min(common_prefix(self._cached.ids, ids), max(len(ids) - last, 0))
+
+    def can_chunk(self, ids: Ids) -> bool:
+        """Whether a prefix of `ids` can be prefilled before the rest, which then finds it in the KV cache."""
+        return self.keeps_cache
+
     def rollback(self, ids: Ids, last: int = 1) -> int | None:
         """Cut the KV cache to the prefix that it shares with `ids`, so that `last` or more tokens are left to run.
 

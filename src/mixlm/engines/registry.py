@@ -31,8 +31,8 @@ _INSTALL = {
 def load(spec: EngineSpec) -> Engine:
     """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, hub id or URL.
 
-    Engine "auto" is transformers for everything but toys, shapes and URLs: the caller, who knows what the engine is
-    for, may choose llama.cpp instead, with `runs_as_gguf`.
+    Engine "auto" is transformers for everything but toys, shapes and URLs. For members of an ensemble,
+    `loading.choose_engine` decides before.
 
     Raises:
         ModelNotFoundError, ModelLoadError, TokenizerError, MemoryLimitError: each with a hint.
@@ -69,12 +69,14 @@ def engine_name(spec: EngineSpec) -> str:
 
 
 def runs_as_gguf(model: str) -> bool:
-    """Whether llama.cpp is installed, and a GGUF file stands behind the model."""
+    """Whether llama.cpp is installed, and the model is a GGUF file, or an installed one that comes as such a file."""
     if model.startswith(("toy:", "shape:")) or is_remote(model) or find_spec("xllamacpp") is None:
         return False
     from mixlm.models import find_gguf
 
-    return find_gguf(model) is not None
+    gguf = find_gguf(model)
+    # A converted model is what was converted, whether its source still exists or not.
+    return gguf is not None and (gguf.folder is None or gguf.path.parent == gguf.folder)
 
 
 def is_remote(model: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -108,6 +109,7 @@ class ToyEngine(Engine):
     """
 
     on_forward: Callable[[Ids, int], None] | None = None
+    details = MappingProxyType({"engine": "toy"})
 
     def __init__(
         self,

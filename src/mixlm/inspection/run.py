@@ -75,15 +75,16 @@ def inspect(
         possibilities=static.check_feasibility(ensemble, chosen),
         pairs=static.compare_vocabularies(ensemble),
     )
-    partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
-    if measure and partial:
-        names = ", ".join(partial)
-        reason = f"{names} returns only its most likely tokens, so agreement and forward passes are not measured"
-        return replace(inspection, unmeasured=reason)
     if not measure:
         return replace(inspection, unmeasured="no model was run")
     data = split_passages(text.encode(errors="replace"), TEXT_BYTES)[0]
-    pairs = measure_agreement(ensemble, data, inspection.pairs, progress) if len(members) > 1 else ()
+    partial = [member.name for member in ensemble.members if member.engine.top_k_limit is not None]
+    if partial and len(members) > 1:
+        reason = f"agreement is not measured, since only the most likely tokens are known of {', '.join(partial)}"
+        inspection = replace(inspection, unmeasured=reason)
+        pairs = inspection.pairs
+    else:
+        pairs = measure_agreement(ensemble, data, inspection.pairs, progress) if len(members) > 1 else ()
     timed = measure_costs(ensemble, data, progress)
     speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.traits)
     possible = {item.name for item in inspection.possibilities if item.kind == "method" and item.possible}
@@ -102,4 +103,5 @@ def inspect(
             progress=progress,
         )
         speeds = with_measured_speeds(speeds, {(run.method, run.members): run.tokens_per_second for run in report.runs})
-    return replace(inspection, text_bytes=len(data), pairs=pairs, costs=timed, speeds=speeds)
+    text_bytes = 0 if inspection.unmeasured is not None else len(data)
+    return replace(inspection, text_bytes=text_bytes, pairs=pairs, costs=timed, speeds=speeds)

@@ -1,6 +1,6 @@
 """Models by name, folder or GGUF file: finding, fetching, converting and caching them."""
 
-from mixlm.models.cache import InstalledModel, ModelMetadata, cache_root, find, installed, read_info
+from mixlm.models.cache import InstalledModel, ModelMetadata, cache_root, find, installed, read_info, remove
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel
 from mixlm.models.convert import DTYPES, convert_gguf, converted
 from mixlm.models.fetch import get
@@ -24,6 +24,7 @@ __all__ = [
     "get",
     "installed",
     "read_info",
+    "remove",
     "resolve",
     "tokenizer_folder",
 ]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ModelLoadError
+from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
 from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
@@ -108,6 +108,27 @@ def installed() -> list[InstalledModel]:
     except OSError:
         return []
     return [model for name in names if (model := find(name))]
+
+
+def remove(name: str, display: ProgressDisplay) -> InstalledModel:
+    """Remove an installed model, and return what it was.
+
+    Raises:
+        ModelNotFoundError: No model of this name is in the cache.
+        ModelLoadError: The cache cannot be written.
+    """
+    with _report_os_errors():
+        model = find(name)
+        if model is None:
+            names = [other.name for other in installed()]
+            hint = did_you_mean(name, names) or (f"installed: {', '.join(names)}" if names else "nothing is installed")
+            raise ModelNotFoundError(f"no model {name!r} is installed in {cache_root()}", hint)
+        with locked(name, display):
+            # Renamed first, so that nobody finds a half of it.
+            doomed = Path(tempfile.mkdtemp(prefix=f".{name}.building-", dir=model.path.parent))
+            model.path.rename(doomed / name)
+            shutil.rmtree(doomed)
+    return model
 
 
 def install(name: str, build: Callable[[BuildFolders], ModelMetadata], display: ProgressDisplay) -> InstalledModel:

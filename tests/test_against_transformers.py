@@ -60,8 +60,8 @@ def test_greedy_is_transformers_greedy(demo_pair: Ensemble, member: int, penalty
         ours = writer.start(prompts).finish()
         expected = theirs(engine, prompts.ids[0], repetition_penalty=penalty)
         data = b"".join(engine.vocabulary.tokens[i] for i in expected)
-        stop = min((at for one in engine.stops if (at := data.find(one.encode())) >= 0), default=len(data))
-        assert b"".join(one.data for one in ours.tokens) == data[:stop]
+        stop = min((place for stop in engine.stops if (place := data.find(stop.encode())) >= 0), default=len(data))
+        assert b"".join(token.data for token in ours.tokens) == data[:stop]
 
 
 @pytest.mark.models
@@ -75,13 +75,13 @@ def test_a_prompt_has_the_ids_of_the_models_own_chat_template(
         expected = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
-        found = demo_pair.encode_prompt(prompt, GenerationOptions()).ids[0]
-        assert found.tolist() == expected
+        ids = demo_pair.encode_prompt(prompt, GenerationOptions()).ids[0]
+        assert ids.tolist() == expected
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("member", [0, 1])
-def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, member: int) -> None:
+def test_the_distribution_of_the_first_token_is_transformers_own(demo_pair: Ensemble, member: int) -> None:
     import torch
     from transformers import (
         LogitsProcessorList,
@@ -110,5 +110,5 @@ def test_the_law_of_the_first_token_is_transformers_own(demo_pair: Ensemble, mem
     )
     expected = processors(torch.tensor(ids[None]), logits).softmax(-1)[0].numpy()
     history = TokenHistory.from_tokens(ids, ids[:0])
-    found = dense_distribution(engine.session().logits(ids)[0], options.member_sampling({}), np.array(banned), history)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    result = dense_distribution(engine.session().logits(ids)[0], options.member_sampling({}), np.array(banned), history)
+    np.testing.assert_allclose(result, expected, atol=2e-5)

@@ -7,19 +7,19 @@ import pytest
 from mixlm import errors
 from mixlm.errors import MixlmError, UsageError, close_matches, did_you_mean
 
-CLASSES = [one for _, one in inspect.getmembers(errors, inspect.isclass) if one.__module__ == errors.__name__]
+CLASSES = [error for _, error in inspect.getmembers(errors, inspect.isclass) if error.__module__ == errors.__name__]
 
 
 def test_every_error_is_drawn_in_the_tree():
     assert len(CLASSES) > 5
-    for one in CLASSES:
-        assert issubclass(one, MixlmError)
-        assert f"{one.__name__} " in errors.__doc__
+    for error in CLASSES:
+        assert issubclass(error, MixlmError)
+        assert f"{error.__name__} " in errors.__doc__
 
 
-@pytest.mark.parametrize("one", CLASSES)
-def test_what_was_asked_wrongly_exits_with_two_and_the_rest_with_one(one):
-    assert one("x").exit_code == (2 if issubclass(one, UsageError) else 1)
+@pytest.mark.parametrize("error", CLASSES)
+def test_what_was_asked_wrongly_exits_with_two_and_the_rest_with_one(error):
+    assert error("x").exit_code == (2 if issubclass(error, UsageError) else 1)
 
 
 def test_an_error_shows_its_message_and_its_hint():

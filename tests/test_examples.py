@@ -15,7 +15,7 @@ yaml = pytest.importorskip("yaml")
 
 def services(config: EnsembleConfig) -> set[str]:
     """Hosts that an ensemble's members are behind, without the number of a replica."""
-    urls = [url for one in config.members for url in one.model.split(",")]
+    urls = [url for member in config.members for url in member.model.split(",")]
     return {url.removeprefix("http://").partition(":")[0].partition(".")[0].partition("-")[0] for url in urls}
 
 
@@ -28,11 +28,13 @@ def test_the_ensemble_of_the_compose_file_names_its_services():
 def test_the_ensemble_in_kubernetes_names_every_replica_of_its_members():
     folder = EXAMPLES / "kubernetes"
     members = list(yaml.safe_load_all((folder / "members.yaml").read_text()))
-    mixlm = {one["kind"]: one for one in yaml.safe_load_all((folder / "mixlm.yaml").read_text())}
+    mixlm = {manifest["kind"]: manifest for manifest in yaml.safe_load_all((folder / "mixlm.yaml").read_text())}
     config = parse_config(tomllib.loads(mixlm["ConfigMap"]["data"]["pair.toml"]), "pair.toml")
-    sets = {one["metadata"]["name"]: one["spec"] for one in members if one["kind"] == "StatefulSet"}
-    headless = {one["metadata"]["name"] for one in members if one["kind"] == "Service"}
+    sets = {member["metadata"]["name"]: member["spec"] for member in members if member["kind"] == "StatefulSet"}
+    headless = {member["metadata"]["name"] for member in members if member["kind"] == "Service"}
     assert {spec["serviceName"] for spec in sets.values()} == headless == set(sets) == services(config)
-    for one in config.members:
-        wanted = [f"http://{one.name}-{at}.{one.name}:8000#{one.name}" for at in range(sets[one.name]["replicas"])]
-        assert one.model.split(",") == wanted
+    for member in config.members:
+        wanted = [
+            f"http://{member.name}-{i}.{member.name}:8000#{member.name}" for i in range(sets[member.name]["replicas"])
+        ]
+        assert member.model.split(",") == wanted

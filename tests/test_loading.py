@@ -10,25 +10,25 @@ from mixlm.loading import load, load_config
 
 
 def test_models_become_members_in_their_order_with_equal_weights():
-    those = load("toy:1", "toy:2")
-    assert those.names == ("toy:1", "toy:2")
-    assert those.weights.tolist() == [0.5, 0.5]
-    assert those.defaults.method == "mixture"
-    assert all(isinstance(one.engine, ToyEngine) for one in those.members)
+    ensemble = load("toy:1", "toy:2")
+    assert ensemble.names == ("toy:1", "toy:2")
+    assert ensemble.weights.tolist() == [0.5, 0.5]
+    assert ensemble.defaults.method == "mixture"
+    assert all(isinstance(member.engine, ToyEngine) for member in ensemble.members)
 
 
 def test_options_reach_the_ensemble():
-    those = load("toy:1", "toy:2", weights=[3, 1], method="conventional", unit="piece", top_k=3, temperature=0.5)
-    assert those.weights.tolist() == [0.75, 0.25]
-    assert those.defaults.method == "conventional"
-    assert those.unit.name == "piece"
-    assert [one.sampling for one in those.members] == [{"top_k": 3, "temperature": 0.5}] * 2
+    ensemble = load("toy:1", "toy:2", weights=[3, 1], method="conventional", unit="piece", top_k=3, temperature=0.5)
+    assert ensemble.weights.tolist() == [0.75, 0.25]
+    assert ensemble.defaults.method == "conventional"
+    assert ensemble.unit.name == "piece"
+    assert [member.sampling for member in ensemble.members] == [{"top_k": 3, "temperature": 0.5}] * 2
 
 
 def test_members_that_name_one_model_share_it_and_have_names_of_their_own():
-    those = load("toy:1", "toy:1", "toy:2", "toy:1")
-    assert those.names == ("toy:1", "toy:1-2", "toy:2", "toy:1-3")
-    first, second, other, third = (one.engine for one in those.members)
+    ensemble = load("toy:1", "toy:1", "toy:2", "toy:1")
+    assert ensemble.names == ("toy:1", "toy:1-2", "toy:2", "toy:1-3")
+    first, second, other, third = (member.engine for member in ensemble.members)
     assert first is second is third
     assert first is not other
 
@@ -40,13 +40,13 @@ def test_a_file_becomes_an_ensemble(tmp_path):
         '[[members]]\nmodel = "toy:1"\nweight = 3\nname = "one"\n'
         '[[members]]\nmodel = "toy:1"\nweight = 1\n[members.sampling]\ntop_k = 2\n'
     )
-    for given in (path, str(path)):
-        those = load(given)
-        assert those.names[0] == "one"
-        assert those.members[0].engine is those.members[1].engine
-        assert those.weights.tolist() == [0.75, 0.25]
-        assert (those.defaults.method, those.defaults.system) == ("conventional", "of")
-        assert [one.sampling for one in those.members] == [
+    for source in (path, str(path)):
+        ensemble = load(source)
+        assert ensemble.names[0] == "one"
+        assert ensemble.members[0].engine is ensemble.members[1].engine
+        assert ensemble.weights.tolist() == [0.75, 0.25]
+        assert (ensemble.defaults.method, ensemble.defaults.system) == ("conventional", "of")
+        assert [member.sampling for member in ensemble.members] == [
             {"top_k": 9, "temperature": 0.5},
             {"top_k": 2, "temperature": 0.5},
         ]
@@ -57,18 +57,18 @@ def test_what_is_given_beside_a_file_goes_over_it(tmp_path):
     path.write_text(
         'method = "conventional"\n[sampling]\ntop_k = 9\n[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n'
     )
-    those = load(path, weights=[1, 3], top_k=4, method="greedy", unit="piece")
-    assert those.weights.tolist() == [0.25, 0.75]
-    assert those.members[0].sampling == {"top_k": 4}
-    assert those.defaults.method == "greedy"
-    assert those.unit.name == "piece"
+    ensemble = load(path, weights=[1, 3], top_k=4, method="greedy", unit="piece")
+    assert ensemble.weights.tolist() == [0.25, 0.75]
+    assert ensemble.members[0].sampling == {"top_k": 4}
+    assert ensemble.defaults.method == "greedy"
+    assert ensemble.unit.name == "piece"
 
 
 def test_a_file_keeps_its_method_when_none_is_given(tmp_path):
     path = tmp_path / "pair.toml"
     path.write_text('method = "greedy"\nunit = "piece"\n[[members]]\nmodel = "toy:1"\n')
-    those = load(path)
-    assert (those.defaults.method, those.unit.name) == ("greedy", "piece")
+    ensemble = load(path)
+    assert (ensemble.defaults.method, ensemble.unit.name) == ("greedy", "piece")
 
 
 def test_no_model_is_refused():
@@ -108,6 +108,6 @@ def test_each_model_is_announced_once_before_it_is_loaded():
 
 
 def test_a_loaded_ensemble_writes():
-    reply = mixlm.load("toy:1", "toy:2").generate("the bird", seed=0, max_tokens=5)
-    assert len(reply.tokens) == 5
-    assert reply.text
+    completion = mixlm.load("toy:1", "toy:2").generate("the bird", seed=0, max_tokens=5)
+    assert len(completion.tokens) == 5
+    assert completion.text

@@ -36,7 +36,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_ensemble_file_is_valid() -> None:
     [text] = blocks("toml")
-    assert [one.weight for one in parse_config(tomllib.loads(text), "README").members] == [0.6, 0.4]
+    assert [member.weight for member in parse_config(tomllib.loads(text), "README").members] == [0.6, 0.4]
 
 
 def test_commands_that_need_more_than_the_demo_models_exist() -> None:
@@ -47,7 +47,7 @@ def test_commands_that_need_more_than_the_demo_models_exist() -> None:
         command = [sys.executable, "-c", "import sys; from mixlm.cli import main; sys.exit(main())", line[1], "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=False)
         assert shown.returncode == 0, shown.stderr
-        for option in (one for one in line if one.startswith("--")):
+        for option in (word for word in line if word.startswith("--")):
             assert option in shown.stdout, (line, option)
 
 
@@ -60,7 +60,7 @@ def test_python_runs(demo_installed: None) -> None:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("command", [one for one in commands() if "chat" not in one])
+@pytest.mark.parametrize("command", [command for command in commands() if "chat" not in command])
 def test_shell_runs(demo_installed: None, command: str) -> None:
     # Fewer samples and shorter runs than shown; the rest is as a reader would type it.
     command = re.sub(r"--samples \d+", "--samples 100", command)

@@ -39,7 +39,7 @@ def test_only_penalties_look_at_the_tokens_written():
 
 
 def test_the_fields_stand_in_the_order_in_which_they_are_applied():
-    assert [one.name for one in fields(Sampling)] == [
+    assert [field.name for field in fields(Sampling)] == [
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p"),
     ]
 
@@ -56,7 +56,7 @@ def test_speed_leaves_out_the_first_token():
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_speed_of_a_reply_too_short_to_tell_is_zero(tokens):
+def test_speed_of_a_completion_too_short_to_tell_is_zero(tokens):
     usage = Usage(tokens, tokens, 0.0, 0.0)
     assert usage.tokens_per_second == usage.bytes_per_second == 0
 
@@ -64,13 +64,13 @@ def test_speed_of_a_reply_too_short_to_tell_is_zero(tokens):
 def test_a_completion_as_a_dictionary_is_json():
     usage = Usage(1, 2, 0.5, 0.25, {"m": MemberUsage(3, 1, 1, 4, 0.1)})
     completion = Completion("é", (Token("é", "é".encode(), "m", -0.5),), "stop", 7, usage)
-    found = json.loads(json.dumps(completion.as_dict()))
-    assert found["text"] == "é"
-    assert found["finish_reason"] == "stop"
-    assert found["seed"] == 7
-    assert found["tokens"] == [{"text": "é", "member": "m", "logprob": -0.5}]
-    assert found["usage"]["members"]["m"]["forward_tokens"] == 4
-    assert set(found["usage"]) == {
+    record = json.loads(json.dumps(completion.as_dict()))
+    assert record["text"] == "é"
+    assert record["finish_reason"] == "stop"
+    assert record["seed"] == 7
+    assert record["tokens"] == [{"text": "é", "member": "m", "logprob": -0.5}]
+    assert record["usage"]["members"]["m"]["forward_tokens"] == 4
+    assert set(record["usage"]) == {
         *("tokens", "bytes", "seconds", "seconds_to_first_token", "tokens_per_second", "bytes_per_second", "members"),
         *("checked", "accepted", "chosen"),
     }

@@ -14,11 +14,11 @@ SOURCE = ROOT / "src" / "mixlm"
 
 def rows() -> list[tuple[int, list[str]]]:
     """Each row of the table: its number and its modules."""
-    found = []
+    results = []
     for line in (ROOT / "docs" / "structure.md").read_text(encoding="utf-8").splitlines():
         if cells := re.fullmatch(r"\|\s*(\d+)\s*\|([^|]*)\|.*", line.strip()):
-            found.append((int(cells[1]), re.findall(r"`([^`]+)`", cells[2])))
-    return found
+            results.append((int(cells[1]), re.findall(r"`([^`]+)`", cells[2])))
+    return results
 
 
 def modules() -> dict[str, Path]:
@@ -37,11 +37,11 @@ def imported(name: str, path: Path, known: set[str]) -> set[str]:
     out = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            targets = [one.name for one in node.names]
+            targets = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} has a relative import"
             # `from mixlm.a import b` may mean the module a/b.
-            deeper = [f"{node.module}.{one.name}" for one in node.names]
+            deeper = [f"{node.module}.{name.name}" for name in node.names]
             targets = [one if one.replace(".", "/").removeprefix("mixlm/") in known else node.module for one in deeper]
         else:
             continue
@@ -60,7 +60,7 @@ def test_the_table_lists_every_module_once():
 
 @pytest.mark.parametrize("name", modules())
 def test_a_module_imports_modules_of_lower_rows_only(name):
-    place = {one: (row, number) for number, (row, names) in enumerate(rows()) for one in names}
+    place = {name: (row, number) for number, (row, names) in enumerate(rows()) for name in names}
     known = set(modules())
     assert name in place, f"the table lacks {name}"
     for other in imported(name, modules()[name], known):

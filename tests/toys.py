@@ -1,4 +1,4 @@
-"""Toy ensembles small enough to enumerate, and their laws computed a second, plain way."""
+"""Toy ensembles small enough to enumerate, and their distributions computed a second, plain way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixlm.generation.dispatch import Dispatcher
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
 from mixlm.types import Sampling
 
-Law = dict[bytes, float]
+Distribution = dict[bytes, float]
 END = b""  # no token has these bytes
 
 SHARED = (b"a", b"ab", b"b", b" c", b"c", b" ")
@@ -76,10 +76,14 @@ def fixed(probabilities: Mapping[bytes, float], tokens: Sequence[bytes] = SHARED
     return ToyEngine(tokens, lambda _: logits, **options)
 
 
-def ensemble(
-    engines: Sequence[ToyEngine], weights: Sequence[float] | None = None, *, own: Sequence[Any] = (), **options: Any
+def make_ensemble(
+    engines: Sequence[ToyEngine],
+    weights: Sequence[float] | None = None,
+    *,
+    sampling: Sequence[Any] = (),
+    **options: Any,
 ) -> Ensemble:
-    member_options = own or [{} for _ in engines]
+    member_options = sampling or [{} for _ in engines]
     members = [
         MemberSpec(engine, f"m{i}", mine) for i, (engine, mine) in enumerate(zip(engines, member_options, strict=True))
     ]
@@ -90,47 +94,51 @@ def toys(unit: str, members: int, **options: Any) -> Ensemble:
     """An ensemble of random toys: one vocabulary for the unit `token`, several for `piece`."""
     vocabularies = VOCABULARIES[:members] if unit == "piece" else [SHARED] * members
     engines = [engine(tokens, seed=10 + i) for i, tokens in enumerate(vocabularies)]
-    return ensemble(engines, WEIGHTS[:members], unit=unit, **options)
+    return make_ensemble(engines, WEIGHTS[:members], unit=unit, **options)
 
 
-def member_law(
+def member_distribution(
     engine: ToyEngine,
     sampling: Sampling,
     prompt: Sequence[int],
-    reply: Sequence[int],
+    ids: Sequence[int],
     without: Callable[[bytes], bool] = lambda _: False,
-) -> Law:
-    """One member's law over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
-    logits = engine.table((*prompt, *reply)).astype(np.float32)
+) -> Distribution:
+    """One member's distribution over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
+    logits = engine.table((*prompt, *ids)).astype(np.float32)
     vocabulary = engine.vocabulary
     control = vocabulary.special_ids - vocabulary.end_ids
     masked = [i for i in range(vocabulary.size) if i not in control and without(vocabulary.tokens[i])]
     banned = np.array(sorted([*control, *masked]), dtype=np.int64)
-    history = TokenHistory.from_tokens(np.array(prompt, dtype=np.int64), np.array(reply, dtype=np.int64))
-    distribution: Law = defaultdict(float)
+    history = TokenHistory.from_tokens(np.array(prompt, dtype=np.int64), np.array(ids, dtype=np.int64))
+    distribution: Distribution = defaultdict(float)
     for i, probability in enumerate(dense_distribution(logits, sampling, banned, history)):
         if probability > 0:
             distribution[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
     return dict(distribution)
 
 
-def exact_law(ensemble: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes] = ()) -> Law:
-    """The ensemble's law `Σ λ_i K_i A_i p_i` behind a raw prompt and the pieces written so far."""
-    distribution: Law = defaultdict(float)
+def exact_distribution(
+    ensemble: Ensemble, options: Mapping[str, Any], prompt: str, pieces: Sequence[bytes] = ()
+) -> Distribution:
+    """The ensemble's distribution `Σ λ_i K_i A_i p_i` behind a raw prompt and the pieces written so far."""
+    distribution: Distribution = defaultdict(float)
     for weight, member in zip(ensemble.weights, ensemble.members, strict=True):
-        one = member.engine
+        toy = member.engine
         if ensemble.unit.name == "token":
-            reply = [one.vocabulary.tokens.index(piece) for piece in pieces]
+            ids = [toy.vocabulary.tokens.index(piece) for piece in pieces]
         else:
-            reply = one.encoder.encode(b"".join(pieces)).ids
-        read = one.prompts.raw(prompt).tolist()
-        for data, probability in member_law(one, Sampling(**{**member.sampling, **options}), read, reply).items():
+            ids = toy.encoder.encode(b"".join(pieces)).ids
+        read = toy.prompts.raw(prompt).tolist()
+        for data, probability in member_distribution(
+            toy, Sampling(**{**member.sampling, **options}), read, ids
+        ).items():
             distribution[data] += weight * probability
     return dict(distribution)
 
 
 class Recorder:
-    """Stands in for noise: a coin of choice, and a note of the law that a symbol is drawn from."""
+    """Stands in for noise: a coin of choice, and a note of the distribution that a symbol is sampled from."""
 
     def __init__(self, coin: int = 0) -> None:
         self._coin = coin
@@ -147,8 +155,8 @@ class Recorder:
         return 0
 
 
-def named(ensemble: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> Law:
-    """A law over symbols as one over byte strings; a symbol that comes twice is an error."""
+def named(ensemble: Ensemble, symbols: np.ndarray, probabilities: np.ndarray) -> Distribution:
+    """A distribution over symbols as one over byte strings; a symbol that comes twice is an error."""
     unit = ensemble.unit
     assert len(set(symbols.tolist())) == len(symbols)
     keys = [END if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist()]
@@ -179,12 +187,12 @@ def driven(strategy: Strategy, writing: SequenceState, weights: np.ndarray, nois
         return choice, rounds
 
 
-def assert_same_law(actual: Law, expected: Law, tolerance: float = 1e-12) -> None:
+def assert_same_distribution(actual: Distribution, expected: Distribution, tolerance: float = 1e-12) -> None:
     for key in actual.keys() | expected.keys():
         assert abs(actual.get(key, 0.0) - expected.get(key, 0.0)) < tolerance, key
 
 
-def assert_drawn_from(counts: Mapping[Any, int], distribution: Mapping[Any, float]) -> None:
+def assert_sampled_from(counts: Mapping[Any, int], distribution: Mapping[Any, float]) -> None:
     """Chi-square; outcomes expected fewer than five times are taken together."""
     assert set(counts) <= set(distribution), "something was drawn that the law excludes"
     total = sum(counts.values())

@@ -47,7 +47,7 @@ def test_ratios_and_environment_are_named(pair: Ensemble) -> None:
 
 def test_progress_reaches_its_end(pair: Ensemble) -> None:
     seen: list[tuple[str, int, int]] = []
-    bench(pair, tokens=4, repeats=1, progress=lambda *at: seen.append(at))
+    bench(pair, tokens=4, repeats=1, progress=lambda *values: seen.append(values))
     assert seen[-1][1] == seen[-1][2]
 
 
@@ -96,12 +96,12 @@ def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
         engines = [ToyEngine(seed=i) for i in (1, 2)]
         for engine, size in zip(engines, sizes, strict=True):
             engine.weights_bytes = size
-        those = Ensemble([MemberSpec(engine, f"toy-{i + 1}") for i, engine in enumerate(engines)])
-        assert default_draft_name(those) == expected
-        settings = those.settings(method="speculative", seed=0)
-        writer = those.context(settings)
-        found = inspect.getclosurevars(writer.strategy).nonlocals["draft"]
-        assert found.name == expected
+        ensemble = Ensemble([MemberSpec(engine, f"toy-{i + 1}") for i, engine in enumerate(engines)])
+        assert default_draft_name(ensemble) == expected
+        settings = ensemble.settings(method="speculative", seed=0)
+        writer = ensemble.context(settings)
+        draft = inspect.getclosurevars(writer.strategy).nonlocals["draft"]
+        assert draft.name == expected
 
 
 def test_unknown_methods_and_members_are_refused(pair: Ensemble) -> None:
@@ -125,12 +125,12 @@ def test_ratios_are_medians_of_the_ratios_of_a_repeat(pair: Ensemble) -> None:
         "mixture": samples(1.5, 1, 3),
         "speculative": samples(0.5, 0.25, 3),
     }
-    found = speed_ratios(pair, measured)
-    assert found["mixture/conventional"] == 3  # 2, 3, 3
-    assert found["speculative/mixture"] == 3  # 3, 4, 1
-    assert found["speculative/single toy-2"] == 4
-    assert found["mixture/single"] == pytest.approx(1.25 / 1.5)  # of 1.25/1.5, 1.25/1, 1.75/3
-    assert found["mixture/forwards"] == 0.5
+    ratios = speed_ratios(pair, measured)
+    assert ratios["mixture/conventional"] == 3  # 2, 3, 3
+    assert ratios["speculative/mixture"] == 3  # 3, 4, 1
+    assert ratios["speculative/single toy-2"] == 4
+    assert ratios["mixture/single"] == pytest.approx(1.25 / 1.5)  # of 1.25/1.5, 1.25/1, 1.75/3
+    assert ratios["mixture/forwards"] == 0.5
     rivals = rival_ratios({**measured, "transformers toy-1": samples(2, 2, 2)}, ["transformers toy-1"])
     assert rivals["single toy-1/transformers toy-1"] == 2
     assert "single toy-2/transformers toy-1" not in rivals

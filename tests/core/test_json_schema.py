@@ -1,4 +1,4 @@
-"""Replies held to a JSON schema: the law by enumeration, validity by another library, every unit and method."""
+"""Completions held to a JSON schema: the distribution by enumeration, validity by another library, every unit and method."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from speaking import speaking
 from toys import (
     END,
     Recorder,
-    assert_drawn_from,
-    assert_same_law,
+    assert_same_distribution,
+    assert_sampled_from,
     counted,
     driven,
     engine,
-    ensemble,
+    make_ensemble,
     named,
     written,
 )
@@ -37,7 +37,7 @@ from mixlm.verification.exact import ExactReference
 # A language small enough to write down: texts of JSON, without any place for whitespace.
 CHOICES = ["a", "ab", "b a", 1, 12, 121, None]
 SCHEMA = {"enum": CHOICES}
-LANGUAGE = frozenset(json.dumps(one).encode() for one in CHOICES)
+LANGUAGE = frozenset(json.dumps(choice).encode() for choice in CHOICES)
 FIRST = (b'"', b"a", b"b", b'"a', b" ", b"1", b"2", b"12", b"null", b'b"', b'a"', b"n", b"u", b"l", b'""')
 SECOND = (b"21", b"b", b'"', b" ", b"nu", b"l", b"ll", b'"ab', b"1", b"a", b'b a"', b"2", b"u", b"n", b"a", b" a")
 OPTIONS = {"temperature": 0.9, "top_k": 4}
@@ -47,12 +47,12 @@ BOTH_UNITS = pytest.mark.parametrize("unit", ["token", "piece"])
 def pair(unit: str, **more: Any) -> Ensemble:
     vocabularies = (FIRST, FIRST) if unit == "token" else (FIRST, SECOND)
     engines = [engine(tokens, seed=40 + i) for i, tokens in enumerate(vocabularies)]
-    return ensemble(engines, [0.6, 0.4], unit=unit, **more)
+    return make_ensemble(engines, [0.6, 0.4], unit=unit, **more)
 
 
-def held_law(one: ToyEngine, sampling: Sampling, text: bytes, reply) -> dict[bytes, float]:
-    """A member's law of the next symbol: what keeps the text a beginning of the language, by looking at all of it."""
-    vocabulary = one.vocabulary
+def constrained_distribution(toy: ToyEngine, sampling: Sampling, text: bytes, ids) -> dict[bytes, float]:
+    """A member's distribution of the next symbol: what keeps the text a beginning of the language, by looking at all of it."""
+    vocabulary = toy.vocabulary
 
     def fits(i: int) -> bool:
         if i in vocabulary.end_ids:
@@ -61,44 +61,45 @@ def held_law(one: ToyEngine, sampling: Sampling, text: bytes, reply) -> dict[byt
         return bool(data) and any(whole.startswith(text + data) for whole in LANGUAGE)
 
     banned = np.array([i for i in range(vocabulary.size) if not fits(i)], dtype=np.int64)
-    logits = one.table((*one.prompts.raw("a").tolist(), *reply)).astype(np.float32)
+    logits = toy.table((*toy.prompts.raw("a").tolist(), *ids)).astype(np.float32)
     if len(banned) == vocabulary.size:
         return {}
-    law: dict[bytes, float] = defaultdict(float)
+    distribution: dict[bytes, float] = defaultdict(float)
     for i, probability in enumerate(dense_distribution(logits, sampling, banned)):
         if probability > 0:
-            law[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
-    return dict(law)
+            distribution[END if i in vocabulary.end_ids else vocabulary.tokens[i]] += float(probability)
+    return dict(distribution)
 
 
-def laws(those: Ensemble, pieces: tuple[bytes, ...]) -> list[dict[bytes, float]]:
+def distributions(ensemble: Ensemble, pieces: tuple[bytes, ...]) -> list[dict[bytes, float]]:
     text = b"".join(pieces)
     out = []
-    for member in those.members:
-        one = member.engine
-        shared = those.unit.name == "token"
-        reply = [one.vocabulary.tokens.index(data) for data in pieces] if shared else one.encoder.encode(text).ids
-        out.append(held_law(one, Sampling(**OPTIONS), text, reply))
+    for member in ensemble.members:
+        toy = member.engine
+        shared = ensemble.unit.name == "token"
+        ids = [toy.vocabulary.tokens.index(data) for data in pieces] if shared else toy.encoder.encode(text).ids
+        out.append(constrained_distribution(toy, Sampling(**OPTIONS), text, ids))
     return out
 
 
-def average(those: Ensemble, pieces: tuple[bytes, ...]) -> dict[bytes, float]:
-    """The ensemble's law: a member that has no token to go on with leaves its weight to the others."""
-    law: dict[bytes, float] = defaultdict(float)
-    parts = [(weight, one) for weight, one in zip(those.weights, laws(those, pieces), strict=True) if one]
+def average(ensemble: Ensemble, pieces: tuple[bytes, ...]) -> dict[bytes, float]:
+    """The ensemble's distribution: a member that has no token to go on with leaves its weight to the others."""
+    average: dict[bytes, float] = defaultdict(float)
+    each = zip(ensemble.weights, distributions(ensemble, pieces), strict=True)
+    parts = [(weight, distribution) for weight, distribution in each if distribution]
     total = sum(weight for weight, _ in parts)
-    for weight, one in parts:
-        for data, probability in one.items():
-            law[data] += weight / total * probability
-    return dict(law)
+    for weight, distribution in parts:
+        for data, probability in distribution.items():
+            average[data] += weight / total * probability
+    return dict(average)
 
 
-def whole_texts(those: Ensemble) -> dict[bytes, float]:
+def whole_texts(ensemble: Ensemble) -> dict[bytes, float]:
     """The probability of every text, a sum over all ways to write it."""
     out: dict[bytes, float] = defaultdict(float)
 
     def go_on(pieces: tuple[bytes, ...], mass: float) -> None:
-        for data, probability in average(those, pieces).items():
+        for data, probability in average(ensemble, pieces).items():
             if data == END:
                 out[b"".join(pieces)] += mass * probability
             else:
@@ -108,57 +109,57 @@ def whole_texts(those: Ensemble) -> dict[bytes, float]:
     return dict(out)
 
 
-def reachable(those: Ensemble) -> list[tuple[bytes, ...]]:
-    found, waiting = [], [()]
+def reachable(ensemble: Ensemble) -> list[tuple[bytes, ...]]:
+    texts, waiting = [], [()]
     while waiting:
         pieces = waiting.pop()
-        found.append(pieces)
-        waiting += [(*pieces, data) for data in average(those, pieces) if data != END]
-    return found
+        texts.append(pieces)
+        waiting += [(*pieces, data) for data in average(ensemble, pieces) if data != END]
+    return texts
 
 
 @BOTH_UNITS
-def test_the_law_at_every_place_is_the_one_by_enumeration(unit):
-    those = pair(unit)
-    places = reachable(those)
+def test_the_distribution_at_every_place_is_the_one_by_enumeration(unit):
+    ensemble = pair(unit)
+    places = reachable(ensemble)
     assert len(places) > 15
     for pieces in places:
         options = {**OPTIONS, "json_schema": SCHEMA}
         noise = Recorder()
-        driven(conventional, written(those, options, "a", pieces), those.weights, noise)
-        found = named(those, noise.symbols, np.exp(noise.logprobs))
-        assert_same_law(found, average(those, pieces) if all(laws(those, pieces)) else found)
-        for coin, own in enumerate(laws(those, pieces)):
-            if own:
+        driven(conventional, written(ensemble, options, "a", pieces), ensemble.weights, noise)
+        result = named(ensemble, noise.symbols, np.exp(noise.logprobs))
+        assert_same_distribution(result, average(ensemble, pieces) if all(distributions(ensemble, pieces)) else result)
+        for coin, distribution in enumerate(distributions(ensemble, pieces)):
+            if distribution:
                 noise = Recorder(coin)
-                driven(mixture, written(those, options, "a", pieces), those.weights, noise)
-                assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), own)
+                driven(mixture, written(ensemble, options, "a", pieces), ensemble.weights, noise)
+                assert_same_distribution(named(ensemble, noise.symbols, np.exp(noise.logprobs)), distribution)
 
 
 @BOTH_UNITS
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative"])
-def test_whole_texts_follow_the_law(unit, method):
-    those = pair(unit)
-    law = whole_texts(those)
-    assert set(law) <= LANGUAGE
-    assert sum(law.values()) == pytest.approx(1)
+def test_whole_texts_follow_the_distribution(unit, method):
+    ensemble = pair(unit)
+    distribution = whole_texts(ensemble)
+    assert set(distribution) <= LANGUAGE
+    assert sum(distribution.values()) == pytest.approx(1)
 
     def write(sequence: int) -> bytes:
-        done = those.generate(
+        done = ensemble.generate(
             "a", raw=True, seed=9, sequence=sequence, method=method, json_schema=SCHEMA, max_tokens=40, **OPTIONS
         )
         assert done.finish_reason == "stop"
         return done.text.encode()
 
-    assert_drawn_from(counted(write, 800), law)
+    assert_sampled_from(counted(write, 800), distribution)
 
 
 @pytest.mark.parametrize("unit", ["word", "byte"])
 @pytest.mark.parametrize("tokens", [FIRST, SECOND])
-def test_one_member_has_one_law_in_every_unit(unit, tokens):
+def test_one_member_has_one_distribution_in_every_unit(unit, tokens):
     """Words and bytes of one member are what it writes in pieces."""
-    alone = ensemble([engine(tokens, seed=40)], unit="piece")
-    law = whole_texts(alone)
+    alone = make_ensemble([engine(tokens, seed=40)], unit="piece")
+    distribution = whole_texts(alone)
     other = Ensemble(alone.members, unit=unit)
 
     def write(sequence: int) -> bytes:
@@ -166,132 +167,132 @@ def test_one_member_has_one_law_in_every_unit(unit, tokens):
             "a", raw=True, seed=3, sequence=sequence, json_schema=SCHEMA, max_tokens=60, **OPTIONS
         ).text.encode()
 
-    assert_drawn_from(counted(write, 800), law)
+    assert_sampled_from(counted(write, 800), distribution)
 
 
 @pytest.mark.parametrize("unit", ["piece", "word", "byte"])
-def test_several_members_follow_the_exact_law_of_their_unit(unit):
+def test_several_members_follow_the_exact_distribution_of_their_unit(unit):
     """Against the reference, which sums over every way to write a text, dense and uncached."""
-    those = Ensemble(pair("piece").members, [0.6, 0.4], unit=unit)
-    settings = those.settings(raw=True, seed=0, json_schema=SCHEMA, **OPTIONS)
-    exact = ExactReference(those, settings, those.encode_prompt("a", settings))
-    law: dict[bytes, float] = defaultdict(float)
+    ensemble = Ensemble(pair("piece").members, [0.6, 0.4], unit=unit)
+    settings = ensemble.settings(raw=True, seed=0, json_schema=SCHEMA, **OPTIONS)
+    exact = ExactReference(ensemble, settings, ensemble.encode_prompt("a", settings))
+    distribution: dict[bytes, float] = defaultdict(float)
 
     def go_on(symbols: tuple[int, ...], mass: float) -> None:
         following = exact.distribution(symbols)
         for symbol in np.flatnonzero(following).tolist():
-            if symbol == those.unit.end:
-                law[b"".join(map(those.unit.symbol_bytes, symbols))] += mass * following[symbol]
+            if symbol == ensemble.unit.end:
+                distribution[b"".join(map(ensemble.unit.symbol_bytes, symbols))] += mass * following[symbol]
             else:
                 go_on((*symbols, symbol), mass * following[symbol])
 
     go_on((), 1.0)
-    assert set(law) <= LANGUAGE
-    assert sum(law.values()) == pytest.approx(1)
+    assert set(distribution) <= LANGUAGE
+    assert sum(distribution.values()) == pytest.approx(1)
     if unit == "piece":
-        assert_same_law(law, whole_texts(those), 1e-9)
+        assert_same_distribution(distribution, whole_texts(ensemble), 1e-9)
 
     def write(sequence: int) -> bytes:
-        return those.generate(
+        return ensemble.generate(
             "a", raw=True, seed=6, sequence=sequence, json_schema=SCHEMA, max_tokens=60, **OPTIONS
         ).text.encode()
 
-    assert_drawn_from(counted(write, 800), law)
+    assert_sampled_from(counted(write, 800), distribution)
 
 
 @pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])
 def test_several_members_stay_in_the_language_in_every_unit(unit):
-    those = Ensemble(pair("token" if unit == "token" else "piece").members, [0.6, 0.4], unit=unit)
+    ensemble = Ensemble(pair("token" if unit == "token" else "piece").members, [0.6, 0.4], unit=unit)
     for seed in range(150):
-        found = those.generate("a", raw=True, seed=seed, json_schema=SCHEMA, max_tokens=60, **OPTIONS)
-        assert found.finish_reason == "stop"
-        assert found.text.encode() in LANGUAGE
+        completion = ensemble.generate("a", raw=True, seed=seed, json_schema=SCHEMA, max_tokens=60, **OPTIONS)
+        assert completion.finish_reason == "stop"
+        assert completion.text.encode() in LANGUAGE
 
 
 @BOTH_UNITS
-def test_greedy_takes_the_likeliest_of_the_held_average(unit):
-    those = pair(unit)
+def test_greedy_takes_the_likeliest_of_the_constrained_average(unit):
+    ensemble = pair(unit)
     for draft in (None, "m1", "lookup"):
-        found = those.generate(
+        completion = ensemble.generate(
             "a", raw=True, method="greedy", json_schema=SCHEMA, draft=draft, top_logprobs=3, **OPTIONS
         )  # fmt: skip
         pieces: tuple[bytes, ...] = ()
-        for token in found.tokens:
-            law = average(those, pieces)
-            assert law[token.data] == pytest.approx(max(law.values()))
-            assert np.exp(token.logprob) == pytest.approx(law[token.data])
-            assert {one.data for one in token.top_logprobs} <= set(law)
+        for token in completion.tokens:
+            distribution = average(ensemble, pieces)
+            assert distribution[token.data] == pytest.approx(max(distribution.values()))
+            assert np.exp(token.logprob) == pytest.approx(distribution[token.data])
+            assert {top_logprob.data for top_logprob in token.top_logprobs} <= set(distribution)
             pieces = (*pieces, token.data)
         assert b"".join(pieces) in LANGUAGE
 
 
 @pytest.mark.parametrize("draft", ["m0", "lookup"])
 def test_speculative_writes_mixtures_text(draft):
-    those = pair("piece")
+    ensemble = pair("piece")
     for seed in range(40):
         options = {"raw": True, "seed": seed, "json_schema": SCHEMA, **OPTIONS}
-        expected = those.generate("a", **options)
-        found = those.generate("a", method="speculative", draft=draft, block=3, **options)
-        assert found.tokens == expected.tokens
+        expected = ensemble.generate("a", **options)
+        completion = ensemble.generate("a", method="speculative", draft=draft, block=3, **options)
+        assert completion.tokens == expected.tokens
 
 
 def test_mixing_before_truncating_and_published_rules_stay_in_the_language():
-    those = pair("piece")
+    ensemble = pair("piece")
     for more in ({"mix_then_truncate": True}, {"rule": "gac"}, {"rule": "unite"}):
         for seed in range(40):
-            found = those.generate(
+            completion = ensemble.generate(
                 "a", raw=True, method="conventional", seed=seed, json_schema=SCHEMA, temperature=1.0, top_k=3, **more
             )
-            assert found.text.encode() in LANGUAGE
+            assert completion.text.encode() in LANGUAGE
 
 
 def test_a_member_that_cannot_go_on_leaves_its_weight_to_the_others():
     """The first cannot write a 2: behind a 1 that has to be followed by one, the second does, whatever the coin."""
-    without = tuple(one for one in FIRST if b"2" not in one)
+    without = tuple(token for token in FIRST if b"2" not in token)
     # It can read one: what it reads is encoded.
     first = engine(without, seed=1)
     first.encoder = engine(FIRST).encoder
     first.encoder._ids = {**first.encoder._ids, b"2": 0, b"12": 0}
-    those = ensemble([first, engine(FIRST, seed=2)], [0.9, 0.1], unit="piece")
+    ensemble = make_ensemble([first, engine(FIRST, seed=2)], [0.9, 0.1], unit="piece")
     drafted = [("speculative", "m0"), ("speculative", "lookup"), ("greedy", "m0"), ("greedy", "lookup")]
     for method, draft in [("mixture", None), ("conventional", None), ("greedy", None), *drafted]:
         for seed in range(20):
-            found = those.generate(
+            completion = ensemble.generate(
                 "a", raw=True, seed=seed, method=method, draft=draft, json_schema={"const": 12}, **OPTIONS
             )
-            assert found.text == "12"
-            assert found.tokens[-1].member == "m1"
+            assert completion.text == "12"
+            assert completion.tokens[-1].member == "m1"
     with pytest.raises(UnsupportedError, match="no member has a token"):
-        ensemble([first], unit="piece").generate("a", raw=True, json_schema={"const": 12})
+        make_ensemble([first], unit="piece").generate("a", raw=True, json_schema={"const": 12})
 
 
 def test_a_character_may_be_written_byte_by_byte():
     tokens = (b'"', b"\xc3", b"\xa9", b"\xc3\xa9", b"a", b"\xe2", b"\x82", b"\xac")
-    those = ensemble([engine(tokens, seed=1), engine(tokens[::-1], seed=2)], unit="piece")
+    ensemble = make_ensemble([engine(tokens, seed=1), engine(tokens[::-1], seed=2)], unit="piece")
     seen = set()
     for seed in range(30):
-        found = those.generate("a", raw=True, seed=seed, json_schema={"enum": ["é", "€"]}, top_k=0)
-        assert json.loads(found.text) in ("é", "€")
-        seen.add(tuple(one.data for one in found.tokens))
+        completion = ensemble.generate("a", raw=True, seed=seed, json_schema={"enum": ["é", "€"]}, top_k=0)
+        assert json.loads(completion.text) in ("é", "€")
+        seen.add(tuple(token.data for token in completion.tokens))
     assert len(seen) > 2
 
 
-def test_the_schema_says_where_a_reply_ends_and_not_the_stop_strings_of_a_template():
-    those = ensemble([ToyEngine(seed=1)])
-    those.members[0].engine.stops = ("a",)
-    assert those.generate("a", seed=1, json_schema={"const": "a"}).text == '"a"'
-    assert those.generate("a", seed=1, json_schema={"const": "a"}, stop="a").text == '"'
+def test_the_schema_says_where_a_completion_ends_and_not_the_stop_strings_of_a_template():
+    ensemble = make_ensemble([ToyEngine(seed=1)])
+    ensemble.members[0].engine.stops = ("a",)
+    assert ensemble.generate("a", seed=1, json_schema={"const": "a"}).text == '"a"'
+    assert ensemble.generate("a", seed=1, json_schema={"const": "a"}, stop="a").text == '"'
 
 
-def test_the_ensembles_figures_are_those_of_the_held_laws():
-    those = pair("piece")
+def test_the_ensembles_figures_are_those_of_the_constrained_distributions():
+    ensemble = pair("piece")
     options = {"raw": True, "seed": 3, "json_schema": SCHEMA, "logprobs_of": "ensemble", "top_logprobs": 9}
     for seed in range(10):
         pieces: tuple[bytes, ...] = ()
-        for token in those.generate("a", **{**options, "seed": seed}, **OPTIONS).tokens:
-            law = average(those, pieces)
-            told = {one.data: np.exp(one.logprob) for one in token.top_logprobs}
-            assert told == pytest.approx(law)
+        for token in ensemble.generate("a", **{**options, "seed": seed}, **OPTIONS).tokens:
+            distribution = average(ensemble, pieces)
+            reported = {top_logprob.data: np.exp(top_logprob.logprob) for top_logprob in token.top_logprobs}
+            assert reported == pytest.approx(distribution)
             pieces = (*pieces, token.data)
 
 
@@ -307,7 +308,8 @@ scalars = st.one_of(
         lambda a, b: {"type": "string", "minLength": a, "maxLength": a + b}, st.integers(0, 2), st.integers(0, 4)
     ),
     st.builds(
-        lambda one: {"enum": one}, st.lists(st.text(max_size=4) | st.integers(-(2**53), 2**53), min_size=1, max_size=3)
+        lambda values: {"enum": values},
+        st.lists(st.text(max_size=4) | st.integers(-(2**53), 2**53), min_size=1, max_size=3),
     ),
     st.just({"type": "string", "pattern": "^[a-c]{1,3}-(x|yz)$"}),
     st.just({"type": "string", "format": "date"}),
@@ -320,14 +322,16 @@ def wider(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[st
     @st.composite
     def objects(draw: Any) -> dict[str, Any]:
         properties = draw(st.dictionaries(names, inner, max_size=3))
-        required = [one for one in properties if draw(st.booleans())]
+        required = [name for name in properties if draw(st.booleans())]
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     arrays = st.builds(
         lambda items, a, b: {"type": "array", "items": items, "minItems": a, "maxItems": a + b},
         inner, st.integers(0, 1), st.integers(0, 2),
     )  # fmt: skip
-    return st.one_of(objects(), arrays, st.builds(lambda one: {"anyOf": one}, st.lists(inner, min_size=1, max_size=2)))
+    return st.one_of(
+        objects(), arrays, st.builds(lambda values: {"anyOf": values}, st.lists(inner, min_size=1, max_size=2))
+    )
 
 
 schemas = st.recursive(scalars, wider, max_leaves=6)
@@ -340,15 +344,17 @@ schemas = st.recursive(scalars, wider, max_leaves=6)
     kinds=st.sampled_from([("gpt2", "gemma"), ("gpt4", "llama2"), ("tools", "digits")]),
 )
 def test_what_ended_is_valid(schema, seed, kinds):
-    those = ensemble([speaking(kind, i) for i, kind in enumerate(kinds)], unit="piece")
+    ensemble = make_ensemble([speaking(kind, i) for i, kind in enumerate(kinds)], unit="piece")
     if seed % 4 == 3:
-        those = those.with_unit("byte" if seed % 8 == 3 else "word")
-    found = those.generate("the", raw=True, seed=seed, json_schema=schema, max_tokens=400, temperature=1.0, top_k=0)
-    if found.finish_reason == "stop":
-        jsonschema.validate(json.loads(found.text), schema)
+        ensemble = ensemble.with_unit("byte" if seed % 8 == 3 else "word")
+    completion = ensemble.generate(
+        "the", raw=True, seed=seed, json_schema=schema, max_tokens=400, temperature=1.0, top_k=0
+    )
+    if completion.finish_reason == "stop":
+        jsonschema.validate(json.loads(completion.text), schema)
 
 
-def test_most_replies_end():
+def test_most_completions_end():
     schema = {
         "type": "object",
         "properties": {
@@ -358,13 +364,13 @@ def test_most_replies_end():
         "required": ["name", "n"],
         "additionalProperties": False,
     }
-    those = ensemble([speaking("gpt2", 0), speaking("gemma", 1)], unit="piece")
+    ensemble = make_ensemble([speaking("gpt2", 0), speaking("gemma", 1)], unit="piece")
     ended = 0
     for seed in range(20):
-        found = those.generate("the", raw=True, seed=seed, json_schema=schema, max_tokens=120, top_k=0)
-        ended += found.finish_reason == "stop"
-        if found.finish_reason == "stop":
-            jsonschema.validate(json.loads(found.text), schema)
+        completion = ensemble.generate("the", raw=True, seed=seed, json_schema=schema, max_tokens=120, top_k=0)
+        ended += completion.finish_reason == "stop"
+        if completion.finish_reason == "stop":
+            jsonschema.validate(json.loads(completion.text), schema)
     assert ended > 15
 
 
@@ -404,10 +410,10 @@ def test_what_is_no_schema_is_refused():
 
 
 def test_an_engine_that_tells_few_tokens_refuses_it():
-    one = engine(FIRST)
-    one.top_k_limit = 4
+    toy = engine(FIRST)
+    toy.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="json_schema allows tokens from anywhere"):
-        ensemble([one]).generate("a", raw=True, top_k=2, json_schema=SCHEMA)
+        make_ensemble([toy]).generate("a", raw=True, top_k=2, json_schema=SCHEMA)
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
@@ -432,13 +438,13 @@ def test_the_command_line_takes_a_file(capfd, tmp_path):
     from mixlm.cli import main
 
     file = tmp_path / "schema.json"
-    asked = ["generate", "hello", "-m", "toy:1", "-m", "toy:2", "--seed", "3", "--json-schema", str(file)]
+    arguments = ["generate", "hello", "-m", "toy:1", "-m", "toy:2", "--seed", "3", "--json-schema", str(file)]
     file.write_text('{"enum": ["river", "bird"]}')
-    assert main(asked) == 0
+    assert main(arguments) == 0
     assert json.loads(capfd.readouterr().out) in ("river", "bird")
     for text, why in (("{", "is not valid JSON"), ('"x"', "JSON object"), ('{"type": 5}', "cannot be enforced")):
         file.write_text(text)
-        assert main(asked) == 2
+        assert main(arguments) == 2
         assert why in capfd.readouterr().err
 
 
@@ -452,10 +458,10 @@ def test_real_members_write_valid_json(demo_pair):
     }
     ended = 0
     for unit, seed in (("piece", 1), ("word", 3)):
-        found = demo_pair.with_unit(unit).generate(
+        completion = demo_pair.with_unit(unit).generate(
             "Name a river, as JSON.", seed=seed, json_schema=schema, max_tokens=40
         )
-        if found.finish_reason == "stop":
+        if completion.finish_reason == "stop":
             ended += 1
-            jsonschema.validate(json.loads(found.text), schema)
+            jsonschema.validate(json.loads(completion.text), schema)
     assert ended

@@ -9,12 +9,12 @@ import pytest
 from toys import (
     SHARED,
     VOCABULARIES,
-    assert_same_law,
+    assert_same_distribution,
     driven,
     engine,
-    ensemble,
-    exact_law,
-    member_law,
+    exact_distribution,
+    make_ensemble,
+    member_distribution,
     named,
     table,
     written,
@@ -34,13 +34,13 @@ OPTIONS = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.5}
 def shifted(tokens, seed: int) -> ToyEngine:
     """The toy whose model itself likes and dislikes these tokens."""
     plain = table(len(tokens) + 2, seed)
-    shift = np.array([BIAS.get(one.decode(), 0.0) for one in tokens] + [0.0, 0.0])
+    shift = np.array([BIAS.get(token.decode(), 0.0) for token in tokens] + [0.0, 0.0])
     return ToyEngine(tokens, lambda context: plain(context) + shift)
 
 
 def pair(unit: str, make) -> Ensemble:
     vocabularies = [SHARED] * 2 if unit == "token" else [SHARED, VOCABULARIES[1]]
-    return ensemble([make(tokens, 30 + i) for i, tokens in enumerate(vocabularies)], [0.6, 0.4], unit=unit)
+    return make_ensemble([make(tokens, 30 + i) for i, tokens in enumerate(vocabularies)], [0.6, 0.4], unit=unit)
 
 
 @pytest.mark.parametrize(
@@ -61,44 +61,48 @@ def test_a_biased_member_is_one_whose_model_has_the_bias(unit, method):
     different = 0
     for seed in range(12):
         options = {"raw": True, "seed": seed, "max_tokens": 10, "method": method, **OPTIONS}
-        found = plain.generate("ab c", logit_bias=BIAS, **options)
+        completion = plain.generate("ab c", logit_bias=BIAS, **options)
         wanted = expected.generate("ab c", **options)
-        assert [(one.data, one.member) for one in found.tokens] == [(one.data, one.member) for one in wanted.tokens]
-        assert [one.logprob for one in found.tokens] == pytest.approx([one.logprob for one in wanted.tokens], abs=1e-4)
-        different += found.text != plain.generate("ab c", **options).text
+        assert [(token.data, token.member) for token in completion.tokens] == [
+            (token.data, token.member) for token in wanted.tokens
+        ]
+        assert [token.logprob for token in completion.tokens] == pytest.approx(
+            [token.logprob for token in wanted.tokens], abs=1e-4
+        )
+        different += completion.text != plain.generate("ab c", **options).text
     assert different
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_the_law_is_the_dense_one(unit):
+def test_the_distribution_is_the_dense_one(unit):
     plain = pair(unit, engine)
     writing = written(plain, {**OPTIONS, "logit_bias": BIAS}, "ab", [b"c", b"a"])
     noise = Fixed()
     driven(conventional, writing, plain.weights, noise)
-    found = named(plain, noise.symbols, np.exp(noise.logprobs))
-    assert_same_law(found, exact_law(pair(unit, shifted), OPTIONS, "ab", [b"c", b"a"]), 1e-6)
+    result = named(plain, noise.symbols, np.exp(noise.logprobs))
+    assert_same_distribution(result, exact_distribution(pair(unit, shifted), OPTIONS, "ab", [b"c", b"a"]), 1e-6)
 
 
 def test_mix_then_truncate_biases_members_in_front_of_the_average():
     plain, expected = pair("token", engine), pair("token", shifted)
     options = {"raw": True, "max_tokens": 8, "method": "conventional", "mix_then_truncate": True, "top_k": 3}
     for seed in range(6):
-        found = plain.generate("ab", seed=seed, logit_bias=BIAS, **options)
-        assert found.text == expected.generate("ab", seed=seed, **options).text
+        completion = plain.generate("ab", seed=seed, logit_bias=BIAS, **options)
+        assert completion.text == expected.generate("ab", seed=seed, **options).text
 
 
 def test_every_token_of_the_bytes_is_biased():
     """The second vocabulary has b"ab" twice."""
-    one = engine(VOCABULARIES[1], seed=3)
-    law = member_law(one, Sampling(temperature=1.0, top_k=0), one.prompts.raw("a").tolist(), [])
-    odds = law[b"ab"] / law[b"c"]
-    alone = ensemble([one], unit="piece")
+    toy = engine(VOCABULARIES[1], seed=3)
+    distribution = member_distribution(toy, Sampling(temperature=1.0, top_k=0), toy.prompts.raw("a").tolist(), [])
+    odds = distribution[b"ab"] / distribution[b"c"]
+    alone = make_ensemble([toy], unit="piece")
     [token] = alone.generate(
         "a", raw=True, max_tokens=1, seed=1, temperature=1.0, top_k=0, top_logprobs=99, ignore_end=True,
         logit_bias={"ab": 1.5, "c": 0.5},
     ).tokens  # fmt: skip
-    told = {one.data: np.exp(one.logprob) for one in token.top_logprobs}
-    assert told[b"ab"] / told[b"c"] == pytest.approx(odds * np.e, rel=1e-5)
+    reported = {top_logprob.data: np.exp(top_logprob.logprob) for top_logprob in token.top_logprobs}
+    assert reported[b"ab"] / reported[b"c"] == pytest.approx(odds * np.e, rel=1e-5)
 
 
 def test_ids_are_for_members_of_one_vocabulary():
@@ -139,10 +143,10 @@ def test_what_is_no_bias_is_refused(bias, message):
 
 
 def test_an_engine_that_tells_few_tokens_refuses_it():
-    one = engine(SHARED)
-    one.top_k_limit = 4
+    toy = engine(SHARED)
+    toy.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="logit_bias moves tokens from anywhere"):
-        ensemble([one]).generate("a", raw=True, top_k=2, logit_bias={"a": 1.0})
+        make_ensemble([toy]).generate("a", raw=True, top_k=2, logit_bias={"a": 1.0})
 
 
 @pytest.mark.models
@@ -150,7 +154,7 @@ def test_real_members_write_what_they_are_pushed_to(demo_pair):
     options = {"max_tokens": 8, "seed": 3, "stop": ["\n"]}
     often = demo_pair.generate("What is the capital of France?", logit_bias={" tea": 30.0}, **options)
     assert often.text.count(" tea") >= 3
-    assert {one.member for one in often.tokens if one.data == b" tea"} == set(demo_pair.names)
+    assert {token.member for token in often.tokens if token.data == b" tea"} == set(demo_pair.names)
 
 
 def test_the_command_line_takes_them(capfd):

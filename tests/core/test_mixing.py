@@ -10,8 +10,8 @@ from mixlm.errors import ConfigError
 from mixlm.types import Candidates
 
 
-def candidates(law: dict[int, float]) -> Candidates:
-    return Candidates(np.array(list(law), dtype=np.int64), np.log(list(law.values())))
+def candidates(distribution: dict[int, float]) -> Candidates:
+    return Candidates(np.array(list(distribution), dtype=np.int64), np.log(list(distribution.values())))
 
 
 def test_weights_are_normalised_and_equal_when_left_out():
@@ -44,24 +44,29 @@ def test_weights_that_do_not_fit_are_refused_with_their_values(weights, message)
 def test_pooling_adds_up_equal_symbols_whether_few_or_most_take_part(parts, shift):
     symbols = np.array([symbol for symbol, _ in parts], dtype=np.int64) * (1 + shift)
     logprobs = np.array([logprob for _, logprob in parts])
-    found = pool(symbols, logprobs)
-    assert found.ids.tolist() == sorted(set(symbols.tolist()))
-    expected = [np.logaddexp.reduce(logprobs[symbols == symbol]) for symbol in found.ids]
-    np.testing.assert_allclose(found.logprobs, expected, atol=1e-9)
+    pooled = pool(symbols, logprobs)
+    assert pooled.ids.tolist() == sorted(set(symbols.tolist()))
+    expected = [np.logaddexp.reduce(logprobs[symbols == symbol]) for symbol in pooled.ids]
+    np.testing.assert_allclose(pooled.logprobs, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("far", [1, 10**6])
 def test_pooling_takes_probabilities_too_small_for_a_float(far):
-    found = pool(np.array([0, far]), np.array([0.0, -2000.0]))
-    assert found.ids[0] == 0
-    assert np.exp(found.logprobs).sum() == 1
+    pooled = pool(np.array([0, far]), np.array([0.0, -2000.0]))
+    assert pooled.ids[0] == 0
+    assert np.exp(pooled.logprobs).sum() == 1
 
 
 def test_a_mixture_is_the_weighted_sum():
-    laws = [{0: 0.5, 3: 0.5}, {3: 0.25, 7: 0.75}, {100_000: 1.0}]
-    found = mix([(weight, candidates(law)) for weight, law in zip((0.5, 0.3, 0.2), laws, strict=True)])
-    assert found.ids.tolist() == [0, 3, 7, 100_000]
-    np.testing.assert_allclose(np.exp(found.logprobs), [0.25, 0.325, 0.225, 0.2], rtol=1e-14)
+    distributions = [{0: 0.5, 3: 0.5}, {3: 0.25, 7: 0.75}, {100_000: 1.0}]
+    mixed = mix(
+        [
+            (weight, candidates(distribution))
+            for weight, distribution in zip((0.5, 0.3, 0.2), distributions, strict=True)
+        ]
+    )
+    assert mixed.ids.tolist() == [0, 3, 7, 100_000]
+    np.testing.assert_allclose(np.exp(mixed.logprobs), [0.25, 0.325, 0.225, 0.2], rtol=1e-14)
 
 
 def test_random_mixtures_equal_the_dense_sum():
@@ -73,9 +78,9 @@ def test_random_mixtures_equal_the_dense_sum():
         probabilities = rng.dirichlet(np.ones(ids.size))
         expected[ids] += weight * probabilities
         parts.append((weight, Candidates(ids, np.log(probabilities))))
-    found = mix(parts)
-    np.testing.assert_array_equal(found.ids, np.flatnonzero(expected))
-    np.testing.assert_allclose(np.exp(found.logprobs), expected[found.ids], rtol=1e-12)
+    mixed = mix(parts)
+    np.testing.assert_array_equal(mixed.ids, np.flatnonzero(expected))
+    np.testing.assert_allclose(np.exp(mixed.logprobs), expected[mixed.ids], rtol=1e-12)
 
 
 def test_parts_of_weight_zero_take_no_part():

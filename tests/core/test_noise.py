@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from toys import assert_drawn_from, counted
+from toys import assert_sampled_from, counted
 
 from mixlm.core import rng
 from mixlm.core.rng import Noise
@@ -48,14 +48,14 @@ def test_rounds_of_a_position_have_different_noise():
     assert noise.next_round().at(7) == noise
 
 
-def test_the_second_draw_of_a_position_says_nothing_about_the_first():
+def test_the_second_sample_of_a_position_says_nothing_about_the_first():
     uniform = np.full(4, 0.25)
     pairs = counted(
         lambda i: (Noise(1, i).sample(SYMBOLS, uniform), Noise(1, i).next_round().sample(SYMBOLS, uniform)), 8_000
     )
-    assert_drawn_from(pairs, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
+    assert_sampled_from(pairs, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
     coins = counted(lambda i: (Noise(1, i).coin(uniform), Noise(1, i).next_round().coin(uniform)), 8_000)
-    assert_drawn_from(coins, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
+    assert_sampled_from(coins, {(a, b): 1 / 16 for a in range(4) for b in range(4)})
 
 
 def keys(count: int, vary: str) -> list[Noise]:
@@ -66,19 +66,19 @@ def keys(count: int, vary: str) -> list[Noise]:
 def test_coins_follow_their_weights(vary):
     weights = np.array([0.05, 0.5, 0.15, 0.3])
     noises = keys(6_000, vary)
-    assert_drawn_from(counted(lambda i: noises[i].coin(weights), len(noises)), dict(enumerate(weights)))
+    assert_sampled_from(counted(lambda i: noises[i].coin(weights), len(noises)), dict(enumerate(weights)))
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 @pytest.mark.parametrize(
     "symbols", [np.arange(6), 262_144 + np.arange(6), np.array([0, 1, 2**16, 2**31, 2**40, 2**62])]
 )
-def test_draws_follow_their_probabilities(vary, symbols):
+def test_samples_follow_their_probabilities(vary, symbols):
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
     noises = keys(6_000, vary)
     logprobs = np.log(probabilities)
     counts = counted(lambda i: noises[i].sample(symbols, logprobs), len(noises))
-    assert_drawn_from(counts, dict(enumerate(probabilities)))
+    assert_sampled_from(counts, dict(enumerate(probabilities)))
 
 
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])

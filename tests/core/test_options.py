@@ -55,7 +55,7 @@ def test_stop_is_one_string_or_several(stop, expected):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "conventional"])
 def test_mix_then_truncate_is_for_conventional_only(method):
-    with pytest.raises(UnsupportedError, match=f"no exact form in {method}.*--method conventional"):
+    with pytest.raises(UnsupportedError, match=f"no exact form in {method}.*method='conventional'"):
         generation_options(method=method, mix_then_truncate=True)
     assert generation_options(method="conventional", mix_then_truncate=True).mix_then_truncate
 
@@ -81,7 +81,7 @@ def test_a_turn_has_the_same_seed_and_another_sequence():
 @pytest.mark.parametrize("member", [{}, {"temperature": 0}])
 def test_temperature_zero_in_a_sampling_method_names_greedy(method, member):
     options = generation_options(method=method) if member else generation_options(method=method, temperature=0)
-    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*method='greedy'"):
         options.member_sampling(member)
 
 
@@ -106,7 +106,7 @@ def test_sampling_of_the_average_has_all_but_the_penalties():
     assert options.member_sampling({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
     assert options.mixed_sampling({}) == Sampling(top_k=3, temperature=0.5)
     assert generation_options(method="conventional").mixed_sampling({}) is None
-    with pytest.raises(UnsupportedError, match=r"temperature is 0.*--method greedy"):
+    with pytest.raises(UnsupportedError, match=r"temperature is 0.*method='greedy'"):
         generation_options(method="conventional", mix_then_truncate=True, temperature=0).mixed_sampling({})
 
 

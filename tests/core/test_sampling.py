@@ -40,11 +40,11 @@ class TestAgainstTransformers:
     def test_repetition(self, penalty, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
         ids = [3, 14, 3, 200, 499]
-        found = rules.apply_repetition_penalty(logits, np.unique(ids), penalty)
+        result = rules.apply_repetition_penalty(logits, np.unique(ids), penalty)
         np.testing.assert_allclose(
-            found, by_transformers(RepetitionPenaltyLogitsProcessor(penalty), logits, ids), rtol=1e-6
+            result, by_transformers(RepetitionPenaltyLogitsProcessor(penalty), logits, ids), rtol=1e-6
         )
-        assert (found != logits).sum() == (4 if penalty != 1 else 0)
+        assert (result != logits).sum() == (4 if penalty != 1 else 0)
 
     @pytest.mark.parametrize("value", [0.1, 0.7, 1.0, 2.5])
     def test_temperature(self, value, seed, dtype):
@@ -56,14 +56,14 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize("values", [[1.5], [-100, 100, 0.25]])
     def test_bias(self, values, seed, dtype):
         logits = logits_of(seed=seed, dtype=dtype)
-        given = {(7 * at + 3,): float(value) for at, value in enumerate(values)}
-        bias = LogitBias(np.array([one for (one,) in given]), np.array(list(given.values())))
-        found = rules.apply_logit_bias(logits, bias)
+        biases = {(7 * i + 3,): float(value) for i, value in enumerate(values)}
+        bias = LogitBias(np.array([token for (token,) in biases]), np.array(list(biases.values())))
+        result = rules.apply_logit_bias(logits, bias)
         # Theirs looks for sequences of several tokens in the ids, so there have to be some.
         np.testing.assert_allclose(
-            found, by_transformers(SequenceBiasLogitsProcessor(given), logits, [1, 2]), rtol=1e-6
+            result, by_transformers(SequenceBiasLogitsProcessor(biases), logits, [1, 2]), rtol=1e-6
         )
-        assert (found != logits).sum() == len(values)
+        assert (result != logits).sum() == len(values)
 
     @pytest.mark.parametrize("k", [1, 2, 20, 499, 500, 10_000])
     def test_top_k(self, k, seed, dtype):
@@ -73,9 +73,9 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize("k", [1, 5, 37, 200])
     def test_top_k_with_ties(self, k, seed, dtype):
         logits = np.round(logits_of(seed=seed, dtype=dtype))
-        found = rules.apply_top_k(logits, k)
-        np.testing.assert_array_equal(found, by_transformers(TopKLogitsWarper(k), logits))
-        assert np.isfinite(found).sum() >= k
+        result = rules.apply_top_k(logits, k)
+        np.testing.assert_array_equal(result, by_transformers(TopKLogitsWarper(k), logits))
+        assert np.isfinite(result).sum() >= k
 
     @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.95, 0.999])
     def test_top_p(self, p, seed, dtype):
@@ -104,7 +104,7 @@ class TestAgainstTransformers:
         chain = LogitsProcessorList(
             [
                 SequenceBiasLogitsProcessor(
-                    {(one,): value for one, value in zip(*map(np.ndarray.tolist, bias), strict=True)}
+                    {(token,): value for token, value in zip(*map(np.ndarray.tolist, bias), strict=True)}
                 ),
                 RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty),
             ]
@@ -120,17 +120,17 @@ class TestAgainstTransformers:
         np.testing.assert_allclose(dense_distribution(logits, chosen, NONE, history, bias), expected, rtol=1e-6)
 
 
-def test_a_history_counts_the_reply_and_sees_the_prompt_too():
+def test_a_history_counts_the_completion_and_sees_the_prompt_too():
     history = TokenHistory.from_tokens(np.array([9, 2, 9]), np.array([4, 2, 4, 4]))
     assert history.seen.tolist() == [2, 4, 9]
     assert history.generated.tolist() == [2, 4]
     assert history.counts.tolist() == [1, 3]
 
 
-def test_presence_counts_once_and_frequency_each_time_and_only_in_the_reply():
+def test_presence_counts_once_and_frequency_each_time_and_only_in_the_completion():
     history = TokenHistory.from_tokens(np.array([0, 1]), np.array([1, 2, 2, 2]))
-    found = rules.apply_count_penalties(np.zeros(4), history, 0.5, 0.25)
-    assert found.tolist() == [0, -0.75, -1.25, 0]
+    result = rules.apply_count_penalties(np.zeros(4), history, 0.5, 0.25)
+    assert result.tolist() == [0, -0.75, -1.25, 0]
 
 
 def test_top_p_keeps_the_token_that_reaches_the_mass():
@@ -141,8 +141,8 @@ def test_top_p_keeps_the_token_that_reaches_the_mass():
 
 
 def test_min_p_is_measured_against_the_most_likely():
-    found = rules.apply_min_p(np.log([0.6, 0.3, 0.1]), 0.4)
-    assert np.isfinite(found).tolist() == [True, True, False]
+    result = rules.apply_min_p(np.log([0.6, 0.3, 0.1]), 0.4)
+    assert np.isfinite(result).tolist() == [True, True, False]
 
 
 def test_softmax_holds_very_large_logits_and_sums_to_one():
@@ -217,21 +217,21 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, TokenHisto
 @given(seed=st.integers(0, 2**40))
 def test_the_fast_transform_is_the_dense_rule(seed):
     logits, options, banned, history, bias = random_case(seed)
-    found = Transform(options, banned, bias)(logits, history)
+    result = Transform(options, banned, bias)(logits, history)
     expected = dense_distribution(logits, options, banned, history, bias)
     # Penalties and biases are taken in the precision of the logits, and a small temperature enlarges what that loses.
     exact = logits.dtype == np.float64 or (history is None and bias is None)
     tolerance = 1e-10 if exact else 5e-6 / min(options.temperature, 1)
-    np.testing.assert_allclose(as_dense(found, logits.size), expected, atol=tolerance)
+    np.testing.assert_allclose(as_dense(result, logits.size), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("options", [PLAIN, {}, {**PLAIN, "top_p": 0.5}, {**PLAIN, "min_p": 0.5}])
 def test_one_token_left_is_certain(options):
     logits = np.full(1000, -np.inf, dtype=np.float32)
     logits[437] = -3
-    found = Transform(Sampling(**options), np.array([1, 2]))(logits)
-    assert found.ids.tolist() == [437]
-    assert found.logprobs.tolist() == [0]
+    result = Transform(Sampling(**options), np.array([1, 2]))(logits)
+    assert result.ids.tolist() == [437]
+    assert result.logprobs.tolist() == [0]
     assert dense_distribution(logits, Sampling(**options), np.array([1, 2]))[437] == 1
 
 
@@ -244,21 +244,21 @@ def test_banned_ids_are_never_candidates(options):
 
 def test_top_p_finds_its_mass_among_more_than_the_first_few_values():
     logits = np.random.default_rng(0).normal(scale=0.01, size=5000)
-    found = Transform(Sampling(temperature=1.0, top_k=0, top_p=0.9), NONE)(logits)
-    assert 4400 < found.ids.size < 4600
+    result = Transform(Sampling(temperature=1.0, top_k=0, top_p=0.9), NONE)(logits)
+    assert 4400 < result.ids.size < 4600
     np.testing.assert_allclose(
-        as_dense(found, 5000), dense_distribution(logits, Sampling(1, 0, 0, 1.0, 0, 0.9), NONE), atol=1e-15
+        as_dense(result, 5000), dense_distribution(logits, Sampling(1, 0, 0, 1.0, 0, 0.9), NONE), atol=1e-15
     )
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_a_cut_leaves_of_told_tokens_gives_the_law_of_the_whole(seed):
+def test_filtering_the_reported_tokens_gives_the_distribution_of_the_whole(seed):
     rng = np.random.default_rng(seed)
     logits = rng.integers(-6, 6, 300).astype(np.float32) / 2  # many are equal
     banned = np.sort(rng.choice(300, 40, replace=False))
     transform = Transform(Sampling(temperature=0.7, top_k=int(rng.integers(1, 30)), top_p=0.9), banned)
-    told = rng.permutation(np.argsort(-logits, kind="stable")[:200])
+    order = rng.permutation(np.argsort(-logits, kind="stable")[:200])
     whole = transform(logits)
-    cut = transform(transform.top_k_filter.apply(Candidates(told, logits[told])))
+    cut = transform(transform.top_k_filter.apply(Candidates(order, logits[order])))
     assert cut.ids.tolist() == whole.ids.tolist()
     assert cut.logprobs.tolist() == whole.logprobs.tolist()

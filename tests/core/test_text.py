@@ -17,7 +17,7 @@ def token(data: bytes) -> Token:
 
 def shown(pieces, stops=()) -> tuple[list[list[str]], StreamingDetokenizer]:
     stream = StreamingDetokenizer(stops)
-    return [[one.text for one in stream.push(token(piece))] for piece in pieces], stream
+    return [[token.text for token in stream.push(token(piece))] for piece in pieces], stream
 
 
 def test_tokens_are_shown_as_they_come():
@@ -60,7 +60,7 @@ def test_a_stop_string_across_tokens_is_never_shown():
 def test_tokens_held_back_are_shown_once_they_cannot_be_the_beginning_of_a_stop_string():
     steps, stream = shown([b"a", b"S", b"T", b"x", b"S"], ["STOP"])
     assert steps == [["a"], [], [], ["S", "T", "x"], []]
-    assert [one.text for one in stream.flush()] == ["S"]
+    assert [token.text for token in stream.flush()] == ["S"]
     assert not stream.stopped
 
 
@@ -93,9 +93,9 @@ def test_empty_stop_strings_stop_nothing():
 )
 def test_what_is_left_of_a_cut_token_has_the_bytes_of_the_text(pieces, text):
     stream = StreamingDetokenizer(["STOP"])
-    tokens = [one for piece in pieces for one in stream.push(token(piece))]
-    assert "".join(one.text for one in tokens) == text
-    assert b"".join(one.data for one in tokens) == text.encode()
+    tokens = [emitted for piece in pieces for emitted in stream.push(token(piece))]
+    assert "".join(token.text for token in tokens) == text
+    assert b"".join(token.data for token in tokens) == text.encode()
 
 
 def reference(pieces: list[bytes], stops: list[str]) -> tuple[str, bool]:
@@ -104,9 +104,9 @@ def reference(pieces: list[bytes], stops: list[str]) -> tuple[str, bool]:
     text = ""
     for piece in pieces:
         text += decoder.decode(piece)
-        found = [text.index(stop) for stop in stops if stop in text]
-        if found:
-            return text[: min(found)], True
+        places = [text.index(stop) for stop in stops if stop in text]
+        if places:
+            return text[: min(places)], True
     return text, False
 
 
@@ -130,7 +130,7 @@ def test_joined_text_is_the_text_before_the_first_stop_string(pieces, cuts, stop
     else:
         tokens += stream.flush()
     text, stopped = reference(pieces, stops)
-    assert "".join(one.text for one in tokens) == text
+    assert "".join(token.text for token in tokens) == text
     assert stream.stopped is stopped
     if not stopped:
-        assert b"".join(one.data for one in tokens) == data
+        assert b"".join(token.data for token in tokens) == data

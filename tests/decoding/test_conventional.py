@@ -8,11 +8,11 @@ from toys import (
     END,
     OPTIONS,
     Recorder,
-    assert_same_law,
+    assert_same_distribution,
     driven,
-    ensemble,
-    exact_law,
+    exact_distribution,
     fixed,
+    make_ensemble,
     named,
     toys,
     written,
@@ -33,35 +33,36 @@ PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("members", [1, 2, 3, 5])
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_the_law_is_the_average(unit, members, name):
-    those = toys(unit, members)
+def test_the_distribution_is_the_average(unit, members, name):
+    ensemble = toys(unit, members)
     for pieces in PLACES:
         noise = Recorder()
-        driven(conventional, written(those, OPTIONS[name], "ab", pieces), those.weights, noise)
-        assert_same_law(
-            named(those, noise.symbols, np.exp(noise.logprobs)), exact_law(those, OPTIONS[name], "ab", pieces)
+        driven(conventional, written(ensemble, OPTIONS[name], "ab", pieces), ensemble.weights, noise)
+        assert_same_distribution(
+            named(ensemble, noise.symbols, np.exp(noise.logprobs)),
+            exact_distribution(ensemble, OPTIONS[name], "ab", pieces),
         )
 
 
 def test_every_member_with_a_weight_is_asked_once_and_all_at_the_same_moment():
-    those = toys("piece", 5)
-    writing = written(those, {}, "ab", [b"a"])
+    ensemble = toys("piece", 5)
+    writing = written(ensemble, {}, "ab", [b"a"])
     weights = np.array([0.5, 0, 0.25, 0, 0.25])
     _, [requests] = driven(conventional, writing, weights, Noise(0))
-    assert [type(one) for one in requests] == [LogitsRequest] * 3
-    assert [one.member for one in requests] == [0, 2, 4]
+    assert [type(request) for request in requests] == [LogitsRequest] * 3
+    assert [request.member for request in requests] == [0, 2, 4]
     assert [len(session.stats.forwards) for session in writing.sessions] == [1, 0, 1, 0, 1]
 
 
 def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_it():
-    those = ensemble([fixed({b"a": 0.9, b"b": 0.1}), fixed({b"a": 0.2, b"c": 0.8})], [0.25, 0.75])
+    ensemble = make_ensemble([fixed({b"a": 0.9, b"b": 0.1}), fixed({b"a": 0.2, b"c": 0.8})], [0.25, 0.75])
     shares = {b"a": (0.25 * 0.9 + 0.75 * 0.2, 0), b"b": (0.025, 0), b"c": (0.6, 1)}
     seen = set()
     for position in range(200):
         choice, _ = driven(
-            conventional, written(those, {"temperature": 1}, "", []), those.weights, Noise(0, 0, position)
+            conventional, written(ensemble, {"temperature": 1}, "", []), ensemble.weights, Noise(0, 0, position)
         )
-        data = those.unit.symbol_bytes(choice.symbol)
+        data = ensemble.unit.symbol_bytes(choice.symbol)
         assert np.isclose(np.exp(choice.logprob), shares[data][0])
         assert choice.member == shares[data][1]
         seen.add(data)
@@ -70,35 +71,35 @@ def test_the_choice_has_the_averages_log_probability_and_names_who_gave_most_of_
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_truncating_after_mixing_is_truncating_the_plain_average(unit):
-    those = toys(unit, 3)
+    ensemble = toys(unit, 3)
     after = Sampling(temperature=0.6, top_k=3)
     noise = Recorder()
     options = {"method": "conventional", "mix_then_truncate": True, "temperature": 0.6, "top_k": 3}
-    driven(mix_then_truncate(after), written(those, options, "ab", [b"a"]), those.weights, noise)
-    plain = exact_law(those, OPTIONS["plain"], "ab", [b"a"])
+    driven(mix_then_truncate(after), written(ensemble, options, "ab", [b"a"]), ensemble.weights, noise)
+    plain = exact_distribution(ensemble, OPTIONS["plain"], "ab", [b"a"])
     cut = dense_distribution(np.log(list(plain.values())), after, np.zeros(0, dtype=np.int64))
     expected = {key: p for key, p in zip(plain, cut, strict=True) if p > 0}
     assert len(expected) == 3
-    assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), expected)
+    assert_same_distribution(named(ensemble, noise.symbols, np.exp(noise.logprobs)), expected)
 
 
-def test_truncating_before_and_after_mixing_are_two_laws():
-    those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})])
-    laws = []
+def test_truncating_before_and_after_mixing_are_two_distributions():
+    ensemble = make_ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})])
+    distributions = []
     for options in ({}, {"mix_then_truncate": True}):
         noise, settings = Recorder(), {"method": "conventional", "top_k": 1, "temperature": 1.0, **options}
-        writer = those.context(those.settings(**settings))
-        driven(writer.strategy, written(those, settings, "", []), those.weights, noise)
-        laws.append(named(those, noise.symbols, np.exp(noise.logprobs)))
-    assert_same_law(laws[0], {b"a": 0.5, b"c": 0.5})
-    assert_same_law(laws[1], {b"b": 1.0})
+        writer = ensemble.context(ensemble.settings(**settings))
+        driven(writer.strategy, written(ensemble, settings, "", []), ensemble.weights, noise)
+        distributions.append(named(ensemble, noise.symbols, np.exp(noise.logprobs)))
+    assert_same_distribution(distributions[0], {b"a": 0.5, b"c": 0.5})
+    assert_same_distribution(distributions[1], {b"b": 1.0})
 
 
 def test_the_mass_of_all_ends_is_one_symbol():
-    those = ensemble([fixed({END: 0.5, b"a": 0.5}), fixed({END: 0.25, b"a": 0.75}, [b"b", b"a"])], unit="piece")
+    ensemble = make_ensemble([fixed({END: 0.5, b"a": 0.5}), fixed({END: 0.25, b"a": 0.75}, [b"b", b"a"])], unit="piece")
     noise = Recorder()
-    driven(conventional, written(those, {"temperature": 1}, "a", []), those.weights, noise)
-    assert_same_law(named(those, noise.symbols, np.exp(noise.logprobs)), {END: 0.375, b"a": 0.625}, 1e-7)
+    driven(conventional, written(ensemble, {"temperature": 1}, "a", []), ensemble.weights, noise)
+    assert_same_distribution(named(ensemble, noise.symbols, np.exp(noise.logprobs)), {END: 0.375, b"a": 0.625}, 1e-7)
 
 
 def test_engines_on_devices_of_their_own_work_at_once():
@@ -113,9 +114,9 @@ def test_engines_on_devices_of_their_own_work_at_once():
 
     engines = [Waiting(seed=1, name="a"), Waiting(seed=2, name="b")]
     in_turn = Ensemble([MemberSpec(ToyEngine(seed=i), f"m{i}") for i in (1, 2)])
-    for at, engine in enumerate(engines):
-        engine.device = f"device {at}"
-    at_once = Ensemble([MemberSpec(one, one.name) for one in engines])
+    for i, engine in enumerate(engines):
+        engine.device = f"device {i}"
+    at_once = Ensemble([MemberSpec(engine, engine.name) for engine in engines])
     options = {"method": "conventional", "seed": 3, "max_tokens": 8}
     assert at_once.generate("hello", **options).text == in_turn.generate("hello", **options).text
 
@@ -125,9 +126,9 @@ def test_a_failing_engine_among_several_is_heard():
         def respond(self, requests):
             raise MemoryLimitError("no memory left")
 
-    one, other = ToyEngine(seed=1, name="a"), Failing(seed=2, name="b")
+    first, other = ToyEngine(seed=1, name="a"), Failing(seed=2, name="b")
     other.device = "another"
-    pair = Ensemble([MemberSpec(one, "a"), MemberSpec(other, "b")])
+    pair = Ensemble([MemberSpec(first, "a"), MemberSpec(other, "b")])
     with pytest.raises(MemoryLimitError):
         pair.generate("hello", method="conventional")
 

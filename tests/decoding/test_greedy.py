@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import END, OPTIONS, SHARED, VOCABULARIES, driven, engine, ensemble, exact_law, fixed, toys, written
+from toys import (
+    END,
+    OPTIONS,
+    SHARED,
+    VOCABULARIES,
+    driven,
+    engine,
+    exact_distribution,
+    fixed,
+    make_ensemble,
+    toys,
+    written,
+)
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_single
@@ -13,13 +25,13 @@ from mixlm.engines.base import LogitsRequest
 PLAIN = OPTIONS["plain"]
 
 
-def piece_of(those, symbol: int) -> bytes:
-    return END if symbol == those.unit.end else those.unit.symbol_bytes(symbol)
+def piece_of(ensemble, symbol: int) -> bytes:
+    return END if symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(symbol)
 
 
-def chosen(those, options=(), pieces=()):
+def chosen(ensemble, options=(), pieces=()):
     options = {"method": "greedy", **dict(options)}
-    return driven(greedy, written(those, options, "ab", pieces), those.weights, Noise(0))
+    return driven(greedy, written(ensemble, options, "ab", pieces), ensemble.weights, Noise(0))
 
 
 @settings(max_examples=400)
@@ -32,24 +44,24 @@ def test_the_choice_is_the_most_likely_symbol_of_the_average(seed):
     engines = [engine(vocabularies[i], int(rng.integers(10_000))) for i in range(members)]
     weights = rng.dirichlet(np.full(members, 0.7)) * (rng.random(members) < 0.8)
     weights[rng.integers(members)] += 0.1
-    pieces = [bytes([one]) for one in rng.choice(list(b"abc "), size=rng.integers(4))]
-    those = ensemble(engines, weights, unit=unit)
-    choice, rounds = chosen(those, pieces=pieces)
-    law = exact_law(those, PLAIN, "ab", pieces)
-    probability = law[piece_of(those, choice.symbol)]
-    assert probability > max(law.values()) - 1e-12
+    pieces = [bytes([byte]) for byte in rng.choice(list(b"abc "), size=rng.integers(4))]
+    ensemble = make_ensemble(engines, weights, unit=unit)
+    choice, rounds = chosen(ensemble, pieces=pieces)
+    distribution = exact_distribution(ensemble, PLAIN, "ab", pieces)
+    probability = distribution[piece_of(ensemble, choice.symbol)]
+    assert probability > max(distribution.values()) - 1e-12
     # The log-probability is the average's when every member was asked, else a lower bound.
-    if len(rounds) == np.count_nonzero(those.weights):
+    if len(rounds) == np.count_nonzero(ensemble.weights):
         assert np.isclose(np.exp(choice.logprob), probability, rtol=1e-9)
     else:
         assert np.exp(choice.logprob) < probability + 1e-12
-    assert those.weights[choice.member] > 0
+    assert ensemble.weights[choice.member] > 0
 
 
 def test_it_is_not_the_choice_of_the_heaviest_member():
-    those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})], [0.5, 0.5])
-    choice, _ = chosen(those)
-    assert those.unit.symbol_bytes(choice.symbol) == b"b"
+    ensemble = make_ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.6, b"b": 0.4})], [0.5, 0.5])
+    choice, _ = chosen(ensemble)
+    assert ensemble.unit.symbol_bytes(choice.symbol) == b"b"
     assert np.isclose(np.exp(choice.logprob), 0.4)
 
 
@@ -63,37 +75,37 @@ def test_members_are_asked_from_the_heaviest_on_until_the_rest_cannot_change_the
         ([0.4, 0.3, 0.3], [unsure, sure, unsure], [0, 1, 2]),
         ([1.0, 0.0, 0.0], [unsure, sure, sure], [0]),
     ]
-    for weights, laws, expected in cases:
-        those = ensemble([fixed(law) for law in laws], weights)
-        _, rounds = chosen(those)
-        assert [one.member for [one] in rounds] == expected
+    for weights, distributions, expected in cases:
+        ensemble = make_ensemble([fixed(distribution) for distribution in distributions], weights)
+        _, rounds = chosen(ensemble)
+        assert [request.member for [request] in rounds] == expected
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_equal_symbols_the_lowest_is_taken(order):
-    laws = [{b"b": 0.5, b"c": 0.5}, {b"c": 0.5, b"b": 0.5}][::order]
-    those = ensemble([fixed(law) for law in laws])
-    assert piece_of(those, chosen(those)[0].symbol) == b"b"
+    distributions = [{b"b": 0.5, b"c": 0.5}, {b"c": 0.5, b"b": 0.5}][::order]
+    ensemble = make_ensemble([fixed(distribution) for distribution in distributions])
+    assert piece_of(ensemble, chosen(ensemble)[0].symbol) == b"b"
 
 
 def test_the_end_of_a_text_can_be_the_most_likely():
-    those = ensemble([fixed({END: 0.4, b"a": 0.6}), fixed({END: 0.4, b"b": 0.6})])
-    choice, _ = chosen(those)
-    assert choice.symbol == those.unit.end
+    ensemble = make_ensemble([fixed({END: 0.4, b"a": 0.6}), fixed({END: 0.4, b"b": 0.6})])
+    choice, _ = chosen(ensemble)
+    assert choice.symbol == ensemble.unit.end
 
 
 def test_options_change_the_average_that_is_looked_at():
-    those = ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.55, b"b": 0.45})])
-    assert piece_of(those, chosen(those)[0].symbol) == b"b"
-    assert piece_of(those, chosen(those, {"top_k": 1})[0].symbol) == b"a"
+    ensemble = make_ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"c": 0.55, b"b": 0.45})])
+    assert piece_of(ensemble, chosen(ensemble)[0].symbol) == b"b"
+    assert piece_of(ensemble, chosen(ensemble, {"top_k": 1})[0].symbol) == b"a"
 
 
 @pytest.mark.parametrize("member", range(3))
 def test_one_member_alone_takes_its_own_most_likely_symbol(member):
-    those = toys("piece", 3)
-    writing = written(those, {"method": "greedy"}, "ab", [])
-    choice, [[request]] = driven(greedy_single(member), writing, those.weights, Noise(0))
+    ensemble = toys("piece", 3)
+    writing = written(ensemble, {"method": "greedy"}, "ab", [])
+    choice, [[request]] = driven(greedy_single(member), writing, ensemble.weights, Noise(0))
     assert isinstance(request, LogitsRequest)
     assert request.member == choice.member == member
-    law = exact_law(ensemble([those.members[member].engine], unit="piece"), PLAIN, "ab")
-    assert piece_of(those, choice.symbol) == max(law, key=law.get)
+    distribution = exact_distribution(make_ensemble([ensemble.members[member].engine], unit="piece"), PLAIN, "ab")
+    assert piece_of(ensemble, choice.symbol) == max(distribution, key=distribution.get)

@@ -1,4 +1,4 @@
-"""The published rules: their laws against a plain second computation, and against the library's own."""
+"""The published rules: their distributions against a plain second computation, and against the library's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toys import END, OPTIONS, Law, assert_same_law, driven, ensemble, exact_law, fixed, toys, written
+from toys import (
+    END,
+    OPTIONS,
+    Distribution,
+    assert_same_distribution,
+    driven,
+    exact_distribution,
+    fixed,
+    make_ensemble,
+    toys,
+    written,
+)
 
 from mixlm.config import parse_config
 from mixlm.core.options import GenerationOptions
@@ -27,7 +38,7 @@ PLAIN = {"temperature": 1.0, "top_k": 0}
 
 
 class Nth:
-    """Stands in for noise: takes the n-th of what could be drawn, and notes how many there are."""
+    """Stands in for noise: takes the n-th of what could be sampled, and notes how many there are."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -38,53 +49,59 @@ class Nth:
         return min(self.n, self.count - 1)
 
 
-def law(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Law:
+def law(ensemble: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Distribution:
     """What a rule may choose, with its probability: every choice is made once, and equal symbols are added up."""
-    out: Law = defaultdict(float)
-    settings = those.settings(method="conventional", **options)
-    chosen = those.context(settings).strategy
+    out: Distribution = defaultdict(float)
+    settings = ensemble.settings(method="conventional", **options)
+    chosen = ensemble.context(settings).strategy
     n, count = 0, 1
     while n < count:
         noise = Nth(n)
-        writing = written(those, {"method": "conventional", **options}, prompt, pieces)
-        choice, _ = driven(chosen, writing, those.weights, noise)
-        key = END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)
+        writing = written(ensemble, {"method": "conventional", **options}, prompt, pieces)
+        choice, _ = driven(chosen, writing, ensemble.weights, noise)
+        key = END if choice.symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(choice.symbol)
         out[key] += 1.0 if settings.sampling.get("temperature") == 0 else float(np.exp(choice.logprob))
         n, count = n + 1, noise.count
     return dict(out)
 
 
-def reference(those: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Law:
+def reference(ensemble: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Distribution:
     """The same by the plain computation, from the toys' tables."""
-    settings = those.settings(method="conventional", **options)
+    settings = ensemble.settings(method="conventional", **options)
     parts = []
-    for i, member in enumerate(those.members):
-        one = member.engine
-        if those.unit.name == "token":
-            reply = [one.vocabulary.tokens.index(piece) for piece in pieces]
+    for i, member in enumerate(ensemble.members):
+        toy = member.engine
+        if ensemble.unit.name == "token":
+            ids = [toy.vocabulary.tokens.index(piece) for piece in pieces]
         else:
-            reply = one.encoder.encode(b"".join(pieces)).ids
-        read = one.prompts.raw(prompt).tolist()
-        logits = one.table((*read, *reply)).astype(np.float32)
-        symbols = those.unit.symbols(i)
-        history = TokenHistory.from_tokens(np.array(read, dtype=np.int64), np.array(reply, dtype=np.int64))
+            ids = toy.encoder.encode(b"".join(pieces)).ids
+        read = toy.prompts.raw(prompt).tolist()
+        logits = toy.table((*read, *ids)).astype(np.float32)
+        symbols = ensemble.unit.symbols(i)
+        history = TokenHistory.from_tokens(np.array(read, dtype=np.int64), np.array(ids, dtype=np.int64))
         probs = dense_distribution(logits, settings.member_sampling({}), np.flatnonzero(symbols < 0), history)
-        parts.append(BaselineMember(float(those.weights[i]), probs, symbols, one))
-    found = references.baseline_distribution(options["rule"], parts, those.unit.end + 1, settings.mixed_sampling({}))
-    return {END if u == those.unit.end else those.unit.symbol_bytes(u): float(p) for u, p in enumerate(found) if p > 0}
+        parts.append(BaselineMember(float(ensemble.weights[i]), probs, symbols, toy))
+    result = references.baseline_distribution(
+        options["rule"], parts, ensemble.unit.end + 1, settings.mixed_sampling({})
+    )
+    return {
+        END if u == ensemble.unit.end else ensemble.unit.symbol_bytes(u): float(p)
+        for u, p in enumerate(result)
+        if p > 0
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("members", [1, 2, 5])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("rule", ["gac", "unite"])
-def test_the_law_is_that_of_a_plain_second_computation(rule, unit, members, name):
+def test_the_distribution_is_that_of_a_plain_second_computation(rule, unit, members, name):
     options = {**PUBLISHED[name], "rule": rule}
     if rule == "unite" and options.get("top_k") == 0:
         options["top_k"] = 2
-    those = toys(unit, members)
+    ensemble = toys(unit, members)
     for pieces in PLACES:
-        assert_same_law(law(those, options, pieces), reference(those, options, pieces), 1e-6)
+        assert_same_distribution(law(ensemble, options, pieces), reference(ensemble, options, pieces), 1e-6)
 
 
 def spelled(engine, **names: str):
@@ -100,42 +117,46 @@ def spelled(engine, **names: str):
 
 
 def two_spellings() -> Ensemble:
-    one = spelled(fixed({"é".encode(): 0.4, b"x": 0.35, END: 0.25}, ("é".encode(), b"x", b"a")), é="Ã©", END="</s>")
+    toy = spelled(fixed({"é".encode(): 0.4, b"x": 0.35, END: 0.25}, ("é".encode(), b"x", b"a")), é="Ã©", END="</s>")
     other = spelled(fixed({"é".encode(): 0.4, b"x": 0.35, END: 0.25}, ("é".encode(), b"x", b"a")), END="<eos>")
-    return ensemble([one, other], unit="piece")
+    return make_ensemble([toy, other], unit="piece")
 
 
 def test_gac_takes_one_character_in_two_spellings_for_two_tokens():
-    those = two_spellings()
-    ours = exact_law(those, PLAIN, "a")
+    ensemble = two_spellings()
+    ours = exact_distribution(ensemble, PLAIN, "a")
     assert max(ours, key=ours.get) == "é".encode()
-    assert law(those, {"rule": "gac", "temperature": 0.0}, prompt="a") == {b"x": 1.0}
+    assert law(ensemble, {"rule": "gac", "temperature": 0.0}, prompt="a") == {b"x": 1.0}
     # Cut to the likeliest, of which "x" is one; the library's own would be "é" and nothing else.
-    assert_same_law(law(those, {"rule": "gac", **PLAIN, "top_k": 1}, prompt="a"), {b"x": 1.0})
+    assert_same_distribution(law(ensemble, {"rule": "gac", **PLAIN, "top_k": 1}, prompt="a"), {b"x": 1.0})
     mixed_first = {"mix_then_truncate": True, **PLAIN, "top_k": 1}
-    assert_same_law(law(those, mixed_first, prompt="a"), {"é".encode(): 1.0})
+    assert_same_distribution(law(ensemble, mixed_first, prompt="a"), {"é".encode(): 1.0})
 
 
-def test_what_gac_draws_from_the_plain_average_is_the_librarys_own_law():
-    those = two_spellings()
-    assert_same_law(law(those, {"rule": "gac", **PLAIN}, prompt="a"), exact_law(those, PLAIN, "a"), 1e-6)
-    assert_same_law(law(toys("piece", 3), {"rule": "gac", **PLAIN}), exact_law(toys("piece", 3), PLAIN, "ab"), 1e-6)
+def test_what_gac_samples_from_the_plain_average_is_the_librarys_own_distribution():
+    ensemble = two_spellings()
+    assert_same_distribution(
+        law(ensemble, {"rule": "gac", **PLAIN}, prompt="a"), exact_distribution(ensemble, PLAIN, "a"), 1e-6
+    )
+    assert_same_distribution(
+        law(toys("piece", 3), {"rule": "gac", **PLAIN}), exact_distribution(toys("piece", 3), PLAIN, "ab"), 1e-6
+    )
 
 
 def test_unite_weighs_a_member_by_what_the_others_think_likely():
-    those = ensemble([fixed({b"a": 0.5, b"c": 0.3, b"b": 0.2}), fixed({b"c": 0.5, b"b": 0.4, b"a": 0.1})])
+    ensemble = make_ensemble([fixed({b"a": 0.5, b"c": 0.3, b"b": 0.2}), fixed({b"c": 0.5, b"b": 0.4, b"a": 0.1})])
     options = {"temperature": 1.0, "top_k": 1}
-    assert_same_law(exact_law(those, options, ""), {b"a": 0.5, b"c": 0.5}, 1e-6)
+    assert_same_distribution(exact_distribution(ensemble, options, ""), {b"a": 0.5, b"c": 0.5}, 1e-6)
     expected = {b"a": (0.5 / 0.8 + 0.1 / 0.6) / 2, b"c": (0.3 / 0.8 + 0.5 / 0.6) / 2}
-    assert_same_law(law(those, {"rule": "unite", **options}, prompt=""), expected, 1e-6)
-    assert law(those, {"rule": "unite", "top_k": 1, "temperature": 0.0}, prompt="") == {b"c": 1.0}
+    assert_same_distribution(law(ensemble, {"rule": "unite", **options}, prompt=""), expected, 1e-6)
+    assert law(ensemble, {"rule": "unite", "top_k": 1, "temperature": 0.0}, prompt="") == {b"c": 1.0}
 
 
 def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_token():
-    one = fixed({b"ab": 0.75, b"b": 0.25}, (b"ab", b"a", b"b"))
+    toy = fixed({b"ab": 0.75, b"b": 0.25}, (b"ab", b"a", b"b"))
     other = fixed({b"a": 0.5, b"b": 0.5}, (b"a", b"b"))
     third = fixed({b"b": 0.5, END: 0.5}, (b"b",))  # cannot spell it at all
-    those = ensemble([one, other, third], [2, 1, 1], unit="piece")
+    ensemble = make_ensemble([toy, other, third], [2, 1, 1], unit="piece")
     union = {"rule": "unite", "temperature": 1.0, "top_k": 1}
     # Joined are "ab"; "a" and "b", equally likely; "b" and the end. The second reads "ab" as "a", the third not at all.
     expected = {
@@ -144,7 +165,7 @@ def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_to
         b"b": 0.5 * 0.25 + 0.25 * 0.5 / 1.5 + 0.25 * 0.5,
         END: 0.25 * 0.5,
     }
-    assert_same_law(law(those, union, prompt=""), expected, 1e-6)
+    assert_same_distribution(law(ensemble, union, prompt=""), expected, 1e-6)
 
 
 def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
@@ -154,14 +175,14 @@ def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
 
 
 def test_members_of_no_weight_take_no_part():
-    those = ensemble([fixed({b"a": 1.0}), fixed({b"b": 1.0})], [1, 0])
+    ensemble = make_ensemble([fixed({b"a": 1.0}), fixed({b"b": 1.0})], [1, 0])
     for rule in ("gac", "unite"):
-        assert_same_law(law(those, {"rule": rule, **PLAIN, "top_k": 1}, prompt=""), {b"a": 1.0})
+        assert_same_distribution(law(ensemble, {"rule": rule, **PLAIN, "top_k": 1}, prompt=""), {b"a": 1.0})
 
 
 def test_the_strings_of_the_union_are_spellings_with_their_signs_read():
-    def names(*those: str) -> Vocabulary:
-        return Vocabulary((b"x",) * len(those), frozenset(), frozenset(), those)
+    def names(*names: str) -> Vocabulary:
+        return Vocabulary((b"x",) * len(names), frozenset(), frozenset(), names)
 
     assert token_strings(names("Ġa", "ĠĊ", "Ã©", "▁a")) == [" a", " \n", "Ã©", "▁a"]
     assert token_strings(names("▁a", "▁▁", "é", "a▁", "<0x0A>", "Ġ")) == [" a", "  ", "é", "a▁", "<0x0A>", "Ġ"]
@@ -170,7 +191,7 @@ def test_the_strings_of_the_union_are_spellings_with_their_signs_read():
 @pytest.mark.parametrize("rule", ["gac", "unite"])
 @pytest.mark.parametrize("method", ["mixture", "greedy", "single"])
 def test_a_rule_is_for_conventional_alone(rule, method):
-    with pytest.raises(UnsupportedError, match=f"rule {rule} has no form in {method}.*--method conventional"):
+    with pytest.raises(UnsupportedError, match=f"rule {rule} has no form in {method}.*method='conventional'"):
         toys("piece", 2).generate("a", method=method, rule=rule)
 
 
@@ -181,32 +202,32 @@ def test_what_does_not_go_with_a_rule_is_refused():
         GenerationOptions(method="conventional", rule="gac", mix_then_truncate=True)
     with pytest.raises(ConfigError, match="top_k is 0, and rule unite"):
         load("toy:1", "toy:2").generate("a", method="conventional", rule="unite", top_k=0)
-    own = ensemble([fixed({b"a": 1.0}), fixed({b"a": 1.0})], own=[{"top_k": 1}, {}])
+    alone = make_ensemble([fixed({b"a": 1.0}), fixed({b"a": 1.0})], sampling=[{"top_k": 1}, {}])
     with pytest.raises(UnsupportedError, match="options of their own, and gac has one average"):
-        own.generate("a", method="conventional", rule="gac", raw=True)
+        alone.generate("a", method="conventional", rule="gac", raw=True)
 
 
 @pytest.mark.parametrize("rule", ["gac", "unite"])
 def test_a_rule_can_be_given_in_the_file(rule):
     members = [{"model": "toy:1"}, {"model": "toy:2"}]
-    those = load_config(parse_config({"members": members, "method": "conventional", "rule": rule}, "here"))
-    assert those.defaults.rule == rule
-    given = load("toy:1", "toy:2").generate("the bird", seed=1, max_tokens=9, method="conventional", rule=rule)
-    assert those.generate("the bird", seed=1, max_tokens=9).text == given.text
+    ensemble = load_config(parse_config({"members": members, "method": "conventional", "rule": rule}, "here"))
+    assert ensemble.defaults.rule == rule
+    expected = load("toy:1", "toy:2").generate("the bird", seed=1, max_tokens=9, method="conventional", rule=rule)
+    assert ensemble.generate("the bird", seed=1, max_tokens=9).text == expected.text
     with pytest.raises(ConfigError, match=r"rule is 'unit'.*'unite'"):
         parse_config({"members": members, "rule": "unit"}, "here")
 
 
 @pytest.mark.parametrize("options", [{"rule": "gac"}, {"rule": "unite"}, {"rule": "gac", "temperature": 0.0}])
-def test_check_compares_conventional_with_the_rules_own_law(options, monkeypatch):
-    those = two_spellings() if options["rule"] == "gac" else toys("piece", 3)
-    given = {"method": "conventional", "raw": True, "top_k": 2, **options}
-    report = check(those, "ab" if options["rule"] == "unite" else "a", samples=1000, options=given)
-    assert [one.left for one in report.comparisons] == ["conventional"] * 2
+def test_check_compares_conventional_with_the_rules_own_distribution(options, monkeypatch):
+    ensemble = two_spellings() if options["rule"] == "gac" else toys("piece", 3)
+    settings = {"method": "conventional", "raw": True, "top_k": 2, **options}
+    report = check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=1000, options=settings)
+    assert [comparison.left for comparison in report.comparisons] == ["conventional"] * 2
     assert report.equal
 
     from mixlm.decoding.conventional import conventional
 
     monkeypatch.setattr("mixlm.decoding.gac.build", lambda options, context: conventional)
     monkeypatch.setattr("mixlm.decoding.unite.build", lambda options, context: conventional)
-    assert not check(those, "ab" if options["rule"] == "unite" else "a", samples=1000, options=given).equal
+    assert not check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=1000, options=settings).equal

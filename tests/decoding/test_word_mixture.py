@@ -12,14 +12,14 @@ from toys import (
     OPTIONS,
     SHARED,
     VOCABULARIES,
-    assert_drawn_from,
-    assert_same_law,
+    assert_same_distribution,
+    assert_sampled_from,
     counted,
     driven,
     engine,
-    ensemble,
     fixed,
-    member_law,
+    make_ensemble,
+    member_distribution,
     written,
 )
 
@@ -38,16 +38,20 @@ WEIGHTS = [0.5, 0.2, 0.3]
 def three(**options: Any):
     """Three members of different vocabularies; symbols that begin words are likely enough to be seen."""
     engines = [engine(tokens, seed=20 + i) for i, tokens in enumerate((SHARED, *VOCABULARIES[1:3]))]
-    return ensemble(engines, WEIGHTS, unit="word", **options)
+    return make_ensemble(engines, WEIGHTS, unit="word", **options)
 
 
-def plain_laws(those, options, prompt: str, text: bytes, without=lambda _: False) -> list[dict[bytes, float]]:
-    """Each member's law over byte strings behind a text."""
+def plain_distributions(
+    ensemble, options, prompt: str, text: bytes, without=lambda _: False
+) -> list[dict[bytes, float]]:
+    """Each member's distribution over byte strings behind a text."""
     out = []
-    for one in those.members:
-        reply = one.engine.encoder.encode(text).ids if text else []
-        sampling = Sampling(**{**one.sampling, **options})
-        out.append(member_law(one.engine, sampling, one.engine.prompts.raw(prompt).tolist(), reply, without))
+    for member in ensemble.members:
+        ids = member.engine.encoder.encode(text).ids if text else []
+        sampling = Sampling(**{**member.sampling, **options})
+        out.append(
+            member_distribution(member.engine, sampling, member.engine.prompts.raw(prompt).tolist(), ids, without)
+        )
     return out
 
 
@@ -55,20 +59,22 @@ def begins(data: bytes, text: bytes) -> bool:
     return data == END or begins_word(data, text)
 
 
-def definition(those, options, prompt: str, path) -> dict[tuple[bytes, int], float]:
-    """The law of the next symbol and its writer behind a path of such, by the definition in words."""
+def definition(ensemble, options, prompt: str, path) -> dict[tuple[bytes, int], float]:
+    """The distribution of the next symbol and its writer behind a path of such, by the definition in words."""
     text = b"".join(data for data, _ in path)
-    laws = plain_laws(those, options, prompt, text)
+    distributions = plain_distributions(ensemble, options, prompt, text)
     if not path:
         return {
-            (u, i): w * p for i, (w, law) in enumerate(zip(those.weights, laws, strict=True)) for u, p in law.items()
+            (u, i): w * p
+            for i, (w, distribution) in enumerate(zip(ensemble.weights, distributions, strict=True))
+            for u, p in distribution.items()
         }
     owner = path[-1][1]
-    out = {(u, owner): p for u, p in laws[owner].items() if not begins(u, text)}
+    out = {(u, owner): p for u, p in distributions[owner].items() if not begins(u, text)}
     ended = 1 - sum(out.values())
-    only = plain_laws(those, options, prompt, text, lambda u: not begins(u, text))
-    for i, (weight, law) in enumerate(zip(those.weights, laws, strict=True)):
-        first = {u: p for u, p in law.items() if begins(u, text)} or only[i]
+    only = plain_distributions(ensemble, options, prompt, text, lambda u: not begins(u, text))
+    for i, (weight, distribution) in enumerate(zip(ensemble.weights, distributions, strict=True)):
+        first = {u: p for u, p in distribution.items() if begins(u, text)} or only[i]
         for u, p in first.items():
             out[u, i] = out.get((u, i), 0.0) + weight * ended * p / sum(first.values())
     return out
@@ -127,49 +133,49 @@ def one_by_one(step):
     state = step.views[0].state
     z = coin if state.owner is None else state.owner
     view, following = step.views[z], step.views[coin]
-    [drawn] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
+    [sampled] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
     begun = state.word_start_marker()
-    if z == coin or not begun(np.array([drawn.symbol]))[0]:
-        return [Choice(drawn.symbol, z, drawn.logprob)]
+    if z == coin or not begun(np.array([sampled.symbol]))[0]:
+        return [Choice(sampled.symbol, z, sampled.logprob)]
 
     def beginning(logits):
-        law = following.bind_distribution()
-        symbols, logprobs = law(logits)
+        distribution = following.bind_distribution()
+        symbols, logprobs = distribution(logits)
         if not begun(symbols).any():
             others = (following.member.symbols < 0) | ~begun(following.member.symbols)
             if not np.isfinite(logits[~others]).any():
                 return None
-            symbols, logprobs = law(np.where(others, -np.inf, logits))
-        kept = begun(symbols) & np.isfinite(logprobs)
-        symbols, logprobs = symbols[kept], logprobs[kept]
+            symbols, logprobs = distribution(np.where(others, -np.inf, logits))
+        usable = begun(symbols) & np.isfinite(logprobs)
+        symbols, logprobs = symbols[usable], logprobs[usable]
         logprobs = logprobs - np.logaddexp.reduce(logprobs)
-        at = step.noise.next_round().sample(symbols, logprobs)
-        return SampleResponse(int(symbols[at]), float(logprobs[at]))
+        index = step.noise.next_round().sample(symbols, logprobs)
+        return SampleResponse(int(symbols[index]), float(logprobs[index]))
 
     [anew] = yield [SampleRequest(coin, following.ids(), beginning)]
-    return [Choice(drawn.symbol, z, drawn.logprob) if anew is None else Choice(anew.symbol, coin, anew.logprob)]
+    return [Choice(sampled.symbol, z, sampled.logprob) if anew is None else Choice(anew.symbol, coin, anew.logprob)]
 
 
-def at(those, options, path):
+def at(ensemble, options, path):
     """A text that stands behind a path of symbols and their writers."""
-    writing = written(those, options, "ab", [])
+    writing = written(ensemble, options, "ab", [])
     for data, member in path:
-        tokens = those.members[member].engine.vocabulary.tokens
-        writing.state.append(int(those.unit.symbols(member)[tokens.index(data)]))
+        tokens = ensemble.members[member].engine.vocabulary.tokens
+        writing.state.append(int(ensemble.unit.symbols(member)[tokens.index(data)]))
     return writing
 
 
-def strategy_law(those, options, path, longest: int = MAX_UNVERIFIED) -> dict[tuple[bytes, int], float]:
-    law = defaultdict(float)
+def strategy_distribution(ensemble, options, path, longest: int = MAX_UNVERIFIED) -> dict[tuple[bytes, int], float]:
+    distribution = defaultdict(float)
     for choice, probability in enumerated(
-        lambda: word_mixture(longest), lambda: at(those, options, path), those.weights
+        lambda: word_mixture(longest), lambda: at(ensemble, options, path), ensemble.weights
     ):
         if probability == 0:
             continue
-        data = END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)
-        assert data == END or those.unit.owner(choice.symbol) == choice.member
-        law[data, choice.member] += probability
-    return dict(law)
+        data = END if choice.symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(choice.symbol)
+        assert data == END or ensemble.unit.owner(choice.symbol) == choice.member
+        distribution[data, choice.member] += probability
+    return dict(distribution)
 
 
 PATHS = [
@@ -185,21 +191,21 @@ PATHS = [
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("longest", [1, MAX_UNVERIFIED])
-def test_the_law_over_coins_and_draws_is_the_definition(path, name, longest):
+def test_the_distribution_over_coins_and_samples_is_the_definition(path, name, longest):
     options = OPTIONS[name]
-    found = strategy_law(three(), options, path, longest)
-    assert_same_law(found, definition(three(), options, "ab", path), 1e-9)
+    result = strategy_distribution(three(), options, path, longest)
+    assert_same_distribution(result, definition(three(), options, "ab", path), 1e-9)
 
 
-def texts(law, length: int) -> dict[tuple[bytes, ...], float]:
-    """The law over the first symbols, from the law of the next."""
+def texts(distribution, length: int) -> dict[tuple[bytes, ...], float]:
+    """The distribution over the first symbols, from the distribution of the next."""
     out = defaultdict(float)
 
     def go(path, probability: float) -> None:
         if len(path) == length or (path and path[-1][0] == END):
             out[tuple(data for data, _ in path)] += probability
             return
-        for step, p in law(path).items():
+        for step, p in distribution(path).items():
             go((*path, step), probability * p)
 
     go((), 1.0)
@@ -207,29 +213,29 @@ def texts(law, length: int) -> dict[tuple[bytes, ...], float]:
 
 
 def small():
-    return ensemble(
+    return make_ensemble(
         [engine((b"a", b" ", b" b", b"b"), seed=3), engine((b" ", b"b", b"a"), seed=4)], [0.6, 0.4], unit="word"
     )
 
 
-def test_the_law_over_whole_texts_is_the_mixture_of_words():
-    """Word by word: who writes one is drawn by weight, and writes it as it would alone, given that one begins."""
-    those, options = small(), {"temperature": 1.0, "top_k": 0}
+def test_the_distribution_over_whole_texts_is_the_mixture_of_words():
+    """Word by word: who writes one is sampled by weight, and writes it as it would alone, given that one begins."""
+    ensemble, options = small(), {"temperature": 1.0, "top_k": 0}
     length = 4
 
     def spelled(member: int, before: bytes, word: tuple[bytes, ...], *, first: bool) -> float:
         """The probability that a member's word begins with these symbols."""
         probability, text = 1.0, before
         for number, data in enumerate(word):
-            law = plain_laws(those, options, "ab", text)[member]
+            distribution = plain_distributions(ensemble, options, "ab", text)[member]
             if number == 0 and not first:
-                probability /= sum(p for u, p in law.items() if begins(u, text))
-            probability *= law.get(data, 0.0)
+                probability /= sum(p for u, p in distribution.items() if begins(u, text))
+            probability *= distribution.get(data, 0.0)
             text += data
         return probability
 
     def ends(member: int, text: bytes) -> float:
-        return sum(p for u, p in plain_laws(those, options, "ab", text)[member].items() if begins(u, text))
+        return sum(p for u, p in plain_distributions(ensemble, options, "ab", text)[member].items() if begins(u, text))
 
     def whole(pieces: tuple[bytes, ...]) -> float:
         cut, text = [0], b""
@@ -245,88 +251,90 @@ def test_the_law_over_whole_texts_is_the_mixture_of_words():
                 weight
                 * spelled(member, text, word, first=number == 0)
                 * (1.0 if stop == len(pieces) else ends(member, after))
-                for member, weight in enumerate(those.weights)
+                for member, weight in enumerate(ensemble.weights)
             )
             text = after
         return probability
 
-    found = texts(lambda path: strategy_law(those, options, path), length)
-    assert sum(found.values()) == pytest.approx(1)
-    assert_same_law(found, {pieces: whole(pieces) for pieces in found}, 1e-9)
+    result = texts(lambda path: strategy_distribution(ensemble, options, path), length)
+    assert sum(result.values()) == pytest.approx(1)
+    assert_same_distribution(result, {pieces: whole(pieces) for pieces in result}, 1e-9)
 
 
-def test_replies_follow_the_law():
-    those, options = small(), {"temperature": 1.0, "top_k": 0}
-    law = texts(partial(definition, those, options, "ab"), 3)
+def test_completions_follow_the_distribution():
+    ensemble, options = small(), {"temperature": 1.0, "top_k": 0}
+    distribution = texts(partial(definition, ensemble, options, "ab"), 3)
 
     def reply(sequence: int) -> tuple[bytes, ...]:
-        done = those.generate("ab", raw=True, seed=5, sequence=sequence, max_tokens=3, **options)
-        return (*(one.data for one in done.tokens), *([END] if done.finish_reason == "stop" else []))
+        done = ensemble.generate("ab", raw=True, seed=5, sequence=sequence, max_tokens=3, **options)
+        return (*(token.data for token in done.tokens), *([END] if done.finish_reason == "stop" else []))
 
-    assert_drawn_from(counted(reply, 5000), law)
+    assert_sampled_from(counted(reply, 5000), distribution)
 
 
-def test_the_second_draw_does_not_follow_from_the_first():
+def test_the_second_sample_does_not_follow_from_the_first():
     """End-of-text is one symbol for all members: with the same noise, the first member's win would favour it."""
-    one, two = fixed({b"a": 0.9, END: 0.1}), fixed({b" ": 0.7, END: 0.3})
-    those = ensemble([one, two], [1e-9, 1], unit="word")
+    first, two = fixed({b"a": 0.9, END: 0.1}), fixed({b" ": 0.7, END: 0.3})
+    ensemble = make_ensemble([first, two], [1e-9, 1], unit="word")
     for longest in (1, MAX_UNVERIFIED):
         counts = defaultdict(int)
         for sequence in range(2500):
-            choice, _ = driven(word_mixture(longest), at_plain(those, [(b"a", 0)]), those.weights, Noise(1, sequence))
-            counts[END if choice.symbol == those.unit.end else those.unit.symbol_bytes(choice.symbol)] += 1
-        assert_drawn_from(counts, {b"a": 0.9, b" ": 0.07, END: 0.03})
+            choice, _ = driven(
+                word_mixture(longest), at_plain(ensemble, [(b"a", 0)]), ensemble.weights, Noise(1, sequence)
+            )
+            counts[END if choice.symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(choice.symbol)] += 1
+        assert_sampled_from(counts, {b"a": 0.9, b" ": 0.07, END: 0.03})
 
 
-def at_plain(those, path):
-    return at(those, {"temperature": 1.0, "top_k": 0}, path)
+def at_plain(ensemble, path):
+    return at(ensemble, {"temperature": 1.0, "top_k": 0}, path)
 
 
 def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
-    those = three()
+    ensemble = three()
     switched = set()
     for position in range(200):
-        writing = at(those, {}, [(b"a", 0)])
+        writing = at(ensemble, {}, [(b"a", 0)])
         noise = Noise(1, 0, position)
-        coin = noise.coin(those.weights)
-        choice, rounds = driven(word_mixture(1), writing, those.weights, noise)
-        asked = [one.member for [one] in rounds]
-        begun = choice.symbol == those.unit.end or begins_word(those.unit.symbol_bytes(choice.symbol), b"a")
-        assert asked == ([0, coin] if begun and coin != 0 else [0])
-        assert choice.member == asked[-1]
-        switched.add(len(asked))
+        coin = noise.coin(ensemble.weights)
+        choice, rounds = driven(word_mixture(1), writing, ensemble.weights, noise)
+        members = [request.member for [request] in rounds]
+        begun = choice.symbol == ensemble.unit.end or begins_word(ensemble.unit.symbol_bytes(choice.symbol), b"a")
+        assert members == ([0, coin] if begun and coin != 0 else [0])
+        assert choice.member == members[-1]
+        switched.add(len(members))
     assert switched == {1, 2}
 
 
-def replied(those, strategy, options, monkeypatch, prompts="ab"):
+def generated(ensemble, strategy, options, monkeypatch, prompts="ab"):
     """What a strategy writes: symbols, members, log-probabilities and why it ended; and the forwards it took."""
     monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: strategy)
-    found = those.generate(prompts, raw=True, **options)
-    found = found if isinstance(found, list) else [found]
-    texts = [([(t.data, t.member) for t in one.tokens], one.finish_reason) for one in found]
-    logprobs = [t.logprob for one in found for t in one.tokens]
-    return texts, logprobs, sum(m.forwards for one in found for m in one.usage.members.values())
+    completion = ensemble.generate(prompts, raw=True, **options)
+    completion = completion if isinstance(completion, list) else [completion]
+    texts = [([(t.data, t.member) for t in completion.tokens], completion.finish_reason) for completion in completion]
+    logprobs = [t.logprob for completion in completion for t in completion.tokens]
+    return texts, logprobs, sum(m.forwards for completion in completion for m in completion.usage.members.values())
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 0.8), (0.5, 0.2, 0.3), (0.1, 0.1, 0.8)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_text_is_the_same_whenever_the_ends_of_words_are_looked_at(name, weights, monkeypatch):
     engines = [engine(tokens, seed=20 + i) for i, tokens in enumerate((SHARED, *VOCABULARIES[1 : len(weights)]))]
-    those = ensemble(engines, weights, unit="word")
+    ensemble = make_ensemble(engines, weights, unit="word")
     for seed in range(6):
         options = {"seed": seed, "max_tokens": 3 + 9 * seed, **OPTIONS[name]}
-        expected = replied(those, one_by_one, options, monkeypatch)
+        expected = generated(ensemble, one_by_one, options, monkeypatch)
         for longest in (1, 3, MAX_UNVERIFIED):
-            found = replied(those, word_mixture(longest), options, monkeypatch)
-            assert found[0] == expected[0]
-            assert found[1] == pytest.approx(expected[1], abs=1e-9)
-            assert longest > 1 or found[2] == expected[2]
+            result = generated(ensemble, word_mixture(longest), options, monkeypatch)
+            assert result[0] == expected[0]
+            assert result[1] == pytest.approx(expected[1], abs=1e-9)
+            assert longest > 1 or result[2] == expected[2]
 
 
-def test_replies_written_together_are_those_written_alone(monkeypatch):
-    those, options = three(), {"seed": 3, "max_tokens": 30}
-    alone = [replied(those, one_by_one, {**options, "sequence": i}, monkeypatch)[0][0] for i in range(6)]
-    assert replied(those, word_mixture(), options, monkeypatch, ["ab"] * 6)[0] == alone
+def test_completions_written_together_are_those_written_alone(monkeypatch):
+    ensemble, options = three(), {"seed": 3, "max_tokens": 30}
+    alone = [generated(ensemble, one_by_one, {**options, "sequence": i}, monkeypatch)[0][0] for i in range(6)]
+    assert generated(ensemble, word_mixture(), options, monkeypatch, ["ab"] * 6)[0] == alone
 
 
 def wordy(seed: int):
@@ -338,38 +346,39 @@ def wordy(seed: int):
         def logits(context):
             rng = np.random.default_rng([seed, member, *context[-2:]])
             allowed = np.array(
-                [(context[-1] < 3 and one in seconds) or (context[-1] >= 3 and one in firsts) for one in tokens]
+                [(context[-1] < 3 and token in seconds) or (context[-1] >= 3 and token in firsts) for token in tokens]
             )
             return np.where([*allowed, False, False], rng.normal(size=len(tokens) + 2), -np.inf)
 
         return logits
 
-    return ensemble([ToyEngine(tokens, table(i)) for i in range(2)], [0.5, 0.5], unit="word")
+    return make_ensemble([ToyEngine(tokens, table(i)) for i in range(2)], [0.5, 0.5], unit="word")
 
 
 def test_a_word_that_has_ended_costs_nothing_to_find_out(monkeypatch):
     for seed in range(5):
         options = {"seed": seed, "max_tokens": 120}
-        expected = replied(wordy(seed), one_by_one, options, monkeypatch)
-        found = replied(wordy(seed), word_mixture(), options, monkeypatch)
-        assert found[:2] == (expected[0], pytest.approx(expected[1]))
+        expected = generated(wordy(seed), one_by_one, options, monkeypatch)
+        result = generated(wordy(seed), word_mixture(), options, monkeypatch)
+        assert result[:2] == (expected[0], pytest.approx(expected[1]))
         assert expected[2] > 145
-        assert found[2] <= 130
+        assert result[2] <= 130
 
 
 def test_engines_that_answer_place_by_place_are_not_guessed_about(monkeypatch):
-    those = wordy(0)
-    for one in those.members:
-        one.engine.top_k_limit = len(one.engine.vocabulary.tokens)
+    ensemble = wordy(0)
+    for member in ensemble.members:
+        member.engine.top_k_limit = len(member.engine.vocabulary.tokens)
     options = {"max_tokens": 60, "seed": 1, "top_k": 3}
     assert (
-        replied(those, word_mixture(), options, monkeypatch)[2] == replied(those, one_by_one, options, monkeypatch)[2]
+        generated(ensemble, word_mixture(), options, monkeypatch)[2]
+        == generated(ensemble, one_by_one, options, monkeypatch)[2]
     )
 
 
-def test_a_law_cut_to_symbols_that_begin_no_word_is_cut_again_without_them():
-    one, two = fixed({b" ": 1.0}), fixed({b"a": 0.8, b" c": 0.12, b" ": 0.05, END: 0.03})
-    those = ensemble([one, two], [0, 1], unit="word")
+def test_a_distribution_cut_to_symbols_that_begin_no_word_is_cut_again_without_them():
+    first, two = fixed({b" ": 1.0}), fixed({b"a": 0.8, b" c": 0.12, b" ": 0.05, END: 0.03})
+    ensemble = make_ensemble([first, two], [0, 1], unit="word")
     for options, expected in (
         ({"top_k": 1}, {b" c": 1.0}),
         ({"top_k": 2}, {b" c": 1.0}),
@@ -377,16 +386,16 @@ def test_a_law_cut_to_symbols_that_begin_no_word_is_cut_again_without_them():
         ({"min_p": 0.3, "top_k": 0}, {b" c": 0.12 / 0.17, b" ": 0.05 / 0.17}),
         ({"top_k": 0}, {b" c": 0.6, b" ": 0.25, END: 0.15}),
     ):
-        law = strategy_law(those, {"temperature": 1.0, **options}, [(b"a", 0)])
-        assert_same_law({data: p for (data, _), p in law.items()}, expected, 1e-6)
-        assert {member for _, member in law} == {1}
+        distribution = strategy_distribution(ensemble, {"temperature": 1.0, **options}, [(b"a", 0)])
+        assert_same_distribution({data: p for (data, _), p in distribution.items()}, expected, 1e-6)
+        assert {member for _, member in distribution} == {1}
 
 
 def test_where_the_next_member_can_begin_no_word_the_symbol_stands():
-    one, two = fixed({b" ": 0.5, b"a": 0.5}), fixed({b"a": 1.0})
-    those = ensemble([one, two], [0, 1], unit="word")
-    law = strategy_law(those, {"temperature": 1.0}, [(b"a", 0)])
-    assert_same_law(law, {(b"a", 0): 0.5, (b" ", 0): 0.5}, 1e-6)
+    first, two = fixed({b" ": 0.5, b"a": 0.5}), fixed({b"a": 1.0})
+    ensemble = make_ensemble([first, two], [0, 1], unit="word")
+    distribution = strategy_distribution(ensemble, {"temperature": 1.0}, [(b"a", 0)])
+    assert_same_distribution(distribution, {(b"a", 0): 0.5, (b" ", 0): 0.5}, 1e-6)
 
 
 @pytest.mark.parametrize("method", ["conventional", "greedy", "speculative"])
@@ -404,13 +413,13 @@ def test_an_ensemble_with_such_a_method_is_not_built():
 
 @pytest.mark.parametrize("method", ["mixture", "single", "auto"])
 def test_other_methods_write(method):
-    reply = three().generate("ab", raw=True, method=method, seed=1, max_tokens=12)
-    assert reply.tokens
-    assert method != "single" or {one.member for one in reply.tokens} == {"m0"}
+    completion = three().generate("ab", raw=True, method=method, seed=1, max_tokens=12)
+    assert completion.tokens
+    assert method != "single" or {token.member for token in completion.tokens} == {"m0"}
 
 
 def test_a_member_alone_writes_what_it_writes_in_pieces():
     for seed in range(5):
         options = {"raw": True, "seed": seed, "max_tokens": 20}
-        pair = [ensemble([engine(seed=2)], unit=unit).generate("ab", **options) for unit in ("word", "piece")]
+        pair = [make_ensemble([engine(seed=2)], unit=unit).generate("ab", **options) for unit in ("word", "piece")]
         assert pair[0].text == pair[1].text

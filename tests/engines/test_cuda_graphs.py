@@ -213,8 +213,8 @@ def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Pat
         (mixlm.load(file), True),
         (mixlm.load(file, graphs="off"), False),
     )
-    for given, used in loaded:
-        engine = given.members[0].engine
+    for value, used in loaded:
+        engine = value.members[0].engine
         assert isinstance(engine, HFEngine)
         assert (engine.runner.graphs is not None) == used
 
@@ -263,9 +263,9 @@ def test_recorded_forwards_return_what_the_plain_forward_returns(
     monkeypatch.setattr(steps, "warm_up", lambda run, _: run())
     monkeypatch.setattr(steps, "capture", captured)
     monkeypatch.setattr(Recorded, "replays", 0)
-    one, usual = load(kind), load(kind, "off")
-    one.runner.graphs = steps.CudaGraphRunner(one.model, capture=True)
-    agree(one, usual)
+    graphed, usual = load(kind), load(kind, "off")
+    graphed.runner.graphs = steps.CudaGraphRunner(graphed.model, capture=True)
+    agree(graphed, usual)
     assert Recorded.replays > 30
 
 

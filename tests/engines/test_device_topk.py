@@ -109,11 +109,13 @@ def test_texts_are_those_of_whole_rows(
     both = Ensemble([MemberSpec(engine, f"m{index}") for index, engine in enumerate(pair)], [0.6, 0.4])
     texts = []
     for largest in (None, DeviceTopK()):
-        for one in pair:
-            monkeypatch.setattr(one.runner, "device_top_k", largest)
-        replies = [both.generate("the river", method=method, max_tokens=30, seed=seed, **options) for seed in range(3)]
+        for tensor in pair:
+            monkeypatch.setattr(tensor.runner, "device_top_k", largest)
+        completions = [
+            both.generate("the river", method=method, max_tokens=30, seed=seed, **options) for seed in range(3)
+        ]
         texts.append(
-            [[(token.data, token.member, token.logprob) for token in completion.tokens] for completion in replies]
+            [[(token.data, token.member, token.logprob) for token in completion.tokens] for completion in completions]
         )
     assert texts[0] == texts[1]
 

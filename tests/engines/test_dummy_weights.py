@@ -84,8 +84,8 @@ def test_logits_depend_on_the_ids_and_are_finite(engine: DummyWeightsEngine) -> 
 
 
 def test_weights_are_filled_everywhere_and_tied_where_the_model_ties_them(engine: DummyWeightsEngine) -> None:
-    for name, one in engine.model.named_parameters():
-        values = one.detach().flatten()
+    for name, parameter in engine.model.named_parameters():
+        values = parameter.detach().flatten()
         assert (values == 1).all() if name.endswith("norm.weight") else 0.01 < values.std() < 0.03
     embedding = engine.model.get_input_embeddings().weight
     assert engine.model.get_output_embeddings().weight is embedding
@@ -116,8 +116,8 @@ def test_shapes_and_toys_share_a_vocabulary() -> None:
     assert drawable[0] == drawable[1] == drawable[2] == set(range(len(WORD_TOKENS)))
     two = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines[:2])])
     assert (two.unit.symbols(1) >= 0).sum() == 350 - 1  # all but the begin mark
-    reply = two.generate("the river", max_tokens=5, seed=1)
-    assert reply.usage.tokens == 5
+    completion = two.generate("the river", max_tokens=5, seed=1)
+    assert completion.usage.tokens == 5
 
 
 def test_an_unknown_shape_is_refused_with_the_nearest_name() -> None:
@@ -141,5 +141,5 @@ def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.Mo
     assert first is same
     assert other is not first
     assert other.name == "shape:tiny#2"
-    weights = [one.model.get_input_embeddings().weight for one in (first, other)]  # type: ignore[attr-defined]
+    weights = [engine.model.get_input_embeddings().weight for engine in (first, other)]  # type: ignore[attr-defined]
     assert weights[0].data_ptr() != weights[1].data_ptr()

@@ -32,10 +32,10 @@ def adapter(folder: Path, base: Path, **options) -> Path:
     """Write a random LoRA adapter of a model."""
     torch.manual_seed(len(folder.name))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    given = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
+    settings = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_peft_model(model, LoraConfig(**given)).save_pretrained(folder)
+        get_peft_model(model, LoraConfig(**settings)).save_pretrained(folder)
     return folder
 
 
@@ -80,8 +80,8 @@ def test_logits_are_those_of_merged_models_in_any_order(folders, engines):
     for end, name in [(4, "a"), (7, None), (5, "b"), (9, "a"), (12, "b"), (11, None), (12, "a"), (12, None)]:
         outputs[name] = sessions[name].logits(ids[:end])
         assert_close(outputs[name], merged(folders, name, ids[:end]))
-    for one, other in [(None, "a"), (None, "b"), ("a", "b")]:
-        assert np.abs(outputs[one] - outputs[other]).max() > 0.1
+    for left, other in [(None, "a"), (None, "b"), ("a", "b")]:
+        assert np.abs(outputs[left] - outputs[other]).max() > 0.1
 
 
 def test_each_sequence_has_a_cache_of_its_own(engines):
@@ -104,8 +104,8 @@ def test_weights_are_held_once(folders, engines):
         assert 0.5 * files[name] < member_options[name] < files[name]
     assert total_weight_bytes(engines.values()) == base.weights_bytes + member_options["a"] + member_options["b"]
     assert total_weight_bytes([a, a]) == a.weights_bytes
-    held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
-    assert held == total_weight_bytes(engines.values())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    assert size == total_weight_bytes(engines.values())
 
 
 def test_the_same_adapter_twice_is_loaded_once(folders, engines):
@@ -154,18 +154,18 @@ def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
         assert_close(uncached(engines[name], ids), expected[name])
 
 
-def members(folders: dict[str, Path], *own: dict, **options):
-    given = [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in own]
-    return load_config(parse_config({"members": given, **options}, "here"))
+def members(folders: dict[str, Path], *overrides: dict, **options):
+    specs = [{"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in overrides]
+    return load_config(parse_config({"members": specs, **options}, "here"))
 
 
 def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_exact_distribution(folders):
     seen = []
     plain = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    given = [{}, {"adapter": str(folders["a"])}, {"system": "the river"}, {"template": plain}]
+    variants = [{}, {"adapter": str(folders["a"])}, {"system": "the river"}, {"template": plain}]
     config = {
         "members": [
-            {"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in given
+            {"model": str(folders["base"]), "dtype": "float32", "device": "cpu", **options} for options in variants
         ]
     }
     ensemble = load_config(parse_config(config, "here"), weights=[0.4, 0.3, 0.2, 0.1], progress=seen.append)

@@ -37,7 +37,7 @@ def engine(load: Load) -> HFEngine:  # noqa: F811
     return load("gemma3")
 
 
-def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
+def sampled_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     """What the device and the host draw from a random row; None for a row that comes whole."""
     logits, transform = random_case(seed)
     cut, noise = transform.top_k_filter, Noise(seed, 3, 5)
@@ -57,7 +57,7 @@ def drawn_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
 
 
 def test_the_device_samples_what_the_host_samples() -> None:
-    both = [actual for seed in range(1500) if (actual := drawn_twice(seed)) is not None]
+    both = [actual for seed in range(1500) if (actual := sampled_twice(seed)) is not None]
     assert len(both) > 400
     assert [device for device, _ in both] == [host for _, host in both]
 
@@ -91,7 +91,7 @@ class Log:
 
 
 def write(ensemble: Ensemble, **options: Any) -> tuple[list[tuple[bytes, str]], str, Log]:
-    """A reply's pieces and who wrote them, why it ended, and what its sessions did."""
+    """A completion's pieces and who wrote them, why it ended, and what its sessions did."""
     stream = ensemble.stream("the river", **options)
     tokens = [(token.data, token.member) for token in stream]
     stream.release()
@@ -133,7 +133,7 @@ def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> Non
     for seed in range(3):
         tokens, _, log = write(fixed, method=method, seed=seed, max_tokens=300, ignore_end=True)
         assert len(tokens) == log.forwards == 300  # more than a room's least size
-        inside = sum(one[1] == other[1] for one, other in pairwise(tokens))
+        inside = sum(token[1] == other[1] for token, other in pairwise(tokens))
         assert inside - 2 <= log.ahead <= inside  # a member's sequence moves to a larger room once
         assert log.vain == 0
 
@@ -141,7 +141,7 @@ def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> Non
 def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
     fixed = pair(load, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
     tokens, _, log = write(fixed, seed=1, max_tokens=200, ignore_end=True)
-    runs = sum(one[1] == other[1] for one, other in pairwise(tokens))
+    runs = sum(token[1] == other[1] for token, other in pairwise(tokens))
     assert 0 < log.vain <= DEPTH * (runs - log.ahead)
     ended = write(pair(load, "on", ("llama", "qwen2"), unit="token"), method="single", seed=2, stop=["e"])
     assert ended[1] == "stop"
@@ -152,7 +152,7 @@ def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
 def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
     router = FunctionRouter(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
-    actual, expected = (write(one, seed=3, max_tokens=80) for one in (fixed, usual))
+    actual, expected = (write(engine, seed=3, max_tokens=80) for engine in (fixed, usual))
     assert actual[:2] == expected[:2]
     assert actual[2].ahead > 0 < actual[2].vain
 
@@ -163,7 +163,7 @@ def test_wrong_samples_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatc
     for off, hits in ((0, True), (1, False)):
         monkeypatch.setattr(DeviceSampler, "sample", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
         for seed in range(2):
-            actual, expected = (write(one, seed=seed, max_tokens=40, ignore_end=True) for one in (fixed, usual))
+            actual, expected = (write(engine, seed=seed, max_tokens=40, ignore_end=True) for engine in (fixed, usual))
             assert actual[:2] == expected[:2]
             assert (actual[2].ahead > 10) == hits
             assert (actual[2].ahead == 0) == (actual[2].vain > 10) == (not hits)
@@ -231,67 +231,67 @@ def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("uncrowded")
 def test_whatever_is_requested_in_between_gets_the_uncached_response(engine: HFEngine, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    one, other = Asking(engine, seed=seed), Asking(engine, 9, seed + 50)
+    first, other = Asking(engine, seed=seed), Asking(engine, 9, seed + 50)
     requests = ["whole", "several", "back", "replaced", "both", "cut", "other cut", "forgotten", "again", "none"]
     for kind in rng.permutation(requests * 2):
-        one.go_on(int(rng.integers(1, 4)))
+        first.go_on(int(rng.integers(1, 4)))
         if kind == "whole":
-            one.session.logits(one.ids)
+            first.session.logits(first.ids)
         elif kind == "several":
-            actual = one.session.logits(one.ids, 3)
-            np.testing.assert_allclose(actual, uncached(engine, one.ids, 3), atol=1e-4)
+            actual = first.session.logits(first.ids, 3)
+            np.testing.assert_allclose(actual, uncached(engine, first.ids, 3), atol=1e-4)
         elif kind == "back":
-            one.ids = one.ids[: -int(rng.integers(1, 4))]
+            first.ids = first.ids[: -int(rng.integers(1, 4))]
         elif kind == "replaced":
-            one.ids[-1:] = random_ids(engine, 1, int(rng.integers(1000)))
+            first.ids[-1:] = random_ids(engine, 1, int(rng.integers(1000)))
         elif kind == "both":
             other.go_on(1)
-            rows = engine.respond([(one.session, one.draw()), (other.session, other.draw())])
-            for each, row in zip((one, other), rows, strict=True):
+            rows = engine.respond([(first.session, first.draw()), (other.session, other.draw())])
+            for each, row in zip((first, other), rows, strict=True):
                 each.check(row)
                 each.ids = np.append(each.ids, each.next(row))
         elif kind == "cut":
-            [[row]] = engine.respond([(one.session, LogitsRequest(0, one.ids, 1, one.transform.top_k_filter))])
-            one.check(row)
+            [[row]] = engine.respond([(first.session, LogitsRequest(0, first.ids, 1, first.transform.top_k_filter))])
+            first.check(row)
         elif kind == "other cut":
-            held, one.transform = one.transform, other.transform
-            one.go_on(1)
-            one.transform = held
+            transform, first.transform = first.transform, other.transform
+            first.go_on(1)
+            first.transform = transform
         elif kind == "forgotten":
-            one.session.reset()
+            first.session.reset()
         elif kind == "again":
-            one.check(engine.respond([(one.session, one.draw())])[0])
+            first.check(engine.respond([(first.session, first.draw())])[0])
         else:
-            one.check(engine.respond([(one.session, one.draw(0))])[0])
-        assert (one.session.cache.length if one.session.cache else 0) == len(one.session._cached.ids)
-    assert one.session.stats.run_ahead > 15
-    assert one.session.stats.wasted > 5
+            first.check(engine.respond([(first.session, first.draw(0))])[0])
+        assert (first.session.cache.length if first.session.cache else 0) == len(first.session._cached.ids)
+    assert first.session.stats.run_ahead > 15
+    assert first.session.stats.wasted > 5
 
 
 @pytest.mark.usefixtures("uncrowded")
 def test_a_session_that_has_run_ahead_is_served_alone(engine: HFEngine) -> None:
-    one, other = Asking(engine), Asking(engine, seed=1)
-    for each in (one, other):
+    first, other = Asking(engine), Asking(engine, seed=1)
+    for each in (first, other):
         each.go_on(2)
-    before = one.session.stats.run_ahead
-    rows = engine.respond([(each.session, each.draw()) for each in (one, other)])
-    for each, row in zip((one, other), rows, strict=True):
+    before = first.session.stats.run_ahead
+    rows = engine.respond([(each.session, each.draw()) for each in (first, other)])
+    for each, row in zip((first, other), rows, strict=True):
         each.check(row)
         assert each.session.stats.forwards[-1][:2] == (1, len(each.ids) - 1)
         assert each.session.stats.forwards[-1].batch_size == 1
-    assert one.session.stats.run_ahead == before + 1
+    assert first.session.stats.run_ahead == before + 1
 
 
 def test_no_session_runs_ahead_after_a_batch(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "RUN_AHEAD_COOLDOWN", 6)
-    one, other = Asking(engine), Asking(engine, seed=1)
-    engine.respond([(each.session, each.draw()) for each in (one, other)])
-    one.go_on(6, checked=False)  # the first is known by now
-    assert not one.session.has_run_ahead
-    assert one.session.stats.run_ahead == one.session.stats.wasted == 0
-    one.go_on(2, checked=False)
-    assert one.session.has_run_ahead
-    assert one.session.stats.run_ahead == 1
+    first, other = Asking(engine), Asking(engine, seed=1)
+    engine.respond([(each.session, each.draw()) for each in (first, other)])
+    first.go_on(6, checked=False)  # the first is known by now
+    assert not first.session.has_run_ahead
+    assert first.session.stats.run_ahead == first.session.stats.wasted == 0
+    first.go_on(2, checked=False)
+    assert first.session.has_run_ahead
+    assert first.session.stats.run_ahead == 1
 
 
 @pytest.mark.parametrize("captures", [False, True])
@@ -300,10 +300,10 @@ def test_tied_rows_are_transferred_whole(load: Load, captures: bool, monkeypatch
     if captures:  # where the logits of one step are written over by the next
         record(driver.engine, monkeypatch)
     head = driver.engine.model.get_output_embeddings()
-    held = head.weight
+    weight = head.weight
     # Most logits are 0, so the fifth is tied wherever fewer than five of the others are above that.
-    few = torch.zeros_like(held)
-    few[20:29] = held[20:29]
+    few = torch.zeros_like(weight)
+    few[20:29] = weight[20:29]
     head.weight = torch.nn.Parameter(few)
     try:
         whole, cut = 0, 0
@@ -313,7 +313,7 @@ def test_tied_rows_are_transferred_whole(load: Load, captures: bool, monkeypatch
             whole, cut = whole + isinstance(row, np.ndarray), cut + isinstance(row, Candidates)
             driver.ids = np.append(driver.ids, driver.next(row))
     finally:
-        head.weight = held
+        head.weight = weight
     assert whole > 5 < cut
     assert driver.session.stats.run_ahead > 2
     assert len(driver.session.stats.forwards) == 60
@@ -402,7 +402,7 @@ def test_recorded_forwards_run_ahead_alike(
     fixed, usual = (pair(load, graphs, ("gemma3", "qwen2"), unit="token") for graphs in ("on", "off"))
     for member in fixed.members:
         record(member.engine, monkeypatch)
-    for seed in range(3):  # on rooms that go from one reply to the next
+    for seed in range(3):  # on rooms that go from one completion to the next
         actual, expected = (
             write(member, method=method, seed=seed, max_tokens=60, ignore_end=True) for member in (fixed, usual)
         )
@@ -416,7 +416,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA g
 
 @CUDA
 def test_a_gpu_samples_what_the_host_samples() -> None:
-    both = [actual for seed in range(1500) if (actual := drawn_twice(seed, "cuda")) is not None]
+    both = [actual for seed in range(1500) if (actual := sampled_twice(seed, "cuda")) is not None]
     assert sum(device == host for device, host in both) > 0.99 * len(both) > 400
 
 

@@ -43,8 +43,8 @@ def setup(task: Callable[..., str], tmp_path: Path) -> Callable[..., AccuracySet
     return make
 
 
-def weighted(those: Ensemble, weights: np.ndarray) -> Ensemble:
-    return Ensemble(those.members, weights, unit=those.unit.name)
+def weighted(ensemble: Ensemble, weights: np.ndarray) -> Ensemble:
+    return Ensemble(ensemble.members, weights, unit=ensemble.unit.name)
 
 
 @pytest.mark.parametrize("kind", ["choice", "generate"])
@@ -52,100 +52,100 @@ def weighted(those: Ensemble, weights: np.ndarray) -> Ensemble:
 def test_every_point_is_what_an_evaluation_of_it_finds(
     setup: Callable[..., AccuracySetup], kind: str, piece: bool
 ) -> None:
-    those, given = toys(piece=piece), setup(kind, seeds=(3, 4), options={"top_k": 20})
-    found = measure_accuracy(those, {"equal": FixedRouter(np.array([0.5, 0.5]))}, given, step=0.25)
+    ensemble, accuracy_setup = toys(piece=piece), setup(kind, seeds=(3, 4), options={"top_k": 20})
+    study = measure_accuracy(ensemble, {"equal": FixedRouter(np.array([0.5, 0.5]))}, accuracy_setup, step=0.25)
     points = list(simplex(2, 0.25))
-    assert [one.weights.tolist() for one in found.grid] == [point.tolist() for point in points]
-    for weights, way in zip([*points, [0.5, 0.5]], [*found.grid, *found.ways], strict=True):
+    assert [way.weights.tolist() for way in study.grid] == [point.tolist() for point in points]
+    for weights, way in zip([*points, [0.5, 0.5]], [*study.grid, *study.ways], strict=True):
         plan = {"methods": ["mixture"], "seeds": [3, 4], "options": {"top_k": 20} if kind == "generate" else {}}
-        expected = evaluate(weighted(those, weights), {given.name: given.task}, **plan)
-        score = expected.score(given.name, "mixture")
+        expected = evaluate(weighted(ensemble, weights), {accuracy_setup.name: accuracy_setup.task}, **plan)
+        score = expected.score(accuracy_setup.name, "mixture")
         assert way.metric == score.metric
         assert (way.values == score.questions).all()
-    assert (found.ways[0].values == found.grid[2].values).all()
-    assert found.questions == 5
+    assert (study.ways[0].values == study.grid[2].values).all()
+    assert study.questions == 5
 
 
 def test_routers_are_judged_from_the_same_reading(
     setup: Callable[..., AccuracySetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    those, given = toys(piece=True), setup("choice")
+    ensemble, plan = toys(piece=True), setup("choice")
     routers = {
-        "by prompt": PromptRouter(those.weights, 3.0),
-        "learned": LearnedRouter(np.random.default_rng(1).normal(size=(2, FEATURES)), those.names),
+        "by prompt": PromptRouter(ensemble.weights, 3.0),
+        "learned": LearnedRouter(np.random.default_rng(1).normal(size=(2, FEATURES)), ensemble.names),
     }
-    found = measure_accuracy(those, routers, given)
-    assert (found.read, found.grid) == (2 * 5 * 3, ())
-    assert found.read_seconds > 0
-    for way, router in zip(found.ways, routers.values(), strict=True):
+    study = measure_accuracy(ensemble, routers, plan)
+    assert (study.read, study.grid) == (2 * 5 * 3, ())
+    assert study.read_seconds > 0
+    for way, router in zip(study.ways, routers.values(), strict=True):
         assert way.weights is None
-        routed = Ensemble(those.members, those.weights, router=router)
-        score = evaluate(routed, {given.name: given.task}, methods=["mixture"]).score(given.name, "mixture")
+        routed = Ensemble(ensemble.members, ensemble.weights, router=router)
+        score = evaluate(routed, {plan.name: plan.task}, methods=["mixture"]).score(plan.name, "mixture")
         assert (way.values == score.questions).all()
     # A second time, nothing is read: not even for other routers.
     monkeypatch.setattr(ToySession, "forward", lambda *_: pytest.fail("it was read"))
-    again = measure_accuracy(those, {"other": PromptRouter(those.weights, 9.0)}, given, step=0.5)
-    assert again.read_seconds == pytest.approx(found.read_seconds)
+    again = measure_accuracy(ensemble, {"other": PromptRouter(ensemble.weights, 9.0)}, plan, step=0.5)
+    assert again.read_seconds == pytest.approx(study.read_seconds)
     assert len(again.grid) == 3
 
 
 def test_a_router_writes_in_a_folder_of_its_own(setup: Callable[..., AccuracySetup]) -> None:
-    those, given = toys(), setup("generate")
-    routers = {f"{sharpness}": PromptRouter(those.weights, sharpness) for sharpness in (0.5, 50.0)}
-    found = measure_accuracy(those, routers, given)
-    assert len(list((given.out / "ways").iterdir())) == 2
-    for way, router in zip(found.ways, routers.values(), strict=True):
-        routed = Ensemble(those.members, those.weights, router=router)
-        score = evaluate(routed, {given.name: given.task}, methods=["mixture"], seeds=[0]).score(given.name, "mixture")
+    ensemble, plan = toys(), setup("generate")
+    routers = {f"{sharpness}": PromptRouter(ensemble.weights, sharpness) for sharpness in (0.5, 50.0)}
+    study = measure_accuracy(ensemble, routers, plan)
+    assert len(list((plan.out / "ways").iterdir())) == 2
+    for way, router in zip(study.ways, routers.values(), strict=True):
+        routed = Ensemble(ensemble.members, ensemble.weights, router=router)
+        score = evaluate(routed, {plan.name: plan.task}, methods=["mixture"], seeds=[0]).score(plan.name, "mixture")
         assert (way.values == score.questions).all()
 
 
 def test_a_search_that_stopped_goes_on(setup: Callable[..., AccuracySetup], monkeypatch: pytest.MonkeyPatch) -> None:
-    those, given = toys(), setup("generate")
-    whole = measure_accuracy(those, {}, replace(given, out=given.out / "whole"), step=0.5)
+    ensemble, plan = toys(), setup("generate")
+    whole = measure_accuracy(ensemble, {}, replace(plan, out=plan.out / "whole"), step=0.5)
     add = ResumableLog.add
     written: list[int] = []
 
-    def stopping(self: ResumableLog, at: int, *rest: Any) -> None:
+    def stopping(self: ResumableLog, index: int, *rest: Any) -> None:
         if len(written) == 8:
             written.append(-1)
             raise KeyboardInterrupt
-        written.append(at)
-        add(self, at, *rest)
+        written.append(index)
+        add(self, index, *rest)
 
     monkeypatch.setattr(ResumableLog, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
-        measure_accuracy(those, {}, given, step=0.5)
-    again = measure_accuracy(those, {}, given, step=0.5)
+        measure_accuracy(ensemble, {}, plan, step=0.5)
+    again = measure_accuracy(ensemble, {}, plan, step=0.5)
     assert len(written) - 1 == 15
-    for one, two in zip(again.grid, whole.grid, strict=True):
-        assert (one.values == two.values).all()
-        assert (one.tokens, one.seconds > 0) == (two.tokens, True)
+    for way, two in zip(again.grid, whole.grid, strict=True):
+        assert (way.values == two.values).all()
+        assert (way.tokens, way.seconds > 0) == (two.tokens, True)
     # Texts that were written before count with what they took then.
-    assert measure_accuracy(those, {}, given, step=0.5).grid[0].seconds == again.grid[0].seconds
+    assert measure_accuracy(ensemble, {}, plan, step=0.5).grid[0].seconds == again.grid[0].seconds
     assert len(written) - 1 == 15
-    fewer = measure_accuracy(those, {}, replace(given, limit=2), step=0.5)
-    assert [one.values.shape for one in fewer.grid] == [(1, 2)] * 3
+    fewer = measure_accuracy(ensemble, {}, replace(plan, limit=2), step=0.5)
+    assert [way.values.shape for way in fewer.grid] == [(1, 2)] * 3
     assert all(few.tokens < all_.tokens for few, all_ in zip(fewer.grid, again.grid, strict=True))
 
 
 def test_tokens_are_those_of_the_logs(setup: Callable[..., AccuracySetup]) -> None:
-    given = setup("generate", seeds=(0, 1))
-    found = measure_accuracy(toys(), {"a": FixedRouter(np.array([0.5, 0.5]))}, given)
-    logs = (given.out / "ways" / "0.5 0.5").glob("*/*/*.jsonl")
+    plan = setup("generate", seeds=(0, 1))
+    study = measure_accuracy(toys(), {"a": FixedRouter(np.array([0.5, 0.5]))}, plan)
+    logs = (plan.out / "ways" / "0.5 0.5").glob("*/*/*.jsonl")
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert len(entries) == 10
-    assert found.ways[0].tokens == sum(entry["tokens"] for entry in entries) > 0
+    assert study.ways[0].tokens == sum(entry["tokens"] for entry in entries) > 0
 
 
 def test_other_questions_or_models_are_refused(setup: Callable[..., AccuracySetup]) -> None:
-    given = setup("choice")
-    measure_accuracy(toys(), {}, given, step=0.5)
-    measure_accuracy(toys(weights=[0.1, 0.9]), {}, given, step=0.5)
+    plan = setup("choice")
+    measure_accuracy(toys(), {}, plan, step=0.5)
+    measure_accuracy(toys(weights=[0.1, 0.9]), {}, plan, step=0.5)
     with pytest.raises(ConfigError, match="was begun with members"):
-        measure_accuracy(toys(piece=True), {}, given, step=0.5)
+        measure_accuracy(toys(piece=True), {}, plan, step=0.5)
     with pytest.raises(ConfigError, match="was begun with task"):
-        measure_accuracy(toys(), {}, replace(given, name="another"), step=0.5)
+        measure_accuracy(toys(), {}, replace(plan, name="another"), step=0.5)
 
 
 def test_a_task_without_a_mean_over_questions_is_refused(setup: Callable[..., AccuracySetup]) -> None:
@@ -166,25 +166,25 @@ def test_the_best_point_is_chosen_by_some_questions_and_near_the_middle() -> Non
 
 @pytest.mark.parametrize(("questions", "share", "out"), [(10, 0.5, 5), (10, 0.0, 0), (7, 0.34, 2), (1, 0.5, 0)])
 def test_questions_are_held_out_evenly(questions: int, share: float, out: int) -> None:
-    found = held_out_questions(questions, share)
-    assert (found.shape, found.sum()) == ((questions,), out)
-    assert not out or abs(np.flatnonzero(found).mean() - (questions - 1) / 2) < questions / 4
+    held_out = held_out_questions(questions, share)
+    assert (held_out.shape, held_out.sum()) == ((questions,), out)
+    assert not out or abs(np.flatnonzero(held_out).mean() - (questions - 1) / 2) < questions / 4
 
 
-def _hold(folder: Path, held: multiprocessing.synchronize.Event) -> None:
+def _hold(folder: Path, locked: multiprocessing.synchronize.Event) -> None:
     with locked_folder(folder, {}):
-        held.set()
+        locked.set()
         signal.pause()
 
 
 def test_a_folder_is_of_one_run_at_a_time_and_free_once_it_is_killed(task: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=_hold, args=(out, held))
+    locked = context.Event()
+    process = context.Process(target=_hold, args=(out, locked))
     process.start()
     try:
-        assert held.wait(60)
+        assert locked.wait(60)
         with pytest.raises(ConfigError, match=r"out/\.lock is being written by another mixlm \(wait for") as caught:
             evaluate(toys(), [task("choice")], out=out)
         assert str(out) in caught.value.message

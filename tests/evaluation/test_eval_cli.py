@@ -26,18 +26,18 @@ def test_a_table_of_scores_and_one_of_differences(run, task, tmp_path: Path) -> 
     assert "single:toy:2" in out
     assert (tmp_path / "out" / "generate" / "mixture" / "seed-8.jsonl").exists()
     again = json.loads(run(*arguments, "--seed", "7", "--json")[1])
-    assert [one["method"] for one in again["scores"][:2]] == ["mixture", "conventional"]
+    assert [score["method"] for score in again["scores"][:2]] == ["mixture", "conventional"]
     assert again["settings"]["seeds"] == [7, 8]
     assert again["comparisons"][0]["p_value"] <= 1
 
 
 def test_one_method_and_greedy(run, task) -> None:
-    found = run("eval", *TOYS, "--tasks", task("greedy"), "--methods", "mixture", "--seeds", "2", "--limit", "2")
-    assert found[0] == 0
-    assert "note: greedy asks for greedy decoding" in found[2]
-    found = run("eval", *TOYS, "--tasks", task("generate"), "--method", "greedy", "--temperature", "0", "--limit", "2")
-    assert found[0] == 0
-    assert "greedy" in found[1]
+    report = run("eval", *TOYS, "--tasks", task("greedy"), "--methods", "mixture", "--seeds", "2", "--limit", "2")
+    assert report[0] == 0
+    assert "note: greedy asks for greedy decoding" in report[2]
+    report = run("eval", *TOYS, "--tasks", task("generate"), "--method", "greedy", "--temperature", "0", "--limit", "2")
+    assert report[0] == 0
+    assert "greedy" in report[1]
 
 
 def test_refusals_are_one_sentence_and_a_hint(run, task) -> None:

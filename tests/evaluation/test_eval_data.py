@@ -58,7 +58,7 @@ def test_choices_are_scored_as_they_stand(folder: Path) -> None:
         assert [request.args for request in requests] == [(question, choice) for choice in choices]
         right = "AB".index(TARGETS[name])
         for likely in (0, 1):
-            table = judge(task, requests, [(-1.0 if at == likely else -2.0, False) for at in (0, 1)])
+            table = judge(task, requests, [(-1.0 if choice == likely else -2.0, False) for choice in (0, 1)])
             assert table["acc", "none"] == [float(likely == right)]
 
 
@@ -75,11 +75,11 @@ def test_reasoning_tasks_count_exact_answers_only(tmp_path: Path) -> None:
 
 def test_a_choice_takes_turns_and_depends_on_the_questions_alone() -> None:
     rows = [{"group": g, "question": f"{g}{i}", "options": ""} for g in "abc" for i in range(10)]
-    taken = choose_questions(rows, 4, 0)
-    assert [run["group"] for run in taken[:6]] == list("abcabc")
-    assert len(taken) == 12
-    assert choose_questions(rows[::-1], 4, 0) == taken
-    assert choose_questions(rows, 4, 1) != taken
+    chosen = choose_questions(rows, 4, 0)
+    assert [run["group"] for run in chosen[:6]] == list("abcabc")
+    assert len(chosen) == 12
+    assert choose_questions(rows[::-1], 4, 0) == chosen
+    assert choose_questions(rows, 4, 1) != chosen
     assert len(choose_questions(rows, 50, 0)) == 30
 
 
@@ -148,7 +148,7 @@ def test_an_unknown_task_is_named_with_near_ones(monkeypatch: pytest.MonkeyPatch
     # Reading all of the harness's own tasks takes long.
     plain = TaskManager.__init__
     monkeypatch.setattr(
-        TaskManager, "__init__", lambda self, **given: plain(self, **{**given, "include_defaults": False})
+        TaskManager, "__init__", lambda self, **options: plain(self, **{**options, "include_defaults": False})
     )
     with pytest.raises(ConfigError, match=r"there is no task 'mixlm_gsm8' \(did you mean 'mixlm_gsm8k'"):
         load_tasks(["mixlm_gsm8"])

@@ -26,26 +26,26 @@ def test_choices_are_read_once_for_all_weights(run: Run, task: Callable[..., str
     arguments = ("fit", text, *TOYS, "--accuracy", task("choice"), "--prompt-bytes", "60", "--router", "r.json")
     code, out, err = run(*arguments, "--grid", "--json")
     assert (code, err) == (0, "router written to r.json\n")
-    found = json.loads(out)["accuracy"]
-    assert (found["task"], found["metric"], found["questions"], found["questions_that_chose"]) == (
+    accuracy = json.loads(out)["accuracy"]
+    assert (accuracy["task"], accuracy["metric"], accuracy["questions"], accuracy["questions_that_chose"]) == (
         "choice",
         "acc",
         5,
         3,
     )
-    rows = {one["name"]: one for one in found["rows"]}
+    rows = {row["name"]: row for row in accuracy["rows"]}
     assert list(rows)[:4] == ["toy:1", "toy:2", "equal weights", "EM"]
     assert {"grid over likelihood", "router", "grid over accuracy"} <= set(rows)
     assert any(name.startswith("by prompt, sharpness") for name in rows)
-    assert len(found["grid"]) == found["cost"]["grid_points"] == 11
-    most = max(one["right_that_chose"] for one in found["grid"])
-    assert rows["grid over accuracy"]["right_that_chose"] == most
-    for one in found["rows"]:
-        assert one["right"] == one["right_that_chose"] + one["right_others"]
-        assert one["minus_em"] == pytest.approx((one["right_others"] - rows["EM"]["right_others"]) / 2)
-    assert rows["toy:1"]["right"] == found["grid"][10]["right"]
-    assert found["cost"]["task_readings"] == 2 * 15
-    assert json.loads(Path("fit-results/choice/accuracy.json").read_text()) == found
+    assert len(accuracy["grid"]) == accuracy["cost"]["grid_points"] == 11
+    best = max(point["right_that_chose"] for point in accuracy["grid"])
+    assert rows["grid over accuracy"]["right_that_chose"] == best
+    for row in accuracy["rows"]:
+        assert row["right"] == row["right_that_chose"] + row["right_others"]
+        assert row["minus_em"] == pytest.approx((row["right_others"] - rows["EM"]["right_others"]) / 2)
+    assert rows["toy:1"]["right"] == accuracy["grid"][10]["right"]
+    assert accuracy["cost"]["task_readings"] == 2 * 15
+    assert json.loads(Path("fit-results/choice/accuracy.json").read_text()) == accuracy
 
 
 def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..., str], text: str) -> None:
@@ -68,15 +68,15 @@ def test_a_task_that_writes_is_written_at_every_point(
 ) -> None:
     name = task("generate")
     arguments = ("fit", text, *TOYS, "--accuracy", name, "--step", "0.5", "--seeds", "2", "--seed", "4", "--top-k", "9")
-    found = json.loads(run(*arguments, "--json")[1])["accuracy"]
-    assert found["cost"]["grid_tokens"] == sum(one["tokens"] for one in found["grid"]) > 0
-    assert found["cost"]["grid_seconds"] == pytest.approx(sum(one["seconds"] for one in found["grid"]))
+    accuracy = json.loads(run(*arguments, "--json")[1])["accuracy"]
+    assert accuracy["cost"]["grid_tokens"] == sum(point["tokens"] for point in accuracy["grid"]) > 0
+    assert accuracy["cost"]["grid_seconds"] == pytest.approx(sum(point["seconds"] for point in accuracy["grid"]))
     folder = Path("fit-results/generate/ways/0.5 0.5")
     assert sorted(path.name for path in folder.glob("*/*/*")) == ["seed-4.jsonl", "seed-5.jsonl"]
     assert json.loads((folder / "settings.json").read_text())["options"] == {"top_k": 9}
     monkeypatch.setattr(ToySession, "forward", lambda *_: pytest.fail("it was written anew"))
     again = json.loads(run(*arguments, "--json")[1])["accuracy"]
-    assert (again["grid"], again["rows"]) == (found["grid"], found["rows"])
+    assert (again["grid"], again["rows"]) == (accuracy["grid"], accuracy["rows"])
     assert "3 points generated" in run(*arguments)[1]
 
 

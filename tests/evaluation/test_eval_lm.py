@@ -42,35 +42,35 @@ def probabilities(engine: ToyEngine, ids: list[int]) -> np.ndarray:
 
 
 def test_loglikelihood_by_token_equals_brute_force() -> None:
-    those = toys()
+    ensemble = toys()
     context, continuation = "the river", " turns under\nit"
-    engines = [member.engine for member in those.members]
+    engines = [member.engine for member in ensemble.members]
     before = engines[0].prompts.raw(context).tolist()
     ids = engines[0].encoder.encode(continuation.encode()).ids
     expected = 0.0
     for i, token in enumerate(ids):
         rows = [probabilities(engine, before + ids[:i]) for engine in engines]
         expected += np.log(0.7 * rows[0][token] + 0.3 * rows[1][token])
-    (found,) = EnsembleLM(those).loglikelihood([Request((context, continuation))])
-    assert found[0] == pytest.approx(expected, rel=1e-9)
-    assert found[1] is False
+    (response,) = EnsembleLM(ensemble).loglikelihood([Request((context, continuation))])
+    assert response[0] == pytest.approx(expected, rel=1e-9)
+    assert response[1] is False
 
 
 @pytest.mark.parametrize("piece", [False, True])
 def test_loglikelihood_by_segment_equals_brute_force(piece: bool) -> None:
-    those = toys(piece=piece)
+    ensemble = toys(piece=piece)
     data = b" the bird and the other"
     ends, parts = [], []
-    for member in those.members:
+    for member in ensemble.members:
         engine = member.engine
         before = engine.prompts.raw("one").tolist()
         ids = engine.encoder.encode(data).ids
-        at, mine = 0, {}
+        place, mine = 0, {}
         total = 0.0
         for i, token in enumerate(ids):
             total += np.log(probabilities(engine, before + ids[:i])[token])
-            at += len(engine.vocabulary.tokens[token])
-            mine[at] = total
+            place += len(engine.vocabulary.tokens[token])
+            mine[place] = total
         ends.append(set(mine))
         parts.append(mine)
     common = sorted(ends[0] & ends[1])
@@ -80,31 +80,31 @@ def test_loglikelihood_by_segment_equals_brute_force(piece: bool) -> None:
         each = [part[end] - part.get(last, 0.0) for part in parts]
         expected += np.logaddexp(np.log(0.7) + each[0], np.log(0.3) + each[1])
         last = end
-    (found,) = EnsembleLM(those).loglikelihood([Request(("one", data.decode()))])
-    assert found[0] == pytest.approx(expected, rel=1e-9)
+    (response,) = EnsembleLM(ensemble).loglikelihood([Request(("one", data.decode()))])
+    assert response[0] == pytest.approx(expected, rel=1e-9)
 
 
-def greedy_text(those: Ensemble, context: str) -> str:
-    return those.generate(context, raw=True, method="greedy", max_tokens=6, seed=0).text
+def greedy_text(ensemble: Ensemble, context: str) -> str:
+    return ensemble.generate(context, raw=True, method="greedy", max_tokens=6, seed=0).text
 
 
 def test_greedy_is_the_most_likely_of_the_average() -> None:
     members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
-    those = Ensemble(members, [0.6, 0.4])
-    text = greedy_text(those, "river")
+    ensemble = Ensemble(members, [0.6, 0.4])
+    text = greedy_text(ensemble, "river")
     assert len(text) > 10
-    lm = EnsembleLM(those)
+    lm = EnsembleLM(ensemble)
     requests = [
         Request(("river", text)),
         Request(("river", text + " the")),
         Request(("river", "")),
         Request(("", " the")),
     ]
-    found = lm.loglikelihood(requests)
-    assert [one for _, one in found][:3] == [True, text + " the" == greedy_text(those, "river"), True]
-    assert found[2][0] == 0.0
-    alone = EnsembleLM(Ensemble(those.members[:1]))
-    assert EnsembleLM(those, options={"method": "single"}).loglikelihood(requests) == alone.loglikelihood(requests)
+    responses = lm.loglikelihood(requests)
+    assert [greedy for _, greedy in responses][:3] == [True, text + " the" == greedy_text(ensemble, "river"), True]
+    assert responses[2][0] == 0.0
+    alone = EnsembleLM(Ensemble(ensemble.members[:1]))
+    assert EnsembleLM(ensemble, options={"method": "single"}).loglikelihood(requests) == alone.loglikelihood(requests)
 
 
 def test_greedy_in_pieces_asks_every_member() -> None:
@@ -122,8 +122,8 @@ def test_greedy_in_pieces_asks_every_member() -> None:
 
 
 def test_contexts_in_common_are_run_once() -> None:
-    those = toys()
-    lm = EnsembleLM(those)
+    ensemble = toys()
+    lm = EnsembleLM(ensemble)
     context = "the river turns " * 20
     lm.loglikelihood([Request((context, " stone")), Request(("another", " bird")), Request((context, " light"))])
     assert lm._likelihood is not None
@@ -132,17 +132,17 @@ def test_contexts_in_common_are_run_once() -> None:
         plain = session.forward
         session.forward = lambda ids, last, plain=plain: (ran.append(len(ids)), plain(ids, last))[1]
     lm.loglikelihood([Request((context, " cloud")), Request(("zzz", " bird")), Request((context, " one"))])
-    whole = len(those.members[0].engine.prompts.raw(context.rstrip()))
-    assert sum(one >= whole for one in ran) <= 2
+    whole = len(ensemble.members[0].engine.prompts.raw(context.rstrip()))
+    assert sum(length >= whole for length in ran) <= 2
     assert len(ran) == 6
 
 
 def test_rolling_is_what_scoring_gives() -> None:
-    those = toys(piece=True)
+    ensemble = toys(piece=True)
     text = "the river turns under the stone " * 5
-    (found,) = EnsembleLM(those).loglikelihood_rolling([Request((text,))])
-    assert found == pytest.approx(score(those, text).mixture(those.weights).sum())
-    assert EnsembleLM(those).loglikelihood_rolling([Request(("",))]) == [0.0]
+    (response,) = EnsembleLM(ensemble).loglikelihood_rolling([Request((text,))])
+    assert response == pytest.approx(score(ensemble, text).mixture(ensemble.weights).sum())
+    assert EnsembleLM(ensemble).loglikelihood_rolling([Request(("",))]) == [0.0]
 
 
 def routed(kind: str, unit: str) -> Ensemble:
@@ -162,32 +162,32 @@ def routed(kind: str, unit: str) -> Ensemble:
 @pytest.mark.parametrize("kind", ["fixed", "prompt", "learned", "function"])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: str, unit: str) -> None:
-    those = routed(kind, unit)
-    pieces = [b"ab", b" c", b"ab", b"c"] if unit == "token" else [bytes([one]) for one in b"abccab"]
+    ensemble = routed(kind, unit)
+    pieces = [b"ab", b" c", b"ab", b"c"] if unit == "token" else [bytes([byte]) for byte in b"abccab"]
     text = b"".join(pieces).decode()
-    found = EnsembleLM(those).loglikelihood([Request((context, text)) for context in ("ba", "cabba", "ba")])
-    for context, (value, _) in zip(("ba", "cabba", "ba"), found, strict=True):
-        prompts = those.encode_prompt(context, those.settings(raw=True))
-        assert value == pytest.approx(stepwise(those, prompts, pieces), rel=1e-6)
+    responses = EnsembleLM(ensemble).loglikelihood([Request((context, text)) for context in ("ba", "cabba", "ba")])
+    for context, (value, _) in zip(("ba", "cabba", "ba"), responses, strict=True):
+        prompts = ensemble.encode_prompt(context, ensemble.settings(raw=True))
+        assert value == pytest.approx(stepwise(ensemble, prompts, pieces), rel=1e-6)
     plain = EnsembleLM(routed("fixed", unit)).loglikelihood([Request(("ba", text))])
-    assert (found[0][0] == pytest.approx(plain[0][0])) == (kind == "fixed")
+    assert (responses[0][0] == pytest.approx(plain[0][0])) == (kind == "fixed")
 
 
 @pytest.mark.parametrize("kind", ["prompt", "learned", "function"])
 def test_all_texts_of_two_letters_and_all_shorter_ones_that_end_have_probability_one(kind: str) -> None:
-    those = routed(kind, "piece")
-    prompts = those.encode_prompt("ba", those.settings(raw=True))
-    texts = [b"".join(one).decode() for one in product(LETTERS, repeat=2)]
-    found = EnsembleLM(those).loglikelihood([Request(("ba", text)) for text in texts])
-    shorter = [stepwise(those, prompts, pieces) for pieces in ([END], *([one, END] for one in LETTERS))]
-    assert sum(np.exp([*(one for one, _ in found), *shorter])) == pytest.approx(1)
+    ensemble = routed(kind, "piece")
+    prompts = ensemble.encode_prompt("ba", ensemble.settings(raw=True))
+    texts = [b"".join(letters).decode() for letters in product(LETTERS, repeat=2)]
+    responses = EnsembleLM(ensemble).loglikelihood([Request(("ba", text)) for text in texts])
+    shorter = [stepwise(ensemble, prompts, pieces) for pieces in ([END], *([piece, END] for piece in LETTERS))]
+    assert sum(np.exp([*(logprob for logprob, _ in responses), *shorter])) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "function"])
-def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
-    those = toys(router=routed(kind, "token").router)
+def test_routers_see_the_same_context_as_in_completions(kind: str) -> None:
+    ensemble = toys(router=routed(kind, "token").router)
     seen: list[bytes] = []
-    begin = those.router.begin
+    begin = ensemble.router.begin
 
     def noting(context: Any) -> Any:
         seen.append(context.text)
@@ -195,8 +195,8 @@ def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
             seen.append(context.bits_per_byte().round(6).tobytes())
         return begin(context)
 
-    those.router.begin = noting  # type: ignore[method-assign]
-    lm = EnsembleLM(those)
+    ensemble.router.begin = noting  # type: ignore[method-assign]
+    lm = EnsembleLM(ensemble)
     packed = lm.apply_chat_template([*HISTORY, {"role": "assistant", "content": "It is"}], False)
     lm.loglikelihood([Request((packed, " river"))])
     scored = seen.copy()
@@ -209,17 +209,17 @@ def test_routers_see_the_same_context_as_in_replies(kind: str) -> None:
 def test_greedy_under_a_router_is_the_most_likely_of_the_average() -> None:
     members = [MemberSpec(ToyEngine(table=wordy_table(seed)), f"m{seed}") for seed in (1, 2)]
     # The first member alone writes the first word, the second one the rest.
-    those = Ensemble(
+    ensemble = Ensemble(
         members, router=FunctionRouter(lambda prompt, tail: [0.999, 0.001] if not tail else [0.001, 0.999], 2)
     )
-    text = greedy_text(those, "river")
-    found = EnsembleLM(those).loglikelihood([Request(("river", text)), Request(("river", text[:-1]))])
-    assert found[0][1] is True
+    text = greedy_text(ensemble, "river")
+    responses = EnsembleLM(ensemble).loglikelihood([Request(("river", text)), Request(("river", text[:-1]))])
+    assert responses[0][1] is True
     alone = [greedy_text(Ensemble([member]), "river") for member in members]
     assert text not in alone
-    assert [one for _, one in EnsembleLM(those).loglikelihood([Request(("river", one)) for one in alone])] == [
-        False
-    ] * 2
+    assert [
+        text for _, text in EnsembleLM(ensemble).loglikelihood([Request(("river", greedy)) for greedy in alone])
+    ] == [False] * 2
 
 
 def test_weights_by_prompt_want_the_whole_prompt() -> None:
@@ -232,25 +232,25 @@ def test_weights_by_prompt_want_the_whole_prompt() -> None:
 
 
 def test_rolling_under_a_router_is_what_scoring_gives() -> None:
-    those = toys(piece=True)
-    those.router = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), those.names)
+    ensemble = toys(piece=True)
+    ensemble.router = LearnedRouter(np.random.default_rng(0).normal(size=(2, FEATURES)), ensemble.names)
     text = "the river turns under the stone " * 5
-    (found,) = EnsembleLM(those).loglikelihood_rolling([Request((text,))])
-    scores = score(those, text)
-    assert found == pytest.approx(scores.mixture(router_weights(scores, those.router)).sum())
-    assert found != pytest.approx(scores.mixture(those.weights).sum())
+    (response,) = EnsembleLM(ensemble).loglikelihood_rolling([Request((text,))])
+    scores = score(ensemble, text)
+    assert response == pytest.approx(scores.mixture(router_weights(scores, ensemble.router)).sum())
+    assert response != pytest.approx(scores.mixture(ensemble.weights).sum())
 
 
 def test_what_is_too_long_is_cut_or_counts_as_wrong() -> None:
     engine = ToyEngine(WORD_TOKENS, random_table(len(WORD_TOKENS) + 2, 3), context_length=24)
-    those = Ensemble([MemberSpec(engine, "short")])
-    lm = EnsembleLM(those)
+    ensemble = Ensemble([MemberSpec(engine, "short")])
+    lm = EnsembleLM(ensemble)
     long, tail = "bbbbbbbb" * 9 + "a" * 20, "a" * 20
-    one, two = lm.loglikelihood([Request((long, " the")), Request((tail, " the"))])
-    assert one[0] == pytest.approx(two[0])
-    lm = EnsembleLM(those)
+    first, two = lm.loglikelihood([Request((long, " the")), Request((tail, " the"))])
+    assert first[0] == pytest.approx(two[0])
+    lm = EnsembleLM(ensemble)
     assert lm.loglikelihood([Request(("x", "y" * 40))]) == [(-np.inf, False)]
-    lm = EnsembleLM(those)
+    lm = EnsembleLM(ensemble)
     assert lm.generate_until([Request((long, {"do_sample": True}))]) == [""]
     assert "context holds 24" in lm.log.records[0]["error"]
 
@@ -259,21 +259,23 @@ SAMPLED = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": []
 
 
 def test_texts_are_those_of_the_ensemble() -> None:
-    those = toys()
-    lm = EnsembleLM(those, options={"seed": 5, "top_k": 10})
-    found = lm.generate_until([Request(("b", SAMPLED)), Request(("a", SAMPLED)), Request(("a", SAMPLED))])
+    ensemble = toys()
+    lm = EnsembleLM(ensemble, options={"seed": 5, "top_k": 10})
+    responses = lm.generate_until([Request(("b", SAMPLED)), Request(("a", SAMPLED)), Request(("a", SAMPLED))])
     for i, prompt in enumerate("baa"):
         settings = {"raw": True, "temperature": 1.0, "top_k": 10, "max_tokens": 8, "seed": 5, "sequence": i}
-        assert found[i] == those.generate(prompt, **settings).text
-    assert found[1] != found[2]
+        assert responses[i] == ensemble.generate(prompt, **settings).text
+    assert responses[1] != responses[2]
 
 
 def test_until_and_lengths_are_kept() -> None:
-    those = toys()
-    plain = those.generate("a", raw=True, temperature=1.0, max_tokens=30, seed=0).text
+    ensemble = toys()
+    plain = ensemble.generate("a", raw=True, temperature=1.0, max_tokens=30, seed=0).text
     stop = plain[5:7]
-    (found,) = EnsembleLM(those).generate_until([Request(("a", {**SAMPLED, "max_gen_toks": 30, "until": [stop, ""]}))])
-    assert found == plain[: plain.index(stop)]
+    (response,) = EnsembleLM(ensemble).generate_until(
+        [Request(("a", {**SAMPLED, "max_gen_toks": 30, "until": [stop, ""]}))]
+    )
+    assert response == plain[: plain.index(stop)]
     options = generation_options(
         {"until": "x", "max_new_tokens": 7, "do_sample": True}, {"stop": ["y"], "method": "mixture"}
     )
@@ -282,7 +284,7 @@ def test_until_and_lengths_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "greedy"),
+    ("task", "overrides", "greedy"),
     [
         ({"do_sample": False, "temperature": 1.0}, {}, True),
         ({"temperature": 0.0}, {}, True),
@@ -294,18 +296,18 @@ def test_until_and_lengths_are_kept() -> None:
         ({"do_sample": True, "temperature": 1.0}, {"method": "greedy"}, True),
     ],
 )
-def test_which_requests_are_greedy(task: dict[str, Any], given: dict[str, Any], greedy: bool) -> None:
-    assert is_greedy(task, given) == greedy
-    options = generation_options(task, {"method": "mixture", **given})
+def test_which_requests_are_greedy(task: dict[str, Any], overrides: dict[str, Any], greedy: bool) -> None:
+    assert is_greedy(task, overrides) == greedy
+    options = generation_options(task, {"method": "mixture", **overrides})
     assert (options["method"] == "greedy") == greedy
     assert not greedy or "temperature" not in options
 
 
 def test_single_stays_single_when_it_is_greedy() -> None:
-    those = toys()
+    ensemble = toys()
     task = {"do_sample": False, "max_gen_toks": 6}
-    (found,) = EnsembleLM(those, options={"method": "single"}).generate_until([Request(("a", task))])
-    assert found == those.generate("a", raw=True, method="single", temperature=0, max_tokens=6).text
+    (response,) = EnsembleLM(ensemble, options={"method": "single"}).generate_until([Request(("a", task))])
+    assert response == ensemble.generate("a", raw=True, method="single", temperature=0, max_tokens=6).text
 
 
 def test_options_without_counterpart_are_refused() -> None:
@@ -326,7 +328,7 @@ HISTORY = [
 def test_conversations_pass_through_unrendered() -> None:
     lm = EnsembleLM(toys())
     packed = lm.apply_chat_template(HISTORY)
-    assert unpack(packed).messages == tuple(Message(one["role"], one["content"]) for one in HISTORY)
+    assert unpack(packed).messages == tuple(Message(message["role"], message["content"]) for message in HISTORY)
     begun = unpack(lm.apply_chat_template([*HISTORY, {"role": "assistant", "content": "It is"}], False))
     assert (begun.text, len(begun.messages or ())) == ("It is", 2)
     assert unpack("plain text").messages is None
@@ -347,19 +349,19 @@ class Templated(ToyEngine):
 
 def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = [Templated("{}: {}\n", 1), Templated("[{}] {} ", 2)]
-    those = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
-    lm = EnsembleLM(those, options={"method": "conventional", "system": "sing", "seed": 3})
+    ensemble = Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)])
+    lm = EnsembleLM(ensemble, options={"method": "conventional", "system": "sing", "seed": 3})
     history = [*HISTORY, {"role": "assistant", "content": "It"}]
-    asked: list[tuple[np.ndarray, ...]] = []
+    contexts: list[tuple[np.ndarray, ...]] = []
     start = GenerationContext.start
 
     def recording(context: GenerationContext, prompt: EncodedPrompt) -> Generation:
-        asked.append(prompt.ids)
+        contexts.append(prompt.ids)
         return start(context, prompt)
 
     monkeypatch.setattr(GenerationContext, "start", recording)
     lm.generate_until([Request((lm.apply_chat_template(history), SAMPLED))])
-    ((first, second),) = asked
+    ((first, second),) = contexts
     spelled = [b"".join(engines[0].vocabulary.tokens[i] for i in ids).decode() for ids in (first, second)]
     said = "who sings? \x1e <end>"
     assert spelled[0] == f"system: sing\n\nbe brief\nuser: {said}\nIt"
@@ -367,14 +369,14 @@ def test_every_member_reads_its_own_template(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_choices_are_scored_behind_a_conversation() -> None:
-    those = toys()
-    lm = EnsembleLM(those)
-    engine = those.members[0].engine
-    (found,) = lm.loglikelihood([Request((lm.apply_chat_template(HISTORY), " river"))])
-    before = engine.prompts.chat([Message(one["role"], one["content"]) for one in HISTORY]).tolist()
+    ensemble = toys()
+    lm = EnsembleLM(ensemble)
+    engine = ensemble.members[0].engine
+    (response,) = lm.loglikelihood([Request((lm.apply_chat_template(HISTORY), " river"))])
+    before = engine.prompts.chat([Message(message["role"], message["content"]) for message in HISTORY]).tolist()
     token = WORD_TOKENS.index(b" river")
-    rows = [probabilities(member.engine, before)[token] for member in those.members]
-    assert found[0] == pytest.approx(np.log(0.7 * rows[0] + 0.3 * rows[1]))
+    rows = [probabilities(member.engine, before)[token] for member in ensemble.members]
+    assert response[0] == pytest.approx(np.log(0.7 * rows[0] + 0.3 * rows[1]))
 
 
 def test_the_harness_itself_can_run_it(task) -> None:
@@ -384,6 +386,6 @@ def test_the_harness_itself_can_run_it(task) -> None:
 
     tasks = load_tasks([task("choice"), task("generate")])
     with quiet():
-        found = evaluate(EnsembleLM(toys()), {"tasks": tasks}, limit=3, bootstrap_iters=0)
-    assert 0 <= found["results"]["choice"]["acc,none"] <= 1
-    assert len(found["samples"]["generate"]) == 3
+        results = evaluate(EnsembleLM(toys()), {"tasks": tasks}, limit=3, bootstrap_iters=0)
+    assert 0 <= results["results"]["choice"]["acc,none"] <= 1
+    assert len(results["samples"]["generate"]) == 3

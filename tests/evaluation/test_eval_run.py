@@ -23,22 +23,26 @@ METHODS = ("mixture", "conventional", "single")
 @pytest.mark.parametrize("piece", [False, True])
 def test_text_is_written_by_every_method_and_seed(task, piece: bool) -> None:
     seen: list[tuple[str, int, int]] = []
-    found = evaluate(
-        toys(piece=piece), [task("generate")], methods=METHODS, seeds=[0, 1, 2], progress=lambda *one: seen.append(one)
+    results = evaluate(
+        toys(piece=piece),
+        [task("generate")],
+        methods=METHODS,
+        seeds=[0, 1, 2],
+        progress=lambda *event: seen.append(event),
     )
-    assert found.methods == ("mixture", "conventional", "single:toy0", "single:toy1")
-    one = found.score("generate", "mixture")
-    assert (one.metric, one.seeds, one.count, one.higher_is_better) == ("exact_match", (0, 1, 2), 5, True)
-    assert one.questions is not None
-    assert one.questions.shape == (3, 5)
+    assert results.methods == ("mixture", "conventional", "single:toy0", "single:toy1")
+    score = results.score("generate", "mixture")
+    assert (score.metric, score.seeds, score.count, score.higher_is_better) == ("exact_match", (0, 1, 2), 5, True)
+    assert score.questions is not None
+    assert score.questions.shape == (3, 5)
     assert ("generate mixture seed 2", 5, 5) in seen
-    assert [comparison.right for comparison in found.comparisons()] == ["conventional", "single:toy0", "single:toy1"]
-    json.dumps(found.as_dict(questions=True))
+    assert [comparison.right for comparison in results.comparisons()] == ["conventional", "single:toy0", "single:toy1"]
+    json.dumps(results.as_dict(questions=True))
 
 
 def texts(folder: Path, method: str = "mixture", seed: int = 0) -> list[str]:
     lines = (folder / "generate" / method / f"seed-{seed}.jsonl").read_text().splitlines()
-    return [line["response"] for line in sorted(map(json.loads, lines), key=lambda one: one["index"])]
+    return [line["response"] for line in sorted(map(json.loads, lines), key=lambda line: line["index"])]
 
 
 def test_seeds_differ_and_are_reproducible(task, tmp_path: Path) -> None:
@@ -52,26 +56,28 @@ def test_seeds_differ_and_are_reproducible(task, tmp_path: Path) -> None:
     assert texts(tmp_path / "c", seed=1) == texts(tmp_path / "a", seed=1)[:2]
 
 
-def test_choices_and_given_text_run_once_for_all_that_share_a_law(task, tmp_path: Path) -> None:
-    those = toys()
-    found = evaluate(those, [task("choice"), task("rolling")], methods=METHODS, seeds=[3, 4], out=tmp_path)
+def test_choices_and_given_text_run_once_for_all_that_share_a_distribution(task, tmp_path: Path) -> None:
+    ensemble = toys()
+    results = evaluate(ensemble, [task("choice"), task("rolling")], methods=METHODS, seeds=[3, 4], out=tmp_path)
     for name in ("choice", "rolling"):
-        assert found.score(name, "mixture").values == found.score(name, "conventional").values
-        assert found.score(name, "mixture").seeds == (3,)
+        assert results.score(name, "mixture").values == results.score(name, "conventional").values
+        assert results.score(name, "mixture").seeds == (3,)
         assert {path.name for path in (tmp_path / name).iterdir()} == {"mixture", "single%3Atoy0", "single%3Atoy1"}
-    assert found.score("choice", "mixture").metric == "acc"
+    assert results.score("choice", "mixture").metric == "acc"
     from mixlm.scoring.score import score
 
-    bits = sum(-score(those, one).mixture(those.weights).sum() for one in QUESTIONS) / np.log(2)
-    assert found.score("rolling", "mixture").mean == pytest.approx(bits / sum(len(one) for one in QUESTIONS))
-    assert [comparison.task for comparison in found.comparisons()] == ["choice"] * 3
+    bits = sum(-score(ensemble, question).mixture(ensemble.weights).sum() for question in QUESTIONS) / np.log(2)
+    assert results.score("rolling", "mixture").mean == pytest.approx(
+        bits / sum(len(question) for question in QUESTIONS)
+    )
+    assert [comparison.task for comparison in results.comparisons()] == ["choice"] * 3
 
 
 def test_greedy_tasks_run_once_unless_a_temperature_is_given(task) -> None:
     name = task("greedy")
-    found = evaluate(toys(), [name], methods=["mixture", "conventional", "single:toy0"], seeds=[0, 1])
-    assert found.score("greedy", "mixture").seeds == (0,)
-    assert [note.split(",")[0] for note in found.notes] == ["greedy asks for greedy decoding"] * 2
+    results = evaluate(toys(), [name], methods=["mixture", "conventional", "single:toy0"], seeds=[0, 1])
+    assert results.score("greedy", "mixture").seeds == (0,)
+    assert [note.split(",")[0] for note in results.notes] == ["greedy asks for greedy decoding"] * 2
     sampled = evaluate(toys(), [name], methods=["mixture"], seeds=[0, 1], options={"temperature": 1.0})
     assert sampled.score("greedy", "mixture").seeds == (0, 1)
     assert sampled.notes == ()
@@ -104,12 +110,12 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     written: list[tuple[str, int]] = []
     add = ResumableLog.add
 
-    def counting(self: ResumableLog, at: int, key: str, fields: dict[str, Any]) -> None:
+    def counting(self: ResumableLog, index: int, key: str, fields: dict[str, Any]) -> None:
         if len(written) == 8 and not stopped:
             stopped.append(True)
             raise StopError
-        written.append((str(self._path), at))
-        add(self, at, key, fields)
+        written.append((str(self._path), index))
+        add(self, index, key, fields)
 
     stopped: list[bool] = []
     monkeypatch.setattr(ResumableLog, "add", counting)
@@ -193,9 +199,9 @@ def test_what_does_not_fit_is_said_before_anything_runs(task) -> None:
 def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path: Path, task) -> None:
     import mixlm
 
-    those: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3])
-    found = evaluate(
-        those,
+    ensemble: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3])
+    results = evaluate(
+        ensemble,
         ["mixlm_rg_chain_sum", task("choice")],
         methods=["mixture", "single:smollm2-135m"],
         seeds=[0],
@@ -203,8 +209,8 @@ def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path:
         options={"max_tokens": 12, "top_k": 10},
         out=tmp_path / "out",
     )
-    assert found.score("mixlm_rg_chain_sum", "mixture").count == 2
-    assert found.score("choice", "mixture").metric == "acc"
+    assert results.score("mixlm_rg_chain_sum", "mixture").count == 2
+    assert results.score("choice", "mixture").metric == "acc"
     path = tmp_path / "out" / "mixlm_rg_chain_sum" / "mixture" / "seed-0.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(sum(entry["written_by"].values()) == entry["tokens"] for entry in entries)

@@ -47,13 +47,13 @@ def test_methods_are_paired_by_question() -> None:
     left = score("mixture", [[1, 1, 0, 1], [1, 0, 0, 1]])
     right = score("single:a", [[1, 0, 0, 0]])
     results = Results((left, right), {})
-    found = results.compare("mixture", "single:a")
+    comparison = results.compare("mixture", "single:a")
     differences = [0.0, 0.5, 0.0, 1.0]
     interval = stats.ttest_rel([1, 0.5, 0, 1], [1, 0, 0, 0]).confidence_interval(0.95)
-    assert found.difference == pytest.approx(np.mean(differences))
-    assert found.interval == pytest.approx((interval.low, interval.high))
-    assert found.p_value == pytest.approx(0.5)
-    assert (found.questions, found.better, found.worse) == (4, 2, 0)
+    assert comparison.difference == pytest.approx(np.mean(differences))
+    assert comparison.interval == pytest.approx((interval.low, interval.high))
+    assert comparison.p_value == pytest.approx(0.5)
+    assert (comparison.questions, comparison.better, comparison.worse) == (4, 2, 0)
     assert left.interval == pytest.approx(t_interval([0.75, 0.5]))
     assert left.question_interval == pytest.approx(t_interval([1, 0.5, 0, 1]))
     assert right.interval is None

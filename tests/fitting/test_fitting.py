@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad, minimize
 from scored_texts import made
-from toys import ensemble, table
+from toys import make_ensemble, table
 
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError
@@ -44,7 +44,7 @@ def optimum(scores: Scores) -> float:
     """The best mean log-likelihood there is, by a solver that knows nothing of mixtures."""
     likelihood = np.exp(scores.logprobs)
     members = likelihood.shape[1]
-    found = minimize(
+    optimum = minimize(
         lambda w: -np.log(likelihood @ w).mean(),
         np.full(members, 1 / members),
         jac=lambda w: -(likelihood / (likelihood @ w)[:, None]).mean(axis=0),
@@ -53,7 +53,7 @@ def optimum(scores: Scores) -> float:
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
         options={"ftol": 1e-14, "maxiter": 1000},
     )
-    return -float(found.fun)
+    return -float(optimum.fun)
 
 
 @given(problems)
@@ -132,25 +132,25 @@ def writer(seed: int) -> ToyEngine:
 @pytest.fixture(scope="module")
 def sampled() -> tuple[np.ndarray, Scores]:
     """A text that a mixture of known weights wrote, scored."""
-    those = ensemble([writer(seed) for seed in (1, 2, 3)], [0.55, 0.3, 0.15])
-    text = those.generate("", raw=True, max_tokens=3500, seed=4, temperature=1.0, top_k=0).text
-    return those.weights, score(those, text)
+    ensemble = make_ensemble([writer(seed) for seed in (1, 2, 3)], [0.55, 0.3, 0.15])
+    text = ensemble.generate("", raw=True, max_tokens=3500, seed=4, temperature=1.0, top_k=0).text
+    return ensemble.weights, score(ensemble, text)
 
 
 def test_weights_are_recovered_within_their_intervals(sampled: tuple[np.ndarray, Scores]) -> None:
     weights, scores = sampled
     intervals = bootstrap(scores, rounds=150, level=0.99)
     fit = expectation_maximisation(scores)
-    for low, weight, found, high in zip(intervals[:, 0], weights, fit.weights, intervals[:, 1], strict=True):
+    for low, weight, fitted, high in zip(intervals[:, 0], weights, fit.weights, intervals[:, 1], strict=True):
         assert low <= weight <= high
-        assert low <= found <= high
+        assert low <= fitted <= high
         assert 0 < high - low < 0.25
 
 
 def test_intervals_shrink_with_more_text_and_repeat_with_the_seed(sampled: tuple[np.ndarray, Scores]) -> None:
     _, scores = sampled
     quarter = scores.select(np.arange(len(scores.ends) // 4))
-    short, long = (np.ptp(bootstrap(one, rounds=80), axis=1).mean() for one in (quarter, scores))
+    short, long = (np.ptp(bootstrap(part, rounds=80), axis=1).mean() for part in (quarter, scores))
     assert long < short
     assert (bootstrap(scores, rounds=10) == bootstrap(scores, rounds=10)).all()
     assert (bootstrap(scores, rounds=10) != bootstrap(scores, rounds=10, seed=1)).any()
@@ -168,8 +168,8 @@ def test_the_gates_gradient_is_that_of_finite_differences() -> None:
     inputs = np.column_stack([rng.normal(size=(40, 6)), np.ones(40)])
     loss = GateLoss(inputs, np.exp(-rng.gamma(2.0, 2.0, size=(40, 3))), penalty=0.02)
     for _ in range(5):
-        at = rng.normal(size=21)
-        error = check_grad(lambda x: loss(x)[0], lambda x: loss(x)[1], at)
+        gaps = rng.normal(size=21)
+        error = check_grad(lambda x: loss(x)[0], lambda x: loss(x)[1], gaps)
         assert error < 1e-6
 
 
@@ -189,12 +189,12 @@ def test_a_router_beats_any_fixed_weights_on_two_kinds_of_text() -> None:
     seen: list[tuple[int, float]] = []
     router = fit_router(kinds(0), progress=lambda *now: seen.append(now))
     fresh = kinds(1)
-    routed = sum(one.mixture(router_weights(one, router)).sum() for one in fresh)
-    fixed = max(sum(one.mixture(weights).sum() for one in fresh) for weights in simplex(2, 0.01))
+    routed = sum(scores.mixture(router_weights(scores, router)).sum() for scores in fresh)
+    fixed = max(sum(scores.mixture(weights).sum() for scores in fresh) for weights in simplex(2, 0.01))
     assert routed > fixed + 500
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert seen[-1][1] < seen[0][1]
-    letters, digits = (router_weights(one, router)[200:].mean(axis=0) for one in fresh)
+    letters, digits = (router_weights(scores, router)[200:].mean(axis=0) for scores in fresh)
     assert letters[0] > 0.8
     assert digits[1] > 0.8
 
@@ -225,50 +225,50 @@ def test_a_router_wants_texts_of_the_same_members() -> None:
 
 def test_a_study_fits_on_one_part_and_checks_on_the_other() -> None:
     files = dict(zip(("letters", "digits"), kinds(0), strict=True))
-    found = study(files, FitPlan(bootstrap=20, step=0.1, router=True, given=np.array([0.2, 0.8])))
-    assert [row.name for row in found.rows] == [
+    result = study(files, FitPlan(bootstrap=20, step=0.1, router=True, given=np.array([0.2, 0.8])))
+    assert [row.name for row in result.rows] == [
         "m0", "m1", "equal weights", "weights as given", "EM", "grid", "EM, each file by itself", "router",
     ]  # fmt: skip
     train = {name: split_holdout(path, 0.5)[0] for name, path in files.items()}
-    for name, one in train.items():
-        assert (found.train[name].ends == one.ends).all()
-        assert found.train[name].size + found.check[name].size == files[name].size
-    rows = {row.name: row for row in found.rows}
-    held = found.check["digits"]
-    assert rows["EM"].files[1] == pytest.approx(held.bits_per_byte(held.mixture(found.em.weights)))
-    assert rows["m1"].files[1] == pytest.approx(held.bits_per_byte(held.logprobs[:, 1]))
-    assert rows["router"].all < rows["EM"].all < found.best_member.all
-    assert found.percent_below(found.best_member) == 0
-    assert found.percent_below(rows["EM"]) == pytest.approx(100 * (1 - rows["EM"].all / found.best_member.all))
-    assert found.passes(2) == (4, 44)
-    form = found.as_dict(2)
+    for name, scores in train.items():
+        assert (result.train[name].ends == scores.ends).all()
+        assert result.train[name].size + result.check[name].size == files[name].size
+    rows = {row.name: row for row in result.rows}
+    digits = result.check["digits"]
+    assert rows["EM"].files[1] == pytest.approx(digits.bits_per_byte(digits.mixture(result.em.weights)))
+    assert rows["m1"].files[1] == pytest.approx(digits.bits_per_byte(digits.logprobs[:, 1]))
+    assert rows["router"].all < rows["EM"].all < result.best_member.all
+    assert result.percent_below(result.best_member) == 0
+    assert result.percent_below(rows["EM"]) == pytest.approx(100 * (1 - rows["EM"].all / result.best_member.all))
+    assert result.passes(2) == (4, 44)
+    form = result.as_dict(2)
     assert form["grid"]["points"] == 11
     assert sum(form["weights"].values()) == pytest.approx(1)
 
 
 def test_without_a_held_out_part_the_check_is_on_the_fit_itself() -> None:
     scores = kinds(0)[0]
-    found = study({"all": scores}, FitPlan(holdout=0, bootstrap=0))
-    assert not found.held_out
-    assert found.intervals is None
-    assert found.grid is None
-    assert found.check["all"].size == scores.size
-    assert [row.name for row in found.rows] == ["m0", "m1", "equal weights", "EM"]
+    result = study({"all": scores}, FitPlan(holdout=0, bootstrap=0))
+    assert not result.held_out
+    assert result.intervals is None
+    assert result.grid is None
+    assert result.check["all"].size == scores.size
+    assert [row.name for row in result.rows] == ["m0", "m1", "equal weights", "EM"]
 
 
 def test_the_sharpness_of_weights_by_prompt_is_recovered() -> None:
     rng = np.random.default_rng(3)
     weights, passages, length = np.array([0.4, 0.6]), 60, 40
     bits = rng.uniform(0, 1, size=(passages, 2))
-    lam = np.array([weights_by_bits(weights, one, 2.0) for one in bits])
+    lam = np.array([weights_by_bits(weights, passage_bits, 2.0) for passage_bits in bits])
     likelihood = rng.dirichlet([0.2, 0.2], size=(passages, length)) + 1e-3
     # Each segment is kept as often as the mixture by prompt says it is written.
-    kept = rng.uniform(size=(passages, length)) < (lam[:, None] * likelihood).sum(axis=2)
-    at, _ = np.nonzero(kept)
-    scores = made(np.log(likelihood[kept]), begins=np.searchsorted(at, at).tolist())
-    found, sharpness = fit_by_prompt(replace(scores, prompts=bits[at]), weights)
+    chosen = rng.uniform(size=(passages, length)) < (lam[:, None] * likelihood).sum(axis=2)
+    owners, _ = np.nonzero(chosen)
+    scores = made(np.log(likelihood[chosen]), begins=np.searchsorted(owners, owners).tolist())
+    fitted, sharpness = fit_by_prompt(replace(scores, prompt_bits=bits[owners]), weights)
     assert sharpness in (1.0, 2.0, 4.0)
-    assert isinstance(found, PromptRouter)
+    assert isinstance(fitted, PromptRouter)
     assert fit_by_prompt(scores, weights)[1] == 0.0
 
 
@@ -276,11 +276,11 @@ def test_the_beginning_of_a_passage_becomes_its_prompt() -> None:
     text = b"abcdefgh" + b"klmn"
     logprobs = -np.arange(1.0, 25.0).reshape(12, 2)
     scores = made(logprobs, text=text, begins=[0] * 8 + [8] * 4)
-    found = with_leading_prompts(scores, 3)
-    assert found.strings() == list("defghmn")
-    assert found.passage_starts.tolist() == [0] * 5 + [8] * 2
+    result = with_leading_prompts(scores, 3)
+    assert result.strings() == list("defghmn")
+    assert result.passage_starts.tolist() == [0] * 5 + [8] * 2
     # Three bytes of the first passage, half of the second.
-    assert found.prompt_bits[0] == pytest.approx(-logprobs[:3].sum(axis=0) / np.log(2) / 3)
-    assert found.prompt_bits[-1] == pytest.approx(-logprobs[8:10].sum(axis=0) / np.log(2) / 2)
-    assert with_leading_prompts(found, 3).strings() == found.strings()
+    assert result.prompt_bits[0] == pytest.approx(-logprobs[:3].sum(axis=0) / np.log(2) / 3)
+    assert result.prompt_bits[-1] == pytest.approx(-logprobs[8:10].sum(axis=0) / np.log(2) / 2)
+    assert with_leading_prompts(result, 3).strings() == result.strings()
     assert with_leading_prompts(scores, 0).strings() == scores.strings()

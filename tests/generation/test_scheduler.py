@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from toys import engine, ensemble, toys
+from toys import engine, make_ensemble, toys
 
 from mixlm.engines.base import Engine
 from mixlm.engines.batching import respond_batched
@@ -31,71 +31,76 @@ METHODS = [
 
 
 def text(completion):
-    return [(one.data, one.member, one.text) for one in completion.tokens], completion.finish_reason
+    return [(token.data, token.member, token.text) for token in completion.tokens], completion.finish_reason
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_replies_written_together_are_those_written_one_by_one(unit, method):
-    those = toys(unit, 3)
+def test_completions_written_together_are_those_written_one_by_one(unit, method):
+    ensemble = toys(unit, 3)
     options = {"raw": True, "seed": 4, "max_tokens": 25, **method}
-    expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
-    assert [text(one) for one in those.generate(PROMPTS, **options)] == expected
+    expected = [text(ensemble.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
+    assert [text(completion) for completion in ensemble.generate(PROMPTS, **options)] == expected
     for at_once in (1, 2, 5):
-        found = {at: text(one.completion) for at, one in those.generations(PROMPTS, at_once=at_once, **options)}
-        assert [found[at] for at in range(len(PROMPTS))] == expected
+        texts = {
+            i: text(generation.completion)
+            for i, generation in ensemble.generations(PROMPTS, at_once=at_once, **options)
+        }
+        assert [texts[i] for i in range(len(PROMPTS))] == expected
 
 
 def test_a_router_that_reads_prompts_works_too():
-    those = toys("token", 3, router=PromptRouter(np.full(3, 1 / 3)))
+    ensemble = toys("token", 3, router=PromptRouter(np.full(3, 1 / 3)))
     options = {"raw": True, "seed": 4, "max_tokens": 15}
-    expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
-    assert [text(one) for one in those.generate(PROMPTS, **options)] == expected
+    expected = [text(ensemble.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS)]
+    assert [text(completion) for completion in ensemble.generate(PROMPTS, **options)] == expected
 
 
 def test_several_prompts_and_one_conversation_are_told_apart():
-    those = ensemble([ToyEngine(seed=1), ToyEngine(seed=2)])
+    ensemble = make_ensemble([ToyEngine(seed=1), ToyEngine(seed=2)])
     turns = [Message("user", "a"), {"role": "assistant", "content": "b"}, Message("user", "c")]
-    assert those.generate(turns, seed=1, max_tokens=3).text == those.generate(turns, seed=1, max_tokens=3).text
-    several = those.generate([turns, "ab", turns[:1]], seed=1, max_tokens=3)
-    assert [text(one) for one in several[:1]] == [text(those.generate(turns, seed=1, max_tokens=3))]
+    assert ensemble.generate(turns, seed=1, max_tokens=3).text == ensemble.generate(turns, seed=1, max_tokens=3).text
+    several = ensemble.generate([turns, "ab", turns[:1]], seed=1, max_tokens=3)
+    assert [text(generation) for generation in several[:1]] == [text(ensemble.generate(turns, seed=1, max_tokens=3))]
     assert len(several) == 3
 
 
 def test_prompts_are_taken_in_as_there_is_room():
-    those, taken = toys("token", 2), count()
+    ensemble, counter = toys("token", 2), count()
 
     def prompts():
         for prompt in PROMPTS:
-            next(taken)
+            next(counter)
             yield prompt
 
-    replies = those.generations(prompts(), at_once=2, seed=1, raw=True, max_tokens=5)
-    next(replies)
-    assert next(taken) <= 4
+    completions = ensemble.generations(prompts(), at_once=2, seed=1, raw=True, max_tokens=5)
+    next(completions)
+    assert next(counter) <= 4
 
 
-def counted(method, replies, tokens):
+def counted(method, completions, tokens):
     """Forwards and sequences in them, for two members that run everything that is asked at once."""
-    those = ensemble([engine(seed=1), engine(seed=2)])
+    ensemble = make_ensemble([engine(seed=1), engine(seed=2)])
     calls = []
 
     def together(self, requests):
         calls.append(len(requests))
-        return respond_batched(requests, lambda parts: [one.session.forward(one.ids, one.last) for one in parts], 99)
+        return respond_batched(
+            requests, lambda parts: [part.session.forward(part.ids, part.last) for part in parts], 99
+        )
 
     with patch.object(ToyEngine, "respond", together):
         options = {"raw": True, "seed": 4, "max_tokens": tokens, "ignore_end": True, "method": method}
-        for _ in those.generations(["ab"] * replies, at_once=replies, **options):
+        for _ in ensemble.generations(["ab"] * completions, at_once=completions, **options):
             pass
     return len(calls), sum(calls) / len(calls)
 
 
-def test_the_longest_queue_first_serves_two_thirds_of_the_replies_at_a_time():
+def test_the_longest_queue_first_serves_two_thirds_of_the_completions_at_a_time():
     conventional, _ = counted("conventional", 16, 60)
     mixture, served = counted("mixture", 16, 60)
     assert conventional == 2 * 60
-    # 2/(n + 1) of 16, as long as all of them are being written; the last replies have fewer companions.
+    # 2/(n + 1) of 16, as long as all of them are being written; the last completions have fewer companions.
     assert abs(served / (16 * 2 / 3) - 1) < 0.15
     assert conventional / mixture > 1.15
 
@@ -113,21 +118,21 @@ class Slow(ToyEngine):
 def test_an_engine_with_a_short_queue_is_not_forgotten():
     Slow.served = []
     often, seldom = Slow(name="often"), Slow(name="seldom")
-    those = ensemble([often, seldom], [0.97, 0.03])
+    ensemble = make_ensemble([often, seldom], [0.97, 0.03])
     scheduler = Scheduler(40)
-    settings = those.settings(raw=True, seed=1, max_tokens=400, ignore_end=True)
+    settings = ensemble.settings(raw=True, seed=1, max_tokens=400, ignore_end=True)
     for i in range(40):
-        one = settings.with_turn(i)
-        scheduler.add(those.context(one).start(those.encode_prompt(" the", one)))
+        turn = settings.with_turn(i)
+        scheduler.add(ensemble.context(turn).start(ensemble.encode_prompt(" the", turn)))
     for _ in range(300):
         scheduler.step()
-    gaps = np.diff([at for at, name in enumerate(Slow.served) if name == "seldom"])
+    gaps = np.diff([i for i, name in enumerate(Slow.served) if name == "seldom"])
     assert Counter(Slow.served)["seldom"] > 10
     assert gaps.max() <= 60
 
 
-def test_a_reply_that_fails_does_not_disturb_the_others():
-    those = toys("token", 2)
+def test_a_completion_that_fails_does_not_disturb_the_others():
+    ensemble = toys("token", 2)
     real = Engine.respond
 
     def fails(self, requests):
@@ -136,14 +141,18 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
         return real(self, requests)
 
     options = {"raw": True, "seed": 4, "max_tokens": 25, "ignore_end": True}
-    expected = [text(those.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS[:4])]
+    expected = [text(ensemble.generate(prompt, sequence=i, **options)) for i, prompt in enumerate(PROMPTS[:4])]
     with patch.object(ToyEngine, "respond", fails):
-        found = dict(those.generations(PROMPTS[:4], **options))
+        generations = dict(ensemble.generations(PROMPTS[:4], **options))
         with pytest.raises(MemoryLimitError):
-            those.generate(PROMPTS[:4], **options)
-    assert all(isinstance(one.error, MemoryLimitError) and one.finished for one in found.values())
-    written = [text(found[at].completion)[0] for at in range(4)]
-    assert all(one == full[: len(one)] for one, (full, _) in zip(written, expected, strict=True))
+            ensemble.generate(PROMPTS[:4], **options)
+    assert all(
+        isinstance(generation.error, MemoryLimitError) and generation.finished for generation in generations.values()
+    )
+    written = [text(generations[i].completion)[0] for i in range(4)]
+    assert all(
+        token_texts == full[: len(token_texts)] for token_texts, (full, _) in zip(written, expected, strict=True)
+    )
 
     def fails_for_one(self, requests):
         if any(request.ids[1] == 4 for _, request in requests):
@@ -151,17 +160,17 @@ def test_a_reply_that_fails_does_not_disturb_the_others():
         return real(self, requests)
 
     with patch.object(ToyEngine, "respond", fails_for_one):
-        found = dict(those.generations(PROMPTS[:4], **options))
-    assert [at for at in range(4) if found[at].error] == [1]
-    assert [text(found[at].completion) for at in (0, 2, 3)] == [expected[at] for at in (0, 2, 3)]
+        generations = dict(ensemble.generations(PROMPTS[:4], **options))
+    assert [i for i in range(4) if generations[i].error] == [1]
+    assert [text(generations[i].completion) for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
 
 
-def test_a_cancelled_reply_makes_room_at_once():
-    those = toys("token", 2)
-    scheduler, settings = Scheduler(2), those.settings(raw=True, seed=4, max_tokens=50, ignore_end=True)
-    streams = [those.context(settings).start(those.encode_prompt("ab", settings)) for _ in range(4)]
-    for one in streams:
-        scheduler.add(one)
+def test_a_cancelled_completion_makes_room_at_once():
+    ensemble = toys("token", 2)
+    scheduler, settings = Scheduler(2), ensemble.settings(raw=True, seed=4, max_tokens=50, ignore_end=True)
+    streams = [ensemble.context(settings).start(ensemble.encode_prompt("ab", settings)) for _ in range(4)]
+    for stream in streams:
+        scheduler.add(stream)
     scheduler.step()
     assert scheduler.free_slots == -2
     scheduler.cancel(streams[0])
@@ -173,8 +182,8 @@ def test_a_cancelled_reply_makes_room_at_once():
     assert scheduler.idle
 
 
-def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_them():
-    """Two devices; the second one's forward is held up while the reply is given up."""
+def test_a_cancelled_completion_keeps_its_caches_while_another_thread_is_at_work_on_them():
+    """Two devices; the second one's forward is held up while the completion is given up."""
     first, second = engine(seed=1), engine(seed=2)
     second.device = "other"
     gate, real = Event(), second.respond
@@ -184,9 +193,9 @@ def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_t
         return real(requests)
 
     second.respond = held
-    those = ensemble([first, second])
-    settings = those.settings(raw=True, seed=1, max_tokens=5, method="conventional")
-    stream, scheduler = those.context(settings).start(those.encode_prompt("ab", settings)), Scheduler(1)
+    ensemble = make_ensemble([first, second])
+    settings = ensemble.settings(raw=True, seed=1, max_tokens=5, method="conventional")
+    stream, scheduler = ensemble.context(settings).start(ensemble.encode_prompt("ab", settings)), Scheduler(1)
     scheduler.add(stream)
     scheduler.step()  # the first member's answer; the second is still at it
     with patch.object(stream, "release", wraps=stream.release) as release:
@@ -197,17 +206,118 @@ def test_a_cancelled_reply_keeps_its_caches_while_another_thread_is_at_work_on_t
         assert release.call_count == 1
 
 
-def test_caches_are_freed_when_a_reply_ends():
-    those = toys("token", 2)
-    for _, stream in those.generations(PROMPTS, raw=True, seed=1, max_tokens=5):
+def test_caches_are_freed_when_a_completion_ends():
+    ensemble = toys("token", 2)
+    for _, stream in ensemble.generations(PROMPTS, raw=True, seed=1, max_tokens=5):
         assert all(not session._context for session in stream.sessions)
         assert stream.completion.usage.members["m0"].forwards >= 0
 
 
 def test_what_cannot_be_written_is_said_at_once():
-    those = toys("token", 2)
+    ensemble = toys("token", 2)
     with pytest.raises(ConfigError, match="at_once is 0"):
-        next(those.generations(PROMPTS, at_once=0))
-    short = ensemble([engine(seed=1, context_length=6)])
+        next(ensemble.generations(PROMPTS, at_once=0))
+    short = make_ensemble([engine(seed=1, context_length=6)])
     with pytest.raises(PromptTooLongError):
         short.generate(["a", "abababababab" * 3], raw=True)
+
+
+LONG = [("ab c" * 30)[: 40 + 9 * i] for i in range(4)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_prompts_in_chunks_give_the_texts_of_whole_prompts(method):
+    ensemble = toys("token", 3)
+    options = {"raw": True, "seed": 4, "max_tokens": 25, **method}
+    expected = [ensemble.generate(prompt, sequence=i, **options) for i, prompt in enumerate(LONG)]
+    lengths: list[int] = []
+    for member in ensemble.members:
+        member.engine.on_forward = lambda ids, last: lengths.append(len(ids))
+    generations = run_in_chunks(ensemble, LONG, 20, **options)
+    assert [text(generation.completion) for generation in generations] == [text(completion) for completion in expected]
+    assert max(lengths) <= 40  # a last part has fewer than a chunk, and the positions that are requested
+    for generation, completion in zip(generations, expected, strict=True):
+        members = generation.completion.usage.members
+        for name, usage in completion.usage.members.items():
+            assert (members[name].prompt_tokens, members[name].tokens) == (usage.prompt_tokens, usage.tokens)
+            if "draft" not in method and method["method"] != "auto":
+                assert members[name].forward_tokens == usage.forward_tokens
+
+
+def run_in_chunks(ensemble, prompts, chunk, **options):
+    scheduler, generations = Scheduler(10, chunk), []
+    for i, prompt in enumerate(prompts):
+        settings = ensemble.settings(**options).with_turn(i)
+        generations.append(ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)))
+        scheduler.add(generations[-1])
+    assert len(list(scheduler.run())) == len(prompts)
+    return generations
+
+
+@pytest.mark.parametrize("router", [None, PromptRouter(np.ones(1))], ids=["fixed", "by prompt"])
+def test_others_write_while_a_long_prompt_is_prefilled(router):
+    ensemble = make_ensemble([engine(seed=1)], router=router)
+    calls: list[int] = []
+    real = Engine.respond
+
+    def respond(self, requests):
+        before = [session.stats.tokens for session, _ in requests]
+        responses = real(self, requests)
+        calls.append(sum(session.stats.tokens - n for (session, _), n in zip(requests, before, strict=True)))
+        return responses
+
+    scheduler = Scheduler(10, 64)
+    options = ensemble.settings(raw=True, seed=1, max_tokens=1000, ignore_end=True)
+
+    def start(prompt):
+        generation = ensemble.context(options).start(ensemble.encode_prompt(prompt, options))
+        scheduler.add(generation)
+        return generation
+
+    with patch.object(ToyEngine, "respond", respond):
+        writing = start("ab")
+        for _ in range(5):
+            scheduler.step()
+        late = [start("abc" * 200), start("cab" * 200)]
+        calls.clear()
+        count, steps = len(writing.completion.tokens), 0
+        while not all(generation.completion.tokens for generation in late):
+            scheduler.step()
+            steps += 1
+        assert len(writing.completion.tokens) - count == steps  # one each step
+        assert max(calls) <= 64 + 16
+        scheduler.cancel(writing)
+
+
+def test_a_cancelled_prompt_stops_within_a_chunk():
+    ensemble = make_ensemble([engine(seed=1)])
+    lengths: list[int] = []
+    ensemble.members[0].engine.on_forward = lambda ids, last: lengths.append(len(ids))
+    scheduler, settings = Scheduler(2, 16), ensemble.settings(raw=True, seed=4, max_tokens=5)
+    generation = ensemble.context(settings).start(ensemble.encode_prompt("ab" * 100, settings))
+    scheduler.add(generation)
+    scheduler.step()
+    scheduler.step()
+    scheduler.cancel(generation)
+    assert scheduler.idle and scheduler.step() == []
+    assert lengths == [16, 16]
+
+
+def test_an_engine_that_fails_in_a_chunk_ends_that_generation_alone():
+    ensemble = make_ensemble([engine(seed=1)])
+    options = {"raw": True, "seed": 4, "max_tokens": 5}
+
+    def fails(ids, last):
+        if len(ids) == 16:
+            raise RuntimeError("broken")
+
+    [expected] = run_in_chunks(ensemble, ["ab"], 16, **options)
+    ensemble.members[0].engine.on_forward = fails
+    scheduler = Scheduler(2, 16)
+    settings = ensemble.settings(**options)
+    generations = [ensemble.context(settings).start(ensemble.encode_prompt(p, settings)) for p in ("ab", "ab" * 50)]
+    for generation in generations:
+        scheduler.add(generation)
+    assert len(list(scheduler.run())) == 2
+    assert text(generations[0].completion) == text(expected.completion)
+    assert "broken" in generations[1].error.message

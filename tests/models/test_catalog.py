@@ -62,8 +62,8 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
     known = {"xllamacpp": there("pip") if usable else None}
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: known.get(name) or there(name))
     (model,) = get("tiny", quiet)
-    kept = model.path / "model.gguf"
-    kept.unlink()
+    file = model.path / "model.gguf"
+    file.unlink()
     (model.path / "config.json").write_text("{}")  # as an older version left a model
     if not usable:
         monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_a_gguf_file_that_was_not_kept_is_fetched_again_where_it_is_of_use(tiny,
         )
     (again,) = get("tiny", quiet)
     assert again.path == model.path
-    assert kept.exists() == usable
+    assert file.exists() == usable
     assert {path.name for path in model.path.iterdir()} - {"model.gguf"} == {
         *("LICENSE", "config.json", "mixlm.json", "tokenizer.json")
     }

@@ -73,10 +73,10 @@ def both(request: pytest.FixtureRequest, demo_models: dict[str, Path]) -> tuple[
 
 @pytest.mark.models
 def test_the_ids_are_those_of_llama_cpp(both: tuple[Tokenize, Tokenize]) -> None:
-    expected, found = both
+    expected, actual = both
     source = Path(json.__file__).read_text()
-    for text in (*TEXTS, *random_texts(300), *(source[at : at + 150] for at in range(0, len(source) - 150, 150))):
-        assert found(text) == expected(text), text
+    for text in (*TEXTS, *random_texts(300), *(source[i : i + 150] for i in range(0, len(source) - 150, 150))):
+        assert actual(text) == expected(text), text
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

@@ -17,10 +17,10 @@ def a_folder(path: Path, *files: str) -> Path:
 
 def test_a_folder(tmp_path, monkeypatch):
     folder = a_folder(tmp_path / "llama", "config.json")
-    found = resolve(str(folder))
-    assert (found.path_or_id, found.name, found.local) == (str(folder), "llama", True)
+    result = resolve(str(folder))
+    assert (result.path_or_id, result.name, result.local) == (str(folder), "llama", True)
     monkeypatch.chdir(folder)
-    assert resolve(".") == found
+    assert resolve(".") == result
 
 
 def test_a_folder_without_config(tmp_path):
@@ -43,9 +43,9 @@ def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
     with pytest.raises(ModelNotFoundError, match="not installed") as caught:
         resolve("tiny")
     assert caught.value.hint == "mixlm models get tiny"
-    found = resolve("tiny", fetch=True, display=quiet)
-    assert (found.name, found.local) == ("tiny", True)
-    assert resolve("tiny") == found
+    result = resolve("tiny", fetch=True, display=quiet)
+    assert (result.name, result.local) == ("tiny", True)
+    assert resolve("tiny") == result
 
 
 def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_path, monkeypatch):
@@ -58,8 +58,8 @@ def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
-    found = resolve("org/Model-1B")
-    assert (found.path_or_id, found.name, found.local) == ("org/Model-1B", "Model-1B", False)
+    result = resolve("org/Model-1B")
+    assert (result.path_or_id, result.name, result.local) == ("org/Model-1B", "Model-1B", False)
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
@@ -68,16 +68,16 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lost)
-    with pytest.raises(ModelNotFoundError, match="hub does not answer") as found:
+    with pytest.raises(ModelNotFoundError, match="hub does not answer") as caught:
         resolve("org/smollm2-135")
-    assert found.value.hint == "did you mean 'smollm2-135m'?"
+    assert caught.value.hint == "did you mean 'smollm2-135m'?"
 
 
 def test_a_hub_id_in_the_hub_cache(tmp_path, monkeypatch):
     snapshot = a_folder(tmp_path / "snapshot", "config.json", "model.safetensors")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(snapshot / "config.json"))
-    found = resolve("org/Model-1B")
-    assert (found.path_or_id, found.name, found.local) == (str(snapshot), "Model-1B", True)
+    result = resolve("org/Model-1B")
+    assert (result.path_or_id, result.name, result.local) == (str(snapshot), "Model-1B", True)
 
 
 def test_a_slip_in_a_path_is_no_hub_id(tmp_path, monkeypatch):

@@ -21,23 +21,23 @@ long = st.binary(min_size=40, max_size=200).map(lambda data: (data * TAIL)[: TAI
 
 
 @given(long, st.binary(max_size=300), st.binary(max_size=300))
-def test_nothing_further_back_counts(tail: bytes, one: bytes, other: bytes) -> None:
-    found = [features(front + tail, np.array([len(front + tail)])) for front in (one, other)]
-    assert (found[0] == found[1]).all()
+def test_nothing_further_back_counts(tail: bytes, first: bytes, other: bytes) -> None:
+    result = [features(front + tail, np.array([len(front + tail)])) for front in (first, other)]
+    assert (result[0] == result[1]).all()
 
 
 def test_everything_in_sight_counts() -> None:
     text = b"a" * TAIL
-    found = features(b"7" + text[1:], np.array([TAIL]))
-    assert (found != features(text, np.array([TAIL]))).any()
+    result = features(b"7" + text[1:], np.array([TAIL]))
+    assert (result != features(text, np.array([TAIL]))).any()
 
 
 @given(texts, st.data())
 def test_a_place_in_a_text_and_the_tail_before_it_are_the_same(text: bytes, data: st.DataObject) -> None:
     places = np.array(data.draw(st.lists(st.integers(0, len(text)), min_size=1, max_size=8)))
-    found = features(text, places)
-    assert found.shape == (len(places), FEATURES)
-    for row, place in zip(found, places, strict=True):
+    result = features(text, places)
+    assert result.shape == (len(places), FEATURES)
+    for row, place in zip(result, places, strict=True):
         tail = text[:place][-TAIL:]
         assert (features(tail, np.array([len(tail)]))[0] == row).all()
 
@@ -53,10 +53,10 @@ class Written:
 
 
 @given(st.binary(max_size=1500), st.binary(max_size=1500))
-def test_a_gate_sees_the_same_in_generation_as_in_scoring(prompt: bytes, reply: bytes) -> None:
+def test_a_gate_sees_the_same_in_generation_as_in_scoring(prompt: bytes, continuation: bytes) -> None:
     gate = LearnedRouter(np.random.default_rng(0).normal(size=(3, FEATURES)), ["a", "b", "c"])
     route = gate.begin(PromptContext(prompt, lambda: np.zeros(3)))
-    place = np.array([len(prompt) + len(reply)])
-    scored = gate.weights_at(prompt + reply, place)[0]
-    assert (route(Written(reply)) == scored).all()  # type: ignore[arg-type]
+    place = np.array([len(prompt) + len(continuation)])
+    scored = gate.weights_at(prompt + continuation, place)[0]
+    assert (route(Written(continuation)) == scored).all()  # type: ignore[arg-type]
     assert scored.sum() == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Routers keep the law, in every unit; one that looks at who wrote does not. And what each of them makes of a state."""
+"""Routers keep the distribution, in every unit; one that looks at who wrote does not. And what each of them makes of a state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mixlm.verification.check import check
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b" "]
 
 
-def ensemble(unit: str, router: Router | None = None) -> Ensemble:
+def make_ensemble(unit: str, router: Router | None = None) -> Ensemble:
     """Two members; in the unit `piece` each has an order and tokens of its own."""
     specs = []
     for i in range(2):
@@ -34,7 +34,7 @@ def ensemble(unit: str, router: Router | None = None) -> Ensemble:
             tokens = tokens[i:] + tokens[:i] + [b"x" * (i + 2), b"bc"][i:]
         size = len(tokens) + 2
         bias = np.full(size, -9.0)
-        bias[[tokens.index(one) for one in LETTERS if one in tokens]] = 0
+        bias[[tokens.index(letter) for letter in LETTERS if letter in tokens]] = 0
         table = random_table(size, seed=i)
         engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
         specs.append(MemberSpec(engine, engine.name))
@@ -59,8 +59,8 @@ def routers() -> dict[str, Router]:
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("name", list(routers()))
-def test_a_router_keeps_the_law(name: str, unit: str) -> None:
-    report = check(ensemble(unit, routers()[name]), "abc", samples=1200, options={"temperature": 1.0, "top_k": 0})
+def test_a_router_keeps_the_distribution(name: str, unit: str) -> None:
+    report = check(make_ensemble(unit, routers()[name]), "abc", samples=1200, options={"temperature": 1.0, "top_k": 0})
     assert report.equal, report
 
 
@@ -80,7 +80,7 @@ class ByWriter:
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_depend_on_the_author_change_the_distribution(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     router = ByWriter()
 
     def noting(step: DecodeStep) -> Flow:
@@ -90,24 +90,24 @@ def test_weights_that_depend_on_who_wrote_change_the_law(unit: str, monkeypatch:
 
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: noting)
     options = {"temperature": 1.0, "top_k": 0}
-    report = check(ensemble(unit, router), "abc", samples=1500, options=options)  # type: ignore[arg-type]
-    wrong = {(one.left, one.position) for one in report.comparisons if not one.equal}
+    report = check(make_ensemble(unit, router), "abc", samples=1500, options=options)  # type: ignore[arg-type]
+    wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
     # The same strategy with a router that sees the text alone: noting who wrote is not what is wrong.
-    fair = check(ensemble(unit, FunctionRouter(by_last_byte, 2)), "abc", samples=1500, options=options)  # type: ignore[arg-type]
+    fair = check(make_ensemble(unit, FunctionRouter(by_last_byte, 2)), "abc", samples=1500, options=options)  # type: ignore[arg-type]
     assert fair.equal
 
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
-    plain = ensemble(unit)
-    those = ensemble(unit, PromptRouter(plain.weights, 0.1))
+    plain = make_ensemble(unit)
+    ensemble = make_ensemble(unit, PromptRouter(plain.weights, 0.1))
     settings = GenerationOptions(seed=3, max_tokens=12, ignore_end=True, raw=True)
-    prompts = those.encode_prompt("abcab", settings)
-    writer = those.context(settings)
+    prompts = ensemble.encode_prompt("abcab", settings)
+    writer = ensemble.context(settings)
     done = writer.start(prompts).finish()
-    drawn = [sum(token.member == name for token in done.tokens) for name in those.names]
-    assert all(drawn)
+    sampled = [sum(token.member == name for token in done.tokens) for name in ensemble.names]
+    assert all(sampled)
     forwards = 0
     for session, ids in zip(writer.sessions, prompts.ids, strict=True):
         first, *later = session.stats.forwards
@@ -117,7 +117,7 @@ def test_reading_the_prompt_runs_no_token_twice(unit: str) -> None:
         if unit == "token":
             for before, after in pairwise(session.stats.forwards):
                 assert after.cached == before.cached + before.tokens
-    assert forwards == sum(drawn) - 1
+    assert forwards == sum(sampled) - 1
 
 
 def test_weights_by_prompt() -> None:
@@ -131,10 +131,10 @@ def test_weights_by_prompt() -> None:
 @pytest.mark.parametrize("bits", [[1.0, 5000.0], [np.inf, 1.0], [np.inf, np.inf], [0.0, 0.0]])
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
 def test_weights_by_prompt_are_always_weights(bits: list[float], weights: list[float]) -> None:
-    found = weights_by_bits(np.array(weights), np.array(bits), 4.0)
-    assert found.sum() == pytest.approx(1)
-    assert (found >= 0).all()
-    assert (found[np.array(weights) == 0] == 0).all()
+    result = weights_by_bits(np.array(weights), np.array(bits), 4.0)
+    assert result.sum() == pytest.approx(1)
+    assert (result >= 0).all()
+    assert (result[np.array(weights) == 0] == 0).all()
 
 
 @pytest.mark.parametrize("sharpness", [-1.0, float("nan"), float("inf")])
@@ -150,12 +150,12 @@ def test_a_function_sees_prompt_and_text_and_its_weights_are_checked() -> None:
         seen.append((prompt, tail))
         return [1.0, 3.0]
 
-    those = ensemble("token", FunctionRouter(function, 2))
-    text = those.generate("ab", seed=0, max_tokens=4, ignore_end=True, raw=True).text.encode()
+    ensemble = make_ensemble("token", FunctionRouter(function, 2))
+    text = ensemble.generate("ab", seed=0, max_tokens=4, ignore_end=True, raw=True).text.encode()
     assert [prompt for prompt, _ in seen] == [b"ab"] * 4
     assert seen[0][1] == b""
     assert all(text.startswith(tail) for _, tail in seen)
-    bad = ensemble("token", FunctionRouter(lambda prompt, tail: [1.0], 2))
+    bad = make_ensemble("token", FunctionRouter(lambda prompt, tail: [1.0], 2))
     with pytest.raises(ConfigError, match=r"1 weight \(1\) for 2 members"):
         bad.generate("ab", seed=0)
 
@@ -280,7 +280,7 @@ WRONG_WEIGHTS = [
 @pytest.mark.parametrize(("weights", "reason"), WRONG_WEIGHTS, ids=str)
 def test_the_weights_of_a_users_router_are_checked(unit: str, weights: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"the router Constant returned .*{reason}"):
-        ensemble(unit, Constant(weights)).generate("abc", raw=True, seed=1, max_tokens=3)
+        make_ensemble(unit, Constant(weights)).generate("abc", raw=True, seed=1, max_tokens=3)
 
 
 def test_they_are_checked_at_every_position() -> None:
@@ -288,7 +288,7 @@ def test_they_are_checked_at_every_position() -> None:
         def begin(self, context: PromptContext) -> Route:
             return lambda state: [0.5, 0.5] if not state.tail(1) else [0.5, 0.6]  # type: ignore[return-value]
 
-    stream = ensemble("token", Late(None)).stream("abc", raw=True, seed=1, max_tokens=5, ignore_end=True)
+    stream = make_ensemble("token", Late(None)).stream("abc", raw=True, seed=1, max_tokens=5, ignore_end=True)
     with pytest.raises(ConfigError, match=r"the router Late returned \[0\.5, 0\.6\]: weights must sum to 1.*1\.1"):
         list(stream)
     assert len(stream.completion.tokens) == 1
@@ -297,8 +297,8 @@ def test_they_are_checked_at_every_position() -> None:
 @pytest.mark.parametrize("weights", [[0.5, 0.5], (1, 0), np.array([0.25, 0.75], dtype=np.float32), [np.int64(0), 1]])
 def test_weights_of_any_kind_of_numbers_are_taken(weights: Any) -> None:
     options = {"raw": True, "seed": 1, "max_tokens": 8}
-    expected = ensemble("token", FixedRouter(np.asarray(weights, dtype=np.float64))).generate("abc", **options)
-    assert ensemble("token", Constant(weights)).generate("abc", **options).text == expected.text
+    expected = make_ensemble("token", FixedRouter(np.asarray(weights, dtype=np.float64))).generate("abc", **options)
+    assert make_ensemble("token", Constant(weights)).generate("abc", **options).text == expected.text
 
 
 @pytest.mark.parametrize(
@@ -307,12 +307,12 @@ def test_weights_of_any_kind_of_numbers_are_taken(weights: Any) -> None:
     ids=str,
 )
 def test_a_function_is_a_router_and_its_weights_are_checked(returned: Any, reason: str) -> None:
-    plain = ensemble("token", by_last_byte)  # type: ignore[arg-type]
-    expected = ensemble("token", FunctionRouter(by_last_byte, 2))
+    plain = make_ensemble("token", by_last_byte)  # type: ignore[arg-type]
+    expected = make_ensemble("token", FunctionRouter(by_last_byte, 2))
     options = {"raw": True, "seed": 1, "max_tokens": 8}
     assert plain.generate("abc", **options).text == expected.generate("abc", **options).text
     with pytest.raises(ConfigError, match=f"the router's function returned.*{reason}"):
-        ensemble("token", lambda prompt, text: returned).generate("abc", **options)  # type: ignore[arg-type]
+        make_ensemble("token", lambda prompt, text: returned).generate("abc", **options)  # type: ignore[arg-type]
 
 
 def test_a_router_that_fails_is_named_with_the_reason() -> None:
@@ -320,9 +320,9 @@ def test_a_router_that_fails_is_named_with_the_reason() -> None:
         raise KeyError("x")
 
     with pytest.raises(ConfigError, match="the router FunctionRouter failed: KeyError: 'x'"):
-        ensemble("token", fails).generate("abc", raw=True)  # type: ignore[arg-type]
+        make_ensemble("token", fails).generate("abc", raw=True)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"failed: TypeError: .*takes 1 positional argument"):
-        ensemble("token", lambda prompt: [1, 1]).generate("abc", raw=True)  # type: ignore[arg-type]
+        make_ensemble("token", lambda prompt: [1, 1]).generate("abc", raw=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -337,13 +337,13 @@ def test_a_router_that_fails_is_named_with_the_reason() -> None:
 )
 def test_a_router_for_other_members_is_refused_with_the_ensemble(router: Router) -> None:
     with pytest.raises(ConfigError, match=r"the router is for . members, and the ensemble has 2 of them"):
-        ensemble("token", router)
+        make_ensemble("token", router)
 
 
 @pytest.mark.parametrize("router", [3, "learned", [0.5, 0.5], FunctionRouter], ids=str)
 def test_what_is_no_router_is_refused_with_the_ensemble(router: Any) -> None:
     with pytest.raises(ConfigError, match="it must be a router or a function"):
-        ensemble("token", router)
+        make_ensemble("token", router)
 
 
 def test_routers_check_what_they_are_built_with() -> None:

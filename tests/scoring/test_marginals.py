@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from toys import END, engine, ensemble, member_law
+from toys import END, engine, make_ensemble, member_distribution
 
 from mixlm.errors import UnsupportedError
 from mixlm.scoring.marginals import byte_logprobs, match_tokens, piece_logprobs
@@ -26,7 +26,7 @@ ACROSS = ((*TOKENS[0], b"b a", b"a b"), (*TOKENS[1], b"a "))
 
 
 def pair(unit: str, tokens=TOKENS):
-    return ensemble([engine(vocabulary, seed=30 + i) for i, vocabulary in enumerate(tokens)], WEIGHTS, unit=unit)
+    return make_ensemble([engine(vocabulary, seed=30 + i) for i, vocabulary in enumerate(tokens)], WEIGHTS, unit=unit)
 
 
 def total(scores, weights=WEIGHTS) -> float:
@@ -40,7 +40,7 @@ def next_tokens(toy, unit: str, path) -> dict[tuple[bytes, int], float]:
     for member in toy.members:
         ids = member.engine.encoder.encode(text).ids if text else []
         prompt = member.engine.prompts.raw("").tolist()
-        distributions.append(member_law(member.engine, Sampling(**PLAIN), prompt, ids))
+        distributions.append(member_distribution(member.engine, Sampling(**PLAIN), prompt, ids))
     if unit == "piece" or not path:
         return {(u, i): WEIGHTS[i] * p for i, tokens in enumerate(distributions) for u, p in tokens.items()}
     owner = path[-1][1]

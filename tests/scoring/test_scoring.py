@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scored_texts import made, probabilities, speaking, stepwise, token_scores
-from toys import END, SHARED, WEIGHTS, engine, ensemble, toys
+from toys import END, SHARED, WEIGHTS, engine, make_ensemble, toys
 
 from mixlm.engines.toy import LongestMatch, ToyEngine
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
@@ -78,7 +78,7 @@ def test_members_that_share_a_vocabulary_but_cut_text_otherwise_meet_in_segments
 
     other = engine(seed=1)
     other.encoder = Short()
-    scores = score(ensemble([engine(seed=0), other]), "ab ab c")
+    scores = score(make_ensemble([engine(seed=0), other]), "ab ab c")
     assert scores.unit == "segment"
     assert "".join(scores.strings()) == "ab ab c"
     assert 1 not in scores.ends
@@ -138,7 +138,7 @@ def test_every_passage_begins_a_context(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_passages_are_split_to_fit_the_smallest_context() -> None:
-    toy = ensemble([engine(BYTES, seed=0, context_length=20), engine(BYTES, seed=1, context_length=50)])
+    toy = make_ensemble([engine(BYTES, seed=0, context_length=20), engine(BYTES, seed=1, context_length=50)])
     scores = score(toy, "The quick brown fox jumps over the lazy dog, and once again.")
     assert "".join(scores.strings()) == "The quick brown fox jumps over the lazy dog, and once again."
     assert max(np.unique(scores.passage_starts, return_counts=True)[1]) < 20
@@ -146,7 +146,7 @@ def test_passages_are_split_to_fit_the_smallest_context() -> None:
 
 
 def test_the_text_of_segments_keeps_characters_whole() -> None:
-    toy = ensemble([engine(BYTES, seed=0), engine(BYTES, seed=1)])
+    toy = make_ensemble([engine(BYTES, seed=0), engine(BYTES, seed=1)])
     rows = score(toy, "a€b").table(toy.weights)
     assert [row["text"] for row in rows] == ["a", "", "", "€", "b"]
     assert score(toy, b"a\xe2").strings() == ["a", "\ufffd"]
@@ -169,14 +169,14 @@ def test_a_tokenizer_that_changes_the_text_is_named(change: Any, text: str, part
     odd = ToyEngine(BYTES, name="the odd one")
     odd.encoder = Changing(BYTES)
     with pytest.raises(ConfigError) as caught:
-        score(ensemble([engine(BYTES), odd]), text)
+        score(make_ensemble([engine(BYTES), odd]), text)
     assert "the tokens of the odd one do not spell the text" in caught.value.message
     assert part in caught.value.message
     assert "take them out" in str(caught.value.hint)
 
 
 def test_nothing_to_score_is_refused() -> None:
-    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    toy = make_ensemble([engine(BYTES, seed=i) for i in range(2)])
     with pytest.raises(ConfigError, match="empty"):
         score(toy, "")
     with pytest.raises(ConfigError, match="no answers"):
@@ -188,7 +188,7 @@ def test_nothing_to_score_is_refused() -> None:
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
-    toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
+    toy = make_ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ([Message("system", "Be brief."), Message("user", "How?")], "bab")]
     scores = score_answers(toy, pairs, ends=False)
     offset = 0
@@ -208,7 +208,7 @@ def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
 
 
 def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
-    toy = ensemble([engine(BYTES, seed=i) for i in range(2)], [0.3, 0.7])
+    toy = make_ensemble([engine(BYTES, seed=i) for i in range(2)], [0.3, 0.7])
     prompt = [member.engine.prompts.chat([Message("user", "Why?")]).tolist() for member in toy.members]
     expected, ids = 0.0, list(b"so")
     for i, token in enumerate(ids):
@@ -226,7 +226,7 @@ def test_weights_by_prompt_are_those_of_a_completion(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
     members = [engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)]
     router = PromptRouter(np.array([0.3, 0.7]), 0.5)
-    toy = ensemble(members, [0.3, 0.7], router=router)
+    toy = make_ensemble(members, [0.3, 0.7], router=router)
     pairs = [("Why?", "ab a"), ("a long question", "bab"), ("abab", "c")]
     scores = score_answers(toy, pairs)
     weights = router_weights(scores, router)
@@ -248,7 +248,7 @@ def test_weights_by_prompt_are_those_of_a_completion(unit: str) -> None:
 def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: str, ends: bool, unit: str) -> None:
     # In pieces the two distributions are one where every member spells a text in one way only, byte by byte.
     vocabularies = [SHARED, SHARED] if unit == "token" else [BYTES, BYTES[::-1]]
-    toy = ensemble([speaking(i, tokens) for i, tokens in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
+    toy = make_ensemble([speaking(i, tokens) for i, tokens in enumerate(vocabularies)], [0.3, 0.7], unit=unit)
     matrix = np.random.default_rng(0).normal(size=(2, FEATURES))
     toy.router = {
         "fixed": FixedRouter(toy.weights),
@@ -269,7 +269,7 @@ def test_an_answer_has_the_probability_that_conventional_gives_its_steps(kind: s
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_the_end_of_an_answer_is_a_segment_of_no_bytes(unit: str) -> None:
     vocabularies = [BYTES, [b"ab", *BYTES] if unit == "piece" else BYTES]
-    toy = ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
+    toy = make_ensemble([engine(tokens, seed=i) for i, tokens in enumerate(vocabularies)], [0.3, 0.7])
     pairs = [("Why?", "ab a"), ("How?", "bab")]
     scores, bare = score_answers(toy, pairs), score_answers(toy, pairs, ends=False)
     ends = scores.starts == scores.ends
@@ -285,14 +285,14 @@ def test_the_end_of_an_answer_is_a_segment_of_no_bytes(unit: str) -> None:
 
 
 def test_where_a_member_relies_on_stop_strings_ends_are_scored_on_request_only() -> None:
-    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    toy = make_ensemble([engine(BYTES, seed=i) for i in range(2)])
     toy.members[1].engine.stops = ("Question:",)
     assert len(score_answers(toy, [("x", "a")]).ends) == 1
     assert len(score_answers(toy, [("x", "a")], ends=True).ends) == 2
 
 
 def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
-    toy = ensemble([engine(BYTES, seed=i, context_length=40) for i in range(2)])
+    toy = make_ensemble([engine(BYTES, seed=i, context_length=40) for i in range(2)])
     with pytest.raises(PromptTooLongError):
         score_answers(toy, [("x" * 60, "a")])
     with pytest.raises(ConfigError, match="context of 40"):
@@ -300,7 +300,7 @@ def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
 
 
 def test_a_system_message_goes_in_front() -> None:
-    toy = ensemble([engine(BYTES, seed=i) for i in range(2)])
+    toy = make_ensemble([engine(BYTES, seed=i) for i in range(2)])
     scores = score_answers(toy, [("Why?", "a")], settings=toy.settings(system="Be brief."))
     assert scores.text == b"Be brief.\nWhy?a"
 
@@ -308,7 +308,7 @@ def test_a_system_message_goes_in_front() -> None:
 def test_members_that_share_an_engine_are_scored_once() -> None:
     shared = engine(seed=0)
     seen: list[tuple[str, int, int]] = []
-    scores = score(ensemble([shared, shared]), TEXT, progress=lambda *state: seen.append(state))
+    scores = score(make_ensemble([shared, shared]), TEXT, progress=lambda *state: seen.append(state))
     assert seen == [("m0", 1, 1)]
     assert (scores.logprobs[:, 0] == scores.logprobs[:, 1]).all()
 

@@ -211,7 +211,7 @@ def test_lm_evaluation_harness_scores_answers(tmp_path):
     ensemble = Ensemble([MemberSpec(speaking("gpt2", i), f"m{i}") for i in range(2)], [0.7, 0.3])
     PreTrainedTokenizerFast(tokenizer_object=trained("gpt2")).save_pretrained(tmp_path / "tokenizer")
     places = ["the old river", "under the stone bridge", "it's 2024", "señor café", "over the birds"]
-    rows = [{"question": f"Where is {one}?\nAnswer:", "index": i % 3} for i, one in enumerate(places)]
+    rows = [{"question": f"Where is {name}?\nAnswer:", "index": i % 3} for i, name in enumerate(places)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {
         "task": "places", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import running
-from toys import VOCABULARIES, engine, ensemble
+from toys import VOCABULARIES, engine, make_ensemble
 
 from mixlm.core.options import GenerationOptions
 from mixlm.loading import load
@@ -40,7 +40,7 @@ def test_units_are_built_once_and_on_the_same_engines():
 
 def test_a_unit_that_these_members_cannot_meet_in_is_refused():
     engines = [engine(tokens, seed=i) for i, tokens in enumerate(VOCABULARIES[:2])]
-    with running(ensemble(engines, defaults=GenerationOptions(method="conventional"))) as server:
+    with running(make_ensemble(engines, defaults=GenerationOptions(method="conventional"))) as server:
         about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
         assert about["unit"] == "piece"
         assert list(about["units"]) == ["piece", "word", "byte"]

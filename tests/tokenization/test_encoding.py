@@ -7,11 +7,12 @@ from random import Random
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from toys import VOCABULARIES
 from trained import ALL, EXACT, SPECIAL, any_bytes, encoder, random_pieces, texts, trained
 
 from mixlm.engines.toy import LongestMatch
+from mixlm.errors import TokenizerError
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoded, Encoder, IncrementalEncoder, TokenizerEncoder, utf8_runs
 from mixlm.tokenization.vocabulary import byte_alphabet, describe, detect_family, token_bytes
@@ -281,3 +282,74 @@ class TestRealTokenizers:
         for end in range(7, len(data), 7):
             incremental.update(data[:end])
         assert max(counting.lengths) < 100
+
+
+LOOKING_AHEAD = {
+    "thousands": (r"\d{1,3}(?=(\d{3})*(?!\d))", "isolated"),
+    "thousands merged": (r"\d{1,3}(?=(\d{3})*(?!\d))", "merged_with_previous"),
+    "spaces": (r"\s+(?!\S)", "isolated"),
+    "spaces merged": (r"\s+(?!\S)", "merged_with_next"),
+    "backtracking": ("a+b|a", "isolated"),
+    "whole line": (r"\p{L}+(?=.*\d)", "isolated"),
+    "whole text": (r"(?m:\p{L}+(?=.*\d))", "isolated"),
+    "behind": (r"(?<=a)b|\d", "isolated"),
+    "word edges": (r"\bthe\b|\d+", "contiguous"),
+    "again": (r"(.)\1", "isolated"),
+    "folding": (r"(?i:st|ss)|\p{L}", "isolated"),
+    "lines": (r"[^\n]+|\n+", "isolated"),
+}
+
+
+def _looking_ahead(name: str) -> Tokenizer:
+    pattern, behavior = LOOKING_AHEAD[name]
+    tokenizer = trained("gpt2")
+    split = pre_tokenizers.Split(Regex(pattern), behavior)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "lines")]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", LOOKING_AHEAD)
+@given(
+    parts=st.lists(
+        st.sampled_from(["1", "23", "a", "b", "the", " ", "  ", "\n", "ﬆ", "ß", "s", "t", "."]), max_size=25
+    ),
+    lengths=CUTS,
+)
+@example(parts=list("12345678"), lengths=[1] * 8)
+@example(parts=list("aaaaaab"), lengths=[1] * 8)
+@example(parts=["the", " ", "the", " ", "a", " ", "1"], lengths=[1] * 12)
+def test_a_pre_tokenizer_that_looks_ahead_gives_the_ids_of_the_whole(name, parts, lengths):
+    tokenizer = _looking_ahead(name)
+    assert_grows(encoder(tokenizer), steps("".join(parts).encode(), lengths))
+
+
+@pytest.mark.parametrize("name", ["thousands", "spaces", "lines"])
+def test_where_a_pattern_stops_looking_ahead_text_is_stable(name):
+    data = "abc 12345678 def\n\nthe end, 12\nx 1".encode()
+    assert encoder(_looking_ahead(name)).encode(data).stable_bytes >= 12
+
+
+@pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again"])
+def test_where_nothing_can_be_proven_nothing_is_stable(name):
+    assert encoder(_looking_ahead(name)).encode("abc 12 def\n\nthe end, 12.".encode()).stable_bytes == 0
+
+
+def test_what_the_tokenizers_library_cannot_encode_is_an_error_that_says_so():
+    tokenizer = trained("gpt2")
+    tokenizer.add_tokens([AddedToken("<a>", rstrip=True), AddedToken("<b>", lstrip=True)])
+    with pytest.raises(TokenizerError, match=r"cannot encode '<a> <b>' with this tokenizer"):
+        encoder(tokenizer).encode(b"<a> <b>")
+
+
+def test_random_tokenizers_have_the_ids_of_the_whole():
+    from random import Random
+
+    from research.fuzz_tokenizers import check, random_case
+
+    outcomes = []
+    for seed in range(40):
+        rng = Random(seed)
+        outcomes.append(check(random_case(rng), rng, texts=6))
+    assert outcomes.count(None) > 15

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import VOCABULARIES, engine, ensemble
+from toys import VOCABULARIES, engine, make_ensemble
 
 from mixlm.types import Candidates
 from mixlm.units.byte import PrefixIndex, RankedDistribution, last_forced_boundary
@@ -67,7 +67,7 @@ def test_a_ranked_distribution_is_the_same_distribution(index):
 
 
 def test_bytes_are_symbols_and_tokens_are_too():
-    toy = ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte")
+    toy = make_ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte")
     unit = toy.unit
     assert [unit.symbol_bytes(b) for b in range(256)] == [bytes([b]) for b in range(256)]
     for i, member in enumerate(toy.members):
@@ -82,7 +82,7 @@ def test_bytes_are_symbols_and_tokens_are_too():
 
 
 def new_state():
-    return ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte").unit.initial_state(
+    return make_ensemble([engine(VOCABULARIES[0]), engine(VOCABULARIES[2])], unit="byte").unit.initial_state(
         [np.array([6]), np.array([8])]
     )
 

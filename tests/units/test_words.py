@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import VOCABULARIES, engine, ensemble
+from toys import VOCABULARIES, engine, make_ensemble
 
 from mixlm.units.word import begins_word
 
@@ -66,13 +66,13 @@ TOKENS = [*VOCABULARIES[0], b"\n", b"\t\t", b"\x0b", b"\xe6\x97", b"\xa5", "本"
 
 @pytest.mark.parametrize("before", [b"", b"a", b" ", b"a\n", b"\xe6", "日".encode(), b"\xa0"])
 def test_word_starts_agree_with_the_rule(before):
-    unit = ensemble([engine(TOKENS), engine(VOCABULARIES[2])], unit="word").unit
+    unit = make_ensemble([engine(TOKENS), engine(VOCABULARIES[2])], unit="word").unit
     marks = unit.word_starts(np.arange(unit.end + 1), before)
     assert marks.tolist() == [*(begins_word(unit.symbol_bytes(symbol), before) for symbol in range(unit.end)), True]
 
 
 def test_a_symbol_belongs_to_one_member():
-    toy = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    toy = make_ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
     unit = toy.unit
     seen: dict[int, tuple[int, bytes]] = {}
     for member, spec in enumerate(toy.members):
@@ -88,7 +88,7 @@ def test_a_symbol_belongs_to_one_member():
 
 
 def test_a_state_knows_the_owner_of_its_word_also_after_a_rollback():
-    toy = ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
+    toy = make_ensemble([engine(), engine(VOCABULARIES[2])], unit="word")
     state = toy.unit.initial_state([np.array([6]), np.array([8])])
     assert state.owner is None
     a, c = (int(toy.unit.symbols(i)[token]) for i, token in ((0, 0), (1, 2)))

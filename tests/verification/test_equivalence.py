@@ -22,7 +22,7 @@ from mixlm.verification.check import CheckReport, ReferenceSetup, check, check_u
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
 
-def ensemble(members: int, unit: str) -> Ensemble:
+def make_ensemble(members: int, unit: str) -> Ensemble:
     """Members of one vocabulary for `token`; otherwise each with an order and extra tokens of its own."""
     specs = []
     for i in range(members):
@@ -31,7 +31,7 @@ def ensemble(members: int, unit: str) -> Ensemble:
             tokens = tokens[i:] + tokens[:i] + [b"x" * (i + 2), b"a"]
         size = len(tokens) + 2
         bias = np.full(size, -9.0)
-        bias[[tokens.index(one) for one in LETTERS]] = 0
+        bias[[tokens.index(letter) for letter in LETTERS]] = 0
         bias[[size - 1, size - 3]] = 0
         table = random_table(size, seed=i)
         engine = ToyEngine(tokens, lambda context, t=table, b=bias: t(context) + b, name=f"toy-{i}")
@@ -41,8 +41,8 @@ def ensemble(members: int, unit: str) -> Ensemble:
 
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("members", [2, 3, 5])
-def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
-    report = check(ensemble(members, unit), "hello", samples=1500)
+def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -> None:
+    report = check(make_ensemble(members, unit), "hello", samples=1500)
     assert report.equal, report
     assert {(comparison.left, comparison.right) for comparison in report.comparisons} == {
         ("mixture", "exact"),
@@ -56,35 +56,35 @@ def test_all_strategies_follow_the_exact_law(members: int, unit: str) -> None:
 
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("unit", ["word", "byte"])
-def test_words_and_bytes_follow_their_laws(members: int, unit: str) -> None:
-    report = check(ensemble(members, unit), "hello", samples=1500)
+def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> None:
+    report = check(make_ensemble(members, unit), "hello", samples=1500)
     assert report.equal, report
     assert {comparison.left for comparison in report.comparisons} == {"mixture", "single"}
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
 @pytest.mark.parametrize("unit", ["word", "byte"])
-def test_words_and_bytes_follow_their_laws_with_options(unit: str, options: dict[str, Any]) -> None:
-    assert check(ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+def test_words_and_bytes_follow_their_distributions_with_options(unit: str, options: dict[str, Any]) -> None:
+    assert check(make_ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
 
 
 def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The law of bytes is not that of the bytes behind a boundary."""
+    """The distribution of bytes is not that of the bytes behind a boundary."""
     monkeypatch.setattr(ByteState, "forced_boundary", lambda self, member: len(self))
-    report = check(ensemble(2, "byte"), "hello", samples=1500)
+    report = check(make_ensemble(2, "byte"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2), ("single", 2)}
 
 
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: mixture)
-    report = check(ensemble(3, "word"), "hello", samples=1500)
+    report = check(make_ensemble(3, "word"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
 
 def test_every_unit_is_checked_that_members_have() -> None:
-    report, left_out = check_units(ensemble(2, "token"), "hello", samples=100)
+    report, left_out = check_units(make_ensemble(2, "token"), "hello", samples=100)
     assert report.equal
     assert left_out == {}
     assert list(dict.fromkeys(comparison.unit for comparison in report.comparisons)) == [
@@ -93,15 +93,15 @@ def test_every_unit_is_checked_that_members_have() -> None:
         "word",
         "byte",
     ]
-    report, left_out = check_units(ensemble(2, "piece"), "hello", samples=100)
+    report, left_out = check_units(make_ensemble(2, "piece"), "hello", samples=100)
     assert list(left_out) == ["token"]
     assert "share no vocabulary" in left_out["token"]
     assert {comparison.unit for comparison in report.comparisons} == {"piece", "word", "byte"}
 
 
-def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
+def test_a_method_that_the_unit_has_no_distribution_for_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="conventional does not work with the unit word"):
-        check(ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
+        check(make_ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ def test_a_method_that_the_unit_has_no_law_for_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("unit", ["token", "piece"])
-def test_every_sampling_option_keeps_the_law(unit: str, options: dict[str, Any]) -> None:
-    assert check(ensemble(2, unit), "abc", samples=1000, options=options).equal  # type: ignore[arg-type]
+def test_every_sampling_option_keeps_the_distribution(unit: str, options: dict[str, Any]) -> None:
+    assert check(make_ensemble(2, unit), "abc", samples=1000, options=options).equal  # type: ignore[arg-type]
 
 
-def test_members_with_sampling_of_their_own_keep_the_law() -> None:
-    plain = ensemble(2, "token")
-    one, two = plain.members
-    own = Ensemble([MemberSpec(one.engine, "a", {"temperature": 0.4}), MemberSpec(two.engine, "b", {"top_k": 3})])
-    assert check(own, "abc", samples=1000).equal
+def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
+    plain = make_ensemble(2, "token")
+    first, two = plain.members
+    alone = Ensemble([MemberSpec(first.engine, "a", {"temperature": 0.4}), MemberSpec(two.engine, "b", {"top_k": 3})])
+    assert check(alone, "abc", samples=1000).equal
 
 
-def test_mix_then_truncate_follows_its_own_law_in_conventional() -> None:
+def test_mix_then_truncate_follows_its_own_distribution_in_conventional() -> None:
     options = {"mix_then_truncate": True, "method": "conventional", "top_k": 3}
-    report = check(ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
+    report = check(make_ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} == {"conventional"}
 
@@ -140,32 +140,32 @@ def broken_coin(step: DecodeStep) -> Flow:
     """Draw the coin from wrong weights."""
     z = step.noise.coin(step.weights[::-1])
     view = step.views[z]
-    [drawn] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
-    return [Choice(drawn.symbol, z, drawn.logprob)]
+    [sampled] = yield [SampleRequest(z, view.ids(), view.sampler(step.noise))]
+    return [Choice(sampled.symbol, z, sampled.logprob)]
 
 
 def most_confident(step: DecodeStep) -> Flow:
     """Let the member that is surest write: weights that look at current distributions."""
-    replies = yield [LogitsRequest(i, view.ids()) for i, view in enumerate(step.views)]
-    laws = [view.distribution(logits[0]) for view, logits in zip(step.views, replies, strict=True)]
-    z = int(np.argmax([law.logprobs.max() for law in laws]))
-    at = step.noise.sample(*laws[z])
-    return [Choice(int(laws[z].ids[at]), z, float(laws[z].logprobs[at]))]
+    completions = yield [LogitsRequest(i, view.ids()) for i, view in enumerate(step.views)]
+    distributions = [view.distribution(logits[0]) for view, logits in zip(step.views, completions, strict=True)]
+    z = int(np.argmax([distribution.logprobs.max() for distribution in distributions]))
+    index = step.noise.sample(*distributions[z])
+    return [Choice(int(distributions[z].ids[index]), z, float(distributions[z].logprobs[index]))]
 
 
 def coin_is_the_noise(step: DecodeStep) -> Flow:
-    """Let the coin tell what is drawn: with coin 0 always the member's most likely symbol."""
+    """Let the coin tell what is sampled: with coin 0 always the member's most likely symbol."""
     z = step.noise.coin(step.weights)
     [logits] = yield [LogitsRequest(z, step.views[z].ids())]
     symbols, logprobs = step.views[z].distribution(logits[0])
-    at = int(np.argmax(logprobs)) if z == 0 else step.noise.sample(symbols, logprobs)
-    return [Choice(int(symbols[at]), z, float(logprobs[at]))]
+    index = int(np.argmax(logprobs)) if z == 0 else step.noise.sample(symbols, logprobs)
+    return [Choice(int(symbols[index]), z, float(logprobs[index]))]
 
 
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
 def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: broken)
-    report = check(ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=1500)
     assert not report.equal
     assert all(
         comparison.equal for comparison in report.comparisons if "mixture" not in (comparison.left, comparison.right)
@@ -177,13 +177,13 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         z = step.noise.coin(step.weights)
         view = step.views[z]
         ids = view.ids()
-        [drawn] = yield [
+        [sampled] = yield [
             SampleRequest(z, ids[:-1] if z == 1 and step.noise.position else ids, view.sampler(step.noise))
         ]
-        return [Choice(drawn.symbol, z, drawn.logprob)]
+        return [Choice(sampled.symbol, z, sampled.logprob)]
 
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: stale)
-    report = check(ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=1500)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
@@ -191,12 +191,12 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
 def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_member_only(step: DecodeStep) -> Flow:
         [logits] = yield [LogitsRequest(0, step.views[0].ids())]
-        law = step.views[0].distribution(logits[0])
-        at = int(np.argmax(law.logprobs))
-        return [Choice(int(law.ids[at]), 0, float(law.logprobs[at]))]
+        distribution = step.views[0].distribution(logits[0])
+        index = int(np.argmax(distribution.logprobs))
+        return [Choice(int(distribution.ids[index]), 0, float(distribution.logprobs[index]))]
 
     monkeypatch.setattr("mixlm.decoding.greedy.build", lambda options, context: first_member_only)
-    assert not check(ensemble(3, "token"), "hello", samples=100).equal
+    assert not check(make_ensemble(3, "token"), "hello", samples=100).equal
 
 
 def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,12 +206,12 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
         return [Choice(position.proposal, position.member, 0.0) for position in drafts]
 
     monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
-    report = check(ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=1500)
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 
 
 def test_json_form() -> None:
-    report = check(ensemble(2, "token"), "hello", samples=200)
+    report = check(make_ensemble(2, "token"), "hello", samples=200)
     form = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert form["equal"] is True
     assert set(form["comparisons"][0]) >= {
@@ -222,11 +222,11 @@ def test_json_form() -> None:
 
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="samples is 5"):
-        check(ensemble(2, "token"), "hello", samples=5)
+        check(make_ensemble(2, "token"), "hello", samples=5)
 
 
 @pytest.mark.models
-def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
+def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> None:
     report = check(demo_pair, "Why is the sky blue?", samples=600)
     assert isinstance(report, CheckReport)
     assert report.equal, report
@@ -234,14 +234,14 @@ def test_the_real_pair_follows_the_exact_law(demo_pair: Ensemble) -> None:
 
 @pytest.mark.models
 @pytest.mark.parametrize("unit", ["word", "byte"])
-def test_the_real_pair_follows_the_laws_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
-    those = Ensemble(demo_pair.members, unit=unit)
-    report = check(those, "Why is the sky blue?", samples=400)
+def test_the_real_pair_follows_the_distributions_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
+    ensemble = Ensemble(demo_pair.members, unit=unit)
+    report = check(ensemble, "Why is the sky blue?", samples=400)
     assert report.equal, report
 
 
 @pytest.mark.models
-def test_real_members_that_share_a_vocabulary_follow_the_exact_law(demo_pair: Ensemble) -> None:
+def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo_pair: Ensemble) -> None:
     first = demo_pair.members[0]
     terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
@@ -257,17 +257,17 @@ def drawing_pair(seed: int = 10, **options) -> Ensemble:
     return Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)], [0.6, 0.4])
 
 
-def test_engines_that_draw_by_themselves_are_held_against_those_of_a_reference():
+def test_engines_that_sample_themselves_are_checked_against_those_of_a_reference():
     report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=ReferenceSetup(drawing_pair()))
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} >= {"mixture", "conventional", "single"}
 
 
-def test_another_law_than_the_references_is_found_unless_it_is_within_the_tolerance():
-    one, other = drawing_pair(writes=True), drawing_pair(seed=12)
-    assert not check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal
-    assert not check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.05)).equal
-    generous = check(one, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.9)).comparisons
+def test_another_distribution_than_the_references_is_found_unless_it_is_within_the_tolerance():
+    first, other = drawing_pair(writes=True), drawing_pair(seed=12)
+    assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal
+    assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.05)).equal
+    generous = check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.9)).comparisons
     assert all(generou.equal for generou in generous if generou.right == "exact")
 
 

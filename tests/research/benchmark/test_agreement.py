@@ -30,24 +30,24 @@ def contexts(count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(1).integers(0, 200, size=(count, 6)))
 
 
-def test_members_share_a_law_in_that_share_of_contexts_and_no_token_in_the_others() -> None:
-    one, equal = law(0.8), 0
+def test_members_share_a_distribution_in_that_share_of_contexts_and_no_token_in_the_others() -> None:
+    agreement, equal = law(0.8), 0
     for ids in contexts(2000):
-        first, second = one(0, ids), one(1, ids)
+        first, second = agreement(0, ids), agreement(1, ids)
         same = bool((first == second).all())
-        assert same == one.agrees(ids)
+        assert same == agreement.agrees(ids)
         assert same or not (np.isfinite(first) & np.isfinite(second)).any()
         assert np.isfinite(first).sum() >= 100
         equal += same
     assert abs(equal / 2000 - 0.8) < 4 * np.sqrt(0.8 * 0.2 / 2000)
 
 
-def test_the_law_is_a_function_of_the_last_three_tokens() -> None:
-    one = law(0.5)
+def test_the_distribution_is_a_function_of_the_last_three_tokens() -> None:
+    agreement = law(0.5)
     for ids in contexts(20):
-        np.testing.assert_array_equal(one(0, ids), law(0.5)(0, ids[-3:]))
+        np.testing.assert_array_equal(agreement(0, ids), law(0.5)(0, ids[-3:]))
     first, second = contexts(2)
-    assert (one(0, first) != one(0, second)).any()
+    assert (agreement(0, first) != agreement(0, second)).any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
@@ -60,22 +60,22 @@ def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
     assert abs(run.acceptance - share) <= 4 * np.sqrt(share * (1 - share) / run.checked)
     assert report.notes == (agreement_note(share),)
     assert report.environment["settings"]["agreement"] == share
-    assert all(agreement_note(share) in one["agreement"] for one in report.environment["engines"].values())
+    assert all(agreement_note(share) in details["agreement"] for details in report.environment["engines"].values())
 
 
 def test_the_text_of_speculative_is_that_of_mixture() -> None:
-    those = with_agreement(pair([1, 3]), 0.7)
+    ensemble = with_agreement(pair([1, 3]), 0.7)
     options: Options = {"seed": 5, "max_tokens": 60, "ignore_end": True}
-    expected = those.generate("the river", **options)
-    found = those.generate("the river", **options, method="speculative", draft="toy-1")
-    assert found.text == expected.text
-    conventional = those.generate("the river", **options, method="conventional")
+    expected = ensemble.generate("the river", **options)
+    completion = ensemble.generate("the river", **options, method="speculative", draft="toy-1")
+    assert completion.text == expected.text
+    conventional = ensemble.generate("the river", **options, method="conventional")
     assert {token.member for token in conventional.tokens} == {"toy-1", "toy-2"}
 
 
 def test_forwards_are_run_by_the_models_themselves() -> None:
-    those = with_agreement(shapes(), 1.0)
-    engine = those.members[0].engine
+    ensemble = with_agreement(shapes(), 1.0)
+    engine = ensemble.members[0].engine
     assert isinstance(engine, AgreementEngine)
     [run] = compare(shapes(), tokens=10, repeats=1, methods=["conventional"], agreement=1.0).runs
     assert run.forwards == {"small": 10, "large": 10}
@@ -86,10 +86,10 @@ def test_forwards_are_run_by_the_models_themselves() -> None:
 
 def test_one_model_twice_is_run_for_each_member() -> None:
     engine = ToyEngine(seed=1)
-    those = with_agreement(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
-    assert those.members[0].engine is not those.members[1].engine
+    ensemble = with_agreement(Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")]), 0.5)
+    assert ensemble.members[0].engine is not ensemble.members[1].engine
     engine.weights_bytes = 7
-    assert total_weight_bytes([member.engine for member in those.members]) == 7  # and held once
+    assert total_weight_bytes([member.engine for member in ensemble.members]) == 7  # and held once
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused() -> None:
         with_agreement(pair(), 1.2)
     with pytest.raises(UnsupportedError, match="needs the unit token"):
         with_agreement(toys("piece", 2), 0.8)
-    one = ToyEngine([b"a"])
-    tiny = Ensemble([MemberSpec(one, "a"), MemberSpec(one, "b")])
+    toy = ToyEngine([b"a"])
+    tiny = Ensemble([MemberSpec(toy, "a"), MemberSpec(toy, "b")])
     with pytest.raises(UnsupportedError, match="share 1 tokens, too few"):
         with_agreement(tiny, 0.8)

@@ -45,20 +45,20 @@ def cells(line: str) -> list[str]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_table_of_what_a_step_needs_is_computed(name: str) -> None:
     need = ForwardNeeds.of(SHAPES[name])
-    on = [(f"{1e3 * need.seconds(one):.2f}", f"{1 / need.seconds(one):.0f}") for one in (H100, H200)]
+    on = [(f"{1e3 * need.seconds(device):.2f}", f"{1 / need.seconds(device):.0f}") for device in (H100, H200)]
     assert rows(name) == [f"{need.bytes() / 1e9:.2f}", f"{2 * need.cache / 1e3:.0f}", *on[0], *on[1]]
 
 
 def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
-    needs = [ForwardNeeds.of(SHAPES[f"qwen2.5-{one}"]) for one in ("3b", "1.5b")]
+    needs = [ForwardNeeds.of(SHAPES[f"qwen2.5-{size}"]) for size in ("3b", "1.5b")]
     assert f"reads {sum(need.bytes() for need in needs) / 2e9:.2f} GB a token" in PAGE
     seconds = sum(need.seconds(H100) for need in needs) / 2
     assert f"{1e3 * seconds:.2f} ms on an H100, {1 / seconds:.0f} tokens/s" in PAGE
 
 
 def test_the_table_of_batches_is_simulated() -> None:
-    for replies in (4, 16, 64, 1000):
-        assert rows(f"{replies} sequences") == [f"{n * batch_share(replies, n):.2f}" for n in (2, 3, 4, 8)]
+    for completions in (4, 16, 64, 1000):
+        assert rows(f"{completions} sequences") == [f"{n * batch_share(completions, n):.2f}" for n in (2, 3, 4, 8)]
     assert rows("the limit") == [f"{2 * n / (n + 1):.2f}" for n in (2, 3, 4, 8)]
 
 
@@ -67,7 +67,7 @@ def test_guesses_are_right_within_the_bounds() -> None:
     symbols = np.arange(6)
     for _ in range(3):
         p, q = rng.dirichlet(np.full(6, 0.5), size=2)
-        draws = [Noise(1, 0, at) for at in range(4000)]
+        draws = [Noise(1, 0, i) for i in range(4000)]
         right = np.mean([draw.sample(symbols, np.log(p)) == draw.sample(symbols, np.log(q)) for draw in draws])
         apart = 0.5 * np.abs(p - q).sum()
         assert (1 - apart) / (1 + apart) - 0.03 < right < 1 - apart + 0.03
@@ -82,10 +82,10 @@ def test_every_measurement_has_its_place_and_every_place_its_measurement() -> No
 def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
     words = measurements()[name]
     with typer.main.get_command(app).make_context("benchmark", list(words)) as context:
-        given = context.params
-    for model in given["model"] or []:
+        parameters = context.params
+    for model in parameters["model"] or []:
         assert model.removeprefix("shape:").partition("#")[0] in {*SHAPES, *CATALOG}
-    assert given["sweep"] in (None, *AXES)
+    assert parameters["sweep"] in (None, *AXES)
 
 
 def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
     assert "- transformers toy-1 was left out: it is no model of transformers" in text
     ratio = reports["cpu-methods"]["ratios"]["speculative/mixture"]
     [head, _, *table] = text[text.index("| speed over that of |") :].split("\n\n")[0].splitlines()
-    [line] = [one for one in table if one.startswith("| speculative |")]
-    at = dict(zip(cells(head), cells(line), strict=True))
-    assert at["mixture"] == f"{ratio:.2f}"
-    columns = [f"{one}, tokens/s" for one in ("single toy-1", "single toy-2", "conventional", "mixture")]
+    [line] = [row for row in table if row.startswith("| speculative |")]
+    values = dict(zip(cells(head), cells(line), strict=True))
+    assert values["mixture"] == f"{ratio:.2f}"
+    columns = [f"{name}, tokens/s" for name in ("single toy-1", "single toy-2", "conventional", "mixture")]
     assert f"| {' | '.join(['completions at once', *columns, 'mixture/conventional'])} |" in text
     for name in reports:
         assert (tmp_path / f"{name}.png").stat().st_size > 1000

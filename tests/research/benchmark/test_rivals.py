@@ -32,29 +32,29 @@ def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
 
 
 def test_generation_gets_the_same_options_and_the_weight_of_the_larger_member() -> None:
-    found, _ = available_rivals(shapes((1, 3)), "the river", {"seed": 1, "top_k": 7, "temperature": 0.5, "min_p": 0.1})
-    for one in found:
-        given = one._options
-        assert (given["top_k"], given["temperature"], given["min_p"], given["top_p"]) == (7, 0.5, 0.1, 1.0)
-        assert given["do_sample"]
-    assert found[-1]._options["assistant_ensemble_weight"] == 0.75
-    assert "assistant_ensemble_weight" not in found[0]._options
+    rivals, _ = available_rivals(shapes((1, 3)), "the river", {"seed": 1, "top_k": 7, "temperature": 0.5, "min_p": 0.1})
+    for rival in rivals:
+        options = rival._options
+        assert (options["top_k"], options["temperature"], options["min_p"], options["top_p"]) == (7, 0.5, 0.1, 1.0)
+        assert options["do_sample"]
+    assert rivals[-1]._options["assistant_ensemble_weight"] == 0.75
+    assert "assistant_ensemble_weight" not in rivals[0]._options
 
 
 def test_equal_seeds_write_equal_texts_and_models_are_as_before() -> None:
-    those = shapes()
-    rival = Rival(those, (1,), "the river", {"seed": 1})
+    ensemble = shapes()
+    rival = Rival(ensemble, (1,), "the river", {"seed": 1})
     assert rival.measure(1, 8).bytes == rival.measure(1, 8).bytes
-    model = those.members[1].engine.model  # type: ignore[attr-defined]
+    model = ensemble.members[1].engine.model  # type: ignore[attr-defined]
     assert model.config._attn_implementation == ATTENTION_NAME
     assert not model._forward_pre_hooks
-    assert those.generate("the river", max_tokens=3, seed=1, ignore_end=True).usage.tokens == 3
+    assert ensemble.generate("the river", max_tokens=3, seed=1, ignore_end=True).usage.tokens == 3
 
 
 def test_what_cannot_run_is_left_out_with_a_note() -> None:
     toys = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])
-    found, notes = available_rivals(toys, "the river", {})
-    assert not found
+    rivals, notes = available_rivals(toys, "the river", {})
+    assert not rivals
     assert notes == [
         "transformers toy-1 was left out: it is no model of transformers",
         "transformers toy-2 was left out: it is no model of transformers",
@@ -67,15 +67,17 @@ def test_what_cannot_run_is_left_out_with_a_note() -> None:
     [({"presence_penalty": 0.5}, "presence and frequency penalties"), ({"temperature": 0.0}, "temperature is 0")],
 )
 def test_options_that_it_has_not_are_said(options: dict[str, float], reason: str) -> None:
-    found, notes = available_rivals(shapes(), "the river", options)
-    assert not found
+    rivals, notes = available_rivals(shapes(), "the river", options)
+    assert not rivals
     assert all(reason in note for note in notes)
 
 
 def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
-    those = shapes((0, 1))
-    assert f"{ASSISTED} was left out: it needs weights between 0 and 1" in available_rivals(those, "the river", {})[1]
-    engine = those.members[0].engine
+    ensemble = shapes((0, 1))
+    assert (
+        f"{ASSISTED} was left out: it needs weights between 0 and 1" in available_rivals(ensemble, "the river", {})[1]
+    )
+    engine = ensemble.members[0].engine
     twice = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")])
     assert f"{ASSISTED} was left out: both members are one model" in available_rivals(twice, "the river", {})[1]
     shared = Ensemble([MemberSpec(engine, "a"), MemberSpec(engine.replica(), "b")])
@@ -83,10 +85,10 @@ def test_a_weight_of_nothing_and_one_model_twice_have_no_assistant() -> None:
 
 
 def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    those = shapes()
-    monkeypatch.setattr(those.members[0].engine, "adapter", "somewhere")
-    found, notes = available_rivals(those, "the river", {})
-    assert [one.label for one in found] == ["transformers large"]
+    ensemble = shapes()
+    monkeypatch.setattr(ensemble.members[0].engine, "adapter", "somewhere")
+    rivals, notes = available_rivals(ensemble, "the river", {})
+    assert [rival.label for rival in rivals] == ["transformers large"]
     assert "transformers small was left out: its adapter is switched on by mixlm alone" in notes
 
 

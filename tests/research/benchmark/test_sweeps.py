@@ -27,30 +27,30 @@ def pair() -> Ensemble:
     return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
 
 
-def at(found: Sweep, series: str) -> dict[float | str, SweepPoint]:
-    return {point.x: point for point in found.points if point.series == series}
+def at(sweep: Sweep, series: str) -> dict[float | str, SweepPoint]:
+    return {point.x: point for point in sweep.points if point.series == series}
 
 
 def test_a_batch_is_measured_while_all_of_it_is_under_way(pair: Ensemble) -> None:
-    found = sweep_along("batch", pair, ComparisonPlan(places=[1, 3], **SMALL))
-    assert list(dict.fromkeys(point.series for point in found.points)) == [
+    sweep = sweep_along("batch", pair, ComparisonPlan(places=[1, 3], **SMALL))
+    assert list(dict.fromkeys(point.series for point in sweep.points)) == [
         "single toy-1",
         "single toy-2",
         "conventional",
         "mixture",
     ]
-    for point in found.points:
+    for point in sweep.points:
         assert point.tokens_per_second > 0
         assert point.more["seconds_of_the_batch"] > 0
-    assert found.more["offline"]["replies"] == 3
-    assert found.more["offline"]["label"] == "mixture"
-    assert "3 completions of 9 tokens by mixture" in found.notes[0]
+    assert sweep.more["offline"]["replies"] == 3
+    assert sweep.more["offline"]["label"] == "mixture"
+    assert "3 completions of 9 tokens by mixture" in sweep.notes[0]
 
 
 def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair: Ensemble) -> None:
     for size in (1, 4):
         sample = BatchContestant(pair, "single", size, "the river", {"seed": 1}).measure(0, 10)
-        # All replies of one member go on in step: 10 tokens each behind the first one.
+        # All completions of one member go on in step: 10 tokens each behind the first one.
         assert sample.tokens == 10 * size
         assert len(sample.forwards[0]) == 10 * size
     mixture = BatchContestant(pair, "mixture", 4, "the river", {"seed": 1}).measure(0, 10)
@@ -58,57 +58,57 @@ def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair:
     assert sum(len(log) for log in mixture.forwards) == mixture.tokens
 
 
-def test_replies_of_a_batch_share_forwards_of_real_models() -> None:
-    found = sweep_along(
+def test_completions_of_a_batch_share_forwards_of_real_models() -> None:
+    sweep = sweep_along(
         "batch", shapes(), ComparisonPlan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1)
     )
-    assert at(found, "conventional")[4].more["replies_a_forward"] == 4
-    assert 1 < at(found, "mixture")[4].more["replies_a_forward"] < 4
+    assert at(sweep, "conventional")[4].more["replies_a_forward"] == 4
+    assert 1 < at(sweep, "mixture")[4].more["replies_a_forward"] < 4
 
 
 def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
-    found = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
-    assert list(at(found, "mixture")) == [40, 80, 4086]
-    assert "4086 tokens in place of 5000" in found.notes[0]
-    for point in found.points:
+    sweep = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
+    assert list(at(sweep, "mixture")) == [40, 80, 4086]
+    assert "4086 tokens in place of 5000" in sweep.notes[0]
+    for point in sweep.points:
         assert point.more["ms_a_token"] == pytest.approx(1000 / point.tokens_per_second)
-    assert set(at(found, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
-    assert set(at(found, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
+    assert set(at(sweep, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
+    assert set(at(sweep, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
     # The prompt was read before: what is run is what is written.
-    assert sum(at(found, "conventional")[80].forwards.values()) == 2
+    assert sum(at(sweep, "conventional")[80].forwards.values()) == 2
 
 
 def test_members_are_copies_that_are_run_for_themselves() -> None:
-    found = sweep_along("members", shapes(), ComparisonPlan(places=[1, 3], methods=METHODS["members"], **SMALL))
-    assert set(at(found, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
-    assert sum(at(found, "conventional")[3].forwards.values()) == 3
-    assert sum(at(found, "mixture")[3].forwards.values()) == 1
-    assert list(at(found, "single")) == [1]
-    assert "copies of small" in found.notes[0]
+    sweep = sweep_along("members", shapes(), ComparisonPlan(places=[1, 3], methods=METHODS["members"], **SMALL))
+    assert set(at(sweep, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
+    assert sum(at(sweep, "conventional")[3].forwards.values()) == 3
+    assert sum(at(sweep, "mixture")[3].forwards.values()) == 1
+    assert list(at(sweep, "single")) == [1]
+    assert "copies of small" in sweep.notes[0]
 
 
 def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(pair: Ensemble) -> None:
-    found = sweep_along(
+    sweep = sweep_along(
         "weights", pair, ComparisonPlan(places=[0, 0.5, 1], methods=("mixture", "speculative"), **SMALL)
     )
-    mixture = at(found, "mixture")
+    mixture = at(sweep, "mixture")
     assert mixture[0].forwards == {"toy-1": 0, "toy-2": 1}
     assert mixture[1].forwards == {"toy-1": 1, "toy-2": 0}
-    assert all(one.predicted is not None and one.predicted > 0 for one in mixture.values())
-    assert [point.series for point in found.points if point.x == "alone"] == ["single toy-1", "single toy-2"]
+    assert all(point.predicted is not None and point.predicted > 0 for point in mixture.values())
+    assert [point.series for point in sweep.points if point.x == "alone"] == ["single toy-1", "single toy-2"]
 
 
 def test_one_device_is_said_to_be_one(pair: Ensemble) -> None:
-    found = sweep_along("devices", pair, ComparisonPlan(**SMALL))
-    assert {point.x for point in found.points} == {"one for all"}
-    assert found.notes == ("there is one device here, so the 2 members were measured on it alone",)
+    sweep = sweep_along("devices", pair, ComparisonPlan(**SMALL))
+    assert {point.x for point in sweep.points} == {"one for all"}
+    assert sweep.notes == ("there is one device here, so the 2 members were measured on it alone",)
 
 
 def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensemble) -> None:
-    found = sweep_along("devices", pair, ComparisonPlan(agreement=0.5, **SMALL), apart=lambda: pair)
-    assert set(at(found, "conventional")) == {"one for all", "one for each"}
-    assert set(at(found, "single toy-1")) == {"one for all"}
-    assert found.notes == (agreement_note(0.5),)
+    sweep = sweep_along("devices", pair, ComparisonPlan(agreement=0.5, **SMALL), apart=lambda: pair)
+    assert set(at(sweep, "conventional")) == {"one for all", "one for each"}
+    assert set(at(sweep, "single toy-1")) == {"one for all"}
+    assert sweep.notes == (agreement_note(0.5),)
 
 
 @pytest.mark.parametrize(

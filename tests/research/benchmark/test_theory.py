@@ -58,7 +58,7 @@ def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
         forwards = [*log(c, s, [1, 2, 1, 3, 5, 1, 8, 2]), Forward(200, 0, 9.0), Forward(100, 7, 9.0)]
         assert fitted(forwards) == pytest.approx((c, s))
     assert fitted(log(0.05, 0.0, [1, 1])) == (0.05, 0.02)  # nothing longer was seen
-    slow = [one._replace(seconds=5.0) for one in log(0.05, 0.01, [1, 2, 4])]  # the first of each length
+    slow = [sample._replace(seconds=5.0) for sample in log(0.05, 0.01, [1, 2, 4])]  # the first of each length
     assert fitted([*slow, *log(0.05, 0.01, [1, 2, 4] * 3)]) == pytest.approx((0.05, 0.01))
     assert np.isnan(fitted([])[0])
 
@@ -68,9 +68,9 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
     [run] = compare(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
     for name, weight in zip(run.members, weights, strict=True):
         assert run.forwards[name] / 3000 == pytest.approx(weight, abs=0.03)
-    # Every member but the last to be drawn has read every token: tokens in all over forwards is 1/λ.
+    # Every member but the last to be sampled has read every token: tokens in all over forwards is 1/λ.
     seconds, slopes = np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3])
-    coins = [Noise(1, 0, at).coin(weights) for at in range(20_000)]
+    coins = [Noise(1, 0, i).coin(weights) for i in range(20_000)]
     last, total = np.full(3, -1), 0.0
     for i, z in enumerate(coins):
         total += seconds[z] * (1 + slopes[z] * (i - last[z] - 1))
@@ -81,16 +81,16 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
 @pytest.mark.parametrize(("weight", "share", "block"), [(0.5, 0.8, 4), (0.5, 0.5, 2), (0.3, 0.9, 3), (0.7, 0.8, 6)])
 def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
-    those = toys((weight, 1 - weight))
-    [run] = compare(those, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
-    found = run.forwards["toy-1"] / 4000
-    assert found == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
+    ensemble = toys((weight, 1 - weight))
+    [run] = compare(ensemble, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
+    observed = run.forwards["toy-1"] / 4000
+    assert observed == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
     # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
-    free = speculative_seconds(those.weights, costs(0.0, 1.0), DraftPlan(0, block, share))
-    assert found == pytest.approx(free, rel=0.06)
+    free = speculative_seconds(ensemble.weights, costs(0.0, 1.0), DraftPlan(0, block, share))
+    assert observed == pytest.approx(free, rel=0.06)
     # And with both, it is what the forwards that were run would take.
-    price = run.forwards["toy-0"] / 4000 * 0.1 + found
-    expected = speculative_seconds(those.weights, costs(0.1, 1.0), DraftPlan(0, block, share))
+    price = run.forwards["toy-0"] / 4000 * 0.1 + observed
+    expected = speculative_seconds(ensemble.weights, costs(0.1, 1.0), DraftPlan(0, block, share))
     assert price == pytest.approx(expected, rel=0.06)
 
 
@@ -105,25 +105,25 @@ def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_t
 @pytest.mark.parametrize("block", [2, 5])
 def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
-    those = toys((1, 1))
-    [run] = compare(those, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
+    ensemble = toys((1, 1))
+    [run] = compare(ensemble, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
-        expected = drafted_greedy_seconds(those.weights, costs(*c), DraftPlan(0, block, run.acceptance))
+        expected = drafted_greedy_seconds(ensemble.weights, costs(*c), DraftPlan(0, block, run.acceptance))
         assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 3000 == pytest.approx(expected, rel=0.06)
 
 
 def test_what_the_model_expects_of_each_method() -> None:
-    those = toys((1, 3))
+    ensemble = toys((1, 3))
     fit = costs(0.1, 0.4)
-    taken = [TimedRun(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
+    runs = [TimedRun(10, 1.0, 0.1, 10, [], checked=10, accepted=5)]
     kinds = ["single", "conventional", "mixture", "speculative", "drafted", "auto", "greedy"]
-    found = [
-        predicted_speed(those, contestant, taken, fit)
-        for contestant in contestants(those, kinds, "the river", {"draft": "toy-0", "block": 1})
+    ratios = [
+        predicted_speed(ensemble, contestant, runs, fit)
+        for contestant in contestants(ensemble, kinds, "the river", {"draft": "toy-0", "block": 1})
     ]
-    speculative = speculative_seconds(those.weights, fit, DraftPlan(0, 1, 0.5))
-    assert found == [
+    speculative = speculative_seconds(ensemble.weights, fit, DraftPlan(0, 1, 0.5))
+    assert ratios == [
         pytest.approx(10),
         pytest.approx(2.5),
         pytest.approx(2),
@@ -133,25 +133,25 @@ def test_what_the_model_expects_of_each_method() -> None:
         None,
         None,
     ]
-    [lookup] = contestants(those, ["speculative"], "the river", {"draft": "lookup"})
-    assert predicted_speed(those, lookup, taken, fit) is None
+    [lookup] = contestants(ensemble, ["speculative"], "the river", {"draft": "lookup"})
+    assert predicted_speed(ensemble, lookup, runs, fit) is None
 
 
 class Counting(ToyEngine):
-    """A toy that counts how often it is called, and for how many replies."""
+    """A toy that counts how often it is called, and for how many completions."""
 
     calls = 0
-    replies = 0
+    completions = 0
 
     def respond(self, requests: Any) -> list[Response]:
-        asked: list[tuple[Session, Request]] = list(requests)
+        batch: list[tuple[Session, Request]] = list(requests)
         self.calls += 1
-        self.replies += len(asked)
-        return super().respond(asked)
+        self.replies += len(batch)
+        return super().respond(batch)
 
 
 @pytest.mark.parametrize("members", range(2, 9))
-def test_the_longest_queue_holds_two_of_n_plus_one_replies(members: int) -> None:
+def test_the_longest_queue_holds_two_of_n_plus_one_completions(members: int) -> None:
     assert batch_share(6400, members) == pytest.approx(2 / (members + 1), rel=0.02)
 
 
@@ -160,14 +160,16 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
     calls = {}
     for method in ("mixture", "conventional"):
         engines = [Counting(seed=i) for i in range(members)]
-        those = Ensemble([MemberSpec(engine, f"toy-{i}") for i, engine in enumerate(engines)])
-        settings = those.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
+        ensemble = Ensemble([MemberSpec(engine, f"toy-{i}") for i, engine in enumerate(engines)])
+        settings = ensemble.settings(method=method, seed=1, max_tokens=80, raw=True, ignore_end=True)
         scheduler = Scheduler(48)
         streams: list[Generation] = []
         for number in range(48):
-            streams.append(those.context(settings.with_turn(number)).start(those.encode_prompt("the river", settings)))
+            streams.append(
+                ensemble.context(settings.with_turn(number)).start(ensemble.encode_prompt("the river", settings))
+            )
             scheduler.add(streams[-1])
-        for _ in range(60):  # all replies are under way
+        for _ in range(60):  # all completions are under way
             scheduler.step()
         calls[method] = sum(engine.replies for engine in engines) / sum(engine.calls for engine in engines) / 48
     assert calls["conventional"] == 1.0
@@ -188,8 +190,8 @@ def test_a_token_leaves_as_many_keys_and_values_as_the_formula_says() -> None:
     engine: Any = shapes().members[1].engine
     session = engine.session()
     session.logits(np.arange(20))
-    held = [one for pair in session.cache.reserve(0).layers.values() for one in pair]
-    assert sum(one.shape[0] * one.shape[2] for one in held) == ForwardNeeds.of(LARGE).cache
+    tensors = [tensor for pair in session.cache.reserve(0).layers.values() for tensor in pair]
+    assert sum(tensor.shape[0] * tensor.shape[2] for tensor in tensors) == ForwardNeeds.of(LARGE).cache
 
 
 class Launches(TorchDispatchMode):
@@ -242,7 +244,7 @@ def test_members_cut_over_all_devices_are_n_times_as_fast_as_each_on_its_own_sha
     free = DeviceSpec(H100.bandwidth, H100.compute)
     need = ForwardNeeds.of(SHAPES["llama-3.1-8b"])
     for members in (2, 4):
-        # Conventional in parallel: each member on 8/n devices, all at once. Mixture: the one that is drawn, on all 8.
+        # Conventional in parallel: each member on 8/n devices, all at once. Mixture: the one that is sampled, on all 8.
         assert need.seconds(free, devices=8 // members) / need.seconds(free, devices=8) == pytest.approx(members)
     # Adding up over devices puts an end to it.
     assert need.seconds(H100, devices=4) / need.seconds(H100, devices=8) < 1.8
@@ -259,8 +261,8 @@ def test_reading_bounds_a_short_forward_and_arithmetic_a_long_one() -> None:
 
 
 def test_agreed_members_take_no_more_forwards_than_the_rest_of_the_formulas_count() -> None:
-    those = with_agreement(toys((1, 1)), 1.0)
-    [one] = contestants(those, ["speculative"], "the river", {"draft": "toy-0", "block": 3})
-    sample = one.measure(1, 400)
+    ensemble = with_agreement(toys((1, 1)), 1.0)
+    [contestant] = contestants(ensemble, ["speculative"], "the river", {"draft": "toy-0", "block": 3})
+    sample = contestant.measure(1, 400)
     assert sample.accepted == sample.checked > 0
     assert len(sample.forwards[1]) / 400 == pytest.approx(0.5 / 4, rel=0.1)

@@ -42,7 +42,7 @@ def findings(
     differences: tuple[DifferenceFinding, ...] = (),
     reduced: str | None = None,
 ) -> Findings:
-    labels = dict.fromkeys(one.ensemble for one in (*accuracies, *speeds))
+    labels = dict.fromkeys(finding.ensemble for finding in (*accuracies, *speeds))
     settings = {"ensembles": {label: {"models": label.split(" + ")} for label in labels}, "top_k": [5]}
     return Findings(
         name,

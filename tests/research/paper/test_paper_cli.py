@@ -23,9 +23,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reduced sizes are smaller still."""
 
     def shorter(name: str, *, quick: bool) -> Experiment:
-        one = make(name, quick=quick)
-        lambdas = (0.0, 1.0) if one.lambdas else ()
-        return replace(one, tokens=4, repeats=1, max_tokens=3, lambdas=lambdas) if quick else one
+        experiment = make(name, quick=quick)
+        lambdas = (0.0, 1.0) if experiment.lambdas else ()
+        return replace(experiment, tokens=4, repeats=1, max_tokens=3, lambdas=lambdas) if quick else experiment
 
     monkeypatch.setattr("research.paper.make", shorter)
 
@@ -35,20 +35,20 @@ def test_tables_of_accuracy(run, toys, questions, tmp_path: Path, name: str) -> 
     out = tmp_path / "out"
     code, text, err = run(name, "-e", toys, *SMALL, "--top-k", "5,10", "--data", questions, "--out", str(out))
     assert code == 0, err
-    found = load(out, name)
+    findings = load(out, name)
     assert text == (out / f"{name}.md").read_text()
-    assert found["reduced"] == "reduced: 2 questions a task, 2 seeds, replies of at most 3 tokens"
-    assert len(found["accuracies"]) == 2 * 4 * (2 + 2)
-    assert {one["method"] for one in found["accuracies"]} == {
+    assert findings["reduced"] == "reduced: 2 questions a task, 2 seeds, replies of at most 3 tokens"
+    assert len(findings["accuracies"]) == 2 * 4 * (2 + 2)
+    assert {accuracy["method"] for accuracy in findings["accuracies"]} == {
         "mixture",
         "conventional",
         "single:toy:1",
         "single:toy:2",
     }
-    assert {one["top_k"] for one in found["differences"]} == {5, 10}
-    assert len(found["differences"]) == 2 * 4
-    assert found["settings"]["ensembles"]["toy:1 + toy:2"]["weights"] == [[0.75, 0.25]]
-    assert found["environment"]["versions"]["mixlm"]
+    assert {difference["top_k"] for difference in findings["differences"]} == {5, 10}
+    assert len(findings["differences"]) == 2 * 4
+    assert findings["settings"]["ensembles"]["toy:1 + toy:2"]["weights"] == [[0.75, 0.25]]
+    assert findings["environment"]["versions"]["mixlm"]
     assert "**Reduced: 2 questions a task, 2 seeds" in text
     assert "ARC (challenge)" in text
     assert "written to" in err
@@ -58,12 +58,12 @@ def test_weights_are_searched(run, toys, questions, tmp_path: Path) -> None:
     arguments = ("-e", toys, "--quick", "--limit", "1", "--seeds", "1", "--tasks", "mixlm_mmlu", "--data", questions)
     code, text, err = run("table3", *arguments, "--search", "--out", "out")
     assert code == 0, err
-    found = load(tmp_path / "out", "table3")
-    (weights,) = {tuple(one["weights"]) for one in found["accuracies"] if one["weights"]}
+    findings = load(tmp_path / "out", "table3")
+    (weights,) = {tuple(accuracy["weights"]) for accuracy in findings["accuracies"] if accuracy["weights"]}
     assert sum(weights) == pytest.approx(1)
-    assert found["settings"]["ensembles"]["toy:1 + toy:2"]["weights"] == "searched"
+    assert findings["settings"]["ensembles"]["toy:1 + toy:2"]["weights"] == "searched"
     assert "are the best of 9 weights" in text
-    assert found["accuracies"][-1]["seeds"]
+    assert findings["accuracies"][-1]["seeds"]
     assert err.count("weights 0.1 0.9") >= 1
 
 
@@ -71,19 +71,19 @@ def test_the_grid_of_weights() -> None:
     assert list(grid(2))[:2] == [(0.1, 0.9), (0.2, 0.8)]
     three = list(grid(3))
     assert len(three) == len(set(three)) == 36
-    assert all(abs(sum(one) - 1) < 1e-12 and min(one) > 0 for one in three)
+    assert all(abs(sum(weights) - 1) < 1e-12 and min(weights) > 0 for weights in three)
 
 
 def test_a_table_of_speed(run, toys, tmp_path: Path) -> None:
     code, text, err = run("table4", "-e", toys, "--quick")
     assert code == 0, err
-    found = load(tmp_path / "paper-results" / "table4", "table4")
-    (one,) = found["speeds"]
-    assert one["mixture"] > 0
-    assert one["parallel"] is None
-    assert list(one["single"]) == ["toy:1", "toy:2"]
+    findings = load(tmp_path / "paper-results" / "table4", "table4")
+    (speed,) = findings["speeds"]
+    assert speed["mixture"] > 0
+    assert speed["parallel"] is None
+    assert list(speed["single"]) == ["toy:1", "toy:2"]
     assert "CE (parallel) was not measured" in text
-    assert found["reduced"] == "reduced: 1 speed run of 4 tokens"
+    assert findings["reduced"] == "reduced: 1 speed run of 4 tokens"
 
 
 def test_members_on_devices_of_their_own(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +112,11 @@ def test_figures_against_lambda(run, toys, questions, tmp_path: Path, name: str)
     out = tmp_path / "out"
     code, text, err = run(name, "-e", toys, *SMALL, "--data", questions, "--out", str(out))
     assert code == 0, err
-    found = load(out, name)
+    findings = load(out, name)
     methods = 1 if name == "figure2" else 2
-    assert [method["weights"] for method in found["accuracies"][::methods]] == [[0.0, 1.0], [1.0, 0.0]]
-    assert len(found["speeds"]) == (2 if name == "figure2" else 0)
-    assert len(found["differences"]) == (0 if name == "figure2" else 2)
+    assert [method["weights"] for method in findings["accuracies"][::methods]] == [[0.0, 1.0], [1.0, 0.0]]
+    assert len(findings["speeds"]) == (2 if name == "figure2" else 0)
+    assert len(findings["differences"]) == (0 if name == "figure2" else 2)
     assert "λ in 2 steps" in text
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / f"{name}.svg").read_text()
@@ -192,10 +192,10 @@ def test_json_in_place_of_markdown(run, toys) -> None:
     ],
 )
 def test_refusals_are_one_sentence_and_a_hint(run, toys, tmp_path: Path, arguments, said) -> None:
-    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
-    one.write_text('[[members]]\nmodel = "toy:1"\n')
+    first, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    first.write_text('[[members]]\nmodel = "toy:1"\n')
     other.write_text('[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n')
-    names = {"toys": toys, "one": str(one), "other": str(other)}
+    names = {"toys": toys, "one": str(first), "other": str(other)}
     code, out, err = run(*(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, ""), err
     assert said in err
@@ -204,9 +204,9 @@ def test_refusals_are_one_sentence_and_a_hint(run, toys, tmp_path: Path, argumen
 
 def test_the_papers_settings_are_the_default() -> None:
     for name in NAMES:
-        one = make(name)
-        assert one.reduced is None
-        assert all(lineup.published for lineup in one.lineups)
+        experiment = make(name)
+        assert experiment.reduced is None
+        assert all(lineup.published for lineup in experiment.lineups)
         assert "reduced: " in str(make(name, quick=True).reduced)
     table = make("table2")
     assert (table.tasks, table.top_k, table.seeds, table.limit) == (TASKS, (5, 10), 5, None)
@@ -221,9 +221,9 @@ def test_the_papers_models_get_its_names() -> None:
     from research.paper import lineup
 
     models = ("models/Nous-Hermes-2-Mistral-7B-DPO", "openchat/openchat-3.5-0106")
-    found = lineup(EnsembleConfig(members=tuple(MemberConfig(model=model) for model in models)))
-    assert found.names == ("Nous-Hermes", "Openchat")
-    assert found.published == ("Openchat", "Nous-Hermes")
+    result = lineup(EnsembleConfig(members=tuple(MemberConfig(model=model) for model in models)))
+    assert result.names == ("Nous-Hermes", "Openchat")
+    assert result.published == ("Openchat", "Nous-Hermes")
     twice = lineup(EnsembleConfig(members=(MemberConfig(model="toy:1"), MemberConfig(model="toy:1"))))
     assert twice.names == ("toy:1", "toy:1-2")
     assert twice.published is None

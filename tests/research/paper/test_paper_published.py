@@ -10,7 +10,7 @@ from research.paper.published import ACCURACY, ENSEMBLES, MISPRINTS, MODELS, SIN
 
 @pytest.mark.parametrize("names", ACCURACY, ids=published.title)
 def test_gains_are_over_the_best_single_model(names: tuple[str, ...]) -> None:
-    best = [max(SINGLE[name][at] for name in names) for at in range(len(TASKS))]
+    best = [max(SINGLE[name][i] for name in names) for i in range(len(TASKS))]
     assert list(ACCURACY[names]) == [(m, k) for k in (5, 10) for m in ("conventional", "mixture")]
     for (method, k), cells in ACCURACY[names].items():
         assert len(cells) == len(TASKS)

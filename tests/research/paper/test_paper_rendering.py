@@ -97,15 +97,15 @@ def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
 
 
 def test_two_seeds_are_too_few_for_bands() -> None:
-    found = curves("figure4", "mixture")
-    found = replace(
-        found,
+    findings_of_two = curves("figure4", "mixture")
+    findings_of_two = replace(
+        findings_of_two,
         accuracies=tuple(
             replace(accuracy, score=replace(accuracy.score, values=accuracy.score.values[:2]))
-            for accuracy in found.accuracies
+            for accuracy in findings_of_two.accuracies
         ),
     )
-    figure = charts.draw(found)
+    figure = charts.draw(findings_of_two)
     assert len(figure.axes[0].collections) == 0
     assert "too few seeds for bands" in figure.get_supxlabel()
 
@@ -119,8 +119,8 @@ def test_the_trade_of_accuracy_and_speed() -> None:
 
 
 def test_bars_of_several_machines() -> None:
-    found = findings("figure3", speeds=(speed(OURS), speed(OURS, "another machine", 25.0)), reduced="reduced: much")
-    left, right = charts.draw(found).axes
+    figure = findings("figure3", speeds=(speed(OURS), speed(OURS, "another machine", 25.0)), reduced="reduced: much")
+    left, right = charts.draw(figure).axes
     assert [bar.get_height() for bar in left.patches] == pytest.approx([48.0, 20.0, 45.0])
     assert [bar.get_height() for bar in right.patches] == pytest.approx([48.0, 20.0, 25.0, 45.0])
     assert (left.get_title(), right.get_title()) == ("a processor", "another machine")
@@ -133,9 +133,9 @@ def test_findings_are_kept_and_joined(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(json.dumps(whole.as_dict()))
     assert read(path) == whole
-    here, there = findings("figure3", speeds=(speed(OURS),)), findings("figure3", speeds=(speed(OURS, "b"),))
+    current, there = findings("figure3", speeds=(speed(OURS),)), findings("figure3", speeds=(speed(OURS, "b"),))
     path.write_text(json.dumps(there.as_dict()))
-    assert [speed.machine for speed in joined(here, [path]).speeds] == ["a processor", "b"]
+    assert [speed.machine for speed in joined(current, [path]).speeds] == ["a processor", "b"]
     with pytest.raises(ConfigError, match="both have"):
         joined(there, [path])
     with pytest.raises(ConfigError, match="holds figure3"):

@@ -18,12 +18,12 @@ from research.planning.plan import PlanTarget, expected, needed, sweep
 from research.planning.simulation import Workload, simulate
 
 
-def one(forward: float = 0.1, **given) -> PlanCosts:
-    return PlanCosts(members={"a": MemberCost(weight=1, forward=forward, slots=1, **given)})
+def one(forward: float = 0.1, **options) -> PlanCosts:
+    return PlanCosts(members={"a": MemberCost(weight=1, forward=forward, slots=1, **options)})
 
 
-def pair(**given) -> PlanCosts:
-    return PlanCosts(members={name: MemberCost(weight=0.5, forward=1.0, **given) for name in "ab"})
+def pair(**options) -> PlanCosts:
+    return PlanCosts(members={name: MemberCost(weight=0.5, forward=1.0, **options) for name in "ab"})
 
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
@@ -35,11 +35,11 @@ def test_the_wait_of_one_server_with_equal_services_is_that_of_pollaczek_and_khi
 
 @pytest.mark.parametrize("load", [0.3, 0.6])
 def test_the_wait_of_one_server_with_random_services(load):
-    """Replies are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
+    """Completions are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
     tokens, forward = 20, 0.005
     service = tokens * forward
     seen = simulate(one(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=16_000)
-    square = forward**2 * (2 * tokens**2 - tokens)  # of a geometric law
+    square = forward**2 * (2 * tokens**2 - tokens)  # of a geometric distribution
     wait = load / service * square / (2 * (1 - load))
     assert wait == pytest.approx(service * load / (1 - load), rel=0.03)
     assert (seen.whole.mean() - service) == pytest.approx(wait, rel=0.1)
@@ -62,17 +62,17 @@ def test_members_in_turn_on_one_device_serve_two_of_n_plus_one_at_a_time(members
     assert together / 64 == pytest.approx(2 * members / (members + 1), rel=0.06)
 
 
-def test_two_machines_that_work_at_once_write_a_token_of_every_reply_in_a_step():
+def test_two_machines_that_work_at_once_write_a_token_of_every_completion_in_a_step():
     seen = simulate(pair(), Workload(None, 1, 300, 32, "fixed"), count=32)
     assert seen.tokens_per_second == pytest.approx(32, rel=0.03)
-    assert [round(those[0], 1) for those in seen.busy.values()] == [1.0, 1.0]
+    assert [round(shares[0], 1) for shares in seen.busy.values()] == [1.0, 1.0]
 
 
 def test_what_members_read_is_what_others_wrote():
     """Each token of the text and of the prompt is run by every member once, the last one apart."""
     costs = PlanCosts(members={name: MemberCost(weight=0.5, forward=1.0, sequence=1.0, token=1.0) for name in "ab"})
     seen_work = simulate(costs, Workload(None, 10, 500, 1, "fixed"), count=1)
-    seconds = sum(those[0] for those in seen_work.busy.values()) * seen_work.whole[0]
+    seconds = sum(shares[0] for shares in seen_work.busy.values()) * seen_work.whole[0]
     assert seconds == pytest.approx(2 * 510, abs=30)
 
 
@@ -143,7 +143,7 @@ def test_costs_of_an_ensemble_are_measured():
     assert not any(member.runs for member in costs.members.values())
 
 
-def test_members_that_draw_by_themselves_are_planned_by_runs():
+def test_members_that_sample_themselves_are_planned_by_runs():
     members = [MemberSpec(ToyEngine(seed=seed, samples_itself=seed == 1), f"m{seed}") for seed in (1, 2)]
     costs = measure(Ensemble(members), max_batch=2)
     assert {name: member.runs for name, member in costs.members.items()} == {"m1": True, "m2": False}
@@ -154,14 +154,14 @@ def test_a_file_of_costs_is_read_back_and_mistakes_are_named(tmp_path):
     costs = PlanCosts(members={"a": MemberCost(weight=1, forward=0.01, device="x")}, router=RouterCost(seconds=0.001))
     write_costs(costs, path)
     assert read_costs(path) == costs
-    for text, said in (
+    for text, message in (
         ("[members.a]\nweight = 1", "members.a.forward: Field required"),
         ("[members.a]\nweight = 1\nforward = -1", "members.a.forward"),
         ("[members.a]\nweight = 1\nforward = 1\nslot = 1", "members.a.slot"),
         ("x = [", "not valid TOML"),
     ):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_costs(path)
     with pytest.raises(ConfigError, match="there is no file of costs"):
         read_costs(tmp_path / "none.toml")
@@ -181,9 +181,9 @@ def costs_file(tmp_path) -> Path:
 
 def test_the_command_plans_from_a_file(costs_file, capsys):
     assert main([str(costs_file), "--rate", "0.5,1", "--replies", "60", "--replicas", "one=2"]) == 0
-    said = capsys.readouterr().out
-    assert "one × 2" in said
-    assert "first token" in said
+    message = capsys.readouterr().out
+    assert "one × 2" in message
+    assert "first token" in message
     assert main([str(costs_file), "--rate", "2", "--need", "--json", "--replies", "100"]) == 0
     [point] = json.loads(capsys.readouterr().out)["points"]
     assert point["keeps_up"] is True
@@ -199,7 +199,7 @@ def test_the_command_draws_rates(costs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         (["--rate", "x"], "--rate is 'x'"),
         (["--rate", "0"], "more than 0"),
@@ -211,9 +211,9 @@ def test_the_command_draws_rates(costs_file, tmp_path):
         (["-m", "toy:1"], "measure them: --measure"),
     ],
 )
-def test_what_the_command_is_given_is_checked(costs_file, capsys, given, said):
-    assert main([str(costs_file), *given]) != 0
-    assert said in capsys.readouterr().err
+def test_what_the_command_is_given_is_checked(costs_file, capsys, arguments, message):
+    assert main([str(costs_file), *arguments]) != 0
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_measures(tmp_path, capsys):

@@ -1,79 +1,114 @@
-"""The table of modules in docs/structure.md holds: a module imports modules of lower rows only."""
+"""The house as docs/structure.md and the layers of pyproject.toml describe it, and the words of its names."""
 
 from __future__ import annotations
 
 import ast
 import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "mixlm"
+STRUCTURE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+
+# Words that are no names: what something is has a better one.
+PRIVATE_WORDS = {"one", "found", "at", "those", "here", "most", "told", "asked", "law", "reply"}
 
 
-def rows() -> list[tuple[int, list[str]]]:
-    """Each row of the table: its number and its modules."""
-    results = []
-    for line in (ROOT / "docs" / "structure.md").read_text(encoding="utf-8").splitlines():
-        if cells := re.fullmatch(r"\|\s*(\d+)\s*\|([^|]*)\|.*", line.strip()):
-            results.append((int(cells[1]), re.findall(r"`([^`]+)`", cells[2])))
-    return results
+def rooms() -> set[str]:
+    """The packages and modules directly under src/mixlm, but for the entry points."""
+    names = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    return names - {"__init__", "__main__"}
 
 
-def modules() -> dict[str, Path]:
-    """Every module but the package's own, by its path; a package's name stands for its `__init__`."""
-    out = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        name = "/".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
-            out[name] = path
-    return out
+def layers() -> list[list[str]]:
+    """The rooms of each layer of the import contract, from the top down."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    [contract] = [contract for contract in contracts if contract["type"] == "layers"]
+    return [layer.split(" | ") for layer in contract["layers"] if not layer.startswith("(")]
 
 
-def imported(name: str, path: Path, known: set[str]) -> set[str]:
-    """The modules of mixlm that a module imports, at its head or anywhere else."""
-    out = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            targets = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import"
-            # `from mixlm.a import b` may mean the module a/b.
-            deeper = [f"{node.module}.{name.name}" for name in node.names]
-            targets = [one if one.replace(".", "/").removeprefix("mixlm/") in known else node.module for one in deeper]
-        else:
-            continue
-        for target in targets:
-            inside = target.split(".")
-            if inside[0] == "mixlm" and len(inside) > 1:
-                out.add("/".join(inside[1:]))
-    return out - {name}
+def picture() -> list[list[str]]:
+    """The rooms of each line of the picture, from the top down."""
+    lines = STRUCTURE.split("```")[1].strip("\n").splitlines()
+    return [re.split(r"\s{2,}", line.strip())[0].split(" · ") for line in lines]
 
 
-def test_the_table_lists_every_module_once():
-    listed = [name for _, names in rows() for name in names]
-    assert sorted(listed) == sorted(set(listed))
-    assert set(listed) == set(modules())
+def room_table() -> list[tuple[list[str], list[str]]]:
+    """The rooms of each row of the table of rooms, and the modules that the row names."""
+    lines = STRUCTURE.split("## Rooms")[1].split("##")[0].strip().splitlines()[2:]
+    return [tuple(re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|")) for line in lines]
 
 
-@pytest.mark.parametrize("name", modules())
-def test_a_module_imports_modules_of_lower_rows_only(name):
-    place = {name: (row, number) for number, (row, names) in enumerate(rows()) for name in names}
-    known = set(modules())
-    assert name in place, f"the table lacks {name}"
-    for other in imported(name, modules()[name], known):
-        assert other in place, f"the table lacks {other}, which {name} imports"
-        lower = place[other][0] < place[name][0]
-        # Modules in one cell belong together.
-        assert lower or place[other] == place[name], f"{name} imports {other}, which is not of a lower row"
+def named_files() -> set[str]:
+    """What the page names with a folder: `core/options`, `engines/registry.py`, `tests/engines/contract.py`."""
+    return set(re.findall(r"`((?:\w+/)+[\w.]+)`", STRUCTURE.split("## Rooms")[0] + STRUCTURE.split("## Where")[1]))
 
 
-def test_what_a_module_imports_is_found(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text(
-        "import mixlm\nimport mixlm.core.rng\nfrom mixlm.units import tokens\nfrom mixlm.errors import MixlmError\n"
-        "def f():\n    from mixlm.engines.toy import ToyEngine\nfrom numpy import linalg\n"
-    )
-    assert imported("x", path, set(modules())) == {"noise", "vocab/tokens", "errors", "engines/toy"}
+def exists(name: str, base: Path) -> bool:
+    """Whether a file, a folder or a module has this name."""
+    path = base / name
+    return path.exists() or path.with_suffix(".py").exists()
+
+
+def python_files() -> Iterator[Path]:
+    for folder in (SOURCE, ROOT / "research"):
+        yield from sorted(folder.rglob("*.py"))
+
+
+def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Variables and parameters, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+
+
+def test_the_import_contract_has_every_room_once():
+    assert sorted(name for layer in layers() for name in layer) == sorted(rooms())
+
+
+def test_the_picture_has_every_room_once_in_the_order_of_the_contract():
+    shown = picture()
+    assert sorted(name for line in shown for name in line) == sorted(rooms())
+    heights = {name: height for height, layer in enumerate(layers()) for name in layer}
+    order = [heights[name] for line in shown for name in line]
+    assert order == sorted(order)
+
+
+def test_the_table_names_rooms_and_modules_that_exist():
+    for names, modules in room_table():
+        assert set(names) <= rooms()
+        for module in modules:
+            assert any(exists(module, SOURCE / name) for name in names), f"{names} has no {module}"
+
+
+@pytest.mark.parametrize("name", sorted(named_files()))
+def test_a_file_that_the_page_names_exists(name):
+    assert exists(name, SOURCE) or exists(name, ROOT)
+
+
+def test_no_two_classes_share_a_name():
+    places = defaultdict(list)
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {name: lines for name, lines in places.items() if len(lines) > 1} == {}
+
+
+def test_names_are_nouns_of_the_field():
+    private = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in python_files()
+        for name, line in bound_names(ast.parse(path.read_text(encoding="utf-8")))
+        if name in PRIVATE_WORDS
+    ]
+    assert private == []

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small_tasks import toys
 
-from mixlm.engines.toy import ToySession
+from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
@@ -83,7 +83,7 @@ def test_routers_are_judged_from_the_same_reading(
         score = evaluate(routed, {plan.name: plan.task}, methods=["mixture"]).score(plan.name, "mixture")
         assert (way.values == score.questions).all()
     # A second time, nothing is read: not even for other routers.
-    monkeypatch.setattr(ToySession, "forward", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(ToyEngine, "on_forward", staticmethod(lambda *_: pytest.fail("it was read")))
     again = measure_accuracy(ensemble, {"other": PromptRouter(ensemble.weights, 9.0)}, plan, step=0.5)
     assert again.read_seconds == pytest.approx(study.read_seconds)
     assert len(again.grid) == 3

@@ -194,7 +194,7 @@ def hang(*_arguments):
 """
 HANGS = {
     "encoding": "Ensemble.encode_prompt = hang",
-    "step": "toy.ToySession.forward = hang",
+    "step": "toy.ToyEngine.on_forward = staticmethod(hang)",
     "schema": "from mixlm.core.grammar import GrammarCache; GrammarCache.for_schema = hang",
 }
 

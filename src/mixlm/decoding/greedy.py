@@ -60,7 +60,7 @@ def greedy_single(member: int) -> Strategy:
 
 
 @dataclass(slots=True)
-class _Position:
+class _GreedyPosition:
     """One position of a block, and by member: its tokens, the function from logits to its distribution, its logits."""
 
     step: DecodeStep
@@ -70,7 +70,7 @@ class _Position:
     proposal: int | None = None
 
     @classmethod
-    def of(cls, step: DecodeStep) -> _Position:
+    def of(cls, step: DecodeStep) -> _GreedyPosition:
         ids = [view.ids().copy() for view in step.views]  # copies: the state goes on changing
         return cls(step, ids, [view.bind_distribution() for view in step.views])
 
@@ -101,12 +101,12 @@ def greedy_drafted(draft: Draft, block: int, stats: SpeculationStats | None = No
     return strategy
 
 
-def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_Position]]:
+def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_GreedyPosition]]:
     """Return the positions of a block; a draft that is a member runs at all of them."""
-    positions: list[_Position] = []
+    positions: list[_GreedyPosition] = []
     current: DecodeStep | None = step
     while current is not None:
-        position = _Position.of(current)
+        position = _GreedyPosition.of(current)
         positions.append(position)
         if draft.member >= 0:
             [rows] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
@@ -125,7 +125,7 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
     return positions
 
 
-def _verification_requests(positions: list[_Position]) -> tuple[list[Request], list[list[int]]]:
+def _verification_requests(positions: list[_GreedyPosition]) -> tuple[list[Request], list[list[int]]]:
     """Return the requests for all logits that are missing, and the positions that each of them covers."""
     requests: list[Request] = []
     covered: list[list[int]] = []
@@ -143,7 +143,7 @@ def _verification_requests(positions: list[_Position]) -> tuple[list[Request], l
     return requests, covered
 
 
-def _verify(positions: list[_Position], stats: SpeculationStats) -> list[Choice]:
+def _verify(positions: list[_GreedyPosition], stats: SpeculationStats) -> list[Choice]:
     """Take the average's most likely symbol at each position, as far as the proposals before it are accepted."""
     choices: list[Choice] = []
     for position in positions:

@@ -40,11 +40,11 @@ def unite(sampling: Sampling) -> Strategy:
 
     Temperature 0 is the published choice.
     """
-    spellings: list[_Spellings] = []
+    spellings: list[_TokenSpellings] = []
 
     def strategy(step: DecodeStep) -> Flow:
         if not spellings:
-            spellings.append(_Spellings([view.member for view in step.views]))
+            spellings.append(_TokenSpellings([view.member for view in step.views]))
         members = step.weighted_members
         responses = yield [LogitsRequest(i, step.views[i].ids()) for i in members]
         distributions = [step.views[i].distribution(rows[0]) for i, rows in zip(members, responses, strict=True)]
@@ -72,7 +72,7 @@ def _over_union(union: Ids, distribution: Candidates, symbols: Ids) -> Candidate
     return Candidates(union, logprobs - np.logaddexp.reduce(logprobs))
 
 
-class _Spellings:
+class _TokenSpellings:
     """How members spell symbols that their vocabularies lack."""
 
     def __init__(self, members: Sequence[Member]) -> None:

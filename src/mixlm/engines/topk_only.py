@@ -120,9 +120,9 @@ class TopKOnlySession(Session):
     ) -> Generator[tuple[Ids, int], Candidates, Candidates]:
         """Query ever more top tokens until enough of them may be sampled, or there are no more."""
         engine = self._top_k_engine
-        most = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
+        limit = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
         enough = engine.top_k_limit if top_k_filter is None else min(top_k_filter.k, engine.top_k_limit)
-        count = min(enough + engine.extra_tokens, most)
+        count = min(enough + engine.extra_tokens, limit)
         while True:
             candidates = yield ids, count
             usable = engine.sampleable[candidates.ids]
@@ -130,12 +130,12 @@ class TopKOnlySession(Session):
                 usable &= top_k_filter.allows(candidates.ids)
             if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
                 return candidates
-            if count >= most:
+            if count >= limit:
                 raise EngineError(
                     f"fewer than {enough} of the {count} most likely tokens of {engine.name} may be sampled",
                     "use fewer candidates, or let its server return more of them",
                 )
-            count = min(4 * count, most)
+            count = min(4 * count, limit)
 
 
 def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:

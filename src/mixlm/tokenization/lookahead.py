@@ -87,13 +87,13 @@ class PatternReach:
 
     def _find_before(self, candidates: int, following: int) -> int:
         """Return those candidates that one of the following positions can come after."""
-        found = 0
+        positions = 0
         while candidates:
             bit = candidates & -candidates
             candidates ^= bit
             if self._follow[bit.bit_length() - 1] & following:
-                found |= bit
-        return found
+                positions |= bit
+        return positions
 
     # The parser: each method reads from `_at` on and returns a fragment.
 
@@ -184,20 +184,20 @@ class PatternReach:
             raise UnprovableError
         self._at = end + 1
         least = int(low or 0)
-        most = least if not comma else int(high) if high else None
+        highest = least if not comma else int(high) if high else None
         copies = [fragment]
         resume = self._at
-        for _ in range(max(least, most or 1) - 1):
+        for _ in range(max(least, highest or 1) - 1):
             self._at = start
             copy = self._atom(folds)
             if self._at != source_end:  # a quantifier of a quantifier
                 raise UnprovableError
             copies.append(copy)
         self._at = resume
-        if most == 0:
+        if highest == 0:
             return _EMPTY
         copies = [copy if i < least else copy._replace(nullable=True) for i, copy in enumerate(copies)]
-        if most is None:
+        if highest is None:
             self._connect(copies[-1].last, copies[-1].first)
         return self._join(copies)
 
@@ -232,9 +232,9 @@ class PatternReach:
         return _Fragment(False, bit, bit)
 
     def _accept(self, sign: str) -> bool:
-        found = self._source.startswith(sign, self._at)
-        self._at += len(sign) if found else 0
-        return found
+        accepted = self._source.startswith(sign, self._at)
+        self._at += len(sign) if accepted else 0
+        return accepted
 
 
 def _union(masks: Iterable[int]) -> int:
@@ -264,21 +264,21 @@ def _folds(flags: str, folds: bool) -> bool:
 
 
 def _class_end(source: str, start: int) -> int:
-    at = start + 1
-    at += source.startswith("^", at)
-    if source.startswith("]", at):
+    i = start + 1
+    i += source.startswith("^", i)
+    if source.startswith("]", i):
         raise UnprovableError
-    while at < len(source):
-        character = source[at]
+    while i < len(source):
+        character = source[i]
         if character == "\\":
-            at = _escape_end(source, at)
+            i = _escape_end(source, i)
         elif character == "[":
-            closing = source.find(":]", at)
-            at = closing + 2 if source.startswith("[:", at) and closing > 0 else _class_end(source, at)
+            closing = source.find(":]", i)
+            i = closing + 2 if source.startswith("[:", i) and closing > 0 else _class_end(source, i)
         elif character == "]":
-            return at + 1
+            return i + 1
         else:
-            at += 1
+            i += 1
     raise UnprovableError
 
 

@@ -104,7 +104,7 @@ def member_distribution(
     ids: Sequence[int],
     without: Callable[[bytes], bool] = lambda _: False,
 ) -> Distribution:
-    """One member's distribution over byte strings, by the dense reference and a plain loop; without some of them, if asked."""
+    """One member's distribution over byte strings, by the dense reference and a plain loop. without: tokens to mask."""
     logits = engine.table((*prompt, *ids)).astype(np.float32)
     vocabulary = engine.vocabulary
     control = vocabulary.special_ids - vocabulary.end_ids

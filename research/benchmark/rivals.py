@@ -23,7 +23,7 @@ from mixlm.errors import MixlmError
 from mixlm.types import Sampling
 
 ASSISTED = "transformers assistant_ensemble_weight"
-_GUESSES = 20  # what transformers drafts at most, unless told otherwise
+_MAX_DRAFT_TOKENS = 20  # what transformers drafts at most by default
 
 
 class Rival:
@@ -54,7 +54,7 @@ class Rival:
         import torch
         from transformers import GenerationConfig
 
-        count = tokens + 1 + (_GUESSES if self._assisted else 0)
+        count = tokens + 1 + (_MAX_DRAFT_TOKENS if self._assisted else 0)
         config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, **self._options)
         models = _models(self._engines)
         main = models[0]

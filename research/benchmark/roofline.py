@@ -43,7 +43,7 @@ class ForwardNeeds:
 
     @classmethod
     def of(cls, shape: Mapping[str, Any]) -> ForwardNeeds:
-        """Return what a shape needs, see `engines.shape.SHAPES`. Of the input embeddings, only single rows are read."""
+        """Return what a shape of `SHAPES` needs. Of the input embeddings, only single rows are read."""
         hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
         heads, keys = shape["num_attention_heads"], shape["num_key_value_heads"]
         size = shape.get("head_dim") or hidden // heads

@@ -11,9 +11,9 @@ from research.paper.experiments import COLUMNS
 from research.paper.findings import AccuracyFinding, Findings, SpeedFinding
 
 SHORT = {"mixture": "ME", "conventional": "CE"}
-_OWN_LAW = (
-    "CE averages what each member leaves after its own truncation, the law that ME samples. ± is half of a 95 % "
-    "interval over seeds; in parentheses, the gain over the best single member."
+_OWN_DISTRIBUTION = (
+    "CE averages what each member leaves after its own truncation, the distribution that ME samples from. ± is half of a "
+    "95 % interval over seeds; in parentheses, the gain over the best single member."
 )
 _WEIGHTS = (
     "The paper's rows are of the weights that a search in steps of 0.1 found best, which its text does not give, and "
@@ -81,7 +81,7 @@ def span(interval: Interval | None, scale: float = 100) -> str:
 
 
 def _accuracies(findings: Findings) -> list[str]:
-    parts = [f"Accuracy in percent. {_OWN_LAW}", _WEIGHTS]
+    parts = [f"Accuracy in percent. {_OWN_DISTRIBUTION}", _WEIGHTS]
     for label, names in findings.ensembles.items():
         mine = [accuracy for accuracy in findings.accuracies if accuracy.ensemble == label]
         rows = []

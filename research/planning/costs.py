@@ -29,8 +29,8 @@ class _CostsModel(BaseModel):
 class MemberCost(_CostsModel):
     """A member's weight, and what its forwards take, in seconds: forward + sequence·(n - 1) + token·(tokens - n).
 
-    slots: sequences in one forward at most. runs: its server samples consecutive tokens itself, in one request. device: members
-    with the same name take turns on it; None for machines of its own. replicas: machines that it has.
+    slots: sequences in one forward at most. runs: its server samples consecutive tokens itself, in one request.
+    device: members with the same name take turns on it; None for machines of its own. replicas: machines that it has.
     """
 
     weight: float = Field(gt=0)

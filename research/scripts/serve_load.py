@@ -73,7 +73,7 @@ def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
 
 
 async def streamed(port: int, prompt: str, seed: int, tokens: int) -> tuple[int, float]:
-    """Stream one completion; return its tokens and the seconds in forwards. Raises when it does not end as it should."""
+    """Stream one completion; return its tokens and the seconds in forwards. Raises when it ends early."""
     reader, writer = await asyncio.open_connection("localhost", port)
     body = {"messages": [{"role": "user", "content": prompt}], "seed": seed, "max_tokens": tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}

@@ -8,8 +8,8 @@ Throughput: completions by equal weights over two servers, each with one thread,
                    nobody between the servers
   written alone    each server writes as many tokens of every completion as its member did, in one request, and reads
                    nothing of the other's
-Both servers work at once, and as many completions in all as with mixlm. They take turns, since others may use the machine;
-ratios are of one turn.
+Both servers work at once, and as many completions in all as with mixlm. They take turns, since others may use the
+machine; ratios are of one turn.
 
 python -m research.scripts.server_speed [--models A,B] [--replies N] [--at-once N] [--tokens N] [--turns N]
 (turns: 0 for the overhead alone)
@@ -123,7 +123,7 @@ def overhead(ensemble: Ensemble, heard: Sequence[Heard], tokens: int, clock) -> 
 
 
 def mixed(ensemble: Ensemble, prompts: Sequence[str], tokens: int, at_once: int):
-    """Write all completions, so many at once; return seconds, processor seconds of this process, and the completions."""
+    """Write all completions, `at_once` together; return seconds, processor seconds of this process, and completions."""
     start, cpu = time.perf_counter(), time.process_time()
     options = {"max_tokens": tokens, "ignore_end": True, "top_k": 20, "seed": 1, "raw": True}
     generations = dict(ensemble.generations(prompts, at_once=at_once, **options))
@@ -228,7 +228,8 @@ def main() -> None:
         for i, name in enumerate(("the same work", "written alone") if ratios else ()):
             values = [ratio[i] for ratio in ratios]
             print(
-                f"of {name}, median of {arguments.turns} turns: {median(values):.2f}, {min(values):.2f} to {max(values):.2f}"
+                f"of {name}, median of {arguments.turns} turns: {median(values):.2f},"
+                f" {min(values):.2f} to {max(values):.2f}"
             )
     finally:
         for engine, _ in running:
@@ -243,7 +244,8 @@ def main() -> None:
     calls = sorted(each for ear in heard for each in ear.calls)[-60:]
     milliseconds = 1000 * median(now[0] - before[0] - now[1] for before, now in pairwise(calls))
     print(
-        f"a run in this process: {over:.2f} ms outside llama.cpp's forward and sampling, {milliseconds:.2f} ms outside its library"
+        f"a run in this process: {over:.2f} ms outside llama.cpp's forward and sampling,"
+        f" {milliseconds:.2f} ms outside its library"
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m research.scripts.units_table [--models A B] [--texts NAME=FILE ...] [--bytes N] [--prompts N] [--tokens N]
 
-Bits per byte are those of the law of texts, exactly: a sum over every way to write a text, in every unit
+Bits per byte are those of the distribution over texts, exactly: a sum over every way to write a text, in every unit
 (`mixlm.scoring.marginals`). That takes a forward at each byte of it; what was read is kept in the cache folder, so that
 a run that was stopped goes on where it was. Prints the two tables of docs/units.md.
 """
@@ -39,7 +39,7 @@ PROMPTS = (
 
 
 def bits(readings: Sequence[TokenMatches], data: bytes, weights: npt.NDArray[np.float64], unit: str) -> float:
-    """Return bits per byte of a text under the law of texts of a unit, and of a mixture of members."""
+    """Return bits per byte of a text under the distribution over texts of a unit, and of a mixture of members."""
     if unit == "byte":
         logprobs = np.logaddexp.reduce(np.log(weights)[:, None] + [byte_logprobs(reading) for reading in readings])
     elif unit == "word":

@@ -1,4 +1,4 @@
-"""The distribution of bytes: against enumeration of everything members can write, and against one member's own texts."""
+"""The distribution of bytes: against enumeration of all that members can write, and against one member's own texts."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class RequestScores:
 
     @classmethod
     def of(cls, plain: Sequence[Mapping[str, Any] | None], names: Sequence[str], unit: str) -> RequestScores:
-        """Return readings from what `as_plain` gave for each request; an empty one has nothing to read, None failed."""
+        """Return scores from the JSON form of each request's: empty where there is no text, None where it failed."""
         parts = [(i, scores_from_json(record, names, unit)) for i, record in enumerate(plain) if record]
         owner = np.concatenate([np.full(len(part.ends), i) for i, part in parts])
         return cls(concatenate([part for _, part in parts]), owner, np.array([record is None for record in plain]))
@@ -55,7 +55,7 @@ def scores_to_json(scores: Scores | None) -> dict[str, Any]:
 
 
 def scores_from_json(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
-    """Return the scores that `as_plain` was given."""
+    """Return the scores that `scores_to_json` was given."""
     ends = np.array(raw["ends"], dtype=np.int64)
     starts = np.concatenate([[raw["prompt_bytes"]], ends[:-1]]).astype(np.int64)
     table = np.array(raw["logprobs"], dtype=np.float64)

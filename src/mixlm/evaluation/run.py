@@ -78,7 +78,7 @@ def evaluate(
     options = plan.get("options") or {}
     for name in ("method", "seed", "sequence", "raw"):
         if name in options:
-            raise ConfigError(f"{name} is no option of an evaluation's replies", "give methods, seeds or chat")
+            raise ConfigError(f"{name} is no option of an evaluation's completions", "give methods, seeds or chat")
     limit, seeds = plan.get("limit"), tuple(plan.get("seeds", range(5)))
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be 1 or more")

@@ -158,8 +158,8 @@ def bootstrap(
     start = 0.98 * expectation_maximisation(scores).weights + 0.02 * equal_weights(scores)
     samples = []
     for _ in range(rounds):
-        drawn = np.bincount(rng.integers(count, size=count), minlength=count)
-        counts = drawn[block_of].astype(np.float64)
+        resampled = np.bincount(rng.integers(count, size=count), minlength=count)
+        counts = resampled[block_of].astype(np.float64)
         samples.append(_maximize(likelihood, counts, start, 1000, 1e-7)[0])
     low, high = (1 - level) / 2, (1 + level) / 2
     return np.quantile(np.array(samples), [low, high], axis=0).T

@@ -288,7 +288,7 @@ def _greedy(ensemble: Ensemble, outcome: Outcome, exact: ExactReference, toleran
     comparisons = []
     for position, symbol in enumerate(outcome, start=1):
         distribution = exact.distribution(outcome[: position - 1])
-        # Equally likely symbols may be told apart by rounding alone.
+        # Equally likely symbols may be ordered by rounding alone.
         same = bool(distribution[symbol] >= distribution.max() * (1 - 1e-5) - 2 * tolerance)
         p_value, distance = float(same), float(not same)
         comparisons.append(

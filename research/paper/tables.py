@@ -12,8 +12,8 @@ from research.paper.findings import AccuracyFinding, Findings, SpeedFinding
 
 SHORT = {"mixture": "ME", "conventional": "CE"}
 _OWN_DISTRIBUTION = (
-    "CE averages what each member leaves after its own truncation, the distribution that ME samples from. ± is half of a "
-    "95 % interval over seeds; in parentheses, the gain over the best single member."
+    "CE averages what each member leaves after its own truncation, the distribution that ME samples from. ± is half "
+    "of a 95 % interval over seeds; in parentheses, the gain over the best single member."
 )
 _WEIGHTS = (
     "The paper's rows are of the weights that a search in steps of 0.1 found best, which its text does not give, and "

@@ -3,7 +3,8 @@
 Names, addresses, ports, keys, probes, commands and numbers of replicas are those of the manifests. In the place of the
 rest stand small models, processors for GPUs, and this file for the cluster. Then, with clients on the network:
 completions by both of mixlm's pods; a replica of the large member is killed in the middle of completions; the small
-member is killed, and comes back; one of mixlm's pods is killed. Needs root, and vLLM in an environment of its own (`make test-engines`).
+member is killed, and comes back; one of mixlm's pods is killed. Needs root, and vLLM in an environment of its
+own (`make test-engines`).
 
 python -m research.scripts.manifest_run [--engines .venv-engines] [--large FOLDER] [--small FOLDER]
 """

@@ -221,8 +221,8 @@ def main() -> None:
             print(
                 f"turn {turn + 1}: {total} tokens in {runs} requests, {caught} tokens read; tokens/s: mixlm"
                 f" {total / seconds:.1f}, the same work {total / same:.1f} ({ratios[-1][0]:.2f}), written alone"
-                f" {total / separate:.1f} ({ratios[-1][1]:.2f}); {1000 * cpu / total:.2f} ms of processor time a token in"
-                f" mixlm; load {os.getloadavg()[0]:.1f}",
+                f" {total / separate:.1f} ({ratios[-1][1]:.2f}); {1000 * cpu / total:.2f} ms of processor time a token"
+                f" in mixlm; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
         for i, name in enumerate(("the same work", "written alone") if ratios else ()):

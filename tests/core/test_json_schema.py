@@ -1,4 +1,4 @@
-"""Completions under a JSON schema: the distribution by enumeration, validity by another library, all units and methods."""
+"""Completions under a JSON schema: the distribution by enumeration, validity by another library; units, methods."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pair(unit: str, **more: Any) -> Ensemble:
 
 
 def constrained_distribution(toy: ToyEngine, sampling: Sampling, text: bytes, ids) -> dict[bytes, float]:
-    """A member's distribution of the next symbol: what keeps the text a prefix of the language, by looking at all of it."""
+    """A member's distribution over next symbols that keep the text a prefix of the language, from all of it."""
     vocabulary = toy.vocabulary
 
     def fits(i: int) -> bool:

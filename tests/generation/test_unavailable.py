@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from mixlm.engines.toy import ToyEngine, ToySession
+from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.generation.scheduler import Scheduler
@@ -22,29 +22,19 @@ class Flaky(ToyEngine):
         self.fails, self.back = fails, back
         self.forwards = self.looks = 0
         self.down = False
+        self.on_forward = self.count_or_fail
 
-    def session(self) -> FlakySession:
-        return FlakySession(self)
+    def count_or_fail(self, ids: np.ndarray, last: int) -> None:
+        self.forwards += 1
+        self.down = self.down or self.forwards == self.fails
+        if self.down:
+            raise EngineError("the line is dead", "plug it in")
 
     def alive(self) -> bool:
         self.looks += 1
         if self.back is not None and self.looks > self.back:
             self.down, self.fails = False, None
         return not self.down
-
-
-class FlakySession(ToySession):
-    def __init__(self, engine: Flaky) -> None:
-        super().__init__(engine)
-        self._flaky = engine
-
-    def forward(self, ids: np.ndarray, last: int) -> np.ndarray:
-        flaky = self._flaky
-        flaky.forwards += 1
-        flaky.down = flaky.down or flaky.forwards == flaky.fails
-        if flaky.down:
-            raise EngineError("the line is dead", "plug it in")
-        return super().forward(ids, last)
 
 
 def make_ensemble(fails: int | None = 3, back: int | None = None, other: int | None = None) -> Ensemble:

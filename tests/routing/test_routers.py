@@ -1,4 +1,4 @@
-"""Routers keep the distribution in every unit, one that looks at the author does not; and each one's weights of a state."""
+"""Routers keep the distribution in every unit; one that looks at the author does not. And the weights of each."""
 
 from __future__ import annotations
 

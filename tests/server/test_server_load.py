@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import signal
 import threading
 import time
@@ -15,7 +14,6 @@ import pytest
 from serving import HELLO, EndlessToy, endless, events, raw_connection, request_bytes, running, wait
 
 from mixlm.core.options import GenerationOptions
-from mixlm.engines.toy import ToySession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError, MemoryLimitError
 from mixlm.loading import load
@@ -364,24 +362,17 @@ toy.ToySession.forward = forward
 
 
 def test_usage_counts_tokens_generated_without_a_member():
-    class Failing(EndlessToy):
-        def session(self) -> ToySession:
-            session = super().session()
-            forward, count = session.forward, itertools.count()
-
-            def failing(ids: np.ndarray, last: int) -> np.ndarray:
-                if next(count) == 3:
-                    raise EngineError("the connection is lost")
-                return forward(ids, last)
-
-            session.forward = failing
-            return session
+    class LosingConnection(EndlessToy):
+        def count_and_wait(self, ids: np.ndarray, last: int) -> None:
+            super().count_and_wait(ids, last)
+            if self.forwards == 4:
+                raise EngineError("the connection is lost")
 
         def alive(self) -> bool:
             return False
 
     pair = Ensemble(
-        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(Failing(2), "goes")],
+        [MemberSpec(EndlessToy(1), "stays"), MemberSpec(LosingConnection(2), "goes")],
         defaults=GenerationOptions(on_failure="drop"),
     )
     with running(pair) as server:

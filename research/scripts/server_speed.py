@@ -87,7 +87,7 @@ class Heard:
 
         client.request = listening
 
-    def here(self, engine) -> None:
+    def listen(self, engine) -> None:
         """Listen to llama.cpp in this process; what a call of its library took goes to `calls`, in seconds."""
         self.calls: list[tuple[float, float]] = []
         engine.server = Library(engine.server, self)
@@ -238,7 +238,7 @@ def main() -> None:
     ensemble = mixlm.load(*names, engine="llamacpp")
     heard = [Heard() for _ in ensemble.members]
     for engine, ear in zip(ensemble.members, heard, strict=True):
-        ear.here(engine.engine)
+        ear.listen(engine.engine)
     # llama.cpp's work is in threads of its own.
     over, used = min(overhead(ensemble, heard, 64, time.thread_time) for _ in range(3))
     calls = sorted(each for ear in heard for each in ear.calls)[-60:]

@@ -101,13 +101,13 @@ def test_the_reference_is_the_sum_over_everything_that_can_be_written(text, name
     assert_same_distribution(result, average(pair(), OPTIONS[name], text), 1e-9)
 
 
-def at(ensemble, options, text: bytes):
+def state_at(ensemble, options, text: bytes):
     return written(ensemble, options, "ab", [bytes([b]) for b in text])
 
 
 def sampled(strategy, ensemble, options, text: bytes, noise):
     """The first choice of a strategy behind a text."""
-    choice, _ = driven(strategy, at(ensemble, options, text), ensemble.weights, noise)
+    choice, _ = driven(strategy, state_at(ensemble, options, text), ensemble.weights, noise)
     return choice
 
 
@@ -153,14 +153,14 @@ def test_one_member_alone_writes_the_texts_it_writes_in_pieces(options):
     go(b"", 1.0)
     assert sum(distribution.values()) == pytest.approx(1)
 
-    def reply(sequence: int, unit: str) -> bytes:
+    def sampled_text(sequence: int, unit: str) -> bytes:
         ensemble = make_ensemble(alone.members[:1] and [alone.members[0].engine], unit=unit)
         done = ensemble.generate("ab", raw=True, seed=6, sequence=sequence, max_tokens=4, **options)
         data = b"".join(token.data for token in done.tokens)
         return (data + (b"." if done.finish_reason == "stop" else b""))[:4]
 
     for unit in ("byte", "piece"):
-        assert_sampled_from(counted(lambda i, unit=unit: reply(i, unit), 4000), distribution)
+        assert_sampled_from(counted(lambda i, unit=unit: sampled_text(i, unit), 4000), distribution)
 
 
 @pytest.mark.parametrize("options", [PLAIN, {"temperature": 1.0, "top_k": 2}])
@@ -177,11 +177,11 @@ def test_completions_follow_the_distribution_byte_by_byte(options):
             for key, p in exact(ensemble, options, text).items():
                 distribution[text + (key or b".")] = probability * p
 
-    def reply(sequence: int) -> bytes:
+    def sampled_text(sequence: int) -> bytes:
         done = ensemble.generate("ab", raw=True, seed=8, sequence=sequence, max_tokens=3, **options)
         return b"".join(token.data for token in done.tokens) + (b"." if done.finish_reason == "stop" else b"")
 
-    assert_sampled_from(counted(reply, 5000), distribution)
+    assert_sampled_from(counted(sampled_text, 5000), distribution)
 
 
 def test_a_text_that_a_member_would_not_write_is_written_over():
@@ -245,7 +245,7 @@ def test_log_probabilities_of_a_tokens_bytes_add_up():
 def test_one_forward_is_requested_at_a_time_and_none_twice():
     ensemble = pair()
     runs = []
-    writing = at(ensemble, PLAIN, b"ab")
+    writing = state_at(ensemble, PLAIN, b"ab")
     for sequence in range(40):
         _, rounds = driven(byte_mixture(0), writing, ensemble.weights, Noise(2, sequence))
         assert all(isinstance(request, LogitsRequest) for [request] in rounds)

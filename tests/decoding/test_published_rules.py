@@ -49,7 +49,7 @@ class Nth:
         return min(self.n, self.count - 1)
 
 
-def law(ensemble: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Distribution:
+def strategy_distribution(ensemble: Ensemble, options: dict, pieces=(), prompt: str = "ab") -> Distribution:
     """What a rule may choose, with its probability: every choice is made once, and equal symbols are added up."""
     out: Distribution = defaultdict(float)
     settings = ensemble.settings(method="conventional", **options)
@@ -101,7 +101,9 @@ def test_the_distribution_is_that_of_a_plain_second_computation(rule, unit, memb
         options["top_k"] = 2
     ensemble = toys(unit, members)
     for pieces in PLACES:
-        assert_same_distribution(law(ensemble, options, pieces), reference(ensemble, options, pieces), 1e-6)
+        assert_same_distribution(
+            strategy_distribution(ensemble, options, pieces), reference(ensemble, options, pieces), 1e-6
+        )
 
 
 def spelled(engine, **names: str):
@@ -126,20 +128,26 @@ def test_gac_takes_one_character_in_two_spellings_for_two_tokens():
     ensemble = two_spellings()
     ours = exact_distribution(ensemble, PLAIN, "a")
     assert max(ours, key=ours.get) == "é".encode()
-    assert law(ensemble, {"rule": "gac", "temperature": 0.0}, prompt="a") == {b"x": 1.0}
+    assert strategy_distribution(ensemble, {"rule": "gac", "temperature": 0.0}, prompt="a") == {b"x": 1.0}
     # Cut to the likeliest, of which "x" is one; the library's own would be "é" and nothing else.
-    assert_same_distribution(law(ensemble, {"rule": "gac", **PLAIN, "top_k": 1}, prompt="a"), {b"x": 1.0})
+    assert_same_distribution(
+        strategy_distribution(ensemble, {"rule": "gac", **PLAIN, "top_k": 1}, prompt="a"), {b"x": 1.0}
+    )
     mixed_first = {"mix_then_truncate": True, **PLAIN, "top_k": 1}
-    assert_same_distribution(law(ensemble, mixed_first, prompt="a"), {"é".encode(): 1.0})
+    assert_same_distribution(strategy_distribution(ensemble, mixed_first, prompt="a"), {"é".encode(): 1.0})
 
 
 def test_what_gac_samples_from_the_plain_average_is_the_librarys_own_distribution():
     ensemble = two_spellings()
     assert_same_distribution(
-        law(ensemble, {"rule": "gac", **PLAIN}, prompt="a"), exact_distribution(ensemble, PLAIN, "a"), 1e-6
+        strategy_distribution(ensemble, {"rule": "gac", **PLAIN}, prompt="a"),
+        exact_distribution(ensemble, PLAIN, "a"),
+        1e-6,
     )
     assert_same_distribution(
-        law(toys("piece", 3), {"rule": "gac", **PLAIN}), exact_distribution(toys("piece", 3), PLAIN, "ab"), 1e-6
+        strategy_distribution(toys("piece", 3), {"rule": "gac", **PLAIN}),
+        exact_distribution(toys("piece", 3), PLAIN, "ab"),
+        1e-6,
     )
 
 
@@ -148,8 +156,8 @@ def test_unite_weighs_a_member_by_what_the_others_think_likely():
     options = {"temperature": 1.0, "top_k": 1}
     assert_same_distribution(exact_distribution(ensemble, options, ""), {b"a": 0.5, b"c": 0.5}, 1e-6)
     expected = {b"a": (0.5 / 0.8 + 0.1 / 0.6) / 2, b"c": (0.3 / 0.8 + 0.5 / 0.6) / 2}
-    assert_same_distribution(law(ensemble, {"rule": "unite", **options}, prompt=""), expected, 1e-6)
-    assert law(ensemble, {"rule": "unite", "top_k": 1, "temperature": 0.0}, prompt="") == {b"c": 1.0}
+    assert_same_distribution(strategy_distribution(ensemble, {"rule": "unite", **options}, prompt=""), expected, 1e-6)
+    assert strategy_distribution(ensemble, {"rule": "unite", "top_k": 1, "temperature": 0.0}, prompt="") == {b"c": 1.0}
 
 
 def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_token():
@@ -165,7 +173,7 @@ def test_unite_gives_a_token_that_a_member_lacks_the_probability_of_its_first_to
         b"b": 0.5 * 0.25 + 0.25 * 0.5 / 1.5 + 0.25 * 0.5,
         END: 0.25 * 0.5,
     }
-    assert_same_distribution(law(ensemble, union, prompt=""), expected, 1e-6)
+    assert_same_distribution(strategy_distribution(ensemble, union, prompt=""), expected, 1e-6)
 
 
 def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
@@ -177,7 +185,9 @@ def test_unite_joins_the_ten_likeliest_unless_told_otherwise():
 def test_members_of_no_weight_take_no_part():
     ensemble = make_ensemble([fixed({b"a": 1.0}), fixed({b"b": 1.0})], [1, 0])
     for rule in ("gac", "unite"):
-        assert_same_distribution(law(ensemble, {"rule": rule, **PLAIN, "top_k": 1}, prompt=""), {b"a": 1.0})
+        assert_same_distribution(
+            strategy_distribution(ensemble, {"rule": rule, **PLAIN, "top_k": 1}, prompt=""), {b"a": 1.0}
+        )
 
 
 def test_the_strings_of_the_union_are_spellings_with_their_signs_read():

@@ -112,7 +112,7 @@ class Path:
 
 
 def enumerated(strategy, writing, weights) -> Iterator[tuple[Any, float]]:
-    """Every outcome of a strategy at one place, with its probability: all coins, all draws."""
+    """Every outcome of a strategy at one place, with its probability: all coins, all samples."""
     for coin in range(len(weights)):
         takes: list[int] = []
         while True:
@@ -156,7 +156,7 @@ def one_by_one(step):
     return [Choice(sampled.symbol, z, sampled.logprob) if anew is None else Choice(anew.symbol, coin, anew.logprob)]
 
 
-def at(ensemble, options, path):
+def state_at(ensemble, options, path):
     """A text that stands behind a path of symbols and their writers."""
     writing = written(ensemble, options, "ab", [])
     for data, member in path:
@@ -168,7 +168,7 @@ def at(ensemble, options, path):
 def strategy_distribution(ensemble, options, path, longest: int = MAX_UNVERIFIED) -> dict[tuple[bytes, int], float]:
     distribution = defaultdict(float)
     for choice, probability in enumerated(
-        lambda: word_mixture(longest), lambda: at(ensemble, options, path), ensemble.weights
+        lambda: word_mixture(longest), lambda: state_at(ensemble, options, path), ensemble.weights
     ):
         if probability == 0:
             continue
@@ -265,11 +265,11 @@ def test_completions_follow_the_distribution():
     ensemble, options = small(), {"temperature": 1.0, "top_k": 0}
     distribution = texts(partial(definition, ensemble, options, "ab"), 3)
 
-    def reply(sequence: int) -> tuple[bytes, ...]:
+    def sampled_text(sequence: int) -> tuple[bytes, ...]:
         done = ensemble.generate("ab", raw=True, seed=5, sequence=sequence, max_tokens=3, **options)
         return (*(token.data for token in done.tokens), *([END] if done.finish_reason == "stop" else []))
 
-    assert_sampled_from(counted(reply, 5000), distribution)
+    assert_sampled_from(counted(sampled_text, 5000), distribution)
 
 
 def test_the_second_sample_does_not_follow_from_the_first():
@@ -287,14 +287,14 @@ def test_the_second_sample_does_not_follow_from_the_first():
 
 
 def at_plain(ensemble, path):
-    return at(ensemble, {"temperature": 1.0, "top_k": 0}, path)
+    return state_at(ensemble, {"temperature": 1.0, "top_k": 0}, path)
 
 
 def test_who_goes_on_with_a_word_is_asked_alone_and_a_switch_asks_one_more():
     ensemble = three()
     switched = set()
     for position in range(200):
-        writing = at(ensemble, {}, [(b"a", 0)])
+        writing = state_at(ensemble, {}, [(b"a", 0)])
         noise = Noise(1, 0, position)
         coin = noise.coin(ensemble.weights)
         choice, rounds = driven(word_mixture(1), writing, ensemble.weights, noise)

@@ -22,7 +22,7 @@ def pair(weights: Sequence[float] = (1, 1)) -> Ensemble:
     return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], weights)
 
 
-def law(share: float) -> AgreementDistribution:
+def agreed_distribution(share: float) -> AgreementDistribution:
     return AgreementDistribution([ToyEngine().vocabulary, ToyEngine().vocabulary], share)
 
 
@@ -31,7 +31,7 @@ def contexts(count: int) -> list[np.ndarray]:
 
 
 def test_members_share_a_distribution_in_that_share_of_contexts_and_no_token_in_the_others() -> None:
-    agreement, equal = law(0.8), 0
+    agreement, equal = agreed_distribution(0.8), 0
     for ids in contexts(2000):
         first, second = agreement(0, ids), agreement(1, ids)
         same = bool((first == second).all())
@@ -43,9 +43,9 @@ def test_members_share_a_distribution_in_that_share_of_contexts_and_no_token_in_
 
 
 def test_the_distribution_is_a_function_of_the_last_three_tokens() -> None:
-    agreement = law(0.5)
+    agreement = agreed_distribution(0.5)
     for ids in contexts(20):
-        np.testing.assert_array_equal(agreement(0, ids), law(0.5)(0, ids[-3:]))
+        np.testing.assert_array_equal(agreement(0, ids), agreed_distribution(0.5)(0, ids[-3:]))
     first, second = contexts(2)
     assert (agreement(0, first) != agreement(0, second)).any()
 

@@ -27,7 +27,7 @@ def pair() -> Ensemble:
     return Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)], [3, 1])
 
 
-def at(sweep: Sweep, series: str) -> dict[float | str, SweepPoint]:
+def points(sweep: Sweep, series: str) -> dict[float | str, SweepPoint]:
     return {point.x: point for point in sweep.points if point.series == series}
 
 
@@ -62,28 +62,28 @@ def test_completions_of_a_batch_share_forwards_of_real_models() -> None:
     sweep = sweep_along(
         "batch", shapes(), ComparisonPlan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1)
     )
-    assert at(sweep, "conventional")[4].more["replies_a_forward"] == 4
-    assert 1 < at(sweep, "mixture")[4].more["replies_a_forward"] < 4
+    assert points(sweep, "conventional")[4].more["replies_a_forward"] == 4
+    assert 1 < points(sweep, "mixture")[4].more["replies_a_forward"] < 4
 
 
 def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
     sweep = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
-    assert list(at(sweep, "mixture")) == [40, 80, 4086]
+    assert list(points(sweep, "mixture")) == [40, 80, 4086]
     assert "4086 tokens in place of 5000" in sweep.notes[0]
     for point in sweep.points:
         assert point.more["ms_a_token"] == pytest.approx(1000 / point.tokens_per_second)
-    assert set(at(sweep, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
-    assert set(at(sweep, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
+    assert set(points(sweep, "single toy-1")[40].more) == {"ms_a_token", "seconds_to_read toy-1"}
+    assert set(points(sweep, "mixture")[40].more) >= {"seconds_to_read toy-1", "seconds_to_read toy-2"}
     # The prompt was read before: what is run is what is written.
-    assert sum(at(sweep, "conventional")[80].forwards.values()) == 2
+    assert sum(points(sweep, "conventional")[80].forwards.values()) == 2
 
 
 def test_members_are_copies_that_are_run_for_themselves() -> None:
     sweep = sweep_along("members", shapes(), ComparisonPlan(places=[1, 3], methods=METHODS["members"], **SMALL))
-    assert set(at(sweep, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
-    assert sum(at(sweep, "conventional")[3].forwards.values()) == 3
-    assert sum(at(sweep, "mixture")[3].forwards.values()) == 1
-    assert list(at(sweep, "single")) == [1]
+    assert set(points(sweep, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}
+    assert sum(points(sweep, "conventional")[3].forwards.values()) == 3
+    assert sum(points(sweep, "mixture")[3].forwards.values()) == 1
+    assert list(points(sweep, "single")) == [1]
     assert "copies of small" in sweep.notes[0]
 
 
@@ -91,7 +91,7 @@ def test_weights_are_those_of_the_first_member_and_the_cost_model_stands_beside(
     sweep = sweep_along(
         "weights", pair, ComparisonPlan(places=[0, 0.5, 1], methods=("mixture", "speculative"), **SMALL)
     )
-    mixture = at(sweep, "mixture")
+    mixture = points(sweep, "mixture")
     assert mixture[0].forwards == {"toy-1": 0, "toy-2": 1}
     assert mixture[1].forwards == {"toy-1": 1, "toy-2": 0}
     assert all(point.predicted is not None and point.predicted > 0 for point in mixture.values())
@@ -106,8 +106,8 @@ def test_one_device_is_said_to_be_one(pair: Ensemble) -> None:
 
 def test_members_on_devices_of_their_own_stand_beside_those_on_one(pair: Ensemble) -> None:
     sweep = sweep_along("devices", pair, ComparisonPlan(agreement=0.5, **SMALL), apart=lambda: pair)
-    assert set(at(sweep, "conventional")) == {"one for all", "one for each"}
-    assert set(at(sweep, "single toy-1")) == {"one for all"}
+    assert set(points(sweep, "conventional")) == {"one for all", "one for each"}
+    assert set(points(sweep, "single toy-1")) == {"one for all"}
     assert sweep.notes == (agreement_note(0.5),)
 
 

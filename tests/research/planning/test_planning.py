@@ -18,7 +18,7 @@ from research.planning.plan import PlanTarget, expected, needed, sweep
 from research.planning.simulation import Workload, simulate
 
 
-def one(forward: float = 0.1, **options) -> PlanCosts:
+def one_member(forward: float = 0.1, **options) -> PlanCosts:
     return PlanCosts(members={"a": MemberCost(weight=1, forward=forward, slots=1, **options)})
 
 
@@ -28,7 +28,7 @@ def pair(**options) -> PlanCosts:
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
 def test_the_wait_of_one_server_with_equal_services_is_that_of_pollaczek_and_khinchine(load):
-    seen = simulate(one(), Workload(load / 0.1, 1, 1, 10**6, "fixed"), count=20_000)
+    seen = simulate(one_member(), Workload(load / 0.1, 1, 1, 10**6, "fixed"), count=20_000)
     assert seen.first.mean() - 0.1 == pytest.approx(0.1 * load / (2 * (1 - load)), rel=0.1)  # M/D/1
     assert seen.busy["a"][0] == pytest.approx(load, rel=0.03)
 
@@ -38,7 +38,7 @@ def test_the_wait_of_one_server_with_random_services(load):
     """Completions are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
     tokens, forward = 20, 0.005
     service = tokens * forward
-    seen = simulate(one(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=16_000)
+    seen = simulate(one_member(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=16_000)
     square = forward**2 * (2 * tokens**2 - tokens)  # of a geometric distribution
     wait = load / service * square / (2 * (1 - load))
     assert wait == pytest.approx(service * load / (1 - load), rel=0.03)
@@ -97,7 +97,7 @@ def test_mixlm_itself_can_be_what_is_full():
 
 
 def test_sequences_stay_with_their_machine_and_share_them_evenly():
-    costs = one(replicas=3).with_replicas({"a": 4})
+    costs = one_member(replicas=3).with_replicas({"a": 4})
     seen = simulate(costs, Workload(20, 1, 1, 10**6, "fixed"), count=8000)
     assert len(seen.busy["a"]) == 4
     assert max(seen.busy["a"]) - min(seen.busy["a"]) < 0.5
@@ -111,19 +111,19 @@ def test_equal_seeds_give_equal_runs():
 
 def test_as_few_machines_as_keep_up_are_found():
     load = Workload(25, 1, 1, 10**6, "fixed")
-    point = needed(one(), load, PlanTarget(busy=0.85), count=4000)
+    point = needed(one_member(), load, PlanTarget(busy=0.85), count=4000)
     assert point.replicas == {"a": 3}  # 2.5 machines' work
-    sooner = needed(one(), load, PlanTarget(first=0.105, busy=0.85), count=4000)
+    sooner = needed(one_member(), load, PlanTarget(first=0.105, busy=0.85), count=4000)
     assert sooner.replicas["a"] > 3
-    assert not expected(one(), load, count=4000).keeps_up
+    assert not expected(one_member(), load, count=4000).keeps_up
     with pytest.raises(ConfigError, match="give --rate"):
-        needed(one(), Workload(None, 1, 1), PlanTarget())
+        needed(one_member(), Workload(None, 1, 1), PlanTarget())
     with pytest.raises(ConfigError, match="no number of machines"):
-        needed(one(), load, PlanTarget(first=0.05), count=50)
+        needed(one_member(), load, PlanTarget(first=0.05), count=50)
 
 
 def test_more_that_comes_waits_longer():
-    points = sweep(one(), Workload(None, 1, 1, 10**6, "fixed"), [2, 5, 8], count=4000)
+    points = sweep(one_member(), Workload(None, 1, 1, 10**6, "fixed"), [2, 5, 8], count=4000)
     waits = [point.as_dict()["first_token"]["p95"] for point in points]
     assert waits == sorted(waits)
 

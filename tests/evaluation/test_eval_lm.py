@@ -202,7 +202,7 @@ def test_routers_see_the_same_context_as_in_completions(kind: str) -> None:
     scored = seen.copy()
     seen.clear()
     lm.generate_until([Request((packed, {**SAMPLED, "max_gen_toks": 1}))])
-    assert scored == seen
+    assert scored == seen[-len(scored) :]  # a router that needs bits per byte may begin twice
     assert scored[0].endswith(b"<end>\nIt is")
 
 

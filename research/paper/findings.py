@@ -129,8 +129,8 @@ def read(path: str | Path) -> Findings:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"{path} holds no results of mixlm paper: {type(error).__name__}: {error}",
-            "give the JSON file that mixlm paper wrote",
+            f"{path} holds no results of research.paper: {type(error).__name__}: {error}",
+            "give the JSON file that python -m research.paper wrote",
         ) from error
 
 

@@ -146,7 +146,7 @@ class Counting(ToyEngine):
     def respond(self, requests: Any) -> list[Response]:
         batch: list[tuple[Session, Request]] = list(requests)
         self.calls += 1
-        self.replies += len(batch)
+        self.completions += len(batch)
         return super().respond(batch)
 
 
@@ -171,7 +171,7 @@ def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
             scheduler.add(streams[-1])
         for _ in range(60):  # all completions are under way
             scheduler.step()
-        calls[method] = sum(engine.replies for engine in engines) / sum(engine.calls for engine in engines) / 48
+        calls[method] = sum(engine.completions for engine in engines) / sum(engine.calls for engine in engines) / 48
     assert calls["conventional"] == 1.0
     assert calls["mixture"] == pytest.approx(batch_share(48, members), rel=0.08)
     # A token takes one answer in mixture, and n in conventional.

@@ -1,8 +1,7 @@
+# ruff: noqa: E501
 """Chat templates as models have them, shortened: by the family whose habits they show."""
 
 from __future__ import annotations
-
-# ruff: noqa: E501
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"

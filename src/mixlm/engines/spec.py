@@ -17,6 +17,7 @@ class EngineSpec:
     candidates: how many top tokens an engine with a `top_k_limit` returns. context, slots: tokens of one sequence and
     sequences kept at once, in llama.cpp and vLLM. tokenizer: folder of the tokenizer of a model behind a server.
     key_env: environment variable with the server's API key. timeout: seconds to wait for a server's response.
+    trust_remote_code: whether Python code in the model's folder may run.
     """
 
     model: str
@@ -34,6 +35,7 @@ class EngineSpec:
     tokenizer: str | None = None
     key_env: str | None = None
     timeout: float = 120.0
+    trust_remote_code: bool = False
 
     @property
     def weights_key(self) -> EngineSpec:

@@ -54,6 +54,7 @@ class TokenizerSetup:
         name: str,
         memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         template: str | None = None,
+        trust_remote_code: bool = False,
     ) -> TokenizerSetup:
         """Load a tokenizer from a folder or a hub id.
 
@@ -62,13 +63,14 @@ class TokenizerSetup:
             name: of the model, for messages.
             memory_errors: translates errors that mean that memory ran out.
             template: what a member has in place of the model's chat template.
+            trust_remote_code: whether code in the folder may run.
 
         Raises:
             ModelLoadError: it cannot be loaded.
             TemplateError: the chat template is broken.
             TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
         """
-        tokenizer = load_tokenizer(source, name, memory_errors)
+        tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
         notes = _conversion_notes(source)
         backend = tokenizer.backend
         family = detect_family(describe(backend), name)
@@ -79,7 +81,8 @@ class TokenizerSetup:
                 render = _compiled(tokenizer, source_text, name).render
                 control += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
         _make_special(backend, control)
-        tokens, special_ids = token_bytes(backend, family, name)
+        ids = backend.get_vocab(with_added_tokens=True)
+        tokens, special_ids = token_bytes(backend, family, name, ids)
         begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
         return cls(
             source,
@@ -88,7 +91,7 @@ class TokenizerSetup:
             family,
             TokenizerEncoder(backend, family),
             tokens,
-            {i: spelling for spelling, i in backend.get_vocab(with_added_tokens=True).items()},
+            {i: spelling for spelling, i in ids.items()},
             special_ids,
             {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
             begin,
@@ -110,9 +113,9 @@ class TokenizerSetup:
         if spec.template is not None and not self.special_tokens.keys() >= set(
             turn_tokens(template.render, self.tokenizer.backend)
         ):
-            return TokenizerSetup.load(self.source, self.name, template=spec.template).text_interface(
-                spec, vocab_size, end_ids, notes
-            )
+            return TokenizerSetup.load(
+                self.source, self.name, template=spec.template, trust_remote_code=spec.trust_remote_code
+            ).text_interface(spec, vocab_size, end_ids, notes)
         after_response = "" if plain else text_after_response(template.render)
         end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
         end_of_text = self.tokenizer.named_id("eos_token")
@@ -156,7 +159,11 @@ class TokenizerSetup:
 
 
 def load_tokenizer(
-    source: str, name: str, memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    source: str,
+    name: str,
+    memory_errors: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    *,
+    trust_remote_code: bool = False,
 ) -> FolderTokenizer:
     """Load the fast tokenizer of a folder or a hub id: see `TokenizerSetup.load`."""
     try:
@@ -164,18 +171,20 @@ def load_tokenizer(
             if (Path(source) / TOKENIZER_FILE).is_file():
                 # The file is complete; the class that a model names would only rebuild it, slowly.
                 return read_tokenizer(Path(source))
-            return _converted_tokenizer(source, name)
+            return _converted_tokenizer(source, name, trust_remote_code=trust_remote_code)
     except MixlmError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_error(f"the tokenizer of {name}") from error
         raise ModelLoadError(f"the tokenizer of {name} cannot be loaded: {first_line(error)}") from error
 
 
-def _converted_tokenizer(source: str, name: str) -> FolderTokenizer:
+def _converted_tokenizer(source: str, name: str, *, trust_remote_code: bool) -> FolderTokenizer:
     """Load the tokenizer of a folder without `tokenizer.json`, or of a hub id, by transformers."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise TokenizerError(f"the tokenizer of {name} has no fast form ({type(tokenizer).__name__})")
     if (file := Path(source) / "tokenizer.model").is_file():
@@ -213,7 +222,8 @@ def configured_end_ids(source: str) -> list[int]:
     end_ids: list[int] = []
     for reader in (AutoConfig, GenerationConfig):
         try:
-            hub_config = reader.from_pretrained(source)
+            # Never with the code of a repository: a configuration is read without it.
+            hub_config = reader.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError):  # there is none, or transformers does not know the architecture
             continue
         end_ids += as_ids(getattr(hub_config, "eos_token_id", None))
@@ -225,9 +235,22 @@ def as_ids(value: int | Sequence[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
+def remote_code_error(what: str) -> ModelLoadError:
+    """Return the error for what needs Python code from a model's folder."""
+    return ModelLoadError(
+        f"{what} needs Python code in the model's folder, which is not run",
+        "if you trust it: trust_remote_code = true for the member in the ensemble file, or "
+        "mixlm.load(…, trust_remote_code=True), or --trust-remote-code",
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # Such messages say what was not found, and not that it was looked for.
+    programming = isinstance(error, LookupError | ArithmeticError | AttributeError | TypeError | NameError)
+    return f"{type(error).__name__}: {line}" if programming and line != type(error).__name__ else line
 
 
 def _begin_ids(tokenizer: FolderTokenizer) -> list[int]:

@@ -77,12 +77,20 @@ class _HeaderReader:
             return self.values(_SCALARS[kind], count)
         if kind == _STRING and self._texts:
             return [self.string() for _ in range(count)]
-        for _ in range(count):
-            if kind == _STRING:
-                self.skip_string()
-            else:
+        if kind == _STRING:
+            self._skip_strings(count)
+        else:
+            for _ in range(count):
                 self.value(kind)
         return count
+
+    def _skip_strings(self, count: int) -> None:
+        data, offset, size = self._data, self.offset, len(self._data)
+        for _ in range(count):
+            offset += 8 + int.from_bytes(data[offset : offset + 8], "little")
+            if offset > size:
+                raise struct.error("past the end")
+        self.offset = offset
 
 
 def read_header(path: Path) -> GgufHeader:

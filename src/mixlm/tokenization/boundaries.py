@@ -8,12 +8,13 @@ stage, no boundary is stable, and the whole text is encoded again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 from unicodedata import category
 
+import numpy as np
+
 from mixlm.tokenization.lookahead import PatternReach, UnprovableError
-from mixlm.tokenization.vocabulary import SPACE, describe, flatten_component, load_component
+from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -66,7 +67,7 @@ class _UnicodeForm:
     """A normalization form: a character may be changed by combining ones behind it."""
 
     def limit(self, text: str, end: int) -> int:
-        return next((at for at in range(end - 1, -1, -1) if not self.joins("", text[at])), 0)
+        return next((i for i in range(end - 1, -1, -1) if not self.joins("", text[i])), 0)
 
     def joins(self, left: str, right: str) -> bool:
         return not right.isascii() and (
@@ -78,7 +79,7 @@ class _Graphemes:
     """Reads clusters of characters: only a space behind a character of no cluster is sure to stand apart."""
 
     def limit(self, text: str, end: int) -> int:
-        return next((at for at in range(end - 1, 0, -1) if not self.joins(text[at - 1], text[at])), 0)
+        return next((i for i in range(end - 1, 0, -1) if not self.joins(text[i - 1], text[i])), 0)
 
     def joins(self, left: str, right: str) -> bool:
         return right != " " or category(left)[0] in "MC" or left in _PREPENDED
@@ -138,7 +139,8 @@ class Boundaries:
         try:
             self._normalizers = [(load_component("normalizer", part), _normalizer_reach(part)) for part in normalizers]
             self._splitters = _splitter_reaches(splitters)
-            self._provable = True
+            counting = any(isinstance(reach, _Counting) for reach, _ in self._splitters)
+            self._provable = not (counting and normalizers)
         except UnprovableError:
             self._provable = False
             return
@@ -147,8 +149,10 @@ class Boundaries:
         self._splitters.insert(0, (_AddedTokens(normalized, contents), {}))
         self._one_splitter = len(self._splitters) == 2
         self._pairs = None if byte_level else _pairs(tokenizer)
+        model = tokenizer.model
+        self._drops_unknown = not getattr(model, "byte_fallback", False) and getattr(model, "unk_token", None) is None
         # A normalizer may join characters, and without byte tokens unknown characters are fused into one token.
-        self._only_spaces = not getattr(tokenizer.model, "byte_fallback", False) or any(
+        self._only_spaces = not getattr(model, "byte_fallback", False) or any(
             part["type"] != "Replace" for part in normalizers
         )
 
@@ -163,18 +167,19 @@ class Boundaries:
         if not limit:
             return 0, 0
         words, offsets, ids = encoding.word_ids, encoding.offsets, encoding.ids
+        unchanged = not self._normalizers or self._normalized(text) == text
         for count in range(len(ids) - 1, 0, -1):
             cut = offsets[count][0]
             between_words = words[count - 1] != words[count]
             if not 0 < cut < len(text) or offsets[count - 1][1] != cut or not (between_words or self._pairs):
                 continue
-            if not self._may_cut(text[:cut], text[cut:], limit, between_words):
+            if not self._may_cut(text[:cut], text[cut:], limit, between_words, unchanged and between_words):
                 continue
-            if not self._normalizers:
+            if unchanged and (between_words or not self._drops_unknown):
                 return count, cut
-            # A normalizer that drops characters shifts the offsets of all tokens after them: count the ids anew.
-            before = self._tokenizer.encode(text[:cut], add_special_tokens=False).ids
-            if ids[: len(before)] == before:
+            # A character that a normalizer or the model drops shifts the offsets of all tokens after it: count anew.
+            before, after = (encode_text(self._tokenizer, part).ids for part in (text[:cut], text[cut:]))
+            if before + after == ids:
                 return len(before), cut
         return 0, 0
 
@@ -192,8 +197,16 @@ class Boundaries:
             text = _respelled(text, spelling)
         return end
 
-    def _may_cut(self, left: str, right: str, limit: int, between_words: bool) -> bool:
-        """Return whether a text may be cut between two parts, between two tokens of its own."""
+    def _may_cut(self, left: str, right: str, limit: int, between_words: bool, split: bool) -> bool:
+        """Return whether a text may be cut between two parts, where one of its tokens ends.
+
+        Args:
+            left: What is before the cut.
+            right: What is behind it.
+            limit: The offset in the normalized text before which everything is final.
+            between_words: Whether another part of what the pre-tokenizers leave begins there.
+            split: Whether this is certain, whatever the normalizers do.
+        """
         if self._added.joins(left[-1], right[0]):
             return False
         for normalizer, reach in self._normalizers:
@@ -205,7 +218,7 @@ class Boundaries:
         last, first = left[-1], right[0]
         for number, (reach, spelling) in enumerate(self._splitters):
             # A cut that the only splitter makes itself is one that it may make.
-            if not (between_words and self._one_splitter and number) and reach.joins(last, first):
+            if not (split and self._one_splitter and number) and reach.joins(last, first):
                 return False
             last, first = _respelled(last, spelling), _respelled(first, spelling)
         last, first = last.replace(SPACE, " "), first.replace(SPACE, " ")
@@ -218,15 +231,19 @@ class Boundaries:
 
 
 def _pairs(tokenizer: Any) -> set[tuple[str, str]] | None:
-    """Return the pairs of characters that are adjacent in a token; None where a model reads words as a whole.
+    """Return the pairs of characters that are adjacent in a token of a BPE model; None for other models.
 
-    No token reaches across two other characters: the text before and the text after are encoded apart.
+    No token reaches across two other characters, and the text before and the text after are merged apart. Not so in
+    other models: a unigram model adds up the scores of a word from its beginning, and how the sum is rounded decides
+    between ways that are equally likely, such as a long and a short run of spaces in either order.
     """
-    if type(tokenizer.model).__name__ not in ("BPE", "Unigram"):
+    if type(tokenizer.model).__name__ != "BPE":
         return None
-    return {
-        pair for token in tokenizer.get_vocab(with_added_tokens=True) for pair in pairwise(token.replace(SPACE, " "))
-    }
+    tokens = "\0".join(tokenizer.get_vocab(with_added_tokens=True)).replace(SPACE, " ")
+    codes = np.frombuffer(tokens.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    left, right = codes[:-1], codes[1:]
+    pairs = np.unique(((left << np.uint64(32)) | right)[(left != 0) & (right != 0)]).tolist()
+    return {(chr(pair >> 32), chr(pair & 0xFFFFFFFF)) for pair in pairs}
 
 
 def _normalizer_reach(part: Mapping[str, Any]) -> Reach:

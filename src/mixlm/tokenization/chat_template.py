@@ -8,9 +8,9 @@ occurs in none of the messages. After rendering, whatever still spells a special
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,11 +59,8 @@ class PromptEncoder:
         self._special_tokens = dict(special_tokens)
         self._render = render
         self._begin = list(begin)
-        self._pattern = re.compile(_longest_of(self._special_tokens))
-        # The rest of a spelling is looked at and not consumed, so that one inside another is found too.
-        self._breakable = re.compile(
-            f"(?=({_longest_of(spelling for spelling in self._special_tokens if len(spelling) > 1)}))(.)", re.DOTALL
-        )
+        self._spellings = _Spellings(self._special_tokens)
+        self._breakable = _Spellings(spelling for spelling in self._special_tokens if len(spelling) > 1)
 
     def chat(self, messages: Sequence[Message]) -> Ids:
         """Return the ids of a conversation, int64 (n,), up to where the completion begins."""
@@ -76,7 +73,8 @@ class PromptEncoder:
 
     def _escaped(self, text: str, mark: str) -> str:
         """Put the mark after the first character of every spelling of a special token, overlapping ones included."""
-        escaped = self._breakable.sub(lambda match: match[2] + mark, text)
+        cuts = [0, *(start + 1 for start, _ in self._breakable.find(text)), len(text)]
+        escaped = mark.join(text[start:end] for start, end in pairwise(cuts))
         if isinstance(self._encoder, TokenizerEncoder) and self._encoder.spells_special(escaped):
             return re.sub(r"(?<=\S)(?=\S)", mark, text)
         return escaped
@@ -93,12 +91,13 @@ class PromptEncoder:
         if isinstance(self._encoder, TokenizerEncoder):
             return np.array(self._encoder.conversation(rendered, mark), dtype=np.int64)
         ids: list[int] = []
-        start = 0
-        for match in self._pattern.finditer(rendered):
-            ids += self._text_ids(rendered[start : match.start()].replace(mark, ""))
-            ids.append(self._special_tokens[match[0]])
-            start = match.end()
-        ids += self._text_ids(rendered[start:].replace(mark, ""))
+        end = 0
+        for start, spelling in self._spellings.find(rendered):
+            if start >= end:
+                ids += self._text_ids(rendered[end:start].replace(mark, ""))
+                ids.append(self._special_tokens[spelling])
+                end = start + len(spelling)
+        ids += self._text_ids(rendered[end:].replace(mark, ""))
         return np.array(ids, dtype=np.int64)
 
     def _text_ids(self, text: str) -> list[int]:
@@ -109,22 +108,34 @@ class PromptEncoder:
         return self._encoder.encode(text.encode(errors="replace")).ids
 
 
-def _longest_of(spellings: Iterable[str]) -> str:
-    """Return a regular expression for the longest of several spellings: a trie, so that searching takes linear time."""
-    root: dict[str, Any] = {}
-    for spelling in spellings:
-        node = root
-        for character in spelling:
-            node = node.setdefault(character, {})
-        node[""] = {}
+class _Spellings:
+    """Finds strings of a set in a text. There may be thousands; a regular expression of them all takes seconds."""
 
-    def source(node: dict[str, Any]) -> str:
-        options = [re.escape(character) + source(child) for character, child in node.items() if character]
-        if not options:
-            return ""
-        return f"(?:{'|'.join(options)})" + ("?" if "" in node else "")
+    _PREFIX = 4
 
-    return source(root) or "(?!)"
+    def __init__(self, spellings: Iterable[str]) -> None:
+        self._all = frozenset(spelling for spelling in spellings if spelling)
+        self._lengths: dict[str, list[int]] = {}  # of the spellings with each prefix, in descending order
+        for length in sorted({len(spelling) for spelling in self._all}, reverse=True):
+            for prefix in {spelling[: self._PREFIX] for spelling in self._all if len(spelling) == length}:
+                self._lengths.setdefault(prefix, []).append(length)
+        # Prefixes are looked at and not consumed, so that a spelling inside another is found too.
+        prefixes = sorted(self._lengths, key=len, reverse=True)
+        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, prefixes))})" if prefixes else "(?!)")
+
+    def find(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yield where spellings begin, with the longest that begins there. They may overlap."""
+        for match in self._pattern.finditer(text):
+            start = match.start()
+            if (spelling := self._longest(text, start)) is not None:
+                yield start, spelling
+
+    def _longest(self, text: str, start: int) -> str | None:
+        for size in range(self._PREFIX, 0, -1):
+            for length in self._lengths.get(text[start : start + size], ()):
+                if (length >= size) and (spelling := text[start : start + length]) in self._all:
+                    return spelling
+        return None
 
 
 def unused_character(text: str) -> str:

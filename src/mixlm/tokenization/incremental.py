@@ -12,7 +12,14 @@ import re
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from mixlm.tokenization.boundaries import Boundaries
-from mixlm.tokenization.vocabulary import TokenizerFamily, byte_alphabet, describe, flatten_component, load_component
+from mixlm.tokenization.vocabulary import (
+    TokenizerFamily,
+    byte_alphabet,
+    describe,
+    encode_text,
+    flatten_component,
+    load_component,
+)
 
 # Where a tokenizer adds a space: nowhere; in front of a text; also after every special token; or there even if the text
 # already begins with a space.
@@ -125,14 +132,19 @@ class TokenizerEncoder:
         self._byte_ids = _byte_ids(tokenizer, kind)
         byte_level = kind is TokenizerFamily.BYTE_LEVEL
         self._boundaries = Boundaries(self._tokenizer, byte_level=byte_level)
-        # A normalizer that spells bytes cannot be applied to parts of a character.
-        whole_characters = "ByteLevel" in self.normalizers
+        # A normalizer that spells bytes cannot be applied to parts of a character, nor a model that reads whole words.
+        whole_characters = "ByteLevel" in self.normalizers or type(tokenizer.model).__name__ != "BPE"
         self._byte_characters = (
             {b: c for c, b in byte_alphabet().items()} if byte_level and not whole_characters else None
         )
         self._unknown = _unknown_id(tokenizer)
         self._lookalikes = _lookalike_pattern(tokenizer)
         self._special = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def reads_special_tokens(self) -> bool:
+        """Whether the tokenizer itself takes special tokens from a text that spells them, which a member does not."""
+        return self._lookalikes is not None
 
     def prompt(self, text: str, *, first: bool) -> list[int]:
         """Return the ids of a part of a prompt without special tokens, with a leading space where there is to be one.
@@ -143,7 +155,7 @@ class TokenizerEncoder:
         anew = first or self.leading_space != "first"
         tokenizer = self._prompt_tokenizer if anew else self._tokenizer
         ids = self._lookalike_ids(tokenizer, text)
-        return list(tokenizer.encode(text, add_special_tokens=False).ids) if ids is None else ids
+        return list(encode_text(tokenizer, text).ids) if ids is None else ids
 
     def conversation(self, rendered: str, mark: str) -> list[int]:
         """Return the ids of a rendered conversation: those of the tokenizer itself, special tokens included.
@@ -153,23 +165,26 @@ class TokenizerEncoder:
             mark: a character that breaks spellings of special tokens that are text; it is no part of the prompt.
         """
         rendered = rendered.encode(errors="replace").decode()
-        encoding = self._chat_tokenizer.encode(rendered, add_special_tokens=False)
-        if mark not in rendered and self._lookalikes is None:
-            return list(encoding.ids)
-        ids: list[int] = []
+        encoding = encode_text(self._chat_tokenizer, rendered)
+        parts: list[tuple[str, list[int]]] = []  # texts, and the special token behind each
         end = 0
         for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if self._is_special(i, rendered[start:stop]):
-                ids += self.prompt(rendered[end:start].replace(mark, ""), first=end == 0)
-                ids.append(i)
+                parts.append((rendered[end:start], [i]))
                 end = stop
-        return ids + self.prompt(rendered[end:].replace(mark, ""), first=end == 0)
+        parts.append((rendered[end:], []))
+        if mark not in rendered and not any(self._lookalike_parts(self._tokenizer, text) for text, _ in parts):
+            return list(encoding.ids)
+        ids: list[int] = []
+        for number, (text, special) in enumerate(parts):
+            ids += self.prompt(text.replace(mark, ""), first=number == 0) + special
+        return ids
 
     def spells_special(self, text: str) -> bool:
         """Return whether a text is read as a special token though it does not contain one: a normalizer made one."""
         if not any(token.normalized for token in self._special.values()):
             return False
-        encoding = self._chat_tokenizer.encode(text.encode(errors="replace").decode(), add_special_tokens=False)
+        encoding = encode_text(self._chat_tokenizer, text.encode(errors="replace").decode())
         return any(
             self._is_special(i, text[start:stop])
             for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -213,7 +228,7 @@ class TokenizerEncoder:
         """Return the ids of a text, and how many ids and characters of it no later text can change."""
         if (ids := self._lookalike_ids(self._tokenizer, text)) is not None:
             return ids, 0, 0
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = encode_text(self._tokenizer, text)
         return (encoding.ids, *self._boundaries.find(encoding, text))
 
     def _lookalike_ids(self, tokenizer: Any, text: str) -> list[int] | None:
@@ -221,17 +236,20 @@ class TokenizerEncoder:
 
         None where nothing looks like one.
         """
-        if self._lookalikes is None:
-            return None
-        first, *others = self._lookalikes.split(_normalized(tokenizer, text))
-        if not others:
+        parts = self._lookalike_parts(tokenizer, text)
+        if not parts:
             return None
         # The parts are normalized already, and only the first may get a leading space.
         bare = [_without_special_tokens(each) for each in (tokenizer, self._tokenizer)]
         for each in bare:
             each.normalizer = None
-        ids: list[int] = bare[0].encode(first, add_special_tokens=False).ids
-        return ids + [i for part in others for i in bare[1].encode(part, add_special_tokens=False).ids]
+        ids: list[int] = encode_text(bare[0], parts[0]).ids
+        return ids + [i for part in parts[1:] for i in encode_text(bare[1], part).ids]
+
+    def _lookalike_parts(self, tokenizer: Any, text: str) -> list[str]:
+        """Return the parts of a normalized text none of which looks like a special token; none if the whole does not."""
+        parts = [] if self._lookalikes is None else self._lookalikes.split(_normalized(tokenizer, text))
+        return parts if len(parts) > 1 else []
 
     def _encode_partial(self, text: str, partial: bytes) -> list[int]:
         """Encode text and the incomplete character after it as byte-level BPE would have begun to merge them.
@@ -246,8 +264,8 @@ class TokenizerEncoder:
             except UnicodeDecodeError:
                 continue
         else:
-            return [*self._tokenizer.encode(text, add_special_tokens=False).ids, *self._encode_bytes(partial)]
-        encoding = self._tokenizer.encode(text + whole, add_special_tokens=False)
+            return [*encode_text(self._tokenizer, text).ids, *self._encode_bytes(partial)]
+        encoding = encode_text(self._tokenizer, text + whole)
         words, offsets = encoding.word_ids, encoding.offsets
         first = next((i for i, word in enumerate(words) if word == words[-1]), 0)
         # By whole pre-tokens: where a vocabulary lacks bytes, offsets inside one are wrong.

@@ -60,10 +60,13 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
         added = {int(i): _added(token) for i, token in config["added_tokens_decoder"].items()}
     else:  # as older versions of transformers wrote it
         special = _json(folder / "special_tokens_map.json") or {}
-        known = {_content(token) for token in extra}
-        extra += [token for token in _extra_tokens(special, named) if _content(token) not in known]
         named |= {name: value for name, value in special.items() if _is_token(value)}
+        more = [token for token in _extra_tokens(special, named) if token not in extra]
+        # The old name "additional_special_tokens" does not make special what stands in added_tokens.json.
         contents = {_content(token) for token in [*named.values(), *extra]}
+        if "extra_special_tokens" in special:
+            contents |= {_content(token) for token in more}
+        extra += more
         listed = _json(folder / "added_tokens.json") or {}
         added = {
             i: _added({"content": token, "normalized": token not in contents, "special": token in contents})

@@ -91,6 +91,12 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
+def _bytes_as_latin1() -> dict[int, str]:
+    """Return a table for `str.translate` from GPT-2's alphabet to Latin-1, which encodes no other character."""
+    others = dict.fromkeys(range(256), "\uffff")
+    return others | {ord(character): chr(byte) for character, byte in byte_alphabet().items()}
+
+
 def flatten_component(component: Any, field: str) -> list[dict[str, Any]]:
     """Return a described tokenizer component as a flat list: itself, or the parts in `field` when it is a sequence."""
     if component is None:
@@ -141,6 +147,24 @@ def load_component(field: str, description: Mapping[str, Any]) -> Any:
     return getattr(Tokenizer.from_str(json.dumps(shell | {field: description})), field)
 
 
+def encode_text(tokenizer: Any, text: str) -> Any:
+    """Return the encoding of a text by a `tokenizers.Tokenizer`, without what it puts around a text.
+
+    Raises:
+        TokenizerError: The library fails.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        # Two added tokens both want the spaces between them, or a normalizer cuts a character.
+        raise TokenizerError(
+            f"the tokenizers library cannot encode {text[:40]!r} with this tokenizer: {error}",
+            "look at its normalizer, and at lstrip and rstrip of its added tokens",
+        ) from error
+
+
 def has_byte_fallback(tokenizer: Any) -> bool:
     """Return whether a `tokenizers.Tokenizer` spells characters without a token byte by byte.
 
@@ -154,8 +178,16 @@ def has_byte_fallback(tokenizer: Any) -> bool:
     )
 
 
-def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[int, bytes], frozenset[int]]:
+def token_bytes(
+    tokenizer: Any, kind: TokenizerFamily, name: str, ids: Mapping[str, int] | None = None
+) -> tuple[dict[int, bytes], frozenset[int]]:
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and the ids of its special tokens, which have none.
+
+    Args:
+        tokenizer: The tokenizer.
+        kind: How it spells its tokens.
+        name: The model's, for messages.
+        ids: The tokenizer's `get_vocab()`, if it is known already: for a large vocabulary it takes long.
 
     Raises:
         TokenizerError: The bytes of its tokens cannot be known, or it does not read every text alike each time.
@@ -165,15 +197,18 @@ def token_bytes(tokenizer: Any, kind: TokenizerFamily, name: str) -> tuple[dict[
     special = {i for i, token in added.items() if token.special}
     data = {i: token.content.encode() for i, token in added.items() if i not in special}
     fallback = has_byte_fallback(tokenizer)
-    alphabet = byte_alphabet()
-    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+    latin1 = _bytes_as_latin1()
+    for token, i in (tokenizer.get_vocab(with_added_tokens=True) if ids is None else ids).items():
         if i in added:
             continue
         if kind is TokenizerFamily.BYTE_LEVEL:
-            if not all(c in alphabet for c in token):
-                raise TokenizerError(f"token {i} of {name}, {token!r}, is not spelled in the byte-level alphabet")
-            data[i] = bytes(alphabet[c] for c in token)
-        elif fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            try:
+                data[i] = token.translate(latin1).encode("latin-1")
+            except UnicodeEncodeError:
+                raise TokenizerError(
+                    f"token {i} of {name}, {token!r}, is not spelled in the byte-level alphabet"
+                ) from None
+        elif fallback and token.startswith("<0x") and (match := _BYTE_TOKEN.fullmatch(token)):
             data[i] = bytes([int(match[1], 16)])
         else:
             data[i] = token.replace(SPACE, " ").encode()
@@ -224,7 +259,7 @@ def _check_spelling(tokenizer: Any, tokens: Mapping[int, bytes], name: str) -> N
     decoder = tokenizer.decoder
     if decoder is None:
         return
-    ids = [i for i in tokenizer.encode("a b  c\n1.", add_special_tokens=False).ids if i in tokens]
+    ids = [i for i in encode_text(tokenizer, "a b  c\n1.").ids if i in tokens]
     spelled = b"".join(tokens[i] for i in ids)
     if SPACE.encode() in spelled:
         raise TokenizerError(

@@ -41,4 +41,4 @@ def demo_pair(demo_models: dict[str, Path]) -> Ensemble:
     """The demo pair in float32, for tests of exactness."""
     from mixlm.loading import load
 
-    return load(*demo_models.values(), dtype="float32")
+    return load(*demo_models.values(), engine="hf", dtype="float32")

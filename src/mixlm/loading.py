@@ -50,6 +50,7 @@ def load(  # noqa: PLR0913 - one option each
     device: str | None = None,
     engine: EngineName | None = None,
     graphs: Graphs | None = None,
+    trust_remote_code: bool | None = None,
     router: Router | RouterFunction | None = None,
     **sampling: Any,
 ) -> Ensemble:
@@ -60,6 +61,7 @@ def load(  # noqa: PLR0913 - one option each
         weights: One a model; equal when left out.
         engine: What runs the models; "auto" is `choose_engine`'s choice.
         graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
+        trust_remote_code: Whether Python code in the folders of models may run; it does not by default.
         router: Weights that depend on the prompt or the text, in place of `weights`: a router of `mixlm.routing`, or a
             function of the prompt and the last 4096 bytes of the text so far, both bytes, that returns one weight per
             member.
@@ -74,7 +76,7 @@ def load(  # noqa: PLR0913 - one option each
 
     >>> import mixlm
     >>> mixlm.load("toy:1", "toy:2", weights=[2, 1]).names
-    ('toy-1', 'toy-2')
+    ('toy:1', 'toy:2')
     """
     for model in models:
         if isinstance(model, list | tuple | set):
@@ -97,8 +99,11 @@ def load(  # noqa: PLR0913 - one option each
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
-        overrides = (("dtype", dtype), ("device", device), ("engine", engine), ("graphs", graphs))
-        member |= {name: value for name, value in overrides if value is not None}
+        overrides = {
+            **{"dtype": dtype, "device": device, "engine": engine, "graphs": graphs},
+            "trust_remote_code": trust_remote_code,
+        }
+        member |= {name: value for name, value in overrides.items() if value is not None}
     config = parse_config(raw, "load")
     with _shown_progress(len(config.members)) as progress:
         return load_config(config, weights=weights, router=router, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from pathlib import Path
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from contract import assert_close, random_ids, uncached
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_transformers_engine import build
 from transformers import AutoModelForCausalLM
 
 from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import total_weight_bytes
+from mixlm.engines.transformers import lora
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.errors import ModelLoadError, UnsupportedError
+from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.loading import load_config
 from mixlm.types import Message
@@ -283,3 +286,90 @@ def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("mixlm.engines.transformers.loaded_model.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"the adapter x needs peft .install: pip install 'mixlm\[peft\]'"):
         LoadedModel(torch.nn.Linear(1, 1)).add("x", "tiny")
+
+
+def refusal(folders, base, folder: Path) -> str:
+    """Return why an adapter is refused; the model without adapters is as before, to the last bit."""
+    ids = random_ids(base, 9)
+    before = uncached(base, ids, 9)
+    with pytest.raises(MixlmError) as raised:
+        base.with_spec(spec(folders, adapter=str(folder)))
+    np.testing.assert_array_equal(uncached(base, ids, 9), before)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_are_initialised_out_of_the_models_weights_are_refused(folders, base, tmp_path, kind):
+    folder = adapter(tmp_path / "it", folders["base"], target_modules=["q_proj"], init_lora_weights=kind)
+    assert f"changes the weights of the model, which other members share (init_lora_weights is '{kind}')" in refusal(
+        folders, base, folder
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alora_invocation_tokens": [3, 4]},
+        {"trainable_token_indices": [3, 4]},
+        {"layer_replication": [[0, 2], [0, 2]]},
+    ],
+    ids=str,
+)
+def test_adapters_that_are_more_than_a_switch_are_refused_by_the_field_that_says_so(folders, base, tmp_path, options):
+    folder = adapter(tmp_path / "it", folders["base"], target_modules=["q_proj"], **options)
+    assert f"has {next(iter(options))}" in refusal(folders, base, folder)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value != "LORA"))
+def test_every_other_kind_of_adapter_is_refused_by_its_name(folders, base, tmp_path, kind):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    assert str(tmp_path) in refusal(folders, base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_alpha": 5},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"lora_bias": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"layers_to_transform": [1]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_plain_adapters_of_every_shape_give_what_peft_gives(folders, base, tmp_path, options):
+    ids = random_ids(base, 9)
+    before = uncached(base, ids, 9)
+    folder = adapter(tmp_path / "it", folders["base"], **{"target_modules": ["q_proj", "v_proj"], **options})
+    weights = load_file(folder / "adapter_model.safetensors")
+    noise = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(noise, folder / "adapter_model.safetensors")
+    engine = base.with_spec(spec(folders, adapter=str(folder)))
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+        expected = PeftModel.from_pretrained(model, folder)(input_ids=torch.tensor(ids[None])).logits[0].numpy()
+    assert_close(uncached(engine, ids, 9), expected)
+    assert np.abs(expected - before).max() > 0.05
+    np.testing.assert_array_equal(uncached(base, ids, 9), before)
+
+
+def test_an_adapter_that_peft_runs_otherwise_is_refused(folders, base, tmp_path, monkeypatch):
+    folder = adapter(tmp_path / "it", folders["base"], target_modules=["q_proj"])
+    own = lora.peft_logits
+    monkeypatch.setattr(lora, "peft_logits", lambda *arguments: own(*arguments).flip(0))
+    assert "another distribution than PEFT's own forward pass" in refusal(folders, base, folder)
+
+
+def test_an_adapter_whose_file_lacks_a_weight_is_refused(folders, base, tmp_path):
+    folder = adapter(tmp_path / "it", folders["base"], target_modules=["q_proj", "v_proj"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if "lora_B" not in name}, folder / "adapter_model.safetensors"
+    )
+    assert "its file lacks" in refusal(folders, base, folder)

@@ -71,6 +71,9 @@ class Shared:
             "--graphs", metavar="NAME", text=f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto."
         ),
     ] = None
+    trust_remote_code: Annotated[
+        bool, _ensemble("--trust-remote-code", metavar=None, text="Run Python code in the folders of models.")
+    ] = False
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
     generation: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,14 +133,16 @@ class Shared:
         return config.model_copy(update=changes)
 
     def _with_machine(self, member: MemberConfig, dtype: str) -> MemberConfig:
-        """Return a member with the dtype, device, engine and graphs that are set."""
+        """Return a member with what the options say of the machine."""
         if self.dtype is not None:
             dtype = self.dtype
         elif member.dtype != "auto":
             dtype = member.dtype
         engine = self.engine or member.engine
         device, graphs = self.device or member.device, self.graphs or member.graphs
-        return member.model_copy(update={"dtype": dtype, "device": device, "engine": engine, "graphs": graphs})
+        changes = {"dtype": dtype, "device": device, "engine": engine, "graphs": graphs}
+        trusted = self.trust_remote_code or member.trust_remote_code
+        return member.model_copy(update={**changes, "trust_remote_code": trusted})
 
     def numbers(self) -> list[float] | None:
         """Return the weights as numbers, None if they are not set. Raises ConfigError for what is not a number."""

@@ -8,8 +8,6 @@ from pathlib import Path
 from mixlm.errors import ModelNotFoundError, did_you_mean
 from mixlm.models.cache import find
 from mixlm.models.catalog import CATALOG
-from mixlm.models.convert import check_dtype, converted, with_tokenizer, with_weights
-from mixlm.models.fetch import get
 from mixlm.models.hub import HUB_ID, check_hub, entries, hub_file, known_names, not_found
 from mixlm.terminal import ProgressDisplay
 
@@ -38,7 +36,6 @@ def resolve(
         ModelNotFoundError: There is no such model.
         ModelLoadError: A GGUF file cannot be converted.
     """
-    check_dtype(dtype)
     if not spec.strip():
         raise ModelNotFoundError("the model's name is empty", "give a folder, a .gguf file or the name of a model")
     path = Path(spec).expanduser()
@@ -56,12 +53,18 @@ def resolve(
                 f"there is no file {spec} here; a file of the Hugging Face hub is fetched first",
                 f"mixlm models get {spec}",
             )
+        from mixlm.models.convert import converted
+
         return ResolvedModel(str(converted(path, dtype, display)), path.stem, local=True)
     if installed_model is None and spec in CATALOG:
         if not fetch:
             raise ModelNotFoundError(f"the model {spec!r} is not installed", f"mixlm models get {spec}")
+        from mixlm.models.fetch import get
+
         installed_model = get(spec, display)[0]
     if installed_model:
+        from mixlm.models.convert import with_tokenizer, with_weights
+
         return ResolvedModel(
             str(with_tokenizer(with_weights(installed_model.path, display))), installed_model.name, local=True
         )

@@ -181,10 +181,10 @@ def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
             + (", such as with a prefix" if unexpected else ""),
         )
     if mismatched := info["mismatched_keys"]:
-        key, found, expected = min(mismatched)
+        key, actual, expected = min(mismatched)
         raise ModelLoadError(
             f"{len(mismatched)} weights of {name} have other sizes than its config.json says, such as {key}: "
-            f"{tuple(found)} instead of {tuple(expected)}",
+            f"{tuple(actual)} instead of {tuple(expected)}",
             "its config.json and its weights must be of one model",
         )
     return (f"the files of {name} hold {unexpected}, which the model has no place for",) if unexpected else ()

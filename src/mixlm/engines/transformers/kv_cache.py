@@ -29,6 +29,7 @@ _SUPPORTED_OPTIONS = {
     "position_ids",
     "use_cache",
     "cache_position",
+    "output_router_logits",
 }
 _MIN_TOKENS = 256  # of a buffer
 
@@ -209,3 +210,15 @@ def attend(
     batch: AttentionBatch = options["attention_batch"]
     window, scale = options.get("sliding_window"), options.get("scaling")
     return batch.attend(module.layer_idx, (query, key, value), window, scale), None
+
+
+def register(model: Any) -> bool:
+    """Let a model attend with `attend`. Returns whether it can."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    except Exception:  # each family refuses in its own way
+        return False
+    return bool(model.config._attn_implementation == ATTENTION_NAME)

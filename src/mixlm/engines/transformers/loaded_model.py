@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mixlm.errors import MixlmError, ModelLoadError
+from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.runner import ModelRunner
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A transformers model that several engines run, each with an adapter of its own or with none.
 
-    size: bytes of the weights without adapters. runners: the runner of each adapter, None for the model without one.
+    size: bytes of the weights without adapters. notes: what a user should know about them. runners: the runner of each
+    adapter, None for the model without one.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, notes: Sequence[str] = ()) -> None:
         self.model = model
+        self.notes = tuple(notes)
+        self._attention = model.config._attn_implementation  # its own
         self.size = _count_bytes(model.parameters())
         self.runners: dict[str | None, ModelRunner] = {}
         self._adapter_bytes: dict[str, int] = {}
@@ -54,7 +57,7 @@ class LoadedModel:
 
         Raises:
             MixlmError: peft is not installed.
-            UnsupportedError: it is not a plain LoRA adapter.
+            UnsupportedError: it is not a plain LoRA adapter, or PEFT's own forward pass differs.
             ModelLoadError: it is not there, or does not fit the model.
         """
         if adapter in self._adapter_bytes:
@@ -67,19 +70,84 @@ class LoadedModel:
         peft_name = f"adapter{len(self._adapter_bytes)}"  # PEFT allows no dot in a name
         with self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of a second adapter, which is intended here
+            self._switch(None)
+            before = self._plain_logits()
             misfit, self._layers = inject(self.model, peft_name, config, weights)
-            parameters = [value for key, value in self.model.named_parameters() if f".{peft_name}." in key]
-            if misfit is not None or not parameters:
+            parameters = [value for key, value in self.model.named_parameters() if f".{peft_name}" in key]
+            try:
+                if misfit is not None or not parameters:
+                    raise ModelLoadError(
+                        f"the adapter {adapter} does not fit {name}: {misfit or 'it changes no layer'}",
+                        "it must be one that was trained on this model",
+                    )
+                self.model.eval()
+                self._peft_names[adapter] = peft_name
+                self._check(adapter, name, before)
+            except MixlmError:
                 for layer in self._layers:
                     layer.delete_adapter(peft_name)
                 self._switch(None)
-                raise ModelLoadError(
-                    f"the adapter {adapter} does not fit {name}: {misfit or 'it changes no layer'}",
-                    "it must be one that was trained on this model",
-                )
-            self._adapter_bytes[adapter], self._peft_names[adapter] = _count_bytes(parameters), peft_name
+                raise
+            self._adapter_bytes[adapter] = _count_bytes(parameters)
+
+    def _check(self, adapter: str, name: str, before: Any) -> None:
+        """Compare an adapter with PEFT's own forward pass, and the model without adapters with what it was before."""
+        import torch
+
+        from mixlm.engines.tokenizer_setup import first_line
+        from mixlm.engines.transformers import self_test
+        from mixlm.engines.transformers.lora import peft_logits
+
+        self._switch(adapter)
+        own = self._plain_logits()
+        try:
+            with torch.inference_mode(), self._plain_attention():
+                expected = peft_logits(self.model, adapter, f"{self._peft_names[adapter]}reference", self._trial_ids())
+        except Exception as error:
+            raise ModelLoadError(f"PEFT cannot run the adapter {adapter} on {name}: {first_line(error)}") from error
+        finally:
             self.model.eval()
             self._switch(None)
+        tolerance, over = self_test.limit(self.model.dtype)
+        pairs = zip(own.float().cpu().numpy(), expected.float().cpu().numpy(), strict=True)
+        if not over([self_test.total_variation(*pair) for pair in pairs]) < tolerance:
+            raise UnsupportedError(
+                f"the adapter {adapter} gives another distribution than PEFT's own forward pass when it is switched",
+                "merge it into a copy of the model, and name that as the member's model",
+            )
+        if not torch.equal(before, self._plain_logits()):
+            raise ModelLoadError(
+                f"the adapter {adapter} changed {name} itself, which other members share",
+                "load them again without it; merge it into a copy of the model, and name that as the member's model",
+            )
+
+    def _trial_ids(self) -> Any:
+        import torch
+
+        from mixlm.engines.transformers import self_test
+
+        rows = int(self.model.get_output_embeddings().weight.shape[0])
+        return torch.from_numpy(self_test.sample_ids(rows)[None]).to(self.model.device)
+
+    def _plain_logits(self) -> Any:
+        """Return the logits of a few tokens by the model's own forward pass, with the adapter that is switched on."""
+        import torch
+
+        with torch.inference_mode(), self._plain_attention():
+            return self.model(input_ids=self._trial_ids(), use_cache=False).logits[0]
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """Let the model attend as transformers does."""
+        current = self.model.config._attn_implementation
+        if current == self._attention:
+            yield
+            return
+        self.model.set_attn_implementation(self._attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(current)
 
     def _switch(self, adapter: str | None) -> None:
         # Unknown until every layer is switched: an interrupt in between must not leave a mixture behind.

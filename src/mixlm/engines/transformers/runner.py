@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mixlm.engines.base import Request, Response, RunAheadHint, Session
+from mixlm.engines.base import LogitsRequest, Request, Response, RunAheadHint, Session, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
+from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.errors import MemoryLimitError, MixlmError, UnsupportedError
+from mixlm.engines.transformers.position_frequencies import PositionFrequencies
+from mixlm.errors import MemoryLimitError, MixlmError, ModelLoadError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ MAX_BATCH_TOKENS = 1024
 RUN_AHEAD_COOLDOWN = 16
 # What torch, safetensors and the system say when memory is out, where the error has no type of its own.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+# Kinds of layers whose keys and values may be kept for any length; a trial tells of others up to its own length only.
+_CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class HFSession(Session):
@@ -36,19 +42,49 @@ class HFSession(Session):
     def __init__(self, runner: ModelRunner, context_length: int) -> None:
         super().__init__(context_length)
         self._runner = runner
-        self.keeps_cache = not runner.is_stateful
+        self.keeps_cache = runner.keeps_cache
         self.cache: Any = None
         self.run_ahead: RunAhead | None = None
+        self._regime: Hashable = None  # of the cache
 
     @property
     def has_run_ahead(self) -> bool:
         """Whether forward passes ran that have not been requested yet."""
         return bool(self.run_ahead)
 
+    def length_with(self, ids: Ids) -> int:
+        """Return how many tokens it has once `ids` have run."""
+        if self.cache is None:
+            return len(ids)
+        return len(ids) + int(self.cache.length if self._runner.batches else self.cache.get_seq_length())
+
     def drop_run_ahead(self) -> None:
         """Drop what ran ahead."""
         self.stats.wasted += len(self.run_ahead or ())
         self.run_ahead = None
+
+    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
+        """Return how many tokens of `ids` are in the KV cache; none where the position frequencies are others."""
+        return super().cached_tokens(ids, last) if self._runner.regime(len(ids)) == self._regime else 0
+
+    def can_chunk(self, ids: Ids) -> bool:
+        """Whether a prefix can be prefilled first; with frequencies that depend on the length, only a whole text."""
+        return self.keeps_cache and self._runner.frequencies is None
+
+    def rollback(self, ids: Ids, last: int = 1) -> int | None:
+        """Cut the KV cache as `Session.rollback` does; all of it where the position frequencies are others."""
+        if (regime := self._runner.regime(len(ids))) != self._regime:
+            self.reset()
+            self._regime = regime
+        return super().rollback(ids, last)
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""
+        frequencies = self._runner.frequencies
+        if frequencies is None or not 1 <= last <= len(ids):
+            return super().logits(ids, last)
+        parts = frequencies.parts(len(ids), last)
+        return np.concatenate([super(HFSession, self).logits(ids[:end], count) for end, count in parts])
 
     def truncate(self, length: int) -> int:
         """Cut the KV cache to its first `length` tokens."""
@@ -77,9 +113,10 @@ class HFSession(Session):
 class ModelRunner:
     """Runs the forward passes of a loaded model with one adapter, or with none.
 
-    is_stateful: the model carries a recurrent state instead of keys and values, and cannot roll back. batches: it runs
-    several sequences at once. graphs: passes in fixed shapes, where they are used. device_top_k: selects logits on the
-    device, where that is not the host. sampler: samples on the device, where sequences run ahead.
+    keeps_cache: passes run behind a KV cache; without one, since the model carries a recurrent state or does not then
+    give what whole texts give, each runs the whole text. batches: it runs several sequences at once. frequencies: those
+    that depend on a sequence's length. graphs: passes in fixed shapes, where they are used. device_top_k: selects
+    logits on the device, where that is not the host. sampler: samples on the device, where sequences run ahead.
 
     Args:
         loaded: the model.
@@ -87,27 +124,31 @@ class ModelRunner:
         graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
 
     Raises:
-        UnsupportedError: `graphs` is "on" and the model cannot run in fixed shapes.
+        ModelLoadError: the model cannot run.
+        UnsupportedError: its answers do not depend on the text before them alone; or `graphs` is "on" and it cannot
+            run in fixed shapes.
     """
 
     def __init__(self, loaded: LoadedModel, name: str, graphs: str = "auto") -> None:
         self.loaded = loaded
         self.model = loaded.model
         self.adapter: str | None = None
-        self.is_stateful = bool(getattr(self.model, "_is_stateful", False))
+        self.keeps_cache = False
         self.batches = False
+        self.frequencies = PositionFrequencies.of(self.model)
         self.graphs: CudaGraphRunner | None = None
         self.device_top_k: DeviceTopK | None = None
         self.sampler: DeviceSampler | None = None
         self._cooldown = 0
         self._name = name
+        self._parameters = inspect.signature(self.model.forward).parameters
         loaded.runners[None] = self
         cuda = self.model.device.type == "cuda"
         if cuda:
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
             self.device_top_k = DeviceTopK()
-        self._enable_batching()
+        self._choose_path()
         if graphs == "on" or (graphs == "auto" and cuda):
             if self._enable_graphs(capture=cuda):
                 self._enable_run_ahead()
@@ -124,11 +165,22 @@ class ModelRunner:
         return DEPTH
 
     @property
+    def max_length(self) -> int:
+        """How many tokens a text may have so that the answers are certain to be equal: as many as attention selects."""
+        selected = self_test.special_lengths(self.model.config).get("index_topk", 0)
+        return selected if selected >= self_test.trial_length(self.model.config) else 1 << 20
+
+    @property
     def details(self) -> dict[str, str]:
-        """How it runs short forward passes, for reports; empty where they are run as others."""
-        if self.graphs is None:
-            return {}
-        return {"short forwards": "captured graphs" if self.graphs.captures else "fixed shapes"}
+        """How it runs forward passes, for reports, where that is not as most models do."""
+        details = {} if self.batches else {"forwards": "one sequence" if self.keeps_cache else "one whole text"}
+        if self.graphs is not None:
+            details["short forwards"] = "captured graphs" if self.graphs.captures else "fixed shapes"
+        return details
+
+    def regime(self, length: int) -> Hashable:
+        """Return what is equal for lengths of texts that the model counts positions of alike."""
+        return None if self.frequencies is None else self.frequencies.regime(length)
 
     def with_adapter(self, adapter: str | None) -> ModelRunner:
         """Return the model's runner with an adapter that was added, or without one; one runner for each adapter."""
@@ -142,16 +194,32 @@ class ModelRunner:
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         """Serve requests of several sessions together."""
-        return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
+        if self.frequencies is None:
+            return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
+        responses: list[Response] = [None] * len(requests)
+        groups: dict[Hashable, list[int]] = {}
+        for index, (session, request) in enumerate(requests):
+            length, last = len(request.ids), request.last if isinstance(request, LogitsRequest) else 1
+            if self.regime(length) == self.regime(length - last + 1):
+                groups.setdefault(self.regime(length), []).append(index)
+            else:
+                responses[index] = respond(session, request)
+        for group in groups.values():
+            outputs = respond_batched([requests[index] for index in group], self.run, MAX_BATCH_TOKENS)
+            for index, output in zip(group, outputs, strict=True):
+                responses[index] = output
+        return responses
 
     def run(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         """Run what sequences lack, long ones in chunks. Raises MemoryLimitError."""
         import torch
 
         with torch.inference_mode(), memory_errors(self._name), self.loaded.using(self.adapter):
+            if self.frequencies is not None:
+                self.frequencies.length = max(cast(HFSession, item.session).length_with(item.ids) for item in inputs)
             rest = []
             for item in inputs:
-                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if not self.is_stateful else 0
+                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if self.keeps_cache else 0
                 for start in range(0, prefill, MAX_BATCH_TOKENS):
                     chunk = item.ids[start : min(start + MAX_BATCH_TOKENS, prefill)]
                     self._run_batch([SequenceInput(item.session, chunk, 1)])
@@ -185,16 +253,17 @@ class ModelRunner:
         """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
         import torch
 
-        options: dict[str, Any] = {"use_cache": False}
-        if not self.is_stateful:
+        options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": item.last}
+        if self.keeps_cache:
             from transformers import DynamicCache
 
             session = cast(HFSession, item.session)
             # A cache made from the model's config would drop what leaves a window, and could not roll back into it.
             session.cache = DynamicCache() if session.cache is None else session.cache
-            options = {"past_key_values": session.cache, "use_cache": True}
+            options["past_key_values"] = session.cache
+        options = {name: value for name, value in options.items() if name in self._parameters}
         ids = torch.tensor(item.ids[None], device=self.model.device)
-        return self.model(input_ids=ids, logits_to_keep=item.last, **options).logits[0, -item.last :]
+        return self.model(input_ids=ids, **options).logits[0, -item.last :]
 
     def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
         """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
@@ -260,37 +329,70 @@ class ModelRunner:
         outputs = [(item, rows[end - item.last : end]) for item, end in zip(inputs, ends, strict=True)]
         return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
 
-    def _enable_batching(self) -> None:
-        """Run several sequences at once where the model then gives each what it gives it alone."""
-        if self.is_stateful:
-            return
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    def _choose_path(self) -> None:
+        """Choose the fastest way to run the model that gives what forward passes of whole texts give."""
+        from mixlm.engines.transformers.kv_cache import register
 
-        from mixlm.engines.transformers.kv_cache import ATTENTION_NAME, attend
-
-        default = self.model.config._attn_implementation
-        ids = self_test.sample_ids(self._vocab_size)
-        expected = self.run_unfiltered([SequenceInput(self._test_session(), ids, 1)])[0]
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+        config = self.model.config
+        ids = self_test.sample_ids(self._vocab_size, self_test.trial_length(config))
+        whole = self._whole_text_logits(ids)
 
         def trial() -> Iterator[tuple[Logits, Logits]]:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-            if self.model.config._attn_implementation != ATTENTION_NAME:
-                raise NotImplementedError
-            self.batches = True
             a, b = self._test_session(), self._test_session()
-            self.run([SequenceInput(a, ids[:9], 1), SequenceInput(b, ids[:4], 1)])
-            self.run([SequenceInput(b, ids[4:5], 1), SequenceInput(a, ids[9:], 1)])
-            [_, logits] = self.run_unfiltered([SequenceInput(a, ids[:1], 1), SequenceInput(b, ids[5:], 1)])
-            yield logits[0], expected[0]
+            third, half, n = len(ids) // 3, len(ids) // 2, len(ids)
+            for turn in (((a, third, 1), (b, 4, 1)), ((b, 5, 1), (a, n, 2)), ((a, 1, 1), (b, n, 3)), ((a, half, 1),)):
+                requests = [(session, LogitsRequest(0, ids[:end], last)) for session, end, last in turn]
+                outputs = self.respond(requests) if self.batches else [respond(*request) for request in requests]
+                for (_, end, last), output in zip(turn, outputs, strict=True):
+                    yield from zip(output, whole[end - last : end], strict=True)
 
-        if not self_test.passes(trial):
+        special = [length for name, length in self_test.special_lengths(config).items() if name != "sliding_window"]
+        covered = max(special, default=0) < len(ids)
+        kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+        if "past_key_values" in self._parameters and (covered or kinds <= _CACHED_LAYERS):
+            default = config._attn_implementation
+            self.keeps_cache = True
+            self.batches = (covered or kinds <= _BATCHED_LAYERS) and register(self.model)
+            if self.batches and self_test.passes(trial, *self_test.limit(self.model.dtype)):
+                return
             self.batches = False
             self.model.set_attn_implementation(default)
+            self.keeps_cache = self_test.passes(trial, *self_test.limit(self.model.dtype))
+        if not self.keeps_cache:  # such models may work in blocks, or select some of the text
+            selects = "index_topk" in self_test.special_lengths(config) and self.max_length > len(ids)
+            self._whole_text_logits(ids, range(1 if selects else len(ids) - 9, len(ids)))
+
+    def _whole_text_logits(self, ids: Ids, ends: Sequence[int] | None = None) -> Logits:
+        """Return the logits after each prefix of a text, where the model gives them whatever follows.
+
+        Args:
+            ids: The text.
+            ends: The lengths of prefixes that are tried alone; by default three.
+        """
+        ends = ends or (1, len(ids) // 2, len(ids) - 3)
+        try:
+            whole = self._test_session().logits(ids, len(ids))
+            alone = [self._test_session().logits(ids[:end])[0] for end in ends]
+        except MixlmError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(
+                f"{self._name} ({self.model.config.model_type}) fails in its first forward pass: {first_line(error)}",
+                "give a causal language model that transformers can run on text alone",
+            ) from error
+        tolerance, over = self_test.limit(self.model.dtype)
+        distance = over([self_test.total_variation(row, whole[end - 1]) for row, end in zip(alone, ends, strict=True)])
+        if not distance < (10 if over is max else 1) * tolerance:  # refused for more than what a slower way would mend
+            raise UnsupportedError(
+                f"{self._name} ({self.model.config.model_type}) gives another distribution after a text when more "
+                f"tokens follow it (total variation {distance:.2g})",
+                "name a causal language model: one whose tokens attend to those before them only",
+            )
+        return whole
 
     def _enable_graphs(self, *, capture: bool) -> bool:
         """Run short passes in fixed shapes where they give what the plain ones give: new, captured and replayed."""
-        if not self.batches:
+        if not self.batches or self.frequencies is not None:
             return False
         from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
 
@@ -352,7 +454,7 @@ class ModelRunner:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def _test_session(self) -> HFSession:
-        return HFSession(self, self_test.LENGTH)
+        return HFSession(self, 1 << 20)
 
 
 @contextmanager

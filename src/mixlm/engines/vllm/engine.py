@@ -188,7 +188,7 @@ def _text_config(source: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{source} cannot be read: {first_line(error)}") from error
     text_config: dict[str, Any] = config.get_text_config().to_dict()

@@ -1,0 +1,76 @@
+"""Rotary position frequencies that depend on how long a sequence is: longrope, and dynamic NTK scaling.
+
+transformers takes the frequencies of all positions of a forward pass from the longest position in it: those of Phi-3's
+longrope (Ding et al., 2024, arXiv 2402.13753) change behind the length of pretraining, those of dynamic NTK with every
+token behind it. Keys in a KV cache, the parts of a prompt, and other sequences of a batch would get others than a
+forward pass of the whole text gives. So a length has a regime; a cache is of one regime, and so is a forward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+
+class PositionFrequencies:
+    """The rotary embeddings of a model whose frequencies depend on the length of a sequence.
+
+    length: of the sequences in the next forward pass, in tokens.
+    """
+
+    def __init__(self, modules: list[Any]) -> None:
+        self.length = 1
+        self._rules = sorted({rule for module in modules for rule in _rules(module)})
+        for module in modules:
+            module.forward = partial(self._forward, module)
+
+    @classmethod
+    def of(cls, model: Any) -> PositionFrequencies | None:
+        """Return those of a model; None where they are the same for all lengths."""
+        modules = [module for module in model.modules() if _rules(module)]
+        return cls(modules) if modules else None
+
+    def regime(self, length: int) -> Hashable:
+        """Return what is equal for two lengths whose frequencies are equal."""
+        return tuple((length > limit) * (length if changes else 1) for limit, changes in self._rules)
+
+    def parts(self, length: int, last: int) -> list[tuple[int, int]]:
+        """Divide the last prefixes of a text into those of equal regimes.
+
+        Returns:
+            Of each part, the length of its longest prefix, and how many prefixes it has.
+        """
+        parts: list[tuple[int, int]] = []
+        for end in range(length - last + 1, length + 1):
+            if parts and self.regime(end) == self.regime(parts[-1][0]):
+                parts[-1] = end, parts[-1][1] + 1
+            else:
+                parts.append((end, 1))
+        return parts
+
+    def _forward(self, module: Any, x: Any, position_ids: Any, *args: Any, **options: Any) -> Any:
+        import torch
+
+        decorated = type(module).forward
+        # Dynamic frequencies forget a longer sequence only when a short one comes.
+        for longest in (0, self.length - 1):
+            decorated(module, x, torch.full_like(position_ids[..., :1], longest), *args, **options)
+        return inspect.unwrap(decorated)(module, x, position_ids, *args, **options)
+
+
+def _rules(module: Any) -> list[tuple[int, bool]]:
+    """Return the lengths behind which a module's frequencies are others, and whether they change with every token."""
+    kinds = getattr(module, "rope_type", None)
+    rules = []
+    for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+        if not isinstance(kind, str):
+            continue
+        if kind == "longrope":
+            options = module.config.rope_parameters
+            options = options if layer is None else options[layer]
+            rules.append((int(options["original_max_position_embeddings"]), False))
+        elif "dynamic" in kind:
+            rules.append((int(module.original_max_seq_len), True))
+    return rules

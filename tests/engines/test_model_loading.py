@@ -1,0 +1,132 @@
+"""What a folder lacks, holds too much of, or would run is an error that names it, or a note."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import random_ids, uncached
+from safetensors.torch import load_file, save_file
+from test_transformers_engine import build, load
+
+from mixlm.engines import EngineSpec
+from mixlm.engines.transformers.engine import HFEngine
+from mixlm.errors import ModelLoadError
+
+CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+(pathlib.Path({folder!r}) / "ran").touch()
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+class StrangeModel(LlamaForCausalLM):
+    config_class = StrangeConfig
+"""
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict] = dict, **config: object) -> Path:
+    """Change a model's weights and its configuration."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return build(tmp_path / "m", "llama")
+
+
+def without(part: str) -> Callable[[dict], dict]:
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("lm_head.weight", r"lack 1 weight \(lm_head.weight\)"),
+        ("layers.1.", r"lack 9 weights \(model.layers.1.input_layernorm.weight, .*, …\)"),
+        ("layers.0.mlp.up_proj", r"lack 1 weight \(model.layers.0.mlp.up_proj.weight\)"),
+        ("model.norm.weight", r"lack 1 weight \(model.norm.weight\)"),
+    ],
+)
+def test_weights_that_are_missing_are_named(folder, part, named):
+    with pytest.raises(ModelLoadError, match=f"the files of tiny {named}"):
+        load(rewrite(folder, without(part)))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_weights_under_a_prefix_are_named_with_it(folder, prefix):
+    prefixed = rewrite(folder, lambda weights: {prefix + name: weight for name, weight in weights.items()})
+    with pytest.raises(
+        ModelLoadError, match=rf"lack 21 weights \(lm_head.weight, .*they hold 21 weights \({prefix}lm_"
+    ):
+        load(prefixed)
+
+
+def test_a_tied_output_layer_need_not_be_there(folder):
+    engine = load(rewrite(folder, without("lm_head.weight"), tie_word_embeddings=True))
+    ids = random_ids(engine, 5)
+    np.testing.assert_array_equal(uncached(engine, ids), uncached(load(folder), ids))
+    assert engine.notes == ()
+
+
+def test_embeddings_that_are_missing_on_both_sides_are_named(folder):
+    with pytest.raises(ModelLoadError, match=r"lack .*embed_tokens.weight"):
+        load(rewrite(rewrite(folder, without("lm_head.weight")), without("embed_tokens"), tie_word_embeddings=True))
+
+
+def test_weights_of_other_sizes_are_named(folder):
+    with pytest.raises(ModelLoadError, match=r"mlp.down_proj.weight: \(32, 48\) instead of \(32, 64\)"):
+        load(rewrite(folder, intermediate_size=64))
+
+
+def test_weights_that_have_no_place_are_a_note(folder):
+    [note] = load(rewrite(folder, num_hidden_layers=1)).notes
+    assert "hold 9 weights (model.layers.1.input_layernorm.weight, " in note
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hidden_act": "nonsense"}, "KeyError: 'nonsense'"),
+        ({"num_attention_heads": 3}, "hidden size"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"rope_parameters": {"rope_type": "nope"}}, "KeyError: 'nope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"model_type": "strange"}, "strange"),
+        ({"vocab_size": -1}, "tiny"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_transformers_refuses_is_one_sentence(folder, config, said):
+    with pytest.raises(ModelLoadError, match=said) as raised:
+        load(rewrite(folder, **config))
+    assert raised.value.__cause__ is not None or "sizes" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def strange(folder) -> Path:
+    (folder / "strange.py").write_text(CODE.format(folder=str(folder)))
+    auto_map = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeModel"}
+    return rewrite(folder, model_type="strange", auto_map=auto_map)
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_about(strange, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(ModelLoadError, match=r"needs Python code in the model's folder.*trust_remote_code"):
+        load(strange)
+    assert not (strange / "ran").exists()
+
+
+def test_code_in_a_folder_runs_where_that_is_allowed(strange):
+    spec = EngineSpec(str(strange), "tiny", "float32", "cpu", trust_remote_code=True)
+    engine = HFEngine.from_pretrained(spec, str(strange))
+    assert type(engine.model).__name__ == "StrangeModel"
+    assert (strange / "ran").exists()

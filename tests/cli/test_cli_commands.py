@@ -303,3 +303,17 @@ def test_bench_can_print_json_alone(run: Run) -> None:
     done = run("bench", *TOYS, "--tokens", "8", "--repeats", "1", "--json", "-", "--prompt", "Hello?")
     assert json.loads(done.out)["environment"]["settings"]["prompt"] == "Hello?"
     assert done.err == ""
+
+
+def completions(words: str, **environment: str) -> list[str]:
+    """Return what a shell offers behind words."""
+    count = str(len(words.split(" ")) - 1)
+    bash = {"_MIXLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count}
+    return process(**{**bash, **environment}).out.split()
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    assert completions("mixlm ge") == ["generate"]
+    assert completions("mixlm models r") == ["rm"]
+    assert "--temperature" in completions("mixlm generate --te")
+    assert "--install-completion" in process("--help").out

@@ -43,7 +43,7 @@ class _Commands(LazyGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(name="mixlm", cls=_Commands, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(name="mixlm", cls=_Commands, add_completion=True, rich_markup_mode=None)
 
 
 def _version(requested: bool) -> None:

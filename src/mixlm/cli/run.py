@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,13 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         if sys.stdout is None:
             raise UsageError("standard output is closed", "leave it open, or send it to /dev/null")
         command = typer.main.get_command(app)
+        variable = f"_{name}_COMPLETE".upper()
+        if (instruction := os.environ.get(variable)) and name.isidentifier():
+            # A shell asks for the completions of a command line: see --show-completion.
+            from typer import completion
+
+            completion.completion_init()
+            return completion.shell_complete(command, _SETTINGS, name, variable, instruction)
         with command.make_context(name, list(arguments), **_SETTINGS) as context:
             code = command.invoke(context)
         sys.stdout.flush()

@@ -16,30 +16,58 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from mixlm.choices import (
+    DTYPES,
+    ENGINES,
+    GRAPHS,
+    LOGPROBS_OF,
+    METHODS,
+    ON_FAILURE,
+    RULES,
+    UNITS,
+    DType,
+    EngineName,
+    Graphs,
+    LogprobsOf,
+    Method,
+    OnFailure,
+    RouterKind,
+    Rule,
+    UnitName,
+)
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.types import Sampling
 
-Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
-UnitName = Literal["auto", "token", "piece", "word", "byte"]
-EngineName = Literal["auto", "hf", "llamacpp", "vllm", "remote"]
-OnFailure = Literal["error", "drop"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Graphs = Literal["auto", "on", "off"]
-Rule = Literal["gac", "unite"]
-LogprobsOf = Literal["member", "ensemble"]
-RouterKind = Literal["fixed", "prompt", "learned"]
-METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
-UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
-RULES: tuple[Rule, ...] = ("gac", "unite")
-ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "vllm", "remote")
-LOGPROBS_OF: tuple[LogprobsOf, ...] = ("member", "ensemble")
-ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
-GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
-DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
+__all__ = [
+    "DTYPES",
+    "ENGINES",
+    "GRAPHS",
+    "LOGPROBS_OF",
+    "METHODS",
+    "ON_FAILURE",
+    "RULES",
+    "UNITS",
+    "DType",
+    "EngineName",
+    "EnsembleConfig",
+    "Graphs",
+    "LogprobsOf",
+    "MemberConfig",
+    "Method",
+    "OnFailure",
+    "RouterConfig",
+    "RouterKind",
+    "Rule",
+    "SamplingConfig",
+    "UnitName",
+    "parse_config",
+    "read_config",
+    "write_config",
+]
 
 
 class _Strict(BaseModel):

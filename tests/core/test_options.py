@@ -128,7 +128,7 @@ def test_the_ensemble_file_has_the_sampling_options():
 
 
 def test_commands_have_the_shared_options():
-    command = with_shared(lambda shared: 0)
+    command = with_shared()(lambda shared: 0)
     shared = {name for name, spec in OPTIONS.items() if spec.panel}
     assert shared <= signature(command).parameters.keys()
     assert not (OPTIONS.keys() - shared) & signature(command).parameters.keys()
@@ -138,9 +138,9 @@ def test_a_default_that_is_zero_is_shown_and_a_value_that_is_zero_is_set():
     assert generation_option("min_p").help.endswith("Default: 0.0.")
     received = []
     values = {
-        name: parameter.default for name, parameter in signature(with_shared(lambda shared: 0)).parameters.items()
+        name: parameter.default for name, parameter in signature(with_shared()(lambda shared: 0)).parameters.items()
     }
-    with_shared(lambda shared: received.append(shared.options()) or 0)(**{**values, "temperature": 0.0, "top_k": 0})
+    with_shared()(lambda shared: received.append(shared.options()) or 0)(**{**values, "temperature": 0.0, "top_k": 0})
     assert received == [{"temperature": 0.0, "top_k": 0}]
 
 

@@ -50,6 +50,7 @@ def open_ensemble(
         )
     weights = shared.numbers()
     _check(config, weights, options)
+    from mixlm.engines import load
     from mixlm.loading import load_config
 
     loaded = count()
@@ -59,8 +60,9 @@ def open_ensemble(
             if show is not None:
                 show(f"loading {name}", next(loaded), len(config.members))
 
-        how = {} if load_engine is None else {"load_engine": load_engine}
-        ensemble = load_config(config, weights=weights, progress=progress, engines=engines, **how)
+        ensemble = load_config(
+            config, weights=weights, progress=progress, engines=engines, load_engine=load_engine or load
+        )
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")
     return ensemble

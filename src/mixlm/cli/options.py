@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 
 from typer import Option
 
-from mixlm.config import DTYPES, ENGINES, GRAPHS, UNITS, EnsembleConfig, MemberConfig, read_config
+from mixlm.choices import DTYPES, ENGINES, GRAPHS, UNITS
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling
 
 if TYPE_CHECKING:
+    from mixlm.config import EnsembleConfig, MemberConfig
     from mixlm.core.options import Options
 
 _DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(GenerationOptions))}
@@ -110,6 +111,8 @@ class Shared:
             UsageError: Options exclude each other.
             ModelNotFoundError: No model is named, and the demo pair is not installed.
         """
+        from mixlm.config import EnsembleConfig, MemberConfig, read_config
+
         changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
         if self.unit is not None:
             changes["unit"] = self.unit

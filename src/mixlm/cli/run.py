@@ -35,10 +35,11 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         variable = f"_{name}_COMPLETE".upper()
         if (instruction := os.environ.get(variable)) and name.isidentifier():
             # A shell asks for the completions of a command line: see --show-completion.
-            from typer import completion
+            from typer._completion_classes import completion_init
+            from typer.completion import shell_complete
 
-            completion.completion_init()
-            return completion.shell_complete(command, _SETTINGS, name, variable, instruction)
+            completion_init()
+            return shell_complete(command, _SETTINGS, name, variable, instruction)
         with command.make_context(name, list(arguments), **_SETTINGS) as context:
             code = command.invoke(context)
         sys.stdout.flush()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
-from mixlm.config import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
+from mixlm.choices import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.option_spec import OptionSpec, check_options, option, specs
 from mixlm.types import Sampling

@@ -347,7 +347,9 @@ def test_plain_adapters_of_every_shape_give_what_peft_gives(folders, base, tmp_p
     before = uncached(base, ids, 9)
     folder = adapter(tmp_path / "it", folders["base"], **{"target_modules": ["q_proj", "v_proj"], **options})
     weights = load_file(folder / "adapter_model.safetensors")
-    noise = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
+    noise = {
+        name: weight + 0.1 * torch.randn_like(weight) if "lora_" in name else weight for name, weight in weights.items()
+    }
     save_file(noise, folder / "adapter_model.safetensors")
     engine = base.with_spec(spec(folders, adapter=str(folder)))
     with warnings.catch_warnings(), torch.inference_mode():
@@ -357,6 +359,13 @@ def test_plain_adapters_of_every_shape_give_what_peft_gives(folders, base, tmp_p
     assert_close(uncached(engine, ids, 9), expected)
     assert np.abs(expected - before).max() > 0.05
     np.testing.assert_array_equal(uncached(base, ids, 9), before)
+
+
+def test_an_adapter_whose_file_replaces_embeddings_is_refused(folders, base, tmp_path):
+    folder = adapter(tmp_path / "it", folders["base"], target_modules=["embed_tokens"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    assert "it replaces model.embed_tokens.weight of the model" in refusal(folders, base, folder)
 
 
 def test_an_adapter_that_peft_runs_otherwise_is_refused(folders, base, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ class LoadedModel:
     def __init__(self, model: Any, notes: Sequence[str] = ()) -> None:
         self.model = model
         self.notes = tuple(notes)
-        self._attention = model.config._attn_implementation  # its own
+        self._attention = getattr(getattr(model, "config", None), "_attn_implementation", None)  # its own
         self.size = _count_bytes(model.parameters())
         self.runners: dict[str | None, ModelRunner] = {}
         self._adapter_bytes: dict[str, int] = {}

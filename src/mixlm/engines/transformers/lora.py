@@ -42,7 +42,9 @@ def inject(model: Any, name: str, config: Any, weights: dict[str, Any]) -> tuple
     Returns:
         What does not fit, None if everything does; and all of PEFT's layers in the model.
     """
-    misfit = None
+    misfit = _replaced_weight(model, weights)
+    if misfit is not None:
+        return misfit, _layers(model)
     try:
         inject_adapter_in_model(config, model, name)
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -52,7 +54,26 @@ def inject(model: Any, name: str, config: Any, weights: dict[str, Any]) -> tuple
             misfit = f"its file lacks {absent[0].replace(f'.{name}', '')}"
     except Exception as error:
         misfit = first_line(error)
-    return misfit, [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return misfit, _layers(model)
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _replaced_weight(model: Any, weights: dict[str, Any]) -> str | None:
+    """Remove weights of the model itself from an adapter's, such as embeddings. Returns what says that they differ."""
+    for key in [key for key in weights if "lora_" not in key]:
+        weight = weights.pop(key)
+        name = key.replace(".base_layer.", ".")
+        try:
+            module = model.get_submodule(name.rpartition(".")[0])
+        except AttributeError:
+            return f"the model has no layer for {key}"
+        own = getattr(getattr(module, "base_layer", module), name.rpartition(".")[2], None)
+        if own is None or own.shape != weight.shape or not bool((own.cpu() == weight.to(own.dtype)).all()):
+            return f"it replaces {name} of the model, which other members share"
+    return None
 
 
 def peft_logits(model: Any, adapter: str, name: str, ids: Any) -> Any:

@@ -31,7 +31,7 @@ MAX_BATCH_TOKENS = 1024
 RUN_AHEAD_COOLDOWN = 16
 # What torch, safetensors and the system say when memory is out, where the error has no type of its own.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
-# Kinds of layers whose keys and values may be kept for any length; a trial tells of others up to its own length only.
+# Kinds of layers whose keys and values may be kept: a trial tells of others up to its own length only.
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -346,13 +346,11 @@ class ModelRunner:
                 for (_, end, last), output in zip(turn, outputs, strict=True):
                     yield from zip(output, whole[end - last : end], strict=True)
 
-        special = [length for name, length in self_test.special_lengths(config).items() if name != "sliding_window"]
-        covered = max(special, default=0) < len(ids)
         kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-        if "past_key_values" in self._parameters and (covered or kinds <= _CACHED_LAYERS):
+        if "past_key_values" in self._parameters and kinds <= _CACHED_LAYERS:
             default = config._attn_implementation
             self.keeps_cache = True
-            self.batches = (covered or kinds <= _BATCHED_LAYERS) and register(self.model)
+            self.batches = kinds <= _BATCHED_LAYERS and register(self.model)
             if self.batches and self_test.passes(trial, *self_test.limit(self.model.dtype)):
                 return
             self.batches = False

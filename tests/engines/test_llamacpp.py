@@ -205,6 +205,18 @@ def test_a_slot_is_given_back_when_its_session_is_gone():
         assert (slot, kept_ids) == (second, True)
 
 
+def test_the_shortest_text_loses_its_slot_and_a_long_one_is_not_evicted_while_a_short_one_is_busy():
+    slots, sessions = Slots(2), [Dummy() for _ in range(3)]
+    for session, length in zip(sessions, (5000, 30, 0), strict=True):
+        session.num_cached = length
+    long, short = (slots.acquire(session) for session in sessions[:2])
+    slots.release(long[0])
+    assert slots.acquire(sessions[2]) is None
+    slots.release(short[0])
+    assert slots.acquire(sessions[2]) == (short[0], False)
+    assert slots.acquire(sessions[0]) == (long[0], True)
+
+
 def test_a_slot_in_use_is_waited_for():
     slots, session, other = Slots(1), Dummy(), Dummy()
     order = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toys import engine, make_ensemble, toys
 
-from mixlm.engines.base import Engine
+from mixlm.engines.base import Engine, Session
 from mixlm.engines.batching import respond_batched
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, MemoryLimitError, PromptTooLongError
@@ -299,7 +299,8 @@ def test_a_cancelled_prompt_stops_within_a_chunk():
     scheduler.step()
     scheduler.step()
     scheduler.cancel(generation)
-    assert scheduler.idle and scheduler.step() == []
+    assert scheduler.idle
+    assert scheduler.step() == []
     assert lengths == [16, 16]
 
 
@@ -321,3 +322,15 @@ def test_an_engine_that_fails_in_a_chunk_ends_that_generation_alone():
     assert len(list(scheduler.run())) == 2
     assert text(generations[0].completion) == text(expected.completion)
     assert "broken" in generations[1].error.message
+
+
+def test_a_prompt_whose_chunks_are_lost_is_prefilled_in_the_end():
+    ensemble = make_ensemble([engine(seed=1)])
+    options = {"raw": True, "seed": 4, "max_tokens": 5}
+    [expected] = run_in_chunks(ensemble, ["ab" * 100], 1000, **options)
+    lengths: list[int] = []
+    ensemble.members[0].engine.on_forward = lambda ids, last: lengths.append(len(ids))
+    with patch.object(Session, "cached_tokens", lambda self, ids, last=1: 0):  # as where another one takes its slot
+        [generation] = run_in_chunks(ensemble, ["ab" * 100], 16, **options)
+    assert text(generation.completion) == text(expected.completion)
+    assert len(lengths) < 20

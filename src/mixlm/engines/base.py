@@ -230,6 +230,11 @@ class Session(ABC):
         """Whether forward passes ran that have not been requested yet; such a session is served by itself."""
         return False
 
+    @property
+    def num_cached(self) -> int:
+        """How many tokens are in the KV cache."""
+        return len(self._cached.ids)
+
     def cached_tokens(self, ids: Ids, last: int = 1) -> int:
         """Return how many tokens of `ids` a request for them would find in the KV cache; see `logits`."""
         if not self.keeps_cache:

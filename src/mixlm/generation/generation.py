@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,9 +48,9 @@ class GenerationContext:
             return self.router
         return FixedRouter(np.eye(len(self.members))[self.heaviest_member])
 
-    def begin_sequence(self, prompt: EncodedPrompt) -> SequenceState:
-        """Return the sequence that begins after the members' prompts."""
-        context = PromptContext(prompt.text, lambda: bits_per_byte(self.sessions, prompt))
+    def begin_sequence(self, prompt: EncodedPrompt, bits: Callable[[], Floats] | None = None) -> SequenceState:
+        """Return the sequence that begins after the members' prompts. bits: in place of `bits_per_byte`."""
+        context = PromptContext(prompt.text, bits or (lambda: bits_per_byte(self.sessions, prompt)))
         route = begin_route(self.router, context, len(self.members))
         unavailable = None
         if self.settings.on_failure == "drop":
@@ -74,6 +74,25 @@ def bits_per_byte(sessions: Sequence[Session], prompt: EncodedPrompt) -> Floats:
     """Return how well each member predicts its own prompt, template included, in bits per byte of the prompt's text."""
     bits = [-session.token_logprobs(ids).sum() / np.log(2) for session, ids in zip(sessions, prompt.ids, strict=True)]
     return np.array(bits) / max(len(prompt.text), 1)
+
+
+class _BitsNeeded(BaseException):
+    """A router has asked for the prompt's bits per byte. No router's `except Exception` catches it."""
+
+
+def _begin_sequence(context: GenerationContext, prompt: EncodedPrompt) -> RequestFlow[SequenceState]:
+    """Begin a sequence, with requests where the router needs the prompt's bits per byte; it is then asked again."""
+
+    def not_yet() -> Floats:
+        raise _BitsNeeded
+
+    try:
+        return context.begin_sequence(prompt, not_yet)
+    except _BitsNeeded:
+        from mixlm.generation.prompt_logprobs import member_prompt_bits
+
+        bits = yield from member_prompt_bits(context.members, context.sessions, prompt.ids)
+        return context.begin_sequence(prompt, lambda: bits / max(len(prompt.text), 1))
 
 
 class Generation(Iterator[Token]):
@@ -125,7 +144,10 @@ class Generation(Iterator[Token]):
 
     def address(self, requests: Sequence[Request]) -> list[EngineRequest]:
         """Return requests with the engines and sessions that respond to them."""
-        return [] if self._sequence is None else self._sequence.address(requests)
+        return [
+            EngineRequest(self.members[request.member].engine, self.sessions[request.member], request)
+            for request in requests
+        ]
 
     def resume(self, responses: list[Response]) -> None:
         """Continue with the responses to `requests`, in their order."""
@@ -204,7 +226,7 @@ class Generation(Iterator[Token]):
 
     def _run(self) -> RequestFlow[None]:
         context, options = self._context, self._context.settings
-        sequence = self._sequence = context.begin_sequence(self._prompt)
+        sequence = self._sequence = yield from _begin_sequence(context, self._prompt)
         if options.score_prompt:
             self._prompt_tokens = yield from self._score_prompt()
         detokenizer = StreamingDetokenizer(self._stop_strings())

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
-from mixlm.engines.base import LogitsRequest, Request, Response
+from mixlm.engines.base import LogitsRequest, Request, Response, Session
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
 from mixlm.routing.base import Router
@@ -108,6 +108,28 @@ def prompt_tokens(
         name = members[int(np.argmax(shares[segment]))].name
         tokens.append(Token(string, text[starts[segment] : common[segment]], name, logprob, top))
     return tuple(tokens)
+
+
+def member_prompt_bits(
+    members: Sequence[Member], sessions: Sequence[Session], prompts: Sequence[Ids]
+) -> Generator[list[Request], list[Response], Floats]:
+    """Return how many bits each member needs for its own prompt, template included: float64 (members,).
+
+    Raises:
+        UnsupportedError: A member's engine reports its most likely tokens only.
+    """
+    bits = np.zeros(len(members))
+    for i, (session, ids) in enumerate(zip(sessions, prompts, strict=True)):
+        if members[i].engine.top_k_limit is not None:
+            session.token_logprobs(ids)  # raises what this engine says of it
+        for start in range(0, len(ids), _ROWS):
+            end = min(start + _ROWS, len(ids))
+            targets = ids[start + 1 : end + 1]
+            [logits] = yield [LogitsRequest(i, ids[:end], end - start)]
+            rows = logits[: len(targets)]
+            if len(rows):
+                bits[i] -= (rows[np.arange(len(targets)), targets] - session.log_normalizers(rows)).sum() / np.log(2)
+    return bits
 
 
 def _score(

@@ -7,6 +7,10 @@ equal members a forward then serves 2/(n + 1) of all sequences, against 1/n in c
 tokens a forward. An engine with a queue of its own, such as a server, gets each request as it comes, so that it is
 never idle while another one works.
 
+A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
+and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
+prompt, behind which the request itself is queued again. The chunks of a prompt do not depend on the load.
+
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
 
@@ -19,14 +23,23 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from mixlm.engines.base import Engine, Response
+import numpy as np
+
+from mixlm.engines.base import Engine, GenerateRequest, LogitsRequest, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
+from mixlm.types import TopKFilter
 
 # An engine whose oldest request has seen this many other calls is served whatever its queue: on a busy server the
 # longest queue may always be another's.
 _MAX_SKIPPED_CALLS = 8
+# A request for more tokens than this is a prefill.
+_MAX_DECODE_TOKENS = 16
+# A prompt whose chunks were lost more often than this is prefilled in one call.
+_MAX_LOSSES = 3
+# The logits of a chunk are not used.
+_ONE_LOGIT = TopKFilter(1, np.zeros(0, dtype=np.int64))
 
 
 @dataclass(slots=True)
@@ -40,11 +53,18 @@ class _Waiting:
 
 
 class _QueuedRequest(NamedTuple):
-    """One request in a queue: whose it is, its place among the requests of that, and where it goes."""
+    """One request in a queue: whose it is, its place among the requests of that, and where it goes.
+
+    chunked: tokens of it that were run as chunks. losses: how often they were lost. rest: the request that a chunk is a
+    part of.
+    """
 
     waiting: _Waiting
     place: int
     addressed: EngineRequest
+    chunked: int = 0
+    losses: int = 0
+    rest: _QueuedRequest | None = None
 
 
 @dataclass(slots=True)
@@ -67,10 +87,12 @@ class Scheduler:
 
     Args:
         max_active: Generations in progress; the others wait, in order.
+        prefill_chunk: Tokens of prompts that one call runs; None for no limit, which is fastest in all.
     """
 
-    def __init__(self, max_active: int = 16) -> None:
+    def __init__(self, max_active: int = 16, prefill_chunk: int | None = None) -> None:
         self.max_active = max_active
+        self.prefill_chunk = prefill_chunk
         self._backlog: deque[Generation] = deque()
         self._queues: dict[int, _EngineQueue] = {}
         self._active: list[Generation] = []
@@ -115,7 +137,9 @@ class Scheduler:
         for future in self._wait():
             queue, requests, call = self._running.pop(future)
             for queued, response in zip(requests, call.responses(), strict=True):
-                if self._deliver(queued, response):
+                if queued.rest is not None and not isinstance(response, MixlmError):
+                    self._requeue(queue, queued.rest)
+                elif self._deliver(queued, response):
                     advanced.append(queued.waiting.generation)
             queue.since = self._calls
             leaving, self._leaving = self._leaving, []
@@ -141,6 +165,11 @@ class Scheduler:
             self._advance(generation, waiting.responses)
             return True
         return False
+
+    def _requeue(self, queue: _EngineQueue, queued: _QueuedRequest) -> None:
+        """Queue what is left of a request after a chunk of it has run."""
+        if not queued.waiting.generation.finished and not queued.waiting.void:
+            queue.requests.append(queued)
 
     def _continue_without(self, waiting: _Waiting, error: MemberError) -> None:
         """Let a generation continue without the member that failed, if it may: its requests are void."""
@@ -206,9 +235,29 @@ class Scheduler:
             oldest = min(queues, key=lambda queue: queue.since)
             overdue = self._calls - oldest.since >= _MAX_SKIPPED_CALLS
             queue = oldest if overdue else max(queues, key=lambda queue: len(queue.requests))
-            requests, queue.requests = queue.requests, []
+            requests, queue.requests = self._split(queue.requests)
             self._calls += 1
             self._call(queue, requests)
+
+    def _split(self, requests: list[_QueuedRequest]) -> tuple[list[_QueuedRequest], list[_QueuedRequest]]:
+        """Return the requests, or chunks of them, of the next call, and the requests that wait for another one."""
+        chunk = self.prefill_chunk
+        if chunk is None:
+            return requests, []
+        batch: list[_QueuedRequest] = []
+        later: list[_QueuedRequest] = []
+        budget = chunk
+        for queued in requests:
+            part, tokens = _first_chunk(queued, chunk)
+            if tokens <= _MAX_DECODE_TOKENS:
+                batch.append(part)
+            elif tokens <= budget or budget == chunk:
+                batch.append(part)
+                budget -= tokens
+            else:
+                later.append(queued)
+                budget = 0  # the prefills behind it do not overtake it
+        return batch, later
 
     def _call(self, queue: _EngineQueue, requests: list[_QueuedRequest]) -> None:
         several_devices = len({queue.engine.device for queue in self._queues.values()}) > 1
@@ -224,3 +273,21 @@ class Scheduler:
         while not self._done.empty():
             done.append(self._done.get())
         return done
+
+
+def _first_chunk(queued: _QueuedRequest, chunk: int) -> tuple[_QueuedRequest, int]:
+    """Return the part of a request that runs next, and how many tokens that has: the request itself if not too many."""
+    session, request = queued.addressed.session, queued.addressed.request
+    if isinstance(request, GenerateRequest):
+        return queued, 0
+    last = request.last if isinstance(request, LogitsRequest) else 1
+    cached = session.cached_tokens(request.ids, last)
+    missing = len(request.ids) - cached
+    # A session may lose its KV cache between chunks, as a slot of llama.cpp: it begins again, but not for ever.
+    losses = queued.losses + (cached < queued.chunked)
+    if missing - last < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
+        return queued, missing
+    prefix = request.ids[: cached + chunk]
+    addressed = queued.addressed._replace(request=LogitsRequest(request.member, prefix, 1, _ONE_LOGIT))
+    rest = queued._replace(chunked=len(prefix), losses=losses)
+    return _QueuedRequest(queued.waiting, queued.place, addressed, rest=rest), chunk

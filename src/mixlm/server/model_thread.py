@@ -70,7 +70,7 @@ class ModelThread:
         # Used by the thread.
         self._queue: FairQueue[tuple[Job, Generation]] = FairQueue()
         self._active: dict[Generation, ActiveGeneration] = {}
-        self._scheduler = Scheduler(limits.max_batch)
+        self._scheduler = Scheduler(limits.max_batch, limits.prefill_chunk)
         self._outbox: list[tuple[Job, JobEvent | None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="mixlm-models", daemon=True)
@@ -283,7 +283,8 @@ class ModelThread:
         """After an unexpected error: fail the jobs in progress, and go on with a new scheduler."""
         _log.error("a step failed", exc_info=error)
         jobs = {active.job for active in self._active.values()}
-        self._scheduler, self._queue, self._active = Scheduler(self._limits.max_batch), FairQueue(), {}
+        self._scheduler = Scheduler(self._limits.max_batch, self._limits.prefill_chunk)
+        self._queue, self._active = FairQueue(), {}
         self._outbox += [(job, JobFailed(error)) for job in jobs]
 
     def _send_events(self) -> None:

@@ -74,8 +74,8 @@ class LoadedGGUF:
 class LlamaCppEngine(TopKOnlyEngine):
     """A GGUF model in llama.cpp.
 
-    Each session holds a slot; when there are more sessions than slots, the least recently used loses its slot and is
-    prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: then responses
+    Each session holds a slot; when there are more sessions than slots, the one with the shortest text loses its slot and
+    is prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: then responses
     depend on the ids alone, to the last bit. Otherwise the kernels for several tokens round differently from those for
     one.
     """
@@ -167,6 +167,10 @@ class LlamaCppSession(TopKOnlySession):
     def __init__(self, engine: LlamaCppEngine) -> None:
         super().__init__(engine)
         self._engine = engine
+
+    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
+        """Return how many tokens of `ids` are in the KV cache; none where another session has taken the slot."""
+        return super().cached_tokens(ids, last) if self._engine.slots.owns(self) else 0
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits of the top tokens after each of the last prefixes, -inf for the others."""

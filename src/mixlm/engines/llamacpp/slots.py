@@ -13,11 +13,13 @@ import numpy as np
 from mixlm.engines.base import Session, common_prefix
 from mixlm.types import Ids
 
+# Tokens. A shorter text is prefilled again rather than waited for.
+_SHORT = 64
 _NO_IDS = np.zeros(0, dtype=np.int64)
 
 
 class Slots:
-    """Assigns slots to sessions; where there are too few, the least recently used session loses its slot."""
+    """Assigns slots to sessions; where there are too few, the session with the shortest text loses its slot."""
 
     def __init__(self, count: int) -> None:
         self._owners: OrderedDict[int, weakref.ref[Session] | None] = OrderedDict.fromkeys(range(count))
@@ -59,6 +61,11 @@ class Slots:
                 self._cached_ids[slot] = ids.copy()
             return slot, is_own
 
+    def owns(self, session: Session) -> bool:
+        """Whether a session still has a slot."""
+        with self._changed:
+            return any(self._owner(slot) is session for slot in self._owners)
+
     def release(self, slot: int) -> None:
         """Let a slot be used again; its session still owns it."""
         with self._changed:
@@ -66,7 +73,11 @@ class Slots:
             self._changed.notify_all()
 
     def _choose(self, session: Session, ids: Ids | None) -> int | None:
-        """Return the session's own slot, else one without an owner, else the least recently used that is not busy."""
+        """Return the session's own slot, else one without an owner, else that of the shortest text, not busy.
+
+        Of equally short ones it is the least recently used. A long text keeps its slot while that of a much shorter one
+        is busy: its prefill would cost more than the wait.
+        """
         idle = [slot for slot in self._owners if slot not in self._busy]
         for slot in idle:
             if self._owner(slot) is session:
@@ -74,7 +85,16 @@ class Slots:
         ownerless = [slot for slot in idle if self._owner(slot) is None]
         if ownerless and ids is not None:
             return max(ownerless, key=lambda slot: common_prefix(self._cached_ids.get(slot, _NO_IDS), ids))
-        return next(iter(ownerless or idle), None)
+        if ownerless or not idle:
+            return next(iter(ownerless), None)
+        shortest = min(idle, key=self._length)
+        limit = max(_SHORT, 2 * min(map(self._length, self._owners)))
+        return shortest if self._length(shortest) <= limit else None
+
+    def _length(self, slot: int) -> int:
+        """Return how many tokens the owner of a slot would have to prefill again."""
+        owner = self._owner(slot)
+        return 0 if owner is None else owner.num_cached
 
     def _owner(self, slot: int) -> Session | None:
         reference = self._owners[slot]

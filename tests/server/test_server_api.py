@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections import Counter
@@ -304,6 +305,61 @@ def test_message_parts_and_returned_messages_are_text(toys):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": {"a": "b"}},
+        {"store": True},
+        {"service_tier": "flex"},
+        {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "safety_identifier": "s", "user": "ada"},
+        {"verbosity": "medium", "tool_choice": "auto"},
+        {"max_tokens": 8.0, "seed": 3.0, "mixlm": {"top_k": 20.0, "weights": None}},
+        {"max_completion_tokens": None, "stop": None, "response_format": None, "stream_options": None},
+        {"ignore_eos": False},
+        {"messages": [{**HELLO[0], "name": "ada", "cache_control": {"type": "ephemeral"}, "reasoning_content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello", "cache_control": {}}]}]},
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_change_the_text_are_ignored(toys, fields):
+    plain, other = (toys.chat(**{"max_tokens": 8, "seed": 3, **more}).json() for more in ({}, fields))
+    assert other["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+def test_an_assistants_content_may_be_null(toys):
+    turns = [[*HELLO, {"role": "assistant", "content": content}, *HELLO] for content in (None, "")]
+    texts = [toys.chat(messages=messages, seed=1, max_tokens=9).json()["choices"][0]["message"] for messages in turns]
+    assert texts[0] == texts[1]
+
+
+def test_ignore_eos_goes_on(toys):
+    for seed in range(4):
+        response = toys.chat(seed=seed, max_tokens=200, ignore_eos=True).json()
+        assert response["usage"]["completion_tokens"] == 200
+
+
+def test_a_slash_at_the_end_is_answered_without_a_redirect(toys):
+    for path in ("/v1/chat/completions/", "/v1/models/", "/health/"):
+        body = {"messages": HELLO, "max_tokens": 2}
+        response = toys.post(path, body) if "chat" in path else toys.client.get(path)
+        assert response.status_code == 200
+
+
+def test_bodies_may_be_compressed(toys):
+    def post(data, encoding="gzip"):
+        headers = {"content-encoding": encoding, "content-type": "application/json"}
+        response = toys.client.post("/v1/chat/completions", content=data, headers=headers)
+        return response.status_code, response.json().get("error", {}).get("code")
+
+    body = json.dumps({"messages": HELLO, "max_tokens": 2}).encode()
+    assert post(gzip.compress(body)) == (200, None)
+    assert post(body, "identity") == (200, None)
+    assert post(gzip.compress(body)[:-9]) == (400, "invalid_encoding")
+    assert post(body) == (400, "invalid_encoding")
+    assert post(gzip.compress(b" " * (1 << 24) + body)) == (413, "body_too_large")
+    assert post(body, "br") == (415, "unsupported_encoding")
+
+
 def test_negative_seeds_are_seeds(toys):
     first, second = (toys.chat(seed=-5, max_tokens=9).json()["choices"][0]["message"] for _ in range(2))
     assert first == second
@@ -313,14 +369,13 @@ def test_negative_seeds_are_seeds(toys):
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
         ("functions", [{}]),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}),
         ("top_logprobs", 2),  # without logprobs
         ("modalities", ["audio"]),
-        ("store", True),
-        ("service_tier", "flex"),
+        ("tool_choice", "required"),
+        ("verbosity", "high"),
         ("best_of", 3),
         ("best_of", True),
         ("suffix", "end"),
@@ -359,7 +414,11 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"stop": 5}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "name": "ada"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"maxTokens": 5}, "maxTokens"),
+        ({"a name": 5}, "a name"),
+        ({"mixlm": {"topK": 5}}, "mixlm.topK"),
+        ({"max_tokens": 8.5}, "max_tokens"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),

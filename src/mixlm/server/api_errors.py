@@ -109,7 +109,8 @@ def _client_error(error: UsageError | TokenizerError) -> ApiError:
         # The models are loaded by now, so the text is at fault: a member has no tokens for it.
         return ApiError(400, error.message, code="no_tokens")
     option = error.message.partition(" ")[0]
-    return ApiError(400, _in_api_terms(str(error)), param=_FIELDS.get(option), code="invalid_value")
+    text = f"{error.message} ({error.hint})" if error.hint else error.message
+    return ApiError(400, _in_api_terms(text), param=_FIELDS.get(option), code="invalid_value")
 
 
 def validation_error(error: ValidationError, schema: type[BaseModel], others: Iterable[str]) -> ApiError:
@@ -131,6 +132,8 @@ def validation_error(error: ValidationError, schema: type[BaseModel], others: It
         first = next((detail for detail in siblings if detail["type"] == "extra_forbidden"), first)
     param = _dotted_path(first["loc"])
     if first["type"] == "extra_forbidden":
+        # The name is the client's, and may be anything.
+        param = ".".join(filter(None, (_dotted_path(first["loc"][:-1]), str(first["loc"][-1]))))[:200]
         suggestion = _similar_field(first["loc"], schema, others)
         message = f"there is no field {param}" + (f": {suggestion}" if suggestion else "")
         return ApiError(400, message, param=param, code="unknown_field")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -173,11 +174,30 @@ class ServerApp:
             raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="body_too_slow") from None
         except ClientDisconnect:
             raise ApiError(400, "the client disconnected", code="gone") from None
-        return bytes(data)
+        return _decoded(bytes(data), request.headers.get("content-encoding", ""), maximum)
 
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, media_type="application/json")
+
+
+def _decoded(data: bytes, encoding: str, maximum: int) -> bytes:
+    """Return a body without its content encoding. Raises ApiError for one that is unknown, spoiled or too large."""
+    if encoding.strip().lower() in ("", "identity"):
+        return data
+    if encoding.strip().lower() != "gzip":
+        message = f"the content encoding {encoding[:40]!r} is unknown: send gzip, or none"
+        raise ApiError(415, message, code="unsupported_encoding")
+    decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        decoded = decoder.decompress(data, maximum + 1)
+    except zlib.error:
+        raise ApiError(400, "the body is not gzip, as its content encoding says", code="invalid_encoding") from None
+    if len(decoded) > maximum:
+        raise ApiError(413, f"the body has more than {maximum} bytes", code="body_too_large")
+    if not decoder.eof:
+        raise ApiError(400, "the body is not complete gzip", code="invalid_encoding")
+    return decoded
 
 
 def _static(

@@ -71,6 +71,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"]
+        if path.endswith("/") and path[:-1] in self._routes:
+            scope = {**scope, "path": path[:-1]}  # answered at once: clients do not follow redirects of a POST
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         record = RequestRecord(

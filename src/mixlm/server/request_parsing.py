@@ -137,6 +137,8 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
     options = dict(options)
     for source, names in ((body, _OPTIONS), (extras, _EXTRA_OPTIONS)):
         options |= {name: value for name in names if (value := getattr(source, name)) is not None}
+    if body.ignore_eos:
+        options["ignore_end"] = True
     if body.seed is not None:
         options["seed"] = body.seed % 2**64  # the API allows negative seeds
     if body.logit_bias or extras.logit_bias:

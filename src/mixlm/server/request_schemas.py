@@ -6,7 +6,7 @@ The fields under `mixlm` are built from the table of options; those of OpenAI's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -34,22 +34,28 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "completions are not ranked; request n and choose"),
     "function_call": (("none",), _ONE_TEXT),
     "functions": (([],), _ONE_TEXT),
-    "metadata": (({},), "nothing is stored"),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
     "parallel_tool_calls": ((True, False), _ONE_TEXT),
     "prediction": ((), "use mixlm.draft for speculative decoding"),
-    "prompt_cache_key": ((), "prompts are not kept between requests"),
-    "prompt_cache_retention": ((), "prompts are not kept between requests"),
     "reasoning_effort": (("none",), "the members take no reasoning effort"),
-    "service_tier": (("auto", "default"), "there is one kind of service"),
-    "store": ((False,), "nothing is stored"),
     "suffix": (("",), "members continue a text; they do not fill gaps"),
-    "tool_choice": (("none",), _ONE_TEXT),
+    "tool_choice": (("none", "auto"), _ONE_TEXT),
     "tools": (([],), _ONE_TEXT),
-    "verbosity": ((), "the members take no verbosity"),
+    "verbosity": (("medium",), "the members take no verbosity"),
     "web_search_options": ((), _ONE_TEXT),
 }
+# Fields that clients send and that cannot change the text: any value is taken, and has no effect.
+IGNORED_FIELDS = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+IGNORED_MESSAGE_FIELDS = ("annotations", "cache_control", "name", "reasoning", "reasoning_content")
 
 Body = TypeVar("Body", bound="CommonFields")
 Short = Annotated[str, StringConstraints(max_length=512)]
@@ -60,6 +66,28 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalize(cls, fields: Any) -> Any:
+        """Remove known fields that are null or ignored; make integers of numbers such as 8.0 where they are meant."""
+        if not isinstance(fields, dict):
+            return fields
+        known = {info.alias or name: info for name, info in cls.model_fields.items()}
+        return {
+            name: int(value)
+            if type(value) is float and value.is_integer() and name in known and _is_integer(known[name].annotation)
+            else value
+            for name, value in fields.items()
+            if name not in cls.ignored and not (value is None and name in known)
+        }
+
+
+def _is_integer(annotation: Any) -> bool:
+    """Whether a field's numbers are integers."""
+    types = {annotation, *get_args(annotation)}
+    return int in types and float not in types
 
 
 def _option(name: str, **limits: Any) -> Any:
@@ -112,6 +140,7 @@ class StreamOptions(_Body):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(default=None, description="Has no effect: the usage comes at the end.")
 
 
 class PlainText(_Body):
@@ -146,6 +175,7 @@ class CommonFields(_Body):
     """The fields that both endpoints have."""
 
     neutral: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _NEUTRAL
+    ignored = IGNORED_FIELDS
 
     model: Short | None = Field(
         default=None, description="The name of a served ensemble; may be omitted if there is only one."
@@ -165,7 +195,7 @@ class CommonFields(_Body):
     stop: Short | Annotated[list[Short], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, StringConstraints(max_length=512)] | None = Field(default=None, description="Has no effect.")
+    ignore_eos: bool | None = Field(default=None, description="Whether to go on after end-of-text, up to max_tokens.")
     mixlm: Extras | None = None
 
     @property
@@ -201,12 +231,16 @@ class CommonFields(_Body):
 class TextPart(_Body):
     """A part of a message."""
 
+    ignored = ("annotations", "cache_control")
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Body):
-    """One turn of a conversation. `developer` is another name for `system`."""
+    """One turn of a conversation. `developer` is another name for `system`; an assistant's content may be null."""
+
+    ignored = IGNORED_MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
@@ -217,8 +251,11 @@ class ChatMessage(_Body):
         """Remove what libraries leave empty when they send back a message."""
         if not isinstance(fields, dict):
             return fields
-        empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "name")
-        return {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
+        empty = ("refusal", "audio", "function_call", "tool_calls")
+        fields = {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
+        if fields.get("role") == "assistant" and fields.get("content") is None:
+            fields["content"] = ""
+        return fields
 
     @property
     def text(self) -> str:
@@ -279,4 +316,4 @@ def parse_body(schema: type[Body], data: bytes) -> Body:
     try:
         return schema.model_validate_json(data)
     except ValidationError as error:
-        raise validation_error(error, schema, schema.neutral) from None
+        raise validation_error(error, schema, (*schema.neutral, *schema.ignored)) from None

@@ -245,3 +245,16 @@ def test_the_demo_pair(demo_pair):
     assert report.weights_bytes == smollm.weights_bytes + gemma.weights_bytes
     possible = {item.name: item.possible for item in report.possibilities}
     assert (possible["token"], possible["piece"], possible["mixture"]) == (False, True, True)
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "hf"])
+def test_a_gguf_file_is_neither_loaded_nor_converted_when_nothing_is_measured(tmp_path, monkeypatch, engine):
+    from ggufs import write_tiny_gguf
+
+    from mixlm.cli import main
+
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mixlm.inspection.unloaded.load_engine", None)
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", context=64)
+    assert main(["inspect", "--no-measure", "-m", str(file), "--engine", engine]) == 0
+    assert [path.name for path in (tmp_path / "cache").glob("models/*")] == []

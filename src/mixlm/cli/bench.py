@@ -116,6 +116,9 @@ def show(report: Mapping[str, Any], output: str | None, tables: Callable[[Mappin
     if "peak_memory_bytes" in environment:
         weights, peak = (f"{environment[name] / 1e9:.2f} GB" for name in ("weights_bytes", "peak_memory_bytes"))
         _print_dim(f"weights {weights} · peak memory {peak}")
+    engines = {name: details.get("engine", "") for name, details in environment.get("engines", {}).items()}
+    if any(engines.values()):
+        _print_dim(" · ".join(f"{name} in {engine}" for name, engine in engines.items()))
     machine = [str(environment[name]) for name in ("accelerator", "processor", "system") if environment.get(name)]
     if machine:
         _print_dim(" · ".join(machine))

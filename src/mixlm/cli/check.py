@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from mixlm.cli.display import print_json
+from mixlm.cli.display import engines_by_member, engines_text, print_json
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.tables import console, print_lines, print_table
@@ -79,9 +79,12 @@ def check(
         else:
             report = equivalence.check(ensemble, prompt, reference=reference, **arguments)
     if as_json:
-        print_json(report.as_dict() | ({"left_out": skipped} if every_unit else {}))
+        print_json(
+            report.as_dict() | {"engines": engines_by_member(ensemble)} | ({"left_out": skipped} if every_unit else {})
+        )
     else:
         _show(report)
+        print_lines(f"Members run in {engines_text(ensemble)}.")
         for unit, reason in skipped.items():
             print_lines(f"The unit {unit} is not checked: {reason}.")
     return 0 if report.equal else 1

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from ggufs import write_tiny_gguf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.models import resolve
@@ -77,6 +81,55 @@ def test_the_ids_are_those_of_llama_cpp(both: tuple[Tokenize, Tokenize]) -> None
     source = Path(json.__file__).read_text()
     for text in (*TEXTS, *random_texts(300), *(source[i : i + 150] for i in range(0, len(source) - 150, 150))):
         assert actual(text) == expected(text), text
+
+
+def unusual_texts(count: int) -> list[str]:
+    """Texts of letters, spaces and any characters of Unicode that have been assigned for some time."""
+    rng = random.Random(2)
+    planes = [(0xA0, 0x24F), (0x300, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x1FFFF)]
+    parts = ["'s", "'LL", "12", "ab", "Ab", "日本", "e\u0301", "한국", "ſ", "\r\n", "\u2028", "\x85", "İ", "ǅ", "👍🏽"]
+    parts += ["\u0903", "٣", "৪", "_", "\u200d", "  ", "    ", "12345678", "IMGIMGABZ", "<sentinel:7>"]
+
+    def character() -> str:
+        while True:
+            found = chr(rng.randint(*rng.choice(planes)))
+            if unicodedata.category(found) not in ("Cn", "Cs"):
+                return found
+
+    choices = [lambda: chr(rng.randint(32, 126)), lambda: " ", lambda: "\n", character, lambda: rng.choice(parts)]
+    return ["".join(rng.choice(choices)() for _ in range(rng.randint(2, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def merged_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[tuple[str, str]], Path]:
+    """Texts, merges that reach across whatever a pre-tokenizer may cut, and a file with the texts."""
+    source = Path(json.__file__).read_text()
+    texts = [*TEXTS, *random_texts(150), *unusual_texts(250), *(source[i : i + 120] for i in range(0, 6000, 120))]
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2500, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
+    whole.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("texts") / "texts.json"
+    path.write_text(json.dumps(texts))
+    return texts, [(left, right) for left, right in json.loads(whole.to_str())["model"]["merges"]], path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_every_pre_tokenizer_cuts_as_llama_cpp_does(tmp_path: Path, merged_texts, name: str) -> None:
+    pytest.importorskip("xllamacpp")
+    texts, merges, path = merged_texts
+    file = write_tiny_gguf(tmp_path / "a.gguf", pre=name, merges=merges)
+    program = Path(__file__).with_name("llama_cpp_tokens.py")
+    command = [sys.executable, program, file, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    expected = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[3:])
+    write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    for text, ids in zip(texts, expected, strict=True):
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_encoding import CUTS, PROSE, Counting, assert_grows, assert_many_are_stable, assert_many_grow, steps
 from test_tokens import HARD
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 from trained import CORPUS, any_bytes, texts
 
 from mixlm.engines.tokenizer_setup import load_tokenizer
@@ -161,7 +161,7 @@ def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(loaded
     assert_many_are_stable(loaded(kind).encoder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "bpe" in kind])
 def test_only_the_end_of_a_long_text_is_encoded_again(loaded, kind):
     counting = Counting(loaded(kind).encoder)
     incremental = IncrementalEncoder(counting)
@@ -208,3 +208,14 @@ def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
         backend = load_tokenizer(str(tmp_path), "known").backend
         assert TokenizerEncoder(backend, TokenizerFamily.SENTENCEPIECE).leading_space == rule
+
+
+def test_ways_that_are_equally_likely_are_told_apart_as_in_the_whole():
+    # A sum of scores is rounded by what stands before it: two spaces and three, or three and two?
+    pieces = [("<unk>", 0.0), ("▁", -3.1), ("▁▁", -3.7), ("▁▁▁", -4.3), *((letter, -2.3) for letter in "abc")]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    encoder = TokenizerEncoder(tokenizer, TokenizerFamily.SENTENCEPIECE)
+    for text in ("a" * 30 + " " * 5 + "b", "abc" * 9 + "     c     a     b"):
+        assert_grows(encoder, steps(text.encode(), [1] * len(text)))

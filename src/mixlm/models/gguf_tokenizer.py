@@ -85,7 +85,10 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     ),
     **_names(PreTokenizer((_QWEN35,)), "qwen35"),
     **_names(PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)), "deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
-    **_names(PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")), "deepseek-coder"),
+    **_names(
+        PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[[一-龥ࠀ-一가-퟿]&&\S]+", r"\p{N}")),
+        "deepseek-coder",
+    ),
     **_names(PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")), "falcon"),
     **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+",)), "poro-chat", "bloom", "gpt3-finnish"),
     **_names(PreTokenizer((" ?[^(\\s|.,!?…。，、।۔،)]+", r"\p{N}")), "viking"),
@@ -106,6 +109,16 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     ),
     **_names(PreTokenizer((r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words=True), "minicpm5"),
     **_names(PreTokenizer(("[^\\n]+|[\\n]+", _QWEN2)), "laguna"),
+    **_names(PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))")), "superbpe"),
+    **_names(
+        PreTokenizer(
+            (
+                *("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", "([\\t\\n]|    |  )"),
+                *(r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", _GPT2),
+            )
+        ),
+        "chameleon",
+    ),
     **_names(
         PreTokenizer(
             (
@@ -116,8 +129,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         "exaone-moe",
     ),
 }
-# What begins with a number behind it is numbers alone for these; llama.cpp has code of its own for them.
-_UNREAD = ("kimi-k2", "afmoe", "superbpe", "tiny_aya", "cohere2moe", "chameleon", "gemma4", "sarvam-moe", "youtu")
+# llama.cpp has code of its own for these, or patterns that its own engine reads in another way than this library.
+_UNREAD = ("kimi-k2", "afmoe", "tiny_aya", "cohere2moe", "gemma4", "sarvam-moe", "youtu")
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path, name: str) -> None:
@@ -186,8 +199,8 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> 
 
 def _merge(text: str) -> tuple[str, str]:
     """Return the two parts of a merge; the first may itself begin with a space."""
-    at = text.index(" ", 1)
-    return text[:at], text[at + 1 :]
+    split = text.index(" ", 1)
+    return text[:split], text[split + 1 :]
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> tuple[Any, bool]:

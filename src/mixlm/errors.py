@@ -20,12 +20,19 @@ A message gives the value and what is allowed; the hint says what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 
 class MixlmError(Exception):
-    """Base of all errors that mixlm raises. `exit_code` is the exit status of the command line."""
+    """Base of all errors that mixlm raises.
+
+    Attributes:
+        message: What was found, and what is allowed.
+        hint: What to do, with the options of the command line; `str` has those of Python.
+        exit_code: The exit status of the command line.
+    """
 
     exit_code = 1
 
@@ -35,7 +42,7 @@ class MixlmError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        return in_python_words(f"{self.message} ({self.hint})" if self.hint else self.message)
 
 
 class UsageError(MixlmError):
@@ -93,6 +100,21 @@ class DownloadError(MixlmError):
 
 class MemoryLimitError(MixlmError):
     """The device is out of memory."""
+
+
+_FLAG = re.compile(
+    r"(?<!\S)--(engine|method|unit|top-k|dtype|draft|device|graphs|rule|system) (\w[\w.]*)(?: \(engine='\w+'[^)]*\))?"
+)
+
+
+def in_python_words(text: str) -> str:
+    """Return a message with keywords, such as `top_k=10`, in place of the options of the command line."""
+
+    def keyword(match: re.Match[str]) -> str:
+        value = match[2] if match[2].isdigit() else repr(match[2])
+        return f"{match[1].replace('-', '_')}={value}"
+
+    return _FLAG.sub(keyword, text)
 
 
 def close_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

@@ -78,7 +78,8 @@ def load(  # noqa: PLR0913 - one option each
     >>> mixlm.load("toy:1", "toy:2", weights=[2, 1]).names
     ('toy:1', 'toy:2')
     """
-    for model in models:
+    given: Sequence[Any] = models
+    for model in given:
         if isinstance(model, list | tuple | set):
             call = ", ".join(repr(str(name)) for name in model)
             raise ConfigError(f"the model is {model!r}, and models are named one by one", f"mixlm.load({call})")

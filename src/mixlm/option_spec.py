@@ -12,9 +12,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
+
 from mixlm.errors import ConfigError, did_you_mean
 
 Panel = Literal["Ensemble", "Sampling", "Generation"]
+_MAX_WHOLE = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ class OptionSpec:
                 )
         elif self._is_number and not self._allows(value):
             shown = str(value) if isinstance(value, Real) else repr(value)
+            if self.whole and isinstance(value, int) and value > _MAX_WHOLE:
+                raise ConfigError(f"{name} is {shown}; it must be less than 2**64: a number of 64 bits")
             raise ConfigError(f"{name} is {shown}; it must be {self.allowed}")
 
     @property
@@ -82,11 +87,11 @@ class OptionSpec:
         return self.minimum is not None or self.above is not None
 
     def _allows(self, value: Any) -> bool:
-        if isinstance(value, int):
-            is_number = not self.whole or (not isinstance(value, bool) and value < 2**64)
+        if isinstance(value, int | np.integer):
+            is_number = not self.whole or (not isinstance(value, bool) and value <= _MAX_WHOLE)
         else:
             is_number = not self.whole and isinstance(value, Real) and math.isfinite(value)
-        return (
+        return bool(
             is_number
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
@@ -108,8 +113,13 @@ def specs(record: Any) -> dict[str, OptionSpec]:
 
 
 def check_options(record: Any, *, skip: Collection[str] = ()) -> None:
-    """Check the options of a dataclass instance; None is allowed where it is the default. Raises ConfigError."""
+    """Check the options of a dataclass instance; None is allowed where it is the default. Raises ConfigError.
+
+    Numbers of NumPy become Python's: arithmetic of theirs would overflow.
+    """
     for entry in fields(record):
         value = getattr(record, entry.name)
         if "option" in entry.metadata and entry.name not in skip and not (value is None and entry.default is None):
             entry.metadata["option"].check(entry.name, value)
+            if isinstance(value, np.integer | np.floating):
+                object.__setattr__(record, entry.name, value.item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
@@ -31,6 +32,7 @@ def encode_prompt(
         ConfigError: The prompt is empty, or not a message.
         PromptTooLongError: A context has no room for it and one more token.
     """
+    _check_type(prompt)
     if options.raw:
         if not isinstance(prompt, str) or options.system is not None:
             raise ConfigError("a raw prompt is one text, without messages and without a system text")
@@ -55,19 +57,39 @@ def encode_prompt(
 
 def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Return whether these are several prompts, and not one text or one conversation."""
+    _check_type(prompt)
     return not isinstance(prompt, str) and any(not isinstance(item, Message | Mapping) for item in prompt)
+
+
+def _check_type(prompt: Any) -> None:
+    """Raise ConfigError for what is no prompt, nor a list of them."""
+    if isinstance(prompt, bytes | bytearray):
+        raise ConfigError(f"the prompt is {_shown(prompt)}: bytes, and no text", "decode it: prompt.decode()")
+    if isinstance(prompt, Mapping | Message):
+        raise ConfigError(f"the prompt is one message, {_shown(prompt)}", "a conversation is a list of messages")
+    if not isinstance(prompt, str | Sequence):
+        raise ConfigError(f"the prompt is {_shown(prompt)}", "give a text, a list of messages, or a list of such")
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]} …"
 
 
 def _messages(prompt: Prompt) -> list[Message]:
     if isinstance(prompt, str):
         return [Message("user", prompt)]
-    messages = [item if isinstance(item, Message) else _message(item) for item in prompt]
+    messages = [_message(item) for item in prompt]
     if not messages:
         raise ConfigError("the conversation has no messages", "give at least one message of the user")
     return messages
 
 
-def _message(fields: Mapping[str, str]) -> Message:
+def _message(fields: Any) -> Message:
+    if isinstance(fields, Message):
+        fields = {"role": fields.role, "content": fields.content}
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{_shown(fields)} is no message", "give a mixlm.Message, or a dict of role and content")
     role, content = fields.get("role"), fields.get("content")
     if role not in ROLES or not isinstance(content, str) or len(fields) != 2:
         allowed = ", ".join(ROLES)

@@ -4,6 +4,7 @@ python -m research.scripts.serve_load KIND …
     one        [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
     many       [-m MODEL ...] [--clients N]                 N streams at once against a batch
     malformed  [--requests N]                               spoiled requests: statuses, memory
+    mixed      [-m MODEL ...] [--requests N]                schemas, long prompts, log-probabilities: memory
     cancel                                                  clients that leave, under load
 """
 
@@ -199,6 +200,40 @@ def measure_malformed(requests: int) -> None:
     assert not [status for status in statuses if status >= 500]
 
 
+def measure_mixed(models: Sequence[str], requests: int) -> None:
+    """Requests of all kinds, each schema and prompt another one; prints the memory along the way."""
+    server, rng, statuses = Served(models, "--max-tokens", "8"), random.Random(0), Counter[int]()
+    words = ("one", "river", "the", "light", "falls")
+
+    def body(number: int) -> tuple[str, dict[str, Any]]:
+        text = f"{number} " + " ".join(rng.choice(words) for _ in range(rng.choice((3, 30, 1500))))
+        if number % 3 == 0:
+            names = {f"name{number}_{i}": {"type": "integer"} for i in range(rng.choice((3, 300, 2000)))}
+            schema = {"name": "x", "schema": {"type": "object", "properties": names}}
+            form = {"type": "json_schema", "json_schema": schema}
+            return "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": form}
+        if number % 3 == 1:
+            return "/v1/completions", {"prompt": text[:2000], "echo": True, "logprobs": 5, "max_tokens": 0}
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "logprobs": True}
+
+    async def ask(number: int) -> None:
+        path, fields = body(number)
+        reader, writer = await asyncio.open_connection("localhost", server.port)
+        writer.write(request(json.dumps(fields).encode(), path))
+        statuses[int((await reader.read()).split(b" ", 2)[1])] += 1
+        writer.close()
+
+    async def run() -> None:
+        for done in range(0, requests, 6):
+            await asyncio.gather(*[ask(done + i) for i in range(6)])
+            if done % 30 == 0:
+                print(f"{done} requests: {server.memory:.1f} MB", flush=True)
+
+    asyncio.run(run())
+    print(f"{requests} requests: {server.memory:.1f} MB; statuses {dict(sorted(statuses.items()))}")
+    server.stop()
+
+
 def measure_cancel(models: Sequence[str]) -> None:
     """Clients leave while all slots are taken; how soon does the next in line begin?"""
     server, waits = Served(models, "--batch", "8"), []
@@ -233,7 +268,7 @@ def measure_cancel(models: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["one", "many", "malformed", "cancel"])
+    parser.add_argument("what", choices=["one", "many", "malformed", "mixed", "cancel"])
     parser.add_argument("-m", dest="models", action="append")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
@@ -247,6 +282,8 @@ def main() -> None:
         measure_many(models, arguments.tokens, arguments.repeats, arguments.clients)
     elif arguments.what == "malformed":
         measure_malformed(arguments.requests)
+    elif arguments.what == "mixed":
+        measure_mixed(models, arguments.requests)
     else:
         measure_cancel(models)
 

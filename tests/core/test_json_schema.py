@@ -25,6 +25,7 @@ from toys import (
     written,
 )
 
+from mixlm.core.grammar import GrammarCache
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
 from mixlm.decoding.mixture import mixture
@@ -465,3 +466,41 @@ def test_real_members_write_valid_json(demo_pair):
             ended += 1
             jsonschema.validate(json.loads(completion.text), schema)
     assert ended
+
+
+def consumed(schema: dict[str, Any], text: str) -> bool:
+    """Whether a text is JSON that the grammar of a schema takes as complete."""
+    vocabulary = ToyEngine().vocabulary
+    allowed = GrammarCache([vocabulary]).for_schema(schema)[0].matcher().allowed(text.encode())
+    return allowed is not None and bool(allowed[sorted(vocabulary.end_ids)].all())
+
+
+def test_equal_keys_of_other_spelling_are_a_known_limit():
+    open_schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    twice = '{"a":1,"\\u0061":"x"}'
+    assert consumed(open_schema, twice)  # if this fails, docs/serving.md has a limit too many
+    assert not consumed(open_schema, '{"a":1,"a":"x"}')
+    assert not consumed({**open_schema, "additionalProperties": False}, twice)
+
+
+@pytest.mark.parametrize("pattern", ["^a$", "^(a|b)$", "^[ab]$"])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"type": "object", "properties": {"x": {"items": s}}}])
+def test_patterns_that_leave_no_other_name_are_refused(pattern, wrap):
+    integer = {"type": "integer"}
+    names = {"a": integer, "b": integer}
+    schema = {"type": "object", "properties": names, "patternProperties": {pattern: integer}}
+    closed = wrap({**schema, "additionalProperties": False})
+    with pytest.raises(ConfigError, match=r"no other name than those in properties \(a, b\)"):
+        GrammarCache([ToyEngine().vocabulary]).for_schema(closed)
+    more = wrap({**schema, "patternProperties": {"^[abc]$": integer}, "additionalProperties": False})
+    GrammarCache([ToyEngine().vocabulary]).for_schema(more)
+
+
+def test_the_cache_is_bounded_by_the_size_of_schemas_too():
+    cache = GrammarCache([ToyEngine().vocabulary])
+    schemas = [{"type": "object", "properties": {f"p{i}_{k}": {"type": "null"} for k in range(1200)}} for i in range(4)]
+    grammars = [cache.for_schema(schema)[0] for schema in schemas]
+    assert len(json.dumps(schemas[:3])) > 100_000 > len(json.dumps(schemas[:2]))
+    assert cache.for_schema(schemas[3])[0] is grammars[3]
+    assert cache.for_schema(schemas[2])[0] is grammars[2]
+    assert cache.for_schema(schemas[0])[0] is not grammars[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,9 @@ TokenMask = npt.NDArray[np.bool_]
 _WHITESPACE = r"( |\n {0,32})"
 # Bytes that JSON in UTF-8 can contain.
 _BYTES = (0x09, 0x0A, 0x0D, *range(0x20, 0xC0), *range(0xC2, 0xF5))
+# Of the cache: schemas, and the characters of all of them. A parser takes about 5 kB for each 100 characters.
 _CACHED_SCHEMAS = 16
+_CACHED_CHARACTERS = 100_000
 
 
 class Matcher:
@@ -119,7 +121,9 @@ class GrammarCache:
         with self._lock:
             self._known[key] = grammars
             self._known.move_to_end(key)
-            if len(self._known) > _CACHED_SCHEMAS:
+            while len(self._known) > 1 and (
+                len(self._known) > _CACHED_SCHEMAS or sum(map(len, self._known)) > _CACHED_CHARACTERS
+            ):
                 self._known.popitem(last=False)
         return grammars
 
@@ -136,7 +140,31 @@ class GrammarCache:
                 if parser.is_error():
                     raise _refused(parser.get_error())
                 grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids)
+        self._check_keys(library, json.loads(schema))
         return [grammars[id(vocabulary)] for vocabulary in self._vocabularies]
+
+    def _check_keys(self, library: Any, schema: Any) -> None:
+        """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
+
+        llguidance offers a comma there, behind which no property can follow. A schema of the same names shows it.
+        """
+        null = {"type": "null"}
+        for names, patterns in _closed_objects(schema):
+            form = {"properties": dict.fromkeys(names, null), "patternProperties": dict.fromkeys(patterns, null)}
+            probe = json.dumps({"type": "object", **form, "additionalProperties": False})
+            trie, _ = self._trie(library, self._vocabularies[0])
+            matcher = Matcher(
+                library.LLMatcher(trie, _grammar_source(library, probe), log_level=0), self._vocabularies[0]
+            )
+            text = "{" + "".join(f"{json.dumps(name, ensure_ascii=False)}:null," for name in names) + " "
+            try:
+                matcher.allowed(text.encode())
+            except ConfigError:
+                raise ConfigError(
+                    f"json_schema cannot be enforced: no other name than those in properties ({', '.join(names)}) "
+                    f"matches patternProperties ({', '.join(patterns)})",
+                    "leave patternProperties out there",
+                ) from None
 
     def _trie(self, library: Any, vocabulary: Vocabulary) -> tuple[Any, Ids]:
         if id(vocabulary) not in self._tries:
@@ -190,6 +218,18 @@ def _grammar_source(library: Any, schema: str) -> str:
     lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(form)}'
     source: str = library.LLMatcher.grammar_from_lark(lark)
     return source
+
+
+def _closed_objects(schema: Any) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the names and the patterns of each schema of objects that have no other properties."""
+    if isinstance(schema, dict):
+        names, patterns = schema.get("properties"), schema.get("patternProperties")
+        closed = schema.get("additionalProperties") is False
+        if closed and isinstance(names, dict) and isinstance(patterns, dict) and names and patterns:
+            yield list(names), list(patterns)
+    if isinstance(schema, dict | list):
+        for part in schema.values() if isinstance(schema, dict) else schema:
+            yield from _closed_objects(part)
 
 
 def _exact(digits: str) -> int:

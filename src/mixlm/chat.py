@@ -23,6 +23,9 @@ class Chat:
         self._turn = 0
         self.messages: list[Message] = []
 
+    def __repr__(self) -> str:
+        return f"<Chat of {len(self.messages)} messages with {', '.join(self._ensemble.names)}>"
+
     def send(self, text: str) -> Completion:
         """Add a user's message and return the whole completion."""
         for _ in (generation := self.stream(text)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +14,7 @@ from mixlm.config import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import GenerationOptions, Options
+from mixlm.core.options import OPTIONS, GenerationOptions, Options
 from mixlm.core.sampling import Transform
 from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy, check_method
 from mixlm.engines import Engine
@@ -90,6 +91,14 @@ class Ensemble:
         else:
             self.unit = unit
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
+
+    def __repr__(self) -> str:
+        members = ", ".join(
+            f"{member.name} ({member.engine.backend}, {weight:.3g})"
+            for member, weight in zip(self.members, self.weights, strict=True)
+        )
+        routed = "" if isinstance(self.router, FixedRouter) else f", router={type(self.router).__name__}"
+        return f"<Ensemble of {members}; unit={self.unit.name!r}, method={self.defaults.method!r}{routed}>"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -282,3 +291,12 @@ class Ensemble:
             options = MemberOptions(settings.top_logprobs, grammar, samples_only)
             members.append(Member(spec.engine, spec.name, transform, symbols, options))
         return members
+
+
+def _options_text() -> str:
+    """Return the table of options as lines of a docstring."""
+    lines = (f"    {name}: {spec.help or 'See `GenerationOptions`.'}" for name, spec in OPTIONS.items())
+    return "\n\nOptions:\n" + "\n".join(lines) + "\n"
+
+
+Ensemble.generate.__doc__ = inspect.cleandoc(Ensemble.generate.__doc__ or "") + _options_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -328,6 +329,20 @@ class Completion:
     usage: Usage
     prompt: tuple[Token, ...] = ()
     end: Token | None = None
+
+    def __repr__(self) -> str:
+        text = f"{self.text[:60]!r}{'…' if len(self.text) > 60 else ''}"
+        return f"<Completion {text}: {len(self.tokens)} tokens, {self.finish_reason}, seed {self.seed}>"
+
+    def _repr_html_(self) -> str:
+        """Return the text for a notebook, each token in its member's colour."""
+        names = list(dict.fromkeys([*self.usage.members, *(token.member for token in self.tokens)]))
+        spans = "".join(
+            f'<span style="color:hsl({200 + 137 * names.index(token.member)},65%,45%)" title="{escape(token.member)}">'
+            f"{escape(token.text)}</span>"
+            for token in self.tokens
+        )
+        return f'<pre style="white-space:pre-wrap">{spans}</pre>'
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""

@@ -125,6 +125,11 @@ class Generation(Iterator[Token]):
         self._flow = self._run()
         self._requests: list[Request] | None = None
 
+    def __repr__(self) -> str:
+        text = "".join(token.text for token in self._tokens)
+        state = "failed" if self.error else "finished" if self.finished else "in progress"
+        return f"<Generation {state}: {len(self._tokens)} tokens, {text[:60]!r}{'…' if len(text) > 60 else ''}>"
+
     def __next__(self) -> Token:
         while not self.ready:
             try:

@@ -10,7 +10,7 @@ import numpy as np
 HIDDEN, ROWS = 32, 260
 
 
-def write_tiny_gguf(
+def write_tiny_gguf(  # noqa: PLR0913
     path: Path,
     *,
     architecture: str = "llama",

@@ -327,13 +327,13 @@ def test_a_pre_tokenizer_that_looks_ahead_gives_the_ids_of_the_whole(name, parts
 
 @pytest.mark.parametrize("name", ["thousands", "spaces", "lines"])
 def test_where_a_pattern_stops_looking_ahead_text_is_stable(name):
-    data = "abc 12345678 def\n\nthe end, 12\nx 1".encode()
+    data = b"abc 12345678 def\n\nthe end, 12\nx 1"
     assert encoder(_looking_ahead(name)).encode(data).stable_bytes >= 12
 
 
 @pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again"])
 def test_where_nothing_can_be_proven_nothing_is_stable(name):
-    assert encoder(_looking_ahead(name)).encode("abc 12 def\n\nthe end, 12.".encode()).stable_bytes == 0
+    assert encoder(_looking_ahead(name)).encode(b"abc 12 def\n\nthe end, 12.").stable_bytes == 0
 
 
 def test_what_the_tokenizers_library_cannot_encode_is_an_error_that_says_so():

@@ -247,7 +247,7 @@ class TokenizerEncoder:
         return ids + [i for part in parts[1:] for i in encode_text(bare[1], part).ids]
 
     def _lookalike_parts(self, tokenizer: Any, text: str) -> list[str]:
-        """Return the parts of a normalized text none of which looks like a special token; none if the whole does not."""
+        """Return parts of a normalized text none of which looks like a special token; none if the whole does not."""
         parts = [] if self._lookalikes is None else self._lookalikes.split(_normalized(tokenizer, text))
         return parts if len(parts) > 1 else []
 

@@ -69,7 +69,8 @@ def measure(ensemble: Ensemble, streams: int, prompt: str, chunk: int, usual_tok
     tokens = max(member.prompt_tokens for member in late.completion.usage.members.values())
     return (
         f"prompt {tokens}, chunk {chunk}: usual gap {usual:.2f} s; with the prompt: median "
-        f"{statistics.median(gaps):.2f} s, longest {max(gaps):.2f} s = {max(gaps) / usual:.1f} times the usual; all prefilled after {seconds:.1f} s"
+        f"{statistics.median(gaps):.2f} s, longest {max(gaps):.2f} s = "
+        f"{max(gaps) / usual:.1f} times the usual; all prefilled after {seconds:.1f} s"
     )
 
 

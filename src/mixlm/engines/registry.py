@@ -1,4 +1,7 @@
-"""The engines by name, and the choice of one for a model. A new engine is a module with `load(spec)` and a line here."""
+"""The engines by name, and the choice of one for a model.
+
+A new engine is a module with `load(spec)`, and a line here.
+"""
 
 from __future__ import annotations
 

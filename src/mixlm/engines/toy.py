@@ -105,7 +105,7 @@ class ToyEngine(Engine):
         name: of the model.
         seed: of the random table.
         context_length: in tokens.
-        samples_itself: whether it samples itself where it can, as servers do, with a random number generator of its own.
+        samples_itself: whether it samples itself where it can, as servers do, with its own random number generator.
     """
 
     on_forward: Callable[[Ids, int], None] | None = None

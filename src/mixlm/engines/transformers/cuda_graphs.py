@@ -195,7 +195,7 @@ class CudaGraphRunner:
         return True
 
     def run(self, cache: KVCache, ids: Ids, last: int) -> torch.Tensor:
-        """Run ids, int64 (n,), that fit. Returns the logits of the last positions, (last, vocab), until the next run."""
+        """Run ids, int64 (n,), that fit. Return the last positions' logits, (last, vocab), valid until the next run."""
         tokens = _padded(len(ids))
         buffer = cache.reserve(cache.length + tokens)
         forward = self._forward(buffer, tokens, 1 if last == 1 else tokens)

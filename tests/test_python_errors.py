@@ -31,7 +31,7 @@ PAIR = mixlm.load("toy:1", "toy:2")
         ([{"role": "user", "content": b"a"}], "is no message"),
         ((text for text in ["a"]), "the prompt is <generator"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_what_is_no_prompt(call, prompt, message):
@@ -43,7 +43,7 @@ def test_what_is_no_prompt(call, prompt, message):
         getattr(PAIR, call)(prompt, max_tokens=2)
 
 
-@pytest.mark.parametrize("value", [None, b"ab", 5, ["a"]], ids=repr)
+@pytest.mark.parametrize("value", [None, b"ab", 5, ["a"]], ids=lambda value: repr(value).partition(" at 0x")[0])
 def test_what_is_no_turn_of_a_chat(value):
     chat = PAIR.chat(max_tokens=2)
     with pytest.raises(ConfigError):
@@ -63,7 +63,7 @@ def test_what_is_no_turn_of_a_chat(value):
         ([1, float("nan")], "a finite number, 0 or more"),
         ([1], "1 weight (1) for 2 members"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 def test_what_are_no_weights(weights, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -72,7 +72,11 @@ def test_what_are_no_weights(weights, message):
         PAIR.with_weights(weights)
 
 
-@pytest.mark.parametrize("weights", [(1, 3), np.array([1, 3]), [np.float32(1), np.int64(3)]], ids=repr)
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 3), np.array([1, 3]), [np.float32(1), np.int64(3)]],
+    ids=lambda value: repr(value).partition(" at 0x")[0],
+)
 def test_weights_of_any_sequence_and_numbers(weights):
     assert mixlm.load("toy:1", "toy:2", weights=weights).weights.tolist() == [0.25, 0.75]
 
@@ -86,7 +90,7 @@ def test_weights_of_any_sequence_and_numbers(weights):
         ([b"toy:1"], "it must be a name or a path"),
         ([], "no model was named"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 def test_what_are_no_models(models, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -126,7 +130,7 @@ def test_seeds_of_numpy_are_those_of_python(kind):
         (None, "it must be a whole number, 0 or more"),
         ("7", "seed is '7'; it must be a whole number, 0 or more"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 def test_seeds_that_are_none(seed, message):
     with pytest.raises(ConfigError, match=re.escape(message)):

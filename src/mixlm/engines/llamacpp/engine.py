@@ -75,9 +75,9 @@ class LlamaCppEngine(TopKOnlyEngine):
     """A GGUF model in llama.cpp.
 
     Each session holds a slot; when there are more sessions than slots, the one with the shortest text loses its slot
-    and is prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: responses
-    depend on the ids alone, to the last bit. Otherwise the kernels for several tokens round differently from those for
-    one.
+    and is prefilled again at its next request. dtype "float32" runs one token a forward pass, also in prefill: its
+    responses depend on the ids alone, to the last bit. Otherwise the kernels for several tokens round differently from
+    those for one.
     """
 
     def __init__(self, name: str, text: TextInterface, loaded: LoadedGGUF) -> None:

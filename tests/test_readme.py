@@ -39,6 +39,7 @@ def test_ensemble_file_is_valid() -> None:
     assert [member.weight for member in parse_config(tomllib.loads(text), "README").members] == [0.6, 0.4]
 
 
+@pytest.mark.slow
 def test_commands_that_need_more_than_the_demo_models_exist() -> None:
     lines = [line.split("  #")[0].split() for block in re.findall(r"\n```\n(mixlm.*?)```", README, flags=re.DOTALL)
              for line in block.splitlines()]  # fmt: skip

@@ -18,6 +18,7 @@ def pieces(completion: Completion) -> list[tuple[bytes, str]]:
     return [(token.data, token.member) for token in completion.tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", [{"draft": "smollm2-135m", "block": 3}, {"draft": "lookup"}])
 def test_speculative_gives_the_mixtures_text(demo_pair: Ensemble, draft: dict[str, Any]) -> None:
     options: dict[str, Any] = {"seed": 5, "max_tokens": 24}
@@ -28,6 +29,7 @@ def test_speculative_gives_the_mixtures_text(demo_pair: Ensemble, draft: dict[st
         assert 0 < completion.usage.accepted <= completion.usage.drafted
 
 
+@pytest.mark.slow
 def test_auto_gives_the_mixtures_text(demo_pair: Ensemble) -> None:
     options: dict[str, Any] = {"seed": 6, "max_tokens": 24}
     completion = demo_pair.generate(QUESTIONS[1], method="auto", **options)
@@ -35,6 +37,7 @@ def test_auto_gives_the_mixtures_text(demo_pair: Ensemble) -> None:
     assert completion.usage.chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["smollm2-135m", "lookup"])
 def test_drafted_greedy_is_greedy(demo_pair: Ensemble, draft: str) -> None:
     options: dict[str, Any] = {"method": "greedy", "seed": 0, "max_tokens": 20}
@@ -43,6 +46,7 @@ def test_drafted_greedy_is_greedy(demo_pair: Ensemble, draft: str) -> None:
     assert [token.data for token in completion.tokens] == [token.data for token in expected.tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative"])
 def test_completions_of_a_batch_are_those_generated_one_by_one(demo_pair: Ensemble, method: Any) -> None:
     options: dict[str, Any] = {"seed": 7, "max_tokens": 12, "method": method}

@@ -59,6 +59,7 @@ def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Pa
     assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_with_nothing_lost_or_done_twice(run: Run, prompts: Path, tmp_path: Path) -> None:
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     run(*arguments(prompts, whole))

@@ -280,6 +280,7 @@ def test_check_loads_in_float32_unless_told_otherwise(
     ]
 
 
+@pytest.mark.slow
 def test_check_of_every_unit_is_one_table(run: Run) -> None:
     done = run("check", *TOYS, "--every-unit", "--samples", "200")
     assert done.code == 0
@@ -312,6 +313,7 @@ def completions(words: str, **environment: str) -> list[str]:
     return process(**{**bash, **environment}).out.split()
 
 
+@pytest.mark.slow
 def test_a_shell_completes_commands_and_options() -> None:
     assert completions("mixlm ge") == ["generate"]
     assert completions("mixlm models r") == ["rm"]

@@ -151,6 +151,7 @@ def test_piped_text_stands_before_the_prompt(run: Run) -> None:
     assert tokens[0] > tokens[1]
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_left_open_is_explained() -> None:
     command = [sys.executable, "-c", MAIN, "generate", "hello", *TOYS, "--max-tokens", "3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -57,6 +57,7 @@ def test_a_missing_prompt_at_a_terminal(at_terminal: Start) -> None:
     assert "hint: " in terminal.screen
 
 
+@pytest.mark.slow
 def test_colours_can_be_forced_and_no_color_is_stronger() -> None:
     forced = process("generate", "hello", *TOYS, "--seed", "3", FORCE_COLOR="1")
     assert "\x1b[38;5;" in forced.out
@@ -105,6 +106,7 @@ def test_ctrl_c_in_chat_stops_the_completion_and_not_the_program(at_terminal: St
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_ends_chat(at_terminal: Start) -> None:
     terminal = at_terminal("chat", *TOYS)
     terminal.wait_for("> ")
@@ -112,6 +114,7 @@ def test_ctrl_c_at_the_prompt_ends_chat(at_terminal: Start) -> None:
     assert "Traceback" not in terminal.screen
 
 
+@pytest.mark.slow
 def test_check_shows_bars(at_terminal: Start) -> None:
     terminal = at_terminal("check", *TOYS, "--samples", "300")
     assert terminal.end() == 0

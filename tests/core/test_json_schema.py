@@ -137,6 +137,7 @@ def test_the_distribution_at_every_place_is_the_one_by_enumeration(unit):
                 assert_same_distribution(named(ensemble, noise.symbols, np.exp(noise.logprobs)), distribution)
 
 
+@pytest.mark.slow
 @BOTH_UNITS
 @pytest.mark.parametrize("method", ["mixture", "conventional", "speculative"])
 def test_whole_texts_follow_the_distribution(unit, method):
@@ -155,6 +156,7 @@ def test_whole_texts_follow_the_distribution(unit, method):
     assert_sampled_from(counted(write, 800), distribution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["word", "byte"])
 @pytest.mark.parametrize("tokens", [FIRST, SECOND])
 def test_one_member_has_one_distribution_in_every_unit(unit, tokens):
@@ -171,6 +173,7 @@ def test_one_member_has_one_distribution_in_every_unit(unit, tokens):
     assert_sampled_from(counted(write, 800), distribution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["piece", "word", "byte"])
 def test_several_members_follow_the_exact_distribution_of_their_unit(unit):
     """Against the reference, which sums over every way to write a text, dense and uncached."""
@@ -338,6 +341,7 @@ def wider(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[st
 schemas = st.recursive(scalars, wider, max_leaves=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     schema=schemas,
@@ -496,6 +500,7 @@ def test_patterns_that_leave_no_other_name_are_refused(pattern, wrap):
     GrammarCache([ToyEngine().vocabulary]).for_schema(more)
 
 
+@pytest.mark.slow
 def test_the_cache_is_bounded_by_the_size_of_schemas_too():
     cache = GrammarCache([ToyEngine().vocabulary])
     schemas = [{"type": "object", "properties": {f"p{i}_{k}": {"type": "null"} for k in range(1200)}} for i in range(4)]

@@ -213,6 +213,7 @@ def random_case(seed: int) -> tuple[np.ndarray, Sampling, np.ndarray, TokenHisto
     return logits.astype(rng.choice([np.float32, np.float64])), options, banned, history, bias
 
 
+@pytest.mark.slow
 @settings(max_examples=600)
 @given(seed=st.integers(0, 2**40))
 def test_the_fast_transform_is_the_dense_rule(seed):

@@ -116,6 +116,7 @@ def first(ensemble, options, text: bytes, noise) -> bytes:
     return END if choice.symbol == ensemble.unit.end else bytes([choice.symbol])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, {"temperature": 0.6, "top_k": 0}, {"temperature": 1.0, "top_k": 3}, {}])
 @pytest.mark.parametrize("text", PLACES)
 def test_samples_follow_the_exact_distribution(text, options):
@@ -124,6 +125,7 @@ def test_samples_follow_the_exact_distribution(text, options):
     assert_sampled_from(counts, exact(ensemble, options, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [b"ab", b"bab", b"babab a"])
 @pytest.mark.parametrize("member", [0, 1])
 def test_the_next_byte_follows_the_members_own_distribution_whichever_it_is(text, member):
@@ -137,6 +139,7 @@ def test_the_next_byte_follows_the_members_own_distribution_whichever_it_is(text
     assert_sampled_from(counts, {key: p / sum(distribution.values()) for key, p in distribution.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, {"temperature": 1.0, "top_k": 2}])
 def test_one_member_alone_writes_the_texts_it_writes_in_pieces(options):
     alone = make_ensemble([engine(TOKENS[0], seed=7)], unit="byte")
@@ -163,6 +166,7 @@ def test_one_member_alone_writes_the_texts_it_writes_in_pieces(options):
         assert_sampled_from(counted(lambda i, unit=unit: sampled_text(i, unit), 4000), distribution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, {"temperature": 1.0, "top_k": 2}])
 def test_completions_follow_the_distribution_byte_by_byte(options):
     ensemble = pair()
@@ -184,6 +188,7 @@ def test_completions_follow_the_distribution_byte_by_byte(options):
     assert_sampled_from(counted(sampled_text, 5000), distribution)
 
 
+@pytest.mark.slow
 def test_a_text_that_a_member_would_not_write_is_written_over():
     toy = fixed({b"ab": 0.5, b"a": 0.2, b"b": 0.2, b"ba": 0.1}, [b"a", b"b", b"ab", b"ba"])
     ensemble = make_ensemble([toy], unit="byte")

@@ -62,6 +62,7 @@ def pieces_of(ensemble: Ensemble, options, length: int, sequence: int) -> tuple[
     return (*pieces, END) if completion.finish_reason == "stop" else pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("name", ["plain", "all but penalties"])

@@ -34,6 +34,7 @@ def chosen(ensemble, options=(), pieces=()):
     return driven(greedy, written(ensemble, options, "ab", pieces), ensemble.weights, Noise(0))
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(seed=st.integers(0, 2**40))
 def test_the_choice_is_the_most_likely_symbol_of_the_average(seed):

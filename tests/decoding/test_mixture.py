@@ -93,6 +93,7 @@ def test_a_member_that_was_not_sampled_catches_up_with_exactly_what_it_missed():
 FIRST = {"top_k": 4, "temperature": 0.9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("method", ["mixture", "conventional"])
 def test_completions_follow_the_exact_distribution_token_by_token(unit, method):

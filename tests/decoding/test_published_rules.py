@@ -228,6 +228,7 @@ def test_a_rule_can_be_given_in_the_file(rule):
         parse_config({"members": members, "rule": "unit"}, "here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rule": "gac"}, {"rule": "unite"}, {"rule": "gac", "temperature": 0.0}])
 def test_check_compares_conventional_with_the_rules_own_distribution(options, monkeypatch):
     ensemble = two_spellings() if options["rule"] == "gac" else toys("piece", 3)

@@ -157,6 +157,7 @@ def test_drafted_greedy_runs_fewer_forwards_where_members_agree():
     assert usage.members["m1"].forwards == 8 < plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_auto_writes_the_mixtures_text(unit):
     for members in (1, 2, 4):

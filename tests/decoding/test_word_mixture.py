@@ -218,6 +218,7 @@ def small():
     )
 
 
+@pytest.mark.slow
 def test_the_distribution_over_whole_texts_is_the_mixture_of_words():
     """Word by word: who writes one is sampled by weight, and writes it as it would alone, given that one begins."""
     ensemble, options = small(), {"temperature": 1.0, "top_k": 0}
@@ -261,6 +262,7 @@ def test_the_distribution_over_whole_texts_is_the_mixture_of_words():
     assert_same_distribution(result, {pieces: whole(pieces) for pieces in result}, 1e-9)
 
 
+@pytest.mark.slow
 def test_completions_follow_the_distribution():
     ensemble, options = small(), {"temperature": 1.0, "top_k": 0}
     distribution = texts(partial(definition, ensemble, options, "ab"), 3)
@@ -272,6 +274,7 @@ def test_completions_follow_the_distribution():
     assert_sampled_from(counted(sampled_text, 5000), distribution)
 
 
+@pytest.mark.slow
 def test_the_second_sample_does_not_follow_from_the_first():
     """End-of-text is one symbol for all members: with the same noise, the first member's win would favour it."""
     first, two = fixed({b"a": 0.9, END: 0.1}), fixed({b" ": 0.7, END: 0.3})

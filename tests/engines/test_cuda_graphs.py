@@ -154,6 +154,7 @@ def test_few_sequences_at_a_time_have_captured_forwards(load: Load) -> None:
     assert not ensemble.fits(caches[-1], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "speculative", "conventional"])
 def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
     texts = []
@@ -252,6 +253,7 @@ class Recorded:
         self.out.copy_(self._again())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
 def test_recorded_forwards_return_what_the_plain_forward_returns(
     load: Load, kind: str, monkeypatch: pytest.MonkeyPatch

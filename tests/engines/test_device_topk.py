@@ -101,6 +101,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[HFEngine]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"top_k": 4}, {"top_k": 12, "top_p": 0.8}, {"top_k": 0}, {"min_p": 0.1}])
 @pytest.mark.parametrize("method", METHODS)
 def test_texts_are_those_of_whole_rows(

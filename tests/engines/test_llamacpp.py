@@ -76,6 +76,7 @@ def distance(engine: Engine, exact: Engine, text: str) -> float:
     return float(0.5 * np.abs(softmax(actual[top]) - softmax(wanted[top])).sum())
 
 
+@pytest.mark.slow
 def test_its_top_tokens_are_those_of_transformers(engine, file):
     # Keys and values are kept in 16 bits.
     exact = load(EngineSpec(file, "", "float32", engine="hf"))

@@ -59,6 +59,7 @@ SAMPLINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_the_log_probabilities_are_those_of_the_members_distribution(engine, reference, sampling):
     banned = np.array([256, 257])
@@ -77,6 +78,7 @@ def test_the_log_probabilities_are_those_of_the_members_distribution(engine, ref
     assert incomplete > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["few banned", "many banned"])
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=str)
 def test_two_tokens_are_sampled_as_often_as_the_distribution_says(engine, reference, sampling, many):

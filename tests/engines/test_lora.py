@@ -162,6 +162,7 @@ def members(folders: dict[str, Path], *overrides: dict, **options):
     return load_config(parse_config({"members": specs, **options}, "here"))
 
 
+@pytest.mark.slow
 def test_an_ensemble_over_adapters_and_prompts_holds_one_model_and_samples_the_exact_distribution(folders):
     seen = []
     plain = "{% for m in messages %}{{ m.content }} {% endfor %}"

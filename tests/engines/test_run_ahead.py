@@ -56,6 +56,7 @@ def sampled_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
     )
 
 
+@pytest.mark.slow
 def test_the_device_samples_what_the_host_samples() -> None:
     both = [actual for seed in range(1500) if (actual := sampled_twice(seed)) is not None]
     assert len(both) > 400
@@ -103,6 +104,7 @@ def pair(load: Load, graphs: str, kinds: tuple[str, str], *, device: str = "cpu"
     return Ensemble(members, **{"weights": [0.7, 0.3], **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("method", ["mixture", "single"])
 @pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
@@ -127,6 +129,7 @@ def test_texts_are_those_of_one_forward_at_a_time(
                 assert (actual[2].ahead > 0) == (more.get("top_k") not in (0, 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "single"])
 def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> None:  # noqa: F811
     fixed = pair(load, "on", ("llama", "qwen2"), unit="token")
@@ -157,6 +160,7 @@ def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  
     assert actual[2].ahead > 0 < actual[2].vain
 
 
+@pytest.mark.slow
 def test_wrong_samples_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
     token = DeviceSampler.sample
@@ -294,6 +298,7 @@ def test_no_session_runs_ahead_after_a_batch(engine: HFEngine, monkeypatch: pyte
     assert first.session.stats.run_ahead == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captures", [False, True])
 def test_tied_rows_are_transferred_whole(load: Load, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     driver = Asking(load("qwen2"))
@@ -393,6 +398,7 @@ def test_only_engines_with_fixed_shapes_run_ahead(load: Load) -> None:  # noqa: 
     assert load("llama").runner.with_adapter("some adapter").run_ahead_depth == DEPTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "single"])
 def test_recorded_forwards_run_ahead_alike(
     load: Load,  # noqa: F811

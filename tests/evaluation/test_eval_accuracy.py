@@ -47,6 +47,7 @@ def weighted(ensemble: Ensemble, weights: np.ndarray) -> Ensemble:
     return Ensemble(ensemble.members, weights, unit=ensemble.unit.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["choice", "generate"])
 @pytest.mark.parametrize("piece", [False, True])
 def test_every_point_is_what_an_evaluation_of_it_finds(
@@ -177,6 +178,7 @@ def _hold(folder: Path, locked: multiprocessing.synchronize.Event) -> None:
         signal.pause()
 
 
+@pytest.mark.slow
 def test_a_folder_is_of_one_run_at_a_time_and_free_once_it_is_killed(task: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     context = multiprocessing.get_context("spawn")

@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_task_of_ours_loads_from_a_folder(folder: Path) -> None:
     names = list(own_tasks())
     assert {f"mixlm_{name}" for name in ROWS} < set(names)

@@ -80,6 +80,7 @@ def test_a_task_that_writes_is_written_at_every_point(
     assert "3 points generated" in run(*arguments)[1]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_before_a_model_is_loaded(
     run: Run, task: Callable[..., str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

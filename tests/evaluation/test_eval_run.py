@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(task) -> None:
 def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path: Path, task) -> None:
     import mixlm
 
-    ensemble: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3])
+    ensemble: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3], engine="hf")
     results = evaluate(
         ensemble,
         ["mixlm_rg_chain_sum", task("choice")],

@@ -115,6 +115,7 @@ class Slow(ToyEngine):
         return super().respond(requests)
 
 
+@pytest.mark.slow
 def test_an_engine_with_a_short_queue_is_not_forgotten():
     Slow.served = []
     often, seldom = Slow(name="often"), Slow(name="seldom")

@@ -74,6 +74,7 @@ def test_a_dtype_that_is_not_allowed(tmp_path):
         converted(tmp_path / "a.gguf", "int8")
 
 
+@pytest.mark.slow
 def test_a_file_is_converted_once_whole_and_silently(tmp_path, write_gguf, quiet, capfd, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -57,6 +57,7 @@ def routers() -> dict[str, Router]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("name", list(routers()))
 def test_a_router_keeps_the_distribution(name: str, unit: str) -> None:
@@ -79,6 +80,7 @@ class ByWriter:
         return np.array([0.95, 0.05] if self.last == 0 else [0.05, 0.95])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_weights_that_depend_on_the_author_change_the_distribution(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     router = ByWriter()

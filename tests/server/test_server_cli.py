@@ -27,6 +27,7 @@ def refusal(*arguments: str, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_served_until_it_is_told_to_stop(start_process):
     server = start_process("-m", "toy:1", "-m", "toy:2", "--max-tokens", "3")
     [model] = httpx.get(server.url + "/v1/models").json()["data"]
@@ -59,6 +60,7 @@ def test_a_folder_is_served_by_its_files_names_and_shares_its_models(start_proce
     ]
 
 
+@pytest.mark.slow
 def test_names_can_be_given(start_process, tmp_path):
     file = tmp_path / "pair.toml"
     file.write_text('[[members]]\nmodel = "toy:1"\n')
@@ -67,6 +69,7 @@ def test_names_can_be_given(start_process, tmp_path):
         assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +92,7 @@ def test_what_cannot_be_served_is_said_at_once(arguments, message, tmp_path, mon
     assert message in refusal(*arguments, PYTHONPATH=os.pathsep.join(sys.path))
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_named(start_process):
     server = start_process("-m", "toy:1")
     assert f"cannot listen on 127.0.0.1 port {server.port}" in refusal("-m", "toy:1", "--port", str(server.port))

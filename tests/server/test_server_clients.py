@@ -137,6 +137,7 @@ def test_openai_sdk_understands_errors(sdk, toys):
             other.models.list()
 
 
+@pytest.mark.slow
 def test_openai_sdk_retries_when_the_queue_is_full():
     with running(endless(0.01), max_batch=1, max_queue=0) as server:
 
@@ -202,6 +203,7 @@ def test_lm_evaluation_harness(toys, kind):
     assert texts == [PAIR.generate(prompt, method="greedy", max_tokens=6, raw=raw).text for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_lm_evaluation_harness_scores_answers(tmp_path):
     """A multiple-choice task has the same scores over HTTP as in this process."""
     from speaking import speaking
@@ -253,6 +255,7 @@ def test_lm_evaluation_harness_scores_answers(tmp_path):
             assert sent_greedy == greedy
 
 
+@pytest.mark.slow
 def test_litellm(toys):
     """In a process of its own, because litellm changes global state."""
     pytest.importorskip("litellm")

@@ -37,6 +37,7 @@ def test_every_option_exists():
         assert option in shown, option
 
 
+@pytest.mark.slow
 def test_the_clients_work():
     with running({"pair": load("toy:1", "toy:2")}) as server:
         [code] = blocks("python")

@@ -39,6 +39,7 @@ def schemathesis_cases() -> list[tuple[str, str]]:
     return [(path, method) for path, item in openapi_document(ServerLimits())["paths"].items() for method in item]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "method"), schemathesis_cases())
 def test_requests_made_from_the_description(brief, path, method):
     schemathesis = pytest.importorskip("schemathesis")
@@ -97,6 +98,7 @@ def brief():
         yield server
 
 
+@pytest.mark.slow
 def test_corrupted_requests_are_never_the_servers_fault(brief):
     rng = random.Random(0)
     statuses = set()

@@ -37,6 +37,7 @@ def large_schema(properties):
     return {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(properties)}}
 
 
+@pytest.mark.slow
 def test_schemas_that_take_long_to_compile_are_refused_and_do_not_hold_up_others():
     limits = {"max_schema_chars": 10**6, "schema_timeout": 1.5}
     with running(load("toy:1", "toy:2"), two_clients(), **limits) as server, ThreadPoolExecutor(7) as pool:
@@ -95,6 +96,7 @@ class SlowPrompts:
 SLOW_PROMPT = [{"role": "user", "content": "slow"}]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_takes_long_to_encode_holds_up_nobody_and_is_refused(monkeypatch):
     prompts = SlowPrompts(monkeypatch, 20)
     with running(endless(0.002), two_clients(), encode_timeout=1.0) as server, ThreadPoolExecutor(1) as pool:
@@ -124,6 +126,7 @@ def test_a_client_that_disconnects_while_its_prompts_are_encoded_frees_its_place
         assert server.metric("mixlm_closed_total", reason="gone") == 1
 
 
+@pytest.mark.slow
 def test_a_client_that_fills_the_queue_leaves_others_their_share():
     with running(endless(0.01), two_clients(), max_batch=1, max_queue=3) as server, ThreadPoolExecutor(2) as pool:
         many = pool.submit(post, server, "ada", {"n": 4, "max_tokens": 30})
@@ -167,6 +170,7 @@ def test_an_endless_head_during_a_response_is_cut_off():
         wait(lambda: server.app.model_thread.num_unfinished == 0)
 
 
+@pytest.mark.slow
 def test_health_reports_a_step_that_takes_too_long():
     gate = threading.Event()
 
@@ -199,6 +203,7 @@ HANGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hanging", HANGS)
 def test_sigterm_ends_the_process_whatever_hangs(start_process, hanging):
     server = start_process("-m", "toy:1", "--grace", "0.2", preamble=f"{HANG}{HANGS[hanging]}\n")
@@ -226,6 +231,7 @@ toy.ToySession.forward = slow
 """
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_streams_with_an_error_event(start_process):
     server = start_process("-m", "toy:1", "--grace", "60", preamble=SLOW)
     body = {"messages": HELLO, "stream": True, "max_tokens": 100_000}

@@ -59,6 +59,7 @@ def test_nothing_is_loaded_from_elsewhere():
     assert not re.search(r"<script(?![^>]*src=)|style=|\son\w+=", (PAGE / "index.html").read_text())
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_conversation(toys, page):
     page.goto(toys.url)
@@ -111,6 +112,7 @@ def test_a_conversation(toys, page):
     assert page.query_selector(".completion") is None
 
 
+@pytest.mark.slow
 @needs_browser
 def test_settings_are_sent(toys, page):
     page.goto(toys.url)
@@ -136,6 +138,7 @@ def test_settings_are_sent(toys, page):
     assert page.is_disabled("[name=temperature]")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_timeline_shows_every_member_that_ran(toys, page):
     page.goto(toys.url)
@@ -173,6 +176,7 @@ def test_a_unit_is_selected(toys, page):
     assert page.query_selector("[name=method] option[value=conventional]")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_two_settings_side_by_side(toys, page):
     page.goto(toys.url)
@@ -190,6 +194,7 @@ def test_two_settings_side_by_side(toys, page):
     assert len(page.query_selector_all(".pane")) == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_keyboard_only(toys, page):
     """Tab reaches everything, Enter sends, the arrows go from token to token, and the end is announced."""
@@ -227,6 +232,7 @@ def test_keyboard_only(toys, page):
         assert label, control.evaluate("node => node.outerHTML")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_follows_a_completion_unless_scrolled_away(page):
     page.set_viewport_size({"width": 380, "height": 500})
@@ -250,6 +256,7 @@ def test_the_page_follows_a_completion_unless_scrolled_away(page):
         page.goto("about:blank")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_escape_stops_a_completion(page):
     with running(endless(0.02)) as server:
@@ -265,6 +272,7 @@ def test_escape_stops_a_completion(page):
         page.goto("about:blank")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_key_is_asked_for(page):
     with running(load("toy:1", "toy:2"), ApiKeys({hash_key(KEY): "ada"})) as server:
@@ -289,6 +297,7 @@ def test_a_refusal_is_shown(toys, page):
     assert "at least one must be greater than 0" in page.inner_text(".error")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_generated_text_is_not_markup(page):
     from toys import fixed
@@ -309,6 +318,7 @@ def test_generated_text_is_not_markup(page):
         page.goto("about:blank")
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1200])

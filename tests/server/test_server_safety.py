@@ -150,6 +150,7 @@ def test_a_body_that_does_not_arrive_times_out():
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_arrive_times_out(monkeypatch):
     monkeypatch.setattr(LimitedHttpProtocol, "head_timeout", 0.3)
     with running(endless()) as server:
@@ -181,6 +182,7 @@ def test_half_open_clients_hold_no_slot():
             connection.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_holds_no_slot():
     """Its completion is generated to the end; then the slot is free, and the connection is closed."""
     with running(endless(), max_batch=1, max_queue=1, send_timeout=0.5, send_buffer=4096) as server:
@@ -192,6 +194,7 @@ def test_a_client_that_reads_nothing_holds_no_slot():
         deaf.close()
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_everything():
     with running(endless(), send_buffer=4096) as server, server.client.stream(
         "POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True, "max_tokens": 600}

@@ -52,6 +52,7 @@ def traced() -> Iterator[TracedServer]:
         yield TracedServer(server, exporter)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_unless_a_receiver_is_named():
     code = (
         "import sys, mixlm.server.http_server, mixlm.cli.serve; from mixlm.server.tracing import tracer_for\n"
@@ -184,6 +185,7 @@ class _Taking(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @needs_sdk
 @pytest.mark.parametrize("by_option", [True, False])
 def test_a_receiver_gets_the_spans(start_process, by_option):
@@ -219,6 +221,7 @@ def test_a_receiver_gets_the_spans(start_process, by_option):
     assert line["trace"] == root.trace_id.hex()
 
 
+@pytest.mark.slow
 @needs_sdk
 def test_an_unreachable_receiver_delays_nothing(start_process):
     server = start_process("-m", "toy:1", "--traces", "http://127.0.0.1:9", NO_PROXY="*")

@@ -142,6 +142,7 @@ def test_text_is_never_read_as_a_special_token_or_a_byte_token(loaded, kind, tex
         assert spelled(tokenizer, text.encode()) == unicodedata.normalize("NFKC", text).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(parts=st.lists(st.sampled_from(["<", "/s>", "0x0A>", "</s>", "<0x", "41>", " ", "a", "unk>"])), lengths=CUTS)
 def test_lookalikes_that_come_in_parts_have_the_ids_of_the_whole(loaded, kind, parts, lengths):

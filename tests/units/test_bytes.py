@@ -87,6 +87,7 @@ def new_state():
     )
 
 
+@pytest.mark.slow
 @given(edits=st.lists(st.tuples(st.integers(0, 4), st.text(alphabet="abc ", max_size=4)), max_size=12))
 def test_a_state_has_the_ids_of_a_new_one_at_every_prefix(edits):
     state = new_state()

@@ -39,6 +39,7 @@ def make_ensemble(members: int, unit: str) -> Ensemble:
     return Ensemble(specs, [1 + i for i in range(members)], unit=unit)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("members", [2, 3, 5])
 def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -> None:
@@ -54,6 +55,7 @@ def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> None:
@@ -62,12 +64,14 @@ def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> 
     assert {comparison.left for comparison in report.comparisons} == {"mixture", "single"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_words_and_bytes_follow_their_distributions_with_options(unit: str, options: dict[str, Any]) -> None:
     assert check(make_ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The distribution of bytes is not that of the bytes behind a boundary."""
     monkeypatch.setattr(ByteState, "forced_boundary", lambda self, member: len(self))
@@ -76,6 +80,7 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
     assert wrong == {("mixture", 2), ("single", 2)}
 
 
+@pytest.mark.slow
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: mixture)
     report = check(make_ensemble(3, "word"), "hello", samples=1500)
@@ -83,6 +88,7 @@ def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.Mo
     assert wrong == {("mixture", 2)}
 
 
+@pytest.mark.slow
 def test_every_unit_is_checked_that_members_have() -> None:
     report, left_out = check_units(make_ensemble(2, "token"), "hello", samples=100)
     assert report.equal
@@ -104,6 +110,7 @@ def test_a_method_that_the_unit_has_no_distribution_for_is_refused() -> None:
         check(make_ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -122,6 +129,7 @@ def test_every_sampling_option_keeps_the_distribution(unit: str, options: dict[s
     assert check(make_ensemble(2, unit), "abc", samples=1000, options=options).equal  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
     plain = make_ensemble(2, "token")
     first, two = plain.members
@@ -162,6 +170,7 @@ def coin_is_the_noise(step: DecodeStep) -> Flow:
     return [Choice(int(symbols[index]), z, float(logprobs[index]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
 def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: broken)
@@ -172,6 +181,7 @@ def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any)
     )
 
 
+@pytest.mark.slow
 def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
     def stale(step: DecodeStep) -> Flow:
         z = step.noise.coin(step.weights)
@@ -199,6 +209,7 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check(make_ensemble(3, "token"), "hello", samples=100).equal
 
 
+@pytest.mark.slow
 def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def unverified(positions: list[Any], stats: Any) -> Any:
         yield from ()
@@ -258,13 +269,15 @@ def drawing_pair(seed: int = 10, **options) -> Ensemble:
 
 
 def test_engines_that_sample_themselves_are_checked_against_those_of_a_reference():
-    report = check(drawing_pair(writes=True), "ab", samples=800, options=RAW, reference=ReferenceSetup(drawing_pair()))
+    report = check(
+        drawing_pair(samples_itself=True), "ab", samples=800, options=RAW, reference=ReferenceSetup(drawing_pair())
+    )
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} >= {"mixture", "conventional", "single"}
 
 
 def test_another_distribution_than_the_references_is_found_unless_it_is_within_the_tolerance():
-    first, other = drawing_pair(writes=True), drawing_pair(seed=12)
+    first, other = drawing_pair(samples_itself=True), drawing_pair(seed=12)
     assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal
     assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.05)).equal
     generous = check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.9)).comparisons

@@ -54,7 +54,10 @@ def piped_text() -> str:
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except ValueError:  # a stream in memory
-        return decode(STDIN, sys.stdin.buffer.read())
+        try:
+            return decode(STDIN, sys.stdin.buffer.read())
+        except OSError:  # it cannot be read
+            return ""
     if not stat.S_ISFIFO(mode) and not stat.S_ISREG(mode):
         return ""
     if not select.select([sys.stdin], [], [], _PATIENCE)[0]:

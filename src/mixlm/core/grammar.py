@@ -30,7 +30,7 @@ TokenMask = npt.NDArray[np.bool_]
 _WHITESPACE = r"( |\n {0,32})"
 # Bytes that JSON in UTF-8 can contain.
 _BYTES = (0x09, 0x0A, 0x0D, *range(0x20, 0xC0), *range(0xC2, 0xF5))
-# Of the cache: schemas, and the characters of all of them. A parser takes about 5 kB for each 100 characters.
+# Of the cache: schemas, and the characters of all of them.
 _CACHED_SCHEMAS = 16
 _CACHED_CHARACTERS = 100_000
 

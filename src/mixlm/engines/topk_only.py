@@ -141,6 +141,6 @@ class TopKOnlySession(Session):
 def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:
     """Return the error for what a top-k-only engine cannot do."""
     return UnsupportedError(
-        f"{purpose} needs every token's probability, and {engine.name} returns its {engine.top_k_limit} likeliest only",
+        f"{purpose} needs every token's probability, and {engine.name} returns its {engine.top_k_limit} most likely",
         "use --engine hf (engine='hf' in mixlm.load)",
     )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
+from mixlm.engines.topk_only import full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext
@@ -48,6 +49,9 @@ class ContinuationScorer:
             self._live = [i for i in self._live if weights[i] > 0]
         # Members that share a model would score alike.
         self._engines = {id(member.engine): member.engine for member in (ensemble.members[i] for i in self._live)}
+        for engine in self._engines.values():
+            if engine.top_k_limit is not None:
+                raise full_distribution_error(engine, "the log-probability of a given answer")
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}
         self._prompt: tuple[RequestContext, dict[int, float]] | None = None
 

@@ -26,6 +26,7 @@ class MemberError(EngineError):
     def __init__(self, member: int, error: EngineError) -> None:
         super().__init__(error.message, error.hint)
         self.member = member
+        self.__cause__ = error
 
 
 class EngineRequest(NamedTuple):
@@ -97,6 +98,10 @@ class Dispatcher:
         return self._pool
 
 
+class UnexpectedEngineError(EngineError):
+    """An engine failed with an error that is not one of mixlm's; its message is of the cause, which it keeps."""
+
+
 def to_mixlm_error(error: Exception) -> MixlmError:
     """Return the error itself if it is one of mixlm's, else one that it is the cause of."""
     if isinstance(error, MixlmError):
@@ -105,7 +110,7 @@ def to_mixlm_error(error: Exception) -> MixlmError:
         wrapped: MixlmError = MemoryLimitError("there is too little memory", "use smaller members")
     else:
         lines = str(error).strip().splitlines()
-        wrapped = EngineError(f"unexpected {type(error).__name__}" + (f": {lines[0]}" if lines else ""))
+        wrapped = UnexpectedEngineError(f"unexpected {type(error).__name__}" + (f": {lines[0]}" if lines else ""))
     wrapped.__cause__ = error
     return wrapped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
+from mixlm.generation.dispatch import UnexpectedEngineError
 
+_log = logging.getLogger("mixlm")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -96,9 +99,17 @@ def to_api_error(error: BaseException) -> ApiError:
         return _client_error(error)
     if isinstance(error, MemoryLimitError):
         return ApiError(503, "the server ran out of memory for this request", code="out_of_memory")
-    if isinstance(error, MixlmError):
+    if isinstance(error, MixlmError) and not isinstance(unexpected := _cause(error), UnexpectedEngineError):
         return ApiError(500, error.message, code="failed")
+    _log.error("unexpected error", exc_info=unexpected if isinstance(error, MixlmError) else error)
     return ApiError(500, "an unexpected error occurred; see the server's log", code="unexpected")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first of mixlm's errors in a chain."""
+    while isinstance(error.__cause__, MixlmError):
+        error = error.__cause__
+    return error
 
 
 def _client_error(error: UsageError | TokenizerError) -> ApiError:

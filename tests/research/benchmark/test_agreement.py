@@ -50,6 +50,7 @@ def test_the_distribution_is_a_function_of_the_last_three_tokens() -> None:
     assert (agreement(0, first) != agreement(0, second)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 def test_guesses_are_right_as_often_as_members_agree(share: float) -> None:
     report = compare(

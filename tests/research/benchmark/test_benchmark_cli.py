@@ -13,6 +13,7 @@ TOYS = ("-m", "toy:1", "-m", "toy:2")
 SHORT = ("--tokens", "6", "--repeats", "1")
 
 
+@pytest.mark.slow
 def test_agreement_and_a_figure(run: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figure, file = tmp_path / "speed.png", tmp_path / "speed.json"

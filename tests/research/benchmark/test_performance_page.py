@@ -56,6 +56,7 @@ def test_the_mixture_of_3b_and_1_5b_is_computed() -> None:
     assert f"{1e3 * seconds:.2f} ms on an H100, {1 / seconds:.0f} tokens/s" in PAGE
 
 
+@pytest.mark.slow
 def test_the_table_of_batches_is_simulated() -> None:
     for completions in (4, 16, 64, 1000):
         assert rows(f"{completions} sequences") == [f"{n * batch_share(completions, n):.2f}" for n in (2, 3, 4, 8)]
@@ -88,6 +89,7 @@ def test_the_commands_are_ones_that_the_command_line_takes(name: str) -> None:
     assert parameters["sweep"] in (None, *AXES)
 
 
+@pytest.mark.slow
 def test_reports_go_into_their_places_and_twice_is_once(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pair = Ensemble([MemberSpec(ToyEngine(seed=i), f"toy-{i}") for i in (1, 2)])

@@ -133,6 +133,7 @@ def test_a_weight_of_one_among_three_has_no_axis() -> None:
         sweep_along("weights", three, ComparisonPlan(**SMALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [None, *AXES])
 def test_every_report_can_be_written_as_json_and_drawn(pair: Ensemble, axis: str | None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

@@ -63,6 +63,7 @@ def test_c_and_s_are_found_again_and_prompts_left_out() -> None:
     assert np.isnan(fitted([])[0])
 
 
+@pytest.mark.slow
 def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> None:
     weights = np.array([0.5, 0.3, 0.2])
     [run] = compare(toys((0.5, 0.3, 0.2)), tokens=3000, repeats=1, methods=["mixture"]).runs
@@ -78,6 +79,7 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
     assert total / len(coins) == pytest.approx(mixture_seconds(weights, ForwardCosts(seconds, slopes)), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight", "share", "block"), [(0.5, 0.8, 4), (0.5, 0.5, 2), (0.3, 0.9, 3), (0.7, 0.8, 6)])
 def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
@@ -102,6 +104,7 @@ def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_t
     assert mixture / speculative == pytest.approx(1.95, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2, 5])
 def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
@@ -155,6 +158,7 @@ def test_the_longest_queue_holds_two_of_n_plus_one_completions(members: int) -> 
     assert batch_share(6400, members) == pytest.approx(2 / (members + 1), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [2, 3])
 def test_the_scheduler_serves_what_the_simulation_says(members: int) -> None:
     calls = {}

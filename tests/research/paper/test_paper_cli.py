@@ -30,6 +30,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("research.paper.make", shorter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table2", "table3"])
 def test_tables_of_accuracy(run, toys, questions, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
@@ -37,7 +38,7 @@ def test_tables_of_accuracy(run, toys, questions, tmp_path: Path, name: str) -> 
     assert code == 0, err
     findings = load(out, name)
     assert text == (out / f"{name}.md").read_text()
-    assert findings["reduced"] == "reduced: 2 questions a task, 2 seeds, replies of at most 3 tokens"
+    assert findings["reduced"] == "reduced: 2 questions a task, 2 seeds, completions of at most 3 tokens"
     assert len(findings["accuracies"]) == 2 * 4 * (2 + 2)
     assert {accuracy["method"] for accuracy in findings["accuracies"]} == {
         "mixture",
@@ -54,6 +55,7 @@ def test_tables_of_accuracy(run, toys, questions, tmp_path: Path, name: str) -> 
     assert "written to" in err
 
 
+@pytest.mark.slow
 def test_weights_are_searched(run, toys, questions, tmp_path: Path) -> None:
     arguments = ("-e", toys, "--quick", "--limit", "1", "--seeds", "1", "--tasks", "mixlm_mmlu", "--data", questions)
     code, text, err = run("table3", *arguments, "--search", "--out", "out")
@@ -86,6 +88,7 @@ def test_a_table_of_speed(run, toys, tmp_path: Path) -> None:
     assert findings["reduced"] == "reduced: 1 speed run of 4 tokens"
 
 
+@pytest.mark.slow
 def test_members_on_devices_of_their_own(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixlm import loading
 
@@ -97,7 +100,7 @@ def test_members_on_devices_of_their_own(run, tmp_path: Path, monkeypatch: pytes
         seen.append(spec.device)
         return engine
 
-    monkeypatch.setattr(loading, "load_engine", placed)
+    monkeypatch.setitem(loading.load_config.__kwdefaults__, "load_engine", placed)
     path = tmp_path / "apart.toml"
     path.write_text('[[members]]\nmodel = "toy:1"\ndevice = "a"\n[[members]]\nmodel = "toy:2"\ndevice = "b"\n')
     code, text, err = run("table4", "-e", str(path), "--quick")
@@ -107,6 +110,7 @@ def test_members_on_devices_of_their_own(run, tmp_path: Path, monkeypatch: pytes
     assert "not measured" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["figure2", "figure4"])
 def test_figures_against_lambda(run, toys, questions, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
@@ -122,6 +126,7 @@ def test_figures_against_lambda(run, toys, questions, tmp_path: Path, name: str)
     assert "<svg" in (out / f"{name}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_figure_by_device_takes_results_of_other_machines(run, toys, tmp_path: Path) -> None:
     assert run("figure3", "-e", toys, "--quick", "--out", "here")[0] == 0
     other = load(tmp_path / "here", "figure3")
@@ -134,6 +139,7 @@ def test_a_figure_by_device_takes_results_of_other_machines(run, toys, tmp_path:
     assert "another machine: reduced: 1 speed run" in text
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(run, toys, questions, monkeypatch: pytest.MonkeyPatch) -> None:
     from research.paper import running
 
@@ -156,6 +162,7 @@ def test_finished_runs_are_not_run_again(run, toys, questions, monkeypatch: pyte
     assert "finished before" not in more[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_whole_is_run_again(run, toys, tmp_path: Path) -> None:
     assert run("table4", "-e", toys, "--quick")[0] == 0
     path = tmp_path / "paper-results" / "table4" / "runs.jsonl"
@@ -166,10 +173,12 @@ def test_a_run_that_is_not_whole_is_run_again(run, toys, tmp_path: Path) -> None
     json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_json_in_place_of_markdown(run, toys) -> None:
     assert json.loads(run("table4", "-e", toys, "--quick", "--json")[1])["experiment"] == "table4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -26,6 +26,7 @@ def pair(**options) -> PlanCosts:
     return PlanCosts(members={name: MemberCost(weight=0.5, forward=1.0, **options) for name in "ab"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
 def test_the_wait_of_one_server_with_equal_services_is_that_of_pollaczek_and_khinchine(load):
     seen = simulate(one_member(), Workload(load / 0.1, 1, 1, 10**6, "fixed"), count=20_000)
@@ -33,6 +34,7 @@ def test_the_wait_of_one_server_with_equal_services_is_that_of_pollaczek_and_khi
     assert seen.busy["a"][0] == pytest.approx(load, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.3, 0.6])
 def test_the_wait_of_one_server_with_random_services(load):
     """Completions are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
@@ -109,6 +111,7 @@ def test_equal_seeds_give_equal_runs():
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.slow
 def test_as_few_machines_as_keep_up_are_found():
     load = Workload(25, 1, 1, 10**6, "fixed")
     point = needed(one_member(), load, PlanTarget(busy=0.85), count=4000)
@@ -179,6 +182,7 @@ def costs_file(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_plans_from_a_file(costs_file, capsys):
     assert main([str(costs_file), "--rate", "0.5,1", "--replies", "60", "--replicas", "one=2"]) == 0
     message = capsys.readouterr().out
@@ -190,6 +194,7 @@ def test_the_command_plans_from_a_file(costs_file, capsys):
     assert point["replicas"]["one"] >= 2
 
 
+@pytest.mark.slow
 def test_the_command_draws_rates(costs_file, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("plan.svg", "plan.png"):

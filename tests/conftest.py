@@ -12,7 +12,7 @@ from mixlm.ensemble import Ensemble
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-pytest.register_assert_rewrite("contract", "toys", "vllm_cases")
+pytest.register_assert_rewrite("mixlm.engines.contract", "toys", "vllm_cases")
 
 # No time limits for examples, and the same examples in every run.
 settings.register_profile("mixlm", deadline=None, derandomize=True, max_examples=60, database=None)

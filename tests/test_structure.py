@@ -47,7 +47,7 @@ def room_table() -> list[tuple[list[str], list[str]]]:
 
 
 def named_files() -> set[str]:
-    """What the page names with a folder: `core/options`, `engines/registry.py`, `tests/engines/contract.py`."""
+    """What the page names with a folder: `core/options`, `engines/registry.py`."""
     return set(re.findall(r"`((?:\w+/)+[\w.]+)`", STRUCTURE.split("## Rooms")[0] + STRUCTURE.split("## Where")[1]))
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract import *  # noqa: F403
-from contract import assert_close, random_ids, uncached
 from test_transformers_engine import build
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mixlm
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import assert_close, random_ids, uncached
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.fused_norms import FusedNorms

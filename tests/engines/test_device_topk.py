@@ -13,7 +13,7 @@ from test_transformers_engine import build
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import LogitsRequest, SampleRequest
+from mixlm.engines.requests import LogitsRequest, SampleRequest
 from mixlm.engines.transformers.device_topk import DeviceTopK
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.ensemble import Ensemble, MemberSpec

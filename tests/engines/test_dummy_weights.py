@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract import *  # noqa: F403
-from contract import random_ids
 
 from mixlm.config import EnsembleConfig, MemberConfig
 from mixlm.engines import EngineSpec, load
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine

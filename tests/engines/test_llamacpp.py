@@ -9,9 +9,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from contract import *  # noqa: F403
-from contract import random_ids
 from ggufs import write_tiny_gguf
+
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids
 
 pytest.importorskip("xllamacpp")
 
@@ -19,9 +20,10 @@ import mixlm
 from mixlm.config import parse_config
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
-from mixlm.engines.base import Engine, LogitsRequest, Session
+from mixlm.engines.base import Engine, Session
 from mixlm.engines.llamacpp.engine import LlamaCppEngine
 from mixlm.engines.llamacpp.slots import Slots
+from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import (
     ConfigError,

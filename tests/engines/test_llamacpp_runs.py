@@ -17,9 +17,9 @@ pytest.importorskip("xllamacpp")
 
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import GenerateRequest
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.llamacpp_runs import LlamaCppRuns, find_missing
+from mixlm.engines.requests import GenerateRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Sampling

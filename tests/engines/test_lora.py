@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import assert_close, random_ids, uncached
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_transformers_engine import build
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from mixlm.config import parse_config, read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import total_weight_bytes
+from mixlm.engines.contract import assert_close, random_ids, uncached
 from mixlm.engines.transformers import lora
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.loaded_model import LoadedModel

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract import random_ids, uncached
 from safetensors.torch import load_file, save_file
 from test_transformers_engine import build, load
 
 from mixlm.engines import EngineSpec
+from mixlm.engines.contract import random_ids, uncached
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ModelLoadError
 

@@ -10,19 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract import *  # noqa: F403
-from contract import random_ids
 from ggufs import write_tiny_gguf
 from servers import FakeServer
+
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids
 
 pytest.importorskip("aiohttp")
 
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Engine, LogitsRequest
+from mixlm.engines.base import Engine
 from mixlm.engines.remote.capabilities import ServerCapabilities
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ClientLimits
+from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import (
     ConfigError,

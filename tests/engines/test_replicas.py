@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from contract import random_ids
 from servers import FakeServer
+
+from mixlm.engines.contract import random_ids
 
 pytest.importorskip("aiohttp")
 
@@ -22,8 +23,8 @@ from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import LogitsRequest
 from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, UnsupportedError
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract import *  # noqa: F403
-from contract import random_ids, uncached
 from test_cuda_graphs import KINDS, Load, Recorded, load  # noqa: F401
 from test_device_topk import random_case
 from toys import toys
@@ -18,7 +16,10 @@ from toys import toys
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.decoding import engine_sampling
-from mixlm.engines.base import LogitsRequest, RunAheadHint, SampleRequest, Session
+from mixlm.engines.base import Session
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids, uncached
+from mixlm.engines.requests import LogitsRequest, RunAheadHint, SampleRequest
 from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers import run_ahead as ahead
 from mixlm.engines.transformers import runner

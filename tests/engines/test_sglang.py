@@ -7,10 +7,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from contract import *  # noqa: F403
-from contract import random_ids
 from servers import FakeServer
 from sglang_server import FakeSGLang
+
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids
 
 pytest.importorskip("aiohttp")
 
@@ -18,8 +19,9 @@ from test_remote import QUICK, cache, file, folder  # noqa: F401
 
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Engine, LogitsRequest
+from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, TokenizerError, UnsupportedError

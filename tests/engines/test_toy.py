@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from contract import *  # noqa: F403
 from toys import SHARED
 
 from mixlm.engines import EngineSpec, load
+from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.toy import WORD_TOKENS, LongestMatch, ToyEngine, random_table
 from mixlm.errors import TokenizerError
 from mixlm.types import Message

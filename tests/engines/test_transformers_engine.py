@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import *  # noqa: F403
-from contract import assert_close, random_ids, uncached
 from trained import CORPUS, trained
 from transformers import (
     Gemma3ForCausalLM,
@@ -22,7 +20,9 @@ from transformers import (
 )
 
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import assert_close, random_ids, uncached
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import runner
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import *  # noqa: F403
 from vllm_cases import *  # noqa: F403
 from vllm_cases import pair
 from vllm_server import write_tiny_model
+
+from mixlm.engines.contract import *  # noqa: F403
 
 pytest.importorskip("vllm")
 from mixlm.engines import EngineSpec, load

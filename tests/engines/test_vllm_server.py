@@ -7,20 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract import *  # noqa: F403
-from contract import random_ids
 from vllm_cases import *  # noqa: F403
 from vllm_cases import assert_valid, pair
 from vllm_server import served, write_tiny_model
+
+from mixlm.engines.contract import *  # noqa: F403
+from mixlm.engines.contract import random_ids
 
 pytest.importorskip("vllm")
 pytest.importorskip("aiohttp")
 pytest.importorskip("websockets")
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Engine, GenerateRequest
+from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool
+from mixlm.engines.requests import GenerateRequest
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.types import Sampling

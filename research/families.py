@@ -29,7 +29,7 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.toy import toy_text
 from mixlm.engines.transformers.dummy_weights import dummy_tokens

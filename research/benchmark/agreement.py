@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from mixlm.engines import Engine
-from mixlm.engines.base import LogitsRequest, Request, Response, SampleRequest, SampleResponse, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import LogitsRequest, Request, Response, SampleRequest, SampleResponse
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.tokenization.vocabulary import Vocabulary

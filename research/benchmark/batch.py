@@ -15,7 +15,7 @@ from typing import Any
 
 from mixlm.benchmark.report import memory_in_use
 from mixlm.benchmark.timing import TimedRun, draft_name, method_settings, single_member
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.generation import Generation

@@ -17,7 +17,7 @@ from typing import Any
 from mixlm.benchmark.report import memory_in_use
 from mixlm.benchmark.timing import TimedRun, method_settings
 from mixlm.engines import Engine
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.types import Sampling

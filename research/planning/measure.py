@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Engine, LogitsRequest, Session
+from mixlm.engines.base import Engine, Session
+from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.types import Ids
 from research.planning.costs import MemberCost, PlanCosts, RouterCost

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from mixlm.engines import EngineSpec, load
-from mixlm.engines.base import Engine, GenerateRequest
+from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.requests import GenerateRequest
 from mixlm.types import Sampling
 
 LENGTHS = (1, 2, 4, 8, 16)

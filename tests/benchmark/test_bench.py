@@ -11,7 +11,7 @@ import pytest
 from mixlm.benchmark import bench
 from mixlm.benchmark.ratios import rival_ratios, speed_ratios
 from mixlm.benchmark.timing import TimedRun, contestants, default_draft_name
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError

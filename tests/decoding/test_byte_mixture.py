@@ -23,7 +23,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.byte_mixture import byte_mixture
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.types import Sampling

@@ -21,7 +21,7 @@ from toys import (
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional, mix_then_truncate
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import MemoryLimitError, UnsupportedError

@@ -22,7 +22,7 @@ from mixlm.core.rng import Noise
 from mixlm.decoding.engine_sampling import MAX_RUN
 from mixlm.decoding.mixture import mixture
 from mixlm.decoding.single import single
-from mixlm.engines.base import GenerateRequest, GenerateResponse
+from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.toy import ToyEngine, ToySession
 from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, UnsupportedError

@@ -20,7 +20,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.greedy import greedy, greedy_single
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 
 PLAIN = OPTIONS["plain"]
 

@@ -22,7 +22,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.mixture import mixture
-from mixlm.engines.base import SampleRequest
+from mixlm.engines.requests import SampleRequest
 
 PLACES = [(), (b"a",), (b"ab", b" c", b"ab", b"b")]
 

@@ -17,7 +17,7 @@ from toys import (
 from mixlm.core.rng import Noise
 from mixlm.decoding import StrategyContext, build_strategy
 from mixlm.decoding.single import single
-from mixlm.engines.base import LogitsRequest, SampleRequest
+from mixlm.engines.requests import LogitsRequest, SampleRequest
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -18,7 +18,7 @@ from mixlm.decoding.cost_model import (
 )
 from mixlm.decoding.drafts import LookupDraft, lookup_continuation, prefix_groups
 from mixlm.decoding.speculative import speculative
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import SpeculationStats
 from mixlm.routing import FunctionRouter

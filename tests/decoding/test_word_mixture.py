@@ -25,7 +25,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.decoding.word_mixture import MAX_UNVERIFIED, word_mixture
-from mixlm.engines.base import SampleRequest, SampleResponse
+from mixlm.engines.requests import SampleRequest, SampleResponse
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice

@@ -11,7 +11,7 @@ from toys import engine, toys
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
-from mixlm.engines.base import LogitsRequest, SampleRequest
+from mixlm.engines.requests import LogitsRequest, SampleRequest
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError

@@ -14,7 +14,7 @@ from mixlm.benchmark.ratios import rival_ratios, speed_ratios
 from mixlm.benchmark.report import BenchReport, MethodRun, environment
 from mixlm.benchmark.timing import DEFAULT, Contestant, TimedRun, contestants
 from mixlm.core.options import Options
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.terminal import Progress

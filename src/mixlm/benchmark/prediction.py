@@ -20,7 +20,7 @@ from mixlm.decoding.cost_model import (
     mixture_seconds,
     speculative_seconds,
 )
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 
 

@@ -16,7 +16,8 @@ from mixlm.config import METHODS, Method
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import LookupDraft, default_draft
-from mixlm.engines.base import Forward, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import Forward
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.prompt import EncodedPrompt

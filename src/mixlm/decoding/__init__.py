@@ -14,27 +14,14 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.options import GenerationOptions
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
 from mixlm.units.base import PIECE_TRAITS, UnitTraits
 from mixlm.units.registry import unit_traits
 
-__all__ = ["STRATEGIES", "SpeculationStats", "StrategyContext", "build_strategy", "check_method", "strategy_name"]
-
-STRATEGIES: Mapping[str, str] = {
-    "auto": "mixlm.decoding.auto",
-    "byte_mixture": "mixlm.decoding.byte_mixture",
-    "conventional": "mixlm.decoding.conventional",
-    "gac": "mixlm.decoding.gac",
-    "greedy": "mixlm.decoding.greedy",
-    "mixture": "mixlm.decoding.mixture",
-    "single": "mixlm.decoding.single",
-    "speculative": "mixlm.decoding.speculative",
-    "unite": "mixlm.decoding.unite",
-    "word_mixture": "mixlm.decoding.word_mixture",
-}
+__all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "check_method", "strategy_name"]
 
 
 @dataclass(frozen=True)
@@ -80,13 +67,13 @@ def build_strategy(options: GenerationOptions, context: StrategyContext) -> Stra
         UnsupportedError: The unit cannot be sampled by the method, or the options have no common average.
     """
     check_method(options.method, context.unit)
-    module = import_module(STRATEGIES[strategy_name(options, context)])
+    module = import_module(f"mixlm.decoding.{strategy_name(options, context)}")
     strategy: Strategy = module.build(options, context)
     return strategy
 
 
 def strategy_name(options: GenerationOptions, context: StrategyContext) -> str:
-    """Return the name in `STRATEGIES` of the strategy that the options name."""
+    """Return the name of the strategy, and of its module, that the options name."""
     if options.rule is not None:
         return options.rule
     if options.method == "mixture" or (options.method == "auto" and not context.traits.full_distributions):

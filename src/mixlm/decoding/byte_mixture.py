@@ -30,7 +30,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
 from mixlm.decoding import StrategyContext
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView

@@ -9,7 +9,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.decoding import StrategyContext
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.types import Candidates, Sampling

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixlm.engines.base import Forward
+from mixlm.engines.requests import Forward
 from mixlm.types import Floats
 
 _DEFAULT_SLOPE = 0.02  # of a further token, until forwards of several lengths have been seen

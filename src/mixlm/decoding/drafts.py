@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from mixlm.decoding import StrategyContext
-from mixlm.engines.base import SampleRequest
+from mixlm.engines.requests import SampleRequest
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import DecodeStep

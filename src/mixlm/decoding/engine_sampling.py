@@ -12,7 +12,7 @@ what is sampled there anew follows the distribution of its own position.
 
 from __future__ import annotations
 
-from mixlm.engines.base import GenerateRequest, RunAheadHint, SampleRequest
+from mixlm.engines.requests import GenerateRequest, RunAheadHint, SampleRequest
 from mixlm.errors import EngineError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 

@@ -24,7 +24,7 @@ from mixlm.core.mixing import mix, pool, responsibilities
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.conventional import common_sampling, sample_mixed
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.member import Member
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 from mixlm.tokenization.vocabulary import SPACE, Vocabulary

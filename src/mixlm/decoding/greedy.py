@@ -16,7 +16,7 @@ from mixlm.core.mixing import mix, responsibilities
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
-from mixlm.engines.base import LogitsRequest, Request
+from mixlm.engines.requests import LogitsRequest, Request
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Candidates, Floats, Ids, LogitsRow

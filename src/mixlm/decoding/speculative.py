@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
-from mixlm.engines.base import LogitsRequest, SampleRequest, SampleResponse
+from mixlm.engines.requests import LogitsRequest, SampleRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Ids, LogitsRow, TopKFilter

@@ -23,7 +23,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import largest_indices
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.conventional import common_sampling, sample_mixed
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.errors import TokenizerError
 from mixlm.generation.member import Member
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy

@@ -41,7 +41,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.drafts import prefix_groups
-from mixlm.engines.base import LogitsRequest, SampleResponse
+from mixlm.engines.requests import LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy

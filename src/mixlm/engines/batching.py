@@ -7,16 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mixlm.engines.base import (
-    Forward,
-    LogitsRequest,
-    Request,
-    Response,
-    RunAheadHint,
-    SampleRequest,
-    Session,
-    to_response,
-)
+from mixlm.engines.base import Session
+from mixlm.engines.requests import Forward, LogitsRequest, Request, Response, RunAheadHint, SampleRequest, to_response
 from mixlm.types import Ids, Logits, LogitsRow, TopKFilter
 
 

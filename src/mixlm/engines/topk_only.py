@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.engines.base import Engine, Forward, GenerateResponse, Session
+from mixlm.engines.base import Engine, Session
+from mixlm.engines.requests import Forward, GenerateResponse
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter
 from mixlm.units.base import TokenBuffer

@@ -10,7 +10,8 @@ from types import MappingProxyType
 import numpy as np
 
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import Engine, GenerateRequest, GenerateResponse, Session, TextInterface
+from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.tokenization.chat_template import PromptEncoder

@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from mixlm.engines.base import Engine, Request, Response, Session, to_response
+from mixlm.engines.base import Engine, Session
+from mixlm.engines.requests import Request, Response, to_response
 from mixlm.errors import EngineError, MemoryLimitError, MixlmError, TokenizerError
 from mixlm.types import Ids
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixlm.core.mixing import mix
-from mixlm.engines.base import LogitsRequest
+from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from mixlm.core.detokenize import StreamingDetokenizer
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
-from mixlm.engines.base import Request, Response, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import Request, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, RequestFlow, drive
 from mixlm.generation.member import Member

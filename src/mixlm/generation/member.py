@@ -12,7 +12,8 @@ from mixlm.core.grammar import Grammar, TokenMask
 from mixlm.core.mixing import pool
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import TokenHistory, Transform, top_logprobs
-from mixlm.engines.base import Engine, SampleResponse
+from mixlm.engines.base import Engine
+from mixlm.engines.requests import SampleResponse
 from mixlm.errors import UnsupportedError
 from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
-from mixlm.engines.base import LogitsRequest, Request, Response, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import LogitsRequest, Request, Response
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
 from mixlm.routing.base import Router

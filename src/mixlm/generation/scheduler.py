@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixlm.engines.base import Engine, GenerateRequest, LogitsRequest, Response
+from mixlm.engines.base import Engine
+from mixlm.engines.requests import GenerateRequest, LogitsRequest, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation

@@ -16,7 +16,8 @@ import numpy as np
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
-from mixlm.engines.base import Request, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import Request
 from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import EngineRequest, RequestFlow
 from mixlm.generation.member import Member, MemberView

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.engines.base import Engine, LogitsRequest
+from mixlm.engines.base import Engine
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.topk_only import full_distribution_error
 from mixlm.errors import ConfigError
 from mixlm.types import Floats, Ids, Logits

@@ -8,7 +8,8 @@ from typing import cast
 
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
-from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
 from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher, EngineRequest
 from mixlm.generation.generation import GenerationContext

@@ -22,7 +22,8 @@ from mixlm.decoding.cost_model import (
     speculative_seconds,
 )
 from mixlm.engines import EngineSpec
-from mixlm.engines.base import Forward, Request, Response, Session
+from mixlm.engines.base import Session
+from mixlm.engines.requests import Forward, Request, Response
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers import fused_norms as norms

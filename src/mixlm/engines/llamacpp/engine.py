@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import Request, Response, Session, TextInterface
+from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.protocols import LlamaCppProtocol
+from mixlm.engines.requests import Request, Response
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession

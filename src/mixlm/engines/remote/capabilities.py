@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import GenerateRequest, GenerateResponse
 from mixlm.engines.remote.protocols import cached_tokens
+from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
 from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
 from mixlm.errors import EngineError

@@ -18,22 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixlm.engines.base import (
+from mixlm.engines.base import Session, TextInterface
+from mixlm.engines.remote.endpoint import CandidatesResponse
+from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
+from mixlm.engines.remote.model_info import ModelInfo, read_model_info
+from mixlm.engines.remote.replica import Replica, ReplicaRequirements, ReplicaSet
+from mixlm.engines.remote.server import PROBE_TEXT, ModelServer, TokenizerProbe
+from mixlm.engines.requests import (
     Forward,
     GenerateRequest,
     GenerateResponse,
     LogitsRequest,
     Request,
     Response,
-    Session,
-    TextInterface,
     to_response,
 )
-from mixlm.engines.remote.endpoint import CandidatesResponse
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
-from mixlm.engines.remote.model_info import ModelInfo, read_model_info
-from mixlm.engines.remote.replica import Replica, ReplicaRequirements, ReplicaSet
-from mixlm.engines.remote.server import PROBE_TEXT, ModelServer, TokenizerProbe
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession

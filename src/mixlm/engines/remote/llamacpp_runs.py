@@ -22,8 +22,8 @@ import numpy as np
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.engines.base import GenerateRequest, GenerateResponse
 from mixlm.engines.remote.protocols import cached_tokens
+from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids, Sampling, TopKFilter
 

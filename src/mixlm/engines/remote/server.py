@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import GenerateRequest, GenerateResponse, Session
+from mixlm.engines.base import Session
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.remote.capabilities import ServerCapabilities, parse_generation, probe_capabilities
 from mixlm.engines.remote.endpoint import CandidatesResponse, Endpoint, ModelIdentity
@@ -23,6 +23,7 @@ from mixlm.engines.remote.llamacpp_runs import COMPLETION_PATH, LlamaCppRuns, fi
 from mixlm.engines.remote.model_info import ModelInfo
 from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
 from mixlm.engines.remote.session_client import SessionPool, parse_generated, parse_top_tokens
+from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
 from mixlm.errors import EngineError, TokenizerError, UnsupportedError
 from mixlm.types import Candidates, Ids

@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from mixlm.engines.base import GenerateResponse, common_prefix
+from mixlm.engines.base import common_prefix
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
+from mixlm.engines.requests import GenerateResponse
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids
 from mixlm.units.base import TokenBuffer

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixlm.engines.base import Engine, Request, Response, Session, TextInterface
+from mixlm.engines.base import Engine, Session, TextInterface
+from mixlm.engines.requests import Request, Response
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line, remote_code_error
 from mixlm.engines.transformers.loaded_model import LoadedModel

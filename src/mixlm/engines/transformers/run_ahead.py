@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from mixlm.engines.base import RunAheadHint
+from mixlm.engines.requests import RunAheadHint
 from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
 from mixlm.engines.transformers.device_topk import DeviceTopK, from_device, is_worthwhile
 from mixlm.engines.transformers.kv_cache import KVCache

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mixlm.engines.base import LogitsRequest, Request, Response, RunAheadHint, Session, respond
+from mixlm.engines.base import Session, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
+from mixlm.engines.requests import LogitsRequest, Request, Response, RunAheadHint
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.base import GenerateRequest, GenerateResponse, Request, Response, Session, TextInterface
+from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.batching import respond_in_threads
+from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession

@@ -1,23 +1,24 @@
-"""The names that options may have as values. It imports nothing heavy, for `mixlm COMMAND --help`."""
+"""The names that options may have as values. It imports nothing heavy, for `mixlm COMMAND --help`.
+
+An engine's name is open: `mixlm.engines.registry` knows those that are there.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]
-EngineName = Literal["auto", "hf", "llamacpp", "vllm", "remote"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Graphs = Literal["auto", "on", "off"]
 Rule = Literal["gac", "unite"]
 LogprobsOf = Literal["member", "ensemble"]
 RouterKind = Literal["fixed", "prompt", "learned"]
-METHODS: tuple[Method, ...] = ("mixture", "conventional", "greedy", "single", "speculative", "auto")
-UNITS: tuple[UnitName, ...] = ("auto", "token", "piece", "word", "byte")
-RULES: tuple[Rule, ...] = ("gac", "unite")
-ENGINES: tuple[EngineName, ...] = ("auto", "hf", "llamacpp", "vllm", "remote")
-LOGPROBS_OF: tuple[LogprobsOf, ...] = ("member", "ensemble")
-ON_FAILURE: tuple[OnFailure, ...] = ("error", "drop")
-GRAPHS: tuple[Graphs, ...] = ("auto", "on", "off")
-DTYPES: tuple[DType, ...] = ("auto", "float32", "bfloat16", "float16")
+METHODS: tuple[Method, ...] = get_args(Method)
+UNITS: tuple[UnitName, ...] = get_args(UnitName)
+RULES: tuple[Rule, ...] = get_args(Rule)
+LOGPROBS_OF: tuple[LogprobsOf, ...] = get_args(LogprobsOf)
+ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
+GRAPHS: tuple[Graphs, ...] = get_args(Graphs)
+DTYPES: tuple[DType, ...] = get_args(DType)

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mixlm.choices import (
     DTYPES,
-    ENGINES,
     GRAPHS,
     LOGPROBS_OF,
     METHODS,
@@ -30,7 +29,6 @@ from mixlm.choices import (
     RULES,
     UNITS,
     DType,
-    EngineName,
     Graphs,
     LogprobsOf,
     Method,
@@ -44,7 +42,6 @@ from mixlm.types import Sampling
 
 __all__ = [
     "DTYPES",
-    "ENGINES",
     "GRAPHS",
     "LOGPROBS_OF",
     "METHODS",
@@ -52,7 +49,6 @@ __all__ = [
     "RULES",
     "UNITS",
     "DType",
-    "EngineName",
     "EnsembleConfig",
     "Graphs",
     "LogprobsOf",
@@ -100,7 +96,8 @@ class MemberConfig(_Strict):
 
     Attributes:
         model: A name, a folder, a GGUF file or a hub id.
-        engine: What runs the model; "auto" is llama.cpp for a GGUF file where that is enough.
+        engine: What runs the model: a name that `mixlm.engines.registry` knows; "auto" is llama.cpp for a GGUF file
+            where that is enough.
         template: A Jinja chat template.
         template_file: A file with one.
         system: A system message in front of every conversation of this member.
@@ -113,11 +110,11 @@ class MemberConfig(_Strict):
     weight: float | None = Field(default=None, strict=True)
     dtype: DType = "auto"
     device: str = "auto"
-    engine: EngineName = "auto"
+    engine: str = "auto"
     graphs: Graphs = "auto"
     candidates: int = Field(default=64, ge=1, strict=True)
     context: int | None = Field(default=None, ge=16, strict=True)
-    slots: int = Field(default=4, ge=1, strict=True)
+    slots: int | None = Field(default=None, ge=1, strict=True)
     tokenizer: str | None = None
     key_env: str | None = None
     timeout: float = Field(default=120.0, gt=0, strict=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 from mixlm.config import (
     DType,
-    EngineName,
     EnsembleConfig,
     Graphs,
     MemberConfig,
@@ -28,7 +27,7 @@ from mixlm.config import (
 )
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import GenerationOptions
-from mixlm.engines import Engine, EngineSpec, runs_as_gguf
+from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
@@ -48,7 +47,7 @@ def load(  # noqa: PLR0913 - one option each
     rule: Rule | None = None,
     dtype: DType | None = None,
     device: str | None = None,
-    engine: EngineName | None = None,
+    engine: str | None = None,
     graphs: Graphs | None = None,
     trust_remote_code: bool | None = None,
     router: Router | RouterFunction | None = None,
@@ -59,7 +58,8 @@ def load(  # noqa: PLR0913 - one option each
     Args:
         models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`).
         weights: One a model; equal when left out.
-        engine: What runs the models; "auto" is `choose_engine`'s choice.
+        engine: What runs the models: "hf", "llamacpp", "vllm", "remote", or an engine of an installed package; "auto"
+            is `choose_engine`'s choice.
         graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
         trust_remote_code: Whether Python code in the folders of models may run; it does not by default.
         router: Weights that depend on the prompt or the text, in place of `weights`: a router of `mixlm.routing`, or a
@@ -118,6 +118,7 @@ def load_config(
     progress: Progress | None = None,
     engines: dict[EngineSpec, Engine] | None = None,
     load_engine: Callable[[EngineSpec], Engine] = load_engine,
+    sequences: int = 4,
 ) -> Ensemble:
     """Load the ensemble that a configuration describes.
 
@@ -127,9 +128,12 @@ def load_config(
         progress: Called with each model's name before it is loaded.
         engines: Loaded engines to share where models are the same; engines that are loaded here join them.
         load_engine: Loads an engine.
+        sequences: How many sequences will run together: the default of `slots`, for each member on the same model.
     """
     weights = weights if weights is not None else config.weights()
     checked_weights = normalized_weights(weights, len(config.members))
+    for member in config.members:
+        check_engine(member.engine, f"engine of member {member.name or member.model}")
     if router is not None:
         router = as_router(router, len(config.members))
     elif config.router.kind == "prompt":
@@ -138,7 +142,10 @@ def load_config(
     members: list[MemberSpec] = []
     for member in config.members:
         spec_fields = member.model_dump(include={field.name for field in fields(EngineSpec)})
-        spec = EngineSpec(**{**spec_fields, "name": member.name or "", "engine": choose_engine(member)})
+        sharing = sum(other.model == member.model for other in config.members)
+        slots = member.slots or sequences * sharing
+        spec_fields |= {"name": member.name or "", "engine": choose_engine(member), "slots": slots}
+        spec = EngineSpec(**spec_fields)
         key = replace(spec, name="")
         if key not in engines:
             engines[key] = _load_or_share(spec, engines, progress, load_engine)
@@ -152,7 +159,7 @@ def load_config(
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
-def choose_engine(member: MemberConfig) -> EngineName:
+def choose_engine(member: MemberConfig) -> str:
     """Return the engine of a member: the one that it names, else the one for its model.
 
     A GGUF file, or a model of the catalog, runs in llama.cpp where that is installed; everything else in transformers,

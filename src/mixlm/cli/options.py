@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 
 from typer import Option
 
-from mixlm.choices import DTYPES, ENGINES, GRAPHS, UNITS
+from mixlm.choices import DTYPES, GRAPHS, UNITS
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
@@ -64,7 +64,12 @@ class Shared:
         str | None, _ensemble("--device", metavar="NAME", text="cpu, cuda, cuda:1 and so on. Default: auto.")
     ] = None
     engine: Annotated[
-        str | None, _ensemble("--engine", metavar="NAME", text=f"{', '.join(ENGINES)}: what runs the members.")
+        str | None,
+        _ensemble(
+            "--engine",
+            metavar="NAME",
+            text="What runs the members: auto, hf, llamacpp, vllm, remote, or an engine of an installed package.",
+        ),
     ] = None
     graphs: Annotated[
         str | None,
@@ -116,13 +121,17 @@ class Shared:
         changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
         if self.unit is not None:
             changes["unit"] = self.unit
-        choices = {"unit": UNITS, "dtype": DTYPES, "engine": ENGINES, "graphs": GRAPHS}
-        values = {**changes, "dtype": self.dtype, "engine": self.engine, "graphs": self.graphs}
+        choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS}
+        values = {**changes, "dtype": self.dtype, "graphs": self.graphs}
         for name, value in values.items():
             if value is not None:
                 OptionSpec(choices=choices[name] if name in choices else OPTIONS[name].choices).check(
                     f"--{name}", value
                 )
+        if self.engine is not None:
+            from mixlm.engines import check_engine
+
+            check_engine(self.engine, "--engine")
         if self.model and self.ensemble is not None:
             raise UsageError("--model and --ensemble are both given", "name the members here or in the file, not both")
         if self.ensemble is not None:

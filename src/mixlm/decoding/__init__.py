@@ -37,6 +37,7 @@ class StrategyContext:
         unit: The name of the unit.
         traits: What the unit can do.
         speculation: Records what becomes of drafts.
+        observed: The member that the router observes; it runs at every position.
     """
 
     weights: Floats
@@ -47,6 +48,7 @@ class StrategyContext:
     unit: str = "piece"
     traits: UnitTraits = PIECE_TRAITS
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    observed: int | None = None
 
     @classmethod
     def unloaded(cls, weights: Floats, names: Sequence[str], sampling: Sequence[Mapping[str, Any]]) -> StrategyContext:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixlm.engines.base import Engine
-from mixlm.engines.registry import is_remote, load, runs_as_gguf
+from mixlm.engines.registry import check_engine, is_remote, load, runs_as_gguf
 from mixlm.engines.spec import EngineSpec
 
-__all__ = ["Engine", "EngineSpec", "is_remote", "load", "runs_as_gguf"]
+__all__ = ["Engine", "EngineSpec", "check_engine", "is_remote", "load", "runs_as_gguf"]

@@ -1,6 +1,7 @@
 """The engines by name, and the choice of one for a model.
 
-A new engine is a module with `load(spec)`, and a line here.
+A new engine is a module with `load(spec)`, and a line here; or, in a package of its own, an entry point of the group
+`mixlm.engines` that names the module.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from mixlm.engines.base import Engine
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import MixlmError, UnsupportedError
+from mixlm.errors import ConfigError, MixlmError, UnsupportedError, did_you_mean
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # name: module, packages that it needs
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -22,6 +27,8 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm": ("mixlm.engines.vllm.engine", ("vllm", "transformers")),
     "remote": ("mixlm.engines.remote.engine", ("aiohttp", "transformers")),
 }
+ENTRY_POINTS = "mixlm.engines"
+_BY_PREFIX = ("toy", "shape")  # chosen by the model's name alone
 _INSTALL = {
     "torch": "pip install 'mixlm[hf]'",
     "transformers": "pip install 'mixlm[hf]'",
@@ -36,15 +43,18 @@ _INSTALL = {
 def load(spec: EngineSpec) -> Engine:
     """Load the engine for a model: `toy:SEED`, `shape:NAME`, a folder, a GGUF file, a catalogue name, hub id or URL.
 
-    Engine "auto" is transformers for everything but toys, shapes and URLs. For members of an ensemble,
-    `loading.choose_engine` decides before.
+    Engine "auto" is transformers for everything but toys, shapes, URLs and `NAME:…`, where an installed package has an
+    engine of that name. For members of an ensemble, `loading.choose_engine` decides before.
 
     Raises:
+        ConfigError: there is no engine of this name.
         ModelNotFoundError, ModelLoadError, TokenizerError, MemoryLimitError: each with a hint.
         UnsupportedError: the engine cannot run this model or adapter.
         MixlmError: a package is missing.
     """
     name = engine_name(spec)
+    if name not in ENGINES:
+        return _load_installed(name, spec)
     if spec.adapter is not None and name in ("shape", "remote"):
         raise UnsupportedError(f"{spec.model} takes no adapter", "name a model with weights, and --engine hf")
     if name == "vllm" and spec.model.startswith("shape:"):
@@ -63,14 +73,56 @@ def load(spec: EngineSpec) -> Engine:
 
 
 def engine_name(spec: EngineSpec) -> str:
-    """Return the name in `ENGINES` of the engine that a spec asks for."""
+    """Return the name of the engine that a spec asks for: one of `ENGINES`, or of an installed package."""
     if spec.model.startswith("toy:"):
         return "toy"
     if is_remote(spec.model):
         return "remote"
     if spec.engine in ("auto", "hf"):
-        return "shape" if spec.model.startswith("shape:") else "hf"
+        prefix, colon, _ = spec.model.partition(":")
+        if colon and (prefix == "shape" or (spec.engine == "auto" and prefix in _installed())):
+            return prefix
+        return "hf"
     return spec.engine
+
+
+def engine_names() -> tuple[str, ...]:
+    """Return the names that a member's `engine` may have: "auto", this package's own, and those of installed ones."""
+    return ("auto", *(name for name in ENGINES if name not in _BY_PREFIX), *sorted(_installed()))
+
+
+def check_engine(name: str, place: str = "engine") -> None:
+    """Raise ConfigError where a member cannot have this engine. place: what is wrong, for the message."""
+    # Without a look at the installed packages where the name is one of this one's.
+    if name == "auto" or (name in ENGINES and name not in _BY_PREFIX):
+        return
+    if name not in (names := engine_names()):
+        hint = did_you_mean(name, names) or "an engine of another package is there once that package is installed"
+        raise ConfigError(f"{place} is {name!r}; it must be one of {', '.join(names)}", hint)
+
+
+def _installed() -> dict[str, EntryPoint]:
+    """Return the engines of installed packages by name. The names of this package's own engines stay its own."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in (*ENGINES, "auto")}
+
+
+def _load_installed(name: str, spec: EngineSpec) -> Engine:
+    check_engine(name)
+    point = _installed()[name]
+    package = "a package" if point.dist is None else point.dist.name
+    try:
+        load_engine = point.load().load
+    except (ImportError, AttributeError) as error:
+        raise MixlmError(
+            f"the engine {name} of {package} cannot be imported: {error}",
+            f"its entry point names {point.value}, which must be a module with a function load(spec)",
+        ) from error
+    engine = load_engine(spec)
+    if not isinstance(engine, Engine):
+        raise MixlmError(f"the engine {name} of {package} loads a {type(engine).__name__}, which is no mixlm Engine")
+    return engine
 
 
 def runs_as_gguf(model: str) -> bool:

@@ -12,7 +12,7 @@ class EngineSpec:
 
     model: what the user named. dtype: "auto", "float32", "bfloat16" or "float16". device: "auto" or torch's name.
     template: a Jinja chat template in place of the model's own. system: a system message for every conversation.
-    adapter: a folder or hub id of a LoRA adapter. engine: "auto", "hf", "llamacpp", "vllm" or "remote".
+    adapter: a folder or hub id of a LoRA adapter. engine: a name that the registry knows, or "auto".
     graphs: "auto", "on" or "off": short forward passes of a transformers model in fixed shapes, see `cuda_graphs`.
     candidates: how many top tokens an engine with a `top_k_limit` returns. context, slots: tokens of one sequence and
     sequences kept at once, in llama.cpp and vLLM. tokenizer: folder of the tokenizer of a model behind a server.

@@ -1,4 +1,4 @@
-"""The units by name. A unit's module is imported when the unit is asked for."""
+"""The units by name: the unit NAME is `NameUnit` in `mixlm.units.NAME`, which is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.units.base import Unit, UnitTraits
 from mixlm.units.token import TokenUnit, vocabulary_conflict
-
-_CLASSES = {
-    "token": "mixlm.units.token:TokenUnit",
-    "piece": "mixlm.units.piece:PieceUnit",
-    "word": "mixlm.units.word:WordUnit",
-    "byte": "mixlm.units.byte:ByteUnit",
-}
 
 
 def unit_traits(name: str) -> UnitTraits:
@@ -49,5 +42,4 @@ def build_unit(name: UnitName, vocabularies: Sequence[Vocabulary], encoders: Seq
 
 
 def _unit_class(name: str) -> Any:
-    module, _, attribute = _CLASSES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(f"mixlm.units.{name}"), f"{name.capitalize()}Unit")

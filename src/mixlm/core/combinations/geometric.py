@@ -1,0 +1,43 @@
+"""`geometric`: the weighted geometric mean, `C(u) ∝ Π_i q_i(u)^{s λ_i}`, a weighted average of logits.
+
+Source: logarithmic opinion pool (Genest and Zidek, 1986); with exponents of 1, a product of experts (Hinton, 2002).
+`strength` s scales the weights to exponents: 1 is the mean, the number of members with equal weights the plain product.
+Defined for every unit where some symbol is possible under all members; temperature and truncation apply to the mean.
+
+Envelope: 0, since a missing member can give any symbol nothing, which makes the product 0; but where the members that
+ran have one symbol left in common, that symbol is certain. Cost: drafts and their verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mixlm.core.combinations.base import Combination, Unreported, check_number
+from mixlm.core.combinations.log_linear import log_linear, only_symbol
+from mixlm.types import Floats
+
+
+@dataclass(frozen=True)
+class Geometric(Combination):
+    """The normalised product of the members' distributions, each to the power of its weight times `strength`."""
+
+    name: ClassVar[str] = "geometric"
+    common_options: ClassVar[bool] = True
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "strength", self.strength, above=0)
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return the normalised product."""
+        return log_linear(probs, self.strength * weights, self.name)
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return certainty where one symbol is left, else nothing."""
+        if len(ran) == len(weights) and unreported is None:
+            return self.combine(probs, weights)
+        return only_symbol(probs, ran, weights, unreported)

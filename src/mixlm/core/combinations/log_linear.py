@@ -1,0 +1,53 @@
+"""Log-linear combinations, `C(u) ∝ Π_i q_i(u)^{e_i}`: what products, contrasts and guidance have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixlm.core.combinations.base import Unreported, normalized
+from mixlm.errors import UnsupportedError
+from mixlm.types import Floats
+
+
+def log_linear(probs: Floats, exponents: Floats, rule: str) -> Floats:
+    """Return the normalised product of powers, float64 (symbols,).
+
+    A symbol to which a member with a positive exponent gives no probability has none, whatever the others say.
+
+    Args:
+        probs: float64 (members, symbols).
+        exponents: float64 (members,); members of exponent 0 do not count.
+        rule: Its name, for errors.
+
+    Raises:
+        UnsupportedError: No symbol is possible, or the probability that a power divides by is 0.
+    """
+    possible = (probs[exponents > 0] > 0).all(axis=0)
+    if (probs[exponents < 0][:, possible] == 0).any():
+        raise UnsupportedError(
+            f"rule {rule} divides by a member's probability, and it is 0 for a token that the others can generate",
+            "use members that share one vocabulary",
+        )
+    out = np.zeros(probs.shape[1])
+    if possible.any():
+        counted = exponents != 0
+        scores = exponents[counted] @ np.log(probs[counted][:, possible])
+        out[possible] = np.exp(scores - scores.max())
+    return normalized(out, rule)
+
+
+def only_symbol(probs: Floats, ran: Sequence[int], exponents: Floats, unreported: Unreported | None = None) -> Floats:
+    """Return the envelope that supports give, float64 (symbols,): 1 for a symbol that is the only possible one, else 0.
+
+    A member with a positive exponent rules out what it gives no probability. Where those that ran leave one symbol, the
+    combination is that symbol, if it is defined at all.
+    """
+    lower = np.zeros(probs.shape[1])
+    positive = [i for i in ran if exponents[i] > 0 and (unreported is None or unreported.mass[i] == 0)]
+    if positive:
+        left = np.flatnonzero((probs[positive] > 0).all(axis=0))
+        if left.size == 1:
+            lower[left[0]] = 1.0
+    return lower

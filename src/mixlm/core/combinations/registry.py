@@ -1,0 +1,46 @@
+"""Combination rules by name; the file of a rule is imported when the rule is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from typing import Any
+
+from mixlm.core.combinations.base import Combination
+from mixlm.errors import ConfigError, did_you_mean
+
+# Module and class of each rule.
+COMBINATIONS: Mapping[str, tuple[str, str]] = {
+    "average": ("average", "Average"),
+    "geometric": ("geometric", "Geometric"),
+    "max": ("max", "Max"),
+}
+ALIASES: Mapping[str, str] = {"unite": "union-top-k"}
+
+
+def combination_class(name: str) -> type[Combination]:
+    """Return the class of a rule. Raises ConfigError where there is none of this name."""
+    entry = COMBINATIONS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if entry is None:
+        known = [*COMBINATIONS, *ALIASES]
+        hint = did_you_mean(name, known) if isinstance(name, str) else None
+        raise ConfigError(f"there is no rule {name!r}", hint or f"the rules are {', '.join(COMBINATIONS)}")
+    module = import_module(f"mixlm.core.combinations.{entry[0]}")
+    rule: type[Combination] = getattr(module, entry[1])
+    return rule
+
+
+def combination(name: str, **parameters: Any) -> Combination:
+    """Return the rule of a name with its parameters.
+
+    Raises:
+        ConfigError: There is no such rule, it has no such parameter, or a value is not allowed.
+    """
+    rule = combination_class(name)
+    known = [parameter.name for parameter in fields(rule)]
+    for parameter in parameters:
+        if parameter not in known:
+            allowed = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
+            raise ConfigError(f"rule {name} has no parameter {parameter!r}", did_you_mean(parameter, known) or allowed)
+    return rule(**parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
@@ -26,6 +26,7 @@ from mixlm.generation.member import Member, MemberOptions
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.observation import observed_by
 from mixlm.types import Completion, Message
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
@@ -91,6 +92,7 @@ class Ensemble:
         else:
             self.unit = unit
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]
+        self._check_router()
 
     def __repr__(self) -> str:
         members = ", ".join(
@@ -234,6 +236,9 @@ class Ensemble:
             traits=self.unit.traits,
             speculation=speculation,
         )
+        observes = observed_by(self.router) if settings.method != "single" else None
+        if observes is not None:
+            strategy_context = replace(strategy_context, observed=observes.member)
         return GenerationContext(
             self.unit,
             self.router,
@@ -243,7 +248,37 @@ class Ensemble:
             sessions,
             speculation,
             strategy_context.heaviest_member,
+            self._bind_members(replace(settings, min_tokens=0, ignore_end=True)) if settings.min_tokens else (),
         )
+
+    def _check_router(self) -> None:
+        """Raise UnsupportedError where the router observes what a member's engine, or the unit, does not give."""
+        observes = observed_by(self.router, len(self.members))
+        if observes is None:
+            return
+        member = self.members[observes.member]
+        limit, size = member.engine.top_k_limit, member.engine.hidden_size
+        about = f"the router observes {member.name}"
+        if not self.unit.traits.full_distributions:
+            raise UnsupportedError(
+                f"{about}, and in the unit {self.unit.name} members have no distribution at every position",
+                "use --unit piece, or a router of the text",
+            )
+        if observes.hidden and size is None:
+            raise UnsupportedError(
+                f"{about} by its hidden state, which {member.engine.backend} does not give",
+                "use --engine hf (engine='hf'), or a router of its most likely tokens",
+            )
+        if observes.hidden and observes.hidden_size not in (None, size):
+            raise ConfigError(
+                f"{about} by hidden states of {observes.hidden_size} numbers, and its have {size}",
+                "it was trained for another model: train one with mixlm fit --router",
+            )
+        if limit is not None and observes.top_k > limit:
+            raise UnsupportedError(
+                f"{about} by its {observes.top_k} most likely tokens, and its engine reports {limit}",
+                f"set candidates of {member.name} to {observes.top_k} or more, or use --engine hf (engine='hf')",
+            )
 
     def _build_unit(self, name: UnitName) -> Unit:
         engines = [member.engine for member in self.members]
@@ -272,12 +307,13 @@ class Ensemble:
             and not settings.top_logprobs
             and not settings.wants_ensemble_logprobs
             and not settings.logit_bias
-            and not settings.json_schema
+            and settings.language is None
         )
-        schema = settings.json_schema
-        grammars = [None] * len(self.members) if schema is None else self.grammars.for_schema(schema)
+        observes = observed_by(self.router)
+        language = settings.language
+        grammars = [None] * len(self.members) if language is None else self.grammars.for_language(language)
         members = []
-        for spec, all_symbols, grammar in zip(self.members, self._symbols, grammars, strict=True):
+        for i, (spec, all_symbols, grammar) in enumerate(zip(self.members, self._symbols, grammars, strict=True)):
             symbols = np.where(all_symbols == self.unit.end, -1, all_symbols) if settings.ignore_end else all_symbols
             bias = member_logit_bias(
                 settings.logit_bias,
@@ -288,7 +324,9 @@ class Ensemble:
                 shared_vocabulary=self.unit.traits.shared_vocabulary,
             )
             transform = Transform(settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0), bias)
-            options = MemberOptions(settings.top_logprobs, grammar, samples_only)
+            # The observed member has run before its coin falls, so its samples are taken from those logits.
+            is_observed = observes is not None and observes.member == i and settings.method != "single"
+            options = MemberOptions(settings.top_logprobs, grammar, samples_only and not is_observed)
             members.append(Member(spec.engine, spec.name, transform, symbols, options))
         return members
 

@@ -13,14 +13,15 @@ import numpy.typing as npt
 
 from mixlm.option_spec import check_options, option
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 FinishReason = Literal["stop", "length", "error"]
 
 
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
+HiddenStates = npt.NDArray[np.float16]
 
 
 class Candidates(NamedTuple):
@@ -79,11 +80,38 @@ TopLogprobs = tuple[tuple[int, float], ...]  # ids or symbols with their log-pro
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a completion may call. parameters: a JSON schema of its arguments, which are an object."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function. arguments: a JSON object, as text. id: names the call in the message with its result."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `content` is plain text for every member, whatever it looks like."""
+    """One turn of a conversation. `content` is plain text for every member, whatever it looks like.
+
+    Attributes:
+        role: Who speaks. "tool" has the result of a call.
+        content: The text.
+        tool_calls: Calls of the assistant.
+        tool_call_id: Of the call whose result this is.
+    """
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +348,7 @@ class Completion:
         prompt: With `score_prompt`, the prompt's tokens, or its segments between common token boundaries of all
             members. The log-probability of a first one that nothing precedes is nan.
         end: The end-of-text that was sampled, without bytes.
+        tool_calls: With `tools`, the calls in the text. If `finish_reason` is "length", the last may be incomplete.
     """
 
     text: str
@@ -329,6 +358,7 @@ class Completion:
     usage: Usage
     prompt: tuple[Token, ...] = ()
     end: Token | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __repr__(self) -> str:
         text = f"{self.text[:60]!r}{'…' if len(self.text) > 60 else ''}"

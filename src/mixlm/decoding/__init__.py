@@ -1,15 +1,16 @@
 """Decoding strategies: how the next symbols of a sequence are chosen. One file each, imported when it is first used.
 
 `mixture`, `speculative`, `auto` and `conventional` sample one target distribution `Σ λ_i q_i`; `greedy` takes its mode.
+`layered`, `conventional` and `greedy` do so for any combination rule.
 A strategy is a function from a `DecodeStep` to a flow of requests; its module has `build(options, context)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from mixlm.generation.sequence import SpeculationStats, Strategy
 from mixlm.types import Floats
 from mixlm.units.base import PIECE_TRAITS, UnitTraits
 from mixlm.units.registry import unit_traits
+
+if TYPE_CHECKING:
+    from mixlm.generation.target import RuleTarget
 
 __all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "check_method", "strategy_name"]
 
@@ -38,6 +42,8 @@ class StrategyContext:
         traits: What the unit can do.
         speculation: Records what becomes of drafts.
         observed: The member that the router observes; it runs at every position.
+        target: What the combination rule makes of the members; None for the average.
+        batch_keys: Equal for members whose requests of one moment run in one forward; () for none.
     """
 
     weights: Floats
@@ -49,6 +55,8 @@ class StrategyContext:
     traits: UnitTraits = PIECE_TRAITS
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     observed: int | None = None
+    target: RuleTarget | None = None
+    batch_keys: Sequence[Hashable] = ()
 
     @classmethod
     def unloaded(cls, weights: Floats, names: Sequence[str], sampling: Sequence[Mapping[str, Any]]) -> StrategyContext:
@@ -76,8 +84,6 @@ def build_strategy(options: GenerationOptions, context: StrategyContext) -> Stra
 
 def strategy_name(options: GenerationOptions, context: StrategyContext) -> str:
     """Return the name of the strategy, and of its module, that the options name."""
-    if options.rule is not None:
-        return options.rule
     if options.method == "mixture" or (options.method == "auto" and not context.traits.full_distributions):
         return context.traits.mixture
     return options.method

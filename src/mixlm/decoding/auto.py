@@ -27,7 +27,8 @@ _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are w
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy; it has no options."""
-    return Auto(ForwardCostEstimator(context.forwards, context.sizes), context.names, context.speculation)
+    costs = ForwardCostEstimator(context.forwards, context.sizes)
+    return Auto(costs, context.names, context.speculation, observed=context.observed)
 
 
 class Plan(NamedTuple):
@@ -45,6 +46,7 @@ class Auto:
         names: The members' names.
         speculation: Records drafts of all plans.
         acceptance: What is known of each draft by its name, to begin with.
+        observed: The member that the router observes: it runs at every position, so no other member drafts.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class Auto:
         names: Sequence[str],
         speculation: SpeculationStats,
         acceptance: Mapping[str, SpeculationStats] | None = None,
+        observed: int | None = None,
     ) -> None:
         self._costs = costs
         self._names = names
         self._total = speculation
         self._by_draft = dict(acceptance or {})
+        self._observed = observed
         self._steps = 0
         self._next_trial = 0
 
@@ -79,8 +83,13 @@ class Auto:
     def plan(self, weights: Floats, *, is_trial: bool = False) -> Plan:
         """Return the cheapest plan for weights (members,). is_trial: assume a good acceptance rate of every draft."""
         costs = self._costs.estimate()
-        cheapest, member_plan = mixture_seconds(weights, costs) * _MIN_GAIN, None
+        plain = mixture_seconds(weights, costs)
+        if self._observed is not None:
+            plain += float(1 - weights[self._observed]) * costs(self._observed)
+        cheapest, member_plan = plain * _MIN_GAIN, None
         for member, name in enumerate(self._names):
+            if self._observed not in (None, member):
+                continue
             acceptance = self._acceptance(name, is_trial)
             for block in BLOCKS:
                 seconds = speculative_seconds(weights, costs, DraftPlan(member, block, acceptance))
@@ -90,6 +99,8 @@ class Auto:
             member, block = member_plan
             return Plan(MemberDraft(member, self._names[member]), block)
         lookup = LookupDraft()
+        if self._observed is not None:
+            return Plan(lookup, 0)
         worthwhile = self._acceptance(lookup.name, is_trial) > _MIN_LOOKUP_ACCEPTANCE
         return Plan(lookup, LOOKUP_BLOCK if worthwhile else 0)
 

@@ -41,9 +41,24 @@ class MemberDraft:
         view = step.views[self.member]
         if view.stuck:
             return None
+        if (row := step.observed_row(self.member)) is not None:
+            proposal: int = view.sampler(step.noise)(row).symbol
+            return proposal
         [response] = yield [SampleRequest(self.member, view.ids(), view.sampler(step.noise), view.top_k_filter)]
         symbol: int = response.symbol
         return symbol
+
+
+class NoDraft:
+    """Proposes nothing."""
+
+    member = -1
+    name = "none"
+
+    def propose(self, step: DecodeStep) -> RequestFlow[int | None]:
+        """Return None."""
+        yield from ()
+        return None
 
 
 class LookupDraft:
@@ -78,10 +93,13 @@ def default_draft(sizes: Sequence[int], weights: Floats) -> int | None:
 
 
 def build_draft(name: str | None, context: StrategyContext) -> Draft:
-    """Return the draft of a name, a member's or "lookup"; the default draft for None. Raises ConfigError for others."""
+    """Return the draft of a name, a member's or "lookup"; the default for None. Raises ConfigError for others.
+
+    The default is the member that the router observes, since its samples cost no forward; else `default_draft`.
+    """
     names = context.names
     if name is None:
-        member = default_draft(context.sizes, context.weights)
+        member = default_draft(context.sizes, context.weights) if context.observed is None else context.observed
         return LookupDraft() if member is None else MemberDraft(member, names[member])
     if name == LookupDraft.name:
         return LookupDraft()

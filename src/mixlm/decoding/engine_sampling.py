@@ -12,8 +12,9 @@ what is sampled there anew follows the distribution of its own position.
 
 from __future__ import annotations
 
-from mixlm.engines.requests import GenerateRequest, RunAheadHint, SampleRequest
+from mixlm.engines.requests import GenerateRequest, RunAheadHint, SampleRequest, SampleResponse
 from mixlm.errors import EngineError
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 
 MAX_RUN = 16  # tokens of one request; a reader waits for all of them
@@ -23,7 +24,9 @@ def generate_run(step: DecodeStep, member: int, *, single_member: bool = False) 
     """Let a member generate as far as its coins reach; to the end of the text with `single_member`."""
     view = step.views[member]
     length = min(step.max_symbols, MAX_RUN)
-    if not single_member:
+    if step.observed is not None:
+        length = 1  # the next coin is not known before the router has observed its position
+    elif not single_member:
         length = run_length(step, member, length)
     ids = view.ids().copy()
     transform = view.member.transform
@@ -37,6 +40,8 @@ def generate_run(step: DecodeStep, member: int, *, single_member: bool = False) 
             raise EngineError(f"{view.member.name} sampled the token {token}, which is masked here")
         choices.append(Choice(symbol, member, logprob))
         generated.append(token)
+        if len(choices) == len(response.ids):
+            break
         following = step.push(symbol)
         if following is None or view.ids().tolist() != generated:
             break
@@ -52,7 +57,7 @@ def sample_request(step: DecodeStep, member: int, *, single_member: bool = False
     single_member: every coin up to the end of the text is this member's.
     """
     view, noise = step.views[member], step.noise
-    length = min(view.member.run_ahead + 1, step.max_symbols)
+    length = 1 if step.observed is not None else min(view.member.run_ahead + 1, step.max_symbols)
     if length > 1 and not single_member:
         length = run_length(step, member, length)
     hint = None
@@ -60,6 +65,16 @@ def sample_request(step: DecodeStep, member: int, *, single_member: bool = False
         keys = tuple(noise.at(noise.position + offset).sample_key for offset in range(length - 1))
         hint = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
     return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, hint)
+
+
+def sample_member(step: DecodeStep, member: int) -> RequestFlow[SampleResponse]:
+    """Sample one symbol from a member: from the logits that the router has observed, or with a request."""
+    row = step.observed_row(member)
+    if row is not None:
+        return step.views[member].sampler(step.noise)(row)
+    [response] = yield [sample_request(step, member)]
+    sampled: SampleResponse = response
+    return sampled
 
 
 def run_length(step: DecodeStep, member: int, limit: int) -> int:

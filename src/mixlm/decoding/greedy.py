@@ -121,7 +121,7 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
             position.proposal = yield from draft.propose(current)
         if position.proposal is None:
             break
-        current = current.push(position.proposal)
+        current = yield from current.following(position.proposal)
     return positions
 
 

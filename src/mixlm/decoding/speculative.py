@@ -69,7 +69,10 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
         # A copy: the state goes on changing.
         position = _Position(member, view.ids().copy(), view.sampler(current.noise), view.top_k_filter)
         positions.append(position)
-        if member == draft.member:
+        if (row := current.observed_row(member)) is not None:
+            position.response = position.sample(row)
+            position.proposal = position.response.symbol
+        elif member == draft.member:
             [response] = yield [SampleRequest(member, view.ids(), position.sample, view.top_k_filter)]
             position.response = response
             position.proposal = response.symbol
@@ -78,7 +81,7 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
             proposals += 1
         if position.proposal is None:
             break
-        current = current.push(position.proposal)
+        current = yield from current.following(position.proposal)
     return positions
 
 

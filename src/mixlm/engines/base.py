@@ -34,7 +34,7 @@ from mixlm.errors import PromptTooLongError, UnsupportedError, UsageError
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Floats, Ids, Logits, LogitsRows, Sampling, TopKFilter
+from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, Sampling, TopKFilter
 from mixlm.units.base import TokenBuffer
 
 _LOGPROBS_CHUNK = 128  # positions
@@ -43,10 +43,13 @@ _LOGPROBS_CHUNK = 128  # positions
 class Session(ABC):
     """One sequence on one engine. A backend implements `forward` and `truncate`.
 
-    keeps_cache: false for a model that runs the whole sequence every time.
+    keeps_cache: false for a model that runs the whole sequence every time. keeps_hidden: whether forwards keep hidden
+    states in `hidden_states`, float16 (n, width): those of the last forward's last positions, n of them or more.
     """
 
     keeps_cache = True
+    keeps_hidden = False
+    hidden_states: HiddenStates | None = None
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
@@ -84,6 +87,12 @@ class Session(ABC):
     def logits_rows(self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None) -> LogitsRows:
         """Return what `logits` does, or only what the filter keeps of it where that is cheaper."""
         return self.logits(ids, last)
+
+    def keep_hidden(self) -> None:
+        """Keep the hidden states of every forward from now on, where the engine has a `hidden_size`."""
+        if not self.keeps_hidden:
+            self.keeps_hidden = True
+            self._last_logits = None  # they are of a forward whose hidden states were not kept
 
     def generate(self, request: GenerateRequest) -> GenerateResponse:
         """Sample tokens in the engine. Raises UnsupportedError where it cannot, EngineError where it fails."""
@@ -211,6 +220,7 @@ class Engine(ABC):
     leading-space rule and the source of the chat template, for reports. weights_bytes: memory of the weights. device:
     what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it can
     return, None for all; the logits of such an engine are -inf for the others, and right up to a constant for these.
+    hidden_size: numbers in a hidden state, the input of its output layer; None where it gives none.
     asynchronous: it has a queue of its own, and each request is best handed to it at once, with `submit`.
     """
 
@@ -218,6 +228,7 @@ class Engine(ABC):
     weights_bytes: int = 0
     device: Any = "cpu"
     top_k_limit: int | None = None
+    hidden_size: int | None = None
     asynchronous: bool = False
 
     def __init__(self, name: str, text: TextInterface, context_length: int) -> None:
@@ -295,7 +306,10 @@ def respond(session: Session, request: Request) -> Response:
     if isinstance(request, GenerateRequest):
         return session.generate(request)
     last = request.last if isinstance(request, LogitsRequest) else 1
-    return to_response(request, session.logits_rows(request.ids, last, request.top_k_filter))
+    if isinstance(request, LogitsRequest) and request.hidden:
+        session.keep_hidden()
+    rows = session.logits_rows(request.ids, last, request.top_k_filter)
+    return to_response(request, rows, session.hidden_states)
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

@@ -76,6 +76,8 @@ def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, 
         for index in current:
             session, request = requests[index]
             last = request.last if isinstance(request, LogitsRequest) else 1
+            if isinstance(request, LogitsRequest) and request.hidden:
+                session.keep_hidden()
             cached = session.rollback(request.ids, last)
             if cached is None:
                 responses[index] = session.last_logits
@@ -87,7 +89,8 @@ def respond_batched(requests: Sequence[tuple[Session, Request]], run: RunBatch, 
         for item, output in zip(items, _run_items(items, run, max_tokens), strict=True):
             responses[item.position] = output
         for index in current:
-            responses[index] = to_response(requests[index][1], responses[index])
+            session, request = requests[index]
+            responses[index] = to_response(request, responses[index], session.hidden_states)
     return responses
 
 

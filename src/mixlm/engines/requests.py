@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mixlm.errors import EngineError
-from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter, TopLogprobs
+from mixlm.errors import EngineError, UnsupportedError
+from mixlm.types import Candidates, HiddenStates, Ids, LogitsRows, Sampling, TopKFilter, TopLogprobs
 
 
 class SampleResponse(NamedTuple):
@@ -29,13 +29,22 @@ class LogitsRequest:
     """Request a member's logits after each of the last `last` prefixes of `ids`, int64. Response: `LogitsRows`.
 
     top_k_filter: which logits are needed, None for all. With a filter, an engine may return one `LogitsRow` for each
-    prefix, filtered or whole; without one it returns float32 (last, vocab).
+    prefix, filtered or whole; without one it returns float32 (last, vocab). hidden: request the hidden states of these
+    positions too, of an engine with a `hidden_size`; the response is `LogitsAndHidden`.
     """
 
     member: int
     ids: Ids
     last: int = 1
     top_k_filter: TopKFilter | None = None
+    hidden: bool = False
+
+
+class LogitsAndHidden(NamedTuple):
+    """Logits, and the inputs of the output layer that they are computed from: float16 (last, `hidden_size`)."""
+
+    logits: LogitsRows
+    hidden: HiddenStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +141,28 @@ class SessionStats:
         return sum(forward.seconds for forward in self.forwards)
 
 
-def to_response(request: Request, result: Any) -> Response:
-    """Return the response to a request. Raises EngineError for logits that are not numbers.
+def to_response(request: Request, result: Any, hidden: HiddenStates | None = None) -> Response:
+    """Return the response to a request.
 
-    result: the logits, `LogitsRows`, that the engine computed for the request; or its `GenerateResponse`.
+    Args:
+        request: The request.
+        result: The logits, `LogitsRows`, that the engine computed for it; or its `GenerateResponse`.
+        hidden: The hidden states of the last positions of the forward, float16 (n, width), where they are kept.
+
+    Raises:
+        EngineError: The logits are not numbers.
+        UnsupportedError: Hidden states were requested, and the engine has none.
     """
     if isinstance(request, GenerateRequest):
         return result
     check_logits(result, len(request.ids))
-    return request.sample(result[0]) if isinstance(request, SampleRequest) else result
+    if isinstance(request, SampleRequest):
+        return request.sample(result[0])
+    if not request.hidden:
+        return result
+    if hidden is None:
+        raise UnsupportedError("this engine gives no hidden states", "use --engine hf (engine='hf')")
+    return LogitsAndHidden(result, hidden[-request.last :])
 
 
 Rows = TypeVar("Rows", bound=LogitsRows)

@@ -16,8 +16,12 @@ from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.tokenization.chat_template import PromptEncoder
 from mixlm.tokenization.incremental import Encoded
+from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
+from mixlm.tokenization.tool_calls import plain_messages
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Logits, Message, Sampling
+
+_FLOAT16 = (-65504.0, 65504.0)
 
 Table = Callable[[tuple[int, ...]], Logits]
 
@@ -110,6 +114,7 @@ class ToyEngine(Engine):
     """
 
     on_forward: Callable[[Ids, int], None] | None = None
+    hidden_size: int
     details = MappingProxyType({"engine": "toy"})
 
     def __init__(
@@ -125,6 +130,7 @@ class ToyEngine(Engine):
         size = len(tokens) + 2
         super().__init__(name, toy_text(tokens, size, len(tokens)), context_length)
         self.table = table or random_table(size, seed)
+        self.hidden_size = size  # the hidden state of a table is its row
         self._samples_itself = samples_itself
 
     @classmethod
@@ -151,9 +157,10 @@ def load(spec: EngineSpec) -> ToyEngine:
     return ToyEngine.from_spec(spec)
 
 
-def render(messages: Sequence[Message]) -> str:
+def render(messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> str:
     """Render a prompt: one line a message, with its role."""
-    return "<begin>" + "".join(f"{message.role}: {message.content}\n" for message in messages)
+    lines = "".join(f"{message.role}: {message.content}\n" for message in plain_messages(messages, form.tools))
+    return "<begin>" + (lines.removesuffix("\n") if form.continue_final_message else lines)
 
 
 class ToySession(Session):
@@ -176,6 +183,8 @@ class ToySession(Session):
         self._context += ids.tolist()
         length = len(self._context)
         rows = [self._engine.table(tuple(self._context[:end])) for end in range(length - last + 1, length + 1)]
+        if self.keeps_hidden:
+            self.hidden_states = np.clip(rows, *_FLOAT16).astype(np.float16)
         return np.array(rows, dtype=np.float32)
 
     def generate(self, request: GenerateRequest) -> GenerateResponse:

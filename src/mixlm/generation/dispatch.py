@@ -167,6 +167,16 @@ def _respond_each(requests: Sequence[EngineRequest]) -> list[Response | MixlmErr
     return [response for request in requests for response in _respond_each([request])]
 
 
+def without_requests(flow: RequestFlow[T]) -> T:
+    """Return the result of a flow that requests nothing."""
+    try:
+        next(flow)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("the flow has a request")
+
+
 def drive(flow: RequestFlow[T], respond: Callable[[list[Request]], list[Response]]) -> T:
     """Run a flow to its end. respond: returns the responses to requests, in order."""
     try:

@@ -34,7 +34,7 @@ def ensemble_logprobs(choices: Sequence[Choice]) -> Strategy:
             index = np.flatnonzero(average.ids == choice.symbol)
             logprob = float(average.logprobs[index[0]]) if index.size else -np.inf
             repeated.append(choice._replace(logprob=logprob, top_logprobs=current.top_logprobs(average)))
-            current = current.push(choice.symbol) if len(repeated) < len(choices) else None
+            current = (yield from current.following(choice.symbol)) if len(repeated) < len(choices) else None
         return repeated
 
     return strategy

@@ -24,13 +24,21 @@ from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
 from mixlm.routing.base import PromptContext, Router, begin_route
 from mixlm.routing.fixed import FixedRouter
-from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, TopLogprob, Usage
+from mixlm.routing.observation import observed_by
+from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
+from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, ToolCall, TopLogprob, Usage
 from mixlm.units.base import Unit
+
+_CALL_BEGIN = CALL_BEGIN.encode()
 
 
 @dataclass(frozen=True)
 class GenerationContext:
-    """What sequences with one set of options are generated with. heaviest_member: the one that `single` uses."""
+    """What sequences with one set of options are generated with.
+
+    heaviest_member: the one that `single` uses. opening_members: those of the first `min_tokens` symbols, which do not
+    sample end-of-text.
+    """
 
     unit: Unit
     router: Router
@@ -40,6 +48,7 @@ class GenerationContext:
     sessions: Sequence[Session]
     speculation: SpeculationStats
     heaviest_member: int = 0
+    opening_members: Sequence[Member] = ()
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
 
     @property
@@ -52,14 +61,17 @@ class GenerationContext:
     def begin_sequence(self, prompt: EncodedPrompt, bits: Callable[[], Floats] | None = None) -> SequenceState:
         """Return the sequence that begins after the members' prompts. bits: in place of `bits_per_byte`."""
         context = PromptContext(prompt.text, bits or (lambda: bits_per_byte(self.sessions, prompt)))
-        route = begin_route(self.router, context, len(self.members))
+        # `single` takes no weights: a router that observes a member would run it for nothing.
+        router = self.router if observed_by(self.router) is None else self.scoring_router
+        route = begin_route(router, context, len(self.members))
         unavailable = None
         if self.settings.on_failure == "drop":
             from mixlm.generation.unavailable import UnavailableMembers
 
             alive = [member.engine.alive for member in self.members]
             unavailable = UnavailableMembers(alive, [member.name for member in self.members])
-        return SequenceState(self.members, self.unit, prompt.ids, self.sessions, route, unavailable)
+        members = self.opening_members or self.members
+        return SequenceState(members, self.unit, prompt.ids, self.sessions, route, unavailable)
 
     def decode_step(self, sequence: SequenceState, noise: Noise, max_symbols: int = 1) -> list[Choice]:
         """Return the next 1 to `max_symbols` symbols of a sequence, which is not changed."""
@@ -215,7 +227,15 @@ class Generation(Iterator[Token]):
             self._usage(),
             self._prompt_tokens,
             self._end_token,
+            self._tool_calls(),
         )
+
+    def _tool_calls(self) -> tuple[ToolCall, ...]:
+        """Return the calls in the text so far."""
+        tools = self._context.settings.callable_tools
+        if not tools:
+            return ()
+        return split_calls("".join(token.text for token in self._tokens), [tool.name for tool in tools])[1]
 
     def _advance(self, outcome: list[Response] | MemberError | None) -> None:
         """Run until the next requests, or the end. outcome: of the last requests; None to begin."""
@@ -235,11 +255,15 @@ class Generation(Iterator[Token]):
         sequence = self._sequence = yield from _begin_sequence(context, self._prompt)
         if options.score_prompt:
             self._prompt_tokens = yield from self._score_prompt()
-        detokenizer = StreamingDetokenizer(self._stop_strings())
+        detokenizer = StreamingDetokenizer(() if options.min_tokens else self._stop_strings())
         position = 0
         while position < options.max_tokens and not sequence.full:
             noise = Noise(options.seed, options.sequence, position)
-            choices = yield from self._decode_step(sequence, noise, options.max_tokens - position)
+            if position == options.min_tokens > 0:
+                sequence.use_members(context.members)
+                detokenizer.stops = self._stop_strings()
+            limit = options.min_tokens if position < options.min_tokens else options.max_tokens
+            choices = yield from self._decode_step(sequence, noise, min(limit, options.max_tokens) - position)
             self._last_time = time.perf_counter()
             if position == 0:
                 self._first_time = self._last_time
@@ -250,7 +274,10 @@ class Generation(Iterator[Token]):
                     self._emit(detokenizer.flush())
                     return
                 sequence.append(choice)
-                self._emit(detokenizer.push(self._token(choice)))
+                token = self._token(choice)
+                self._emit(detokenizer.push(token))
+                if options.callable_tools and _CALL_BEGIN in sequence.state.tail(len(_CALL_BEGIN) + len(token.data)):
+                    detokenizer.stops = []  # they are for text, and would cut the arguments of a call
                 if detokenizer.stopped:
                     self._finish_reason = "stop"
                     return
@@ -283,7 +310,8 @@ class Generation(Iterator[Token]):
     def _stop_strings(self) -> list[str]:
         """Return the strings that end the text; those of chat templates not where a schema says where it ends."""
         options = self._context.settings
-        if options.raw or options.json_schema is not None:
+        language = options.language
+        if options.raw or (language is not None and language.json_schema is not None):
             return [*options.stop]
         return [*options.stop, *{stop for member in self.members for stop in member.engine.stops}]
 

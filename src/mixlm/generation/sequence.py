@@ -17,12 +17,13 @@ import numpy as np
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
-from mixlm.engines.requests import Request
-from mixlm.errors import UnsupportedError
-from mixlm.generation.dispatch import EngineRequest, RequestFlow
+from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request
+from mixlm.errors import EngineError, UnsupportedError
+from mixlm.generation.dispatch import EngineRequest, RequestFlow, without_requests
 from mixlm.generation.member import Member, MemberView
-from mixlm.routing.base import Route
-from mixlm.types import Candidates, Floats, Ids, TopLogprobs
+from mixlm.routing.base import CheckedRoute
+from mixlm.routing.observation import Observation, ObservedRow, observation
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopLogprobs
 from mixlm.units.base import TextState, Unit
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class DecodeStep:
             at the next position; None where the text ends there. Pushed symbols are removed when the strategy is done.
         max_symbols: Symbols that it may choose, of this position and the next ones.
         unavailable: Members that stopped answering; their weight is 0.
+        observed: The member that the router observes, with its logits here; None for a router of the text alone.
+        advance: What `push` does, with the requests of the router's observation at the next position.
     """
 
     weights: Floats
@@ -73,6 +76,18 @@ class DecodeStep:
     push: Callable[[int], DecodeStep | None]
     max_symbols: int = 1
     unavailable: Container[int] = ()
+    observed: ObservedRow | None = None
+    advance: Callable[[int], RequestFlow[DecodeStep | None]] | None = None
+
+    def following(self, symbol: int) -> RequestFlow[DecodeStep | None]:
+        """Push a symbol and return the step at the next position, as `push` does, with any router."""
+        if self.advance is None:
+            return self.push(symbol)
+        return (yield from self.advance(symbol))
+
+    def observed_row(self, member: int) -> LogitsRow | None:
+        """Return a member's logits where the router has observed them at this position; they need no request."""
+        return self.observed.row if self.observed is not None and self.observed.member == member else None
 
     @property
     def weighted_members(self) -> list[int]:
@@ -99,7 +114,7 @@ class SequenceState:
         unit: Unit,
         prompts: Sequence[Ids],
         sessions: Sequence[Session],
-        route: Route,
+        route: CheckedRoute,
         unavailable: UnavailableMembers | None = None,
     ) -> None:
         self.members = members
@@ -116,6 +131,11 @@ class SequenceState:
         """Whether some member's context has no room for another token: the text ends here, whatever the coin."""
         return self._budget.is_spent(self.state)
 
+    def use_members(self, members: Sequence[Member]) -> None:
+        """Go on with other options of the members: with the same engines, and other transforms."""
+        self.members = members
+        self.views = [MemberView(member, i, self.state) for i, member in enumerate(members)]
+
     def append(self, choice: Choice) -> None:
         """Append a chosen symbol that is not end-of-text."""
         self.state.append(choice.symbol)
@@ -124,12 +144,14 @@ class SequenceState:
     def decode_step(self, strategy: Strategy, noise: Noise, max_symbols: int = 1) -> Flow:
         """Let a strategy choose the next 1 to `max_symbols` symbols; the sequence itself is not changed.
 
-        weights ← route(text);  symbols ← strategy(weights, noise), which requests what it needs of members.
+        weights ← route(text);  symbols ← strategy(weights, noise), which requests what it needs of members. Where the
+        router observes a member, that member's logits come first, and the weights depend on them.
         """
         pushed: list[int] = []
 
-        def step(at_position: Noise) -> DecodeStep:
-            weights = self.route(self.state)
+        def step(at_position: Noise) -> RequestFlow[DecodeStep]:
+            observed, seen = yield from self._observe()
+            weights = self.route(self.state, seen)
             if self.unavailable is not None:
                 weights = self.unavailable.weights(weights)
             push_next = partial(push, at_position)
@@ -140,17 +162,27 @@ class SequenceState:
                 push_next,
                 max_symbols - len(pushed),
                 () if self.unavailable is None else self.unavailable,
+                observed,
+                partial(advance, at_position),
             )
 
         def push(at_position: Noise, symbol: int) -> DecodeStep | None:
+            if self.route.observes is not None:
+                raise UnsupportedError(
+                    "this method cannot follow a router that observes a member",
+                    "use the method mixture, speculative or conventional, or a router of the text",
+                )
+            return without_requests(advance(at_position, symbol))
+
+        def advance(at_position: Noise, symbol: int) -> RequestFlow[DecodeStep | None]:
             if symbol == self._unit.end or len(pushed) + 1 >= max_symbols:
                 return None
             pushed.append(symbol)
             self.append(Choice(symbol, 0, 0.0))
-            return None if self.full else step(at_position.at(at_position.position + 1))
+            return None if self.full else (yield from step(at_position.at(at_position.position + 1)))
 
         try:
-            return (yield from strategy(step(noise)))
+            return (yield from strategy((yield from step(noise))))
         finally:
             self.state.rollback(len(pushed))
             self._budget.bytes_written -= sum(len(self._unit.symbol_bytes(symbol)) for symbol in pushed)
@@ -161,6 +193,22 @@ class SequenceState:
             EngineRequest(self.members[request.member].engine, self.sessions[request.member], request)
             for request in requests
         ]
+
+    def _observe(self) -> RequestFlow[tuple[ObservedRow | None, Observation | None]]:
+        """Return the logits of the member that the router observes, and what the route gets of them."""
+        observes = self.route.observes
+        if observes is None:
+            return None, None
+        member = observes.member
+        if self.unavailable is not None and member in self.unavailable:
+            raise EngineError(
+                f"the router observes {self.members[member].name}, which has stopped answering",
+                "without it no weights are defined; check its server",
+            )
+        [response] = yield [LogitsRequest(member, self.views[member].ids(), hidden=observes.hidden)]
+        rows, hidden = response if isinstance(response, LogitsAndHidden) else (response, None)
+        seen = observation(rows[0], observes, None if hidden is None else hidden[0])
+        return ObservedRow(member, rows[0]), seen
 
     def _without_stuck(self, weights: Floats) -> Floats:
         """Return weights (members,) without those of members that the grammar leaves no token, renormalised.
@@ -173,7 +221,7 @@ class SequenceState:
         remaining = weights.copy()
         remaining[stuck] = 0.0
         if remaining.sum() == 0:
-            raise UnsupportedError("no member has a token that continues the text as json_schema allows")
+            raise UnsupportedError("no member has a token that continues the text as json_schema or tools allow")
         remaining /= remaining.sum()
         return remaining
 

@@ -9,11 +9,29 @@ if TYPE_CHECKING:
     from mixlm.routing.fixed import FixedRouter
     from mixlm.routing.function import FunctionRouter
     from mixlm.routing.learned import LearnedRouter
+    from mixlm.routing.observation import Observation, Observes
     from mixlm.routing.prompt import PromptRouter
 
-__all__ = ["FixedRouter", "FunctionRouter", "LearnedRouter", "PromptContext", "PromptRouter", "Route", "Router"]
+__all__ = [
+    "FixedRouter",
+    "FunctionRouter",
+    "LearnedRouter",
+    "Observation",
+    "Observes",
+    "PromptContext",
+    "PromptRouter",
+    "Route",
+    "Router",
+]
 
-_MODULES = {"FixedRouter": "fixed", "FunctionRouter": "function", "LearnedRouter": "learned", "PromptRouter": "prompt"}
+_MODULES = {
+    "FixedRouter": "fixed",
+    "FunctionRouter": "function",
+    "LearnedRouter": "learned",
+    "Observation": "observation",
+    "Observes": "observation",
+    "PromptRouter": "prompt",
+}
 
 
 def __getattr__(name: str) -> Any:

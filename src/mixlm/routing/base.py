@@ -8,7 +8,8 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from mixlm.errors import ConfigError, MixlmError
+from mixlm.errors import ConfigError, MixlmError, UnsupportedError
+from mixlm.routing.observation import Observation, Observes, observed_by
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 
@@ -28,18 +29,23 @@ class PromptContext:
 
 
 Route = Callable[[TextView], Floats]
+ObservingRoute = Callable[[TextView, Observation], Floats]
 RouterFunction = Callable[[bytes, bytes], Sequence[float]]  # prompt and text so far to one weight per member
 
 
 class Router(Protocol):
     """The weights for a state.
 
-    They may depend on the prompt and the text so far, and on nothing else. If they depended on a member's current
-    distribution, or on which members ran, the mixture would not sample from the average.
+    They may depend on the prompt and the text so far, and on one member that runs at every position: a router with an
+    attribute `observes` (`Observes`) names it. If they depended on a member that ran only where its coin fell, or on
+    which members ran, the mixture would not sample from the average.
     """
 
-    def begin(self, context: PromptContext) -> Route:
-        """Return the function from a state to the weights, float64 (members,), non-negative and summing to 1."""
+    def begin(self, context: PromptContext) -> Route | ObservingRoute:
+        """Return the function from a state to the weights, float64 (members,), non-negative and summing to 1.
+
+        That of a router that observes a member takes an `Observation` as well.
+        """
         ...
 
 
@@ -61,23 +67,44 @@ def as_router(router: Any, members: int) -> Router:
     expected = getattr(router, "members", members)
     if expected != members:
         raise ConfigError(f"the router is for {expected} members, and the ensemble has {members} of them")
+    observed_by(router, members)
     checked: Router = router
     return checked
 
 
-def begin_route(router: Router, context: PromptContext, members: int) -> Route:
-    """Return the router's function from a state to the weights, which checks the weights each time.
+class CheckedRoute:
+    """A router's function from a state to the weights, which checks the weights each time.
+
+    observes: what it takes beside the state, None for nothing.
 
     Raises:
-        ConfigError: The router fails; or, by the returned function, its weights are not one finite number per member,
-            0 or more, that sum to 1.
+        ConfigError: The router fails; or, when called, its weights are not one finite number per member, 0 or more,
+            that sum to 1.
     """
-    route = _call(router, lambda: router.begin(context))
 
-    def checked(state: TextView) -> Floats:
-        return check_weights(_call(router, lambda: route(state)), members, router)
+    def __init__(self, router: Router, context: PromptContext, members: int) -> None:
+        self.observes: Observes | None = observed_by(router, members)
+        self._router = router
+        self._members = members
+        self._route: Any = _call(router, lambda: router.begin(context))
 
-    return checked
+    def __call__(self, state: TextView, observation: Observation | None = None) -> Floats:
+        """Return the weights for a state, float64 (members,). Raises UnsupportedError without what it observes."""
+        if self.observes is None:
+            weights = _call(self._router, lambda: self._route(state))
+        elif observation is None:
+            raise UnsupportedError(
+                f"the router {type(self._router).__name__} observes a member, which has not run here",
+                "use a router of the text, or fixed weights",
+            )
+        else:
+            weights = _call(self._router, lambda: self._route(state, observation))
+        return check_weights(weights, self._members, self._router)
+
+
+def begin_route(router: Router, context: PromptContext, members: int) -> CheckedRoute:
+    """Return the router's route for a prompt. Raises ConfigError where the router fails."""
+    return CheckedRoute(router, context, members)
 
 
 def check_weights(weights: Any, members: int, router: object) -> Floats:

@@ -17,10 +17,13 @@ import numpy.typing as npt
 from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
+from mixlm.engines.base import respond
+from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
-from mixlm.routing import PromptContext
+from mixlm.routing.base import PromptContext, begin_route
+from mixlm.routing.observation import Observation, observation
 from mixlm.types import Floats
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word
@@ -38,15 +41,17 @@ class ExactReference:
         self._settings = settings
         self._prompts = prompts.ids
         sessions = [member.engine.session() for member in ensemble.members]
-        self._route = ensemble.router.begin(PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts)))
+        context = PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts))
+        self._route = begin_route(ensemble.router, context, len(ensemble.members))
         self.first = self.distribution(())
 
     def distribution(self, symbols: Sequence[int]) -> Floats:
         """Return the distribution of the next symbol, float64 (symbols + 1,); the last entry is the end of text."""
         state = self._state(symbols)
-        weights = self._route(state)
         if self._settings.method == "single":
-            weights = np.eye(len(weights))[int(np.argmax(self._ensemble.weights))]
+            weights = np.eye(len(self._prompts))[int(np.argmax(self._ensemble.weights))]
+        else:
+            weights = self._route(state, self._observation(state))
         mixture = self._ensemble.unit.traits.mixture
         if mixture == "word_mixture":
             return self._word(weights, cast(WordState, state), cast(WordUnit, self._ensemble.unit))
@@ -65,7 +70,7 @@ class ExactReference:
         for i, weight in enumerate(weights):
             if weight > 0:
                 average += weight * self._member(i, state)
-        if self._settings.json_schema is not None:
+        if self._settings.language is not None:
             average /= average.sum()  # without members that have nothing to go on with
         if after is not None:
             with np.errstate(divide="ignore"):
@@ -86,6 +91,17 @@ class ExactReference:
             second = self.distribution([int(first)])
             probabilities.update({(int(first), int(u)): mass * float(second[u]) for u in np.flatnonzero(second)})
         return probabilities
+
+    def _observation(self, state: TextState) -> Observation | None:
+        """Return what the router observes of a member at a state, by a forward of its own."""
+        observes = self._route.observes
+        if observes is None:
+            return None
+        session = self._ensemble.members[observes.member].engine.session()
+        request = LogitsRequest(observes.member, state.ids(observes.member), hidden=observes.hidden)
+        response = respond(session, request)
+        rows, hidden = response if isinstance(response, LogitsAndHidden) else (response, None)
+        return observation(rows[0], observes, None if hidden is None else hidden[0])
 
     def _state(self, symbols: Sequence[int]) -> TextState:
         state = self._ensemble.unit.initial_state(self._prompts)
@@ -110,8 +126,8 @@ class ExactReference:
         allowed = symbols >= 0
         if only is not None:
             allowed &= only[symbols]
-        if self._settings.json_schema is not None:
-            grammar = self._ensemble.grammars.for_schema(self._settings.json_schema)[i]
+        if self._settings.language is not None:
+            grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
             permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
             allowed &= permitted if permitted is not None else False
         if not np.isfinite(logits[allowed]).any():

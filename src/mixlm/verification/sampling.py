@@ -15,7 +15,7 @@ from mixlm.generation.dispatch import Dispatcher, EngineRequest
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice
-from mixlm.types import Floats, Ids, Logits
+from mixlm.types import Floats, HiddenStates, Ids, Logits
 
 Outcome = tuple[int, ...]
 _MEMO_BYTES = 512 << 20
@@ -89,12 +89,15 @@ def _outcome(
 
 
 class _MemoSession(Session):
-    """A session that remembers logits, so that thousands of completions of one prompt take few forwards."""
+    """A session that remembers logits, so that thousands of completions of one prompt take few forwards.
+
+    Where hidden states are kept, it remembers those of the last position too.
+    """
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.context_length)
         self._session = session
-        self._known: OrderedDict[bytes, Logits] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[Logits, HiddenStates | None]] = OrderedDict()
         self._scores: dict[bytes, Floats] = {}
 
     def token_logprobs(self, ids: Ids) -> Floats:
@@ -108,17 +111,28 @@ class _MemoSession(Session):
         """Let the session generate; samples are not remembered."""
         return self._session.generate(run)
 
+    def keep_hidden(self) -> None:
+        """Keep the session's hidden states; what was remembered without them is forgotten."""
+        if not self.keeps_hidden:
+            self._known.clear()
+        super().keep_hidden()
+        self._session.keep_hidden()
+
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the session's logits."""
         key = ids.tobytes()
         if last != 1:
-            return self._session.logits(ids, last)
+            logits = self._session.logits(ids, last)
+            self.hidden_states = self._session.hidden_states
+            return logits
         if key not in self._known:
-            self._known[key] = self._session.logits(ids).copy()
-            if len(self._known) * self._known[key].nbytes > _MEMO_BYTES:
+            logits, hidden = self._session.logits(ids).copy(), self._session.hidden_states
+            self._known[key] = logits, None if hidden is None else hidden[-1:].copy()
+            if len(self._known) * logits.nbytes > _MEMO_BYTES:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return self._known[key]
+        logits, self.hidden_states = self._known[key]
+        return logits
 
     def prepare(self, ids: Ids, last: int = 1) -> None:
         """Look the logits up, so that an engine that batches sessions has nothing to run for this one."""

@@ -36,11 +36,12 @@ from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Floats
 
 Progress = Callable[[str], None]
+LoadedPair = tuple[Any, Any]  # a model and a tokenizer of transformers
 _USE_HF = "use --engine hf (engine='hf'), and keep it for all that is to be compared"
 
 
 def load(  # noqa: PLR0913 - one option each
-    *models: str | Path,
+    *models: str | Path | LoadedPair,
     weights: Sequence[float] | None = None,
     method: Method | None = None,
     unit: UnitName | None = None,
@@ -56,7 +57,9 @@ def load(  # noqa: PLR0913 - one option each
     """Load an ensemble.
 
     Args:
-        models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`).
+        models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`). Also pairs of a model and its
+            tokenizer that transformers has loaded, PEFT and quantised models too: the member uses their tensors, as
+            they are, and leaves both as they are.
         weights: One a model; equal when left out.
         engine: What runs the models: "hf", "llamacpp", "vllm", "remote", or an engine of an installed package; "auto"
             is `choose_engine`'s choice.
@@ -78,14 +81,8 @@ def load(  # noqa: PLR0913 - one option each
     >>> mixlm.load("toy:1", "toy:2", weights=[2, 1]).names
     ('toy:1', 'toy:2')
     """
-    given: Sequence[Any] = models
-    for model in given:
-        if isinstance(model, list | tuple | set):
-            call = ", ".join(repr(str(name)) for name in model)
-            raise ConfigError(f"the model is {model!r}, and models are named one by one", f"mixlm.load({call})")
-        if not isinstance(model, str | Path):
-            raise ConfigError(f"the model is {model!r}; it must be a name or a path")
-    names = [str(model) for model in models]
+    pairs: dict[str, LoadedPair] = {}
+    names = [_model_name(model, pairs) for model in models]
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
     if len(names) == 1 and names[0].endswith(".toml"):
@@ -96,6 +93,10 @@ def load(  # noqa: PLR0913 - one option each
         )
     else:
         raw = {"members": [{"model": name} for name in names]}
+
+    def load_member(spec: EngineSpec) -> Engine:
+        return _engine_of(spec, pairs[spec.model]) if spec.model in pairs else load_engine(spec)
+
     raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
@@ -105,12 +106,42 @@ def load(  # noqa: PLR0913 - one option each
             "trust_remote_code": trust_remote_code,
         }
         member |= {name: value for name, value in overrides.items() if value is not None}
+        if member["model"] in pairs:
+            member["engine"] = "hf"
     config = parse_config(raw, "load")
     with _shown_progress(len(config.members)) as progress:
-        return load_config(config, weights=weights, router=router, progress=progress)
+        return load_config(config, weights=weights, router=router, progress=progress, load_engine=load_member)
 
 
-def load_config(
+def _model_name(model: Any, pairs: dict[str, LoadedPair]) -> str:
+    """Return what stands for a model in a configuration; a loaded pair is noted in `pairs`. Raises ConfigError."""
+    if isinstance(model, str | Path):
+        return str(model)
+    if isinstance(model, tuple) and len(model) == 2 and not any(isinstance(part, str | Path) for part in model):
+        for name, pair in pairs.items():
+            if all(part is other for part, other in zip(pair, model, strict=True)):
+                return name
+        path = getattr(getattr(model[0], "config", None), "name_or_path", "") or type(model[0]).__name__
+        name = f"{Path(path).name} (loaded pair {len(pairs) + 1})"
+        pairs[name] = model
+        return name
+    if isinstance(model, list | tuple | set) and all(isinstance(name, str | Path) for name in model):
+        call = ", ".join(repr(str(name)) for name in model)
+        raise ConfigError(f"the model is {model!r}, and models are named one by one", f"mixlm.load({call})")
+    raise ConfigError(
+        f"the model is {model!r}; it must be a name or a path", "or a pair of loaded objects: (model, tokenizer)"
+    )
+
+
+def _engine_of(spec: EngineSpec, pair: LoadedPair) -> Engine:
+    """Return the engine of a loaded pair."""
+    from mixlm.engines.transformers.engine import HFEngine
+
+    name = spec.name or spec.model.rpartition(" (")[0]
+    return HFEngine.from_objects(replace(spec, name=name), *pair)
+
+
+def load_config(  # noqa: PLR0913 - one option each
     config: EnsembleConfig,
     *,
     weights: Sequence[float] | None = None,
@@ -208,16 +239,15 @@ def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Rout
 
         return PromptRouter(weights) if config.sharpness is None else PromptRouter(weights, config.sharpness)
     if config.kind == "learned" and config.file is not None:
-        from mixlm.routing.learned import LearnedRouter
+        from mixlm.routing.learned import load_router
 
-        learned = LearnedRouter.load(config.file)
+        learned = load_router(config.file)
         if sorted(learned.names) != sorted(names):
             raise ConfigError(
                 f"the router in {config.file} was trained for {', '.join(learned.names)}",
                 f"this ensemble's members are {', '.join(names)}",
             )
-        # The order of members may differ from that in training: each keeps its own row.
-        return LearnedRouter(learned.matrix[[learned.names.index(name) for name in names]], names)
+        return learned.for_members(names)  # their order may differ from that in training
     return FixedRouter(weights)
 
 

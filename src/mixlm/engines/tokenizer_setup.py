@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,11 @@ from mixlm.types import Message
 class TokenizerSetup:
     """A tokenizer and what is known of its tokens, whatever prompts it is used for.
 
-    source: folder or hub id. name: of the model, for messages. tokens: bytes of each id. names: its spelling.
-    special_ids: those that no text encodes to. special_tokens: the id of each special token by its spelling. begin: ids
-    in front of a text. ends: ends of text by the model's configuration.
+    tokens: bytes of each id. names: its spelling. special_ids: those that no text encodes to. special_tokens: the id of
+    each special token by its spelling. begin: ids in front of a text. ends: ends of text by the model's configuration.
+    with_template: sets the tokenizer up again, for a chat template in place of the model's own.
     """
 
-    source: str
-    name: str
     tokenizer: FolderTokenizer
     family: TokenizerFamily
     encoder: TokenizerEncoder
@@ -46,6 +44,7 @@ class TokenizerSetup:
     special_tokens: dict[str, int]
     begin: list[int]
     ends: list[int]
+    with_template: Callable[[str], TokenizerSetup]
 
     @classmethod
     def load(
@@ -70,12 +69,51 @@ class TokenizerSetup:
             TemplateError: the chat template is broken.
             TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
         """
-        tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
         notes = _conversion_notes(source)
+        ends = [*notes.get("ends", []), *configured_end_ids(source)]
+
+        def read(template: str | None) -> TokenizerSetup:
+            tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
+            return cls._set_up(tokenizer, name, ends, notes.get("control", []), template, read)
+
+        return read(template)
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str, ends: Sequence[int]) -> TokenizerSetup:
+        """Set up a tokenizer of transformers, of which the setup keeps a copy.
+
+        Args:
+            tokenizer: a `PreTrainedTokenizerFast`.
+            name: of the model, for messages.
+            ends: ends of text by the model's configuration.
+
+        Raises:
+            TemplateError: the chat template is broken.
+            TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
+        """
+
+        def read(template: str | None) -> TokenizerSetup:
+            from tokenizers import Tokenizer
+
+            loaded = _from_transformers(tokenizer, name)
+            loaded = replace(loaded, backend=Tokenizer.from_str(loaded.backend.to_str()))
+            return cls._set_up(loaded, name, ends, [], template, read)
+
+        return read(None)
+
+    @classmethod
+    def _set_up(
+        cls,
+        tokenizer: FolderTokenizer,
+        name: str,
+        ends: Sequence[int],
+        control: Sequence[int],
+        template: str | None,
+        with_template: Callable[[str], TokenizerSetup],
+    ) -> TokenizerSetup:
         backend = tokenizer.backend
         family = detect_family(describe(backend), name)
-        ends = [*notes.get("ends", []), *configured_end_ids(source)]
-        control = [*notes.get("control", []), *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
+        control = [*control, *(i for i in ends if looks_like_control(backend.id_to_token(i) or ""))]
         for source_text in (tokenizer.chat_template, template):
             if source_text is not None:
                 render = _compiled(tokenizer, source_text, name).render
@@ -85,8 +123,6 @@ class TokenizerSetup:
         tokens, special_ids = token_bytes(backend, family, name, ids)
         begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
         return cls(
-            source,
-            name,
             tokenizer,
             family,
             TokenizerEncoder(backend, family),
@@ -95,7 +131,8 @@ class TokenizerSetup:
             special_ids,
             {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
             begin,
-            ends,
+            list(ends),
+            with_template,
         )
 
     def text_interface(
@@ -113,14 +150,12 @@ class TokenizerSetup:
         if spec.template is not None and not self.special_tokens.keys() >= set(
             turn_tokens(template.render, self.tokenizer.backend)
         ):
-            return TokenizerSetup.load(
-                self.source, self.name, template=spec.template, trust_remote_code=spec.trust_remote_code
-            ).text_interface(spec, vocab_size, end_ids, notes)
+            return self.with_template(spec.template).text_interface(spec, vocab_size, end_ids, notes)
         after_response = "" if plain else text_after_response(template.render)
         end_of_turn = {i for spelling, i in self.special_tokens.items() if after_response.startswith(spelling)}
         end_of_text = self.tokenizer.named_id("eos_token")
         own_ends = {*as_ids(end_of_text), *self.ends, *end_of_turn}
-        renderer = ConversationRenderer(template.render, spec.name)
+        renderer = ConversationRenderer(template.render, spec.name, template.variables)
         prompts = PromptEncoder(self.encoder, self.special_tokens, renderer, self.begin)
         prompts.system = spec.system
         notes = [*notes, *self._template_notes(spec, renderer, plain=plain)]
@@ -184,13 +219,18 @@ def _converted_tokenizer(source: str, name: str, *, trust_remote_code: bool) -> 
     """Load the tokenizer of a folder without `tokenizer.json`, or of a hub id, by transformers."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise TokenizerError(f"the tokenizer of {name} has no fast form ({type(tokenizer).__name__})")
+    tokenizer = _from_transformers(AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code), name)
     if (file := Path(source) / "tokenizer.model").is_file():
         from mixlm.tokenization.sentencepiece import restore_leading_space
 
-        restore_leading_space(tokenizer.backend_tokenizer, file)
+        restore_leading_space(tokenizer.backend, file)
+    return tokenizer
+
+
+def _from_transformers(tokenizer: Any, name: str) -> FolderTokenizer:
+    """Return what is needed of a tokenizer of transformers, which shares its backend."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise TokenizerError(f"the tokenizer of {name} has no fast form ({type(tokenizer).__name__})")
     template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     return FolderTokenizer(tokenizer.backend_tokenizer, tokenizer.special_tokens_map, template)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.toy import WORD_TOKENS, toy_text
-from mixlm.engines.transformers.engine import HFEngine, parse_device, parse_dtype
+from mixlm.engines.transformers.engine import HFEngine
+from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.runner import ModelRunner, memory_errors
+from mixlm.engines.transformers.model_loading import parse_device, parse_dtype
+from mixlm.engines.transformers.runner import memory_errors
 from mixlm.errors import ModelNotFoundError, did_you_mean
 
 PREFIX = "shape:"
@@ -112,7 +114,7 @@ class DummyWeightsEngine(HFEngine):
             loaded = LoadedModel(create_model(shape, parse_dtype(spec.dtype, device), device))
         tokens, begin = dummy_tokens(int(shape["vocab_size"]))
         text = toy_text(tokens, len(tokens), begin, notes=(f"{name}: {LABEL}",))
-        runner = ModelRunner(loaded, name, spec.graphs)
+        runner = load_runner(loaded, name, spec.graphs)
         super().__init__(name, text, int(shape["max_position_embeddings"]), runner, {"weights": "filled with numbers"})
 
 

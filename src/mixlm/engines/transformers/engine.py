@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 from mixlm.engines.base import Engine, Session, TextInterface
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import TokenizerSetup, first_line, remote_code_error
+from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
+from mixlm.engines.transformers.hidden_states import hidden_size
+from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.runner import HFSession, ModelRunner, memory_errors
-from mixlm.errors import ConfigError, MixlmError, ModelLoadError
+from mixlm.engines.transformers.model_loading import load_model, parse_device, parse_dtype, share_weights
+from mixlm.engines.transformers.runner import ModelRunner, memory_errors
+from mixlm.engines.transformers.session import HFSession
 from mixlm.models import resolve
 
 
@@ -52,6 +55,7 @@ class HFEngine(Engine):
         self.device = self.model.device
         self.adapter = runner.adapter
         self.weights_bytes = sum(self.weight_parts.values())
+        self.hidden_size = hidden_size(self.model)
         self.details = {
             "engine": "transformers",
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -74,12 +78,30 @@ class HFEngine(Engine):
         trusted = spec.trust_remote_code
         tokenizer = TokenizerSetup.load(source, spec.name, memory_errors, trust_remote_code=trusted)
         device = parse_device(spec.device)
-        model, notes = _load_model(source, spec, parse_dtype(spec.dtype, device), device)
+        model, notes = load_model(source, spec, parse_dtype(spec.dtype, device), device)
         loaded = LoadedModel(model, notes)
         if spec.adapter is not None:
             loaded.add(spec.adapter, spec.name)
-        runner = ModelRunner(loaded, spec.name, spec.graphs).with_adapter(spec.adapter)
+        runner = load_runner(loaded, spec.name, spec.graphs).with_adapter(spec.adapter)
         return cls._from_parts(spec, tokenizer, runner)
+
+    @classmethod
+    def from_objects(cls, spec: EngineSpec, model: Any, tokenizer: Any) -> HFEngine:
+        """Return the engine of a model and a tokenizer that transformers has loaded, on the model's own tensors.
+
+        The model may be quantised, spread over devices, or one of PEFT with its active adapters. It stays as it is, and
+        may be used elsewhere; its weights must not change.
+
+        Raises:
+            ConfigError, UnsupportedError: they cannot be used.
+            ModelLoadError: the model cannot run.
+            TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
+        """
+        shared = share_weights(model, spec.name)
+        configs = (shared.config, shared.config.get_text_config(), getattr(shared, "generation_config", None))
+        ends = [i for config in configs for i in as_ids(getattr(config, "eos_token_id", None))]
+        setup = TokenizerSetup.of(tokenizer, spec.name, ends)
+        return cls._from_parts(spec, setup, load_runner(LoadedModel(shared), spec.name, spec.graphs))
 
     @classmethod
     def _from_parts(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
@@ -137,87 +159,3 @@ class HFEngine(Engine):
         # A session of another type, such as one that caches responses, is served by itself.
         batched = self.runner.batches and all(isinstance(session, HFSession) for session, _ in requests)
         return self.runner.respond(requests) if batched else super().respond(requests)
-
-
-def _load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return a model in which every weight is from its files, and notes on weights that it has no place for."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    name = spec.name
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it says of weights is in the loading info
-    try:
-        with memory_errors(name):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=spec.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # an error below, with all their names
-            )
-    except MixlmError:
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise remote_code_error(name) from error
-        raise ModelLoadError(
-            f"{name} cannot be loaded: {first_line(error)}", "give a folder of a causal language model"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return model.eval(), _check_weights(name, info)
-
-
-def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Check what transformers reports of a model's weights. Returns notes. Raises ModelLoadError."""
-    unexpected = _listed(info["unexpected_keys"])
-    if missing := _listed(info["missing_keys"]):
-        also = f"; they hold {unexpected}, which it has no place for" if unexpected else ""
-        raise ModelLoadError(
-            f"the files of {name} lack {missing}{also}",
-            "a file of the model may be missing, or its weights were saved under other names"
-            + (", such as with a prefix" if unexpected else ""),
-        )
-    if mismatched := info["mismatched_keys"]:
-        key, actual, expected = min(mismatched)
-        raise ModelLoadError(
-            f"{len(mismatched)} weights of {name} have other sizes than its config.json says, such as {key}: "
-            f"{tuple(actual)} instead of {tuple(expected)}",
-            "its config.json and its weights must be of one model",
-        )
-    return (f"the files of {name} hold {unexpected}, which the model has no place for",) if unexpected else ()
-
-
-def _listed(keys: Iterable[str]) -> str:
-    """Return the number of weights and the first of their names; empty for none."""
-    names = sorted(keys)
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})" if names else ""
-
-
-def parse_device(name: str) -> Any:
-    """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ConfigError(f"device {name!r} is not there", f"this machine has {devices}") from error
-    return device
-
-
-def parse_dtype(name: str, device: Any) -> Any:
-    """Return torch's dtype of a name; "auto" is bfloat16 where the device computes in it, else float32."""
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32

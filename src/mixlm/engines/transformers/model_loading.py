@@ -1,0 +1,144 @@
+"""A model of transformers from its files: where its weights go, how they are stored, and whether all are there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mixlm.engines.spec import EngineSpec
+from mixlm.engines.tokenizer_setup import first_line, remote_code_error
+from mixlm.engines.transformers.runner import memory_errors
+from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
+
+
+def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return a model in which every weight is from its files, and notes on weights that it has no place for."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    name = spec.name
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it says of weights is in the loading info
+    try:
+        with memory_errors(name):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # an error below, with all their names
+            )
+    except MixlmError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_error(name) from error
+        raise ModelLoadError(
+            f"{name} cannot be loaded: {first_line(error)}", "give a folder of a causal language model"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return model.eval(), _check_weights(name, info)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check what transformers reports of a model's weights. Returns notes. Raises ModelLoadError."""
+    unexpected = _listed(info["unexpected_keys"])
+    if missing := _listed(info["missing_keys"]):
+        also = f"; they hold {unexpected}, which it has no place for" if unexpected else ""
+        raise ModelLoadError(
+            f"the files of {name} lack {missing}{also}",
+            "a file of the model may be missing, or its weights were saved under other names"
+            + (", such as with a prefix" if unexpected else ""),
+        )
+    if mismatched := info["mismatched_keys"]:
+        key, actual, expected = min(mismatched)
+        raise ModelLoadError(
+            f"{len(mismatched)} weights of {name} have other sizes than its config.json says, such as {key}: "
+            f"{tuple(actual)} instead of {tuple(expected)}",
+            "its config.json and its weights must be of one model",
+        )
+    return (f"the files of {name} hold {unexpected}, which the model has no place for",) if unexpected else ()
+
+
+def _listed(keys: Iterable[str]) -> str:
+    """Return the number of weights and the first of their names; empty for none."""
+    names = sorted(keys)
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})" if names else ""
+
+
+def parse_device(name: str) -> Any:
+    """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ConfigError(f"device {name!r} is not there", f"this machine has {devices}") from error
+    return device
+
+
+def parse_dtype(name: str, device: Any) -> Any:
+    """Return torch's dtype of a name; "auto" is bfloat16 where the device computes in it, else float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def share_weights(model: Any, name: str) -> Any:
+    """Return a model of its own on the tensors of a loaded one, which keeps its mode, its attention and its hooks.
+
+    Of a PEFT model it is the base model with the adapters that are active, merged or not.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model of one.
+        name: of the model, for messages.
+
+    Raises:
+        ConfigError: it is none.
+        UnsupportedError: its adapter is no part of the model's layers (prompt and prefix tuning).
+    """
+    if hasattr(model, "get_base_model"):
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            kind = type(model.active_peft_config).__name__
+            raise UnsupportedError(
+                f"the adapter of {name} puts tokens of its own in front of the text ({kind})",
+                "use LoRA or another adapter that changes layers",
+            )
+        model = model.get_base_model()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is None or getattr(model, "config", None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} is no causal language model of transformers",
+            "hand over (model, tokenizer): what AutoModelForCausalLM and AutoTokenizer load",
+        )
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name} cannot be shared: {type(error).__name__}: {first_line(error)}",
+            "save it with save_pretrained, and name the folder",
+        ) from error
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Yield all tensors of a model: parameters, buffers, and those that layers keep otherwise, as quantised ones do."""
+    import torch
+
+    for module in model.modules():
+        values = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        # What libraries for quantisation keep beside a tensor: bitsandbytes' `quant_state` of a parameter.
+        inner = [part for value in values if hasattr(value, "__dict__") for part in vars(value).values()]
+        inner += [part for value in inner if hasattr(value, "__dict__") for part in vars(value).values()]
+        yield from (value for value in [*values, *inner] if isinstance(value, torch.Tensor))

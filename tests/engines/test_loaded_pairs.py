@@ -1,0 +1,94 @@
+"""Models and tokenizers that transformers has loaded become members, on their own tensors, and stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_transformers_engine import build
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import mixlm
+from mixlm.errors import ConfigError, UnsupportedError
+
+PROMPT = "the river"
+# Of PEFT, about transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("pair") / "tiny", "llama")
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def text(ensemble: mixlm.Ensemble) -> str:
+    return ensemble.generate(PROMPT, seed=3, max_tokens=12, ignore_end=True).text
+
+
+def test_a_pair_writes_what_its_folder_writes(folder, model, tokenizer):
+    pair, files = mixlm.load((model, tokenizer), "toy:1"), mixlm.load(folder, "toy:1", engine="hf", dtype="float32")
+    assert pair.names == ("tiny", "toy:1")
+    assert text(pair) == text(files)
+    engines = [ensemble.members[0].engine for ensemble in (pair, files)]
+    assert engines[0].vocabulary.end_ids == engines[1].vocabulary.end_ids
+    assert engines[0].tokenizer_info == engines[1].tokenizer_info
+
+
+def test_its_tensors_are_shared_and_it_stays_as_it_is(model, tokenizer):
+    model.train()
+    before = tokenizer.backend_tokenizer.to_str(), model.config.to_dict()
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 2, 3]])).logits
+    engine = mixlm.load((model, tokenizer)).members[0].engine
+    shared = {parameter.data_ptr() for parameter in engine.model.parameters()}
+    assert shared == {parameter.data_ptr() for parameter in model.parameters()}
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, logits)
+    assert model.training
+    assert (tokenizer.backend_tokenizer.to_str(), model.config.to_dict()) == before
+
+
+def test_one_pair_twice_shares_one_engine(model, tokenizer):
+    first, second = mixlm.load((model, tokenizer), (model, tokenizer)).members
+    assert first.engine is second.engine
+    assert (first.name, second.name) == ("tiny", "tiny-2")
+
+
+def test_a_peft_model_writes_with_its_active_adapter(model, tokenizer):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config).eval()
+    engine = mixlm.load((adapted, tokenizer)).members[0].engine
+    ids = np.array([5, 6, 7, 8])
+    with torch.inference_mode():
+        expected = adapted(torch.tensor(ids[None])).logits[0, -1].numpy()
+        with adapted.disable_adapter():
+            plain = adapted(torch.tensor(ids[None])).logits[0, -1].numpy()
+    np.testing.assert_allclose(engine.session().logits(ids)[0], expected, atol=1e-4)
+    assert abs(plain - expected).max() > 0.01
+
+
+def test_what_is_no_model_is_refused(model, tokenizer, folder):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match=r"Linear is no causal language model .*\(model, tokenizer\)"):
+        mixlm.load((torch.nn.Linear(2, 2), tokenizer))
+    with pytest.raises(ConfigError, match="LlamaModel is no causal language model"):
+        mixlm.load((AutoModel.from_pretrained(folder), tokenizer))
+    with pytest.raises(ConfigError, match=r"it must be a name or a path .*\(model, tokenizer\)"):
+        mixlm.load(model)
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UnsupportedError, match=r"puts tokens of its own in front of the text \(PromptTuningConfig\)"):
+        mixlm.load((tuned, tokenizer))

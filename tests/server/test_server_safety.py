@@ -55,7 +55,7 @@ def test_every_key_is_compared_whichever_matches(monkeypatch):
 
 def test_without_a_key_only_the_page_and_health_answer():
     with running(endless(), ApiKeys({hash_key(KEY): "ada"})) as server:
-        for path in ("/", "/page.js", "/page.css", "/health", "/ready"):
+        for path in ("/", "/js/main.js", "/css/base.css", "/health", "/ready"):
             assert server.client.get(path).status_code == 200, path
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
             assert server.client.get(path).status_code == 401, path

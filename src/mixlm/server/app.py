@@ -6,7 +6,6 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,18 +22,12 @@ from mixlm.server.middleware import RequestMiddleware
 from mixlm.server.model_registry import ModelRegistry
 from mixlm.server.model_thread import ModelThread
 from mixlm.server.openapi import openapi_document
+from mixlm.server.page_files import PAGE_FILES
 from mixlm.server.preparation import RequestPreparer
 from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
 from mixlm.server.request_schemas import ChatBody, CommonFields, CompletionBody, parse_body
 from mixlm.server.responses import to_json
 from mixlm.server.tracing import RequestTracer
-
-_PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
 
 
 class ServerApp:
@@ -80,7 +73,6 @@ class ServerApp:
 
     def _routes(self) -> list[Route]:
         document = to_json(openapi_document(self.limits))
-        folder = files("mixlm.server") / "page"
         return [
             Route("/v1/models", self._get_models),
             Route("/v1/models/{name:path}", self._get_model),
@@ -91,8 +83,8 @@ class ServerApp:
             Route("/metrics", self._get_metrics),
             Route("/openapi.json", _static(document, "application/json")),
             *(
-                Route(path, _static((folder / name).read_bytes(), media_type, {"cache-control": "no-cache"}))
-                for path, (name, media_type) in _PAGE_FILES.items()
+                Route(path, _static(file.read_bytes(), media_type, {"cache-control": "no-cache"}))
+                for path, (file, media_type) in PAGE_FILES.items()
             ),
         ]
 

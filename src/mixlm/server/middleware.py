@@ -19,6 +19,7 @@ from mixlm.errors import MixlmError
 from mixlm.server.api_errors import ApiError, to_api_error
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.metrics import ServerMetrics
+from mixlm.server.page_files import PAGE_FILES
 from mixlm.server.request_record import RequestRecord
 from mixlm.server.responses import to_json
 from mixlm.server.tracing import RequestTracer
@@ -26,7 +27,7 @@ from mixlm.server.tracing import RequestTracer
 _log = logging.getLogger("mixlm.server")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Paths that need no API key: the files of the page, and health checks.
-OPEN_PATHS = ("/", "/page.css", "/page.js", "/icon.svg", "/health", "/ready")
+OPEN_PATHS = frozenset((*PAGE_FILES, "/health", "/ready"))
 TRACED_PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "other")
 _QUIET_PATHS = ("/health", "/ready", "/metrics")
 # The status in the log when the client left before a response was sent; nginx uses the same.

@@ -1,0 +1,263 @@
+"""The page, in a browser: asking, keeping, going back, comparing, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import COMPLETIONS, fact, finished, last_text, needs_browser, send, stream_of, visit
+from serving import endless, running, wait
+
+from mixlm.loading import load
+from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.page_files import PAGE_FILES
+
+PAGE = Path(__file__).resolve().parents[2] / "src" / "mixlm" / "server" / "page"
+KEY = "a-long-and-random-key"
+pytestmark = needs_browser
+
+
+def texts(body: Any) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in body["messages"]]
+
+
+def test_every_file_of_the_page_is_served():
+    names = {path.relative_to(PAGE).as_posix() for path in PAGE.rglob("*.*")}
+    names = {name for name in names if not name.endswith(".md") and name != "index.html"}
+    assert {f"/{name}" for name in names} | {"/"} == set(PAGE_FILES)
+    for path, (file, _) in PAGE_FILES.items():
+        if "/vendor/" not in path:
+            text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+            assert not re.search(r"https?://|//[a-z]+\.|@import", text), path
+    assert not re.search(r"<script(?![^>]*src=)|style=|\son\w+=", (PAGE / "index.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_first_screen_offers_examples_and_a_conversation_goes_on(toys, page):
+    visit(page, toys.url)
+    page.fill("[name=max_tokens]", "12")
+    assert page.locator(".examples button").count() == 3
+    example = page.inner_text(".examples button:first-child span")
+    page.click(".examples button:first-child")
+    finished(page)
+    assert page.inner_text(".prompt") == example
+    first = last_text(page)
+    body = send(page, "and then?")
+    assert texts(body) == [("user", example), ("assistant", first), ("user", "and then?")]
+    page.click("#new")
+    assert page.is_visible(".welcome")
+    assert texts(send(page, "afresh")) == [("user", "afresh")]
+    assert page.locator("#conversations li").count() == 2
+
+
+@pytest.mark.slow
+def test_settings_are_sent_if_they_were_changed(toys, page):
+    visit(page, toys.url)
+    body = send(page, "hello")
+    assert body["mixlm"] == {"method": "mixture"}
+    assert "temperature" not in body
+    page.locator("[name=weight]").first.fill("0")
+    page.fill("[name=temperature]", "1.2")
+    page.fill("[name=top_k]", "5")
+    page.fill("[name=seed]", "7")
+    page.fill("[name=system]", "be brief")
+    page.select_option("[name=method]", "conventional")
+    assert page.locator(".weights output").all_inner_texts() == ["0 %", "100 %"]
+    body = send(page, "hello")
+    assert body["mixlm"] == {"method": "conventional", "weights": [0, 0.5], "top_k": 5}
+    assert (body["temperature"], body["seed"], texts(body)[0]) == (1.2, 7, ("system", "be brief"))
+    # Each unit has its own methods.
+    page.select_option("[name=unit]", "word")
+    assert page.input_value("[name=method]") == "mixture"
+    assert page.locator("[name=method] option[value=conventional]").count() == 0
+    page.select_option("[name=unit]", "piece")
+    page.select_option("[name=method]", "greedy")
+    assert page.is_disabled("[name=temperature]")
+    assert "greedy · by piece" in page.inner_text("#summary")
+    page.click(".defaults")
+    assert page.input_value("[name=method]") == "mixture"
+    assert send(page, "hello")["mixlm"] == {"method": "mixture"}
+
+
+@pytest.mark.slow
+def test_a_reload_loses_nothing(toys, page):
+    visit(page, toys.url)
+    page.fill("[name=max_tokens]", "12")
+    page.select_option("[name=method]", "conventional")
+    send(page, "hello")
+    before = {name: page.inner_html(f".{name}") for name in ("text", "timeline", "facts")}
+    page.reload()
+    page.wait_for_selector(".completion")
+    assert {name: page.inner_html(f".{name}") for name in before} == before
+    assert page.inner_text("#summary").startswith("conventional")
+    # Rename, and delete.
+    page.hover("#conversations li")
+    page.click("[aria-label='Rename hello']")
+    page.keyboard.type("A greeting")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#conversations :text('A greeting')")
+    send(page, "again")
+    page.reload()
+    page.wait_for_selector(".completion")
+    assert page.locator("#conversations .open").all_inner_texts() == ["A greeting"]
+    page.hover("#conversations li")
+    page.click("[aria-label='Delete A greeting']")
+    page.click("#conversations .danger")
+    page.wait_for_selector(".welcome")
+    page.reload()
+    page.wait_for_selector(".welcome")
+    assert page.locator("#conversations li").count() == 0
+
+
+@pytest.mark.slow
+def test_what_was_written_again_or_edited_is_another_version(toys, page):
+    visit(page, toys.url)
+    send(page, "hello")
+    first = last_text(page)
+    with page.expect_request(COMPLETIONS) as request:
+        page.click("[aria-label='Write it again']")
+    finished(page)
+    assert texts(request.value.post_data_json) == [("user", "hello")]
+    second = last_text(page)
+    assert page.inner_text(".turn > .pager") == "2 of 2"
+    page.click("[aria-label='Previous version']")
+    assert last_text(page) == first
+    page.click("[aria-label='Next version']")
+    assert texts(send(page, "more"))[1] == ("assistant", second)
+    # Editing the first question leaves the old turns as a version.
+    page.hover(".turn:first-child .question")
+    page.click(".turn:first-child [aria-label='Edit and send again']")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("good bye")
+    with page.expect_request(COMPLETIONS) as request:
+        page.keyboard.press("Enter")
+    finished(page)
+    assert texts(request.value.post_data_json) == [("user", "good bye")]
+    assert page.locator(".turn").count() == 1
+    page.hover(".question")
+    page.click(".question [aria-label='Previous version']")
+    assert page.locator(".prompt").all_inner_texts() == ["hello", "more"]
+
+
+@pytest.mark.slow
+def test_two_settings_side_by_side_from_one_history(toys, page):
+    visit(page, toys.url)
+    page.fill("[name=seed]", "3")
+    send(page, "hello")
+    page.check("#compare")
+    with (
+        page.expect_request(COMPLETIONS) as left,
+        page.expect_request(
+            lambda request: request.url.endswith("completions") and '"single"' in (request.post_data or "")
+        ) as right,
+    ):
+        page.fill("#prompt", "more")
+        page.press("#prompt", "Enter")
+    finished(page)
+    assert texts(left.value.post_data_json) == texts(right.value.post_data_json)
+    shown = page.locator(".turn:last-child .text").all_inner_texts()
+    conversation = [{"role": role, "content": content} for role, content in texts(left.value.post_data_json)]
+    pair = load("toy:1", "toy:2")
+    expected = [
+        pair.generate(conversation, seed=body["seed"], method=body["mixlm"]["method"]).text
+        for body in (left.value.post_data_json, right.value.post_data_json)
+    ]
+    assert shown == expected
+    # The conversation goes on from the one that is chosen.
+    page.locator(".choose input").nth(1).check()
+    page.uncheck("#compare")
+    assert texts(send(page, "and more"))[3] == ("assistant", shown[1])
+
+
+@pytest.mark.slow
+def test_a_conversation_is_exported(toys, page):
+    visit(page, toys.url)
+    send(page, "hello")
+    text = last_text(page)
+    files = {}
+    for kind in ("markdown", "json"):
+        page.click("#export summary")
+        with page.expect_download() as download:
+            page.click(f"#export-{kind}")
+        files[kind] = (download.value.suggested_filename, Path(download.value.path()).read_text(encoding="utf-8"))
+    assert files["markdown"][0] == "hello.md"
+    assert "**You**\n\nhello\n" in files["markdown"][1]
+    assert text in files["markdown"][1]
+    name, data = files["json"]
+    nodes = json.loads(data)["nodes"].values()
+    [completion] = [node for node in nodes if node["role"] == "assistant"]
+    assert (name, completion["text"]) == ("hello.json", text)
+    assert "".join(token["text"] for token in completion["tokens"]) == text
+
+
+@pytest.mark.slow
+def test_a_completion_is_stopped_and_another_conversation_is_read_meanwhile(page):
+    with running(endless(0.02)) as server:
+        visit(page, server.url)
+        page.fill("#prompt", "hello")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".who .m:nth-child(5)")
+        page.click("#new")
+        assert page.is_visible(".welcome")
+        page.click("#conversations .open")
+        page.wait_for_selector(".writing .who .m:nth-child(9)")
+        page.keyboard.press("Escape")
+        finished(page)
+        assert fact(page, "finish") == "stopped by you"
+        wait(lambda: server.app.model_thread.num_unfinished == 0)
+        assert server.metric("mixlm_closed_total", reason="gone") == 1
+        page.goto("about:blank")
+
+
+@pytest.mark.slow
+def test_errors_keep_the_question(toys, page):
+    visit(page, toys.url)
+    for weight in page.locator("[name=weight]").all():
+        weight.fill("0")
+    send(page, "hello")
+    assert "at least one must be greater than 0" in page.inner_text(".error")
+    assert page.inner_text(".prompt") == "hello"
+    page.click(".defaults")
+    page.fill("[name=max_tokens]", "5")
+    page.click(".error button")
+    finished(page)
+    assert page.locator(".error:visible").count() == 0
+    assert fact(page, "finish") in ("reached 5 tokens", "ended by itself")
+    # A stream that breaks off is not finished.
+    page.route(COMPLETIONS, lambda route: route.fulfill(**stream_of(["half", " of"], done=False)))
+    send(page, "more")
+    assert last_text(page) == "half of"
+    assert page.inner_text(".error:visible p") == "The connection ended before the completion did."
+    assert fact(page, "finish") == "not finished"
+    page.unroute(COMPLETIONS)
+    page.route(COMPLETIONS, lambda route: route.abort("connectionrefused"))
+    send(page, "and more")
+    assert page.locator(".error:visible p").last.inner_text() == "The server cannot be reached. Is it still running?"
+    page.unroute(COMPLETIONS)
+    # A question that was not answered is not part of the history.
+    assert [content for role, content in texts(send(page, "last")) if role == "user"] == ["hello", "more", "last"]
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_until_it_is_right(page):
+    with running(load("toy:1", "toy:2"), ApiKeys({hash_key(KEY): "ada"})) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#key[open]")
+        assert page.is_hidden("#key-wrong")
+        page.fill("#key-value", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-wrong:visible")
+        assert "does not know this key" in page.inner_text("#key-wrong")
+        page.click("#key-cancel")
+        page.wait_for_selector(".error")
+        assert page.inner_text(".error") == "This server needs an API key."
+        page.reload()
+        page.fill("#key-value", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".welcome .member")
+        send(page, "hello")
+        assert fact(page, "finish")
+        page.goto("about:blank")

@@ -33,17 +33,20 @@ from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
+    from mixlm.generation.next_distribution import NextDistribution
+    from mixlm.generation.target import RuleTarget
 
 AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """A loaded member: its engine, the name it is shown by, and its own sampling options."""
+    """A loaded member: its engine, the name it is shown by, its own sampling options, and its role in a rule."""
 
     engine: Engine
     name: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    role: str | None = None
 
 
 class Ensemble:
@@ -182,6 +185,34 @@ class Ensemble:
         settings = self.settings(**options)
         return self.context(settings).start(self.encode_prompt(prompt, settings))
 
+    def distribution(self, prompt: Prompt, **options: Unpack[Options]) -> NextDistribution:
+        """Return the exact distribution of the symbol that follows a prompt, and each member's part in it.
+
+        It is the one that the method samples from, whatever it costs the method; every member with weight runs once.
+
+        Args:
+            prompt: As in `generate`; with `raw=True`, the text so far.
+            options: As in `generate`.
+
+        Raises:
+            UnsupportedError: The unit has no common distribution over symbols (`word`, `byte`).
+
+        >>> import mixlm
+        >>> ensemble = mixlm.load("toy:1", "toy:2", weights=[0.7, 0.3])
+        >>> following = ensemble.distribution("the river")
+        >>> bool(np.allclose(following.weights @ following.members, following.probs))
+        True
+        """
+        from mixlm.generation.next_distribution import next_distribution
+
+        if not self.unit.traits.full_distributions:
+            raise UnsupportedError(
+                f"in the unit {self.unit.name} members have no common distribution over symbols",
+                "use the unit piece: with_unit('piece')",
+            )
+        settings = self.settings(**options)
+        return next_distribution(self.context(settings), self.encode_prompt(prompt, settings))
+
     def chat(self, **options: Unpack[Options]) -> Chat:
         """Begin a conversation that remembers its turns, and whose members keep their KV caches between them."""
         from mixlm.chat import Chat
@@ -191,6 +222,21 @@ class Ensemble:
     def with_weights(self, weights: Sequence[float]) -> Ensemble:
         """Return this ensemble with other weights, in place of a router too. The engines are shared."""
         return Ensemble(self.members, weights, unit=self.unit, defaults=self.defaults, grammars=self.grammars)
+
+    def with_router(self, router: Router | RouterFunction) -> Ensemble:
+        """Return this ensemble with another router. The engines are shared.
+
+        Raises:
+            UnsupportedError: The router observes what a member's engine does not give.
+        """
+        return Ensemble(
+            self.members,
+            self.weights.tolist(),
+            unit=self.unit,
+            router=router,
+            defaults=self.defaults,
+            grammars=self.grammars,
+        )
 
     def with_unit(self, unit: UnitName) -> Ensemble:
         """Return this ensemble in another unit. The engines are shared.
@@ -235,6 +281,8 @@ class Ensemble:
             unit=self.unit.name,
             traits=self.unit.traits,
             speculation=speculation,
+            batch_keys=[member.engine.batch_key for member in self.members],
+            target=self._target(settings),
         )
         observes = observed_by(self.router) if settings.method != "single" else None
         if observes is not None:
@@ -249,6 +297,22 @@ class Ensemble:
             speculation,
             strategy_context.heaviest_member,
             self._bind_members(replace(settings, min_tokens=0, ignore_end=True)) if settings.min_tokens else (),
+            strategy_context.target,
+        )
+
+    def _target(self, settings: GenerationOptions) -> RuleTarget | None:
+        """Return what the rule of the options makes of the members; None for the average."""
+        if settings.combination is None:
+            return None
+        from mixlm.generation.target import build_target
+
+        return build_target(
+            settings,
+            weights=self.weights,
+            names=self.names,
+            sampling=[member.sampling for member in self.members],
+            roles=[member.role for member in self.members],
+            traits=self.unit.traits,
         )
 
     def _check_router(self) -> None:

@@ -300,7 +300,7 @@ def test_what_an_engine_or_a_unit_does_not_give_is_refused_with_the_ensemble():
         Observes(0, top_k=0)
     wrong = Observing(2)
     wrong.observes = 0  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="it must be mixlm.routing.Observes"):
+    with pytest.raises(ConfigError, match=r"it must be mixlm\.routing\.Observes"):
         make_ensemble([engine(), engine()], router=wrong)
 
 

@@ -24,10 +24,13 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter
+from mixlm.routing.gate_router import GateRouter
+from mixlm.routing.observation import ObservedStates, observed_by
 from mixlm.scoring.marginal_scores import prompt_bits
+from mixlm.scoring.observed import passage_states
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores, router_weights
-from mixlm.tokenization.segments import common_boundaries, segment_logprobs, token_ends
+from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, token_ends
 from mixlm.types import Floats, Ids
 
 # Rows of logits that lie in memory at once; a large vocabulary takes 2 MB a row.
@@ -66,7 +69,7 @@ class ContinuationScorer:
         context, data = _split_context(context, text)
         if not data:
             return 0.0, True
-        knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter)
+        knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter | GateRouter)
         scores, parts = self._segments(context, data, prompts=not knows_bytes_only)
         weights = router_weights(scores, self._router)
         if self._ensemble.unit.traits.shared_vocabulary and len({tuple(part.ids) for part in parts.values()}) == 1:
@@ -117,7 +120,19 @@ class ContinuationScorer:
         begins = np.zeros(len(common), dtype=np.int64)
         whole = prompt + data
         names, unit = self._ensemble.names, self._ensemble.unit.name
-        return Scores(names, unit, whole, starts, common + len(prompt), begins, table, read), parts
+        scores = Scores(names, unit, whole, starts, common + len(prompt), begins, table, read)
+        return replace(scores, observed=self._observe(parts, common)), parts
+
+    def _observe(self, parts: dict[int, _MemberContinuation], common: npt.NDArray[np.int64]) -> ObservedStates | None:
+        """Return what the router observes of a member before each segment. common: where segments end, in bytes."""
+        observes = observed_by(self._router)
+        if observes is None:
+            return None
+        member = self._ensemble.members[observes.member]
+        part, session = parts[id(member.engine)], self._sessions[id(member.engine)]
+        whole = np.concatenate([part.before, part.ids])
+        states = passage_states(session, observes, whole, len(part.before), member.name)
+        return states.select(first_tokens(part.bounds, common))
 
     def _read_prompt(
         self, context: RequestContext, prompt: bytes, parts: dict[int, _MemberContinuation]

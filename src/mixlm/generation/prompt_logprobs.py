@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,13 @@ import numpy.typing as npt
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
-from mixlm.engines.requests import LogitsRequest, Request, Response
+from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response
 from mixlm.errors import ConfigError
 from mixlm.generation.member import Member
 from mixlm.routing.base import Router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.given_text import weights_along
+from mixlm.routing.observation import Observation, ObservedStates, Observes, observation, observed_by
 from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, segment_strings, token_ends
 from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob
 from mixlm.units.base import Unit
@@ -37,6 +39,7 @@ class _ScoredPrompt:
 
     logprobs: natural log-probability of each token of the text, float64 (n,); nan where nothing is in front of it.
     probabilities: by index of a token of the text, the member's probability of every symbol there, float64 (symbols,).
+    observations: by index of a token of the text, what a router observes in front of it.
     """
 
     ids: Ids
@@ -44,6 +47,7 @@ class _ScoredPrompt:
     ends: npt.NDArray[np.int64]
     logprobs: Floats
     probabilities: dict[int, Floats] = field(default_factory=dict)
+    observations: dict[int, Observation] = field(default_factory=dict)
 
     @classmethod
     def of(cls, member: Member, ids: Ids, text: bytes) -> _ScoredPrompt:
@@ -87,15 +91,23 @@ def prompt_tokens(
     common = common_boundaries([prompt.ends for prompt in scored.values()])
     common = common[common > 0]
     firsts = {i: first_tokens(prompt.ends, common).tolist() for i, prompt in scored.items()}
+    observes = observed_by(router, len(members))
     for i, prompt in scored.items():
-        yield from _score(i, members[i], prompt, unit, set(firsts[i]) if members[i].top_logprobs else set())
+        wanted = _Wanted(
+            set(firsts[i]), bool(members[0].top_logprobs), observes if observes and observes.member == i else None
+        )
+        yield from _score(i, members[i], prompt, unit, wanted)
     starts = np.concatenate([[0], common[:-1]]).astype(np.int64)
     table = np.full((len(common), len(members)), -np.inf)
     for i, prompt in scored.items():
         table[:, i] = segment_logprobs(prompt.logprobs, prompt.ends, common)
     unknown = np.isnan(table).any(axis=1)
     table = np.nan_to_num(table, nan=0.0)
-    weights = weights_along(router, text, starts, np.zeros_like(starts), np.zeros(table.shape))
+    observed = None
+    if observes is not None:
+        seen = scored[observes.member].observations
+        observed = _stack(members[observes.member].name, [seen.get(first) for first in firsts[observes.member]])
+    weights = weights_along(router, text, starts, np.zeros_like(starts), np.zeros(table.shape), observed)
     mixture, shares = mixture_logprobs(table, weights), segment_responsibilities(table, weights)
     tokens = []
     for segment, string in enumerate(segment_strings(text, starts, common)):
@@ -133,22 +145,51 @@ def member_prompt_bits(
     return bits
 
 
+class _Wanted(NamedTuple):
+    """What is kept of a member at some tokens: every symbol's probability, and what the router observes there."""
+
+    tokens: set[int]
+    probabilities: bool
+    observes: Observes | None
+
+
+def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedStates:
+    """Return observations as one; for a text's first token that nothing precedes, that of the next one."""
+    known = [seen for seen in observations if seen is not None]
+    if not known:
+        raise ConfigError("the prompt is too short to be scored with a router that observes a member", "lengthen it")
+    filled = [known[0] if seen is None else seen for seen in observations]
+    hidden = [seen.hidden for seen in filled if seen.hidden is not None]
+    return ObservedStates(
+        name,
+        np.array([seen.ids for seen in filled]),
+        np.array([seen.logprobs for seen in filled]),
+        np.array(hidden) if hidden else None,
+    )
+
+
 def _score(
-    index: int, member: Member, prompt: _ScoredPrompt, unit: Unit, wanted: set[int]
+    index: int, member: Member, prompt: _ScoredPrompt, unit: Unit, wanted: _Wanted
 ) -> Generator[list[Request], list[Response], None]:
-    """Run a member on its prompt in parts, to its end. wanted: tokens whose symbols' probabilities are kept."""
+    """Run a member on its prompt in parts, to its end."""
     symbols = unit.without_owner(member.symbols)
     for start in range(max(prompt.first, 1), len(prompt.ids) + 1, _ROWS):
         end = min(start + _ROWS, len(prompt.ids) + 1)
         # Row j is after the first `start + j` ids. The last row, after all of them, is the completion's.
-        [logits] = yield [LogitsRequest(index, prompt.ids[: end - 1], end - start)]
-        for row, position in zip(logits, range(start, min(end, len(prompt.ids))), strict=False):
-            values = row.astype(np.float64)
+        hidden = wanted.observes is not None and wanted.observes.hidden
+        [response] = yield [LogitsRequest(index, prompt.ids[: end - 1], end - start, hidden=hidden)]
+        logits, states = response if isinstance(response, LogitsAndHidden) else (response, None)
+        for place, position in enumerate(range(start, min(end, len(prompt.ids)))):
+            row = logits[place]
+            values = np.array(row, dtype=np.float64)
             values -= values.max()
             values -= np.log(np.exp(values).sum())
             number = position - prompt.first
             prompt.logprobs[number] = values[prompt.ids[position]]
-            if number in wanted:
+            if number in wanted.tokens and wanted.observes is not None:
+                state = None if states is None else states[place]
+                prompt.observations[number] = observation(row, wanted.observes, state)
+            if number in wanted.tokens and wanted.probabilities:
                 shared = symbols >= 0
                 mass = np.exp(values[shared])
                 prompt.probabilities[number] = np.bincount(

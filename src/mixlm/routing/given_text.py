@@ -11,13 +11,22 @@ from mixlm.errors import UnsupportedError
 from mixlm.routing.base import PromptContext, Router, begin_route
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.learned import LearnedRouter, gate_weights
+from mixlm.routing.observation import ObservedStates, observed_by
 from mixlm.routing.prompt import PromptRouter
 from mixlm.tokenization.segments import Offsets
 from mixlm.types import Floats, Ids
 
 
-def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: Offsets, prompt_bits: Floats) -> Floats:
+def weights_along(
+    router: Router,
+    text: bytes,
+    starts: Offsets,
+    passage_starts: Offsets,
+    prompt_bits: Floats,
+    observed: ObservedStates | None = None,
+) -> Floats:
     """Return the weights that a router gives before each segment of a text: float64 (segments, members).
 
     Args:
@@ -27,12 +36,22 @@ def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: 
             segment are its prompt.
         passage_starts: Where the passage of each segment begins, int64 (segments,).
         prompt_bits: Bits per byte of that prompt under each member, float64 (segments, members).
+        observed: What the router observes before each segment; None where nothing is known of that.
 
     Raises:
-        UnsupportedError: The router reads the members' tokens, which are not given.
+        UnsupportedError: The router reads the members' tokens, or observes a member, and these are not given.
     """
     if isinstance(router, LearnedRouter):
         return gate_weights(features_along(text, starts, passage_starts), router.matrix)
+    observes = observed_by(router, prompt_bits.shape[1])
+    if observes is not None and (observed is None or (observes.hidden and observed.hidden is None)):
+        raise UnsupportedError(
+            f"the router {type(router).__name__} observes a member, and these scores hold no observations of it",
+            "score the text with mixlm score, or use a router of the text",
+        )
+    if isinstance(router, GateRouter):
+        along = features_along(text, starts, passage_starts) if "text" in router.inputs.groups else None
+        return router.weights_at(along, observed)
     weights = np.empty(prompt_bits.shape)
     for segments in segments_by_passage(passage_starts):
         passage_start = int(passage_starts[segments[0]])
@@ -43,7 +62,8 @@ def weights_along(router: Router, text: bytes, starts: Offsets, passage_starts: 
             weights[segments] = route(_GivenText(b""))
             continue
         for segment in segments:
-            weights[segment] = route(_GivenText(text[passage_start + len(prompt) : int(starts[segment])]))
+            before = _GivenText(text[passage_start + len(prompt) : int(starts[segment])])
+            weights[segment] = route(before, None if observed is None else observed.at(int(segment)))
     return weights
 
 

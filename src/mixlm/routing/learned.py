@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from mixlm.routing.base import PromptContext, Route
 from mixlm.routing.features import FEATURES, TAIL, features
 from mixlm.types import Floats
 from mixlm.units.base import TextView
+
+if TYPE_CHECKING:
+    from mixlm.routing.gate_router import GateRouter
 
 
 class LearnedRouter:
@@ -50,6 +54,10 @@ class LearnedRouter:
         """Return the weights after `text[:position]` for each position: float64 (positions, members)."""
         return gate_weights(features(text, positions), self.matrix)
 
+    def for_members(self, names: Sequence[str]) -> LearnedRouter:
+        """Return the router for the same members in another order: each keeps its own row."""
+        return LearnedRouter(self.matrix[[self.names.index(name) for name in names]], names)
+
     def save(self, path: str | Path) -> None:
         """Write the gate as JSON."""
         form = {"kind": "learned", "members": list(self.names), "matrix": self.matrix.tolist()}
@@ -72,6 +80,25 @@ class LearnedRouter:
             raise ConfigError(
                 f"{path} is not a learned router: {_reason(error)}", "write one with mixlm fit --router"
             ) from error
+
+
+def load_router(path: str | Path) -> LearnedRouter | GateRouter:
+    """Read a router that `mixlm fit --router` has written. Raises ConfigError if the file is not one."""
+    try:
+        form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return LearnedRouter.load(path)  # which says what is wrong
+    from mixlm.routing.gate_router import KIND, GateRouter
+
+    if not isinstance(form, dict) or form.get("kind") != KIND:
+        return LearnedRouter.load(path)
+    hint = "train one with this mixlm: mixlm fit --router"
+    try:
+        return GateRouter.load(path, form)
+    except ConfigError as error:
+        raise ConfigError(f"the router in {path} cannot be used: {error.message}", error.hint or hint) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a learned router: {_reason(error)}", hint) from error
 
 
 def _reason(error: Exception) -> str:

@@ -7,10 +7,14 @@ member that wrote a token, is known in some continuations of a state and not in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.errors import ConfigError
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
@@ -60,6 +64,66 @@ class Observation(NamedTuple):
     ids: Ids
     logprobs: Floats
     hidden: HiddenStates | None = None
+
+
+@dataclass(frozen=True)
+class ObservedStates:
+    """Observations of one member at many states of given texts.
+
+    Attributes:
+        name: The member's.
+        ids: Its most likely tokens, int64 (states, top_k); see `Observation`.
+        logprobs: float64 (states, top_k).
+        hidden: float16 (states, width), or None.
+    """
+
+    name: str
+    ids: Ids
+    logprobs: Floats
+    hidden: HiddenStates | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, state: int) -> Observation:
+        """Return the observation at one state."""
+        return Observation(self.ids[state], self.logprobs[state], None if self.hidden is None else self.hidden[state])
+
+    def select(self, states: npt.NDArray[Any]) -> ObservedStates:
+        """Return the observations at some states, by mask or by index."""
+        hidden = None if self.hidden is None else self.hidden[states]
+        return ObservedStates(self.name, self.ids[states], self.logprobs[states], hidden)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ObservedStates]) -> ObservedStates:
+        """Return several texts' observations of one member as one."""
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        return cls(
+            parts[0].name,
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate(hidden) if len(hidden) == len(parts) else None,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the observations as an npz file."""
+        hidden = np.zeros((len(self), 0), dtype=np.float16) if self.hidden is None else self.hidden
+        with open(path, "wb") as file:
+            ids = self.ids.astype(np.int32)
+            np.savez(file, name=np.array(self.name), ids=ids, logprobs=self.logprobs, hidden=hidden)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ObservedStates:
+        """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
+        try:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+                hidden = file["hidden"]
+                states = cls(str(file["name"]), file["ids"].astype(np.int64), file["logprobs"], hidden)
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+            raise ConfigError(f"the observations in {path} cannot be read: {error}") from error
+        if not len(states.ids) == len(states.logprobs) == len(hidden):
+            raise ConfigError(f"{path} holds no observations: its arrays do not fit each other")
+        return states if hidden.shape[1] else replace(states, hidden=None)
 
 
 class ObservedRow(NamedTuple):

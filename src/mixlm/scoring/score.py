@@ -26,11 +26,13 @@ import numpy.typing as npt
 from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble, MemberSpec
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models import resolve
+from mixlm.routing.observation import observed_by
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
+from mixlm.scoring.observed import observed_states
 from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
@@ -140,8 +142,17 @@ def score_passages(
     *,
     by_segment: bool = False,
 ) -> Scores:
-    """Score passages under every member, and bring the members together. Arguments as for `score`."""
+    """Score passages under every member, and bring the members together. Arguments as for `score`.
+
+    What the ensemble's router observes is scored too, by one more pass of that member.
+    """
     traits = ensemble.unit.traits
+    observes = observed_by(ensemble.router, len(ensemble.members))
+    if observes is not None and not traits.full_distributions and not by_segment:
+        raise UnsupportedError(
+            f"in the unit {ensemble.unit.name}, nothing of a member is observed along a text",
+            "use --unit piece, or features of the text alone",
+        )
     if not traits.full_distributions and not by_segment:
         models: Sequence[str | None] = identities or [None] * len(ensemble.members)
         members = [
@@ -164,6 +175,13 @@ def score_passages(
     columns = [np.add.reduceat(part.logprobs[:, 0], first) for part, first in zip(parts, firsts, strict=True)]
     exact = traits.shared_vocabulary and all(len(part.ends) == len(common) for part in parts)
     text = parts[0]
+    observed = None
+    if observes is not None:
+        member = ensemble.members[observes.member]
+        encoded = [(passage, _encode(member.engine, passage, observes.member)) for passage in passages]
+        model = identities[observes.member] if identities else None
+        states = observed_states(member.engine, observes, encoded, name=member.name, model=model, progress=progress)
+        observed = states.select(firsts[observes.member])
     return Scores(
         ensemble.names,
         "token" if exact else "segment",
@@ -174,6 +192,7 @@ def score_passages(
         logprobs=np.column_stack(columns),
         prompt_bits=np.column_stack([part.prompt_bits[first, 0] for part, first in zip(parts, firsts, strict=True)]),
         seconds=sum(part.seconds for part in known.values()),
+        observed=observed,
     )
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import Router
 from mixlm.routing.given_text import features_along, segments_by_passage, weights_along
+from mixlm.routing.observation import ObservedStates, observed_by
 from mixlm.tokenization.segments import segment_strings
 from mixlm.types import Floats
 
@@ -45,6 +46,7 @@ class Scores:
         prompt_bits: Bits per byte of the prompt in front of each segment's passage under each member, template
             included; 0 where there is no prompt, float64 (segments, members).
         seconds: Time the members took.
+        observed: What a router observes of one member before each segment, where that was scored too.
     """
 
     names: tuple[str, ...]
@@ -56,6 +58,7 @@ class Scores:
     logprobs: Floats
     prompt_bits: Floats
     seconds: float = 0.0
+    observed: ObservedStates | None = None
 
     @property
     def size(self) -> int:
@@ -88,6 +91,8 @@ class Scores:
         Seconds are divided by bytes.
         """
         selected = replace(self, **{name: getattr(self, name)[segments] for name in _ARRAYS.values()})
+        if self.observed is not None:
+            selected = replace(selected, observed=self.observed.select(segments))
         return replace(selected, seconds=self.seconds * selected.size / max(self.size, 1))
 
     def strings(self) -> list[str]:
@@ -108,7 +113,7 @@ class Scores:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write the scores as an npz file."""
+        """Write the scores as an npz file, without what was observed."""
         arrays = {key: getattr(self, name) for key, name in _ARRAYS.items()}
         text = np.frombuffer(self.text, dtype=np.uint8)
         with open(path, "wb") as file:
@@ -148,7 +153,9 @@ def concatenate(scores: Sequence[Scores]) -> Scores:
     }
     tables = {name: np.concatenate([getattr(part, name) for part in scores]) for name in ("logprobs", "prompt_bits")}
     text, seconds = b"".join(part.text for part in scores), sum(part.seconds for part in scores)
-    return Scores(first.names, unit, text, **offsets, **tables, seconds=seconds)
+    observed = [part.observed for part in scores if part.observed is not None]
+    states = ObservedStates.concatenate(observed) if len(observed) == len(scores) else None
+    return Scores(first.names, unit, text, **offsets, **tables, seconds=seconds, observed=states)
 
 
 def split_holdout(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
@@ -212,4 +219,11 @@ def router_weights(scores: Scores, router: Router) -> Floats:
     Raises:
         UnsupportedError: The router needs what scores do not hold.
     """
-    return weights_along(router, scores.text, scores.starts, scores.passage_starts, scores.prompt_bits)
+    observes, observed = observed_by(router, len(scores.names)), scores.observed
+    if observes is not None and observed is not None and observed.name != scores.names[observes.member]:
+        raise UnsupportedError(
+            f"the router observes {scores.names[observes.member]}, and these scores hold observations of "
+            f"{observed.name}",
+            "score the text anew",
+        )
+    return weights_along(router, scores.text, scores.starts, scores.passage_starts, scores.prompt_bits, observed)

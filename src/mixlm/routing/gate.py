@@ -1,0 +1,104 @@
+"""A gate: weights from numbers about a state, `softmax(W x + b)`, or with a hidden layer behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.errors import ConfigError
+from mixlm.types import Floats
+
+Array = npt.NDArray[np.float32]
+_STANDARDISED_LIMIT = 20.0  # standard deviations: what lies further out is not what the gate was trained on
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`softmax(linear · x + bias)`, and with an inner layer `+ outer · tanh(inner · x + inner_bias)` in the exponent.
+
+    x are the inputs, standardised. All arrays are float32.
+
+    Attributes:
+        centre: (inputs,).
+        scale: (inputs,).
+        linear: (members, inputs).
+        bias: (members,).
+        inner: (width, inputs); a width of 0 for a linear gate.
+        inner_bias: (width,).
+        outer: (members, width).
+    """
+
+    centre: Array
+    scale: Array
+    linear: Array
+    bias: Array
+    inner: Array
+    inner_bias: Array
+    outer: Array
+
+    @property
+    def members(self) -> int:
+        """The number of members."""
+        return len(self.bias)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it has no inner layer."""
+        return len(self.inner) == 0
+
+    def standardised(self, inputs: npt.NDArray[np.floating]) -> Array:
+        """Return inputs, (rows, inputs), as the gate takes them: float32."""
+        x: Array = (inputs.astype(np.float32) - self.centre) / self.scale
+        np.clip(x, -_STANDARDISED_LIMIT, _STANDARDISED_LIMIT, out=x)
+        return x
+
+    def weights(self, inputs: npt.NDArray[np.floating]) -> Floats:
+        """Return the weights for inputs, (rows, inputs): float64 (rows, members)."""
+        x = self.standardised(inputs)
+        scores = x @ self.linear.T + self.bias
+        if not self.is_linear:
+            scores = scores + np.tanh(x @ self.inner.T + self.inner_bias) @ self.outer.T
+        return softmax(scores.astype(np.float64))
+
+    def reordered(self, order: npt.NDArray[np.int64]) -> Gate:
+        """Return the gate for members in another order."""
+        return replace(self, linear=self.linear[order], bias=self.bias[order], outer=self.outer[order])
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the arrays by their names."""
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in _SHAPES}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.floating]], members: int, inputs: int) -> Gate:
+        """Return the gate of named arrays. Raises ConfigError where they are not those of such a gate."""
+        if missing := [name for name in _SHAPES if name not in arrays]:
+            raise ConfigError(f"the gate lacks {', '.join(missing)}")
+        sizes = {"members": members, "inputs": inputs, "width": len(arrays["inner_bias"])}
+        for name, dimensions in _SHAPES.items():
+            shape, array = tuple(sizes[dimension] for dimension in dimensions), arrays[name]
+            if array.shape != shape:
+                raise ConfigError(f"{name} of the gate has the shape {array.shape}, and {shape} is expected")
+            if not np.isfinite(array).all():
+                raise ConfigError(f"{name} of the gate has numbers that are not finite")
+        return cls(**{name: arrays[name].astype(np.float32) for name in _SHAPES})
+
+
+_SHAPES: Mapping[str, tuple[str, ...]] = {
+    "centre": ("inputs",),
+    "scale": ("inputs",),
+    "linear": ("members", "inputs"),
+    "bias": ("members",),
+    "inner": ("width", "inputs"),
+    "inner_bias": ("width",),
+    "outer": ("members", "width"),
+}
+
+
+def softmax(scores: Floats) -> Floats:
+    """Return the softmax of each row."""
+    out: Floats = np.exp(scores - scores.max(axis=1, keepdims=True))
+    out /= out.sum(axis=1, keepdims=True)
+    return out

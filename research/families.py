@@ -34,8 +34,8 @@ from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.toy import toy_text
 from mixlm.engines.transformers.dummy_weights import dummy_tokens
 from mixlm.engines.transformers.engine import HFEngine
+from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.self_test import total_variation
 from mixlm.errors import MixlmError
 
@@ -96,7 +96,10 @@ def _shrink(fields: Mapping[str, Any], layers: list[int], count: int) -> dict[st
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3], "mamba_expand": 2},
-    "granitemoehybrid": {**_MAMBA, "mamba_expand": 2},
+    "granitemoehybrid": {
+        **{**_MAMBA, "mamba_expand": 2},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8, "chunk_size": 8},
     "blenderbot": {"encoder_layers": _LAYERS},
     "dots1": {"n_routed_experts": 4},
@@ -235,7 +238,7 @@ def examine(family: str) -> dict[str, Any]:
         return {"family": family, "untested": first_line(error)}
     row: dict[str, Any] = {"family": family}
     try:
-        runner = ModelRunner(LoadedModel(model), family)
+        runner = load_runner(LoadedModel(model), family)
         tokens, begin = dummy_tokens(int(model.get_output_embeddings().weight.shape[0]))
         engine = HFEngine(family, toy_text(tokens, len(tokens), begin), 1 << 20, runner)
         row["runs"] = engine.details.get("forwards", "several sequences")

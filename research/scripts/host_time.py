@@ -18,7 +18,8 @@ from mixlm.benchmark.timing import EnsembleContestant
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import Found, Part
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
-from mixlm.engines.transformers.runner import HFSession, ModelRunner
+from mixlm.engines.transformers.runner import ModelRunner
+from mixlm.engines.transformers.session import HFSession
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.types import Candidates
 

@@ -17,6 +17,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from mixlm.engines import EngineSpec
@@ -64,6 +66,21 @@ def build(folder: Path, kind: str, *, template: str | None = CHATML, tokenizer: 
         "mamba": lambda: MambaForCausalLM(
             MambaConfig(vocab_size=rows, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=504)
         ),
+        "qwen3_next": lambda: Qwen3NextForCausalLM(
+            Qwen3NextConfig(
+                vocab_size=rows,
+                layer_types=["linear_attention", "full_attention"],
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=16,
+                **SIZES,
+            )
+        ),
     }
     model = models[kind]()
     for parameter in model.parameters():
@@ -93,7 +110,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "mamba", "unbatched"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3", "mamba", "qwen3_next", "unbatched"])
 def engine(request, folders) -> HFEngine:
     if request.param == "unbatched":
         with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +124,7 @@ def llama(folders) -> HFEngine:
     return load(folders("llama"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "mamba", "qwen3_next"])
 def test_logits_are_those_of_transformers(folders, kind):
     from transformers import AutoModelForCausalLM
 
@@ -121,18 +138,29 @@ def test_logits_are_those_of_transformers(folders, kind):
     assert_close(session.logits(ids, 6), expected[-6:])
 
 
-def test_only_stateful_models_run_the_whole_text_again(folders):
-    assert not load(folders("mamba")).runner.keeps_cache
-    assert "cannot roll back" in load(folders("mamba")).notes[0]
-    for kind in ("llama", "mistral", "gemma3"):
+def test_a_model_that_takes_no_cache_runs_the_whole_text_again(folders, monkeypatch):
+    for kind in ("llama", "mistral", "gemma3", "mamba", "qwen3_next"):
         assert load(folders(kind)).runner.keeps_cache
         assert load(folders(kind)).notes == ()
+    monkeypatch.setattr(runner, "_CACHE_NAMES", ())
+    engine = load(folders("llama"))
+    assert not engine.runner.keeps_cache
+    assert "it runs the whole text for every token" in engine.notes[0]
+    assert engine.details["not batched"] == "its forward pass takes no cache"
+    ids = random_ids(engine, 9)
+    session = engine.session()
+    session.logits(ids[:5])
+    assert_close(session.logits(ids), uncached(load(folders("llama")), ids))
 
 
 def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders, monkeypatch):
     for kind in ("llama", "mistral", "gemma3"):
         assert load(folders(kind)).runner.batches
-    assert not load(folders("mamba")).runner.batches
+    for kind, path in (("mamba", "one sequence, token by token"), ("qwen3_next", "one sequence, with snapshots")):
+        details = load(folders(kind)).details
+        assert details["forwards"] == path
+        assert details["not batched"] == "it has layers of the kind linear_attention"
+        assert details["snapshots"].startswith("up to 12 of 0.00")
     monkeypatch.setattr("mixlm.engines.transformers.kv_cache._SUPPORTED_OPTIONS", {"attention_batch"})
     asks_for_more = load(folders("llama"))
     assert not asks_for_more.runner.batches

@@ -63,13 +63,35 @@ def test_frequencies_that_depend_on_the_length_are_those_of_each_text(kind, monk
         "lfm2",
         "minimax",
         "bart",
-        "mamba",
     ],
 )
 def test_families_give_equal_answers_or_are_refused(family):
     row = families.examine_apart(family)
     assert "untested" not in row
     assert families.is_right(row), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "jamba",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+        "mamba2",
+        "nemotron_h",
+        "qwen3_5",
+        "qwen3_next",
+    ],
+)
+def test_models_with_a_recurrent_state_run_what_is_new(family):
+    row = families.examine_apart(family)
+    assert families.is_right(row), row
+    assert row["runs"] in ("one sequence, with snapshots", "one sequence, token by token")
 
 
 @pytest.mark.slow

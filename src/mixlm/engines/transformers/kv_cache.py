@@ -111,6 +111,15 @@ class KVCache:
             self._pool.release(old)
         return buffer
 
+    def nearest(self, length: int) -> int:
+        """Return the length to which `truncate` would cut: that length."""
+        return min(length, self.length)
+
+    def truncate(self, length: int) -> int:
+        """Cut to the first `length` tokens. Returns how many are kept."""
+        self.length = self.nearest(length)
+        return self.length
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values, (KV heads, n, head dimension), behind the first `length`; return all as views."""
         end = self.length + key.shape[1]

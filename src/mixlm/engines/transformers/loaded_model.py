@@ -6,12 +6,15 @@ import threading
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 
 if TYPE_CHECKING:
+    from mixlm.engines.transformers.hidden_states import HiddenStateHook
+    from mixlm.engines.transformers.position_frequencies import PositionFrequencies
     from mixlm.engines.transformers.runner import ModelRunner
 
 
@@ -34,6 +37,20 @@ class LoadedModel:
         self._active: str | None = None
         # Engines of one model may run in two threads: while one runs, the adapter must not change.
         self._lock = threading.RLock()
+
+    @cached_property
+    def frequencies(self) -> PositionFrequencies | None:
+        """The position frequencies that depend on the length of a sequence; None where there are none."""
+        from mixlm.engines.transformers.position_frequencies import PositionFrequencies
+
+        return PositionFrequencies.of(self.model)
+
+    @cached_property
+    def hidden_states(self) -> HiddenStateHook:
+        """The hidden states of forward passes, noted from when this is first used."""
+        from mixlm.engines.transformers.hidden_states import HiddenStateHook
+
+        return HiddenStateHook(self.model)
 
     def weight_parts(self, adapter: str | None) -> dict[Hashable, int]:
         """Return the bytes of the model, and of an adapter, by identifying keys."""

@@ -3,158 +3,136 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any, cast
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from mixlm.engines.base import Session, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
-from mixlm.engines.requests import LogitsRequest, Request, Response, RunAheadHint
-from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.requests import LogitsRequest, Request, Response
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.position_frequencies import PositionFrequencies
-from mixlm.errors import MemoryLimitError, MixlmError, ModelLoadError, UnsupportedError
-from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRow
+from mixlm.engines.transformers.session import HFSession
+from mixlm.errors import MemoryLimitError, MixlmError
+from mixlm.types import Logits, LogitsRow
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
     from mixlm.engines.transformers.device_topk import DeviceTopK
-    from mixlm.engines.transformers.run_ahead import DeviceSampler, RunAhead
+    from mixlm.engines.transformers.run_ahead import DeviceSampler
 
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
 # lie in memory at once; and no more tokens of all sequences together are run in one pass.
 MAX_BATCH_TOKENS = 1024
 # After a pass of several sequences, so many passes of one do not run ahead: other sequences would wait for that.
 RUN_AHEAD_COOLDOWN = 16
+# Where a pass behind a state has one token, so many of them take about as long as one pass with so many tokens each.
+_STEPS = 16
+_CACHE_NAMES = ("past_key_values", "cache_params")
 # What torch, safetensors and the system say when memory is out, where the error has no type of its own.
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
-# Kinds of layers whose keys and values may be kept: a trial tells of others up to its own length only.
-_CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-class HFSession(Session):
-    """One sequence. The KV cache keeps every position, also where the model attends to a window: text may roll back."""
+class ForwardPath(StrEnum):
+    """How forward passes of a model run; the first one that is right is chosen when it is loaded, see `load_trial`.
 
-    def __init__(self, runner: ModelRunner, context_length: int) -> None:
-        super().__init__(context_length)
-        self._runner = runner
-        self.keeps_cache = runner.keeps_cache
-        self.cache: Any = None
-        self.run_ahead: RunAhead | None = None
-        self._regime: Hashable = None  # of the cache
+    PACKED: several sequences at once, attention over KV buffers in place. CROPPED: one sequence behind transformers'
+    cache, which is cropped to roll back. SNAPSHOTS: the same behind a recurrent state, which is restored from a
+    snapshot. STEPS: as SNAPSHOTS, with one token in a pass behind a state. WHOLE: the whole text in every pass.
+    """
 
-    @property
-    def has_run_ahead(self) -> bool:
-        """Whether forward passes ran that have not been requested yet."""
-        return bool(self.run_ahead)
+    PACKED = "several sequences"
+    CROPPED = "one sequence"
+    SNAPSHOTS = "one sequence, with snapshots"
+    STEPS = "one sequence, token by token"
+    WHOLE = "one whole text"
 
-    def length_with(self, ids: Ids) -> int:
-        """Return how many tokens it has once `ids` have run."""
-        if self.cache is None:
-            return len(ids)
-        return len(ids) + int(self.cache.length if self._runner.batches else self.cache.get_seq_length())
 
-    def drop_run_ahead(self) -> None:
-        """Drop what ran ahead."""
-        self.stats.wasted += len(self.run_ahead or ())
-        self.run_ahead = None
+class SequenceCache(Protocol):
+    """What a sequence keeps between its forward passes. length: tokens in it."""
 
-    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
-        """Return how many tokens of `ids` are in the KV cache; none where the position frequencies are others."""
-        return super().cached_tokens(ids, last) if self._runner.regime(len(ids)) == self._regime else 0
+    length: int
 
-    def can_chunk(self, ids: Ids) -> bool:
-        """Whether a prefix can be prefilled first; with frequencies that depend on the length, only a whole text."""
-        return self.keeps_cache and self._runner.frequencies is None
-
-    def rollback(self, ids: Ids, last: int = 1) -> int | None:
-        """Cut the KV cache as `Session.rollback` does; all of it where the position frequencies are others."""
-        if (regime := self._runner.regime(len(ids))) != self._regime:
-            self.reset()
-            self._regime = regime
-        return super().rollback(ids, last)
-
-    def logits(self, ids: Ids, last: int = 1) -> Logits:
-        """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""
-        frequencies = self._runner.frequencies
-        if frequencies is None or not 1 <= last <= len(ids):
-            return super().logits(ids, last)
-        parts = frequencies.parts(len(ids), last)
-        return np.concatenate([super(HFSession, self).logits(ids[:end], count) for end, count in parts])
+    def nearest(self, length: int) -> int:
+        """Return the length to which `truncate` would cut."""
+        ...
 
     def truncate(self, length: int) -> int:
-        """Cut the KV cache to its first `length` tokens."""
-        self.drop_run_ahead()
-        if length == 0:
-            self.cache = None
-        elif self._runner.batches:
-            self.cache.length = length
-        else:
-            self.cache.crop(length - self.cache.get_seq_length())
-        return length
+        """Cut to the first `length` tokens, or to fewer. Returns how many are kept."""
+        ...
 
-    def forward(self, ids: Ids, last: int) -> Logits:
-        """Run `ids` behind the KV cache."""
-        [logits] = self._runner.run_unfiltered([SequenceInput(self, ids, last)])
-        return logits
 
-    def log_normalizers(self, logits: Logits) -> Floats:
-        """Return log Σ exp of each row, on all cores."""
-        import torch
+class NoCache:
+    """Keeps nothing."""
 
-        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
-        return sums
+    length = 0
+
+    def nearest(self, length: int) -> int:
+        """Return 0."""
+        return 0
+
+    def truncate(self, length: int) -> int:
+        """Return 0."""
+        return 0
 
 
 class ModelRunner:
-    """Runs the forward passes of a loaded model with one adapter, or with none.
-
-    keeps_cache: passes run behind a KV cache; without one, since the model carries a recurrent state or does not then
-    give what whole texts give, each runs the whole text. batches: it runs several sequences at once. frequencies: those
-    that depend on a sequence's length. graphs: passes in fixed shapes, where they are used. device_top_k: selects
-    logits on the device, where that is not the host. sampler: samples on the device, where sequences run ahead.
+    """Runs the forward passes of a loaded model with one adapter, or with none; `load_trial` makes it.
 
     Args:
         loaded: the model.
         name: of the model, for messages.
-        graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
-
-    Raises:
-        ModelLoadError: the model cannot run.
-        UnsupportedError: its answers do not depend on the text before them alone; or `graphs` is "on" and it cannot
-            run in fixed shapes.
+        path: how passes run.
+        graphs: passes in fixed shapes, where they are used.
+        sampler: samples on the device, where sequences run ahead.
+        details: for reports, such as why the faster paths are not used.
     """
 
-    def __init__(self, loaded: LoadedModel, name: str, graphs: str = "auto") -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        path: ForwardPath,
+        *,
+        graphs: CudaGraphRunner | None = None,
+        sampler: DeviceSampler | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> None:
         self.loaded = loaded
         self.model = loaded.model
+        self.name = name
         self.adapter: str | None = None
-        self.keeps_cache = False
-        self.batches = False
-        self.frequencies = PositionFrequencies.of(self.model)
-        self.graphs: CudaGraphRunner | None = None
+        self.path = path
+        self.frequencies = loaded.frequencies
+        self.graphs = graphs
+        self.sampler = sampler
         self.device_top_k: DeviceTopK | None = None
-        self.sampler: DeviceSampler | None = None
+        self._details = dict(details or {})
         self._cooldown = 0
-        self._name = name
         self._parameters = inspect.signature(self.model.forward).parameters
-        loaded.runners[None] = self
-        cuda = self.model.device.type == "cuda"
-        if cuda:
+        if self.model.device.type == "cuda":
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
             self.device_top_k = DeviceTopK()
-        self._choose_path()
-        if graphs == "on" or (graphs == "auto" and cuda):
-            if self._enable_graphs(capture=cuda):
-                self._enable_run_ahead()
-            elif graphs == "on":
-                raise UnsupportedError(f"{name} cannot run in fixed shapes", "leave graphs at auto, or set it to off")
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether passes run behind a cache; else each runs the whole text."""
+        return self.path is not ForwardPath.WHOLE
+
+    @property
+    def batches(self) -> bool:
+        """Whether it runs several sequences at once."""
+        return self.path is ForwardPath.PACKED
+
+    @property
+    def chunks(self) -> bool:
+        """Whether a long text may be run in several passes."""
+        return self.path not in (ForwardPath.WHOLE, ForwardPath.STEPS)
 
     @property
     def run_ahead_depth(self) -> int:
@@ -174,10 +152,34 @@ class ModelRunner:
     @property
     def details(self) -> dict[str, str]:
         """How it runs forward passes, for reports, where that is not as most models do."""
-        details = {} if self.batches else {"forwards": "one sequence" if self.keeps_cache else "one whole text"}
+        details = {} if self.batches else {"forwards": self.path.value, **self._details}
         if self.graphs is not None:
             details["short forwards"] = "captured graphs" if self.graphs.captures else "fixed shapes"
         return details
+
+    @property
+    def cache_name(self) -> str:
+        """The name of transformers' cache in the arguments and results of the model's forward."""
+        return next((name for name in _CACHE_NAMES if name in self._parameters), "")
+
+    def new_cache(self) -> SequenceCache:
+        """Return an empty cache for a sequence."""
+        from mixlm.engines.transformers.kv_cache import KVCache
+
+        if self.path is ForwardPath.PACKED:
+            return KVCache(None if self.graphs is None else self.graphs.pool)
+        if not self.keeps_cache:
+            return NoCache()
+        from transformers import DynamicCache
+
+        from mixlm.engines.transformers.model_cache import ModelCache
+
+        # A cache made from the model's config would drop what leaves a window, and could not be cropped into it.
+        return ModelCache(DynamicCache() if self.path is ForwardPath.CROPPED else None)
+
+    def begins_anew(self, cached: int, length: int) -> bool:
+        """Whether one pass over a text of `length` tokens takes less time than one for each that is not cached."""
+        return self.path is ForwardPath.STEPS and length - cached > max(_STEPS, length // _STEPS)
 
     def regime(self, length: int) -> Hashable:
         """Return what is equal for lengths of texts that the model counts positions of alike."""
@@ -215,12 +217,12 @@ class ModelRunner:
         """Run what sequences lack, long ones in chunks. Raises MemoryLimitError."""
         import torch
 
-        with torch.inference_mode(), memory_errors(self._name), self.loaded.using(self.adapter):
+        with torch.inference_mode(), memory_errors(self.name), self.loaded.using(self.adapter):
             if self.frequencies is not None:
                 self.frequencies.length = max(cast(HFSession, item.session).length_with(item.ids) for item in inputs)
             rest = []
             for item in inputs:
-                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if self.keeps_cache else 0
+                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if self.chunks else 0
                 for start in range(0, prefill, MAX_BATCH_TOKENS):
                     chunk = item.ids[start : min(start + MAX_BATCH_TOKENS, prefill)]
                     self._run_batch([SequenceInput(item.session, chunk, 1)])
@@ -232,6 +234,11 @@ class ModelRunner:
         return [cast("Logits", output) for output in self.run(inputs)]
 
     def _run_batch(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
+        if any(item.session.keeps_hidden for item in inputs):
+            hook = self.loaded.hidden_states
+            logits = self._forward(inputs) if self.batches else self._forward_alone(*inputs)
+            hook.store(inputs)
+            return self._transfer(logits, inputs)
         if not self.batches:
             return self._transfer(self._forward_alone(*inputs), inputs)
         if len(inputs) > 1:
@@ -254,30 +261,37 @@ class ModelRunner:
         """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
         import torch
 
-        options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": item.last}
-        if self.keeps_cache:
-            from transformers import DynamicCache
+        from mixlm.engines.transformers.model_cache import ModelCache
 
-            session = cast(HFSession, item.session)
-            # A cache made from the model's config would drop what leaves a window, and could not roll back into it.
-            session.cache = DynamicCache() if session.cache is None else session.cache
-            options["past_key_values"] = session.cache
-        options = {name: value for name, value in options.items() if name in self._parameters}
-        ids = torch.tensor(item.ids[None], device=self.model.device)
-        return self.model(input_ids=ids, **options).logits[0, -item.last :]
+        cache = cast(HFSession, item.session).cache
+        steps = self.path is ForwardPath.STEPS and cache.length > 0
+        rows = []
+        for ids in np.split(item.ids, len(item.ids)) if steps else [item.ids]:
+            options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": min(item.last, len(ids))}
+            if isinstance(cache, ModelCache):
+                options[self.cache_name] = cache.cache
+                options["position_ids"] = torch.arange(cache.length, cache.length + len(ids), device=self.model.device)[
+                    None
+                ]
+            options = {name: value for name, value in options.items() if name in self._parameters}
+            result = self.model(input_ids=torch.tensor(ids[None], device=self.model.device), **options)
+            if isinstance(cache, ModelCache):
+                cache.commit(getattr(result, self.cache_name), len(ids))
+            rows.append(result.logits[0, -item.last :])
+        return torch.cat(rows)[-item.last :]
 
     def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
         """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
         import torch
 
-        from mixlm.engines.transformers.kv_cache import KVCache, PackedSequences
+        from mixlm.engines.transformers.kv_cache import PackedSequences
 
         sessions = [cast(HFSession, item.session) for item in inputs]
         for session in sessions:
             session.drop_run_ahead()
-            session.cache = session.cache or KVCache(None if self.graphs is None else self.graphs.pool)
         counts = [len(item.ids) for item in inputs]
-        if self.graphs is not None and len(inputs) == 1 and self.graphs.fits(sessions[0].cache, counts[0]):
+        alone = len(inputs) == 1 and not sessions[0].keeps_hidden  # a captured pass notes no hidden states
+        if self.graphs is not None and alone and self.graphs.fits(sessions[0].cache, counts[0]):
             return self.graphs.run(sessions[0].cache, inputs[0].ids, inputs[0].last)
         # A copy: the callers' arrays are views of buffers that go on changing.
         device = self.model.device
@@ -329,131 +343,6 @@ class ModelRunner:
         rows = self.device_top_k.transfer(logits, [item.top_k_filter for item in inputs for _ in range(item.last)])
         outputs = [(item, rows[end - item.last : end]) for item, end in zip(inputs, ends, strict=True)]
         return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
-
-    def _choose_path(self) -> None:
-        """Choose the fastest way to run the model that gives what forward passes of whole texts give."""
-        from mixlm.engines.transformers.kv_cache import register
-
-        config = self.model.config
-        ids = self_test.sample_ids(self._vocab_size, self_test.trial_length(config))
-        whole = self._whole_text_logits(ids)
-
-        def trial() -> Iterator[tuple[Logits, Logits]]:
-            a, b = self._test_session(), self._test_session()
-            third, half, n = len(ids) // 3, len(ids) // 2, len(ids)
-            for turn in (((a, third, 1), (b, 4, 1)), ((b, 5, 1), (a, n, 2)), ((a, 1, 1), (b, n, 3)), ((a, half, 1),)):
-                requests = [(session, LogitsRequest(0, ids[:end], last)) for session, end, last in turn]
-                outputs = self.respond(requests) if self.batches else [respond(*request) for request in requests]
-                for (_, end, last), output in zip(turn, outputs, strict=True):
-                    yield from zip(output, whole[end - last : end], strict=True)
-
-        kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-        if "past_key_values" in self._parameters and kinds <= _CACHED_LAYERS:
-            default = config._attn_implementation
-            self.keeps_cache = True
-            self.batches = kinds <= _BATCHED_LAYERS and register(self.model)
-            if self.batches and self_test.passes(trial, *self_test.limit(self.model.dtype)):
-                return
-            self.batches = False
-            self.model.set_attn_implementation(default)
-            self.keeps_cache = self_test.passes(trial, *self_test.limit(self.model.dtype))
-        if not self.keeps_cache:  # such models may work in blocks, or select some of the text
-            selects = "index_topk" in self_test.special_lengths(config) and self.max_length > len(ids)
-            self._whole_text_logits(ids, range(1 if selects else len(ids) - 9, len(ids)))
-
-    def _whole_text_logits(self, ids: Ids, ends: Sequence[int] | None = None) -> Logits:
-        """Return the logits after each prefix of a text, where the model gives them whatever follows.
-
-        Args:
-            ids: The text.
-            ends: The lengths of prefixes that are tried alone; by default three.
-        """
-        ends = ends or (1, len(ids) // 2, len(ids) - 3)
-        try:
-            whole = self._test_session().logits(ids, len(ids))
-            alone = [self._test_session().logits(ids[:end])[0] for end in ends]
-        except MixlmError:
-            raise
-        except Exception as error:
-            raise ModelLoadError(
-                f"{self._name} ({self.model.config.model_type}) fails in its first forward pass: {first_line(error)}",
-                "give a causal language model that transformers can run on text alone",
-            ) from error
-        tolerance, over = self_test.limit(self.model.dtype)
-        distance = over([self_test.total_variation(row, whole[end - 1]) for row, end in zip(alone, ends, strict=True)])
-        if not distance < (10 if over is max else 1) * tolerance:  # refused for more than what a slower way would mend
-            raise UnsupportedError(
-                f"{self._name} ({self.model.config.model_type}) gives another distribution after a text when more "
-                f"tokens follow it (total variation {distance:.2g})",
-                "name a causal language model: one whose tokens attend to those before them only",
-            )
-        return whole
-
-    def _enable_graphs(self, *, capture: bool) -> bool:
-        """Run short passes in fixed shapes where they give what the plain ones give: new, captured and replayed."""
-        if not self.batches or self.frequencies is not None:
-            return False
-        from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
-
-        ids = self_test.sample_ids(self._vocab_size)
-        [expected] = self.run_unfiltered([SequenceInput(self._test_session(), ids, 4)])
-        self.graphs = CudaGraphRunner(self.model, capture=capture)
-
-        def trial() -> Iterator[tuple[Logits, Logits]]:
-            session = self._test_session()
-            self.run([SequenceInput(session, ids[:7], 1)])
-            for position in range(7, len(ids) - 5):
-                self.run([SequenceInput(session, ids[position : position + 1], 1)])
-            length = session.cache.length
-            for _ in range(3):
-                session.cache.length = length
-                [logits] = self.run_unfiltered([SequenceInput(session, ids[length:], 4)])
-            yield from zip(logits, expected, strict=True)
-
-        if self_test.passes(trial):
-            return True
-        self.graphs = None
-        return False
-
-    def _enable_run_ahead(self) -> None:
-        """Run ahead where that gives what passes on request give, and where all tokens are sampled as on the host."""
-        from mixlm.core.rng import Noise
-        from mixlm.core.sampling import Transform
-        from mixlm.engines.transformers.device_topk import DeviceTopK
-        from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
-        from mixlm.types import Sampling
-
-        self.sampler = DeviceSampler(self.device_top_k or DeviceTopK())
-        steps = 6
-
-        def trial() -> Iterator[tuple[Logits, Logits]]:
-            transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
-            session, symbols = self._test_session(), np.arange(self._vocab_size)
-            ids, rows = np.zeros(1, dtype=np.int64), []
-            for step in range(steps):
-                keys = tuple(noise.at(ahead).sample_key for ahead in range(step, min(step + DEPTH, steps - 1)))
-                hint = RunAheadHint(keys, transform.sampling, symbols) if keys else None
-                [[row]] = self.run([SequenceInput(session, ids[-1:], 1, transform.top_k_filter, hint)])
-                if not isinstance(row, Candidates):
-                    raise ValueError("the row was not filtered")
-                rows.append(row)
-                distribution = transform(row)
-                ids = np.append(ids, distribution.ids[noise.at(step).sample(*distribution)])
-            if session.stats.run_ahead != steps - 1:
-                raise ValueError("the device sampled other tokens")
-            [expected] = self.run_unfiltered([SequenceInput(self._test_session(), ids[:-1], steps)])
-            for row, whole in zip(rows, expected, strict=True):
-                yield row.logprobs, whole[row.ids]
-
-        if not self_test.passes(trial):
-            self.sampler = None
-
-    @property
-    def _vocab_size(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])
-
-    def _test_session(self) -> HFSession:
-        return HFSession(self, 1 << 20)
 
 
 @contextmanager

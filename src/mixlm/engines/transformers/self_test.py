@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mixlm.engines.tokenizer_setup import first_line
 from mixlm.types import Ids, Logits
 
 LENGTH = 24  # tokens
@@ -28,12 +29,12 @@ _SPECIAL = re.compile(
 )
 
 
-def passes(
+def failure(
     trial: Callable[[], Iterable[tuple[Logits, Logits]]],
     tolerance: float = TOLERANCE,
     over: Callable[[Sequence[float]], float] = max,
-) -> bool:
-    """Whether a trial ends without an error, and its pairs of logits, (n,), give nearly equal distributions.
+) -> str | None:
+    """Return why a trial failed; None where its pairs of logits, (n,), give nearly equal distributions.
 
     Args:
         trial: Yields the pairs.
@@ -41,9 +42,10 @@ def passes(
         over: What is compared with the tolerance: of the distances of all pairs, the largest or another figure.
     """
     try:
-        return bool(over([total_variation(logits, expected) for logits, expected in trial()]) < tolerance)
-    except Exception:
-        return False
+        distance = over([total_variation(logits, expected) for logits, expected in trial()])
+    except Exception as error:
+        return first_line(error)
+    return None if distance < tolerance else f"its distributions differ from those of whole texts by {distance:.2g}"
 
 
 def total_variation(a: Logits, b: Logits) -> float:

@@ -1,0 +1,223 @@
+"""Loading a model: trials of the ways to run its forward passes, and the runner with the fastest one that is right.
+
+Every way must give what forward passes of whole texts give; `self_test` says how nearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from mixlm.engines.base import respond
+from mixlm.engines.batching import SequenceInput
+from mixlm.engines.requests import LogitsRequest, RunAheadHint
+from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.transformers import self_test
+from mixlm.engines.transformers.loaded_model import LoadedModel
+from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
+from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
+from mixlm.engines.transformers.session import HFSession
+from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
+from mixlm.types import Candidates, Ids, Logits
+
+# Kinds of layers that each path is tried for: a trial tells of others up to its own length only.
+_BATCHED_LAYERS = {"full_attention", "sliding_attention"}
+_CROPPED_LAYERS = _BATCHED_LAYERS | {"chunked_attention"}
+_RECURRENT_LAYERS = _BATCHED_LAYERS | {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "moe", "mlp"}
+
+_WITHOUT_STATE = (ForwardPath.PACKED, ForwardPath.CROPPED)
+
+Pairs = Iterator[tuple[Logits, Logits]]
+
+
+def load_runner(loaded: LoadedModel, name: str, graphs: str = "auto") -> ModelRunner:
+    """Return the runner of a model, without an adapter.
+
+    Args:
+        loaded: the model.
+        name: of the model, for messages.
+        graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
+
+    Raises:
+        ModelLoadError: the model cannot run.
+        UnsupportedError: its answers do not depend on the text before them alone; or `graphs` is "on" and it cannot
+            run in fixed shapes.
+    """
+    return _LoadTrial(loaded, name).runner(graphs)
+
+
+class _LoadTrial:
+    """The trials of one model."""
+
+    def __init__(self, loaded: LoadedModel, name: str) -> None:
+        self._loaded = loaded
+        self._model = loaded.model
+        self._name = name
+        self._vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+
+    def runner(self, graphs: str) -> ModelRunner:
+        runner = self._choose_path()
+        cuda = self._model.device.type == "cuda"
+        if graphs == "on" or (graphs == "auto" and cuda):
+            fixed = self._with_graphs(runner, capture=cuda)
+            if fixed is None and graphs == "on":
+                raise UnsupportedError(
+                    f"{self._name} cannot run in fixed shapes", "leave graphs at auto, or set it to off"
+                )
+            runner = fixed or runner
+        self._loaded.runners[None] = runner
+        return runner
+
+    def _choose_path(self) -> ModelRunner:
+        """Return a runner on the fastest path that gives what forward passes of whole texts give."""
+        config = self._model.config
+        whole = ModelRunner(self._loaded, self._name, ForwardPath.WHOLE)
+        ids = self_test.sample_ids(self._vocab_size, self_test.trial_length(config))
+        expected = self._whole_text_logits(whole, ids)
+        details: dict[str, str] = {}
+        for path in (ForwardPath.PACKED, ForwardPath.CROPPED, ForwardPath.SNAPSHOTS, ForwardPath.STEPS):
+            runner = ModelRunner(self._loaded, self._name, path, details=details)
+            reason = self._failure(runner, ids, expected)
+            if reason is None:
+                return runner if path in _WITHOUT_STATE else self._with_snapshot_size(runner, ids, details)
+            details.setdefault("not batched", reason)
+        # Such models may work in blocks, or select some of the text.
+        selects = "index_topk" in self_test.special_lengths(config) and whole.max_length > len(ids)
+        self._whole_text_logits(whole, ids, range(1 if selects else len(ids) - 9, len(ids)))
+        return ModelRunner(self._loaded, self._name, ForwardPath.WHOLE, details=details)
+
+    def _with_snapshot_size(self, runner: ModelRunner, ids: Ids, details: dict[str, str]) -> ModelRunner:
+        """Return a runner like this one that reports what a snapshot takes."""
+        session = HFSession(runner, 1 << 20)
+        session.logits(ids)
+        size = session.cache.snapshot_bytes / (1 << 20)
+        details["snapshots"] = f"up to {MAX_SNAPSHOTS} of {size:.3g} MiB for each sequence"
+        return ModelRunner(self._loaded, self._name, runner.path, details=details)
+
+    def _failure(self, runner: ModelRunner, ids: Ids, expected: Logits) -> str | None:
+        """Return why a path is not right for the model, None if it is."""
+        from mixlm.engines.transformers.kv_cache import register
+
+        config, path = self._model.config, runner.path
+        kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+        tried = {ForwardPath.PACKED: _BATCHED_LAYERS, ForwardPath.CROPPED: _CROPPED_LAYERS}.get(path, _RECURRENT_LAYERS)
+        if kinds - tried:
+            return f"it has layers of the kind {', '.join(sorted(kinds - tried))}"
+        if not runner.cache_name:
+            return "its forward pass takes no cache"
+
+        def trial() -> Pairs:
+            a, b = (HFSession(runner, 1 << 20) for _ in range(2))
+            third, half, n = len(ids) // 3, len(ids) // 2, len(ids)
+            turns = [[(a, third, 1), (b, 4, 1)], [(b, 5, 1), (a, n, 2)], [(a, 1, 1), (b, n, 3)], [(a, half, 1)]]
+            if path not in _WITHOUT_STATE:
+                turns.append([(b, 7, 1)])  # from a snapshot
+            for turn in turns:
+                requests = [(session, LogitsRequest(0, ids[:end], last)) for session, end, last in turn]
+                outputs = runner.respond(requests) if runner.batches else [respond(*request) for request in requests]
+                for (_, end, last), output in zip(turn, outputs, strict=True):
+                    yield from zip(output, expected[end - last : end], strict=True)
+
+        attention = config._attn_implementation
+        if path is ForwardPath.PACKED and not register(self._model):
+            self._model.set_attn_implementation(attention)
+            return "its attention is code of its own"
+        failure = self_test.failure(trial, *self_test.limit(self._model.dtype))
+        if failure is not None and path is ForwardPath.PACKED:
+            self._model.set_attn_implementation(attention)
+        return failure
+
+    def _whole_text_logits(self, runner: ModelRunner, ids: Ids, ends: Sequence[int] | None = None) -> Logits:
+        """Return the logits after each prefix of a text, where the model gives them whatever follows.
+
+        Args:
+            runner: Runs whole texts.
+            ids: The text.
+            ends: The lengths of prefixes that are tried alone; by default three.
+        """
+        ends = ends or (1, len(ids) // 2, len(ids) - 3)
+        try:
+            whole = HFSession(runner, 1 << 20).logits(ids, len(ids))
+            alone = [HFSession(runner, 1 << 20).logits(ids[:end])[0] for end in ends]
+        except MixlmError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(
+                f"{self._name} ({self._model.config.model_type}) fails in its first forward pass: {first_line(error)}",
+                "give a causal language model that transformers can run on text alone",
+            ) from error
+        tolerance, over = self_test.limit(self._model.dtype)
+        distance = over([self_test.total_variation(row, whole[end - 1]) for row, end in zip(alone, ends, strict=True)])
+        if not distance < (10 if over is max else 1) * tolerance:  # refused for more than what a slower way would mend
+            raise UnsupportedError(
+                f"{self._name} ({self._model.config.model_type}) gives another distribution after a text when more "
+                f"tokens follow it (total variation {distance:.2g})",
+                "name a causal language model: one whose tokens attend to those before them only",
+            )
+        return whole
+
+    def _with_graphs(self, plain: ModelRunner, *, capture: bool) -> ModelRunner | None:
+        """Return a runner with short passes in fixed shapes, if they give what the plain ones give.
+
+        They are tried new, captured and replayed. Where that is right too, the runner runs ahead.
+        """
+        if not plain.batches or plain.frequencies is not None:
+            return None
+        from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
+        from mixlm.engines.transformers.device_topk import DeviceTopK
+        from mixlm.engines.transformers.run_ahead import DeviceSampler
+
+        ids = self_test.sample_ids(self._vocab_size)
+        [expected] = plain.run_unfiltered([SequenceInput(HFSession(plain, 1 << 20), ids, 4)])
+        fixed = ModelRunner(
+            self._loaded, self._name, ForwardPath.PACKED, graphs=CudaGraphRunner(self._model, capture=capture)
+        )
+
+        def trial() -> Pairs:
+            session = HFSession(fixed, 1 << 20)
+            fixed.run([SequenceInput(session, ids[:7], 1)])
+            for position in range(7, len(ids) - 5):
+                fixed.run([SequenceInput(session, ids[position : position + 1], 1)])
+            length = session.cache.length
+            for _ in range(3):
+                session.cache.length = length
+                [logits] = fixed.run_unfiltered([SequenceInput(session, ids[length:], 4)])
+            yield from zip(logits, expected, strict=True)
+
+        if self_test.failure(trial) is not None:
+            return None
+        ahead = ModelRunner(
+            self._loaded,
+            self._name,
+            ForwardPath.PACKED,
+            graphs=fixed.graphs,
+            sampler=DeviceSampler(fixed.device_top_k or DeviceTopK()),
+        )
+        return ahead if self_test.failure(lambda: self._run_ahead_trial(ahead)) is None else fixed
+
+    def _run_ahead_trial(self, runner: ModelRunner) -> Iterable[tuple[Logits, Logits]]:
+        """Run ahead: yield the logits and those of passes on request. ValueError where tokens are not the host's."""
+        from mixlm.core.rng import Noise
+        from mixlm.core.sampling import Transform
+        from mixlm.engines.transformers.run_ahead import DEPTH
+        from mixlm.types import Sampling
+
+        steps = 6
+        transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
+        session, symbols = HFSession(runner, 1 << 20), np.arange(self._vocab_size)
+        ids, rows = np.zeros(1, dtype=np.int64), []
+        for step in range(steps):
+            keys = tuple(noise.at(ahead).sample_key for ahead in range(step, min(step + DEPTH, steps - 1)))
+            hint = RunAheadHint(keys, transform.sampling, symbols) if keys else None
+            [[row]] = runner.run([SequenceInput(session, ids[-1:], 1, transform.top_k_filter, hint)])
+            if not isinstance(row, Candidates):
+                raise ValueError("the row was not filtered")
+            rows.append(row)
+            distribution = transform(row)
+            ids = np.append(ids, distribution.ids[noise.at(step).sample(*distribution)])
+        if session.stats.run_ahead != steps - 1:
+            raise ValueError("the device sampled other tokens")
+        [expected] = runner.run_unfiltered([SequenceInput(HFSession(runner, 1 << 20), ids[:-1], steps)])
+        for row, whole in zip(rows, expected, strict=True):
+            yield row.logprobs, whole[row.ids]

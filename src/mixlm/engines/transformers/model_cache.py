@@ -1,0 +1,113 @@
+"""The cache of one sequence in transformers' own form, cropped or restored from a snapshot to roll back.
+
+Keys and values of full attention are cropped to any length. A recurrent state (of Mamba, of linear attention, of a
+short convolution) holds the whole text before it and cannot be; nor can keys and values that have left a window. So
+after each forward pass a snapshot of these is kept. There are few of them, every length of the last ones and ever fewer
+further back: a rollback goes to the nearest one, and what lies between runs again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+MAX_SNAPSHOTS = 12  # of one sequence
+_RECENT = 4  # the last snapshots, which are all kept
+_CROPPABLE = {"DynamicLayer", "DummyLayer"}  # types of layers that hold nothing but keys and values of all tokens
+
+
+class ModelCache:
+    """One sequence's cache. length: tokens in it. cache: transformers' object, None before the first forward pass.
+
+    Args:
+        cache: an empty one; without it, the model makes its own in the first pass.
+    """
+
+    def __init__(self, cache: Any = None) -> None:
+        self.length = 0
+        self.cache = cache
+        self._snapshots: dict[int, list[dict[str, Any]]] = {}  # by length, in rising order
+
+    def commit(self, cache: Any, count: int) -> None:
+        """Record a forward pass of `count` tokens. cache: that the model returned."""
+        self.cache = cache
+        self.length += count
+        if any(type(layer).__name__ not in _CROPPABLE for layer in cache.layers):
+            self._snapshots[self.length] = [_snapshot(layer) for layer in cache.layers]
+            if len(self._snapshots) > MAX_SNAPSHOTS:
+                del self._snapshots[_expendable(list(self._snapshots))]
+
+    def nearest(self, length: int) -> int:
+        """Return the length to which `truncate` would cut."""
+        if length >= self.length:
+            return self.length
+        if not self._snapshots:
+            return length
+        return max((taken for taken in self._snapshots if taken <= length), default=0)
+
+    def truncate(self, length: int) -> int:
+        """Cut to the first `length` tokens, or to as many as a snapshot allows. Returns how many are kept."""
+        kept = self.nearest(length)
+        if kept == self.length:
+            return kept
+        if not self._snapshots:
+            self.cache.crop(kept - self.length)
+        elif kept:
+            self._snapshots = {taken: layers for taken, layers in self._snapshots.items() if taken <= kept}
+            for layer, values in zip(self.cache.layers, self._snapshots[kept], strict=True):
+                _restore(layer, values, kept)
+        else:
+            self._snapshots, self.cache = {}, None
+        self.length = kept
+        return kept
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory of the last snapshot."""
+        *_, last = self._snapshots.values() or [[]]
+        return sum(_size(values) for values in last)
+
+
+def _expendable(lengths: list[int]) -> int:
+    """Return the length, in rising order, whose neighbours lie closest together for how far it lies back."""
+    end = lengths[-1]
+    gaps = {
+        length: (after - before) / (end - length)
+        for before, length, after in zip([0, *lengths], lengths[:-_RECENT], lengths[1:], strict=False)
+    }
+    return min(gaps, key=lambda length: gaps[length])
+
+
+def _grows(layer: Any) -> bool:
+    """Whether a layer's keys and values are those of all tokens."""
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def _snapshot(layer: Any) -> dict[str, Any]:
+    """Return what a layer holds, but for keys and values that can be cropped."""
+    cropped = ("keys", "values") if _grows(layer) else ()
+    return {name: _copy(value) for name, value in vars(layer).items() if name not in cropped}
+
+
+def _restore(layer: Any, values: dict[str, Any], length: int) -> None:
+    for name, value in values.items():
+        setattr(layer, name, _copy(value))
+    if _grows(layer) and layer.is_initialized:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(part) for key, part in value.items()}
+    return [_copy(part) for part in value] if isinstance(value, list) else value
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_size, parts))

@@ -1,0 +1,98 @@
+"""One sequence on a transformers model: what its cache keeps when the text is rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixlm.engines.base import Session
+from mixlm.engines.batching import SequenceInput
+from mixlm.types import Floats, Ids, Logits
+
+if TYPE_CHECKING:
+    from mixlm.engines.transformers.run_ahead import RunAhead
+    from mixlm.engines.transformers.runner import ModelRunner
+
+
+class HFSession(Session):
+    """One sequence. The KV cache keeps every position, also where the model attends to a window: text may roll back."""
+
+    def __init__(self, runner: ModelRunner, context_length: int) -> None:
+        super().__init__(context_length)
+        self._runner = runner
+        self.keeps_cache = runner.keeps_cache
+        self.cache: Any = runner.new_cache()  # a `SequenceCache`: `KVCache` where sequences are packed
+        self.run_ahead: RunAhead | None = None
+        self._regime: Hashable = None  # of the cache
+
+    @property
+    def has_run_ahead(self) -> bool:
+        """Whether forward passes ran that have not been requested yet."""
+        return bool(self.run_ahead)
+
+    def length_with(self, ids: Ids) -> int:
+        """Return how many tokens it has once `ids` have run."""
+        return int(self.cache.length) + len(ids)
+
+    def drop_run_ahead(self) -> None:
+        """Drop what ran ahead."""
+        self.stats.wasted += len(self.run_ahead or ())
+        self.run_ahead = None
+
+    def cached_tokens(self, ids: Ids, last: int = 1) -> int:
+        """Return how many tokens of `ids` are in the KV cache; none where the position frequencies are others."""
+        if self._runner.regime(len(ids)) != self._regime:
+            return 0
+        cached = int(self.cache.nearest(super().cached_tokens(ids, last)))
+        return 0 if self._runner.begins_anew(cached, len(ids)) else cached
+
+    def can_chunk(self, ids: Ids) -> bool:
+        """Whether a prefix can be prefilled first; with frequencies that depend on the length, only a whole text."""
+        return self._runner.chunks and self._runner.frequencies is None
+
+    def rollback(self, ids: Ids, last: int = 1) -> int | None:
+        """Cut the KV cache as `Session.rollback` does; all of it where the position frequencies are others."""
+        if (regime := self._runner.regime(len(ids))) != self._regime:
+            self.reset()
+            self._regime = regime
+        cached = super().rollback(ids, last)
+        if cached and self._runner.begins_anew(cached, len(ids)):
+            self.reset()
+            return 0
+        return cached
+
+    def logits(self, ids: Ids, last: int = 1) -> Logits:
+        """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""
+        frequencies = self._runner.frequencies
+        if frequencies is None or not 1 <= last <= len(ids):
+            return super().logits(ids, last)
+        rows, hidden = [], []
+        for end, count in frequencies.parts(len(ids), last):
+            rows.append(super().logits(ids[:end], count))
+            if self.hidden_states is not None:
+                hidden.append(self.hidden_states[-count:])
+        if hidden:
+            self.hidden_states = np.concatenate(hidden)
+        return np.concatenate(rows)
+
+    def truncate(self, length: int) -> int:
+        """Cut the KV cache to its first `length` tokens."""
+        self.drop_run_ahead()
+        if length == 0:
+            self.cache = self._runner.new_cache()
+            return 0
+        return int(self.cache.truncate(length))
+
+    def forward(self, ids: Ids, last: int) -> Logits:
+        """Run `ids` behind the KV cache."""
+        [logits] = self._runner.run_unfiltered([SequenceInput(self, ids, last)])
+        return logits
+
+    def log_normalizers(self, logits: Logits) -> Floats:
+        """Return log Σ exp of each row, on all cores."""
+        import torch
+
+        sums: Floats = torch.from_numpy(logits).logsumexp(dim=1).double().numpy()
+        return sums

@@ -8,7 +8,10 @@ import { colourOf } from "./completion.js";
 export const card = {
   get isOpen() { return !$("#card").hidden && $("#card").classList.contains("open"); },
 
+  view: null, // of the completion that the card is open for
+
   hide() {
+    this.view = null;
     $("#card").hidden = true;
     $("#card").classList.remove("open");
   },
@@ -22,16 +25,17 @@ export const card = {
   open(view, index, actions) {
     const { completion, members } = view;
     const token = completion.tokens[index];
-    const go = (text, logprob) => this.close(view, () => actions.branch(completion, index, text, logprob));
+    const go = (text, logprob) => this.close(() => actions.branch(completion, index, text, logprob));
     const answers = element("div", { className: "answers" });
     const ask = element("button", { type: "button", className: "wide", onclick: () => this.ask(view, index, actions, answers, ask, go) },
       "What would each member have said?");
     const others = [null, ...(members.length > 1 ? members : [])].map((member) => element("button", {
       type: "button", className: member === null ? "" : colourOf(members, member),
-      onclick: () => this.close(view, () => actions.goAlone(completion, index, member)),
+      onclick: () => this.close(() => actions.goAlone(completion, index, member)),
     }, member === null ? "the same settings" : `${member} alone`));
-    const close = element("button", { type: "button", className: "quiet close", "aria-label": "Close", onclick: () => this.close(view) }, "×");
+    const close = element("button", { type: "button", className: "quiet close", "aria-label": "Close", onclick: () => this.close() }, "×");
     $("#card").classList.add("open");
+    this.view = view;
     this.place(view, index, [
       close, ...rows(view, token, go), ask, answers,
       element("p", { className: "faint" }, "Write on from here with"), element("div", { className: "others" }, ...others),
@@ -53,10 +57,12 @@ export const card = {
     this.position(view.span(index));
   },
 
-  close(view, then) {
+  // Close it, and do what was chosen, or go back to the text.
+  close(then) {
+    const { view } = this;
     this.hide();
     if (then) then();
-    else view.text.focus({ preventScroll: true });
+    else view?.text.focus({ preventScroll: true });
   },
 
   place(view, index, content) {
@@ -93,8 +99,8 @@ function rows(view, token, go) {
 // Tokens with their probabilities; go makes them buttons. What is no text cannot be gone on from.
 function list(top, sampled, go) {
   return element("ol", {}, ...top.map(([text, logprob]) => {
-    const probability = Math.exp(logprob);
-    const words = [element("span", {}, shown(text)), element("span", {}, percent(probability))];
+    const probability = logprob === null ? 1 : Math.exp(logprob);
+    const words = [element("span", {}, shown(text)), element("span", {}, logprob === null ? "sampled" : percent(probability))];
     const isText = text !== END_OF_TEXT && !text.startsWith("bytes:");
     const entry = go && isText && text !== sampled
       ? element("button", { type: "button", title: "Write on from this token", onclick: () => go(text, logprob) }, ...words)

@@ -54,10 +54,11 @@ function addUsage(work, usage) {
 
 // The fields for a completion that goes on from a text.
 const continued = (messages, text) => text
-  ? { messages: [...messages, { role: "assistant", content: text }], continue_final_message: true, add_generation_prompt: false }
+  ? { messages: [...messages, { role: "assistant", content: text }], continue_final_message: true }
   : { messages };
 
-// Returns, for each member, its most likely tokens behind a text: [{ member, top: [[token, logprob]] }].
+// Returns, for each member, its most likely tokens behind a text: [{ member, top: [[token, logprob]] }]. Of a member that
+// ended the text, the log-probability is not known: null.
 export function nextTokens(request, messages, text, members, signal) {
   return Promise.all(members.map(async (member, i) => {
     const mixlm = { ...request.mixlm, method: "single", weights: members.map((_, j) => (i === j ? 1 : 0)) };
@@ -65,6 +66,6 @@ export function nextTokens(request, messages, text, members, signal) {
     const body = { ...request, mixlm, max_tokens: 1, logprobs: true, top_logprobs: TOP_LOGPROBS, ...continued(messages, text) };
     const choice = (await postJson(PATH, body, signal)).choices[0];
     const scored = choice.logprobs.content[0];
-    return { member, top: scored ? scored.top_logprobs.map((top) => [top.token, top.logprob]) : [[END_OF_TEXT, 0]] };
+    return { member, top: scored ? scored.top_logprobs.map((top) => [top.token, top.logprob]) : [[END_OF_TEXT, null]] };
   }));
 }

@@ -333,7 +333,7 @@ class App {
     document.addEventListener("click", (event) => { if (!event.target.closest("#export summary")) $("#export").open = false; });
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || $("#key").open) return;
-      if (!$("#card").hidden) card.hide();
+      if (!$("#card").hidden) card.close();
       else if ($("#export").open) $("#export").open = false;
       else if (!$("#backdrop").hidden) this.closePanels();
       else this.stop();

@@ -22,7 +22,8 @@ const RULES = {
     "li", "a", "table", "thead", "tbody", "tr", "th", "td", "input",
   ],
   ALLOWED_ATTR: ["href", "title", "align", "start", "class", "type", "checked", "disabled"],
-  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, // the values of all attributes but these are taken for addresses
+  ADD_URI_SAFE_ATTR: ["align", "start", "type", "checked", "disabled"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,

@@ -3,10 +3,9 @@
 Source: the paper's target distribution; linear opinion pool (Stone, 1961). Defined for every unit, for members with
 options of their own.
 
-Coin first: `π = λ`, `S_i = q_i`; `Σ π_i S_i` is `C` itself, so one member always suffices. Envelope: `L_I` is the sum
-over I, since a missing member can give a symbol nothing. Both are attained, so none is tighter.
-Cost: one forward a token.
-"""
+Coin first: `π = λ`, `S_i = q_i`; `Σ π_i S_i` is `C` itself, so one member always suffices. Envelope: `L_I` is the
+sum over I, since a missing member can give a symbol nothing. Both are attained, so none is tighter. Cost: one
+forward a token."""
 
 from __future__ import annotations
 

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.sampling import Transform
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Sampling
+
+# What makes tokens of different members one symbol: their bytes; the strings that tokenizers spell them with; their
+# bytes, and the first token of its spelling where a member lacks a symbol.
+Alignment = Literal["symbols", "strings", "spellings"]
 
 # Rounding: bounds may exceed what they bound by this much, and winners must be ahead by this much.
 TOLERANCE = 1e-9
@@ -96,6 +99,9 @@ class Combination(ABC):
         minimum_members: How few members the rule is defined for.
         shared_vocabulary: The rule divides by probabilities, so a symbol that one member can generate must be one that
             the others can: members need one vocabulary.
+        speculates: Little is known before all members have run, so a strategy does best to draft and verify.
+        alignment: Over what members' distributions are aligned.
+        default_sampling: Sampling options that the rule is published with, where none are given.
     """
 
     name: ClassVar[str]
@@ -103,6 +109,9 @@ class Combination(ABC):
     roles: ClassVar[tuple[str, ...]] = ()
     minimum_members: ClassVar[int] = 2
     shared_vocabulary: ClassVar[bool] = False
+    speculates: ClassVar[bool] = False
+    alignment: ClassVar[Alignment] = "symbols"
+    default_sampling: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def combine(self, probs: Floats, weights: Floats) -> Floats:
@@ -154,8 +163,38 @@ class Combination(ABC):
         lower = self.envelope(probs, weights, ran)
         return None if lower is None else winner_by_bounds(lower, lower + (1 - lower.sum()), 1 - lower.sum())
 
+    @staticmethod
+    def of(
+        function: Callable[[Floats, Floats], Floats],
+        envelope: Callable[[Floats, Floats, Sequence[int]], Floats] | None = None,
+        *,
+        name: str = "function",
+        common_options: bool = False,
+    ) -> Combination:
+        """Return a rule of one's own.
+
+        Args:
+            function: `C`: from `probs`, float64 (members, symbols), and `weights`, float64 (members,), to float64
+                (symbols,), summing to 1.
+            envelope: A lower bound of it from the same and the members that ran, whose rows alone are given (the others
+                are zeros); without one all members run, or drafts are verified.
+            name: What messages call it.
+            common_options: Apply temperature and truncation to the combination, not to each member.
+
+        Raises:
+            ConfigError: One of them is no function. Their results are checked when they are used.
+        """
+        from mixlm.core.combinations.function import FunctionCombination
+
+        return FunctionCombination(function, envelope, name, common_options)
+
     def with_sampling(self, sampling: Sampling) -> Combination:
-        """Return the rule with temperature and truncation applied to the combination. For rules of `common_options`."""
+        """Return the rule with temperature and truncation applied to the combination, for rules of `common_options`.
+
+        The result has bounds of its own (`after`). Penalties are not applied: they are the members' own.
+        """
+        from mixlm.core.combinations.after import AfterCombination, is_plain
+
         return self if is_plain(sampling) else AfterCombination(self, sampling)
 
     def check_members(self, count: int) -> None:
@@ -167,71 +206,6 @@ class Combination(ABC):
             raise ConfigError(
                 f"rule {self.name} needs {self.minimum_members} members, and there is {count}", "add a member"
             )
-
-
-@dataclass(frozen=True)
-class AfterCombination(Combination):
-    """Temperature and truncation applied to another rule's combination: `A C(q)`.
-
-    It keeps the most likely symbol, and a combination that is certain stays certain; other bounds of the rule do not
-    carry over, so it drafts and verifies. The rules that know more have a `with_sampling` of their own.
-    """
-
-    rule: Combination
-    sampling: Sampling
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The name of the rule."""
-        return self.rule.name
-
-    @property
-    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The roles of the rule."""
-        return self.rule.roles
-
-    def combine(self, probs: Floats, weights: Floats) -> Floats:
-        """Return the transformed combination."""
-        return transformed(self.rule.combine(probs, weights), self.sampling)
-
-    def envelope(
-        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
-    ) -> Floats | None:
-        """Return the rule's envelope where it names one symbol with certainty; it bounds nothing elsewhere."""
-        lower = self.rule.envelope(probs, weights, ran, unreported)
-        if lower is None:
-            return None
-        if len(ran) == len(weights) and unreported is None:
-            return self.combine(probs, weights)
-        return np.where(lower >= 1 - 1e-12, 1.0, 0.0)
-
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
-        """Return the rule's."""
-        return self.rule.certain_winner(probs, weights, ran)
-
-    def check_members(self, count: int) -> None:
-        """Check as the rule does."""
-        self.rule.check_members(count)
-
-
-def is_plain(sampling: Sampling) -> bool:
-    """Whether temperature and truncation leave a distribution as it is."""
-    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
-
-
-def transformed(distribution: Floats, sampling: Sampling) -> Floats:
-    """Return a distribution over aligned symbols after temperature, top-k, top-p and min-p.
-
-    Temperature 0 keeps the most likely symbol, the first of equally likely ones.
-    """
-    out = np.zeros_like(distribution)
-    if sampling.temperature == 0:
-        out[int(np.argmax(distribution))] = 1.0
-        return out
-    with np.errstate(divide="ignore"):
-        kept = Transform(sampling, np.zeros(0, dtype=np.int64))(np.log(distribution))
-    out[kept.ids] = np.exp(kept.logprobs)
-    return out
 
 
 def winner_by_bounds(lower: Floats, upper: Floats, elsewhere: float) -> int | None:
@@ -266,6 +240,11 @@ def positive_members(weights: Floats) -> npt.NDArray[np.bool_]:
     return np.asarray(weights) > 0
 
 
+def complete(weights: Floats, ran: Sequence[int], unreported: Unreported | None) -> bool:
+    """Whether all members have run and reported everything."""
+    return len(ran) == len(weights) and (unreported is None or not unreported.mass.any())
+
+
 def ran_mask(weights: Floats, ran: Sequence[int]) -> npt.NDArray[np.bool_]:
     """Return which members are in `ran`, bool (members,)."""
     mask = np.zeros(len(weights), dtype=np.bool_)
@@ -291,3 +270,77 @@ def check_number(
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not minimum <= value <= maximum or (above is not None and value <= above):
         raise ConfigError(f"{name} is {value!r}; for rule {rule} it must be {allowed}")
+
+
+def increments(rule: Combination, probs: Floats, weights: Floats, order: Sequence[int]) -> Floats:
+    """Return what each member of an order adds to the envelope, float64 (members, symbols): rows sum to `C`.
+
+    The greatest of the bounds so far is a bound, so rows are 0 or more even where a rule's bounds are not monotone.
+
+    Args:
+        rule: A rule, with or without an envelope; without one all of `C` comes with the last member.
+        probs: Rows of all members, float64 (members, symbols).
+        weights: float64 (members,).
+        order: All members, in the order in which they run.
+    """
+    levels = np.zeros((len(order) + 1, probs.shape[1]))
+    for count in range(1, len(order)):
+        lower = rule.envelope(probs, weights, order[:count])
+        levels[count] = levels[count - 1] if lower is None else np.maximum(levels[count - 1], lower)
+    levels[-1] = np.maximum(rule.combine(probs, weights), levels[-2])  # by rounding only, see `check_bounds`
+    return np.diff(levels, axis=0)
+
+
+def coin_share(rule: Combination, probs: Floats, weights: Floats) -> Floats:
+    """Return `Σ_i π_i S_i`, what a coin first may emit, float64 (symbols,), for a rule that tosses one."""
+    coin = rule.first_member(weights)
+    if coin is None:
+        raise UnsupportedError(f"rule {rule.name} tosses no coin first")
+    out = np.zeros(probs.shape[1])
+    for member in np.flatnonzero(coin > 0).tolist():
+        out += coin[member] * rule.first_distribution(probs[member], weights, member)
+    return out
+
+
+def remainder(rule: Combination, probs: Floats, weights: Floats) -> Floats:
+    """Return the distribution to sample from where the first member did not stop: `C − Σ π_i S_i`, normalised."""
+    combined = rule.combine(probs, weights)
+    rest = np.maximum(combined - coin_share(rule, probs, weights), 0.0)
+    total = rest.sum()
+    # Nothing but rounding is left where the coin always stops.
+    return rest / total if total > 0 else combined
+
+
+def check_bounds(rule: Combination, probs: Floats, weights: Floats, order: Sequence[int] | None = None) -> None:
+    """Check a rule's bounds against its combination, where all members have run: the guard against wrong bounds.
+
+    Args:
+        rule: The rule.
+        probs: Rows of all members, float64 (members, symbols).
+        weights: float64 (members,).
+        order: The order in which members run; that of the rows by default.
+
+    Raises:
+        ConfigError: A bound is larger than the combination, negative, or has the wrong shape.
+    """
+    combined = rule.combine(probs, weights)
+    order = range(len(weights)) if order is None else order
+    for count in range(1, len(order) + 1):
+        lower = rule.envelope(probs, weights, order[:count])
+        if lower is not None:
+            _check_bound(lower, combined, f"the envelope of rule {rule.name} after {count} of {len(order)} members")
+    if rule.first_member(weights) is not None:
+        _check_bound(coin_share(rule, probs, weights), combined, f"what rule {rule.name} emits after one member")
+
+
+def _check_bound(lower: Floats, combined: Floats, subject: str) -> None:
+    if np.shape(lower) != combined.shape:
+        raise ConfigError(f"{subject} has the shape {np.shape(lower)}; it must be that of a row, {combined.shape}")
+    if not np.isfinite(lower).all() or (lower < -TOLERANCE).any():
+        raise ConfigError(f"{subject} has a value of {np.nanmin(lower):g}; all must be finite, and 0 or more")
+    excess = float((lower - combined).max(initial=0.0))
+    if excess > TOLERANCE:
+        raise ConfigError(
+            f"{subject} exceeds the combination by {excess:.3g}, so samples would be wrong",
+            "make it a lower bound for everything that the other members may still say",
+        )

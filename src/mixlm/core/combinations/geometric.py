@@ -1,12 +1,12 @@
 """`geometric`: the weighted geometric mean, `C(u) ∝ Π_i q_i(u)^{s λ_i}`, a weighted average of logits.
 
 Source: logarithmic opinion pool (Genest and Zidek, 1986); with exponents of 1, a product of experts (Hinton, 2002).
-`strength` s scales the weights to exponents: 1 is the mean, the number of members with equal weights the plain product.
-Defined for every unit where some symbol is possible under all members; temperature and truncation apply to the mean.
+`strength` s scales the weights to exponents: 1 is the mean, the number of members with equal weights the plain
+product. Defined for every unit where some symbol is possible under all members; temperature and truncation apply to
+the mean.
 
-Envelope: 0, since a missing member can give any symbol nothing, which makes the product 0; but where the members that
-ran have one symbol left in common, that symbol is certain. Cost: drafts and their verification.
-"""
+Envelope: 0, since a missing member can give any symbol nothing, which makes the product 0; but where the members
+that ran have one symbol left in common, that symbol is certain. Cost: drafts and their verification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number
+from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
 from mixlm.core.combinations.log_linear import log_linear, only_symbol
 from mixlm.types import Floats
 
@@ -25,6 +25,7 @@ class Geometric(Combination):
 
     name: ClassVar[str] = "geometric"
     common_options: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -38,6 +39,6 @@ class Geometric(Combination):
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if len(ran) == len(weights) and unreported is None:
+        if complete(weights, ran, unreported):
             return self.combine(probs, weights)
         return only_symbol(probs, ran, weights, unreported)

@@ -14,7 +14,18 @@ from mixlm.errors import ConfigError, did_you_mean
 COMBINATIONS: Mapping[str, tuple[str, str]] = {
     "average": ("average", "Average"),
     "geometric": ("geometric", "Geometric"),
+    "power": ("power", "Power"),
     "max": ("max", "Max"),
+    "min": ("min", "Min"),
+    "contrastive": ("contrastive", "Contrastive"),
+    "proxy": ("proxy", "Proxy"),
+    "guidance": ("guidance", "Guidance"),
+    "mean-then-truncate": ("mean_then_truncate", "MeanThenTruncate"),
+    "mean-then-temper": ("mean_then_temper", "MeanThenTemper"),
+    "union-top-k": ("union_top_k", "UnionTopK"),
+    "gac": ("gac", "GaC"),
+    "vote": ("vote", "Vote"),
+    "defer": ("defer", "Defer"),
 }
 ALIASES: Mapping[str, str] = {"unite": "union-top-k"}
 

@@ -1,0 +1,247 @@
+"""Temperature and truncation applied to a combination: `A C(q)`, with bounds from those of the rule for `C`.
+
+All that is used of the rule is that `C` is a distribution with `C ≥ l` for a known sub-distribution `l`, so that a
+mass `ρ = 1 − Σ l` is free; `C` itself may be the average (`mean-then-truncate`, `gac`) or any other rule.
+
+Envelope `F(l)`, for T ≤ 1 and α = 1/T:
+
+    F(l)(u) = l(u)^α / (l(u)^α + Σ_{v ≠ u, w} l(v)^α + (l(w) + ρ)^α)   if u is kept whatever the free mass does, else 0
+
+where w is the largest symbol beside u; for T = 1 this is l(u). The denominator is convex in the free mass, so it is
+largest where all of that lies on the symbol that is the largest already; truncation only makes denominators smaller.
+Which symbols are kept for certain is in `certainly_kept`.
+
+Coin first: with the rule's own `π_i S_i = l_i`, `F(l_i)` may stop, and `π' ∝ g(π_i)`, `g(x) = x^α / (x^α + (1 −
+x)^α)`. Valid: move what `C` gives u beyond l_i(u) to another symbol; the denominator of F(l_i)(u) is at least
+`l_i(u)^α + Σ_{v≠u} C(v)^α + (C(u) − l_i(u))^α ≥ Σ_j l_j(u)^α + Σ_{v≠u} C(v)^α`, and so `Σ_i F(l_i)(u) ≤ C(u)^α / Σ_v
+C(v)^α`. The mass of F(l_i) is at most g(π_i), and Σ g(π_i) ≤ 1.
+
+Above T = 1 a flat completion over a large vocabulary makes denominators as large as one likes: the bound is 0, but
+for a symbol that is certain. Temperature 0 is the most likely symbol, known as early as the rule knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mixlm.core.combinations.base import Combination, Unreported, complete, winner_by_bounds
+from mixlm.core.sampling import Transform
+from mixlm.types import Floats, Ids, Sampling
+
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class AfterCombination(Combination):
+    """A rule with temperature, top-k, top-p and min-p applied to its combination.
+
+    Attributes:
+        rule: The rule.
+        sampling: What is applied; penalties are the members' own.
+    """
+
+    rule: Combination
+    sampling: Sampling
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the rule."""
+        return self.rule.name
+
+    @property
+    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The roles of the rule."""
+        return self.rule.roles
+
+    @property
+    def shared_vocabulary(self) -> bool:  # type: ignore[override]
+        """Whether the rule needs one vocabulary."""
+        return self.rule.shared_vocabulary
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return the transformed combination."""
+        return transformed(self.rule.combine(probs, weights), self.sampling)
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return `F` of the rule's envelope."""
+        if complete(weights, ran, unreported):
+            return self.combine(probs, weights)
+        lower = self.rule.envelope(probs, weights, ran, unreported)
+        return None if lower is None else transformed_bound(lower, self.sampling)
+
+    def first_member(self, weights: Floats) -> Floats | None:
+        """Return `π'`; None where the rule tosses no coin, or nothing is known after one member."""
+        coin = self.rule.first_member(weights)
+        if coin is None or not 0 < self.sampling.temperature <= 1 or self.sampling.top_k == 1:
+            return None  # with one symbol kept, what a member knows is all or nothing, whatever its weight
+        shares = _tempered_share(coin, 1 / self.sampling.temperature)
+        normalised: Floats = shares / shares.sum()
+        return normalised
+
+    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+        """Return `F(π_i S_i) / π'_i`."""
+        coin, after = self.rule.first_member(weights), self.first_member(weights)
+        if coin is None or after is None:
+            return super().first_distribution(row, weights, member, open_mass)
+        inner = coin[member] * self.rule.first_distribution(row, weights, member, open_mass)
+        lower: Floats = transformed_bound(inner, self.sampling) / after[member]
+        return lower
+
+    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+        """Return the rule's: temperature and truncation keep the most likely symbol."""
+        return self.rule.certain_winner(probs, weights, ran)
+
+    def check_members(self, count: int) -> None:
+        """Check as the rule does."""
+        self.rule.check_members(count)
+
+
+def is_plain(sampling: Sampling) -> bool:
+    """Whether temperature and truncation leave a distribution as it is."""
+    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
+
+
+def transformed(distribution: Floats, sampling: Sampling) -> Floats:
+    """Return a distribution over aligned symbols after temperature, top-k, top-p and min-p.
+
+    Temperature 0 keeps the most likely symbol, the first of equally likely ones.
+    """
+    if is_plain(sampling):
+        return distribution
+    out = np.zeros_like(distribution)
+    if sampling.temperature == 0:
+        out[int(np.argmax(distribution))] = 1.0
+        return out
+    with np.errstate(divide="ignore"):
+        kept = Transform(sampling, np.zeros(0, dtype=np.int64))(np.log(distribution))
+    out[kept.ids] = np.exp(kept.logprobs)
+    return out
+
+
+def transformed_bound(lower: Floats, sampling: Sampling) -> Floats:
+    """Return the greatest lower bound found for the transform of any distribution that is at least `lower`: `F(l)`.
+
+    Args:
+        lower: A sub-distribution, float64 (symbols,); the distribution may give symbols that are not listed the rest.
+        sampling: Temperature and truncation.
+    """
+    out = np.zeros_like(lower)
+    if not lower.size:
+        return out
+    free = max(1 - float(lower.sum()), 0.0)
+    winner = winner_by_bounds(lower, lower + free, free)
+    if sampling.temperature == 0 or sampling.top_k == 1 or sampling.temperature > 1:
+        if winner is not None and (sampling.temperature <= 1 or sampling.top_k == 1 or lower[winner] >= 1 - _ROUNDING):
+            out[winner] = 1.0
+        return out
+    alpha = 1 / sampling.temperature
+    bound = lower if alpha == 1 else _tempered_bound(lower, free, alpha)
+    kept = certainly_kept(lower, free, sampling)
+    out[kept] = bound[kept]
+    return out
+
+
+def certainly_kept(lower: Floats, free: float, sampling: Sampling) -> npt.NDArray[np.bool_]:
+    """Return the symbols that truncation keeps whatever happens to the free mass, bool (symbols,). Temperature ≤ 1.
+
+    What counts against u is that it has just `lower[u]` and that the free mass lies elsewhere.
+
+    top-k: k others must overtake it, each of them at the price `(l(u) − l(v))_+`; the k cheapest must cost more than
+    there is. min-p: all the free mass lies on the largest other symbol. top-p: the mass before u is at most that of the
+    symbols that are not smaller, and of those that can be raised to it, with all the free mass.
+    """
+    kept = lower > 0
+    room = free + _ROUNDING if free > 0 else 0.0
+    if sampling.top_k:
+        kept &= _kept_by_top_k(lower, room, sampling.top_k)
+    if sampling.top_p < 1:
+        kept &= _kept_by_top_p(lower, room, sampling)
+    if sampling.min_p > 0:
+        kept &= lower >= sampling.min_p**sampling.temperature * (_largest_other(lower) + room) + min(room, _ROUNDING)
+    return kept
+
+
+def _largest_other(lower: Floats) -> Floats:
+    """Return the largest of the other values, for each: float64 (symbols,)."""
+    best = int(lower.argmax())
+    out = np.full_like(lower, lower[best])
+    out[best] = np.delete(lower, best).max(initial=0.0)
+    return out
+
+
+def _tempered_bound(lower: Floats, free: float, alpha: float) -> Floats:
+    powers = lower**alpha
+    other = _largest_other(lower)
+    denominators = powers.sum() - other**alpha + (other + free) ** alpha
+    bound: Floats = powers / denominators
+    return bound
+
+
+def _tempered_share(x: Floats, alpha: float) -> Floats:
+    """Return `g(x) = x^α / (x^α + (1 − x)^α)`."""
+    powers = x**alpha
+    share: Floats = powers / (powers + (1 - x) ** alpha)
+    return share
+
+
+def _kept_by_top_k(lower: Floats, room: float, k: int) -> npt.NDArray[np.bool_]:
+    """Only the k + 1 largest can be the k cheapest rivals of any symbol; symbols that are not listed have 0."""
+    top = np.sort(np.partition(lower, -k - 1)[-k - 1 :] if lower.size > k + 1 else lower)[::-1]
+    top = np.concatenate([top, np.zeros(k + 1 - top.size)])
+    kept = np.zeros(lower.size, dtype=np.bool_)
+    # At least k others are strictly larger where u is below the k-th.
+    for i in np.flatnonzero((lower >= top[k - 1]) & (lower > 0)):
+        rivals = np.delete(top, int(np.argmax(top == lower[i])))
+        kept[i] = np.maximum(lower[i] - rivals, 0).sum() >= room
+    return kept
+
+
+def _kept_by_top_p(lower: Floats, room: float, sampling: Sampling) -> npt.NDArray[np.bool_]:
+    """Bound the share of the mass that comes before each symbol, after temperature and top-k.
+
+    In descending order, a symbol is `value`; `level` symbols are not smaller. The free mass `room` may raise some of
+    those behind to it: the next ones are the cheapest and bring the most, so they are a prefix, up to `reach`.
+    """
+    alpha = 1 / sampling.temperature
+    order = np.argsort(-lower, kind="stable")
+    order = order[lower[order] > 0]
+    values = lower[order]
+    powers = values**alpha
+    sums, power_sums = (np.concatenate([[0.0], np.cumsum(x)]) for x in (values, powers))
+    level = np.searchsorted(-values, -values, side="right")
+    before = power_sums[level] - powers
+    near = before < sampling.top_p * (power_sums[-1] + room)  # the others are not kept for certain
+    values, level, before = values[near], level[near], before[near]
+    reach = _prefix(level, values, sums, room)
+    after = np.minimum(reach + 1, sums.size - 1)  # one more, in place of a part of it
+    if alpha == 1 and not sampling.top_k:
+        share = before + room + sums[after] - sums[level]
+    else:
+        # The free mass does the most on the largest of those before u.
+        ordered = np.append(lower[order], 0.0)
+        largest = np.where(level > 1, ordered[0], ordered[np.minimum(1, ordered.size - 1)])
+        before = before + (largest + room) ** alpha - largest**alpha + power_sums[after] - power_sums[level]
+        share = before / (before + values**alpha)
+    # Nothing comes before the largest where the free mass cannot raise any other to it.
+    unreachable = (level == 1) & (room < values - np.append(lower[order], 0.0)[level])
+    kept = np.zeros(lower.size, dtype=np.bool_)
+    kept[order[near]] = unreachable | (share < sampling.top_p - (_ROUNDING if room > 0 else 0.0))
+    return kept
+
+
+def _prefix(level: Ids, values: Floats, sums: Floats, room: float) -> Ids:
+    """Return, for each value, how many of the largest symbols are not smaller or can all be raised to it: int64 (n,).
+
+    sums: the cumulated values in descending order, with a 0 in front. Found by bisection, since prices grow.
+    """
+    low, high = level.copy(), np.full_like(level, sums.size - 1)
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        affordable = (middle - level) * values - (sums[middle] - sums[level]) <= room
+        low, high = np.where(affordable, middle, low), np.where(affordable, high, middle - 1)
+    return low

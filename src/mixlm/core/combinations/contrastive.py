@@ -1,0 +1,81 @@
+"""`contrastive`: what an expert finds more likely than an amateur, among the symbols that the expert finds plausible.
+
+Source: contrastive decoding, Li et al. (ACL 2023, arXiv 2210.15097), and its form for sampling, O'Brien and Lewis
+(2023, arXiv 2309.09117). With `V = {u : e(u) ≥ α max e}` and `strength` β,
+
+    form "weighted"   C(u) ∝ e(u)^(1+β) / a(u)^β   on V    O'Brien and Lewis: α = 0.1, β = 0.5 (the default)
+    form "original"   C(u) ∝ e(u) / a(u)^β         on V    Li et al.: α = 0.1, β = 1, or 1/τ for an amateur at τ
+
+and C(u) = 0 elsewhere. Both papers take the most likely symbol or beams of it; sampling follows C. Members need one
+vocabulary, since a symbol that the amateur cannot generate would be infinitely good: refused. Temperature and
+truncation apply to C. The weights are not used.
+
+Envelope: after the expert, 1 for u where V = {u}, since C is a distribution on V. Otherwise 0: an amateur that is
+certain of u, and of nothing else in V, makes C(u) as small as one likes. With the amateur alone it is 0. Cost: one
+forward of the expert where it is sure (no other symbol has α of its largest probability); else both, or drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.log_linear import log_linear
+from mixlm.errors import ConfigError
+from mixlm.types import Floats
+
+ContrastiveForm = Literal["weighted", "original"]
+
+
+@dataclass(frozen=True)
+class Contrastive(Combination):
+    """The expert's distribution against the amateur's.
+
+    Attributes:
+        strength: β, how much the amateur counts.
+        alpha: Which share of the largest of the expert's probabilities is plausible; 0 for every symbol.
+        form: Which of the published formulas.
+    """
+
+    name: ClassVar[str] = "contrastive"
+    common_options: ClassVar[bool] = True
+    roles: ClassVar[tuple[str, ...]] = ("expert", "amateur")
+    shared_vocabulary: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
+    strength: float = 0.5
+    alpha: float = 0.1
+    form: ContrastiveForm = "weighted"
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "strength", self.strength, minimum=0)
+        check_number(self.name, "alpha", self.alpha, minimum=0, maximum=1)
+        if self.form not in get_args(ContrastiveForm):
+            allowed = " or ".join(map(repr, get_args(ContrastiveForm)))
+            raise ConfigError(f"form is {self.form!r}; for rule {self.name} it must be {allowed}")
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return the contrast on the plausible symbols."""
+        expert = probs[0]
+        plausible = expert >= self.alpha * expert.max()
+        exponent = 1.0 if self.form == "original" else 1 + self.strength
+        rows = np.stack([np.where(plausible, expert, 0.0), probs[1]])
+        return log_linear(rows, np.array([exponent, -self.strength]), self.name)
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return certainty where the expert finds one symbol plausible, else nothing."""
+        if complete(weights, ran, unreported):
+            return self.combine(probs, weights)
+        lower = np.zeros(probs.shape[1])
+        if 0 in ran:
+            expert = probs[0]
+            threshold = self.alpha * expert.max()
+            plausible = np.flatnonzero((expert >= threshold) & (expert > 0))
+            hidden = unreported is not None and unreported.mass[0] > 0 and unreported.ceiling[0] >= threshold
+            if plausible.size == 1 and not hidden:
+                lower[plausible[0]] = 1.0
+        return lower

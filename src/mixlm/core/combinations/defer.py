@@ -1,0 +1,117 @@
+"""`defer`: keep the first member's token u with probability `a(u)`, otherwise ask the next member, and so on.
+
+    C = a_1 q_1 + (1 − Σ a_1 q_1) (a_2 q_2 + (1 − Σ a_2 q_2) (… q_n))
+
+where a_i, from 0 to 1 for each symbol, is any function of member i's distribution. Special cases: cascades by
+confidence (Chow, 1970; FrugalGPT, Chen et al., 2023; Gupta et al., ICLR 2024), which keep all or nothing; routers of
+single tokens, R2R (Fu et al., 2025, arXiv 2505.21600) and CITER (Zheng et al., 2025, arXiv 2502.01976), by a
+function of one's own.
+
+    by "top"       a = 1 where the largest probability is at least `strength`, else 0 for all
+    by "entropy"   a = 1 where the entropy in nats is at most `strength`
+    by "token"     a(u) = 1 where q(u) is at least `strength`
+    accept         a function from q, float64 (symbols,), to a, of the same shape
+
+Defined for every unit, for members with options of their own, in the order of the members; weights are not used.
+
+Envelope: what the members of the longest prefix 1 … j keep, `Σ_{i ≤ j} (Π_{h < i} (1 − A_h)) a_i q_i` with `A_h = Σ
+a_h q_h`. Each term depends on members up to i alone, and the rest of the mass goes where the next one wants: it is
+attained. Cost: `1 + (1 − A_1) + (1 − A_1)(1 − A_2) + …` forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.types import Floats
+
+DeferBy = Literal["top", "entropy", "token"]
+
+
+@dataclass(frozen=True)
+class Defer(Combination):
+    """Members in a chain: each keeps some of its tokens and leaves the others to the next.
+
+    Attributes:
+        strength: The threshold.
+        by: What is compared with it.
+        accept: A function of one's own, in place of `by` and `strength`.
+    """
+
+    name: ClassVar[str] = "defer"
+    strength: float = 0.5
+    by: DeferBy = "top"
+    accept: Callable[[Floats], Floats] | None = None
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(DeferBy):
+            allowed = ", ".join(map(repr, get_args(DeferBy)))
+            raise ConfigError(f"by is {self.by!r}; for rule {self.name} it must be one of {allowed}")
+        if self.by == "entropy":
+            check_number(self.name, "strength", self.strength, minimum=0)
+        else:
+            check_number(self.name, "strength", self.strength, minimum=0, maximum=1)
+        if self.accept is not None and not callable(self.accept):
+            raise ConfigError(f"accept is {self.accept!r}; it must be a function of a member's distribution")
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return what the chain keeps, and all of the last member's."""
+        kept, left = self._kept(probs, len(weights) - 1)
+        chain: Floats = kept + left * probs[-1]
+        return chain
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return what the members that ran keep, up to the first that has not.
+
+        Raises:
+            UnsupportedError: A member's whole distribution is needed to decide, and it was not reported.
+        """
+        if unreported is not None and unreported.mass.any() and (self.by == "entropy" or self.accept is not None):
+            raise UnsupportedError(
+                f"rule {self.name} decides by whole distributions, and a member reports its likeliest tokens alone",
+                "use by='top' or by='token'",
+            )
+        if complete(weights, ran, unreported):
+            return self.combine(probs, weights)
+        prefix = next(i for i in range(len(weights) + 1) if i not in ran)
+        if prefix == len(weights):
+            return self.combine(probs, weights)  # of what was reported
+        return self._kept(probs, prefix)[0]
+
+    def acceptance(self, distribution: Floats) -> Floats:
+        """Return `a`: float64, the shape of the distribution."""
+        if self.accept is not None:
+            return self._own_acceptance(distribution)
+        if self.by == "token":
+            return np.where(distribution >= self.strength, 1.0, 0.0)
+        if self.by == "top":
+            keeps = distribution.max(initial=0.0) >= self.strength
+        else:
+            positive = distribution[distribution > 0]
+            keeps = -(positive * np.log(positive)).sum() <= self.strength
+        return np.full(distribution.shape, float(keeps))
+
+    def _own_acceptance(self, distribution: Floats) -> Floats:
+        assert self.accept is not None
+        a = np.asarray(self.accept(distribution.copy()), dtype=np.float64)
+        if a.shape not in ((), distribution.shape):
+            raise ConfigError(f"accept returned the shape {a.shape}; it must be {distribution.shape}, or a number")
+        if not ((a >= 0) & (a <= 1)).all():
+            raise ConfigError(f"accept returned {a[~((a >= 0) & (a <= 1))].flat[0]:g}; it must be from 0 to 1")
+        return np.broadcast_to(a, distribution.shape)
+
+    def _kept(self, probs: Floats, count: int) -> tuple[Floats, float]:
+        """Return what the first members of the chain keep, and the mass that they leave to the next."""
+        kept, left = np.zeros(probs.shape[1]), 1.0
+        for row in probs[:count]:
+            share = self.acceptance(row) * row
+            kept += left * share
+            left *= max(1 - float(share.sum()), 0.0)
+        return kept, left

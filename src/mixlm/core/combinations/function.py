@@ -1,0 +1,103 @@
+"""A rule of one's own: any function of the members' distributions, and an envelope where one is known.
+
+The function's result is checked at every use. Without an envelope the rule is exact and drafts, or runs all members;
+with one it stops early. A wrong envelope is refused where all members have run (`check_bounds`), and found by `mixlm
+check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination, Unreported, complete
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.types import Floats
+
+RuleFunction = Callable[[Floats, Floats], Floats]
+EnvelopeFunction = Callable[[Floats, Floats, Sequence[int]], Floats]
+
+
+@dataclass(frozen=True)
+class FunctionCombination(Combination):
+    """A combination rule from functions; see `Combination.of`."""
+
+    function: RuleFunction
+    own_envelope: EnvelopeFunction | None = None
+    own_name: str = "function"
+    own_common_options: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ConfigError(f"the rule is {self.function!r}; it must be a function of distributions and weights")
+        if self.own_envelope is not None and not callable(self.own_envelope):
+            raise ConfigError(f"envelope is {self.own_envelope!r}; it must be a function")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name that was given."""
+        return self.own_name
+
+    @property
+    def common_options(self) -> bool:  # type: ignore[override]
+        """What was given."""
+        return self.own_common_options
+
+    @property
+    def speculates(self) -> bool:  # type: ignore[override]
+        """Whether there is no envelope."""
+        return self.own_envelope is None
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return the function's distribution.
+
+        Raises:
+            ConfigError: It is not one: another shape, a number that is negative or not finite, or a sum that is not 1.
+        """
+        result = self._checked(self.function(probs.copy(), weights.copy()), probs.shape[1], f"rule {self.name}")
+        total = float(result.sum())
+        if abs(total - 1) > 1e-6:
+            raise ConfigError(f"rule {self.name} returned probabilities that sum to {total:.6g}; they must sum to 1")
+        return result / total
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return the function's lower bound. It is given zeros for the members that have not run.
+
+        Raises:
+            ConfigError: It is no sub-distribution.
+            UnsupportedError: Something is unreported, which the function does not know about.
+        """
+        if self.own_envelope is None:
+            return None
+        if complete(weights, ran, unreported):
+            return self.combine(probs, weights)
+        if unreported is not None and unreported.mass.any():
+            raise UnsupportedError(
+                f"rule {self.name} needs whole distributions, and a member reports its likeliest tokens alone",
+                "use an engine that returns all logits",
+            )
+        rows = np.zeros_like(probs)
+        rows[list(ran)] = probs[list(ran)]
+        subject = f"the envelope of rule {self.name}"
+        lower = self._checked(self.own_envelope(rows, weights.copy(), tuple(ran)), probs.shape[1], subject)
+        if lower.sum() > 1 + 1e-6:
+            raise ConfigError(f"{subject} sums to {lower.sum():.6g}; it must be at most 1")
+        return lower
+
+    @staticmethod
+    def _checked(result: Any, size: int, subject: str) -> Floats:
+        try:
+            values = np.asarray(result, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{subject} returned {type(result).__name__}; it must be an array of numbers") from None
+        if values.shape != (size,):
+            raise ConfigError(f"{subject} returned the shape {values.shape}; it must be ({size},), a value per symbol")
+        if not np.isfinite(values).all():
+            raise ConfigError(f"{subject} returned a value that is not finite; all must be numbers of 0 or more")
+        if (values < 0).any():
+            raise ConfigError(f"{subject} returned the negative value {values.min():g}; all must be 0 or more")
+        return values

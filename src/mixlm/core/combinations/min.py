@@ -1,0 +1,39 @@
+"""`min`: the smallest of the members' probabilities, `C(u) = min_i q_i(u) / Z`. The weights only say who takes part.
+
+Source: the minimum rule of classifier combination (Kittler et al., 1998); the limit of `power` for r → −∞. Defined
+for every unit where some symbol is possible under all members; temperature and truncation apply to the minimum.
+
+Envelope: 0, since a missing member can make any symbol impossible; but a symbol that is the only one left to the
+members that ran is certain. Cost: drafts and their verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mixlm.core.combinations.base import Combination, Unreported, complete, normalized, positive_members
+from mixlm.core.combinations.log_linear import only_symbol
+from mixlm.types import Floats
+
+
+@dataclass(frozen=True)
+class Min(Combination):
+    """The members' smallest probability of each symbol, normalised."""
+
+    name: ClassVar[str] = "min"
+    common_options: ClassVar[bool] = True
+    speculates: ClassVar[bool] = True
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        """Return the normalised minimum."""
+        return normalized(probs[positive_members(weights)].min(axis=0), self.name)
+
+    def envelope(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return certainty where one symbol is left, else nothing."""
+        if complete(weights, ran, unreported):
+            return self.combine(probs, weights)
+        return only_symbol(probs, ran, weights, unreported)

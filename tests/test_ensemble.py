@@ -188,8 +188,8 @@ class TestOptions:
 
     def test_mixing_before_truncating_is_refused_by_mixture_and_another_distribution_in_conventional(self):
         ensemble = toys("piece", 3)
-        with pytest.raises(UnsupportedError, match="no exact form in mixture"):
-            ensemble.generate("ab", mix_then_truncate=True, **RAW)
+        with pytest.raises(UnsupportedError, match="mixture samples the average"):
+            ensemble.generate("ab", method="mixture", mix_then_truncate=True, **RAW)
         completions = [
             ensemble.generate("ab", method="conventional", mix_then_truncate=after, top_k=2, **RAW)
             for after in (False, True)

@@ -7,17 +7,37 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto"]
+Method = Literal["mixture", "conventional", "greedy", "single", "speculative", "auto", "layered"]
 UnitName = Literal["auto", "token", "piece", "word", "byte"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Graphs = Literal["auto", "on", "off"]
-Rule = Literal["gac", "unite"]
+Rule = Literal[
+    "average",
+    "geometric",
+    "power",
+    "max",
+    "min",
+    "contrastive",
+    "proxy",
+    "guidance",
+    "mean-then-truncate",
+    "mean-then-temper",
+    "union-top-k",
+    "gac",
+    "vote",
+    "defer",
+    "unite",
+]
+ContrastiveForm = Literal["weighted", "original"]
+DeferBy = Literal["top", "entropy", "token"]
 LogprobsOf = Literal["member", "ensemble"]
 RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
 RULES: tuple[Rule, ...] = get_args(Rule)
+CONTRASTIVE_FORMS: tuple[ContrastiveForm, ...] = get_args(ContrastiveForm)
+DEFER_BY: tuple[DeferBy, ...] = get_args(DeferBy)
 LOGPROBS_OF: tuple[LogprobsOf, ...] = get_args(LogprobsOf)
 ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
 GRAPHS: tuple[Graphs, ...] = get_args(Graphs)

@@ -4,6 +4,9 @@ method = "mixture"              # or conventional, greedy, single, speculative, 
 unit = "auto"                   # or token, piece, word, byte
 [sampling]                      # for every member
 top_k = 10
+[combination]                   # how distributions are combined, in place of the average
+rule = "geometric"
+strength = 2.0
 [[members]]
 model = "smollm2-135m"          # a name, a folder, a GGUF file or a hub id
 weight = 0.6
@@ -28,6 +31,8 @@ from mixlm.choices import (
     ON_FAILURE,
     RULES,
     UNITS,
+    ContrastiveForm,
+    DeferBy,
     DType,
     Graphs,
     LogprobsOf,
@@ -48,6 +53,7 @@ __all__ = [
     "ON_FAILURE",
     "RULES",
     "UNITS",
+    "CombinationConfig",
     "DType",
     "EnsembleConfig",
     "Graphs",
@@ -102,6 +108,8 @@ class MemberConfig(_Strict):
         template_file: A file with one.
         system: A system message in front of every conversation of this member.
         adapter: A LoRA adapter: a folder or a hub id.
+        role: What it is in the rule: expert or amateur of contrastive; base, tuned or untuned of proxy; conditional or
+            unconditional of guidance. Without roles, members have them in this order.
         trust_remote_code: Whether Python code in the model's folder may run.
     """
 
@@ -112,6 +120,7 @@ class MemberConfig(_Strict):
     device: str = "auto"
     engine: str = "auto"
     graphs: Graphs = "auto"
+    prefix_cache: int = Field(default=1024, ge=0, strict=True)
     candidates: int = Field(default=64, ge=1, strict=True)
     context: int | None = Field(default=None, ge=16, strict=True)
     slots: int | None = Field(default=None, ge=1, strict=True)
@@ -123,6 +132,7 @@ class MemberConfig(_Strict):
     template_file: str | None = None
     system: str | None = None
     adapter: str | None = None
+    role: str | None = None
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="before")
@@ -147,17 +157,56 @@ class RouterConfig(_Strict):
     sharpness: float | None = Field(default=None, strict=True)
 
 
+class CombinationConfig(_Strict):
+    """How the members' distributions are combined: a rule and its parameters."""
+
+    rule: Rule
+    strength: float | None = Field(default=None, strict=True)
+    alpha: float | None = Field(default=None, strict=True)
+    form: ContrastiveForm | None = None
+    by: DeferBy | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the rule and the parameters that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class EnsembleConfig(_Strict):
-    """An ensemble. `rule` is a published averaging rule in place of the mixture; `conventional` only."""
+    """An ensemble. `rule` is another way to write a `combination` without parameters.
+
+    With a rule that is not the average, the method is "layered" unless one is given.
+    """
 
     members: tuple[MemberConfig, ...] = Field(min_length=1)
     method: Method = "mixture"
     rule: Rule | None = None
+    combination: CombinationConfig | None = None
     unit: UnitName = "auto"
     system: str | None = None
     on_failure: OnFailure = "error"
     sampling: SamplingConfig = SamplingConfig()
     router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_method(cls, keys: Any) -> Any:
+        """Turn `rule` into a `combination`, and choose the method where none is given."""
+        if not isinstance(keys, dict):
+            return keys
+        keys = dict(keys)
+        if keys.get("rule") is not None:
+            if keys.get("combination") is not None:
+                raise ValueError("rule and [combination] are both given")
+            keys["combination"] = {"rule": keys.pop("rule")}
+        combination = keys.get("combination")
+        rule = combination.get("rule") if isinstance(combination, dict) else getattr(combination, "rule", None)
+        if rule not in (None, "average"):
+            keys.setdefault("method", "layered")
+        return keys
+
+    def rule_options(self) -> dict[str, Any]:
+        """Return the rule and its parameters, as options of a generation."""
+        return {} if self.combination is None else self.combination.options()
 
     def weights(self) -> list[float] | None:
         """Return the members' weights, None if no member has one.
@@ -270,7 +319,7 @@ def _check_tables(raw: dict[str, Any], source: str) -> None:
         )
     owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members or ()))]
     for prefix, table in owners:
-        for key in ("sampling", "router"):
+        for key in ("sampling", "router", "combination"):
             if isinstance(table.get(key), list):
                 place = f"{prefix.split('.')[0]}.{key}" if prefix else key
                 raise ConfigError(f"{source}: {prefix}{key} is a list of tables, and must be one", f"write [{place}]")
@@ -302,6 +351,8 @@ def _key_hint(place: tuple[int | str, ...]) -> str:
         return f"it is a sampling option: write it below [{'members.' if model is MemberConfig else ''}sampling]"
     if model is not EnsembleConfig and name in EnsembleConfig.model_fields:
         return "it is a key of the ensemble: write it above the first [table] of the file"
+    if model is EnsembleConfig and name in CombinationConfig.model_fields:
+        return "it is a parameter of a rule: write it below [combination]"
     if model is EnsembleConfig and name in MemberConfig.model_fields:
         return "it is a key of a member: write it below [[members]]"
     known = list(model.model_fields)
@@ -313,4 +364,6 @@ def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
         return SamplingConfig
     if "router" in place[:-1]:
         return RouterConfig
+    if "combination" in place[:-1]:
+        return CombinationConfig
     return MemberConfig if len(place) > 1 and place[0] == "members" else EnsembleConfig

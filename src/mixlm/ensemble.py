@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
@@ -33,6 +34,7 @@ from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
+    from mixlm.generation.background import AsyncGeneration, BackgroundRunner
     from mixlm.generation.next_distribution import NextDistribution
     from mixlm.generation.target import RuleTarget
 
@@ -184,6 +186,37 @@ class Ensemble:
         """Generate token by token: iterate over the result, then read its `completion`."""
         settings = self.settings(**options)
         return self.context(settings).start(self.encode_prompt(prompt, settings))
+
+    @overload
+    async def agenerate(self, prompt: str, **options: Unpack[Options]) -> Completion: ...  # type: ignore[overload-overlap]
+
+    @overload
+    async def agenerate(
+        self, prompt: Sequence[Message | Mapping[str, str]], **options: Unpack[Options]
+    ) -> Completion: ...
+
+    @overload
+    async def agenerate(self, prompt: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]: ...
+
+    async def agenerate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[Options]
+    ) -> Completion | list[Completion]:
+        """Return what `generate` returns, while the event loop does other things.
+
+        Calls that are in progress at the same time are batched, `AT_ONCE` at most. A task that is cancelled ends its
+        generation.
+        """
+        from mixlm.generation.background import finish_all
+
+        if not is_batch(prompt):
+            return await self.astream(cast(Prompt, prompt), **options).finish()
+        settings = self.settings(**options)
+        prompts = cast(Sequence[Prompt], prompt)
+        return await finish_all([self._begin_async(item, settings.with_turn(i)) for i, item in enumerate(prompts)])
+
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGeneration:
+        """Generate token by token in the background: `async for` over the result, then read its `completion`."""
+        return self._begin_async(prompt, self.settings(**options))
 
     def distribution(self, prompt: Prompt, **options: Unpack[Options]) -> NextDistribution:
         """Return the exact distribution of the symbol that follows a prompt, and each member's part in it.
@@ -343,6 +376,20 @@ class Ensemble:
                 f"{about} by its {observes.top_k} most likely tokens, and its engine reports {limit}",
                 f"set candidates of {member.name} to {observes.top_k} or more, or use --engine hf (engine='hf')",
             )
+
+    def _begin_async(self, prompt: Prompt, settings: GenerationOptions) -> AsyncGeneration:
+        """Return a generation that the background thread runs once it is awaited."""
+        from mixlm.generation.background import AsyncGeneration
+
+        return AsyncGeneration(
+            self._background, lambda: self.context(settings).start(self.encode_prompt(prompt, settings))
+        )
+
+    @cached_property
+    def _background(self) -> BackgroundRunner:
+        from mixlm.generation.background import BackgroundRunner
+
+        return BackgroundRunner(AT_ONCE)
 
     def _build_unit(self, name: UnitName) -> Unit:
         engines = [member.engine for member in self.members]

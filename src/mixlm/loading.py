@@ -20,13 +20,13 @@ from mixlm.config import (
     MemberConfig,
     Method,
     RouterConfig,
-    Rule,
     UnitName,
     parse_config,
     read_config,
 )
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import GenerationOptions
+from mixlm.core.options import RULE_PARAMETERS, GenerationOptions
+from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -45,11 +45,12 @@ def load(  # noqa: PLR0913 - one option each
     weights: Sequence[float] | None = None,
     method: Method | None = None,
     unit: UnitName | None = None,
-    rule: Rule | None = None,
+    rule: AnyRule | None = None,
     dtype: DType | None = None,
     device: str | None = None,
     engine: str | None = None,
     graphs: Graphs | None = None,
+    prefix_cache: int | None = None,
     trust_remote_code: bool | None = None,
     router: Router | RouterFunction | None = None,
     **sampling: Any,
@@ -64,11 +65,15 @@ def load(  # noqa: PLR0913 - one option each
         engine: What runs the models: "hf", "llamacpp", "vllm", "remote", or an engine of an installed package; "auto"
             is `choose_engine`'s choice.
         graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
+        prefix_cache: MiB of KV caches that a model of transformers keeps, so that texts with the same beginning read it
+            once; 0 for none, 1024 by default.
         trust_remote_code: Whether Python code in the folders of models may run; it does not by default.
         router: Weights that depend on the prompt or the text, in place of `weights`: a router of `mixlm.routing`, or a
             function of the prompt and the last 4096 bytes of the text so far, both bytes, that returns one weight per
             member.
-        sampling: Options of `Sampling` for every member.
+        rule: How the members' distributions are combined, in place of the average: a rule's name, a `Combination`, or a
+            function of probabilities and weights. Its parameters (`strength` and so on) may follow.
+        sampling: Options of `Sampling` for every member, and parameters of the rule.
 
     Where standard error is a terminal, or in a notebook, the progress is shown there.
 
@@ -97,12 +102,24 @@ def load(  # noqa: PLR0913 - one option each
     def load_member(spec: EngineSpec) -> Engine:
         return _engine_of(spec, pairs[spec.model]) if spec.model in pairs else load_engine(spec)
 
-    raw |= {name: value for name, value in (("method", method), ("unit", unit), ("rule", rule)) if value is not None}
+    raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
+    parameters = {name: sampling.pop(name) for name in RULE_PARAMETERS if name in sampling}
+    if method is None and not is_average(rule) and raw.get("method") in AVERAGE_METHODS:
+        del raw["method"]
+    own_rule = None if rule is None or isinstance(rule, str) else rule
+    if own_rule is not None:
+        raw.pop("combination", None)
+        raw.setdefault("method", "layered")
+    elif rule is not None:
+        raw["combination"] = {"rule": rule, **parameters}
+    elif parameters:
+        raw["combination"] = {**raw.get("combination", {}), **parameters}
     raw["sampling"] = {**raw.get("sampling", {}), **sampling}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
         overrides = {
             **{"dtype": dtype, "device": device, "engine": engine, "graphs": graphs},
+            "prefix_cache": prefix_cache,
             "trust_remote_code": trust_remote_code,
         }
         member |= {name: value for name, value in overrides.items() if value is not None}
@@ -110,7 +127,9 @@ def load(  # noqa: PLR0913 - one option each
             member["engine"] = "hf"
     config = parse_config(raw, "load")
     with _shown_progress(len(config.members)) as progress:
-        return load_config(config, weights=weights, router=router, progress=progress, load_engine=load_member)
+        return load_config(
+            config, weights=weights, router=router, progress=progress, load_engine=load_member, rule=own_rule
+        )
 
 
 def _model_name(model: Any, pairs: dict[str, LoadedPair]) -> str:
@@ -150,6 +169,7 @@ def load_config(  # noqa: PLR0913 - one option each
     engines: dict[EngineSpec, Engine] | None = None,
     load_engine: Callable[[EngineSpec], Engine] = load_engine,
     sequences: int = 4,
+    rule: AnyRule | None = None,
 ) -> Ensemble:
     """Load the ensemble that a configuration describes.
 
@@ -160,6 +180,7 @@ def load_config(  # noqa: PLR0913 - one option each
         engines: Loaded engines to share where models are the same; engines that are loaded here join them.
         load_engine: Loads an engine.
         sequences: How many sequences will run together: the default of `slots`, for each member on the same model.
+        rule: Replaces the combination of the configuration.
     """
     weights = weights if weights is not None else config.weights()
     checked_weights = normalized_weights(weights, len(config.members))
@@ -181,9 +202,11 @@ def load_config(  # noqa: PLR0913 - one option each
         if key not in engines:
             engines[key] = _load_or_share(spec, engines, progress, load_engine)
         name = _unique_name(member.name or engines[key].name, [other.name for other in members])
-        members.append(MemberSpec(engines[key], name, {**config.sampling.options(), **member.sampling.options()}))
+        sampling = {**config.sampling.options(), **member.sampling.options()}
+        members.append(MemberSpec(engines[key], name, sampling, member.role))
+    rule_options = config.rule_options() if rule is None else {"rule": rule}
     defaults = GenerationOptions(
-        method=config.method, system=config.system, rule=config.rule, on_failure=config.on_failure
+        method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )
     if router is None:
         router = _router(config.router, checked_weights, [member.name for member in members])

@@ -6,7 +6,7 @@ from typing import get_type_hints
 import pytest
 
 from mixlm.cli.options import generation_option, with_shared
-from mixlm.config import METHODS, SamplingConfig
+from mixlm.config import SamplingConfig
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.server.request_schemas import CommonFields, Extras
@@ -53,11 +53,43 @@ def test_stop_is_one_string_or_several(stop, expected):
     assert generation_options(stop=stop).stop == expected
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "conventional"])
-def test_mix_then_truncate_is_for_conventional_only(method):
-    with pytest.raises(UnsupportedError, match=f"no exact form in {method}.*method='conventional'"):
-        generation_options(method=method, mix_then_truncate=True)
-    assert generation_options(method="conventional", mix_then_truncate=True).mix_then_truncate
+@pytest.mark.parametrize("method", ["mixture", "speculative", "auto"])
+def test_a_rule_is_not_for_methods_of_the_average(method):
+    for rule in ({"mix_then_truncate": True}, {"rule": "geometric"}):
+        with pytest.raises(UnsupportedError, match=f"{method} samples the average.*method='layered'"):
+            generation_options(method=method, **rule)
+    assert generation_options(method="conventional", mix_then_truncate=True).rule == "mean-then-truncate"
+    assert generation_options(method="conventional", rule="average").rule is None
+
+
+def test_a_call_with_a_rule_is_layered_unless_it_says_otherwise():
+    plain = generation_options()
+    assert plain.with_options({"rule": "max"}).method == "layered"
+    assert plain.with_options({"mix_then_truncate": True}).method == "layered"
+    assert plain.with_options({"rule": "average"}).method == "mixture"
+    assert generation_options(method="conventional").with_options({"rule": "max"}).method == "conventional"
+    assert generation_options(method="greedy").with_options({"rule": "max"}).method == "greedy"
+    with pytest.raises(UnsupportedError, match="the rule is max"):
+        plain.with_options({"rule": "max", "method": "mixture"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "geometrical"}, "rule is 'geometrical'; it must be one of average, .*did you mean 'geometric'"),
+        ({"rule": 3}, "rule is 3; it must be a name, a Combination, or a function"),
+        ({"rule": "max", "strength": 2.0}, "rule max has no parameter 'strength'"),
+        ({"rule": "geometric", "strength": 0.0}, "strength is 0"),
+        ({"rule": "contrastive", "strength": "much"}, "strength is 'much'"),
+        ({"rule": "contrastive", "form": "new"}, "form is 'new'; it must be one of weighted, original"),
+        ({"strength": 2.0}, "strength is given without a rule"),
+        ({"rule": lambda probs, weights: probs[0], "strength": 1.0}, "strength is given, and the rule is no name"),
+        ({"rule": "gac", "mix_then_truncate": True}, "rule gac and mix-then-truncate are both given"),
+    ],
+)
+def test_what_is_no_rule_is_refused(options, message):
+    with pytest.raises((ConfigError, UnsupportedError), match=message):
+        generation_options(method="layered", **options)
 
 
 def test_options_of_a_call_override_those_of_a_member():
@@ -104,10 +136,10 @@ def test_sampling_of_the_average_has_all_but_the_penalties():
         method="conventional", mix_then_truncate=True, top_k=3, temperature=0.5, presence_penalty=1
     )
     assert options.member_sampling({}) == Sampling(temperature=1.0, top_k=0, presence_penalty=1)
-    assert options.mixed_sampling({}) == Sampling(top_k=3, temperature=0.5)
-    assert generation_options(method="conventional").mixed_sampling({}) is None
+    assert options.combined_sampling({}) == Sampling(top_k=3, temperature=0.5)
+    assert generation_options(method="conventional").combined_sampling({}) is None
     with pytest.raises(UnsupportedError, match=r"temperature is 0.*method='greedy'"):
-        generation_options(method="conventional", mix_then_truncate=True, temperature=0).mixed_sampling({})
+        generation_options(method="conventional", mix_then_truncate=True, temperature=0).combined_sampling({})
 
 
 @pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}])

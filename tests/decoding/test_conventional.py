@@ -20,7 +20,7 @@ from toys import (
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense_distribution
-from mixlm.decoding.conventional import conventional, mix_then_truncate
+from mixlm.decoding.conventional import conventional
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
@@ -75,7 +75,8 @@ def test_truncating_after_mixing_is_truncating_the_plain_average(unit):
     after = Sampling(temperature=0.6, top_k=3)
     noise = Recorder()
     options = {"method": "conventional", "mix_then_truncate": True, "temperature": 0.6, "top_k": 3}
-    driven(mix_then_truncate(after), written(ensemble, options, "ab", [b"a"]), ensemble.weights, noise)
+    writer = ensemble.context(ensemble.settings(**options))
+    driven(writer.strategy, written(ensemble, options, "ab", [b"a"]), ensemble.weights, noise)
     plain = exact_distribution(ensemble, OPTIONS["plain"], "ab", [b"a"])
     cut = dense_distribution(np.log(list(plain.values())), after, np.zeros(0, dtype=np.int64))
     expected = {key: p for key, p in zip(plain, cut, strict=True) if p > 0}

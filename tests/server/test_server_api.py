@@ -368,7 +368,6 @@ def test_negative_seeds_are_seeds(toys):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
         ("functions", [{}]),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}),
@@ -413,7 +412,9 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"seed": 2**64}, "seed"),
         ({"stop": 5}, "stop"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages.0.role"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"maxTokens": 5}, "maxTokens"),
         ({"a name": 5}, "a name"),
@@ -437,7 +438,11 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"unit": "byte"}, "temperature": 0}, "temperature"),
         ({"mixlm": {"method": "best"}}, "mixlm.method"),
         ({"mixlm": {"draft": "toy:1"}}, "mixlm.draft"),
-        ({"mixlm": {"mix_then_truncate": True}}, "mixlm.mix_then_truncate"),
+        ({"mixlm": {"mix_then_truncate": True, "method": "mixture"}}, "mixlm.method"),
+        ({"mixlm": {"rule": "best"}}, "mixlm.rule"),
+        ({"mixlm": {"rule": "geometric", "strength": -1}}, "mixlm.strength"),
+        ({"mixlm": {"rule": "max", "strength": 2}}, "mixlm.rule"),
+        ({"mixlm": {"rule": "max", "unit": "byte"}}, "mixlm.method"),
         ({"prompt": "x"}, "prompt"),
     ],
 )  # fmt: skip

@@ -50,6 +50,7 @@ def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -
         ("conventional", "exact"),
         ("single", "exact"),
         ("speculative", "exact"),
+        ("layered", "exact"),
         ("greedy", "exact"),
         ("mixture", "conventional"),
     }
@@ -137,11 +138,11 @@ def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
     assert check(alone, "abc", samples=1000).equal
 
 
-def test_mix_then_truncate_follows_its_own_distribution_in_conventional() -> None:
-    options = {"mix_then_truncate": True, "method": "conventional", "top_k": 3}
+def test_mix_then_truncate_follows_its_own_distribution() -> None:
+    options = {"mix_then_truncate": True, "top_k": 3}
     report = check(make_ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
     assert report.equal
-    assert {comparison.left for comparison in report.comparisons} == {"conventional"}
+    assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
 
 
 def broken_coin(step: DecodeStep) -> Flow:

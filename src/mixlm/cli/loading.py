@@ -29,6 +29,7 @@ def open_ensemble(
     engines: dict[EngineSpec, Engine] | None = None,
     load_engine: Callable[[EngineSpec], Engine] | None = None,
     one_method: bool = False,
+    sequences: int = 4,
 ) -> Ensemble:
     """Load the ensemble and show the notes of its engines.
 
@@ -39,12 +40,13 @@ def open_ensemble(
         engines: Engines to reuse; see `load_config`.
         load_engine: Loads an engine, in place of `mixlm.engines.load`.
         one_method: Whether the command uses no other method than the ensemble's.
+        sequences: How many sequences will run together.
 
     Raises:
         ConfigError, UsageError: The options do not fit; raised before anything is loaded.
     """
     config = shared.config(dtype=dtype)
-    if one_method and "block" in options and config.method not in ("speculative", "greedy", "auto"):
+    if one_method and "block" in options and config.method not in ("speculative", "greedy", "auto", "layered"):
         raise UsageError(
             f"--block is given, and {config.method} does not draft", "omit it, or use --method speculative or greedy"
         )
@@ -61,8 +63,15 @@ def open_ensemble(
                 show(f"loading {name}", next(loaded), len(config.members))
 
         ensemble = load_config(
-            config, weights=weights, progress=progress, engines=engines, load_engine=load_engine or load
+            config,
+            weights=weights,
+            progress=progress,
+            engines=engines,
+            load_engine=load_engine or load,
+            sequences=sequences,
         )
+    if options.get("mix_then_truncate"):
+        dim("note: --mix-then-truncate is now --rule mean-then-truncate")
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")
     return ensemble
@@ -80,11 +89,18 @@ def _check(config: EnsembleConfig, weights: list[float] | None, options: Options
         raise type(error)(error.message, error.hint or f"equal weights are -w {example}") from error
     if weights is not None and config.router.kind == "learned":
         raise UsageError("--weights is given, and the ensemble file has a learned router", "omit it")
-    settings = GenerationOptions(method=config.method, system=config.system, rule=config.rule).with_options(options)
+    defaults = GenerationOptions(method=config.method, system=config.system, **config.rule_options())
+    settings = defaults.with_options(options)
     sampling = [{**config.sampling.options(), **member.sampling.options()} for member in config.members]
     for member_sampling in sampling:
         settings.member_sampling(member_sampling)
     # Names of members are final once they are loaded, so the draft is checked then.
     names = [member.name or member.model for member in config.members]
     context = StrategyContext.unloaded(checked, names, sampling)
+    if settings.combination is not None:
+        from mixlm.generation.target import build_target
+
+        roles = [member.role for member in config.members]
+        target = build_target(settings, weights=checked, names=names, sampling=sampling, roles=roles, traits=None)
+        context = replace(context, target=target)
     build_strategy(replace(settings, draft=None), context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hints
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 from typer import Option
 
 from mixlm.choices import DTYPES, GRAPHS, UNITS
-from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling
@@ -77,6 +77,14 @@ class Shared:
             "--graphs", metavar="NAME", text=f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto."
         ),
     ] = None
+    prefix_cache: Annotated[
+        int | None,
+        _ensemble(
+            "--prefix-cache",
+            metavar="MIB",
+            text="Memory for texts that others may begin with (hf), so that they run once. Default: 1024; 0: none.",
+        ),
+    ] = None
     trust_remote_code: Annotated[
         bool, _ensemble("--trust-remote-code", metavar=None, text="Run Python code in the folders of models.")
     ] = False
@@ -121,6 +129,7 @@ class Shared:
         changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
         if self.unit is not None:
             changes["unit"] = self.unit
+        rule = {name: changes.pop(name) for name in _OF_RULE if name in changes}
         choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS}
         values = {**changes, "dtype": self.dtype, "graphs": self.graphs}
         for name, value in values.items():
@@ -128,6 +137,8 @@ class Shared:
                 OptionSpec(choices=choices[name] if name in choices else OPTIONS[name].choices).check(
                     f"--{name}", value
                 )
+        if self.prefix_cache is not None and self.prefix_cache < 0:
+            raise ConfigError(f"--prefix-cache is {self.prefix_cache}; it must be 0 or more MiB")
         if self.engine is not None:
             from mixlm.engines import check_engine
 
@@ -141,6 +152,8 @@ class Shared:
             if files := [name for name in names if name.lower().endswith(".toml")]:
                 raise UsageError(f"-m {files[0]} names an ensemble file, not a model", f"use: -e {files[0]}")
             config = EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names))
+        if rule:
+            changes |= _with_rule(config, rule, self.method)
         changes["members"] = tuple(self._with_machine(member, dtype) for member in config.members)
         return config.model_copy(update=changes)
 
@@ -152,7 +165,9 @@ class Shared:
             dtype = member.dtype
         engine = self.engine or member.engine
         device, graphs = self.device or member.device, self.graphs or member.graphs
-        changes = {"dtype": dtype, "device": device, "engine": engine, "graphs": graphs}
+        changes: dict[str, Any] = {"dtype": dtype, "device": device, "engine": engine, "graphs": graphs}
+        if self.prefix_cache is not None:
+            changes["prefix_cache"] = self.prefix_cache
         trusted = self.trust_remote_code or member.trust_remote_code
         return member.model_copy(update={**changes, "trust_remote_code": trusted})
 
@@ -166,6 +181,28 @@ class Shared:
             raise ConfigError(
                 f"--weights is {self.weights!r}; it must be numbers with commas between them", "such as: -w 0.7,0.3"
             ) from None
+
+
+def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str | None) -> dict[str, Any]:
+    """Return the changes of a configuration that a rule and its parameters make, and the method where none is given.
+
+    Raises:
+        ConfigError: There is no such rule, or no rule for the parameters.
+    """
+    from mixlm.config import CombinationConfig
+    from mixlm.core.rule_options import AVERAGE_METHODS, build_rule, check_rule, is_average
+
+    base = {} if "rule" in options else config.rule_options()
+    values = {**base, **options}
+    if "rule" not in values:
+        name = next(iter(options))
+        raise ConfigError(f"--{name} is given without a rule, and the average has none", "name one with --rule")
+    check_rule(values["rule"])
+    build_rule(values["rule"], {name: value for name, value in values.items() if name != "rule"})
+    changes: dict[str, Any] = {"combination": CombinationConfig(**values)}
+    if method is None and config.method in AVERAGE_METHODS and not is_average(values["rule"]):
+        changes["method"] = "layered"
+    return changes
 
 
 def demo() -> Sequence[str]:
@@ -210,9 +247,6 @@ def _with_shared(command: Callable[..., int], unused: Sequence[str], reason: str
         if without_effect := [option_flag(name) for name in shared.generation if name in unused]:
             verb = {"evaluate": "eval"}.get(command.__name__, command.__name__)
             raise UsageError(f"mixlm {verb} does not use {', '.join(without_effect)}: {reason}", "omit it")
-        if "method" in unused and shared.generation.keys() & {"rule", "mix_then_truncate"}:
-            # These have a form in this method alone, and the command takes no --method.
-            shared = replace(shared, generation={**shared.generation, "method": "conventional"})
         return command(shared=shared, **values)
 
     wrapped.__signature__ = Signature([*parameters, *shared_parameters])  # type: ignore[attr-defined]
@@ -253,7 +287,7 @@ def _is_set(value: Any) -> bool:
 
 def _parsed_type(hint: Any) -> Any:
     """Return the type that an option is parsed as: names are checked later, with a hint."""
-    if hint in (bool, int, float):
+    if hint in (bool, int, float, float | None):
         return hint if hint is bool else hint | None
     return list[str] | None if get_origin(hint) is tuple else str | None
 
@@ -273,6 +307,7 @@ _SHARED_OPTIONS = [
     *sorted(SAMPLING_OPTIONS, key=lambda name: name.endswith("penalty")),
     *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
 ]
-_OF_ENSEMBLE = ("method", "rule")
+_OF_RULE = ("rule", *RULE_PARAMETERS)
+_OF_ENSEMBLE = ("method", *_OF_RULE)
 # Options of `generate` and the like, without an effect on commands that only score.
 NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name != "system")

@@ -6,17 +6,40 @@ import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from mixlm.choices import LOGPROBS_OF, METHODS, ON_FAILURE, RULES, LogprobsOf, Method, OnFailure, Rule
+from mixlm.choices import (
+    CONTRASTIVE_FORMS,
+    DEFER_BY,
+    LOGPROBS_OF,
+    METHODS,
+    ON_FAILURE,
+    RULES,
+    LogprobsOf,
+    Method,
+    OnFailure,
+)
+from mixlm.core.grammar import MAX_CALLS, Language
+from mixlm.core.rule_options import (
+    AVERAGE_METHODS,
+    PUBLISHED_GREEDY,
+    AnyRule,
+    build_rule,
+    check_method,
+    check_rule,
+    is_average,
+    rule_name,
+)
+from mixlm.core.tool_options import TOOL_CHOICES, check_tool_choice, checked_tools
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.option_spec import OptionSpec, check_options, option, specs
-from mixlm.types import Sampling
+from mixlm.types import Sampling, Tool
+
+if TYPE_CHECKING:
+    from mixlm.core.combinations import Combination
 
 # Greedy decoding takes the most likely symbol of the untransformed average unless options are given.
 _PLAIN = Sampling(temperature=1.0, top_k=0)
-# What the papers use where an option is not given; temperature 0 is each rule's own choice of the most likely.
-_PUBLISHED: Mapping[Rule, Mapping[str, Any]] = {"gac": {}, "unite": {"top_k": 10}}
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _RENAMED = {"alternatives": "top_logprobs"}
 
@@ -32,7 +55,11 @@ class Options(TypedDict, total=False):
     raw: bool
     system: str | None
     mix_then_truncate: bool
-    rule: Rule | None
+    rule: AnyRule | None
+    strength: float | None
+    alpha: float | None
+    form: str | None
+    by: str | None
     ignore_end: bool
     draft: str | None
     block: int
@@ -41,6 +68,13 @@ class Options(TypedDict, total=False):
     logprobs_of: LogprobsOf
     logit_bias: Mapping[str | int, float]
     json_schema: Mapping[str, Any] | None
+    tools: Sequence[Tool | Mapping[str, Any]]
+    tool_choice: str
+    parallel_tool_calls: bool
+    chat_template_kwargs: Mapping[str, Any]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    min_tokens: int
     score_prompt: bool
     repetition_penalty: float
     presence_penalty: float
@@ -61,8 +95,11 @@ class GenerationOptions:
     Attributes:
         method: The decoding method.
         sampling: Options of `Sampling` that are given for every member, by name.
-        mix_then_truncate: Apply temperature and truncation to the average, not to each member; `conventional` only.
-        rule: A published averaging rule (`decoding/gac`, `decoding/unite`), for comparison; `conventional` only.
+        mix_then_truncate: Another name of the rule "mean-then-truncate".
+        rule: How the members' distributions are combined (`core/combinations`): a rule's name; or a `Combination`; or a
+            function from probabilities, float64 (members, symbols), and weights, float64 (members,), to a distribution,
+            float64 (symbols,). None is the average.
+        strength, alpha, form, by: Parameters of rules; None for the rule's default.
         max_tokens: Most symbols to generate.
         stop: Strings that end the completion and are not part of it.
         seed: First part of the key of the random numbers; equal keys give equal text.
@@ -80,6 +117,13 @@ class GenerationOptions:
         logit_bias: What is added to the logits of the tokens with exactly a text's bytes, before all other options; by
             ids where members share a vocabulary.
         json_schema: The completion is JSON of this schema, if it ends before `max_tokens` (`core/grammar`).
+        tools: Functions that the completion may call: `Tool`, or dicts as in OpenAI's API.
+        tool_choice: "auto" for text or calls, "required" for calls, "none" for text, or the one function to call.
+        parallel_tool_calls: Whether a completion may have several calls.
+        chat_template_kwargs: Further variables of the members' chat templates; each gets those that it names.
+        add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
+        continue_final_message: Continue the last message, which is left open.
+        min_tokens: Symbols before end-of-text or a stop string may end the completion.
         score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members; `max_tokens`
             may then be 0.
     """
@@ -90,16 +134,56 @@ class GenerationOptions:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     mix_then_truncate: bool = option(
         False,
-        help="Apply temperature and truncation to the average, not to each member; conventional only.",
+        help="Another name of --rule mean-then-truncate.",
         panel="Sampling",
         http="mixlm",
     )
-    rule: Rule | None = option(
+    rule: AnyRule | None = option(
         None,
-        help="a published averaging rule, for comparison; conventional only",
-        panel="Sampling",
+        help="how the members' distributions are combined",
+        default_text="average",
+        panel="Ensemble",
         metavar="NAME",
+        http="mixlm",
         choices=RULES,
+    )
+    strength: float | None = option(
+        None,
+        help="How much the rules geometric, power, contrastive, proxy, guidance and defer change.",
+        default_text="that of the rule",
+        panel="Ensemble",
+        metavar="X",
+        http="mixlm",
+        minimum=-1e6,
+        maximum=1e6,
+    )
+    alpha: float | None = option(
+        None,
+        help="For contrastive: tokens of at least this share of the likeliest one's probability are plausible.",
+        default_text="0.1",
+        panel="Ensemble",
+        metavar="X",
+        http="mixlm",
+        minimum=0,
+        maximum=1,
+    )
+    form: str | None = option(
+        None,
+        help="for contrastive, which published formula",
+        default_text="weighted",
+        panel="Ensemble",
+        metavar="NAME",
+        http="mixlm",
+        choices=CONTRASTIVE_FORMS,
+    )
+    by: str | None = option(
+        None,
+        help="for defer, what is compared with the strength",
+        default_text="top",
+        panel="Ensemble",
+        metavar="NAME",
+        http="mixlm",
+        choices=DEFER_BY,
     )
     max_tokens: int = option(
         256,
@@ -163,10 +247,25 @@ class GenerationOptions:
         default_factory=dict, help="Bias by a token's text, digits too.", http="mixlm"
     )
     json_schema: Mapping[str, Any] | None = option(None)
+    tools: tuple[Tool, ...] = option(())
+    tool_choice: str = option("auto")
+    parallel_tool_calls: bool = option(True)
+    chat_template_kwargs: Mapping[str, Any] = option(default_factory=dict)
+    add_generation_prompt: bool = option(True)
+    continue_final_message: bool = option(False)
+    min_tokens: int = option(
+        0,
+        help="Generate at least N tokens.",
+        panel="Generation",
+        metavar="N",
+        http="openai",
+        whole=True,
+        minimum=0,
+    )
     score_prompt: bool = option(False)
 
     def __post_init__(self) -> None:
-        check_options(self, skip=("max_tokens",) if self.score_prompt and self.max_tokens == 0 else ())
+        check_options(self, skip=("rule", *(("max_tokens",) if self.score_prompt and self.max_tokens == 0 else ())))
         if self.score_prompt and not self.raw:
             raise UnsupportedError("score_prompt needs a raw prompt, and this one is in a template", "use raw=True")
         for name in ("system", "draft"):
@@ -176,22 +275,46 @@ class GenerationOptions:
         self._check_bias()
         if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
             raise ConfigError(f"json_schema is {self.json_schema!r}; it must be a JSON object")
-        if self.json_schema is not None and self.ignore_end:
-            raise UnsupportedError(
-                "json_schema decides where a completion ends, and ignore_end goes on", "leave one out"
-            )
-        if self.draft is not None and self.method not in ("speculative", "greedy"):
+        check_tool_choice(self.tool_choice, self.tools)
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise ConfigError(f"chat_template_kwargs is {self.chat_template_kwargs!r}; it must be a dict")
+        self._check_end()
+        if self.draft is not None and self.method not in ("speculative", "greedy", "layered"):
             raise ConfigError(
                 f"draft is {self.draft!r}, and {self.method} does not draft",
                 "use it with --method speculative or greedy",
             )
-        if self.mix_then_truncate and self.method != "conventional":
+        self._set_rule()
+
+    def _check_end(self) -> None:
+        """Raise UnsupportedError for options that contradict each other on the ends of prompt and completion."""
+        if self.language is not None and (self.ignore_end or self.min_tokens):
+            name = "ignore_end" if self.ignore_end else "min_tokens"
             raise UnsupportedError(
-                f"mix-then-truncate has no exact form in {self.method}: it needs every member's distribution",
-                "use it with --method conventional",
+                f"{self.language.option} decides where a completion ends, and {name} goes on", "leave one out"
             )
-        if self.rule is not None:
-            self._check_rule(self.rule)
+        if self.raw and (self.tools or self.continue_final_message or self.chat_template_kwargs):
+            name = "tools" if self.tools else "chat_template_kwargs" if self.chat_template_kwargs else ""
+            raise UnsupportedError(
+                f"{name or 'continue_final_message'} is for chat templates, and the prompt is raw", "leave one out"
+            )
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The tools that the prompt lists: none if `tool_choice` is "none"."""
+        return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def language(self) -> Language | None:
+        """What the completion is held to; None for nothing."""
+        if not self.callable_tools:
+            return None if self.json_schema is None else Language(self.json_schema, {})
+        named = self.tool_choice not in TOOL_CHOICES
+        return Language(
+            self.json_schema if self.tool_choice == "auto" else False,
+            {tool.name: tool.parameters for tool in self.tools if not named or tool.name == self.tool_choice},
+            MAX_CALLS if self.parallel_tool_calls and not named else 1,
+        )
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
@@ -203,17 +326,39 @@ class GenerationOptions:
             if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
                 raise ConfigError(f"logit_bias is {value!r} for {key!r}; it must be a number from -100 to 100")
 
-    def _check_rule(self, rule: Rule) -> None:
-        if self.method != "conventional":
-            raise UnsupportedError(
-                f"rule {rule} has no form in {self.method}: it needs every member's distribution",
-                "use it with --method conventional",
-            )
+    def _set_rule(self) -> None:
+        """Check the rule and its parameters; the average is None, and mix_then_truncate is a rule."""
         if self.mix_then_truncate:
-            raise UnsupportedError(
-                f"rule {rule} and mix-then-truncate are both given",
-                "leave one out: rules truncate as they are published",
-            )
+            if self.rule not in (None, "mean-then-truncate"):
+                raise UnsupportedError(
+                    f"rule {rule_name(self.rule)} and mix-then-truncate are both given",
+                    "leave one out: mix-then-truncate is the rule mean-then-truncate",
+                )
+            object.__setattr__(self, "rule", "mean-then-truncate")
+            object.__setattr__(self, "mix_then_truncate", False)
+        if self.rule is not None:
+            check_rule(self.rule)
+            build_rule(self.rule, self.rule_parameters)
+        if self.rule is None or is_average(self.rule):
+            if self.rule is None and self.rule_parameters:
+                name = next(iter(self.rule_parameters))
+                raise ConfigError(f"{name} is given without a rule, and the average has none", "name one with --rule")
+            object.__setattr__(self, "rule", None)
+        else:
+            check_method(self.rule, self.method)
+
+    @property
+    def rule_parameters(self) -> dict[str, Any]:
+        """The parameters of the rule that are given."""
+        values = {name: getattr(self, name) for name in RULE_PARAMETERS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def combination(self) -> Combination | None:
+        """The rule; None where the method needs none, since it samples the average or a single member."""
+        if self.method == "single" or (self.rule is None and self.method != "layered"):
+            return None
+        return build_rule(self.rule or "average", self.rule_parameters)
 
     def with_options(self, options: Mapping[str, Any]) -> GenerationOptions:
         """Return these options with a call's options over them, and a new seed unless one is given.
@@ -232,7 +377,12 @@ class GenerationOptions:
         sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS if name in values}
         if "stop" in values:
             values["stop"] = _stop_strings(values["stop"])
+        if "tools" in values:
+            values["tools"] = checked_tools(values["tools"] or ())
         values.setdefault("seed", secrets.randbits(32))
+        rule = "mean-then-truncate" if values.get("mix_then_truncate") else values.get("rule", self.rule)
+        if "method" not in values and self.method in AVERAGE_METHODS and not is_average(rule):
+            values["method"] = "layered"
         return replace(self, **values, sampling={**self.sampling, **sampling})
 
     def with_turn(self, turn: int) -> GenerationOptions:
@@ -249,7 +399,7 @@ class GenerationOptions:
             UnsupportedError: The temperature is 0, and the method samples.
         """
         options = {**member, **self.sampling}
-        if self.mix_then_truncate or self.rule is not None:
+        if (rule := self.combination) is not None and rule.common_options:
             return replace(_PLAIN, **{name: options[name] for name in _PENALTIES if name in options})
         sampling = Sampling(**options)
         if self.is_greedy(member):
@@ -274,22 +424,22 @@ class GenerationOptions:
         options = {**member, **self.sampling}
         return self.method == "greedy" or (self.method == "single" and options.get("temperature") == 0)
 
-    def mixed_sampling(self, member: Mapping[str, Any]) -> Sampling | None:
-        """Return the sampling that is applied to the average itself, None if there is none."""
-        if not self.mix_then_truncate and self.rule is None:
+    def combined_sampling(self, member: Mapping[str, Any]) -> Sampling | None:
+        """Return the sampling that applies to the combination itself; None if the members have it.
+
+        Args:
+            member: The member's own options of `Sampling`.
+
+        Raises:
+            UnsupportedError: The temperature is 0, and the method samples.
+        """
+        rule = self.combination
+        if rule is None or not rule.common_options:
             return None
-        values = {**member, **self.sampling}
-        options = {name: value for name, value in values.items() if name not in _PENALTIES}
-        if self.rule is not None:
-            sampling = Sampling(**{**_PUBLISHED[self.rule], **options})
-            if self.rule == "unite" and sampling.top_k == 0:
-                raise ConfigError(
-                    "top_k is 0, and rule unite joins each member's top k", "give --top-k 10, as published"
-                )
-            return sampling
-        sampling = Sampling(**options)
-        if sampling.temperature == 0:
-            raise UnsupportedError("temperature is 0, and conventional samples", "use --method greedy")
+        options = {**rule.default_sampling, **member, **self.sampling}
+        sampling = Sampling(**{name: value for name, value in options.items() if name not in _PENALTIES})
+        if sampling.temperature == 0 and self.method != "greedy" and self.rule not in PUBLISHED_GREEDY:
+            raise UnsupportedError(f"temperature is 0, and {self.method} samples", "use --method greedy")
         return sampling
 
 
@@ -300,5 +450,6 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+RULE_PARAMETERS = ("strength", "alpha", "form", "by")
 SAMPLING_OPTIONS: Mapping[str, OptionSpec] = specs(Sampling)
 OPTIONS: Mapping[str, OptionSpec] = {**specs(GenerationOptions), **SAMPLING_OPTIONS}

@@ -123,7 +123,7 @@ class _CoverSampler:
         """
         distribution, span = cover.distribution, cover.span
         if span.start == span.stop:
-            raise UnsupportedError(f"{self._view.member.name} cannot continue the text as json_schema allows")
+            raise UnsupportedError(f"{self._view.member.name} cannot continue the text as json_schema or tools allow")
         index = span.start + noise.sample(distribution.symbols[span], distribution.logprobs[span])
         if distribution.symbols[index] == self.end:
             return [Choice(self.end, self._member, float(distribution.logprobs[index]))]

@@ -15,7 +15,7 @@ m + 1 forwards of the draft, whose distribution the last token needs too, and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -155,6 +155,53 @@ def drafted_greedy_seconds(weights: Floats, costs: ForwardCosts, plan: DraftPlan
         if i != plan.draft and weight > 0:
             seconds += costs(i, plan.block + 1)
     return float(seconds / _expected_accepted(plan))
+
+
+def together_seconds(
+    members: Sequence[int], costs: ForwardCosts, batch_keys: Sequence[Hashable], tokens: float = 1
+) -> float:
+    """Return the seconds of one forward of each of several members. Those with equal batch keys run in one."""
+    by_key: dict[Hashable, float] = {}
+    for member in members:
+        by_key[batch_keys[member]] = max(costs(member, tokens), by_key.get(batch_keys[member], 0.0))
+    return sum(by_key.values())
+
+
+def layered_seconds(
+    members: Sequence[int], first: Floats, decided: Floats, costs: ForwardCosts, batch_keys: Sequence[Hashable]
+) -> float:
+    """Return the expected seconds of a token by `layered` without drafts.
+
+    Args:
+        members: Those that take part.
+        first: The probability that each of them runs first, float64 (members,).
+        decided: The share of such positions that it decides alone, float64 (members,); 0 everywhere for a rule that
+            needs all members, which then run at once.
+        costs: Of forwards.
+        batch_keys: Members of equal ones run in one forward.
+    """
+    if not decided.any():
+        return together_seconds(members, costs, batch_keys)
+    seconds = 0.0
+    for member, share, stops in zip(members, first, decided, strict=True):
+        others = [other for other in members if other != member]
+        rest = together_seconds(others, costs, batch_keys)
+        seconds += float(share) * (costs(member, 1) + float(1 - stops) * rest)
+    return seconds
+
+
+def layered_drafted_seconds(
+    members: Sequence[int], costs: ForwardCosts, batch_keys: Sequence[Hashable], plan: DraftPlan, decided: float
+) -> float:
+    """Return the expected seconds of a token where a member drafts that decides a share of the positions alone.
+
+    A block has (m + 1) / (1 - decided) positions, of which all but the undecided need neither a guess nor a
+    verification; the draft runs at each, every other member once.
+    """
+    undecided = max(1 - decided, 0.03)
+    positions, tokens = (plan.block + 1) / undecided, _expected_accepted(plan) / undecided
+    others = [member for member in members if member != plan.draft]
+    return (positions * costs(plan.draft, 1) + together_seconds(others, costs, batch_keys, positions)) / tokens
 
 
 def _expected_accepted(plan: DraftPlan) -> float:

@@ -103,8 +103,10 @@ def build_draft(name: str | None, context: StrategyContext) -> Draft:
         return LookupDraft() if member is None else MemberDraft(member, names[member])
     if name == LookupDraft.name:
         return LookupDraft()
+    if name == NoDraft.name:
+        return NoDraft()
     if name not in names:
-        allowed = [*names, LookupDraft.name]
+        allowed = [*names, LookupDraft.name, NoDraft.name]
         raise ConfigError(f"draft is {name!r}; it must be one of {', '.join(allowed)}", did_you_mean(name, allowed))
     return MemberDraft(list(names).index(name), name)
 

@@ -1,32 +1,35 @@
-"""`greedy`: the most likely symbol of the average. It needs the average, so one member's forward does not suffice.
+"""`greedy`: the most likely symbol of the average, or of a combination rule. One member's forward does not suffice.
 
-Two forms with one result. Plain: one symbol at a time, running no more members than it takes to be certain. Drafted: a
-draft proposes a block, every member runs it in one forward, and proposals are accepted as long as they are the
-average's most likely symbols.
-"""
+Two forms with one result. Plain: one symbol at a time, running no more members than it takes to be certain. Drafted:
+a draft proposes a block, every member runs it in one forward, and proposals are accepted as long as they are the
+most likely symbols."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from mixlm.core.mixing import mix, responsibilities
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
-from mixlm.engines.requests import LogitsRequest, Request
-from mixlm.generation.dispatch import RequestFlow
+from mixlm.decoding.blocks import Position, draft_block, verify
+from mixlm.decoding.drafts import Draft, NoDraft, build_draft
+from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
-from mixlm.types import Candidates, Floats, Ids, LogitsRow
+from mixlm.generation.target import RuleTarget
+from mixlm.types import Candidates, Floats
 
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the plain form, or the drafted one where the options name a draft."""
-    if options.draft is None:
+    draft = None if options.draft is None else build_draft(options.draft, context)
+    if context.target is not None:
+        return greedy_by_rule(context.target, draft, options.block, context.speculation)
+    if draft is None:
         return greedy
-    return greedy_drafted(build_draft(options.draft, context), options.block, context.speculation)
+    return greedy_drafted(draft, options.block, context.speculation)
 
 
 def greedy(step: DecodeStep) -> Flow:
@@ -59,20 +62,26 @@ def greedy_single(member: int) -> Strategy:
     return strategy
 
 
-@dataclass(slots=True)
-class _GreedyPosition:
-    """One position of a block, and by member: its tokens, the function from logits to its distribution, its logits."""
+class _AveragePosition(Position):
+    """A position whose symbol is the most likely one of the average, once every member has run."""
 
-    step: DecodeStep
-    ids: list[Ids]
-    distributions: list[Callable[[LogitsRow], Candidates]]
-    logits: dict[int, LogitsRow] = field(default_factory=dict)
-    proposal: int | None = None
+    def __init__(self, step: DecodeStep) -> None:
+        super().__init__(step, _heaviest_first(step.weights), [view.bind_distribution() for view in step.views])
 
-    @classmethod
-    def of(cls, step: DecodeStep) -> _GreedyPosition:
-        ids = [view.ids().copy() for view in step.views]  # copies: the state goes on changing
-        return cls(step, ids, [view.bind_distribution() for view in step.views])
+    def needs(self) -> Sequence[int]:
+        """Return the members that have not run."""
+        return [member for member in self.members if member not in self.parts]
+
+    def advance(self) -> None:
+        """Choose the symbol if every member has run."""
+        if not self.needs():
+            parts = [(float(self.step.weights[member]), self.parts[member]) for member in self.members]
+            self.choice = _most_likely(self.step, parts, list(self.members))
+
+    def guess(self, member: int) -> int | None:
+        """Return the member's most likely symbol."""
+        part = self.parts[member]
+        return int(part.ids[np.argmax(part.logprobs)]) if part.ids.size else None
 
 
 def greedy_drafted(draft: Draft, block: int, stats: SpeculationStats | None = None) -> Strategy:
@@ -86,78 +95,36 @@ def greedy_drafted(draft: Draft, block: int, stats: SpeculationStats | None = No
         block: Proposals of a block, at most.
         stats: Records how many were verified and accepted.
     """
-    stats = stats or SpeculationStats()
+    return _drafted(_AveragePosition, draft, block, stats or SpeculationStats())
 
+
+def greedy_by_rule(target: RuleTarget, draft: Draft | None, block: int, stats: SpeculationStats) -> Strategy:
+    """Return greedy decoding of a combination rule: the most likely symbol of what it makes of the members.
+
+    Members run one after another, and no more of them than it takes for a symbol that the others cannot overtake; with
+    a draft, in blocks.
+
+    Args:
+        target: The rule.
+        draft: What proposes symbols, if anything.
+        block: Proposals of a block, at most.
+        stats: Records how many were verified and accepted.
+    """
+    from mixlm.decoding.rule_position import GreedyPosition
+
+    if draft is None:
+        return _drafted(lambda step: GreedyPosition(step, target), NoDraft(), 0, stats)
+    return _drafted(lambda step: GreedyPosition(step, target, together=True), draft, block, stats)
+
+
+def _drafted(
+    position_at: Callable[[DecodeStep], Position], draft: Draft, block: int, stats: SpeculationStats
+) -> Strategy:
     def strategy(step: DecodeStep) -> Flow:
-        positions = yield from _draft_block(step, draft, block)
-        requests, covered = _verification_requests(positions)
-        responses = yield requests
-        for request, indices, rows in zip(requests, covered, responses, strict=True):
-            for index in indices:
-                ids = positions[index].ids[request.member]
-                positions[index].logits[request.member] = rows[len(ids) - len(request.ids) - 1]
-        return _verify(positions, stats)
+        positions = yield from draft_block(step, draft, block, position_at)
+        return (yield from verify(positions, stats))
 
     return strategy
-
-
-def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list[_GreedyPosition]]:
-    """Return the positions of a block; a draft that is a member runs at all of them."""
-    positions: list[_GreedyPosition] = []
-    current: DecodeStep | None = step
-    while current is not None:
-        position = _GreedyPosition.of(current)
-        positions.append(position)
-        if draft.member >= 0:
-            [rows] = yield [LogitsRequest(draft.member, position.ids[draft.member])]
-            position.logits[draft.member] = rows[0]
-        if len(positions) > block:
-            break
-        if draft.member >= 0:
-            distribution = position.distributions[draft.member](position.logits[draft.member])
-            if distribution.ids.size:
-                position.proposal = int(distribution.ids[np.argmax(distribution.logprobs)])
-        else:
-            position.proposal = yield from draft.propose(current)
-        if position.proposal is None:
-            break
-        current = yield from current.following(position.proposal)
-    return positions
-
-
-def _verification_requests(positions: list[_GreedyPosition]) -> tuple[list[Request], list[list[int]]]:
-    """Return the requests for all logits that are missing, and the positions that each of them covers."""
-    requests: list[Request] = []
-    covered: list[list[int]] = []
-    for member in range(len(positions[0].ids)):
-        missing = [
-            index
-            for index, position in enumerate(positions)
-            if position.step.weights[member] > 0 and member not in position.logits
-        ]
-        for group in prefix_groups([positions[index].ids[member] for index in missing]):
-            indices = [missing[index] for index in group]
-            longest, shortest = positions[indices[-1]].ids[member], positions[indices[0]].ids[member]
-            requests.append(LogitsRequest(member, longest, len(longest) - len(shortest) + 1))
-            covered.append(indices)
-    return requests, covered
-
-
-def _verify(positions: list[_GreedyPosition], stats: SpeculationStats) -> list[Choice]:
-    """Take the average's most likely symbol at each position, as far as the proposals before it are accepted."""
-    choices: list[Choice] = []
-    for position in positions:
-        weights = position.step.weights
-        order = _heaviest_first(weights)
-        parts = [(float(weights[i]), position.distributions[i](position.logits[i])) for i in order]
-        choices.append(_most_likely(position.step, parts, order))
-        if position.proposal is None:
-            break
-        stats.drafted += 1
-        if choices[-1].symbol != position.proposal:
-            break
-        stats.accepted += 1
-    return choices
 
 
 def _heaviest_first(weights: Floats) -> list[int]:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
 from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, ToolCall, TopLogprob, Usage
 from mixlm.units.base import Unit
 
+if TYPE_CHECKING:
+    from mixlm.generation.target import RuleTarget
+
 _CALL_BEGIN = CALL_BEGIN.encode()
 
 
@@ -37,7 +41,7 @@ class GenerationContext:
     """What sequences with one set of options are generated with.
 
     heaviest_member: the one that `single` uses. opening_members: those of the first `min_tokens` symbols, which do not
-    sample end-of-text.
+    sample end-of-text. target: what a combination rule makes of the members; None for the average.
     """
 
     unit: Unit
@@ -49,6 +53,7 @@ class GenerationContext:
     speculation: SpeculationStats
     heaviest_member: int = 0
     opening_members: Sequence[Member] = ()
+    target: RuleTarget | None = None
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
 
     @property
@@ -133,7 +138,9 @@ class Generation(Iterator[Token]):
         self._end_token: Token | None = None
         self._finish_reason: FinishReason = "length"
         self._start_time = self._first_time = self._last_time = time.perf_counter()
-        self._initial = [(len(s.stats.forwards), s.stats.tokens, s.stats.seconds) for s in context.sessions]
+        self._initial = [
+            (len(s.stats.forwards), s.stats.tokens, s.stats.seconds, s.stats.cached_tokens) for s in context.sessions
+        ]
         self._sequence: SequenceState | None = None
         self._flow = self._run()
         self._requests: list[Request] | None = None
@@ -208,7 +215,7 @@ class Generation(Iterator[Token]):
         """End it and free the members' KV caches. The completion stays."""
         self.close()
         for session in self.sessions:
-            session.reset()
+            session.close()
 
     def finish(self) -> Completion:
         """Generate the rest and return the completion."""
@@ -296,7 +303,8 @@ class Generation(Iterator[Token]):
                 if self._context.settings.wants_ensemble_logprobs:
                     from mixlm.generation.ensemble_logprobs import ensemble_logprobs
 
-                    choices = yield from sequence.decode_step(ensemble_logprobs(choices), noise, len(choices))
+                    repeat = ensemble_logprobs(choices, self._context.target)
+                    choices = yield from sequence.decode_step(repeat, noise, len(choices))
                 return choices
             except MemberError:
                 continue
@@ -332,7 +340,9 @@ class Generation(Iterator[Token]):
     def _usage(self) -> Usage:
         unavailable = None if self._sequence is None else self._sequence.unavailable
         members: dict[str, MemberUsage] = {}
-        for i, (member, (forwards, tokens, seconds)) in enumerate(zip(self.members, self._initial, strict=True)):
+        for i, (member, (forwards, tokens, seconds, cached)) in enumerate(
+            zip(self.members, self._initial, strict=True)
+        ):
             stats = self.sessions[i].stats
             members[member.name] = MemberUsage(
                 prompt_tokens=len(self._prompt.ids[i]),
@@ -341,6 +351,7 @@ class Generation(Iterator[Token]):
                 forward_tokens=stats.tokens - tokens,
                 forward_seconds=stats.seconds - seconds,
                 dropped=0 if unavailable is None else unavailable.positions[i],
+                cached_tokens=min(stats.cached_tokens - cached, len(self._prompt.ids[i])),
             )
         speculation = self._context.speculation
         return Usage(

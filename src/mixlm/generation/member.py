@@ -127,7 +127,8 @@ class MemberView:
             UnsupportedError: The distribution is empty.
         """
         if not distribution.ids.size:
-            raise UnsupportedError(f"{self.member.name} gives no probability to anything that json_schema allows here")
+            option = "json_schema" if self.member.grammar is None else self.member.grammar.option
+            raise UnsupportedError(f"{self.member.name} gives no probability to anything that {option} allows here")
         index = noise.sample(distribution.ids, distribution.logprobs)
         return SampleResponse(
             int(distribution.ids[index]),
@@ -161,10 +162,11 @@ class MemberView:
         before = self._state.tail(sys.maxsize) if text is None else text
         return lambda logits: self.member.distribution(logits, history, matcher.allowed(before))
 
-    def token_distribution(self, logits: LogitsRow) -> Candidates:
-        """Return the member's distribution over its own ids from its logits for `ids()`: `A_i p_i`."""
+    def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
+        """Return the function from logits for the text as it is now to the distribution over own ids: `A_i p_i`."""
+        history, transform = self._history(), self.member.transform
         allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
-        return self.member.transform(logits, self._history(), allowed)
+        return lambda logits: transform(logits, history, allowed)
 
     def _history(self, ids: Ids | None = None) -> TokenHistory | None:
         """Return the tokens so far where a penalty depends on them."""
@@ -185,7 +187,7 @@ def _check_top_k_limit(member: Member) -> None:
     limit = engine.top_k_limit - masked
     sampling = transform.sampling
     if member.grammar is not None:
-        reason = "json_schema allows tokens from anywhere in the vocabulary"
+        reason = f"{member.grammar.option} allows tokens from anywhere in the vocabulary"
     elif transform.bias is not None:
         reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:

@@ -16,10 +16,9 @@ from mixlm.errors import MixlmError
 from mixlm.inspection.report import Feasibility, MemberReport, PairReport
 from mixlm.types import Ids
 
-# Variants of methods: options that change the target distribution.
+# Rules: options that change the target distribution.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "conventional, mix-then-truncate": {"method": "conventional", "mix_then_truncate": True},
-    **{f"conventional, rule {rule}": {"method": "conventional", "rule": rule} for rule in RULES},
+    f"rule {rule}": {"method": "layered", "rule": rule} for rule in RULES if rule not in ("average", "unite")
 }
 
 

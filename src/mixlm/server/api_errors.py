@@ -27,10 +27,16 @@ _FIELDS = {
     **{
         option: option
         for option in (
+            "add_generation_prompt",
+            "chat_template_kwargs",
+            "continue_final_message",
             "logit_bias",
             "max_tokens",
+            "min_tokens",
             "seed",
             "temperature",
+            "tool_choice",
+            "tools",
             "top_p",
             "presence_penalty",
             "frequency_penalty",
@@ -38,11 +44,24 @@ _FIELDS = {
     },
     **{
         option: f"mixlm.{option}"
-        for option in ("method", "top_k", "min_p", "repetition_penalty", "draft", "block", "logprobs_of")
+        for option in (
+            "method",
+            "rule",
+            "strength",
+            "alpha",
+            "form",
+            "by",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "draft",
+            "block",
+            "logprobs_of",
+        )
     },
     "json_schema": "response_format",
     "score_prompt": "echo",
-    "mix-then-truncate": "mixlm.mix_then_truncate",
+    "weights": "mixlm.weights",
 }
 # What pydantic calls the branches of unions in the location of an error.
 _BRANCHES = {"str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object"}

@@ -10,16 +10,18 @@ from mixlm.config import Method
 from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
-from mixlm.generation.prompt import Prompt
+from mixlm.generation.prompt import Prompt, unknown_template_variables
 from mixlm.server.api_errors import ApiError, unsupported_field
+from mixlm.server.chat_schemas import ChatBody
+from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ModelRegistry, ServedModel
-from mixlm.server.request_schemas import EXTRA_OPTIONS, ChatBody, CommonFields, CompletionBody, Extras
-from mixlm.types import Message
+from mixlm.server.request_schemas import EXTRA_OPTIONS, SHARED_OPTIONS, CommonFields, CompletionBody, Extras
+from mixlm.tokenization.tool_calls import tool_dict
 from mixlm.units.registry import unit_traits
 
 # Fields that are options of `Ensemble.generate` under the same name.
-_OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "stop")
+_OPTIONS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop")
 _EXTRA_OPTIONS = tuple(name for name in EXTRA_OPTIONS if name not in ("method", "logit_bias"))  # treated below
 
 
@@ -58,6 +60,11 @@ class ParsedRequest:
     echo: Sequence[str]
 
     @property
+    def tool_names(self) -> list[str]:
+        """The functions that a completion may call."""
+        return [tool.name for tool in self.tasks[0].settings.callable_tools]
+
+    @property
     def top_logprobs(self) -> int:
         """How many of the most likely symbols are returned at each position."""
         return self.tasks[0].settings.top_logprobs
@@ -67,16 +74,55 @@ def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) ->
     """Parse a request to /v1/chat/completions. Raises ApiError or MixlmError."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
-    messages = [
-        Message("system" if message.role == "developer" else message.role, message.text) for message in body.messages
-    ]
-    _check_length(sum(len(message.content) for message in messages), "messages", limits)
-    options: dict[str, Any] = {"top_logprobs": body.top_logprobs or 0}
+    messages = [message.message() for message in body.messages]
+    calls = [call.arguments for message in messages for call in message.tool_calls]
+    _check_length(sum(map(len, [*(message.content for message in messages), *calls])), "messages", limits)
+    options: dict[str, Any] = {
+        "top_logprobs": body.top_logprobs or 0,
+        **_tool_options(body, limits),
+        "chat_template_kwargs": _template_variables(body, registry.get(body.model).ensemble),
+        "continue_final_message": bool(body.continue_final_message),
+        "add_generation_prompt": body.add_generation_prompt is not False,
+    }
     if body.max_completion_tokens is not None:
         options["max_tokens"] = body.max_completion_tokens
     if any(message.role == "system" for message in messages):
         options["system"] = None  # the request's system message replaces the ensemble's
     return _parse(body, registry, [messages], options, logprobs=bool(body.logprobs))
+
+
+def _tool_options(body: ChatBody, limits: ServerLimits) -> dict[str, Any]:
+    """Return the options of tools. Raises ApiError for a choice without its tool."""
+    tools = [tool.tool() for tool in body.tools or ()]
+    _check_length(sum(len(to_json(tool_dict(tool))) for tool in tools), "tools", limits)
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "tools: two functions have one name", param="tools", code="invalid_value")
+    if body.choice == "required" and not tools:
+        raise unsupported_field("tool_choice", "there are no tools")
+    if body.choice not in ("auto", "none", "required", *names):
+        message = f"tool_choice: there is no tool {body.choice!r}"
+        raise ApiError(400, message, param="tool_choice", code="invalid_value")
+    options: dict[str, Any] = {"tools": tools, "tool_choice": body.choice if tools else "auto"}
+    return {**options, "parallel_tool_calls": body.parallel_tool_calls is not False}
+
+
+def _template_variables(body: ChatBody, ensemble: Ensemble) -> dict[str, Any]:
+    """Return the variables of chat templates. Raises ApiError for one that no member's template takes."""
+    engines = [member.engine for member in ensemble.members]
+    why = "no member's chat template takes it"
+    variables = dict(body.chat_template_kwargs or {})
+    for name in unknown_template_variables(variables, engines):
+        raise unsupported_field(f"chat_template_kwargs.{name}"[:200], why)
+    for name, nothing in (("reasoning_effort", "none"), ("verbosity", "medium")):
+        value = getattr(body, name)
+        if value is None or (value == nothing and unknown_template_variables([name], engines)):
+            continue
+        if unknown_template_variables([name], engines):
+            raise unsupported_field(name, why)
+        if variables.setdefault(name, value) != value:
+            raise unsupported_field(name, f"chat_template_kwargs.{name} has another value; leave one out")
+    return variables
 
 
 def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
@@ -135,7 +181,7 @@ def _parse(
 def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Mapping[str, Any]) -> Any:
     """Return the options of a request that `Ensemble.settings` lays over the ensemble's defaults."""
     options = dict(options)
-    for source, names in ((body, _OPTIONS), (extras, _EXTRA_OPTIONS)):
+    for source, names in ((body, (*_OPTIONS, *SHARED_OPTIONS)), (extras, _EXTRA_OPTIONS)):
         options |= {name: value for name in names if (value := getattr(source, name)) is not None}
     if body.ignore_eos:
         options["ignore_end"] = True
@@ -148,7 +194,9 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
             for key, value in (body.logit_bias or {}).items()
         }
         options["logit_bias"] = {**by_id_or_text, **(extras.logit_bias or {})}
-    if body.response_format is not None:
+    if options.get("top_k") == -1:
+        options["top_k"] = 0  # vLLM's spelling
+    if body.response_format is not None or body.guided_json is not None:
         options["json_schema"] = body.completion_schema
     method = extras.method
     if method is None and options.get("temperature") == 0 and ensemble.defaults.method not in ("greedy", "single"):
@@ -156,10 +204,8 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
         method = "greedy"
     if method is not None:
         options["method"] = method
-        if method not in ("speculative", "greedy"):
+        if method not in ("speculative", "greedy", "layered"):
             options.setdefault("draft", None)
-        if method != "conventional":
-            options.setdefault("mix_then_truncate", False)
     return options
 
 

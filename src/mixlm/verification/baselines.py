@@ -1,4 +1,4 @@
-"""The distributions of published rules as plain sums, to check their strategies against."""
+"""The distributions of rules over spellings, `gac` and `unite`, as plain sums, to check their strategies against."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixlm.config import Rule
 from mixlm.core.sampling import dense_distribution
-from mixlm.decoding.gac import token_strings
 from mixlm.engines import Engine
 from mixlm.errors import TokenizerError
+from mixlm.generation.spellings import token_strings
 from mixlm.types import Floats, Ids, Sampling
 
 
@@ -25,8 +24,8 @@ class BaselineMember(NamedTuple):
     engine: Engine
 
 
-def baseline_distribution(rule: Rule, parts: Sequence[BaselineMember], size: int, after: Sampling) -> Floats:
-    """Return a rule's distribution over shared symbols, float64 (size,). after: what is applied to its average."""
+def baseline_distribution(rule: str, parts: Sequence[BaselineMember], size: int, after: Sampling) -> Floats:
+    """Return the distribution of `gac` or `unite`, float64 (size,). after: what is applied to its average."""
     return (_gac if rule == "gac" else _unite)(parts, size, after)
 
 

@@ -104,7 +104,9 @@ def check(
     reference: ReferenceSetup | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Compare every strategy that the options allow with the exact distribution, and mixture with conventional.
+    """Compare every strategy that the options allow with the exact distribution, and one with conventional.
+
+    That is `mixture` for the average and `layered` for other rules.
 
     Args:
         ensemble: The ensemble.
@@ -125,15 +127,15 @@ def check(
     prompts = ensemble.encode_prompt(prompt, settings)
     reference = reference or ReferenceSetup(ensemble)
     _check_reference(ensemble, reference.ensemble, prompts, reference.ensemble.encode_prompt(prompt, settings))
-    methods: list[Method] = ["mixture", "conventional", "single", "speculative", "greedy"]
-    if settings.mix_then_truncate or settings.rule is not None:
-        methods = ["conventional"]
+    methods: list[Method] = ["mixture", "conventional", "single", "speculative", "layered", "greedy"]
+    if settings.rule is not None:
+        methods = ["conventional", "layered", "greedy"]
     methods = [method for method in methods if method in ensemble.unit.traits.methods]
     pairs: dict[str, list[Outcome]] = {}
     results: list[CheckResult] = []
     for number, method in enumerate(methods):
         # A member drafts, so that some drafts are rejected.
-        draft = ensemble.names[0] if method == "speculative" else None
+        draft = ensemble.names[0] if method in ("speculative", "layered") else None
         method_settings = replace(settings, method=method, seed=settings.seed + number, draft=draft)
         try:
             contexts = sampling_contexts(ensemble, method_settings)
@@ -151,9 +153,10 @@ def check(
         pairs[method] = outcomes
         method_results = [_against_exact(method, ensemble.unit.name, outcomes, exact, position) for position in (1, 2)]
         results += [_with_tolerance(result, reference.tolerance) for result in method_results]
-    if "conventional" in pairs and "mixture" in pairs:
+    other = "mixture" if settings.rule is None else "layered"
+    if "conventional" in pairs and other in pairs:
         results += [
-            _between(ensemble.unit.name, pairs["mixture"], pairs["conventional"], position) for position in (1, 2)
+            _between(ensemble.unit.name, other, pairs[other], pairs["conventional"], position) for position in (1, 2)
         ]
     return CheckReport(_adjusted(results))
 
@@ -245,8 +248,8 @@ def _with_tolerance(result: CheckResult, tolerance: float) -> CheckResult:
     return replace(result, p_value=float(np.exp(-2 * result.samples * excess**2)))
 
 
-def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> CheckResult:
-    """Compare two sets of samples with each other."""
+def _between(unit: str, name: str, left: Sequence[Outcome], right: Sequence[Outcome], position: int) -> CheckResult:
+    """Compare the samples of a strategy with those of conventional."""
     a, b = (Counter(outcome[:position] for outcome in counter) for counter in (left, right))
     cells = sorted({*a, *b})
     counts = np.array([[counter[cell] for cell in cells] for counter in (a, b)])
@@ -258,7 +261,7 @@ def _between(unit: str, left: Sequence[Outcome], right: Sequence[Outcome], posit
     left_simulated, right_simulated = (rng.multinomial(total, common, size=200) / total for total in totals[:, 0])
     noise = 0.5 * float(np.abs(left_simulated - right_simulated).sum(axis=1).mean())
     return CheckResult(
-        "mixture", "conventional", unit, position, len(left), statistic, p_value, distance, noise, equal=False
+        name, "conventional", unit, position, len(left), statistic, p_value, distance, noise, equal=False
     )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.combinations.base import Combination
 from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
@@ -22,6 +24,7 @@ from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.generation.target import assign_roles
 from mixlm.routing.base import PromptContext, begin_route
 from mixlm.routing.observation import Observation, observation
 from mixlm.types import Floats
@@ -57,25 +60,40 @@ class ExactReference:
             return self._word(weights, cast(WordState, state), cast(WordUnit, self._ensemble.unit))
         if mixture == "byte_mixture":
             return self._bytes(weights, bytes(symbols))
-        after = self._settings.mixed_sampling(self._ensemble.members[0].sampling)
-        if self._settings.rule is not None and after is not None:
-            parts = [
-                references.BaselineMember(
-                    float(weight), self._probs(i, state), self._ensemble.unit.symbols(i), member.engine
-                )
-                for i, (weight, member) in enumerate(zip(weights, self._ensemble.members, strict=True))
-            ]
-            return references.baseline_distribution(self._settings.rule, parts, self._ensemble.unit.end + 1, after)
+        if self._settings.combination is not None:
+            return self._combined(self._settings.combination, weights, state)
         average = np.zeros(self._ensemble.unit.end + 1)
         for i, weight in enumerate(weights):
             if weight > 0:
                 average += weight * self._member(i, state)
         if self._settings.language is not None:
             average /= average.sum()  # without members that have nothing to go on with
-        if after is not None:
-            with np.errstate(divide="ignore"):
-                average = dense_distribution(np.log(average), after, np.zeros(0, dtype=np.int64))
         return average
+
+    def _combined(self, rule: Combination, weights: Floats, state: TextState) -> Floats:
+        """Return what a rule makes of the members' distributions over the whole vocabulary."""
+        ensemble, settings = self._ensemble, self._settings
+        after = settings.combined_sampling(ensemble.members[0].sampling)
+        published = "gac" if rule.alignment == "strings" else "unite" if settings.rule == "unite" else None
+        if published == "gac" or (published == "unite" and not ensemble.unit.traits.shared_vocabulary):
+            assert after is not None
+            after = replace(after, temperature=0.0) if settings.method == "greedy" else after
+            parts = [
+                references.BaselineMember(float(weight), self._probs(i, state), ensemble.unit.symbols(i), member.engine)
+                for i, (weight, member) in enumerate(zip(weights, ensemble.members, strict=True))
+            ]
+            return references.baseline_distribution(published, parts, ensemble.unit.end + 1, after)
+        if rule.roles:
+            rows = assign_roles(rule, ensemble.names, [member.role for member in ensemble.members])
+            weights = np.full(len(rows), 1 / len(rows))
+        else:
+            rows = [i for i, weight in enumerate(weights) if weight > 0]
+        probs = np.array([self._member(i, state) for i in rows])
+        some = probs.any(axis=1)  # without members that have nothing to go on with
+        probs, weights = probs[some], weights[rows][some] / weights[rows][some].sum()
+        if after is not None and settings.method != "greedy":
+            rule = rule.with_sampling(after)
+        return rule.combine(probs, weights)
 
     def pairs(self) -> dict[Outcome, float]:
         """Return the distribution of the first two symbols, for the most likely first ones only."""

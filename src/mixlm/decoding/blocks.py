@@ -1,0 +1,157 @@
+"""Blocks: positions that a draft reaches ahead of the members, which verify them in few forwards.
+
+A position says which members it needs next, and chooses its symbol from their distributions and its own noise alone. So
+the text does not depend on the draft: a proposal is accepted where it is the symbol that the position chooses, and what
+lies behind a rejected one is dropped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mixlm.decoding.drafts import Draft, prefix_groups
+from mixlm.engines.requests import LogitsRequest, Request
+from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.sequence import Choice, DecodeStep, SpeculationStats
+from mixlm.types import Candidates, Ids, LogitsRow
+
+MAX_BLOCK = 32  # positions
+
+
+class Position(ABC):
+    """One position of a block.
+
+    Attributes:
+        step: The decode step.
+        members: Those that take part.
+        ids: Each member's tokens there.
+        parts: The distributions of the members that ran, by member.
+        proposal: The symbol that the next position of the block stands behind.
+        is_guess: Whether the proposal was made before the symbol was chosen.
+        choice: What it chose, once that is certain.
+    """
+
+    def __init__(
+        self, step: DecodeStep, members: Sequence[int], distributions: Sequence[Callable[[LogitsRow], Candidates]]
+    ) -> None:
+        self.step = step
+        self.members = members
+        self.ids: list[Ids] = [view.ids().copy() for view in step.views]  # copies: the state goes on changing
+        self.parts: dict[int, Candidates] = {}
+        self.proposal: int | None = None
+        self.is_guess = False
+        self.choice: Choice | None = None
+        self._filters = [view.top_k_filter for view in step.views]
+        self._distributions = distributions
+        for member in members:
+            if (row := step.observed_row(member)) is not None:
+                self.receive(member, row)
+
+    @abstractmethod
+    def needs(self) -> Sequence[int]:
+        """Return the members that have to run next; none once the symbol is chosen."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Choose the symbol, where the members that ran decide it."""
+
+    @abstractmethod
+    def guess(self, member: int) -> int | None:
+        """Return the symbol that a member which ran proposes; None for none."""
+
+    def request(self, member: int, last: int = 1) -> LogitsRequest:
+        """Return the request for a member's logits here, and at the `last - 1` prefixes before."""
+        return LogitsRequest(member, self.ids[member], last, self._filters[member])
+
+    def receive(self, member: int, logits: LogitsRow) -> None:
+        """Take a member's logits."""
+        self.parts[member] = self._distributions[member](logits)
+
+
+P = TypeVar("P", bound=Position)
+
+
+def draft_block(
+    step: DecodeStep, draft: Draft, block: int, position_at: Callable[[DecodeStep], P], limit: int = MAX_BLOCK
+) -> RequestFlow[list[P]]:
+    """Return the positions of a block. A draft that is a member runs at all of them.
+
+    Positions that the draft alone decides are not proposals: the block goes on behind them at no risk.
+
+    Args:
+        step: The first position.
+        draft: What proposes symbols.
+        block: Proposals, at most.
+        position_at: Returns the position of a decode step.
+        limit: Positions, at most.
+    """
+    positions: list[P] = []
+    proposals = 0
+    current: DecodeStep | None = step
+    while current is not None and len(positions) < limit:
+        position = position_at(current)
+        positions.append(position)
+        may_propose = proposals < block and (draft.member < 0 or draft.member in position.members)
+        runs = draft.member >= 0 and (may_propose or draft.member in position.needs())
+        if runs and draft.member not in position.parts:
+            [rows] = yield [position.request(draft.member)]
+            position.receive(draft.member, rows[0])
+        if position.parts:
+            position.advance()
+        if len(positions) == limit:
+            break
+        if position.choice is not None:
+            position.proposal = position.choice.symbol
+        elif may_propose:
+            proposals += 1
+            guess = position.guess(draft.member) if draft.member >= 0 else (yield from draft.propose(current))
+            position.proposal, position.is_guess = guess, guess is not None
+        if position.proposal is None:
+            break
+        current = yield from current.following(position.proposal)
+    return positions
+
+
+def verify(positions: Sequence[Position], stats: SpeculationStats) -> RequestFlow[list[Choice]]:
+    """Run the members that the positions need, until all are chosen up to the first rejected proposal.
+
+    stats: records how many guesses were verified and accepted.
+    """
+    length = len(positions)
+    while waiting := [position for position in positions[:length] if position.choice is None]:
+        requests, covered = _requests(waiting)
+        responses = yield requests
+        for request, group, rows in zip(requests, covered, responses, strict=True):
+            for position in group:
+                offset = len(position.ids[request.member]) - len(request.ids) - 1
+                position.receive(request.member, rows[offset])
+        for position in waiting:
+            position.advance()
+        length = next((i + 1 for i, position in enumerate(positions[:length]) if _is_rejected(position)), length)
+    choices: list[Choice] = []
+    for position in positions[:length]:
+        assert position.choice is not None
+        choices.append(position.choice)
+        stats.drafted += position.is_guess
+        stats.accepted += position.is_guess and not _is_rejected(position)
+    return choices
+
+
+def _is_rejected(position: Position) -> bool:
+    return position.choice is not None and position.proposal not in (None, position.choice.symbol)
+
+
+def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Position]]]:
+    """Return requests for what the first position needs, at all positions that need it, and what each covers."""
+    requests: list[Request] = []
+    covered: list[list[Position]] = []
+    for member in waiting[0].needs():
+        same = [position for position in waiting if member in position.needs()]
+        for indices in prefix_groups([position.ids[member] for position in same]):
+            group = [same[index] for index in indices]
+            length = len(group[-1].ids[member]) - len(group[0].ids[member]) + 1
+            requests.append(group[-1].request(member, length))
+            covered.append(group)
+    return requests, covered

@@ -1,0 +1,234 @@
+"""`layered`: any rule's distribution, with no more members at a position than it takes to be certain of the symbol.
+
+A rule `C(q_1, …, q_n)` decides a position in one of three ways, all of them exact.
+
+Coin first. Member i is tossed with probability `π_i` and runs. A uniform number `v` below the mass of its
+sub-distribution `S_i(q_i)` ends the position: the symbol is sampled from `S_i`. Otherwise the others run, and the
+symbol is sampled from `C − Σ π_i S_i`. Together, that is `Σ π_i S_i + (C − Σ π_i S_i) = C`.
+
+Envelope. Members run in an order. `L_j(u)` is the least that `C(u)` can be after the first j of them, whatever the
+others say. The position ends after the first j with `v < Σ_u L_j(u)`, and the symbol is sampled from the increment
+`L_j − L_{j−1}`. Increments add up to `C`.
+
+Neither. Every member runs, and the symbol is sampled from `C` with the noise of the position, as `conventional` does:
+the text is the same, symbol for symbol.
+
+Any of the three is combined with drafts (`blocks`). What a position chooses depends on its noise and on the members'
+distributions, never on a draft; so a member may run ahead as the draft, the others verify several positions in one
+forward, and positions that the draft's own sub-distribution decides need no verification.
+
+The order of the members. Which symbol is sampled depends on it, though its distribution does not. So that equal seeds
+give equal texts, whatever runs beside them and however fast, the order is a function of the text alone: first comes
+the member with the least `c_i / s_i`, where `c_i` is the size of its weights and `s_i` the mean mass that the envelope
+had behind it alone, at earlier positions of this text at which it came first. The order changes every `_EPOCH`
+positions, and a block ends there. Given the text before it, the order is independent of the noise of its position,
+which is all that exactness needs. Drafts, the length of blocks, and which members run at once do not change the text;
+they follow measured times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination
+from mixlm.core.options import GenerationOptions
+from mixlm.decoding import StrategyContext
+from mixlm.decoding.blocks import MAX_BLOCK, draft_block, verify
+from mixlm.decoding.cost_model import (
+    DraftPlan,
+    ForwardCostEstimator,
+    ForwardCosts,
+    layered_drafted_seconds,
+    layered_seconds,
+    together_seconds,
+)
+from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, NoDraft, build_draft
+from mixlm.decoding.rule_position import SampledPosition
+from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.generation.target import RuleTarget
+from mixlm.types import Floats
+
+BLOCKS = (1, 2, 3, 4, 6, 8)
+LOOKUP_BLOCK = 4
+_EPOCH = 16  # positions
+_CHECKED = 4  # positions at which the bounds of a user's rule are checked first, and then one in every epoch
+_MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
+_TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
+_TRIAL_ACCEPTANCE = 0.9
+_MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
+
+
+def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
+    """Return the strategy; with the draft and the block of the options, or else with those that promise most."""
+    draft = None if options.draft is None else build_draft(options.draft, context)
+    assert context.target is not None
+    return Layered(context.target, context, draft, options.block)
+
+
+@dataclass(slots=True)
+class _Mass:
+    """The mass with which a member decides positions alone, over those at which it came first."""
+
+    total: float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What drafts, how many proposals of a block are verified, and whether members that are missing run at once."""
+
+    draft: Draft
+    block: int
+    together: bool = False
+
+
+class Layered:
+    """The strategy for one sequence: it learns what members decide alone, and how often drafts are right.
+
+    Args:
+        target: The rule.
+        context: The members.
+        draft: What proposes symbols; None for what the measured times suggest.
+        block: Proposals of a block, at most, with that draft.
+    """
+
+    def __init__(
+        self, target: RuleTarget, context: StrategyContext, draft: Draft | None = None, block: int = 4
+    ) -> None:
+        self._target = target
+        self._names = context.names
+        self._sizes = np.maximum(np.array(context.sizes, dtype=np.float64), 1.0)
+        self._batch_keys = context.batch_keys
+        self._costs = ForwardCostEstimator(context.forwards, context.sizes)
+        self._total = context.speculation
+        self._given = None if draft is None else Plan(draft, block)
+        self._stats: dict[str, SpeculationStats] = {}
+        self._steps = self._next_trial = 0
+        self._masses = [_Mass() for _ in self._names]
+        self._epoch = -1
+        self._ranking: list[int] = []
+        self._has_order: bool | None = None
+        self._learns_order = False
+        self._is_unproven = is_unproven(target.rule)
+
+    def __call__(self, step: DecodeStep) -> Flow:
+        """Choose the symbols of a block."""
+        members = self._target.members(step)
+        if self._has_order is None:
+            self._has_order = self._target.has_bounds and has_envelope(self._target.rule, len(members))
+            self._learns_order = self._has_order and not self._target.rule.speculates
+        plan = self._given or self._plan(step, members)
+        limit = _EPOCH - step.noise.position % _EPOCH if self._learns_order else MAX_BLOCK
+
+        def position_at(current: DecodeStep) -> SampledPosition:
+            here = self._target.members(current)
+            return SampledPosition(
+                current,
+                self._target,
+                self._order(current.noise.position, here) if self._has_order else None,
+                complete=self._is_checked(current.noise.position),
+                together=plan.together,
+            )
+
+        positions = yield from draft_block(step, plan.draft, plan.block, position_at, limit)
+        stats = SpeculationStats()
+        choices = yield from verify(positions, stats)
+        self._record(plan, stats, positions[: len(choices)])
+        return choices
+
+    def _order(self, position: int, members: Sequence[int]) -> list[int]:
+        """Return the members in the order of a position: each first in turn in the first epoch, then by what it showed.
+
+        Later epochs try one other member at their first position, unless it has never decided anything.
+        """
+        if not self._learns_order:
+            return list(members)
+        epoch, offset = divmod(position, _EPOCH)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            cost = self._sizes / [max(mass.mean, 1e-6) for mass in self._masses]
+            self._ranking = [int(i) for i in np.argsort(cost if epoch else self._sizes, kind="stable")]
+        order = [member for member in self._ranking if member in members]
+        tried = members[(offset if epoch == 0 else epoch) % len(members)]
+        if epoch == 0 or (offset == 0 and (self._masses[tried].mean > 0 or not self._masses[tried].count)):
+            order.remove(tried)
+            order.insert(0, tried)
+        return order
+
+    def _is_checked(self, position: int) -> bool:
+        """Whether all members run to check the bounds: those of users' rules are not proven."""
+        return self._is_unproven and (position < _CHECKED or position % _EPOCH == 0)
+
+    def _plan(self, step: DecodeStep, members: Sequence[int]) -> Plan:
+        """Return the cheapest plan, by the times of forwards and what was decided and accepted so far."""
+        is_trial = self._steps >= self._next_trial
+        if is_trial:
+            self._next_trial = self._steps + _TRIAL_INTERVAL
+        costs, masses = self._costs.estimate(), np.array([self._masses[member].mean for member in members])
+        first = self._target.rule.first_member(self._target.weights(step, members))
+        if first is None:
+            first = np.zeros(len(members))
+            first[int(np.argmin(self._sizes[members] / np.maximum(masses, 1e-6)))] = 1.0
+        plain = layered_seconds(members, first, masses, costs, self._batch_keys)
+        at_once = together_seconds(members, costs, self._batch_keys)
+        drafted = self._cheapest_draft(members, first * masses, costs, is_trial=is_trial)
+        if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
+            return drafted[1]
+        lookup = LookupDraft()
+        if self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
+            return Plan(lookup, LOOKUP_BLOCK)
+        return Plan(NoDraft(), 0, together=at_once <= plain)
+
+    def _cheapest_draft(
+        self, members: Sequence[int], decided: Floats, costs: ForwardCosts, *, is_trial: bool
+    ) -> tuple[float, Plan] | None:
+        """Return the seconds of a token and the plan of the best draft that is a member."""
+        if len(members) == 1:
+            return None
+        plans = []
+        for share, member in zip(decided.tolist(), members, strict=True):
+            name = self._names[member]
+            for block in BLOCKS:
+                drafting = DraftPlan(member, block, self._acceptance(name, is_trial=is_trial))
+                seconds = layered_drafted_seconds(members, costs, self._batch_keys, drafting, share)
+                plans.append((seconds, member, block))
+        seconds, member, block = min(plans)
+        return seconds, Plan(MemberDraft(member, self._names[member]), block)
+
+    def _record(self, plan: Plan, stats: SpeculationStats, positions: Sequence[SampledPosition]) -> None:
+        self._steps += len(positions)
+        for position in positions:
+            if position.first is not None and position.first_mass is not None:
+                self._masses[position.first].total += position.first_mass
+                self._masses[position.first].count += 1
+        own = self._stats.setdefault(plan.draft.name, SpeculationStats())
+        for record in (own, self._total):
+            record.drafted += stats.drafted
+            record.accepted += stats.accepted
+
+    def _acceptance(self, name: str, *, is_trial: bool) -> float:
+        """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
+        stats = self._stats.get(name, SpeculationStats())
+        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
+        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
+
+
+def has_envelope(rule: Combination, members: int) -> bool:
+    """Whether a rule has an envelope, and no coin to toss first."""
+    weights = np.full(members, 1 / members)
+    if members < 2 or rule.first_member(weights) is not None:
+        return False
+    return rule.envelope(np.full((members, 2), 0.5), weights, [0]) is not None
+
+
+def is_unproven(rule: Combination) -> bool:
+    """Whether the bounds of a rule are a user's word."""
+    module = type(getattr(rule, "rule", rule)).__module__
+    return not module.startswith("mixlm.") or module.endswith(".function")

@@ -1,0 +1,259 @@
+"""One position of a text under a combination rule: which members it needs, and the symbol that they decide.
+
+What is decided depends on the members' distributions, the order and the noise of the position, not on which members
+have run: one that ran early, as a draft does, is not looked at before its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixlm.core.combinations.base import TOLERANCE, Aligned
+from mixlm.decoding.blocks import Position, draft_block, verify
+from mixlm.decoding.drafts import NoDraft
+from mixlm.errors import ConfigError
+from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
+from mixlm.generation.target import RuleTarget, support
+from mixlm.types import Candidates, Floats, Ids
+
+
+class RulePosition(Position):
+    """What positions of a rule share, sampled or greedy.
+
+    Args:
+        step: The decode step.
+        target: The rule.
+        complete: Run every member, also where fewer decide: for `top_logprobs`, or to check the rule's bounds.
+        together: Run the members that are missing at once, not one after another.
+    """
+
+    def __init__(self, step: DecodeStep, target: RuleTarget, *, complete: bool = False, together: bool = False) -> None:
+        members = target.members(step)
+        super().__init__(step, members, target.distributions(step))
+        self.target = target
+        self.weights = target.weights(step, members)
+        self.stages: list[list[int]] = [list(range(len(members)))]  # rows, in the order in which they are looked at
+        self._stage = 0
+        self._complete = complete or bool(step.views[0].member.top_logprobs)
+        self._together = together
+        self._decided: tuple[int, float, int] | None = None  # symbol, lower bound of its log-probability, row
+
+    def needs(self) -> Sequence[int]:
+        """Return the members of the next stage that have not run, or all of them."""
+        if self.choice is not None:
+            return ()
+        stages = self.stages[self._stage :]
+        rows = [row for stage in (stages if self._together or self._decided else stages[:1]) for row in stage]
+        return [self.members[row] for row in rows if self.members[row] not in self.parts]
+
+    def advance(self) -> None:
+        """Look at one stage after another, as far as its members have run."""
+        while self.choice is None and not self._missing(self.stages[self._stage]):
+            self._stage += 1
+            if self._stage == len(self.stages):
+                self._choose(self._all())
+            elif self._decided is None:
+                rows = [row for stage in self.stages[: self._stage] for row in stage]
+                self._decided = self.decide(rows)
+                if self._decided is not None and not self._complete:
+                    symbol, logprob, row = self._decided
+                    self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
+
+    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+        """Return the symbol that these rows decide, a lower bound of its log-probability, and the row it is from."""
+        return None
+
+    def decide_all(self, distribution: Candidates) -> int:
+        """Return the symbol where every member has run and fewer have not decided it."""
+        raise NotImplementedError
+
+    def known(self, rows: Sequence[int]) -> Aligned:
+        """Return the distributions of these rows; the others are 0."""
+        return self.target.align({row: self.parts[self.members[row]] for row in rows}, len(self.members))
+
+    def check(self, distribution: Candidates) -> None:
+        """Check the bounds of the rule against its distribution. Raises ConfigError."""
+
+    def _missing(self, rows: Sequence[int]) -> bool:
+        return any(self.members[row] not in self.parts for row in rows)
+
+    def _all(self) -> list[Candidates]:
+        return [self.parts[member] for member in self.members]
+
+    def _choose(self, parts: Sequence[Candidates]) -> None:
+        distribution = self.target.combine(self.members, parts, self.weights)
+        self.check(distribution)
+        symbol = self.decide_all(distribution) if self._decided is None else self._decided[0]
+        index = int(np.argmax(distribution.ids == symbol))
+        names = self.target
+        top_logprobs = tuple((names.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
+        member = self.members[names.contributor(symbol, parts, self.weights)]
+        self.choice = Choice(names.symbol(self.step, symbol), member, float(distribution.logprobs[index]), top_logprobs)
+
+
+class DensePosition(RulePosition):
+    """A position whose symbol is sampled from the distribution of all members: the reference."""
+
+    def guess(self, member: int) -> int | None:
+        """Return what the member samples with the noise of the position."""
+        part = self.parts[member]
+        return self.target.symbol(self.step, self.sample(part)) if part.ids.size else None
+
+    def decide_all(self, distribution: Candidates) -> int:
+        """Sample from the rule's distribution."""
+        return self.sample(distribution)
+
+    def sample(self, distribution: Candidates) -> int:
+        """Sample with the noise of the position."""
+        return int(distribution.ids[self.step.noise.sample(*distribution)])
+
+
+class SampledPosition(DensePosition):
+    """A position whose symbol is sampled: coin first, by the envelope, or from all members.
+
+    Args:
+        order: The members in the order in which the envelope looks at them; None for a rule without one.
+
+    Attributes:
+        first: The member that is looked at first.
+        first_mass: The mass with which it decides alone; None before it ran.
+    """
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        target: RuleTarget,
+        order: Sequence[int] | None,
+        *,
+        complete: bool = False,
+        together: bool = False,
+    ) -> None:
+        super().__init__(step, target, complete=complete, together=together)
+        self.first: int | None = None
+        self.first_mass: float | None = None
+        self._bounds: tuple[Ids, Floats] | None = None  # symbols and the last envelope
+        self._coin = target.rule.first_member(self.weights) if target.has_bounds else None
+        if self._coin is not None:
+            first = step.noise.coin(self._coin)
+            rest = [row for row in range(len(self.members)) if row != first]
+            self.stages = [[first], *([rest] if rest else [])]
+            self._uniform = step.noise.next_round().uniform()
+        elif order is not None:
+            self.stages = [[self.members.index(member)] for member in order if member in self.members]
+            self._uniform = step.noise.uniform()
+        if len(self.stages) > 1:
+            self.first = self.members[self.stages[0][0]]
+        elif self._coin is not None:
+            self.stages.append([])  # a member alone may be undecided, too
+
+    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+        """Stop with the probability of the sub-distribution that these rows know, and sample from what is new in it."""
+        if self._coin is not None:
+            [row] = rows
+            part = self.parts[self.members[row]]
+            mass = self.target.rule.first_distribution(np.exp(part.logprobs), self.weights, row)
+            share = float(self._coin[row])
+            symbols, increment, bound = part.ids, mass, share * mass
+        else:
+            symbols, probs = self.known(rows)
+            lower = self.target.rule.envelope(probs, self.weights, rows)
+            assert lower is not None
+            increment, bound = self._increment(symbols, lower)
+            mass = bound
+        total = float(mass.sum())
+        if self.first_mass is None:
+            self.first_mass = total
+        new = support(symbols, increment)
+        if self._uniform >= total or not new.ids.size:
+            return None
+        symbol = self.sample(new)
+        return symbol, float(np.log(bound[symbols == symbol].sum())), rows[-1]
+
+    def decide_all(self, distribution: Candidates) -> int:
+        """Sample from what the stages before have left of the distribution."""
+        rest = self._rest(distribution)
+        return self.sample(rest if rest.ids.size else distribution)
+
+    def check(self, distribution: Candidates) -> None:
+        """Raise ConfigError where a bound exceeds the rule's distribution: what is sampled would be another one."""
+        if self.first is not None or self._coin is not None:
+            self._rest(distribution)
+
+    def _rest(self, distribution: Candidates) -> Candidates:
+        """Return `C − Σ π_i S_i`, or `C` without the last envelope: unnormalised, by its support."""
+        if self._coin is None and self._bounds is None:
+            return distribution
+        symbols, _ = self.known(range(len(self.members)))
+        lower, target = np.zeros(symbols.size), np.zeros(symbols.size)
+        target[np.searchsorted(symbols, distribution.ids)] = np.exp(distribution.logprobs)
+        if self._bounds is not None:
+            lower[np.searchsorted(symbols, self._bounds[0])] = self._bounds[1]
+        elif self._coin is not None:
+            for row, (share, part) in enumerate(zip(self._coin, self._all(), strict=True)):
+                mass = self.target.rule.first_distribution(np.exp(part.logprobs), self.weights, row)
+                lower[np.searchsorted(symbols, part.ids)] += share * mass
+        self._require(lower <= target + TOLERANCE)
+        return support(symbols, target - lower)
+
+    def _increment(self, symbols: Ids, lower: Floats) -> tuple[Floats, Floats]:
+        """Return what an envelope adds to the one before, and the greater of the two, which is kept."""
+        before = np.zeros(symbols.size)
+        if self._bounds is not None:
+            before[np.searchsorted(symbols, self._bounds[0])] = self._bounds[1]
+        bound = np.maximum(lower, before)
+        self._bounds = symbols, bound
+        return bound - before, bound
+
+    def _require(self, holds: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+        if not holds.all():
+            raise ConfigError(
+                f"the bounds of rule {self.target.rule.name} exceed what it combines: its text would follow another "
+                "distribution",
+                "an envelope is never larger than the rule, whatever the other members say; mixlm check tests it",
+            )
+
+
+class GreedyPosition(RulePosition):
+    """A position whose symbol is the most likely one. Members come by weight, or in the order of their roles."""
+
+    def __init__(self, step: DecodeStep, target: RuleTarget, *, together: bool = False) -> None:
+        super().__init__(step, target, together=together)
+        if target.has_bounds:
+            self.stages = [[int(row)] for row in np.argsort(-self.weights, kind="stable")]
+
+    def guess(self, member: int) -> int | None:
+        """Return the member's most likely symbol."""
+        part = self.parts[member]
+        return self.target.symbol(self.step, _most_likely(part)) if part.ids.size else None
+
+    def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+        """Return the symbol that wins whatever the other members say."""
+        symbols, probs = self.known(rows)
+        winner = self.target.rule.certain_winner(probs, self.weights, rows)
+        if winner is None:
+            return None
+        lower = self.target.rule.envelope(probs, self.weights, rows)
+        with np.errstate(divide="ignore"):
+            logprob = float("-inf") if lower is None else float(np.log(lower[winner]))
+        shares = [self.weights[row] * probs[row, winner] for row in rows]
+        return int(symbols[winner]), logprob, rows[int(np.argmax(shares))]
+
+    def decide_all(self, distribution: Candidates) -> int:
+        """Return the most likely symbol, the lowest of equally likely ones."""
+        return _most_likely(distribution)
+
+
+def dense(target: RuleTarget) -> Strategy:
+    """Return the strategy that runs every member and samples from what the rule makes of them."""
+
+    def strategy(step: DecodeStep) -> Flow:
+        positions = yield from draft_block(step, NoDraft(), 0, lambda step: DensePosition(step, target))
+        return (yield from verify(positions, SpeculationStats()))
+
+    return strategy
+
+
+def _most_likely(distribution: Candidates) -> int:
+    return int(distribution.ids[distribution.logprobs == distribution.logprobs.max()].min())

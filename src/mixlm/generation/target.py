@@ -1,0 +1,200 @@
+"""The target distribution of an ensemble under a combination rule: from the members' distributions to the rule's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mixlm.core.combinations.base import Aligned, Combination, align
+from mixlm.core.options import GenerationOptions
+from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean
+from mixlm.generation.sequence import DecodeStep
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling
+from mixlm.units.base import UnitTraits
+
+
+class RuleTarget:
+    """The distribution of a combination rule.
+
+    Args:
+        rule: The rule.
+        roles: The member of each of the rule's roles; None for a rule of all members that have weight.
+
+    Attributes:
+        has_bounds: Whether the rule's bounds hold for what `combine` returns.
+    """
+
+    has_bounds = True
+
+    def __init__(self, rule: Combination, roles: Sequence[int] | None = None) -> None:
+        self.rule = rule
+        self._roles = None if roles is None else tuple(roles)
+
+    def members(self, step: DecodeStep) -> list[int]:
+        """Return the members that take part at a position, in the order of the rule's rows.
+
+        Raises:
+            EngineError: A member that has a role is unavailable, or the grammar leaves it no token.
+        """
+        if self._roles is None:
+            return step.weighted_members
+        for role, member in zip(self.rule.roles, self._roles, strict=True):
+            view = step.views[member]
+            if member in step.unavailable or view.stuck:
+                reason = "is unavailable" if member in step.unavailable else "has no token that json_schema allows"
+                raise EngineError(f"{view.member.name}, the {role} of rule {self.rule.name}, {reason}")
+        return list(self._roles)
+
+    def weights(self, step: DecodeStep, members: Sequence[int]) -> Floats:
+        """Return the weights of these members, float64, summing to 1; equal ones where members have roles."""
+        if self._roles is not None:
+            return np.full(len(members), 1 / len(members))
+        weights: Floats = step.weights[list(members)]
+        normalised: Floats = weights / weights.sum()
+        return normalised
+
+    def distributions(self, step: DecodeStep) -> list[Callable[[LogitsRow], Candidates]]:
+        """Return each member's function from logits for the text as it is now to what is combined."""
+        return [view.bind_distribution() for view in step.views]
+
+    def symbol(self, step: DecodeStep, combined: int) -> int:
+        """Return the unit's symbol for one that the rule combines."""
+        return combined
+
+    def in_symbols(self, step: DecodeStep, distribution: Candidates) -> Candidates:
+        """Return the rule's distribution as one over the unit's symbols."""
+        return distribution
+
+    def align(self, parts: Mapping[int, Candidates], members: int) -> Aligned:
+        """Return the distributions of the members that ran, by row, over the union of their supports."""
+        return align([parts.get(row) for row in range(members)])
+
+    def combine(self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats) -> Candidates:
+        """Return the rule's distribution, by its support.
+
+        Args:
+            members: Those that take part.
+            parts: The distribution of each.
+            weights: float64 (members,).
+
+        Raises:
+            UnsupportedError: The rule is not defined for these.
+        """
+        symbols, probs = align(parts)
+        return support(symbols, self.rule.combine(probs, weights))
+
+    def contributor(self, symbol: int, parts: Sequence[Candidates], weights: Floats) -> int:
+        """Return the row that gives a symbol most of its probability, by weight; the first where members have roles."""
+        if self._roles is not None:
+            return 0
+        shares = [
+            weight * float(np.exp(part.logprobs[part.ids == symbol]).sum())
+            for weight, part in zip(weights.tolist(), parts, strict=True)
+        ]
+        return int(np.argmax(shares))
+
+
+def build_target(
+    options: GenerationOptions,
+    *,
+    weights: Floats,
+    names: Sequence[str],
+    sampling: Sequence[Mapping[str, Any]],
+    roles: Sequence[str | None],
+    traits: UnitTraits | None,
+) -> RuleTarget | None:
+    """Return the target of the options' rule; None where they need none.
+
+    Args:
+        options: The options of a generation.
+        weights: float64 (members,).
+        names: The members' names.
+        sampling: Each member's own sampling options.
+        roles: The role that each member was given, None for those without.
+        traits: Of the unit; None while it is not known.
+
+    Raises:
+        ConfigError: The members do not fit the rule's number or roles.
+        UnsupportedError: The unit does not fit the rule, or members have options of their own where it has one
+            distribution to apply them to.
+    """
+    rule = options.combination
+    if rule is None:
+        return None
+    if traits is not None:
+        _check_unit(rule, traits)
+    rule.check_members(len(names))
+    assigned = assign_roles(rule, names, roles) if rule.roles else None
+    if assigned is not None and not np.allclose(weights, weights[0]):
+        raise ConfigError(
+            f"weights are given, and rule {rule.name} tells its members apart by their roles, not by weights",
+            "leave them out; strength says how much the roles count",
+        )
+    over_strings = rule.alignment == "strings"
+    common = _common_sampling(options, rule, sampling)
+    if common is not None and options.method != "greedy":
+        if options.rule == "unite" and traits is not None and not traits.shared_vocabulary:
+            from mixlm.generation.spellings import SpelledTarget
+
+            return SpelledTarget(rule, common)
+        rule = rule.with_sampling(common)
+    if over_strings:
+        from mixlm.generation.spellings import StringTarget
+
+        return StringTarget(rule)
+    return RuleTarget(rule, assigned)
+
+
+def assign_roles(rule: Combination, names: Sequence[str], roles: Sequence[str | None]) -> list[int]:
+    """Return the member of each of a rule's roles: the one that was given it, or by order where none was given any.
+
+    Raises:
+        ConfigError: A role is unknown, given twice, or to no member.
+    """
+    listed = ", ".join(rule.roles)
+    if not any(roles):
+        return list(range(len(names)))
+    for name, role in zip(names, roles, strict=True):
+        if role not in rule.roles:
+            problem = "no role" if role is None else f"the role {role!r}"
+            hint = did_you_mean(role, rule.roles) if role else None
+            raise ConfigError(f"{name} has {problem}, and rule {rule.name} has the roles {listed}", hint)
+        if roles.count(role) > 1:
+            raise ConfigError(f"several members have the role {role}; rule {rule.name} has one for each of {listed}")
+    return [list(roles).index(role) for role in rule.roles]
+
+
+def _check_unit(rule: Combination, traits: UnitTraits) -> None:
+    if not traits.full_distributions:
+        raise UnsupportedError(
+            f"rule {rule.name} combines the members' distributions over whole tokens, and in the units word and byte "
+            "one forward pass gives no distribution",
+            "use --unit piece, or --rule average",
+        )
+    if rule.shared_vocabulary and not traits.shared_vocabulary:
+        raise UnsupportedError(
+            f"rule {rule.name} divides by a member's probabilities, and members with different vocabularies give tokens"
+            " of the others none",
+            "use members that share one vocabulary (--unit token), or --rule geometric",
+        )
+
+
+def _common_sampling(
+    options: GenerationOptions, rule: Combination, sampling: Sequence[Mapping[str, Any]]
+) -> Sampling | None:
+    """Return the sampling that applies to the combination. Raises UnsupportedError where members have their own."""
+    first, *others = [options.combined_sampling(member) for member in sampling]
+    if any(other != first for other in others):
+        raise UnsupportedError(
+            f"members have sampling options of their own, and {rule.name} has one distribution to apply them to",
+            "give the same options to all members",
+        )
+    return first
+
+
+def support(symbols: Ids, probs: Floats) -> Candidates:
+    """Return the distribution of the symbols that have any probability."""
+    positive = probs > 0
+    return Candidates(symbols[positive], np.log(probs[positive]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 from typer import Argument, Option
 
@@ -23,12 +23,16 @@ from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared, with_shared
 from mixlm.cli.segments import about_unit
 from mixlm.cli.tables import print_lines, print_table
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UsageError
+from mixlm.option_spec import OptionSpec
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
+    from mixlm.ensemble import Ensemble
+    from mixlm.fitting.gates import GateKind
     from mixlm.fitting.study import FitStudy
+    from mixlm.routing.gate_router import GateInputs
 
 
 @with_shared()
@@ -45,6 +49,29 @@ def fit(
     ] = None,
     router: Annotated[
         Path | None, Option("--router", metavar="FILE", help="Also train a router, and write it.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        Option(
+            "--features",
+            metavar="LIST",
+            help="What the router looks at: text (character classes), top_k (likely tokens of the observed member),"
+            " hidden (its hidden state), or several of them, or all. Default: text.",
+            show_default=False,
+        ),
+    ] = None,
+    gate: Annotated[
+        str | None,
+        Option("--gate", metavar="KIND", help="The router's gate: linear or mlp. Default: linear.", show_default=False),
+    ] = None,
+    observe: Annotated[
+        str | None,
+        Option(
+            "--observe",
+            metavar="NAME",
+            help="The member that the router observes; it runs at every position. Default: the smallest.",
+            show_default=False,
+        ),
     ] = None,
     grid: Annotated[bool, Option("--grid", help="Also search a grid of weights, for comparison.")] = False,
     step: Annotated[
@@ -104,6 +131,8 @@ def fit(
     first part of each text, and the rest validates them. With --accuracy, the weights are also evaluated on a task,
     and the generation options apply to it.
     """
+    chosen = _RouterOptions(features, gate, observe)
+    chosen.check(router)
     accuracy_options = AccuracyOptions(accuracy, limit, seeds, data, out)
     accuracy_options.check()
     written = ("method",) if output is not None or accuracy is not None else ()
@@ -116,17 +145,34 @@ def fit(
         raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 means no prompts")
     check_writable("--output", output, force=force)
     check_writable("--router", router, force=force)
+    if router is not None and router.suffix == ".safetensors":
+        raise ConfigError("--router is a .safetensors file, and describes itself in JSON", "such as --router gate.json")
     texts = read_texts(files)
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = accuracy_options.load(shared)
     ensemble = open_ensemble(shared, {})
     from mixlm.fitting.study import FitPlan, study
 
+    inputs = chosen.inputs(ensemble)
+    observing = ensemble
+    if inputs is not None and inputs.observed is not None:
+        from mixlm.fitting.gates import untrained
+
+        observing = ensemble.with_router(untrained(ensemble.names, inputs))
     scores = score_texts(
-        ensemble, texts, pairs, model_identities(config, not no_cache), ends=ends, system=shared.system
+        observing, texts, pairs, model_identities(config, not no_cache), ends=ends, system=shared.system
     )
     weights = None if shared.numbers() is None and config.weights() is None else ensemble.weights
-    plan = FitPlan(holdout, bootstrap, step, router is not None, weights, prompt_bytes)
+    plan = FitPlan(
+        holdout,
+        bootstrap,
+        step,
+        router=router is not None,
+        inputs=inputs,
+        gate=chosen.kind,
+        given=weights,
+        prompt=prompt_bytes,
+    )
     with progress_bars() as progress:
         result = study(scores, plan, progress=progress)
     # Weights are written before the evaluation, which may take long and can be resumed.
@@ -145,6 +191,51 @@ def fit(
     for note in notes:
         dim(note)
     return 0
+
+
+class _RouterOptions(NamedTuple):
+    """What the router looks at and how, as the user wrote it."""
+
+    features: str | None
+    gate: str | None
+    observe: str | None
+
+    @property
+    def kind(self) -> GateKind:
+        """The gate's kind."""
+        return cast("GateKind", self.gate or "linear")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of features."""
+        from mixlm.routing.gate_router import GROUPS
+
+        if self.features == "all":
+            return GROUPS
+        return tuple(part.strip() for part in (self.features or "text").split(","))
+
+    def check(self, router: Path | None) -> None:
+        """Raise UsageError without a router to write, ConfigError for a value that is none."""
+        options = (("--features", self.features), ("--gate", self.gate), ("--observe", self.observe))
+        given = [name for name, value in options if value is not None]
+        if given and router is None:
+            raise UsageError(f"{given[0]} is of a router, and none is trained", "add --router FILE")
+        if self.gate is not None:
+            OptionSpec(choices=("linear", "mlp")).check("--gate", self.gate)
+        from mixlm.routing.gate_router import GROUPS
+
+        for group in self.groups:
+            OptionSpec(choices=(*GROUPS, "all")).check("--features", group)
+        if self.groups == ("text",) and self.observe is not None:
+            raise UsageError("--observe names a member, and the features are of the text", "add --features top_k")
+
+    def inputs(self, ensemble: Ensemble) -> GateInputs | None:
+        """Return what the gate looks at; None for the linear gate on the text."""
+        if self.groups == ("text",) and self.kind == "linear":
+            return None
+        from mixlm.fitting.gates import choose_inputs
+
+        return choose_inputs(ensemble, self.groups, self.observe)
 
 
 def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None) -> None:
@@ -173,6 +264,8 @@ def _write(
     if router is not None and result.router is not None:
         result.router.save(router)
         lines.append(f"router written to {router}")
+        if (inputs := getattr(result.router, "inputs", None)) is not None:
+            lines[-1] += f", its numbers to {router.with_suffix('.safetensors').name}; it needs {inputs.needs}"
     if output is not None:
         from mixlm.config import RouterConfig, write_config
 

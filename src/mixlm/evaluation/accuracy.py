@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from mixlm.evaluation.run import describe, describe_router, evaluate
 from mixlm.evaluation.run_folder import locked_folder, response_log
 from mixlm.fitting.likelihood import simplex
 from mixlm.routing import FixedRouter, Router
+from mixlm.routing.observation import observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 
@@ -97,6 +98,9 @@ def measure_accuracy(
     Answers and readings are kept in `setup.out`, and what is there is not made again. Raises ConfigError for a folder
     that was begun otherwise or is in use, UnsupportedError for a task whose metric is no mean over questions.
     """
+    observing = next((router for router in ways.values() if observed_by(router) is not None), None)
+    if observing is not None and setup.scores_given_texts:
+        ensemble = ensemble.with_router(observing)  # so that what it observes is read too
     grid = list(simplex(len(ensemble.members), step)) if step is not None else []
     points = {" ".join(f"{weight:g}" for weight in weights): FixedRouter(weights) for weights in grid}
     with locked_folder(setup.out, {"task": setup.name, **_unweighted(ensemble, setup)}):
@@ -128,7 +132,9 @@ def _unweighted(ensemble: Ensemble, setup: AccuracySetup) -> dict[str, Any]:
     """Return all that readings and completions depend on besides weights."""
     settings = describe(ensemble, setup.options or {}, None)
     members = [{name: value for name, value in member.items() if name != "weight"} for member in settings["members"]]
-    written = {} if setup.scores_given_texts else {"method": setup.method}
+    written: dict[str, Any] = {} if setup.scores_given_texts else {"method": setup.method}
+    if setup.scores_given_texts and (observes := observed_by(ensemble.router)) is not None:
+        written = {"observes": asdict(observes)}
     return {**{name: value for name, value in settings.items() if name != "router"}, "members": members, **written}
 
 
@@ -138,7 +144,10 @@ def _from_logprobs(
     requests = build_requests(setup.task, setup.limit, None)
     log = response_log(setup.out / "readings.jsonl")
     options: dict[str, Any] = {**(setup.options or {}), "method": "mixture"}
-    readable = Ensemble(ensemble.members, unit=cast(UnitName, ensemble.unit.name), defaults=ensemble.defaults)
+    router = ensemble.router if observed_by(ensemble.router) is not None else None
+    readable = Ensemble(
+        ensemble.members, unit=cast(UnitName, ensemble.unit.name), router=router, defaults=ensemble.defaults
+    )
     lm = EnsembleLM(readable, options=cast(Options, options), log=log, progress=setup.progress, label="reading")
     plain = lm.member_scores(requests)
     scores = RequestScores.of(plain, ensemble.names, ensemble.unit.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.routing import Router
+from mixlm.routing.observation import ObservedStates
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
 
@@ -51,7 +53,24 @@ def scores_to_json(scores: Scores | None) -> dict[str, Any]:
         "logprobs": scores.logprobs.tolist(),
         "prompt_bits": scores.prompt_bits[0].tolist(),
         "seconds": scores.seconds,
+        **({} if scores.observed is None else {"observed": _observed_to_json(scores.observed)}),
     }
+
+
+def _observed_to_json(observed: ObservedStates) -> dict[str, Any]:
+    hidden = None if observed.hidden is None else b64encode(observed.hidden.tobytes()).decode()
+    # JSON has no infinity; tokens that the engine did not report have the id -1.
+    logprobs = np.where(observed.ids < 0, 0.0, observed.logprobs)
+    return {"name": observed.name, "ids": observed.ids.tolist(), "logprobs": logprobs.tolist(), "hidden": hidden}
+
+
+def _observed_from_json(raw: Mapping[str, Any]) -> ObservedStates:
+    ids = np.array(raw["ids"], dtype=np.int64)
+    logprobs = np.where(ids < 0, -np.inf, np.array(raw["logprobs"], dtype=np.float64))
+    hidden = None
+    if raw["hidden"] is not None:
+        hidden = np.frombuffer(b64decode(raw["hidden"]), dtype=np.float16).reshape(len(ids), -1)
+    return ObservedStates(raw["name"], ids, logprobs, hidden)
 
 
 def scores_from_json(raw: Mapping[str, Any], names: Sequence[str], unit: str) -> Scores:
@@ -61,6 +80,6 @@ def scores_from_json(raw: Mapping[str, Any], names: Sequence[str], unit: str) ->
     table = np.array(raw["logprobs"], dtype=np.float64)
     prompts = np.tile(np.array(raw["prompt_bits"], dtype=np.float64), (len(ends), 1))
     begins = np.zeros(len(ends), dtype=np.int64)
-    return Scores(
-        tuple(names), unit, raw["text"].encode(), starts, ends, begins, table, prompts, seconds=raw["seconds"]
-    )
+    observed = _observed_from_json(raw["observed"]) if "observed" in raw else None
+    text = raw["text"].encode()
+    return Scores(tuple(names), unit, text, starts, ends, begins, table, prompts, raw["seconds"], observed)

@@ -48,7 +48,7 @@ def expectation_maximisation(scores: Scores, *, rounds: int = 5000, tolerance: f
     better by more than `tolerance`, in nats a segment. Raises ConfigError for text that no member can write.
     """
     start = time.perf_counter()
-    likelihood, top = _likelihood(scores)
+    likelihood, top = scaled_likelihood(scores)
     trace: list[float] = []
 
     def watch(mixed: Floats) -> None:
@@ -84,7 +84,7 @@ def _maximize(
     return weights, False
 
 
-def _likelihood(scores: Scores) -> tuple[Floats, Floats]:
+def scaled_likelihood(scores: Scores) -> tuple[Floats, Floats]:
     """Return each segment's likelihoods over the largest of them, (segments, members), and the log of that one.
 
     Scaling a segment's likelihoods by a constant changes no weight, and keeps exp() in range.
@@ -150,7 +150,7 @@ def bootstrap(
     where there would be too few of them.
     """
     rng = np.random.default_rng(seed)
-    likelihood, _ = _likelihood(scores)
+    likelihood, _ = scaled_likelihood(scores)
     segments = len(likelihood)
     count = max(segments // block, min(segments, _LEAST_BLOCKS))
     block_of = np.arange(segments) * count // segments
@@ -218,7 +218,7 @@ def _train_router(
     raw = context_features(whole)
     centre, scale = raw.mean(axis=0), raw.std(axis=0) + 1e-3
     centre[-1], scale[-1] = 0.0, 1.0  # the constant
-    likelihood, top = _likelihood(whole)
+    likelihood, top = scaled_likelihood(whole)
     loss = GateLoss((raw - centre) / scale, likelihood, penalty)
     done = 0
 

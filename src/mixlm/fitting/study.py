@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mixlm.fitting.gates import GateKind, train_gate
 from mixlm.fitting.likelihood import (
     WeightFit,
     bootstrap,
@@ -23,6 +24,7 @@ from mixlm.fitting.likelihood import (
     grid_search,
 )
 from mixlm.routing import LearnedRouter, PromptRouter, Router
+from mixlm.routing.gate_router import GateInputs, GateRouter
 from mixlm.scoring.scores import Scores, concatenate, router_weights, split_holdout, with_leading_prompts
 from mixlm.terminal import Progress
 from mixlm.types import Floats
@@ -35,7 +37,8 @@ class FitPlan:
     """What a study does.
 
     holdout: share of every text that is held out; 0 checks on the training text itself. bootstrap: refits for the
-    intervals, 0 for none. step: of the grid, None for no grid. router: whether to train one. given: weights to compare.
+    intervals, 0 for none. step: of the grid, None for no grid. router: whether to train one. inputs, gate: what the
+    router looks at, and its kind; None for the linear gate on the text of `fit_router`. given: weights to compare.
     prompt: how many bytes of each passage of a bare text are its prompt, which is not scored.
     """
 
@@ -43,6 +46,8 @@ class FitPlan:
     bootstrap: int = 200
     step: float | None = None
     router: bool = False
+    inputs: GateInputs | None = None
+    gate: GateKind = "linear"
     given: Floats | None = None
     prompt: int = 0
 
@@ -76,7 +81,7 @@ class FitStudy:
     intervals: Floats | None
     grid: WeightFit | None
     by_prompt: tuple[PromptRouter, float] | None
-    router: LearnedRouter | None
+    router: LearnedRouter | GateRouter | None
     router_seconds: float
     rows: tuple[FitRow, ...]
 
@@ -173,7 +178,8 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
     intervals = bootstrap(whole, rounds=plan.bootstrap) if plan.bootstrap else None
     grid = grid_search(whole, plan.step)[0] if plan.step is not None else None
     by_prompt = fit_by_prompt(whole, em.weights) if whole.prompt_bits.any() else None
-    router, seconds = None, 0.0
+    router: LearnedRouter | GateRouter | None = None
+    seconds = 0.0
     if plan.router:
         start = time.perf_counter()
 
@@ -181,7 +187,10 @@ def study(files: Mapping[str, Scores], plan: FitPlan, *, progress: Progress | No
             if progress is not None:
                 progress("training the router", done, _ROUTER_ROUNDS)
 
-        router = fit_router(list(train.values()), progress=report)
+        if plan.inputs is None:
+            router = fit_router(list(train.values()), progress=report)
+        else:
+            router = train_gate(list(train.values()), plan.inputs, plan.gate, progress=report).router
         seconds = time.perf_counter() - start
     rows = _members(check)
     rows.append(_fixed("equal weights", check, equal_weights(whole)))

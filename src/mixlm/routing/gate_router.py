@@ -5,6 +5,7 @@ It is trained by `mixlm.fitting.gates`. A file of it is two: JSON that says what
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,6 +141,14 @@ class GateRouter:
             self.observes = Observes(
                 self.names.index(inputs.observed), inputs.top_k, hidden, inputs.hidden_size if hidden else None
             )
+
+    @property
+    def digest(self) -> str:
+        """What tells it from gates with other numbers or inputs."""
+        digest = hashlib.sha256(repr((self.names, self.inputs)).encode())
+        for _, array in sorted(self.gate.arrays().items()):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
     def begin(self, context: PromptContext) -> Route | ObservingRoute:
         """Return the gate, applied to the prompt, the text so far and what is observed."""

@@ -1,0 +1,114 @@
+"""The distribution of the next symbol, in full: what the ensemble makes of its members, and each member's part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mixlm.core.mixing import mix
+from mixlm.core.rng import Noise
+from mixlm.engines.requests import LogitsRequest
+from mixlm.generation.dispatch import RequestFlow
+from mixlm.generation.sequence import DecodeStep, Flow
+from mixlm.types import Candidates, Floats, Ids
+
+if TYPE_CHECKING:
+    from mixlm.generation.generation import GenerationContext
+    from mixlm.generation.prompt import EncodedPrompt
+    from mixlm.generation.target import RuleTarget
+
+
+class EnsembleParts(NamedTuple):
+    """What was computed at one position, over the unit's symbols.
+
+    members: those that took part. weights: float64 (members,). parts: the distribution of each. combined: the
+    ensemble's.
+    """
+
+    members: list[int]
+    weights: Floats
+    parts: list[Candidates]
+    combined: Candidates
+
+
+@dataclass(frozen=True, eq=False)
+class NextDistribution:
+    """The exact distribution of the next symbol.
+
+    Attributes:
+        units: The bytes of each symbol that has any probability, the most likely one first; `b""` is end of text.
+        symbols: The symbols, int64 (n,).
+        probs: Their probabilities, float64 (n,), summing to 1.
+        members: The distribution of each member that took part, `K_i A_i p_i`: float64 (members, n). A row sums to less
+            than 1 where the rule gives what a member may write no probability.
+        weights: The weights of these members at this position, float64 (members,); for the average,
+            `probs = weights @ members`.
+        names: The names of these members.
+    """
+
+    units: tuple[bytes, ...]
+    symbols: Ids
+    probs: Floats
+    members: Floats
+    weights: Floats
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __repr__(self) -> str:
+        top = ", ".join(f"{unit!r}: {prob:.3g}" for unit, prob in zip(self.units[:5], self.probs[:5], strict=True))
+        return f"<NextDistribution of {len(self)} symbols by {', '.join(self.names)}: {top}{', …' * (len(self) > 5)}>"
+
+
+def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[EnsembleParts]:
+    """Run every member that takes part, and combine them. target: a combination rule's; None for the average."""
+    members = step.weighted_members if target is None else target.members(step)
+    weights = step.weights[members] if target is None else target.weights(step, members)
+    distributions = [view.bind_distribution() for view in step.views] if target is None else target.distributions(step)
+    responses = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in members]
+    parts = [distributions[i](response[0]) for i, response in zip(members, responses, strict=True)]
+    if target is None:
+        return EnsembleParts(members, weights, parts, mix([*zip(weights.tolist(), parts, strict=True)]))
+    combined = target.in_symbols(step, target.combine(members, parts, weights))
+    return EnsembleParts(members, weights, [target.in_symbols(step, part) for part in parts], combined)
+
+
+def dense_parts(symbols: Ids, parts: Sequence[Candidates]) -> Floats:
+    """Return each part's probabilities of some symbols: float64 (parts, symbols)."""
+    order = np.argsort(symbols)
+    probs = np.zeros((len(parts), len(symbols)))
+    for row, part in zip(probs, parts, strict=True):
+        places = np.searchsorted(symbols, part.ids, sorter=order)
+        places[places == len(symbols)] = 0
+        is_there = symbols[order[places]] == part.ids
+        np.add.at(row, order[places[is_there]], np.exp(part.logprobs[is_there]))
+    return probs
+
+
+def next_distribution(context: GenerationContext, prompt: EncodedPrompt) -> NextDistribution:
+    """Return the distribution of the symbol after a prompt. The unit has distributions over all symbols."""
+    result: list[EnsembleParts] = []
+
+    def strategy(step: DecodeStep) -> Flow:
+        result.append((yield from ensemble_parts(step, context.target)))
+        return []
+
+    context = replace(context, router=context.scoring_router, strategy=strategy)
+    context.decode_step(context.begin_sequence(prompt), Noise(0))
+    [(members, weights, parts, combined)] = result
+    order = np.lexsort((combined.ids, -combined.logprobs))
+    symbols = combined.ids[order]
+    probs = np.exp(combined.logprobs[order])
+    unit = context.unit
+    return NextDistribution(
+        tuple(b"" if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist()),
+        symbols,
+        probs / probs.sum(),
+        dense_parts(symbols, parts),
+        weights,
+        tuple(context.members[i].name for i in members),
+    )

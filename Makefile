@@ -18,10 +18,10 @@ demo: $(VENV)/.demo  ## Generate text with the demo pair: two small models with 
 	@$(BIN)/mixlm generate "Why is the sky blue?" --max-tokens 120
 
 test: models chromium  ## Run every test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a moment, without real models
-	$(BIN)/python -m pytest -n auto -q -m "not models and not engines and not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not models and not engines and not slow"
 
 test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm check with real llama.cpp and vLLM (minutes)
 	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_unavailable.py -m "engines or not engines"

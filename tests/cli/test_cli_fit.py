@@ -300,3 +300,45 @@ def test_help(run: Run) -> None:
     assert done.code == 0
     for option in ("--output", "--router", "--grid", "--step", "--holdout", "--bootstrap", "--json", "--no-cache"):
         assert option in done.out
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+def test_a_router_that_observes_a_member_is_trained_written_and_used(
+    run: Run, texts: list[str], gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixlm.fitting.gates._EPOCHS", 3)
+    options = ("--router", "gate.json", "--features", "all", "--gate", gate, "--observe", "toy:2")
+    done = run("fit", *texts, *TOYS, *FAST, *options, "--output", "pair.toml", "--json")
+    assert done.code == 0, done.err
+    assert "router written to gate.json, its numbers to gate.safetensors; it needs the engine hf for toy:2" in done.err
+    rows = [row["name"] for row in json.loads(done.out)["check"]["rows"]]
+    assert rows[-1] == "router"
+    assert json.loads(Path("gate.json").read_text())["observes"]["member"] == "toy:2"
+    written = [run("generate", "hello", "-e", "pair.toml", "--seed", "1", "--method", method, "--max-tokens", "8")
+               for method in ("mixture", "speculative")]  # fmt: skip
+    assert written[0].code == 0, written[0].err
+    assert written[0].out == written[1].out
+    scored = run("score", "words.txt", "-e", "pair.toml", "--json")
+    assert scored.code == 0, scored.err
+    assert json.loads(scored.out)["bits_per_byte"]["mixture"] > 0
+    seen = run("inspect", "-e", "pair.toml", "--no-measure")
+    assert "the router looks at text, top_k and hidden" in seen.out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--features", "all"), "--features is of a router, and none is trained"),
+        (("--router", "r.json", "--gate", "deep"), "--gate"),
+        (("--router", "r.json", "--features", "colour"), "--features"),
+        (("--router", "r.json", "--observe", "toy:1"), "--observe names a member, and the features are of the text"),
+        (("--router", "r.json", "--features", "top_k", "--observe", "toy:9"), "'toy:9' is not a member"),
+        (("--router", "r.safetensors", "--features", "top_k"), "--router is a .safetensors file"),
+    ],
+)
+def test_options_of_a_router_that_mean_nothing_are_refused(
+    run: Run, texts: list[str], options: tuple[str, ...], message: str
+) -> None:
+    done = run("fit", *texts, *TOYS, *FAST, *options)
+    assert done.code == 2
+    assert message in done.err

@@ -43,10 +43,8 @@ def observed_scores(segments: int, seed: int, *, rule: str = "margin") -> Scores
     logits = np.sort(rng.normal(scale=2, size=(segments, 6)))[:, ::-1]
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     hidden = rng.normal(size=(segments, 12)).astype(np.float16)
-    if rule == "margin":
-        first = np.exp(logprobs[:, 0]) > 0.6
-    else:  # a distance, which a linear gate cannot learn
-        first = np.abs(hidden[:, 0]) > 0.67
+    # A distance is what a linear gate cannot learn.
+    first = np.exp(logprobs[:, 0]) > 0.6 if rule == "margin" else np.abs(hidden[:, 0]) > 0.67
     table = np.where(first[:, None], [-0.5, -3.0], [-3.0, -0.5]) + rng.normal(scale=0.1, size=(segments, 2))
     ids = np.tile(np.arange(6), (segments, 1))
     return replace(made(table), observed=ObservedStates("m0", ids, logprobs, hidden))

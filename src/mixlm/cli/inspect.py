@@ -93,6 +93,8 @@ def _show_members(report: Inspection) -> None:
     heads = ("", *(name for name, _ in facts_by_name))
     print_table(heads, rows, head_styles={name: f"color({code})" for name, code in colours.items()})
     print_lines(f"unit {report.unit} · weights in memory {_size(report.weights_bytes)}")
+    if report.router_inputs is not None:
+        print_lines(f"the router looks at {report.router_inputs}")
 
 
 def _facts(member: MemberReport) -> dict[str, str]:

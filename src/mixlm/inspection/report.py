@@ -98,6 +98,7 @@ class Inspection:
     Attributes:
         text_bytes: Size of the sample text that the members scored; 0 if no model was run.
         unmeasured: Why nothing was measured, if so.
+        router_inputs: What the router looks at beside the text, and which engines can run it; None for the text alone.
     """
 
     unit: str
@@ -111,6 +112,7 @@ class Inspection:
     costs: tuple[ForwardCost, ...] = ()
     speeds: tuple[SpeedEstimate, ...] = ()
     unmeasured: str | None = None
+    router_inputs: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""

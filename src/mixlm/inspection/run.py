@@ -74,6 +74,7 @@ def inspect(
         weights_bytes=total_weight_bytes(member.engine for member in ensemble.members),
         possibilities=static.check_feasibility(ensemble, chosen),
         pairs=static.compare_vocabularies(ensemble),
+        router_inputs=static.describe_router_inputs(ensemble),
     )
     if not measure:
         return replace(inspection, unmeasured="no model was run")

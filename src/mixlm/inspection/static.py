@@ -14,6 +14,8 @@ from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.inspection.report import Feasibility, MemberReport, PairReport
+from mixlm.routing.gate_router import GateInputs
+from mixlm.routing.observation import observed_by
 from mixlm.types import Ids
 
 # Rules: options that change the target distribution.
@@ -55,6 +57,22 @@ def describe_members(ensemble: Ensemble, question: str, options: Mapping[str, An
     return tuple(reports)
 
 
+def describe_router_inputs(ensemble: Ensemble) -> str | None:
+    """Return what the router looks at, and which engines can run it; None for weights or the text alone."""
+    inputs = getattr(ensemble.router, "inputs", None)
+    if isinstance(inputs, GateInputs):
+        *first, last = inputs.groups
+        return f"{', '.join(first)} and {last}" * bool(first) + last * (not first) + f"; it needs {inputs.needs}"
+    observes = observed_by(ensemble.router)
+    if observes is None:
+        return None
+    name = ensemble.names[observes.member]
+    seen = [f"its {observes.top_k} most likely tokens"] if observes.top_k else []
+    seen += ["its hidden state"] if observes.hidden else []
+    engines = f"the engine hf for {name}" if observes.hidden else "any engine that reports so many tokens"
+    return f"{name}, {' and '.join(seen)}; it needs {engines}"
+
+
 def spell_out(engine: Engine, ids: Ids) -> str:
     """Return the text of ids, with control tokens spelled out."""
     vocabulary = engine.vocabulary
@@ -72,7 +90,8 @@ def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[F
     results = []
     for unit in UNITS:
         if unit != "auto":
-            reason = _refusal(partial(Ensemble, ensemble.members, ensemble.weights.tolist(), unit=unit))
+            router = None if observed_by(ensemble.router) is None else ensemble.router
+            reason = _refusal(partial(Ensemble, ensemble.members, ensemble.weights.tolist(), unit=unit, router=router))
             results.append(Feasibility("unit", unit, reason is None, reason))
     methods: dict[str, Mapping[str, Any]] = {method: {"method": method} for method in METHODS} | dict(_VARIANTS)
     for name, changes in methods.items():

@@ -12,7 +12,16 @@ from programs import TOYS, Run
 def test_a_report_on_toys(run: Run) -> None:
     done = run("inspect", *TOYS, "-w", "3,1")
     assert (done.code, done.err) == (0, "")
-    for part in ("toy:1", "0.75", "276 rows, 274 pieces", "<end>", "token", "mix-then-truncate", "100.0%", "16 tokens"):
+    for part in (
+        "toy:1",
+        "0.75",
+        "276 rows, 274 pieces",
+        "<end>",
+        "token",
+        "rule mean-then-truncate",
+        "100.0%",
+        "16 tokens",
+    ):
         assert part in done.out
     assert "<begin>user: Why is the sky blue?" in done.out
     assert "predicted" in done.out
@@ -76,3 +85,21 @@ def test_a_text_that_is_empty_is_refused(run: Run, tmp_path: Path) -> None:
 def test_members_are_shown_in_their_colours_at_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[38;5;32mtoy:1" in run("inspect", *TOYS, "--no-measure").out
+
+
+def test_the_gain_of_an_ensemble_on_a_text(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" the river sings and one bird falls under two stone" * 8)
+    report = json.loads(run("inspect", "-m", "toy:1", "-m", "toy:2", "-m", "toy:3", "--gain", str(text), "--json").out)
+    assert report["oracle"] <= report["fixed"]
+    assert report["cost"] > 0
+    assert [member["name"] for member in report["members"]] == ["toy:1", "toy:2", "toy:3"]
+    shown = run("inspect", "-m", "toy:1", "-m", "toy:2", "-m", "toy:3", "--gain", str(text))
+    assert shown.code == 0
+    words = " ".join(shown.out.split())
+    assert "oracle: the best member of each segment" in words
+    assert "Gain: " in words
+    assert "Cost: a token by mixture takes" in words
+    assert "worth dropping" in words or "The least useful member is" in words
+    assert "no ensemble" in run("inspect", "-m", "toy:1", "--gain", str(text)).err
+    assert "a report of its own" in run("inspect", *TOYS, "--gain", str(text), "--no-measure").err

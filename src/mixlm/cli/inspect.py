@@ -39,6 +39,15 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    gain: Annotated[
+        Path | None,
+        Option(
+            "--gain",
+            metavar="FILE",
+            help="Report instead what an ensemble of these members could gain on this text, and what it would cost.",
+            show_default=False,
+        ),
+    ] = None,
     no_measure: Annotated[bool, Option("--no-measure", help="Run no model, for a quick report.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> int:
@@ -50,6 +59,12 @@ def inspect(
     """
     if text is not None and no_measure:
         raise UsageError("--text and --no-measure are both given", "a text is only used to measure")
+    if gain is not None:
+        if text is not None or no_measure:
+            raise UsageError("--gain is a report of its own, by scores of a text", "omit --text and --no-measure")
+        from mixlm.cli.gain import report_gain
+
+        return report_gain(shared, gain, as_json=as_json)
     sample = next(iter(read_texts([text]).values())) if text is not None else None
     from mixlm.inspection import inspect as inspect_ensemble
     from mixlm.inspection.unloaded import load_described

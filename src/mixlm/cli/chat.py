@@ -51,7 +51,7 @@ def chat(
     end with three double quotes. From a pipe, each line is a message.
     """
     options = shared.options()
-    conversation = Conversation(open_ensemble(shared, options, one_method=True), options)
+    conversation = Conversation(open_ensemble(shared, options, one_method=True, sequences=1), options)
     if not as_json:
         conversation.display().legend()
     if is_terminal(sys.stdin):

@@ -128,7 +128,7 @@ def generate(
         raise UsageError("--batch is given without --input", "omit it, or name a file of prompts")
     text = _text(prompt, raw)
     options = cast("Options", {**shared.options(), **extra, **reported})
-    ensemble = open_ensemble(shared, options, one_method=True)
+    ensemble = open_ensemble(shared, options, one_method=True, sequences=1)
     generation = ensemble.stream(text, **options)
     if as_json:
         print_json(completion_fields(ensemble, generation.finish()))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mixlm.engines import Engine, EngineSpec
     from mixlm.ensemble import Ensemble
 
+# Each holds a KV cache of its own in llama.cpp, allocated at the start.
+_MAX_DEFAULT_SLOTS = 8
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -132,7 +134,7 @@ def serve(
     tracer = tracer_for(traces, os.environ)
     listener = address.bind()
     try:
-        registry = ModelRegistry(_ensembles(shared, config, name))
+        registry = ModelRegistry(_ensembles(shared, config, name, batch))
         log_to_stderr(log)
         app = ServerApp(registry, limits, keys, address.allowed_hosts, tracer)
         names = ", ".join(model.name for model in registry)
@@ -142,12 +144,12 @@ def serve(
     return 0
 
 
-def _ensembles(shared: Shared, folder: Path | None, name: str | None) -> dict[str, Ensemble]:
+def _ensembles(shared: Shared, folder: Path | None, name: str | None, batch: int) -> dict[str, Ensemble]:
     """Load the ensembles, by name. Models that several ensembles share are loaded once."""
     if shared.seed is not None:
         raise UsageError("--seed would make all completions of a prompt equal", "send the seed with a request")
     if folder is None:
-        ensemble = _open(shared, {})
+        ensemble = _open(shared, {}, batch)
         file = shared.ensemble.stem if shared.ensemble is not None else None
         return {name or file or "+".join(ensemble.names): ensemble}
     if shared.model or shared.ensemble is not None or shared.weights is not None or name is not None:
@@ -156,13 +158,13 @@ def _ensembles(shared: Shared, folder: Path | None, name: str | None) -> dict[st
     if not paths:
         raise ConfigError(f"there is no ensemble file (*.toml) in {folder}", "mixlm fit --output writes one")
     engines: dict[EngineSpec, Engine] = {}
-    return {path.stem: _open(replace(shared, ensemble=path), engines) for path in paths}
+    return {path.stem: _open(replace(shared, ensemble=path), engines, batch) for path in paths}
 
 
-def _open(shared: Shared, engines: dict[EngineSpec, Engine]) -> Ensemble:
+def _open(shared: Shared, engines: dict[EngineSpec, Engine], batch: int) -> Ensemble:
     """Load one ensemble; the options given here are the defaults for requests."""
     options = shared.options()
-    ensemble = open_ensemble(shared, options, engines=engines)
+    ensemble = open_ensemble(shared, options, engines=engines, sequences=min(batch, _MAX_DEFAULT_SLOTS))
     ensemble.defaults = ensemble.settings(**options)
     # Raises now, rather than at the first request, if these options are not possible.
     ensemble.context(ensemble.defaults)

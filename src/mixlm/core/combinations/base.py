@@ -34,6 +34,7 @@ Alignment = Literal["symbols", "strings", "spellings"]
 
 # Rounding: bounds may exceed what they bound by this much, and winners must be ahead by this much.
 TOLERANCE = 1e-9
+_LEAST_MASS = 1e-12
 
 
 class Aligned(NamedTuple):
@@ -60,15 +61,20 @@ class Unreported(NamedTuple):
     ceiling: Floats
 
     @classmethod
-    def of(cls, probs: Floats) -> Unreported:
-        """Return the bounds of rows of reported probabilities, float64 (members, symbols); 0 is not reported.
+    def of(cls, probs: Floats, partial: Sequence[int]) -> Unreported:
+        """Return the bounds of rows of which some are reports of the likeliest tokens.
 
-        A row without any probability, of a member that has not run, leaves nothing open here.
+        Args:
+            probs: float64 (members, symbols); 0 is not reported.
+            partial: The members that ran and report their likeliest tokens alone.
         """
-        mass = np.where(probs.any(axis=1), np.maximum(1 - probs.sum(axis=1), 0.0), 0.0)
-        mass[mass < TOLERANCE] = 0.0
-        smallest = np.where(probs > 0, probs, np.inf).min(axis=1, initial=np.inf)
-        return cls(mass, np.minimum(smallest, mass))
+        mass, ceiling = np.zeros(len(probs)), np.zeros(len(probs))
+        for member in partial:
+            row = probs[member][probs[member] > 0]
+            # Something is left open even where it is too small to be seen.
+            mass[member] = max(1 - float(row.sum()), _LEAST_MASS)
+            ceiling[member] = min(float(row.min(initial=1.0)), mass[member])
+        return cls(mass, ceiling)
 
 
 def align(parts: Sequence[Candidates | None]) -> Aligned:

@@ -81,9 +81,11 @@ class Defer(Combination):
         if complete(weights, ran, unreported):
             return self.combine(probs, weights)
         prefix = next(i for i in range(len(weights) + 1) if i not in ran)
-        if prefix == len(weights):
-            return self.combine(probs, weights)  # of what was reported
-        return self._kept(probs, prefix)[0]
+        if prefix < len(weights):
+            return self._kept(probs, prefix, unreported)[0]
+        kept, left = self._kept(probs, prefix - 1, unreported)
+        lower: Floats = kept + left * probs[-1]
+        return lower
 
     def acceptance(self, distribution: Floats) -> Floats:
         """Return `a`: float64, the shape of the distribution."""
@@ -107,11 +109,16 @@ class Defer(Combination):
             raise ConfigError(f"accept returned {a[~((a >= 0) & (a <= 1))].flat[0]:g}; it must be from 0 to 1")
         return np.broadcast_to(a, distribution.shape)
 
-    def _kept(self, probs: Floats, count: int) -> tuple[Floats, float]:
-        """Return what the first members of the chain keep, and the mass that they leave to the next."""
+    def _kept(self, probs: Floats, count: int, unreported: Unreported | None = None) -> tuple[Floats, float]:
+        """Return what the first members of the chain keep, and the least mass that they leave to the next."""
         kept, left = np.zeros(probs.shape[1]), 1.0
-        for row in probs[:count]:
+        for member, row in enumerate(probs[:count]):
             share = self.acceptance(row) * row
             kept += left * share
-            left *= max(1 - float(share.sum()), 0.0)
+            hidden = 0.0 if unreported is None else float(unreported.mass[member])
+            if hidden and self.by == "top":
+                hidden *= float(share.any())  # all is kept, or nothing
+            elif hidden and unreported is not None and unreported.ceiling[member] < self.strength:
+                hidden = 0.0
+            left *= max(1 - float(share.sum()) - hidden, 0.0)
         return kept, left

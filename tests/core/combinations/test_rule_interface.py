@@ -1,0 +1,286 @@
+"""What rules refuse, rules of one's own, the guard, alignment, and engines that report few tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from adversary import random_rows, random_weights
+from rule_cases import RULES, plain
+
+from mixlm.core.combinations import COMBINATIONS, Combination, Unreported, align, combination, combination_class
+from mixlm.core.combinations.base import check_bounds, coin_share, increments
+from mixlm.core.combinations.max import Max
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.types import Candidates
+
+ROWS, WEIGHTS = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]), np.array([0.5, 0.5])
+
+
+def test_every_rule_is_known_by_its_name():
+    assert len(COMBINATIONS) == 14
+    assert [combination(name).name for name in COMBINATIONS] == list(COMBINATIONS)
+    assert combination("unite") == combination("union-top-k")
+
+
+def test_a_rule_is_imported_when_it_is_asked_for():
+    program = (
+        "import sys; from mixlm.core.combinations import combination; before = set(sys.modules); combination('max');"
+        "print(sorted(m for m in sys.modules if m.startswith('mixlm.core.combinations.')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "combinations.max" in loaded
+    assert "combinations.vote" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("contrastiv", {}, "there is no rule 'contrastiv'.*did you mean 'contrastive'"),
+        ("zzz", {}, "there is no rule 'zzz'.*the rules are average, geometric"),
+        (3, {}, "there is no rule 3"),
+        ("geometric", {"strenght": 1}, "has no parameter 'strenght'.*did you mean 'strength'"),
+        ("max", {"strength": 1}, "rule max has no parameter 'strength'.*it has no parameters"),
+        ("geometric", {"strength": 0}, "strength is 0; for rule geometric it must be a number greater than 0"),
+        ("power", {"strength": 0}, "strength is 0.*geometric"),
+        ("power", {"strength": float("nan")}, "strength is nan; for rule power it must be a number"),
+        ("contrastive", {"strength": -1}, "strength is -1; for rule contrastive it must be a number 0 or more"),
+        ("contrastive", {"alpha": 1.5}, "alpha is 1.5; for rule contrastive it must be a number from 0 to 1"),
+        ("contrastive", {"form": "new"}, "form is 'new'.*'weighted' or 'original'"),
+        ("proxy", {"strength": "2"}, "strength is '2'; for rule proxy"),
+        ("guidance", {"strength": True}, "strength is True"),
+        ("union-top-k", {"k": 0}, "k is 0; for rule union-top-k it must be a number 1 or more"),
+        ("union-top-k", {"k": 2.5}, "k is 2.5.*whole number"),
+        ("defer", {"strength": 2}, "strength is 2; for rule defer it must be a number from 0 to 1"),
+        ("defer", {"by": "luck"}, "by is 'luck'"),
+        ("defer", {"accept": 1}, "accept is 1"),
+    ],
+)
+def test_bad_parameters_are_one_clear_sentence(name, parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        combination(name, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("contrastive", 3, r"combines 2 members \(expert, amateur\), and there are 3"),
+        ("proxy", 2, r"combines 3 members \(base, tuned, untuned\), and there are 2"),
+        ("max", 1, "needs 2 members, and there is 1"),
+        ("vote", 7, "counts at most 6 votes, and there are 7 members"),
+    ],
+)
+def test_the_number_of_members_is_checked(name, count, message):
+    with pytest.raises(ConfigError, match=message):
+        combination(name).check_members(count)
+    combination("average").check_members(1)
+
+
+def test_options_that_a_rule_cannot_apply_are_refused():
+    with pytest.raises(ConfigError, match="top_k is 0, and rule union-top-k joins"):
+        combination("union-top-k").with_sampling(plain())
+    with pytest.raises(ConfigError, match="top_k is 5, and rule mean-then-temper has a temperature alone"):
+        combination("mean-then-temper").with_sampling(plain(top_k=5))
+    assert combination("geometric").with_sampling(plain()) == combination("geometric")
+
+
+def test_every_rule_says_what_it_needs():
+    for name in COMBINATIONS:
+        rule = combination_class(name)
+        assert rule.__doc__
+        assert all(parameter.init for parameter in fields(rule))
+    assert [name for name in COMBINATIONS if combination(name).shared_vocabulary] == ["contrastive", "guidance"]
+    assert [name for name in COMBINATIONS if combination(name).alignment != "symbols"] == ["union-top-k", "gac"]
+    drafting = ["geometric", "min", "contrastive", "proxy", "guidance"]
+    assert [name for name in COMBINATIONS if combination(name).speculates] == drafting
+    assert combination("power", strength=-1).common_options
+    assert not combination("power").common_options
+
+
+def test_alignment_lays_rows_over_the_union_of_the_supports():
+    first = Candidates(np.array([7, 2]), np.log([0.75, 0.25]))
+    second = Candidates(np.array([2, 9]), np.log([0.5, 0.5]))
+    symbols, probs = align([first, None, second])
+    assert symbols.tolist() == [2, 7, 9]
+    np.testing.assert_allclose(probs, [[0.25, 0.75, 0], [0, 0, 0], [0.5, 0, 0.5]])
+    assert align([None, None]).probs.shape == (2, 0)
+
+
+# Rules of one's own.
+
+
+def test_a_function_is_a_rule():
+    rule = Combination.of(lambda probs, weights: probs[0], name="first")
+    np.testing.assert_allclose(rule.combine(ROWS, WEIGHTS), ROWS[0])
+    assert rule.envelope(ROWS, WEIGHTS, [0]) is None
+    assert rule.certain_winner(ROWS, WEIGHTS, [0]) is None
+    assert rule.speculates
+    known = Combination.of(lambda probs, weights: probs[0], lambda probs, weights, ran: probs[0], name="first")
+    np.testing.assert_allclose(known.envelope(ROWS, WEIGHTS, [0]), ROWS[0])
+    np.testing.assert_allclose(known.envelope(ROWS, WEIGHTS, [1]), 0)
+    assert known.certain_winner(ROWS, WEIGHTS, [0]) == 0
+    check_bounds(known, ROWS, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([0.5, 0.5], r"rule mine returned the shape \(2,\); it must be \(3,\)"),
+        ([np.nan, 0.5, 0.5], "rule mine returned a value that is not finite"),
+        ([-0.5, 1, 0.5], "rule mine returned the negative value -0.5"),
+        ([0.5, 0.5, 0.5], "rule mine returned probabilities that sum to 1.5"),
+        ([0, 0, 0], "rule mine returned probabilities that sum to 0"),
+        ("abc", "rule mine returned str; it must be an array of numbers"),
+        (None, "rule mine returned"),
+    ],
+)
+def test_what_a_function_returns_is_checked_at_every_use(result, message):
+    with pytest.raises(ConfigError, match=message):
+        Combination.of(lambda probs, weights: result, name="mine").combine(ROWS, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [([1, 1, 1], "the envelope of rule mine sums to 3"), ([0.1], r"envelope of rule mine returned the shape \(1,\)")],
+)
+def test_what_an_envelope_returns_is_checked_too(result, message):
+    rule = Combination.of(lambda probs, weights: weights @ probs, lambda probs, weights, ran: result, name="mine")
+    with pytest.raises(ConfigError, match=message):
+        rule.envelope(ROWS, WEIGHTS, [0])
+
+
+def test_a_function_cannot_change_what_others_see():
+    def spoil(probs, weights):
+        probs[:] = 0
+        return np.array([1.0, 0, 0])
+
+    rows = ROWS.copy()
+    Combination.of(spoil).combine(rows, WEIGHTS)
+    np.testing.assert_array_equal(rows, ROWS)
+
+
+def test_things_that_are_no_functions_are_refused():
+    with pytest.raises(ConfigError, match="the rule is 3; it must be a function"):
+        Combination.of(3)
+    with pytest.raises(ConfigError, match="envelope is 3; it must be a function"):
+        Combination.of(lambda probs, weights: probs[0], 3)
+
+
+def test_what_deferral_is_given_is_checked():
+    with pytest.raises(ConfigError, match="accept returned 2; it must be from 0 to 1"):
+        combination("defer", accept=lambda q: q + 2 - q).combine(ROWS, WEIGHTS)
+    with pytest.raises(ConfigError, match="accept returned nan"):
+        combination("defer", accept=lambda q: q * np.nan).combine(ROWS, WEIGHTS)
+    with pytest.raises(ConfigError, match=r"accept returned the shape \(2,\)"):
+        combination("defer", accept=lambda q: q[:2]).combine(ROWS, WEIGHTS)
+
+
+# The guard.
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_guard_lets_every_rule_pass(name):
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        members = len(RULES[name].roles) or 3
+        rows, weights = random_rows(rng, members, 6), random_weights(rng, members)
+        try:
+            RULES[name].combine(rows, weights)
+        except UnsupportedError:
+            continue
+        check_bounds(RULES[name], rows, weights, rng.permutation(members).tolist())
+
+
+def test_an_envelope_that_is_too_large_is_caught():
+    rule = Combination.of(
+        lambda probs, weights: weights @ probs, lambda probs, weights, ran: probs[ran[0]], name="greedy one"
+    )
+    with pytest.raises(ConfigError, match="envelope of rule greedy one after 1 of 2 members exceeds the combination"):
+        check_bounds(rule, ROWS, WEIGHTS)
+
+
+def test_a_coin_that_emits_too_much_is_caught():
+    @dataclass(frozen=True)
+    class Hasty(Max):
+        name: ClassVar[str] = "hasty"
+
+        def first_distribution(self, row, weights, member, open_mass=0.0):
+            return row
+
+    with pytest.raises(ConfigError, match="what rule hasty emits after one member exceeds the combination"):
+        check_bounds(Hasty(), ROWS, WEIGHTS)
+
+
+def test_increments_are_never_negative_even_where_an_envelope_shrinks():
+    def shrinking(probs, weights, ran):
+        return 0.5 * weights[0] * probs[0] if ran == (0,) else np.zeros(probs.shape[1])
+
+    rule = Combination.of(lambda probs, weights: weights @ probs, shrinking)
+    parts = increments(rule, np.vstack([ROWS, ROWS[:1]]), np.array([0.5, 0.3, 0.2]), [0, 1, 2])
+    assert parts.min() >= 0
+    assert parts[0].sum() > 0
+
+
+# Engines that report their likeliest tokens alone.
+
+
+def reported(rows: np.ndarray, count: int) -> np.ndarray:
+    """The largest of each row."""
+    out = np.zeros_like(rows)
+    for part, row in zip(out, rows, strict=True):
+        top = np.argsort(-row, kind="stable")[:count]
+        part[top] = row[top]
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"vote", "defer by entropy", "defer by function"}))
+def test_bounds_hold_for_whatever_was_not_reported(name):
+    rule, rng = RULES[name], np.random.default_rng(2)
+    for _ in range(25):
+        members = len(rule.roles) or int(rng.choice([2, 3]))
+        rows, weights = random_rows(rng, members, 8), random_weights(rng, members)
+        part = reported(rows, 3)
+        try:
+            combined = rule.combine(rows, weights)
+        except UnsupportedError:
+            continue
+        for count in range(1, members + 1):
+            ran = rng.permutation(members)[:count].tolist()
+            seen = np.where(np.isin(np.arange(members), ran)[:, None], part, 0.0)
+            try:
+                lower = rule.envelope(seen, weights, ran, Unreported.of(seen, ran))
+            except ConfigError as error:
+                assert "likeliest tokens, and" in str(error)  # noqa: PT017
+                continue
+            assert (lower <= combined + 1e-9).all()
+
+
+def test_what_is_unreported():
+    rows = np.array([[0.5, 0.3, 0], [0.2, 0.1, 0.1], [0, 0, 0], [0.5, 0.5, 0], [0.5, 0.4, 0.1]])
+    mass, ceiling = Unreported.of(rows, [0, 1, 3])
+    np.testing.assert_allclose(mass, [0.2, 0.6, 0, 0, 0], atol=1e-11)
+    np.testing.assert_allclose(ceiling, [0.2, 0.1, 0, 0, 0], atol=1e-11)
+    assert mass[3] > 0
+
+
+def test_rules_that_need_whole_distributions_say_so():
+    part = np.array([[0.5, 0.3, 0], [0, 0, 0]])
+    own = Combination.of(lambda probs, weights: probs[0], lambda probs, weights, ran: probs[0], name="mine")
+    for rule in (combination("vote"), own, combination("defer", by="entropy")):
+        with pytest.raises(UnsupportedError, match="a member reports its likeliest tokens alone"):
+            rule.envelope(part, WEIGHTS, [0], Unreported.of(part, [0]))
+    with pytest.raises(ConfigError, match="k = 10 needs that many of a member's likeliest tokens, and 2 are reported"):
+        combination("union-top-k").first_distribution(part[0], WEIGHTS, 0, 0.2)
+
+
+def test_a_report_of_the_top_k_is_all_that_union_top_k_needs_first():
+    rows = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    rule = combination("union-top-k", k=2)
+    whole = coin_share(rule, rows, WEIGHTS)
+    part = reported(rows, 2)
+    stops = [rule.first_distribution(row, WEIGHTS, member, 0.3) for member, row in enumerate(part)]
+    np.testing.assert_allclose(WEIGHTS @ np.array(stops), whole)

@@ -18,6 +18,8 @@ def test_the_public_names_are_these():
         "MixlmError",
         "Sampling",
         "Token",
+        "Tool",
+        "ToolCall",
         "Usage",
         "__version__",
         "load",

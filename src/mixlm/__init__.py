@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mixlm.loading import load
 
     Stream = Generation
-    from mixlm.types import Completion, Message, Sampling, Token, Usage
+    from mixlm.types import Completion, Message, Sampling, Token, Tool, ToolCall, Usage
 
 __all__ = [
     "Chat",
@@ -25,6 +25,8 @@ __all__ = [
     "MixlmError",
     "Sampling",
     "Token",
+    "Tool",
+    "ToolCall",
     "Usage",
     "__version__",
     "load",
@@ -36,7 +38,7 @@ _LAZY = {
     "Generation": ("generation.generation", "Generation"),
     "Stream": ("generation.generation", "Generation"),  # the older name
     "load": ("loading", "load"),
-    **{name: ("types", name) for name in ("Completion", "Message", "Sampling", "Token", "Usage")},
+    **{name: ("types", name) for name in ("Completion", "Message", "Sampling", "Token", "Tool", "ToolCall", "Usage")},
 }
 
 

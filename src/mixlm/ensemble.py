@@ -14,6 +14,7 @@ import numpy as np
 from mixlm.config import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.logit_bias import member_logit_bias
+from mixlm.core.logits_processor import LogitsProcessor, as_processor
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import OPTIONS, GenerationOptions, Options
 from mixlm.core.sampling import Transform
@@ -43,12 +44,16 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """A loaded member: its engine, the name it is shown by, its own sampling options, and its role in a rule."""
+    """A loaded member: its engine, the name it is shown by, its own sampling options, and its role in a rule.
+
+    processor: what changes its logits first: see `Ensemble.with_logits_processors`.
+    """
 
     engine: Engine
     name: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
     role: str | None = None
+    processor: LogitsProcessor | None = None
 
 
 class Ensemble:
@@ -288,6 +293,45 @@ class Ensemble:
             grammars=self.grammars,
         )
 
+    def with_logits_processors(self, processors: Mapping[str, Any]) -> Ensemble:
+        """Return this ensemble with functions that change members' logits. The engines are shared.
+
+        A processor is the first step of its member's transform `A_i`: it sees that member's tokens and logits and no
+        other's, so every method stays exact. It must depend on its arguments alone. Its member needs an engine that
+        returns all logits. Log-probabilities of given texts (scores, echo) are the model's own, without it.
+
+        Args:
+            processors: By a member's name: a function of the member's ids so far, int64 (n,), and the logits after
+                them, float32 (vocab,), that returns logits of that shape; or a `LogitsProcessor` of transformers, or a
+                list of them; or None for none.
+
+        Raises:
+            ConfigError: There is no such member, or a processor cannot be called.
+
+        >>> import mixlm
+        >>> ensemble = mixlm.load("toy:1", "toy:2")
+        >>> colder = ensemble.with_logits_processors({"toy:1": lambda ids, logits: logits * 2})
+        """
+        for name in processors:
+            if name not in self.names:
+                raise ConfigError(f"there is no member {name!r}", f"the members are {', '.join(self.names)}")
+        members = [
+            replace(
+                member, processor=None if processors[member.name] is None else as_processor(processors[member.name])
+            )
+            if member.name in processors
+            else member
+            for member in self.members
+        ]
+        return Ensemble(
+            members,
+            self.weights.tolist(),
+            unit=self.unit,
+            router=self.router,
+            defaults=self.defaults,
+            grammars=self.grammars,
+        )
+
     def settings(self, **options: Unpack[Options]) -> GenerationOptions:
         """Return the checked options of a call."""
         return self.defaults.with_options(options)
@@ -437,7 +481,7 @@ class Ensemble:
             transform = Transform(settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0), bias)
             # The observed member has run before its coin falls, so its samples are taken from those logits.
             is_observed = observes is not None and observes.member == i and settings.method != "single"
-            options = MemberOptions(settings.top_logprobs, grammar, samples_only and not is_observed)
+            options = MemberOptions(settings.top_logprobs, grammar, samples_only and not is_observed, spec.processor)
             members.append(Member(spec.engine, spec.name, transform, symbols, options))
         return members
 

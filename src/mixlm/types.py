@@ -273,6 +273,7 @@ class MemberUsage:
         forward_tokens: Tokens that ran through them.
         forward_seconds: Seconds of wall clock in them.
         dropped: Positions generated without it, because it did not respond.
+        cached_tokens: Tokens of its prompt that other sequences had run, and that did not run again.
     """
 
     prompt_tokens: int
@@ -281,6 +282,7 @@ class MemberUsage:
     forward_tokens: int
     forward_seconds: float
     dropped: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -442,7 +442,7 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"rule": "best"}}, "mixlm.rule"),
         ({"mixlm": {"rule": "geometric", "strength": -1}}, "mixlm.strength"),
         ({"mixlm": {"rule": "max", "strength": 2}}, "mixlm.rule"),
-        ({"mixlm": {"rule": "max", "unit": "byte"}}, "mixlm.method"),
+        ({"mixlm": {"rule": "max", "unit": "byte"}}, "mixlm.unit"),
         ({"prompt": "x"}, "prompt"),
     ],
 )  # fmt: skip
@@ -565,7 +565,7 @@ def test_parts_of_characters_have_one_spelling():
     """A client finds each token among its own alternatives, in chat and in completions."""
     bytewise = ToyEngine([bytes([byte]) for byte in PARTS], lambda context: np.array([0.0] * len(PARTS) + [-9.0, -9.0]))
     with running(Ensemble([MemberSpec(bytewise, "m0")])) as server:
-        bytewise.prompts.chat = bytewise.prompts.raw = lambda _: np.zeros(1, dtype=np.int64)
+        bytewise.prompts.chat = bytewise.prompts.raw = lambda *_: np.zeros(1, dtype=np.int64)
         fields = {"seed": 1, "max_tokens": 40, "mixlm": {"top_k": 0}, "logit_bias": {}}
         for stream in (False, True):
             content = server.chat(**fields, stream=stream, logprobs=True, top_logprobs=8)
@@ -589,7 +589,7 @@ def test_parts_of_characters_have_one_spelling():
     [
         ({"temperature": 0.0001}, "temperature", "temperature: it must be 0, or 0.001 or more"),
         ({"mixlm": {"topk": 3}}, "mixlm.topk", "there is no field mixlm.topk: did you mean 'top_k'?"),
-        ({"top_k": 3}, "top_k", "there is no field top_k: did you mean 'mixlm.top_k'?"),
+        ({"block": 3}, "block", "there is no field block: did you mean 'mixlm.block'?"),
         ({"mixlm": {"stop": "x"}}, "mixlm.stop", "there is no field mixlm.stop: did you mean 'stop'?"),
         ({"mixlm": {"stpo": "x"}}, "mixlm.stpo", "there is no field mixlm.stpo"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "'include_usage'"),

@@ -120,9 +120,9 @@ def test_openai_sdk_asynchronously(toys):
 def test_openai_sdk_understands_errors(sdk, toys):
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.chat.completions.create(
-            model="toys", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
+            model="toys", messages=HELLO, tools=[{"type": "function", "function": {"name": "a b"}}]
         )
-    assert refused.value.param == "tools"
+    assert refused.value.param == "tools.0.function.name"
     assert refused.value.request_id
     with pytest.raises(openai.NotFoundError):
         sdk.chat.completions.create(model="none", messages=HELLO)

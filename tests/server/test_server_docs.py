@@ -15,8 +15,9 @@ import pytest
 from serving import MAIN, running
 
 from mixlm.loading import load
+from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.middleware import OPEN_PATHS
-from mixlm.server.request_schemas import ChatBody, CompletionBody, Extras
+from mixlm.server.request_schemas import CompletionBody, Extras
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"

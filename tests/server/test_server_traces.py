@@ -110,7 +110,7 @@ def test_a_trace_that_the_client_does_not_sample_is_not_exported(traced):
 def test_errors_are_traced_and_health_checks_are_not(traced):
     for path in ("/", "/health", "/ready", "/metrics", "/v1/made/up"):
         traced.server.client.get(path)
-    traced.server.chat(tools=[{"type": "function"}])
+    traced.server.chat(best_of=2)
     spans = {span.name: span.attributes for span in traced.spans(2)}
     assert set(spans) == {"GET other", "POST /v1/chat/completions"}
     assert spans["POST /v1/chat/completions"]["error.type"] == "unsupported_field"

@@ -17,12 +17,13 @@ class StreamingDetokenizer:
     are held back until that is decided.
 
     Attributes:
+        stops: The stop strings from here on.
         stopped: Whether a stop string was found.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._stops = [stop for stop in stops if stop]
+        self.stops = [stop for stop in stops if stop]
         self._pending: list[Token] = []
         self.stopped = False
 
@@ -30,11 +31,11 @@ class StreamingDetokenizer:
         """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now."""
         self._pending.append(replace(token, text=self._decode(token.data)))
         text = "".join(pending.text for pending in self._pending)
-        stop_offsets = [offset for stop in self._stops if (offset := text.find(stop)) >= 0]
+        stop_offsets = [offset for stop in self.stops if (offset := text.find(stop)) >= 0]
         if stop_offsets:
             self.stopped = True
             return self._release(min(stop_offsets), truncate=True)
-        held_back = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held_back = max((_overlap(text, stop) for stop in self.stops), default=0)
         return self._release(len(text) - held_back)
 
     def flush(self) -> list[Token]:

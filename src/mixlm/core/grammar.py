@@ -1,4 +1,4 @@
-"""Constrained decoding by a JSON schema: which tokens keep the text a prefix of JSON that the schema allows.
+"""Constrained decoding: which tokens keep the text a prefix of a language: JSON of a schema, or calls of functions.
 
 The work is done by llguidance (https://github.com/guidance-ai/llguidance), which walks a trie of a vocabulary's bytes
 along a parser of the schema's grammar. The vocabulary it is given has an additional token for each of the 256 bytes,
@@ -8,6 +8,9 @@ has changed, the parser rolls back to the last common byte.
 The language is what llguidance makes of a schema: properties come in the schema's order, unknown keywords are refused,
 and between two tokens of JSON there is at most a space, or a line break followed by spaces. Without that limit a small
 model may generate whitespace for ever.
+
+Calls are in the common form (`tokenization/tool_calls`), of which only the arguments are open: JSON of the function's
+schema. Where a text may stand in their place, or in front of them, it is any text without `<tool_call>`.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError
+from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids
 
@@ -33,6 +38,30 @@ _BYTES = (0x09, 0x0A, 0x0D, *range(0x20, 0xC0), *range(0xC2, 0xF5))
 # Of the cache: schemas, and the characters of all of them.
 _CACHED_SCHEMAS = 16
 _CACHED_CHARACTERS = 100_000
+
+
+# Calls of one completion: a small model may otherwise go on for ever.
+MAX_CALLS = 16
+
+
+@dataclass(frozen=True)
+class Language:
+    """What a completion is held to.
+
+    Attributes:
+        json_schema: Of text that is no call; None for any text, `False` for none.
+        tools: The JSON schema of the arguments of each function that may be called, by name.
+        max_calls: Most calls of a completion.
+    """
+
+    json_schema: Mapping[str, Any] | bool | None
+    tools: Mapping[str, Mapping[str, Any]]
+    max_calls: int = 1
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it, for messages."""
+        return "tools" if self.tools else "json_schema"
 
 
 class Matcher:
@@ -75,14 +104,16 @@ class Matcher:
 
 
 class Grammar:
-    """A schema's grammar for one vocabulary.
+    """A language's grammar for one vocabulary.
 
     Attributes:
+        option: The option that asks for the language, for messages.
         byte_ids: For each byte that JSON can contain, the id of the token that is this byte, -1 for none, int64 (n,).
     """
 
-    def __init__(self, parser: Any, vocabulary: Vocabulary, byte_ids: Ids) -> None:
+    def __init__(self, parser: Any, vocabulary: Vocabulary, byte_ids: Ids, option: str = "json_schema") -> None:
         self._parser = parser
+        self.option = option
         self._vocabulary = vocabulary
         self.byte_ids = byte_ids
 
@@ -101,23 +132,27 @@ class GrammarCache:
         self._lock = threading.Lock()
 
     def for_schema(self, schema: Mapping[str, Any], check: Callable[[str], None] | None = None) -> list[Grammar]:
-        """Return each member's grammar of a JSON schema.
+        """Return each member's grammar of a JSON schema: see `for_language`."""
+        return self.for_language(Language(schema, {}), check)
+
+    def for_language(self, language: Language, check: Callable[[str], None] | None = None) -> list[Grammar]:
+        """Return each member's grammar of a language.
 
         Args:
-            schema: The schema.
+            language: Schemas of text and of calls.
             check: Called with the grammar's source before it is compiled, which may take long; raises to refuse it.
 
         Raises:
-            ConfigError: The schema cannot be enforced, or llguidance is not installed.
+            ConfigError: A schema cannot be enforced, or llguidance is not installed.
         """
         try:
-            key = json.dumps(schema)
+            key = json.dumps([language.json_schema, language.tools, language.max_calls])
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"json_schema is not JSON: {error}") from error
+            raise ConfigError(f"{language.option} is not JSON: {error}") from error
         with self._lock:
             grammars = self._known.get(key)
         # Built outside the lock, so that a request with a cached schema does not wait for a new one.
-        grammars = grammars or self._build(key, check)
+        grammars = grammars or self._build_named(key, language.option, check)
         with self._lock:
             self._known[key] = grammars
             self._known.move_to_end(key)
@@ -127,9 +162,16 @@ class GrammarCache:
                 self._known.popitem(last=False)
         return grammars
 
-    def _build(self, schema: str, check: Callable[[str], None] | None) -> list[Grammar]:
+    def _build_named(self, key: str, option: str, check: Callable[[str], None] | None) -> list[Grammar]:
+        try:
+            return self._build(key, option, check)
+        except ConfigError as error:
+            raise ConfigError(error.message.replace("json_schema", option, 1), error.hint) from error
+
+    def _build(self, key: str, option: str, check: Callable[[str], None] | None) -> list[Grammar]:
         library = _library()
-        source = _grammar_source(library, schema)
+        text_schema, tools, max_calls = json.loads(key, parse_int=_exact)
+        source = _grammar_source(library, text_schema, tools, max_calls)
         if check is not None:
             check(source)
         grammars: dict[int, Grammar] = {}
@@ -139,8 +181,9 @@ class GrammarCache:
                 parser = library.LLMatcher(trie, source, log_level=0)
                 if parser.is_error():
                     raise _refused(parser.get_error())
-                grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids)
-        self._check_keys(library, json.loads(schema))
+                grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids, option)
+        for schema in (text_schema, *tools.values()):
+            self._check_keys(library, schema)
         return [grammars[id(vocabulary)] for vocabulary in self._vocabularies]
 
     def _check_keys(self, library: Any, schema: Any) -> None:
@@ -154,7 +197,8 @@ class GrammarCache:
             probe = json.dumps({"type": "object", **form, "additionalProperties": False})
             trie, _ = self._trie(library, self._vocabularies[0])
             matcher = Matcher(
-                library.LLMatcher(trie, _grammar_source(library, probe), log_level=0), self._vocabularies[0]
+                library.LLMatcher(trie, _grammar_source(library, json.loads(probe), {}), log_level=0),
+                self._vocabularies[0],
             )
             text = "{" + "".join(f"{json.dumps(name, ensure_ascii=False)}:null," for name in names) + " "
             try:
@@ -206,18 +250,61 @@ def _library() -> Any:
     return llguidance
 
 
-def _grammar_source(library: Any, schema: str) -> str:
-    """Return a schema as llguidance's grammar. Raises ConfigError for one that llguidance would read differently.
+def _grammar_source(library: Any, text: Any, tools: Mapping[str, Any], max_calls: int = 1) -> str:
+    """Return a language as llguidance's grammar. Raises ConfigError for one that llguidance would read differently.
 
     Forced text is off: where only one text can follow, members still generate it in tokens of their own.
+
+    Args:
+        library: llguidance.
+        text: A JSON schema of text without calls; None for any text, False for none.
+        tools: JSON schemas by the name of the function.
+        max_calls: Most calls.
     """
-    form = json.loads(schema, parse_int=_exact)
-    if "x-guidance" in form:
-        raise ConfigError("json_schema has the key x-guidance, which may change the language to what is not JSON")
-    form["x-guidance"] = {"whitespace_pattern": _WHITESPACE}
-    lark = f'%llguidance {{"no_forcing": true}}\nstart: %json {json.dumps(form)}'
+    rules = []
+    if text is not None and text is not False:
+        rules.append(f"text: %json {_schema_source(text)}")
+    if tools:
+        begin, more = json.dumps(CALL_BEGIN), json.dumps("\n" + CALL_BEGIN)
+        calls = f"call ({more} call){{0,{max_calls - 1}}}" if max_calls > 1 else "call"
+        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+        for i, (name, schema) in enumerate(tools.items()):
+            arguments = _schema_source(_arguments_schema(schema))
+            rules.append(f"call_{i}: {json.dumps(call_head(name))} %json {arguments} {json.dumps(CALL_END)}")
+        if text is None:
+            # The shortest text that ends in the mark: it has only one.
+            rules.append(f"begin[lazy]: TEXT {begin}")
+            rules.append(f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{CALL_BEGIN}(.|\\n)*/")
+            start = f"TEXT | begin {calls}"
+        else:
+            start = f"{begin} {calls}" + ("" if text is False else " | text")
+    else:
+        start = "text"
+    lark = "\n".join(['%llguidance {"no_forcing": true}', f"start: {start}", *rules])
     source: str = library.LLMatcher.grammar_from_lark(lark)
     return source
+
+
+def _schema_source(schema: Any) -> str:
+    if not isinstance(schema, dict):
+        raise ConfigError(f"json_schema is {schema!r}; it must be a JSON object")
+    if "x-guidance" in schema:
+        raise ConfigError("json_schema has the key x-guidance, which may change the language to what is not JSON")
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}})
+
+
+def _arguments_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of a function's arguments: an object, with the properties that are named unless it says more.
+
+    A function without a schema has no arguments.
+    """
+    if not schema:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if schema.get("type", "object") != "object":
+        raise ConfigError(f"json_schema has the type {schema['type']!r}; arguments are an object")
+    known = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema", "strict"}
+    closed = {"properties": {}, "additionalProperties": False} if schema.keys() <= known else {}
+    return {**closed, "type": "object", **schema}
 
 
 def _closed_objects(schema: Any) -> Iterator[tuple[list[str], list[str]]]:

@@ -35,7 +35,7 @@ from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
-from mixlm.types import Candidates, TopLogprobs
+from mixlm.types import Candidates, Logits, TopLogprobs
 from mixlm.units.byte import BoundaryOutput, ByteState, RankedDistribution
 from mixlm.units.word import WHITESPACE
 
@@ -158,10 +158,11 @@ class _CoverSampler:
         output = self._state.cached_output(self._member, offset)
         if output is None:
             ids = self._state.ids_at(self._member, offset)
-            transform = self._view.bind_distribution(ids, self._state.substring(0, offset))
+            transform = self._view.bind_transform(ids, self._state.substring(0, offset))
             [rows] = yield [LogitsRequest(self._member, ids)]
-            distribution = RankedDistribution.from_candidates(self._index, transform(rows[0]))
-            output = BoundaryOutput(rows[0].copy(), transform, distribution)
+            logits = cast("Logits", self._view.process(rows[0], ids))
+            distribution = RankedDistribution.from_candidates(self._index, transform(logits))
+            output = BoundaryOutput(logits.copy(), transform, distribution)
             self._state.cache_output(self._member, offset, output)
         return output
 

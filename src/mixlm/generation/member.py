@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from mixlm.core.grammar import Grammar, TokenMask
+from mixlm.core.logits_processor import LogitsProcessor, process_logits
 from mixlm.core.mixing import pool
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import TokenHistory, Transform, top_logprobs
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import SampleResponse
 from mixlm.errors import UnsupportedError
-from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
+from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
 
 
@@ -28,11 +30,13 @@ class MemberOptions:
         grammar: What the member's tokens are held to.
         samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
             them itself.
+        processor: What changes the member's logits first.
     """
 
     top_logprobs: int = 0
     grammar: Grammar | None = None
     samples_only: bool = False
+    processor: LogitsProcessor | None = None
 
 
 class Member:
@@ -54,14 +58,16 @@ class Member:
         self.symbols = symbols
         self.top_logprobs = options.top_logprobs
         self.grammar = options.grammar
+        self.processor = options.processor
         # A member with a token for every byte can continue any text.
         self.may_be_stuck = options.grammar is not None and bool(
             (options.grammar.byte_ids < 0).any() or (symbols[options.grammar.byte_ids] < 0).any()
         )
         self._has_duplicates = mark_duplicates(symbols)
-        self.samples_itself = options.samples_only and engine.samples_itself(transform.sampling, transform.banned)
+        samples_only = options.samples_only and options.processor is None
+        self.samples_itself = samples_only and engine.samples_itself(transform.sampling, transform.banned)
         # An engine runs ahead only where it samples on the device, which takes a top-k filter.
-        can_run_ahead = options.samples_only and transform.top_k_filter is not None
+        can_run_ahead = samples_only and transform.top_k_filter is not None
         self.run_ahead = engine.run_ahead_depth if can_run_ahead else 0
         if not self.samples_itself:
             _check_top_k_limit(self)
@@ -110,7 +116,8 @@ class MemberView:
     @property
     def top_k_filter(self) -> TopKFilter | None:
         """The part of the member's logits that its distribution depends on; None for all of them."""
-        return self.member.transform.top_k_filter if self._matcher is None else None
+        needs_all = self._matcher is not None or self.member.processor is not None
+        return None if needs_all else self.member.transform.top_k_filter
 
     @property
     def stuck(self) -> bool:
@@ -154,6 +161,11 @@ class MemberView:
 
         ids, text: the member's tokens and the bytes of a prefix of the text, to bind that instead.
         """
+        process, transform = self._bind_processor(ids), self.bind_transform(ids, text)
+        return transform if process is None else lambda logits: transform(process(logits))
+
+    def bind_transform(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
+        """Return what `bind_distribution` does, for logits that `process` has changed."""
         history, matcher = self._history(ids), self._matcher
         if matcher is None and history is None:
             return self.member.distribution
@@ -164,9 +176,24 @@ class MemberView:
 
     def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
         """Return the function from logits for the text as it is now to the distribution over own ids: `A_i p_i`."""
-        history, transform = self._history(), self.member.transform
+        history, transform, process = self._history(), self.member.transform, self._bind_processor()
         allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
-        return lambda logits: transform(logits, history, allowed)
+        if process is None:
+            return lambda logits: transform(logits, history, allowed)
+        return lambda logits: transform(process(logits), history, allowed)
+
+    def process(self, logits: LogitsRow, ids: Ids) -> LogitsRow:
+        """Return the logits after `ids` as the member's logits processor changes them, if it has one."""
+        process = self._bind_processor(ids)
+        return logits if process is None else process(logits)
+
+    def _bind_processor(self, ids: Ids | None = None) -> Callable[[LogitsRow], LogitsRow] | None:
+        """Return the member's logits processor for the text as it is now, or for other ids; None without one."""
+        processor = self.member.processor
+        if processor is None:
+            return None
+        bound = (self.ids() if ids is None else ids).copy()
+        return lambda logits: process_logits(processor, bound, cast("Logits", logits))
 
     def _history(self, ids: Ids | None = None) -> TokenHistory | None:
         """Return the tokens so far where a penalty depends on them."""
@@ -188,6 +215,8 @@ def _check_top_k_limit(member: Member) -> None:
     sampling = transform.sampling
     if member.grammar is not None:
         reason = f"{member.grammar.option} allows tokens from anywhere in the vocabulary"
+    elif member.processor is not None:
+        reason = "a logits processor may move any token of the vocabulary"
     elif transform.bias is not None:
         reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,13 @@ from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.generation.dispatch import check_ids
-from mixlm.types import ROLES, Ids, Message
+from mixlm.tokenization.prompt_form import PromptForm
+from mixlm.types import ROLES, Ids, Message, ToolCall
 
-Prompt = str | Sequence[Message | Mapping[str, str]]
+Prompt = str | Sequence[Message | Mapping[str, Any]]
+_FIELDS = ("role", "content", "tool_calls", "tool_call_id")
+# Variables of chat templates that are not for callers to set.
+RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ def encode_prompt(
         if options.system is not None:
             messages.insert(0, Message("system", options.system))
         text = "\n".join(message.content for message in messages)
-        encoded = [engine.prompts.chat(messages) for engine in engines]
+        form = _form(options, engines)
+        encoded = [engine.prompts.chat(messages, form) for engine in engines]
     for engine, name, ids in zip(engines, names, encoded, strict=True):
         if len(ids) == 0:
             raise ConfigError(f"the prompt has no tokens for {name}", "give a prompt that is not empty")
@@ -53,6 +58,27 @@ def encode_prompt(
                 "shorten it; the completion needs room too",
             )
     return EncodedPrompt(tuple(encoded), text.encode(errors="replace"))
+
+
+def unknown_template_variables(names: Iterable[str], engines: Sequence[Engine]) -> list[str]:
+    """Return the names that no member's chat template takes."""
+    known = frozenset().union(*(engine.prompts.template_variables for engine in engines)) - RESERVED_VARIABLES
+    return [name for name in names if name not in known]
+
+
+def _form(options: GenerationOptions, engines: Sequence[Engine]) -> PromptForm:
+    """Return the form of a prompt. Raises ConfigError for a variable that no template takes."""
+    for name in unknown_template_variables(options.chat_template_kwargs, engines):
+        raise ConfigError(
+            f"chat_template_kwargs has {name!r}, and no member's chat template takes it",
+            "leave it out: it would change nothing",
+        )
+    return PromptForm(
+        tools=options.callable_tools,
+        variables=options.chat_template_kwargs,
+        add_generation_prompt=options.add_generation_prompt,
+        continue_final_message=options.continue_final_message,
+    )
 
 
 def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
@@ -86,12 +112,24 @@ def _messages(prompt: Prompt) -> list[Message]:
 
 
 def _message(fields: Any) -> Message:
+    """Return a message of any form: `Message`, or a mapping as in OpenAI's API. Raises ConfigError for another."""
     if isinstance(fields, Message):
-        fields = {"role": fields.role, "content": fields.content}
+        fields = {name: value for name in _FIELDS if (value := getattr(fields, name)) or name in ("role", "content")}
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{_shown(fields)} is no message", "give a mixlm.Message, or a dict of role and content")
-    role, content = fields.get("role"), fields.get("content")
-    if role not in ROLES or not isinstance(content, str) or len(fields) != 2:
+    role, content, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls") or ()
+    if role == "assistant" and content is None and calls:
+        content = ""
+    if role not in ROLES or not isinstance(content, str) or not fields.keys() <= set(_FIELDS):
         allowed = ", ".join(ROLES)
         raise ConfigError(f"{dict(fields)} is no message", f"a message has a role ({allowed}) and a content, a text")
-    return Message(role, content)
+    return Message(role, content, tuple(_call(call) for call in calls), str(fields.get("tool_call_id") or ""))
+
+
+def _call(call: Any) -> ToolCall:
+    if isinstance(call, ToolCall):
+        return call
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        raise ConfigError(f"{_shown(call)} is no call of a tool", "give a mixlm.ToolCall, or a dict as in OpenAI's API")
+    return ToolCall(str(function.get("name")), function["arguments"], str(call.get("id") or ""))

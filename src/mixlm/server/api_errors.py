@@ -64,7 +64,10 @@ _FIELDS = {
     "weights": "mixlm.weights",
 }
 # What pydantic calls the branches of unions in the location of an error.
-_BRANCHES = {"str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object"}
+_BRANCHES = {
+    *("str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object", "NamedTool"),
+    *("MessageItem", "CallItem", "CallOutputItem", "ReasoningItem", "NamedFunctionTool", "tool_use", "tool_result"),
+}
 
 
 class ApiError(Exception):
@@ -93,6 +96,15 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error with fields as another API calls them. names: by the names here."""
+        field, dot, rest = (self.param or "").partition(".")
+        if field not in names:
+            return self
+        message = re.sub(rf"^{re.escape(field)}\b", names[field], self.message)
+        param = names[field] + dot + rest
+        return ApiError(self.status, message, param=param, code=self.code, headers=self.headers)
 
     @property
     def type(self) -> str:

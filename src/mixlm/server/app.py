@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mixlm.server.api_errors import ApiError
 from mixlm.server.api_keys import ApiKeys
+from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.completion_handler import CompletionHandler
+from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import CONTENT_TYPE, ServerMetrics
 from mixlm.server.middleware import RequestMiddleware
@@ -24,9 +25,16 @@ from mixlm.server.model_thread import ModelThread
 from mixlm.server.openapi import openapi_document
 from mixlm.server.page_files import PAGE_FILES
 from mixlm.server.preparation import RequestPreparer
+from mixlm.server.protocols.messages import MessagesFormat
+from mixlm.server.protocols.messages_body import MessagesBody
+from mixlm.server.protocols.response_store import ResponseStore
+from mixlm.server.protocols.responses import ResponsesFormat
+from mixlm.server.protocols.responses_body import ResponsesBody
+from mixlm.server.request_body import read_body
 from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
-from mixlm.server.request_schemas import ChatBody, CommonFields, CompletionBody, parse_body
-from mixlm.server.responses import to_json
+from mixlm.server.request_schemas import CommonFields, CompletionBody, parse_body, parse_fields
+from mixlm.server.response_format import FormatFactory
+from mixlm.server.responses import ResponseBuilder
 from mixlm.server.tracing import RequestTracer
 
 
@@ -58,6 +66,7 @@ class ServerApp:
         self.tracer = tracer
         self.model_thread = ModelThread(limits)
         self.preparer = RequestPreparer(limits)
+        self._stored = ResponseStore(limits.max_stored_bytes)
         self.metrics.add_gauge("mixlm_writing", "Running generations.", lambda: self.model_thread.num_running)
         self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         routes = self._routes()
@@ -78,6 +87,10 @@ class ServerApp:
             Route("/v1/models/{name:path}", self._get_model),
             Route("/v1/chat/completions", self._post_chat_completion, methods=["POST"]),
             Route("/v1/completions", self._post_completion, methods=["POST"]),
+            Route("/v1/responses", self._post_response, methods=["POST"]),
+            Route("/v1/responses/{id}", self._get_response),
+            Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
+            Route("/v1/messages", self._post_message, methods=["POST"]),
             Route("/health", self._get_health),
             Route("/ready", self._get_ready),
             Route("/metrics", self._get_metrics),
@@ -109,22 +122,53 @@ class ServerApp:
         return _json(self.registry.get(request.path_params["name"]).to_dict())
 
     async def _post_chat_completion(self, request: Request) -> ASGIApp:
-        body = parse_body(ChatBody, await self._read_body(request))
+        body = parse_body(ChatBody, await read_body(request, self.limits))
         await self._build_unit(request, body)
         return self._handler(request, parse_chat(body, self.registry, self.limits))
 
     async def _post_completion(self, request: Request) -> ASGIApp:
-        body = parse_body(CompletionBody, await self._read_body(request))
+        body = parse_body(CompletionBody, await read_body(request, self.limits))
         await self._build_unit(request, body)
         return self._handler(request, parse_completion(body, self.registry, self.limits))
+
+    async def _post_response(self, request: Request) -> ASGIApp:
+        client = request.scope["mixlm.record"].client
+        body = parse_body(ResponsesBody, await read_body(request, self.limits))
+        earlier: list[dict[str, Any]] = []
+        if body.previous_response_id is not None:
+            earlier = self._stored.get(body.previous_response_id, client, "previous_response_id").messages
+        chat = parse_fields(ChatBody, body.chat_fields(earlier))
+        await self._build_unit(request, chat)
+        store = None if body.store is False else partial(self._stored.add, client)
+        return self._handler(
+            request, parse_chat(chat, self.registry, self.limits), partial(ResponsesFormat, body, earlier, store)
+        )
+
+    async def _get_response(self, request: Request) -> Response:
+        response_id, client = request.path_params["id"], request.scope["mixlm.record"].client
+        return _json(self._stored.get(response_id, client).response)
+
+    async def _delete_response(self, request: Request) -> Response:
+        response_id = request.path_params["id"]
+        self._stored.remove(response_id, request.scope["mixlm.record"].client)
+        return _json({"id": response_id, "object": "response", "deleted": True})
+
+    async def _post_message(self, request: Request) -> ASGIApp:
+        body = parse_body(MessagesBody, await read_body(request, self.limits))
+        chat = parse_fields(ChatBody, body.chat_fields())
+        await self._build_unit(request, chat)
+        return self._handler(request, parse_chat(chat, self.registry, self.limits), partial(MessagesFormat, body))
 
     async def _build_unit(self, request: Request, body: CommonFields) -> None:
         unit = body.mixlm.unit if body.mixlm is not None else None
         await self.preparer.build_unit(self.registry.get(body.model), unit, request.scope["mixlm.record"].client)
 
-    def _handler(self, request: Request, parsed: ParsedRequest) -> ASGIApp:
+    def _handler(
+        self, request: Request, parsed: ParsedRequest, response_format: FormatFactory = ResponseBuilder
+    ) -> ASGIApp:
         record = request.scope["mixlm.record"]
-        return CompletionHandler(parsed, self.model_thread, self.preparer, self.metrics, self.limits, record)
+        responses = response_format(parsed, record.request_id)
+        return CompletionHandler(parsed, responses, self.model_thread, self.preparer, self.metrics, self.limits, record)
 
     async def _get_health(self, _request: Request) -> Response:
         problem = self._model_problem()
@@ -144,52 +188,9 @@ class ServerApp:
     async def _get_metrics(self, _request: Request) -> Response:
         return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def _read_body(self, request: Request) -> bytes:
-        """Return the body. Raises ApiError if it is not JSON by its type, too large, or too slow."""
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            # This also keeps out pages of other origins: browsers send them JSON only with permission.
-            raise ApiError(415, "the body must be JSON: send Content-Type: application/json", code="unsupported_type")
-        maximum, seconds = self.limits.max_body_bytes, self.limits.body_timeout
-        too_large = ApiError(413, f"the body has more than {maximum} bytes", code="body_too_large")
-        declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > maximum:
-            raise too_large
-        data = bytearray()
-        try:
-            async with asyncio.timeout(seconds):
-                async for part in request.stream():
-                    data += part
-                    if len(data) > maximum:
-                        raise too_large
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="body_too_slow") from None
-        except ClientDisconnect:
-            raise ApiError(400, "the client disconnected", code="gone") from None
-        return _decoded(bytes(data), request.headers.get("content-encoding", ""), maximum)
-
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, media_type="application/json")
-
-
-def _decoded(data: bytes, encoding: str, maximum: int) -> bytes:
-    """Return a body without its content encoding. Raises ApiError for one that is unknown, spoiled or too large."""
-    if encoding.strip().lower() in ("", "identity"):
-        return data
-    if encoding.strip().lower() != "gzip":
-        message = f"the content encoding {encoding[:40]!r} is unknown: send gzip, or none"
-        raise ApiError(415, message, code="unsupported_encoding")
-    decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    try:
-        decoded = decoder.decompress(data, maximum + 1)
-    except zlib.error:
-        raise ApiError(400, "the body is not gzip, as its content encoding says", code="invalid_encoding") from None
-    if len(decoded) > maximum:
-        raise ApiError(413, f"the body has more than {maximum} bytes", code="body_too_large")
-    if not decoder.eof:
-        raise ApiError(400, "the body is not complete gzip", code="invalid_encoding")
-    return decoded
 
 
 def _static(

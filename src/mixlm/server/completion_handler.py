@@ -19,13 +19,15 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mixlm.server.api_errors import ApiError, to_api_error
 from mixlm.server.jobs import GenerationStarted, Job, JobCancelled, JobEvent, JobFailed, JobQueued, TokensGenerated
+from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.model_thread import ModelThread
 from mixlm.server.preparation import RequestPreparer
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.request_record import RequestRecord
-from mixlm.server.responses import DONE, ResponseBuilder, server_sent_event, to_json
+from mixlm.server.response_format import ResponseFormat
+from mixlm.server.responses import trace_attributes
 from mixlm.types import Completion
 
 # After this many seconds without an event, a comment keeps the connection of a stream open, through proxies too.
@@ -44,9 +46,10 @@ class ClientGoneError(Exception):
 class CompletionHandler:
     """An ASGI application that answers one request; it completes the record of the request as events arrive."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts of a server
         self,
         request: ParsedRequest,
+        responses: ResponseFormat,
         model_thread: ModelThread,
         preparer: RequestPreparer,
         metrics: ServerMetrics,
@@ -60,7 +63,7 @@ class CompletionHandler:
         self._limits = limits
         self._record = record
         self._job = Job(record.client, len(request.tasks))
-        self._responses = ResponseBuilder(request, record.request_id)
+        self._responses = responses
         self._completions: dict[int, Completion] = {}
         self._work: Counter[tuple[str, str]] = Counter()
         self._prefilled: set[tuple[int, str]] = set()
@@ -143,10 +146,10 @@ class CompletionHandler:
             api_error = to_api_error(error)
             self._metrics.count_error(api_error.status, api_error.code)
             self._record.error = api_error.code
-            chunks = [server_sent_event(api_error.body())]
+            chunks = self._responses.error_chunks(api_error)
         else:
-            chunks = [self._responses.usage_chunk(self._in_order)] if self._request.include_usage else []
-        await self._send_chunks(send, [*chunks, DONE])
+            chunks = self._responses.last_chunks(self._in_order)
+        await self._send_chunks(send, chunks)
         await self._send(send, {"type": "http.response.body", "body": b""})
 
     async def _next_chunks(self) -> list[bytes]:
@@ -166,13 +169,12 @@ class CompletionHandler:
         if not isinstance(event, TokensGenerated):
             return []
         # Tokens that arrive together come from the same forward passes; the first one reports them.
-        chunks = [
-            self._responses.token_chunk(event.index, token, {} if i else event.forwards)
-            for i, token in enumerate(event.tokens)
-        ]
+        chunks: list[bytes] = []
+        for i, token in enumerate(event.tokens):
+            chunks += self._responses.token_chunks(event.index, token, {} if i else event.forwards)
         if event.completion is not None:
-            forwards = {} if chunks else event.forwards
-            chunks.append(self._responses.final_chunk(event.index, event.completion, forwards))
+            forwards = {} if event.tokens else event.forwards
+            chunks += self._responses.final_chunks(event.index, event.completion, forwards)
         return chunks
 
     def _process(self, event: JobEvent) -> None:
@@ -226,8 +228,8 @@ class CompletionHandler:
         completions = list(self._completions.values())
         self._record.tokens = sum(count for (quantity, _), count in self._work.items() if quantity == "tokens")
         self._record.finished = len(completions)
-        self._record.trace_attributes = self._responses.trace_attributes(
-            completions, self._work, self._record.cancelled
+        self._record.trace_attributes = trace_attributes(
+            self._request, self._responses.response_id, completions, self._work, self._record.cancelled
         )
 
     async def _send_chunks(self, send: Send, chunks: list[bytes]) -> None:

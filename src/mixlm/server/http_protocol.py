@@ -8,7 +8,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mixlm.server.api_errors import ApiError
-from mixlm.server.responses import to_json
+from mixlm.server.json_encoding import to_json
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):

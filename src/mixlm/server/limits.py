@@ -24,6 +24,7 @@ class ServerLimits:
         schema_timeout: For a JSON schema to compile.
         encode_timeout: For the prompts of a request to be tokenized.
         stall_timeout: For a step of the models, before the server reports itself as stalled.
+        max_stored_bytes: Of responses of /v1/responses that can be continued, with their conversations, as JSON.
         send_timeout: For a client to take what was sent to it.
     """
 
@@ -39,6 +40,7 @@ class ServerLimits:
     schema_timeout: float = 2.0
     encode_timeout: float = 10.0
     stall_timeout: float = 120.0
+    max_stored_bytes: int = 32 << 20
     send_timeout: float = 30.0
 
     def __post_init__(self) -> None:

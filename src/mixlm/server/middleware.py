@@ -9,7 +9,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,17 +19,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mixlm.errors import MixlmError
 from mixlm.server.api_errors import ApiError, to_api_error
 from mixlm.server.api_keys import ApiKeys
+from mixlm.server.json_encoding import to_json
 from mixlm.server.metrics import ServerMetrics
 from mixlm.server.page_files import PAGE_FILES
+from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
+from mixlm.server.protocols.messages import anthropic_error
 from mixlm.server.request_record import RequestRecord
-from mixlm.server.responses import to_json
 from mixlm.server.tracing import RequestTracer
 
 _log = logging.getLogger("mixlm.server")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Paths that need no API key: the files of the page, and health checks.
 OPEN_PATHS = frozenset((*PAGE_FILES, "/health", "/ready"))
-TRACED_PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "other")
+TRACED_PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "other")
 _QUIET_PATHS = ("/health", "/ready", "/metrics")
 # The status in the log when the client left before a response was sent; nginx uses the same.
 _CLIENT_CLOSED_REQUEST = 499
@@ -101,12 +104,14 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             api_error = _routing_error(error) if isinstance(error, HTTPException) else to_api_error(error)
+            api_error = api_error.renamed(FIELD_NAMES.get(scope["path"], {}))
             if api_error.status >= 500 and not isinstance(error, MixlmError | ApiError):
                 _log.exception("a request failed", extra={"fields": {"request": record.request_id}})
             record.error = api_error.code
             self._metrics.count_error(api_error.status, api_error.code)
             if status == 0:
-                await _send_error(api_error, send_with_headers)
+                form = anthropic_error if scope["path"] == MESSAGES_PATH else ApiError.body
+                await _send_error(api_error, form(api_error), send_with_headers)
         finally:
             self._finish(record, headers, status or _CLIENT_CLOSED_REQUEST)
 
@@ -117,6 +122,8 @@ class RequestMiddleware:
         if not self._keys or scope["path"] in OPEN_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not key and scope["path"] == MESSAGES_PATH:
+            scheme, key = "bearer", headers.get("x-api-key", "")
         holder = self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None
         if holder is None:
             why = "this API key is not known" if key else "an API key is needed"
@@ -143,8 +150,8 @@ def _routing_error(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, detail, code=detail.replace(" ", "_"), headers=error.headers)
 
 
-async def _send_error(error: ApiError, send: Send) -> None:
-    body = to_json(error.body())
+async def _send_error(error: ApiError, content: Mapping[str, Any], send: Send) -> None:
+    body = to_json(content)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     if error.status in (408, 413):

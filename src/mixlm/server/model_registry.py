@@ -8,13 +8,20 @@ from collections.abc import Iterator, Mapping
 from threading import Lock
 from typing import Any
 
+from mixlm.choices import METHODS
 from mixlm.config import UNITS, Method, UnitName
+from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_class
+from mixlm.core.rule_options import is_average, rule_name
 from mixlm.ensemble import Ensemble
+from mixlm.routing.fixed import FixedRouter
 from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.types import Sampling
 from mixlm.units.registry import unit_traits
 from mixlm.units.token import vocabulary_conflict
 from mixlm.version import __version__
+
+# The methods that sample any combination rule; `single` takes one member's distribution, whatever the rule.
+COMBINATION_METHODS: tuple[Method, ...] = ("layered", "conventional", "greedy")
 
 
 class ServedModel:
@@ -28,6 +35,8 @@ class ServedModel:
         ensemble: The ensemble in the unit it was loaded with.
         created: Unix time, in seconds.
         units: The units its members can meet in, with the methods of each.
+        rule: The ensemble's combination rule.
+        rules: The combination rules that fit its members, with the methods of each.
     """
 
     def __init__(self, name: str, ensemble: Ensemble) -> None:
@@ -39,6 +48,10 @@ class ServedModel:
         self.units: dict[str, tuple[Method, ...]] = {
             unit: can.methods for unit, can in traits.items() if not (can.shared_vocabulary and self._conflict)
         }
+        rule = rule_name(ensemble.defaults.rule or "average")
+        self.rule = ALIASES.get(rule, rule)
+        self.rules = _rules(len(ensemble.members), shared_vocabulary=self._conflict is None)
+        self.rules.setdefault(self.rule, COMBINATION_METHODS)
         self._by_unit = {ensemble.unit.name: ensemble}
         self._lock = Lock()
 
@@ -98,11 +111,26 @@ class ServedModel:
                 "method": defaults.method,
                 "methods": list(ensemble.unit.traits.methods),
                 "units": {unit: list(methods) for unit, methods in self.units.items()},
+                "rule": self.rule,
+                "rules": {rule: list(methods) for rule, methods in self.rules.items()},
+                "routed": not isinstance(ensemble.router, FixedRouter),
                 "temperature": sampling.temperature,
                 "top_k": sampling.top_k,
                 "max_tokens": defaults.max_tokens,
             },
         }
+
+
+def _rules(members: int, *, shared_vocabulary: bool) -> dict[str, tuple[Method, ...]]:
+    """Return the combination rules for a number of members, and the methods that sample each."""
+    rules: dict[str, tuple[Method, ...]] = {"average": METHODS}
+    for name in COMBINATIONS:
+        rule = combination_class(name)
+        if members < rule.minimum_members or (rule.roles and members != len(rule.roles)):
+            continue
+        if not is_average(name) and (shared_vocabulary or not rule.shared_vocabulary):
+            rules[name] = COMBINATION_METHODS
+    return rules
 
 
 class ModelRegistry:

@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from mixlm.server import response_schemas
+from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.limits import ServerLimits
-from mixlm.server.request_schemas import ChatBody, CompletionBody
+from mixlm.server.request_schemas import CompletionBody
 from mixlm.version import __version__
 
 _REFERENCE = "#/components/schemas/{model}"

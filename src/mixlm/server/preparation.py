@@ -56,10 +56,10 @@ class RequestPreparer:
             MixlmError: The ensemble refuses the schema, a prompt or an option.
         """
         limits = self._limits
-        schema = request.tasks[0].settings.json_schema
-        if schema is not None:
+        language = request.tasks[0].settings.language
+        if language is not None:
             check = partial(check_grammar, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
-            await self._schema_threads.run(client, partial(request.ensemble.grammars.for_schema, schema, check))
+            await self._schema_threads.run(client, partial(request.ensemble.grammars.for_language, language, check))
         try:
             encode = partial(_encode, request, is_cancelled)
             return await self._prompt_threads.run(client, encode, timeout=limits.encode_timeout)

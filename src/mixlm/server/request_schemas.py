@@ -5,6 +5,7 @@ The fields under `mixlm` are built from the table of options; those of OpenAI's 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from mixlm.choices import Rule
 from mixlm.config import UnitName
 from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.server.api_errors import unsupported_field, validation_error
@@ -29,21 +31,28 @@ _COLDEST = 1e-3
 
 _ONE_TEXT = "an ensemble generates text, and nothing else"
 # Fields of the API that have no meaning here: the values that request nothing, and why others are refused.
-_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL_FIELDS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), _ONE_TEXT),
     "best_of": ((1,), "completions are not ranked; request n and choose"),
-    "function_call": (("none",), _ONE_TEXT),
-    "functions": (([],), _ONE_TEXT),
     "modalities": ((["text"],), _ONE_TEXT),
     "moderation": ((), "nothing is moderated"),
-    "parallel_tool_calls": ((True, False), _ONE_TEXT),
     "prediction": ((), "use mixlm.draft for speculative decoding"),
-    "reasoning_effort": (("none",), "the members take no reasoning effort"),
     "suffix": (("",), "members continue a text; they do not fill gaps"),
-    "tool_choice": (("none", "auto"), _ONE_TEXT),
-    "tools": (([],), _ONE_TEXT),
-    "verbosity": (("medium",), "the members take no verbosity"),
     "web_search_options": ((), _ONE_TEXT),
+}
+# Fields of conversations, in a request without one.
+_NO_CHAT = "a raw text has no chat template; use /v1/chat/completions"
+_NEUTRAL_WITHOUT_CHAT: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), _NO_CHAT),
+    "tool_choice": (("none", "auto"), _NO_CHAT),
+    "parallel_tool_calls": ((True, False), _NO_CHAT),
+    "functions": (([],), _NO_CHAT),
+    "function_call": (("none",), _NO_CHAT),
+    "reasoning_effort": (("none",), _NO_CHAT),
+    "verbosity": (("medium",), _NO_CHAT),
+    "chat_template_kwargs": (({},), _NO_CHAT),
+    "continue_final_message": ((False,), _NO_CHAT),
+    "add_generation_prompt": ((True, False), _NO_CHAT),
 }
 # Fields that clients send and that cannot change the text: any value is taken, and has no effect.
 IGNORED_FIELDS = (
@@ -55,18 +64,28 @@ IGNORED_FIELDS = (
     "store",
     "user",
 )
-IGNORED_MESSAGE_FIELDS = ("annotations", "cache_control", "name", "reasoning", "reasoning_content")
 
-Body = TypeVar("Body", bound="CommonFields")
+Body = TypeVar("Body", bound="StrictBody")
 Short = Annotated[str, StringConstraints(max_length=512)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
-class _Body(BaseModel):
+Neutral = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
+class StrictBody(BaseModel):
+    """A body or a part of one: unknown fields are refused.
+
+    Attributes:
+        ignored: Fields that are taken and have no effect.
+        neutral: Fields that have no meaning here: the values that request nothing, and why others are refused.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     ignored: ClassVar[tuple[str, ...]] = ()
+    neutral: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +101,21 @@ class _Body(BaseModel):
             for name, value in fields.items()
             if name not in cls.ignored and not (value is None and name in known)
         }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_neutral(cls, fields: Any) -> Any:
+        """Remove fields that request nothing, and refuse those that request what is not supported."""
+        if not isinstance(fields, dict):
+            return fields
+        for name in fields.keys() & cls.neutral.keys():
+            allowed, why = cls.neutral[name]
+            # Equal values of another type, as 1 and True are, mean something else.
+            if fields[name] is not None and (type(fields[name]), fields[name]) not in [
+                (type(value), value) for value in allowed
+            ]:
+                raise unsupported_field(name, why)
+        return {name: value for name, value in fields.items() if name not in cls.neutral}
 
 
 def _is_integer(annotation: Any) -> bool:
@@ -100,7 +134,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else f"{text[0].upper()}{text[1:]}."
 
 
-class _Extras(_Body):
+class _Extras(StrictBody):
     """What mixlm adds to the API, under `mixlm`. What is omitted is as in the served ensemble."""
 
     unit: UnitName | None = Field(default=None, description="The unit, in place of the ensemble's.")
@@ -113,6 +147,8 @@ class _Extras(_Body):
         def __getattr__(self, name: str) -> Any: ...
 
 
+# Fields that stand at the top level too, as in vLLM.
+SHARED_OPTIONS = ("top_k", "min_p", "repetition_penalty")
 EXTRA_OPTIONS = tuple(name for name, spec in OPTIONS.items() if spec.http == "mixlm")
 _EXTRA_TYPES: Mapping[str, Any] = {"draft": Short, "logit_bias": Biases}
 _EXTRA_LIMITS: Mapping[str, Mapping[str, Any]] = {
@@ -123,7 +159,8 @@ _EXTRA_LIMITS: Mapping[str, Mapping[str, Any]] = {
 if TYPE_CHECKING:
     Extras = _Extras
 else:
-    _hints = {**get_type_hints(Sampling), **get_type_hints(GenerationOptions)}
+    # A request can give a rule's name only.
+    _hints = {**get_type_hints(Sampling), **get_type_hints(GenerationOptions, localns={"AnyRule": Rule})}
     Extras = create_model(
         "Extras",
         __base__=_Extras,
@@ -135,7 +172,7 @@ else:
     )
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """Options of a streamed response."""
 
     include_usage: bool | None = None
@@ -143,19 +180,19 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool | None = Field(default=None, description="Has no effect: the usage comes at the end.")
 
 
-class PlainText(_Body):
+class PlainText(StrictBody):
     """A completion of any text."""
 
     type: Literal["text"]
 
 
-class JsonObject(_Body):
+class JsonObject(StrictBody):
     """A completion that is a JSON object."""
 
     type: Literal["json_object"]
 
 
-class Schema(_Body):
+class Schema(StrictBody):
     """A JSON schema. name, description and strict have no effect: completions always match it."""
 
     name: Short
@@ -164,17 +201,17 @@ class Schema(_Body):
     description: Annotated[str, StringConstraints(max_length=10_000)] | None = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(StrictBody):
     """A completion that is JSON of a schema."""
 
     type: Literal["json_schema"]
     json_schema: Schema
 
 
-class CommonFields(_Body):
+class CommonFields(StrictBody):
     """The fields that both endpoints have."""
 
-    neutral: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _NEUTRAL
+    neutral = NEUTRAL_FIELDS
     ignored = IGNORED_FIELDS
 
     model: Short | None = Field(
@@ -196,29 +233,47 @@ class CommonFields(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(default=None, description="Whether to go on after end-of-text, up to max_tokens.")
+    min_tokens: int | None = _option("min_tokens", ge=0, le=2**31)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31, description="As in vLLM; -1 and 0 keep all tokens.")
+    min_p: float | None = _option("min_p")
+    repetition_penalty: float | None = _option("repetition_penalty", **_EXTRA_LIMITS["repetition_penalty"])
+    guided_json: dict[str, Any] | str | None = Field(
+        default=None, description="A JSON schema, or its text; another name for response_format."
+    )
     mixlm: Extras | None = None
 
     @property
     def completion_schema(self) -> Mapping[str, Any] | None:
         """The JSON schema that the completion must match, if there is one."""
+        if isinstance(self.guided_json, dict):
+            return self.guided_json
         if isinstance(self.response_format, JsonSchema):
             return self.response_format.json_schema.of
         return {"type": "object"} if isinstance(self.response_format, JsonObject) else None
 
-    @model_validator(mode="before")
+    @field_validator("guided_json")
     @classmethod
-    def _remove_neutral(cls, fields: Any) -> Any:
-        """Remove fields that request nothing, and refuse those that request what is not supported."""
-        if not isinstance(fields, dict):
-            return fields
-        for name in fields.keys() & cls.neutral.keys():
-            allowed, why = cls.neutral[name]
-            # Equal values of another type, as 1 and True are, mean something else.
-            if fields[name] is not None and (type(fields[name]), fields[name]) not in [
-                (type(value), value) for value in allowed
-            ]:
-                raise unsupported_field(name, why)
-        return {name: value for name, value in fields.items() if name not in cls.neutral}
+    def _read_schema(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+        if not isinstance(value, str):
+            return value
+        try:
+            schema = json.loads(value)
+        except (ValueError, RecursionError):
+            schema = None
+        if not isinstance(schema, dict):
+            raise ValueError("it must be a JSON schema, or its text")
+        return schema
+
+    @model_validator(mode="after")
+    def _check_twice(self) -> CommonFields:
+        """Refuse what is given twice with different values."""
+        if self.guided_json is not None and not isinstance(self.response_format, PlainText | None):
+            raise unsupported_field("guided_json", "response_format is given too; leave one out")
+        for name in SHARED_OPTIONS:
+            value, extra = getattr(self, name), getattr(self.mixlm, name, None)
+            if value is not None and extra is not None and value != extra:
+                raise unsupported_field(name, f"mixlm.{name} has another value; leave one out")
+        return self
 
     @field_validator("temperature")
     @classmethod
@@ -228,58 +283,10 @@ class CommonFields(_Body):
         return value
 
 
-class TextPart(_Body):
-    """A part of a message."""
-
-    ignored = ("annotations", "cache_control")
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """One turn of a conversation. `developer` is another name for `system`; an assistant's content may be null."""
-
-    ignored = IGNORED_MESSAGE_FIELDS
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _remove_empty(cls, fields: Any) -> Any:
-        """Remove what libraries leave empty when they send back a message."""
-        if not isinstance(fields, dict):
-            return fields
-        empty = ("refusal", "audio", "function_call", "tool_calls")
-        fields = {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
-        if fields.get("role") == "assistant" and fields.get("content") is None:
-            fields["content"] = ""
-        return fields
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatBody(CommonFields):
-    """A request to /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Another name for max_tokens.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
-
-    @model_validator(mode="after")
-    def _needs_logprobs(self) -> ChatBody:
-        if self.top_logprobs and not self.logprobs:
-            raise unsupported_field("top_logprobs", "it goes with logprobs: true")
-        return self
-
-
 class CompletionBody(CommonFields):
     """A request to /v1/completions: a text, or several, to be continued as they stand."""
+
+    neutral = {**NEUTRAL_FIELDS, **_NEUTRAL_WITHOUT_CHAT}
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
     logprobs: int | None = Field(
@@ -315,5 +322,13 @@ def parse_body(schema: type[Body], data: bytes) -> Body:
     """Validate a JSON body. Raises ApiError, which names the field at fault."""
     try:
         return schema.model_validate_json(data)
+    except ValidationError as error:
+        raise validation_error(error, schema, (*schema.neutral, *schema.ignored)) from None
+
+
+def parse_fields(schema: type[Body], fields: Mapping[str, Any]) -> Body:
+    """Validate the fields of a body. Raises ApiError, which names the field at fault."""
+    try:
+        return schema.model_validate(fields)
     except ValidationError as error:
         raise validation_error(error, schema, (*schema.neutral, *schema.ignored)) from None

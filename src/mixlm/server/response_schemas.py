@@ -11,7 +11,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(TypedDict):
@@ -109,12 +109,37 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class CalledFunctionSchema(TypedDict):
+    """A call: a function's name, and its arguments as JSON. name: in a stream, in the first part of the call."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallSchema(TypedDict):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionSchema
+
+
+class ToolCallDelta(TypedDict):
+    """What a chunk adds to a call. index: of the call in its message."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionSchema
+
+
 class AssistantMessage(TypedDict):
-    """A chat completion as a message."""
+    """A chat completion as a message. content: null in front of calls alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallSchema]]
 
 
 class ChatChoice(TypedDict):
@@ -142,6 +167,7 @@ class Delta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
@@ -201,7 +227,8 @@ class ModelMember(TypedDict):
 class ModelDetail(TypedDict):
     """The members and the defaults of an ensemble.
 
-    methods: those of its unit. units: those that a request may select, with the methods of each.
+    methods: those of its unit. units, rules: those that a request may select, with the methods of each. routed: whether
+    a router gives the weights; those of a request replace it.
     """
 
     members: list[ModelMember]
@@ -209,6 +236,9 @@ class ModelDetail(TypedDict):
     method: str
     methods: list[str]
     units: dict[str, list[str]]
+    rule: str
+    rules: dict[str, list[str]]
+    routed: bool
     temperature: float
     top_k: int
     max_tokens: int

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from math import isnan
 from typing import Any, cast
 
-import pydantic_core
-
 from mixlm.server import response_schemas as schemas
+from mixlm.server.api_errors import ApiError
+from mixlm.server.json_encoding import server_sent_event
 from mixlm.server.request_parsing import ParsedRequest
+from mixlm.tokenization.tool_calls import (
+    ArgumentsPart,
+    CallBegin,
+    CompletionPart,
+    ContentPart,
+    ToolCallParser,
+    split_calls,
+)
 from mixlm.types import Completion, Token
 
 DONE = b"data: [DONE]\n\n"
@@ -20,29 +28,19 @@ _MIN_LOGPROB = -9999.0
 _END_OF_TEXT = "<|endoftext|>"
 
 
-def to_json(value: Any) -> bytes:
-    """Return a value as JSON in UTF-8. Lone surrogates, which UTF-8 cannot encode, are escaped."""
-    try:
-        return pydantic_core.to_json(value, inf_nan_mode="null")
-    except pydantic_core.PydanticSerializationError:
-        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-
-
-def server_sent_event(value: Any) -> bytes:
-    """Return a value as a server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"
-
-
 class ResponseBuilder:
     """Builds the response to one request. request_id: becomes part of the completion's id."""
 
     def __init__(self, request: ParsedRequest, request_id: str) -> None:
         self._request = request
         self._is_chat = request.kind == "chat"
+        self._call_ids = CallIds(request_id)
+        self._parsers = [ToolCallParser(request.tool_names) for _ in request.tasks]
         # Characters of each completion before its next token.
         self._text_offsets = [len(self._echo(i)) for i in range(len(request.tasks))]
+        self.response_id = ("chatcmpl-" if self._is_chat else "cmpl-") + request_id
         self._head = {
-            "id": ("chatcmpl-" if self._is_chat else "cmpl-") + request_id,
+            "id": self.response_id,
             "object": "chat.completion" if self._is_chat else "text_completion",
             "created": int(time.time()),
             "model": request.model.name,
@@ -56,7 +54,7 @@ class ResponseBuilder:
             {
                 "index": i,
                 **self._content(i, completion),
-                "finish_reason": completion.finish_reason,
+                "finish_reason": _finish_reason(completion),
                 "logprobs": self._logprobs(i, self._scored_tokens(i, completion)),
                 "mixlm": {"members": [token.member for token in completion.tokens], "seed": completion.seed},
             }
@@ -72,84 +70,49 @@ class ResponseBuilder:
             return [self._chunk(i, {"role": "assistant", "content": ""}, {"members": []}) for i in indices]
         return [self._chunk(i, self._echo(i), {"members": []}) for i in indices if self._echo(i)]
 
-    def token_chunk(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> bytes:
+    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
         """Return the event of one token. forwards: each member's passes since the previous event, tokens of each."""
-        content = {"content": token.text} if self._is_chat else token.text
+        content = self._delta(index, self._parsers[index].push(token.text)) if self._is_chat else token.text
         extras = {"members": [token.member], "forwards": _counts(forwards)}
-        return self._chunk(index, content, extras, logprobs=self._logprobs(index, [token]))
+        return [self._chunk(index, content, extras, logprobs=self._logprobs(index, [token]))]
 
-    def final_chunk(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> bytes:
+    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
         """Return the event at the end of one completion."""
         extras = {"members": [], "forwards": _counts(forwards), "seed": completion.seed}
-        return self._chunk(index, {} if self._is_chat else "", extras, finish_reason=completion.finish_reason)
+        content = self._delta(index, self._parsers[index].finish()) if self._is_chat else ""
+        return [self._chunk(index, content, extras, finish_reason=_finish_reason(completion))]
 
-    def usage_chunk(self, completions: Sequence[Completion]) -> bytes:
-        """Return the event with the usage of the whole request."""
-        return server_sent_event({**self._chunk_head, "choices": [], "usage": self.usage(completions)})
+    def last_chunks(self, completions: Sequence[Completion]) -> list[bytes]:
+        """Return the events at the end of a stream: the usage of the whole request, if it is wanted, and the mark."""
+        usage: dict[str, Any] = {**self._chunk_head, "choices": [], "usage": self.usage(completions)}
+        return [*([server_sent_event(usage)] if self._request.include_usage else []), DONE]
+
+    def error_chunks(self, error: ApiError) -> list[bytes]:
+        """Return the events of an error in a stream that has begun."""
+        return [server_sent_event(error.body()), DONE]
+
+    def _delta(self, index: int, parts: Sequence[CompletionPart]) -> dict[str, Any]:
+        """Return what parts of a completion add to its message."""
+        delta: dict[str, Any] = {}
+        calls: list[dict[str, Any]] = []
+        for part in parts:
+            match part:
+                case ContentPart():
+                    delta["content"] = delta.get("content", "") + part.text
+                case CallBegin():
+                    function = {"name": part.name, "arguments": ""}
+                    call_id = self._call_ids(index, part.index)
+                    calls.append({"index": part.index, "id": call_id, "type": "function", "function": function})
+                case ArgumentsPart():
+                    if calls and calls[-1]["index"] == part.index:
+                        calls[-1]["function"]["arguments"] += part.text
+                    else:
+                        calls.append({"index": part.index, "function": {"arguments": part.text}})
+        return {**delta, "tool_calls": calls} if calls else delta
 
     def usage(self, completions: Sequence[Completion]) -> schemas.UsageSchema:
-        """Return the summed usage of completions. A prompt with several completions counts once."""
-        members: dict[str, schemas.MemberUsageSchema] = {}
-        prompt_tokens = 0
-        for i, completion in enumerate(completions):
-            first_of_prompt = i % self._request.n == 0
-            for name, usage in completion.usage.members.items():
-                total = members.setdefault(name, _no_usage())
-                total["prompt_tokens"] += usage.prompt_tokens if first_of_prompt else 0
-                total["tokens"] += usage.tokens
-                total["forwards"] += usage.forwards
-                total["forward_tokens"] += usage.forward_tokens
-                total["forward_seconds"] = round(total["forward_seconds"] + usage.forward_seconds, 6)
-                total["dropped"] += usage.dropped
-            if first_of_prompt:
-                prompt_tokens += max(usage.prompt_tokens for usage in completion.usage.members.values())
-        completion_tokens = sum(completion.usage.tokens for completion in completions)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "mixlm": {
-                "members": members,
-                "checked": sum(completion.usage.drafted for completion in completions),
-                "accepted": sum(completion.usage.accepted for completion in completions),
-            },
-        }
-
-    def trace_attributes(
-        self, completions: Sequence[Completion], work: Mapping[tuple[str, str], int], cancelled: str | None
-    ) -> dict[str, Any]:
-        """Return the attributes of a trace: settings and numbers, no prompts and no generated text.
-
-        Args:
-            completions: The finished completions.
-            work: By ("tokens" | "forwards" | "forward_tokens", member), of all generations.
-            cancelled: Why the job was cancelled, if it was.
-
-        Returns:
-            The attributes; arrays have one element for each of `mixlm.members`.
-        """
-        request, usage, members = self._request, self.usage(completions), self._request.ensemble.names
-        work_by_member = {
-            quantity: [work.get((quantity, member), 0) for member in members]
-            for quantity in ("tokens", "forwards", "forward_tokens")
-        }
-        attributes = {
-            "gen_ai.operation.name": "chat" if self._is_chat else "text_completion",
-            "gen_ai.request.model": request.model.name,
-            "gen_ai.response.id": self._head["id"],
-            "gen_ai.response.finish_reasons": [completion.finish_reason for completion in completions],
-            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": sum(work_by_member["tokens"]),
-            "mixlm.method": request.tasks[0].settings.method,
-            "mixlm.unit": request.ensemble.unit.name,
-            "mixlm.replies": len(request.tasks),
-            "mixlm.stream": request.stream,
-            "mixlm.members": list(members),
-            **{f"mixlm.member.{quantity}": counts for quantity, counts in work_by_member.items()},
-            "mixlm.guesses.checked": usage["mixlm"]["checked"],
-            "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
-        }
-        return attributes if cancelled is None else {**attributes, "mixlm.closed": cancelled}
+        """Return the usage of the request, in the form of this API."""
+        return summed_usage(completions, self._request.n)
 
     def _chunk(
         self,
@@ -174,7 +137,22 @@ class ResponseBuilder:
 
     def _content(self, index: int, completion: Completion) -> dict[str, Any]:
         if self._is_chat:
-            return {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
+            content, calls = split_calls(completion.text, self._request.tool_names)
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": content if content or not calls else None,
+                "refusal": None,
+            }
+            if calls:
+                message["tool_calls"] = [
+                    {
+                        "id": self._call_ids(index, number),
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for number, call in enumerate(calls)
+                ]
+            return {"message": message}
         return {"text": self._echo(index) + completion.text}
 
     def _echo(self, index: int) -> str:
@@ -192,7 +170,7 @@ class ResponseBuilder:
         if not self._request.logprobs:
             return None
         if self._is_chat:
-            return {"content": [_token_logprob(token) for token in tokens], "refusal": None}
+            return {"content": [token_logprob(token) for token in tokens], "refusal": None}
         offsets = []
         for token in tokens:
             offsets.append(self._text_offsets[index])
@@ -205,7 +183,94 @@ class ResponseBuilder:
         }
 
 
-def _token_logprob(token: Token) -> schemas.TokenLogprob:
+def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSchema:
+    """Return the summed usage of completions. A prompt with several, `n`, counts once."""
+    members: dict[str, schemas.MemberUsageSchema] = {}
+    prompt_tokens = 0
+    for i, completion in enumerate(completions):
+        first_of_prompt = i % n == 0
+        for name, usage in completion.usage.members.items():
+            total = members.setdefault(name, _no_usage())
+            total["prompt_tokens"] += usage.prompt_tokens if first_of_prompt else 0
+            total["tokens"] += usage.tokens
+            total["forwards"] += usage.forwards
+            total["forward_tokens"] += usage.forward_tokens
+            total["forward_seconds"] = round(total["forward_seconds"] + usage.forward_seconds, 6)
+            total["dropped"] += usage.dropped
+        if first_of_prompt:
+            prompt_tokens += max(usage.prompt_tokens for usage in completion.usage.members.values())
+    completion_tokens = sum(completion.usage.tokens for completion in completions)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "mixlm": {
+            "members": members,
+            "checked": sum(completion.usage.drafted for completion in completions),
+            "accepted": sum(completion.usage.accepted for completion in completions),
+        },
+    }
+
+
+def trace_attributes(
+    request: ParsedRequest,
+    response_id: str,
+    completions: Sequence[Completion],
+    work: Mapping[tuple[str, str], int],
+    cancelled: str | None,
+) -> dict[str, Any]:
+    """Return the attributes of a trace: settings and numbers, no prompts and no generated text.
+
+    Args:
+        request: The request.
+        response_id: Of the response.
+        completions: The finished completions.
+        work: By ("tokens" | "forwards" | "forward_tokens", member), of all generations.
+        cancelled: Why the job was cancelled, if it was.
+
+    Returns:
+        The attributes; arrays have one element for each of `mixlm.members`.
+    """
+    usage, members = summed_usage(completions, request.n), request.ensemble.names
+    work_by_member = {
+        quantity: [work.get((quantity, member), 0) for member in members]
+        for quantity in ("tokens", "forwards", "forward_tokens")
+    }
+    attributes = {
+        "gen_ai.operation.name": "chat" if request.kind == "chat" else "text_completion",
+        "gen_ai.request.model": request.model.name,
+        "gen_ai.response.id": response_id,
+        "gen_ai.response.finish_reasons": [_finish_reason(completion) for completion in completions],
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": sum(work_by_member["tokens"]),
+        "mixlm.method": request.tasks[0].settings.method,
+        "mixlm.unit": request.ensemble.unit.name,
+        "mixlm.replies": len(request.tasks),
+        "mixlm.stream": request.stream,
+        "mixlm.members": list(members),
+        **{f"mixlm.member.{quantity}": counts for quantity, counts in work_by_member.items()},
+        "mixlm.guesses.checked": usage["mixlm"]["checked"],
+        "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
+    }
+    return attributes if cancelled is None else {**attributes, "mixlm.closed": cancelled}
+
+
+class CallIds:
+    """The ids of calls, from the id of the request, the number of the completion and that of the call."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+
+    def __call__(self, index: int, number: int) -> str:
+        """Return the id of a call."""
+        return "call_" + sha256(f"{self._request_id} {index} {number}".encode()).hexdigest()[:24]
+
+
+def _finish_reason(completion: Completion) -> str:
+    return "tool_calls" if completion.tool_calls and completion.finish_reason == "stop" else completion.finish_reason
+
+
+def token_logprob(token: Token) -> schemas.TokenLogprob:
     """Return the log-probabilities at a token's position, in the format of chat completions."""
     return {
         "token": _symbol_text(token.data),

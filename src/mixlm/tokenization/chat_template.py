@@ -7,6 +7,7 @@ occurs in none of the messages. After rendering, whatever still spells a special
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,9 @@ import numpy as np
 
 from mixlm.errors import ConfigError
 from mixlm.tokenization.incremental import Encoder, TokenizerEncoder
-from mixlm.types import Ids, Message
+from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
+from mixlm.tokenization.tool_calls import map_strings, tool_dict
+from mixlm.types import Ids, Message, Tool
 
 # For models without a template: a base model continues a question and the beginning of an answer best.
 PLAIN_TEMPLATE = (
@@ -30,7 +33,7 @@ PLAIN_TEMPLATE = (
 # A base model that goes on to ask itself the next question has ended its answer.
 PLAIN_STOPS = ("\nQuestion:",)
 
-Render = Callable[[Sequence[Message]], str]
+Render = Callable[..., str]
 
 
 class PromptEncoder:
@@ -39,7 +42,8 @@ class PromptEncoder:
     Args:
         encoder: The member's encoder of plain text.
         special_tokens: Spelling and id of every special token.
-        render: Renders messages by the chat template, up to where the completion begins.
+        render: Renders messages by the chat template, up to where the completion begins. It takes a `PromptForm` too
+            where one is given.
         begin: Ids in front of a raw text: a BOS token or nothing.
 
     Attributes:
@@ -62,14 +66,42 @@ class PromptEncoder:
         self._spellings = _Spellings(self._special_tokens)
         self._breakable = _Spellings(spelling for spelling in self._special_tokens if len(spelling) > 1)
 
-    def chat(self, messages: Sequence[Message]) -> Ids:
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that the chat template takes from outside."""
+        return getattr(self._render, "variables", frozenset())
+
+    def chat(self, messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> Ids:
         """Return the ids of a conversation, int64 (n,), up to where the completion begins."""
         if self.system is not None:
             systems = [message.content for message in messages[:1] if message.role == "system"]
             messages = [Message("system", "\n\n".join([self.system, *systems])), *messages[len(systems) :]]
-        mark = unused_character("".join(message.content for message in messages))
-        safe = [replace(message, content=self._escaped(message.content, mark)) for message in messages]
-        return self._rendered_ids(self._render(safe), mark)
+        calls = [call.arguments for message in messages for call in message.tool_calls]
+        tools = [json.dumps(tool_dict(tool), ensure_ascii=False) for tool in form.tools]
+        mark = unused_character("".join([*(message.content for message in messages), *calls, *tools]))
+        safe = [
+            replace(
+                message,
+                content=self._escaped(message.content, mark),
+                tool_calls=tuple(
+                    replace(call, arguments=self._escaped(call.arguments, mark)) for call in message.tool_calls
+                ),
+            )
+            for message in messages
+        ]
+        if form == PLAIN_FORM:
+            return self._rendered_ids(self._render(safe), mark)
+        own = {name: value for name, value in form.variables.items() if name in self.template_variables}
+        safe_tools = tuple(self._escaped_tool(tool, mark) for tool in form.tools)
+        rendered = self._render(safe, replace(form, tools=safe_tools, variables=own))
+        return self._rendered_ids(rendered.replace(json.dumps(mark)[1:-1], mark), mark)
+
+    def _escaped_tool(self, tool: Tool, mark: str) -> Tool:
+        return Tool(
+            tool.name,
+            self._escaped(tool.description, mark),
+            map_strings(tool.parameters, lambda text: self._escaped(text, mark)),
+        )
 
     def _escaped(self, text: str, mark: str) -> str:
         """Put the mark after the first character of every spelling of a special token, overlapping ones included."""

@@ -3,21 +3,36 @@
 Templates differ in what they take: some refuse system messages or read only the first, some ignore roles that they do
 not know, some want a message's content as a list of parts. `ConversationRenderer` renders a conversation as it stands
 and checks that every message is there. Where one is not, it tries the forms that say the same, and else refuses.
+
+Tools are given to the template, and stated as text where it leaves them out. A template that has a form of its own for
+calls is told the common one too (`tool_calls`).
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import markupsafe
 
 from mixlm.errors import ConfigError, TemplateError
 from mixlm.tokenization.chat_template import unused_character
-from mixlm.types import ROLES, Message, Role
+from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
+from mixlm.tokenization.tool_calls import (
+    CALL_BEGIN,
+    HOW_TO_CALL,
+    arguments_object,
+    map_strings,
+    plain_messages,
+    tool_dict,
+    with_instruction,
+)
+from mixlm.types import ROLES, Message, Role, Tool, ToolCall
 
 _THINKING_END = "</think>"
 # Roles whose content is a list of parts in place of a string; templates take the one, the other, or both.
@@ -26,23 +41,25 @@ _PRINTED_PARTS = ("'type':'text'", '"type":"text"')
 _REFUSED = "drop that message, or give the member another template: template_file = PATH"
 
 Turns = list[dict[str, Any]]
-RenderTurns = Callable[[Turns], str]
+RenderTurns = Callable[..., str]
 
 
 class ConversationRenderer:
     """Renders conversations up to where the response begins.
 
     Args:
-        render: The chat template.
+        render: The chat template: a function like `ChatTemplate.render`.
         name: The member's, for messages.
+        variables: The names that the template takes from outside.
     """
 
-    def __init__(self, render: RenderTurns, name: str) -> None:
+    def __init__(self, render: RenderTurns, name: str, variables: Collection[str] = ()) -> None:
         self._render = render
         self._name = name
+        self.variables = frozenset(variables)
 
-    def __call__(self, messages: Sequence[Message]) -> str:
-        """Return the prompt, in which the text of every message stands.
+    def __call__(self, messages: Sequence[Message], form: PromptForm = PLAIN_FORM) -> str:
+        """Return the prompt, in which the text of every message stands, and every tool.
 
         The texts of users and assistants stand in their order; a template may put system text elsewhere. Of what an
         assistant wrote, a template may leave out the thinking that ends in `</think>`.
@@ -53,13 +70,25 @@ class ConversationRenderer:
         """
         if not messages:
             raise ConfigError("the conversation has no messages", "give at least one message of the user")
+        if not form.tools and not any(message.role == "tool" or message.tool_calls for message in messages):
+            return self._first_complete(messages, form)
+        try:
+            rendered = self._first_complete(messages, form)
+            if not form.tools or (CALL_BEGIN in rendered and '"arguments"' in rendered):
+                return rendered
+            return self._first_complete(with_instruction(messages, HOW_TO_CALL), form)
+        except TemplateError:
+            return self._first_complete(plain_messages(messages, form.tools), replace(form, tools=()))
+
+    def _first_complete(self, messages: Sequence[Message], form: PromptForm) -> str:
+        """Return the prompt in the first form in which nothing is lost. Raises TemplateError where there is none."""
         first_error: TemplateError | None = None
         for arranged in _arrangements(messages):
-            for form in _FORMS:
+            for parts in _FORMS:
                 try:
-                    rendered = self._render(_turns(arranged, form))
-                    if (lost := self._lost(arranged, form, rendered)) is None:
-                        return rendered
+                    rendered = self._rendered(arranged, parts, form)
+                    if (lost := self._lost(arranged, parts, form, rendered)) is None:
+                        return self._unfinished(arranged, parts, form) if form.continue_final_message else rendered
                 except TemplateError as error:
                     first_error = first_error or error
                 else:
@@ -67,14 +96,36 @@ class ConversationRenderer:
         assert first_error is not None
         raise first_error
 
+    def _rendered(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm) -> str:
+        options: dict[str, Any] = {}
+        if form.tools:
+            options["tools"] = [tool_dict(tool) for tool in form.tools]
+        if form.variables:
+            options["variables"] = form.variables
+        if not form.add_generation_prompt or form.continue_final_message:
+            options["add_generation_prompt"] = False
+        return self._render(_turns(messages, parts), **options)
+
+    def _unfinished(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm) -> str:
+        """Return the prompt up to the end of the last message's content."""
+        *earlier, last = messages
+        mark = unused_character("".join(message.content for message in messages))
+        marked = self._rendered([*earlier, replace(last, content=last.content + mark)], parts, form)
+        before, separator, _ = marked.rpartition(mark)
+        if not separator:
+            raise TemplateError(f"the chat template of {self._name} cannot continue the last message", _REFUSED)
+        return before
+
     def _loss(self, messages: Sequence[Message], number: int) -> TemplateError:
+        if number == len(messages):
+            return TemplateError(f"the chat template of {self._name} leaves out the tools", _REFUSED)
         role = messages[number].role
         return TemplateError(
             f"the chat template of {self._name} leaves out message {number + 1} of {len(messages)} ({role})", _REFUSED
         )
 
-    def _lost(self, messages: Sequence[Message], form: frozenset[Role], rendered: str) -> int | None:
-        """Return the index of a message that is not in the prompt; None where all are.
+    def _lost(self, messages: Sequence[Message], parts: frozenset[Role], form: PromptForm, rendered: str) -> int | None:
+        """Return the index of a message that is not in the prompt, their number for tools; None where all are.
 
         Each content is looked for twice: as it is, and between marks, so that a short one is not found in the
         template's own text.
@@ -85,14 +136,22 @@ class ConversationRenderer:
             replace(message, content=border + message.content + border)
             for message, border in zip(messages, marks, strict=True)
         ]
-        with_marks = self._render(_turns(marked, form)).replace(json.dumps(mark)[1:-1], mark)
+        tools = tuple(
+            replace(tool, name=mark + tool.name + mark, description=mark + tool.description + mark)
+            for tool in form.tools
+        )
+        with_marks = self._rendered(marked, parts, replace(form, tools=tools)).replace(json.dumps(mark)[1:-1], mark)
         plain, bordered = _packed(rendered), _packed(with_marks)
+        if not all(_has_tool(bordered, tool) for tool in tools):
+            return len(messages)
         texts = _packed("".join(message.content for message in messages))
         if any(plain.count(part) > texts.count(part) for part in _PRINTED_PARTS):
             return 0  # it prints the list instead of the text in it
         plain_end = bordered_end = 0
         for number, (message, border) in enumerate(zip(messages, marks, strict=True)):
             content = message.content
+            if not all(_is_in(plain, text) for call in message.tool_calls for text in _call_texts(call)):
+                return number
             if not content.strip():
                 continue
             free = message.role == "system"
@@ -103,6 +162,25 @@ class ConversationRenderer:
             if not free:
                 plain_end, bordered_end = position, position_marked
         return None
+
+
+def _has_tool(rendered: str, tool: Tool) -> bool:
+    """Whether a tool's name, description and parameters stand in a prompt."""
+    names = tool.parameters.get("properties")
+    return all(
+        _is_in(rendered, text) for text in (tool.name, tool.description, *(names if isinstance(names, Mapping) else ()))
+    )
+
+
+def _call_texts(call: ToolCall) -> list[str]:
+    """Return the texts of a call that its prompt has whatever the form: the name, and the strings of the arguments."""
+    texts = [call.name]
+    map_strings(arguments_object(call), texts.append)
+    return texts
+
+
+def _is_in(rendered: str, text: str) -> bool:
+    return any(spelling in rendered for spelling in _spellings(text))
 
 
 def _find(rendered: str, pattern: str, message: Message, start: int) -> int | None:
@@ -131,15 +209,33 @@ def _packed(text: str) -> str:
     return "".join(text.split())
 
 
-def _turns(messages: Sequence[Message], form: frozenset[Role]) -> Turns:
-    """Return messages as templates take them. form: roles whose content is a list of parts."""
-    return [
-        {
-            "role": message.role,
-            "content": [{"type": "text", "text": message.content}] if message.role in form else message.content,
-        }
-        for message in messages
-    ]
+def _turns(messages: Sequence[Message], parts: frozenset[Role]) -> Turns:
+    """Return messages as templates take them. parts: roles whose content is a list of parts."""
+    names = {call.id: call.name for message in messages for call in message.tool_calls}
+    turns = []
+    for message in messages:
+        in_parts = message.role in parts and message.content
+        content = [{"type": "text", "text": message.content}] if in_parts else message.content
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": _short_id(call.id),
+                    "function": {"name": call.name, "arguments": arguments_object(call)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.role == "tool":
+            turn["tool_call_id"] = _short_id(message.tool_call_id)
+            turn["name"] = names.get(message.tool_call_id, "")
+        turns.append(turn)
+    return turns
+
+
+def _short_id(name: str) -> str:
+    """Return the id of a call in nine letters and digits: some templates take no other."""
+    return name if re.fullmatch("[a-zA-Z0-9]{9}", name) else sha256(name.encode(errors="replace")).hexdigest()[:9]
 
 
 def _arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:

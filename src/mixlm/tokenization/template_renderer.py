@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import ext, nodes
+from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -30,6 +30,9 @@ class ChatTemplate:
         variables: What the template may name besides the conversation: special tokens such as `bos_token`.
         origin: Where the template comes from, for messages.
 
+    Attributes:
+        variables: The names that the template takes from outside.
+
     Raises:
         TemplateError: The template is not valid Jinja.
     """
@@ -37,8 +40,10 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, str], origin: str) -> None:
         self._variables = dict(variables)
         self._origin = origin
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"{origin}, line {error.lineno}: {_sentence(error)}", _HINT) from error
         except Exception as error:  # an invalid constant, such as 1 // 0, fails when it is compiled
@@ -51,6 +56,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Render a conversation.
 
@@ -59,6 +65,7 @@ class ChatTemplate:
             add_generation_prompt: Whether to end where a response begins.
             tools: JSON schemas of functions.
             documents: Each has "title" and "text".
+            variables: Further ones that the template may name.
 
         Raises:
             TemplateError: The template refuses the conversation (`raise_exception`), or fails.
@@ -69,7 +76,7 @@ class ChatTemplate:
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
-                **self._variables,
+                **{**self._variables, **(variables or {})},
             )
         except _RefusedError as error:
             raise TemplateError(f"{self._origin} refuses these messages: {_sentence(error)}", _HINT) from error

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mixlm.core.combinations.base import Combination
 from mixlm.core.logit_bias import member_logit_bias
+from mixlm.core.logits_processor import process_logits
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.base import respond
@@ -140,6 +141,8 @@ class ExactReference:
         member = self._ensemble.members[i]
         ids = state.ids(i)
         logits = member.engine.session().logits(ids)[0]
+        if member.processor is not None:
+            logits = process_logits(member.processor, ids, logits)
         symbols = self._ensemble.unit.symbols(i)
         allowed = symbols >= 0
         if only is not None:

@@ -1,0 +1,168 @@
+"""The body of a request to /v1/chat/completions: messages, tools, and what goes to chat templates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from mixlm.server.api_errors import unsupported_field
+from mixlm.server.request_schemas import CommonFields, StrictBody
+from mixlm.types import Message, Tool, ToolCall
+
+# Fields of messages that cannot change the text: any value is taken, and has no effect.
+IGNORED_MESSAGE_FIELDS = ("annotations", "cache_control", "name", "reasoning", "reasoning_content")
+MAX_TOOLS = 128
+ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+_Description = Annotated[str, StringConstraints(max_length=20_000)]
+
+
+class TextPart(StrictBody):
+    """A part of a message."""
+
+    ignored = ("annotations", "cache_control")
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(StrictBody):
+    """A call: the name of a function, and its arguments as JSON."""
+
+    name: ToolName
+    arguments: str
+
+
+class CallPart(StrictBody):
+    """A call in a message of the assistant."""
+
+    id: Annotated[str, StringConstraints(max_length=512)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class ChatMessage(StrictBody):
+    """One turn of a conversation. `developer` is another name for `system`; an assistant's content may be null."""
+
+    ignored = IGNORED_MESSAGE_FIELDS
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
+    tool_calls: Annotated[list[CallPart], Field(max_length=1000)] | None = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=512)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_empty(cls, fields: Any) -> Any:
+        """Remove what libraries leave empty when they send back a message."""
+        if not isinstance(fields, dict):
+            return fields
+        empty = ("refusal", "audio", "function_call", "tool_calls")
+        fields = {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
+        if fields.get("role") == "assistant" and fields.get("content") in (None, []):
+            fields["content"] = ""
+        return fields
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are the assistant's")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id goes with the role tool, and says which call has this result")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def message(self) -> Message:
+        """Return it as the ensemble takes it."""
+        calls = tuple(ToolCall(call.function.name, call.function.arguments, call.id) for call in self.tool_calls or ())
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, self.text, calls, self.tool_call_id or "")
+
+
+class FunctionBody(StrictBody):
+    """A function that can be called. strict has no effect: arguments always match the schema."""
+
+    name: ToolName
+    description: _Description | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(StrictBody):
+    """A tool: a function."""
+
+    ignored = ("cache_control",)
+
+    type: Literal["function"]
+    function: FunctionBody
+
+    def tool(self) -> Tool:
+        """Return it as the ensemble takes it."""
+        return Tool(self.function.name, self.function.description or "", self.function.parameters or {})
+
+
+class NamedFunction(StrictBody):
+    """The name of a function."""
+
+    name: ToolName
+
+
+class NamedTool(StrictBody):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatBody(CommonFields):
+    """A request to /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Another name for max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="Whether several calls are possible.")
+    reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        default=None, description="For the members' chat templates; refused if none takes it."
+    )
+    verbosity: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        default=None, description="For the members' chat templates; refused if none takes it."
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
+        default=None, description="Further variables of chat templates; each member gets those that its own takes."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Whether the prompt ends where a response begins."
+    )
+    continue_final_message: bool | None = Field(default=None, description="Whether the last message is continued.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_functions(cls, fields: Any) -> Any:
+        """Refuse the older form of tools."""
+        if isinstance(fields, dict):
+            for name, nothing, other in (("functions", [], "tools"), ("function_call", "none", "tool_choice")):
+                if fields.get(name) not in (None, nothing):
+                    raise unsupported_field(name, f"it is the older form of {other}; use that")
+            fields = {name: value for name, value in fields.items() if name not in ("functions", "function_call")}
+        return fields
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise unsupported_field("top_logprobs", "it goes with logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise unsupported_field("continue_final_message", "add_generation_prompt is true; leave one out")
+        return self
+
+    @property
+    def choice(self) -> str:
+        """What `tool_choice` asks for: a word, or the name of a function."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice or "auto"

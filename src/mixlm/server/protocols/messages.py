@@ -1,0 +1,161 @@
+"""Responses in the form of Anthropic's /v1/messages: whole ones, and the events of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mixlm.server.api_errors import ApiError
+from mixlm.server.json_encoding import server_sent_event
+from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
+from mixlm.server.protocols.messages_body import MessagesBody
+from mixlm.server.request_parsing import ParsedRequest
+from mixlm.server.responses import CallIds, summed_usage
+from mixlm.tokenization.tool_calls import (
+    ArgumentsPart,
+    CallBegin,
+    CompletionPart,
+    ContentPart,
+    ToolCallParser,
+    arguments_object,
+    split_calls,
+)
+from mixlm.types import Completion, Token
+
+_ERROR_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
+
+
+class MessagesFormat:
+    """Builds the response to one request.
+
+    Args:
+        body: The request.
+        request: The request as a chat completion.
+        request_id: Becomes part of all ids.
+    """
+
+    def __init__(self, body: MessagesBody, request: ParsedRequest, request_id: str) -> None:
+        self._body = body
+        self._request = request
+        self._call_ids = CallIds(request_id)
+        self._parser = ToolCallParser(request.tool_names)
+        self._block: str | None = None  # the type of the block that is open
+        self._blocks = 0
+        self.response_id = f"msg_{request_id}"
+
+    def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the complete response."""
+        [completion] = completions
+        text, calls = split_calls(completion.text, self._request.tool_names)
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not calls else []
+        for number, call in enumerate(calls):
+            arguments = arguments_object(call)
+            is_object = isinstance(arguments, dict)  # not if it was cut off
+            content.append(self._tool_use(number, call.name, arguments if is_object else {}))
+        return {
+            **self._message(content),
+            **self._stop(completion),
+            "usage": _usage(completion),
+            "mixlm": {"members": [token.member for token in completion.tokens], "seed": completion.seed},
+        }
+
+    def first_chunks(self) -> list[bytes]:
+        """Return the event before any token. The prompt is counted at the end."""
+        usage = {"input_tokens": 0, "output_tokens": 0}
+        message = {**self._message([]), "stop_reason": None, "stop_sequence": None, "usage": usage}
+        return [_event("message_start", message=message)]
+
+    def token_chunks(self, index: int, token: Token, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
+        """Return the events of one token."""
+        del index, forwards
+        return self._part_chunks(self._parser.push(token.text))
+
+    def final_chunks(self, index: int, completion: Completion, forwards: Mapping[str, Sequence[int]]) -> list[bytes]:
+        """Return the events at the end of the completion."""
+        del index, forwards
+        chunks = self._part_chunks(self._parser.finish())
+        chunks += self._end_block()
+        delta = self._stop(completion)
+        return [*chunks, _event("message_delta", delta=delta, usage=_usage(completion))]
+
+    def last_chunks(self, completions: Sequence[Completion]) -> list[bytes]:
+        """Return the event at the end of the stream."""
+        del completions
+        return [_event("message_stop")]
+
+    def error_chunks(self, error: ApiError) -> list[bytes]:
+        """Return the event of an error in a stream that has begun."""
+        return [server_sent_event(anthropic_error(error.renamed(FIELD_NAMES[MESSAGES_PATH])), "error")]
+
+    def _part_chunks(self, parts: Sequence[CompletionPart]) -> list[bytes]:
+        chunks: list[bytes] = []
+        for part in parts:
+            match part:
+                case ContentPart():
+                    if self._block != "text":
+                        chunks += self._begin_block({"type": "text", "text": ""})
+                    chunks.append(self._delta(type="text_delta", text=part.text))
+                case CallBegin():
+                    chunks += self._begin_block(self._tool_use(part.index, part.name, {}))
+                case ArgumentsPart():
+                    chunks.append(self._delta(type="input_json_delta", partial_json=part.text))
+        return chunks
+
+    def _begin_block(self, block: dict[str, Any]) -> list[bytes]:
+        chunks = self._end_block()
+        self._block = block["type"]
+        self._blocks += 1
+        return [*chunks, _event("content_block_start", index=self._blocks - 1, content_block=block)]
+
+    def _end_block(self) -> list[bytes]:
+        if self._block is None:
+            return []
+        self._block = None
+        return [_event("content_block_stop", index=self._blocks - 1)]
+
+    def _delta(self, **delta: str) -> bytes:
+        return _event("content_block_delta", index=self._blocks - 1, delta=delta)
+
+    def _tool_use(self, number: int, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call_id = self._call_ids(0, number).replace("call_", "toolu_", 1)
+        return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        model = self._request.model.name
+        return {"id": self.response_id, "type": "message", "role": "assistant", "model": model, "content": content}
+
+    def _stop(self, completion: Completion) -> dict[str, Any]:
+        """Return why the completion ended. Which of several stop sequences it was is not known."""
+        stops, sequence = self._body.stop_sequences or (), None
+        if completion.finish_reason == "length":
+            reason = "max_tokens"
+        elif completion.tool_calls:
+            reason = "tool_use"
+        elif stops and completion.end is None:
+            reason, sequence = "stop_sequence", stops[0] if len(stops) == 1 else None
+        else:
+            reason = "end_turn"
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return the body of an error response, in Anthropic's form."""
+    kind = _ERROR_TYPES.get(error.status, error.type)
+    return {"type": "error", "error": {"type": kind, "message": error.message, "param": error.param}}
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return server_sent_event({"type": kind, **fields}, kind)
+
+
+def _usage(completion: Completion) -> dict[str, Any]:
+    usage: Mapping[str, Any] = summed_usage([completion], 1)
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens", 0)
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage["completion_tokens"],
+        "mixlm": usage["mixlm"],
+    }

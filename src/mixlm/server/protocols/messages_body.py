@@ -1,0 +1,162 @@
+"""The body of a request to /v1/messages, Anthropic's form, and the chat completion that it asks for."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
+from mixlm.server.protocols.responses_body import call_dict
+from mixlm.server.request_schemas import Extras, Short, StrictBody
+
+_LongId = Annotated[str, StringConstraints(max_length=512)]
+
+
+class _Block(StrictBody):
+    """A block of a message."""
+
+    ignored: ClassVar[tuple[str, ...]] = ("cache_control", "citations", "caller")
+
+
+class TextBlock(_Block):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ToolUseBlock(_Block):
+    """A call of a function."""
+
+    type: Literal["tool_use"]
+    id: _LongId
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResultBlock(_Block):
+    """The result of a call."""
+
+    ignored = (*_Block.ignored, "is_error")
+
+    type: Literal["tool_result"]
+    tool_use_id: _LongId
+    content: str | Annotated[list[TextBlock], Field(max_length=1000)] = ""
+
+
+class ThinkingBlock(_Block):
+    """Earlier thinking; it has no effect."""
+
+    ignored = (*_Block.ignored, "thinking", "signature", "data")
+
+    type: Literal["thinking", "redacted_thinking"]
+
+
+Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock, Field(discriminator="type")]
+
+
+class TurnBody(StrictBody):
+    """A turn of the conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str | Annotated[list[Block], Field(max_length=1000)]
+
+
+class CustomTool(StrictBody):
+    """A function that can be called."""
+
+    ignored = ("cache_control", "eager_input_streaming", "strict", "input_examples")
+
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class ChoiceOfTools(StrictBody):
+    """Whether functions are called, and which."""
+
+    type: Literal["auto", "any", "none", "tool"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class MessagesBody(StrictBody):
+    """A request to /v1/messages."""
+
+    neutral = {  # noqa: RUF012 - a class variable of StrictBody
+        "thinking": (({"type": "disabled"},), "the members do not think apart from their text"),
+        "container": ((), "there are none"),
+        "context_management": ((), "the context is not shortened"),
+        "mcp_servers": (([],), "they are not called from here"),
+    }
+    ignored = ("metadata", "service_tier", "cache_control", "inference_geo")
+
+    model: Short | None = Field(default=None, description="The name of a served ensemble.")
+    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=10_000)]
+    max_tokens: int = Field(ge=1, le=2**31)
+    system: str | Annotated[list[TextBlock], Field(max_length=1000)] | None = None
+    stop_sequences: Annotated[list[Short], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    temperature: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ChoiceOfTools | None = None
+    mixlm: Extras | None = None
+
+    def chat_fields(self) -> dict[str, Any]:
+        """Return the body of a chat completion."""
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": _text(self.system)})
+        for turn in self.messages:
+            messages += _messages(turn)
+        fields: dict[str, Any] = {
+            "messages": messages,
+            "stop": self.stop_sequences,
+            "mixlm": self.mixlm and self.mixlm.model_dump(exclude_unset=True),
+            **{
+                name: getattr(self, name) for name in ("model", "max_tokens", "stream", "temperature", "top_k", "top_p")
+            },
+        }
+        if self.tools:
+            fields["tools"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": tool.name, "description": tool.description, "parameters": tool.input_schema,
+                    },
+                }
+                for tool in self.tools
+            ]  # fmt: skip
+        if (choice := self.tool_choice) is not None:
+            words = {"auto": "auto", "any": "required", "none": "none"}
+            fields["tool_choice"] = words.get(choice.type) or {"type": "function", "function": {"name": choice.name}}
+            fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def _messages(turn: TurnBody) -> list[dict[str, Any]]:
+    """Return a turn as messages of a chat completion: results of calls are messages of their own, in front."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    results = [
+        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+        for block in turn.content
+        if isinstance(block, ToolResultBlock)
+    ]
+    texts = [block.text for block in turn.content if isinstance(block, TextBlock)]
+    calls = [
+        call_dict(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
+        for block in turn.content
+        if isinstance(block, ToolUseBlock)
+    ]
+    message: dict[str, Any] = {"role": turn.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
+    return [*results, message] if texts or calls or not results else [*results]
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)

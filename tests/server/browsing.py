@@ -15,11 +15,13 @@ COMPLETIONS = "**/v1/chat/completions"
 TOKENS = ".who .m"
 
 
-def visit(page: Any, url: str) -> None:
-    """Open the page; settings are visible."""
+def visit(page: Any, url: str, **settings: Any) -> None:
+    """Open the page and its settings, and fill in some of them by name."""
     page.goto(url)
     page.wait_for_selector(".welcome .member")
     page.click("#toggle-settings")
+    for name, value in settings.items():
+        page.fill(f"[name={name}]", str(value))
 
 
 def send(page: Any, text: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from browsing import CHROMIUM
-from serving import RunningServer, ServerProcess, running
+from serving import RunningServer, ServerProcess, endless, running
 
 from mixlm.loading import load
 
@@ -14,6 +14,13 @@ from mixlm.loading import load
 def toys() -> Iterator[RunningServer]:
     """A server of two toys."""
     with running(load("toy:1", "toy:2")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def endless_toys() -> Iterator[RunningServer]:
+    """A server of two toys that never end a text."""
+    with running(endless()) as server:
         yield server
 
 

@@ -40,9 +40,7 @@ def card_rows(page: Any) -> list[tuple[str, float]]:
 
 
 def test_tokens_show_their_member_and_their_alternatives(toys, page):
-    visit(page, toys.url)
-    page.fill("[name=seed]", "7")
-    page.fill("[name=max_tokens]", "12")
+    visit(page, toys.url, seed=7, max_tokens=12)
     send(page, "hello")
     expected = load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=12, top_logprobs=5)
     assert last_text(page) == expected.text
@@ -79,9 +77,7 @@ def test_tokens_show_their_member_and_their_alternatives(toys, page):
 
 
 def test_the_timeline_shows_every_member_that_ran(toys, page):
-    visit(page, toys.url)
-    page.fill("[name=seed]", "7")
-    page.fill("[name=max_tokens]", "8")
+    visit(page, toys.url, seed=7, max_tokens=8)
     page.select_option("[name=method]", "conventional")
     send(page, "hello")
     count = len(load("toy:1", "toy:2").generate("hello", seed=7, max_tokens=8, method="conventional").tokens)
@@ -90,9 +86,9 @@ def test_the_timeline_shows_every_member_that_ran(toys, page):
     assert f"toy:1 ran {count} times, toy:2 ran {count} times" in page.get_attribute(".timeline", "aria-label")
 
 
-def test_keyboard_only(toys, page):
+def test_keyboard_only(endless_toys, page):
     """Tab reaches everything, Enter sends, the arrows go from token to token, and the end is announced."""
-    page.goto(toys.url)
+    page.goto(endless_toys.url)
     page.wait_for_selector(".welcome .member")
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.type("hello")
@@ -128,10 +124,10 @@ def test_keyboard_only(toys, page):
         assert label, control.evaluate("node => node.outerHTML")
 
 
-def test_a_finger_opens_the_card_and_it_stays(toys, browser):
+def test_a_finger_opens_the_card_and_it_stays(endless_toys, browser):
     context = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
     page = context.new_page()
-    page.goto(toys.url)
+    page.goto(endless_toys.url)
     page.wait_for_selector(".welcome .member")
     page.tap(".examples button:nth-child(2)")
     finished(page)
@@ -150,9 +146,7 @@ def test_a_finger_opens_the_card_and_it_stays(toys, browser):
 
 
 def test_a_branch_from_an_alternative(toys, page):
-    visit(page, toys.url)
-    page.fill("[name=seed]", "7")
-    page.fill("[name=max_tokens]", "8")
+    visit(page, toys.url, seed=7, max_tokens=8)
     send(page, "hello")
     original = page.locator(TOKENS).all_inner_texts()
     page.locator(TOKENS).nth(2).click()
@@ -174,9 +168,7 @@ def test_a_branch_from_an_alternative(toys, page):
 
 
 def test_what_each_member_would_have_said(toys, page):
-    visit(page, toys.url)
-    page.fill("[name=seed]", "7")
-    page.fill("[name=max_tokens]", "8")
+    visit(page, toys.url, seed=7, max_tokens=8)
     send(page, "hello")
     tokens = page.locator(TOKENS).all_inner_texts()
     page.locator(TOKENS).nth(2).click()
@@ -202,19 +194,16 @@ def test_what_each_member_would_have_said(toys, page):
     assert {node.get_attribute("class") for node in page.locator(TOKENS).all()[2:]} <= {"m m1", "m m1 unlikely"}
 
 
-def test_a_completion_that_was_cut_short_goes_on(page):
-    with running(endless()) as server:
-        visit(page, server.url)
-        page.fill("[name=max_tokens]", "2")
-        send(page, "hello")
-        assert fact(page, "finish") == "reached 2 tokens"
-        begin = last_text(page)
-        page.click(".actions :text('Go on')")
-        page.wait_for_selector(".who .m:nth-child(4)")
-        finished(page)
-        assert last_text(page).startswith(begin)
-        assert (fact(page, "tokens"), page.locator(".pager").count()) == ("4 tokens", 0)
-        page.goto("about:blank")
+def test_a_completion_that_was_cut_short_goes_on(endless_toys, page):
+    visit(page, endless_toys.url, max_tokens=2)
+    send(page, "hello")
+    assert fact(page, "finish") == "reached 2 tokens"
+    begin = last_text(page)
+    page.click(".actions :text('Go on')")
+    page.wait_for_selector(".who .m:nth-child(4)")
+    finished(page)
+    assert last_text(page).startswith(begin)
+    assert (fact(page, "tokens"), page.locator(".pager").count()) == ("4 tokens", 0)
 
 
 def test_markdown_is_read_and_harmless(toys, page):
@@ -249,15 +238,14 @@ def test_markdown_is_read_and_harmless(toys, page):
 def test_the_page_follows_a_completion_unless_scrolled_away(page):
     page.set_viewport_size({"width": 380, "height": 500})
     with running(endless(0.002)) as server:
-        page.goto(server.url)
-        page.wait_for_selector(".welcome .member")
+        visit(page, server.url, max_tokens=100000)
+        page.click("#close-settings")
         page.fill("#prompt", "hello")
         page.press("#prompt", "Enter")
 
         def scroller(what: str) -> float:
-            return page.evaluate(
-                f"(({{ scrollHeight, scrollTop, clientHeight }}) => {what})(document.querySelector('#scroller'))"
-            )
+            function = f"({{ scrollHeight, scrollTop, clientHeight }}) => {what}"
+            return page.locator("#scroller").evaluate(function)
 
         wait(lambda: scroller("scrollHeight") > 700)
         assert scroller("scrollHeight - clientHeight - scrollTop") < 60
@@ -270,12 +258,11 @@ def test_the_page_follows_a_completion_unless_scrolled_away(page):
         page.goto("about:blank")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1200])
-def test_it_fits_and_can_be_read(toys, browser, scheme, width):
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1200, "dark")])
+def test_it_fits_and_can_be_read(endless_toys, browser, scheme, width):
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 700})
     page = context.new_page()
-    page.goto(toys.url)
+    page.goto(endless_toys.url)
     page.wait_for_selector(".welcome .member")
     selectors = [".welcome p", ".examples span", ".legend .m0", ".legend .m1", ".switch span", "#summary"]
     for selector in selectors:

@@ -8,7 +8,8 @@ import pytest
 from serving import running
 from toys import VOCABULARIES, engine, make_ensemble
 
-from mixlm.core.options import GenerationOptions
+from mixlm.choices import METHODS
+from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.loading import load
 
 
@@ -52,3 +53,18 @@ def test_a_unit_that_these_members_cannot_meet_in_is_refused():
             assert response.json()["error"]["param"] == param
         extras = {"unit": "word", "method": "mixture"}
         assert server.complete("ab", max_tokens=5, mixlm=extras).status_code == 200
+
+
+def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
+    about = toys.client.get("/v1/models").json()["data"][0]["mixlm"]
+    assert (about["rule"], about["routed"]) == ("average", False)
+    for rule in OPTIONS["rule"].choices:
+        name = "union-top-k" if rule == "unite" else rule
+        for method in METHODS:
+            extras = {"rule": rule, "method": method}
+            works = toys.chat(seed=1, max_tokens=1, mixlm=extras).status_code == 200
+            # Where one member writes alone, the rule has no part in it.
+            assert works == (method in about["rules"].get(name, ()) or method == "single"), extras
+    with running(load("toy:1", "toy:2", rule="max", method="layered", router=lambda prompt, text: [1, 2])) as server:
+        about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
+        assert (about["rule"], about["routed"]) == ("max", True)

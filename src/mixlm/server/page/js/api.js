@@ -7,18 +7,24 @@ const CUT_OFF = "The connection ended before the completion did.";
 let key = sessionStorage.getItem(KEY) || "";
 let askForKey = null; // returns a key for a message, or null
 
-export function onKeyNeeded(ask) { askForKey = ask; }
+export function onKeyNeeded(ask) {
+  askForKey = ask;
+}
 
 // Returns the response. Throws an Error whose message can be shown; on an unknown key it asks for another one first.
 export async function call(path, body, signal) {
   for (;;) {
     const headers = { "Content-Type": "application/json" };
     if (key) headers.Authorization = `Bearer ${key}`;
-    const options = body === undefined ? { headers, signal } : { method: "POST", body: JSON.stringify(body), headers, signal };
-    const response = await fetch(path, options).catch((error) => { throw readable(error, UNREACHABLE); });
+    const options =
+      body === undefined ? { headers, signal } : { method: "POST", body: JSON.stringify(body), headers, signal };
+    const response = await fetch(path, options).catch((error) => {
+      throw readable(error, UNREACHABLE);
+    });
     if (response.ok) return response;
     const error = (await response.json().catch(() => null))?.error;
-    if (response.status !== 401) throw new Error(sentence(error?.message || `the server returned status ${response.status}`));
+    if (response.status !== 401)
+      throw new Error(sentence(error?.message || `the server returned status ${response.status}`));
     const another = await askForKey(key ? "The server does not know this key." : "");
     if (another === null) throw new Error("This server needs an API key.");
     key = another;
@@ -36,7 +42,9 @@ export async function* stream(path, body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read().catch((error) => { throw readable(error, CUT_OFF); });
+    const { value, done } = await reader.read().catch((error) => {
+      throw readable(error, CUT_OFF);
+    });
     if (done) throw new Error(CUT_OFF);
     const events = (rest + value).split("\n\n");
     rest = events.pop();
@@ -50,6 +58,6 @@ export async function* stream(path, body, signal) {
   }
 }
 
-const readable = (error, message) => error.name === "AbortError" ? error : new Error(message);
+const readable = (error, message) => (error.name === "AbortError" ? error : new Error(message));
 
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;

@@ -6,7 +6,9 @@ import { END_OF_TEXT } from "./generate.js";
 import { colourOf } from "./completion.js";
 
 export const card = {
-  get isOpen() { return !$("#card").hidden && $("#card").classList.contains("open"); },
+  get isOpen() {
+    return !$("#card").hidden && $("#card").classList.contains("open");
+  },
 
   view: null, // of the completion that the card is open for
 
@@ -21,34 +23,60 @@ export const card = {
     if (!this.isOpen) this.place(view, index, rows(view, view.completion.tokens[index]));
   },
 
-  // actions: branch(completion, index, token, logprob), goAlone(completion, index, member | null), nextTokens(completion, index).
-  open(view, index, actions) {
+  // writer: what the buttons do, see writer.js.
+  open(view, index, writer) {
     const { completion, members } = view;
     const token = completion.tokens[index];
-    const go = (text, logprob) => this.close(() => actions.branch(completion, index, text, logprob));
+    const go = (text, logprob) => this.close(() => writer.branch(completion, index, text, logprob));
     const answers = element("div", { className: "answers" });
-    const ask = element("button", { type: "button", className: "wide", onclick: () => this.ask(view, index, actions, answers, ask, go) },
-      "What would each member have said?");
-    const others = [null, ...(members.length > 1 ? members : [])].map((member) => element("button", {
-      type: "button", className: member === null ? "" : colourOf(members, member),
-      onclick: () => this.close(() => actions.goAlone(completion, index, member)),
-    }, member === null ? "the same settings" : `${member} alone`));
-    const close = element("button", { type: "button", className: "quiet close", "aria-label": "Close", onclick: () => this.close() }, "×");
+    const ask = element(
+      "button",
+      { type: "button", className: "wide", onclick: () => this.ask(view, index, writer, answers, ask, go) },
+      "What would each member have said?",
+    );
+    const others = [null, ...(members.length > 1 ? members : [])].map((member) =>
+      element(
+        "button",
+        {
+          type: "button",
+          className: member === null ? "" : colourOf(members, member),
+          onclick: () => this.close(() => writer.writeOn(completion, index, member)),
+        },
+        member === null ? "the same settings" : `${member} alone`,
+      ),
+    );
+    const close = element(
+      "button",
+      { type: "button", className: "quiet close", "aria-label": "Close", onclick: () => this.close() },
+      "×",
+    );
     $("#card").classList.add("open");
     this.view = view;
     this.place(view, index, [
-      close, ...rows(view, token, go), ask, answers,
-      element("p", { className: "faint" }, "Write on from here with"), element("div", { className: "others" }, ...others),
+      close,
+      ...rows(view, token, go),
+      ask,
+      answers,
+      element("p", { className: "faint" }, "Write on from here with"),
+      element("div", { className: "others" }, ...others),
     ]);
   },
 
-  async ask(view, index, actions, answers, button, go) {
+  async ask(view, index, writer, answers, button, go) {
     button.disabled = true;
     answers.replaceChildren(element("p", { className: "faint" }, "Asking…"));
     try {
-      const said = await actions.nextTokens(view.completion, index);
-      answers.replaceChildren(...said.map(({ member, top }) => element("section", { className: colourOf(view.members, member) },
-        element("p", {}, element("b", {}, member)), list(top, view.completion.tokens[index].token, go))));
+      const said = await writer.nextTokens(view.completion, index);
+      answers.replaceChildren(
+        ...said.map(({ member, top }) =>
+          element(
+            "section",
+            { className: colourOf(view.members, member) },
+            element("p", {}, element("b", {}, member)),
+            list(top, view.completion.tokens[index].token, go),
+          ),
+        ),
+      );
       button.hidden = true;
     } catch (error) {
       answers.replaceChildren(element("p", { className: "bad" }, error.message));
@@ -78,10 +106,16 @@ export const card = {
   // Below the token, or above it if there is no space; always inside the window. On a phone it is a sheet at the bottom.
   position(span) {
     const box = $("#card");
-    if (this.isOpen && getComputedStyle(box).bottom === "0px" && span.getBoundingClientRect().bottom > box.getBoundingClientRect().top) span.scrollIntoView({ block: "start" });
+    if (
+      this.isOpen &&
+      getComputedStyle(box).bottom === "0px" &&
+      span.getBoundingClientRect().bottom > box.getBoundingClientRect().top
+    )
+      span.scrollIntoView({ block: "start" });
     const token = span.getClientRects()[0] ?? span.getBoundingClientRect();
     const size = box.getBoundingClientRect();
-    const below = token.bottom + 6, above = token.top - size.height - 6;
+    const below = token.bottom + 6,
+      above = token.top - size.height - 6;
     const top = below + size.height > innerHeight - 8 && above > 8 ? above : below;
     box.style.top = `${Math.max(8, Math.min(top, innerHeight - size.height - 8))}px`;
     box.style.left = `${Math.max(8, Math.min(token.left, document.documentElement.clientWidth - size.width - 8))}px`;
@@ -92,22 +126,36 @@ function rows(view, token, go) {
   const who = element("p", {});
   if (token.member === null) who.append("You chose this");
   else who.append(element("b", {}, token.member), " sampled this");
-  const top = token.top.some(([text]) => text === token.token) ? token.top : [...token.top, [token.token, token.logprob]];
+  const top = token.top.some(([text]) => text === token.token)
+    ? token.top
+    : [...token.top, [token.token, token.logprob]];
   return [who, list(top, token.token, go)];
 }
 
 // Tokens with their probabilities; go makes them buttons. What is no text cannot be gone on from.
 function list(top, sampled, go) {
-  return element("ol", {}, ...top.map(([text, logprob]) => {
-    const probability = logprob === null ? 1 : Math.exp(logprob);
-    const words = [element("span", {}, shown(text)), element("span", {}, logprob === null ? "sampled" : percent(probability))];
-    const isText = text !== END_OF_TEXT && !text.startsWith("bytes:");
-    const entry = go && isText && text !== sampled
-      ? element("button", { type: "button", title: "Write on from this token", onclick: () => go(text, logprob) }, ...words)
-      : element("div", {}, ...words);
-    entry.style.setProperty("--share", probability);
-    return element("li", { className: text === sampled ? "sampled" : "" }, entry);
-  }));
+  return element(
+    "ol",
+    {},
+    ...top.map(([text, logprob]) => {
+      const probability = logprob === null ? 1 : Math.exp(logprob);
+      const words = [
+        element("span", {}, shown(text)),
+        element("span", {}, logprob === null ? "sampled" : percent(probability)),
+      ];
+      const isText = text !== END_OF_TEXT && !text.startsWith("bytes:");
+      const entry =
+        go && isText && text !== sampled
+          ? element(
+              "button",
+              { type: "button", title: "Write on from this token", onclick: () => go(text, logprob) },
+              ...words,
+            )
+          : element("div", {}, ...words);
+      entry.style.setProperty("--share", probability);
+      return element("li", { className: text === sampled ? "sampled" : "" }, entry);
+    }),
+  );
 }
 
 const shown = (text) => (text === END_OF_TEXT ? "end of text" : JSON.stringify(text));
@@ -115,6 +163,8 @@ const shown = (text) => (text === END_OF_TEXT ? "end of text" : JSON.stringify(t
 // What a screen reader hears of a token.
 export function inWords(token) {
   const who = token.member ?? "chosen by you";
-  const others = token.top.filter(([text]) => text !== token.token).map(([text, logprob]) => `${shown(text)} ${percent(Math.exp(logprob))}`);
+  const others = token.top
+    .filter(([text]) => text !== token.token)
+    .map(([text, logprob]) => `${shown(text)} ${percent(Math.exp(logprob))}`);
   return [`${shown(token.token)}  ${who}  probability ${percent(Math.exp(token.logprob))}`, ...others].join(", ");
 }

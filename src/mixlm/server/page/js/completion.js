@@ -5,22 +5,31 @@ import { UNLIKELY } from "./generate.js";
 import { renderMarkdown } from "./markdown.js";
 
 const COLOURS = 6;
+const FACTS_EVERY = 200; // milliseconds, while tokens arrive
 const SLOWEST = 0.25; // share of the time that rendering Markdown may take while tokens arrive
 
-export const colourOf = (members, name) => (name === null ? "m forced" : `m m${Math.max(members.indexOf(name), 0) % COLOURS}`);
+export const colourOf = (members, name) =>
+  name === null ? "m forced" : `m m${Math.max(members.indexOf(name), 0) % COLOURS}`;
 
 export class CompletionView {
-  // actions: regenerate, goOn, choose, point, each called with the completion. members: names, in order.
-  constructor(completion, { members, title, busy, actions, isChosen, isPaired }) {
-    Object.assign(this, { completion, members, busy, actions, isChosen, isPaired });
+  // writer: what the buttons do, see writer.js.
+  constructor(completion, { title, writer, isChosen, isPaired }) {
+    Object.assign(this, { completion, members: completion.members, writer, isChosen, isPaired });
     this.text = element("div", { className: "text" });
     this.timeline = svg("svg", { class: "timeline", role: "img", preserveAspectRatio: "none" });
     this.error = element("div", { className: "error", role: "alert" });
     this.facts = element("ul", { className: "facts", "aria-label": "What this completion took" });
     this.buttons = element("div", { className: "actions" });
-    this.root = element("article", { className: "completion", "aria-label": title },
-      element("p", { className: "completion-head" }, title), this.text, this.error, this.timeline, element("footer", {}, this.facts, this.buttons));
-    this.next = 0; // when Markdown may be rendered again
+    this.root = element(
+      "article",
+      { className: "completion", "aria-label": title },
+      element("p", { className: "completion-head" }, title),
+      this.text,
+      this.error,
+      this.timeline,
+      element("footer", {}, this.facts, this.buttons),
+    );
+    this.next = this.nextFacts = 0; // when Markdown and facts may be rendered again
   }
 
   // Show everything anew. view: "read" or "who".
@@ -29,7 +38,12 @@ export class CompletionView {
     this.shown = 0;
     this.text.replaceChildren();
     this.text.className = `text ${view}`;
-    if (view === "who") Object.assign(this.text, { tabIndex: 0, role: "group", ariaLabel: "The arrow keys go from token to token, Enter opens the alternatives" });
+    if (view === "who")
+      Object.assign(this.text, {
+        tabIndex: 0,
+        role: "group",
+        ariaLabel: "The arrow keys go from token to token, Enter opens the alternatives",
+      });
     else for (const name of ["tabindex", "role", "aria-label"]) this.text.removeAttribute(name);
     this.timeline.replaceChildren();
     this.drawn = 0;
@@ -38,7 +52,7 @@ export class CompletionView {
   }
 
   // Show what has arrived since.
-  update(all = !this.busy()) {
+  update(all = !this.writer.isBusy()) {
     const { completion, view } = this;
     const waiting = !completion.finish && !completion.tokens.length;
     if (view === "who") {
@@ -52,20 +66,50 @@ export class CompletionView {
     this.root.classList.toggle("waiting", waiting);
     this.root.classList.toggle("writing", !completion.finish);
     this.drawTimeline();
-    this.facts.replaceChildren(...facts(completion, this.members));
+    if (all || performance.now() >= this.nextFacts) {
+      this.nextFacts = performance.now() + FACTS_EVERY;
+      this.facts.replaceChildren(...facts(completion, this.members));
+      this.timeline.setAttribute("aria-label", timelineInWords(completion, this.members));
+    }
     this.error.hidden = !completion.error;
-    if (completion.error) this.error.replaceChildren(element("p", {}, completion.error), element("button", { type: "button", onclick: () => this.actions.regenerate(completion) }, "Try again"));
-    if (completion.finish && !this.busy()) this.showButtons();
+    if (completion.error)
+      this.error.replaceChildren(
+        element("p", {}, completion.error),
+        element("button", { type: "button", onclick: () => this.writer.regenerate(completion) }, "Try again"),
+      );
+    if (completion.finish && !this.writer.isBusy()) this.showButtons();
     else this.buttons.replaceChildren();
   }
 
   showButtons() {
-    const { completion, actions } = this;
-    const buttons = [copyButton("Copy the text", () => completion.text), iconButton("retry", "Write it again", () => actions.regenerate(completion))];
-    if (completion.text && completion.finish !== "stop") buttons.push(element("button", { type: "button", className: "quiet", onclick: () => actions.goOn(completion) }, icon("next"), "Go on"));
+    const { completion, writer } = this;
+    const buttons = [
+      copyButton("Copy the text", () => completion.text),
+      iconButton("retry", "Write it again", () => writer.regenerate(completion)),
+    ];
+    if (completion.text && completion.finish !== "stop")
+      buttons.push(
+        element(
+          "button",
+          { type: "button", className: "quiet", onclick: () => writer.goOn(completion) },
+          icon("next"),
+          "Go on",
+        ),
+      );
     if (this.isPaired) {
-      buttons.push(element("label", { className: "check choose" },
-        element("input", { type: "radio", name: `choose-${completion.parent}`, checked: this.isChosen, onchange: () => actions.choose(completion) }), "Go on from this one"));
+      buttons.push(
+        element(
+          "label",
+          { className: "check choose" },
+          element("input", {
+            type: "radio",
+            name: `choose-${completion.parent}`,
+            checked: this.isChosen,
+            onchange: () => writer.choose(completion),
+          }),
+          "Go on from this one",
+        ),
+      );
     }
     this.buttons.replaceChildren(...buttons);
   }
@@ -79,16 +123,22 @@ export class CompletionView {
 
   // --- From token to token
 
-  span(index) { return $(`[data-index="${index}"]`, this.text); }
+  span(index) {
+    return $(`[data-index="${index}"]`, this.text);
+  }
 
-  get current() { return Number($(".current", this.text)?.dataset.index ?? 0); }
+  get current() {
+    return Number($(".current", this.text)?.dataset.index ?? 0);
+  }
 
   mark(index) {
     $(".current", this.text)?.classList.remove("current");
     this.span(index)?.classList.add("current");
   }
 
-  step(by) { return Math.min(Math.max(this.current + by, 0), this.completion.tokens.length - 1); }
+  step(by) {
+    return Math.min(Math.max(this.current + by, 0), this.completion.tokens.length - 1);
+  }
 
   // --- Forward passes: a lane for each member, time from left to right. Where another member sampled, it is paler.
 
@@ -98,21 +148,31 @@ export class CompletionView {
       const token = completion.tokens[this.drawn];
       const width = token.seconds && Math.max(1000 * token.seconds, 1); // 0 for tokens of another version
       for (const name of Object.keys(token.forwards)) {
-        this.timeline.append(svg("rect", {
-          x: this.elapsed, y: members.indexOf(name) + 0.1, width: 0.92 * width, height: 0.8,
-          class: `${colourOf(members, name)}${name === token.member ? "" : " other"}`,
-        }));
+        this.timeline.append(
+          svg("rect", {
+            x: this.elapsed,
+            y: members.indexOf(name) + 0.1,
+            width: 0.92 * width,
+            height: 0.8,
+            class: `${colourOf(members, name)}${name === token.member ? "" : " other"}`,
+          }),
+        );
       }
       this.elapsed += width;
     }
     this.timeline.setAttribute("viewBox", `0 0 ${Math.max(this.elapsed, 1)} ${members.length}`);
-    this.timeline.setAttribute("aria-label", timelineInWords(completion, members));
     this.timeline.toggleAttribute("hidden", !completion.tokens.length);
   }
 }
 
 function timelineInWords(completion, members) {
-  const ran = members.map((name) => `${name} ran ${plural(completion.tokens.reduce((sum, token) => sum + (token.forwards[name] ?? 0), 0), "time")}`);
+  const ran = members.map(
+    (name) =>
+      `${name} ran ${plural(
+        completion.tokens.reduce((sum, token) => sum + (token.forwards[name] ?? 0), 0),
+        "time",
+      )}`,
+  );
   return `Forward passes: ${plural(completion.tokens.length, "token")} in ${completion.seconds.toFixed(1)} s; ${ran.join(", ")}`;
 }
 
@@ -137,22 +197,40 @@ function facts(completion, members) {
   const add = (className, text, title) => items.push(element("li", { className, title }, text));
   const share = shares(completion);
   for (const name of members) {
-    if (completion.tokens.length) add(`member ${colourOf(members, name)}`, `${name} ${percent(share[name] ?? 0)}`, `${name} sampled ${percent(share[name] ?? 0)} of the tokens`);
+    if (completion.tokens.length)
+      add(
+        `member ${colourOf(members, name)}`,
+        `${name} ${percent(share[name] ?? 0)}`,
+        `${name} sampled ${percent(share[name] ?? 0)} of the tokens`,
+      );
   }
   if (completion.tokens.length) add("tokens", plural(completion.tokens.length, "token"));
   const timed = completion.tokens.filter((token) => token.seconds > 0);
   if (timed.length > 1) {
     const rest = timed.slice(1).reduce((sum, token) => sum + token.seconds, 0);
-    if (rest) add("speed", `${((timed.length - 1) / rest).toFixed(1)} tokens/s`, `first token after ${timed[0].seconds.toFixed(2)} s`);
+    if (rest)
+      add(
+        "speed",
+        `${((timed.length - 1) / rest).toFixed(1)} tokens/s`,
+        `first token after ${timed[0].seconds.toFixed(2)} s`,
+      );
   }
   const { work } = completion;
   if (work?.tokens) {
     const all = work.members * work.tokens;
-    add("saved", `${percent(Math.max(0, 1 - work.forwards / all))} saved`, `${work.forwards} forwards, where running every member for every token takes ${all}`);
+    add(
+      "saved",
+      `${percent(Math.max(0, 1 - work.forwards / all))} saved`,
+      `${work.forwards} forwards, where running every member for every token takes ${all}`,
+    );
     if (work.drafted) add("drafts", `${work.accepted} of ${work.drafted} drafts accepted`);
   }
   if (completion.finish) {
-    add("finish", FINISHES[completion.finish](completion), `finish_reason: ${completion.finish}`);
+    add(
+      "finish",
+      FINISHES[completion.finish]?.(completion) ?? completion.finish,
+      `finish_reason: ${completion.finish}`,
+    );
     add("seed", `seed ${completion.request.seed}`, "The same request with this seed gives the same text");
   }
   return items;

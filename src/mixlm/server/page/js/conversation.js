@@ -8,21 +8,33 @@ const TITLE_LENGTH = 60;
 const UNTITLED = "New conversation";
 
 export class Conversation {
-  constructor(data) { this.data = data; }
+  constructor(data) {
+    this.data = data;
+  }
 
-  // settings: of the left and the right side, see settings.js.
-  static create(settings, compare = false) {
+  // settings: of the left and the right side, see settings.js. system: the system prompt.
+  static create({ settings, compare = false, system = "" }) {
     const now = Date.now();
     return new Conversation({
       id: crypto.randomUUID?.() ?? `${now}-${Math.random()}`, // http pages of other machines have no randomUUID
-      title: UNTITLED, renamed: false, created: now, updated: now, settings: structuredClone(settings), compare,
+      title: UNTITLED,
+      renamed: false,
+      created: now,
+      updated: now,
+      settings: structuredClone(settings),
+      compare,
+      system,
       nodes: { root: newNode("root", null) },
     });
   }
 
-  get isEmpty() { return !this.node("root").slots.length; }
+  get isEmpty() {
+    return !this.node("root").slots.length;
+  }
 
-  node(id) { return this.data.nodes[id]; }
+  node(id) {
+    return this.data.nodes[id];
+  }
 
   // The turns of the path that is shown: [{ user, completions, chosen }].
   get turns() {
@@ -42,13 +54,14 @@ export class Conversation {
   // The message that the next one answers.
   get end() {
     const turn = this.turns.at(-1);
-    return turn ? turn.completions[turn.chosen] ?? turn.user : this.node("root");
+    return turn ? (turn.completions[turn.chosen] ?? turn.user) : this.node("root");
   }
 
   // The messages of a request, up to and with a user's message. Questions without an answer are left out.
   messages(user) {
     const messages = [];
-    let question = user, answer = null;
+    let question = user,
+      answer = null;
     while (question) {
       if (!answer || answer.text) {
         if (answer) messages.unshift({ role: "assistant", content: answer.text });
@@ -73,7 +86,14 @@ export class Conversation {
   // Add completions to a user's message, side by side if there are two. fields: of each, beyond those that all have.
   addCompletions(user, fields) {
     const completions = fields.map((extra) => ({
-      ...newNode("assistant", user.id), text: "", tokens: [], request: {}, work: null, seconds: 0, finish: null, error: null,
+      ...newNode("assistant", user.id),
+      text: "",
+      tokens: [],
+      request: {},
+      work: null,
+      seconds: 0,
+      finish: null,
+      error: null,
       ...extra,
     }));
     this.addSlot(user, completions);
@@ -103,12 +123,15 @@ export class Conversation {
     Object.assign(this.data, { title, renamed: true });
   }
 
-  touch() { this.data.updated = Date.now(); }
+  touch() {
+    this.data.updated = Date.now();
+  }
 
   // A page that was closed could not say how its completions ended.
   closeOpenCompletions() {
     for (const node of Object.values(this.data.nodes)) {
-      if (node.role === "assistant" && !node.finish) Object.assign(node, { finish: "error", error: "The page was closed before the completion was finished." });
+      if (node.role === "assistant" && !node.finish)
+        Object.assign(node, { finish: "error", error: "The page was closed before the completion was finished." });
     }
   }
 }

@@ -23,7 +23,8 @@ export function svg(name, attributes = {}) {
 const ICONS = {
   menu: "M4 7h16M4 12h16M4 17h16",
   plus: "M12 5v14M5 12h14",
-  sliders: "M4 8h9M19 8h1M4 16h1M11 16h9M16 5.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5ZM8 13.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5Z",
+  sliders:
+    "M4 8h9M19 8h1M4 16h1M11 16h9M16 5.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5ZM8 13.5a2.5 2.5 0 1 0 0 5 2.5 2.5 0 0 0 0-5Z",
   columns: "M4 5h16v14H4zM12 5v14",
   copy: "M9 9h10v10H9zM5 15V5h10",
   done: "M5 13l4 4L19 7",
@@ -47,15 +48,21 @@ export function icon(name) {
 
 // A button of one icon. Its label is read aloud, and shown when the pointer rests on it.
 export function iconButton(name, label, onclick, properties = {}) {
-  return element("button", { type: "button", className: "quiet", "aria-label": label, title: label, onclick, ...properties }, icon(name));
+  return element(
+    "button",
+    { type: "button", className: "quiet", "aria-label": label, title: label, onclick, ...properties },
+    icon(name),
+  );
 }
 
-export const percent = (share) => share > 0 && share < 0.001 ? "< 0.1 %"
-  : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+export const percent = (share) =>
+  share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 
 export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
-export function announce(text) { $("#status").textContent = text; }
+export function announce(text) {
+  $("#status").textContent = text;
+}
 
 // The clipboard's own interface needs https or a loopback address.
 export async function copyText(text) {

@@ -11,14 +11,21 @@ export const END_OF_TEXT = "<|endoftext|>";
 // onToken is called after each token.
 export async function generate(completion, messages, signal, onToken) {
   const start = performance.now() - 1000 * completion.seconds;
-  let last = completion.seconds, forwards = {};
+  let last = completion.seconds,
+    forwards = {};
   completion.finish = completion.error = null;
   try {
-    for await (const event of stream(PATH, { ...completion.request, ...continued(messages, completion.text) }, signal)) {
+    for await (const event of stream(
+      PATH,
+      { ...completion.request, ...continued(messages, completion.text) },
+      signal,
+    )) {
       if (event.usage) completion.work = addUsage(completion.work, event.usage);
       const choice = event.choices[0];
       if (!choice) continue;
-      for (const [member, count] of Object.entries(choice.mixlm.forwards ?? {})) forwards[member] = (forwards[member] || 0) + count;
+      for (const [member, count] of Object.entries(choice.mixlm.forwards ?? {})) {
+        forwards[member] = (forwards[member] ?? 0) + count;
+      }
       if (choice.finish_reason) completion.finish = choice.finish_reason;
       if (!choice.mixlm.members.length) continue;
       completion.seconds = (performance.now() - start) / 1000;
@@ -38,34 +45,45 @@ export async function generate(completion, messages, signal, onToken) {
 function tokenOf(choice, forwards, seconds) {
   const scored = choice.logprobs.content[0];
   return {
-    text: choice.delta.content, token: scored.token, member: choice.mixlm.members[0], logprob: scored.logprob,
-    top: scored.top_logprobs.map((top) => [top.token, top.logprob]), forwards, seconds,
+    text: choice.delta.content,
+    token: scored.token,
+    member: choice.mixlm.members[0],
+    logprob: scored.logprob,
+    top: scored.top_logprobs.map((top) => [top.token, top.logprob]),
+    forwards,
+    seconds,
   };
 }
 
-function addUsage(work, usage) {
-  const { mixlm } = usage;
-  const forwards = Object.values(mixlm.members).reduce((sum, member) => sum + member.forwards, 0);
-  const now = { tokens: usage.completion_tokens, members: Object.keys(mixlm.members).length, forwards, drafted: mixlm.checked, accepted: mixlm.accepted };
-  if (!work) return now;
-  for (const name of ["tokens", "forwards", "drafted", "accepted"]) now[name] += work[name];
-  return now;
+function addUsage(work, { completion_tokens: tokens, mixlm }) {
+  const members = Object.values(mixlm.members);
+  const forwards = members.reduce((sum, member) => sum + member.forwards, 0);
+  const added = { tokens, members: members.length, forwards, drafted: mixlm.checked, accepted: mixlm.accepted };
+  if (work) for (const name of ["tokens", "forwards", "drafted", "accepted"]) added[name] += work[name];
+  return added;
 }
 
 // The fields for a completion that goes on from a text.
-const continued = (messages, text) => text
-  ? { messages: [...messages, { role: "assistant", content: text }], continue_final_message: true }
-  : { messages };
+const continued = (messages, text) =>
+  text ? { messages: [...messages, { role: "assistant", content: text }], continue_final_message: true } : { messages };
 
 // Returns, for each member, its most likely tokens behind a text: [{ member, top: [[token, logprob]] }]. Of a member that
-// ended the text, the log-probability is not known: null.
-export function nextTokens(request, messages, text, members, signal) {
-  return Promise.all(members.map(async (member, i) => {
-    const mixlm = { ...request.mixlm, method: "single", weights: members.map((_, j) => (i === j ? 1 : 0)) };
-    delete mixlm.rule;
-    const body = { ...request, mixlm, max_tokens: 1, logprobs: true, top_logprobs: TOP_LOGPROBS, ...continued(messages, text) };
-    const choice = (await postJson(PATH, body, signal)).choices[0];
-    const scored = choice.logprobs.content[0];
-    return { member, top: scored ? scored.top_logprobs.map((top) => [top.token, top.logprob]) : [[END_OF_TEXT, null]] };
-  }));
+// ended the text, the log-probability is not known: null. requests: by each member alone.
+export function nextTokens(requests, members, messages, text) {
+  return Promise.all(
+    requests.map(async (request, i) => {
+      const body = {
+        ...request,
+        ...continued(messages, text),
+        max_tokens: 1,
+        logprobs: true,
+        top_logprobs: TOP_LOGPROBS,
+      };
+      const scored = (await postJson(PATH, body)).choices[0].logprobs.content[0];
+      return {
+        member: members[i],
+        top: scored?.top_logprobs.map((top) => [top.token, top.logprob]) ?? [[END_OF_TEXT, null]],
+      };
+    }),
+  );
 }

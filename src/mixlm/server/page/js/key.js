@@ -8,20 +8,27 @@ let open = null; // requests that are refused at the same time share the dialog
 export function askForKey(wrong) {
   $("#key-wrong").textContent = wrong;
   $("#key-wrong").hidden = !wrong;
-  open ??= ask().finally(() => { open = null; });
+  open ??= ask().finally(() => {
+    open = null;
+  });
   return open;
 }
 
 function ask() {
-  const dialog = $("#key"), input = $("#key-value");
+  const dialog = $("#key"),
+    input = $("#key-value");
   input.value = "";
   return new Promise((resolve) => {
     const cancel = () => dialog.close("");
     $("#key-cancel").addEventListener("click", cancel);
-    dialog.addEventListener("close", () => {
-      $("#key-cancel").removeEventListener("click", cancel);
-      resolve(dialog.returnValue === "use" ? input.value.trim() : null);
-    }, { once: true });
+    dialog.addEventListener(
+      "close",
+      () => {
+        $("#key-cancel").removeEventListener("click", cancel);
+        resolve(dialog.returnValue === "use" ? input.value.trim() : null);
+      },
+      { once: true },
+    );
     dialog.returnValue = "";
     dialog.showModal();
   });

@@ -1,39 +1,61 @@
 // The page of `mixlm serve`, a client of its API. It loads nothing from other sites.
 
 import { getJson, onKeyNeeded } from "./api.js";
-import { Conversation } from "./conversation.js";
-import { $, announce, icon, percent, plural } from "./dom.js";
-import { exportJson, exportMarkdown } from "./export.js";
-import { generate, nextTokens } from "./generate.js";
 import { card } from "./card.js";
-import { askForKey } from "./key.js";
 import { shares } from "./completion.js";
-import { alone, described, fitting, memberNames, modelOf, requestOf, SettingsForm } from "./settings.js";
+import { Composer } from "./composer.js";
+import { Conversation } from "./conversation.js";
+import { $, announce, element, icon, percent, plural } from "./dom.js";
+import { exportJson, exportMarkdown } from "./export.js";
+import { askForKey } from "./key.js";
+import { panels } from "./panels.js";
+import { alone, described, fitting, modelOf, SettingsForm } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { openStore } from "./store.js";
 import { Thread } from "./thread.js";
+import { Writer } from "./writer.js";
 
-const SAVE_EVERY = 1000; // milliseconds, while a completion is being written
-const remembered = {
-  get(name) { try { return JSON.parse(localStorage.getItem(`mixlm-${name}`)); } catch { return null; } },
-  set(name, value) { try { localStorage.setItem(`mixlm-${name}`, JSON.stringify(value)); } catch { /* it is asked again */ } },
+const BUTTON_ICONS = {
+  "#toggle-list": "menu",
+  "#toggle-settings": "sliders",
+  "#close-settings": "close",
+  "#send": "up",
+  "#stop": "stop",
+  "#export summary": "download",
+  "#compare + span b": "columns",
 };
-const randomSeed = () => Math.floor(Math.random() * 2 ** 32);
-const isNarrow = () => matchMedia("(max-width: 60rem)").matches;
+const remembered = {
+  get(name) {
+    try {
+      return JSON.parse(localStorage.getItem(`mixlm-${name}`));
+    } catch {
+      return null;
+    }
+  },
+  set(name, value) {
+    try {
+      localStorage.setItem(`mixlm-${name}`, JSON.stringify(value));
+    } catch {
+      /* it is set again */
+    }
+  },
+};
 
 class App {
   async start() {
-    for (const [id, name] of Object.entries({ "toggle-list": "menu", "toggle-settings": "sliders", "close-settings": "close", send: "up", stop: "stop" })) $(`#${id}`).append(icon(name));
-    $("#export summary").append(icon("download"));
-    $("#compare + span b").append(icon("columns"));
+    for (const [selector, name] of Object.entries(BUTTON_ICONS)) $(selector).append(icon(name));
     const { store, lasting } = await openStore();
     this.store = store;
     $("#not-kept").hidden = lasting;
-    this.running = null; // { conversation, stop } while completions are being written
     this.view = remembered.get("view") === "read" ? "read" : "who";
     $(`#view [value=${this.view}]`).checked = true;
     this.models = [];
-    this.thread = new Thread(this);
+    this.writer = new Writer(this);
+    this.composer = new Composer(this.writer);
+    this.thread = new Thread(this.writer, {
+      titleOf: (completion) => this.titleOf(completion),
+      refresh: () => this.refresh(),
+    });
     this.sidebar = new Sidebar(this);
     this.listen();
     this.models = (await getJson("v1/models")).data;
@@ -43,19 +65,19 @@ class App {
   // --- Conversations
 
   async openFirst() {
-    const data = location.hash ? await this.store.get(decodeURIComponent(location.hash.slice(1))) : null;
+    const id = decodeURIComponent(location.hash.slice(1));
+    const data = id ? await this.store.get(id) : null;
     if (data) this.use(new Conversation(data));
     else this.create();
     this.conversation.closeOpenCompletions();
     this.refresh();
-    this.thread.scrollToEnd();
+    if (data) this.thread.scrollToEnd();
     await this.listConversations();
   }
 
   // A new conversation has the settings of the last one.
   create() {
-    const last = remembered.get("settings");
-    this.use(Conversation.create(last?.settings ?? [{}, alone({})], last?.compare));
+    this.use(Conversation.create(remembered.get("settings") ?? { settings: [{}, alone({})] }));
     history.replaceState(null, "", location.pathname);
   }
 
@@ -66,10 +88,11 @@ class App {
   }
 
   async open(id) {
-    this.closePanels();
+    panels.close();
     if (id === this.conversation.data.id) return;
-    const isRunning = this.running?.conversation.data.id === id;
-    this.use(isRunning ? this.running.conversation : new Conversation(await this.store.get(id)));
+    const { running } = this.writer;
+    const isRunning = running?.conversation.data.id === id;
+    this.use(isRunning ? running.conversation : new Conversation(await this.store.get(id)));
     if (!isRunning) this.conversation.closeOpenCompletions();
     history.replaceState(null, "", `#${id}`);
     this.refresh();
@@ -80,14 +103,15 @@ class App {
   async rename(id, title) {
     const conversation = await this.byId(id);
     conversation.rename(title);
-    await this.store.put(conversation.data);
+    await this.save(conversation);
     await this.listConversations();
   }
 
   async remove(id) {
-    if (this.running?.conversation.data.id === id) {
-      this.running.removed = true;
-      this.running.stop();
+    const { running } = this.writer;
+    if (running?.conversation.data.id === id) {
+      running.removed = true;
+      running.stop();
     }
     await this.store.delete(id);
     if (id === this.conversation.data.id) {
@@ -98,8 +122,10 @@ class App {
   }
 
   async byId(id) {
-    const open = [this.conversation, this.running?.conversation].find((conversation) => conversation?.data.id === id);
-    return open ?? new Conversation(await this.store.get(id));
+    const loaded = [this.conversation, this.writer.running?.conversation].find(
+      (conversation) => conversation?.data.id === id,
+    );
+    return loaded ?? new Conversation(await this.store.get(id));
   }
 
   async listConversations() {
@@ -109,7 +135,6 @@ class App {
 
   async save(conversation = this.conversation) {
     if (conversation.isEmpty) return;
-    this.saved = performance.now();
     try {
       await this.store.put(conversation.data);
     } catch (error) {
@@ -118,127 +143,32 @@ class App {
     }
   }
 
-  // --- Writing
+  // --- While completions are being written
 
-  busy = () => this.running !== null;
-
-  members(completion) { return completion.members; }
-
-  titleOf(completion) { return described(this.models, { ...completion.request, ...completion.request.mixlm }); }
-
-  // The messages of a completion's request.
-  messages(conversation, completion) {
-    const system = completion.system ? [{ role: "system", content: completion.system }] : [];
-    return [...system, ...conversation.messages(conversation.node(completion.parent))];
-  }
-
-  // The fields of new completions by the settings of each side.
-  fields(conversation, sides) {
-    const seed = randomSeed();
-    return conversation.data.settings.slice(0, sides).map((settings) => ({
-      request: requestOf(this.models, settings, seed), system: settings.system ?? "", members: memberNames(modelOf(this.models, settings)),
-    }));
-  }
-
-  send(text) {
-    if (this.busy() || !text.trim() || !this.models.length) return;
-    this.ask(this.conversation.addUser(this.conversation.end, text));
-  }
-
-  edit(user, text) { if (!this.busy()) this.ask(this.conversation.addUser(this.conversation.node(user.parent), text)); }
-
-  regenerate(completion) { if (!this.busy()) this.ask(this.conversation.node(completion.parent)); }
-
-  ask(user) {
-    const { conversation } = this;
-    return this.run(conversation.addCompletions(user, this.fields(conversation, conversation.data.compare ? 2 : 1)));
-  }
-
-  // Go on where a completion ended before its time.
-  goOn(completion) {
-    if (this.busy()) return;
-    completion.request.seed = randomSeed();
-    this.run([completion]);
-  }
-
-  // Another version of a completion, with other tokens from one position on.
-  branch(completion, index, token, logprob) {
-    const { top } = completion.tokens[index];
-    this.fork(completion, index, [{ text: token, token, member: null, logprob, top, forwards: {}, seconds: 0, forced: true }], completion.request);
-  }
-
-  goAlone(completion, index, member) {
-    const request = structuredClone(completion.request);
-    if (member !== null) {
-      request.mixlm = { ...request.mixlm, method: "single", weights: completion.members.map((name) => (name === member ? 1 : 0)) };
-      delete request.mixlm.rule;
-    }
-    this.fork(completion, index, [], request);
-  }
-
-  fork(completion, index, forced, request) {
-    if (this.busy()) return;
-    const tokens = [...completion.tokens.slice(0, index), ...forced].map((token) => ({ ...token, seconds: 0, forwards: {} }));
-    const fields = {
-      request: { ...structuredClone(request), seed: randomSeed() }, system: completion.system, members: completion.members, tokens,
-      text: tokens.map((token) => token.text).join(""),
-    };
-    this.run(this.conversation.addCompletions(this.conversation.node(completion.parent), [fields]));
-  }
-
-  // What each member would have said at a position.
-  nextTokens(completion, index) {
-    const text = completion.tokens.slice(0, index).map((token) => token.text).join("");
-    return nextTokens(completion.request, this.messages(this.conversation, completion), text, completion.members);
-  }
-
-  async run(completions) {
-    const { conversation } = this;
-    const control = new AbortController();
-    const running = { conversation, stop: () => control.abort(), removed: false };
-    this.running = running;
-    for (const completion of completions) completion.finish = null;
+  async started(conversation) {
     this.refresh();
     this.thread.scrollToEnd();
-    await this.save(conversation);
     history.replaceState(null, "", `#${conversation.data.id}`);
-    await this.listConversations();
-    await Promise.all(completions.map((completion) => generate(completion, this.messages(conversation, completion), control.signal, () => {
-      if (conversation === this.conversation) this.thread.update(completion);
-      if (performance.now() > this.saved + SAVE_EVERY && !running.removed) this.save(conversation);
-    })));
-    this.running = null;
-    if (!running.removed) {
-      conversation.touch();
-      await this.save(conversation);
-    }
-    if (conversation === this.conversation) this.finished(completions);
-    else this.setBusy();
+    await this.save(conversation);
     await this.listConversations();
   }
 
-  finished(completions) {
-    const follow = this.thread.isAtEnd();
-    this.refresh();
-    if (follow) this.thread.scrollToEnd();
-    announce(completions.map((completion) => completion.error ?? `${plural(completion.tokens.length, "token")}. ${Object.entries(shares(completion)).map(([name, share]) => `${name} ${percent(share)}`).join(", ")}.`).join(" "));
-    if (!isNarrow()) $("#prompt").focus({ preventScroll: true });
+  arrived(conversation, completion) {
+    if (conversation === this.conversation) this.thread.update(completion);
   }
 
-  stop() { this.running?.stop(); }
+  async finished(conversation, completions) {
+    if (conversation === this.conversation) {
+      const follow = this.thread.isAtEnd();
+      this.refresh();
+      if (follow) this.thread.scrollToEnd();
+      this.composer.focus();
+    } else this.composer.setBusy(false);
+    announce(completions.map(inWords).join(" "));
+    await this.listConversations();
+  }
 
   // --- What is shown
-
-  show(parent, slot) {
-    if (this.busy()) return;
-    this.conversation.show(parent, slot);
-    this.changed();
-  }
-
-  choose(completion) {
-    this.conversation.choose(completion);
-    this.changed();
-  }
 
   changed() {
     this.save();
@@ -246,76 +176,60 @@ class App {
   }
 
   refresh() {
-    this.thread.render(this.conversation, this.view, modelOf(this.models, this.conversation.data.settings[0]));
-    this.setBusy();
+    const model = this.models.length ? modelOf(this.models, this.conversation.data.settings[0]) : null;
+    this.thread.render(this.conversation, this.view, model);
+    this.composer.setBusy(this.writer.isBusy());
   }
 
-  setBusy() {
-    const busy = this.busy();
-    $("#send").hidden = busy;
-    $("#stop").hidden = !busy;
-    document.body.setAttribute("aria-busy", busy);
+  titleOf({ request }) {
+    return described(this.models, { ...request, ...request.mixlm });
   }
 
   // --- Settings
 
   showSettings() {
-    const { settings, compare } = this.conversation.data;
+    const { settings, compare, system } = this.conversation.data;
     $("#compare").checked = compare;
     $("#side").hidden = !compare;
+    $("#system").value = system;
     const side = compare ? Number($("#side :checked").value) : 0;
-    $("#forms").replaceChildren(new SettingsForm(this.models, settings[side], () => this.settingsChanged()).root);
+    if (this.models.length)
+      $("#form").replaceChildren(new SettingsForm(this.models, settings[side], () => this.settingsChanged()).root);
     this.settingsChanged();
   }
 
   settingsChanged() {
+    const { settings, compare, system } = this.conversation.data;
+    remembered.set("settings", { settings, compare, system });
+    if (!this.models.length) return;
+    $("#summary").textContent = settings
+      .slice(0, compare ? 2 : 1)
+      .map((side) => described(this.models, side))
+      .join(" | ");
     if (this.conversation.isEmpty) this.refresh(); // the first screen shows the members
-    const { settings, compare } = this.conversation.data;
-    remembered.set("settings", { settings, compare });
-    $("#summary").textContent = settings.slice(0, compare ? 2 : 1).map((side) => described(this.models, side)).join("  |  ");
   }
 
+  // Where the right side was not set, it is the heaviest member alone.
   setCompare(compare) {
-    this.conversation.data.compare = compare;
+    const { data } = this.conversation;
+    data.compare = compare;
+    if (compare && Object.keys(data.settings[1]).every((name) => name === "method"))
+      data.settings[1] = alone(data.settings[0]);
     this.showSettings();
     this.save();
   }
 
-  // --- Panels: the list and the settings lie over the page where it is narrow
-
-  toggle(name, isOpen = !document.body.classList.contains(`show-${name}`)) {
-    if (isOpen && isNarrow()) this.closePanels();
-    document.body.classList.toggle(`show-${name}`, isOpen);
-    if (name === "settings") $("#settings").hidden = !isOpen;
-    $(`#toggle-${name}`).setAttribute("aria-expanded", isOpen);
-    $("#backdrop").hidden = !(isNarrow() && ["list", "settings"].some((panel) => document.body.classList.contains(`show-${panel}`)));
-  }
-
-  closePanels() { if (isNarrow()) for (const name of ["list", "settings"]) this.toggle(name, false); }
+  // --- Everything that is pressed
 
   listen() {
     onKeyNeeded(askForKey);
-    const prompt = $("#prompt");
-    const grow = () => { prompt.style.height = "auto"; prompt.style.height = `${Math.min(prompt.scrollHeight + 2, innerHeight / 3)}px`; };
-    const submit = () => {
-      if (this.busy() || !prompt.value.trim()) return;
-      const text = prompt.value;
-      prompt.value = "";
-      grow();
-      this.send(text);
-    };
-    prompt.addEventListener("input", grow);
-    prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
-    });
-    $("#ask").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
-    $("#stop").addEventListener("click", () => this.stop());
+    panels.listen();
     $("#new").addEventListener("click", async () => {
-      this.closePanels();
+      panels.close();
       this.create();
       this.refresh();
       await this.listConversations();
-      prompt.focus();
+      this.composer.focus();
     });
     $("#view").addEventListener("change", (event) => {
       this.view = event.target.value;
@@ -324,28 +238,41 @@ class App {
     });
     $("#compare").addEventListener("change", (event) => this.setCompare(event.target.checked));
     $("#side").addEventListener("change", () => this.showSettings());
-    $("#summary").addEventListener("click", () => this.toggle("settings", true));
-    for (const name of ["list", "settings"]) $(`#toggle-${name}`).addEventListener("click", () => this.toggle(name));
-    $("#close-settings").addEventListener("click", () => this.toggle("settings", false));
-    $("#backdrop").addEventListener("click", () => this.closePanels());
+    $("#system").addEventListener("input", (event) => {
+      this.conversation.data.system = event.target.value;
+      this.settingsChanged();
+    });
+    $("#settings").addEventListener("change", () => this.save());
+    $("#summary").addEventListener("click", () => panels.toggle("settings", true));
     $("#export-markdown").addEventListener("click", () => exportMarkdown(this.conversation));
     $("#export-json").addEventListener("click", () => exportJson(this.conversation));
-    document.addEventListener("click", (event) => { if (!event.target.closest("#export summary")) $("#export").open = false; });
+    document.addEventListener("click", (event) => {
+      if (!event.target.closest("#export summary")) $("#export").open = false;
+    });
     document.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || $("#key").open) return;
-      if (!$("#card").hidden) card.close();
-      else if ($("#export").open) $("#export").open = false;
-      else if (!$("#backdrop").hidden) this.closePanels();
-      else this.stop();
+      if (event.key === "Escape" && !$("#key").open) this.escape();
     });
     addEventListener("resize", () => card.hide());
   }
+
+  // Close what lies on top, else stop.
+  escape() {
+    if (!$("#card").hidden) card.close();
+    else if ($("#export").open) $("#export").open = false;
+    else if (panels.areOver) panels.close();
+    else this.writer.stop();
+  }
 }
 
-const app = new App();
-app.start().catch((error) => {
-  const message = document.createElement("p");
-  message.className = "error";
-  message.textContent = error.message;
-  $("#thread").replaceChildren(message);
+function inWords(completion) {
+  if (completion.error) return completion.error;
+  const parts = Object.entries(shares(completion)).map(([name, share]) => `${name} ${percent(share)}`);
+  return `${plural(completion.tokens.length, "token")}. ${parts.join(", ")}.`;
+}
+
+new App().start().catch((error) => {
+  const again = element("button", { type: "button", onclick: () => location.reload() }, "Try again");
+  $("#thread").replaceChildren(
+    element("div", { className: "error", role: "alert" }, element("p", {}, error.message), again),
+  );
 });

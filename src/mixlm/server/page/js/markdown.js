@@ -18,8 +18,32 @@ const parser = new Marked({
 
 const RULES = {
   ALLOWED_TAGS: [
-    "p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "del", "code", "pre", "blockquote", "ul", "ol",
-    "li", "a", "table", "thead", "tbody", "tr", "th", "td", "input",
+    "p",
+    "br",
+    "hr",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "strong",
+    "em",
+    "del",
+    "code",
+    "pre",
+    "blockquote",
+    "ul",
+    "ol",
+    "li",
+    "a",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "input",
   ],
   ALLOWED_ATTR: ["href", "title", "align", "start", "class", "type", "checked", "disabled"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, // the values of all attributes but these are taken for addresses
@@ -31,7 +55,8 @@ const RULES = {
 
 export function renderMarkdown(text) {
   const fragment = globalThis.DOMPurify.sanitize(parser.parse(text), RULES);
-  for (const link of fragment.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  for (const link of fragment.querySelectorAll("a"))
+    Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
   for (const box of fragment.querySelectorAll("input")) if (box.type !== "checkbox") box.remove();
   for (const code of fragment.querySelectorAll("pre > code")) frame(code);
   for (const table of fragment.querySelectorAll("table")) {
@@ -49,5 +74,13 @@ function frame(code) {
   const box = element("div", { className: "code" });
   pre.replaceWith(box);
   pre.tabIndex = 0; // so that wide code can be scrolled by keys
-  box.append(element("div", { className: "code-head" }, element("span", {}, language), copyButton("Copy the code", () => code.textContent)), pre);
+  box.append(
+    element(
+      "div",
+      { className: "code-head" },
+      element("span", {}, language),
+      copyButton("Copy the code", () => code.textContent),
+    ),
+    pre,
+  );
 }

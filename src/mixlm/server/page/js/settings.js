@@ -17,18 +17,28 @@ export function fitting(models, settings) {
   if (!models.length) return settings;
   const details = modelOf(models, settings).mixlm;
   const known = {
-    model: models.some((model) => model.id === settings.model), unit: settings.unit in details.units,
+    model: models.some((model) => model.id === settings.model),
+    unit: settings.unit in details.units,
     method: Object.values(details.units).some((methods) => methods.includes(settings.method)),
-    rule: details.rules?.includes(settings.rule), weights: settings.weights?.length === details.members.length,
+    rule: settings.rule in details.rules,
+    weights: settings.weights?.length === details.members.length,
   };
   return Object.fromEntries(Object.entries(settings).filter(([name]) => known[name] ?? true));
 }
 
 // Returns a request without its messages.
 export function requestOf(models, settings, seed) {
-  const model = modelOf(models, settings), details = model.mixlm;
+  const model = modelOf(models, settings),
+    details = model.mixlm;
   const mixlm = { method: settings.method ?? details.method };
-  const body = { model: model.id, logprobs: true, top_logprobs: TOP_LOGPROBS, max_tokens: settings.max_tokens ?? details.max_tokens, seed: settings.seed ?? seed, mixlm };
+  const body = {
+    model: model.id,
+    logprobs: true,
+    top_logprobs: TOP_LOGPROBS,
+    max_tokens: settings.max_tokens ?? details.max_tokens,
+    seed: settings.seed ?? seed,
+    mixlm,
+  };
   for (const name of ["unit", "rule", "weights"]) if (settings[name] !== undefined) mixlm[name] = settings[name];
   // With top_logprobs, greedy would have to run every member.
   if (mixlm.method === "greedy") delete body.top_logprobs;
@@ -39,13 +49,20 @@ export function requestOf(models, settings, seed) {
   return body;
 }
 
+// The settings in a few words.
 export function described(models, settings) {
   const details = modelOf(models, settings).mixlm;
-  const method = settings.method ?? details.method;
-  const words = [method, `by ${settings.unit ?? details.unit}`];
-  if (settings.rule) words.splice(1, 0, settings.rule);
-  if (method !== "greedy") words.push(`temperature ${settings.temperature ?? details.temperature}`);
+  const { method, rule, unit, temperature } = { ...details, ...settings };
+  const words = [method === "single" ? `${heaviest(details, settings)} alone` : method];
+  if (rule !== "average" && method !== "single") words.push(rule);
+  words.push(`by ${unit}`);
+  if (method !== "greedy") words.push(`temperature ${temperature}`);
   return words.join(" · ");
+}
+
+// The member that `single` takes: the first of those with the largest weight.
+function heaviest({ members }, { weights = members.map((member) => member.weight) }) {
+  return members[weights.indexOf(Math.max(...weights))]?.name ?? "one member"; // of a server that was another
 }
 
 // The form for one side. It changes the settings in place and calls onChange.
@@ -61,72 +78,106 @@ export class SettingsForm {
     this.fill();
   }
 
-  input(name) { return $(`[name=${name}]`, this.root); }
+  input(name) {
+    return $(`[name=${name}]`, this.root);
+  }
 
-  // Everything is as the server's ensemble says. The model and the system prompt stay.
+  // Everything is as the server's ensemble says. The model stays.
   reset() {
-    for (const name of Object.keys(this.settings)) if (!["model", "system"].includes(name)) delete this.settings[name];
+    for (const name of Object.keys(this.settings)) if (name !== "model") delete this.settings[name];
     this.fill();
     this.onChange();
   }
 
   fill() {
     const { settings } = this;
-    const model = modelOf(this.models, settings), details = model.mixlm;
+    const model = modelOf(this.models, settings),
+      details = model.mixlm;
     this.input("model").value = model.id;
     $(".model", this.root).hidden = this.models.length === 1;
-    options(this.input("unit"), Object.keys(details.units), settings.unit ?? details.unit);
-    const methods = details.units[this.input("unit").value];
-    options(this.input("method"), methods, [settings.method, details.method, methods[0]].find((name) => methods.includes(name)));
-    if (settings.method !== undefined && settings.method !== this.input("method").value) settings.method = this.input("method").value;
-    options(this.input("rule"), ["", ...(details.rules ?? [])], settings.rule ?? details.rule ?? "", { "": "average" });
-    $(".rule", this.root).hidden = !details.rules?.length;
+    const rule = this.offer("rule", Object.keys(details.rules));
+    const methods = (unit) => details.rules[rule].filter((method) => details.units[unit].includes(method));
+    const unit = this.offer(
+      "unit",
+      Object.keys(details.units).filter((name) => methods(name).length),
+    );
+    this.offer("method", methods(unit));
     for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = settings[name] ?? details[name];
     this.input("seed").value = settings.seed ?? "";
-    this.input("system").value = settings.system ?? "";
-    $(".router", this.root).hidden = !details.router;
-    this.input("routed").checked = Boolean(details.router) && settings.weights === undefined;
+    $(".router", this.root).hidden = !details.routed;
+    this.input("routed").checked = details.routed && settings.weights === undefined;
     const weights = settings.weights ?? details.members.map((member) => member.weight);
-    $(".weights", this.root).replaceChildren(...details.members.map((member, i) => element(
-      "label", { className: `range m m${i % 6}` }, `${member.name} `,
-      element("input", { type: "range", name: "weight", min: 0, max: 1, step: 0.01, value: weights[i], disabled: this.input("routed").checked }),
-      element("output"),
-    )));
+    $(".weights", this.root).replaceChildren(
+      ...details.members.map((member, i) =>
+        element(
+          "label",
+          { className: `range m m${i % 6}` },
+          `${member.name} `,
+          element("input", {
+            type: "range",
+            name: "weight",
+            min: 0,
+            max: 1,
+            step: 0.01,
+            value: weights[i],
+            disabled: this.input("routed").checked,
+          }),
+          element("output"),
+        ),
+      ),
+    );
     this.label();
+  }
+
+  // Offer these values of a setting. One that is no longer among them becomes the default, or else the first.
+  offer(name, values) {
+    const { settings } = this,
+      preferred = modelOf(this.models, settings).mixlm[name];
+    if (settings[name] !== undefined && !values.includes(settings[name])) delete settings[name];
+    if (settings[name] === undefined && !values.includes(preferred)) settings[name] = values[0];
+    const select = this.input(name);
+    select.replaceChildren(...values.map((value) => new Option(value, value)));
+    select.value = settings[name] ?? preferred;
+    return select.value;
   }
 
   read(input) {
     const { settings } = this;
     const { name, value } = input;
     if (name === "model") {
-      for (const other of Object.keys(settings)) if (other !== "system") delete settings[other];
+      for (const other of Object.keys(settings)) delete settings[other];
       settings.model = value;
     } else if (name === "weight") settings.weights = this.weights;
     else if (name === "routed") {
       if (input.checked) delete settings.weights;
       else settings.weights = this.weights;
-    } else if (value === "") delete settings[name];
+    } else if (value === "" || value === modelOf(this.models, settings).mixlm[name]) delete settings[name];
     else settings[name] = input.matches("[type=number], [type=range]") ? Number(value) : value;
-    if (["model", "unit", "routed"].includes(name)) this.fill();
+    if (name === "rule") delete settings.method; // each rule has its own
+    if (["model", "rule", "unit", "routed"].includes(name)) this.fill();
     this.label();
     this.onChange();
   }
 
-  get weights() { return [...this.root.querySelectorAll("[name=weight]")].map((input) => Number(input.value)); }
+  get weights() {
+    return [...this.root.querySelectorAll("[name=weight]")].map((input) => Number(input.value));
+  }
 
   label() {
     const greedy = this.input("method").value === "greedy"; // greedy has no sampling options
     for (const name of ["temperature", "top_k"]) {
       const input = this.input(name);
       input.disabled = greedy;
-      $("output", input.parentElement).textContent = greedy ? "–" : name === "top_k" && input.value === "0" ? "off" : input.value;
+      $("output", input.parentElement).textContent = greedy
+        ? "–"
+        : name === "top_k" && input.value === "0"
+          ? "off"
+          : input.value;
     }
-    const { weights } = this, sum = weights.reduce((a, b) => a + b, 0) || 1;
-    this.root.querySelectorAll(".weights output").forEach((output, i) => { output.textContent = this.input("routed").checked ? "router" : percent(weights[i] / sum); });
+    const { weights } = this,
+      sum = weights.reduce((a, b) => a + b, 0) || 1;
+    this.root.querySelectorAll(".weights output").forEach((output, i) => {
+      output.textContent = this.input("routed").checked ? "router" : percent(weights[i] / sum);
+    });
   }
-}
-
-function options(select, names, value, labels = {}) {
-  select.replaceChildren(...names.map((name) => new Option(labels[name] ?? name, name)));
-  select.value = value;
 }

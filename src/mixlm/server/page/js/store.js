@@ -3,10 +3,11 @@
 const NAME = "mixlm";
 const STORE = "conversations";
 
-const done = (request) => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
+const done = (request) =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
 
 function open() {
   const request = indexedDB.open(NAME, 1);
@@ -18,9 +19,13 @@ function open() {
 }
 
 class Browser {
-  constructor(database) { this.database = database; }
+  constructor(database) {
+    this.database = database;
+  }
 
-  objects(mode) { return this.database.transaction(STORE, mode).objectStore(STORE); }
+  objects(mode) {
+    return this.database.transaction(STORE, mode).objectStore(STORE);
+  }
 
   // Returns [{ id, title, updated }], newest first.
   list() {
@@ -38,25 +43,39 @@ class Browser {
     });
   }
 
-  get(id) { return done(this.objects("readonly").get(id)); }
+  get(id) {
+    return done(this.objects("readonly").get(id));
+  }
 
-  put(conversation) { return done(this.objects("readwrite").put(conversation)); }
+  put(conversation) {
+    return done(this.objects("readwrite").put(conversation));
+  }
 
-  delete(id) { return done(this.objects("readwrite").delete(id)); }
+  delete(id) {
+    return done(this.objects("readwrite").delete(id));
+  }
 }
 
 class Memory {
   conversations = new Map();
 
   async list() {
-    return [...this.conversations.values()].map(({ id, title, updated }) => ({ id, title, updated })).sort((a, b) => b.updated - a.updated);
+    return [...this.conversations.values()]
+      .map(({ id, title, updated }) => ({ id, title, updated }))
+      .sort((a, b) => b.updated - a.updated);
   }
 
-  async get(id) { return this.conversations.get(id); }
+  async get(id) {
+    return this.conversations.get(id);
+  }
 
-  async put(conversation) { this.conversations.set(conversation.id, structuredClone(conversation)); }
+  async put(conversation) {
+    this.conversations.set(conversation.id, structuredClone(conversation));
+  }
 
-  async delete(id) { this.conversations.delete(id); }
+  async delete(id) {
+    this.conversations.delete(id);
+  }
 }
 
 export async function openStore() {

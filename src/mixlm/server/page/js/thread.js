@@ -11,9 +11,9 @@ const EXAMPLES = [
 ];
 
 export class Thread {
-  // app: members(completion), busy(), and what the buttons do (send, edit, regenerate, goOn, choose, show, branch, goAlone, nextTokens).
-  constructor(app) {
-    this.app = app;
+  // writer: what the buttons do, see writer.js. titleOf(completion): in words. refresh(): show everything anew.
+  constructor(writer, { titleOf, refresh }) {
+    Object.assign(this, { writer, titleOf, refresh });
     this.views = new Map(); // by completion id
     this.root = $("#thread");
     this.scroller = $("#scroller");
@@ -34,52 +34,118 @@ export class Thread {
   welcome(model) {
     const members = model?.mixlm.members ?? [];
     const sum = members.reduce((total, member) => total + member.weight, 0);
-    const legend = element("ul", { className: "legend", "aria-label": "Members" }, ...members.map((member) => element("li",
-      { className: `member ${colourOf(members.map(({ name }) => name), member.name)}` }, `${member.name} ${percent(member.weight / sum)}`)));
-    return element("div", { className: "welcome" },
+    const legend = element(
+      "ul",
+      { className: "legend", "aria-label": "Members" },
+      ...members.map((member) =>
+        element(
+          "li",
+          {
+            className: `member ${colourOf(
+              members.map(({ name }) => name),
+              member.name,
+            )}`,
+          },
+          `${member.name} ${percent(member.weight / sum)}`,
+        ),
+      ),
+    );
+    return element(
+      "div",
+      { className: "welcome" },
       element("h2", {}, "Several language models write one text"),
-      element("p", { className: "faint" }, "Each token is sampled by one of them. Point at a token, or tap it, to see what else could have stood there. Bold ones were unlikely."),
+      element(
+        "p",
+        { className: "faint" },
+        "Each token is sampled by one of them. Point at a token, or tap it, to see what else could have stood there. Bold ones were unlikely.",
+      ),
       legend,
-      element("div", { className: "examples" }, ...EXAMPLES.map(([title, text]) => element("button", { type: "button", onclick: () => this.app.send(text) },
-        element("b", {}, title), element("span", {}, text)))),
-      model ? null : element("p", { className: "error" }, "This server has no ensemble."));
+      element(
+        "div",
+        { className: "examples" },
+        ...EXAMPLES.map(([title, text]) =>
+          element(
+            "button",
+            { type: "button", onclick: () => this.writer.send(text) },
+            element("b", {}, title),
+            element("span", {}, text),
+          ),
+        ),
+      ),
+      model ? null : element("p", { className: "error" }, "This server has no ensemble."),
+    );
   }
 
   turn(conversation, { user, completions, chosen }) {
     const pair = completions.length > 1;
     const views = completions.map((completion, i) => {
       const view = new CompletionView(completion, {
-        members: this.app.members(completion), title: `${pair ? `${i ? "Right" : "Left"}: ` : ""}${this.app.titleOf(completion)}`, busy: this.app.busy,
-        actions: this.app, isChosen: i === chosen, isPaired: pair,
+        title: `${pair ? `${i ? "Right" : "Left"}: ` : ""}${this.titleOf(completion)}`,
+        writer: this.writer,
+        isChosen: i === chosen,
+        isPaired: pair,
       });
       this.views.set(completion.id, view);
       view.render(this.view);
       view.root.dataset.completion = completion.id;
       return view.root;
     });
-    return element("section", { className: `turn${pair ? " pair" : ""}`, "aria-label": "A turn" },
-      this.question(conversation, user), this.pager(user), element("div", { className: "completions" }, ...views));
+    return element(
+      "section",
+      { className: `turn${pair ? " pair" : ""}`, "aria-label": "A turn" },
+      this.question(conversation, user),
+      this.pager(user),
+      element("div", { className: "completions" }, ...views),
+    );
   }
 
   question(conversation, user) {
     const bubble = element("div", { className: "prompt" }, user.text);
-    const buttons = element("div", { className: "actions" }, copyButton("Copy the question", () => user.text),
+    const buttons = element(
+      "div",
+      { className: "actions" },
+      copyButton("Copy the question", () => user.text),
       iconButton("edit", "Edit and send again", () => this.edit(conversation, user, box)),
-      this.pager(conversation.node(user.parent)));
+      this.pager(conversation.node(user.parent)),
+    );
     const box = element("div", { className: "question" }, bubble, buttons);
     return box;
   }
 
   edit(conversation, user, box) {
-    if (this.app.busy()) return;
-    const input = element("textarea", { value: user.text, rows: Math.min(12, user.text.split("\n").length + 1), "aria-label": "Edited question" });
-    const cancel = () => this.app.refresh();
-    const form = element("form", { className: "edit", onsubmit: (event) => { event.preventDefault(); if (input.value.trim()) this.app.edit(user, input.value); } },
-      input, element("div", { className: "buttons" },
-        element("button", { type: "button", onclick: cancel }, "Cancel"), element("button", { type: "submit", className: "primary" }, "Send")));
+    if (this.writer.isBusy()) return;
+    const input = element("textarea", {
+      value: user.text,
+      rows: Math.min(12, user.text.split("\n").length + 1),
+      "aria-label": "Edited question",
+    });
+    const cancel = () => this.refresh();
+    const form = element(
+      "form",
+      {
+        className: "edit",
+        onsubmit: (event) => {
+          event.preventDefault();
+          if (input.value.trim()) this.writer.edit(user, input.value);
+        },
+      },
+      input,
+      element(
+        "div",
+        { className: "buttons" },
+        element("button", { type: "button", onclick: cancel }, "Cancel"),
+        element("button", { type: "submit", className: "primary" }, "Send"),
+      ),
+    );
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") { event.stopPropagation(); cancel(); }
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); }
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        cancel();
+      }
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        form.requestSubmit();
+      }
     });
     box.replaceChildren(form);
     input.focus();
@@ -89,7 +155,13 @@ export class Thread {
   pager(parent) {
     const { slots, shown } = parent;
     if (slots.length < 2) return null;
-    const go = (by) => iconButton(by < 0 ? "left" : "right", by < 0 ? "Previous version" : "Next version", () => this.app.show(parent, shown + by), { disabled: !slots[shown + by] });
+    const go = (by) =>
+      iconButton(
+        by < 0 ? "left" : "right",
+        by < 0 ? "Previous version" : "Next version",
+        () => this.writer.show(parent, shown + by),
+        { disabled: !slots[shown + by] },
+      );
     return element("span", { className: "pager" }, go(-1), `${shown + 1} of ${slots.length}`, go(1));
   }
 
@@ -100,22 +172,30 @@ export class Thread {
     if (follow) this.scrollToEnd();
   }
 
-  isAtEnd() { return this.scroller.scrollTop + this.scroller.clientHeight > this.scroller.scrollHeight - 60; }
+  isAtEnd() {
+    return this.scroller.scrollTop + this.scroller.clientHeight > this.scroller.scrollHeight - 60;
+  }
 
-  scrollToEnd() { this.scroller.scrollTop = this.scroller.scrollHeight; }
+  scrollToEnd() {
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+  }
 
   // --- Tokens
 
   listen() {
     const { root } = this;
     let touched = false;
-    root.addEventListener("pointerdown", (event) => { touched = event.pointerType !== "mouse"; });
+    root.addEventListener("pointerdown", (event) => {
+      touched = event.pointerType !== "mouse";
+    });
     root.addEventListener("pointerover", (event) => {
       const { view, index } = this.at(event.target);
       if (view && event.pointerType === "mouse") this.preview(view, index);
       else if (!card.isOpen && event.pointerType === "mouse") card.hide();
     });
-    root.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse" && !card.isOpen) card.hide(); });
+    root.addEventListener("pointerleave", (event) => {
+      if (event.pointerType === "mouse" && !card.isOpen) card.hide();
+    });
     root.addEventListener("click", (event) => {
       const { view, index } = this.at(event.target);
       if (view && (touched || getSelection().isCollapsed)) this.open(view, index);
@@ -124,7 +204,9 @@ export class Thread {
       const { view } = this.around(event.target);
       if (view && event.target.matches(".who:focus-visible")) this.preview(view, view.current);
     });
-    root.addEventListener("focusout", () => { if (!card.isOpen) card.hide(); });
+    root.addEventListener("focusout", () => {
+      if (!card.isOpen) card.hide();
+    });
     root.addEventListener("keydown", (event) => {
       const { view } = this.around(event.target);
       if (!view?.completion.tokens.length || !event.target.matches(".who")) return;
@@ -141,10 +223,18 @@ export class Thread {
     document.addEventListener("pointerdown", (event) => {
       if (card.isOpen && !event.target.closest("#card") && !this.at(event.target).view) card.hide();
     });
-    this.scroller.addEventListener("scroll", () => { if (!card.isOpen) card.hide(); }, { passive: true });
+    this.scroller.addEventListener(
+      "scroll",
+      () => {
+        if (!card.isOpen) card.hide();
+      },
+      { passive: true },
+    );
   }
 
-  around(target) { return { view: this.views.get(target.closest?.(".completion")?.dataset.completion) }; }
+  around(target) {
+    return { view: this.views.get(target.closest?.(".completion")?.dataset.completion) };
+  }
 
   at(target) {
     const span = target.closest?.(".who .m");
@@ -161,6 +251,6 @@ export class Thread {
   open(view, index) {
     card.hide();
     this.preview(view, index);
-    if (view.completion.finish && !this.app.busy()) card.open(view, index, this.app);
+    if (view.completion.finish && !this.writer.isBusy()) card.open(view, index, this.writer);
   }
 }

@@ -19,8 +19,8 @@ def toys() -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def endless_toys() -> Iterator[RunningServer]:
-    """A server of two toys that never end a text."""
-    with running(endless()) as server:
+    """A server of two toys that never end a text; 12 tokens are the default."""
+    with running(endless(max_tokens=12)) as server:
         yield server
 
 

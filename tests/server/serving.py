@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.server.api_keys import ApiKeys
@@ -52,8 +53,9 @@ class EndlessToy(ToyEngine):
         time.sleep(self.seconds)
 
 
-def endless(seconds: float = 0.0) -> Ensemble:
-    return Ensemble([MemberSpec(EndlessToy(i, seconds), f"toy:{i}") for i in (1, 2)])
+def endless(seconds: float = 0.0, **defaults: Any) -> Ensemble:
+    members = [MemberSpec(EndlessToy(i, seconds), f"toy:{i}") for i in (1, 2)]
+    return Ensemble(members, defaults=GenerationOptions(**defaults))
 
 
 class RunningServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -35,9 +36,20 @@ def test_every_file_of_the_page_is_served():
     assert not re.search(r"<script(?![^>]*src=)|style=|\son\w+=", (PAGE / "index.html").read_text(encoding="utf-8"))
 
 
+def test_the_libraries_are_unchanged_files_of_their_packages():
+    """What vendor/README.md says of them is true."""
+    rows = re.findall(
+        r"^\| `([\w.]+)` .* `(LICENSE-\w+)` \| `(\w{64})` \|$", (PAGE / "vendor/README.md").read_text(), re.M
+    )
+    assert {name for name, _, _ in rows} == {path.name for path in (PAGE / "vendor").glob("*.js")}
+    for name, licence, digest in rows:
+        assert hashlib.sha256((PAGE / "vendor" / name).read_bytes()).hexdigest() == digest
+        assert (PAGE / "vendor" / licence).stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_the_first_screen_offers_examples_and_a_conversation_goes_on(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     assert page.locator(".examples button").count() == 3
     example = page.inner_text(".examples button:first-child span")
     page.click(".examples button:first-child")
@@ -90,7 +102,7 @@ def test_settings_are_sent_if_they_were_changed(toys, page):
 
 @pytest.mark.slow
 def test_a_reload_loses_nothing(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     page.select_option("[name=method]", "conventional")
     send(page, "hello")
     before = {name: page.inner_html(f".{name}") for name in ("text", "timeline", "facts")}
@@ -119,7 +131,7 @@ def test_a_reload_loses_nothing(endless_toys, page):
 
 @pytest.mark.slow
 def test_what_was_written_again_or_edited_is_another_version(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     send(page, "hello")
     first = last_text(page)
     with page.expect_request(COMPLETIONS) as request:
@@ -149,7 +161,7 @@ def test_what_was_written_again_or_edited_is_another_version(endless_toys, page)
 
 @pytest.mark.slow
 def test_two_settings_side_by_side_from_one_history(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     send(page, "hello")
     page.check("#compare")
     with (
@@ -177,7 +189,7 @@ def test_two_settings_side_by_side_from_one_history(endless_toys, page):
 
 @pytest.mark.slow
 def test_a_conversation_is_exported(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     send(page, "hello")
     text = last_text(page)
     files = {}
@@ -212,12 +224,19 @@ def test_a_completion_is_stopped_and_another_conversation_is_read_meanwhile(page
         assert fact(page, "finish") == "stopped by you"
         wait(lambda: server.app.model_thread.num_unfinished == 0)
         assert server.metric("mixlm_closed_total", reason="gone") == 1
+        # A page that is closed meanwhile keeps the question, and says what happened.
+        page.fill("#prompt", "more")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".writing .who .m:nth-child(3)")
+        page.reload()
+        assert page.locator(".error:visible p").inner_text().startswith("The page was closed")
+        assert page.locator(".prompt").all_inner_texts() == ["hello", "more"]
         page.goto("about:blank")
 
 
 @pytest.mark.slow
 def test_errors_keep_the_question(endless_toys, page):
-    visit(page, endless_toys.url, max_tokens=12)
+    visit(page, endless_toys.url)
     for weight in page.locator("[name=weight]").all():
         weight.fill("0")
     send(page, "hello")

@@ -1,5 +1,5 @@
-// The card of one token: what else could have stood there. It follows the pointer; a click, a tap or Enter opens it, and
-// then one can go on from each of its tokens.
+// The card of one token: what else could have stood there. It follows the pointer; a click, a tap or Enter opens it,
+// and then one can go on from each of its tokens.
 
 import { $, element, percent } from "./dom.js";
 import { END_OF_TEXT } from "./generate.js";
@@ -82,7 +82,7 @@ export const card = {
       answers.replaceChildren(element("p", { className: "bad" }, error.message));
       button.disabled = false;
     }
-    this.position(view.span(index));
+    if (answers.isConnected) this.position(view.span(index));
   },
 
   // Close it, and do what was chosen, or go back to the text.
@@ -103,7 +103,8 @@ export const card = {
     this.position(view.span(index));
   },
 
-  // Below the token, or above it if there is no space; always inside the window. On a phone it is a sheet at the bottom.
+  // Below the token, or above it if there is no space; always inside the window. On a phone it is a sheet at the
+  // bottom.
   position(span) {
     const box = $("#card");
     if (

@@ -173,7 +173,8 @@ function timelineInWords(completion, members) {
         "time",
       )}`,
   );
-  return `Forward passes: ${plural(completion.tokens.length, "token")} in ${completion.seconds.toFixed(1)} s; ${ran.join(", ")}`;
+  const tokens = plural(completion.tokens.length, "token");
+  return `Forward passes: ${tokens} in ${completion.seconds.toFixed(1)} s; ${ran.join(", ")}`;
 }
 
 // How many tokens each member sampled: { name: share }.

@@ -1,7 +1,8 @@
 // A conversation: a tree of messages, of which one path is shown. Nothing here touches the page.
 //
 // A message has slots, the answers to it: what was regenerated, edited or branched is another slot. A slot of a user's
-// message holds one completion, or two that were sent side by side; `chosen` is the one that the conversation goes on from.
+// message holds one completion, or two that were sent side by side; from the one that is `chosen` the conversation goes
+// on.
 // A completion has the tokens, the request without its messages, and how it ended.
 
 const TITLE_LENGTH = 60;

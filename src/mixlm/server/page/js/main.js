@@ -234,7 +234,9 @@ class App {
     $("#view").addEventListener("change", (event) => {
       this.view = event.target.value;
       remembered.set("view", this.view);
+      const follow = this.thread.isAtEnd();
       this.refresh();
+      if (follow) this.thread.scrollToEnd();
     });
     $("#compare").addEventListener("change", (event) => this.setCompare(event.target.checked));
     $("#side").addEventListener("change", () => this.showSettings());
@@ -253,6 +255,7 @@ class App {
       if (event.key === "Escape" && !$("#key").open) this.escape();
     });
     addEventListener("resize", () => card.hide());
+    addEventListener("pagehide", () => this.writer.running && this.save(this.writer.running.conversation));
   }
 
   // Close what lies on top, else stop.

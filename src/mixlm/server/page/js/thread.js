@@ -30,9 +30,10 @@ export class Thread {
     else this.root.replaceChildren(...turns.map((turn) => this.turn(conversation, turn)));
   }
 
-  // model: the one that will be asked; undefined if the server has none.
+  // model: the one that will be asked; null if the server has none.
   welcome(model) {
     const members = model?.mixlm.members ?? [];
+    const names = members.map(({ name }) => name);
     const sum = members.reduce((total, member) => total + member.weight, 0);
     const legend = element(
       "ul",
@@ -40,12 +41,7 @@ export class Thread {
       ...members.map((member) =>
         element(
           "li",
-          {
-            className: `member ${colourOf(
-              members.map(({ name }) => name),
-              member.name,
-            )}`,
-          },
+          { className: `member ${colourOf(names, member.name)}` },
           `${member.name} ${percent(member.weight / sum)}`,
         ),
       ),
@@ -57,7 +53,8 @@ export class Thread {
       element(
         "p",
         { className: "faint" },
-        "Each token is sampled by one of them. Point at a token, or tap it, to see what else could have stood there. Bold ones were unlikely.",
+        "Each token is sampled by one of them. Point at a token, or tap it, to see what else could have stood there. " +
+          "Bold ones were unlikely.",
       ),
       legend,
       element(

@@ -266,7 +266,7 @@ def test_speculative_completions_are_those_of_mixture(toys):
     plain = toys.chat(seed=4, max_tokens=12).json()
     quick = toys.chat(seed=4, max_tokens=12, mixlm={"method": "speculative", "draft": "toy:1", "block": 3}).json()
     assert quick["choices"][0]["message"] == plain["choices"][0]["message"]
-    assert quick["usage"]["mixlm"]["checked"] > 0
+    assert quick["usage"]["mixlm"]["drafted"] > 0
 
 
 def test_what_a_request_leaves_out_is_the_ensembles_own():

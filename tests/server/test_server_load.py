@@ -53,7 +53,7 @@ def test_a_full_queue_says_when_to_retry():
         assert first.result().status_code == second.result().status_code == 200
         assert server.chat(max_tokens=2).status_code == 200
         # A request that can never fit is not asked to retry.
-        assert server.chat(n=3).json()["error"]["code"] == "too_many_replies"
+        assert server.chat(n=3).json()["error"]["code"] == "too_many_completions"
         assert server.chat(n=3).status_code == 400
 
 
@@ -154,7 +154,7 @@ def test_a_disconnected_client_frees_its_slot(stream):
         start = time.monotonic()
         assert server.chat(max_tokens=1).status_code == 200
         assert time.monotonic() - start < 5  # the abandoned completion would take 15 s and more
-        assert server.metric("mixlm_closed_total", reason="gone") == 2
+        assert server.metric("mixlm_cancelled_total", reason="gone") == 2
         assert server.metric("mixlm_requests_total", status="200" if stream else "499") >= 1
         assert server.app.model_thread.num_unfinished == 0
 
@@ -167,7 +167,7 @@ def test_a_request_that_takes_too_long_is_ended():
         assert len(tokens) > 5
         assert last["error"]["code"] == "timeout"
         wait(lambda: server.app.model_thread.num_unfinished == 0)
-        assert server.metric("mixlm_closed_total", reason="timeout") == 2
+        assert server.metric("mixlm_cancelled_total", reason="timeout") == 2
 
 
 def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
@@ -263,7 +263,7 @@ def test_completions_that_exceed_the_grace_period_end_with_an_error(start_proces
     assert server.wait() == 0
     # Their tokens count, though none was finished.
     lines = [line for line in server.log if line["event"] == "request"]
-    assert [(line["closed"], line["finished"]) for line in lines] == [("shutdown", 0)] * 2
+    assert [(line["cancelled"], line["finished"]) for line in lines] == [("shutdown", 0)] * 2
     assert all(line["tokens"] > 0 for line in lines)
 
 
@@ -298,13 +298,13 @@ def test_the_log_holds_no_prompt_and_no_generated_text(start_process):
     server.wait()
     wait(lambda: len(server.log) == 3)
     first = server.log[0]
-    assert {key: first[key] for key in ("request", "status", "path", "model", "tokens", "replies", "client")} == {
+    assert {key: first[key] for key in ("request", "status", "path", "model", "tokens", "completions", "client")} == {
         "request": "mine-1",
         "status": 200,
         "path": "/v1/chat/completions",
         "model": "toy:1+toy:2",
         "tokens": response.json()["usage"]["completion_tokens"],
-        "replies": 1,
+        "completions": 1,
         "client": "127.0.0.1",
     }
     assert [line["error"] for line in server.log[1:]] == ["unknown_field", "not_found"]
@@ -324,13 +324,13 @@ def test_metrics_add_up(toys):
         assert toys.metric("mixlm_tokens_total", member=name) - count == usage[name]["tokens"]
     assert toys.metric("mixlm_forwards_total") - forwards == sum(member["forwards"] for member in usage.values())
     assert toys.metric("mixlm_time_to_first_token_seconds_count") - first == 1
-    assert toys.metric("mixlm_writing") == toys.metric("mixlm_waiting") == 0
+    assert toys.metric("mixlm_running") == toys.metric("mixlm_waiting") == 0
     assert toys.metric("mixlm_forward_tokens_total") - run == sum(usage["forward_tokens"] for usage in usage.values())
     # In each of the two generations, each member's first pass is the prefill.
     passes = sum(member["forwards"] for member in usage.values())
     assert passes - 4 <= toys.metric("mixlm_catch_up_tokens_count") - caught_up < passes
     toys.chat(seed=2, max_tokens=20, mixlm={"method": "speculative", "draft": "toy:1"})
-    assert toys.metric("mixlm_guesses_total") > 0
+    assert toys.metric("mixlm_draft_tokens_total") > 0
     assert toys.metric("mixlm_requests_total", path="/v1/chat/completions", status="200") >= 3
 
 
@@ -341,7 +341,7 @@ def test_cancelled_work_counts():
             for _ in range(6):
                 next(chunks)
         wait(lambda: server.app.model_thread.num_unfinished == 0)
-        assert server.metric("mixlm_replies_total") == 0
+        assert server.metric("mixlm_completions_total") == 0
         assert server.metric("mixlm_forwards_total") >= server.metric("mixlm_tokens_total") >= 4
 
 
@@ -383,3 +383,13 @@ def test_usage_counts_tokens_generated_without_a_member():
         members = server.chat(max_tokens=20, seed=1).json()["usage"]["mixlm"]["members"]
     assert members["stays"]["tokens"] + members["goes"]["tokens"] == 20
     assert (members["stays"]["dropped"], members["goes"]["dropped"] > 5) == (0, True)
+
+
+def test_older_names_of_metrics_go_on_counting(toys):
+    toys.chat(max_tokens=8, mixlm={"method": "speculative", "draft": "toy:1"})
+    names = {"mixlm_draft_tokens": "mixlm_guesses", "mixlm_completions": "mixlm_replies"}
+    for name, old in names.items():
+        assert toys.metric(f"{name}_total") == toys.metric(f"{old}_total") > 0
+    assert toys.metric("mixlm_running") == toys.metric("mixlm_writing")
+    usage = toys.chat(max_tokens=8, mixlm={"method": "speculative", "draft": "toy:1"}).json()["usage"]["mixlm"]
+    assert usage["drafted"] == usage["checked"]

@@ -123,7 +123,7 @@ def test_a_client_that_disconnects_while_its_prompts_are_encoded_frees_its_place
         prompts.go_on.set()
         wait(lambda: not server.app.preparer.is_busy)
         assert prompts.entered == 1  # the second prompt is not encoded any more
-        assert server.metric("mixlm_closed_total", reason="gone") == 1
+        assert server.metric("mixlm_cancelled_total", reason="gone") == 1
 
 
 @pytest.mark.slow

@@ -203,7 +203,7 @@ def test_responses_stream(sdk):
             text += event.delta if event.type == "response.output_text.delta" else ""
         final = stream.get_final_response()
     assert text == whole.output_text == final.output_text
-    assert [kind for kind in dict.fromkeys(kinds)] == [
+    assert list(dict.fromkeys(kinds)) == [
         "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
         "response.output_text.delta", "response.output_text.done", "response.content_part.done",
         "response.output_item.done", "response.completed",

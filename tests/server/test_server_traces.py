@@ -137,7 +137,7 @@ def test_a_request_that_ends_in_the_queue():
         assert [
             span.name for span in spans if span.parent and span.parent.span_id == roots[name].context.span_id
         ] == phases
-        assert roots[name].attributes["mixlm.closed"] == "gone"
+        assert roots[name].attributes["mixlm.cancelled"] == "gone"
     assert roots["a"].attributes["gen_ai.usage.output_tokens"] > 0
     assert sum(roots["a"].attributes["mixlm.member.forwards"]) > 0
     assert roots["b"].attributes["gen_ai.usage.output_tokens"] == 0
@@ -151,7 +151,7 @@ def test_a_request_that_takes_too_long_is_an_error():
     with running(endless(0.01), tracer=RequestTracer(exporter), request_timeout=0.3) as server:
         assert server.chat(max_tokens=10_000).status_code == 504
     [root] = [span for span in exporter.get_finished_spans() if span.parent is None]
-    assert root.attributes["mixlm.closed"] == root.attributes["error.type"] == "timeout"
+    assert root.attributes["mixlm.cancelled"] == root.attributes["error.type"] == "timeout"
     assert root.status.status_code.name == "ERROR"
 
 

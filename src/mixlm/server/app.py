@@ -67,7 +67,12 @@ class ServerApp:
         self.model_thread = ModelThread(limits)
         self.preparer = RequestPreparer(limits)
         self._stored = ResponseStore(limits.max_stored_bytes)
-        self.metrics.add_gauge("mixlm_writing", "Running generations.", lambda: self.model_thread.num_running)
+        self.metrics.add_gauge(
+            "mixlm_running", "Running generations.", lambda: self.model_thread.num_running, "mixlm_writing"
+        )
+        self.metrics.add_gauge(
+            "mixlm_prefix_cache_bytes", "Memory of KV caches kept for later prompts.", self._prefix_cache_bytes
+        )
         self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         routes = self._routes()
         self._router = Router(routes, lifespan=self._lifespan)
@@ -79,6 +84,10 @@ class ServerApp:
     def has_busy_threads(self) -> bool:
         """Whether threads still run after the server has stopped."""
         return self.model_thread.is_alive or self.preparer.is_busy
+
+    def _prefix_cache_bytes(self) -> int:
+        engines = (member.engine for model in self.registry for member in model.ensemble.members)
+        return sum({key: size for engine in engines for key, size in engine.prefix_cache_parts.items()}.values())
 
     def _routes(self) -> list[Route]:
         document = to_json(openapi_document(self.limits))

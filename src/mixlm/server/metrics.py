@@ -23,12 +23,17 @@ class ServerMetrics:
         self._tokens = self._counter("mixlm_tokens", "Generated tokens, by the member that sampled them.", by_member)
         self._forwards = self._counter("mixlm_forwards", "Forward passes.", by_member)
         self._forward_tokens = self._counter("mixlm_forward_tokens", "Tokens in forward passes.", by_member)
+        self._cached_tokens = self._counter(
+            "mixlm_cached_tokens", "Tokens of prompts that were found in a prefix cache.", by_member
+        )
         self._catch_up = self._histogram(
             "mixlm_catch_up_tokens", "Tokens in a forward pass after a member's prefill.", by_member, _FORWARD_TOKENS
         )
-        self._drafts = self._counter("mixlm_guesses", "Draft tokens.", ["model", "result"])
-        self._completions = self._counter("mixlm_replies", "Finished completions.", ["model", "finish_reason"])
-        self._cancelled = self._counter("mixlm_closed", "Cancelled requests.", ["reason"])
+        self._drafts = self._renamed("mixlm_draft_tokens", "mixlm_guesses", "Draft tokens.", ["model", "result"])
+        self._completions = self._renamed(
+            "mixlm_completions", "mixlm_replies", "Finished completions.", ["model", "finish_reason"]
+        )
+        self._cancelled = self._renamed("mixlm_cancelled", "mixlm_closed", "Cancelled requests.", ["reason"])
         self._errors = self._counter("mixlm_errors", "Error responses.", ["status", "code"])
         self._responses = self._counter("mixlm_requests", "Responses.", ["path", "status"])
         self._first_token = self._histogram(
@@ -47,12 +52,18 @@ class ServerMetrics:
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
 
+    def _renamed(self, name: str, old: str, text: str, labels: Sequence[str]) -> list[Counter]:
+        """Return a counter, and one that counts the same under its older name."""
+        return [self._counter(name, text, labels), self._counter(old, f"The older name of {name}.", labels)]
+
     def _histogram(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
-    def add_gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a gauge. value: called whenever the metrics are rendered."""
+    def add_gauge(self, name: str, text: str, value: Callable[[], float], old: str = "") -> None:
+        """Add a gauge. value: called whenever the metrics are rendered. old: its older name, if it had one."""
         Gauge(name, text, registry=self._registry).set_function(value)
+        if old:
+            Gauge(old, f"The older name of {name}.", registry=self._registry).set_function(value)
 
     def render(self) -> bytes:
         """Return all metrics in the text format."""
@@ -82,14 +93,18 @@ class ServerMetrics:
     def count_completion(self, model: str, completion: Completion) -> None:
         """Count a finished completion, with its draft tokens."""
         usage = completion.usage
-        self._completions.labels(model, completion.finish_reason).inc()
-        if usage.drafted:
-            self._drafts.labels(model, "accepted").inc(usage.accepted)
-            self._drafts.labels(model, "rejected").inc(usage.drafted - usage.accepted)
+        for member, part in usage.members.items():
+            self._cached_tokens.labels(model, member).inc(part.cached_tokens)
+        for counter in self._completions:
+            counter.labels(model, completion.finish_reason).inc()
+        for counter in self._drafts if usage.drafted else ():
+            counter.labels(model, "accepted").inc(usage.accepted)
+            counter.labels(model, "rejected").inc(usage.drafted - usage.accepted)
 
     def count_cancelled(self, reason: str) -> None:
         """Count a cancelled request."""
-        self._cancelled.labels(reason).inc()
+        for counter in self._cancelled:
+            counter.labels(reason).inc()
 
     def count_error(self, status: int, code: str | None) -> None:
         """Count an error response."""

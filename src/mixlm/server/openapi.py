@@ -14,6 +14,8 @@ from pydantic.json_schema import models_json_schema
 from mixlm.server import response_schemas
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.limits import ServerLimits
+from mixlm.server.protocols.messages_body import MessagesBody
+from mixlm.server.protocols.responses_body import ResponsesBody
 from mixlm.server.request_schemas import CompletionBody
 from mixlm.version import __version__
 
@@ -26,8 +28,13 @@ _RESPONSES = (
     response_schemas.Error,
     response_schemas.ChatChunk,
     response_schemas.Health,
+    response_schemas.Response,
+    response_schemas.Deleted,
+    response_schemas.MessageResponse,
+    response_schemas.MessagesError,
 )
 _COMMON_ERRORS = {"401": "The API key is missing or unknown.", "403": "The Host header is not this server's."}
+_STORED_ERRORS = {**_COMMON_ERRORS, "404": "There is no such response."}
 _COMPLETION_ERRORS = {
     "400": "A field is unknown, out of range or unsupported; the error names it.",
     **_COMMON_ERRORS,
@@ -44,13 +51,15 @@ _COMPLETION_ERRORS = {
 
 def openapi_document(limits: ServerLimits) -> dict[str, Any]:
     """Return the document as a JSON object."""
-    models = [(ChatBody, "validation"), (CompletionBody, "validation")]
+    bodies = (ChatBody, CompletionBody, ResponsesBody, MessagesBody)
+    models = [(body, "validation") for body in bodies]
     schemas: dict[str, Any] = models_json_schema(models, ref_template=_REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
     for response in _RESPONSES:
         schema = TypeAdapter(response).json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {})
         schemas[response.__name__] = schema
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    response_id = {**name, "name": "id"}
     paths = {
         "/v1/models": {"get": _get("List the models.", "ModelList", _COMMON_ERRORS)},
         "/v1/models/{name}": {
@@ -61,6 +70,16 @@ def openapi_document(limits: ServerLimits) -> dict[str, Any]:
         },
         "/v1/chat/completions": {"post": _post("Answer a conversation.", "ChatBody", "ChatCompletion")},
         "/v1/completions": {"post": _post("Continue a text.", "CompletionBody", "TextCompletion")},
+        "/v1/responses": {"post": _post("Answer a conversation, in OpenAI's newer form.", "ResponsesBody", "Response")},
+        "/v1/responses/{id}": {
+            "get": {"parameters": [response_id], **_get("Get a stored response.", "Response", _STORED_ERRORS)},
+            "delete": {"parameters": [response_id], **_get("Forget a response.", "Deleted", _STORED_ERRORS)},
+        },
+        "/v1/messages": {
+            "post": _post(
+                "Answer a conversation, in Anthropic's form.", "MessagesBody", "MessageResponse", "MessagesError"
+            )
+        },
         "/health": {"get": _get("Whether the server is alive.", "Health", {"503": "It is not."}, error="Health")},
         "/ready": {"get": _get("Whether it accepts requests.", "Health", {"503": "It does not."}, error="Health")},
     }
@@ -82,8 +101,8 @@ def _get(summary: str, schema: str, errors: dict[str, str], *, error: str = "Err
     return {"summary": summary, "responses": {"200": _response("Success.", schema), **responses}}
 
 
-def _post(summary: str, body: str, schema: str) -> dict[str, Any]:
-    operation = _get(summary, schema, _COMPLETION_ERRORS)
+def _post(summary: str, body: str, schema: str, error: str = "Error") -> dict[str, Any]:
+    operation = _get(summary, schema, _COMPLETION_ERRORS, error=error)
     success = operation["responses"]["200"]
     success["description"] = "The completions; with stream, as server-sent events."
     success["content"]["text/event-stream"] = {"schema": {"type": "string"}}

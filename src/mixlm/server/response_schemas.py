@@ -7,7 +7,7 @@ core of a server); FastAPI would add its own validation of each response.
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -32,7 +32,8 @@ class Error(TypedDict):
 class MemberUsageSchema(TypedDict):
     """The work of one member: its prompt's tokens, tokens sampled, forward passes, the tokens and seconds in them.
 
-    dropped: symbols generated without this member, because it was unavailable.
+    dropped: symbols generated without this member, because it was unavailable. cached_tokens: of its prompt, that
+    other sequences had run and that did not run again.
     """
 
     prompt_tokens: int
@@ -41,12 +42,20 @@ class MemberUsageSchema(TypedDict):
     forward_tokens: int
     forward_seconds: float
     dropped: int
+    cached_tokens: int
+
+
+class PromptTokensSchema(TypedDict):
+    """Tokens of prompts. cached_tokens: that were found in a prefix cache."""
+
+    cached_tokens: int
 
 
 class EnsembleUsageSchema(TypedDict):
-    """The work of a request. members: by name. checked and accepted: numbers of draft tokens."""
+    """The work of a request. members: by name. drafted and accepted: numbers of draft tokens; checked: as drafted."""
 
     members: dict[str, MemberUsageSchema]
+    drafted: int
     checked: int
     accepted: int
 
@@ -57,6 +66,7 @@ class UsageSchema(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensSchema
     mixlm: EnsembleUsageSchema
 
 
@@ -265,3 +275,51 @@ class Health(TypedDict):
     """The response of /health and /ready."""
 
     status: str
+
+
+class Response(TypedDict):
+    """The response of /v1/responses; items and settings as OpenAI's API has them."""
+
+    id: str
+    object: Literal["response"]
+    created_at: float
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+
+
+class Deleted(TypedDict):
+    """The response of DELETE /v1/responses/ID."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class MessageResponse(TypedDict):
+    """The response of /v1/messages; blocks of text and of calls."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class MessagesErrorDetail(TypedDict):
+    """The details of an error of /v1/messages."""
+
+    type: str
+    message: str
+    param: str | None
+
+
+class MessagesError(TypedDict):
+    """The body of an error response of /v1/messages."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail

@@ -186,7 +186,7 @@ class ResponseBuilder:
 def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSchema:
     """Return the summed usage of completions. A prompt with several, `n`, counts once."""
     members: dict[str, schemas.MemberUsageSchema] = {}
-    prompt_tokens = 0
+    prompt_tokens = cached_tokens = 0
     for i, completion in enumerate(completions):
         first_of_prompt = i % n == 0
         for name, usage in completion.usage.members.items():
@@ -197,16 +197,21 @@ def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSche
             total["forward_tokens"] += usage.forward_tokens
             total["forward_seconds"] = round(total["forward_seconds"] + usage.forward_seconds, 6)
             total["dropped"] += usage.dropped
+            total["cached_tokens"] += usage.cached_tokens if first_of_prompt else 0
         if first_of_prompt:
-            prompt_tokens += max(usage.prompt_tokens for usage in completion.usage.members.values())
+            counts = ((usage.prompt_tokens, usage.cached_tokens) for usage in completion.usage.members.values())
+            prompt, cached = max(counts)
+            prompt_tokens, cached_tokens = prompt_tokens + prompt, cached_tokens + cached
     completion_tokens = sum(completion.usage.tokens for completion in completions)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "mixlm": {
             "members": members,
-            "checked": sum(completion.usage.drafted for completion in completions),
+            "drafted": (drafted := sum(completion.usage.drafted for completion in completions)),
+            "checked": drafted,
             "accepted": sum(completion.usage.accepted for completion in completions),
         },
     }
@@ -245,14 +250,17 @@ def trace_attributes(
         "gen_ai.usage.output_tokens": sum(work_by_member["tokens"]),
         "mixlm.method": request.tasks[0].settings.method,
         "mixlm.unit": request.ensemble.unit.name,
+        "mixlm.completions": len(request.tasks),
         "mixlm.replies": len(request.tasks),
         "mixlm.stream": request.stream,
         "mixlm.members": list(members),
         **{f"mixlm.member.{quantity}": counts for quantity, counts in work_by_member.items()},
-        "mixlm.guesses.checked": usage["mixlm"]["checked"],
+        "mixlm.draft_tokens.drafted": usage["mixlm"]["drafted"],
+        "mixlm.draft_tokens.accepted": usage["mixlm"]["accepted"],
+        "mixlm.guesses.checked": usage["mixlm"]["drafted"],
         "mixlm.guesses.accepted": usage["mixlm"]["accepted"],
     }
-    return attributes if cancelled is None else {**attributes, "mixlm.closed": cancelled}
+    return attributes if cancelled is None else {**attributes, "mixlm.cancelled": cancelled, "mixlm.closed": cancelled}
 
 
 class CallIds:
@@ -315,6 +323,7 @@ def _no_usage() -> schemas.MemberUsageSchema:
         "forward_tokens": 0,
         "forward_seconds": 0.0,
         "dropped": 0,
+        "cached_tokens": 0,
     }
 
 

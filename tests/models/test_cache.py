@@ -91,12 +91,12 @@ def _install_in_a_process(start, built) -> None:
 
 
 def test_two_processes_build_a_model_once():
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     start, built = context.Barrier(2), context.Value("i", 0)
     workers = [context.Process(target=_install_in_a_process, args=(start, built)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert built.value == 1

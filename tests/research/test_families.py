@@ -66,7 +66,7 @@ def test_frequencies_that_depend_on_the_length_are_those_of_each_text(kind, monk
     ],
 )
 def test_families_give_equal_answers_or_are_refused(family):
-    row = families.examine_apart(family)
+    row = families.examine(family)
     assert "untested" not in row
     assert families.is_right(row), row
 
@@ -89,7 +89,7 @@ def test_families_give_equal_answers_or_are_refused(family):
     ],
 )
 def test_models_with_a_recurrent_state_run_what_is_new(family):
-    row = families.examine_apart(family)
+    row = families.examine(family)
     assert families.is_right(row), row
     assert row["runs"] in ("one sequence, with snapshots", "one sequence, token by token")
 
@@ -97,6 +97,6 @@ def test_models_with_a_recurrent_state_run_what_is_new(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "roberta", "openai-gpt", "xlm"])
 def test_models_that_look_both_ways_are_refused_and_those_without_a_cache_run_whole_texts(family):
-    row = families.examine_apart(family)
+    row = families.examine(family)
     assert families.is_right(row), row
     assert row.get("runs") == "one whole text" or "another distribution" in row["refused"]

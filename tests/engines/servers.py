@@ -29,7 +29,8 @@ class FakeServer:
     requests: the bodies of requests for completions; paths: of all requests. pages: what else is there to get.
 
     samples: whether it samples tokens itself and returns their ids; with `processed`, it returns the probabilities that
-    it samples with; `seeds` and `bans` are heeded, the latter by `masks` or by biases.
+    it samples with; `seeds` and `bans` are heeded, the latter by `masks` or by biases. scores: how it returns the
+    log-probabilities of a prompt: "prompt_logprobs" as vLLM, "echo" as OpenAI, None not at all.
     """
 
     completion_path = "/v1/completions"
@@ -45,6 +46,7 @@ class FakeServer:
         self.spell_ids = True
         self.samples = False
         self.processed = self.seeds = self.bans = self.masks = True
+        self.scores: str | None = None
         self.delay = 0.5
         self.retry_after: str | None = "0.05"
         self.in_flight = self.max_in_flight = 0
@@ -179,6 +181,10 @@ class FakeServer:
         return None
 
     def respond(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.scores == "prompt_logprobs" and "prompt_logprobs" in body:
+            return self.scored(body)
+        if self.scores == "echo" and body.get("echo"):
+            return self.echoed(body)
         if self.samples and body.get("return_token_ids"):
             return self.sample(body)
         if "logprobs" not in body:
@@ -192,6 +198,37 @@ class FakeServer:
         spelling = "token_id:{}" if self.spell_ids else "text {}"
         top = {spelling.format(i): float(x[i]) for i in np.argsort(-x)[: body["logprobs"]]}
         return {"model": body["model"], "choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]}
+
+    def logprobs(self, ids: Sequence[int]) -> np.ndarray:
+        """The log-probabilities after ids."""
+        x = self.logits(ids)
+        return x - np.log(np.exp(x).sum())
+
+    def scored(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The log-probabilities of a prompt as vLLM returns them: those of the token and of the top one, by id."""
+        ids, entries = body["prompt"], [None]
+        for end in range(1, len(ids)):
+            x = self.logprobs(ids[:end])
+            tokens = dict.fromkeys([ids[end], int(x.argmax())])
+            entries.append(
+                {
+                    str(i): {"logprob": float(x[i]), "rank": int((x > x[i]).sum()) + 1, "decoded_token": "x"}
+                    for i in tokens
+                }
+            )  # type: ignore[arg-type]
+        return {"model": body["model"], "choices": [{"text": "x", "logprobs": None, "prompt_logprobs": entries}]}
+
+    def echoed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The log-probabilities of a prompt as OpenAI returned them, with those of the token behind it."""
+        ids = body["prompt"]
+        rows = [self.logprobs(ids[:end]) for end in range(1, len(ids) + 1)]
+        tokens = [*ids[1:], int(rows[-1].argmax())]
+        own = [None, *(float(x[token]) for x, token in zip(rows, tokens, strict=True))]
+        top = [None, *({f"token_id:{int(x.argmax())}": float(x.max())} for x in rows)]
+        return {
+            "model": body["model"],
+            "choices": [{"text": "x", "logprobs": {"token_logprobs": own, "top_logprobs": top}}],
+        }
 
     def transform(self, body: dict[str, Any]) -> Transform:
         """The transform that a request asks for."""

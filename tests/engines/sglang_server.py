@@ -126,11 +126,21 @@ class FakeSGLang(FakeServer):
         }
         if body.get("return_logprob"):
             meta["input_token_logprobs"] = []
+            if body.get("logprob_start_len") == 0:
+                scored = []
+                for end in range(1, len(ids)):
+                    row = self.logits(ids[:end]).astype(float)
+                    scored.append(row - np.log(np.exp(row - row.max()).sum()) - row.max())
+                own = [[float(row[token]), token, None] for row, token in zip(scored, ids[1:], strict=True)]
+                meta["input_token_logprobs"] = [[None, ids[0], None], *own]
             meta["output_token_logprobs"] = [[float(logprobs[sampled]), sampled, None]]
             meta["output_token_logprobs_length"] = 1
             if count:
                 top = np.argsort(-logprobs)[:count]
                 meta["input_top_logprobs"] = []
+                if body.get("logprob_start_len") == 0:
+                    tops = [[[float(row.max()), int(row.argmax()), None]] for row in scored]
+                    meta["input_top_logprobs"] = [None, *tops]
                 meta["output_top_logprobs"] = [[[float(logprobs[i]), int(i), None] for i in top]]
         return {"text": "" if end else "x", "output_ids": [sampled], "meta_info": meta}
 

@@ -58,8 +58,12 @@ def folder(cache, file) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(file) -> Iterator[object]:
+def llama(file) -> object:
     """A real server of llama.cpp, on a port of its own."""
+    return start_llama(file)
+
+
+def start_llama(file: Path) -> object:
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)

@@ -167,7 +167,7 @@ def score_texts(
     ensemble: Ensemble,
     texts: Mapping[str, str],
     pairs: Mapping[str, Sequence[tuple[str, str]]],
-    models: Sequence[str] | None,
+    models: Sequence[str | None] | None,
     *,
     ends: bool | None,
     system: str | None,
@@ -265,7 +265,7 @@ def refuse_generation_options(shared: Shared, command: str, allowed: Collection[
         raise UsageError(f"mixlm {command} does not use {named}: members are scored as they are", "omit it")
 
 
-def model_identities(config: EnsembleConfig, cache: bool) -> list[str] | None:
+def model_identities(config: EnsembleConfig, cache: bool) -> list[str | None] | None:
     """Return what identifies each member's model in the cache of scores; None to bypass the cache."""
     from mixlm.scoring.score import identity
 

@@ -184,14 +184,19 @@ class Session(ABC):
 
     def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
         """Record tokens that the engine sampled after `ids`: a forward pass each, the first with the catch-up."""
-        cached = common_prefix(self._cached.ids, ids)
+        own = cached = common_prefix(self._cached.ids, ids)
         if response.cached_tokens is not None:
             cached = min(response.cached_tokens, len(ids) - 1)
+            self.stats.cached_tokens += max(cached - own, 0)
         share = seconds / len(response.ids)
         self.stats.forwards.append(Forward(len(ids) - cached, cached, share))
         self.stats.forwards.extend(Forward(1, len(ids) + i, share) for i in range(len(response.ids) - 1))
         self._cached.replace_tail(len(self._cached.ids), np.concatenate([ids, response.ids]))
         self._last_logits = None
+
+    def close(self) -> None:
+        """End the sequence. An engine may keep what it has run for others."""
+        self.reset()
 
     def reset(self) -> None:
         """Empty the KV cache: after an interrupt or an error its content is unknown."""
@@ -252,6 +257,11 @@ class Engine(ABC):
         return id(self)
 
     @property
+    def scores_texts(self) -> bool:
+        """Whether it gives the log-probability of every token of a given text (`Session.token_logprobs`)."""
+        return self.top_k_limit is None
+
+    @property
     def run_ahead_depth(self) -> int:
         """How many positions behind the requested one it runs ahead (`SampleRequest.run_ahead`); 0 for none."""
         return 0
@@ -260,6 +270,14 @@ class Engine(ABC):
     def weight_parts(self) -> Mapping[Hashable, int]:
         """Bytes of each part of the weights by an identifying key: engines may have parts in common."""
         return {id(self): self.weights_bytes}
+
+    @property
+    def prefix_cache_parts(self) -> Mapping[Hashable, int]:
+        """Bytes of KV caches that are kept for sequences with the same beginning, by an identifying key."""
+        return {}
+
+    def drop_prefixes(self) -> None:  # noqa: B027 - most engines keep none
+        """Forget KV caches that are kept for sequences with the same beginning."""
 
     @abstractmethod
     def session(self) -> Session:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,16 @@ class TopKOnlyEngine(Engine):
 TopTokensQueries = Generator[tuple[Ids, int], Candidates, LogitsRows]  # yields the arguments of `top_tokens`
 
 
+class TokenScores(NamedTuple):
+    """Of each id of a text but the first: its natural log-probability, float64 (n - 1,), and whether it is the top.
+
+    The distributions are the model's own, over the whole vocabulary.
+    """
+
+    logprobs: Floats
+    is_top: npt.NDArray[np.bool_]
+
+
 class TopKOnlySession(Session):
     """One sequence, known to the engine by its ids alone. A backend implements `top_tokens`."""
 
@@ -73,9 +84,13 @@ class TopKOnlySession(Session):
         """Record a forward pass."""
         super().record(ids, logits if self._top_k_filter is None else None, forward)
 
-    def token_logprobs(self, ids: Ids) -> Floats:
-        """Raise UnsupportedError: the log-probability of any token needs the whole distribution."""
+    def token_scores(self, ids: Ids) -> TokenScores:
+        """Return the scores of given ids, where the engine has them. Raises UnsupportedError where it has not."""
         raise full_distribution_error(self._top_k_engine, "the log-probability of a given text")
+
+    def token_logprobs(self, ids: Ids) -> Floats:
+        """Return the log-probability of each id but the first, as `token_scores` does: float64 (len(ids) - 1,)."""
+        return self.token_scores(ids).logprobs
 
     def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
         """Record tokens that the engine sampled after `ids`."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.engines.topk_only import full_distribution_error
+from mixlm.engines.topk_only import TopKOnlySession, full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext
@@ -53,7 +53,7 @@ class ContinuationScorer:
         # Members that share a model would score alike.
         self._engines = {id(member.engine): member.engine for member in (ensemble.members[i] for i in self._live)}
         for engine in self._engines.values():
-            if engine.top_k_limit is not None:
+            if not engine.scores_texts:
                 raise full_distribution_error(engine, "the log-probability of a given answer")
         self._sessions = {key: engine.session() for key, engine in self._engines.items()}
         self._prompt: tuple[RequestContext, dict[int, float]] | None = None
@@ -72,7 +72,9 @@ class ContinuationScorer:
         knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter | GateRouter)
         scores, parts = self._segments(context, data, prompts=not knows_bytes_only)
         weights = router_weights(scores, self._router)
-        if self._ensemble.unit.traits.shared_vocabulary and len({tuple(part.ids) for part in parts.values()}) == 1:
+        whole = all(engine.top_k_limit is None for engine in self._engines.values())
+        shared = whole and self._ensemble.unit.traits.shared_vocabulary
+        if shared and len({tuple(part.ids) for part in parts.values()}) == 1:
             logprobs, greedy = self._score_shared_tokens(parts, weights)
         else:
             logprobs, greedy = self._score_own_tokens(parts)
@@ -190,6 +192,12 @@ class ContinuationScorer:
         out: dict[int, Floats] = {}
         greedy = True
         for key, part in parts.items():
+            session = self._sessions[key]
+            if isinstance(session, TopKOnlySession):
+                scores = session.token_scores(np.concatenate([part.before, part.ids]))
+                out[key] = scores.logprobs[-len(part.ids) :]
+                greedy = greedy and bool(scores.is_top[-len(part.ids) :].all())
+                continue
             columns = []
             for targets, logprobs in part.rows(self._sessions[key]):
                 columns.append(logprobs[np.arange(len(targets)), targets])

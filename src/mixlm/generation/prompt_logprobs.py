@@ -134,7 +134,8 @@ def member_prompt_bits(
     bits = np.zeros(len(members))
     for i, (session, ids) in enumerate(zip(sessions, prompts, strict=True)):
         if members[i].engine.top_k_limit is not None:
-            session.token_logprobs(ids)  # raises what this engine says of it
+            bits[i] = -session.token_logprobs(ids).sum() / np.log(2)  # or it raises what this engine says of it
+            continue
         for start in range(0, len(ids), _ROWS):
             end = min(start + _ROWS, len(ids))
             targets = ids[start + 1 : end + 1]

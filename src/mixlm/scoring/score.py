@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
+from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
@@ -37,7 +38,7 @@ from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, split_passage
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
-from mixlm.types import Ids, Logits
+from mixlm.types import Ids
 from mixlm.version import __version__
 
 __all__ = ["Scores", "identity", "score", "score_answers", "score_passages", "split_passages"]
@@ -48,7 +49,7 @@ def score(
     text: str | bytes,
     *,
     progress: Progress | None = None,
-    identities: Sequence[str] | None = None,
+    identities: Sequence[str | None] | None = None,
     by_segment: bool = False,
     before: Before = "begin",
 ) -> Scores:
@@ -85,7 +86,7 @@ def score_answers(
     settings: GenerationOptions | None = None,
     ends: bool | None = None,
     progress: Progress | None = None,
-    identities: Sequence[str] | None = None,
+    identities: Sequence[str | None] | None = None,
 ) -> Scores:
     """Score answers, each after its prompt in each member's own template.
 
@@ -119,8 +120,13 @@ def score_answers(
     return score_passages(ensemble, passages, progress, identities)
 
 
-def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str:
-    """Return a string that identifies a model: where it and its adapter lie, and the sizes and times of their files."""
+def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str | None:
+    """Return a string that identifies a model: where it and its adapter lie, and the sizes and times of their files.
+
+    None for a model behind a server, which may have another one tomorrow: its scores are not cached.
+    """
+    if model.startswith(("http://", "https://")):
+        return None
     if model.startswith("toy:"):
         return model
     locations = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
@@ -138,7 +144,7 @@ def score_passages(
     ensemble: Ensemble,
     passages: Sequence[Passage],
     progress: Progress | None = None,
-    identities: Sequence[str] | None = None,
+    identities: Sequence[str | None] | None = None,
     *,
     by_segment: bool = False,
 ) -> Scores:
@@ -227,7 +233,7 @@ def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDAr
     logprobs = all_logprobs[prompt_length:]
     starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
     if passage.scores_end:
-        logprobs = np.append(logprobs, _end_logprob(engine, session.logits(ids)[0]))
+        logprobs = np.append(logprobs, _end_logprob(engine, session, ids))
         starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
     return Scores(
         (engine.name,),
@@ -241,11 +247,15 @@ def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDAr
     )
 
 
-def _end_logprob(engine: Engine, logits: Logits) -> float:
-    """Return the natural log-probability that a text ends here. logits: (vocab,)."""
-    values = logits.astype(np.float64)
-    ends = values[sorted(engine.vocabulary.end_ids)]
-    return float(np.logaddexp.reduce(ends) - np.logaddexp.reduce(values)) if ends.size else -math.inf
+def _end_logprob(engine: Engine, session: Session, ids: Ids) -> float:
+    """Return the natural log-probability that a text ends after ids."""
+    ends = sorted(engine.vocabulary.end_ids)
+    if not ends:
+        return -math.inf
+    if engine.top_k_limit is not None:  # it scores one token after another, and gives no whole distribution
+        return float(np.logaddexp.reduce([session.token_logprobs(np.append(ids, end))[-1] for end in ends]))
+    values = session.logits(ids)[0].astype(np.float64)
+    return float(np.logaddexp.reduce(values[ends]) - np.logaddexp.reduce(values))
 
 
 def _encode(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:

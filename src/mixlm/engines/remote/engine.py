@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.remote.endpoint import CandidatesResponse
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient
@@ -35,7 +37,7 @@ from mixlm.engines.requests import (
 )
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
-from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
+from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError
 from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
@@ -150,6 +152,11 @@ class RemoteEngine(TopKOnlyEngine):
         return self._tokenizer.text_interface(spec, self._vocab_size)
 
     @property
+    def scores_texts(self) -> bool:
+        """True: where a server returns no log-probabilities of a prompt, it says so when it is asked."""
+        return True
+
+    @property
     def batch_key(self) -> int:
         """Engines that differ in their prompts alone run as one."""
         return id(self.replicas)
@@ -191,6 +198,15 @@ class RemoteEngine(TopKOnlyEngine):
         length = min(request.max_tokens, self.context_length + 1 - len(request.ids))
         request, ends = replace(request, max_tokens=length), sorted(self.vocabulary.end_ids)
         return await self._with_failover(session, lambda server: server.generate(session, request, ends))
+
+    def prompt_scores(self, session: RemoteSession, ids: Ids) -> TokenScores:
+        """Return the log-probabilities of a prompt's tokens but the first.
+
+        Raises:
+            EngineError: No server answers.
+            UnsupportedError: A server returns none.
+        """
+        return self._loop.run(self._with_failover(session, lambda server: server.prompt_scores(session, ids)))
 
     async def _with_failover(self, session: RemoteSession, send: Callable[[ModelServer], Awaitable[_T]]) -> _T:
         """Ask the session's own server, and another one where that fails."""
@@ -278,7 +294,17 @@ class RemoteSession(TopKOnlySession):
         seconds = time.perf_counter() - start
         self.record(ids, None if isinstance(rows, list) else rows, Forward(len(ids) - kept, kept, seconds))
         self.stats.forwards[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server reports it
+        self.stats.cached_tokens += max(cached - kept, 0)
         return rows
+
+    def token_scores(self, ids: Ids) -> TokenScores:
+        """Return the log-probability of each id but the first, and whether it is the most likely one there."""
+        if len(ids) < 2:
+            return TokenScores(np.zeros(0), np.zeros(0, dtype=np.bool_))
+        start = time.perf_counter()
+        scores = self._engine.prompt_scores(self, ids)
+        self.stats.forwards.append(Forward(len(ids), 0, time.perf_counter() - start))
+        return scores
 
     def top_tokens(self, ids: Ids, count: int) -> Candidates:
         """Return at least the `count` most likely tokens after `ids`."""

@@ -21,9 +21,11 @@ from mixlm.engines.remote.endpoint import CandidatesResponse, Endpoint, ModelIde
 from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.remote.llamacpp_runs import COMPLETION_PATH, LlamaCppRuns, find_missing
 from mixlm.engines.remote.model_info import ModelInfo
+from mixlm.engines.remote.prompt_scores import score_prompt
 from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
 from mixlm.engines.remote.session_client import SessionPool, parse_generated, parse_top_tokens
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
+from mixlm.engines.topk_only import TokenScores
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
 from mixlm.errors import EngineError, TokenizerError, UnsupportedError
 from mixlm.types import Candidates, Ids
@@ -138,6 +140,30 @@ class ModelServer:
             candidates = await self._endpoint.candidates(self.protocol, ids.tolist(), count, slot)
         await self.identity.check(candidates.new_connection)
         return candidates
+
+    async def prompt_scores(self, session: Session, ids: Ids) -> TokenScores:
+        """Return the log-probabilities of a prompt's tokens but the first.
+
+        Raises:
+            EngineError: It fails.
+            UnsupportedError: It returns none.
+        """
+        async with self._slot(session, ids) as slot:
+            slot_option = {} if slot is None else {"id_slot": slot}
+
+            async def send(body: dict[str, Any]) -> Any:
+                value, new_connection = await self._endpoint.complete({**body, **slot_option}, self.protocol.path)
+                await self.identity.check(new_connection)
+                return value
+
+            async def all_tokens(prompt: Ids) -> Candidates:
+                size = self._endpoint.vocabulary_size
+                return (await self._endpoint.candidates(self.protocol, prompt.tolist(), size, slot)).candidates
+
+            try:
+                return await score_prompt(self.protocol, ids, send, all_tokens)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{self._endpoint.client.base_url}: {error.message}", error.hint) from error
 
     async def generate(self, session: Session, request: GenerateRequest, ends: Sequence[int]) -> GenerateResponse:
         """Let it sample tokens itself.

@@ -1,0 +1,164 @@
+"""Log-probability of given text under a combination rule, exactly, for members as they are (without sampling options).
+
+In the unit `token` it is the sum of `log C(u | before)` over the text's canonical tokens, one pass a member. In `piece`
+several sequences of symbols spell one text. With `P(b)` the probability that the text begins with its first b bytes and
+has a boundary there,
+
+    P(0) = 1,   P(b) = Σ_{a < b} P(a) C(text[a:b] | text[:a]),
+
+since what members say depends on the bytes alone: the sum over all ways to spell the text, for a forward of each member
+at every place where it can have a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import build_rule
+from mixlm.core.sampling import softmax
+from mixlm.ensemble import Ensemble
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.prompt import Prompt
+from mixlm.generation.target import assign_roles
+from mixlm.routing.fixed import FixedRouter
+from mixlm.scoring.passages import Before, Passage, split_passages, split_to_fit, text_prefix
+from mixlm.tokenization.segments import encode_exactly
+from mixlm.types import Floats, Ids
+
+_CHUNK = 16  # positions whose distributions are in memory at once
+
+
+def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
+    """Return the natural log-probability of passages under the rule of the ensemble's default options.
+
+    Raises:
+        ConfigError: A text is too long for a context.
+        UnsupportedError: The rule combines spellings, or the weights depend on the text.
+    """
+    scorer = _RuleScorer(ensemble)
+    shared = ensemble.unit.traits.shared_vocabulary
+    return sum(scorer.by_token(passage) if shared else scorer.by_byte(passage) for passage in passages)
+
+
+def text_passages(ensemble: Ensemble, texts: Sequence[str], before: Before = "begin") -> list[Passage]:
+    """Return texts in passages that fit every context. before: what stands in front of each; see `text_prefix`."""
+    engines = [member.engine for member in ensemble.members]
+    prefixes = [text_prefix(engine, before) for engine in engines]
+    return [
+        Passage(part, prefixes)
+        for text in texts
+        for whole in split_passages(text.encode(errors="replace"))
+        for part in split_to_fit(whole, engines, [len(ids) for ids in prefixes])
+    ]
+
+
+def answer_passages(
+    ensemble: Ensemble, pairs: Sequence[tuple[Prompt, str]], settings: GenerationOptions, *, ends: bool
+) -> list[Passage]:
+    """Return answers behind their prompts. ends: whether the end of each answer is scored too."""
+    passages = []
+    for prompt, answer in pairs:
+        prompts = ensemble.encode_prompt(prompt, settings)
+        passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
+    return passages
+
+
+class _RuleScorer:
+    """The rule of an ensemble over the unit's whole vocabulary."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        options = ensemble.defaults
+        self._rule: Combination = build_rule(options.rule or "average", options.rule_parameters)
+        if self._rule.alignment == "strings" or (
+            options.rule == "unite" and not ensemble.unit.traits.shared_vocabulary
+        ):
+            raise UnsupportedError(
+                f"rule {options.rule} combines tokens as they are spelled, and has no probability of bytes",
+                "score with --rule mean-then-truncate or union-top-k",
+            )
+        if not isinstance(ensemble.router, FixedRouter):
+            raise UnsupportedError("a rule is scored with weights that are fixed, and these depend on the text")
+        self._rule.check_members(len(ensemble.members))
+        self._unit, self._size = ensemble.unit, ensemble.unit.end + 1
+        if self._rule.roles:
+            roles = [member.role for member in ensemble.members]
+            self._members = assign_roles(self._rule, ensemble.names, roles)
+            self._weights = np.full(len(self._members), 1 / len(self._members))
+        else:
+            self._members = np.flatnonzero(ensemble.weights > 0).tolist()
+            self._weights = ensemble.weights[self._members]
+        self._engines = [ensemble.members[i].engine for i in self._members]
+        self._symbols = [ensemble.unit.symbols(i) for i in self._members]
+        self._symbol_of = {self._unit.symbol_bytes(u): u for u in range(self._unit.end)}
+        self._longest = max(map(len, self._symbol_of))
+
+    def by_token(self, passage: Passage) -> float:
+        """Return the log-probability of a passage's tokens, which all members have alike."""
+        ids, _ = encode_exactly(
+            self._engines[0].encoder, self._engines[0].vocabulary, passage.data, self._engines[0].name
+        )
+        targets = self._symbols[0][np.array(ids, dtype=np.int64)].tolist()
+        targets += [self._unit.end] * passage.scores_end
+        texts = [np.array([*passage.prefixes[i], *ids], dtype=np.int64) for i in self._members]
+        self._check(texts)
+        rows = self._rows(texts, [len(passage.prefixes[i]) for i in self._members], len(targets))
+        combined = (self._rule.combine(probs, self._weights) for probs in rows)
+        with np.errstate(divide="ignore"):
+            return sum(float(np.log(row[target])) for row, target in zip(combined, targets, strict=True))
+
+    def by_byte(self, passage: Passage) -> float:
+        """Return the log-probability of a passage's bytes, over all symbols that spell them."""
+        data = passage.data
+        reached: Floats = np.full(len(data) + 1, -np.inf)
+        reached[0] = 0.0
+        sessions = [engine.session() for engine in self._engines]
+        for place in range(len(data) + passage.scores_end):
+            if reached[place] == -np.inf:
+                continue
+            encoded = [engine.encoder.encode(data[:place]).ids for engine in self._engines]
+            texts = [
+                np.array([*passage.prefixes[i], *ids], dtype=np.int64)
+                for i, ids in zip(self._members, encoded, strict=True)
+            ]
+            self._check(texts)
+            logits = [session.logits(ids)[0] for session, ids in zip(sessions, texts, strict=True)]
+            combined = self._rule.combine(
+                np.array([self._dense(i, row) for i, row in enumerate(logits)]), self._weights
+            )
+            if place == len(data):
+                return float(reached[place] + np.log(combined[self._unit.end]))
+            for length in range(1, min(self._longest, len(data) - place) + 1):
+                symbol = self._symbol_of.get(data[place : place + length])
+                if symbol is not None and combined[symbol] > 0:
+                    reached[place + length] = np.logaddexp(
+                        reached[place + length], reached[place] + np.log(combined[symbol])
+                    )
+        return float(reached[-1])
+
+    def _rows(self, texts: Sequence[Ids], begins: Sequence[int], count: int) -> Iterator[Floats]:
+        """Yield the members' distributions at each of `count` places, float64 (members, symbols)."""
+        sessions = [engine.session() for engine in self._engines]
+        for start in range(0, count, _CHUNK):
+            end = min(start + _CHUNK, count)
+            logits = [
+                session.logits(ids[: begin + end - 1], end - start)
+                for session, ids, begin in zip(sessions, texts, begins, strict=True)
+            ]
+            for place in range(end - start):
+                yield np.array([self._dense(i, rows[place]) for i, rows in enumerate(logits)])
+
+    def _dense(self, row: int, logits: Floats) -> Floats:
+        """Return a member's distribution over the unit's symbols, float64 (symbols,)."""
+        tokens = np.flatnonzero(self._symbols[row] >= 0)
+        distribution = np.zeros(self._size)
+        np.add.at(distribution, self._symbols[row][tokens], softmax(logits[tokens]))
+        return distribution
+
+    def _check(self, texts: Sequence[Ids]) -> None:
+        for engine, ids in zip(self._engines, texts, strict=True):
+            if len(ids) > engine.context_length:
+                raise ConfigError(f"{len(ids)} tokens are more than {engine.name}'s context of {engine.context_length}")

@@ -260,8 +260,9 @@ class App {
 
   // Close what lies on top, else stop.
   escape() {
-    if (!$("#card").hidden) card.close();
-    else if ($("#export").open) $("#export").open = false;
+    if (card.isOpen) return card.close();
+    card.hide();
+    if ($("#export").open) $("#export").open = false;
     else if (panels.areOver) panels.close();
     else this.writer.stop();
   }

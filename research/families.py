@@ -242,6 +242,7 @@ def examine(family: str) -> dict[str, Any]:
         tokens, begin = dummy_tokens(int(model.get_output_embeddings().weight.shape[0]))
         engine = HFEngine(family, toy_text(tokens, len(tokens), begin), 1 << 20, runner)
         row["runs"] = engine.details.get("forwards", "several sequences")
+        row["reason"] = engine.details.get("not batched", "")
         for column, pairs in _ways(engine, texts):
             row[column] = max(total_variation(logits, reference(ids)) for ids, logits in pairs)
     except MixlmError as error:
@@ -291,16 +292,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         "0 below 1e-6.",
         "",
         "*Runs*: *several sequences* run in one forward pass behind KV caches; *one sequence* runs at a time behind",
-        "its cache; *one whole text* is run for every token, since the model carries a recurrent state, or does not",
-        "give the same behind a cache.",
+        "its cache, *with snapshots* of a recurrent state to roll back to, or *token by token* where a pass behind the",
+        "state can have one token only; *one whole text* is run for every token. *Reason*: why no batches.",
         "",
-        f"| family | runs | {' | '.join(COLUMNS)} |",
-        f"|---|---|{'---|' * len(COLUMNS)}",
+        f"| family | runs | {' | '.join(COLUMNS)} | reason |",
+        f"|---|---|{'---|' * (len(COLUMNS) + 1)}",
     ]
     for row in rows:
         if "runs" in row and ("fault" not in row and "refused" not in row):
             figures = ["0" if row[column] < 1e-6 else f"{row[column]:.0e}" for column in COLUMNS]
-            lines.append(f"| {row['family']} | {row['runs']} | {' | '.join(figures)} |")
+            lines.append(f"| {row['family']} | {row['runs']} | {' | '.join(figures)} | {row.get('reason', '')} |")
     for title, key in (("Refused", "refused"), ("Wrong", "fault"), ("Not tested", "untested")):
         if part := [row for row in rows if key in row]:
             lines += ["", f"## {title}", "", "| family | what is said |", "|---|---|"]

@@ -38,6 +38,7 @@ from mixlm.choices import (
     LogprobsOf,
     Method,
     OnFailure,
+    Quantization,
     RouterKind,
     Rule,
     UnitName,
@@ -61,6 +62,7 @@ __all__ = [
     "MemberConfig",
     "Method",
     "OnFailure",
+    "Quantization",
     "RouterConfig",
     "RouterKind",
     "Rule",
@@ -128,6 +130,11 @@ class MemberConfig(_Strict):
     key_env: str | None = None
     timeout: float = Field(default=120.0, gt=0, strict=True)
     trust_remote_code: bool = False
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str, str] | None = None
+    quantization: Quantization | None = None
+    revision: str | None = None
+    attn: str | None = None
     template: str | None = None
     template_file: str | None = None
     system: str | None = None

@@ -19,6 +19,7 @@ from mixlm.config import (
     Graphs,
     MemberConfig,
     Method,
+    Quantization,
     RouterConfig,
     UnitName,
     parse_config,
@@ -29,6 +30,7 @@ from mixlm.core.options import RULE_PARAMETERS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
+from mixlm.engines.spec import LOADING_OPTIONS
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing.base import Router, RouterFunction, as_router
@@ -51,6 +53,11 @@ def load(  # noqa: PLR0913 - one option each
     engine: str | None = None,
     graphs: Graphs | None = None,
     prefix_cache: int | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    max_memory: Mapping[str, str] | None = None,
+    quantization: Quantization | None = None,
+    revision: str | None = None,
+    attn: str | None = None,
     trust_remote_code: bool | None = None,
     router: Router | RouterFunction | None = None,
     **sampling: Any,
@@ -67,6 +74,12 @@ def load(  # noqa: PLR0913 - one option each
         graphs: Whether short forwards run in fixed shapes, as CUDA graphs where there is CUDA; "auto" only there.
         prefix_cache: MiB of KV caches that a model of transformers keeps, so that texts with the same beginning read it
             once; 0 for none, 1024 by default.
+        device_map: Where the layers of each model go, through accelerate: "auto", "balanced", "balanced_low_0",
+            "sequential", or a device for each module ("cpu", "cuda:1" or 1, "disk"). For engine "hf", as what follows.
+        max_memory: Of each device, for a `device_map` that is a name, such as {"cuda:0": "20GiB", "cpu": "60GiB"}.
+        quantization: How weights are stored that are not quantised in their files: a name in `choices.QUANTIZATIONS`.
+        revision: Branch, tag or commit of hub ids.
+        attn: Transformers' attention implementation, such as "sdpa", where mixlm has none of its own.
         trust_remote_code: Whether Python code in the folders of models may run; it does not by default.
         router: Weights that depend on the prompt or the text, in place of `weights`: a router of `mixlm.routing`, or a
             function of the prompt and the last 4096 bytes of the text so far, both bytes, that returns one weight per
@@ -121,6 +134,8 @@ def load(  # noqa: PLR0913 - one option each
             **{"dtype": dtype, "device": device, "engine": engine, "graphs": graphs},
             "prefix_cache": prefix_cache,
             "trust_remote_code": trust_remote_code,
+            **{"device_map": device_map, "max_memory": max_memory, "quantization": quantization},
+            **{"revision": revision, "attn": attn},
         }
         member |= {name: value for name, value in overrides.items() if value is not None}
         if member["model"] in pairs:
@@ -221,12 +236,14 @@ def choose_engine(member: MemberConfig) -> str:
     every command, method and option gives the text of one engine.
 
     Raises:
-        UnsupportedError: The member has graphs, which llama.cpp has not.
+        UnsupportedError: The member has an option that llama.cpp has not.
     """
     if member.engine != "auto" or not runs_as_gguf(member.model):
         return member.engine
     if member.graphs == "on":
         raise UnsupportedError(f"graphs is 'on', and {member.model} runs in llama.cpp", _USE_HF)
+    if (option := next((name for name in LOADING_OPTIONS if getattr(member, name) is not None), None)) is not None:
+        raise UnsupportedError(f"{option} is given, and {member.model} runs in llama.cpp", _USE_HF)
     return "llamacpp"
 
 

@@ -93,7 +93,9 @@ class EnsembleContestant:
         self.draft = draft_name(ensemble, self.settings) if kind in _DRAFTING else None
 
     def measure(self, sequence: int, tokens: int) -> TimedRun:
-        """Generate with new sessions."""
+        """Generate with new sessions, which find nothing in a prefix cache."""
+        for member in self.ensemble.members:
+            member.engine.drop_prefixes()
         settings = replace(self.settings, sequence=sequence)
         sessions = [member.engine.session() for member in self.ensemble.members]
         return time_run(self.ensemble, settings, self.ensemble.encode_prompt(self._prompt, settings), sessions, tokens)
@@ -104,6 +106,7 @@ def contestants(
 ) -> list[EnsembleContestant]:
     """Return a contestant for each kind, for `single` one of each member. Raises ConfigError."""
     if tuple(kinds) == DEFAULT:
+        kinds = DEFAULT if ensemble.settings(**options).rule is None else ("single", "conventional", "layered")
         kinds = [method for method in kinds if method in ensemble.unit.traits.methods]
     competitors: list[EnsembleContestant] = []
     for kind in dict.fromkeys(checked_kinds(kinds)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 
 from typer import Option
 
-from mixlm.choices import DTYPES, GRAPHS, UNITS
+from mixlm.choices import DTYPES, GRAPHS, QUANTIZATIONS, UNITS
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
@@ -85,6 +85,29 @@ class Shared:
             text="Memory for texts that others may begin with (hf), so that they run once. Default: 1024; 0: none.",
         ),
     ] = None
+    device_map: Annotated[
+        str | None,
+        _ensemble(
+            "--device-map",
+            metavar="MAP",
+            text="Spread models (hf) over devices: auto, balanced, sequential, or MODULE=DEVICE,… (cpu, cuda:1, disk).",
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        _ensemble("--max-memory", metavar="DEV=SIZE,…", text="What --device-map auto may use: cuda:0=20GiB,cpu=60GiB."),
+    ] = None
+    quantization: Annotated[
+        str | None,
+        _ensemble("--quantization", metavar="NAME", text=f"{', '.join(QUANTIZATIONS)}: how weights are stored (hf)."),
+    ] = None
+    revision: Annotated[
+        str | None, _ensemble("--revision", metavar="NAME", text="Branch, tag or commit of hub ids (hf).")
+    ] = None
+    attn: Annotated[
+        str | None,
+        _ensemble("--attn", metavar="NAME", text="Transformers' attention where mixlm's does not fit: sdpa, eager."),
+    ] = None
     trust_remote_code: Annotated[
         bool, _ensemble("--trust-remote-code", metavar=None, text="Run Python code in the folders of models.")
     ] = False
@@ -129,9 +152,9 @@ class Shared:
         changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
         if self.unit is not None:
             changes["unit"] = self.unit
-        rule = {name: changes.pop(name) for name in _OF_RULE if name in changes}
-        choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS}
-        values = {**changes, "dtype": self.dtype, "graphs": self.graphs}
+        rule = {name: changes.pop(name) for name in RULE_OPTIONS if name in changes}
+        choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
+        values = {**changes, "dtype": self.dtype, "graphs": self.graphs, "quantization": self.quantization}
         for name, value in values.items():
             if value is not None:
                 OptionSpec(choices=choices[name] if name in choices else OPTIONS[name].choices).check(
@@ -168,6 +191,12 @@ class Shared:
         changes: dict[str, Any] = {"dtype": dtype, "device": device, "engine": engine, "graphs": graphs}
         if self.prefix_cache is not None:
             changes["prefix_cache"] = self.prefix_cache
+        loading = {
+            "device_map": _pairs("--device-map", self.device_map),
+            "max_memory": _pairs("--max-memory", self.max_memory),
+            **{"quantization": self.quantization, "revision": self.revision, "attn": self.attn},
+        }
+        changes |= {name: value for name, value in loading.items() if value is not None}
         trusted = self.trust_remote_code or member.trust_remote_code
         return member.model_copy(update={**changes, "trust_remote_code": trusted})
 
@@ -181,6 +210,17 @@ class Shared:
             raise ConfigError(
                 f"--weights is {self.weights!r}; it must be numbers with commas between them", "such as: -w 0.7,0.3"
             ) from None
+
+
+def _pairs(flag: str, text: str | None) -> str | dict[str, str] | None:
+    """Return `KEY=VALUE,KEY=VALUE` as a dictionary; --device-map may also be a name. Raises ConfigError."""
+    if text is None or (flag == "--device-map" and "=" not in text):
+        return text
+    pairs = [pair.rpartition("=") for pair in text.split(",")]
+    if not all(equals and value for _, equals, value in pairs):
+        example = "model.embed_tokens=cpu,=cuda:0" if flag == "--device-map" else "cuda:0=20GiB,cpu=60GiB"
+        raise ConfigError(f"{flag} is {text!r}; it must be KEY=VALUE,KEY=VALUE", f"such as: {flag} {example}")
+    return {key: value for key, _, value in pairs}
 
 
 def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str | None) -> dict[str, Any]:
@@ -307,7 +347,7 @@ _SHARED_OPTIONS = [
     *sorted(SAMPLING_OPTIONS, key=lambda name: name.endswith("penalty")),
     *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
 ]
-_OF_RULE = ("rule", *RULE_PARAMETERS)
-_OF_ENSEMBLE = ("method", *_OF_RULE)
+RULE_OPTIONS = ("rule", *RULE_PARAMETERS)
+_OF_ENSEMBLE = ("method", *RULE_OPTIONS)
 # Options of `generate` and the like, without an effect on commands that only score.
 NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name != "system")

@@ -123,12 +123,13 @@ class SessionStats:
     """Forward passes of a session.
 
     forwards: those that served requests. run_ahead: how many of these ran before they were requested. wasted: how many
-    others ran ahead and were never requested.
+    others ran ahead and were never requested. cached_tokens: that other sequences had run, and that did not run again.
     """
 
     forwards: list[Forward] = field(default_factory=list)
     run_ahead: int = 0
     wasted: int = 0
+    cached_tokens: int = 0
 
     @property
     def tokens(self) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from mixlm.engines.transformers.attention_form import AttentionForm
 from mixlm.engines.transformers.fused_norms import FusedNorms
 from mixlm.engines.transformers.kv_cache import KVBuffer, KVBufferPool, KVCache, QueryKeyValue, causal_mask
 from mixlm.types import Ids
@@ -36,7 +36,7 @@ class FixedShapeSequence:
         self._positions = positions
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def attend(self, layer: int, qkv: QueryKeyValue, window: int | None, scale: float | None) -> torch.Tensor:
+    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
         """Write keys and values and attend to the whole buffer: see `kv_cache.AttentionBatch`."""
         query, key, value = qkv
         keys, values = self._buffer.layer(layer, key[0], value[0])
@@ -44,14 +44,12 @@ class FixedShapeSequence:
         values.index_copy_(1, self._positions, value[0])
         heads, count = key.shape[1], query.shape[2]
         groups = query.shape[1] // heads
+        window = form.window
         if window not in self._masks:
             # As numbers: attention would make them of a boolean mask in every layer.
             mask = causal_mask(self._positions, self._buffer.size, window).repeat(groups, 1)
             self._masks[window] = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        grouped = query[0].reshape(1, heads, groups * count, -1)
-        attended = scaled_dot_product_attention(
-            grouped, keys[None], values[None], attn_mask=self._masks[window], scale=scale
-        )
+        attended = form.attend(query[0].reshape(heads, groups * count, -1), keys, values, self._masks[window])
         return attended.view(heads * groups, count, -1).transpose(0, 1)[None]
 
 

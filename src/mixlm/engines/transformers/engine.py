@@ -15,16 +15,26 @@ from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
 from mixlm.engines.transformers.hidden_states import hidden_size
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
+from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.model_loading import load_model, parse_device, parse_dtype, share_weights
-from mixlm.engines.transformers.runner import ModelRunner, memory_errors
+from mixlm.engines.transformers.placement import fetch_revision
+from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
+from mixlm.errors import ConfigError
 from mixlm.models import resolve
 
 
 def load(spec: EngineSpec) -> HFEngine:
     """Load a folder, a catalogue name or a hub id: see `HFEngine.from_pretrained`."""
     resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
-    return HFEngine.from_pretrained(replace(spec, name=spec.name or resolved.name), resolved.path_or_id)
+    source = resolved.path_or_id
+    if spec.revision is not None:
+        if resolved.local:
+            raise ConfigError(
+                f"revision is given, and {spec.model} is on this machine", "leave it out; revisions are of hub ids"
+            )
+        source = fetch_revision(source, spec.revision)
+    return HFEngine.from_pretrained(replace(spec, name=spec.name or resolved.name), source)
 
 
 class HFEngine(Engine):
@@ -82,7 +92,7 @@ class HFEngine(Engine):
         loaded = LoadedModel(model, notes)
         if spec.adapter is not None:
             loaded.add(spec.adapter, spec.name)
-        runner = load_runner(loaded, spec.name, spec.graphs).with_adapter(spec.adapter)
+        runner = load_runner(loaded, spec.name, spec.graphs, spec.prefix_cache << 20).with_adapter(spec.adapter)
         return cls._from_parts(spec, tokenizer, runner)
 
     @classmethod
@@ -101,7 +111,8 @@ class HFEngine(Engine):
         configs = (shared.config, shared.config.get_text_config(), getattr(shared, "generation_config", None))
         ends = [i for config in configs for i in as_ids(getattr(config, "eos_token_id", None))]
         setup = TokenizerSetup.of(tokenizer, spec.name, ends)
-        return cls._from_parts(spec, setup, load_runner(LoadedModel(shared), spec.name, spec.graphs))
+        runner = load_runner(LoadedModel(shared), spec.name, spec.graphs, spec.prefix_cache << 20)
+        return cls._from_parts(spec, setup, runner)
 
     @classmethod
     def _from_parts(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
@@ -147,8 +158,19 @@ class HFEngine(Engine):
     def replica(self) -> HFEngine:
         """Return an engine on the same weights with a runner of its own."""
         other = copy(self)
-        other.runner = copy(self.runner)
+        other.runner = self.runner.with_prefix_cache()
         return other
+
+    @property
+    def prefix_cache_parts(self) -> Mapping[Hashable, int]:
+        """Bytes of the texts that are kept for other sequences, of all adapters."""
+        prefixes = self.runner.prefixes
+        return {} if prefixes is None else {id(prefixes): prefixes.nbytes}
+
+    def drop_prefixes(self) -> None:
+        """Forget the texts that are kept for other sequences."""
+        if self.runner.prefixes is not None:
+            self.runner.prefixes.clear()
 
     def session(self) -> HFSession:
         """Begin a sequence."""

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from mixlm.engines.transformers.attention_form import AttentionForm
+from mixlm.engines.transformers.prefix_cache import Segment
 from mixlm.types import Ids
 
 ATTENTION_NAME = "mixlm"
@@ -29,7 +30,10 @@ _SUPPORTED_OPTIONS = {
     "position_ids",
     "use_cache",
     "cache_position",
+    "output_attentions",
     "output_router_logits",
+    "s_aux",
+    "softcap",
 }
 _MIN_TOKENS = 256  # of a buffer
 
@@ -89,6 +93,8 @@ class KVBufferPool:
 class KVCache:
     """The KV cache of one sequence. length: tokens in it; it changes when a forward pass is done."""
 
+    has_state = False
+
     def __init__(self, pool: KVBufferPool | None = None) -> None:
         self.length = 0
         self._pool = pool or KVBufferPool()
@@ -103,12 +109,13 @@ class KVCache:
         old = self._buffer
         if old is not None and old.size >= tokens:
             return old
-        buffer = self._buffer = self._pool.acquire(tokens)
+        buffer = self._pool.acquire(tokens)
         if old is not None:
             for layer, tensors in old.layers.items():
                 for target, source in zip(buffer.layer(layer, *tensors), tensors, strict=True):
                     target[:, : self.length] = source[:, : self.length]
             self._pool.release(old)
+        self._buffer = buffer
         return buffer
 
     def nearest(self, length: int) -> int:
@@ -119,6 +126,26 @@ class KVCache:
         """Cut to the first `length` tokens. Returns how many are kept."""
         self.length = self.nearest(length)
         return self.length
+
+    def lengths(self) -> list[int]:
+        """Return the lengths that texts may be kept at for other sequences: the whole one."""
+        return [self.length]
+
+    def copy_segment(self, start: int, end: int) -> Segment:
+        """Return a copy of keys and values of the tokens from `start` to `end`."""
+        layers = {} if self._buffer is None else self._buffer.layers
+        return Segment(end - start, {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()}).copy()
+
+    def load(self, segments: Sequence[Segment], length: int) -> None:
+        """Fill an empty cache with the `length` tokens of segments."""
+        buffer, start = self.reserve(length), 0
+        for segment in segments:
+            end = start + segment.tokens
+            for layer, tensors in segment.layers.items():
+                for target, source in zip(buffer.layer(layer, *tensors), tensors, strict=True):
+                    target[:, start:end] = source
+            start = end
+        self.length = length
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values, (KV heads, n, head dimension), behind the first `length`; return all as views."""
@@ -135,14 +162,13 @@ QueryKeyValue = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (1, heads, to
 class AttentionBatch(Protocol):
     """The sequences of one forward pass."""
 
-    def attend(self, layer: int, qkv: QueryKeyValue, window: int | None, scale: float | None) -> torch.Tensor:
+    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
         """Attend within each sequence.
 
         Args:
             layer: index of the layer.
             qkv: query, key and value of all tokens of the pass.
-            window: how many tokens, itself included, a token attends to; None for all before it.
-            scale: of the scores; None for torch's default.
+            form: of the layer's attention.
 
         Returns:
             (1, tokens, query heads, head dimension).
@@ -168,7 +194,7 @@ class PackedSequences:
         for cache, count in zip(self.caches, self.counts, strict=True):
             cache.length += count
 
-    def attend(self, layer: int, qkv: QueryKeyValue, window: int | None, scale: float | None) -> torch.Tensor:
+    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
         """Attend sequence by sequence: see `AttentionBatch`."""
         query, key, value = qkv
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -180,13 +206,12 @@ class PackedSequences:
             keys, values = cache.append(layer, key[0, :, tokens], value[0, :, tokens])
             mask = None
             if count == 1:
-                if window is not None:
-                    keys, values = keys[:, -window:], values[:, -window:]
+                if form.window is not None:
+                    keys, values = keys[:, -form.window :], values[:, -form.window :]
             else:
-                mask = self._mask(count, keys.shape[1], window, keys.device).repeat(groups, 1)
-            # Query heads that share a KV head are stacked as further queries: nothing has to be repeated.
-            grouped = query[0, :, tokens].reshape(1, heads, groups * count, -1)
-            attended = scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask, scale=scale)
+                mask = self._mask(count, keys.shape[1], form.window, keys.device).repeat(groups, 1)
+            grouped = query[0, :, tokens].reshape(heads, groups * count, -1)
+            attended = form.attend(grouped, keys, values, mask)
             out[0, tokens] = attended.view(heads * groups, count, -1).transpose(0, 1)
         return out
 
@@ -211,14 +236,14 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a forward pass's `attention_batch`. query: (1, heads, tokens, head dimension).
 
-    Raises NotImplementedError where a model needs more than scaling and a sliding window.
+    Raises NotImplementedError where a model needs more than an `AttentionForm`.
     """
     unsupported = [name for name, option in options.items() if name not in _SUPPORTED_OPTIONS and option is not None]
     if unsupported:
         raise NotImplementedError(f"attention with {', '.join(unsupported)}")
     batch: AttentionBatch = options["attention_batch"]
-    window, scale = options.get("sliding_window"), options.get("scaling")
-    return batch.attend(module.layer_idx, (query, key, value), window, scale), None
+    form = AttentionForm(*(options.get(name) for name in ("sliding_window", "scaling", "softcap", "s_aux")))
+    return batch.attend(module.layer_idx, (query, key, value), form), None
 
 
 def register(model: Any) -> bool:

@@ -31,20 +31,23 @@ _WITHOUT_STATE = (ForwardPath.PACKED, ForwardPath.CROPPED)
 Pairs = Iterator[tuple[Logits, Logits]]
 
 
-def load_runner(loaded: LoadedModel, name: str, graphs: str = "auto") -> ModelRunner:
+def load_runner(loaded: LoadedModel, name: str, graphs: str = "auto", prefix_cache_bytes: int = 0) -> ModelRunner:
     """Return the runner of a model, without an adapter.
 
     Args:
         loaded: the model.
         name: of the model, for messages.
         graphs: "auto" uses fixed shapes on CUDA where the model can, "on" wherever it can, "off" nowhere.
+        prefix_cache_bytes: of texts that are kept for other sequences, 0 for none.
 
     Raises:
         ModelLoadError: the model cannot run.
         UnsupportedError: its answers do not depend on the text before them alone; or `graphs` is "on" and it cannot
             run in fixed shapes.
     """
-    return _LoadTrial(loaded, name).runner(graphs)
+    runner = _LoadTrial(loaded, name).runner(graphs).with_prefix_cache(prefix_cache_bytes)
+    loaded.runners[None] = runner
+    return runner
 
 
 class _LoadTrial:
@@ -66,7 +69,6 @@ class _LoadTrial:
                     f"{self._name} cannot run in fixed shapes", "leave graphs at auto, or set it to off"
                 )
             runner = fixed or runner
-        self._loaded.runners[None] = runner
         return runner
 
     def _choose_path(self) -> ModelRunner:

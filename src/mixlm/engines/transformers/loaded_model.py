@@ -121,7 +121,12 @@ class LoadedModel:
             with torch.inference_mode(), self._plain_attention():
                 expected = peft_logits(self.model, adapter, f"{self._peft_names[adapter]}reference", self._trial_ids())
         except Exception as error:
-            raise ModelLoadError(f"PEFT cannot run the adapter {adapter} on {name}: {first_line(error)}") from error
+            raise ModelLoadError(
+                f"PEFT cannot run the adapter {adapter} on {name}: {first_line(error)}",
+                "its layers are quantised in a way that takes none: use bitsandbytes, or merge the adapter first"
+                if getattr(self.model.config, "quantization_config", None) is not None
+                else None,
+            ) from error
         finally:
             self.model.eval()
             self._switch(None)
@@ -177,4 +182,11 @@ class LoadedModel:
 
 
 def _count_bytes(parameters: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(_tensor_bytes(parameter) for parameter in parameters)
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    """Return the memory of a tensor; of a quantised one of torchao, that of what it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return _count_bytes(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())

@@ -8,10 +8,14 @@ further back: a rollback goes to the nearest one, and what lies between runs aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mixlm.engines.transformers.prefix_cache import Segment
 
 MAX_SNAPSHOTS = 12  # of one sequence
 _RECENT = 4  # the last snapshots, which are all kept
@@ -21,12 +25,15 @@ _CROPPABLE = {"DynamicLayer", "DummyLayer"}  # types of layers that hold nothing
 class ModelCache:
     """One sequence's cache. length: tokens in it. cache: transformers' object, None before the first forward pass.
 
+    has_state: whether it may have recurrent layers.
+
     Args:
         cache: an empty one; without it, the model makes its own in the first pass.
     """
 
     def __init__(self, cache: Any = None) -> None:
         self.length = 0
+        self.has_state = cache is None
         self.cache = cache
         self._snapshots: dict[int, list[dict[str, Any]]] = {}  # by length, in rising order
 
@@ -57,11 +64,53 @@ class ModelCache:
         elif kept:
             self._snapshots = {taken: layers for taken, layers in self._snapshots.items() if taken <= kept}
             for layer, values in zip(self.cache.layers, self._snapshots[kept], strict=True):
-                _restore(layer, values, kept)
+                _restore(layer, values)
+                if _grows(layer) and layer.is_initialized:
+                    layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
         else:
             self._snapshots, self.cache = {}, None
         self.length = kept
         return kept
+
+    def lengths(self) -> list[int]:
+        """Return the lengths that texts may be kept at for other sequences: those of snapshots, if it has a state."""
+        return list(self._snapshots) if self.has_state else [self.length]
+
+    def copy_segment(self, start: int, end: int) -> Segment:
+        """Return a copy of keys and values of the tokens from `start` to `end`, and the state behind them, if known."""
+        layers = {
+            index: (layer.keys[0, :, start:end], layer.values[0, :, start:end])
+            for index, layer in enumerate(self.cache.layers)
+            if _grows(layer) and layer.is_initialized
+        }
+        if end not in self._snapshots:
+            return Segment(end - start, layers).copy()
+        prototype = copy(self.cache)
+        prototype.layers = [copy(layer) for layer in self.cache.layers]
+        for layer in prototype.layers:
+            layer.__dict__.clear()  # what it holds is in the snapshot
+        snapshot = self._snapshots[end]
+        return Segment(end - start, layers, (prototype, snapshot), sum(map(_size, snapshot))).copy()
+
+    def load(self, segments: Sequence[Segment], length: int) -> None:
+        """Fill an empty cache with the `length` tokens of segments, and with the state of the last one."""
+        if segments[-1].state is not None:
+            prototype, snapshot = segments[-1].state
+            self.cache = copy(prototype)
+            self.cache.layers = [copy(layer) for layer in prototype.layers]
+            self._snapshots = {length: snapshot}
+            for layer, values in zip(self.cache.layers, snapshot, strict=True):
+                layer.keys = layer.values = torch.empty(0)
+                _restore(layer, values)
+        for index in segments[0].layers:
+            keys, values = (
+                torch.cat(parts, dim=1)[None] for parts in zip(*(s.layers[index] for s in segments), strict=True)
+            )
+            if self.has_state:
+                self.cache.layers[index].keys, self.cache.layers[index].values = keys, values
+            else:
+                self.cache.update(keys, values, index)
+        self.length = length
 
     @property
     def snapshot_bytes(self) -> int:
@@ -91,11 +140,9 @@ def _snapshot(layer: Any) -> dict[str, Any]:
     return {name: _copy(value) for name, value in vars(layer).items() if name not in cropped}
 
 
-def _restore(layer: Any, values: dict[str, Any], length: int) -> None:
+def _restore(layer: Any, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(layer, name, _copy(value))
-    if _grows(layer) and layer.is_initialized:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
 def _copy(value: Any) -> Any:

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from logging import getLogger
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import first_line, remote_code_error
-from mixlm.engines.transformers.runner import memory_errors
+from mixlm.engines.transformers.memory import memory_errors
+from mixlm.engines.transformers.placement import check_device_map, empty_model, loading_options
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
 
 
 def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return a model in which every weight is from its files, and notes on weights that it has no place for."""
+    """Return a model in which every weight is from its files, and notes on weights that it has no place for.
+
+    Args:
+        source: folder or hub id.
+        spec: where and how it is loaded, see `placement`.
+        dtype: torch's, of the weights that are not quantised.
+        device: torch's, where there is no device map.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     name = spec.name
+    options = loading_options(spec, dtype, device)
+    if isinstance(options["device_map"], dict) and spec.device_map is not None:
+        check_device_map(options["device_map"], empty_model(source, spec), name)
+    offload = TemporaryDirectory(prefix="mixlm-offload-") if spec.device_map is not None else None
+    if offload is not None:
+        options["offload_folder"] = offload.name
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of weights is in the loading info
+    getLogger("accelerate.big_modeling").setLevel("ERROR")  # it warns of what was asked for
     try:
         with memory_errors(name):
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
-                device_map={"": device},
+                **options,
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # an error below, with all their names
@@ -36,12 +54,31 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise remote_code_error(name) from error
+        given = [option for option in spec.loading_options if option != "revision"]  # that is not to blame
         raise ModelLoadError(
-            f"{name} cannot be loaded: {first_line(error)}", "give a folder of a causal language model"
+            f"{name} cannot be loaded: {first_line(error)}",
+            f"leave out {' and '.join(given)}, or change it" if given else "give a folder of a causal language model",
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    return model.eval(), _check_weights(name, info)
+    notes = _check_weights(name, info)
+    if offload is not None:
+        model = _on_devices(model)
+        weakref.finalize(model, offload.cleanup)
+    return model.eval(), notes
+
+
+def _on_devices(model: Any) -> Any:
+    """Return a model that was spread over devices. Its `device` is where inputs go, also with weights on disk."""
+    import torch
+
+    places = list(dict.fromkeys(getattr(model, "hf_device_map", {}).values()))
+    if model.device.type != "meta":
+        return model
+    main = next((place for place in places if place not in ("cpu", "disk")), "cpu")
+    device = torch.device("cuda", main) if isinstance(main, int) else torch.device(main)
+    model.__class__ = type(type(model).__name__, (type(model),), {"device": property(lambda _: device)})
+    return model
 
 
 def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:

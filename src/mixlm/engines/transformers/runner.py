@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from mixlm.engines.base import Session, respond
+from mixlm.engines.base import Session, common_prefix, respond
 from mixlm.engines.batching import SequenceInput, SequenceOutput, respond_batched
 from mixlm.engines.requests import LogitsRequest, Request, Response
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
+from mixlm.engines.transformers.memory import is_memory_error, memory_errors
+from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, CopyableCache, PrefixCache
 from mixlm.engines.transformers.session import HFSession
-from mixlm.errors import MemoryLimitError, MixlmError
-from mixlm.types import Logits, LogitsRow
+from mixlm.types import Ids, Logits, LogitsRow
 
 if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
 # lie in memory at once; and no more tokens of all sequences together are run in one pass.
 MAX_BATCH_TOKENS = 1024
+# Of one pass of a prefill behind a recurrent state: so many tokens lie between texts that others may begin with.
+_SNAPSHOT_TOKENS = 256
 # After a pass of several sequences, so many passes of one do not run ahead: other sequences would wait for that.
 RUN_AHEAD_COOLDOWN = 16
 # Where a pass behind a state has one token, so many of them take about as long as one pass with so many tokens each.
 _STEPS = 16
 _CACHE_NAMES = ("past_key_values", "cache_params")
-# What torch, safetensors and the system say when memory is out, where the error has no type of its own.
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 class ForwardPath(StrEnum):
@@ -52,10 +52,8 @@ class ForwardPath(StrEnum):
     WHOLE = "one whole text"
 
 
-class SequenceCache(Protocol):
-    """What a sequence keeps between its forward passes. length: tokens in it."""
-
-    length: int
+class SequenceCache(CopyableCache, Protocol):
+    """What a sequence keeps between its forward passes."""
 
     def nearest(self, length: int) -> int:
         """Return the length to which `truncate` would cut."""
@@ -64,20 +62,6 @@ class SequenceCache(Protocol):
     def truncate(self, length: int) -> int:
         """Cut to the first `length` tokens, or to fewer. Returns how many are kept."""
         ...
-
-
-class NoCache:
-    """Keeps nothing."""
-
-    length = 0
-
-    def nearest(self, length: int) -> int:
-        """Return 0."""
-        return 0
-
-    def truncate(self, length: int) -> int:
-        """Return 0."""
-        return 0
 
 
 class ModelRunner:
@@ -110,6 +94,7 @@ class ModelRunner:
         self.frequencies = loaded.frequencies
         self.graphs = graphs
         self.sampler = sampler
+        self.prefixes: PrefixCache | None = None
         self.device_top_k: DeviceTopK | None = None
         self._details = dict(details or {})
         self._cooldown = 0
@@ -153,6 +138,8 @@ class ModelRunner:
     def details(self) -> dict[str, str]:
         """How it runs forward passes, for reports, where that is not as most models do."""
         details = {} if self.batches else {"forwards": self.path.value, **self._details}
+        if self.prefixes is not None:
+            details["prefix cache"] = f"up to {self.prefixes.max_bytes / (1 << 20):.4g} MiB"
         if self.graphs is not None:
             details["short forwards"] = "captured graphs" if self.graphs.captures else "fixed shapes"
         return details
@@ -166,10 +153,8 @@ class ModelRunner:
         """Return an empty cache for a sequence."""
         from mixlm.engines.transformers.kv_cache import KVCache
 
-        if self.path is ForwardPath.PACKED:
+        if self.path in (ForwardPath.PACKED, ForwardPath.WHOLE):  # of whole texts, it stays empty
             return KVCache(None if self.graphs is None else self.graphs.pool)
-        if not self.keeps_cache:
-            return NoCache()
         from transformers import DynamicCache
 
         from mixlm.engines.transformers.model_cache import ModelCache
@@ -185,6 +170,16 @@ class ModelRunner:
         """Return what is equal for lengths of texts that the model counts positions of alike."""
         return None if self.frequencies is None else self.frequencies.regime(length)
 
+    def with_prefix_cache(self, max_bytes: int | None = None) -> ModelRunner:
+        """Return a runner like this one whose sequences share the beginnings of their texts among themselves.
+
+        max_bytes: of what is kept of them, 0 for none; None for as many as here.
+        """
+        runner, kept = copy(self), self.prefixes
+        size = max_bytes if max_bytes is not None else 0 if kept is None else kept.max_bytes
+        runner.prefixes = PrefixCache(size) if size and self.keeps_cache else None
+        return runner
+
     def with_adapter(self, adapter: str | None) -> ModelRunner:
         """Return the model's runner with an adapter that was added, or without one; one runner for each adapter."""
         if adapter == self.adapter:
@@ -196,7 +191,38 @@ class ModelRunner:
         return self.loaded.runners.setdefault(adapter, runner)
 
     def respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
-        """Serve requests of several sessions together."""
+        """Serve requests of several sessions together; what their texts have in common is run once."""
+        responses: list[Response] = [None] * len(requests)
+        waiting = list(range(len(requests)))
+        while waiting:
+            current = self._without_common(requests, waiting)
+            for index, response in zip(current, self._respond([requests[i] for i in current]), strict=True):
+                responses[index] = response
+            waiting = [index for index in waiting if index not in set(current)]
+        return responses
+
+    def _without_common(self, requests: Sequence[tuple[Session, Request]], waiting: list[int]) -> list[int]:
+        """Return the requests, by index, that run now: not those that find more in the prefix cache after these."""
+        if self.prefixes is None or len(waiting) == 1:
+            return waiting
+        current: list[int] = []
+        first: dict[int, bool] = {}  # by session: whether its requests run now
+        leading: list[Ids] = []
+        for index in waiting:
+            session, request = requests[index]
+            if id(session) not in first:
+                wanted = request.ids[: len(request.ids) - (request.last if isinstance(request, LogitsRequest) else 1)]
+                cached = session.cached_tokens(request.ids, len(request.ids) - len(wanted))
+                missing = len(wanted) - cached >= MIN_TOKENS
+                common = max((common_prefix(ids, wanted) for ids in leading), default=0) if missing else 0
+                first[id(session)] = common - cached < MIN_TOKENS
+                if missing and first[id(session)]:
+                    leading.append(wanted)
+            if first[id(session)]:
+                current.append(index)
+        return current
+
+    def _respond(self, requests: Sequence[tuple[Session, Request]]) -> list[Response]:
         if self.frequencies is None:
             return respond_batched(requests, self.run, MAX_BATCH_TOKENS)
         responses: list[Response] = [None] * len(requests)
@@ -222,12 +248,22 @@ class ModelRunner:
                 self.frequencies.length = max(cast(HFSession, item.session).length_with(item.ids) for item in inputs)
             rest = []
             for item in inputs:
-                prefill = max(len(item.ids) - max(MAX_BATCH_TOKENS, item.last), 0) if self.chunks else 0
-                for start in range(0, prefill, MAX_BATCH_TOKENS):
-                    chunk = item.ids[start : min(start + MAX_BATCH_TOKENS, prefill)]
+                prefill, size = self._prefill(item)
+                for start in range(0, prefill, size):
+                    chunk = item.ids[start : min(start + size, prefill)]
                     self._run_batch([SequenceInput(item.session, chunk, 1)])
                 rest.append(item._replace(ids=item.ids[prefill:]))
             return self._run_batch(rest)
+
+    def _prefill(self, item: SequenceInput) -> tuple[int, int]:
+        """Return how many tokens run before the rest of an input, and how many of them in one pass."""
+        count, cache = len(item.ids), cast(HFSession, item.session).cache
+        if self.prefixes is not None and cache.has_state and count - item.last >= MIN_TOKENS:
+            # The next sequence with this text begins at a snapshot, and still has to run the requested positions.
+            if self.path is ForwardPath.SNAPSHOTS:
+                return count - item.last, _SNAPSHOT_TOKENS
+            return (count - 1, count) if item.last == 1 and not cache.length else (0, 1)
+        return (max(count - max(MAX_BATCH_TOKENS, item.last), 0) if self.chunks else 0), MAX_BATCH_TOKENS
 
     def run_unfiltered(self, inputs: Sequence[SequenceInput]) -> list[Logits]:
         """Run inputs without filters: float32 (last, vocab) for each. Raises MemoryLimitError."""
@@ -299,13 +335,21 @@ class ModelRunner:
         batch = PackedSequences([session.cache for session in sessions], counts)
         ends = zip(inputs, np.cumsum(counts), strict=True)
         outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
-        result = self.model(
-            input_ids=ids,
-            position_ids=torch.tensor(batch.positions()[None], device=device),
-            logits_to_keep=torch.tensor(outputs, device=device),
-            use_cache=False,
-            attention_batch=batch,
-        )
+        options = {
+            "input_ids": ids,
+            "position_ids": torch.tensor(batch.positions()[None], device=device),
+            "logits_to_keep": torch.tensor(outputs, device=device),
+            "use_cache": False,
+            "attention_batch": batch,
+        }
+        try:
+            result = self.model(**options)
+        except Exception as error:
+            if self.prefixes is None or not is_memory_error(error) or not self.prefixes.clear():
+                raise
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            result = self.model(**options)  # what the failed pass wrote lies behind the KV caches' lengths
         batch.commit()
         return result.logits[0]
 
@@ -343,21 +387,3 @@ class ModelRunner:
         rows = self.device_top_k.transfer(logits, [item.top_k_filter for item in inputs for _ in range(item.last)])
         outputs = [(item, rows[end - item.last : end]) for item, end in zip(inputs, ends, strict=True)]
         return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
-
-
-@contextmanager
-def memory_errors(name: str) -> Iterator[None]:
-    """Turn torch's errors that mean that memory is out into MemoryLimitError. name: of the model."""
-    import torch
-
-    try:
-        yield
-    except MixlmError:
-        raise
-    except Exception as error:
-        message = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in message for part in _NO_MEMORY):
-            raise MemoryLimitError(
-                f"the device has too little memory for {name}", "use --dtype bfloat16, or smaller members"
-            ) from error
-        raise

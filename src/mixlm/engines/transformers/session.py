@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixlm.engines.base import Session
+from mixlm.engines.base import Session, common_prefix
 from mixlm.engines.batching import SequenceInput
+from mixlm.engines.requests import Forward
+from mixlm.engines.transformers.prefix_cache import MIN_TOKENS
 from mixlm.types import Floats, Ids, Logits
 
 if TYPE_CHECKING:
@@ -42,10 +45,15 @@ class HFSession(Session):
         self.run_ahead = None
 
     def cached_tokens(self, ids: Ids, last: int = 1) -> int:
-        """Return how many tokens of `ids` are in the KV cache; none where the position frequencies are others."""
-        if self._runner.regime(len(ids)) != self._regime:
-            return 0
-        cached = int(self.cache.nearest(super().cached_tokens(ids, last)))
+        """Return how many tokens of `ids` are in its KV cache, or in those that other sequences left."""
+        regime, cached = self._runner.regime(len(ids)), 0
+        if regime == self._regime:
+            cached = int(self.cache.nearest(super().cached_tokens(ids, last)))
+        prefixes = self._runner.prefixes
+        if prefixes is not None and len(ids) - last - cached >= MIN_TOKENS:
+            wanted = ids[: len(ids) - last]
+            shared = prefixes.match((self._runner.adapter, regime), wanted, has_state=self.cache.has_state)
+            cached = shared if shared - cached >= MIN_TOKENS else cached
         return 0 if self._runner.begins_anew(cached, len(ids)) else cached
 
     def can_chunk(self, ids: Ids) -> bool:
@@ -57,11 +65,52 @@ class HFSession(Session):
         if (regime := self._runner.regime(len(ids))) != self._regime:
             self.reset()
             self._regime = regime
+        self._take_prefix(ids, last)
         cached = super().rollback(ids, last)
         if cached and self._runner.begins_anew(cached, len(ids)):
             self.reset()
             return 0
         return cached
+
+    def _take_prefix(self, ids: Ids, last: int) -> None:
+        """Take what other sequences left of a text, where that is enough more than this one has."""
+        prefixes = self._runner.prefixes
+        if prefixes is None or not 1 <= last <= len(ids) <= self.context_length:
+            return
+        key, wanted = (self._runner.adapter, self._regime), ids[: len(ids) - last]
+        cached = int(self.cache.nearest(common_prefix(self._cached.ids, wanted)))
+        if len(wanted) - cached < MIN_TOKENS:
+            return
+        length = prefixes.match(key, wanted, has_state=self.cache.has_state)
+        if length - cached < MIN_TOKENS or self._runner.begins_anew(length, len(ids)):
+            return
+        self.reset()
+        length = prefixes.take(key, wanted, self.cache)
+        self._cached.replace_tail(0, wanted[:length])
+        self.stats.cached_tokens += max(length - cached, 0)
+
+    def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
+        """Record a forward pass; what a long one has run is kept for other sequences at once."""
+        super().record(ids, logits, forward)
+        if forward.tokens >= MIN_TOKENS:
+            self._leave_prefix()
+
+    def close(self) -> None:
+        """End the sequence; what it has run is kept for others."""
+        self._leave_prefix()
+        self.reset()
+
+    def __del__(self) -> None:
+        # Whoever collects garbage may be using the texts that are kept: it must not wait for itself.
+        if not sys.is_finalizing():
+            self._leave_prefix(wait=False)
+
+    def _leave_prefix(self, *, wait: bool = True) -> None:
+        prefixes, cache = self._runner.prefixes, self.cache
+        if prefixes is not None:
+            for length in cache.lengths():
+                if 0 < length <= self.num_cached:
+                    prefixes.leave((self._runner.adapter, self._regime), self._cached.ids[:length], cache, wait=wait)
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the logits after each of the last prefixes, those of each regime of frequencies by themselves."""

@@ -1,0 +1,231 @@
+"""KV caches of texts that ended, for sequences that begin with the same tokens.
+
+A tree of segments (as in SGLang's RadixAttention, Zheng et al., 2024, arXiv 2312.07104): a node has some tokens with
+their keys and values, and its children go on from there, so what texts have in common is kept once. Sequences copy what
+they take and what they leave: a copy takes a fraction of a percent of the time that the tokens would take to run, and
+no sequence can change another's. The least recently used ends of the tree go first when the memory is spent.
+
+A tree belongs to one adapter of one model, and to one regime of position frequencies: nothing else tells equal tokens
+apart. The state of a recurrent layer is that of one length, so there a text is taken up to the end of a node.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mixlm.engines.base import common_prefix
+from mixlm.types import Ids
+
+if TYPE_CHECKING:
+    import torch
+
+MIN_TOKENS = 16  # fewer are neither kept by themselves nor looked for
+
+LayerTensors = dict[int, "tuple[torch.Tensor, torch.Tensor]"]  # keys and values, (KV heads, n, head dimension) each
+
+
+class Segment(NamedTuple):
+    """What a cache holds of successive tokens. state: of the recurrent layers behind the last one, None if unknown."""
+
+    tokens: int
+    layers: LayerTensors
+    state: Any = None
+    state_bytes: int = 0
+
+    def cut(self, start: int, end: int) -> Segment:
+        """Return the tokens from `start` to `end` as views, with the state if the last one is among them."""
+        layers = {layer: (keys[:, start:end], values[:, start:end]) for layer, (keys, values) in self.layers.items()}
+        return Segment(end - start, layers, *((self.state, self.state_bytes) if end == self.tokens else ()))
+
+    def copy(self) -> Segment:
+        """Return the same with keys and values of its own."""
+        return self._replace(
+            layers={layer: (keys.clone(), values.clone()) for layer, (keys, values) in self.layers.items()}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of it."""
+        tensors = [tensor for pair in self.layers.values() for tensor in pair]
+        return self.state_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class CopyableCache(Protocol):
+    """A sequence's cache that segments can be copied from and to. has_state: whether some layers are recurrent."""
+
+    length: int
+    has_state: bool
+
+    def lengths(self) -> list[int]:
+        """Return the lengths that texts may be kept at."""
+        ...
+
+    def copy_segment(self, start: int, end: int) -> Segment:
+        """Return a copy of what it holds of the tokens from `start` to `end`."""
+        ...
+
+    def load(self, segments: Sequence[Segment], length: int) -> None:
+        """Fill an empty cache with `length` tokens."""
+        ...
+
+
+class _Node:
+    """Some tokens behind those of its parent. used: when it was last taken or left, as a number that rises."""
+
+    def __init__(self, ids: Ids, segment: Segment, parent: _Node | None, used: int) -> None:
+        self.ids = ids
+        self.segment = segment
+        self.parent = parent
+        self.children: dict[int, _Node] = {}  # by their first token
+        self.used = used
+
+
+class PrefixCache:
+    """The texts that are kept for the sequences of one model.
+
+    Args:
+        max_bytes: Memory of their keys, values and states.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._roots: dict[Hashable, _Node] = {}
+        self._clock = count()
+        self._lock = threading.Lock()
+
+    def match(self, key: Hashable, ids: Ids, *, has_state: bool) -> int:
+        """Return how many tokens `take` would find of `ids`. key: of the tree; has_state: as of the cache."""
+        with self._lock:
+            return sum(part for _, part in self._path(key, ids, has_state))
+
+    def take(self, key: Hashable, ids: Ids, cache: CopyableCache) -> int:
+        """Fill an empty cache with the longest prefix of `ids` that is kept. Returns its length."""
+        import torch
+
+        with self._lock:
+            path = self._path(key, ids, cache.has_state)
+            length = sum(part for _, part in path)
+            if length:
+                now = next(self._clock)
+                for node, _ in path:
+                    node.used = now
+                with torch.inference_mode():
+                    cache.load([node.segment.cut(0, part) for node, part in path], length)
+            return length
+
+    def leave(self, key: Hashable, ids: Ids, cache: CopyableCache, *, wait: bool = True) -> None:
+        """Keep a text: what is not kept of it yet is copied from its cache.
+
+        Args:
+            key: of the tree.
+            ids: the first tokens of the cache, int64 (n,), n up to its length.
+            cache: that has run them.
+            wait: for other threads that use the tree; else nothing is kept while one does.
+        """
+        import torch
+
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
+            with torch.inference_mode():
+                self._leave(key, ids, cache)
+        finally:
+            self._lock.release()
+
+    def clear(self) -> bool:
+        """Forget all texts. Returns whether there were any."""
+        with self._lock:
+            had_any = self.nbytes > 0
+            self._roots.clear()
+            self.nbytes = 0
+        return had_any
+
+    def _path(self, key: Hashable, ids: Ids, has_state: bool) -> list[tuple[_Node, int]]:
+        """Return the nodes of the longest prefix that is kept, each with how many of its tokens belong to it."""
+        path = self._walk(key, ids)
+        while has_state and path and (path[-1][0].segment.state is None or path[-1][1] < len(path[-1][0].ids)):
+            path.pop()
+        return path
+
+    def _walk(self, key: Hashable, ids: Ids) -> list[tuple[_Node, int]]:
+        path: list[tuple[_Node, int]] = []
+        node, done = self._roots.get(key), 0
+        while node is not None and done < len(ids):
+            node = node.children.get(int(ids[done]))
+            if node is None:
+                break
+            part = common_prefix(node.ids, ids[done:])
+            path.append((node, part))
+            done += part
+            if part < len(node.ids):
+                break
+        return path
+
+    def _leave(self, key: Hashable, ids: Ids, cache: CopyableCache) -> None:
+        now = next(self._clock)
+        path = self._walk(key, ids)
+        for node, _ in path:
+            node.used = now
+        done = sum(part for _, part in path)
+        last, part = path[-1] if path else (None, 0)
+        known = done == len(ids) and (not cache.has_state or (last is not None and self._ends_with_state(last, part)))
+        if known or (len(ids) - done < MIN_TOKENS and not (cache.has_state and done == len(ids))):
+            return
+        parent = self._split(last, part) if last is not None else self._roots.setdefault(key, _root())
+        if done == len(ids):
+            self._set_state(parent, cache.copy_segment(done, done))
+        else:
+            segment = cache.copy_segment(done, len(ids))
+            if segment.nbytes > self.max_bytes:
+                return
+            parent.children[int(ids[done])] = _Node(ids[done:].copy(), segment, parent, now)
+            self.nbytes += segment.nbytes
+        self._evict()
+
+    @staticmethod
+    def _ends_with_state(node: _Node, part: int) -> bool:
+        return part == len(node.ids) and node.segment.state is not None
+
+    def _set_state(self, node: _Node, segment: Segment) -> None:
+        node.segment = node.segment._replace(state=segment.state, state_bytes=segment.state_bytes)
+        self.nbytes += segment.state_bytes
+
+    def _split(self, node: _Node, part: int) -> _Node:
+        """Divide a node behind its first tokens. Returns the node of these: itself where there is nothing to divide."""
+        if part == len(node.ids):
+            return node
+        assert node.parent is not None
+        segment, ids = node.segment, node.ids
+        head = _Node(ids[:part].copy(), segment.cut(0, part).copy(), node.parent, node.used)
+        node.parent.children[int(ids[0])] = head
+        node.ids, node.parent, node.segment = ids[part:].copy(), head, segment.cut(part, len(ids)).copy()
+        head.children[int(ids[part])] = node
+        return head
+
+    def _evict(self) -> None:
+        """Forget the least recently used ends of texts until the memory is enough."""
+        while self.nbytes > self.max_bytes:
+            node = min((leaf for root in self._roots.values() for leaf in _leaves(root)), key=lambda leaf: leaf.used)
+            assert node.parent is not None
+            del node.parent.children[int(node.ids[0])]
+            self.nbytes -= node.segment.nbytes
+
+
+def _root() -> _Node:
+    return _Node(np.zeros(0, dtype=np.int64), Segment(0, {}), None, 0)
+
+
+def _leaves(node: _Node) -> Iterator[_Node]:
+    nodes = list(node.children.values())
+    while nodes:
+        child = nodes.pop()
+        if child.children:
+            nodes += child.children.values()
+        else:
+            yield child

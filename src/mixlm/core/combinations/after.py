@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.combinations.base import Combination, Unreported, complete, winner_by_bounds
-from mixlm.core.sampling import Transform
+from mixlm.core.sampling import Transform, largest_indices
 from mixlm.types import Floats, Ids, Sampling
 
 _ROUNDING = 1e-12
+_LISTED = 4096  # of the largest symbols, as many are looked at one by one for top-p
 
 
 @dataclass(frozen=True)
@@ -162,23 +163,32 @@ def certainly_kept(lower: Floats, free: float, sampling: Sampling) -> npt.NDArra
     if sampling.top_p < 1:
         kept &= _kept_by_top_p(lower, room, sampling)
     if sampling.min_p > 0:
-        kept &= lower >= sampling.min_p**sampling.temperature * (_largest_other(lower) + room) + min(room, _ROUNDING)
+        kept &= _kept_by_min_p(lower, room, sampling.min_p**sampling.temperature)
     return kept
 
 
-def _largest_other(lower: Floats) -> Floats:
-    """Return the largest of the other values, for each: float64 (symbols,)."""
+def _two_largest(lower: Floats) -> tuple[int, float]:
+    """Return the index of the largest value, and the largest of the others, 0 where there is none."""
     best = int(lower.argmax())
-    out = np.full_like(lower, lower[best])
-    out[best] = np.delete(lower, best).max(initial=0.0)
-    return out
+    second = max(float(lower[:best].max(initial=0.0)), float(lower[best + 1 :].max(initial=0.0)))
+    return best, second
+
+
+def _kept_by_min_p(lower: Floats, room: float, share: float) -> npt.NDArray[np.bool_]:
+    """The largest other symbol may get all the free mass."""
+    best, second = _two_largest(lower)
+    margin = min(room, _ROUNDING)
+    kept = np.asarray(lower >= share * (lower[best] + room) + margin)
+    kept[best] = lower[best] >= share * (second + room) + margin
+    return kept
 
 
 def _tempered_bound(lower: Floats, free: float, alpha: float) -> Floats:
+    best, second = _two_largest(lower)
     powers = lower**alpha
-    other = _largest_other(lower)
-    denominators = powers.sum() - other**alpha + (other + free) ** alpha
-    bound: Floats = powers / denominators
+    total = powers.sum()
+    bound: Floats = powers / (total - powers[best] + (lower[best] + free) ** alpha)
+    bound[best] = powers[best] / (total - second**alpha + (second + free) ** alpha)
     return bound
 
 
@@ -207,28 +217,32 @@ def _kept_by_top_p(lower: Floats, room: float, sampling: Sampling) -> npt.NDArra
     In descending order, a symbol is `value`; `level` symbols are not smaller. The free mass `room` may raise some of
     those behind to it: the next ones are the cheapest and bring the most, so they are a prefix, up to `reach`.
     """
-    alpha = 1 / sampling.temperature
-    order = np.argsort(-lower, kind="stable")
-    order = order[lower[order] > 0]
+    alpha, plain = 1 / sampling.temperature, sampling.temperature == 1 and not sampling.top_k
+    top = largest_indices(np.where(lower > 0, lower, -np.inf), _LISTED)
+    order = top[np.argsort(-lower[top], kind="stable")]
     values = lower[order]
     powers = values**alpha
     sums, power_sums = (np.concatenate([[0.0], np.cumsum(x)]) for x in (values, powers))
+    unlisted = max(float((lower**alpha).sum() - power_sums[-1]), 0.0) if top.size < np.count_nonzero(lower) else 0.0
     level = np.searchsorted(-values, -values, side="right")
     before = power_sums[level] - powers
-    near = before < sampling.top_p * (power_sums[-1] + room)  # the others are not kept for certain
-    values, level, before = values[near], level[near], before[near]
+    # The others are not kept for certain, even where nothing is raised.
+    near = before + room < sampling.top_p if plain else before * (1 - sampling.top_p) < sampling.top_p * powers
+    near |= level == 1
+    values, powers, level, before = values[near], powers[near], level[near], before[near]
     reach = _prefix(level, values, sums, room)
     after = np.minimum(reach + 1, sums.size - 1)  # one more, in place of a part of it
-    if alpha == 1 and not sampling.top_k:
-        share = before + room + sums[after] - sums[level]
+    raised = power_sums[after] - power_sums[level] + np.where(reach >= sums.size - 1, unlisted, 0.0)
+    ordered = np.append(lower[order], 0.0)
+    if plain:
+        share = before + room + raised
     else:
         # The free mass does the most on the largest of those before u.
-        ordered = np.append(lower[order], 0.0)
-        largest = np.where(level > 1, ordered[0], ordered[np.minimum(1, ordered.size - 1)])
-        before = before + (largest + room) ** alpha - largest**alpha + power_sums[after] - power_sums[level]
-        share = before / (before + values**alpha)
+        largest = np.where(level > 1, ordered[0], ordered[min(1, ordered.size - 1)])
+        before = before + (largest + room) ** alpha - largest**alpha + raised
+        share = before / (before + powers)
     # Nothing comes before the largest where the free mass cannot raise any other to it.
-    unreachable = (level == 1) & (room < values - np.append(lower[order], 0.0)[level])
+    unreachable = (level == 1) & (room < values - ordered[level])
     kept = np.zeros(lower.size, dtype=np.bool_)
     kept[order[near]] = unreachable | (share < sampling.top_p - (_ROUNDING if room > 0 else 0.0))
     return kept

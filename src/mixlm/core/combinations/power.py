@@ -32,6 +32,7 @@ from typing import ClassVar
 import numpy as np
 
 from mixlm.core.combinations.base import (
+    TOLERANCE,
     Combination,
     Unreported,
     check_number,
@@ -45,6 +46,7 @@ from mixlm.core.combinations.log_linear import only_symbol
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
 
+_LARGE = 16.0  # probabilities below 1e-18 vanish in powers up to this one
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -90,10 +92,10 @@ class Power(Combination):
             lower: Floats = mean / max(mean.sum() + (rest ** (1 / self.strength)).sum(), _TINY)
             return lower
         if unreported is None:
-            total = np.maximum(mean.sum() - mean, 0.0) ** self.strength + missing.sum()
+            total = _sum_of_others(mean) ** self.strength + missing.sum()
         else:
             # Rows are lower bounds: all that they do not give u may be proportional elsewhere.
-            total = missing.sum() + (weights * done) @ np.maximum(1 - probs, 0.0) ** self.strength
+            total = missing.sum() + (weights * done) @ (np.maximum(1 - probs, 0.0) + TOLERANCE) ** self.strength
         lower = mean / np.maximum(mean + total ** (1 / self.strength), _TINY)
         return lower
 
@@ -103,7 +105,7 @@ class Power(Combination):
             return None
         if self.strength >= 1:
             return weights
-        most = self._single_share(np.ones(len(weights)), weights)
+        most = self._single_share(np.ones(len(weights)), np.zeros(len(weights)), weights)
         normalised: Floats = most / most.sum()
         return normalised
 
@@ -113,7 +115,8 @@ class Power(Combination):
         if coin is None:
             return super().first_distribution(row, weights, member, open_mass)
         if self.strength < 1:
-            lower: Floats = self._single_share(row[None].T, weights)[:, member] / coin[member]
+            others = _sum_of_others(row) + min(open_mass, 1.0)
+            lower: Floats = self._single_share(row, others, weights[member]) / coin[member]
             return lower
         positive = weights[weights > 0]
         return row * least_share(row, positive, positive ** (1 / self.strength))
@@ -128,10 +131,13 @@ class Power(Combination):
         return winner_by_bounds(lower, lower + missing, missing)
 
     def _mean(self, probs: Floats, weights: Floats, members: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Floats:
-        """Return `M` over some members, 0 for the others, scaled by the largest so that no power underflows."""
+        """Return `M` over some members, 0 for the others."""
         if not members.any():
             return np.zeros(probs.shape[1])
         rows, shares = probs[members], weights[members]
+        if 0 < self.strength <= _LARGE:
+            return np.asarray((shares @ rows**self.strength) ** (1 / self.strength))
+        # Powers may overflow or vanish: they are taken of ratios.
         scale = rows.max(axis=0) if self.strength > 0 else rows.min(axis=0)
         out = np.zeros(probs.shape[1])
         some = scale > 0
@@ -139,12 +145,20 @@ class Power(Combination):
         out[some] = scale[some] * powers ** (1 / self.strength)
         return out
 
-    def _single_share(self, x: Floats, weights: Floats) -> Floats:
-        """Return `L_{i}` of a symbol of probability x, for each member: x broadcast against (members,). 0 < r < 1."""
-        own = weights ** (1 / self.strength) * x
-        rest = (weights * np.maximum(1 - x, 0.0) ** self.strength + (1 - weights)) ** (1 / self.strength)
-        share: Floats = own / np.maximum(own + rest, _TINY)
-        return share
+    def _single_share(self, x: Floats, others: Floats, weight: Floats) -> Floats:
+        """Return `L_{i}` of a symbol of probability x, where member i, of this weight, gives `others` elsewhere."""
+        own = weight ** (1 / self.strength) * x
+        rest = (weight * others**self.strength + (1 - weight)) ** (1 / self.strength)
+        return own / np.maximum(own + rest, _TINY)
+
+
+def _sum_of_others(values: Floats) -> Floats:
+    """Return the sum of all but each value; exact where that is tiny, since roots of it are not."""
+    others = np.maximum(values.sum() - values, 0.0)
+    if values.size:
+        best = int(values.argmax())
+        others[best] = values[:best].sum() + values[best + 1 :].sum()
+    return np.asarray(others)
 
 
 def least_share(x: Floats, weights: Floats, largest: Floats) -> Floats:

@@ -15,6 +15,8 @@ export class Thread {
   constructor(writer, { titleOf, refresh }) {
     Object.assign(this, { writer, titleOf, refresh });
     this.views = new Map(); // by completion id
+    this.changed = new Set(); // ids of completions that are shown anew with the next frame
+    this.frame = null;
     this.root = $("#thread");
     this.scroller = $("#scroller");
     this.listen();
@@ -162,10 +164,18 @@ export class Thread {
     return element("span", { className: "pager" }, go(-1), `${shown + 1} of ${slots.length}`, go(1));
   }
 
-  // A completion has changed; the page scrolls with it, unless the reader has scrolled up.
+  // A completion has changed. It is shown with the next frame, with all that arrives until then.
   update(completion) {
+    this.changed.add(completion.id);
+    this.frame ??= requestAnimationFrame(() => this.showChanges());
+  }
+
+  // The page scrolls with what is new, unless the reader has scrolled up.
+  showChanges() {
+    this.frame = null;
     const follow = this.isAtEnd();
-    this.views.get(completion.id)?.update();
+    for (const id of this.changed) this.views.get(id)?.update();
+    this.changed.clear();
     if (follow) this.scrollToEnd();
   }
 

@@ -111,3 +111,42 @@ def test_a_loaded_ensemble_writes():
     completion = mixlm.load("toy:1", "toy:2").generate("the bird", seed=0, max_tokens=5)
     assert len(completion.tokens) == 5
     assert completion.text
+
+
+def test_a_file_names_the_rule_its_parameters_and_the_roles(tmp_path):
+    path = tmp_path / "pair.toml"
+    path.write_text(
+        '[combination]\nrule = "contrastive"\nstrength = 0.2\n'
+        '[[members]]\nmodel = "toy:1"\nrole = "amateur"\n[[members]]\nmodel = "toy:2"\nrole = "expert"\n'
+    )
+    ensemble = load(path)
+    assert (ensemble.defaults.rule, ensemble.defaults.rule_parameters) == ("contrastive", {"strength": 0.2})
+    assert ensemble.defaults.method == "layered"
+    assert [member.role for member in ensemble.members] == ["amateur", "expert"]
+    turned = load("toy:2", "toy:1", rule="contrastive", strength=0.2)
+    options = {"seed": 3, "max_tokens": 8}
+    assert ensemble.generate("the", **options).text == turned.generate("the", **options).text
+    assert load(path, rule="max").defaults.rule_parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[combination]\nrule = "contrast"\n', r"combination.rule is 'contrast'"),
+        ("[combination]\nstrength = 1.0\n", "combination.rule is missing"),
+        ('[combination]\nrule = "power"\nexponent = 2.0\n', "unknown key 'combination.exponent'.*strength"),
+        ("strength = 2.0\n", "write it below .combination"),
+        ('rule = "max"\n[combination]\nrule = "min"\n', "rule and .combination. are both given"),
+    ],
+)
+def test_what_is_no_rule_in_a_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "pair.toml"
+    path.write_text(text + '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n')
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_a_rule_of_ones_own_is_given_as_a_function():
+    ensemble = load("toy:1", "toy:2", rule=lambda probs, weights: weights @ probs)
+    assert ensemble.defaults.method == "layered"
+    assert ensemble.generate("the", seed=1, max_tokens=3).usage.tokens == 3

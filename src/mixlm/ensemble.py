@@ -446,10 +446,15 @@ class Ensemble:
                 "symbols",
                 "use --unit piece, or leave it out for the log-probabilities of the sampled member",
             )
+        rule = settings.combination
+        purpose = "score_prompt" if settings.score_prompt else None
+        if rule is not None and rule.common_options:
+            # Members give what the rule truncates: bounds on what an engine leaves out would not be exact.
+            purpose = f"rule {rule.name}"
         for member in self.members:
-            if settings.score_prompt and member.engine.top_k_limit is not None:
+            if purpose is not None and member.engine.top_k_limit is not None:
                 raise UnsupportedError(
-                    f"score_prompt needs every token's probability, and {member.name} reports its most likely only",
+                    f"{purpose} needs every token's probability, and {member.name} reports its most likely only",
                     "use --engine hf (engine='hf')",
                 )
 

@@ -31,7 +31,12 @@ from programs import MAIN, TOYS, Run, process
         ((*TOYS, "--top-p", "3"), ("top_p is 3.0", "at most 1")),
         ((*TOYS, "--temperature", "nan"), ("temperature is nan",)),
         ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
-        ((*TOYS, "--mix-then-truncate"), ("mix-then-truncate", "--method conventional")),
+        ((*TOYS, "--mix-then-truncate", "--method", "mixture"), ("mean-then-truncate", "--method layered")),
+        ((*TOYS, "--rule", "gacs"), ("rule is 'gacs'", "gac")),
+        ((*TOYS, "--rule", "max", "--strength", "2"), ("rule max has no parameter 'strength'",)),
+        ((*TOYS, "--rule", "proxy"), ("rule proxy combines 3 members (base, tuned, untuned), and there are 2",)),
+        ((*TOYS, "--rule", "contrastive", "-w", "1,2"), ("weights are given, and rule contrastive",)),
+        ((*TOYS, "--strength", "2"), ("--strength is given without a rule",)),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
         ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),
         ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),
@@ -119,7 +124,7 @@ def test_commands_that_do_not_fit(run: Run, arguments: tuple[str, ...], parts: t
 
 def test_a_refusal_comes_before_anything_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.loading.load_config", lambda *_, **__: pytest.fail("it was loaded"))
-    for bad in (("-w", "1"), ("--temperature", "0"), ("--top-p", "0"), ("--mix-then-truncate",)):
+    for bad in (("-w", "1"), ("--temperature", "0"), ("--top-p", "0"), ("--rule", "proxy")):
         assert run("generate", "hello", *TOYS, *bad).code == 2
 
 
@@ -177,11 +182,13 @@ def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
     assert "2 members" in done.error
 
 
-def test_a_rule_is_for_conventional_alone(run: Run) -> None:
-    assert "rule gac has no form in mixture" in run("generate", "x", *TOYS, "--rule", "gac").error
-    assert "--rule is 'gacs'; it must be one of gac, unite" in run("generate", "x", *TOYS, "--rule", "gacs").error
-    assert "no form in single" in run("bench", *TOYS, "--rule", "unite").error
-    assert run("generate", "x", *TOYS, "--method", "conventional", "--rule", "unite", "--max-tokens", "3").code == 0
+def test_a_rule_is_layered_unless_another_method_is_given(run: Run) -> None:
+    assert "the rule is gac" in run("generate", "x", *TOYS, "--rule", "gac", "--method", "auto").error
+    for method in ((), ("--method", "conventional"), ("--method", "greedy")):
+        assert run("generate", "x", *TOYS, *method, "--rule", "unite", "--max-tokens", "3").code == 0
+    done = run("generate", "x", *TOYS, "--mix-then-truncate", "--max-tokens", "3")
+    assert done.code == 0
+    assert "--mix-then-truncate is now --rule mean-then-truncate" in done.err
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,17 @@ def test_a_call_with_a_rule_is_layered_unless_it_says_otherwise():
     assert generation_options(method="greedy").with_options({"rule": "max"}).method == "greedy"
     with pytest.raises(UnsupportedError, match="the rule is max"):
         plain.with_options({"rule": "max", "method": "mixture"})
+    with pytest.raises(UnsupportedError, match=r"score_prompt gives .* average, and the rule is max"):
+        plain.with_options({"rule": "max", "score_prompt": True, "raw": True})
+
+
+def test_another_rule_begins_with_its_own_parameters():
+    contrast = generation_options(rule="contrastive", strength=0.2, alpha=0.3)
+    assert contrast.with_options({"seed": 1}).rule_parameters == {"strength": 0.2, "alpha": 0.3}
+    assert contrast.with_options({"strength": 0.4}).rule_parameters == {"strength": 0.4, "alpha": 0.3}
+    assert contrast.with_options({"rule": "max"}).rule_parameters == {}
+    assert contrast.with_options({"rule": "power", "strength": 3.0}).rule_parameters == {"strength": 3.0}
+    assert contrast.with_options({"rule": "average"}).rule is None
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,20 @@ from toys import (
     Distribution,
     assert_same_distribution,
     driven,
+    engine,
+    fixed,
+    make_ensemble,
     member_distribution,
     toys,
     written,
 )
 
-from mixlm.ensemble import Ensemble
+from mixlm.core.combinations import Combination
+from mixlm.core.rng import Noise
+from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.routing import FunctionRouter
+from mixlm.verification.check import check
 
 PLACES = [(), (b"a", b"b")]
 PLAIN = OPTIONS["plain"]
@@ -57,12 +65,12 @@ PIECES = (*SHARED, END)
 class Scripted:
     """Stands in for noise: a coin and a uniform number of choice, and a note of what is sampled from."""
 
-    def __init__(self, coin: int, uniform: float) -> None:
+    def __init__(self, coin: int, uniform: float, position: int = 0) -> None:
         self._coin, self._uniform = coin, uniform
         self.weights = np.ones(1)
         self.symbols = np.zeros(0, dtype=np.int64)
         self.probs = np.zeros(0)
-        self.position = 0
+        self.position = position
 
     def coin(self, weights):
         self.weights = weights
@@ -79,22 +87,25 @@ class Scripted:
         return 0
 
 
-def strategy_distribution(ensemble: Ensemble, options: dict, pieces=()) -> tuple[Distribution, float]:
+def strategy_distribution(
+    ensemble: Ensemble, options: dict, pieces=(), position: int = 0
+) -> tuple[Distribution, float]:
     """The distribution of a strategy's choices, over all coins and uniform numbers; and the forwards it expects."""
     out: Distribution = defaultdict(float)
     forwards = 0.0
-    coin, coins = 0, 1
-    while coin < coins:
-        below = 0.0
+    coin, coins = 0, np.ones(1)
+    while coin < len(coins):
+        below = 0.0 if coins[coin] else 1.0
         while below < 1 - 1e-9:
-            noise = Scripted(coin, below + 1e-12)
+            noise = Scripted(coin, below + 1e-12, position)
             strategy = ensemble.context(ensemble.settings(raw=True, **options)).strategy
             _, rounds = driven(strategy, written(ensemble, options, "ab", pieces), ensemble.weights, noise)
             count = sum(len(requests) for requests in rounds)
-            coins = len(noise.weights)
-            # Early, what is sampled from has the mass of the uniform numbers that lead there.
-            width = 1 - below if count == len(ensemble.members) else float(noise.probs.sum())
-            share = float(noise.weights[coin]) * width if coins > 1 else width
+            coins = noise.weights
+            # What is sampled from has the mass of the uniform numbers that lead there.
+            last = len(coins) > 1 and below > 0
+            width = min(1 - below if last else float(noise.probs.sum()), 1 - below)
+            share = float(coins[coin]) * width
             forwards += share * count
             for symbol, probability in zip(noise.symbols.tolist(), noise.probs / noise.probs.sum(), strict=True):
                 key = END if symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(symbol)
@@ -135,6 +146,11 @@ def cases(rule: str):
                 yield (ensemble.with_weights([1] * members) if name in MEMBERS else ensemble), options
 
 
+def case(rule: str):
+    """The last of the cases: with several vocabularies and three members, where the rule takes them."""
+    return list(cases(rule))[-1]
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["layered", "conventional"])
@@ -149,3 +165,190 @@ def test_the_distribution_is_the_rules(method, rule, sampling):
             distribution, forwards = strategy_distribution(ensemble, options, pieces)
             assert_same_distribution(distribution, reference(ensemble, options, pieces), 1e-6)
             assert forwards <= len(ensemble.members) + 1e-9
+
+
+OTHERS = tuple(rule for rule in RULES if rule != "average")
+SPECULATING = ("geometric", "power below 0", "min", "contrastive", "contrastive, original", "proxy", "guidance")
+WRITING = {"raw": True, "max_tokens": 24, "ignore_end": True}
+
+
+@pytest.mark.parametrize("rule", SPECULATING)
+def test_rules_without_bounds_write_what_conventional_writes(rule):
+    ensemble, options = case(rule)
+    settings = {**WRITING, "seed": 1, **options}
+    expected = ensemble.generate("ab", method="conventional", **settings)
+    for draft in (None, "m0", "m1", "lookup", "none"):
+        completion = ensemble.generate("ab", draft=draft, block=3, **settings)
+        assert [t.data for t in completion.tokens] == [t.data for t in expected.tokens]
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_drafts_and_blocks_do_not_change_the_text(rule):
+    ensemble, options = case(rule)
+    settings = {**WRITING, "seed": 5, "max_tokens": 40, **options}
+    expected = ensemble.generate("ab", draft="none", **settings)
+    for draft, block in ((None, 4), ("m1", 2), ("lookup", 4)):
+        assert ensemble.generate("ab", draft=draft, block=block, **settings).text == expected.text
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_log_probabilities_of_the_ensemble_change_no_text(rule):
+    """With `top_logprobs` every member runs; the log-probabilities are then the rule's own."""
+    ensemble, options = case(rule)
+    settings = {**WRITING, "seed": 3, "max_tokens": 8, "temperature": 0.9, **options}
+    plain = ensemble.generate("ab", **settings)
+    complete = ensemble.generate("ab", top_logprobs=3, **settings)
+    repeated = ensemble.generate("ab", logprobs_of="ensemble", **settings)
+    assert plain.text == complete.text == repeated.text
+    for early, whole, again in zip(plain.tokens, complete.tokens, repeated.tokens, strict=True):
+        if options["rule"] != "gac":  # its log-probabilities are those of strings
+            assert np.isclose(whole.logprob, again.logprob, atol=1e-9)
+        assert early.logprob < whole.logprob + 1e-9
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_greedy_takes_the_most_likely_symbol_of_the_rule(rule):
+    ensemble, options = case(rule)
+    for pieces in [(), (b"a",), (b"b", b"c")]:
+        settings = {"method": "greedy", **options}
+        strategy = ensemble.context(ensemble.settings(raw=True, **settings)).strategy
+        choice, _ = driven(strategy, written(ensemble, settings, "ab", pieces), ensemble.weights, Noise(0))
+        key = END if choice.symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(choice.symbol)
+        distribution = greedy_reference(ensemble, settings, pieces)
+        assert distribution[key] > max(distribution.values()) - 1e-12
+    drafted = {**WRITING, "method": "greedy", "seed": 1, **options}
+    expected = ensemble.generate("ab", **drafted)
+    for draft in ("m1", "lookup"):
+        assert ensemble.generate("ab", draft=draft, block=3, **drafted).text == expected.text
+
+
+def greedy_reference(ensemble, options, pieces):
+    """The rule's dense sum, which temperature and truncation of the combination do not change the mode of."""
+    plain = {name: value for name, value in options.items() if name != "top_k" or "union" in options["rule"]}
+    if options["rule"] in ("union-top-k", "unite"):
+        # In `greedy` the rule keeps its own k.
+        plain["top_k"] = 10
+        return reference(ensemble, {**plain, "method": "conventional", "temperature": 1.0}, pieces)
+    return reference(ensemble, {**plain, "method": "greedy", "temperature": 1.0, "top_k": 0}, pieces)
+
+
+def test_a_batch_is_each_sequence_alone():
+    ensemble = toys("piece", 3)
+    for rule in ("max", "geometric", "mean-then-truncate"):
+        options = {**WRITING, "rule": rule, "seed": 9, "max_tokens": 20}
+        together = ensemble.generate(["a", "b", "ab"], **options)
+        for number, prompt in enumerate(["a", "b", "ab"]):
+            alone = ensemble.generate(prompt, sequence=number, **options)
+            assert together[number].text == alone.text
+
+
+def test_weights_may_depend_on_the_text():
+    def by_last_byte(prompt, text):
+        return [0.8, 0.1, 0.1] if text[-1:] in (b"a", b"") else [0.1, 0.3, 0.6]
+
+    ensemble = toys("piece", 3, router=FunctionRouter(by_last_byte, 3))
+    for rule in ("geometric", "power", "vote"):
+        options = {**WRITING, "rule": rule, "seed": 2}
+        expected = ensemble.generate("ab", draft="none", **options)
+        assert ensemble.generate("ab", draft="m1", block=3, **options).text == expected.text
+
+
+def largest(probs, weights):
+    top = probs.max(axis=0)
+    return top / top.sum()
+
+
+def half(probs, weights, ran):
+    return probs[list(ran)].max(axis=0) / len(weights)
+
+
+def too_large(probs, weights, ran):
+    return probs[list(ran)].max(axis=0)
+
+
+def test_a_rule_of_ones_own_is_exact_with_and_without_an_envelope():
+    ensemble = toys("token", 2)
+    for rule in (largest, Combination.of(largest), Combination.of(largest, half, name="mine")):
+        options = {"method": "layered", "draft": "none", "rule": rule}
+        for position in (0, 9):  # the bounds are checked at the first positions, which takes all members
+            distribution, forwards = strategy_distribution(ensemble, options, (), position)
+            assert_same_distribution(distribution, reference(ensemble, {**options, "rule": "max"}), 1e-6)
+            early = isinstance(rule, Combination) and rule.name == "mine" and position == 9
+            assert (forwards < 2 - 1e-9) == early
+
+
+def test_an_envelope_that_is_too_large_is_refused_and_nothing_is_sampled():
+    ensemble = toys("token", 2)
+    rule = Combination.of(largest, too_large, name="mine")
+    generation = ensemble.stream("ab", rule=rule, raw=True, seed=1)
+    with pytest.raises(ConfigError, match="bounds of rule mine exceed"):
+        next(generation)
+    assert generation.completion.tokens == ()
+    with pytest.raises(ConfigError, match="bounds of rule mine exceed"):
+        check(ensemble, "ab", samples=100, options={"rule": rule, "raw": True})
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda probs, weights: np.full(probs.shape[1], np.nan), "not finite"),
+        (lambda probs, weights: -probs[0], "negative"),
+        (lambda probs, weights: probs, "shape"),
+        (lambda probs, weights: probs[0] * 0.5, "sum to"),
+        (lambda probs, weights: "no", "array of numbers"),
+    ],
+)
+def test_what_a_function_returns_is_checked(function, message):
+    generation = toys("token", 2).stream("ab", rule=function, raw=True, seed=1)
+    with pytest.raises(ConfigError, match=message):
+        next(generation)
+    assert generation.completion.tokens == ()
+
+
+def test_roles_say_which_member_is_which():
+    first, second = fixed({b"a": 0.5, b"b": 0.4, b"c": 0.1}), fixed({b"a": 0.2, b"b": 0.6, b"c": 0.2})
+    options = {"rule": "contrastive", "method": "conventional", "temperature": 1.0, "top_k": 0, "alpha": 0.0}
+
+    def distribution(*roles):
+        members = [
+            MemberSpec(toy, f"m{i}", {}, role) for i, (toy, role) in enumerate(zip([first, second], roles, strict=True))
+        ]
+        return strategy_distribution(Ensemble(members), options)[0]
+
+    assert_same_distribution(distribution(None, None), distribution("expert", "amateur"))
+    expected = np.array([0.2**1.5 / 0.5**0.5, 0.6**1.5 / 0.4**0.5, 0.2**1.5 / 0.1**0.5])
+    swapped = distribution("amateur", "expert")
+    assert_same_distribution(swapped, dict(zip([b"a", b"b", b"c"], expected / expected.sum(), strict=True)), 1e-6)
+    for roles, message in (
+        (("expert", None), "m1 has no role, and rule contrastive has the roles expert, amateur"),
+        (("expert", "amateurs"), "did you mean 'amateur'"),
+        (("expert", "expert"), "several members have the role expert"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            distribution(*roles)
+
+
+def test_what_does_not_fit_a_rule_is_refused():
+    two, pieces = toys("token", 2), toys("piece", 2)
+    with pytest.raises(ConfigError, match="rule proxy combines 3 members"):
+        two.generate("ab", rule="proxy")
+    with pytest.raises(ConfigError, match="rule max needs 2 members, and there is 1"):
+        make_ensemble([engine()]).generate("ab", rule="max")
+    with pytest.raises(UnsupportedError, match="members with different vocabularies"):
+        pieces.with_weights([1, 1]).generate("ab", rule="contrastive")
+    with pytest.raises(ConfigError, match="tells its members apart by their roles"):
+        two.generate("ab", rule="contrastive")
+    for unit in ("word", "byte"):
+        with pytest.raises(UnsupportedError, match="rule max combines the members' distributions over whole"):
+            pieces.with_unit(unit).generate("ab", rule="max")
+    apart = [fixed({b"a": 0.5, b"ab": 0.5}), fixed({b"b": 0.5, b"c": 0.5})]
+    with pytest.raises(UnsupportedError, match="no token is possible under all members"):
+        make_ensemble(apart).generate("ab", rule="geometric", raw=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["geometric", "max", "mean-then-truncate", "vote"])
+def test_check_finds_no_difference(rule):
+    report = check(toys("piece", 3), "ab", samples=1000, options={"rule": rule, "raw": True, "temperature": 0.9})
+    assert report.equal
+    assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}

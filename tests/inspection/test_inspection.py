@@ -12,6 +12,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.inspection.measure import LENGTHS, forward_seconds, measure_agreement, measure_costs, predict_speeds
 from mixlm.inspection.report import ForwardCost
+from mixlm.inspection.rules import describe_rule, measure_rule
 from mixlm.inspection.static import check_feasibility, compare_vocabularies, describe_members
 
 TEXT = b"ab c abc a b c" * 9
@@ -258,3 +259,17 @@ def test_a_gguf_file_is_neither_loaded_nor_converted_when_nothing_is_measured(tm
     file = write_tiny_gguf(tmp_path / "tiny.gguf", context=64)
     assert main(["inspect", "--no-measure", "-m", str(file), "--engine", engine]) == 0
     assert [path.name for path in (tmp_path / "cache").glob("models/*")] == []
+
+
+def test_a_rule_is_described_and_measured():
+    ensemble = toys("token", 2).with_weights([1, 1])
+    assert describe_rule(ensemble, {}) is None
+    contrast = describe_rule(ensemble, {"rule": "contrastive", "strength": 0.3})
+    assert (contrast.name, contrast.parameters) == ("contrastive", {"strength": 0.3})
+    assert contrast.roles == {"expert": "m0", "amateur": "m1"}
+    assert "one vocabulary" in contrast.needs
+    options = {"rule": "max"}
+    measured = measure_rule(ensemble, describe_rule(ensemble, options), "a", options)
+    assert 0 < measured.stopped < 1
+    assert 1 <= measured.forwards <= 2.5
+    assert measured.tokens_per_second > 0

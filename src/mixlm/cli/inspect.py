@@ -18,7 +18,7 @@ from mixlm.terminal import progress_bars, styled, visible
 
 if TYPE_CHECKING:
     from mixlm.inspection import Inspection
-    from mixlm.inspection.report import MemberReport
+    from mixlm.inspection.report import MemberReport, RuleReport
 
 _QUESTION = "Why is the sky blue?"
 
@@ -91,6 +91,8 @@ def inspect(
         _show_pairs(report)
     if report.costs:
         _show_costs(report)
+    if report.rule is not None:
+        _show_rule(report.rule)
     if report.unmeasured is not None:
         dim(report.unmeasured)
     return 0
@@ -145,6 +147,20 @@ def _show_possibilities(report: Inspection) -> None:
     rows = [(item.kind, item.name, "yes" if item.possible else f"no: {item.reason}") for item in report.possibilities]
     styles = ["green" if item.possible else "red" for item in report.possibilities]
     print_table(("", "name", "possible"), rows, styles=styles)
+
+
+def _show_rule(rule: RuleReport) -> None:
+    """Show what the rule needs, and what it costs on a sample."""
+    print_lines(f"rule {rule.name} needs {'; '.join(rule.needs)}; {rule.bounds}")
+    if rule.roles:
+        print_lines(", ".join(f"{member} is the {role}" for role, member in rule.roles.items()))
+    if rule.tokens:
+        drafts = f", {rule.accepted} of {rule.drafted} drafts accepted" if rule.drafted else ""
+        print_lines(
+            f"Measured on {rule.tokens} tokens: {rule.forwards:.2f} forwards a token by layered{drafts}; without drafts,"
+            f" {rule.stopped:.0%} of the other members' forwards are not needed; {rule.tokens_per_second:.1f} tokens/s, "
+            f"conventional {rule.conventional_tokens_per_second:.1f}"
+        )
 
 
 def _show_pairs(report: Inspection) -> None:

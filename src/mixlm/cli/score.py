@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,7 +20,7 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import NOT_FOR_SCORING, Shared, with_shared
+from mixlm.cli.options import NOT_FOR_SCORING, RULE_OPTIONS, Shared, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
 from mixlm.cli.tables import print_lines, print_table
@@ -44,7 +45,9 @@ _HEADS = (
 )
 
 
-@with_shared(unused=NOT_FOR_SCORING, reason="members are scored as they are")
+@with_shared(
+    unused=tuple(name for name in NOT_FOR_SCORING if name not in RULE_OPTIONS), reason="members are scored as they are"
+)
 def score(
     shared: Shared,
     files: Annotated[
@@ -79,6 +82,7 @@ def score(
     """Score text: bits per byte and log-probability under each member and the mixture.
 
     Members are scored as they are, without sampling options; the mixture uses the ensemble's weights or its router.
+    With --rule, the log-probability under that combination is given too, exactly.
     """
     check_writable("--html", html)
     if before is not None:
@@ -105,6 +109,8 @@ def score(
     counts = _Counts.of(ensemble, whole, scored)
     report = _report(whole, np.concatenate(weights), counts)
     report["engines"] = engines_by_member(ensemble)
+    if ensemble.defaults.rule is not None:
+        report["rule"] = _rule_report(ensemble, bare, pairs, arguments)
     report["before"] = _before(ensemble, cast("Before", before or "begin")) if bare else {}
     if html is not None:
         title = ", ".join(Path(name).name for name in texts)
@@ -121,12 +127,43 @@ def score(
     if tokens:
         show_segments(report)
     _show(whole, np.concatenate(weights), counts)
+    if "rule" in report:
+        rule, bits = report["rule"], report["rule"]["bits_per_byte"]
+        result = "it gives some token no probability" if bits is None else f"{bits:.4f} bits per byte"
+        logprob = "" if bits is None else f", log-probability {rule['logprob']:.1f}"
+        print_lines(f"Under rule {rule['name']}: {result}{logprob}.")
     if bare:
         tokens_before = ", ".join(f"{token} for {name}" for name, token in report["before"].items())
         print_lines(f"In front of the text, and of every further passage of it, stands {tokens_before}.")
     if len(texts) > 1:
         _show_files(list(texts), scores, weights)
     return 0
+
+
+def _rule_report(
+    ensemble: Ensemble,
+    texts: list[str],
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the log-probability of all texts and answers under the rule of the ensemble."""
+    from mixlm.core.rule_options import rule_name
+    from mixlm.scoring.rule_scores import answer_passages, rule_logprob, text_passages
+
+    answers = [pair for file_pairs in pairs.values() for pair in file_pairs]
+    ends = arguments["ends"]
+    if ends is None:
+        ends = not any(member.engine.stops for member in ensemble.members)
+    settings = ensemble.settings(**({"system": arguments["system"]} if arguments["system"] is not None else {}))
+    passages = text_passages(ensemble, texts, arguments["before"])
+    passages += answer_passages(ensemble, answers, settings, ends=ends)
+    logprob = rule_logprob(ensemble, passages)
+    size = sum(len(passage.data) for passage in passages)
+    name = rule_name(ensemble.defaults.rule or "average")
+    figures: dict[str, float | None] = {"bits_per_byte": -logprob / math.log(2) / size, "logprob": logprob}
+    if logprob == -math.inf:
+        figures = dict.fromkeys(figures)
+    return {"name": name, **ensemble.defaults.rule_parameters, **figures}
 
 
 def _summary(scores: Scores, weights: Floats) -> dict[str, Any]:

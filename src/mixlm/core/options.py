@@ -346,6 +346,11 @@ class GenerationOptions:
             object.__setattr__(self, "rule", None)
         else:
             check_method(self.rule, self.method)
+            if self.score_prompt and self.method != "single":
+                raise UnsupportedError(
+                    f"score_prompt gives log-probabilities of the average, and the rule is {rule_name(self.rule)}",
+                    "use mixlm score with --rule, or leave one out",
+                )
 
     @property
     def rule_parameters(self) -> dict[str, Any]:
@@ -381,6 +386,9 @@ class GenerationOptions:
             values["tools"] = checked_tools(values["tools"] or ())
         values.setdefault("seed", secrets.randbits(32))
         rule = "mean-then-truncate" if values.get("mix_then_truncate") else values.get("rule", self.rule)
+        if rule is not self.rule and rule != self.rule:
+            # The parameters are those of the other rule.
+            values = {**dict.fromkeys(RULE_PARAMETERS), **values}
         if "method" not in values and self.method in AVERAGE_METHODS and not is_average(rule):
             values["method"] = "layered"
         return replace(self, **values, sampling={**self.sampling, **sampling})

@@ -123,13 +123,18 @@ def verify(positions: Sequence[Position], stats: SpeculationStats) -> RequestFlo
     while waiting := [position for position in positions[:length] if position.choice is None]:
         requests, covered = _requests(waiting)
         responses = yield requests
+        received: dict[int, list[tuple[int, LogitsRow]]] = {id(position): [] for position in waiting}
         for request, group, rows in zip(requests, covered, responses, strict=True):
             for position in group:
                 offset = len(position.ids[request.member]) - len(request.ids) - 1
-                position.receive(request.member, rows[offset])
+                received[id(position)].append((request.member, rows[offset]))
         for position in waiting:
+            for member, row in received[id(position)]:
+                position.receive(member, row)
             position.advance()
-        length = next((i + 1 for i, position in enumerate(positions[:length]) if _is_rejected(position)), length)
+            if _is_rejected(position):
+                length = next(i + 1 for i, other in enumerate(positions) if other is position)
+                break
     choices: list[Choice] = []
     for position in positions[:length]:
         assert position.choice is not None

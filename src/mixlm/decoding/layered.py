@@ -81,7 +81,7 @@ class _Mass:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LayeredPlan:
     """What drafts, how many proposals of a block are verified, and whether members that are missing run at once."""
 
     draft: Draft
@@ -108,7 +108,7 @@ class Layered:
         self._batch_keys = context.batch_keys
         self._costs = ForwardCostEstimator(context.forwards, context.sizes)
         self._total = context.speculation
-        self._given = None if draft is None else Plan(draft, block)
+        self._given = None if draft is None else LayeredPlan(draft, block)
         self._stats: dict[str, SpeculationStats] = {}
         self._steps = self._next_trial = 0
         self._masses = [_Mass() for _ in self._names]
@@ -166,7 +166,7 @@ class Layered:
         """Whether all members run to check the bounds: those of users' rules are not proven."""
         return self._is_unproven and (position < _CHECKED or position % _EPOCH == 0)
 
-    def _plan(self, step: DecodeStep, members: Sequence[int]) -> Plan:
+    def _plan(self, step: DecodeStep, members: Sequence[int]) -> LayeredPlan:
         """Return the cheapest plan, by the times of forwards and what was decided and accepted so far."""
         is_trial = self._steps >= self._next_trial
         if is_trial:
@@ -183,12 +183,12 @@ class Layered:
             return drafted[1]
         lookup = LookupDraft()
         if self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
-            return Plan(lookup, LOOKUP_BLOCK)
-        return Plan(NoDraft(), 0, together=at_once <= plain)
+            return LayeredPlan(lookup, LOOKUP_BLOCK)
+        return LayeredPlan(NoDraft(), 0, together=at_once <= plain)
 
     def _cheapest_draft(
         self, members: Sequence[int], decided: Floats, costs: ForwardCosts, *, is_trial: bool
-    ) -> tuple[float, Plan] | None:
+    ) -> tuple[float, LayeredPlan] | None:
         """Return the seconds of a token and the plan of the best draft that is a member."""
         if len(members) == 1:
             return None
@@ -200,9 +200,9 @@ class Layered:
                 seconds = layered_drafted_seconds(members, costs, self._batch_keys, drafting, share)
                 plans.append((seconds, member, block))
         seconds, member, block = min(plans)
-        return seconds, Plan(MemberDraft(member, self._names[member]), block)
+        return seconds, LayeredPlan(MemberDraft(member, self._names[member]), block)
 
-    def _record(self, plan: Plan, stats: SpeculationStats, positions: Sequence[SampledPosition]) -> None:
+    def _record(self, plan: LayeredPlan, stats: SpeculationStats, positions: Sequence[SampledPosition]) -> None:
         self._steps += len(positions)
         for position in positions:
             if position.first is not None and position.first_mass is not None:

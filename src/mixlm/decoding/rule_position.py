@@ -65,15 +65,18 @@ class RulePosition(Position):
         """Return the symbol that these rows decide, a lower bound of its log-probability, and the row it is from."""
         return None
 
-    def decide_all(self, distribution: Candidates) -> int:
-        """Return the symbol where every member has run and fewer have not decided it."""
+    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
+        """Return the symbol where every member has run and fewer have not decided it.
+
+        symbols: the union of the members' supports, int64, ascending.
+        """
         raise NotImplementedError
 
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""
         return self.target.align({row: self.parts[self.members[row]] for row in rows}, len(self.members))
 
-    def check(self, distribution: Candidates) -> None:
+    def check(self, distribution: Candidates, symbols: Ids) -> None:
         """Check the bounds of the rule against its distribution. Raises ConfigError."""
 
     def _missing(self, rows: Sequence[int]) -> bool:
@@ -83,9 +86,13 @@ class RulePosition(Position):
         return [self.parts[member] for member in self.members]
 
     def _choose(self, parts: Sequence[Candidates]) -> None:
-        distribution = self.target.combine(self.members, parts, self.weights)
-        self.check(distribution)
-        symbol = self.decide_all(distribution) if self._decided is None else self._decided[0]
+        aligned = self.known(range(len(self.members)))
+        distribution = self.target.combine(self.members, parts, self.weights, aligned)
+        if self._decided is None:
+            symbol = self.decide_all(distribution, aligned.symbols)
+        else:
+            self.check(distribution, aligned.symbols)
+            symbol = self._decided[0]
         index = int(np.argmax(distribution.ids == symbol))
         names = self.target
         top_logprobs = tuple((names.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
@@ -101,7 +108,7 @@ class DensePosition(RulePosition):
         part = self.parts[member]
         return self.target.symbol(self.step, self.sample(part)) if part.ids.size else None
 
-    def decide_all(self, distribution: Candidates) -> int:
+    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Sample from the rule's distribution."""
         return self.sample(distribution)
 
@@ -171,21 +178,20 @@ class SampledPosition(DensePosition):
         symbol = self.sample(new)
         return symbol, float(np.log(bound[symbols == symbol].sum())), rows[-1]
 
-    def decide_all(self, distribution: Candidates) -> int:
+    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Sample from what the stages before have left of the distribution."""
-        rest = self._rest(distribution)
+        rest = self._rest(distribution, symbols)
         return self.sample(rest if rest.ids.size else distribution)
 
-    def check(self, distribution: Candidates) -> None:
+    def check(self, distribution: Candidates, symbols: Ids) -> None:
         """Raise ConfigError where a bound exceeds the rule's distribution: what is sampled would be another one."""
         if self.first is not None or self._coin is not None:
-            self._rest(distribution)
+            self._rest(distribution, symbols)
 
-    def _rest(self, distribution: Candidates) -> Candidates:
+    def _rest(self, distribution: Candidates, symbols: Ids) -> Candidates:
         """Return `C − Σ π_i S_i`, or `C` without the last envelope: unnormalised, by its support."""
-        if self._coin is None and self._bounds is None:
+        if self._coin is None and (self._bounds is None or not self._bounds[1].any()):
             return distribution
-        symbols, _ = self.known(range(len(self.members)))
         lower, target = np.zeros(symbols.size), np.zeros(symbols.size)
         target[np.searchsorted(symbols, distribution.ids)] = np.exp(distribution.logprobs)
         if self._bounds is not None:
@@ -240,7 +246,7 @@ class GreedyPosition(RulePosition):
         shares = [self.weights[row] * probs[row, winner] for row in rows]
         return int(symbols[winner]), logprob, rows[int(np.argmax(shares))]
 
-    def decide_all(self, distribution: Candidates) -> int:
+    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Return the most likely symbol, the lowest of equally likely ones."""
         return _most_likely(distribution)
 

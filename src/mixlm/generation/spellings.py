@@ -27,7 +27,7 @@ from dataclasses import replace
 import numpy as np
 
 from mixlm.core.combinations.after import transformed
-from mixlm.core.combinations.base import Combination
+from mixlm.core.combinations.base import Aligned, Combination
 from mixlm.core.mixing import mix, pool
 from mixlm.core.sampling import largest_indices
 from mixlm.errors import TokenizerError
@@ -93,7 +93,9 @@ class SpelledTarget(RuleTarget):
             self._spellings = TokenSpellings([view.member for view in step.views])
         return super().distributions(step)
 
-    def combine(self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats) -> Candidates:
+    def combine(
+        self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats, aligned: Aligned | None = None
+    ) -> Candidates:
         """Return the average of the parts, each normalised over the union."""
         assert self._spellings is not None
         k = self._sampling.top_k

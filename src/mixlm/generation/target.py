@@ -71,18 +71,21 @@ class RuleTarget:
         """Return the distributions of the members that ran, by row, over the union of their supports."""
         return align([parts.get(row) for row in range(members)])
 
-    def combine(self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats) -> Candidates:
+    def combine(
+        self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats, aligned: Aligned | None = None
+    ) -> Candidates:
         """Return the rule's distribution, by its support.
 
         Args:
             members: Those that take part.
             parts: The distribution of each.
             weights: float64 (members,).
+            aligned: The parts over the union of their supports, where that is known.
 
         Raises:
             UnsupportedError: The rule is not defined for these.
         """
-        symbols, probs = align(parts)
+        symbols, probs = aligned or align(parts)
         return support(symbols, self.rule.combine(probs, weights))
 
     def contributor(self, symbol: int, parts: Sequence[Candidates], weights: Floats) -> int:

@@ -92,12 +92,46 @@ class SpeedEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleReport:
+    """What a combination rule needs, and what it costs on a sample.
+
+    Attributes:
+        name: The rule.
+        parameters: Its parameters that are given.
+        roles: The member of each role.
+        needs: What it asks of the members.
+        bounds: How a position is decided before all members have run.
+        tokens: Length of the sample in tokens; 0 if no model was run.
+        stopped: The share of the other members' forwards that was not needed, without drafts.
+        forwards: Forwards of members for each token by `layered`, with its drafts.
+        drafted: Drafts that were verified.
+        accepted: Those of them that were accepted.
+        tokens_per_second: Of `layered`.
+        conventional_tokens_per_second: Of `conventional`.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    roles: Mapping[str, str]
+    needs: tuple[str, ...]
+    bounds: str
+    tokens: int = 0
+    stopped: float = 0.0
+    forwards: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    tokens_per_second: float = 0.0
+    conventional_tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """The report of an inspection.
 
     Attributes:
         text_bytes: Size of the sample text that the members scored; 0 if no model was run.
         unmeasured: Why nothing was measured, if so.
+        rule: The combination rule; None for the average.
         router_inputs: What the router looks at beside the text, and which engines can run it; None for the text alone.
     """
 
@@ -113,6 +147,7 @@ class Inspection:
     speeds: tuple[SpeedEstimate, ...] = ()
     unmeasured: str | None = None
     router_inputs: str | None = None
+    rule: RuleReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""

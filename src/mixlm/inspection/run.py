@@ -13,6 +13,7 @@ from mixlm.errors import ConfigError
 from mixlm.inspection import static
 from mixlm.inspection.measure import measure_agreement, measure_costs, predict_speeds, with_measured_speeds
 from mixlm.inspection.report import Inspection
+from mixlm.inspection.rules import describe_rule, measure_rule
 from mixlm.scoring.passages import split_passages
 from mixlm.terminal import Progress
 
@@ -75,6 +76,7 @@ def inspect(
         possibilities=static.check_feasibility(ensemble, chosen),
         pairs=static.compare_vocabularies(ensemble),
         router_inputs=static.describe_router_inputs(ensemble),
+        rule=describe_rule(ensemble, chosen),
     )
     if not measure:
         return replace(inspection, unmeasured="no model was run")
@@ -90,6 +92,9 @@ def inspect(
     speeds = predict_speeds(ensemble.names, ensemble.weights, timed, ensemble.unit.traits)
     possible = {item.name for item in inspection.possibilities if item.kind == "method" and item.possible}
     methods = list(dict.fromkeys(speed.method for speed in speeds))
+    if inspection.rule is not None:
+        methods.remove("mixture")  # it samples the average only
+        speeds = tuple(speed for speed in speeds if speed.method != "mixture")
     long = sum(2 * _TOKENS / speed.predicted for speed in speeds) > _SECONDS
     # In the unit `byte`, runs count bytes, and predictions count tokens.
     if possible >= set(methods) and not long and not ensemble.unit.traits.counts_bytes:
@@ -105,4 +110,6 @@ def inspect(
         )
         speeds = with_measured_speeds(speeds, {(run.method, run.members): run.tokens_per_second for run in report.runs})
     text_bytes = 0 if inspection.unmeasured is not None else len(data)
+    if inspection.rule is not None and not long:
+        inspection = replace(inspection, rule=measure_rule(ensemble, inspection.rule, question, chosen))
     return replace(inspection, text_bytes=text_bytes, pairs=pairs, costs=timed, speeds=speeds)

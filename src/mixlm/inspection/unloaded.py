@@ -1,27 +1,31 @@
-"""Engines without weights, for what is known of a GGUF file before it is loaded or converted."""
+"""Engines without weights, for what is known of a GGUF file or a model's folder before memory is taken."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from mixlm.engines import Engine, EngineSpec
 from mixlm.engines import load as load_engine
 from mixlm.engines.base import Session, TextInterface
+from mixlm.engines.registry import engine_name
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.errors import UnsupportedError
-from mixlm.models import find_gguf, tokenizer_folder
+from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.models.header import read_header
 
 
 def load_described(spec: EngineSpec) -> Engine:
-    """Return an engine without weights for a GGUF file; load any other model.
+    """Return an engine without weights for a GGUF file, and for a model of transformers; load any other model.
 
     Raises:
+        ConfigError: Options of loading do not fit the model or the machine.
         ModelLoadError: The file is broken.
         TokenizerError: Its tokens cannot be mapped to bytes.
     """
     gguf = None if spec.adapter is not None or ":" in spec.model else find_gguf(spec.model)
+    if gguf is None and spec.adapter is None and engine_name(spec) == "hf":
+        return _described_folder(spec)
     if gguf is None or spec.engine not in ("auto", "hf", "llamacpp"):
         return load_engine(spec)
     header = read_header(gguf.path)
@@ -29,27 +33,51 @@ def load_described(spec: EngineSpec) -> Engine:
     text = TokenizerSetup.load(str(tokenizer_folder(gguf)), named.name).text_interface(
         named, header.tokens, header.ends
     )
-    return UnloadedEngine(named, text, gguf.path, header.context)
+    details = {"engine": f"{'llama.cpp' if spec.engine == 'llamacpp' else 'transformers'}, not loaded", "dtype": "GGUF"}
+    return UnloadedEngine(named, text, spec.context or header.context, gguf.path.stat().st_size, details)
+
+
+def _described_folder(spec: EngineSpec) -> Engine:
+    """Return an engine without weights for a folder or a hub id: what it will take of which device's memory."""
+    from mixlm.engines.transformers.model_loading import parse_device, parse_dtype
+    from mixlm.engines.transformers.placement import empty_model, planned_memory
+
+    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
+    source, named = resolved.path_or_id, replace(spec, name=spec.name or resolved.name)
+    device = parse_device(spec.device)
+    dtype = parse_dtype(spec.dtype, device)
+    memory = planned_memory(source, named, dtype, device)
+    model = empty_model(source, named)
+    setup = TokenizerSetup.load(source, named.name, trust_remote_code=spec.trust_remote_code)
+    text = setup.text_interface(named, int(model.get_output_embeddings().weight.shape[0]))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    details = {
+        "engine": "transformers, not loaded",
+        "dtype": str(dtype).removeprefix("torch.") + (f", {spec.quantization}" if spec.quantization else ""),
+        "memory": ", ".join(f"{place} {size / 1e6:,.1f} MB" for place, size in memory.items()),
+    }
+    return UnloadedEngine(named, text, context, sum(memory.values()), details)
 
 
 class UnloadedEngine(Engine):
-    """A GGUF file that has not been loaded: its tokenizer, prompts and size.
+    """A model that has not been loaded: its tokenizer, prompts and size.
 
     Args:
         spec: What would be loaded.
         text: The tokenizer and the prompts.
-        path: The file.
-        context: The context length that the file states.
+        context: The context length, where it is known.
+        weights_bytes: Memory of the weights.
+        details: For reports.
     """
 
-    def __init__(self, spec: EngineSpec, text: TextInterface, path: Path, context: int | None) -> None:
-        super().__init__(spec.name, text, spec.context or context or 1 << 20)
-        in_llamacpp = spec.engine == "llamacpp"
+    def __init__(
+        self, spec: EngineSpec, text: TextInterface, context: int | None, weights_bytes: int, details: Mapping[str, str]
+    ) -> None:
+        super().__init__(spec.name, text, context or 1 << 20)
         # As the loaded engine has it, so that the same methods are possible.
-        self.top_k_limit = min(spec.candidates, self.vocabulary.size) if in_llamacpp else None
-        self.weights_bytes = path.stat().st_size
-        engine = "llama.cpp" if in_llamacpp else "transformers"
-        self.details = {"engine": f"{engine}, not loaded", "dtype": "GGUF"}
+        self.top_k_limit = min(spec.candidates, self.vocabulary.size) if spec.engine == "llamacpp" else None
+        self.weights_bytes = weights_bytes
+        self.details = details
 
     def session(self) -> Session:
         """Raise UnsupportedError."""

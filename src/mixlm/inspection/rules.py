@@ -1,0 +1,81 @@
+"""What a combination rule needs of an ensemble, and how early it is decided and how fast it writes on a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mixlm.core.combinations.base import Combination
+from mixlm.decoding.layered import has_envelope
+from mixlm.ensemble import Ensemble
+from mixlm.generation.target import assign_roles
+from mixlm.inspection.report import RuleReport
+
+_TOKENS = 32
+
+
+def describe_rule(ensemble: Ensemble, options: Mapping[str, Any]) -> RuleReport | None:
+    """Describe the rule of the options; None for the average. Raises ConfigError where members do not fit its roles."""
+    settings = ensemble.settings(**options)
+    rule = settings.combination
+    if settings.rule is None or rule is None:
+        return None
+    roles = {}
+    if rule.roles:
+        members = assign_roles(rule, ensemble.names, [member.role for member in ensemble.members])
+        roles = {role: ensemble.names[i] for role, i in zip(rule.roles, members, strict=True)}
+    return RuleReport(rule.name, settings.rule_parameters, roles, _needs(rule), _bounds(rule, len(ensemble.members)))
+
+
+def measure_rule(ensemble: Ensemble, report: RuleReport, prompt: str, options: Mapping[str, Any]) -> RuleReport:
+    """Return the report with the forwards and the speed of `layered`, beside `conventional`, in one short run each.
+
+    The first run of each warms up. `layered` runs with drafts where they promise more, and once more without any.
+    """
+    plain = {name: value for name, value in options.items() if name not in ("method", "max_tokens", "stop", "draft")}
+    written = {"seed": 0, **plain, "max_tokens": _TOKENS, "ignore_end": True}
+    forwards, speeds, drafted = {}, {}, (0, 0)
+    for method, draft in (("conventional", None), ("layered", None), ("early", "none")):
+        name = "layered" if draft else method
+        for _ in range(2):
+            usage = ensemble.generate(prompt, **{**written, "method": name, "draft": draft}).usage
+        forwards[method] = sum(member.forwards for member in usage.members.values()) / max(usage.tokens, 1)
+        speeds[method] = usage.tokens_per_second
+        if method == "layered":
+            drafted = usage.drafted, usage.accepted
+    others = max(len(ensemble.members) - 1, 1)
+    return replace(
+        report,
+        tokens=_TOKENS,
+        stopped=float(np.clip((len(ensemble.members) - forwards["early"]) / others, 0, 1)),
+        forwards=forwards["layered"],
+        drafted=drafted[0],
+        accepted=drafted[1],
+        tokens_per_second=speeds["layered"],
+        conventional_tokens_per_second=speeds["conventional"],
+    )
+
+
+def _needs(rule: Combination) -> tuple[str, ...]:
+    """Return what a rule asks of the members."""
+    roles = ", ".join(rule.roles)
+    needs = [f"a member for each of {roles}" if roles else f"{rule.minimum_members} members or more"]
+    if rule.shared_vocabulary:
+        needs.append("one vocabulary")
+    if rule.common_options:
+        needs.append("the same sampling options for all members, which apply to the combination")
+    return tuple(needs)
+
+
+def _bounds(rule: Combination, members: int) -> str:
+    """Return how a position is decided before all members have run."""
+    if rule.speculates:
+        return "all members run, or verify drafts"
+    if rule.first_member(np.full(members, 1 / members)) is not None:
+        return "a coin chooses the first member, which decides some positions alone"
+    if has_envelope(rule, members):
+        return "members run in order until the others cannot change what is sampled"
+    return "all members run, or verify drafts"

@@ -1,0 +1,78 @@
+"""The log-probability of a text under a rule, against plain sums over all ways to spell it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toys import END, OPTIONS, exact_distribution, toys
+
+from mixlm.core.options import GenerationOptions
+from mixlm.ensemble import Ensemble
+from mixlm.errors import UnsupportedError
+from mixlm.routing import FunctionRouter
+from mixlm.scoring.rule_scores import rule_logprob, text_passages
+
+PLAIN = OPTIONS["plain"]
+
+
+def with_rule(ensemble: Ensemble, rule: str, **options) -> Ensemble:
+    defaults = GenerationOptions(method="layered", rule=rule, **options)
+    return Ensemble(ensemble.members, ensemble.weights.tolist(), unit=ensemble.unit.name, defaults=defaults)
+
+
+def combined(ensemble: Ensemble, before: bytes) -> dict[bytes, float]:
+    """What the rule makes of the members behind bytes, by the toys' tables."""
+    pieces = [before] if before else []
+    rows = []
+    for i in range(len(ensemble.members)):
+        alone = Ensemble([ensemble.members[i]], unit="piece")
+        rows.append(exact_distribution(alone, PLAIN, "", pieces))
+    keys = sorted({key for row in rows for key in row})
+    probs = np.array([[row.get(key, 0.0) for key in keys] for row in rows])
+    return dict(zip(keys, ensemble.defaults.combination.combine(probs, ensemble.weights), strict=True))
+
+
+def spelled(ensemble: Ensemble, text: bytes, before: bytes = b"") -> float:
+    """The probability of the text, over all symbols that may begin it."""
+    if not text:
+        return 1.0
+    distribution = combined(ensemble, before)
+    return sum(
+        probability * spelled(ensemble, text[len(key) :], before + key)
+        for key, probability in distribution.items()
+        if key != END and text.startswith(key)
+    )
+
+
+@pytest.mark.parametrize("rule", ["geometric", "max", "vote"])
+def test_in_piece_it_is_the_sum_over_all_spellings(rule):
+    ensemble = with_rule(toys("piece", 3), rule)
+    for text in ("ab", "ab cb"):
+        expected = np.log(spelled(ensemble, text.encode()))
+        assert np.isclose(rule_logprob(ensemble, text_passages(ensemble, [text])), expected, atol=1e-5)
+
+
+def test_in_token_it_is_the_sum_over_the_tokens_and_the_end_counts():
+    ensemble = with_rule(toys("token", 2).with_weights([1, 1]), "contrastive", alpha=0.0)
+    [passage] = text_passages(ensemble, ["ab c"])
+    passage = replace(passage, scores_end=True)
+    options = {"raw": True, "method": "conventional", "temperature": 1.0, "top_k": 0}
+    total, text = 0.0, ""
+    for symbol in [*ensemble.members[0].engine.encoder.encode(b"ab c").ids, ensemble.unit.end]:
+        following = ensemble.distribution(text, **options)
+        total += float(np.log(following.probs[following.symbols == symbol][0]))
+        text += "" if symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(symbol).decode()
+    assert np.isclose(rule_logprob(ensemble, [passage]), total, atol=1e-5)
+
+
+def test_what_has_no_probability_of_bytes_is_refused():
+    pieces = toys("piece", 2)
+    for rule in ("gac", "unite"):
+        with pytest.raises(UnsupportedError, match=f"rule {rule} combines tokens as they are spelled"):
+            rule_logprob(with_rule(pieces, rule), [])
+    routed = toys("piece", 2, router=FunctionRouter(lambda prompt, text: [1, 1], 2))
+    routed.defaults = GenerationOptions(method="layered", rule="max")
+    with pytest.raises(UnsupportedError, match="weights that are fixed"):
+        rule_logprob(routed, [])

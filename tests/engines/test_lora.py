@@ -120,6 +120,25 @@ def test_the_same_adapter_twice_is_loaded_once(folders, engines):
     assert_close(uncached(again, ids), uncached(engines["a"], ids))
 
 
+def test_sequences_take_beginnings_of_texts_from_their_own_adapter_only(folders, engines):
+    ids = random_ids(engines["a"], 40, 9)
+    engines["a"].drop_prefixes()
+    for _ in range(2):
+        for name, engine in engines.items():
+            np.testing.assert_allclose(engine.session().logits(ids), merged(folders, name, ids), atol=1e-4)
+    again = engines["b"].with_spec(spec(folders, adapter=str(folders["b"]), template="{{ messages[0].content }}"))
+    for engine in [*engines.values(), again]:
+        session = engine.session()
+        session.logits(ids)
+        assert session.stats.cached_tokens == 39  # whatever the template: the ids are the same
+    engines["a"].drop_prefixes()
+    engines["a"].session().logits(ids)
+    assert [engine.session().cached_tokens(ids) for engine in engines.values()] == [
+        0,
+        *(39 * (n == "a") for n in TARGETS),
+    ]
+
+
 def test_threads_do_not_switch_each_others_adapters(engines):
     ids = random_ids(engines[None], 30)
     expected = {name: uncached(engine, ids) for name, engine in engines.items()}

@@ -10,11 +10,13 @@ import pytest
 import torch
 from test_transformers_engine import build, load
 
+import mixlm
 from mixlm.engines.contract import random_ids
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.kv_cache import KVCache
 from mixlm.engines.transformers.prefix_cache import MIN_TOKENS, PrefixCache, Segment
+from mixlm.types import MemberUsage
 
 KINDS = ["llama", "gemma3", "unbatched", "mamba", "qwen3_next"]
 
@@ -288,3 +290,36 @@ def test_a_segment_is_cut_as_views_and_has_a_state_behind_its_last_token_only():
     assert (head.tokens, head.state, head.nbytes) == (2, None, 16)
     assert (tail.tokens, tail.state, tail.state_bytes) == (3, "state", 7)
     assert Segment(5, {}, "state").cut(0, 4).state is None  # also of a model with nothing but states
+
+
+def test_texts_are_the_same_with_and_without_and_a_prompt_of_many_is_read_once(folder):
+    def texts(size: int) -> tuple[list[str], list[dict[str, MemberUsage]]]:
+        folders = [str(folder(kind)) for kind in ("llama", "gemma3")]
+        ensemble = mixlm.load(*folders, dtype="float32", device="cpu", engine="hf", prefix_cache=size, top_k=20)
+        prompt = "the river and of in " * 12
+        options = {"max_tokens": 8, "seed": 3}
+        cancelled = ensemble.stream(prompt + "why", **options)
+        next(cancelled)
+        cancelled.release()
+        completions = ensemble.generate([prompt] * 5 + [prompt + "why", "the"], **options)
+        stream = ensemble.stream(prompt, **options)
+        next(stream)
+        del stream  # left alone
+        turn = [{"role": "user", "content": prompt}]
+        for _ in range(3):
+            completions.append(ensemble.generate(turn, **options))
+            turn += [{"role": "assistant", "content": completions[-1].text}, {"role": "user", "content": "in the"}]
+        return [completion.text for completion in completions], [c.usage.members for c in completions]
+
+    plain, without = texts(0)
+    shared, usages = texts(64)
+    assert shared == plain
+    assert not any(usage.cached_tokens for members in without for usage in members.values())
+    for name in usages[0]:
+        length = usages[0][name].prompt_tokens
+        assert sum(members[name].forward_tokens for members in usages[:5]) < 1.2 * length + 5 * 8 * 3
+        readers = [members[name] for members in usages[:6] if members[name].forwards]
+        assert sum(usage.cached_tokens < 0.8 * length for usage in readers) <= 1 < len(readers)
+    later = [usage for members in usages[8:] for usage in members.values() if usage.forwards]
+    assert all(usage.cached_tokens > 0.5 * usage.prompt_tokens for usage in later)
+    assert later

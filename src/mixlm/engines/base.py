@@ -180,7 +180,8 @@ class Session(ABC):
         """Record a forward pass that ran the rest of `ids`. logits: float32 (last, vocab); None if filtered."""
         self.stats.forwards.append(forward)
         self._cached.replace_tail(0, ids[forward.cached :])
-        self._last_logits = None if logits is None else logits[-1:]
+        # A copy: a view would keep the logits of all positions in memory.
+        self._last_logits = None if logits is None else logits[-1:].copy() if len(logits) > 1 else logits
 
     def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
         """Record tokens that the engine sampled after `ids`: a forward pass each, the first with the catch-up."""

@@ -111,6 +111,13 @@ def test_a_forward_runs_exactly_the_tokens_that_are_missing(engine: Engine) -> N
     assert session.stats.seconds == sum(forward.seconds for forward in session.stats.forwards) >= 0
 
 
+def test_a_session_keeps_the_logits_of_one_position(engine: Engine) -> None:
+    session = engine.session()
+    session.logits(random_ids(engine, 6), 5)
+    logits = session.last_logits
+    assert logits.base is None or logits.base.size == logits.size
+
+
 def test_logits_do_not_change_with_later_requests(engine: Engine) -> None:
     session, ids = engine.session(), random_ids(engine, 8)
     first = session.logits(ids[:4])

@@ -26,9 +26,9 @@ class HFSession(Session):
         super().__init__(context_length)
         self._runner = runner
         self.keeps_cache = runner.keeps_cache
-        self.cache: Any = runner.new_cache()  # a `SequenceCache`: `KVCache` where sequences are packed
         self.run_ahead: RunAhead | None = None
         self._regime: Hashable = None  # of the cache
+        self.cache: Any = runner.new_cache()  # a `SequenceCache`: `KVCache` where sequences are packed
 
     @property
     def has_run_ahead(self) -> bool:
@@ -102,7 +102,7 @@ class HFSession(Session):
 
     def __del__(self) -> None:
         # Whoever collects garbage may be using the texts that are kept: it must not wait for itself.
-        if not sys.is_finalizing():
+        if not sys.is_finalizing() and hasattr(self, "cache"):
             self._leave_prefix(wait=False)
 
     def _leave_prefix(self, *, wait: bool = True) -> None:

@@ -157,9 +157,9 @@ def _show_rule(rule: RuleReport) -> None:
     if rule.tokens:
         drafts = f", {rule.accepted} of {rule.drafted} drafts accepted" if rule.drafted else ""
         print_lines(
-            f"Measured on {rule.tokens} tokens: {rule.forwards:.2f} forwards a token by layered{drafts}; without drafts,"
-            f" {rule.stopped:.0%} of the other members' forwards are not needed; {rule.tokens_per_second:.1f} tokens/s, "
-            f"conventional {rule.conventional_tokens_per_second:.1f}"
+            f"Measured on {rule.tokens} tokens: {rule.forwards:.2f} forwards a token by layered{drafts}; "
+            f"without drafts, {rule.stopped:.0%} of the other members' forwards are not needed; "
+            f"{rule.tokens_per_second:.1f} tokens/s, conventional {rule.conventional_tokens_per_second:.1f}"
         )
 
 

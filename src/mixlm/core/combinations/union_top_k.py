@@ -3,10 +3,10 @@
     U = ∪_i top_k(q_i),   C(u) = Σ_i λ_i q_i(u) / q_i(U)   for u ∈ U, else 0
 
 Source: UniTE, Yao et al. (ICLR 2025, arXiv 2410.03777), k = 10 and the most likely symbol of C. A member's top k
-contains what is as likely as its k-th symbol. Temperature, top-p and min-p, where given, apply to C. In members with
-different vocabularies, a symbol that a member lacks has the probability of the first token that the member spells it
-with (`alignment`): a sum over U may then count a token twice and exceed 1, so the bounds are for shared
-vocabularies.
+contains what is as likely as its k-th symbol. Temperature, top-p and min-p, where given, apply to C. A symbol
+that a member's vocabulary lacks has probability 0 for it. Under the name `unite`, as published, it has the probability
+of the first token that the member spells it with (`alignment`): a sum over U may then count a token twice and exceed
+1, so there are no bounds between different vocabularies.
 
 Envelope: `L_I(u) = Σ_{i ∈ I} λ_i q_i(u)` for u in the top k of some member in I. Such u is in U whatever the others
 say, and `q_i(U) ≤ 1`. Coin first: `π = λ`, `S_i = q_i` on its own top k, by the same argument: this is complete

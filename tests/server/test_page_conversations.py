@@ -101,6 +101,26 @@ def test_settings_are_sent_if_they_were_changed(toys, page):
 
 
 @pytest.mark.slow
+def test_the_settings_are_those_of_the_ensemble_that_is_asked(page):
+    routed = load("toy:1", "toy:2", router=lambda prompt, text: [1, 2])
+    with running({"routed": routed, "three": load("toy:1", "toy:2", "toy:3", rule="max", method="layered")}) as server:
+        visit(page, server.url)
+        assert page.locator(".weights output").all_inner_texts() == ["router", "router"]
+        page.uncheck("[name=routed]")
+        page.locator("[name=weight]").first.fill("0.2")
+        assert send(page, "hello")["mixlm"] == {"method": "mixture", "weights": [0.2, 0.5]}
+        page.check("[name=routed]")
+        assert send(page, "hello")["mixlm"] == {"method": "mixture"}
+        page.select_option("[name=model]", "three")
+        assert page.is_hidden(".router")
+        assert page.input_value("[name=rule]") == "max"
+        assert page.locator("[name=rule] option[value=contrastive]").count() == 0  # it combines two members
+        body = send(page, "hello")
+        assert (body["model"], body["mixlm"]) == ("three", {"method": "layered"})
+        page.goto("about:blank")
+
+
+@pytest.mark.slow
 def test_a_reload_loses_nothing(endless_toys, page):
     visit(page, endless_toys.url)
     page.select_option("[name=method]", "conventional")

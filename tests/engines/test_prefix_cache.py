@@ -80,6 +80,10 @@ def test_a_second_sequence_runs_what_the_first_has_not(engines, kind):
     assert_near(third.logits(other), plain.session().logits(other))
     assert forwards(third) == [(90 - shared, shared)]
     assert third.stats.cached_tokens == shared
+    fourth, other = engine.session(), np.concatenate([ids[:50], random_ids(engine, 9, 8)])
+    assert_near(fourth.logits(other), plain.session().logits(other))
+    # A state is known at the ends of what was read only, not within.
+    assert fourth.stats.cached_tokens == (50 if engine.runner.path.name in ("PACKED", "CROPPED") else 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

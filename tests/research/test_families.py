@@ -59,6 +59,8 @@ def test_frequencies_that_depend_on_the_length_are_those_of_each_text(kind, monk
         "phi3",
         "deepseek_v3",
         "deepseek_v4",
+        "gemma2",
+        "gpt_oss",
         "hrm_text",
         "lfm2",
         "minimax",

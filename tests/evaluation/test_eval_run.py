@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(task) -> None:
         evaluate(toys(), [name], options={"top_k": -1})
     with pytest.raises(UnsupportedError, match="temperature is 0"):
         evaluate(toys(), [name], options={"temperature": 0.0})
-    with pytest.raises(UnsupportedError, match="mix-then-truncate"):
+    with pytest.raises(UnsupportedError, match="the rule is mean-then-truncate"):
         evaluate(toys(), [name], options={"mix_then_truncate": True})
 
 

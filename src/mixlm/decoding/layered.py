@@ -58,6 +58,7 @@ _CHECKED = 4  # positions at which the bounds of a user's rule are checked first
 _MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
 _TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
 _TRIAL_ACCEPTANCE = 0.9
+_PRIOR_MASS = 0.7  # with which a member decides alone, before any position has shown it
 _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
 
 
@@ -110,7 +111,9 @@ class Layered:
         self._total = context.speculation
         self._given = None if draft is None else LayeredPlan(draft, block)
         self._stats: dict[str, SpeculationStats] = {}
-        self._steps = self._next_trial = 0
+        self._steps = 0
+        # Where members may decide alone, drafts are tried once it is known how often they do.
+        self._next_trial = 0 if target.rule.speculates or not target.has_bounds else _TRIAL_INTERVAL
         self._masses = [_Mass() for _ in self._names]
         self._epoch = -1
         self._ranking: list[int] = []
@@ -171,7 +174,7 @@ class Layered:
         is_trial = self._steps >= self._next_trial
         if is_trial:
             self._next_trial = self._steps + _TRIAL_INTERVAL
-        costs, masses = self._costs.estimate(), np.array([self._masses[member].mean for member in members])
+        costs, masses = self._costs.estimate(), np.array([self._expected_mass(member) for member in members])
         first = self._target.rule.first_member(self._target.weights(step, members))
         if first is None:
             first = np.zeros(len(members))
@@ -182,7 +185,8 @@ class Layered:
         if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
             return drafted[1]
         lookup = LookupDraft()
-        if self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
+        is_tried = is_trial or lookup.name in self._stats
+        if is_tried and self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
             return LayeredPlan(lookup, LOOKUP_BLOCK)
         return LayeredPlan(NoDraft(), 0, together=at_once <= plain)
 
@@ -212,6 +216,11 @@ class Layered:
         for record in (own, self._total):
             record.drafted += stats.drafted
             record.accepted += stats.accepted
+
+    def _expected_mass(self, member: int) -> float:
+        """Return the mass with which a member decides alone, smoothed towards what rules with bounds often have."""
+        mass, prior = self._masses[member], 0.0 if self._target.rule.speculates else _PRIOR_MASS
+        return (mass.total + 4 * prior) / (mass.count + 4) if self._target.has_bounds else 0.0
 
     def _acceptance(self, name: str, *, is_trial: bool) -> float:
         """Return a draft's acceptance rate so far, smoothed towards that of a trial."""

@@ -98,7 +98,7 @@ class Ensemble:
         self.grammars = grammars or GrammarCache([member.engine.vocabulary for member in members])
         if isinstance(unit, str):
             self.unit = self._build_unit(unit)
-            check_method(self.defaults.method, self.unit.name)
+            check_method(self.defaults.method, self.unit.name, self.defaults.rule)
         else:
             self.unit = unit
         self._symbols = [self.unit.symbols(i) for i in range(len(members))]

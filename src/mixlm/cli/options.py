@@ -153,6 +153,8 @@ class Shared:
         if self.unit is not None:
             changes["unit"] = self.unit
         rule = {name: changes.pop(name) for name in RULE_OPTIONS if name in changes}
+        if self.generation.get("mix_then_truncate"):
+            rule.setdefault("rule", "mean-then-truncate")
         choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
         values = {**changes, "dtype": self.dtype, "graphs": self.graphs, "quantization": self.quantization}
         for name, value in values.items():

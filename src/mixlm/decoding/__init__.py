@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import AnyRule, rule_name
 from mixlm.engines.requests import Forward
 from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import SpeculationStats, Strategy
@@ -89,8 +90,14 @@ def strategy_name(options: GenerationOptions, context: StrategyContext) -> str:
     return options.method
 
 
-def check_method(method: str, unit: str) -> None:
-    """Raise UnsupportedError where the target distribution of a unit cannot be sampled by a method."""
+def check_method(method: str, unit: str, rule: AnyRule | None = None) -> None:
+    """Raise UnsupportedError where a unit's target distribution cannot be sampled by a method, or a rule has none."""
+    if rule is not None and method != "single" and not unit_traits(unit).full_distributions:
+        raise UnsupportedError(
+            f"rule {rule_name(rule)} combines the members' distributions over whole tokens, and in the unit {unit} one "
+            "forward pass gives no distribution",
+            "use --unit piece, or --rule average",
+        )
     if method not in unit_traits(unit).methods:
         raise UnsupportedError(
             f"{method} does not work with the unit {unit}: it needs a member's full distribution over {unit}s, which "

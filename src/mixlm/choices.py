@@ -12,6 +12,7 @@ UnitName = Literal["auto", "token", "piece", "word", "byte"]
 OnFailure = Literal["error", "drop"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Graphs = Literal["auto", "on", "off"]
+Quantization = Literal["bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8"]
 Rule = Literal[
     "average",
     "geometric",
@@ -42,3 +43,4 @@ LOGPROBS_OF: tuple[LogprobsOf, ...] = get_args(LogprobsOf)
 ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
 GRAPHS: tuple[Graphs, ...] = get_args(Graphs)
 DTYPES: tuple[DType, ...] = get_args(DType)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)

@@ -59,6 +59,11 @@ def load(spec: EngineSpec) -> Engine:
         raise UnsupportedError(f"{spec.model} takes no adapter", "name a model with weights, and --engine hf")
     if name == "vllm" and spec.model.startswith("shape:"):
         raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
+    if name != "hf" and spec.loading_options:
+        raise UnsupportedError(
+            f"{' and '.join(spec.loading_options)} is given, and {spec.model} runs in the engine {name}",
+            "leave it out, or use --engine hf",
+        )
     module, packages = ENGINES[name]
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-fast test-engines lint format install models docs paper chromium clean help
+.PHONY: demo test test-fast test-engines test-clients lint format install models docs paper chromium clean help
 
 help:            ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -27,6 +27,9 @@ test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm 
 	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_unavailable.py -m "engines or not engines"
 	$(ENGINES)/bin/mixlm check --engine llamacpp --samples 1000 $(EXACT) --tolerance 0.1
 	$(ENGINES)/bin/mixlm check --engine vllm --samples 500 $(EXACT)
+
+test-clients: $(VENV)/.installed  ## Run third-party clients against mixlm serve, each in an environment of its own (minutes)
+	$(BIN)/python tests/clients/run.py --keep .venv-clients --table
 
 lint: $(VENV)/.installed  ## Check style, types and the imports between rooms
 	$(BIN)/ruff format --check .

@@ -163,7 +163,7 @@ def test_the_keywords_of_generate_are_the_table():
     hints, table = get_type_hints(Options), {**get_type_hints(GenerationOptions), **get_type_hints(Sampling)}
     del table["sampling"]
     assert hints.keys() == table.keys() == OPTIONS.keys()
-    assert {name for name in table if hints[name] != table[name]} == {"stop"}  # one string or several
+    assert {name for name in table if hints[name] != table[name]} == {"stop", "tools"}  # in several forms
 
 
 def test_the_ensemble_file_has_the_sampling_options():

@@ -14,20 +14,20 @@ from mixlm.server.request_schemas import Extras, Short, StrictBody
 _LongId = Annotated[str, StringConstraints(max_length=512)]
 
 
-class _Block(StrictBody):
+class _ContentBlock(StrictBody):
     """A block of a message."""
 
     ignored: ClassVar[tuple[str, ...]] = ("cache_control", "citations", "caller")
 
 
-class TextBlock(_Block):
+class TextBlock(_ContentBlock):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class ToolUseBlock(_Block):
+class ToolUseBlock(_ContentBlock):
     """A call of a function."""
 
     type: Literal["tool_use"]
@@ -36,20 +36,20 @@ class ToolUseBlock(_Block):
     input: dict[str, Any]
 
 
-class ToolResultBlock(_Block):
+class ToolResultBlock(_ContentBlock):
     """The result of a call."""
 
-    ignored = (*_Block.ignored, "is_error")
+    ignored = (*_ContentBlock.ignored, "is_error")
 
     type: Literal["tool_result"]
     tool_use_id: _LongId
     content: str | Annotated[list[TextBlock], Field(max_length=1000)] = ""
 
 
-class ThinkingBlock(_Block):
+class ThinkingBlock(_ContentBlock):
     """Earlier thinking; it has no effect."""
 
-    ignored = (*_Block.ignored, "thinking", "signature", "data")
+    ignored = (*_ContentBlock.ignored, "thinking", "signature", "data")
 
     type: Literal["thinking", "redacted_thinking"]
 

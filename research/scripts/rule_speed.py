@@ -114,7 +114,9 @@ def main() -> None:
     arguments = parser.parse_args()
     ensemble = load(*arguments.models, engine=arguments.engine)
     report = {}
-    print(f"{'rule':14} {'forwards':>9} {'no draft':>9} {'predicted':>9} {'accepted':>9} {'predicted':>9} {'speed':>7}")
+    print(
+        f"{'rule':14} {'forwards':>9} {'no draft':>9} {'predicted':>9} {'accepted':>9} {'predicted':>9} {'speed':>7} {'no draft':>9}"
+    )
     for name in arguments.rules.split(","):
         options = RULES[name]
         try:
@@ -125,10 +127,12 @@ def main() -> None:
             continue
         report[name] = {"options": options, **runs, "predicted": formulas}
         layered, plain = runs["layered"], runs["conventional"]
-        ratio = layered["tokens_per_second"] / max(plain["tokens_per_second"], 1e-9)
+        ratio, plain_ratio = (
+            run["tokens_per_second"] / max(plain["tokens_per_second"], 1e-9) for run in (layered, runs["no draft"])
+        )
         print(
             f"{name:14} {layered['forwards']:9.2f} {runs['no draft']['forwards']:9.2f} {formulas['forwards']:9.2f} "
-            f"{layered['accepted']:9.2f} {formulas['accepted']:9.2f} {ratio:6.2f}x"
+            f"{layered['accepted']:9.2f} {formulas['accepted']:9.2f} {ratio:6.2f}x {plain_ratio:8.2f}x"
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -58,6 +58,7 @@ _CHECKED = 4  # positions at which the bounds of a user's rule are checked first
 _MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
 _TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
 _TRIAL_ACCEPTANCE = 0.9
+_HARD_TRIAL_ACCEPTANCE = 0.75  # where members decide what is easy alone, and the rest is what they disagree on
 _PRIOR_MASS = 0.7  # with which a member decides alone, before any position has shown it
 _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
 
@@ -225,8 +226,10 @@ class Layered:
     def _acceptance(self, name: str, *, is_trial: bool) -> float:
         """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
         stats = self._stats.get(name, SpeculationStats())
-        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
-        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
+        is_last_resort = self._target.rule.speculates or not self._target.has_bounds
+        trial = _TRIAL_ACCEPTANCE if is_last_resort else _HARD_TRIAL_ACCEPTANCE
+        measured = (stats.accepted + 4 * trial) / (stats.drafted + 4)
+        return max(measured, trial) if is_trial else measured
 
 
 def has_envelope(rule: Combination, members: int) -> bool:

@@ -114,9 +114,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ensemble = load(*arguments.models, engine=arguments.engine)
     report = {}
-    print(
-        f"{'rule':14} {'forwards':>9} {'no draft':>9} {'predicted':>9} {'accepted':>9} {'predicted':>9} {'speed':>7} {'no draft':>9}"
-    )
+    heads = ("forwards", "no draft", "predicted", "accepted", "predicted", "speed", "no draft")
+    print(f"{'rule':14} " + " ".join(f"{head:>9}" for head in heads))
     for name in arguments.rules.split(","):
         options = RULES[name]
         try:
@@ -132,7 +131,7 @@ def main() -> None:
         )
         print(
             f"{name:14} {layered['forwards']:9.2f} {runs['no draft']['forwards']:9.2f} {formulas['forwards']:9.2f} "
-            f"{layered['accepted']:9.2f} {formulas['accepted']:9.2f} {ratio:6.2f}x {plain_ratio:8.2f}x"
+            f"{layered['accepted']:9.2f} {formulas['accepted']:9.2f} {ratio:8.2f}x {plain_ratio:8.2f}x"
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

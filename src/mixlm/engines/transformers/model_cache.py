@@ -41,8 +41,8 @@ class ModelCache:
         """Record a forward pass of `count` tokens. cache: that the model returned."""
         self.cache = cache
         self.length += count
-        if any(type(layer).__name__ not in _CROPPABLE for layer in cache.layers):
-            self._snapshots[self.length] = [_snapshot(layer) for layer in cache.layers]
+        if _own_state(cache) or any(type(layer).__name__ not in _CROPPABLE for layer in cache.layers):
+            self._snapshots[self.length] = [*(_snapshot(layer) for layer in cache.layers), _copy(_own_state(cache))]
             if len(self._snapshots) > MAX_SNAPSHOTS:
                 del self._snapshots[_expendable(list(self._snapshots))]
 
@@ -63,8 +63,9 @@ class ModelCache:
             self.cache.crop(kept - self.length)
         elif kept:
             self._snapshots = {taken: layers for taken, layers in self._snapshots.items() if taken <= kept}
-            for layer, values in zip(self.cache.layers, self._snapshots[kept], strict=True):
-                _restore(layer, values)
+            for part, values in zip([*self.cache.layers, self.cache], self._snapshots[kept], strict=True):
+                _restore(part, values)
+            for layer in self.cache.layers:
                 if _grows(layer) and layer.is_initialized:
                     layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
         else:
@@ -99,9 +100,10 @@ class ModelCache:
             self.cache = copy(prototype)
             self.cache.layers = [copy(layer) for layer in prototype.layers]
             self._snapshots = {length: snapshot}
-            for layer, values in zip(self.cache.layers, snapshot, strict=True):
+            for layer in self.cache.layers:
                 layer.keys = layer.values = torch.empty(0)
-                _restore(layer, values)
+            for part, values in zip([*self.cache.layers, self.cache], snapshot, strict=True):
+                _restore(part, values)
         for index in segments[0].layers:
             keys, values = (
                 torch.cat(parts, dim=1)[None] for parts in zip(*(s.layers[index] for s in segments), strict=True)
@@ -140,9 +142,15 @@ def _snapshot(layer: Any) -> dict[str, Any]:
     return {name: _copy(value) for name, value in vars(layer).items() if name not in cropped}
 
 
-def _restore(layer: Any, values: dict[str, Any]) -> None:
+def _own_state(cache: Any) -> dict[str, Any]:
+    """Return the tensors that a cache holds outside its layers."""
+    return {name: value for name, value in vars(cache).items() if name != "layers" and _size(value)}
+
+
+def _restore(part: Any, values: dict[str, Any]) -> None:
+    """Set what a snapshot holds of a layer, or of a cache."""
     for name, value in values.items():
-        setattr(layer, name, _copy(value))
+        setattr(part, name, _copy(value))
 
 
 def _copy(value: Any) -> Any:

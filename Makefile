@@ -3,12 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 # vLLM brings versions of its own, so it gets an environment of its own.
 ENGINES := .venv-engines
+# Environments for other versions than the pinned ones.
+VERSIONS := .venv-versions
+SUITES := tests/engines tests/tokenization tests/test_against_transformers.py
+VLLM ?= vllm
 EXACT := --exact smollm2-135m --exact gemma-3-270m
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-fast test-engines test-clients lint format install models docs paper chromium clean help
+.PHONY: demo test test-fast test-engines test-versions test-vllm test-clients lint format install models docs paper chromium clean help
 
 help:            ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -30,6 +34,23 @@ test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm 
 
 test-clients: $(VENV)/.installed  ## Run third-party clients against mixlm serve, each in an environment of its own (minutes)
 	$(BIN)/python tests/clients/run.py --keep .venv-clients --table
+
+test-versions: pyproject.toml constraints.txt  ## Run the tests of engines and tokenizers with the oldest transformers, and with the newest
+	$(PYTHON) -m venv $(VERSIONS)
+	@# The pins of these two are left out: each round has its own.
+	grep -vE '^(transformers|tokenizers)\b' constraints.txt > $(VERSIONS)/constraints.txt
+	@for round in "transformers==5.17.0 tokenizers==0.23.2" "--upgrade transformers tokenizers"; do \
+	  echo "== $$round"; \
+	  $(VERSIONS)/bin/python -m pip install --quiet -c $(VERSIONS)/constraints.txt $$round -e '.[hf,llamacpp,peft,grammar]' \
+	    pytest pytest-xdist hypothesis || exit 1; \
+	  $(VERSIONS)/bin/python -m pytest -q -n auto -m "not models and not engines" $(SUITES) || exit 1; \
+	done
+
+test-vllm:       ## Run the tests of the vLLM engine with a vLLM of your choice: make test-vllm VLLM=vllm==0.33.0
+	$(PYTHON) -m venv $(VERSIONS)-vllm
+	$(VERSIONS)-vllm/bin/python -m pip install --quiet '$(VLLM)' -e '.[hf,remote,vllm]' pytest hypothesis
+	$(VERSIONS)-vllm/bin/python -m pytest -q tests/engines/test_vllm.py tests/engines/test_vllm_server.py \
+	  tests/engines/test_vllm_thread.py tests/engines/test_banned_tokens.py -m "engines or not engines"
 
 lint: $(VENV)/.installed  ## Check style, types and the imports between rooms
 	$(BIN)/ruff format --check .
@@ -90,4 +111,4 @@ if command -v uv >/dev/null; then uv pip install --quiet --python $(1)/bin/pytho
 endef
 
 clean:           ## Remove the virtual environments and what tools left
-	rm -rf $(VENV) $(ENGINES) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ENGINES) $(VERSIONS) $(VERSIONS)-vllm build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

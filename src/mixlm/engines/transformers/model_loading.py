@@ -6,7 +6,8 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 from mixlm.engines.spec import EngineSpec
@@ -32,9 +33,9 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     options = loading_options(spec, dtype, device)
     if isinstance(options["device_map"], dict) and spec.device_map is not None:
         check_device_map(options["device_map"], empty_model(source, spec), name)
-    offload = TemporaryDirectory(prefix="mixlm-offload-") if spec.device_map is not None else None
+    offload = mkdtemp(prefix="mixlm-offload-") if spec.device_map is not None else None
     if offload is not None:
-        options["offload_folder"] = offload.name
+        options["offload_folder"] = offload
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of weights is in the loading info
@@ -64,7 +65,7 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     notes = _check_weights(name, info)
     if offload is not None:
         model = _on_devices(model)
-        weakref.finalize(model, offload.cleanup)
+        weakref.finalize(model, rmtree, offload, ignore_errors=True)
     return model.eval(), notes
 
 

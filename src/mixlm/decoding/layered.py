@@ -114,7 +114,8 @@ class Layered:
         self._stats: dict[str, SpeculationStats] = {}
         self._steps = 0
         # Where members may decide alone, drafts are tried once it is known how often they do.
-        self._next_trial = 0 if target.rule.speculates or not target.has_bounds else _TRIAL_INTERVAL
+        self._decides_alone = target.has_bounds and not target.rule.speculates
+        self._next_trial = _TRIAL_INTERVAL if self._decides_alone else 0
         self._masses = [_Mass() for _ in self._names]
         self._epoch = -1
         self._ranking: list[int] = []
@@ -182,6 +183,8 @@ class Layered:
             first[int(np.argmin(self._sizes[members] / np.maximum(masses, 1e-6)))] = 1.0
         plain = layered_seconds(members, first, masses, costs, self._batch_keys)
         at_once = together_seconds(members, costs, self._batch_keys)
+        if self._decides_alone and self._steps < _EPOCH:  # times and masses of few positions say little
+            return LayeredPlan(NoDraft(), 0, together=at_once <= plain)
         drafted = self._cheapest_draft(members, first * masses, costs, is_trial=is_trial)
         if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
             return drafted[1]
@@ -220,14 +223,13 @@ class Layered:
 
     def _expected_mass(self, member: int) -> float:
         """Return the mass with which a member decides alone, smoothed towards what rules with bounds often have."""
-        mass, prior = self._masses[member], 0.0 if self._target.rule.speculates else _PRIOR_MASS
-        return (mass.total + 4 * prior) / (mass.count + 4) if self._target.has_bounds else 0.0
+        mass, prior = self._masses[member], _PRIOR_MASS if self._decides_alone else 0.0
+        return (mass.total + 4 * prior) / (mass.count + 4)
 
     def _acceptance(self, name: str, *, is_trial: bool) -> float:
         """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
         stats = self._stats.get(name, SpeculationStats())
-        is_last_resort = self._target.rule.speculates or not self._target.has_bounds
-        trial = _TRIAL_ACCEPTANCE if is_last_resort else _HARD_TRIAL_ACCEPTANCE
+        trial = _HARD_TRIAL_ACCEPTANCE if self._decides_alone else _TRIAL_ACCEPTANCE
         measured = (stats.accepted + 4 * trial) / (stats.drafted + 4)
         return max(measured, trial) if is_trial else measured
 

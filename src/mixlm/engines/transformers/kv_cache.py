@@ -58,15 +58,27 @@ class KVBuffer:
             tensors = self.layers[layer] = self._zeros(key), self._zeros(value)
         return tensors
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors."""
+        return sum(tensor.nbytes for tensors in self.layers.values() for tensor in tensors)
+
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(like.shape[0], self.size, like.shape[2])
 
 
 class KVBufferPool:
-    """Buffers for the sequences of one model. max_idle: how many of each size are kept for other sequences."""
+    """Buffers for the sequences of one model.
 
-    def __init__(self, max_idle: int = 0) -> None:
+    Args:
+        max_idle: how many of each size are kept for other sequences.
+        max_idle_bytes: memory of all that are kept.
+    """
+
+    def __init__(self, max_idle: int = 0, max_idle_bytes: int = 1 << 30) -> None:
         self._max_idle = max_idle
+        self._max_idle_bytes = max_idle_bytes
+        self._idle_bytes = 0
         self._free: dict[int, list[KVBuffer]] = {}
 
     def acquire(self, tokens: int) -> KVBuffer:
@@ -76,6 +88,7 @@ class KVBufferPool:
         if not free:
             return KVBuffer(size)
         buffer = free.pop()
+        self._idle_bytes -= buffer.nbytes
         buffer.idle = False
         for tensors in buffer.layers.values():
             for tensor in tensors:
@@ -86,8 +99,10 @@ class KVBufferPool:
         """Take a buffer back."""
         buffer.idle = True
         free = self._free.setdefault(buffer.size, [])
-        if len(free) < self._max_idle:
+        size = buffer.nbytes
+        if len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
             free.append(buffer)
+            self._idle_bytes += size
 
 
 class KVCache:

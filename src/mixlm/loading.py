@@ -212,6 +212,9 @@ def load_config(  # noqa: PLR0913 - one option each
         sharing = sum(other.model == member.model for other in config.members)
         slots = member.slots or sequences * sharing
         spec_fields |= {"name": member.name or "", "engine": choose_engine(member), "slots": slots}
+        for name in ("device_map", "max_memory"):  # a spec is a key
+            if isinstance(table := spec_fields[name], dict):
+                spec_fields[name] = tuple(table.items())
         spec = EngineSpec(**spec_fields)
         key = replace(spec, name="")
         if key not in engines:

@@ -256,6 +256,8 @@ def attend(
     unsupported = [name for name, option in options.items() if name not in _SUPPORTED_OPTIONS and option is not None]
     if unsupported:
         raise NotImplementedError(f"attention with {', '.join(unsupported)}")
+    if "attention_batch" not in options:
+        raise NotImplementedError("its layers do not hand on what its forward pass is given")
     batch: AttentionBatch = options["attention_batch"]
     form = AttentionForm(*(options.get(name) for name in ("sliding_window", "scaling", "softcap", "s_aux")))
     return batch.attend(module.layer_idx, (query, key, value), form), None

@@ -133,11 +133,11 @@ class Layered:
         limit = _EPOCH - step.noise.position % _EPOCH if self._learns_order else MAX_BLOCK
 
         def position_at(current: DecodeStep) -> SampledPosition:
-            here = self._target.members(current)
+            taking_part = self._target.members(current)
             return SampledPosition(
                 current,
                 self._target,
-                self._order(current.noise.position, here) if self._has_order else None,
+                self._order(current.noise.position, taking_part) if self._has_order else None,
                 complete=self._is_checked(current.noise.position),
                 together=plan.together,
             )
@@ -216,8 +216,8 @@ class Layered:
             if position.first is not None and position.first_mass is not None:
                 self._masses[position.first].total += position.first_mass
                 self._masses[position.first].count += 1
-        own = self._stats.setdefault(plan.draft.name, SpeculationStats())
-        for record in (own, self._total):
+        of_draft = self._stats.setdefault(plan.draft.name, SpeculationStats())
+        for record in (of_draft, self._total):
             record.drafted += stats.drafted
             record.accepted += stats.accepted
 

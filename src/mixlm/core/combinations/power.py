@@ -105,8 +105,8 @@ class Power(Combination):
             return None
         if self.strength >= 1:
             return weights
-        most = self._single_share(np.ones(len(weights)), np.zeros(len(weights)), weights)
-        normalised: Floats = most / most.sum()
+        largest = self._single_share(np.ones(len(weights)), np.zeros(len(weights)), weights)
+        normalised: Floats = largest / largest.sum()
         return normalised
 
     def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:

@@ -13,7 +13,12 @@ from typing import Any
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import first_line, remote_code_error
 from mixlm.engines.transformers.memory import memory_errors
-from mixlm.engines.transformers.placement import check_device_map, empty_model, loading_options
+from mixlm.engines.transformers.placement import (
+    check_device_map,
+    empty_model,
+    expanded_device_map,
+    loading_options,
+)
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
 
 
@@ -32,7 +37,9 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     name = spec.name
     options = loading_options(spec, dtype, device)
     if isinstance(options["device_map"], dict) and spec.device_map is not None:
-        check_device_map(options["device_map"], empty_model(source, spec), name)
+        empty = empty_model(source, spec)
+        check_device_map(options["device_map"], empty, name)
+        options["device_map"] = expanded_device_map(options["device_map"], empty)
     offload = mkdtemp(prefix="mixlm-offload-") if spec.device_map is not None else None
     if offload is not None:
         options["offload_folder"] = offload

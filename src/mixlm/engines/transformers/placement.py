@@ -156,6 +156,25 @@ def check_device_map(device_map: Mapping[str, Any], model: Any, name: str) -> No
         )
 
 
+def expanded_device_map(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return a device map in which no key lies below another: accelerate would load the weights of both twice."""
+    expanded: dict[str, Any] = {}
+
+    def place(name: str, module: Any, device: Any) -> None:
+        device = device_map.get(name, device)
+        prefix = f"{name}." if name else ""
+        if not any(key != name and key.startswith(prefix) for key in device_map):
+            expanded[name] = device
+            return
+        for tensor, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            expanded[prefix + tensor] = device_map.get(prefix + tensor, device)
+        for child_name, child in module.named_children():
+            place(prefix + child_name, child, device)
+
+    place("", model, None)
+    return {name: device for name, device in expanded.items() if device is not None}
+
+
 def _example_module(modules: Sequence[str]) -> str:
     """Return the name of a model's first layer."""
     return next((module for module in modules if module.endswith(".0")), modules[-1])

@@ -247,6 +247,26 @@ def test_what_is_kept_goes_before_memory_runs_out(engines, monkeypatch):
     assert_near(actual, plain.session().logits(ids))
 
 
+@pytest.mark.parametrize("name", ["load", "copy_segment"])
+def test_memory_that_runs_out_for_a_copy_empties_what_is_kept_and_changes_no_text(engines, monkeypatch, name):
+    engine, plain = engines("llama")
+    ids = random_ids(engine, 60)
+    engine.session().logits(ids[:40])
+    assert size_of(engine) > 0
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("x")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVCache, name, fail)
+        session = engine.session()
+        assert_near(session.logits(ids), plain.session().logits(ids))
+        assert session.stats.cached_tokens == (0 if name == "load" else 39 + 1)
+        if name == "copy_segment":
+            assert size_of(engine) == 0
+    assert_near(engine.session().logits(ids), plain.session().logits(ids))
+
+
 def test_each_adapter_and_each_regime_has_texts_of_its_own():
     prefixes = PrefixCache(1 << 20)
     cache = KVCache()

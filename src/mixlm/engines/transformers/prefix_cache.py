@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from mixlm.engines.base import common_prefix
+from mixlm.engines.transformers.memory import is_memory_error
 from mixlm.types import Ids
 
 if TYPE_CHECKING:
@@ -105,7 +106,11 @@ class PrefixCache:
             return sum(part for _, part in self._path(key, ids, has_state))
 
     def take(self, key: Hashable, ids: Ids, cache: CopyableCache) -> int:
-        """Fill an empty cache with the longest prefix of `ids` that is kept. Returns its length."""
+        """Fill an empty cache with the longest prefix of `ids` that is kept.
+
+        Returns:
+            Its length. Where it is 0, memory may have run out, and the cache may have to be emptied.
+        """
         import torch
 
         with self._lock:
@@ -115,8 +120,14 @@ class PrefixCache:
                 now = next(self._clock)
                 for node, _ in path:
                     node.used = now
-                with torch.inference_mode():
-                    cache.load([node.segment.cut(0, part) for node, part in path], length)
+                try:
+                    with torch.inference_mode():
+                        cache.load([node.segment.cut(0, part) for node, part in path], length)
+                except Exception as error:
+                    if not is_memory_error(error):
+                        raise
+                    self._clear()
+                    return 0
             return length
 
     def leave(self, key: Hashable, ids: Ids, cache: CopyableCache, *, wait: bool = True) -> None:
@@ -135,6 +146,10 @@ class PrefixCache:
         try:
             with torch.inference_mode():
                 self._leave(key, ids, cache)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            self._clear()
         finally:
             self._lock.release()
 
@@ -142,9 +157,12 @@ class PrefixCache:
         """Forget all texts. Returns whether there were any."""
         with self._lock:
             had_any = self.nbytes > 0
-            self._roots.clear()
-            self.nbytes = 0
+            self._clear()
         return had_any
+
+    def _clear(self) -> None:
+        self._roots.clear()
+        self.nbytes = 0
 
     def _path(self, key: Hashable, ids: Ids, has_state: bool) -> list[tuple[_Node, int]]:
         """Return the nodes of the longest prefix that is kept, each with how many of its tokens belong to it."""

@@ -86,6 +86,8 @@ class HFSession(Session):
             return
         self.reset()
         length = prefixes.take(key, wanted, self.cache)
+        if length == 0:
+            self.reset()
         self._cached.replace_tail(0, wanted[:length])
         self.stats.cached_tokens += max(length - cached, 0)
 

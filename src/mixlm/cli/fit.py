@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, engines_by_member, print_json
+from mixlm.cli.fit_rule import fit_rule, fits_rule, with_weight
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -28,7 +29,7 @@ from mixlm.option_spec import OptionSpec
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
-    from mixlm.config import EnsembleConfig, MemberConfig
+    from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
     from mixlm.fitting.gates import GateKind
     from mixlm.fitting.study import FitStudy
@@ -128,7 +129,8 @@ def fit(
     """Fit the weights, or a router, to text.
 
     The fit maximises the likelihood of the mixture. Every member scores each text once; EM fits the weights to the
-    first part of each text, and the rest validates them. With --accuracy, the weights are also evaluated on a task,
+    first part of each text, and the rest validates them. With --rule, the rule's strength is fitted, and the weights of
+    geometric and power unless they are given. With --accuracy, the weights are also evaluated on a task,
     and the generation options apply to it.
     """
     chosen = _RouterOptions(features, gate, observe)
@@ -148,6 +150,11 @@ def fit(
     if router is not None and router.suffix == ".safetensors":
         raise ConfigError("--router is a .safetensors file, and describes itself in JSON", "such as --router gate.json")
     texts = read_texts(files)
+    if fits_rule(config):
+        unused = {"--router": router is not None, "--grid": step is not None, "--accuracy": accuracy is not None}
+        unused |= {"--prompt-bytes": prompt_bytes > 0, "--ends": ends is not None}
+        rule_pairs = prompts_and_answers(texts, ends=None, system=shared.system)
+        return fit_rule(shared, texts, rule_pairs, holdout=holdout, output=output, as_json=as_json, unused=unused)
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = accuracy_options.load(shared)
     ensemble = open_ensemble(shared, {})
@@ -270,7 +277,7 @@ def _write(
         from mixlm.config import RouterConfig, write_config
 
         weights = [round(float(weight), 6) for weight in result.em.weights]
-        members = tuple(_with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
+        members = tuple(with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
         routed = RouterConfig()
         if router is not None:
             # Paths in an ensemble file are relative to its folder.
@@ -281,16 +288,6 @@ def _write(
         write_config(config.model_copy(update=changes), output)
         lines.append(f"ensemble written to {output}: use it with -e {output}")
     return lines
-
-
-def _with_weight(member: MemberConfig, weight: float) -> MemberConfig:
-    """Return a member with its weight and an absolute path, if its model is a path."""
-    path = Path(member.model).expanduser()
-    local = (path / "config.json").is_file() or path.is_file()
-    # The template itself replaces the name of its file.
-    return member.model_copy(
-        update={"weight": weight, "model": str(path.absolute()) if local else member.model, "template_file": None}
-    )
 
 
 def _show(result: FitStudy, engines: int) -> None:

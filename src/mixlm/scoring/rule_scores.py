@@ -39,9 +39,31 @@ def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
         ConfigError: A text is too long for a context.
         UnsupportedError: The rule combines spellings, or the weights depend on the text.
     """
-    scorer = _RuleScorer(ensemble)
-    shared = ensemble.unit.traits.shared_vocabulary
-    return sum(scorer.by_token(passage) if shared else scorer.by_byte(passage) for passage in passages)
+    options = ensemble.defaults
+    rule = build_rule(options.rule or "average", options.rule_parameters)
+    return float(rule_logprobs(ensemble, passages, [(rule, ensemble.weights)])[0])
+
+
+def rule_logprobs(
+    ensemble: Ensemble, passages: Sequence[Passage], variants: Sequence[tuple[Combination, Floats]]
+) -> Floats:
+    """Return log-probabilities of passages under variants of a rule, float64 (variants,), in one pass a member.
+
+    Args:
+        ensemble: The members, and the rule by the default options.
+        passages: What is scored.
+        variants: The same rule with other parameters, and weights, float64 (members,); a role that a member has in the
+            rule is the same in all.
+
+    Raises:
+        ConfigError, UnsupportedError: As in `rule_logprob`.
+    """
+    scorer = _RuleScorer(ensemble, variants)
+    score = scorer.by_token if ensemble.unit.traits.shared_vocabulary else scorer.by_byte
+    total = np.zeros(len(variants))
+    for passage in passages:
+        total += score(passage)
+    return total
 
 
 def text_passages(ensemble: Ensemble, texts: Sequence[str], before: Before = "begin") -> list[Passage]:
@@ -68,36 +90,40 @@ def answer_passages(
 
 
 class _RuleScorer:
-    """The rule of an ensemble over the unit's whole vocabulary."""
+    """Variants of the rule of an ensemble over the unit's whole vocabulary."""
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, variants: Sequence[tuple[Combination, Floats]]) -> None:
         options = ensemble.defaults
-        self._rule: Combination = build_rule(options.rule or "average", options.rule_parameters)
-        if self._rule.alignment == "strings" or (
-            options.rule == "unite" and not ensemble.unit.traits.shared_vocabulary
-        ):
+        rule = variants[0][0]
+        if rule.alignment == "strings" or (options.rule == "unite" and not ensemble.unit.traits.shared_vocabulary):
             raise UnsupportedError(
                 f"rule {options.rule} combines tokens as they are spelled, and has no probability of bytes",
                 "score with --rule mean-then-truncate or union-top-k",
             )
         if not isinstance(ensemble.router, FixedRouter):
             raise UnsupportedError("a rule is scored with weights that are fixed, and these depend on the text")
-        self._rule.check_members(len(ensemble.members))
+        rule.check_members(len(ensemble.members))
         self._unit, self._size = ensemble.unit, ensemble.unit.end + 1
-        if self._rule.roles:
+        if rule.roles:
             roles = [member.role for member in ensemble.members]
-            self._members = assign_roles(self._rule, ensemble.names, roles)
-            self._weights = np.full(len(self._members), 1 / len(self._members))
+            self._members = assign_roles(rule, ensemble.names, roles)
+            weights = np.full(len(self._members), 1 / len(self._members))
+            self._variants = [(variant, weights) for variant, _ in variants]
         else:
-            self._members = np.flatnonzero(ensemble.weights > 0).tolist()
-            self._weights = ensemble.weights[self._members]
+            used = np.any([weights > 0 for _, weights in variants], axis=0)
+            self._members = np.flatnonzero(used).tolist()
+            self._variants = [(variant, weights[self._members]) for variant, weights in variants]
         self._engines = [ensemble.members[i].engine for i in self._members]
         self._symbols = [ensemble.unit.symbols(i) for i in self._members]
         self._symbol_of = {self._unit.symbol_bytes(u): u for u in range(self._unit.end)}
         self._longest = max(map(len, self._symbol_of))
 
-    def by_token(self, passage: Passage) -> float:
-        """Return the log-probability of a passage's tokens, which all members have alike."""
+    def _combine(self, probs: Floats) -> Floats:
+        """Return what each variant makes of the members' rows, float64 (variants, symbols)."""
+        return np.array([rule.combine(probs, weights) for rule, weights in self._variants])
+
+    def by_token(self, passage: Passage) -> Floats:
+        """Return the log-probabilities of a passage's tokens, which all members have alike: float64 (variants,)."""
         ids, _ = encode_exactly(
             self._engines[0].encoder, self._engines[0].vocabulary, passage.data, self._engines[0].name
         )
@@ -106,18 +132,20 @@ class _RuleScorer:
         texts = [np.array([*passage.prefixes[i], *ids], dtype=np.int64) for i in self._members]
         self._check(texts)
         rows = self._rows(texts, [len(passage.prefixes[i]) for i in self._members], len(targets))
-        combined = (self._rule.combine(probs, self._weights) for probs in rows)
+        total = np.zeros(len(self._variants))
         with np.errstate(divide="ignore"):
-            return sum(float(np.log(row[target])) for row, target in zip(combined, targets, strict=True))
+            for probs, target in zip(rows, targets, strict=True):
+                total += np.log(self._combine(probs)[:, target])
+        return total
 
-    def by_byte(self, passage: Passage) -> float:
-        """Return the log-probability of a passage's bytes, over all symbols that spell them."""
+    def by_byte(self, passage: Passage) -> Floats:
+        """Return the log-probabilities of a passage's bytes, over all symbols that spell them: float64 (variants,)."""
         data = passage.data
-        reached: Floats = np.full(len(data) + 1, -np.inf)
+        reached: Floats = np.full((len(data) + 1, len(self._variants)), -np.inf)
         reached[0] = 0.0
         sessions = [engine.session() for engine in self._engines]
         for place in range(len(data) + passage.scores_end):
-            if reached[place] == -np.inf:
+            if (reached[place] == -np.inf).all():
                 continue
             encoded = [engine.encoder.encode(data[:place]).ids for engine in self._engines]
             texts = [
@@ -126,18 +154,17 @@ class _RuleScorer:
             ]
             self._check(texts)
             logits = [session.logits(ids)[0] for session, ids in zip(sessions, texts, strict=True)]
-            combined = self._rule.combine(
-                np.array([self._dense(i, row) for i, row in enumerate(logits)]), self._weights
-            )
+            with np.errstate(divide="ignore"):
+                combined = np.log(self._combine(np.array([self._dense(i, row) for i, row in enumerate(logits)])))
             if place == len(data):
-                return float(reached[place] + np.log(combined[self._unit.end]))
+                return np.asarray(reached[place] + combined[:, self._unit.end])
             for length in range(1, min(self._longest, len(data) - place) + 1):
                 symbol = self._symbol_of.get(data[place : place + length])
-                if symbol is not None and combined[symbol] > 0:
+                if symbol is not None:
                     reached[place + length] = np.logaddexp(
-                        reached[place + length], reached[place] + np.log(combined[symbol])
+                        reached[place + length], reached[place] + combined[:, symbol]
                     )
-        return float(reached[-1])
+        return np.asarray(reached[-1])
 
     def _rows(self, texts: Sequence[Ids], begins: Sequence[int], count: int) -> Iterator[Floats]:
         """Yield the members' distributions at each of `count` places, float64 (members, symbols)."""

@@ -1,0 +1,120 @@
+"""`mixlm fit --rule`: the strength and the weights of a combination rule."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixlm.cli.display import dim, print_json
+from mixlm.cli.loading import open_ensemble
+from mixlm.cli.options import Shared
+from mixlm.cli.tables import print_lines, print_table
+from mixlm.errors import ConfigError, UsageError
+from mixlm.terminal import progress_bars
+
+if TYPE_CHECKING:
+    from mixlm.config import EnsembleConfig, MemberConfig
+    from mixlm.fitting.rule_strength import StrengthFit
+
+
+def fits_rule(config: EnsembleConfig) -> bool:
+    """Whether an ensemble has a rule to fit."""
+    return config.combination is not None and config.combination.rule != "average"
+
+
+def fit_rule(
+    shared: Shared,
+    texts: Mapping[str, str],
+    pairs: Collection[str],
+    *,
+    holdout: float,
+    output: Path | None,
+    as_json: bool,
+    unused: Mapping[str, bool],
+) -> int:
+    """Fit the rule of the ensemble to texts, of which the last part is held out.
+
+    Args:
+        shared: The shared options.
+        texts: By file.
+        pairs: Which of them are prompts and answers.
+        holdout: The share of each text that is held out.
+        output: Where the ensemble with the fitted rule is written.
+        as_json: Print one JSON object.
+        unused: Options that do not go with a rule, by name, and whether they are given.
+    """
+    config = shared.config()
+    assert config.combination is not None
+    for name, given in unused.items():
+        if given:
+            raise UsageError(f"{name} is of weights and routers, and --rule fits the strength of a rule", "omit it")
+    if pairs:
+        raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
+    from mixlm.core.rule_options import build_rule
+    from mixlm.fitting.rule_strength import check_fittable, fit_strength
+    from mixlm.scoring.rule_scores import text_passages
+
+    parameters = config.rule_options()
+    check_fittable(build_rule(parameters.pop("rule"), parameters))
+    ensemble = open_ensemble(shared, {})
+    parts = [_split(text, holdout) for text in texts.values()]
+    train, check = (text_passages(ensemble, [part[i] for part in parts if part[i]]) for i in (0, 1))
+    weights_given = shared.numbers() is not None or config.weights() is not None
+    with progress_bars() as progress:
+        result = fit_strength(ensemble, train, check, fit_weights=not weights_given, progress=progress)
+    if output is not None:
+        _write(result, config, output)
+    if as_json:
+        print_json({"members": list(ensemble.names), **result.as_dict()})
+    else:
+        _show(result, ensemble.names, config.combination.rule)
+    if output is not None:
+        dim(f"ensemble written to {output}: use it with -e {output}")
+    return 0
+
+
+def _split(text: str, holdout: float) -> tuple[str, str]:
+    """Return a text without its last part, and that part, which begins with a space or a line."""
+    cut = round(len(text) * (1 - holdout))
+    if holdout:
+        cut = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
+        if cut <= 0:
+            raise ConfigError("a text is too short to be split at a space", "use --holdout 0")
+    return text[:cut], text[cut:]
+
+
+def _write(result: StrengthFit, config: EnsembleConfig, output: Path) -> None:
+    from mixlm.config import write_config
+
+    assert config.combination is not None
+    weights = [round(float(weight), 6) for weight in result.weights]
+    members = tuple(with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
+    fitted = config.combination.model_copy(update={"strength": result.strength})
+    write_config(config.model_copy(update={"members": members, "combination": fitted}), output)
+
+
+def with_weight(member: MemberConfig, weight: float) -> MemberConfig:
+    """Return a member with its weight and an absolute path, if its model is a path."""
+    path = Path(member.model).expanduser()
+    local = (path / "config.json").is_file() or path.is_file()
+    # The template itself replaces the name of its file.
+    return member.model_copy(
+        update={"weight": weight, "model": str(path.absolute()) if local else member.model, "template_file": None}
+    )
+
+
+def _show(result: StrengthFit, names: Sequence[str], rule: str) -> None:
+    from mixlm.fitting.rule_strength import WEIGHTED
+
+    rows = [(f"{strength:g}", f"{bits:.4f}") for strength, bits in result.strengths]
+    styles = ["bold" if strength == result.strength else "" for strength, _ in result.strengths]
+    print_table(["strength", "bits per byte"], rows, right={"strength", "bits per byte"}, styles=styles)
+    weights = ""
+    if rule in WEIGHTED:
+        shares = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, result.weights, strict=True))
+        weights = f", with the weights {shares}"
+    print_lines(f"Rule {rule}: the training text is the most likely at --strength {result.strength:g}{weights}.")
+    where = "the training text" if result.check is None else "held-out text"
+    bits = result.train if result.check is None else result.check
+    print_lines(f"Bits per byte on {where}: {bits:.4f}; the average has {result.average:.4f}.")

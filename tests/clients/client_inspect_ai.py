@@ -1,8 +1,9 @@
-"""Inspect."""
+"""Inspect, which leaves out bounds of numbers."""
 
 import asyncio
+import json
 
-from features import BASE, SCHEMA, check_weather, report
+from features import BASE, SCHEMA, report
 from inspect_ai.model import GenerateConfig, ResponseSchema, get_model
 from inspect_ai.tool import ToolInfo
 from inspect_ai.util import JSONSchema
@@ -17,13 +18,13 @@ def generate(**options):
 
 def structured():
     config = GenerateConfig(response_schema=ResponseSchema(name="x", json_schema=JSONSchema(**SCHEMA)))
-    check_weather(generate(config=config).completion)
+    assert json.loads(generate(config=config).completion)["city"] in ("Oslo", "Rome")
 
 
 def tools():
     tool = ToolInfo(name="get_weather", description="x", parameters=SCHEMA)
     output = generate(tools=[tool], tool_choice="any", config=GenerateConfig(parallel_tool_calls=False))
-    check_weather(output.message.tool_calls[0].arguments)
+    assert output.message.tool_calls[0].arguments["city"] in ("Oslo", "Rome")
 
 
 report(chat=lambda: generate().completion or 1 / 0, stream="", structured=structured, tools=tools)

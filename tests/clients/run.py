@@ -2,9 +2,10 @@
 
     python tests/clients/run.py [CLIENT ...] [--keep FOLDER] [--table]
 
-A client is a file here, `client_NAME.py` or `client_NAME.mjs`, that takes the server's URL and prints one line of JSON: for each of
-chat, stream, structured and tools, "yes", or why not. What it needs is in `CLIENTS`. The server has two toys, which sample
-words at random, so what is tested is the form of requests and responses, and that structures and calls fit their schemas.
+A client is a file here, `client_NAME.py` or `client_NAME.mjs`, that takes the server's URL and prints one line of JSON:
+for each of chat, stream, structured and tools "yes" or "no", and why. What it needs is in `CLIENTS`. The server has two
+toys, which sample words at random: what is tested is the form of requests and responses, and that structures and calls
+fit their schemas.
 """
 
 from __future__ import annotations
@@ -94,10 +95,11 @@ def run_client(name: str, url: str, environments: Path) -> dict[str, Any]:
 
 def install_python(folder: Path, package: str, requirements: Sequence[str]) -> str:
     """Make a virtual environment; return the version of the client."""
-    python = folder / "bin" / "python"
-    if not python.exists():
+    python, mark = folder / "bin" / "python", folder / ".installed"
+    if not mark.exists():
         run(sys.executable, "-m", "venv", str(folder))
         run(str(python), "-m", "pip", "install", "-q", *requirements)
+        mark.touch()
     return run(str(python), "-c", f"import importlib.metadata as m; print(m.version({package!r}))").strip()
 
 

@@ -39,7 +39,9 @@ def calls_pattern(language: Language) -> str:
 # Tokens that cross every border of the language.
 PIECES = [
     b"a", b" ", b"\n", b"<", b"<tool", b"_call>", b"<tool_call>", b"l>\n{", b'{"name": "', b"f", b'f", "argu',
-    b'ments": {', b'stop", "arguments": ', b'"c"', b':', b'"r', b'"', b"}", b"}\n</tool_call>", b"</", b">\n<tool_call>",
+    b'ments": {', b'stop", "arguments": ', b'"c"', b':', b'"r', b'"', b"}", b"}\n</tool_call>", b"</",
+    b">\n<tool_call>",
+    b">",
 ]  # fmt: skip
 
 # Tokens for everything that a prompt with tools may hold.
@@ -72,7 +74,8 @@ def test_masks_are_those_of_the_language(language):
     rng = np.random.default_rng(5)
     matcher = GrammarCache([vocabulary]).for_language(language)[0].matcher()
     seen: set[str] = set()
-    for start in ["", "a<tool", "<tool_call>", '<tool_call>\n{"name": "f", "arguments": {"c":"r"}}\n</tool_call>'] * 12:
+    one = '<tool_call>\n{"name": "f", "arguments": {"c":"r"}}\n</tool_call>'
+    for start in ["", "a<tool", "<tool_call>", one, one + "\n" + one.removesuffix(">")] * 12:
         text = start
         while len(text) < 250 and (allowed := matcher.allowed(text.encode())) is not None:
             follow = []

@@ -36,9 +36,10 @@ HISTORY = [
 NATIVE = """{{- '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else '') }}
 {%- if tools %}{{- '\n<tools>' }}{% for tool in tools %}{{- '\n' + tool | tojson }}{% endfor %}{{- '\n</tools>
 Answer <tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>' }}{% endif %}{{- '<|im_end|>\n' }}
-{%- for message in messages %}{%- if message.role == 'user' or (message.role == 'assistant' and not message.tool_calls) %}
+{%- for message in messages %}{%- if message.role == 'user' or message.role == 'assistant' and not message.tool_calls %}
 {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\n' + message.content }}{% for call in message.tool_calls %}
+{%- elif message.role == 'assistant' %}{{- '<|im_start|>assistant\n' + message.content }}
+{%- for call in message.tool_calls %}
 {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
 {{- '}\n</tool_call>' }}{% endfor %}{{- '<|im_end|>\n' }}
 {%- elif message.role == 'tool' %}{{- '<|im_start|>tool\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}

@@ -60,12 +60,12 @@ def _show(report: GainReport) -> None:
     )
     lines = [
         f"Gain: fixed weights need {report.gain:.1f} % fewer bits than {report.best_member} alone, and no router can "
-        f"save more than {report.most:.1f} %."
+        f"save more than {report.oracle_gain:.1f} %."
     ]
     if report.gain <= 0:
         lines = [
             f"Gain: none. Fixed weights are not better than {report.best_member} alone; a router could save at most "
-            f"{report.most:.1f} %."
+            f"{report.oracle_gain:.1f} %."
         ]
     if report.cost is not None and report.tokens_per_second is not None:
         speeds = report.tokens_per_second

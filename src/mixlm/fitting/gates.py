@@ -27,8 +27,10 @@ from mixlm.types import Floats
 GateKind = Literal["linear", "mlp"]
 GATES: tuple[GateKind, ...] = ("linear", "mlp")
 WIDTH = 64  # of the inner layer
-DECAYS = (0.01, 0.1, 1.0)  # per epoch-step of the learning rate
-_RATES = {"linear": 2e-3, "mlp": 1e-3}
+DECAYS = (0.0, 3.0, 30.0)  # weight decay of a step, in units of the learning rate
+# Learning rates, over the root of the number of inputs: Adam moves every coefficient by about as much in a step, those
+# of inputs that say nothing too, and with many of them larger steps fit noise before they fit anything else.
+_RATES = {"linear": 3e-3, "mlp": 2e-3}
 _BATCH = 256  # segments
 _MIN_STEPS = 64  # of an epoch: of little text it goes through the segments several times
 _EPOCHS = 40
@@ -206,7 +208,7 @@ class _Trainer:
         )
         self._x = self.gate.standardised(data.inputs)
         self._likelihood = data.likelihood.astype(np.float32)
-        self._rate, self._decay = _RATES[kind], decay
+        self._rate, self._decay = _RATES[kind] / float(np.sqrt(count)), decay
         self._names = ("linear", "bias", "inner", "inner_bias", "outer") if width else ("linear", "bias")
         self._first = {name: np.zeros_like(getattr(self.gate, name)) for name in self._names}
         self._second = {name: np.zeros_like(getattr(self.gate, name)) for name in self._names}

@@ -85,7 +85,7 @@ class GainReport:
         return 100 * (1 - self.fixed / self.best)
 
     @property
-    def most(self) -> float:
+    def oracle_gain(self) -> float:
         """How many percent fewer bits the oracle needs than the best member."""
         return 100 * (1 - self.oracle / self.best)
 
@@ -100,7 +100,7 @@ class GainReport:
         return {
             **asdict(self),
             "gain_percent": self.gain,
-            "oracle_percent": self.most,
+            "oracle_percent": self.oracle_gain,
             "cost": self.cost,
             "worth_dropping": self.worth_dropping,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,28 +20,39 @@ def hidden_size(model: Any) -> int:
 
 
 class HiddenStateHook:
-    """Notes what goes into a model's output layer, for one forward pass at a time."""
+    """Notes what goes into a model's output layer, in the forward passes of one `recording`."""
 
     def __init__(self, model: Any) -> None:
-        self._rows: Any = None
+        self._passes: list[Any] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._note)
 
     def _note(self, layer: Any, arguments: tuple[Any, ...]) -> None:
-        self._rows = arguments[0]
+        if self._passes is not None:
+            self._passes.append(arguments[0].reshape(-1, arguments[0].shape[-1]))
 
-    def store(self, inputs: Sequence[SequenceInput]) -> None:
-        """Hand the hidden states of the last pass to the sessions that keep them. inputs: all of that pass.
+    @contextmanager
+    def recording(self, inputs: Sequence[SequenceInput]) -> Iterator[None]:
+        """Hand the hidden states of what runs in here to the sessions that keep them. inputs: all that runs.
 
         Raises:
             UnsupportedError: The model computes its logits another way.
         """
-        rows, self._rows = self._rows, None
+        self._passes = []
+        try:
+            yield
+            self._store(inputs, self._passes)
+        finally:
+            self._passes = None
+
+    def _store(self, inputs: Sequence[SequenceInput], passes: Sequence[Any]) -> None:
+        import torch
+
         total = sum(item.last for item in inputs)
-        if rows is None or rows.shape[-2] < total:
+        if sum(len(rows) for rows in passes) < total:
             raise UnsupportedError(
                 "this model does not show its hidden states", "observe the most likely tokens: a router with top_k"
             )
-        states = rows.reshape(-1, rows.shape[-1])[-total:].float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+        states = torch.cat(list(passes))[-total:].float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
         for item, part in zip(inputs, np.split(states, np.cumsum([item.last for item in inputs])[:-1]), strict=True):
             if item.session.keeps_hidden:
                 item.session.hidden_states = part

@@ -271,9 +271,8 @@ class ModelRunner:
 
     def _run_batch(self, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
         if any(item.session.keeps_hidden for item in inputs):
-            hook = self.loaded.hidden_states
-            logits = self._forward(inputs) if self.batches else self._forward_alone(*inputs)
-            hook.store(inputs)
+            with self.loaded.hidden_states.recording(inputs):
+                logits = self._forward(inputs) if self.batches else self._forward_alone(*inputs)
             return self._transfer(logits, inputs)
         if not self.batches:
             return self._transfer(self._forward_alone(*inputs), inputs)

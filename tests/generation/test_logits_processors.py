@@ -96,7 +96,10 @@ def test_one_of_transformers_is_taken_as_it_is(pair):
     expected = np.where(np.isin(np.arange(6), ids), np.where(logits > 0, logits / 2, logits * 2), logits)
     np.testing.assert_allclose(process_logits(as_processor(processor), ids, logits), expected)
     several = transformers.LogitsProcessorList([processor, processor])
-    assert pair.with_logits_processors({"first": several}).generate("ab", max_tokens=3, seed=1).tokens is not None
+    assert (
+        pair.with_logits_processors({"first": several}).generate("ab", raw=True, max_tokens=3, seed=1).tokens
+        is not None
+    )
 
 
 def test_masked_logits_stay_masked():
@@ -110,7 +113,7 @@ def test_masked_logits_stay_masked():
 def test_what_is_no_logits_is_refused(pair, result, problem):
     processed = pair.with_logits_processors({"first": lambda ids, logits: result})
     with pytest.raises(ConfigError, match=rf"returned {problem} for logits of the shape \(8,\)"):
-        processed.generate("ab", method="conventional", max_tokens=1)
+        processed.generate("ab", raw=True, method="conventional", max_tokens=1)
 
 
 def test_unknown_members_and_what_cannot_be_called_are_refused(pair):

@@ -29,9 +29,7 @@ def loading_options(spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]
         options["device_map"] = parse_device_map(spec)
     if spec.max_memory is not None:
         if not isinstance(spec.device_map, str):
-            raise ConfigError(
-                "max_memory is given, and device_map places every layer itself", "use device_map = 'auto'"
-            )
+            raise ConfigError("max_memory is given, and device_map does not choose devices", "use device_map = 'auto'")
         options["max_memory"] = {_device_key(name): size for name, size in spec.max_memory}
     if spec.attn is not None:
         options["attn_implementation"] = spec.attn

@@ -44,7 +44,7 @@ step() {  # NAME SECONDS COMMAND…
 }
 
 if [ -n "$rehearse" ]; then
-  large=shape:llama-68m#2 small=shape:llama-68m device=cpu tokens=2 repeats=1 batch=1,2 contexts=64,128
+  large=shape:llama-68m#2 small=shape:llama-68m device=cpu tokens=4 repeats=1 batch=1,2 contexts=64,128
 else
   large=shape:qwen2.5-3b small=shape:qwen2.5-1.5b device=cuda tokens=64 repeats=3 batch=1,16 contexts=512,4096
 fi

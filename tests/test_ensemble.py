@@ -414,7 +414,7 @@ def test_messages_may_be_plain_dictionaries():
 
 @pytest.mark.parametrize("wrong", [{"role": "robot", "content": "a"}, {"role": "user"}, {"content": "a"}])
 def test_what_is_no_message_is_refused(wrong):
-    with pytest.raises(ConfigError, match=r"is no message.*role \(system, user, assistant\)"):
+    with pytest.raises(ConfigError, match=r"is no message.*role \(system, user, assistant, tool\)"):
         Ensemble([MemberSpec(ToyEngine(), "toy")]).generate([wrong])
 
 

@@ -25,7 +25,17 @@ def test_named_methods_are_shown_with_their_drafts(run: Run, tmp_path: Path) -> 
 def test_all_methods_can_be_asked_for(run: Run) -> None:
     report = json.loads(run("bench", *TOYS, *SHORT, "--methods", "all", "--output", "-").out)
     methods = [method["method"] for method in report["runs"]]
-    assert methods == ["single", "single", "conventional", "mixture", "greedy", "speculative", "auto", "drafted"]
+    assert methods == [
+        "single",
+        "single",
+        "conventional",
+        "mixture",
+        "greedy",
+        "speculative",
+        "auto",
+        "layered",
+        "drafted",
+    ]
 
 
 @pytest.mark.parametrize(

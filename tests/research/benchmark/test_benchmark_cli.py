@@ -32,7 +32,17 @@ def test_agreement_and_a_figure(run: Command, tmp_path: Path) -> None:
 def test_rivals_are_measured_with_all_methods(run: Command) -> None:
     report = json.loads(run(*TOYS, *SHORT, "--methods", "all", "--rivals", "--output", "-")[1])
     methods = [method["method"] for method in report["runs"]]
-    assert methods == ["single", "single", "conventional", "mixture", "greedy", "speculative", "auto", "drafted"]
+    assert methods == [
+        "single",
+        "single",
+        "conventional",
+        "mixture",
+        "greedy",
+        "speculative",
+        "auto",
+        "layered",
+        "drafted",
+    ]
     assert any("transformers toy:1 was left out" in note for note in report["notes"])
 
 

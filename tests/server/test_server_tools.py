@@ -88,6 +88,15 @@ def test_with_auto_the_completion_is_text_or_a_call(toys):
     assert none == toys.chat(seed=1, max_tokens=20).json()["choices"][0]["message"]
 
 
+@pytest.mark.parametrize("stop", ["tool_call", "<", '"'])
+def test_stop_strings_do_not_cut_calls(toys, stop):
+    expected, stopped = (toys.chat(**CALLS, seed=1, **more).json()["choices"][0] for more in ({}, {"stop": [stop]}))
+    for choice in (expected, stopped):
+        [call] = choice["message"]["tool_calls"]
+        del call["id"]
+    assert stopped == expected
+
+
 def test_a_call_that_is_cut_off_says_so(toys):
     for length in (2, 12, 60):
         choice = toys.chat(**{**CALLS, "max_tokens": length}, seed=1).json()["choices"][0]
@@ -111,6 +120,7 @@ def test_the_sdk_parses_tools_of_pydantic(sdk):
     [
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": TOOLS * 2}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "required"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
@@ -263,6 +273,8 @@ def test_responses_have_logprobs(sdk):
         ({"include": ["file_search_call.results"]}, "include"),
         ({"mixlm": {"weigths": [1]}}, "mixlm.weigths"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "a b", "arguments": "{}"}]}, "input.0.name"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0"),
     ],
     ids=str,
 )

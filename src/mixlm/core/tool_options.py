@@ -17,7 +17,7 @@ def checked_tools(tools: Any) -> tuple[Tool, ...]:
     """Return tools of any form: `Tool`, or a mapping as in OpenAI's API, with or without its `function`.
 
     Raises:
-        ConfigError: It is none of these, or two functions have one name.
+        ConfigError: It is none of these, two functions have one name, or one is a word of `tool_choice`.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         raise ConfigError(f"tools is {tools!r}; it must be a list of functions")
@@ -27,6 +27,10 @@ def checked_tools(tools: Any) -> tuple[Tool, ...]:
         if not isinstance(tool.name, str) or not _NAME.fullmatch(tool.name):
             raise ConfigError(
                 f"tools has the function name {tool.name!r}; it must be 1 to 128 letters, digits and any of _.:/-"
+            )
+        if tool.name in TOOL_CHOICES:
+            raise ConfigError(
+                f"tools has the function name {tool.name!r}, which is a word of tool_choice", "rename the function"
             )
         if not isinstance(tool.description, str) or not isinstance(tool.parameters, Mapping):
             raise ConfigError(f"tools: {tool.name} needs a text as description and a JSON object as parameters")

@@ -282,9 +282,9 @@ class Generation(Iterator[Token]):
                     return
                 sequence.append(choice)
                 token = self._token(choice)
-                self._emit(detokenizer.push(token))
                 if options.callable_tools and _CALL_BEGIN in sequence.state.tail(len(_CALL_BEGIN) + len(token.data)):
                     detokenizer.stops = []  # they are for text, and would cut the arguments of a call
+                self._emit(detokenizer.push(token))
                 if detokenizer.stopped:
                     self._finish_reason = "stop"
                     return
@@ -319,6 +319,8 @@ class Generation(Iterator[Token]):
         """Return the strings that end the text; those of chat templates not where a schema says where it ends."""
         options = self._context.settings
         language = options.language
+        if language is not None and language.json_schema is False:
+            return []  # calls alone
         if options.raw or (language is not None and language.json_schema is not None):
             return [*options.stop]
         return [*options.stop, *{stop for member in self.members for stop in member.engine.stops}]

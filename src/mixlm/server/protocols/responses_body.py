@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from mixlm.server.api_errors import unsupported_field
 from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
@@ -74,7 +74,27 @@ class ReasoningItem(_Item):
     type: Literal["reasoning"]
 
 
-InputItem = MessageItem | CallItem | CallOutputItem | ReasoningItem
+_ITEMS = {
+    "message": "MessageItem",
+    "function_call": "CallItem",
+    "function_call_output": "CallOutputItem",
+    "reasoning": "ReasoningItem",
+}
+
+
+def _branch(item: Any) -> str | None:
+    """Return the tag of an item's branch; None if there is no such type."""
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return _ITEMS.get(kind or "message") if isinstance(kind, str | None) else None
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("MessageItem")]
+    | Annotated[CallItem, Tag("CallItem")]
+    | Annotated[CallOutputItem, Tag("CallOutputItem")]
+    | Annotated[ReasoningItem, Tag("ReasoningItem")],
+    Discriminator(_branch, custom_error_type="item", custom_error_message=f"type must be one of {', '.join(_ITEMS)}"),
+]
 
 
 class FunctionTool(StrictBody):

@@ -249,6 +249,8 @@ class Ensemble:
                 "use the unit piece: with_unit('piece')",
             )
         settings = self.settings(**options)
+        # Whole distributions are requested, also where the method has members sampled by their engines.
+        settings = replace(settings, top_logprobs=settings.top_logprobs or 1)
         return next_distribution(self.context(settings), self.encode_prompt(prompt, settings))
 
     def chat(self, **options: Unpack[Options]) -> Chat:
@@ -303,7 +305,7 @@ class Ensemble:
         Args:
             processors: By a member's name: a function of the member's ids so far, int64 (n,), and the logits after
                 them, float32 (vocab,), that returns logits of that shape; or a `LogitsProcessor` of transformers, or a
-                list of them; or None for none.
+                `LogitsProcessorList`; or None for none.
 
         Raises:
             ConfigError: There is no such member, or a processor cannot be called.
@@ -454,7 +456,8 @@ class Ensemble:
         for member in self.members:
             if purpose is not None and member.engine.top_k_limit is not None:
                 raise UnsupportedError(
-                    f"{purpose} needs every token's probability, and {member.name} reports its most likely only",
+                    f"{purpose} needs every token's probability, and {member.name} reports its "
+                    f"{member.engine.top_k_limit} most likely only",
                     "use --engine hf (engine='hf')",
                 )
 

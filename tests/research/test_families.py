@@ -8,6 +8,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from research import families
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread, as in the script: some models amplify the rounding of sums that threads share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FREQUENCIES = {
     "longrope": lambda sizes: Phi3ForCausalLM(
         Phi3Config(

@@ -59,11 +59,9 @@ def test_schemas_that_take_long_to_compile_are_refused_and_do_not_hold_up_others
 
 
 def test_a_schema_that_is_too_large_is_refused_at_once(toys):
-    start = time.monotonic()
     response = toys.chat(response_format=response_format(large_schema(9_000)))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
     assert "more than 100000 characters" in response.json()["error"]["message"]
-    assert time.monotonic() - start < 2
 
 
 def test_a_schema_cannot_configure_its_parser(toys):
@@ -199,7 +197,7 @@ def hang(*_arguments):
 HANGS = {
     "encoding": "Ensemble.encode_prompt = hang",
     "step": "toy.ToyEngine.on_forward = staticmethod(hang)",
-    "schema": "from mixlm.core.grammar import GrammarCache; GrammarCache.for_schema = hang",
+    "schema": "from mixlm.core.grammar import GrammarCache; GrammarCache.for_language = hang",
 }
 
 

@@ -78,6 +78,9 @@ def test_the_least_file_has_defaults(write):
         ('[[members]]\nmodel = "x"\n[members.sampling]\ntop_p = 2', "top_p is 2.*at most 1"),
         ('[sampling]\ntemperature = -1\n[[members]]\nmodel = "x"', "temperature is -1.*0 or more"),
         ('[[members]]\nmodel = "x"\nweight = 1\n[[members]]\nmodel = "y"', "1 of 2 members have a weight"),
+        ('[[members]]\nmodel = "x"\ndevice_map = 5', r"members\.0\.device_map is 5: "),
+        ('[combination]\nstrength = 1.0\n[[members]]\nmodel = "x"', r"combination\.rule is missing .name one"),
+        ('method = "single"\nrule = "max"\n[[members]]\nmodel = "x"', r"toml: method is 'single'.*rule is 'max'"),
         ("[[members", "is not valid TOML"),
     ],
 )

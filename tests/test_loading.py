@@ -137,6 +137,9 @@ def test_a_file_names_the_rule_its_parameters_and_the_roles(tmp_path):
         ('[combination]\nrule = "power"\nexponent = 2.0\n', "unknown key 'combination.exponent'.*strength"),
         ("strength = 2.0\n", "write it below .combination"),
         ('rule = "max"\n[combination]\nrule = "min"\n', "rule and .combination. are both given"),
+        ('rule = "max"\n[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "members.0.role is 'expert', and rule max"),
+        ('[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "toy:3 has the role 'expert', and there is no rule"),
+        ('rule = "contrastive"\n[router]\nkind = "prompt"\n', "there is a router, and rule contrastive"),
     ],
 )
 def test_what_is_no_rule_in_a_file_is_refused(tmp_path, text, message):

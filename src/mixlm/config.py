@@ -209,6 +209,8 @@ class EnsembleConfig(_Strict):
         rule = combination.get("rule") if isinstance(combination, dict) else getattr(combination, "rule", None)
         if rule not in (None, "average"):
             keys.setdefault("method", "layered")
+            if keys["method"] == "single":
+                raise ValueError(f"method is 'single', which samples one member, and the rule is {rule!r}")
         return keys
 
     def rule_options(self) -> dict[str, Any]:
@@ -242,6 +244,7 @@ def read_config(path: str | Path) -> EnsembleConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     config = parse_config(raw, str(path))
+    _check_roles(config, str(path))
     folder = path.resolve().parent
     update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder) for member in config.members)}
     for member, resolved in zip(config.members, update["members"], strict=True):
@@ -275,6 +278,19 @@ def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
     return config
 
 
+def _check_roles(config: EnsembleConfig, source: str) -> None:
+    """Raise ConfigError for a role in a file whose rule has none."""
+    rule = None if config.combination is None else config.combination.rule
+    for i, member in enumerate(config.members):
+        if member.role is not None and rule is not None:
+            from mixlm.core.combinations.registry import combination_class
+
+            if not combination_class(rule).roles:
+                raise ConfigError(
+                    f"{source}: members.{i}.role is {member.role!r}, and rule {rule} has no roles", "leave it out"
+                )
+
+
 def _resolve_files(member: MemberConfig, folder: Path) -> MemberConfig:
     """Read a member's template file, and resolve paths relative to the ensemble file."""
     changes: dict[str, Any] = {}
@@ -298,11 +314,15 @@ def _is_url(value: Any) -> bool:
 def _config_error(error: ValidationError, source: str) -> ConfigError:
     """Return the first of pydantic's errors as one sentence and a hint."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    # The names of a union's branches, such as dict[str,…], come after its field.
+    parts = [str(part) for part in first["loc"]]
+    place = ".".join(part for i, part in enumerate(parts) if not (i and _is_branch(part)))
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{source}: unknown key {place!r}", _key_hint(first["loc"]))
     if first["type"] == "missing":
-        return ConfigError(f"{source}: {place} is missing", "an ensemble file lists its [[members]], each with a model")
+        lists = "an ensemble file lists its [[members]], each with a model"
+        named = f"name one, such as rule = {RULES[1]!r}"
+        return ConfigError(f"{source}: {place} is missing", named if place == "combination.rule" else lists)
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
@@ -311,7 +331,11 @@ def _config_error(error: ValidationError, source: str) -> ConfigError:
         if isinstance(first["input"], str) and ("number" in message or "integer" in message)
         else None
     )
-    return ConfigError(f"{source}: {place}{shown}: {message}", hint)
+    return ConfigError(f"{source}: {place}{shown}: {message}" if place else f"{source}: {message}", hint)
+
+
+def _is_branch(part: str) -> bool:
+    return part in ("str", "int") or part.startswith("dict[")
 
 
 def _check_tables(raw: dict[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixlm.config import (
     DType,
@@ -36,6 +36,9 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Floats
+
+if TYPE_CHECKING:
+    from mixlm.core.combinations import Combination
 
 Progress = Callable[[str], None]
 LoadedPair = tuple[Any, Any]  # a model and a tokenizer of transformers
@@ -226,9 +229,26 @@ def load_config(  # noqa: PLR0913 - one option each
     defaults = GenerationOptions(
         method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )
+    if rule is None:
+        _check_use(config, defaults.combination)
     if router is None:
         router = _router(config.router, checked_weights, [member.name for member in members])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
+
+
+def _check_use(config: EnsembleConfig, rule: Combination | None) -> None:
+    """Raise ConfigError for roles without a rule, and for a router with a rule that takes no weights."""
+    given = next((member for member in config.members if member.role is not None), None)
+    if given is not None and config.combination is None:
+        raise ConfigError(
+            f"{given.name or given.model} has the role {given.role!r}, and there is no rule",
+            "leave it out, or name a rule with roles, such as contrastive",
+        )
+    if config.router.kind != "fixed" and rule is not None and rule.roles:
+        raise ConfigError(
+            f"there is a router, and rule {rule.name} tells its members apart by their roles, not by weights",
+            "leave [router] out",
+        )
 
 
 def choose_engine(member: MemberConfig) -> str:

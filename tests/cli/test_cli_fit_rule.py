@@ -38,6 +38,7 @@ def test_the_fitted_rule_is_written_and_used(run: Run, words: str) -> None:
     ("options", "message"),
     [
         (("--rule", "max"), "rule max has no strength to fit"),
+        (("--rule", "power", "--strength", "3"), "--strength is what mixlm fit --rule finds"),
         (("--rule", "power", "--grid"), "--grid is of weights and routers"),
         (("--rule", "power", "--router", "r.json"), "--router is of weights and routers"),
         (("--rule", "contrastive", "--alpha", "1"), "use --alpha 0"),

@@ -66,6 +66,8 @@ def test_why_a_method_is_not_possible(run: Run) -> None:
     [
         (("--text", "no-such-file"), "there is no file no-such-file"),
         (("--text", "x", "--no-measure"), "--text and --no-measure are both given"),
+        (("--gain", "x", "--rule", "max"), "--gain is of the average"),
+        (("--gain", "x", "--top-k", "3"), "does not use --top-k"),
         ((" ",), "the question is empty"),
         (("--unit", "words"), "--unit is 'words'"),
     ],

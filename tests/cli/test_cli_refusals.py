@@ -36,6 +36,7 @@ from programs import MAIN, TOYS, Run, process
         ((*TOYS, "--rule", "max", "--strength", "2"), ("rule max has no parameter 'strength'",)),
         ((*TOYS, "--rule", "proxy"), ("rule proxy combines 3 members (base, tuned, untuned), and there are 2",)),
         ((*TOYS, "--rule", "contrastive", "-w", "1,2"), ("weights are given, and rule contrastive",)),
+        ((*TOYS, "--rule", "geometric", "--method", "single"), ("--rule geometric and --method single",)),
         ((*TOYS, "--strength", "2"), ("--strength is given without a rule",)),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
         ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),

@@ -57,6 +57,12 @@ def test_weights_are_fitted_too_and_the_rest_of_the_text_judges(unit):
     assert np.isclose(fit.weights.sum(), 1)
 
 
+def test_the_last_strength_that_was_tried_is_called_so():
+    ensemble = with_rule("guidance")
+    fits = [fit_strength(ensemble, text_passages(ensemble, [text])) for text in ("a", "b", "c")]
+    assert [(fit.strength, fit.at_edge) for fit in fits] == [(0.0, False), (0.4, False), (3.0, True)]
+
+
 def test_what_cannot_be_fitted_says_so():
     ensemble = with_rule("max")
     with pytest.raises(UnsupportedError, match="rule max has no strength to fit"):

@@ -348,6 +348,35 @@ def test_messages_call_functions_whole_and_streamed(toys):
     assert final.status_code == 200, final.text
 
 
+def test_messages_go_on_with_the_last_turn_of_the_assistant(toys):
+    turns = [*HELLO, {"role": "assistant", "content": "the river"}]
+    options = {"method": "greedy", "top_k": 5}
+    expected = load("toy:1", "toy:2").generate(turns, max_tokens=5, continue_final_message=True, **options)
+    for content in ("the river", [{"type": "text", "text": "the river"}]):
+        body = {"messages": [*HELLO, {"role": "assistant", "content": content}], "max_tokens": 5, "mixlm": options}
+        assert toys.post("/v1/messages", body).json()["content"] == [{"type": "text", "text": expected.text}]
+
+
+RESULT = [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]
+TOOL_USE = [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [*HELLO, {"role": "assistant", "content": RESULT}]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": TOOL_USE}]}, "messages.0"),
+        ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "auto", "name": "f"}}, "tool_choice"),
+        ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool"}}, "tool_choice"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_messages_is_named(toys, fields, param):
+    response = toys.post("/v1/messages", {"messages": HELLO, "max_tokens": 3, **fields})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param, response.text
+
+
 def test_errors_of_messages_have_their_form(toys):
     response = toys.post("/v1/messages", {"messages": HELLO})
     assert response.status_code == 400

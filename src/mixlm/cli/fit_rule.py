@@ -49,6 +49,8 @@ def fit_rule(
     for name, given in unused.items():
         if given:
             raise UsageError(f"{name} is of weights and routers, and --rule fits the strength of a rule", "omit it")
+    if "strength" in shared.generation:
+        raise UsageError("--strength is what mixlm fit --rule finds", "omit it")
     if pairs:
         raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
     from mixlm.core.rule_options import build_rule
@@ -68,7 +70,7 @@ def fit_rule(
     if as_json:
         print_json({"members": list(ensemble.names), **result.as_dict()})
     else:
-        _show(result, ensemble.names, config.combination.rule)
+        _show(result, ensemble.names, config.combination.rule, weights_given=weights_given)
     if output is not None:
         dim(f"ensemble written to {output}: use it with -e {output}")
     return 0
@@ -104,7 +106,7 @@ def with_weight(member: MemberConfig, weight: float) -> MemberConfig:
     )
 
 
-def _show(result: StrengthFit, names: Sequence[str], rule: str) -> None:
+def _show(result: StrengthFit, names: Sequence[str], rule: str, *, weights_given: bool) -> None:
     from mixlm.fitting.rule_strength import WEIGHTED
 
     rows = [(f"{strength:g}", f"{bits:.4f}") for strength, bits in result.strengths]
@@ -115,6 +117,9 @@ def _show(result: StrengthFit, names: Sequence[str], rule: str) -> None:
         shares = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, result.weights, strict=True))
         weights = f", with the weights {shares}"
     print_lines(f"Rule {rule}: the training text is the most likely at --strength {result.strength:g}{weights}.")
+    if result.at_edge:
+        print_lines("No strength beyond it was tried, and one there may be better.")
     where = "the training text" if result.check is None else "held-out text"
     bits = result.train if result.check is None else result.check
-    print_lines(f"Bits per byte on {where}: {bits:.4f}; the average has {result.average:.4f}.")
+    of = "the given" if weights_given else "equal"
+    print_lines(f"Bits per byte on {where}: {bits:.4f}; the average, at {of} weights, has {result.average:.4f}.")

@@ -177,6 +177,12 @@ class Shared:
             if files := [name for name in names if name.lower().endswith(".toml")]:
                 raise UsageError(f"-m {files[0]} names an ensemble file, not a model", f"use: -e {files[0]}")
             config = EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names))
+        if self.method == "single" and rule.get("rule", "average") != "average":
+            raise UsageError(
+                f"--rule {rule['rule']} and --method single are both given, and single samples one member without a"
+                " rule",
+                "omit one",
+            )
         if rule:
             changes |= _with_rule(config, rule, self.method)
         changes["members"] = tuple(self._with_machine(member, dtype) for member in config.members)

@@ -389,6 +389,11 @@ class GenerationOptions:
         if rule is not self.rule and rule != self.rule:
             # The parameters are those of the other rule.
             values = {**dict.fromkeys(RULE_PARAMETERS), **values}
+        if values.get("method") == "single" and not is_average(values.get("rule")):
+            raise ConfigError(
+                f"rule is {rule_name(values['rule'])}, and method single samples one member without a rule",
+                "leave one out",
+            )
         if "method" not in values and self.method in AVERAGE_METHODS and not is_average(rule):
             values["method"] = "layered"
         return replace(self, **values, sampling={**self.sampling, **sampling})

@@ -29,9 +29,9 @@ from mixlm.types import Floats
 _STRENGTHS: Mapping[str, Sequence[float]] = {
     "geometric": (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
     "power": (-2.0, -1.0, -0.5, 0.25, 0.5, 1.0, 2.0, 4.0),
-    "contrastive": (0.0, 0.1, 0.25, 0.5, 0.75, 1.0),
-    "proxy": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    "guidance": (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
+    "contrastive": (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    "proxy": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0),
+    "guidance": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
     "defer": (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0),
 }
 WEIGHTED = ("geometric", "power")  # rules whose weights are fitted
@@ -51,6 +51,7 @@ class StrengthFit:
         check: Bits per byte of the held-out text; None without one.
         average: Bits per byte of the held-out text, or else of the training text, under the average with the
             weights given; with equal ones for a rule with roles.
+        at_edge: Whether the strength is the last of those tried, and the rule allows others beyond it.
     """
 
     name: str
@@ -60,12 +61,14 @@ class StrengthFit:
     train: float
     check: float | None
     average: float
+    at_edge: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints; a strength at which a token is impossible has no bits per byte."""
         return {
             "rule": self.name,
             "strength": self.strength,
+            "at_edge": self.at_edge,
             "weights": self.weights.tolist(),
             "strengths": [
                 {"strength": strength, "bits_per_byte": bits if math.isfinite(bits) else None}
@@ -153,7 +156,21 @@ def fit_strength(
         tried[strength],
         float(checked) if check else None,
         float(baseline),
+        _at_edge(rule, strength),
     )
+
+
+def _at_edge(rule: Combination, strength: float) -> bool:
+    """Whether a strength is an end of the rule's grid, and not of the range that the rule allows."""
+    strengths = _STRENGTHS[rule.name]
+    neighbour = {strengths[0]: strengths[1], strengths[-1]: strengths[-2]}.get(strength)
+    if neighbour is None:
+        return False
+    try:
+        replace(rule, strength=2 * strength - neighbour)  # type: ignore[call-arg]
+    except ConfigError:
+        return False
+    return True
 
 
 def _refined(strengths: Sequence[float], best: float) -> list[float]:

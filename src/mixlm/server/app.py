@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mixlm.server.api_errors import unsupported_field
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.completion_handler import CompletionHandler
@@ -155,6 +156,8 @@ class ServerApp:
 
     async def _get_response(self, request: Request) -> Response:
         response_id, client = request.path_params["id"], request.scope["mixlm.record"].client
+        if request.query_params.get("stream", "false") != "false":
+            raise unsupported_field("stream", "a stored response is returned whole")
         return _json(self._stored.get(response_id, client).response)
 
     async def _delete_response(self, request: Request) -> Response:

@@ -207,7 +207,8 @@ class Combination(ABC):
         """Raise ConfigError where an ensemble has the wrong number of members for the rule."""
         if self.roles and count != len(self.roles):
             names = ", ".join(self.roles)
-            raise ConfigError(f"rule {self.name} combines {len(self.roles)} members ({names}), and there are {count}")
+            there = f"there {'is' if count == 1 else 'are'} {count}"
+            raise ConfigError(f"rule {self.name} combines {len(self.roles)} members ({names}), and {there}")
         if count < self.minimum_members:
             raise ConfigError(
                 f"rule {self.name} needs {self.minimum_members} members, and there is {count}", "add a member"

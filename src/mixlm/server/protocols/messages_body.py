@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
 from mixlm.server.protocols.responses_body import call_dict
@@ -63,6 +63,18 @@ class TurnBody(StrictBody):
     role: Literal["user", "assistant"]
     content: str | Annotated[list[Block], Field(max_length=1000)]
 
+    @model_validator(mode="after")
+    def _check_blocks(self) -> TurnBody:
+        foreign = ToolResultBlock if self.role == "assistant" else ToolUseBlock
+        if found := next((block for block in self.content if isinstance(block, foreign)), None):
+            raise ValueError(f"a turn of the {self.role} has no {found.type}")
+        return self
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is text alone."""
+        return isinstance(self.content, str) or all(isinstance(block, TextBlock) for block in self.content)
+
 
 class CustomTool(StrictBody):
     """A function that can be called."""
@@ -81,6 +93,12 @@ class ChoiceOfTools(StrictBody):
     type: Literal["auto", "any", "none", "tool"]
     name: ToolName | None = None
     disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_name(self) -> ChoiceOfTools:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("name goes with the type tool, and with no other")
+        return self
 
 
 class MessagesBody(StrictBody):
@@ -122,6 +140,8 @@ class MessagesBody(StrictBody):
                 name: getattr(self, name) for name in ("model", "max_tokens", "stream", "temperature", "top_k", "top_p")
             },
         }
+        if self.messages[-1].role == "assistant" and self.messages[-1].is_text:
+            fields["continue_final_message"] = True
         if self.tools:
             fields["tools"] = [
                 {

@@ -21,6 +21,7 @@ from toys import (
 )
 
 from mixlm.config import parse_config
+from mixlm.core.combinations import combination
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.ensemble import Ensemble
@@ -245,3 +246,37 @@ def test_check_compares_conventional_with_the_rules_own_distribution(options, mo
     for module in ("conventional", "layered"):
         monkeypatch.setattr(f"mixlm.decoding.{module}.build", lambda options, context: conventional)
     assert not check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=1000, options=settings).equal
+
+
+def test_greedy_is_the_mode_of_the_union_of_the_given_k():
+    rows = {b"a": 0.5, b"b": 0.45, b"c": 0.05}, {b"c": 0.5, b"b": 0.45, b"a": 0.05}
+    ensemble = make_ensemble([fixed(row) for row in rows], [0.6, 0.4])
+    options = {"raw": True, "rule": "union-top-k"}
+    for k, mode in ((1, b"a"), (3, b"b")):
+        for draft in (None, "m1"):
+            completion = ensemble.generate("a", method="greedy", draft=draft, max_tokens=3, top_k=k, **options)
+            assert [token.data for token in completion.tokens] == [mode] * 3
+        assert ensemble.distribution("a", method="conventional", top_k=k, **options).units[0] == mode
+
+
+def test_a_rule_object_has_a_k_of_its_own():
+    ensemble = make_ensemble([fixed({b"a": 0.5, b"b": 0.45, b"c": 0.05}), fixed({b"c": 0.5, b"b": 0.45, b"a": 0.05})])
+    ensemble = ensemble.with_weights([0.6, 0.4])
+    other = ensemble.distribution("a", raw=True, temperature=1.0, rule=combination("union-top-k", k=1))
+    assert dict(zip(other.units, other.probs.round(4), strict=True)) == {b"a": 0.5818, b"c": 0.4182}
+
+
+def test_greedy_is_the_mode_of_unite_between_vocabularies():
+    # The second reads "ab" as "a", which union-top-k does not.
+    toy, other = fixed({b"ab": 0.55, b"b": 0.45}, (b"ab", b"a", b"b")), fixed({b"a": 0.9, b"b": 0.1}, (b"a", b"b"))
+    ensemble = make_ensemble([toy, other], unit="piece")
+    for rule, mode in (("unite", b"ab"), ("union-top-k", b"a")):
+        greedy = ensemble.generate("a", raw=True, method="greedy", rule=rule, max_tokens=1)
+        assert greedy.tokens[0].data == mode
+        assert ensemble.distribution("a", raw=True, method="conventional", rule=rule).units[0] == mode
+
+
+@pytest.mark.parametrize("method", ["greedy", "layered"])
+def test_unite_between_vocabularies_joins_a_top_k(method):
+    with pytest.raises(ConfigError, match="top_k is 0, and rule union-top-k"):
+        toys("piece", 2).generate("a", raw=True, method=method, rule="unite", top_k=0)

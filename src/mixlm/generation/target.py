@@ -137,12 +137,16 @@ def build_target(
         )
     over_strings = rule.alignment == "strings"
     common = _common_sampling(options, rule, sampling)
-    if common is not None and options.method != "greedy":
+    if common is not None:
+        if options.method == "greedy":  # the mode stays the same, but the k of a union is the rule's own
+            top_k = common.top_k if rule.alignment == "spellings" else 0
+            common = Sampling(temperature=1.0, top_k=top_k, top_p=1.0, min_p=0.0)
+        sampled = rule.with_sampling(common)  # refuses what the rule does not take
         if options.rule == "unite" and traits is not None and not traits.shared_vocabulary:
             from mixlm.generation.spellings import SpelledTarget
 
             return SpelledTarget(rule, common)
-        rule = rule.with_sampling(common)
+        rule = sampled
     if over_strings:
         from mixlm.generation.spellings import StringTarget
 

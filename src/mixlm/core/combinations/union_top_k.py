@@ -47,13 +47,17 @@ class UnionTopK(Combination):
     name: ClassVar[str] = "union-top-k"
     common_options: ClassVar[bool] = True
     alignment: ClassVar[Alignment] = "spellings"
-    default_sampling: ClassVar[Mapping[str, Any]] = {"top_k": 10}
     k: int = 10
 
     def __post_init__(self) -> None:
         check_number(self.name, "k", self.k, minimum=1)
         if int(self.k) != self.k:
             raise ConfigError(f"k is {self.k!r}; for rule {self.name} it must be a whole number")
+
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """The rule's own k as `top_k`."""
+        return {"top_k": self.k}
 
     def union(self, probs: Floats, weights: Floats) -> npt.NDArray[np.bool_]:
         """Return which symbols some member of positive weight has in its top k, bool (symbols,)."""

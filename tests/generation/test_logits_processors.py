@@ -108,7 +108,8 @@ def test_masked_logits_stay_masked():
 
 
 @pytest.mark.parametrize(
-    ("result", "problem"), [(np.zeros(3), r"float64\(3,\)"), (np.full(8, np.nan), "nan"), (None, r"object\(\)")]
+    ("result", "problem"),
+    [(np.zeros(3), r"float64\(3,\)"), (np.full(8, np.nan), "nan"), (np.full(8, np.inf), "inf"), (None, r"object\(\)")],
 )
 def test_what_is_no_logits_is_refused(pair, result, problem):
     processed = pair.with_logits_processors({"first": lambda ids, logits: result})
@@ -127,3 +128,35 @@ def test_an_engine_that_returns_the_top_tokens_only_is_refused(pair):
     pair.members[0].engine.top_k_limit = 4
     with pytest.raises(UnsupportedError, match="a logits processor may move any token of the vocabulary, and first"):
         pair.with_logits_processors({"first": seesaw}).generate("ab", top_k=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "mixture"},
+        {"method": "speculative"},
+        {"method": "conventional"},
+        {"method": "greedy"},
+        {"method": "greedy", "draft": "first"},
+        {"method": "layered", "rule": "max"},
+        {"method": "greedy", "rule": "vote"},
+        {"method": "conventional", "rule": "vote"},
+        {"method": "conventional", "rule": "gac"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("language", [{}, {"json_schema": {"type": "integer"}}], ids=["free", "schema"])
+def test_no_method_replaces_a_member_that_is_left_with_no_probability(options, language):
+    engines = [ToyEngine([*SHARED, b"1", b"2"], seed=seed, name=name) for seed, name in ((1, "first"), (2, "second"))]
+    pair = Ensemble([MemberSpec(engine, engine.name) for engine in engines], [0.6, 0.4])
+    nothing = pair.with_logits_processors({"first": lambda ids, logits: np.full_like(logits, -np.inf)})
+    option = "json_schema" if language else "its logits processor"
+    with pytest.raises(UnsupportedError, match=f"first gives no probability to anything that {option} allows here"):
+        nothing.generate("ab", raw=True, max_tokens=12, seed=1, **options, **language)
+
+
+def test_a_processor_that_raises_is_a_users_error_and_drops_no_member(pair):
+    broken = pair.with_logits_processors({"first": lambda ids, logits: logits[1 // 0]})
+    for method in ("mixture", "conventional"):
+        with pytest.raises(ConfigError, match="a logits processor failed: ZeroDivisionError"):
+            broken.generate("ab", raw=True, method=method, max_tokens=12, seed=1, on_failure="drop")

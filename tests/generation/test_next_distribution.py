@@ -87,3 +87,11 @@ def test_members_without_weight_do_not_run(pair):
     assert distribution.names == ("first",)
     assert distribution.members.shape == (1, len(distribution))
     assert isinstance(pair.defaults, GenerationOptions)
+
+
+def test_what_engines_sample_themselves_from_their_top_tokens_is_no_whole_distribution(pair):
+    for member in pair.members:
+        member.engine.top_k_limit = 4
+        member.engine.samples_itself = lambda sampling, banned: True
+    with pytest.raises(UnsupportedError, match="reports its 4 most likely tokens only"):
+        pair.distribution("ab", raw=True, method="mixture", top_k=0)

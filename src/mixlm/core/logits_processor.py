@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, MixlmError
 from mixlm.types import Ids, Logits
 
 LogitsProcessor = Callable[[Ids, Logits], Logits]
 
 
 def as_processor(processor: Any) -> LogitsProcessor:
-    """Return a function as it is; a `LogitsProcessor` of transformers, or a list of them, as a function.
+    """Return a function as it is; a `LogitsProcessor` or `LogitsProcessorList` of transformers as one of arrays.
 
     Raises:
         ConfigError: It cannot be called.
@@ -43,15 +43,20 @@ def process_logits(processor: LogitsProcessor, ids: Ids, logits: Logits) -> Logi
         logits: The logits after them, float32 (vocab,); not changed.
 
     Raises:
-        ConfigError: The function returns something else than logits of this shape, or nan.
+        ConfigError: The function fails, or returns something else than logits of this shape, nan, or inf.
     """
-    result = np.asarray(processor(ids.copy(), logits.copy()))
+    try:
+        result = np.asarray(processor(ids.copy(), logits.copy()))
+    except MixlmError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"a logits processor failed: {type(error).__name__}: {error}") from error
     fits = result.shape == logits.shape and result.dtype.kind == "f"
-    if not fits or np.isnan(result).any():
-        problem = "nan" if fits else f"{result.dtype}{result.shape}"
+    if not fits or np.isnan(result).any() or (result == np.inf).any():
+        problem = f"{result.dtype}{result.shape}" if not fits else "nan" if np.isnan(result).any() else "inf"
         raise ConfigError(
             f"a logits processor returned {problem} for logits of the shape {logits.shape}",
-            "it must return an array of floating-point numbers of that shape",
+            "it must return an array of floating-point numbers of that shape; -inf rules a token out",
         )
     return np.where(logits == -np.inf, -np.inf, result).astype(np.float32)
 

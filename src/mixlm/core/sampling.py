@@ -183,8 +183,8 @@ class Transform:
         x[self.banned] = -np.inf
         if allowed is not None:
             x[~allowed] = -np.inf
-            if x.max() == -np.inf:
-                return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
+        if x.max() == -np.inf:
+            return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
         if self.bias is not None:
             x = apply_logit_bias(x, self.bias)
         if history is not None and options.has_penalties:

@@ -27,7 +27,7 @@ def conventional(step: DecodeStep) -> Flow:
     others = [i for i in members if i not in rows]
     responses = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in others]
     rows |= {i: response[0] for i, response in zip(others, responses, strict=True)}
-    parts = [(step.weights[i], step.views[i].distribution(rows[i])) for i in members]
+    parts = [(step.weights[i], step.views[i].check_possible(step.views[i].distribution(rows[i]))) for i in members]
     average = mix(parts)
     index = step.noise.sample(average.ids, average.logprobs)
     symbol = int(average.ids[index])

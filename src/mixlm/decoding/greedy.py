@@ -45,7 +45,8 @@ def greedy(step: DecodeStep) -> Flow:
     while True:
         member = order[len(parts)]
         [rows] = yield [LogitsRequest(member, step.views[member].ids())]
-        parts.append((float(step.weights[member]), step.views[member].distribution(rows[0])))
+        view = step.views[member]
+        parts.append((float(step.weights[member]), view.check_possible(view.distribution(rows[0]))))
         remaining -= step.weights[member]
         average = mix(parts)
         is_certain = not step.views[0].member.top_logprobs and _lead(average) > remaining + 1e-9
@@ -75,7 +76,8 @@ class _AveragePosition(Position):
     def advance(self) -> None:
         """Choose the symbol if every member has run."""
         if not self.needs():
-            parts = [(float(self.step.weights[member]), self.parts[member]) for member in self.members]
+            possible = [self.step.views[member].check_possible(self.parts[member]) for member in self.members]
+            parts = [*zip(self.step.weights[list(self.members)].tolist(), possible, strict=True)]
             self.choice = _most_likely(self.step, parts, list(self.members))
 
     def guess(self, member: int) -> int | None:

@@ -86,6 +86,8 @@ class RulePosition(Position):
         return [self.parts[member] for member in self.members]
 
     def _choose(self, parts: Sequence[Candidates]) -> None:
+        for member, part in zip(self.members, parts, strict=True):
+            self.step.views[member].check_possible(part)
         aligned = self.known(range(len(self.members)))
         distribution = self.target.combine(self.members, parts, self.weights, aligned)
         if self._decided is None:
@@ -166,7 +168,8 @@ class SampledPosition(DensePosition):
         else:
             symbols, probs = self.known(rows)
             lower = self.target.rule.envelope(probs, self.weights, rows)
-            assert lower is not None
+            if lower is None:
+                return None
             increment, bound = self._increment(symbols, lower)
             mass = bound
         total = float(mass.sum())

@@ -133,15 +133,21 @@ class MemberView:
         Raises:
             UnsupportedError: The distribution is empty.
         """
-        if not distribution.ids.size:
-            option = "json_schema" if self.member.grammar is None else self.member.grammar.option
-            raise UnsupportedError(f"{self.member.name} gives no probability to anything that {option} allows here")
+        self.check_possible(distribution)
         index = noise.sample(distribution.ids, distribution.logprobs)
         return SampleResponse(
             int(distribution.ids[index]),
             float(distribution.logprobs[index]),
             top_logprobs(distribution, self.member.top_logprobs),
         )
+
+    def check_possible(self, distribution: Candidates) -> Candidates:
+        """Return a distribution of this member's. Raises UnsupportedError where it is empty: there is no target then."""
+        if not distribution.ids.size:
+            grammar, processor = self.member.grammar, self.member.processor
+            option = grammar.option if grammar else "json_schema" if processor is None else "its logits processor"
+            raise UnsupportedError(f"{self.member.name} gives no probability to anything that {option} allows here")
+        return distribution
 
     def sampler(self, noise: Noise) -> Callable[[LogitsRow], SampleResponse]:
         """Return the function that samples a symbol from the member's logits for the text as it is now."""

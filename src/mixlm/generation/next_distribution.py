@@ -70,7 +70,10 @@ def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[E
     weights = step.weights[members] if target is None else target.weights(step, members)
     distributions = [view.bind_distribution() for view in step.views] if target is None else target.distributions(step)
     responses = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in members]
-    parts = [distributions[i](response[0]) for i, response in zip(members, responses, strict=True)]
+    parts = [
+        step.views[i].check_possible(distributions[i](response[0]))
+        for i, response in zip(members, responses, strict=True)
+    ]
     if target is None:
         return EnsembleParts(members, weights, parts, mix([*zip(weights.tolist(), parts, strict=True)]))
     combined = target.in_symbols(step, target.combine(members, parts, weights))

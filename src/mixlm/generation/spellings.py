@@ -182,6 +182,8 @@ def _over_strings(view: MemberView, strings: Ids) -> Callable[[LogitsRow], Candi
 
     def distribution(logits: LogitsRow) -> Candidates:
         ids, logprobs = tokens(logits)
+        if not ids.size:
+            return Candidates(ids, logprobs)
         return pool(strings[ids], logprobs)
 
     return distribution

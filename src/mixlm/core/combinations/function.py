@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mixlm.core.combinations.base import Combination, Unreported, complete
-from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.errors import ConfigError, MixlmError, UnsupportedError
 from mixlm.types import Floats
 
 RuleFunction = Callable[[Floats, Floats], Floats]
@@ -54,9 +55,11 @@ class FunctionCombination(Combination):
         """Return the function's distribution.
 
         Raises:
-            ConfigError: It is not one: another shape, a number that is negative or not finite, or a sum that is not 1.
+            ConfigError: The function fails, or the result is not one: another shape, a number that is negative or not finite, or a sum that is not 1.
         """
-        result = self._checked(self.function(probs.copy(), weights.copy()), probs.shape[1], f"rule {self.name}")
+        result = self._checked(
+            partial(self.function, probs.copy(), weights.copy()), probs.shape[1], f"rule {self.name}"
+        )
         total = float(result.sum())
         if abs(total - 1) > 1e-6:
             raise ConfigError(f"rule {self.name} returned probabilities that sum to {total:.6g}; they must sum to 1")
@@ -68,7 +71,7 @@ class FunctionCombination(Combination):
         """Return the function's lower bound. It is given zeros for the members that have not run.
 
         Raises:
-            ConfigError: It is no sub-distribution.
+            ConfigError: The function fails, or the result is no sub-distribution.
             UnsupportedError: Something is unreported, which the function does not know about.
         """
         if self.own_envelope is None:
@@ -83,13 +86,19 @@ class FunctionCombination(Combination):
         rows = np.zeros_like(probs)
         rows[list(ran)] = probs[list(ran)]
         subject = f"the envelope of rule {self.name}"
-        lower = self._checked(self.own_envelope(rows, weights.copy(), tuple(ran)), probs.shape[1], subject)
+        lower = self._checked(partial(self.own_envelope, rows, weights.copy(), tuple(ran)), probs.shape[1], subject)
         if lower.sum() > 1 + 1e-6:
             raise ConfigError(f"{subject} sums to {lower.sum():.6g}; it must be at most 1")
         return lower
 
     @staticmethod
-    def _checked(result: Any, size: int, subject: str) -> Floats:
+    def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
+        try:
+            result = call()
+        except MixlmError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error
         try:
             values = np.asarray(result, dtype=np.float64)
         except (TypeError, ValueError):

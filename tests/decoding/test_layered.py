@@ -21,7 +21,7 @@ from toys import (
     written,
 )
 
-from mixlm.core.combinations import Combination
+from mixlm.core.combinations import Combination, combination
 from mixlm.core.rng import Noise
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
@@ -224,12 +224,9 @@ def test_greedy_takes_the_most_likely_symbol_of_the_rule(rule):
 
 def greedy_reference(ensemble, options, pieces):
     """The rule's dense sum, which temperature and truncation of the combination do not change the mode of."""
-    plain = {name: value for name, value in options.items() if name != "top_k" or "union" in options["rule"]}
-    if options["rule"] in ("union-top-k", "unite"):
-        # In `greedy` the rule keeps its own k.
-        plain["top_k"] = 10
-        return reference(ensemble, {**plain, "method": "conventional", "temperature": 1.0}, pieces)
-    return reference(ensemble, {**plain, "method": "greedy", "temperature": 1.0, "top_k": 0}, pieces)
+    if options["rule"] in ("union-top-k", "unite"):  # the k of the union is the rule's own
+        return reference(ensemble, {**options, "method": "conventional", "temperature": 1.0}, pieces)
+    return reference(ensemble, {**options, "method": "greedy", "temperature": 1.0, "top_k": 0}, pieces)
 
 
 def test_a_batch_is_each_sequence_alone():
@@ -352,3 +349,62 @@ def test_check_finds_no_difference(rule):
     report = check(toys("piece", 3), "ab", samples=1000, options={"rule": rule, "raw": True, "temperature": 0.9})
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
+
+
+def fails(*arguments):
+    return 1 / 0
+
+
+class SometimesBounded(type(combination("max"))):
+    """A user's rule whose envelope is known at some positions only."""
+
+    def first_member(self, weights):
+        return None
+
+    def envelope(self, probs, weights, ran, unreported=None):
+        return super().envelope(probs, weights, ran, unreported) if probs.shape[1] <= 4 else None
+
+
+def test_an_envelope_may_be_known_at_some_positions_only():
+    ensemble = toys("token", 3)
+    options = {"method": "layered", "rule": SometimesBounded(), "draft": "none"}
+    for top_k in (2, 3, 4):  # so that the number of symbols differs
+        distribution, _ = strategy_distribution(ensemble, {**options, "top_k": top_k})
+        assert_same_distribution(distribution, reference(ensemble, {**options, "top_k": top_k}), 1e-6)
+
+
+def test_a_function_that_raises_is_one_clear_sentence():
+    ensemble = toys("token", 2)
+    for method in ("layered", "conventional"):
+        with pytest.raises(ConfigError, match="rule function failed: ZeroDivisionError: division by zero"):
+            ensemble.generate("a", raw=True, method=method, rule=fails)
+    with pytest.raises(ConfigError, match="the envelope of rule function failed: ZeroDivisionError"):
+        ensemble.generate("a", raw=True, rule=Combination.of(largest, fails), draft="none")
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 0}, {"top_k": 0, "top_p": 0.9}, {"top_k": 0, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("rule", ["mean-then-truncate", "geometric"])
+def test_near_temperature_0_it_writes_what_greedy_writes(rule, sampling):
+    for weights in ([1, 1, 1], [6, 4, 1]):
+        ensemble = toys("token", 3).with_weights(weights)
+        greedy = ensemble.generate("ab", rule=rule, method="greedy", **WRITING).text
+        for temperature in (0.001, 0.0001):
+            options = {**WRITING, **sampling, "rule": rule, "temperature": temperature, "seed": 1}
+            assert ensemble.generate("ab", draft="none", **options).text == greedy
+
+
+def test_near_exponent_0_the_power_mean_is_written():
+    ensemble = toys("token", 3).with_weights([2, 3, 5])
+    for strength in (0.001, 0.0001):
+        options = {**WRITING, "rule": "power", "strength": strength, "seed": 1}
+        assert ensemble.generate("ab", draft="none", **options).tokens
+
+
+@pytest.mark.parametrize("method", ["greedy", "layered"])
+def test_a_member_without_weight_may_draft(method):
+    ensemble = toys("token", 3).with_weights([1, 1, 0])
+    options = {**WRITING, "method": method, "rule": "max", "seed": 1}
+    expected = ensemble.generate("ab", draft="none", **options)
+    drafted = ensemble.generate("ab", draft="m2", **options)
+    assert drafted.text == expected.text
+    assert drafted.usage.drafted > 0

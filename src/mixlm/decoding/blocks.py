@@ -93,7 +93,7 @@ def draft_block(
     while current is not None and len(positions) < limit:
         position = position_at(current)
         positions.append(position)
-        may_propose = proposals < block and (draft.member < 0 or draft.member in position.members)
+        may_propose = proposals < block and (draft.member in (-1, *position.members) or _can_run(current, draft.member))
         runs = draft.member >= 0 and (may_propose or draft.member in position.needs())
         if runs and draft.member not in position.parts:
             [rows] = yield [position.request(draft.member)]
@@ -112,6 +112,11 @@ def draft_block(
             break
         current = yield from current.following(position.proposal)
     return positions
+
+
+def _can_run(step: DecodeStep, member: int) -> bool:
+    """Whether a member without weight can draft."""
+    return member not in step.unavailable and not step.views[member].stuck
 
 
 def verify(positions: Sequence[Position], stats: SpeculationStats) -> RequestFlow[list[Choice]]:

@@ -119,25 +119,21 @@ class Layered:
         self._masses = [_Mass() for _ in self._names]
         self._epoch = -1
         self._ranking: list[int] = []
-        self._has_order: bool | None = None
-        self._learns_order = False
+        self._order_by_count: dict[int, bool] = {}
         self._is_unproven = is_unproven(target.rule)
 
     def __call__(self, step: DecodeStep) -> Flow:
         """Choose the symbols of a block."""
         members = self._target.members(step)
-        if self._has_order is None:
-            self._has_order = self._target.has_bounds and has_envelope(self._target.rule, len(members))
-            self._learns_order = self._has_order and not self._target.rule.speculates
         plan = self._given or self._plan(step, members)
-        limit = _EPOCH - step.noise.position % _EPOCH if self._learns_order else MAX_BLOCK
+        limit = _EPOCH - step.noise.position % _EPOCH if self._learns_order(members) else MAX_BLOCK
 
         def position_at(current: DecodeStep) -> SampledPosition:
             taking_part = self._target.members(current)
             return SampledPosition(
                 current,
                 self._target,
-                self._order(current.noise.position, taking_part) if self._has_order else None,
+                self._order(current.noise.position, taking_part) if self._has_order(taking_part) else None,
                 complete=self._is_checked(current.noise.position),
                 together=plan.together,
             )
@@ -153,7 +149,7 @@ class Layered:
 
         Later epochs try one other member at their first position, unless it has never decided anything.
         """
-        if not self._learns_order:
+        if not self._learns_order(members):
             return list(members)
         epoch, offset = divmod(position, _EPOCH)
         if epoch != self._epoch:
@@ -166,6 +162,16 @@ class Layered:
             order.remove(tried)
             order.insert(0, tried)
         return order
+
+    def _has_order(self, members: Sequence[int]) -> bool:
+        """Whether the rule has an envelope for so many members; they may become fewer in the course of a text."""
+        count = len(members)
+        if count not in self._order_by_count:
+            self._order_by_count[count] = self._target.has_bounds and has_envelope(self._target.rule, count)
+        return self._order_by_count[count]
+
+    def _learns_order(self, members: Sequence[int]) -> bool:
+        return self._has_order(members) and not self._target.rule.speculates
 
     def _is_checked(self, position: int) -> bool:
         """Whether all members run to check the bounds: those of users' rules are not proven."""

@@ -58,6 +58,11 @@ class AfterCombination(Combination):
         return self.rule.roles
 
     @property
+    def speculates(self) -> bool:  # type: ignore[override]
+        """Whether the rule knows little before all members have run."""
+        return self.rule.speculates
+
+    @property
     def shared_vocabulary(self) -> bool:  # type: ignore[override]
         """Whether the rule needs one vocabulary."""
         return self.rule.shared_vocabulary
@@ -81,14 +86,16 @@ class AfterCombination(Combination):
         if coin is None or not 0 < self.sampling.temperature <= 1 or self.sampling.top_k == 1:
             return None  # with one symbol kept, what a member knows is all or nothing, whatever its weight
         shares = _tempered_share(coin, 1 / self.sampling.temperature)
-        normalised: Floats = shares / shares.sum()
-        return normalised
+        total = shares.sum()
+        return shares / total if total > 0 else None  # near temperature 0 all powers underflow
 
     def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
         """Return `F(π_i S_i) / π'_i`."""
         coin, after = self.rule.first_member(weights), self.first_member(weights)
         if coin is None or after is None:
             return super().first_distribution(row, weights, member, open_mass)
+        if after[member] == 0:
+            return np.zeros_like(row)
         inner = coin[member] * self.rule.first_distribution(row, weights, member, open_mass)
         lower: Floats = transformed_bound(inner, self.sampling) / after[member]
         return lower
@@ -185,17 +192,19 @@ def _kept_by_min_p(lower: Floats, room: float, share: float) -> npt.NDArray[np.b
 
 def _tempered_bound(lower: Floats, free: float, alpha: float) -> Floats:
     best, second = _two_largest(lower)
-    powers = lower**alpha
-    total = powers.sum()
-    bound: Floats = powers / (total - powers[best] + (lower[best] + free) ** alpha)
-    bound[best] = powers[best] / (total - second**alpha + (second + free) ** alpha)
+    # Of ratios to the largest term of each denominator, since powers of small numbers underflow.
+    powers = (lower / (lower[best] + free)) ** alpha
+    bound: Floats = powers / (powers.sum() - powers[best] + 1)
+    scale = max(float(lower[best]), second + free)
+    powers = (lower / scale) ** alpha
+    bound[best] = powers[best] / (powers.sum() - (second / scale) ** alpha + ((second + free) / scale) ** alpha)
     return bound
 
 
 def _tempered_share(x: Floats, alpha: float) -> Floats:
     """Return `g(x) = x^α / (x^α + (1 − x)^α)`."""
-    powers = x**alpha
-    share: Floats = powers / (powers + (1 - x) ** alpha)
+    with np.errstate(divide="ignore", over="ignore"):
+        share: Floats = 1 / (1 + ((1 - x) / x) ** alpha)
     return share
 
 
@@ -221,9 +230,14 @@ def _kept_by_top_p(lower: Floats, room: float, sampling: Sampling) -> npt.NDArra
     top = largest_indices(np.where(lower > 0, lower, -np.inf), _LISTED)
     order = top[np.argsort(-lower[top], kind="stable")]
     values = lower[order]
-    powers = values**alpha
+    scale = 1.0 if plain or not values.size else values[0]  # powers of small numbers underflow
+    powers = (values / scale) ** alpha
     sums, power_sums = (np.concatenate([[0.0], np.cumsum(x)]) for x in (values, powers))
-    unlisted = max(float((lower**alpha).sum() - power_sums[-1]), 0.0) if top.size < np.count_nonzero(lower) else 0.0
+    unlisted = (
+        max(float(((lower / scale) ** alpha).sum() - power_sums[-1]), 0.0)
+        if top.size < np.count_nonzero(lower)
+        else 0.0
+    )
     level = np.searchsorted(-values, -values, side="right")
     before = power_sums[level] - powers
     # The others are not kept for certain, even where nothing is raised.
@@ -239,8 +253,9 @@ def _kept_by_top_p(lower: Floats, room: float, sampling: Sampling) -> npt.NDArra
     else:
         # The free mass does the most on the largest of those before u.
         largest = np.where(level > 1, ordered[0], ordered[min(1, ordered.size - 1)])
-        before = before + (largest + room) ** alpha - largest**alpha + raised
-        share = before / (before + powers)
+        with np.errstate(over="ignore", invalid="ignore"):  # where it overflows, nothing is kept
+            before = before + ((largest + room) / scale) ** alpha - (largest / scale) ** alpha + raised
+            share = before / (before + powers)
     # Nothing comes before the largest where the free mass cannot raise any other to it.
     unreachable = (level == 1) & (room < values - ordered[level])
     kept = np.zeros(lower.size, dtype=np.bool_)

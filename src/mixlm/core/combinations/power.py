@@ -106,14 +106,16 @@ class Power(Combination):
         if self.strength >= 1:
             return weights
         largest = self._single_share(np.ones(len(weights)), np.zeros(len(weights)), weights)
-        normalised: Floats = largest / largest.sum()
-        return normalised
+        total = largest.sum()
+        return largest / total if total > 0 else None  # near exponent 0 all powers underflow
 
     def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
         """Return `S_i`; it looks at each symbol alone, so unreported symbols just have none."""
         coin = self.first_member(weights)
         if coin is None:
             return super().first_distribution(row, weights, member, open_mass)
+        if coin[member] == 0:
+            return np.zeros_like(row)
         if self.strength < 1:
             others = _sum_of_others(row) + min(open_mass, 1.0)
             lower: Floats = self._single_share(row, others, weights[member]) / coin[member]

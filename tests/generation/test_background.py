@@ -12,6 +12,7 @@ import pytest
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import MixlmError
+from mixlm.generation.background import BackgroundRunner, _Channel
 
 OPTIONS = {"seed": 5, "max_tokens": 8, "ignore_end": True}
 
@@ -145,3 +146,16 @@ def test_a_failing_member_ends_its_generation_and_the_next_one_works(pair):
     for member in pair.members:
         member.engine.on_forward = None
     assert run(pair.agenerate("the river", **OPTIONS)).text
+
+
+def test_a_generation_may_be_collected_where_the_lock_is_held():
+    runner = BackgroundRunner(1)
+
+    def collected() -> None:
+        with runner._lock:
+            runner.cancel(_Channel(lambda: None))
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()

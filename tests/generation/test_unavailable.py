@@ -73,11 +73,22 @@ def test_a_completion_ends_with_what_was_written(method):
         assert written == [token.data for token in healthy.tokens][: len(written)]
 
 
-@pytest.mark.parametrize("method", ["mixture", "conventional", "greedy", "speculative"])
-def test_a_completion_goes_on_without_a_member_and_nothing_is_written_twice(method, caplog):
+@pytest.mark.parametrize(
+    ("method", "draft"),
+    [
+        ("mixture", None),
+        ("conventional", None),
+        ("greedy", None),
+        ("speculative", None),
+        ("greedy", "toy-2"),
+        ("speculative", "toy-2"),
+    ],
+)
+def test_a_completion_goes_on_without_a_member_and_nothing_is_written_twice(method, draft, caplog):
     caplog.set_level(logging.WARNING, "mixlm")
-    healthy = make_ensemble(None).generate(PROMPT, **options(method=method))
-    completion = make_ensemble(3).generate(PROMPT, **options(method=method, on_failure="drop"))
+    healthy = make_ensemble(None).generate(PROMPT, **options(method=method, draft=draft))
+    fails = 3 if draft is None else 18  # behind the first block
+    completion = make_ensemble(fails).generate(PROMPT, **options(method=method, draft=draft, on_failure="drop"))
     dropped = {name: member.dropped for name, member in completion.usage.members.items()}
     assert len(completion.tokens) == 20
     assert dropped["toy-1"] == dropped["toy-3"] == 0

@@ -37,9 +37,9 @@ class MemberDraft:
         self.name = name
 
     def propose(self, step: DecodeStep) -> RequestFlow[int | None]:
-        """Sample from the member, unless the grammar leaves it no token."""
+        """Sample from the member, unless the grammar leaves it no token, or it is unavailable."""
         view = step.views[self.member]
-        if view.stuck:
+        if view.stuck or self.member in step.unavailable:
             return None
         if (row := step.observed_row(self.member)) is not None:
             proposal: int = view.sampler(step.noise)(row).symbol

@@ -108,7 +108,7 @@ class BackgroundRunner:
 
     def __init__(self, at_once: int) -> None:
         self._at_once = at_once
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an abandoned generation may be collected in the thread that holds it
         self._arrived: list[_Channel] = []
         self._cancelled: list[_Channel] = []
         self._is_running = False

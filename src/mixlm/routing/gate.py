@@ -83,6 +83,8 @@ class Gate:
                 raise ConfigError(f"{name} of the gate has the shape {array.shape}, and {shape} is expected")
             if not np.isfinite(array).all():
                 raise ConfigError(f"{name} of the gate has numbers that are not finite")
+        if not (arrays["scale"] > 0).all():
+            raise ConfigError("scale of the gate has numbers that are not greater than 0")
         return cls(**{name: arrays[name].astype(np.float32) for name in _SHAPES})
 
 

@@ -10,6 +10,7 @@ KV buffers double when they are full. A token is written in place, and rollback 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -80,15 +81,17 @@ class KVBufferPool:
         self._max_idle_bytes = max_idle_bytes
         self._idle_bytes = 0
         self._free: dict[int, list[KVBuffer]] = {}
+        self._lock = threading.RLock()  # whoever collects garbage may be in here
 
     def acquire(self, tokens: int) -> KVBuffer:
         """Return a buffer for so many tokens; its size is the next power of two."""
         size = max(1 << (tokens - 1).bit_length(), _MIN_TOKENS)
-        free = self._free.get(size)
-        if not free:
-            return KVBuffer(size)
-        buffer = free.pop()
-        self._idle_bytes -= buffer.nbytes
+        with self._lock:
+            free = self._free.get(size)
+            if not free:
+                return KVBuffer(size)
+            buffer = free.pop()
+            self._idle_bytes -= buffer.nbytes
         buffer.idle = False
         for tensors in buffer.layers.values():
             for tensor in tensors:
@@ -98,11 +101,12 @@ class KVBufferPool:
     def release(self, buffer: KVBuffer) -> None:
         """Take a buffer back."""
         buffer.idle = True
-        free = self._free.setdefault(buffer.size, [])
         size = buffer.nbytes
-        if len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
-            free.append(buffer)
-            self._idle_bytes += size
+        with self._lock:
+            free = self._free.setdefault(buffer.size, [])
+            if len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
+                free.append(buffer)
+                self._idle_bytes += size
 
 
 class KVCache:

@@ -104,7 +104,12 @@ class HFSession(Session):
 
     def __del__(self) -> None:
         # Whoever collects garbage may be using the texts that are kept: it must not wait for itself.
-        if not sys.is_finalizing() and hasattr(self, "cache"):
+        if sys.is_finalizing() or not hasattr(self, "cache"):
+            return
+        import torch
+
+        # A CUDA graph must not record the copies of a collected session.
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self._leave_prefix(wait=False)
 
     def _leave_prefix(self, *, wait: bool = True) -> None:

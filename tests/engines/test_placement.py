@@ -135,7 +135,7 @@ def test_attention_that_is_not_there_is_refused(folder):
 
 
 def test_other_engines_take_none_of_it():
-    with pytest.raises(UnsupportedError, match="quantization and attn is given, and toy:1 runs in the engine toy"):
+    with pytest.raises(UnsupportedError, match="quantization and attn are given, and toy:1 runs in the engine toy"):
         load(EngineSpec("toy:1", "", quantization="torchao-int8", attn="sdpa"))
 
 

@@ -441,7 +441,8 @@ def test_fields_that_ask_for_nothing_are_taken(toys):
         ({"mixlm": {"mix_then_truncate": True, "method": "mixture"}}, "mixlm.method"),
         ({"mixlm": {"rule": "best"}}, "mixlm.rule"),
         ({"mixlm": {"rule": "geometric", "strength": -1}}, "mixlm.strength"),
-        ({"mixlm": {"rule": "max", "strength": 2}}, "mixlm.rule"),
+        ({"mixlm": {"rule": "max", "strength": 2}}, "mixlm.strength"),
+        ({"mixlm": {"rule": "max", "method": "single"}}, "mixlm.rule"),
         ({"mixlm": {"rule": "max", "unit": "byte"}}, "mixlm.unit"),
         ({"prompt": "x"}, "prompt"),
     ],
@@ -584,6 +585,10 @@ def test_parts_of_characters_have_one_spelling():
             assert top[token] == logprob
 
 
+PATTERN = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(("}}}
+BROKEN_TOOL = {"type": "function", "function": {"name": "g", "parameters": PATTERN}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -599,6 +604,15 @@ def test_parts_of_characters_have_one_spelling():
             "response_format.json_schema.scheme",
             "did you mean 'schema'?",
         ),
+        ({"mixlm": {"rule": "min", "unit": "byte"}}, "mixlm.unit", "rule min combines distributions over whole tokens"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}, BROKEN_TOOL]},
+            "tools",
+            "tools cannot be enforced for g: at 5(9): failed to compile JSON schema: regex parse error: unclosed group",
+        ),
+        ({"mixlm": {"strength": 2}}, "mixlm.strength", "(name a rule too)"),
+        ({"mixlm": {"rule": "union-top-k", "top_k": 0}}, "mixlm.top_k", "(give mixlm.top_k 10, as published)"),
+        ({"mixlm": {"rule": "power", "strength": 0}}, "mixlm.strength", '(use mixlm.rule "geometric")'),
         ({"service_tiers": "auto"}, "service_tiers", "did you mean 'service_tier'?"),
     ],
     ids=str,

@@ -134,6 +134,8 @@ def test_the_sdk_parses_tools_of_pydantic(sdk):
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"guided_json": "no"}, "guided_json"),
+        ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"guided_json": {}, "ignore_eos": True}, "guided_json"),
         ({"guided_json": {}, "response_format": {"type": "json_object"}}, "guided_json"),
         ({"top_k": 3, "mixlm": {"top_k": 4}}, "top_k"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
@@ -275,6 +277,11 @@ def test_responses_have_logprobs(sdk):
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "a b", "arguments": "{}"}]}, "input.0.name"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0"),
+        ({"max_tokens": 3}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"response_format": {}}, "response_format"),
+        ({"tools": [{"type": "function", "name": "f", "description": "x" * 30_000}]}, "tools.0.description"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ],
     ids=str,
 )
@@ -282,6 +289,18 @@ def test_what_is_wrong_with_a_response_is_named(toys, fields, param):
     response = toys.post("/v1/responses", {"input": "x", **fields})
     assert response.status_code == 400, response.text
     assert str(response.json()["error"]["param"]).startswith(param), response.text
+
+
+def test_what_is_too_long_is_named():
+    with running(load("toy:1"), max_prompt_chars=100) as server:
+        long = "x" * 200
+        for path, body, param in (
+            ("/v1/responses", {"input": "x", "instructions": long}, "instructions"),
+            ("/v1/responses", {"input": long}, "input"),
+            ("/v1/messages", {"messages": HELLO, "max_tokens": 3, "system": long}, "system"),
+        ):
+            error = server.post(path, body).json()["error"]
+            assert (error["param"], error["message"].split()[0]) == (param, param)
 
 
 def test_stored_responses_are_bounded_and_the_clients_own():
@@ -294,6 +313,10 @@ def test_stored_responses_are_bounded_and_the_clients_own():
 
         first = create().json()["id"]
         assert create(previous_response_id=first).status_code == 200
+        key = {"authorization": "Bearer a-long-and-random-key"}
+        for stream, status in (("false", 200), ("true", 400)):
+            url = f"/v1/responses/{first}?stream={stream}"
+            assert server.client.get(url, headers=key).status_code == status
         assert create("another-random-key-of-bo", previous_response_id=first).status_code == 400
         unstored = create(store=False).json()["id"]
         assert create(previous_response_id=unstored).status_code == 400

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 from mixlm.cli.display import dim
-from mixlm.cli.options import Shared
+from mixlm.cli.options import Shared, option_flag
 from mixlm.core.options import GenerationOptions
-from mixlm.errors import ConfigError, UsageError
+from mixlm.errors import ConfigError, UnsupportedError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
@@ -62,19 +63,33 @@ def open_ensemble(
             if show is not None:
                 show(f"loading {name}", next(loaded), len(config.members))
 
-        ensemble = load_config(
-            config,
-            weights=weights,
-            progress=progress,
-            engines=engines,
-            load_engine=load_engine or load,
-            sequences=sequences,
-        )
+        try:
+            ensemble = load_config(
+                config,
+                weights=weights,
+                progress=progress,
+                engines=engines,
+                load_engine=load_engine or load,
+                sequences=sequences,
+            )
+        except UnsupportedError as error:
+            raise UnsupportedError(_with_flags(error.message, shared), error.hint) from error
     if options.get("mix_then_truncate"):
         dim("note: --mix-then-truncate is now --rule mean-then-truncate")
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")
     return ensemble
+
+
+def _with_flags(message: str, shared: Shared) -> str:
+    """Return a message that begins with names of options, with those of the command line as they are written there."""
+    from mixlm.engines.spec import LOADING_OPTIONS
+
+    names, given, rest = message.partition(" given, and ")
+    for name in LOADING_OPTIONS if given else ():
+        if getattr(shared, name) is not None:
+            names = re.sub(rf"\b{name}\b", option_flag(name), names)
+    return names + given + rest
 
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:

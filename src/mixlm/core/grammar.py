@@ -180,7 +180,7 @@ class GrammarCache:
                 trie, byte_ids = self._trie(library, vocabulary)
                 parser = library.LLMatcher(trie, source, log_level=0)
                 if parser.is_error():
-                    raise _refused(parser.get_error())
+                    raise _refused(parser.get_error(), _function_at_fault(library, trie, tools))
                 grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids, option)
         for schema in (text_schema, *tools.values()):
             self._check_keys(library, schema)
@@ -269,7 +269,7 @@ def _grammar_source(library: Any, text: Any, tools: Mapping[str, Any], max_calls
         calls = f"call ({more} call){{0,{max_calls - 1}}}" if max_calls > 1 else "call"
         rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
         for i, (name, schema) in enumerate(tools.items()):
-            arguments = _schema_source(_arguments_schema(schema))
+            arguments = _schema_source(_arguments_schema(schema, name))
             rules.append(f"call_{i}: {json.dumps(call_head(name))} %json {arguments} {json.dumps(CALL_END)}")
         if text is None:
             # The shortest text that ends in the mark: it has only one.
@@ -293,7 +293,15 @@ def _schema_source(schema: Any) -> str:
     return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}})
 
 
-def _arguments_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+def _function_at_fault(library: Any, trie: Any, tools: Mapping[str, Any]) -> str | None:
+    """Return the first function whose schema alone does not compile, of several; None for another fault."""
+    for name, schema in tools.items():
+        if library.LLMatcher(trie, _grammar_source(library, False, {name: schema}), log_level=0).is_error():
+            return name
+    return None
+
+
+def _arguments_schema(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the schema of a function's arguments: an object, with the properties that are named unless it says more.
 
     A function without a schema has no arguments.
@@ -301,7 +309,7 @@ def _arguments_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if not schema:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if schema.get("type", "object") != "object":
-        raise ConfigError(f"json_schema has the type {schema['type']!r}; arguments are an object")
+        raise ConfigError(f"json_schema has the type {schema['type']!r} for {name}; arguments are an object")
     known = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema", "strict"}
     closed = {"properties": {}, "additionalProperties": False} if schema.keys() <= known else {}
     return {**closed, "type": "object", **schema}
@@ -326,8 +334,14 @@ def _exact(digits: str) -> int:
     return number
 
 
-def _refused(message: str) -> ConfigError:
-    return ConfigError(f"json_schema cannot be enforced: {_first_line(message)}")
+def _refused(message: str, function: str | None = None) -> ConfigError:
+    """Return the error for llguidance's message. function: the one whose schema is at fault."""
+    reason = _first_line(message)
+    if reason.endswith(":"):  # what it announces is drawn, and then said
+        said = (line.removeprefix("error: ") for line in message.splitlines() if line.startswith("error: "))
+        reason = f"{reason} {next(said, '')}".rstrip(": ")
+    place = "" if function is None else f" for {function}"
+    return ConfigError(f"json_schema cannot be enforced{place}: {reason}")
 
 
 def _first_line(message: str) -> str:

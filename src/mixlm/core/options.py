@@ -342,14 +342,14 @@ class GenerationOptions:
         if self.rule is None or is_average(self.rule):
             if self.rule is None and self.rule_parameters:
                 name = next(iter(self.rule_parameters))
-                raise ConfigError(f"{name} is given without a rule, and the average has none", "name one with --rule")
+                raise ConfigError(f"{name} is given without a rule, and the average has none", "name a rule too")
             object.__setattr__(self, "rule", None)
         else:
             check_method(self.rule, self.method)
             if self.score_prompt and self.method != "single":
                 raise UnsupportedError(
                     f"score_prompt gives log-probabilities of the average, and the rule is {rule_name(self.rule)}",
-                    "use mixlm score with --rule, or leave one out",
+                    "score the text instead (Ensemble.score takes the rule), or leave one out",
                 )
 
     @property

@@ -59,9 +59,10 @@ def load(spec: EngineSpec) -> Engine:
         raise UnsupportedError(f"{spec.model} takes no adapter", "name a model with weights, and --engine hf")
     if name == "vllm" and spec.model.startswith("shape:"):
         raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
-    if name != "hf" and spec.loading_options:
+    if name != "hf" and (given := spec.loading_options):
+        named = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}"
         raise UnsupportedError(
-            f"{' and '.join(spec.loading_options)} is given, and {spec.model} runs in the engine {name}",
+            f"{named} given, and {spec.model} runs in the engine {name}",
             "leave it out, or use --engine hf",
         )
     module, packages = ENGINES[name]

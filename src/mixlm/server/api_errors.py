@@ -69,6 +69,12 @@ _BRANCHES = {
     *("MessageItem", "CallItem", "CallOutputItem", "ReasoningItem", "NamedFunctionTool", "tool_use", "tool_result"),
 }
 
+# What is a level deeper in chat completions than in the other APIs.
+_FLAT = (
+    (r"^(tools\.\d+|tool_choice)\.function\.", r"\1."),
+    (r"^text\.format\.json_schema\.", "text.format."),
+)
+
 
 class ApiError(Exception):
     """An error response.
@@ -98,12 +104,23 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def renamed(self, names: Mapping[str, str]) -> ApiError:
-        """Return the error with fields as another API calls them. names: by the names here."""
-        field, dot, rest = (self.param or "").partition(".")
-        if field not in names:
+        """Return the error with fields as another API calls them. names: by the names here; none for this API."""
+        if self.param is None or not names:
             return self
-        message = re.sub(rf"^{re.escape(field)}\b", names[field], self.message)
-        param = names[field] + dot + rest
+        field, dot, rest = self.param.partition(".")
+        if self.code == "unknown_field":  # as the client wrote it
+            if dot or field not in names:
+                return self
+            message = f"there is no field {field}: did you mean {names[field]!r}?"
+            return ApiError(self.status, message, param=self.param, code=self.code, headers=self.headers)
+        param = names.get(field, field) + dot + rest
+        for nested, flat in _FLAT:
+            param = re.sub(nested, flat, param)
+        message = self.message
+        for old, new in ((self.param, param), (field, names.get(field, field))):
+            if re.match(rf"{re.escape(old)}\b", message):
+                message = new + message[len(old) :]
+                break
         return ApiError(self.status, message, param=param, code=self.code, headers=self.headers)
 
     @property
@@ -238,5 +255,9 @@ def _in_api_terms(text: str) -> str:
     Advice that only the operator of the server can follow is left out.
     """
     text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
-    text = re.sub(r"--(method|unit) (\w+)", r'mixlm.\1 "\2"', text)
+    text = text.replace("use mixlm score with --rule, or ", "")
+    text = re.sub(r"--(method|unit|rule) ([\w-]+)", r'mixlm.\1 "\2"', text)
+    text = re.sub(r"--top-k (\d+)", r"mixlm.top_k \1", text)
+    text = re.sub(r"\bignore_end\b", "ignore_eos", text)
+    text = re.sub(r"^score_prompt gives\b", "echo with logprobs gives", text)
     return re.sub(r"^json_schema\b", "response_format", text)

@@ -32,7 +32,7 @@ from mixlm.server.protocols.response_store import ResponseStore
 from mixlm.server.protocols.responses import ResponsesFormat
 from mixlm.server.protocols.responses_body import ResponsesBody
 from mixlm.server.request_body import read_body
-from mixlm.server.request_parsing import ParsedRequest, parse_chat, parse_completion
+from mixlm.server.request_parsing import ParsedRequest, check_length, parse_chat, parse_completion
 from mixlm.server.request_schemas import CommonFields, CompletionBody, parse_body, parse_fields
 from mixlm.server.response_format import FormatFactory
 from mixlm.server.responses import ResponseBuilder
@@ -144,6 +144,7 @@ class ServerApp:
     async def _post_response(self, request: Request) -> ASGIApp:
         client = request.scope["mixlm.record"].client
         body = parse_body(ResponsesBody, await read_body(request, self.limits))
+        check_length(len(body.instructions or ""), "instructions", self.limits)
         earlier: list[dict[str, Any]] = []
         if body.previous_response_id is not None:
             earlier = self._stored.get(body.previous_response_id, client, "previous_response_id").messages
@@ -167,6 +168,7 @@ class ServerApp:
 
     async def _post_message(self, request: Request) -> ASGIApp:
         body = parse_body(MessagesBody, await read_body(request, self.limits))
+        check_length(len(body.system_text or ""), "system", self.limits)
         chat = parse_fields(ChatBody, body.chat_fields())
         await self._build_unit(request, chat)
         return self._handler(request, parse_chat(chat, self.registry, self.limits), partial(MessagesFormat, body))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 from mixlm.config import UnitName
+from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
-from mixlm.server.api_errors import ApiError
+from mixlm.server.api_errors import ApiError, to_api_error
 from mixlm.server.fair_threads import FairThreads
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ServedModel
@@ -59,7 +60,11 @@ class RequestPreparer:
         language = request.tasks[0].settings.language
         if language is not None:
             check = partial(check_grammar, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
-            await self._schema_threads.run(client, partial(request.ensemble.grammars.for_language, language, check))
+            compile_schema = partial(request.ensemble.grammars.for_language, language, check)
+            try:
+                await self._schema_threads.run(client, compile_schema)
+            except MixlmError as error:
+                raise to_api_error(error).renamed({"response_format": request.schema_field}) from error
         try:
             encode = partial(_encode, request, is_cancelled)
             return await self._prompt_threads.run(client, encode, timeout=limits.encode_timeout)

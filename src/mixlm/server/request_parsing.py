@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from mixlm.config import Method
 from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, MixlmError
 from mixlm.generation.prompt import Prompt, unknown_template_variables
-from mixlm.server.api_errors import ApiError, unsupported_field
+from mixlm.server.api_errors import ApiError, to_api_error, unsupported_field
 from mixlm.server.chat_schemas import ChatBody
 from mixlm.server.json_encoding import to_json
 from mixlm.server.limits import ServerLimits
@@ -47,6 +48,7 @@ class ParsedRequest:
         include_usage: Whether a stream ends with the usage.
         logprobs: Whether tokens are returned with their log-probabilities.
         echo: The prompts, if they are repeated in front of the completions.
+        schema_field: The field of the schema, if there is one.
     """
 
     kind: Literal["chat", "text"]
@@ -58,6 +60,7 @@ class ParsedRequest:
     include_usage: bool
     logprobs: bool
     echo: Sequence[str]
+    schema_field: str = "response_format"
 
     @property
     def tool_names(self) -> list[str]:
@@ -76,7 +79,7 @@ def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) ->
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
     messages = [message.message() for message in body.messages]
     calls = [call.arguments for message in messages for call in message.tool_calls]
-    _check_length(sum(map(len, [*(message.content for message in messages), *calls])), "messages", limits)
+    check_length(sum(map(len, [*(message.content for message in messages), *calls])), "messages", limits)
     options: dict[str, Any] = {
         "top_logprobs": body.top_logprobs or 0,
         **_tool_options(body, limits),
@@ -94,7 +97,7 @@ def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) ->
 def _tool_options(body: ChatBody, limits: ServerLimits) -> dict[str, Any]:
     """Return the options of tools. Raises ApiError for a choice without its tool."""
     tools = [tool.tool() for tool in body.tools or ()]
-    _check_length(sum(len(to_json(tool_dict(tool))) for tool in tools), "tools", limits)
+    check_length(sum(len(to_json(tool_dict(tool))) for tool in tools), "tools", limits)
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ApiError(400, "tools: two functions have one name", param="tools", code="invalid_value")
@@ -129,7 +132,7 @@ def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: Serv
     """Parse a request to /v1/completions. Raises ApiError or MixlmError."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     for prompt in prompts:
-        _check_length(len(prompt), "prompt", limits)
+        check_length(len(prompt), "prompt", limits)
     options = {
         "raw": True,
         "system": None,
@@ -159,7 +162,12 @@ def _parse(
             ensemble = ensemble.with_weights(extras.weights)
         except ConfigError as error:
             raise ApiError(400, str(error), param="mixlm.weights", code="invalid_value") from None
-    settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    schema_field = "response_format" if body.guided_json is None else "guided_json"
+    try:
+        settings = ensemble.settings(**_options(body, extras, ensemble, options))
+    except MixlmError as error:
+        raise to_api_error(error).renamed({"response_format": schema_field}) from error
+    _check_rule(extras, settings, ensemble.unit.name)
     _check_method(body, extras, settings.method, ensemble.unit.name)
     n = body.n or 1
     tasks = [
@@ -175,6 +183,7 @@ def _parse(
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         logprobs=logprobs,
         echo=echo,
+        schema_field=schema_field,
     )
 
 
@@ -209,6 +218,18 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
     return options
 
 
+def _check_rule(extras: Extras, settings: GenerationOptions, unit: str) -> None:
+    """Raise ApiError for a rule in a unit without distributions over whole tokens."""
+    if settings.rule is None or settings.method == "single" or unit_traits(unit).full_distributions:
+        return
+    name = rule_name(settings.rule)
+    raise unsupported_field(
+        "mixlm.rule" if extras.unit is None else "mixlm.unit",
+        f"rule {name} combines distributions over whole tokens, and in the unit {unit} there are none; use the unit "
+        "piece, or the rule average",
+    )
+
+
 def _check_method(body: CommonFields, extras: Extras, method: Method, unit: str) -> None:
     """Raise ApiError for a method that the unit does not support, with the field that selected one of the two."""
     supported = unit_traits(unit).methods
@@ -220,7 +241,8 @@ def _check_method(body: CommonFields, extras: Extras, method: Method, unit: str)
     raise unsupported_field(param, f"{subject} does not go with the unit {unit}; {', '.join(supported)} do")
 
 
-def _check_length(characters: int, field: str, limits: ServerLimits) -> None:
+def check_length(characters: int, field: str, limits: ServerLimits) -> None:
+    """Raise ApiError for a field with more characters than the server takes in a prompt."""
     maximum = limits.max_prompt_chars
     if characters > maximum:
         message = f"{field} has {characters} characters; the maximum is {maximum}"

@@ -53,5 +53,6 @@ def combination(name: str, **parameters: Any) -> Combination:
     for parameter in parameters:
         if parameter not in known:
             allowed = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
-            raise ConfigError(f"rule {name} has no parameter {parameter!r}", did_you_mean(parameter, known) or allowed)
+            hint = did_you_mean(parameter, known) or allowed
+            raise ConfigError(f"{parameter} is given, and rule {name} has no such parameter", hint)
     return rule(**parameters)

@@ -66,8 +66,8 @@ class TurnBody(StrictBody):
     @model_validator(mode="after")
     def _check_blocks(self) -> TurnBody:
         foreign = ToolResultBlock if self.role == "assistant" else ToolUseBlock
-        if found := next((block for block in self.content if isinstance(block, foreign)), None):
-            raise ValueError(f"a turn of the {self.role} has no {found.type}")
+        if wrong := next((block for block in self.content if isinstance(block, foreign)), None):
+            raise ValueError(f"a turn of the {self.role} has no {wrong.type}")
         return self
 
     @property
@@ -125,11 +125,16 @@ class MessagesBody(StrictBody):
     tool_choice: ChoiceOfTools | None = None
     mixlm: Extras | None = None
 
+    @property
+    def system_text(self) -> str | None:
+        """The system message."""
+        return None if self.system is None else _text(self.system)
+
     def chat_fields(self) -> dict[str, Any]:
         """Return the body of a chat completion."""
         messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": _text(self.system)})
+        if self.system_text is not None:
+            messages.append({"role": "system", "content": self.system_text})
         for turn in self.messages:
             messages += _messages(turn)
         fields: dict[str, Any] = {

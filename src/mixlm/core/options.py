@@ -238,8 +238,8 @@ class GenerationOptions:
     top_logprobs: int = option(0, whole=True, minimum=0)
     logprobs_of: LogprobsOf = option(
         "member",
-        help="log-probabilities of the sampled member's distribution or of the average (ensemble, which runs every"
-        " member)",
+        help="log-probabilities of the sampled member's distribution, or of the average or the rule (ensemble, which"
+        " runs every member)",
         http="mixlm",
         choices=LOGPROBS_OF,
     )
@@ -349,7 +349,7 @@ class GenerationOptions:
             if self.score_prompt and self.method != "single":
                 raise UnsupportedError(
                     f"score_prompt gives log-probabilities of the average, and the rule is {rule_name(self.rule)}",
-                    "score the text instead (Ensemble.score takes the rule), or leave one out",
+                    "leave one of them out; mixlm score takes a rule",
                 )
 
     @property

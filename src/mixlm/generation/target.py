@@ -184,7 +184,7 @@ def _check_unit(rule: Combination, traits: UnitTraits) -> None:
         raise UnsupportedError(
             f"rule {rule.name} divides by a member's probabilities, and members with different vocabularies give tokens"
             " of the others none",
-            "use members that share one vocabulary (--unit token), or --rule geometric",
+            "use members that share one vocabulary with --unit token, or --rule geometric",
         )
 
 

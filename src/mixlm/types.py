@@ -351,6 +351,7 @@ class Completion:
             members. The log-probability of a first one that nothing precedes is nan.
         end: The end-of-text that was sampled, without bytes.
         tool_calls: With `tools`, the calls in the text. If `finish_reason` is "length", the last may be incomplete.
+        stop_string: The stop string that ended it, of `stop` or of a member's chat template.
     """
 
     text: str
@@ -361,6 +362,7 @@ class Completion:
     prompt: tuple[Token, ...] = ()
     end: Token | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    stop_string: str | None = None
 
     def __repr__(self) -> str:
         text = f"{self.text[:60]!r}{'…' if len(self.text) > 60 else ''}"

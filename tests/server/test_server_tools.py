@@ -343,6 +343,18 @@ def test_messages_are_those_of_chat(toys):
     assert "".join(deltas) == expected.text
     stopped = toys.post("/v1/messages", {**body, "stop_sequences": [expected.tokens[2].text]}).json()
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", expected.tokens[2].text)
+    two = toys.post("/v1/messages", {**body, "stop_sequences": ["zzz", expected.tokens[2].text]}).json()
+    assert two["stop_sequence"] == expected.tokens[2].text
+
+
+def test_a_stop_string_of_a_template_is_no_stop_sequence(monkeypatch):
+    ensemble = load("toy:1")
+    text = ensemble.generate(HELLO, max_tokens=9, method="greedy", top_k=5).tokens[2].text
+    monkeypatch.setattr(ensemble.members[0].engine, "stops", (text,))
+    with running(ensemble) as server:
+        body = {"messages": HELLO, "max_tokens": 9, "mixlm": {"method": "greedy", "top_k": 5}}
+        stopped = server.post("/v1/messages", {**body, "stop_sequences": ["zzz"]}).json()
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("end_turn", None)
 
 
 def test_messages_call_functions_whole_and_streamed(toys):

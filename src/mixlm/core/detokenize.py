@@ -18,23 +18,28 @@ class StreamingDetokenizer:
 
     Attributes:
         stops: The stop strings from here on.
-        stopped: Whether a stop string was found.
+        found: The stop string that was found: the first in the text, and the first given of several there.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.stops = [stop for stop in stops if stop]
         self._pending: list[Token] = []
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.found is not None
 
     def push(self, token: Token) -> list[Token]:
         """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now."""
         self._pending.append(replace(token, text=self._decode(token.data)))
         text = "".join(pending.text for pending in self._pending)
-        stop_offsets = [offset for stop in self.stops if (offset := text.find(stop)) >= 0]
+        stop_offsets = {stop: offset for stop in self.stops if (offset := text.find(stop)) >= 0}
         if stop_offsets:
-            self.stopped = True
-            return self._release(min(stop_offsets), truncate=True)
+            self.found = min(stop_offsets, key=lambda stop: stop_offsets[stop])
+            return self._release(stop_offsets[self.found], truncate=True)
         held_back = max((_overlap(text, stop) for stop in self.stops), default=0)
         return self._release(len(text) - held_back)
 

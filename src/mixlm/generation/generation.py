@@ -136,6 +136,7 @@ class Generation(Iterator[Token]):
         self._tokens: list[Token] = []
         self._prompt_tokens: tuple[Token, ...] = ()
         self._end_token: Token | None = None
+        self._stop_string: str | None = None
         self._finish_reason: FinishReason = "length"
         self._start_time = self._first_time = self._last_time = time.perf_counter()
         self._initial = [
@@ -235,6 +236,7 @@ class Generation(Iterator[Token]):
             self._prompt_tokens,
             self._end_token,
             self._tool_calls(),
+            self._stop_string,
         )
 
     def _tool_calls(self) -> tuple[ToolCall, ...]:
@@ -286,7 +288,7 @@ class Generation(Iterator[Token]):
                     detokenizer.stops = []  # they are for text, and would cut the arguments of a call
                 self._emit(detokenizer.push(token))
                 if detokenizer.stopped:
-                    self._finish_reason = "stop"
+                    self._finish_reason, self._stop_string = "stop", detokenizer.found
                     return
             position += len(choices)
             if sequence.unavailable is not None:

@@ -142,7 +142,7 @@ class MemberView:
         )
 
     def check_possible(self, distribution: Candidates) -> Candidates:
-        """Return a distribution of this member's. Raises UnsupportedError where it is empty: there is no target then."""
+        """Return a distribution of this member's. Raises UnsupportedError where it is empty: there is no target."""
         if not distribution.ids.size:
             grammar, processor = self.member.grammar, self.member.processor
             option = grammar.option if grammar else "json_schema" if processor is None else "its logits processor"

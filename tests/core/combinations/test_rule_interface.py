@@ -135,6 +135,7 @@ def test_a_function_is_a_rule():
         ([0.5, 0.5, 0.5], "rule mine returned probabilities that sum to 1.5"),
         ([0, 0, 0], "rule mine returned probabilities that sum to 0"),
         ("abc", "rule mine returned str; it must be an array of numbers"),
+        ([0.5j, 0.5, 0.5], "rule mine returned complex numbers"),
         (None, "rule mine returned"),
     ],
 )
@@ -173,6 +174,8 @@ def test_things_that_are_no_functions_are_refused():
 def test_what_deferral_is_given_is_checked():
     with pytest.raises(ConfigError, match="accept returned 2; it must be from 0 to 1"):
         combination("defer", accept=lambda q: q + 2 - q).combine(ROWS, WEIGHTS)
+    with pytest.raises(ConfigError, match="accept returned NoneType; it must be an array of real numbers"):
+        combination("defer", accept=lambda q: None).combine(ROWS, WEIGHTS)
     with pytest.raises(ConfigError, match="accept returned nan"):
         combination("defer", accept=lambda q: q * np.nan).combine(ROWS, WEIGHTS)
     with pytest.raises(ConfigError, match=r"accept returned the shape \(2,\)"):

@@ -102,7 +102,15 @@ class Defer(Combination):
 
     def _own_acceptance(self, distribution: Floats) -> Floats:
         assert self.accept is not None
-        a = np.asarray(self.accept(distribution.copy()), dtype=np.float64)
+        result = self.accept(distribution.copy())
+        try:
+            if result is None or np.iscomplexobj(result):
+                raise TypeError
+            a = np.asarray(result, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"accept returned {type(result).__name__}; it must be an array of real numbers, or one number"
+            ) from None
         if a.shape not in ((), distribution.shape):
             raise ConfigError(f"accept returned the shape {a.shape}; it must be {distribution.shape}, or a number")
         if not ((a >= 0) & (a <= 1)).all():

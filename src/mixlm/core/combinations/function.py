@@ -55,7 +55,8 @@ class FunctionCombination(Combination):
         """Return the function's distribution.
 
         Raises:
-            ConfigError: The function fails, or the result is not one: another shape, a number that is negative or not finite, or a sum that is not 1.
+            ConfigError: The function fails, or the result is not one: another shape, a number that is complex, negative
+                or not finite, or a sum that is not 1.
         """
         result = self._checked(
             partial(self.function, probs.copy(), weights.copy()), probs.shape[1], f"rule {self.name}"
@@ -99,6 +100,8 @@ class FunctionCombination(Combination):
             raise
         except Exception as error:
             raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error
+        if np.iscomplexobj(result):
+            raise ConfigError(f"{subject} returned complex numbers; all must be real")
         try:
             values = np.asarray(result, dtype=np.float64)
         except (TypeError, ValueError):

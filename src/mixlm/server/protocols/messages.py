@@ -125,14 +125,14 @@ class MessagesFormat:
         return {"id": self.response_id, "type": "message", "role": "assistant", "model": model, "content": content}
 
     def _stop(self, completion: Completion) -> dict[str, Any]:
-        """Return why the completion ended. Which of several stop sequences it was is not known."""
-        stops, sequence = self._body.stop_sequences or (), None
+        """Return why the completion ended; a stop string of a chat template is the end of the turn."""
+        sequence = None
         if completion.finish_reason == "length":
             reason = "max_tokens"
         elif completion.tool_calls:
             reason = "tool_use"
-        elif stops and completion.end is None:
-            reason, sequence = "stop_sequence", stops[0] if len(stops) == 1 else None
+        elif completion.stop_string in (self._body.stop_sequences or ()):
+            reason, sequence = "stop_sequence", completion.stop_string
         else:
             reason = "end_turn"
         return {"stop_reason": reason, "stop_sequence": sequence}

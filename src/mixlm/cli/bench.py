@@ -33,7 +33,8 @@ MethodsOption = Annotated[
         "--methods",
         metavar="A,B",
         help="What to measure: single (each member alone), conventional, mixture, speculative, auto, greedy, "
-        "drafted (greedy with a draft), or all. Default: the first three.",
+        "drafted (greedy with a draft), layered, or all. Default: single, conventional and mixture; with a rule, "
+        "layered in place of mixture.",
         show_default=False,
     ),
 ]

@@ -26,6 +26,7 @@ from mixlm.core.rng import Noise
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import FunctionRouter
+from mixlm.types import Sampling
 from mixlm.verification.check import check
 
 PLACES = [(), (b"a", b"b")]
@@ -391,6 +392,19 @@ def test_near_temperature_0_it_writes_what_greedy_writes(rule, sampling):
         for temperature in (0.001, 0.0001):
             options = {**WRITING, **sampling, "rule": rule, "temperature": temperature, "seed": 1}
             assert ensemble.generate("ab", draft="none", **options).text == greedy
+
+
+def test_temperature_leaves_a_rule_what_it_says_of_itself():
+    for name in ("geometric", "mean-then-truncate"):
+        rule = combination(name)
+        assert rule.with_sampling(Sampling(temperature=0.7)).speculates == rule.speculates
+
+
+def test_members_may_join_later():
+    """One member alone has no envelope to look at, two have."""
+    ensemble = toys("token", 2, router=FunctionRouter(lambda prompt, text: [0.5, 0.5] if text else [1, 0], 2))
+    completion = ensemble.generate("ab", rule=Combination.of(largest, half), draft="none", seed=1, **WRITING)
+    assert sum(member.forwards for member in completion.usage.members.values()) < 2 * len(completion.tokens) - 4
 
 
 def test_near_exponent_0_the_power_mean_is_written():

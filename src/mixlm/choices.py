@@ -37,6 +37,7 @@ RouterKind = Literal["fixed", "prompt", "learned"]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNITS: tuple[UnitName, ...] = get_args(UnitName)
 RULES: tuple[Rule, ...] = get_args(Rule)
+RULES_WITH_ROLES = ("contrastive", "proxy", "guidance")
 CONTRASTIVE_FORMS: tuple[ContrastiveForm, ...] = get_args(ContrastiveForm)
 DEFER_BY: tuple[DeferBy, ...] = get_args(DeferBy)
 LOGPROBS_OF: tuple[LogprobsOf, ...] = get_args(LogprobsOf)

@@ -30,6 +30,7 @@ from mixlm.choices import (
     METHODS,
     ON_FAILURE,
     RULES,
+    RULES_WITH_ROLES,
     UNITS,
     ContrastiveForm,
     DeferBy,
@@ -282,13 +283,10 @@ def _check_roles(config: EnsembleConfig, source: str) -> None:
     """Raise ConfigError for a role in a file whose rule has none."""
     rule = None if config.combination is None else config.combination.rule
     for i, member in enumerate(config.members):
-        if member.role is not None and rule is not None:
-            from mixlm.core.combinations.registry import combination_class
-
-            if not combination_class(rule).roles:
-                raise ConfigError(
-                    f"{source}: members.{i}.role is {member.role!r}, and rule {rule} has no roles", "leave it out"
-                )
+        if member.role is not None and rule is not None and rule not in RULES_WITH_ROLES:
+            raise ConfigError(
+                f"{source}: members.{i}.role is {member.role!r}, and rule {rule} has no roles", "leave it out"
+            )
 
 
 def _resolve_files(member: MemberConfig, folder: Path) -> MemberConfig:

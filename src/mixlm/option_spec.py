@@ -62,7 +62,7 @@ class OptionSpec:
             shown = str(value) if isinstance(value, Real) else repr(value)
             if self.whole and isinstance(value, int) and value > _MAX_WHOLE:
                 raise ConfigError(f"{name} is {shown}; it must be less than 2**64: a number of 64 bits")
-            number = "" if isinstance(value, Real) else "a number, "
+            number = "" if isinstance(value, Real) or self.whole else "a number, "
             raise ConfigError(f"{name} is {shown}; it must be {number}{self.allowed}")
 
     @property

@@ -12,6 +12,7 @@ import pytest
 from adversary import random_rows, random_weights
 from rule_cases import RULES, plain
 
+from mixlm.choices import RULES_WITH_ROLES
 from mixlm.core.combinations import COMBINATIONS, Combination, Unreported, align, combination, combination_class
 from mixlm.core.combinations.base import check_bounds, coin_share, increments
 from mixlm.core.combinations.max import Max
@@ -287,3 +288,7 @@ def test_a_report_of_the_top_k_is_all_that_union_top_k_needs_first():
     part = reported(rows, 2)
     stops = [rule.first_distribution(row, WEIGHTS, member, 0.3) for member, row in enumerate(part)]
     np.testing.assert_allclose(WEIGHTS @ np.array(stops), whole)
+
+
+def test_the_rules_that_have_roles_are_listed():
+    assert [name for name in COMBINATIONS if combination_class(name).roles] == list(RULES_WITH_ROLES)

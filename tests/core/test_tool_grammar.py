@@ -127,13 +127,13 @@ def test_one_call_at_most_where_it_is_asked_for():
     wide = make_ensemble([speaking("gpt2", 0), speaking("gemma", 1)], unit="piece")
     counts = {True: 0, False: 0}
     for parallel in counts:
-        for seed in range(3):
+        for seed in range(8):
             completion = wide.generate(
                 "the", tools=TOOLS[1:], tool_choice="required", parallel_tool_calls=parallel, seed=seed,
                 max_tokens=200, temperature=1.0, top_k=0,
             )  # fmt: skip
             counts[parallel] += len(completion.tool_calls)
-    assert counts[False] == 3 < counts[True]
+    assert counts[False] == 8 < counts[True]
 
 
 def test_text_may_come_first_and_ends_no_call():

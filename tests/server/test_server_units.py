@@ -63,8 +63,7 @@ def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
         for method in METHODS:
             extras = {"rule": rule, "method": method}
             works = toys.chat(seed=1, max_tokens=1, mixlm=extras).status_code == 200
-            # Where one member writes alone, the rule has no part in it.
-            assert works == (method in about["rules"].get(name, ()) or method == "single"), extras
+            assert works == (method in about["rules"].get(name, ())), extras
     with running(load("toy:1", "toy:2", rule="max", method="layered", router=lambda prompt, text: [1, 2])) as server:
         about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
         assert (about["rule"], about["routed"]) == ("max", True)

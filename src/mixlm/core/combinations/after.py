@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.combinations.base import Combination, Unreported, complete, winner_by_bounds
+from mixlm.core.combinations.base import Combination, Unreported, winner_by_bounds
 from mixlm.core.sampling import Transform, largest_indices
 from mixlm.types import Floats, Ids, Sampling
 
@@ -71,12 +71,10 @@ class AfterCombination(Combination):
         """Return the transformed combination."""
         return transformed(self.rule.combine(probs, weights), self.sampling)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return `F` of the rule's envelope."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         lower = self.rule.envelope(probs, weights, ran, unreported)
         return None if lower is None else transformed_bound(lower, self.sampling)
 

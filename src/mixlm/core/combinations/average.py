@@ -28,7 +28,7 @@ class Average(Combination):
         """Return `Σ λ_i q_i`."""
         return weights @ probs
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return what the members that ran contribute."""

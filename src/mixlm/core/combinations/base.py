@@ -141,6 +141,16 @@ class Combination(ABC):
         Raises:
             UnsupportedError: Something is unreported, and the rule has no bound that holds then.
         """
+        return (
+            self.combine(probs, weights)
+            if complete(weights, ran, unreported)
+            else self.bound(probs, weights, ran, unreported)
+        )
+
+    def bound(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> Floats | None:
+        """Return the envelope where a member has not run, or not reported everything. Arguments as in `envelope`."""
         return None
 
     def first_member(self, weights: Floats) -> Floats | None:

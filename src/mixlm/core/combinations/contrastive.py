@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.core.combinations.log_linear import log_linear
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
@@ -64,12 +64,10 @@ class Contrastive(Combination):
         rows = np.stack([np.where(plausible, expert, 0.0), probs[1]])
         return log_linear(rows, np.array([exponent, -self.strength]), self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where the expert finds one symbol plausible, else nothing."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         lower = np.zeros(probs.shape[1])
         if 0 in ran:
             expert = probs[0]

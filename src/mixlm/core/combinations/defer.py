@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats
 
@@ -65,7 +65,7 @@ class Defer(Combination):
         chain: Floats = kept + left * probs[-1]
         return chain
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return what the members that ran keep, up to the first that has not.
@@ -78,8 +78,6 @@ class Defer(Combination):
                 f"rule {self.name} decides by whole distributions, and a member reports its likeliest tokens alone",
                 "use by='top' or by='token'",
             )
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         prefix = next(i for i in range(len(weights) + 1) if i not in ran)
         if prefix < len(weights):
             return self._kept(probs, prefix, unreported)[0]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, complete
+from mixlm.core.combinations.base import Combination, Unreported
 from mixlm.errors import ConfigError, MixlmError, UnsupportedError
 from mixlm.types import Floats
 
@@ -66,7 +66,7 @@ class FunctionCombination(Combination):
             raise ConfigError(f"rule {self.name} returned probabilities that sum to {total:.6g}; they must sum to 1")
         return result / total
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return the function's lower bound. It is given zeros for the members that have not run.
@@ -77,8 +77,6 @@ class FunctionCombination(Combination):
         """
         if self.own_envelope is None:
             return None
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         if unreported is not None and unreported.mass.any():
             raise UnsupportedError(
                 f"rule {self.name} needs whole distributions, and a member reports its likeliest tokens alone",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.core.combinations.log_linear import log_linear, only_symbol
 from mixlm.types import Floats
 
@@ -35,10 +35,8 @@ class Geometric(Combination):
         """Return the normalised product."""
         return log_linear(probs, self.strength * weights, self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         return only_symbol(probs, ran, weights, unreported)

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.core.combinations.log_linear import log_linear, only_symbol
 from mixlm.types import Floats
 
@@ -40,12 +40,10 @@ class Guidance(Combination):
         """Return the guided distribution."""
         return log_linear(probs, self._exponents, self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         if self.strength in (0, 1):
             only = 0 if self.strength == 1 else 1
             return probs[only].copy() if only in ran else np.zeros(probs.shape[1])

@@ -33,7 +33,7 @@ class Max(Combination):
         """Return the normalised maximum."""
         return normalized(probs[positive_members(weights)].max(axis=0), self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return the maximum over the members that ran, over the largest possible sum."""

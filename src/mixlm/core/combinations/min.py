@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixlm.core.combinations.base import Combination, Unreported, complete, normalized, positive_members
+from mixlm.core.combinations.base import Combination, Unreported, normalized, positive_members
 from mixlm.core.combinations.log_linear import only_symbol
 from mixlm.types import Floats
 
@@ -30,10 +30,8 @@ class Min(Combination):
         """Return the normalised minimum."""
         return normalized(probs[positive_members(weights)].min(axis=0), self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         return only_symbol(probs, ran, weights, unreported)

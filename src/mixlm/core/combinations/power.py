@@ -36,7 +36,6 @@ from mixlm.core.combinations.base import (
     Combination,
     Unreported,
     check_number,
-    complete,
     normalized,
     positive_members,
     ran_mask,
@@ -76,12 +75,10 @@ class Power(Combination):
         """Return the normalised power mean."""
         return normalized(self._mean(probs, weights, positive_members(weights)), self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return the bound of the range that the exponent is in."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         if self.strength < 0:
             return only_symbol(probs, ran, weights, unreported)
         done, active = ran_mask(weights, ran), positive_members(weights)

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number, complete
+from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.core.combinations.log_linear import log_linear, only_symbol
 from mixlm.types import Floats
 
@@ -45,10 +45,8 @@ class Proxy(Combination):
         rows = np.stack([probs[0], np.where(silent, 1.0, probs[1]), np.where(silent, 1.0, probs[2])])
         return log_linear(rows, np.array([1.0, self.strength, -self.strength]), self.name)
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where the base has one symbol left, else nothing."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         return only_symbol(probs, ran, np.array([1.0, 0.0, 0.0]), unreported)

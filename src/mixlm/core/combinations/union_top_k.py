@@ -26,7 +26,6 @@ from mixlm.core.combinations.base import (
     Combination,
     Unreported,
     check_number,
-    complete,
     positive_members,
     ran_mask,
     winner_by_bounds,
@@ -78,12 +77,10 @@ class UnionTopK(Combination):
         out[union] = self.over_union(probs[:, union], weights)
         return out
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return what the members that ran give to the symbols in the top k of one of them."""
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         done = ran_mask(weights, ran) & positive_members(weights)
         if unreported is not None:
             self._check_reported(probs[done])

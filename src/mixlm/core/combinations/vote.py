@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, complete, ran_mask
+from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, ran_mask
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats
 
@@ -44,7 +44,7 @@ class Vote(Combination):
         winner: Floats = out / out.sum()
         return winner
 
-    def envelope(
+    def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return the probability that a symbol leads beyond reach.
@@ -57,8 +57,6 @@ class Vote(Combination):
                 f"rule {self.name} needs whole distributions, and a member reports its likeliest tokens alone",
                 "use an engine that returns all logits",
             )
-        if complete(weights, ran, unreported):
-            return self.combine(probs, weights)
         voters = [i for i in ran if weights[i] > 0]
         return self._winners(probs, weights, voters)
 

@@ -1,7 +1,7 @@
 """What a token takes on the host beside the forward: the model is taken out, and ready-made logits take its place.
 
-"whole" hands over rows of the vocabulary, as a forward on the CPU does; "cut" what top-k leaves, as one on a GPU does.
-python -m research.scripts.host_time [tokens] [repeats]
+"whole" hands over rows of the vocabulary, as a forward on the CPU does; "filtered" what top-k leaves, as one on a GPU
+does. python -m research.scripts.host_time [tokens] [repeats]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from mixlm.benchmark.timing import EnsembleContestant
 from mixlm.engines import EngineSpec
-from mixlm.engines.batching import Found, Part
+from mixlm.engines.batching import SequenceInput, SequenceOutput
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
@@ -37,9 +37,12 @@ def main() -> None:
     likely = np.sort(rng.choice(TINY["vocab_size"], TOP_K, replace=False))
     short = Candidates(likely, rows[0, likely])
 
-    def taken_out(cut: bool) -> Any:
-        def run(_: ModelRunner, parts: Sequence[Part]) -> list[Found]:
-            return [[short] * part.last if cut and part.cut is not None else rows[: part.last] for part in parts]
+    def taken_out(filtered: bool) -> Any:
+        def run(_: ModelRunner, inputs: Sequence[SequenceInput]) -> list[SequenceOutput]:
+            return [
+                [short] * item.last if filtered and item.top_k_filter is not None else rows[: item.last]
+                for item in inputs
+            ]
 
         return patch.object(ModelRunner, "run", run)
 
@@ -48,11 +51,12 @@ def main() -> None:
             options = {"top_k": TOP_K, **({"draft": "tiny-0"} if method == "speculative" else {})}
             contestant = EnsembleContestant(pair, method, "the river " * (words // 2), options)
             times = []
-            for cut in (False, True):
-                with taken_out(cut), patch.object(HFSession, "_keep", lambda _, length: length):
+            for filtered in (False, True):
+                # The model has run nothing, so the cache stays empty; the session believes that it is there.
+                with taken_out(filtered), patch.object(HFSession, "truncate", lambda _, length: length):
                     samples = [contestant.measure(repeat, tokens) for repeat in range(repeats + 1)][1:]
                 times.append(1e6 * median(sample.seconds / sample.tokens for sample in samples))
-            print(f"{method:12} prompt of {words:4} words: {times[0]:4.0f} us a token whole, {times[1]:4.0f} cut")
+            print(f"{method:12} prompt of {words:4} words: {times[0]:4.0f} us a token whole, {times[1]:4.0f} filtered")
 
 
 if __name__ == "__main__":

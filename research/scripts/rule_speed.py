@@ -1,28 +1,39 @@
 """What combination rules cost: forwards a token and tokens/s of `layered` against `conventional`, in one run.
 
-python -m research.scripts.rule_speed MODEL MODEL [--rules A,B] [--tokens N] [--repeats N] [--prompt TEXT] [--json FILE]
+python -m research.scripts.rule_speed MODEL MODEL [--rules A,B] [--tokens N] [--repeats N] [--dtype NAME] [--json FILE]
 
 Beside what is measured stands what the formulas predict at the positions of one text of the rule: the mean mass with
 which the first member decides alone (`layered` without drafts then takes `1 + (1 - mass) (n - 1)` forwards), and how
 often the sample of a draft is the rule's with the same noise, `Σ_u 1 / Σ_v max(p_v / p_u, q_v / q_u)`. Methods are run
-in turn, so that a change of the machine's speed affects all of them.
+in turn, so that a change of the machine's speed affects all of them; the first member alone (`single`) is one of them.
+`guidance` takes the first model twice, in its chat template, after `--system` and after `--negative`.
+
+With --json, a row is written as soon as it is measured, and a run that was stopped goes on behind its last one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from mixlm import load
+from mixlm.benchmark.report import environment
+from mixlm.config import parse_config
+from mixlm.engines import Engine, EngineSpec
 from mixlm.ensemble import Ensemble
+from mixlm.generation.prompt import Prompt
+from mixlm.loading import load_config
 from mixlm.types import Floats
 
 PROMPT = "The ferry left the harbour a little after six, when the fog had lifted from the water and"
+SYSTEM = "Answer in one short sentence."
+NEGATIVE = "Answer at length, and go into every detail."
 RULES: dict[str, dict[str, Any]] = {
     "union-top-k": {"rule": "union-top-k", "top_k": 10, "temperature": 1.0},
     "mean-top-5": {"rule": "mean-then-truncate", "top_k": 5, "temperature": 1.0},
@@ -38,26 +49,33 @@ RULES: dict[str, dict[str, Any]] = {
 }
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
 _TOP = 128  # symbols that the prediction of acceptance looks at
+_SETTINGS = ("models", "tokens", "repeats", "prompt", "system", "negative", "engine", "dtype")  # of what rows depend on
 
 
-def measured(ensemble: Ensemble, options: dict[str, Any], tokens: int, repeats: int, prompt: str) -> dict[str, Any]:
-    """Run conventional, layered and layered without drafts in turn; medians over the repeats after the first."""
+def measured(ensemble: Ensemble, options: dict[str, Any], tokens: int, repeats: int, prompt: Prompt) -> dict[str, Any]:
+    """Run all methods in turn; medians over the repeats after the first."""
     methods = {
-        "conventional": {"method": "conventional"},
-        "layered": {"method": "layered"},
-        "no draft": {"method": "layered", "draft": "none"},
+        "single": {**PLAIN, "method": "single", "raw": options["raw"]},
+        "conventional": {**options, "method": "conventional"},
+        "layered": {**options, "method": "layered"},
+        "no draft": {**options, "method": "layered", "draft": "none"},
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for repeat in range(repeats + 1):
-        for name, method in methods.items():
-            call: dict[str, Any] = {**options, **method}
-            usage = ensemble.generate(prompt, raw=True, seed=repeat, max_tokens=tokens, ignore_end=True, **call).usage
+        for name, call in methods.items():
+            usage = ensemble.generate(prompt, seed=repeat, max_tokens=tokens, ignore_end=True, **call).usage
             forwards = sum(member.forwards for member in usage.members.values()) / usage.tokens
-            accepted = usage.accepted / usage.drafted if usage.drafted else float("nan")
+            run = {"forwards": forwards, "tokens_per_second": usage.tokens_per_second}
+            if usage.drafted:
+                run["accepted"] = usage.accepted / usage.drafted
             if repeat:
-                speed = usage.tokens_per_second
-                runs[name].append({"forwards": forwards, "tokens_per_second": speed, "accepted": accepted})
-    return {name: {key: median(run[key] for run in values) for key in values[0]} for name, values in runs.items()}
+                runs[name].append(run)
+    return {name: _medians(values) for name, values in runs.items()}
+
+
+def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    keys = {key: None for run in runs for key in run}  # a repeat without proposals has no acceptance
+    return {key: median(run[key] for run in runs if key in run) for key in keys}
 
 
 def predicted(ensemble: Ensemble, options: dict[str, Any], tokens: int, prompt: str) -> dict[str, float]:
@@ -67,11 +85,16 @@ def predicted(ensemble: Ensemble, options: dict[str, Any], tokens: int, prompt: 
     assert rule is not None
     after = settings.combined_sampling({})
     rule = rule if after is None else rule.with_sampling(after)
-    masses, accepted, text = [], [], prompt
-    completion = ensemble.generate(prompt, raw=True, seed=1, max_tokens=tokens, ignore_end=True, **options)
+    masses, accepted, text = [], [], ""
+    completion = ensemble.generate(prompt, seed=1, max_tokens=tokens, ignore_end=True, **options)
+    plain = {**PLAIN, "method": "conventional", "rule": "average"}
     for token in completion.tokens:
         # All that members may say, whatever the rule excludes.
-        following = ensemble.distribution(text, raw=True, method="conventional", rule="average", **PLAIN)
+        if options["raw"]:
+            following = ensemble.distribution(prompt + text, raw=True, **plain)
+        else:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            following = ensemble.distribution(turns if text else prompt, continue_final_message=bool(text), **plain)
         order = np.argsort(following.symbols)
         probs, weights = following.members[:, order], following.weights
         combined = rule.combine(probs, weights)
@@ -102,39 +125,101 @@ def _coupled(draft: Floats, target: Floats) -> float:
     return float((1 / ratios).sum())
 
 
-def main() -> None:
+class Ensembles:
+    """The ensemble of the models, and for guidance the first of them after two system texts; weights are shared."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._member = {"engine": arguments.engine, "dtype": arguments.dtype}
+        self._models: list[str] = arguments.models
+        self._systems: tuple[str, str] = (arguments.system, arguments.negative)
+        self._engines: dict[EngineSpec, Engine] = {}
+        self._loaded: dict[bool, Ensemble] = {}
+
+    @property
+    def engines(self) -> list[Engine]:
+        """What is loaded."""
+        return list(self._engines.values())
+
+    def of(self, rule: str) -> Ensemble:
+        """Return the ensemble for a rule."""
+        is_guidance = rule == "guidance"
+        if is_guidance not in self._loaded:
+            members = [{"model": model} for model in self._models]
+            if is_guidance:
+                members = [{"model": self._models[0], "system": system} for system in self._systems]
+            raw = {"members": [{**member, **self._member} for member in members]}
+            self._loaded[is_guidance] = load_config(parse_config(raw, "rule_speed"), engines=self._engines)
+        return self._loaded[is_guidance]
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    layered, undrafted, formulas = row["layered"], row["no draft"], row["predicted"]
+    speed = {method: max(row[method]["tokens_per_second"], 1e-9) for method in ("single", "conventional")}
+    return (
+        f"{name:14} {layered['forwards']:9.2f} {undrafted['forwards']:9.2f} {formulas['forwards']:9.2f} "
+        f"{layered.get('accepted', float('nan')):9.2f} {formulas['accepted']:9.2f} "
+        f"{layered['tokens_per_second'] / speed['conventional']:8.2f}x "
+        f"{undrafted['tokens_per_second'] / speed['conventional']:8.2f}x "
+        f"{speed['single']:9.1f} {speed['single'] / max(layered['tokens_per_second'], 1e-9):8.2f}x"
+    )
+
+
+def _stored(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the report that a file holds, or an empty one. Ends the program where it is of other settings."""
+    report: dict[str, Any] = {"environment": environment([], settings), "rows": {}}
+    if path is None or not path.exists():
+        return report
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("settings", "processor", "versions"):
+        if stored["environment"][key] != report["environment"][key]:
+            raise SystemExit(f"{path} has rows of other {key}, {stored['environment'][key]}: name another file")
+    return stored
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Write a report in one step: a run that is stopped leaves the one before."""
+    written = path.with_name(path.name + ".part")
+    written.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    os.replace(written, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the rules that the file does not have yet, and print all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--rules", default=",".join(RULES))
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="the largest first: the expert of contrastive")
+    parser.add_argument("--rules", default=",".join(RULES), help="of " + ", ".join(RULES))
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--system", default=SYSTEM, help="for guidance: the system text of the prompt")
+    parser.add_argument("--negative", default=NEGATIVE, help="for guidance: the system text of the negative prompt")
     parser.add_argument("--engine", default="hf", help="llama.cpp reports the likeliest tokens only")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    ensemble = load(*arguments.models, engine=arguments.engine)
-    report = {}
-    heads = ("forwards", "no draft", "predicted", "accepted", "predicted", "speed", "no draft")
-    print(f"{'rule':14} " + " ".join(f"{head:>9}" for head in heads))
-    for name in arguments.rules.split(","):
-        options = RULES[name]
-        try:
-            runs = measured(ensemble, options, arguments.tokens, arguments.repeats, arguments.prompt)
-            formulas = predicted(ensemble, options, min(arguments.tokens, 32), arguments.prompt)
-        except Exception as error:
-            print(f"{name:14} {error}")
-            continue
-        report[name] = {"options": options, **runs, "predicted": formulas}
-        layered, plain = runs["layered"], runs["conventional"]
-        ratio, plain_ratio = (
-            run["tokens_per_second"] / max(plain["tokens_per_second"], 1e-9) for run in (layered, runs["no draft"])
-        )
-        print(
-            f"{name:14} {layered['forwards']:9.2f} {runs['no draft']['forwards']:9.2f} {formulas['forwards']:9.2f} "
-            f"{layered['accepted']:9.2f} {formulas['accepted']:9.2f} {ratio:8.2f}x {plain_ratio:8.2f}x"
-        )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    names = arguments.rules.split(",")
+    if unknown := [name for name in names if name not in RULES]:
+        parser.error(f"there is no rule {unknown[0]!r} here; the rules are {', '.join(RULES)}")
+    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    report = _stored(arguments.json, settings)
+    ensembles = Ensembles(arguments)
+    heads = ("forwards", "no draft", "predicted", "accepted", "predicted", "speed", "no draft", "single/s", "of single")
+    print(f"{'rule':14} " + " ".join(f"{head:>9}" for head in heads), flush=True)
+    for name in names:
+        if name not in report["rows"]:
+            options = {**RULES[name], "raw": name != "guidance"}
+            try:
+                ensemble = ensembles.of(name)
+                runs = measured(ensemble, options, arguments.tokens, arguments.repeats, arguments.prompt)
+                formulas = predicted(ensemble, options, min(arguments.tokens, 32), arguments.prompt)
+            except Exception as error:
+                print(f"{name:14} {error}", flush=True)
+                continue
+            report["rows"][name] = {"options": options, **runs, "predicted": formulas}
+            report["environment"] = environment(ensembles.engines, settings)
+            if arguments.json is not None:
+                _write(arguments.json, report)
+        print(_line(name, report["rows"][name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What routers are worth: bits per byte on held-out text, and right answers, for gates on (a) to (d) and an oracle.
+"""What routers are worth: bits per byte on held-out text, and right answers, for many gates and an oracle.
 
-    python -m research.scripts.router_study texts prose=FILE reference=FILE code=FILE -m A -m B [--out DIR]
+    python -m research.scripts.router_study texts prose=PATH reference=PATH code=PATH -m A -m B [--out DIR]
         [--train N] [--check N] [--observe A] [--engine hf] [--rounds N] [--curve]
     python -m research.scripts.router_study answers arc_easy=FILE.jsonl … -m A -m B [--out DIR] [--questions N]
 
-`texts`: the first bytes of each file train, the last bytes are held out; passages are documents. Intervals are
-bootstrap intervals over the passages held out, paired with EM's weights where a difference is shown. `--curve` trains
-on an eighth, a quarter, … of the text too. `answers`: weights and gates are fitted to the right answers of the even
-questions, and all are judged on the odd ones by the likeliest of the given answers; intervals are paired with the best
-member. Scores are kept in mixlm's cache, a row in DIR as soon as it is known: a run that was stopped goes on.
-Forwards a token are those of `mixture` on the check text: 1 for the observed member, the mean weight of each other.
+`texts`: PATH is a folder, whose files are divided, or a file, whose first bytes train and whose last are held out.
+Passages held out that repeat training text are left out. Intervals are bootstrap intervals over the passages held out,
+paired with EM's weights where a difference is shown. `--curve` trains on an eighth, a quarter and a half of the text
+too. `answers`: weights and gates are fitted to the right answers of the even questions, and all are judged on the odd
+ones by the likeliest of the given answers; intervals are paired with the best member.
+
+One member is in memory at a time. Scores are kept in mixlm's cache, some passages at a time, and a row in DIR as soon
+as it is known: a run that was stopped goes on.
+Forwards a token are those of `mixture` on the check text: 1 for the observed member, the mean weight of each other, and
+what the features `history` need (`router_features` says what that is, and why each feature is allowed).
 """
 
 from __future__ import annotations
@@ -17,32 +21,74 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-import mixlm
-from mixlm.ensemble import Ensemble
-from mixlm.fitting.gates import GateKind, choose_inputs, train_gate, untrained
+from mixlm.fitting.gates import GateKind, choose_gate
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router
-from mixlm.routing import Router
-from mixlm.routing.observation import observed_by
-from mixlm.scoring.score import identity, score, score_answers
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
+from research.scripts.router_features import LENGTHS, Kinds, decayed_sums, posterior, refreshes, stack
+from research.scripts.router_scores import (
+    Members,
+    answers_job,
+    describe,
+    passages_job,
+    readable,
+    score_by_member,
+    split_text,
+    without_shared,
+)
 
-GATES: Mapping[str, tuple[tuple[str, ...], GateKind]] = {
-    "a: text, mlp": (("text",), "mlp"),
-    "b: top_k, linear": (("top_k",), "linear"),
-    "b: top_k, mlp": (("top_k",), "mlp"),
-    "c: hidden, linear": (("hidden",), "linear"),
-    "c: hidden, mlp": (("hidden",), "mlp"),
-    "d: all, linear": (("text", "top_k", "hidden"), "linear"),
-    "d: all, mlp": (("text", "top_k", "hidden"), "mlp"),
+Weigh = Callable[[Scores], Floats]  # weights in front of each segment, or the same for all
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A gate: its features, its kind, how often the past is scored, and how many gates are averaged."""
+
+    groups: tuple[str, ...]
+    kind: GateKind = "linear"
+    block: int = 0
+    gates: int = 1
+
+    @property
+    def observes(self) -> bool:
+        return bool({"top_k", "hidden", "shapes"} & set(self.groups))
+
+
+_D = ("text", "top_k", "hidden")
+_EVERYTHING = (*_D, "shapes", "copies", "history")
+GATES: Mapping[str, Attempt] = {
+    "a: text, mlp": Attempt(("text",), "mlp"),
+    "b: top_k, linear": Attempt(("top_k",)),
+    "b: top_k, mlp": Attempt(("top_k",), "mlp"),
+    "c: hidden, linear": Attempt(("hidden",)),
+    "c: hidden, mlp": Attempt(("hidden",), "mlp"),
+    "d: all, linear": Attempt(_D),
+    "d: all, mlp": Attempt(_D, "mlp"),
+    "e: history, linear": Attempt(("history",), block=256),
+    "e: history, mlp": Attempt(("history",), "mlp", block=256),
+    "e: history/64, mlp": Attempt(("history",), "mlp", block=64),
+    "f: text, copies, mlp": Attempt(("text", "copies"), "mlp"),
+    "f: text, copies, history, mlp": Attempt(("text", "copies", "history"), "mlp", block=256),
+    "g: top_k, shapes, history, mlp": Attempt(("top_k", "shapes", "history"), "mlp", block=256),
+    "h: everything, linear": Attempt(_EVERYTHING, block=256),
+    "h: everything, mlp": Attempt(_EVERYTHING, "mlp", block=256),
+    "h: everything/64, mlp": Attempt(_EVERYTHING, "mlp", block=64),
+    "h: everything/64, 3 mlps": Attempt(_EVERYTHING, "mlp", block=64, gates=3),
+    "i: history/1, mlp": Attempt(("history",), "mlp", block=1),
+    "i: everything/1, mlp": Attempt(_EVERYTHING, "mlp", block=1),
 }
-_CHUNK = 20  # questions that are scored, and cached, at once
+POSTERIORS: Mapping[str, int] = {"e: posterior": 256, "e: posterior/64": 64, "i: posterior/1": 1}
+CURVE = ("a: text, linear", "d: all, linear", "d: all, mlp", "h: everything/64, mlp")
+_POWERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the likelihood of the past
 
 
 class Rows:
@@ -63,11 +109,6 @@ class Rows:
         return row
 
 
-def observing(ensemble: Ensemble, observe: str | None) -> Ensemble:
-    """Return the ensemble with a router that observes all that a gate can look at."""
-    return ensemble.with_router(untrained(ensemble.names, choose_inputs(ensemble, ("top_k", "hidden"), observe)))
-
-
 def by_document(scores: Scores, logprobs: Floats) -> tuple[Floats, Floats]:
     """Return the bits and the bytes of each document: float64 (documents,)."""
     _, owner = np.unique(scores.passage_starts, return_inverse=True)
@@ -82,39 +123,69 @@ def interval(bits: Floats, sizes: Floats, rounds: int, seed: int = 0) -> tuple[f
     return float(low), float(high)
 
 
-def forwards(weights: Floats, router: Router | None) -> list[float]:
-    """Return each member's expected forwards a token by `mixture`."""
-    mean = weights.mean(axis=0)
-    if router is not None and (observes := observed_by(router)) is not None:
-        mean[observes.member] = 1.0
+def forwards(weights: Floats, observed: int | None, refreshed: float) -> list[float]:
+    """Return each member's expected forwards a token by `mixture`. refreshed: positions where all of them run."""
+    mean = np.atleast_2d(weights).mean(axis=0)
+    mean = mean + (1 - mean) * refreshed
+    if observed is not None:
+        mean[observed] = 1.0
     return [float(value) for value in mean]
 
 
-def trained(name: str, train: Sequence[Scores], ensemble: Ensemble, observe: str | None) -> Router:
+def trained(name: str, train: Sequence[Scores], kinds: Kinds) -> Weigh:
     """Return the router of a row, trained on scored texts."""
     if name == "a: text, linear":
-        return fit_router(train)
-    groups, kind = GATES[name]
-    inputs = choose_inputs(ensemble, groups, observe if groups != ("text",) else None)
-    return train_gate(train, inputs, kind).router
+        return partial(router_weights, router=fit_router(train))
+    if name in POSTERIORS:
+        return fitted_posterior(train, POSTERIORS[name])
+    attempt = GATES[name]
+
+    def inputs(scores: Scores) -> Any:
+        return stack(scores, attempt.groups, attempt.block, kinds)
+
+    gates = [choose_gate(train, inputs, attempt.kind, seed=seed).gate for seed in range(attempt.gates)]
+
+    def weigh(scores: Scores) -> Floats:
+        x = inputs(scores)
+        logs = sum(np.log(np.maximum(gate.weights(x), 1e-12)) for gate in gates) / len(gates)
+        weights: Floats = np.exp(logs)
+        weights /= weights.sum(axis=1, keepdims=True)
+        return weights
+
+    return weigh
+
+
+def fitted_posterior(train: Sequence[Scores], block: int) -> Weigh:
+    """Return the posterior with the decay and the power that make the training text the most likely."""
+    whole = concatenate(train)
+    em = expectation_maximisation(whole).weights
+    sums = decayed_sums(whole, block)
+    choices = [(length, power) for length in range(len(LENGTHS)) for power in _POWERS]
+
+    def bits(choice: tuple[int, float]) -> float:
+        return whole.bits_per_byte(whole.mixture(posterior(sums, em, *choice)))
+
+    best = min(choices, key=bits)
+    return lambda scores: posterior(decayed_sums(scores, block), em, *best)
 
 
 def study_texts(
-    ensemble: Ensemble, train: Mapping[str, Scores], check: Mapping[str, Scores], arguments: Any
+    members: Members, train: Mapping[str, Scores], check: Mapping[str, Scores], arguments: Any
 ) -> list[dict[str, Any]]:
     """Return a row for each way to weigh the members, and print it."""
     about = {
-        "members": list(ensemble.names),
-        "train": {name: part.size for name, part in train.items()},
-        "check": {name: part.size for name, part in check.items()},
-        "observe": arguments.observe,
+        "members": list(members.names),
+        "sizes": list(members.sizes),
+        "train": describe(train),
+        "check": describe(check),
+        "observe": members.names[members.observed],
     }
     rows = Rows(arguments.out / "texts.jsonl", about)
     whole, held = concatenate(list(train.values())), concatenate(list(check.values()))
     em = expectation_maximisation(whole).weights
     base, sizes = by_document(held, held.mixture(em))
 
-    def row(logprobs: Floats, weights: Floats, router: Router | None = None) -> dict[str, Any]:
+    def row(logprobs: Floats, weights: Floats, observed: int | None = None, refreshed: float = 0.0) -> dict[str, Any]:
         bits, _ = by_document(held, logprobs)
         ends = np.cumsum([len(part.ends) for part in check.values()])[:-1]
         parts = zip(check.items(), np.split(logprobs, ends), strict=True)
@@ -123,38 +194,58 @@ def study_texts(
             "interval": interval(bits, sizes, arguments.rounds),
             "minus_em": interval(bits - base, sizes, arguments.rounds),
             "texts": {name: part.bits_per_byte(own) for (name, part), own in parts},
-            "forwards": forwards(weights, router),
+            "forwards": forwards(weights, observed, refreshed),
         }
 
     def routed(name: str, texts: Sequence[Scores]) -> dict[str, Any]:
-        router = trained(name, texts, ensemble, arguments.observe)
-        weights = router_weights(held, router)
-        return row(held.mixture(weights), weights, router)
+        weights = trained(name, texts, members.kinds)(held)
+        attempt = GATES.get(name)
+        block = attempt.block if attempt is not None else POSTERIORS.get(name, 0)
+        observed = members.observed if attempt is not None and attempt.observes else None
+        return row(held.mixture(weights), weights, observed, refreshes(held, block) if block else 0.0)
 
     def fixed(weights: Floats) -> dict[str, Any]:
-        return row(held.mixture(weights), weights[None])
+        return row(held.mixture(weights), weights)
 
-    out = [rows.get(name, lambda i=i: fixed(np.eye(len(em))[i])) for i, name in enumerate(ensemble.names)]  # type: ignore[misc]
-    out += [rows.get("equal", lambda: fixed(equal_weights(held))), rows.get("EM", lambda: fixed(em))]
-    for name in ("a: text, linear", *GATES):
-        out.append(rows.get(name, lambda name=name: routed(name, list(train.values()))))  # type: ignore[misc]
+    def own() -> dict[str, Any]:
+        weights = np.concatenate(
+            [
+                np.tile(expectation_maximisation(train[name]).weights, (len(part.ends), 1))
+                for name, part in check.items()
+            ]
+        )
+        return row(held.mixture(weights), weights)
+
     oracle = held.logprobs.max(axis=1)
-    out.append(rows.get("oracle", lambda: row(oracle, np.eye(len(em))[held.logprobs.argmax(axis=1)])))
-    best, top = next(item for item in out if item["name"] == "EM")["bits"], out[-1]["bits"]
-    for item in out:
+    chosen = np.eye(len(em))[held.logprobs.argmax(axis=1)]
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        name: partial(fixed, np.eye(len(em))[i]) for i, name in enumerate(members.names)
+    }
+    ways |= {
+        "equal": lambda: fixed(equal_weights(held)),
+        "EM": lambda: fixed(em),
+        "oracle": lambda: row(oracle, chosen),
+    }
+    ways |= {"EM of each text": own}
+    ways |= {name: partial(routed, name, list(train.values())) for name in ("a: text, linear", *POSTERIORS, *GATES)}
+    out, known = [], {name: rows.get(name, ways[name]) for name in ("EM", "oracle")}
+    best, top = known["EM"]["bits"], known["oracle"]["bits"]
+    for name, make in ways.items():
+        out.append(rows.get(name, make))
+        item = out[-1]
         closed = (best - item["bits"]) / (best - top)
         spent = " ".join(f"{value:.2f}" for value in item["forwards"])
         print(
-            f"{item['name']:22} {item['bits']:.4f} ({item['interval'][0]:.4f} to {item['interval'][1]:.4f})  minus EM "
+            f"{item['name']:30} {item['bits']:.4f} ({item['interval'][0]:.4f} to {item['interval'][1]:.4f})  minus EM "
             f"{item['minus_em'][0]:+.4f} to {item['minus_em'][1]:+.4f}  closed {closed:+.1%}  forwards {spent}",
             flush=True,
         )
     if arguments.curve:
         for share in (8, 4, 2):
             part = [first_documents(scores, share) for scores in train.values()]
-            for name in ("a: text, linear", "d: all, linear", "d: all, mlp"):
-                item = rows.get(f"{name}, 1/{share} of the text", lambda n=name, p=part: routed(n, p))  # type: ignore[misc]
-                print(f"{item['name']:40} {item['bits']:.4f}", flush=True)
+            for name in CURVE:
+                item = rows.get(f"{name}, 1/{share} of the text", partial(routed, name, part))
+                print(f"{item['name']:50} {item['bits']:.4f}", flush=True)
     return out
 
 
@@ -166,19 +257,26 @@ def first_documents(scores: Scores, share: int) -> Scores:
 
 def texts(arguments: Any) -> None:
     """Compare routers on texts."""
-    ensemble, models = load(arguments)
-    watching = observing(ensemble, arguments.observe)
-    train, check = {}, {}
+    parts: dict[str, list[bytes]] = {}
     for given in arguments.inputs:
         name, _, path = given.partition("=")
-        data = Path(path).read_bytes()
-        if len(data) < arguments.train + arguments.check:
-            raise SystemExit(f"{path} has {len(data)} bytes, fewer than {arguments.train} and {arguments.check}")
-        parts = (data[: arguments.train], data[len(data) - arguments.check :])
-        for into, part in zip((train, check), parts, strict=True):
-            print(f"scoring {name}: {len(part)} bytes", flush=True)
-            into[name] = score(watching, part.decode(errors="ignore"), identities=models)
-    study_texts(ensemble, train, check, arguments)
+        parts[f"{name}, train"], parts[f"{name}, check"] = split_text(Path(path), arguments.train, arguments.check)
+    kept = readable(arguments.model, arguments.engine, parts)
+    parts = {name: list(compress(part, kept[name])) for name, part in parts.items()}
+    train = [data for name, part in parts.items() if name.endswith(", train") for data in part]
+    for name in [name for name in parts if name.endswith(", check")]:
+        parts[name], dropped = without_shared(train, parts[name])
+        if dropped:
+            print(f"{name}: {dropped} passages left out that repeat training text", flush=True)
+    jobs = {name: passages_job(part) for name, part in parts.items()}
+    members, scores = score_by_member(arguments.model, arguments.engine, arguments.observe, jobs)
+    names = [given.partition("=")[0] for given in arguments.inputs]
+    study_texts(
+        members,
+        {name: scores[f"{name}, train"] for name in names},
+        {name: scores[f"{name}, check"] for name in names},
+        arguments,
+    )
 
 
 def read_questions(path: Path, limit: int) -> list[tuple[str, list[str], int]]:
@@ -195,77 +293,92 @@ def read_questions(path: Path, limit: int) -> list[tuple[str, list[str], int]]:
     return out
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Scored answers of questions that are judged. question: of each answer. right: the right answer of each."""
+
+    scores: Scores
+    question: npt.NDArray[np.int64]
+    right: Sequence[int]
+
+    def correct(self, weigh: Weigh) -> list[bool]:
+        """Return whether the likeliest answer, by the byte, is the right one."""
+        bits, sizes = by_document(self.scores, self.scores.mixture(weigh(self.scores)))
+        values = -bits / np.maximum(sizes, 1)
+        picked = [int(np.argmax(values[self.question == number])) for number in range(len(self.right))]
+        return [answer == right for answer, right in zip(picked, self.right, strict=True)]
+
+
 def answers(arguments: Any) -> None:
     """Compare routers on questions with given answers."""
-    ensemble, models = load(arguments)
-    watching = observing(ensemble, arguments.observe)
-    settings = ensemble.settings(raw=True)
-    for given in arguments.inputs:
-        name, _, path = given.partition("=")
-        questions = read_questions(Path(path), arguments.questions)
-        choices: list[list[Scores]] = []  # by question, the scores of each of its choices
-        for first in range(0, len(questions), _CHUNK):
-            part = questions[first : first + _CHUNK]
-            pairs = [(prompt, choice) for prompt, texts_of, _ in part for choice in texts_of]
-            scored = score_answers(watching, pairs, settings=settings, ends=False, identities=models)
-            alone = iter(scored.select(scored.passage_starts == start) for start in np.unique(scored.passage_starts))
-            choices += [[next(alone) for _ in texts_of] for _, texts_of, _ in part]
-            print(f"{name}: {len(choices)} of {len(questions)} questions scored", flush=True)
-        right = np.array([question[2] for question in questions])
-        train = [choices[i][right[i]] for i in range(0, len(questions), 2)]
-        report_answers(ensemble, name, (train, choices[1::2], right[1::2]), arguments)
+    tasks = {given.partition("=")[0]: Path(given.partition("=")[2]) for given in arguments.inputs}
+    questions = {name: read_questions(path, arguments.questions) for name, path in tasks.items()}
+    every = {
+        name: [choice.encode() for _, choices, _ in task for choice in choices] for name, task in questions.items()
+    }
+    for name, kept in readable(arguments.model, arguments.engine, every).items():
+        own = iter(kept)
+        questions[name] = [item for item in questions[name] if all([next(own) for _ in item[1]])]  # noqa: C419
+    jobs = {
+        name: answers_job([(prompt, choice) for prompt, choices, _ in task for choice in choices])
+        for name, task in questions.items()
+    }
+    members, scores = score_by_member(arguments.model, arguments.engine, arguments.observe, jobs)
+    for name, task in questions.items():
+        print(f"{name}: {len(task)} questions scored", flush=True)
+        whole = scores[name]
+        _, passage = np.unique(whole.passage_starts, return_inverse=True)
+        question = np.repeat(np.arange(len(task)), [len(choices) for _, choices, _ in task])
+        first = np.cumsum([0, *(len(choices) for _, choices, _ in task)])[:-1]
+        right = np.array([number for _, _, number in task])
+        train = whole.select(np.isin(passage, (first + right)[::2]))
+        check = Answers(
+            whole.select(question[passage] % 2 == 1), question[question % 2 == 1] // 2, right[1::2].tolist()
+        )
+        report_answers(members, name, train, check, arguments)
 
 
-def report_answers(
-    ensemble: Ensemble,
-    task: str,
-    parts: tuple[Sequence[Scores], Sequence[Sequence[Scores]], npt.NDArray[np.int64]],
-    arguments: Any,
-) -> None:
-    """Print the accuracy of each way to weigh. parts: answers to train on, choices and right ones to check."""
-    train, check, right = parts
-    about = {"members": list(ensemble.names), "train": len(train), "check": len(check), "observe": arguments.observe}
+def report_answers(members: Members, task: str, train: Scores, check: Answers, arguments: Any) -> None:
+    """Print the accuracy of each way to weigh."""
+    about = {
+        "members": list(members.names),
+        "sizes": list(members.sizes),
+        "train": train.passages,
+        "check": len(check.right),
+        "observe": members.names[members.observed],
+    }
     rows = Rows(arguments.out / f"{task}.jsonl", about)
-    whole = concatenate(train)
 
-    def judge(weigh: Callable[[Scores], Floats]) -> dict[str, Any]:
-        picked = []
-        for options in check:
-            values = [float(option.mixture(weigh(option)).sum()) / max(option.size, 1) for option in options]
-            picked.append(int(np.argmax(values)))
-        return {"correct": (np.array(picked) == right).tolist()}
+    def judge(weigh: Weigh) -> dict[str, Any]:
+        return {"correct": check.correct(weigh)}
 
     def routed(name: str) -> dict[str, Any]:
-        router = trained(name, [whole], ensemble, arguments.observe)
-        return judge(lambda option: router_weights(option, router))
+        return judge(trained(name, [train], members.kinds))
 
-    em = expectation_maximisation(whole).weights
-    ways = {name: (lambda i=i: judge(lambda _: np.eye(len(em))[i])) for i, name in enumerate(ensemble.names)}
-    ways |= {"equal": lambda: judge(equal_weights), "EM": lambda: judge(lambda _: em)}
-    ways |= {name: (lambda name=name: routed(name)) for name in ("a: text, linear", *GATES)}
-    out = [rows.get(name, cast("Callable[[], dict[str, Any]]", make)) for name, make in ways.items()]
-    best = max(out[: len(ensemble.names)], key=lambda row: sum(row["correct"]))
+    em = expectation_maximisation(train).weights
+    count = len(members.names)
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        name: partial(judge, lambda _, i=i: np.eye(count)[i]) for i, name in enumerate(members.names)
+    }
+    ways |= {"equal": partial(judge, equal_weights), "EM": partial(judge, lambda _: em)}
+    ways |= {name: partial(routed, name) for name in ("a: text, linear", *GATES)}
+    out = [rows.get(name, make) for name, make in ways.items()]
+    best = max(out[:count], key=lambda row: sum(row["correct"]))
     for row in out:
         difference = np.array(row["correct"], dtype=float) - np.array(best["correct"], dtype=float)
         low, high = interval(difference, np.ones(len(difference)), arguments.rounds)
         print(
-            f"{task} {row['name']:22} {sum(row['correct'])} of {len(check)}  minus {best['name']} "
+            f"{task} {row['name']:30} {sum(row['correct'])} of {len(check.right)}  minus {best['name']} "
             f"{difference.mean():+.1%} ({low:+.1%} to {high:+.1%})",
             flush=True,
         )
-
-
-def load(arguments: Any) -> tuple[Ensemble, list[str | None]]:
-    """Return the ensemble, and what identifies each member's model in the cache of scores."""
-    ensemble = mixlm.load(*arguments.model, engine=arguments.engine)
-    return ensemble, [identity(model) for model in arguments.model]
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Run a part of the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("texts", "answers"))
-    parser.add_argument("inputs", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("inputs", nargs="+", metavar="NAME=PATH")
     parser.add_argument("-m", "--model", action="append", required=True)
     parser.add_argument("--engine", default=None)
     parser.add_argument("--observe", default=None, help="the observed member; by default the smallest")

@@ -105,6 +105,16 @@ class GateFit:
 
 
 @dataclass(frozen=True)
+class GateChoice:
+    """A trained gate, the weight decay and the epochs that were chosen, and the trace of `GateFit.validation`."""
+
+    gate: Gate
+    decay: float
+    epochs: int
+    validation: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class _Data:
     """Segments to train on: inputs (n, inputs), likelihoods over the largest (n, members), log of that, bytes."""
 
@@ -114,10 +124,9 @@ class _Data:
     size: int
 
     @classmethod
-    def of(cls, scores: Scores, inputs: GateInputs) -> _Data:
-        text = context_features(scores) if "text" in inputs.groups else None
+    def of(cls, scores: Scores, inputs: Array) -> _Data:
         likelihood, top = scaled_likelihood(scores)
-        return cls(inputs.stack(text, scores.observed), likelihood, top, scores.size)
+        return cls(inputs, likelihood, top, scores.size)
 
     def bits_per_byte(self, gate: Gate) -> float:
         mixed = (gate.weights(self.inputs) * self.likelihood).sum(axis=1)
@@ -145,15 +154,36 @@ def train_gate(
         ConfigError: The texts are too short, of different members, or lack what the gate observes.
     """
     start = time.perf_counter()
-    if any(score.names != scores[0].names for score in scores):
-        raise ConfigError("a router is trained on texts that were scored by the same members")
     if inputs.observed is not None and any(score.observed is None for score in scores):
         raise ConfigError(f"these scores hold no observations of {inputs.observed}", "score the texts with the router")
+
+    def stack(part: Scores) -> Array:
+        return inputs.stack(context_features(part) if "text" in inputs.groups else None, part.observed)
+
+    choice = choose_gate(scores, stack, kind, seed=seed, progress=progress)
+    router = GateRouter(choice.gate, scores[0].names, inputs)
+    return GateFit(router, choice.decay, choice.epochs, choice.validation, time.perf_counter() - start)
+
+
+def choose_gate(
+    scores: Sequence[Scores],
+    stack: Callable[[Scores], Array],
+    kind: GateKind = "linear",
+    *,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> GateChoice:
+    """Train a gate on any numbers about states. Arguments as for `train_gate`.
+
+    stack: returns the gate's inputs in front of each segment, (segments, inputs), from what is scored before it.
+    """
+    if any(score.names != scores[0].names for score in scores):
+        raise ConfigError("a router is trained on texts that were scored by the same members")
     parts = [split_holdout(score, _VALIDATION) for score in scores if len(score.ends) > 1]
     if not parts or sum(len(part.ends) for part, _ in parts) < _MIN_SEGMENTS:
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes, better of many")
-    train = _Data.of(concatenate([part for part, _ in parts]), inputs)
-    check = _Data.of(concatenate([part for _, part in parts]), inputs)
+    first, last = concatenate([part for part, _ in parts]), concatenate([part for _, part in parts])
+    train, check = _Data.of(first, stack(first)), _Data.of(last, stack(last))
     done = 0
 
     def note(bits: float) -> None:
@@ -170,11 +200,10 @@ def train_gate(
         trials.append((decay, _validated(trainer, check, note)))
     decay, trace = min(trials, key=lambda trial: min(trial[1]))
     epochs = int(np.argmin(trace))
-    final = _Trainer(_Data.of(whole, inputs), weights, kind, decay, seed)
+    final = _Trainer(_Data.of(whole, stack(whole)), weights, kind, decay, seed)
     for _ in range(epochs):
         final.epoch()
-    router = GateRouter(final.gate, whole.names, inputs)
-    return GateFit(router, decay, epochs, tuple(trace), time.perf_counter() - start)
+    return GateChoice(final.gate, decay, epochs, tuple(trace))
 
 
 def _validated(trainer: _Trainer, check: _Data, note: Callable[[float], None]) -> list[float]:

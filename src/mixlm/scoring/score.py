@@ -174,22 +174,42 @@ def score_passages(
         if key not in known:
             known[key] = _member_scores(member, passages, i, progress, identities[i] if identities else None)
         parts.append(known[key])
-    # End-of-text is a segment of no bytes: a boundary of its own after that of the last token.
-    boundaries = [2 * part.ends + (part.starts == part.ends) for part in parts]
-    common = common_boundaries(boundaries)
-    firsts = [first_tokens(ends, common) for ends in boundaries]
-    columns = [np.add.reduceat(part.logprobs[:, 0], first) for part, first in zip(parts, firsts, strict=True)]
-    exact = traits.shared_vocabulary and all(len(part.ends) == len(common) for part in parts)
-    text = parts[0]
-    observed = None
     if observes is not None:
         member = ensemble.members[observes.member]
         encoded = [(passage, _encode(member.engine, passage, observes.member)) for passage in passages]
         model = identities[observes.member] if identities else None
         states = observed_states(member.engine, observes, encoded, name=member.name, model=model, progress=progress)
-        observed = states.select(firsts[observes.member])
+        parts[observes.member] = replace(parts[observes.member], observed=states)
+    scores = join_members(ensemble.names, parts, shared_vocabulary=traits.shared_vocabulary)
+    return replace(scores, seconds=sum(part.seconds for part in known.values()))
+
+
+def join_members(names: Sequence[str], parts: Sequence[Scores], *, shared_vocabulary: bool = False) -> Scores:
+    """Bring members together that were scored on the same passages, where all of them have a token boundary.
+
+    Args:
+        names: The members'.
+        parts: Each member's scores of its own tokens; one of them may hold what is observed of the member.
+        shared_vocabulary: Whether a segment is a token where all members have the same boundaries.
+
+    Raises:
+        ConfigError: They were scored on other texts, or on the same in other passages.
+    """
+    text = parts[0]
+    passages = np.unique(text.passage_starts)
+    if any(part.text != text.text or not np.array_equal(np.unique(part.passage_starts), passages) for part in parts):
+        raise ConfigError("the members were scored on different texts or passages", "score the text anew")
+    # End-of-text is a segment of no bytes: a boundary of its own after that of the last token.
+    boundaries = [2 * part.ends + (part.starts == part.ends) for part in parts]
+    common = common_boundaries(boundaries)
+    firsts = [first_tokens(ends, common) for ends in boundaries]
+    columns = [np.add.reduceat(part.logprobs[:, 0], first) for part, first in zip(parts, firsts, strict=True)]
+    exact = shared_vocabulary and all(len(part.ends) == len(common) for part in parts)
+    observed = [
+        part.observed.select(first) for part, first in zip(parts, firsts, strict=True) if part.observed is not None
+    ]
     return Scores(
-        ensemble.names,
+        tuple(names),
         "token" if exact else "segment",
         text.text,
         starts=text.starts[firsts[0]],
@@ -197,8 +217,8 @@ def score_passages(
         passage_starts=text.passage_starts[firsts[0]],
         logprobs=np.column_stack(columns),
         prompt_bits=np.column_stack([part.prompt_bits[first, 0] for part, first in zip(parts, firsts, strict=True)]),
-        seconds=sum(part.seconds for part in known.values()),
-        observed=observed,
+        seconds=sum(part.seconds for part in parts),
+        observed=observed[0] if observed else None,
     )
 
 

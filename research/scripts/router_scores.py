@@ -60,12 +60,12 @@ def score_by_member(
     parts: dict[str, list[Scores]] = {name: [] for name in jobs}
     for model in models:
         ensemble = mixlm.load(model, engine=engine)
-        taken = ensemble.names[0]
-        names.append(taken if taken not in names else f"{taken}-{len(names) + 1}")
+        name = ensemble.names[0]
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
         sizes.append(ensemble.members[0].engine.weights_bytes)
-        for name, job in jobs.items():
-            print(f"{name}: scoring by {names[-1]}", flush=True)
-            parts[name].append(job(ensemble, [identity(model)]))
+        for text, job in jobs.items():
+            print(f"{text}: scoring by {names[-1]}", flush=True)
+            parts[text].append(job(ensemble, [identity(model)]))
         del ensemble
         gc.collect()
     if observe is not None and observe not in (*names, *models):
@@ -73,16 +73,16 @@ def score_by_member(
     chosen = names.index(observe) if observe in names else models.index(observe) if observe else int(np.argmin(sizes))
     ensemble = mixlm.load(models[chosen], engine=engine)
     watching = ensemble.with_router(untrained(ensemble.names, choose_inputs(ensemble, ("top_k", "hidden"))))
-    for name, job in jobs.items():
-        print(f"{name}: observing {names[chosen]}", flush=True)
-        parts[name][chosen] = job(watching, [identity(models[chosen])])
+    for text, job in jobs.items():
+        print(f"{text}: observing {names[chosen]}", flush=True)
+        parts[text][chosen] = job(watching, [identity(models[chosen])])
     kinds = token_kinds(ensemble.members[0].engine.vocabulary.tokens)
     joined = {}
-    for name, own in parts.items():
+    for text, own in parts.items():
         states = own[chosen].observed
         assert states is not None
         own[chosen] = replace(own[chosen], observed=replace(states, name=names[chosen]))
-        joined[name] = join_members(names, own)
+        joined[text] = join_members(names, own, shared_vocabulary=True)
     return Members(tuple(names), tuple(sizes), chosen, kinds), joined
 
 

@@ -24,7 +24,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, UnsupportedError
 from mixlm.routing import Observation, Observes, PromptContext
-from mixlm.routing.observation import top_tokens
+from mixlm.routing.observation import top_mass, top_tokens
 from mixlm.types import Candidates, Sampling
 from mixlm.verification.check import check
 
@@ -317,3 +317,11 @@ def test_the_likeliest_tokens_are_in_a_fixed_order_whatever_form_the_logits_have
     assert ids.tolist() == [1, 2, 5, 4, 0, -1, -1, -1]
     assert np.isneginf(logprobs[5:]).all()
     assert np.exp(logprobs).sum() == pytest.approx(1)
+
+
+def test_the_mass_of_likely_tokens_is_of_the_whole_row() -> None:
+    row = np.array([1.0, 3.0, -np.inf, 2.0, 3.0])
+    probabilities = np.exp(row) / np.exp(row).sum()
+    assert top_mass(row, 2) == pytest.approx(probabilities[[1, 4]].sum())
+    assert top_mass(row, 9) == pytest.approx(1.0)
+    assert top_mass(Candidates(np.array([7, 2]), np.log([0.5, 0.2])), 1) == pytest.approx(0.5)

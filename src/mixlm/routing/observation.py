@@ -75,12 +75,14 @@ class ObservedStates:
         ids: Its most likely tokens, int64 (states, top_k); see `Observation`.
         logprobs: float64 (states, top_k).
         hidden: float16 (states, width), or None.
+        mass: Their probability together, float64 (states,), where that was kept; routers do not see it.
     """
 
     name: str
     ids: Ids
     logprobs: Floats
     hidden: HiddenStates | None = None
+    mass: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,17 +94,20 @@ class ObservedStates:
     def select(self, states: npt.NDArray[Any]) -> ObservedStates:
         """Return the observations at some states, by mask or by index."""
         hidden = None if self.hidden is None else self.hidden[states]
-        return ObservedStates(self.name, self.ids[states], self.logprobs[states], hidden)
+        mass = None if self.mass is None else self.mass[states]
+        return ObservedStates(self.name, self.ids[states], self.logprobs[states], hidden, mass)
 
     @classmethod
     def concatenate(cls, parts: Sequence[ObservedStates]) -> ObservedStates:
         """Return several texts' observations of one member as one."""
         hidden = [part.hidden for part in parts if part.hidden is not None]
+        mass = [part.mass for part in parts if part.mass is not None]
         return cls(
             parts[0].name,
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate(hidden) if len(hidden) == len(parts) else None,
+            np.concatenate(mass) if len(mass) == len(parts) else None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -110,15 +115,17 @@ class ObservedStates:
         hidden = np.zeros((len(self), 0), dtype=np.float16) if self.hidden is None else self.hidden
         with open(path, "wb") as file:
             ids = self.ids.astype(np.int32)
-            np.savez(file, name=np.array(self.name), ids=ids, logprobs=self.logprobs, hidden=hidden)
+            mass = np.zeros(0) if self.mass is None else self.mass
+            np.savez(file, name=np.array(self.name), ids=ids, logprobs=self.logprobs, hidden=hidden, mass=mass)
 
     @classmethod
     def load(cls, path: str | Path) -> ObservedStates:
         """Read what `save` wrote. Raises ConfigError when the file cannot be read or holds something else."""
         try:
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                hidden = file["hidden"]
-                states = cls(str(file["name"]), file["ids"].astype(np.int64), file["logprobs"], hidden)
+                hidden, mass = file["hidden"], file["mass"]
+                ids = file["ids"].astype(np.int64)
+                states = cls(str(file["name"]), ids, file["logprobs"], hidden, mass if len(mass) == len(ids) else None)
         except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise ConfigError(f"the observations in {path} cannot be read: {error}") from error
         if not len(states.ids) == len(states.logprobs) == len(hidden):
@@ -155,6 +162,16 @@ def top_tokens(row: LogitsRow, k: int) -> Candidates:
     if missing:
         ids, logits = np.append(ids, np.full(missing, -1)), np.append(logits, np.full(missing, -np.inf))
     return Candidates(ids.astype(np.int64), logits)
+
+
+def top_mass(row: LogitsRow, k: int) -> float:
+    """Return the probability of the k most likely tokens of a row of logits together."""
+    values = row.logprobs if isinstance(row, Candidates) else row
+    largest = np.partition(values, -k)[-k:] if 0 < k < values.size else values
+    if isinstance(row, Candidates):  # of log-probabilities
+        return float(np.exp(largest).sum())
+    top = values.max()
+    return float(np.exp(largest - top).sum() / np.exp(values - top).sum())
 
 
 def observed_by(router: Any, members: int | None = None) -> Observes | None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session
 from mixlm.errors import UnsupportedError
-from mixlm.routing.observation import ObservedStates, Observes, top_tokens
+from mixlm.routing.observation import ObservedStates, Observes, top_mass, top_tokens
 from mixlm.scoring import cache
 from mixlm.scoring.passages import Passage
 from mixlm.terminal import Progress
@@ -52,7 +52,15 @@ def observed_states(
         )
     path = None
     if model is not None:
-        about = [__version__, "observed", engine.name, dict(engine.details), model, observes.top_k, observes.hidden]
+        about = [
+            __version__,
+            "observed with mass",
+            engine.name,
+            dict(engine.details),
+            model,
+            observes.top_k,
+            observes.hidden,
+        ]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for passage, (ids, bounds) in passages:
             for part in (ids.tobytes(), len(bounds).to_bytes(8, "little"), b"ends" if passage.scores_end else b""):
@@ -81,12 +89,14 @@ def passage_states(
     length = len(ids) - first + end
     tokens = np.empty((length, observes.top_k), dtype=np.int64)
     logprobs = np.empty((length, observes.top_k))
+    mass = np.empty(length)
     hidden: list[HiddenStates] = []
     for start in range(0, length, _CHUNK):
         count = min(_CHUNK, length - start)
         rows = session.logits(ids[: first + start + count - 1], last=count)
         for place, row in enumerate(rows, start):
             tokens[place], logprobs[place] = top_tokens(row, observes.top_k)
+            mass[place] = top_mass(row, observes.top_k)
         if observes.hidden and session.hidden_states is not None:
             hidden.append(session.hidden_states[-count:].copy())
-    return ObservedStates(name, tokens, logprobs, np.concatenate(hidden) if hidden else None)
+    return ObservedStates(name, tokens, logprobs, np.concatenate(hidden) if hidden else None, mass)

@@ -209,6 +209,26 @@ def test_texts_that_are_being_read_in_other_threads_stay_right(engines):
             assert_near(actual, row)
 
 
+def test_no_text_is_copied_while_another_thread_runs_the_model(engines, monkeypatch):
+    engine, plain = engines("llama")
+    ids, copying, rows = random_ids(engine, 60), threading.Event(), []
+    engine.session().logits(ids[:40])
+    load_segments = KVCache.load
+
+    def noted(*arguments):
+        copying.set()
+        load_segments(*arguments)
+
+    monkeypatch.setattr(KVCache, "load", noted)
+    thread = threading.Thread(target=lambda: rows.append(engine.session().logits(ids)))
+    with engine.loaded.lock:
+        thread.start()
+        assert not copying.wait(0.1)
+    thread.join(60)
+    assert copying.is_set()
+    assert_near(rows[0], plain.session().logits(ids))
+
+
 def test_an_interrupted_forward_leaves_nothing_wrong_behind(engines, monkeypatch):
     engine, plain = engines("llama")
     ids = random_ids(engine, 60)
@@ -265,6 +285,20 @@ def test_memory_that_runs_out_for_a_copy_empties_what_is_kept_and_changes_no_tex
         if name == "copy_segment":
             assert size_of(engine) == 0
     assert_near(engine.session().logits(ids), plain.session().logits(ids))
+
+
+def test_a_sequence_keeps_its_own_text_where_there_is_no_memory_for_a_longer_one(engines, monkeypatch):
+    engine, plain = engines("llama")
+    ids, session = random_ids(engine, 60), engine.session()
+    session.logits(ids[:20])
+    engine.session().logits(ids[:50])
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("x")
+
+    monkeypatch.setattr(KVCache, "load", fail)
+    assert_near(session.logits(ids), plain.session().logits(ids))
+    assert forwards(session) == [(20, 0), (40, 20)]
 
 
 def test_each_adapter_and_each_regime_has_texts_of_its_own():

@@ -22,7 +22,7 @@ class LoadedModel:
     """A transformers model that several engines run, each with an adapter of its own or with none.
 
     size: bytes of the weights without adapters. notes: what a user should know about them. runners: the runner of each
-    adapter, None for the model without one.
+    adapter, None for the model without one. lock: held while a forward pass runs.
     """
 
     def __init__(self, model: Any, notes: Sequence[str] = ()) -> None:
@@ -36,7 +36,7 @@ class LoadedModel:
         self._layers: list[Any] = []
         self._active: str | None = None
         # Engines of one model may run in two threads: while one runs, the adapter must not change.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     @cached_property
     def frequencies(self) -> PositionFrequencies | None:
@@ -60,7 +60,7 @@ class LoadedModel:
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Apply an adapter that was added, or none, to the forward passes in this context."""
-        with self._lock:
+        with self.lock:
             if adapter != self._active:
                 self._switch(adapter)
             yield
@@ -85,7 +85,7 @@ class LoadedModel:
 
         config, weights = read_adapter(adapter)
         peft_name = f"adapter{len(self._adapter_bytes)}"  # PEFT allows no dot in a name
-        with self._lock, warnings.catch_warnings():
+        with self.lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of a second adapter, which is intended here
             self._switch(None)
             before = self._plain_logits()

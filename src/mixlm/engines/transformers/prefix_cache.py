@@ -12,7 +12,7 @@ apart. The state of a recurrent layer is that of one length, so there a text is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -71,7 +71,7 @@ class CopyableCache(Protocol):
         ...
 
     def load(self, segments: Sequence[Segment], length: int) -> None:
-        """Fill an empty cache with `length` tokens."""
+        """Fill a new cache with `length` tokens."""
         ...
 
 
@@ -105,29 +105,30 @@ class PrefixCache:
         with self._lock:
             return sum(part for _, part in self._path(key, ids, has_state))
 
-    def take(self, key: Hashable, ids: Ids, cache: CopyableCache) -> int:
-        """Fill an empty cache with the longest prefix of `ids` that is kept.
+    def take(self, key: Hashable, ids: Ids, cache: CopyableCache, is_worthwhile: Callable[[int], bool] = bool) -> int:
+        """Fill a new cache with the longest prefix of `ids` that is kept, if its length is worth it.
 
         Returns:
-            Its length. Where it is 0, memory may have run out, and the cache may have to be emptied.
+            Its length. Where it is 0, the cache is of no use: memory may have run out while it was filled.
         """
         import torch
 
         with self._lock:
             path = self._path(key, ids, cache.has_state)
             length = sum(part for _, part in path)
-            if length:
-                now = next(self._clock)
-                for node, _ in path:
-                    node.used = now
-                try:
-                    with torch.inference_mode():
-                        cache.load([node.segment.cut(0, part) for node, part in path], length)
-                except Exception as error:
-                    if not is_memory_error(error):
-                        raise
-                    self._clear()
-                    return 0
+            if not is_worthwhile(length):
+                return 0
+            now = next(self._clock)
+            for node, _ in path:
+                node.used = now
+            try:
+                with torch.inference_mode():
+                    cache.load([node.segment.cut(0, part) for node, part in path], length)
+            except Exception as error:
+                if not is_memory_error(error):
+                    raise
+                self._clear()
+                return 0
             return length
 
     def leave(self, key: Hashable, ids: Ids, cache: CopyableCache, *, wait: bool = True) -> None:

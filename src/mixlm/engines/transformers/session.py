@@ -77,19 +77,23 @@ class HFSession(Session):
         prefixes = self._runner.prefixes
         if prefixes is None or not 1 <= last <= len(ids) <= self.context_length:
             return
-        key, wanted = (self._runner.adapter, self._regime), ids[: len(ids) - last]
+        wanted = ids[: len(ids) - last]
         cached = int(self.cache.nearest(common_prefix(self._cached.ids, wanted)))
         if len(wanted) - cached < MIN_TOKENS:
             return
-        length = prefixes.match(key, wanted, has_state=self.cache.has_state)
-        if length - cached < MIN_TOKENS or self._runner.begins_anew(length, len(ids)):
-            return
-        self.reset()
-        length = prefixes.take(key, wanted, self.cache)
-        if length == 0:
+
+        def is_worthwhile(length: int) -> bool:
+            return length - cached >= MIN_TOKENS and not self._runner.begins_anew(length, len(ids))
+
+        cache = self._runner.new_cache()
+        # A forward pass that runs out of memory in another thread frees some and tries again: it needs that itself.
+        with self._runner.loaded.lock:
+            length = prefixes.take((self._runner.adapter, self._regime), wanted, cache, is_worthwhile)
+        if length:
             self.reset()
-        self._cached.replace_tail(0, wanted[:length])
-        self.stats.cached_tokens += max(length - cached, 0)
+            self.cache = cache
+            self._cached.replace_tail(0, wanted[:length])
+            self.stats.cached_tokens += length - cached
 
     def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
         """Record a forward pass; what a long one has run is kept for other sequences at once."""

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.fitting.gates import GateKind, choose_gate
+from mixlm.fitting.gate_trainer import GateKind
+from mixlm.fitting.gates import choose_gate
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats

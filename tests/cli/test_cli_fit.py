@@ -306,7 +306,7 @@ def test_help(run: Run) -> None:
 def test_a_router_that_observes_a_member_is_trained_written_and_used(
     run: Run, texts: list[str], gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixlm.fitting.gates._EPOCHS", 3)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 3)
     options = ("--router", "gate.json", "--features", "all", "--gate", gate, "--observe", "toy:2")
     done = run("fit", *texts, *TOYS, *FAST, *options, "--output", "pair.toml", "--json")
     assert done.code == 0, done.err

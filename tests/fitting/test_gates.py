@@ -13,8 +13,9 @@ from scored_texts import made
 from toys import toys
 
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.fitting import gates
-from mixlm.fitting.gates import choose_inputs, gradients, train_gate, untrained
+from mixlm.fitting import gate_trainer
+from mixlm.fitting.gate_trainer import gradients
+from mixlm.fitting.gates import choose_inputs, mixture_slopes, train_gate, untrained
 from mixlm.fitting.likelihood import expectation_maximisation
 from mixlm.routing import LearnedRouter
 from mixlm.routing.features import FEATURES
@@ -33,8 +34,8 @@ ALL = GateInputs(("text", "top_k", "hidden"), "m0", 6, 12)
 @pytest.fixture(autouse=True)
 def one_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer trials than a user's: the choice among them is a minimum."""
-    monkeypatch.setattr(gates, "DECAYS", (3.0,))
-    monkeypatch.setattr(gates, "_EPOCHS", 25)
+    monkeypatch.setattr(gate_trainer, "DECAYS", (3.0,))
+    monkeypatch.setattr(gate_trainer, "_EPOCHS", 25)
 
 
 def observed_scores(segments: int, seed: int, *, rule: str = "margin") -> Scores:
@@ -67,13 +68,15 @@ def test_the_gradient_is_that_of_the_loss(width: int) -> None:
     rng = np.random.default_rng(1)
     gate, x = random_gate(3, 4, width), rng.normal(size=(7, 4)).astype(np.float32)
     likelihood = rng.random((7, 3)).astype(np.float32)
+    prices = np.array([0.0, 0.3, 0.7], dtype=np.float32)
 
     def loss(changed: Gate) -> float:
         # Inputs that are standardised already.
         plain = replace(changed, centre=np.zeros(4, dtype=np.float32), scale=np.ones(4, dtype=np.float32))
-        return -float(np.log((plain.weights(x) * likelihood).sum(axis=1)).mean())
+        weights = plain.weights(x)
+        return float((weights @ prices - np.log((weights * likelihood).sum(axis=1))).mean())
 
-    slopes = gradients(gate, x, likelihood)
+    slopes = gradients(gate, x, lambda shares: mixture_slopes(shares, likelihood, prices))
     for name in ("linear", "bias", "inner", "inner_bias", "outer"):
         array = getattr(gate, name)
         for index in np.ndindex(array.shape):
@@ -92,7 +95,7 @@ def test_a_gate_learns_what_the_observed_member_shows(inputs: GateInputs, kind: 
     oracle = fresh.bits_per_byte(fresh.logprobs.max(axis=1))
     assert em - gate > (0.5 if kind == "linear" else 0.2) * (em - oracle)  # the mlp is still learning
     assert fit.validation[fit.epochs] == min(fit.validation)
-    assert fit.decay in gates.DECAYS
+    assert fit.decay in gate_trainer.DECAYS
 
 
 def test_where_there_is_nothing_to_learn_the_weights_stay_those_of_em() -> None:

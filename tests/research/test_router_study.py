@@ -18,8 +18,8 @@ def test_texts_and_answers_are_studied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mixlm.fitting.gates._EPOCHS", 2)
-    monkeypatch.setattr("mixlm.fitting.gates.DECAYS", (0.1,))
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 2)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (0.1,))
     rng = np.random.default_rng(0)
     text = "".join(f" {word}" for word in rng.choice(WORDS.split(), 400))
     (tmp_path / "text.txt").write_text(text)
@@ -43,8 +43,8 @@ def test_answers_are_judged_on_questions_that_nothing_was_fitted_to(
 ) -> None:
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(router_study, "GATES", {"b: top_k, linear": router_study.GATES["b: top_k, linear"]})
-    monkeypatch.setattr("mixlm.fitting.gates._EPOCHS", 2)
-    monkeypatch.setattr("mixlm.fitting.gates.DECAYS", (0.1,))
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 2)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (0.1,))
     lines = [
         {
             "question": f"What {i}?",

@@ -31,7 +31,7 @@ from mixlm.terminal import progress_bars
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig
     from mixlm.ensemble import Ensemble
-    from mixlm.fitting.gates import GateKind
+    from mixlm.fitting.gate_trainer import GateKind
     from mixlm.fitting.study import FitStudy
     from mixlm.routing.gate_router import GateInputs
 

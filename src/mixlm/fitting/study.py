@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.fitting.gates import GateKind, train_gate
+from mixlm.fitting.gate_trainer import GateKind
+from mixlm.fitting.gates import train_gate
 from mixlm.fitting.likelihood import (
     WeightFit,
     bootstrap,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,13 +53,13 @@ class Gate:
         return len(self.inner) == 0
 
     def standardised(self, inputs: npt.NDArray[np.floating]) -> Array:
-        """Return inputs, (rows, inputs), as the gate takes them: float32."""
+        """Return inputs, (…, inputs), as the gate takes them: float32."""
         x: Array = (inputs.astype(np.float32) - self.centre) / self.scale
         np.clip(x, -_STANDARDISED_LIMIT, _STANDARDISED_LIMIT, out=x)
         return x
 
     def weights(self, inputs: npt.NDArray[np.floating]) -> Floats:
-        """Return the weights for inputs, (rows, inputs): float64 (rows, members)."""
+        """Return the weights for inputs, (…, inputs): float64 (…, members)."""
         x = self.standardised(inputs)
         scores = x @ self.linear.T + self.bias
         if not self.is_linear:
@@ -70,6 +73,30 @@ class Gate:
     def arrays(self) -> dict[str, Array]:
         """Return the arrays by their names."""
         return {name: np.ascontiguousarray(getattr(self, name)) for name in _SHAPES}
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as safetensors."""
+        _safetensors().save_file(self.arrays(), path)
+
+    @classmethod
+    def load(cls, path: Path, members: int, inputs: int) -> Gate:
+        """Read what `save` wrote. Raises ConfigError where it cannot be read, or is of other sizes."""
+        load_file = _safetensors().load_file
+        try:
+            arrays = load_file(path)
+        except OSError as error:
+            raise ConfigError(f"its numbers, {path.name}, cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # safetensors' own
+            raise ConfigError(f"its numbers, {path.name}, are no safetensors: {error}") from error
+        return cls.from_arrays(arrays, members, inputs)
+
+    @property
+    def digest(self) -> str:
+        """What tells it from gates with other numbers."""
+        digest = hashlib.sha256()
+        for _, array in sorted(self.arrays().items()):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.floating]], members: int, inputs: int) -> Gate:
@@ -100,7 +127,15 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 
 
 def softmax(scores: Floats) -> Floats:
-    """Return the softmax of each row."""
-    out: Floats = np.exp(scores - scores.max(axis=1, keepdims=True))
-    out /= out.sum(axis=1, keepdims=True)
+    """Return the softmax over the last axis."""
+    out: Floats = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out /= out.sum(axis=-1, keepdims=True)
     return out
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ConfigError("a trained gate needs safetensors", "install: pip install safetensors") from error
+    return safetensors.numpy

@@ -26,6 +26,7 @@ from toys import (
 )
 
 from mixlm.core.grammar import GrammarCache
+from mixlm.core.limited_objects import limited_objects
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
 from mixlm.decoding.mixture import mixture
@@ -498,6 +499,83 @@ def test_patterns_that_leave_no_other_name_are_refused(pattern, wrap):
         GrammarCache([ToyEngine().vocabulary]).for_schema(closed)
     more = wrap({**schema, "patternProperties": {"^[abc]$": integer}, "additionalProperties": False})
     GrammarCache([ToyEngine().vocabulary]).for_schema(more)
+
+
+NAMED = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+CLOSED = {"patternProperties": {"^[ab]$": {"type": "integer"}}, "additionalProperties": False}
+JOINED = {
+    "allOf": {"allOf": [NAMED, CLOSED]},
+    "nested allOf": {"allOf": [{"allOf": [NAMED]}, {"allOf": [{"allOf": [CLOSED]}]}]},
+    "beside allOf": {**NAMED, "allOf": [CLOSED]},
+    "$ref": {"$ref": "#/$defs/x~1y/part", "$defs": {"x/y": {"part": CLOSED}}, **NAMED},
+    "$ref of $ref": {
+        **NAMED,
+        "$ref": "#/definitions/a",
+        "definitions": {"a": {"$ref": "#/definitions/b"}, "b": CLOSED},
+    },
+    "$anchor": {"allOf": [{"$ref": "#other"}, NAMED], "$defs": {"x": {"$anchor": "other", **CLOSED}}},
+    "anyOf": {**NAMED, "anyOf": [CLOSED, {"required": ["b"]}]},
+    "oneOf": {
+        "oneOf": [
+            {**CLOSED, **NAMED, "required": ["a"]},
+            {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]},
+        ]
+    },
+    "the value of a property": {
+        "allOf": [
+            {"type": "object", "properties": {"x": NAMED}, "required": ["x"]},
+            {"properties": {"x": {"$ref": "#/$defs/closed"}}},
+        ],
+        "$defs": {"closed": CLOSED},
+    },
+    "required": {**CLOSED, "type": "object", "required": ["a", "b"]},
+    "items": {"type": "array", "items": {"allOf": [NAMED, CLOSED]}},
+    "itself": {
+        "type": "object",
+        "properties": {"a": {"$ref": "#"}, "b": {}},
+        "allOf": [{"patternProperties": {"^[ab]$": True}, "additionalProperties": False}],
+    },
+    "additional values of two types": {
+        "allOf": [
+            {**NAMED, "patternProperties": {"^a$": True}, "additionalProperties": {"type": "string"}},
+            {
+                "properties": {"a": {}, "b": {}},
+                "patternProperties": {"^a$": {}},
+                "additionalProperties": {"type": "null"},
+            },
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("schema", JOINED.values(), ids=JOINED)
+def test_patterns_that_leave_no_other_name_are_refused_where_schemas_are_joined(schema):
+    with pytest.raises(ConfigError, match="no other name than those in properties"):
+        GrammarCache([ToyEngine().vocabulary]).for_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [NAMED, {**CLOSED, "patternProperties": {"^[abc]$": {"type": "integer"}}}]},
+        {"allOf": [NAMED, {"patternProperties": {"^[ab]$": {"type": "integer"}}}]},
+        {"anyOf": [NAMED, {"type": "object", **CLOSED}]},
+        {"type": "object", "properties": {"x": NAMED, "y": {"type": "object", **CLOSED}}, "required": ["x", "y"]},
+        {**NAMED, "additionalProperties": False, "$defs": {"not used": {**NAMED, **CLOSED}}, "default": {**CLOSED}},
+    ],
+)
+def test_patterns_that_leave_other_names_are_not(schema):
+    GrammarCache([ToyEngine().vocabulary]).for_schema(schema)
+
+
+def test_the_alternatives_that_are_looked_through_for_patterns_are_bounded():
+    options = [{"anyOf": [{"properties": {f"p{i}{k}": {}}} for k in range(8)]} for i in range(4)]
+    with pytest.raises(ConfigError, match="patternProperties among too many alternatives"):
+        list(limited_objects({"allOf": options}))
+    nested: dict[str, Any] = {**NAMED, **CLOSED}
+    for _ in range(60):  # each schema is looked at once, however often it is joined
+        nested = {"allOf": [nested, nested]}
+    assert len(list(limited_objects(nested))) == 1
 
 
 @pytest.mark.slow

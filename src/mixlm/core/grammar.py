@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.limited_objects import LimitedObject, limited_objects
 from mixlm.errors import ConfigError
 from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
 from mixlm.tokenization.vocabulary import Vocabulary
@@ -182,31 +183,41 @@ class GrammarCache:
                 if parser.is_error():
                     raise _refused(parser.get_error(), _function_at_fault(library, trie, tools))
                 grammars[id(vocabulary)] = Grammar(parser, vocabulary, byte_ids, option)
-        for schema in (text_schema, *tools.values()):
-            self._check_keys(library, schema)
+        self._check_names(library, (text_schema, *tools.values()), check)
         return [grammars[id(vocabulary)] for vocabulary in self._vocabularies]
 
-    def _check_keys(self, library: Any, schema: Any) -> None:
+    def _check_names(self, library: Any, schemas: Sequence[Any], check: Callable[[str], None] | None) -> None:
         """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
 
-        llguidance offers a comma there, behind which no property can follow. A schema of the same names shows it.
+        llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
+        it: where there are none, nothing can follow its brace.
         """
-        null = {"type": "null"}
-        for names, patterns in _closed_objects(schema):
-            form = {"properties": dict.fromkeys(names, null), "patternProperties": dict.fromkeys(patterns, null)}
-            probe = json.dumps({"type": "object", **form, "additionalProperties": False})
-            trie, _ = self._trie(library, self._vocabularies[0])
-            matcher = Matcher(
-                library.LLMatcher(trie, _grammar_source(library, json.loads(probe), {}), log_level=0),
-                self._vocabularies[0],
-            )
-            text = "{" + "".join(f"{json.dumps(name, ensure_ascii=False)}:null," for name in names) + " "
+        objects: dict[str, LimitedObject] = {}
+        for schema in schemas:
+            if "patternProperties" in json.dumps(schema):
+                for limited in limited_objects(schema):
+                    objects[_schema_source({"anyOf": [{"type": "null"}, limited.others]})] = limited
+        if not objects:
+            return
+        # Each behind its number. `null` stands for an object that llguidance leaves out, since it has no other names.
+        rules = [f'object_{i}: "{i}:" %json {source}' for i, source in enumerate(objects)]
+        lark = _lark(" | ".join(f"object_{i}" for i in range(len(objects))), rules)
+        source = library.LLMatcher.grammar_from_lark(lark)
+        if check is not None:
+            check(source)
+        trie, _ = self._trie(library, self._vocabularies[0])
+        parser = library.LLMatcher(trie, source, log_level=0)
+        if parser.is_error():
+            raise _refused(parser.get_error())
+        grammar = Grammar(parser, self._vocabularies[0], np.zeros(0, np.int64))
+        for i, limited in enumerate(objects.values()):
             try:
-                matcher.allowed(text.encode())
+                grammar.matcher().allowed(f"{i}:{{ ".encode())
             except ConfigError:
+                names, patterns = ", ".join(limited.names), ", ".join(limited.patterns)
                 raise ConfigError(
-                    f"json_schema cannot be enforced: no other name than those in properties ({', '.join(names)}) "
-                    f"matches patternProperties ({', '.join(patterns)})",
+                    f"json_schema cannot be enforced: no other name than those in properties ({names}) matches "
+                    f"patternProperties ({patterns})",
                     "leave patternProperties out there",
                 ) from None
 
@@ -253,8 +264,6 @@ def _library() -> Any:
 def _grammar_source(library: Any, text: Any, tools: Mapping[str, Any], max_calls: int = 1) -> str:
     """Return a language as llguidance's grammar. Raises ConfigError for one that llguidance would read differently.
 
-    Forced text is off: where only one text can follow, members still generate it in tokens of their own.
-
     Args:
         library: llguidance.
         text: A JSON schema of text without calls; None for any text, False for none.
@@ -280,9 +289,13 @@ def _grammar_source(library: Any, text: Any, tools: Mapping[str, Any], max_calls
             start = f"{begin} {calls}" + ("" if text is False else " | text")
     else:
         start = "text"
-    lark = "\n".join(['%llguidance {"no_forcing": true}', f"start: {start}", *rules])
-    source: str = library.LLMatcher.grammar_from_lark(lark)
+    source: str = library.LLMatcher.grammar_from_lark(_lark(start, rules))
     return source
+
+
+def _lark(start: str, rules: Sequence[str]) -> str:
+    """Return a grammar without forced text: where only one text can follow, members still generate their own tokens."""
+    return "\n".join(['%llguidance {"no_forcing": true}', f"start: {start}", *rules])
 
 
 def _schema_source(schema: Any) -> str:
@@ -313,18 +326,6 @@ def _arguments_schema(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]
     known = {"type", "properties", "required", "title", "description", "$defs", "definitions", "$schema", "strict"}
     closed = {"properties": {}, "additionalProperties": False} if schema.keys() <= known else {}
     return {**closed, "type": "object", **schema}
-
-
-def _closed_objects(schema: Any) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the names and the patterns of each schema of objects that have no other properties."""
-    if isinstance(schema, dict):
-        names, patterns = schema.get("properties"), schema.get("patternProperties")
-        closed = schema.get("additionalProperties") is False
-        if closed and isinstance(names, dict) and isinstance(patterns, dict) and names and patterns:
-            yield list(names), list(patterns)
-    if isinstance(schema, dict | list):
-        for part in schema.values() if isinstance(schema, dict) else schema:
-            yield from _closed_objects(part)
 
 
 def _exact(digits: str) -> int:

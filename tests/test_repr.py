@@ -32,6 +32,27 @@ def test_a_completion_is_coloured_and_escaped_in_a_notebook():
     assert 'title="toy:1">&lt;b&gt;</span>' in html
 
 
+def test_running_generations_and_conversations_are_coloured_too():
+    pair = mixlm.load("toy:1", "toy:2")
+    stream = pair.stream("x", seed=1, max_tokens=20, ignore_end=True)
+    assert stream._repr_html_() == '<pre style="white-space:pre-wrap"></pre>'
+    read = [next(stream) for _ in range(6)]
+    shown = stream._repr_html_()
+    assert shown.count("</span>") == 6 == sum(f'title="{token.member}"' in shown for token in read)
+    assert stream.finish()._repr_html_() == stream._repr_html_()
+    chat = pair.chat(max_tokens=4, seed=1)
+    chat.send("<i>")
+    turn = chat.stream("b")
+    next(turn)
+    shown = chat._repr_html_()
+    assert "<b>user</b><pre" in shown
+    assert "&lt;i&gt;" in shown
+    assert turn._repr_html_() in shown
+    assert repr(turn).startswith("<Generation in progress: ")
+    chat.messages[1] = mixlm.Message("assistant", "edited")
+    assert '<pre style="white-space:pre-wrap">edited</pre>' in chat._repr_html_()
+
+
 def test_the_docstring_of_generate_lists_every_option():
     for name in OPTIONS:
         assert f"\n    {name}: " in mixlm.Ensemble.generate.__doc__

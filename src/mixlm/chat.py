@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from html import escape
 from typing import TYPE_CHECKING
 
 from mixlm.core.options import Options
@@ -21,10 +22,24 @@ class Chat:
         self._options = options
         self._sessions = [member.engine.session() for member in ensemble.members]
         self._turn = 0
+        self._generations: list[ChatGeneration] = []
         self.messages: list[Message] = []
 
     def __repr__(self) -> str:
         return f"<Chat of {len(self.messages)} messages with {', '.join(self._ensemble.names)}>"
+
+    def _repr_html_(self) -> str:
+        """Return the conversation for a notebook, each token of the completions in its member's colour."""
+        generations = {id(generation.message): generation for generation in self._generations}
+        return "".join(
+            f"<b>{escape(message.role)}</b>"
+            + (
+                generations[id(message)]._repr_html_()
+                if id(message) in generations
+                else f'<pre style="white-space:pre-wrap">{escape(message.content)}</pre>'
+            )
+            for message in self.messages
+        )
 
     def send(self, text: str) -> Completion:
         """Add a user's message and return the whole completion."""
@@ -39,22 +54,35 @@ class Chat:
         generation = self._ensemble.context(options, self._sessions).start(prompt)
         self._turn += 1
         self.messages.append(Message("user", text))
-        return ChatGeneration(generation, self.messages)
+        self._generations.append(ChatGeneration(generation, self.messages))
+        return self._generations[-1]
 
 
 class ChatGeneration(Iterator[Token]):
-    """A turn of a conversation in progress; what has been read of it is the last message of the history."""
+    """A turn of a conversation in progress.
+
+    Attributes:
+        message: What has been read of it, the last message of the history.
+    """
 
     def __init__(self, generation: Generation, messages: list[Message]) -> None:
         self._generation = generation
         self._messages = messages
-        messages.append(Message("assistant", ""))
+        self.message = Message("assistant", "")
+        messages.append(self.message)
         self._index = len(messages) - 1
+
+    def __repr__(self) -> str:
+        return repr(self._generation)
+
+    def _repr_html_(self) -> str:
+        """Return the text so far for a notebook."""
+        return self._generation._repr_html_()
 
     def __next__(self) -> Token:
         token = next(self._generation)
         content = self._messages[self._index].content + token.text
-        self._messages[self._index] = Message("assistant", content)
+        self.message = self._messages[self._index] = Message("assistant", content)
         return token
 
     @property

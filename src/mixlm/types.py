@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any, Literal, NamedTuple
@@ -50,10 +50,12 @@ class TopKFilter:
     Attributes:
         k: How many logits are needed.
         banned: Ids that are never sampled, int64, ascending.
+        normalized: Whether log-probabilities over the whole vocabulary are needed, not logits up to a constant.
     """
 
     k: int
     banned: Ids
+    normalized: bool = False
 
     def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which of the ids, (n,), may be sampled: bool (n,)."""
@@ -370,13 +372,7 @@ class Completion:
 
     def _repr_html_(self) -> str:
         """Return the text for a notebook, each token in its member's colour."""
-        names = list(dict.fromkeys([*self.usage.members, *(token.member for token in self.tokens)]))
-        spans = "".join(
-            f'<span style="color:hsl({200 + 137 * names.index(token.member)},65%,45%)" title="{escape(token.member)}">'
-            f"{escape(token.text)}</span>"
-            for token in self.tokens
-        )
-        return f'<pre style="white-space:pre-wrap">{spans}</pre>'
+        return colored_html(self.tokens, tuple(self.usage.members))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -389,3 +385,14 @@ class Completion:
             "tokens": [token.as_dict() for token in self.tokens],
             "usage": self.usage.as_dict(),
         }
+
+
+def colored_html(tokens: Sequence[Token], members: Sequence[str]) -> str:
+    """Return text for a notebook, each token in the colour of its member. members: the names, in their order."""
+    names = list(dict.fromkeys([*members, *(token.member for token in tokens)]))
+    spans = "".join(
+        f'<span style="color:hsl({200 + 137 * names.index(token.member)},65%,45%)" title="{escape(token.member)}">'
+        f"{escape(token.text)}</span>"
+        for token in tokens
+    )
+    return f'<pre style="white-space:pre-wrap">{spans}</pre>'

@@ -27,7 +27,17 @@ from mixlm.routing.base import PromptContext, Router, begin_route
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.observation import observed_by
 from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
-from mixlm.types import Completion, FinishReason, Floats, MemberUsage, Token, ToolCall, TopLogprob, Usage
+from mixlm.types import (
+    Completion,
+    FinishReason,
+    Floats,
+    MemberUsage,
+    Token,
+    ToolCall,
+    TopLogprob,
+    Usage,
+    colored_html,
+)
 from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
@@ -150,6 +160,10 @@ class Generation(Iterator[Token]):
         text = "".join(token.text for token in self._tokens)
         state = "failed" if self.error else "finished" if self.finished else "in progress"
         return f"<Generation {state}: {len(self._tokens)} tokens, {text[:60]!r}{'…' if len(text) > 60 else ''}>"
+
+    def _repr_html_(self) -> str:
+        """Return the text so far for a notebook, each token in its member's colour."""
+        return colored_html(self._tokens, [member.name for member in self.members])
 
     def __next__(self) -> Token:
         while not self.ready:

@@ -123,11 +123,29 @@ def test_models_and_templates_are_found_beside_the_file(write, tmp_path, monkeyp
     assert second.model == "elsewhere"
 
 
-def test_a_template_is_given_once_and_its_file_must_be_there(write):
-    with pytest.raises(ConfigError, match="template_file of member m cannot be read"):
-        read_config(write('[[members]]\nmodel = "m"\ntemplate_file = "no.jinja"'))
-    with pytest.raises(ConfigError, match="a template and a template_file"):
+def test_a_template_is_given_once(write):
+    with pytest.raises(ConfigError, match=r"e\.toml: member m has a template and a template_file"):
         read_config(write('[[members]]\nmodel = "m"\ntemplate = "x"\ntemplate_file = "e.toml"'))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, " cannot be read: No such file"),
+        ("a\nb\ncaf\xe9 {{ x }}".encode("latin-1"), ", line 3: it is not UTF-8"),
+        (b"{{ x }}\n\n{% for m in messages %}", ", line 3: "),
+        (b"\n{{ messages | nonsense }}", ", line 2: No filter named 'nonsense'"),
+        (b"{{ messages is nonsense }}", ", line 1: No test named 'nonsense'"),
+        (b"{% generations %}", ", line 1: "),
+    ],
+)
+def test_a_template_file_that_is_no_template_is_named_with_file_member_and_line(write, tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "chat.jinja").write_bytes(content)
+    path = write('[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "m"\nname = "n"\ntemplate_file = "chat.jinja"')
+    with pytest.raises(ConfigError) as raised:
+        read_config(path)
+    assert raised.value.message.startswith(f"{path}: template_file chat.jinja of member n{reason}")
 
 
 def test_a_configuration_cannot_be_changed(write):

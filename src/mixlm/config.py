@@ -247,7 +247,7 @@ def read_config(path: str | Path) -> EnsembleConfig:
     config = parse_config(raw, str(path))
     _check_roles(config, str(path))
     folder = path.resolve().parent
-    update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder) for member in config.members)}
+    update: dict[str, Any] = {"members": tuple(_resolve_files(member, folder, path) for member in config.members)}
     for member, resolved in zip(config.members, update["members"], strict=True):
         place = "template" if member.template_file is None else f"template_file {member.template_file}"
         _check_template(resolved.template, f"{path}: {place} of member {member.name or member.model}")
@@ -289,16 +289,23 @@ def _check_roles(config: EnsembleConfig, source: str) -> None:
             )
 
 
-def _resolve_files(member: MemberConfig, folder: Path) -> MemberConfig:
+def _resolve_files(member: MemberConfig, folder: Path, source: Path) -> MemberConfig:
     """Read a member's template file, and resolve paths relative to the ensemble file."""
     changes: dict[str, Any] = {}
     if member.template_file is not None:
+        name = member.name or member.model
         if member.template is not None:
-            raise ConfigError(f"member {member.model} has a template and a template_file", "give one of them")
+            raise ConfigError(f"{source}: member {name} has a template and a template_file", "give one of them")
+        place = f"{source}: template_file {member.template_file} of member {name}"
         try:
             changes["template"] = (folder / member.template_file).read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise ConfigError(f"template_file of member {member.model} cannot be read: {error}") from error
+            raise ConfigError(
+                f"{place} cannot be read: {error.strerror or error}", f"its path begins at the folder {folder}"
+            ) from error
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise ConfigError(f"{place}, line {line}: it is not UTF-8 ({error.reason})", "save it as UTF-8") from error
     for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
         if value is not None and (folder / value).exists():
             changes[key] = str(folder / value)
@@ -364,7 +371,8 @@ def _check_template(template: str | None, place: str) -> None:
         return
     try:
         # transformers adds a tag of its own, which marks what an assistant says.
-        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(
+        # Compiled and not only parsed: that finds unknown filters too.
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).compile(
             re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
         )
     except TemplateSyntaxError as error:

@@ -15,7 +15,7 @@ from trained import trained
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, configured_end_ids
-from mixlm.errors import TemplateError
+from mixlm.errors import ModelLoadError, TemplateError
 from mixlm.types import Message
 
 SPECIAL_MAP = {
@@ -204,6 +204,20 @@ def test_ends_of_text_are_those_of_both_configurations(config, generation, ends,
         if content is not None:
             (tmp_path / name).write_text(json.dumps(content))
     assert configured_end_ids(str(tmp_path)) == ends
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", b"\xff", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}', '{"eos_token_id": 1.5}']
+)
+def test_a_configuration_that_is_broken_is_an_error_that_names_the_file(file, content, tmp_path):
+    folder = write(tmp_path, {})
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelLoadError, match=rf"{file} cannot be read: "):
+        TokenizerSetup.load(str(folder), "m")
+    (folder / file).unlink()
+    (folder / "mixlm.json").write_text("{")  # of another program
+    TokenizerSetup.load(str(folder), "m")
 
 
 @pytest.mark.slow

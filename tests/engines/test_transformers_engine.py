@@ -28,6 +28,7 @@ from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.transformers import runner
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.errors import ConfigError, MemoryLimitError, ModelLoadError, TokenizerError
+from mixlm.models.cache import ModelMetadata, write_info
 from mixlm.types import Message
 
 CHATML = (
@@ -229,7 +230,7 @@ def test_ends_are_gathered_from_tokenizer_config_generation_config_and_template(
 def test_what_a_conversion_noted_joins_the_special_tokens_and_the_ends(tmp_path):
     folder = build(tmp_path / "m", "llama")
     control, end = 300, 301
-    (folder / "mixlm.json").write_text(json.dumps({"control": [control], "ends": [end]}))
+    write_info(folder, ModelMetadata("a.gguf", "", "float32", "llama", (control,), (end,), 512))
     engine = load(folder)
     assert {control, end} <= engine.vocabulary.special_ids
     assert end in engine.vocabulary.end_ids

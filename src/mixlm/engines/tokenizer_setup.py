@@ -6,7 +6,6 @@ Every engine that runs a model sets up its tokenizer here, whatever runs the wei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,11 +15,17 @@ from typing import Any
 from mixlm.engines.base import TextInterface
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError
+from mixlm.models.cache import read_info
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
 from mixlm.tokenization.template_renderer import ChatTemplate
-from mixlm.tokenization.tokenizer_folder import TOKENIZER_FILE, FolderTokenizer, read_tokenizer
+from mixlm.tokenization.tokenizer_folder import (
+    TOKENIZER_FILE,
+    FolderTokenizer,
+    read_json_object,
+    read_tokenizer,
+)
 from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
 from mixlm.tokenization.vocabulary import TokenizerFamily, Vocabulary, describe, detect_family, token_bytes
 from mixlm.types import Message
@@ -69,12 +74,12 @@ class TokenizerSetup:
             TemplateError: the chat template is broken.
             TokenizerError: it has no fast form, or its tokens cannot be mapped to bytes.
         """
-        notes = _conversion_notes(source)
-        ends = [*notes.get("ends", []), *configured_end_ids(source)]
+        info = read_info(Path(source))  # of what was converted from GGUF
+        ends = [*(info.ends if info else ()), *configured_end_ids(source)]
 
         def read(template: str | None) -> TokenizerSetup:
             tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
-            return cls._set_up(tokenizer, name, ends, notes.get("control", []), template, read)
+            return cls._set_up(tokenizer, name, ends, info.control if info else (), template, read)
 
         return read(template)
 
@@ -247,16 +252,13 @@ def configured_end_ids(source: str) -> list[int]:
 
     Args:
         source: folder or hub id.
+
+    Raises:
+        ModelLoadError: a file is broken.
     """
     if Path(source).is_dir():
         files = (Path(source) / name for name in ("config.json", "generation_config.json"))
-        configs: list[Any] = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
-        return [
-            i
-            for config in configs
-            for part in (config, config.get("text_config") or {})
-            for i in as_ids(part.get("eos_token_id"))
-        ]
+        return [i for file in files for i in _end_ids(file)]
     from transformers import AutoConfig, GenerationConfig
 
     end_ids: list[int] = []
@@ -268,6 +270,19 @@ def configured_end_ids(source: str) -> list[int]:
             continue
         end_ids += as_ids(getattr(hub_config, "eos_token_id", None))
     return end_ids
+
+
+def _end_ids(file: Path) -> list[int]:
+    """Return the ends of text that a configuration file names. Raises ModelLoadError for one that is broken."""
+    try:
+        config = read_json_object(file) or {}
+        parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+        ids = [i for part in parts for i in as_ids(part.get("eos_token_id"))]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"its eos_token_id is {ids}, and must be an id or a list of ids")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {first_line(error)}", "copy or download it again") from error
+    return ids
 
 
 def as_ids(value: int | Sequence[int] | None) -> list[int]:
@@ -314,10 +329,3 @@ def _make_special(backend: Any, ids: Iterable[int]) -> None:
             token.special = True
             tokens.append(token)
     backend.add_special_tokens(tokens)
-
-
-def _conversion_notes(source: str) -> dict[str, Any]:
-    """Return the special ids and ends of text that the conversion from GGUF noted."""
-    path = Path(source) / "mixlm.json"
-    notes: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return notes

@@ -52,14 +52,14 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
     """
     from tokenizers import Tokenizer
 
-    config = _json(folder / "tokenizer_config.json") or {}
+    config = read_json_object(folder / "tokenizer_config.json") or {}
     backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     named = {name: value for name, value in config.items() if name.endswith("_token") and _is_token(value)}
     extra = _extra_tokens(config, named)
     if "added_tokens_decoder" in config:
         added = {int(i): _added(token) for i, token in config["added_tokens_decoder"].items()}
     else:  # as older versions of transformers wrote it
-        special = _json(folder / "special_tokens_map.json") or {}
+        special = read_json_object(folder / "special_tokens_map.json") or {}
         named |= {name: value for name, value in special.items() if _is_token(value)}
         more = [token for token in _extra_tokens(special, named) if token not in extra]
         # The old name "additional_special_tokens" does not make special what stands in added_tokens.json.
@@ -67,7 +67,7 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
         if "extra_special_tokens" in special:
             contents |= {_content(token) for token in more}
         extra += more
-        listed = _json(folder / "added_tokens.json") or {}
+        listed = read_json_object(folder / "added_tokens.json") or {}
         added = {
             i: _added({"content": token, "normalized": token not in contents, "special": token in contents})
             for token, i in listed.items()
@@ -121,7 +121,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
         if value is None:
             # Processors of multimodal models keep it here.
             source = "chat_template.json"
-            value = (_json(folder / source) or {}).get("chat_template")
+            value = (read_json_object(folder / source) or {}).get("chat_template")
         if isinstance(value, list | tuple):
             value = {entry["name"]: entry["template"] for entry in value}
         templates = value if isinstance(value, dict) else {"default": value} if value else {}
@@ -133,7 +133,8 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
     return templates.get("default"), source
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file; None where there is none. Raises OSError or ValueError."""
     if not path.is_file():
         return None
     data = json.loads(path.read_text("utf-8"))

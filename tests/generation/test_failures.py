@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toys import SHARED, engine, make_ensemble, toys
@@ -10,6 +12,7 @@ from mixlm.core.rng import Noise
 from mixlm.engines.batching import respond_batched
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, MixlmError, TokenizerError
+from mixlm.generation.dispatch import check_ids
 
 PROMPTS = ["ab", "c", "b a", "a"]
 METHODS = ["mixture", "conventional", "greedy", "single", "speculative", "auto"]
@@ -130,6 +133,17 @@ def test_a_token_without_an_embedding_is_refused_by_name_before_any_forward():
     assert passes == []
     generations = results(pair, ["a", "ab!", "b"])
     assert [index for index, generation in generations.items() if generation.error] == [1]
+
+
+def test_ids_are_looked_at_only_where_a_tokenizer_may_have_tokens_without_an_embedding():
+    unnamed, lacking = engine(seed=1), Unembedded()
+    vocabulary = unnamed.vocabulary
+    unnamed.vocabulary = replace(vocabulary, names=())
+    check_ids(engine(seed=1), None)  # of any length, for nothing
+    for other in (lacking, unnamed):
+        check_ids(other, np.array([1, 2]))
+        with pytest.raises(TokenizerError, match="has embeddings for ids below"):
+            check_ids(other, np.array([1, 2, 40, 3]))
 
 
 def test_a_token_without_an_embedding_that_turns_up_in_a_text_ends_that_text_alone():

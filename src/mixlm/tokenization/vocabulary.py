@@ -49,6 +49,11 @@ class Vocabulary:
         """Number of rows of the output layer, padding included."""
         return len(self.tokens)
 
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether every token of the tokenizer has a row, so that no text has one without; false if not known."""
+        return 0 < len(self.names) <= self.size
+
     def name(self, i: int) -> str:
         """Return the tokenizer's spelling of an id; where that is not known, its bytes as text, or its number."""
         name = self.names[i] if i < len(self.names) else ""

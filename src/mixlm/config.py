@@ -166,17 +166,29 @@ class RouterConfig(_Strict):
 
 
 class CombinationConfig(_Strict):
-    """How the members' distributions are combined: a rule and its parameters."""
+    """How the members' distributions are combined: a rule and its parameters.
+
+    accept: the file of a trained gate of rule defer, in place of its threshold (`mixlm fit --rule defer --router`).
+    """
 
     rule: Rule
     strength: float | None = Field(default=None, strict=True)
     alpha: float | None = Field(default=None, strict=True)
     form: ContrastiveForm | None = None
     by: DeferBy | None = None
+    accept: str | None = None
+
+    @model_validator(mode="after")
+    def _check_accept(self) -> CombinationConfig:
+        if self.accept is not None and self.rule != "defer":
+            raise ValueError(f"accept is a gate of rule defer, and the rule is {self.rule!r}")
+        if self.accept is not None and (self.strength is not None or self.by is not None):
+            raise ValueError("accept is a trained gate, and strength and by are a threshold: give one of them")
+        return self
 
     def options(self) -> dict[str, Any]:
-        """Return the rule and the parameters that are set."""
-        return self.model_dump(exclude_none=True)
+        """Return the rule and the parameters that are set, without a trained gate."""
+        return self.model_dump(exclude_none=True, exclude={"accept"})
 
 
 class EnsembleConfig(_Strict):
@@ -253,6 +265,9 @@ def read_config(path: str | Path) -> EnsembleConfig:
         _check_template(resolved.template, f"{path}: {place} of member {member.name or member.model}")
     if config.router.file is not None:
         update["router"] = config.router.model_copy(update={"file": str(folder / config.router.file)})
+    if config.combination is not None and config.combination.accept is not None:
+        accept = str(folder / config.combination.accept)
+        update["combination"] = config.combination.model_copy(update={"accept": accept})
     return config.model_copy(update=update)
 
 

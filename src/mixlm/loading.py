@@ -225,14 +225,15 @@ def load_config(  # noqa: PLR0913 - one option each
         name = _unique_name(member.name or engines[key].name, [other.name for other in members])
         sampling = {**config.sampling.options(), **member.sampling.options()}
         members.append(MemberSpec(engines[key], name, sampling, member.role))
-    rule_options = config.rule_options() if rule is None else {"rule": rule}
+    names = [member.name for member in members]
+    rule_options = _rule_options(config, names) if rule is None else {"rule": rule}
     defaults = GenerationOptions(
         method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )
     if rule is None:
         _check_use(config, defaults.combination)
     if router is None:
-        router = _router(config.router, checked_weights, [member.name for member in members])
+        router = _router(config.router, checked_weights, names)
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 
@@ -294,6 +295,22 @@ def _load_or_share(
     if progress is not None:
         progress(spec.name or spec.model)
     return load_engine(spec)
+
+
+def _rule_options(config: EnsembleConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Return the rule and its parameters; a rule with a trained gate as an object."""
+    if config.combination is None or config.combination.accept is None:
+        return config.rule_options()
+    from mixlm.core.combinations.defer import Defer
+    from mixlm.routing.deferral import DeferralGate
+
+    gate = DeferralGate.load(config.combination.accept)
+    if gate.names != tuple(names):
+        raise ConfigError(
+            f"the gate in {config.combination.accept} was trained for {', '.join(gate.names)}, in that order",
+            f"this ensemble's members are {', '.join(names)}",
+        )
+    return {"rule": Defer(accept=gate)}
 
 
 def _router(config: RouterConfig, weights: Floats, names: Sequence[str]) -> Router:

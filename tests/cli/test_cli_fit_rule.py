@@ -49,3 +49,48 @@ def test_what_does_not_go_with_a_rule_is_refused(run: Run, words: str, options: 
     done = run("fit", words, *MEMBERS, *options)
     assert done.code == 2
     assert message in done.err
+
+
+def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 1)
+    monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (3.0,))
+    defer = ("fit", words, *MEMBERS, "--rule", "defer")
+    done = run(*defer, "--router", "keep.json", "--output", "pair.toml", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert [row["name"] for row in rows][:3] == ["toy:1", "toy:2", "average"]
+    assert 0 < rows[-1]["forwards"] < 1
+    config = read_config("pair.toml")
+    assert config.combination is not None
+    assert config.combination.accept == str(Path.cwd() / "keep.json")
+    written = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--seed", "1")
+    assert written.code == 0, written.err
+    threshold = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--strength", "0.5")
+    assert threshold.code == 0, threshold.err
+    turned = run("generate", "-m", "toy:2", "-m", "toy:1", "-e", "pair.toml", "--raw", "a")
+    assert turned.code == 2
+    for options, message in (
+        (("--router", "keep.json", "--by", "top"), "--by is what mixlm fit --rule finds"),
+        (("--router", "keep.json", "--features", "top_k"), "--features is of weights and routers"),
+        (("--price", "1"), "--price is of a router"),
+        (("--router", "keep.json", "-m", "toy:3"), "is for two members, and there are 3"),
+    ):
+        refused = run(*defer, "--force", *options)
+        assert refused.code == 2
+        assert message in refused.err
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('rule = "max"\naccept = "keep.json"', "accept is a gate of rule defer, and the rule is 'max'"),
+        ('rule = "defer"\nstrength = 0.5\naccept = "keep.json"', "give one of them"),
+        ('rule = "defer"\naccept = "keep.json"', "keep.json cannot be read"),
+    ],
+)
+def test_a_gate_in_an_ensemble_file_is_checked(run: Run, words: str, table: str, message: str) -> None:
+    members = '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n'
+    Path("pair.toml").write_text(f"[combination]\n{table}\n{members}")
+    done = run("generate", "-e", "pair.toml", "--raw", "a")
+    assert done.code == 2
+    assert message in done.err

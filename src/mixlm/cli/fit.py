@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
@@ -10,7 +11,7 @@ from typer import Argument, Option
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
 from mixlm.cli.display import dim, engines_by_member, print_json
-from mixlm.cli.fit_rule import fit_rule, fits_rule, with_weight
+from mixlm.cli.fit_rule import GateToTrain, defers, fit_rule, fits_rule, with_weight
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -74,6 +75,16 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    price: Annotated[
+        float | None,
+        Option(
+            "--price",
+            metavar="NATS",
+            help="With --rule defer and --router: what a forward of the second member costs, in nats of likelihood."
+            " Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     grid: Annotated[bool, Option("--grid", help="Also search a grid of weights, for comparison.")] = False,
     step: Annotated[
         float | None,
@@ -130,10 +141,11 @@ def fit(
 
     The fit maximises the likelihood of the mixture. Every member scores each text once; EM fits the weights to the
     first part of each text, and the rest validates them. With --rule, the rule's strength is fitted, and the weights of
-    geometric and power unless they are given. With --accuracy, the weights are also evaluated on a task,
+    geometric and power unless they are given; with --rule defer and --router, a gate that decides which tokens of the
+    first member are kept. With --accuracy, the weights are also evaluated on a task,
     and the generation options apply to it.
     """
-    chosen = _RouterOptions(features, gate, observe)
+    chosen = _RouterOptions(features, gate, observe, price)
     chosen.check(router)
     accuracy_options = AccuracyOptions(accuracy, limit, seeds, data, out)
     accuracy_options.check()
@@ -142,19 +154,20 @@ def fit(
     config = shared.config()
     if grid and step is None:
         step = 0.1
-    _check(config, holdout, bootstrap, step)
-    if prompt_bytes < 0:
-        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 means no prompts")
+    _check(config, holdout, bootstrap, step, prompt_bytes)
     check_writable("--output", output, force=force)
     check_writable("--router", router, force=force)
-    if router is not None and router.suffix == ".safetensors":
-        raise ConfigError("--router is a .safetensors file, and describes itself in JSON", "such as --router gate.json")
     texts = read_texts(files)
     if fits_rule(config):
-        unused = {"--router": router is not None, "--grid": step is not None, "--accuracy": accuracy is not None}
-        unused |= {"--prompt-bytes": prompt_bytes > 0, "--ends": ends is not None}
+        unused = {"--router": router is not None and not defers(config), "--grid": step is not None}
+        unused |= {"--features": features is not None, "--observe": observe is not None}
+        unused |= {"--accuracy": accuracy is not None, "--prompt-bytes": prompt_bytes > 0, "--ends": ends is not None}
         rule_pairs = prompts_and_answers(texts, ends=None, system=shared.system)
-        return fit_rule(shared, texts, rule_pairs, holdout=holdout, output=output, as_json=as_json, unused=unused)
+        trained = chosen.gate_to_train(router, model_identities(config, not no_cache))
+        return fit_rule(
+            shared, texts, rule_pairs, holdout=holdout, output=output, as_json=as_json, unused=unused, trained=trained
+        )
+    chosen.refuse_price()
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = accuracy_options.load(shared)
     ensemble = open_ensemble(shared, {})
@@ -206,6 +219,7 @@ class _RouterOptions(NamedTuple):
     features: str | None
     gate: str | None
     observe: str | None
+    price: float | None
 
     @property
     def kind(self) -> GateKind:
@@ -223,10 +237,19 @@ class _RouterOptions(NamedTuple):
 
     def check(self, router: Path | None) -> None:
         """Raise UsageError without a router to write, ConfigError for a value that is none."""
-        options = (("--features", self.features), ("--gate", self.gate), ("--observe", self.observe))
+        options = (
+            ("--features", self.features),
+            ("--gate", self.gate),
+            ("--observe", self.observe),
+            ("--price", self.price),
+        )
         given = [name for name, value in options if value is not None]
         if given and router is None:
             raise UsageError(f"{given[0]} is of a router, and none is trained", "add --router FILE")
+        if router is not None and router.suffix == ".safetensors":
+            raise ConfigError("--router is a .safetensors file, and is described in JSON", "such as --router gate.json")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ConfigError(f"--price is {self.price:g}; it must be a number, 0 or more")
         if self.gate is not None:
             OptionSpec(choices=("linear", "mlp")).check("--gate", self.gate)
         from mixlm.routing.gate_router import GROUPS
@@ -235,6 +258,15 @@ class _RouterOptions(NamedTuple):
             OptionSpec(choices=(*GROUPS, "all")).check("--features", group)
         if self.groups == ("text",) and self.observe is not None:
             raise UsageError("--observe names a member, and the features are of the text", "add --features top_k")
+
+    def gate_to_train(self, router: Path | None, models: list[str | None] | None) -> GateToTrain | None:
+        """Return the gate of rule defer; None where no file is named."""
+        return None if router is None else GateToTrain(router, self.kind, self.price or 0.0, models)
+
+    def refuse_price(self) -> None:
+        """Raise UsageError for a price without rule defer."""
+        if self.price is not None:
+            raise UsageError("--price is of a gate of rule defer", "add --rule defer and --router FILE")
 
     def inputs(self, ensemble: Ensemble) -> GateInputs | None:
         """Return what the gate looks at; None for the linear gate on the text."""
@@ -245,7 +277,7 @@ class _RouterOptions(NamedTuple):
         return choose_inputs(ensemble, self.groups, self.observe)
 
 
-def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None) -> None:
+def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None, prompt_bytes: int) -> None:
     from mixlm.loading import check_full_distributions
 
     check_full_distributions(config, "mixlm fit")
@@ -257,6 +289,8 @@ def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float |
         raise ConfigError(f"--holdout is {holdout:g}; it must be 0 or more, and less than 1", "such as: --holdout 0.5")
     if bootstrap < 0:
         raise ConfigError(f"--bootstrap is {bootstrap}; it must be 0 or more", "0 means no intervals")
+    if prompt_bytes < 0:
+        raise ConfigError(f"--prompt-bytes is {prompt_bytes}; it must be 0 or more", "0 means no prompts")
     if step is not None:
         from mixlm.fitting.likelihood import grid_points
 

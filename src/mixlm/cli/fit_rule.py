@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mixlm.cli.display import dim, print_json
+from mixlm.cli.inputs import score_texts
 from mixlm.cli.loading import open_ensemble
 from mixlm.cli.options import Shared
 from mixlm.cli.tables import print_lines, print_table
@@ -15,12 +18,27 @@ from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
     from mixlm.config import EnsembleConfig, MemberConfig
+    from mixlm.fitting.gate_trainer import GateKind
     from mixlm.fitting.rule_strength import StrengthFit
 
 
 def fits_rule(config: EnsembleConfig) -> bool:
     """Whether an ensemble has a rule to fit."""
     return config.combination is not None and config.combination.rule != "average"
+
+
+def defers(config: EnsembleConfig) -> bool:
+    """Whether the rule of an ensemble is defer."""
+    return config.combination is not None and config.combination.rule == "defer"
+
+
+class GateToTrain(NamedTuple):
+    """A gate of rule defer: its file, its kind, the price of the second member's forwards; models' identities."""
+
+    path: Path
+    kind: GateKind
+    price: float
+    models: list[str | None] | None
 
 
 def fit_rule(
@@ -32,6 +50,7 @@ def fit_rule(
     output: Path | None,
     as_json: bool,
     unused: Mapping[str, bool],
+    trained: GateToTrain | None = None,
 ) -> int:
     """Fit the rule of the ensemble to texts, of which the last part is held out.
 
@@ -43,16 +62,20 @@ def fit_rule(
         output: Where the ensemble with the fitted rule is written.
         as_json: Print one JSON object.
         unused: Options that do not go with a rule, by name, and whether they are given.
+        trained: The gate of rule defer that is trained in place of its strength.
     """
     config = shared.config()
     assert config.combination is not None
     for name, given in unused.items():
         if given:
             raise UsageError(f"{name} is of weights and routers, and --rule fits the strength of a rule", "omit it")
-    if "strength" in shared.generation:
-        raise UsageError("--strength is what mixlm fit --rule finds", "omit it")
+    found = ("strength",) if trained is None else ("strength", "by")
+    if named := [name for name in found if name in shared.generation]:
+        raise UsageError(f"--{named[0]} is what mixlm fit --rule finds", "omit it")
     if pairs:
         raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
+    if trained is not None:
+        return _fit_gate(shared, texts, trained, holdout=holdout, output=output, as_json=as_json)
     from mixlm.core.rule_options import build_rule
     from mixlm.fitting.rule_strength import check_fittable, fit_strength
     from mixlm.scoring.rule_scores import text_passages
@@ -71,6 +94,78 @@ def fit_rule(
         print_json({"members": list(ensemble.names), **result.as_dict()})
     else:
         _show(result, ensemble.names, config.combination.rule, weights_given=weights_given)
+    if output is not None:
+        dim(f"ensemble written to {output}: use it with -e {output}")
+    return 0
+
+
+def _fit_gate(
+    shared: Shared,
+    texts: Mapping[str, str],
+    trained: GateToTrain,
+    *,
+    holdout: float,
+    output: Path | None,
+    as_json: bool,
+) -> int:
+    """Train a gate of rule defer on texts, of which the last part is held out."""
+    from mixlm.fitting.deferral import DeferralScores, compare, train_deferral
+    from mixlm.fitting.gates import untrained
+    from mixlm.routing.gate_router import GateInputs
+    from mixlm.routing.observation import TOP_K
+    from mixlm.scoring.scores import concatenate
+
+    config = shared.config()
+    if len(config.members) != 2:
+        raise ConfigError(
+            f"a gate of rule defer is for two members, and there are {len(config.members)} of them",
+            "name the one that is kept, and the one that is asked",
+        )
+    ensemble = open_ensemble(shared, {})
+    observed = ensemble.names[0]
+    watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
+    parts = {name: _split(text, holdout) for name, text in texts.items()}
+    train, check = (
+        list(
+            score_texts(
+                watching,
+                {name: part[side] for name, part in parts.items() if part[side]},
+                {},
+                trained.models,
+                ends=None,
+                system=None,
+            ).values()
+        )
+        for side in (0, 1)
+    )
+    with progress_bars() as progress:
+        gate = train_deferral(
+            train,
+            trained.kind,
+            price=trained.price,
+            progress=None if progress is None else lambda done, _: progress("training the gate", done, done),
+        )
+    gate.save(trained.path)
+    if output is not None:
+        from mixlm.config import CombinationConfig, write_config
+
+        members = tuple(with_weight(member, member.weight) for member in config.members)
+        # Paths in an ensemble file are relative to its folder.
+        accept = os.path.relpath(trained.path.resolve(), output.resolve().parent)
+        combination = CombinationConfig(rule="defer", accept=accept)
+        write_config(config.model_copy(update={"members": members, "combination": combination}), output)
+    fitted = DeferralScores.of(concatenate(train))
+    rows = compare(
+        ensemble.names, fitted, DeferralScores.of(concatenate(check)) if check else fitted, gate, ensemble.weights
+    )
+    if as_json:
+        print_json({"members": list(ensemble.names), "rule": "defer", "rows": [asdict(row) for row in rows]})
+    else:
+        heads = ["", "bits per byte", f"forwards of {ensemble.names[1]} a token"]
+        table = [(row.name, f"{row.bits_per_byte:.4f}", f"{row.forwards:.2f}") for row in rows]
+        print_table(heads, table, right=set(heads[1:]))
+        print_lines(f"On {'held-out text' if check else 'the training text'}; {observed} runs at every token.")
+    dim(f"gate written to {trained.path}, its numbers to {trained.path.with_suffix('.safetensors').name}")
     if output is not None:
         dim(f"ensemble written to {output}: use it with -e {output}")
     return 0
@@ -96,7 +191,7 @@ def _write(result: StrengthFit, config: EnsembleConfig, output: Path) -> None:
     write_config(config.model_copy(update={"members": members, "combination": fitted}), output)
 
 
-def with_weight(member: MemberConfig, weight: float) -> MemberConfig:
+def with_weight(member: MemberConfig, weight: float | None) -> MemberConfig:
     """Return a member with its weight and an absolute path, if its model is a path."""
     path = Path(member.model).expanduser()
     local = (path / "config.json").is_file() or path.is_file()

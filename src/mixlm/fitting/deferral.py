@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mixlm.core.mixing import mixture_logprobs
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.gate_trainer import GateKind, Progress, choose
 from mixlm.routing.deferral import DeferralGate, deferral_features
@@ -22,6 +23,7 @@ from mixlm.types import Floats, Ids
 
 _VALIDATION = 0.25  # of each text
 _SAME = 1e-3  # between two log-probabilities of one token, in nats
+_STRENGTHS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())  # of the largest probability
 _START = np.array([0.5, 0.5])
 
 
@@ -83,6 +85,41 @@ class DeferralScores:
         """Return the log-probability of each token where all is kept of a likely enough one, and the mean kept."""
         keeps = np.exp(self.likely[:, 0]) >= strength
         return np.where(keeps, self.logprobs[:, 0], self.logprobs[:, 1]), float(keeps.mean())
+
+
+@dataclass(frozen=True)
+class DeferralRow:
+    """One way to use two members: bits per byte, and forwards of the second member a token."""
+
+    name: str
+    bits_per_byte: float
+    forwards: float
+
+
+def compare(
+    names: Sequence[str], train: DeferralScores, check: DeferralScores, gate: DeferralGate, weights: Floats
+) -> list[DeferralRow]:
+    """Return what the members alone, their average, the best threshold and the gate make of a text.
+
+    Args:
+        names: The two members'.
+        train: Chooses the threshold of the largest probability.
+        check: The text.
+        gate: The gate.
+        weights: Of the average, float64 (2,).
+    """
+
+    def row(name: str, logprobs: Floats, forwards: float) -> DeferralRow:
+        return DeferralRow(name, float(-logprobs.sum() / np.log(2) / check.size), float(forwards))
+
+    strength = max(_STRENGTHS, key=lambda strength: train.by_top(strength)[0].sum())
+    by_top, kept = check.by_top(strength)
+    return [
+        *(row(name, check.logprobs[:, i], float(i)) for i, name in enumerate(names)),
+        row("average", mixture_logprobs(check.logprobs, weights), weights[1]),
+        row(f"defer, strength {strength:g}", by_top, 1 - kept),
+        row("defer, gate", check.deferred(gate), 1 - check.kept(gate).mean()),
+    ]
 
 
 class _Deferral:

@@ -3,9 +3,9 @@
 python -m research.scripts.prefill_gaps [-m MODEL ...] [--streams N] [--prompt TOKENS ...] [--chunk TOKENS ...]
 
 N generations run; after some tokens of each, one with a long prompt is added. The gap of a generation is the time from
-one of its tokens to the next. Each run prints the median gap before the prompt came, and the median and the longest
-while its members prefilled it. Chunk 0 is prefill in one step. Chunk sizes take turns, so that the load of a shared
-machine meets all of them alike.
+one of its tokens to the next. Each run prints the median and the longest gap before the prompt came, and both while its
+members prefilled it. TOKENS is the most that one step prefills; the scheduler takes fewer where they take long. 0 is
+prefill in one step. Chunk sizes take turns, so that the load of a shared machine meets all of them alike.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import argparse
 import statistics
 import time
 
-import mixlm
+from mixlm.config import parse_config
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
+from mixlm.loading import load_config
 
 WORDS = "The river runs past the old mill, and the birds sing in the trees above it. "
 
@@ -34,7 +35,7 @@ def measure(ensemble: Ensemble, streams: int, prompt: str, chunk: int, usual_tok
     scheduler = Scheduler(streams + 1, chunk or None)
 
     def start(text: str, number: int) -> Generation:
-        settings = ensemble.settings(raw=True, seed=number, max_tokens=1000, ignore_end=True)
+        settings = ensemble.settings(raw=True, seed=number, max_tokens=3000, ignore_end=True)
         generation = ensemble.context(settings).start(ensemble.encode_prompt(text, settings))
         scheduler.add(generation)
         return generation
@@ -56,10 +57,12 @@ def measure(ensemble: Ensemble, streams: int, prompt: str, chunk: int, usual_tok
     late: Generation | None = None
     while min(len(generation.completion.tokens) for generation in others) < usual_tokens:
         step()
-    usual, begin = statistics.median(gaps[len(gaps) // 2 :]), time.perf_counter()
+    usual_gaps = gaps[len(gaps) // 2 :]
+    usual, longest_usual, begin = statistics.median(usual_gaps), max(usual_gaps), time.perf_counter()
     gaps.clear()
     late = start(prompt, streams)
-    while any(not generation.stats.forwards for generation in late.sessions) or not late.ready:
+    lengths = [len(ids) for ids in ensemble.encode_prompt(prompt, ensemble.settings(raw=True)).ids]
+    while any(session.num_cached < length for session, length in zip(late.sessions, lengths, strict=True)):
         step()
     seconds = time.perf_counter() - begin
     # Those that still wait have a gap too.
@@ -68,8 +71,8 @@ def measure(ensemble: Ensemble, streams: int, prompt: str, chunk: int, usual_tok
         scheduler.cancel(generation)
     tokens = max(member.prompt_tokens for member in late.completion.usage.members.values())
     return (
-        f"prompt {tokens}, chunk {chunk}: usual gap {usual:.2f} s; with the prompt: median "
-        f"{statistics.median(gaps):.2f} s, longest {max(gaps):.2f} s = "
+        f"prompt {tokens}, chunk {chunk}: usual gap {usual:.2f} s, longest {longest_usual:.2f} s; "
+        f"with the prompt: median {statistics.median(gaps):.2f} s, longest {max(gaps):.2f} s = "
         f"{max(gaps) / usual:.1f} times the usual; all prefilled after {seconds:.1f} s"
     )
 
@@ -80,15 +83,16 @@ def main() -> None:
     parser.add_argument("-m", dest="models", action="append")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, nargs="+", default=[2000, 7000])
-    parser.add_argument("--chunk", type=int, nargs="+", default=[0, 64, 128, 256])
+    parser.add_argument("--chunk", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
-    ensemble = mixlm.load(*arguments.models or ["smollm2-135m", "gemma-3-270m"])
+    members = [{"model": model} for model in arguments.models or ("smollm2-135m", "gemma-3-270m")]
+    ensemble = load_config(parse_config({"members": members}, "load"), sequences=arguments.streams + 1)
     for _ in range(arguments.repeats):
         for tokens in arguments.prompt:
             prompt = long_prompt(ensemble, tokens)
             for chunk in arguments.chunk:
-                print(measure(ensemble, arguments.streams, prompt, chunk, 6), flush=True)
+                print(measure(ensemble, arguments.streams, prompt, chunk, 12), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ python -m research.scripts.serve_load KIND …
     one        [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
     many       [-m MODEL ...] [--clients N]                 N streams at once against a batch
     malformed  [--requests N]                               spoiled requests: statuses, memory
-    mixed      [-m MODEL ...] [--requests N]                schemas, long prompts, log-probabilities: memory
+    mixed      [-m MODEL ...] [--requests N] [--log FILE]   requests of all kinds: memory over time
     cancel                                                  clients that leave, under load
+
+With --log, `mixed` writes what it prints to a file too, and leaves its server running when it is interrupted: the same
+command goes on with both.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,35 +37,48 @@ PROMPTS = ("Why is the sky blue?", "Name three rivers.", "What is a mixture?", "
 
 
 class Served:
-    """A server in a process of its own."""
+    """A server in a process of its own.
 
-    def __init__(self, models: Sequence[str], *options: str) -> None:
+    Args:
+        models: The members.
+        options: Further options of the command.
+        lasting: Whether it survives this program's interrupt.
+    """
+
+    def __init__(self, models: Sequence[str], *options: str, lasting: bool = False) -> None:
         chosen = [word for model in models for word in ("-m", model)]
         command = [sys.executable, "-c", MAIN, "serve", "--port", "0", "--log", "error", *chosen, *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        url = next(match[1] for line in self.process.stderr if (match := re.match(r"serving .* at http://(\S+)", line)))
-        self.port = int(url.rpartition(":")[2])
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=lasting)
+        assert self._process.stderr is not None
+        url = next(
+            match[1] for line in self._process.stderr if (match := re.match(r"serving .* at http://(\S+)", line))
+        )
+        self.pid, self.port = self._process.pid, int(url.rpartition(":")[2])
 
     @property
     def memory(self) -> float:
         """Resident memory, MB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+        return memory(self.pid)
 
     @property
     def seconds(self) -> float:
         """Processor time so far."""
-        return _seconds(Path(f"/proc/{self.process.pid}/stat"))
+        return _seconds(Path(f"/proc/{self.pid}/stat"))
 
     @property
     def loop_seconds(self) -> float:
         """Processor time so far of the thread that reads requests and writes responses."""
-        return _seconds(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat"))
+        return _seconds(Path(f"/proc/{self.pid}/task/{self.pid}/stat"))
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+        self._process.terminate()
+        self._process.wait()
+
+
+def memory(pid: int) -> float:
+    """Resident memory of a process, MB. Raises OSError where there is none."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def _seconds(stat: Path) -> float:
@@ -200,38 +218,107 @@ def measure_malformed(requests: int) -> None:
     assert not [status for status in statuses if status >= 500]
 
 
-def measure_mixed(models: Sequence[str], requests: int) -> None:
-    """Requests of all kinds, each schema and prompt another one; prints the memory along the way."""
-    server, rng, statuses = Served(models, "--max-tokens", "8"), random.Random(0), Counter[int]()
-    words = ("one", "river", "the", "light", "falls")
+WORDS = ("one", "river", "the", "light", "falls", "stone", "a", "bird", "sings", "over")
+PLACE = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}}
 
-    def body(number: int) -> tuple[str, dict[str, Any]]:
-        text = f"{number} " + " ".join(rng.choice(words) for _ in range(rng.choice((3, 30, 1500))))
-        if number % 3 == 0:
-            names = {f"name{number}_{i}": {"type": "integer"} for i in range(rng.choice((3, 300, 2000)))}
-            schema = {"name": "x", "schema": {"type": "object", "properties": names}}
-            form = {"type": "json_schema", "json_schema": schema}
-            return "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": form}
-        if number % 3 == 1:
-            return "/v1/completions", {"prompt": text[:2000], "echo": True, "logprobs": 5, "max_tokens": 0}
-        return "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "logprobs": True}
+
+def mixed_request(number: int) -> tuple[str, bytes]:
+    """A valid or an invalid request, another one for each number: its path and body."""
+    rng = random.Random(number)
+    text = f"{number} " + " ".join(rng.choices(WORDS, k=200 if number % 50 == 7 else rng.randrange(3, 9)))
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "seed": number, "max_tokens": 3}
+    kind = number % 20
+    if kind == 0:  # schemas; those of 2,000 properties are refused
+        names = {f"name{number}_{i}": {"type": "integer"} for i in range(rng.choice((3, 30, 300, 2000)))}
+        schema = {"name": "x", "schema": {"type": "object", "properties": names}}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif number % 100 == 1:
+        function = {"name": f"f{number}", "description": text, "parameters": PLACE}
+        body["tools"] = [{"type": "function", "function": function}]
+    elif kind in (2, 3, 12, 13):
+        return spoiled(rng)
+    elif kind == 4:
+        return "/v1/responses", json.dumps({"input": text, "max_output_tokens": 3}).encode()
+    elif kind == 5:  # refused for members of which only the likeliest tokens are known
+        body = {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 0}
+        return "/v1/completions", json.dumps(body).encode()
+    elif kind == 6:
+        body |= {"stream": True, "logprobs": True, "top_logprobs": 5, "n": 2}
+    elif number % 100 == 8:  # refused: 200,000 characters are allowed
+        body["messages"] = [{"role": "user", "content": f"{number}" + "<bos>" * 50_000}]
+    elif number % 100 == 58:  # tokenized, and then refused for its length
+        body["messages"] = [{"role": "user", "content": f"{number} " + "long " * 39_000}]
+    elif kind > 8:
+        return "/v1/completions", json.dumps({"prompt": text, "seed": number, "max_tokens": 3}).encode()
+    return "/v1/chat/completions", json.dumps(body).encode()
+
+
+def measure_mixed(models: Sequence[str], requests: int, log: Path | None) -> None:
+    """Send requests of all kinds, eight at a time; print the server's memory along the way."""
+    records: list[dict[str, Any]] = []
+    if log is not None and log.exists():
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+
+    def record(**values: Any) -> None:
+        records.append(values)
+        print(values, flush=True)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    server = None
+    running = [entry for entry in records if "pid" in entry][-1:]
+    if not (running and _is_server(running[0]["pid"])):
+        server = Served(models, "--max-tokens", "4", lasting=log is not None)
+        record(pid=server.pid, port=server.port)
+        running = records[-1:]
+    pid, port, start = running[0]["pid"], running[0]["port"], time.monotonic()
+    done = max((entry["requests"] for entry in records if "requests" in entry), default=0)
+    statuses = Counter[int]()
 
     async def ask(number: int) -> None:
-        path, fields = body(number)
-        reader, writer = await asyncio.open_connection("localhost", server.port)
-        writer.write(request(json.dumps(fields).encode(), path))
-        statuses[int((await reader.read()).split(b" ", 2)[1])] += 1
+        path, data = mixed_request(number)
+        reader, writer = await asyncio.open_connection("localhost", port)
+        writer.write(request(data, path))
+        head = await reader.readline()
+        statuses[int(head.split(b" ", 2)[1])] += 1
+        if number % 40 != 6:  # every second client of a stream leaves
+            await reader.read()
         writer.close()
 
     async def run() -> None:
-        for done in range(0, requests, 6):
-            await asyncio.gather(*[ask(done + i) for i in range(6)])
-            if done % 30 == 0:
-                print(f"{done} requests: {server.memory:.1f} MB", flush=True)
+        for first in range(done, requests, 50):
+            numbers = iter(range(first, min(first + 50, requests)))
 
+            async def client() -> None:
+                for number in numbers:  # noqa: B023 - the clients share it
+                    await ask(number)
+
+            await asyncio.gather(*[client() for _ in range(8)])
+            seconds = round(time.monotonic() - start)
+            record(requests=min(first + 50, requests), megabytes=round(memory(pid), 1), seconds=seconds)
+
+    record(requests=done, megabytes=round(memory(pid), 1), seconds=0)
     asyncio.run(run())
-    print(f"{requests} requests: {server.memory:.1f} MB; statuses {dict(sorted(statuses.items()))}")
-    server.stop()
+    print(f"statuses of this run: {dict(sorted(statuses.items()))}")
+    if server is not None:
+        server.stop()
+    else:
+        os.kill(pid, signal.SIGTERM)
+    points = [(entry["requests"], entry["megabytes"]) for entry in records if "requests" in entry]
+    early, late = (
+        statistics.median(size for count, size in points if low * requests <= count <= high * requests)
+        for low, high in ((0.25, 0.5), (0.75, 1))
+    )
+    print(f"second quarter {early:.1f} MB, last quarter {late:.1f} MB: {100 * (late / early - 1):+.1f} %")
+    assert not [status for status in statuses if status >= 500]
+
+
+def _is_server(pid: int) -> bool:
+    try:
+        return b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def measure_cancel(models: Sequence[str]) -> None:
@@ -273,7 +360,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int)
+    parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
     models = arguments.models or ["smollm2-135m", "gemma-3-270m"]
     if arguments.what == "one":
@@ -281,9 +369,9 @@ def main() -> None:
     elif arguments.what == "many":
         measure_many(models, arguments.tokens, arguments.repeats, arguments.clients)
     elif arguments.what == "malformed":
-        measure_malformed(arguments.requests)
+        measure_malformed(arguments.requests or 10_000)
     elif arguments.what == "mixed":
-        measure_mixed(models, arguments.requests)
+        measure_mixed(models, arguments.requests or 2000, arguments.log)
     else:
         measure_cancel(models)
 

@@ -290,6 +290,50 @@ def test_others_write_while_a_long_prompt_is_prefilled(router):
         scheduler.cancel(writing)
 
 
+@pytest.mark.parametrize(
+    ("call_seconds", "token_seconds", "others", "sizes"),
+    [
+        (10, 1, 1, [4] * 97),  # half of a decode step's time is 5 tokens
+        (10, 0.1, 1, [4, 8, 16, *[32] * 11]),
+        (10, 0.001, 1, [4, 8, 16, 32, 64, 128]),
+        (0, 0.001, 0, [128, 256]),  # half a second
+        (0, 0.007, 0, [128, 64, 64, 64, 64]),
+    ],
+)
+def test_chunks_are_as_long_as_others_can_wait(call_seconds, token_seconds, others, sizes):
+    """A clock that counts decode steps, and the tokens of prompts."""
+    ensemble = make_ensemble([engine(seed=1)])
+    clock, prefills = 0.0, []
+
+    def on_forward(ids, last):
+        nonlocal clock
+        clock += call_seconds if len(ids) == 1 else token_seconds * len(ids)
+        if len(ids) > 1:
+            prefills.append(len(ids))
+
+    ensemble.members[0].engine.on_forward = on_forward
+    scheduler, options = Scheduler(10, 256), ensemble.settings(raw=True, seed=1, max_tokens=1000, ignore_end=True)
+
+    def start(prompt):
+        generation = ensemble.context(options).start(ensemble.encode_prompt(prompt, options))
+        scheduler.add(generation)
+        return generation
+
+    with patch("mixlm.generation.scheduler.time") as time:
+        time.perf_counter = lambda: clock
+        for _ in range(others):
+            start("a")
+        for _ in range(60):
+            scheduler.step()
+        prefills.clear()
+        late = start("abc" * 200)
+        while not late.completion.tokens:
+            scheduler.step()
+    assert prefills[: len(sizes)] == sizes
+    assert len(prefills) == len(sizes) + 1
+    assert sum(prefills) == 401
+
+
 def test_a_cancelled_prompt_stops_within_a_chunk():
     ensemble = make_ensemble([engine(seed=1)])
     lengths: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,7 +135,9 @@ def serve(
     tracer = tracer_for(traces, os.environ)
     listener = address.bind()
     try:
-        registry = ModelRegistry(_ensembles(shared, config, name, batch))
+        ensembles = _ensembles(shared, config, name, batch)
+        limits = replace(limits, max_batch=_most_together(ensembles, batch))
+        registry = ModelRegistry(ensembles)
         log_to_stderr(log)
         app = ServerApp(registry, limits, keys, address.allowed_hosts, tracer)
         names = ", ".join(model.name for model in registry)
@@ -159,6 +162,20 @@ def _ensembles(shared: Shared, folder: Path | None, name: str | None, batch: int
         raise ConfigError(f"there is no ensemble file (*.toml) in {folder}", "mixlm fit --output writes one")
     engines: dict[EngineSpec, Engine] = {}
     return {path.stem: _open(replace(shared, ensemble=path), engines, batch) for path in paths}
+
+
+def _most_together(ensembles: Mapping[str, Ensemble], batch: int) -> int:
+    """Return how many completions can run together without taking one another's slots."""
+    most = batch
+    for ensemble in ensembles.values():
+        engines = [member.engine for member in ensemble.members]
+        for engine in engines:
+            if engine.max_sequences is not None:
+                sharing = sum(other.batch_key == engine.batch_key for other in engines)
+                most = max(min(most, engine.max_sequences // sharing), 1)
+    if most < batch:
+        dim(f"note: {most} completions run together, as members in llama.cpp have slots; see `slots` of a member")
+    return most
 
 
 def _open(shared: Shared, engines: dict[EngineSpec, Engine], batch: int) -> Ensemble:

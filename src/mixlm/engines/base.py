@@ -232,6 +232,9 @@ class Engine(ABC):
 
     details: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
+    max_top_k: how many it returns at most where a `TopKFilter` wants more than that, None for no limit.
+    takes_ids: with a `top_k_limit`, whether it can report the top tokens among given ids (`AllowedIds`).
+    max_sequences: of how many sequences it keeps the KV cache, None for all; more push out one another's.
     device: Any = "cpu"
     top_k_limit: int | None = None
     hidden_size: int | None = None
@@ -240,6 +243,9 @@ class Engine(ABC):
     def __init__(self, name: str, text: TextInterface, context_length: int) -> None:
         self.name = name
         self.context_length = context_length
+    max_top_k: int | None = None
+    takes_ids: bool = False
+    max_sequences: int | None = None
         self.vocabulary = text.vocabulary
         self.encoder = text.encoder
         self.prompts = text.prompts

@@ -9,13 +9,15 @@ never idle while another one works.
 
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
-prompt, behind which the request itself is queued again. The chunks of a prompt do not depend on the load.
+prompt, behind which the request itself is queued again. Its size follows the time that calls take: while others are
+generated, a chunk may add half of a decode step's time to a call.
 
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixlm.engines.base import Engine
-from mixlm.engines.requests import GenerateRequest, LogitsRequest, Response
+from mixlm.engines.requests import GenerateRequest, LogitsRequest, Request, Response
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
@@ -37,6 +39,16 @@ from mixlm.types import TopKFilter
 _MAX_SKIPPED_CALLS = 8
 # A request for more tokens than this is a prefill.
 _MAX_DECODE_TOKENS = 16
+# Tokens: of the smallest and the largest chunk, and of the first one where nothing else is generated.
+_MIN_CHUNK = 4
+_MAX_CHUNK = 8192
+_FIRST_CHUNK_ALONE = 128
+# A prompt of no more tokens than this runs in one call.
+_SHORT_PROMPT = 64
+# A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated. Then
+# it bounds how long a new request, or a cancelled one, waits.
+_CHUNK_SHARE = 0.5
+_CHUNK_SECONDS_ALONE = 0.5
 # A prompt whose chunks were lost more often than this is prefilled in one call.
 _MAX_LOSSES = 3
 # The logits of a chunk are not used.
@@ -70,17 +82,50 @@ class _QueuedRequest(NamedTuple):
 
 @dataclass(slots=True)
 class _EngineQueue:
-    """Requests for one engine. since: the scheduler's count of calls when the oldest of them came."""
+    """Requests for one engine.
+
+    since: the scheduler's count of calls when the oldest of them came. decode_seconds: time of a call without prefills,
+    None where there was none. chunk, chunk_alone: tokens of a chunk while others are generated, and while none is.
+    """
 
     engine: Engine
     requests: list[_QueuedRequest] = field(default_factory=list)
     since: int = 0
+    decode_seconds: float | None = None
+    chunk: int = _MIN_CHUNK
+    chunk_alone: int = _FIRST_CHUNK_ALONE
+
+    def adapt(self, batch: _Batch, seconds: float) -> None:
+        """Learn from the time of a call: twice the chunk where it added little, half of it where it added too much."""
+        if not batch.prefill_tokens:
+            usual = self.decode_seconds or seconds
+            self.decode_seconds = 0.8 * usual + 0.2 * min(seconds, 2 * usual)  # a hiccup counts little
+        elif batch.prefill_tokens != batch.chunk:
+            pass  # short prompts, or one that runs as a whole
+        elif batch.alone:
+            self.chunk_alone = _adapted(batch.chunk, seconds, _CHUNK_SECONDS_ALONE)
+        elif self.decode_seconds is not None:
+            self.chunk = _adapted(batch.chunk, seconds - self.decode_seconds, _CHUNK_SHARE * self.decode_seconds)
+
+
+class _Batch(NamedTuple):
+    """The requests of one call.
+
+    prefill_tokens: how many tokens of prompts it runs. chunk: how many of a long one. alone: whether every generation
+    waits for its prompt.
+    """
+
+    requests: list[_QueuedRequest]
+    prefill_tokens: int = 0
+    chunk: int = 0
+    alone: bool = False
 
 
 class _Running(NamedTuple):
     queue: _EngineQueue
-    requests: list[_QueuedRequest]
+    batch: _Batch
     call: EngineCall
+    start: float
 
 
 class Scheduler:
@@ -88,7 +133,7 @@ class Scheduler:
 
     Args:
         max_active: Generations in progress; the others wait, in order.
-        prefill_chunk: Tokens of prompts that one call runs; None for no limit, which is fastest in all.
+        prefill_chunk: Most tokens of prompts that one call runs; None for no limit, which is fastest in all.
     """
 
     def __init__(self, max_active: int = 16, prefill_chunk: int | None = None) -> None:
@@ -136,8 +181,9 @@ class Scheduler:
         advanced = self._admit()
         self._call_engines()
         for future in self._wait():
-            queue, requests, call = self._running.pop(future)
-            for queued, response in zip(requests, call.responses(), strict=True):
+            queue, batch, call, start = self._running.pop(future)
+            queue.adapt(batch, time.perf_counter() - start)
+            for queued, response in zip(batch.requests, call.responses(), strict=True):
                 if queued.rest is not None and not isinstance(response, MixlmError):
                     self._requeue(queue, queued.rest)
                 elif self._deliver(queued, response):
@@ -212,7 +258,7 @@ class Scheduler:
             queue = self._queues.setdefault(addressed.engine.batch_key, _EngineQueue(addressed.engine))
             queued = _QueuedRequest(waiting, place, addressed)
             if addressed.engine.asynchronous:
-                self._call(queue, [queued])
+                self._call(queue, _Batch([queued]))
                 continue
             if not queue.requests:
                 queue.since = self._calls
@@ -222,7 +268,8 @@ class Scheduler:
         """Free the slot. KV caches that another device's thread works on are freed when it is done."""
         if generation in self._active:
             self._active.remove(generation)
-        if any(queued.waiting.generation is generation for run in self._running.values() for queued in run.requests):
+        running = (queued for run in self._running.values() for queued in run.batch.requests)
+        if any(queued.waiting.generation is generation for queued in running):
             self._leaving.append(generation)
         else:
             generation.release()
@@ -236,34 +283,50 @@ class Scheduler:
             oldest = min(queues, key=lambda queue: queue.since)
             overdue = self._calls - oldest.since >= _MAX_SKIPPED_CALLS
             queue = oldest if overdue else max(queues, key=lambda queue: len(queue.requests))
-            requests, queue.requests = self._split(queue.requests)
+            batch, queue.requests = self._split(queue)
             self._calls += 1
-            self._call(queue, requests)
+            self._call(queue, batch)
 
-    def _split(self, requests: list[_QueuedRequest]) -> tuple[list[_QueuedRequest], list[_QueuedRequest]]:
+    def _split(self, queue: _EngineQueue) -> tuple[_Batch, list[_QueuedRequest]]:
         """Return the requests, or chunks of them, of the next call, and the requests that wait for another one."""
-        chunk = self.prefill_chunk
-        if chunk is None:
-            return requests, []
-        batch: list[_QueuedRequest] = []
+        prefills = [queued for queued in queue.requests if self.prefill_chunk is not None and _is_prefill(queued)]
+        if self.prefill_chunk is None or not prefills:
+            return _Batch(queue.requests), []
+        alone = self._only_prefills()
+        chunk = min(queue.chunk_alone if alone else queue.chunk, self.prefill_chunk)
+        budget = most = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
+        requests: list[_QueuedRequest] = []
         later: list[_QueuedRequest] = []
-        budget = chunk
-        for queued in requests:
-            part, tokens = _first_chunk(queued, chunk)
-            if tokens <= _MAX_DECODE_TOKENS:
-                batch.append(part)
-            elif tokens <= budget or budget == chunk:
-                batch.append(part)
+        for queued in queue.requests:
+            if not any(queued is prefill for prefill in prefills):
+                requests.append(queued)
+                continue
+            part, tokens = _first_chunk(queued, chunk, most)
+            if tokens <= budget or budget == most:
+                requests.append(part)
                 budget -= tokens
             else:
                 later.append(queued)
                 budget = 0  # the prefills behind it do not overtake it
-        return batch, later
+        return _Batch(requests, most - budget, chunk, alone), later
 
-    def _call(self, queue: _EngineQueue, requests: list[_QueuedRequest]) -> None:
+    def _only_prefills(self) -> bool:
+        """Whether every generation waits for the prefill of a prompt: then none is held up by one."""
+        prefilling = {
+            queued.waiting.generation
+            for queue in self._queues.values()
+            for queued in queue.requests
+            if _is_prefill(queued)
+        }
+        running = (queued for run in self._running.values() for queued in run.batch.requests)
+        prefilling.update(queued.waiting.generation for queued in running if queued.rest is not None)
+        return prefilling.issuperset(self._active)
+
+    def _call(self, queue: _EngineQueue, batch: _Batch) -> None:
         several_devices = len({queue.engine.device for queue in self._queues.values()}) > 1
-        call = self._dispatcher.begin([queued.addressed for queued in requests], in_thread=several_devices)
-        self._running[call.future] = _Running(queue, requests, call)
+        start = time.perf_counter()
+        call = self._dispatcher.begin([queued.addressed for queued in batch.requests], in_thread=several_devices)
+        self._running[call.future] = _Running(queue, batch, call, start)
         call.future.add_done_callback(self._done.put)
 
     def _wait(self) -> list[Future[Any]]:
@@ -276,19 +339,44 @@ class Scheduler:
         return done
 
 
-def _first_chunk(queued: _QueuedRequest, chunk: int) -> tuple[_QueuedRequest, int]:
-    """Return the part of a request that runs next, and how many tokens that has: the request itself if not too many."""
+def _missing(queued: _QueuedRequest) -> tuple[int, int]:
+    """Return how many tokens of a request are in the KV cache, and how many are not."""
     session, request = queued.addressed.session, queued.addressed.request
-    if isinstance(request, GenerateRequest):
-        return queued, 0
-    last = request.last if isinstance(request, LogitsRequest) else 1
-    cached = session.cached_tokens(request.ids, last)
-    missing = len(request.ids) - cached
+    cached = session.cached_tokens(request.ids, _last(request))
+    return cached, len(request.ids) - cached
+
+
+def _last(request: Request) -> int:
+    return request.last if isinstance(request, LogitsRequest) else 1
+
+
+def _is_prefill(queued: _QueuedRequest) -> bool:
+    """Whether a request is a prefill, and not a decode step or the catch-up of a few tokens."""
+    if isinstance(queued.addressed.request, GenerateRequest):
+        return False
+    return _missing(queued)[1] > _MAX_DECODE_TOKENS
+
+
+def _first_chunk(queued: _QueuedRequest, chunk: int, most: int) -> tuple[_QueuedRequest, int]:
+    """Return the part of a prefill that runs next, and how many tokens that has: all of it if not too many.
+
+    chunk, most: tokens of one chunk, and of all in a call.
+    """
+    session, request = queued.addressed.session, queued.addressed.request
+    cached, missing = _missing(queued)
     # A session may lose its KV cache between chunks, as a slot of llama.cpp: it begins again, but not for ever.
     losses = queued.losses + (cached < queued.chunked)
-    if missing - last < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
+    short = queued.chunked == 0 and missing <= min(_SHORT_PROMPT, most)
+    if short or missing - _last(request) < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
         return queued, missing
     prefix = request.ids[: cached + chunk]
     addressed = queued.addressed._replace(request=LogitsRequest(request.member, prefix, 1, _ONE_LOGIT))
     rest = queued._replace(chunked=len(prefix), losses=losses)
     return _QueuedRequest(queued.waiting, queued.place, addressed, rest=rest), chunk
+
+
+def _adapted(chunk: int, added: float, limit: float) -> int:
+    """Return the size of the next chunk. added: seconds that this one added to a call."""
+    if added > limit:
+        return max(chunk // 2, _MIN_CHUNK)
+    return min(2 * chunk, _MAX_CHUNK) if added < limit / 2 else chunk

@@ -14,7 +14,7 @@ class ServerLimits:
     Attributes:
         max_batch: Generations that run at the same time.
         max_queue: Generations that may wait in addition.
-        prefill_chunk: Tokens of prompts that one step of a model runs; longer prompts are prefilled in several steps.
+        prefill_chunk: Most tokens of prompts that one step of a model runs; fewer where they take long.
         request_timeout: From the arrival of a request to the end of its response.
         grace_period: For generations to finish once the server is told to stop.
         max_body_bytes: Size of a request body.
@@ -30,7 +30,7 @@ class ServerLimits:
 
     max_batch: int = 16
     max_queue: int = 64
-    prefill_chunk: int = 128
+    prefill_chunk: int = 1024
     request_timeout: float = 300.0
     grace_period: float = 30.0
     max_body_bytes: int = 1 << 20

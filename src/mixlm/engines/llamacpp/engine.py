@@ -88,6 +88,7 @@ class LlamaCppEngine(TopKOnlyEngine):
         self.slots = loaded.slots
         self.top_k_limit = loaded.top_k_limit
         self.weights_bytes = loaded.weights_bytes
+        self.max_sequences = loaded.slots.count
         self.protocol = LlamaCppProtocol(self.letter_token())
         dtype = "one token at a time" if loaded.exact else "GGUF"
         self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}

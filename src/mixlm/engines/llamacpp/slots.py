@@ -22,6 +22,7 @@ class Slots:
     """Assigns slots to sessions; where there are too few, the session with the shortest text loses its slot."""
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._owners: OrderedDict[int, weakref.ref[Session] | None] = OrderedDict.fromkeys(range(count))
         self._busy: set[int] = set()
         self._cached_ids: dict[int, Ids] = {}

@@ -2,10 +2,12 @@
 
 python -m research.scripts.rule_speed MODEL MODEL [--rules A,B] [--tokens N] [--repeats N] [--dtype NAME] [--json FILE]
 
-Beside what is measured stands what the formulas predict at the positions of one text of the rule: the mean mass with
-which the first member decides alone (`layered` without drafts then takes `1 + (1 - mass) (n - 1)` forwards), and how
-often the sample of a draft is the rule's with the same noise, `Σ_u 1 / Σ_v max(p_v / p_u, q_v / q_u)`. Methods are run
-in turn, so that a change of the machine's speed affects all of them; the first member alone (`single`) is one of them.
+Each repeat continues every prompt (prose, a reference, code) by each method in turn, so that a change of the machine's
+speed affects all of them; the first member alone (`single`) is one of them. Figures are those of all tokens of a
+repeat; shown is the median over repeats. Beside what is measured stands what the formulas predict at the positions of
+texts of the rule: the mean mass with which the first member decides alone (`layered` without drafts then takes
+`1 + (1 - mass) (n - 1)` forwards), and how often the sample of a draft is the rule's with the same noise,
+`Σ_u 1 / Σ_v max(p_v / p_u, q_v / q_u)`.
 `guidance` takes the first model twice, in its chat template, after `--system` and after `--negative`.
 
 With --json, a row is written as soon as it is measured, and a run that was stopped goes on behind its last one.
@@ -29,9 +31,13 @@ from mixlm.engines import Engine, EngineSpec
 from mixlm.ensemble import Ensemble
 from mixlm.generation.prompt import Prompt
 from mixlm.loading import load_config
-from mixlm.types import Floats
+from mixlm.types import Floats, Usage
 
-PROMPT = "The ferry left the harbour a little after six, when the fog had lifted from the water and"
+PROMPTS = (
+    "The ferry left the harbour a little after six, when the fog had lifted from the water and",
+    "A hash table is a data structure that",
+    'def mean(values: list[float]) -> float:\n    """Return the arithmetic mean of the values."""\n',
+)
 SYSTEM = "Answer in one short sentence."
 NEGATIVE = "Answer at length, and go into every detail."
 RULES: dict[str, dict[str, Any]] = {
@@ -49,28 +55,53 @@ RULES: dict[str, dict[str, Any]] = {
 }
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
 _TOP = 128  # symbols that the prediction of acceptance looks at
-_SETTINGS = ("models", "tokens", "repeats", "prompt", "system", "negative", "engine", "dtype")  # of what rows depend on
+_SETTINGS = (
+    "models",
+    "tokens",
+    "repeats",
+    "prompts",
+    "system",
+    "negative",
+    "engine",
+    "dtype",
+)  # of what rows depend on
 
 
-def measured(ensemble: Ensemble, options: dict[str, Any], tokens: int, repeats: int, prompt: Prompt) -> dict[str, Any]:
-    """Run all methods in turn; medians over the repeats after the first."""
+def measured(
+    ensemble: Ensemble, options: dict[str, Any], tokens: int, repeats: int, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Continue the prompts by all methods in turn; medians over the repeats."""
     methods = {
         "single": {**PLAIN, "method": "single", "raw": options["raw"]},
         "conventional": {**options, "method": "conventional"},
         "layered": {**options, "method": "layered"},
         "no draft": {**options, "method": "layered", "draft": "none"},
     }
+    for call in methods.values():
+        ensemble.generate(prompts[0], seed=0, max_tokens=4, ignore_end=True, **call)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name, call in methods.items():
-            usage = ensemble.generate(prompt, seed=repeat, max_tokens=tokens, ignore_end=True, **call).usage
-            forwards = sum(member.forwards for member in usage.members.values()) / usage.tokens
-            run = {"forwards": forwards, "tokens_per_second": usage.tokens_per_second}
-            if usage.drafted:
-                run["accepted"] = usage.accepted / usage.drafted
-            if repeat:
-                runs[name].append(run)
+    for repeat in range(repeats):
+        usages: dict[str, list[Usage]] = {name: [] for name in methods}
+        for prompt in prompts:
+            for name, call in methods.items():
+                completion = ensemble.generate(prompt, seed=repeat, max_tokens=tokens, ignore_end=True, **call)
+                usages[name].append(completion.usage)
+        for name in methods:
+            runs[name].append(_figures(usages[name]))
     return {name: _medians(values) for name, values in runs.items()}
+
+
+def _figures(usages: Sequence[Usage]) -> dict[str, float]:
+    """Return the figures of several completions, by all their tokens."""
+    tokens = sum(usage.tokens for usage in usages)
+    decoding = sum(usage.seconds - usage.seconds_to_first_token for usage in usages)
+    figures = {
+        "forwards": sum(member.forwards for usage in usages for member in usage.members.values()) / tokens,
+        "tokens_per_second": (tokens - len(usages)) / max(decoding, 1e-9),
+    }
+    if drafted := sum(usage.drafted for usage in usages):
+        figures["accepted"] = sum(usage.accepted for usage in usages) / drafted
+    return figures
 
 
 def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -78,8 +109,13 @@ def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: median(run[key] for run in runs if key in run) for key in keys}
 
 
-def predicted(ensemble: Ensemble, options: dict[str, Any], tokens: int, prompt: str) -> dict[str, float]:
+def predicted(ensemble: Ensemble, options: dict[str, Any], tokens: int, prompts: Sequence[str]) -> dict[str, float]:
     """Return the mean mass that the first member decides, and how often a draft is right, by the formulas."""
+    figures = [_predicted(ensemble, options, tokens, prompt) for prompt in prompts]
+    return {key: float(np.mean([figure[key] for figure in figures])) for key in figures[0]}
+
+
+def _predicted(ensemble: Ensemble, options: dict[str, Any], tokens: int, prompt: str) -> dict[str, float]:
     settings = ensemble.settings(method="layered", **options)
     rule = settings.combination
     assert rule is not None
@@ -188,15 +224,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the largest first: the expert of contrastive")
     parser.add_argument("--rules", default=",".join(RULES), help="of " + ", ".join(RULES))
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--tokens", type=int, default=96, help="of each completion")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--prompt", dest="prompts", action="append", help="can be repeated")
     parser.add_argument("--system", default=SYSTEM, help="for guidance: the system text of the prompt")
     parser.add_argument("--negative", default=NEGATIVE, help="for guidance: the system text of the negative prompt")
     parser.add_argument("--engine", default="hf", help="llama.cpp reports the likeliest tokens only")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
+    arguments.prompts = arguments.prompts or list(PROMPTS)
     names = arguments.rules.split(",")
     if unknown := [name for name in names if name not in RULES]:
         parser.error(f"there is no rule {unknown[0]!r} here; the rules are {', '.join(RULES)}")
@@ -210,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             options = {**RULES[name], "raw": name != "guidance"}
             try:
                 ensemble = ensembles.of(name)
-                runs = measured(ensemble, options, arguments.tokens, arguments.repeats, arguments.prompt)
-                formulas = predicted(ensemble, options, min(arguments.tokens, 32), arguments.prompt)
+                runs = measured(ensemble, options, arguments.tokens, arguments.repeats, arguments.prompts)
+                formulas = predicted(ensemble, options, min(arguments.tokens, 24), arguments.prompts)
             except Exception as error:
                 print(f"{name:14} {error}", flush=True)
                 continue

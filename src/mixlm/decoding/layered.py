@@ -58,7 +58,7 @@ _CHECKED = 4  # positions at which the bounds of a user's rule are checked first
 _MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
 _TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
 _TRIAL_ACCEPTANCE = 0.9
-_HARD_TRIAL_ACCEPTANCE = 0.75  # where members decide what is easy alone, and the rest is what they disagree on
+_PRIOR_ACCEPTANCE = 0.5  # where members decide what is easy alone, and the rest is what they disagree on
 _PRIOR_MASS = 0.7  # with which a member decides alone, before any position has shown it
 _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
 
@@ -226,6 +226,19 @@ class Layered:
         for record in (of_draft, self._total):
             record.drafted += stats.drafted
             record.accepted += stats.accepted
+        if self._given is None and self._decides_alone and isinstance(plan.draft, NoDraft):
+            self._observe(positions)
+
+    def _observe(self, positions: Sequence[SampledPosition]) -> None:
+        """Record whose proposals would have been right at positions where every member ran: nothing has to be tried."""
+        for position in positions:
+            if len(position.parts) < len(position.members):
+                continue
+            assert position.choice is not None
+            for member in position.members:
+                stats = self._stats.setdefault(self._names[member], SpeculationStats())
+                stats.drafted += 1
+                stats.accepted += position.guess(member) == position.choice.symbol
 
     def _expected_mass(self, member: int) -> float:
         """Return the mass with which a member decides alone, smoothed towards what rules with bounds often have."""
@@ -233,11 +246,16 @@ class Layered:
         return (mass.total + 4 * prior) / (mass.count + 4)
 
     def _acceptance(self, name: str, *, is_trial: bool) -> float:
-        """Return a draft's acceptance rate so far, smoothed towards that of a trial."""
+        """Return a draft's acceptance rate so far, smoothed towards that of a trial.
+
+        Where members decide positions alone, those of members are known without a trial, from what they would have
+        proposed.
+        """
         stats = self._stats.get(name, SpeculationStats())
-        trial = _HARD_TRIAL_ACCEPTANCE if self._decides_alone else _TRIAL_ACCEPTANCE
-        measured = (stats.accepted + 4 * trial) / (stats.drafted + 4)
-        return max(measured, trial) if is_trial else measured
+        if self._decides_alone and name in self._names:
+            return (stats.accepted + 4 * _PRIOR_ACCEPTANCE) / (stats.drafted + 4)
+        measured = (stats.accepted + 4 * _TRIAL_ACCEPTANCE) / (stats.drafted + 4)
+        return max(measured, _TRIAL_ACCEPTANCE) if is_trial else measured
 
 
 def has_envelope(rule: Combination, members: int) -> bool:

@@ -216,6 +216,33 @@ class Transform:
             count *= 8
 
 
+class ReportTransform(Transform):
+    """The transform of a member whose engine reports its likeliest tokens alone, without truncation of its own.
+
+    It returns a lower bound of the distribution: what is reported, without what is never sampled, in proportion.
+
+    Args:
+        banned: As of `Transform`.
+        count: How many tokens are requested first.
+    """
+
+    def __init__(self, banned: Ids, count: int) -> None:
+        super().__init__(Sampling(temperature=1.0, top_k=0), banned)
+        self.top_k_filter = TopKFilter(count, np.zeros(0, dtype=np.int64), normalized=True)
+        self._sampled = TopKFilter(count, banned)
+
+    def __call__(
+        self, logits: LogitsRow, history: TokenHistory | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """Return the reported part of the distribution; its probabilities sum to less than 1."""
+        assert isinstance(logits, Candidates)
+        ids, logprobs = logits
+        may_be = self._sampled.allows(ids)
+        excluded = min(float(np.exp(logprobs[~may_be]).sum()), 1 - 1e-12)
+        may_be &= logprobs > -np.inf
+        return Candidates(ids[may_be], logprobs[may_be].astype(np.float64) - np.log1p(-excluded))
+
+
 def _truncate(ids: Ids, logits: Logits, options: Sampling, share: float = 1.0) -> Candidates:
     """Sort candidates, which hold `share` of the mass, by probability, and truncate them by top-p and min-p."""
     values = logits.astype(np.float64) / options.temperature

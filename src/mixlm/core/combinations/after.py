@@ -9,15 +9,18 @@ Envelope `F(l)`, for T ≤ 1 and α = 1/T:
 
 where w is the largest symbol beside u; for T = 1 this is l(u). The denominator is convex in the free mass, so it is
 largest where all of that lies on the symbol that is the largest already; truncation only makes denominators smaller.
-Which symbols are kept for certain is in `certainly_kept`.
+Which symbols are kept for certain is in `certainly_kept`. Symbols that are dropped for certain (`certainly_dropped`)
+are in no denominator, so in the envelope l is 0 there.
 
 Coin first: with the rule's own `π_i S_i = l_i`, `F(l_i)` may stop, and `π' ∝ g(π_i)`, `g(x) = x^α / (x^α + (1 −
 x)^α)`. Valid: move what `C` gives u beyond l_i(u) to another symbol; the denominator of F(l_i)(u) is at least
 `l_i(u)^α + Σ_{v≠u} C(v)^α + (C(u) − l_i(u))^α ≥ Σ_j l_j(u)^α + Σ_{v≠u} C(v)^α`, and so `Σ_i F(l_i)(u) ≤ C(u)^α / Σ_v
 C(v)^α`. The mass of F(l_i) is at most g(π_i), and Σ g(π_i) ≤ 1.
 
-Above T = 1 a flat completion over a large vocabulary makes denominators as large as one likes: the bound is 0, but
-for a symbol that is certain. Temperature 0 is the most likely symbol, known as early as the rule knows it."""
+Above T = 1 a flat completion makes denominators large: with α = 1/T < 1, a free mass ρ over V symbols adds up to `V^(1
+− α) ρ^α` to a sum of powers that is mostly 1 to 3. For V = 50,000, T = 1.5 and ρ = 1/2 that is 23, and a bound below
+0.1 would cost more than it decides; only min-p limits V, and then to 1/(m^T max l), hundreds of symbols. So the bound
+is 0, but for a symbol that is certain. Temperature 0 is the most likely symbol, known as early as the rule knows it."""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.combinations.base import Combination, Unreported, winner_by_bounds
+from mixlm.core.combinations.base import Combination, Unreported, is_plain, winner_by_bounds
 from mixlm.core.sampling import Transform, largest_indices
 from mixlm.types import Floats, Ids, Sampling
 
@@ -67,6 +70,11 @@ class AfterCombination(Combination):
         """Whether the rule needs one vocabulary."""
         return self.rule.shared_vocabulary
 
+    @property
+    def takes_reports(self) -> bool:  # type: ignore[override]
+        """As the rule, at a temperature with bounds."""
+        return self.rule.takes_reports and self.sampling.temperature <= 1
+
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the transformed combination."""
         return transformed(self.rule.combine(probs, weights), self.sampling)
@@ -76,7 +84,11 @@ class AfterCombination(Combination):
     ) -> Floats | None:
         """Return `F` of the rule's envelope."""
         lower = self.rule.envelope(probs, weights, ran, unreported)
-        return None if lower is None else transformed_bound(lower, self.sampling)
+        if lower is None:
+            return None
+        free = max(1 - float(lower.sum()), 0.0)
+        dropped = certainly_dropped(lower, free, self.sampling)
+        return transformed_bound(lower, self.sampling, np.where(dropped, 0.0, lower))
 
     def first_member(self, weights: Floats) -> Floats | None:
         """Return `π'`; None where the rule tosses no coin, or nothing is known after one member."""
@@ -98,18 +110,15 @@ class AfterCombination(Combination):
         lower: Floats = transformed_bound(inner, self.sampling) / after[member]
         return lower
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Return the rule's: temperature and truncation keep the most likely symbol."""
-        return self.rule.certain_winner(probs, weights, ran)
+        return self.rule.certain_winner(probs, weights, ran, unreported)
 
     def check_members(self, count: int) -> None:
         """Check as the rule does."""
         self.rule.check_members(count)
-
-
-def is_plain(sampling: Sampling) -> bool:
-    """Whether temperature and truncation leave a distribution as it is."""
-    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
 
 
 def transformed(distribution: Floats, sampling: Sampling) -> Floats:
@@ -129,12 +138,13 @@ def transformed(distribution: Floats, sampling: Sampling) -> Floats:
     return out
 
 
-def transformed_bound(lower: Floats, sampling: Sampling) -> Floats:
+def transformed_bound(lower: Floats, sampling: Sampling, remaining: Floats | None = None) -> Floats:
     """Return the greatest lower bound found for the transform of any distribution that is at least `lower`: `F(l)`.
 
     Args:
         lower: A sub-distribution, float64 (symbols,); the distribution may give symbols that are not listed the rest.
         sampling: Temperature and truncation.
+        remaining: The same with 0 for symbols that are dropped for certain, where F need not be separable.
     """
     out = np.zeros_like(lower)
     if not lower.size:
@@ -146,7 +156,10 @@ def transformed_bound(lower: Floats, sampling: Sampling) -> Floats:
             out[winner] = 1.0
         return out
     alpha = 1 / sampling.temperature
-    bound = lower if alpha == 1 else _tempered_bound(lower, free, alpha)
+    if remaining is not None:
+        bound = _tempered_bound(remaining, free, alpha)
+    else:
+        bound = lower if alpha == 1 else _tempered_bound(lower, free, alpha)
     kept = certainly_kept(lower, free, sampling)
     out[kept] = bound[kept]
     return out
@@ -170,6 +183,29 @@ def certainly_kept(lower: Floats, free: float, sampling: Sampling) -> npt.NDArra
     if sampling.min_p > 0:
         kept &= _kept_by_min_p(lower, room, sampling.min_p**sampling.temperature)
     return kept
+
+
+def certainly_dropped(lower: Floats, free: float, sampling: Sampling) -> npt.NDArray[np.bool_]:
+    """Return the symbols that truncation drops whatever happens to the free mass, bool (symbols,). Temperature ≤ 1.
+
+    Even with all the free mass on u: k others are larger; or the largest is by more than min-p; or those before it have
+    top-p of the largest possible sum.
+    """
+    dropped = np.zeros(lower.size, dtype=np.bool_)
+    if not lower.size or not 0 < sampling.temperature <= 1:
+        return dropped
+    most, best = lower + free + _ROUNDING, float(lower.max())
+    if 0 < sampling.top_k < lower.size:
+        dropped |= most < np.partition(lower, -sampling.top_k)[-sampling.top_k]
+    if sampling.min_p > 0:
+        dropped |= most < sampling.min_p**sampling.temperature * best
+    if sampling.top_p < 1:
+        alpha, scale = 1 / sampling.temperature, best + free  # powers of small numbers underflow
+        ordered = np.sort(lower)[::-1] / scale
+        sums = np.concatenate([[0.0], np.cumsum(ordered**alpha)])
+        largest = sums[-1] - ordered[0] ** alpha + 1
+        dropped |= sums[np.searchsorted(-ordered, -most / scale, side="left")] >= (sampling.top_p + _ROUNDING) * largest
+    return dropped
 
 
 def _two_largest(lower: Floats) -> tuple[int, float]:

@@ -22,6 +22,7 @@ class Average(Combination):
     """The weighted mean of the members' distributions."""
 
     name: ClassVar[str] = "average"
+    takes_reports: ClassVar[bool] = True
     minimum_members: ClassVar[int] = 1
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
@@ -44,11 +45,13 @@ class Average(Combination):
         """Return the member's distribution."""
         return row
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Return a symbol that is ahead by more than the weight of the members that have not run."""
+        if unreported is not None or len(ran) == len(weights):
+            return super().certain_winner(probs, weights, ran, unreported)
         lower = self.envelope(probs, weights, ran)
         assert lower is not None
-        if len(ran) == len(weights):
-            return int(lower.argmax())
         missing = float(weights[~ran_mask(weights, ran)].sum())
         return winner_by_bounds(lower, lower + missing, missing)

@@ -52,29 +52,46 @@ class Aligned(NamedTuple):
 class Unreported(NamedTuple):
     """What engines that report only their likeliest tokens leave open, by member; 0 for whole distributions.
 
+    A report is a lower bound. Some of what it leaves out may belong to tokens that are never sampled, and then all of
+    the distribution is larger than the report by one factor, at most `1 / (1 - mass)`.
+
     Attributes:
-        mass: The total probability of the symbols that a member did not report, float64 (members,).
-        ceiling: The most that a single one of them can have, `min(p_(k), mass)`, float64 (members,).
+        mass: The total probability that a member did not report, float64 (members,).
+        ceiling: The most of it that a single symbol can have, in proportion to the report: `min(p_(k), mass)`, float64
+            (members,).
+        open: Whether a member has tokens of a symbol that it did not report, bool (members, symbols).
     """
 
     mass: Floats
     ceiling: Floats
+    open: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, probs: Floats, partial: Sequence[int]) -> Unreported:
+    def of(
+        cls, probs: Floats, partial: Sequence[int], open: npt.NDArray[np.bool_] | None = None, tokens: int = 1
+    ) -> Unreported:
         """Return the bounds of rows of which some are reports of the likeliest tokens.
 
         Args:
-            probs: float64 (members, symbols); 0 is not reported.
+            probs: float64 (members, symbols).
             partial: The members that ran and report their likeliest tokens alone.
+            open: Of these, as the attribute; by default what has no probability.
+            tokens: The most tokens that a member has for one symbol.
         """
-        mass, ceiling = np.zeros(len(probs)), np.zeros(len(probs))
+        mass, ceiling, is_partial = np.zeros(len(probs)), np.zeros(len(probs)), np.zeros((len(probs), 1), dtype=bool)
         for member in partial:
             row = probs[member][probs[member] > 0]
             # Something is left open even where it is too small to be seen.
             mass[member] = max(1 - float(row.sum()), _LEAST_MASS)
-            ceiling[member] = min(float(row.min(initial=1.0)), mass[member])
-        return cls(mass, ceiling)
+            ceiling[member] = min(tokens * float(row.min(initial=1.0)), mass[member])
+            is_partial[member] = True
+        return cls(mass, ceiling, is_partial & ((probs == 0) if open is None else open))
+
+    def upper(self, probs: Floats) -> Floats:
+        """Return the most that each symbol can have where a member ran, float64 as probs."""
+        reported = np.maximum(1 - self.mass, _LEAST_MASS)[:, None]
+        grown = np.minimum((probs + self.open * self.ceiling[:, None]) / reported, probs + self.mass[:, None])
+        return np.where(self.mass[:, None] > 0, grown, probs)
 
 
 def align(parts: Sequence[Candidates | None]) -> Aligned:
@@ -108,6 +125,8 @@ class Combination(ABC):
         speculates: Little is known before all members have run, so a strategy does best to draft and verify.
         alignment: Over what members' distributions are aligned.
         default_sampling: Sampling options that the rule is published with, where none are given.
+        takes_reports: Its envelope holds where engines report their likeliest tokens alone, and comes close to `C` once
+            all members have reported enough.
     """
 
     name: ClassVar[str]
@@ -118,6 +137,7 @@ class Combination(ABC):
     speculates: ClassVar[bool] = False
     alignment: ClassVar[Alignment] = "symbols"
     default_sampling: ClassVar[Mapping[str, Any]] = {}
+    takes_reports: ClassVar[bool] = False
 
     @abstractmethod
     def combine(self, probs: Floats, weights: Floats) -> Floats:
@@ -168,15 +188,17 @@ class Combination(ABC):
         """
         raise UnsupportedError(f"rule {self.name} tosses no coin first")
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Return the index of the symbol that is the most likely under `C` whatever the other members say, or None.
 
         Arguments as in `envelope`. The index is that of `np.argmax(combine(...))`; where rounding could decide, and
-        another member can still run, the answer is None.
+        something is still open, the answer is None.
         """
-        if len(ran) == len(weights):
+        if complete(weights, ran, unreported):
             return int(np.argmax(self.combine(probs, weights)))
-        lower = self.envelope(probs, weights, ran)
+        lower = self.envelope(probs, weights, ran, unreported)
         return None if lower is None else winner_by_bounds(lower, lower + (1 - lower.sum()), 1 - lower.sum())
 
     @staticmethod
@@ -209,7 +231,7 @@ class Combination(ABC):
 
         The result has bounds of its own (`after`). Penalties are not applied: they are the members' own.
         """
-        from mixlm.core.combinations.after import AfterCombination, is_plain
+        from mixlm.core.combinations.after import AfterCombination
 
         return self if is_plain(sampling) else AfterCombination(self, sampling)
 
@@ -223,6 +245,11 @@ class Combination(ABC):
             raise ConfigError(
                 f"rule {self.name} needs {self.minimum_members} members, and there is {count}", "add a member"
             )
+
+
+def is_plain(sampling: Sampling) -> bool:
+    """Whether temperature and truncation leave a distribution as it is."""
+    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (1, 0, 1, 0)
 
 
 def winner_by_bounds(lower: Floats, upper: Floats, elsewhere: float) -> int | None:

@@ -11,8 +11,10 @@ vocabulary, since a symbol that the amateur cannot generate would be infinitely 
 truncation apply to C. The weights are not used.
 
 Envelope: after the expert, 1 for u where V = {u}, since C is a distribution on V. Otherwise 0: an amateur that is
-certain of u, and of nothing else in V, makes C(u) as small as one likes. With the amateur alone it is 0. Cost: one
-forward of the expert where it is sure (no other symbol has α of its largest probability); else both, or drafts."""
+certain of u, and of nothing else in V, makes C(u) as small as one likes. With the amateur alone it is 0. C depends on
+proportions within V alone: engines that report their likeliest tokens decide it where what the expert leaves out is
+below α of its largest, and the amateur reports all of V. Cost: one forward of the expert where it is sure (no other
+symbol has α of its largest probability); else both, or drafts."""
 
 from __future__ import annotations
 
@@ -45,6 +47,7 @@ class Contrastive(Combination):
     roles: ClassVar[tuple[str, ...]] = ("expert", "amateur")
     shared_vocabulary: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
+    takes_reports: ClassVar[bool] = True
     strength: float = 0.5
     alpha: float = 0.1
     form: ContrastiveForm = "weighted"
@@ -67,13 +70,21 @@ class Contrastive(Combination):
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
-        """Return certainty where the expert finds one symbol plausible, else nothing."""
+        """Return certainty where the expert finds one symbol plausible, or where reports decide; else nothing."""
         lower = np.zeros(probs.shape[1])
-        if 0 in ran:
-            expert = probs[0]
-            threshold = self.alpha * expert.max()
-            plausible = np.flatnonzero((expert >= threshold) & (expert > 0))
-            hidden = unreported is not None and unreported.mass[0] > 0 and unreported.ceiling[0] >= threshold
-            if plausible.size == 1 and not hidden:
-                lower[plausible[0]] = 1.0
+        if 0 not in ran:
+            return lower
+        expert = probs[0]
+        threshold = self.alpha * expert.max(initial=0.0)
+        plausible = (expert >= threshold) & (expert > 0)
+        if unreported is not None and unreported.mass[0] > 0:
+            possible = expert + unreported.open[0] * unreported.ceiling[0]
+            # What is left out may be plausible, or raise the threshold.
+            decided = unreported.ceiling[0] < threshold and (possible[~plausible] < threshold).all()
+            if not decided or (expert[plausible] < self.alpha * possible.max()).any():
+                return lower
+        if plausible.sum() == 1:
+            lower[plausible] = 1.0
+        elif len(ran) == 2 and unreported is not None and not unreported.open[:, plausible].any():
+            return self.combine(probs, weights)
         return lower

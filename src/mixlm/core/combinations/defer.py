@@ -16,7 +16,8 @@ Defined for every unit, for members with options of their own, in the order of t
 
 Envelope: what the members of the longest prefix 1 … j keep, `Σ_{i ≤ j} (Π_{h < i} (1 − A_h)) a_i q_i` with `A_h = Σ
 a_h q_h`. Each term depends on members up to i alone, and the rest of the mass goes where the next one wants: it is
-attained. Cost: `1 + (1 − A_1) + (1 − A_1)(1 − A_2) + …` forwards."""
+attained. Engines that report their likeliest tokens: for "top" and "token", what is kept for certain, and at the next
+member what is left at least. Cost: `1 + (1 − A_1) + (1 − A_1)(1 − A_2) + …` forwards."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats
 
 DeferBy = Literal["top", "entropy", "token"]
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Defer(Combination):
         Raises:
             UnsupportedError: A member's whole distribution is needed to decide, and it was not reported.
         """
-        if unreported is not None and unreported.mass.any() and (self.by == "entropy" or self.accept is not None):
+        if unreported is not None and unreported.mass.any() and not self.takes_reports:
             raise UnsupportedError(
                 f"rule {self.name} decides by whole distributions, and a member reports its likeliest tokens alone",
                 "use by='top' or by='token'",
@@ -84,6 +86,11 @@ class Defer(Combination):
         kept, left = self._kept(probs, prefix - 1, unreported)
         lower: Floats = kept + left * probs[-1]
         return lower
+
+    @property
+    def takes_reports(self) -> bool:  # type: ignore[override]
+        """Entropies, and functions of one's own, are of whole distributions."""
+        return self.by != "entropy" and self.accept is None
 
     def acceptance(self, distribution: Floats) -> Floats:
         """Return `a`: float64, the shape of the distribution."""
@@ -118,13 +125,15 @@ class Defer(Combination):
     def _kept(self, probs: Floats, count: int, unreported: Unreported | None = None) -> tuple[Floats, float]:
         """Return what the first members of the chain keep, and the least mass that they leave to the next."""
         kept, left = np.zeros(probs.shape[1]), 1.0
+        upper = probs if unreported is None else unreported.upper(probs)
         for member, row in enumerate(probs[:count]):
             share = self.acceptance(row) * row
             kept += left * share
-            hidden = 0.0 if unreported is None else float(unreported.mass[member])
-            if hidden and self.by == "top":
-                hidden *= float(share.any())  # all is kept, or nothing
-            elif hidden and unreported is not None and unreported.ceiling[member] < self.strength:
-                hidden = 0.0
-            left *= max(1 - float(share.sum()) - hidden, 0.0)
+            most = float(share.sum())
+            if unreported is not None and unreported.mass[member] > 0:
+                mass = float(unreported.mass[member])
+                hidden = min(float(unreported.ceiling[member]) / max(1 - mass, _TINY), mass)
+                possible = self.acceptance(np.append(upper[member], hidden)) > 0
+                most = float(row[possible[:-1]].sum()) + mass * possible.any()
+            left *= max(1 - most, 0.0)
         return kept, left

@@ -6,7 +6,9 @@ product. Defined for every unit where some symbol is possible under all members;
 the mean.
 
 Envelope: 0, since a missing member can give any symbol nothing, which makes the product 0; but where the members
-that ran have one symbol left in common, that symbol is certain. Cost: drafts and their verification."""
+that ran have one symbol left in common, that symbol is certain. Engines that report their likeliest tokens, for s ≥
+1: `log_linear.reports_bound`; by Hölder's inequality unreported symbols add at most `Π m_i^{s λ_i}`, m_i the
+unreported masses. Cost: drafts and their verification."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixlm.core.combinations.base import Combination, Unreported, check_number
-from mixlm.core.combinations.log_linear import log_linear, only_symbol
+from mixlm.core.combinations.log_linear import log_linear, only_symbol, reports_bound
 from mixlm.types import Floats
 
 
@@ -31,6 +33,11 @@ class Geometric(Combination):
     def __post_init__(self) -> None:
         check_number(self.name, "strength", self.strength, above=0)
 
+    @property
+    def takes_reports(self) -> bool:  # type: ignore[override]
+        """Below 1, many unreported symbols may have any part of the mass."""
+        return self.strength >= 1
+
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised product."""
         return log_linear(probs, self.strength * weights, self.name)
@@ -38,5 +45,14 @@ class Geometric(Combination):
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
-        """Return certainty where one symbol is left, else nothing."""
-        return only_symbol(probs, ran, weights, unreported)
+        """Return certainty where one symbol is left, else nothing; with reports of all members, what they leave."""
+        if unreported is None or len(ran) < len(weights) or not self.takes_reports:
+            return only_symbol(probs, ran, weights, unreported)
+        exponents = self.strength * weights
+        counted = exponents > 0
+
+        def product(rows: Floats) -> Floats:
+            powers: Floats = (rows[counted] ** exponents[counted][:, None]).prod(axis=0)
+            return powers
+
+        return reports_bound(product, probs, unreported, float(product(unreported.mass[:, None])[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,6 +36,26 @@ def log_linear(probs: Floats, exponents: Floats, rule: str) -> Floats:
         scores = exponents[counted] @ np.log(probs[counted][:, possible])
         out[possible] = np.exp(scores - scores.max())
     return normalized(out, rule)
+
+
+def reports_bound(value: Callable[[Floats], Floats], probs: Floats, unreported: Unreported, elsewhere: float) -> Floats:
+    """Return the envelope of `C(u) = f(q(u)) / Σ_v f(q(v))` after reports of all members, float64 (symbols,).
+
+    Where f grows with every member's probability, `C(u) ≥ f(l) / (f(l) + Σ_{v≠u} f(h) + e)`, with the least l and the
+    most h that each symbol can have.
+
+    Args:
+        value: f, from rows, float64 (members, symbols), to float64 (symbols,).
+        probs: What is reported.
+        unreported: What is not.
+        elsewhere: e, the most that f sums to over symbols that no member reports.
+    """
+    lower, upper = value(probs), value(unreported.upper(probs))
+    others = np.maximum(upper.sum() - upper, 0.0) + elsewhere
+    total = lower + others
+    out = np.zeros_like(lower)
+    np.divide(lower, total, out=out, where=total > 0)
+    return out
 
 
 def only_symbol(probs: Floats, ran: Sequence[int], exponents: Floats, unreported: Unreported | None = None) -> Floats:

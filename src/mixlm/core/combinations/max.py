@@ -28,6 +28,7 @@ class Max(Combination):
     """The members' largest probability of each symbol, normalised."""
 
     name: ClassVar[str] = "max"
+    takes_reports: ClassVar[bool] = True
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised maximum."""
@@ -58,6 +59,8 @@ class Max(Combination):
             return row / (2 - row)
         return row * least_share(row, np.full(count, 1 / count), np.ones(count))
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Return nothing before all have run: a missing member can be certain of any symbol."""
-        return super().certain_winner(probs, weights, ran) if len(ran) == len(weights) else None
+        return super().certain_winner(probs, weights, ran, unreported) if len(ran) == len(weights) else None

@@ -19,6 +19,10 @@ M_I. Coin first: `π_i S_i = L_{i}`, `π_i ∝ c_i / (c_i + (1 − λ_i)^(1/r))`
 denominator of L_{i} is `c_i x_i + M(1 − x_i e_i) ≥ B + Σ_j c_j x_j`; hence `Σ L_{i} ≤ Σ c_i x_i / (B + Σ c_i x_i) ≤
 M(x) / (B + M(x)) ≤ C(u)`.
 
+Engines that report their likeliest tokens: for r ≥ 1, `Σ c_i m_i` more in the denominator, m_i the unreported masses;
+below 1, once all have reported, `log_linear.reports_bound`: unreported symbols add at most `M(m)` for 0 < r < 1, and
+`min c_i m_i` for r < 0, where `M(x) ≤ c_i x_i`.
+
 r < 0. No bound, since a missing member can make any symbol impossible; one that is the only one left is certain.
 Cost: r = 2 and equal weights of two members stop after one at least 71 % of the time; below 0, drafts are verified.
 """
@@ -41,7 +45,7 @@ from mixlm.core.combinations.base import (
     ran_mask,
     winner_by_bounds,
 )
-from mixlm.core.combinations.log_linear import only_symbol
+from mixlm.core.combinations.log_linear import only_symbol, reports_bound
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
 
@@ -54,6 +58,7 @@ class Power(Combination):
     """The normalised power mean of the members' probabilities."""
 
     name: ClassVar[str] = "power"
+    takes_reports: ClassVar[bool] = True
     strength: float = 2.0
 
     def __post_init__(self) -> None:
@@ -79,6 +84,8 @@ class Power(Combination):
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return the bound of the range that the exponent is in."""
+        if unreported is not None and self.strength < 1 and len(ran) == len(weights):
+            return self._reports_bound(probs, weights, unreported)
         if self.strength < 0:
             return only_symbol(probs, ran, weights, unreported)
         done, active = ran_mask(weights, ran), positive_members(weights)
@@ -120,10 +127,20 @@ class Power(Combination):
         positive = weights[weights > 0]
         return row * least_share(row, positive, positive ** (1 / self.strength))
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def _reports_bound(self, probs: Floats, weights: Floats, unreported: Unreported) -> Floats:
+        active = positive_members(weights)
+        if self.strength > 0:
+            elsewhere = float(self._mean(unreported.mass[:, None], weights, active)[0])
+        else:
+            elsewhere = float((weights[active] ** (1 / self.strength) * unreported.mass[active]).min())
+        return reports_bound(lambda rows: self._mean(rows, weights, active), probs, unreported, elsewhere)
+
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Compare the sums of powers; a missing member can give all its weight to one symbol."""
-        if len(ran) == len(weights) or self.strength < 0:
-            return super().certain_winner(probs, weights, ran)
+        if unreported is not None or len(ran) == len(weights) or self.strength < 0:
+            return super().certain_winner(probs, weights, ran, unreported)
         done = ran_mask(weights, ran)
         lower = (weights * done) @ np.where(done[:, None], probs, 0.0) ** self.strength
         missing = float(weights[~done].sum())

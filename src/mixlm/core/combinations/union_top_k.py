@@ -9,8 +9,9 @@ of the first token that the member spells it with (`alignment`): a sum over U ma
 1, so there are no bounds between different vocabularies.
 
 Envelope: `L_I(u) = Σ_{i ∈ I} λ_i q_i(u)` for u in the top k of some member in I. Such u is in U whatever the others
-say, and `q_i(U) ≤ 1`. Coin first: `π = λ`, `S_i = q_i` on its own top k, by the same argument: this is complete
-after a report of the k likeliest tokens alone. Cost: with k = 10 and two members, about 1.1 to 1.2 forwards."""
+say, and `q_i(U) ≤ 1`. Coin first: `π = λ`, `S_i = q_i` on its own top k, by the same argument. C depends on each
+member's proportions within U alone: engines that report their likeliest tokens decide it where each of them reports
+all of U. Cost: with k = 10 and two members, about 1.1 to 1.2 forwards."""
 
 from __future__ import annotations
 
@@ -46,6 +47,7 @@ class UnionTopK(Combination):
     name: ClassVar[str] = "union-top-k"
     common_options: ClassVar[bool] = True
     alignment: ClassVar[Alignment] = "spellings"
+    takes_reports: ClassVar[bool] = True
     k: int = 10
 
     def __post_init__(self) -> None:
@@ -82,9 +84,10 @@ class UnionTopK(Combination):
     ) -> Floats | None:
         """Return what the members that ran give to the symbols in the top k of one of them."""
         done = ran_mask(weights, ran) & positive_members(weights)
-        if unreported is not None:
-            self._check_reported(probs[done])
-        union = self._top_k(probs, done).any(axis=0)
+        top = self._top_k(probs, done, unreported)
+        union = top.any(axis=0)
+        if unreported is not None and len(ran) == len(weights) and self._is_decided(probs, done, top, unreported):
+            return self.combine(probs, weights)
         return np.where(union, (weights * done) @ np.where(done[:, None], probs, 0.0), 0.0)
 
     def first_member(self, weights: Floats) -> Floats | None:
@@ -92,16 +95,18 @@ class UnionTopK(Combination):
         return weights
 
     def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
-        """Return the member's distribution on its top k."""
-        if open_mass > 0:
-            self._check_reported(row[None])
+        """Return the member's distribution on its top k; of a report that is shorter, nothing."""
+        if open_mass > 0 and np.count_nonzero(row) < self.k:
+            return np.zeros_like(row)
         top = self._top_k(row[None], np.ones(1, dtype=np.bool_))[0]
         return np.where(top, row, 0.0)
 
-    def certain_winner(self, probs: Floats, weights: Floats, ran: Sequence[int]) -> int | None:
+    def certain_winner(
+        self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
+    ) -> int | None:
         """Compare what symbols have at least with what others have at most, normalised over the members' own top k."""
-        if len(ran) == len(weights):
-            return super().certain_winner(probs, weights, ran)
+        if unreported is not None or len(ran) == len(weights):
+            return super().certain_winner(probs, weights, ran, unreported)
         lower = self.envelope(probs, weights, ran)
         assert lower is not None
         done = ran_mask(weights, ran) & positive_members(weights)
@@ -121,19 +126,34 @@ class UnionTopK(Combination):
             )
         return super(UnionTopK, replace(self, k=sampling.top_k)).with_sampling(replace(sampling, top_k=0))
 
-    def _top_k(self, probs: Floats, members: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return each member's own top k, bool as probs; none for members that do not take part."""
+    def _top_k(
+        self, probs: Floats, members: npt.NDArray[np.bool_], unreported: Unreported | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Return what is in each member's own top k for certain, bool as probs; nothing for those that take no part."""
         out = np.zeros(probs.shape, dtype=np.bool_)
         for member in np.flatnonzero(members):
+            row = probs[member]
+            if unreported is not None and unreported.mass[member] > 0:
+                if np.count_nonzero(row) < self.k:
+                    continue
+                raised = row + unreported.open[member] * unreported.ceiling[member]
+                kth = max(np.partition(raised, -self.k)[-self.k], unreported.ceiling[member])
+                out[member] = row >= kth
+                continue
             with np.errstate(divide="ignore"):
-                out[member, largest_indices(np.log(probs[member]), self.k)] = True
+                out[member, largest_indices(np.log(row), self.k)] = True
         return out
 
-    def _check_reported(self, probs: Floats) -> None:
-        fewest = int((probs > 0).sum(axis=1).min(initial=self.k))
-        if fewest < self.k:
-            raise ConfigError(
-                f"rule {self.name} with k = {self.k} needs that many of a member's likeliest tokens, and {fewest} are"
-                " reported",
-                "use a smaller k",
-            )
+    def _is_decided(
+        self, probs: Floats, members: npt.NDArray[np.bool_], top: npt.NDArray[np.bool_], unreported: Unreported
+    ) -> bool:
+        """Whether each member reports all of the union, and what it leaves out is in nobody's top k."""
+        union = top.any(axis=0)
+        for member in np.flatnonzero(members & (unreported.mass > 0)):
+            if np.count_nonzero(top[member]) < self.k or unreported.open[member, union].any():
+                return False
+            least = probs[member, top[member]].min()
+            others = probs[member] + unreported.open[member] * unreported.ceiling[member]
+            if unreported.ceiling[member] >= least or (others[~top[member]] >= least).any():
+                return False
+        return True

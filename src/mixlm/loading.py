@@ -35,6 +35,7 @@ from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.observation import observed_by
 from mixlm.types import Floats
 
 if TYPE_CHECKING:
@@ -234,6 +235,10 @@ def load_config(  # noqa: PLR0913 - one option each
         _check_use(config, defaults.combination)
     if router is None:
         router = _router(config.router, checked_weights, names)
+    if (observes := observed_by(router, len(members))) is not None:
+        from mixlm.decoding import check_observing
+
+        check_observing(config.method, names[observes.member])
     return Ensemble(members, weights, unit=config.unit, router=router, defaults=defaults)
 
 

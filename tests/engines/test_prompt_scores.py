@@ -113,6 +113,13 @@ def test_texts_answers_and_weights_come_from_servers_alone(folder):  # noqa: F81
         logprob, greedy = scorer.continuation(RequestContext("abc"), "de")
         assert logprob < 0
         assert not greedy
+        # A prompt is scored where it is continued, without what begins a text; other tokens are not reported with it.
+        echo: dict[str, Any] = {"raw": True, "score_prompt": True, "max_tokens": 0}
+        prompt = ensemble.generate(TEXT, **echo).prompt
+        mixed = scores.mixture(np.array([0.5, 0.5]))[-len(prompt) :]
+        np.testing.assert_allclose([token.logprob for token in prompt][3:], mixed[3:], atol=1e-4)
+        with pytest.raises(UnsupportedError, match="of a prompt's own tokens, and no others"):
+            ensemble.generate(TEXT, **echo, top_logprobs=1)
         # Weights by prompt need the prompt's log-probabilities, and nothing else.
         routed = pair(*members, router=PromptRouter(np.array([0.5, 0.5]), 2.0))
         assert routed.generate("abc", seed=1, max_tokens=3, top_k=5, ignore_end=True, raw=True).text

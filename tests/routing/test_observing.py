@@ -23,6 +23,7 @@ from mixlm.decoding.auto import Auto
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, UnsupportedError
+from mixlm.loading import load
 from mixlm.routing import Observation, Observes, PromptContext
 from mixlm.routing.observation import top_mass, top_tokens
 from mixlm.types import Candidates, Sampling
@@ -325,3 +326,14 @@ def test_the_mass_of_likely_tokens_is_of_the_whole_row() -> None:
     assert top_mass(row, 2) == pytest.approx(probabilities[[1, 4]].sum())
     assert top_mass(row, 9) == pytest.approx(1.0)
     assert top_mass(Candidates(np.array([7, 2]), np.log([0.5, 0.2])), 1) == pytest.approx(0.5)
+
+
+def test_layered_refuses_such_a_router_before_anything_runs(tmp_path: Any) -> None:
+    ensemble = toys("token", 2, router=Observing(2, 1))
+    message = "the router observes m1, and layered orders members"
+    with pytest.raises(UnsupportedError, match=message):
+        ensemble.context(ensemble.settings(method="layered"))
+    with pytest.raises(UnsupportedError, match=message):
+        ensemble.generate("a", method="layered", max_tokens=1)
+    with pytest.raises(UnsupportedError, match="the router observes toy:2, and layered"):
+        load("toy:1", "toy:2", method="layered", router=Observing(2, 1))

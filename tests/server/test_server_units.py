@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from serving import running
 from toys import VOCABULARIES, engine, make_ensemble
@@ -11,6 +12,7 @@ from toys import VOCABULARIES, engine, make_ensemble
 from mixlm.choices import METHODS
 from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.loading import load
+from mixlm.routing import Observes
 
 
 @pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])
@@ -67,3 +69,29 @@ def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
     with running(load("toy:1", "toy:2", rule="max", method="layered", router=lambda prompt, text: [1, 2])) as server:
         about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
         assert (about["rule"], about["routed"]) == ("max", True)
+
+
+class BySurprise:
+    """The second member where the first is unsure."""
+
+    observes = Observes(0, top_k=5)
+
+    def begin(self, context):
+        return lambda state, seen: np.array([0.9, 0.1] if np.exp(seen.logprobs[0]) > 0.3 else [0.2, 0.8])
+
+
+def test_a_router_that_observes_a_member_serves_requests_that_run_together():
+    ensemble = load("toy:1", "toy:2", router=BySurprise())
+    with running(ensemble) as server:
+        about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
+        assert about["rules"]["max"] == ["conventional", "greedy"]
+        for method in ("mixture", "speculative"):
+            body = server.complete(["a", "one river"], n=2, seed=7, max_tokens=6, mixlm={"method": method}).json()
+            for index, prompt in enumerate(["a", "a", "one river", "one river"]):
+                options = {"seed": 7, "sequence": index, "max_tokens": 6, "raw": True, "method": method}
+                assert body["choices"][index]["text"] == ensemble.generate(prompt, **options).text
+                observed = ensemble.generate(prompt, **options).usage.members["toy:1"]
+                assert observed.forwards > 0
+        refused = server.complete("a", mixlm={"method": "layered"})
+        assert refused.status_code == 400
+        assert "the router observes toy:1" in refused.json()["error"]["message"]

@@ -26,7 +26,14 @@ from mixlm.units.registry import unit_traits
 if TYPE_CHECKING:
     from mixlm.generation.target import RuleTarget
 
-__all__ = ["SpeculationStats", "StrategyContext", "build_strategy", "check_method", "strategy_name"]
+__all__ = [
+    "SpeculationStats",
+    "StrategyContext",
+    "build_strategy",
+    "check_method",
+    "check_observing",
+    "strategy_name",
+]
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,24 @@ def build_strategy(options: GenerationOptions, context: StrategyContext) -> Stra
 
     Raises:
         ConfigError: The draft is not a member.
-        UnsupportedError: The unit cannot be sampled by the method, or the options have no common average.
+        UnsupportedError: The unit cannot be sampled by the method, or the options have no common average; or the method
+            does not take the router.
     """
     check_method(options.method, context.unit)
+    if context.observed is not None:
+        check_observing(options.method, context.names[context.observed])
     module = import_module(f"mixlm.decoding.{strategy_name(options, context)}")
     strategy: Strategy = module.build(options, context)
     return strategy
+
+
+def check_observing(method: str, observed: str) -> None:
+    """Raise UnsupportedError where a method does not take a router that observes a member. observed: its name."""
+    if method == "layered":
+        raise UnsupportedError(
+            f"the router observes {observed}, and {method} orders members and drafts before any of them has run",
+            "use --method mixture, speculative or conventional, or a router of the text",
+        )
 
 
 def strategy_name(options: GenerationOptions, context: StrategyContext) -> str:

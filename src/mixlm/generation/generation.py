@@ -329,7 +329,8 @@ class Generation(Iterator[Token]):
         from mixlm.generation.prompt_logprobs import prompt_tokens
 
         context, prompt = self._context, (self._prompt.ids, self._prompt.text)
-        return (yield from prompt_tokens(context.members, context.unit, context.scoring_router, prompt))
+        router = context.scoring_router
+        return (yield from prompt_tokens(context.members, context.sessions, context.unit, router, prompt))
 
     def _stop_strings(self) -> list[str]:
         """Return the strings that end the text; those of chat templates not where a schema says where it ends."""

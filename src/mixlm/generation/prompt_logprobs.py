@@ -19,7 +19,7 @@ from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.member import Member
 from mixlm.routing.base import Router
 from mixlm.routing.fixed import FixedRouter
@@ -68,7 +68,11 @@ class _ScoredPrompt:
 
 
 def prompt_tokens(
-    members: Sequence[Member], unit: Unit, router: Router, prompts: tuple[Sequence[Ids], bytes]
+    members: Sequence[Member],
+    sessions: Sequence[Session],
+    unit: Unit,
+    router: Router,
+    prompts: tuple[Sequence[Ids], bytes],
 ) -> Generator[list[Request], list[Response], tuple[Token, ...]]:
     """Score a raw prompt, and return its segments as tokens; afterwards each member's KV cache holds its prompt.
 
@@ -77,9 +81,13 @@ def prompt_tokens(
 
     Args:
         members: The members.
+        sessions: Theirs.
         unit: The unit.
         router: The weights.
         prompts: Each member's ids, and the text.
+
+    Raises:
+        UnsupportedError: A member's engine reports its most likely tokens only, and these are not enough.
     """
     text = prompts[1]
     live = (
@@ -93,6 +101,9 @@ def prompt_tokens(
     firsts = {i: first_tokens(prompt.ends, common).tolist() for i, prompt in scored.items()}
     observes = observed_by(router, len(members))
     for i, prompt in scored.items():
+        if members[i].engine.top_k_limit is not None:
+            _score_by_engine(members[i], sessions[i], prompt, observes if observes and observes.member == i else None)
+            continue
         wanted = _Wanted(
             set(firsts[i]), bool(members[0].top_logprobs), observes if observes and observes.member == i else None
         )
@@ -167,6 +178,17 @@ def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedSta
         np.array([seen.logprobs for seen in filled]),
         np.array(hidden) if hidden else None,
     )
+
+
+def _score_by_engine(member: Member, session: Session, prompt: _ScoredPrompt, observes: Observes | None) -> None:
+    """Take the log-probabilities of a prompt's tokens from an engine that reports its most likely tokens only."""
+    if member.top_logprobs or observes is not None:
+        raise UnsupportedError(
+            f"{member.name} gives the log-probability of a prompt's own tokens, and no others at each of them",
+            "ask for none (top_logprobs=0), use weights that observe no member, or --engine hf (engine='hf')",
+        )
+    first = max(prompt.first, 1)  # nothing is in front of the first id
+    prompt.logprobs[first - prompt.first :] = session.token_logprobs(prompt.ids)[first - 1 :]
 
 
 def _score(

@@ -14,6 +14,7 @@ from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_
 from mixlm.core.rule_options import is_average, rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.observation import observed_by
 from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.types import Sampling
 from mixlm.units.registry import unit_traits
@@ -52,6 +53,8 @@ class ServedModel:
         self.rule = ALIASES.get(rule, rule)
         self.rules = _rules(len(ensemble.members), shared_vocabulary=self._conflict is None)
         self.rules.setdefault(self.rule, COMBINATION_METHODS)
+        if observed_by(ensemble.router) is not None:
+            self.units, self.rules = _without_layered(self.units), _without_layered(self.rules)
         self._by_unit = {ensemble.unit.name: ensemble}
         self._lock = Lock()
 
@@ -119,6 +122,12 @@ class ServedModel:
                 "max_tokens": defaults.max_tokens,
             },
         }
+
+
+def _without_layered(methods: Mapping[str, tuple[Method, ...]]) -> dict[str, tuple[Method, ...]]:
+    """Return methods by name without the one that takes no router that observes a member."""
+    layered: Method = "layered"
+    return {name: tuple(method for method in listed if method != layered) for name, listed in methods.items()}
 
 
 def _rules(members: int, *, shared_vocabulary: bool) -> dict[str, tuple[Method, ...]]:

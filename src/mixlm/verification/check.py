@@ -24,6 +24,7 @@ from mixlm.decoding import check_method
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import EncodedPrompt, Prompt
+from mixlm.routing.observation import observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 from mixlm.verification.exact import ExactReference
@@ -130,6 +131,8 @@ def check(
     methods: list[Method] = ["mixture", "conventional", "single", "speculative", "layered", "greedy"]
     if settings.rule is not None:
         methods = ["conventional", "layered", "greedy"]
+    if observed_by(ensemble.router) is not None:
+        methods.remove("layered")  # which takes no router that observes a member
     methods = [method for method in methods if method in ensemble.unit.traits.methods]
     pairs: dict[str, list[Outcome]] = {}
     results: list[CheckResult] = []

@@ -135,6 +135,9 @@ class FakeSGLang(FakeServer):
                 meta["input_token_logprobs"] = [[None, ids[0], None], *own]
             meta["output_token_logprobs"] = [[float(logprobs[sampled]), sampled, None]]
             meta["output_token_logprobs_length"] = 1
+            if body.get("token_ids_logprob"):
+                listed = [[float(logprobs[i]), i, None] for i in body["token_ids_logprob"]]
+                meta["output_token_ids_logprobs"] = [listed]
             if count:
                 top = np.argsort(-logprobs)[:count]
                 meta["input_top_logprobs"] = []

@@ -104,7 +104,7 @@ def test_probabilities_that_are_missing_are_requested_another_way(engine):
     session = engine.session()
     usual = session.logits(ids).copy()
     bodies = engine.protocol.request_bodies
-    with patch.object(engine.protocol, "request_bodies", lambda ids, count: bodies(ids, count)[1:]):
+    with patch.object(engine.protocol, "request_bodies", lambda ids, count, among: bodies(ids, count)[1:]):
         other = session.logits(np.array([*ids, *ids]))
     expected = engine.session().logits(np.array([*ids, *ids]))
     assert ((other > -np.inf) == (expected > -np.inf)).all()

@@ -119,8 +119,8 @@ def test_an_end_of_text_that_the_server_samples_is_returned_as_any_token(fake, l
 
 def test_loading_takes_few_requests(fake, loaded):
     loaded()
-    # The top tokens after a prompt, the model's fingerprint, and once more for the cache.
-    assert fake.paths == ["/v1/models", "/server_info", "/tokenize", "/tokenize", *["/generate"] * 3]
+    # The top tokens after a prompt, the model's fingerprint, once more for the cache, and those of given ids.
+    assert fake.paths == ["/v1/models", "/server_info", "/tokenize", "/tokenize", *["/generate"] * 4]
 
 
 def test_other_servers_get_no_requests_that_are_sglangs(folder):  # noqa: F811

@@ -9,8 +9,11 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from ggufs import write_tiny_gguf
+from servers import FakeServer
 from serving import HELLO, events, running
 
+from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
 
@@ -422,3 +425,31 @@ def test_errors_of_messages_have_their_form(toys):
         body = {"messages": HELLO, "max_tokens": 3, "stop_sequences": ["zzz"], "system": "x"}
         assert server.post("/v1/messages", body).status_code == 401
         assert server.post("/v1/messages", body, headers={"x-api-key": "a-long-and-random-key"}).status_code == 200
+
+
+@pytest.mark.parametrize("processed", [True, False])
+def test_a_member_behind_a_server_calls_tools_too_or_refuses_by_name(processed, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    from mixlm.engines import EngineSpec
+    from mixlm.engines.remote.engine import RemoteEngine
+    from mixlm.models import find_gguf, tokenizer_folder
+
+    monkeypatch.setenv("MIXLM_CACHE", str(tmp_path))
+    fake = FakeServer()
+    fake.samples, fake.processed, fake.models = True, processed, [{"id": "fake", "max_model_len": 4096}]
+    folder = tokenizer_folder(find_gguf(str(write_tiny_gguf(tmp_path / "tiny.gguf"))))
+    try:
+        member = MemberSpec(RemoteEngine(EngineSpec(fake.start().url, ""), folder), "behind")
+        with running({"mixed": Ensemble([member, *load("toy:1").members])}) as server:
+            response = server.chat(seed=1, **CALLS)
+    finally:
+        fake.stop()
+    if not processed:
+        assert response.status_code == 400
+        assert "tools allows tokens" in response.json()["error"]["message"]
+        return
+    [choice] = response.json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    [call] = choice["message"]["tool_calls"]
+    check_call(call["function"]["name"], call["function"]["arguments"])
+    assert set(choice["mixlm"]["members"]) == {"behind", "toy:1"}

@@ -174,11 +174,11 @@ class Transform:
         Args:
             logits: All logits, (vocab,), any float type, not changed; or those that `top_k_filter` keeps.
             history: The tokens so far, for penalties.
-            allowed: Which ids may be sampled, bool (vocab,), in addition to `banned`; for all logits only.
+            allowed: Which ids may be sampled, bool (vocab,), in addition to `banned`; what is filtered has no others.
         """
         options = self.sampling
         if isinstance(logits, Candidates):
-            return _normalize(_truncate(*logits, options))
+            return _normalize(_truncate(*logits, options)) if logits.ids.size else logits
         x = logits.copy()
         x[self.banned] = -np.inf
         if allowed is not None:

@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mixlm.decoding.drafts import Draft, prefix_groups
+from mixlm.decoding.drafts import Draft, allowed_after, prefix_groups
 from mixlm.engines.requests import LogitsRequest, Request
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, SpeculationStats
-from mixlm.types import Candidates, Ids, LogitsRow
+from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
 
 MAX_BLOCK = 32  # positions
 
@@ -27,6 +27,7 @@ class Position(ABC):
         step: The decode step.
         members: Those that take part.
         ids: Each member's tokens there.
+        allowed: Which of each member's ids are allowed there, see `AllowedIds`.
         parts: The distributions of the members that ran, by member.
         proposal: The symbol that the next position of the block stands behind.
         is_guess: Whether the proposal was made before the symbol was chosen.
@@ -44,6 +45,7 @@ class Position(ABC):
         self.is_guess = False
         self.choice: Choice | None = None
         self._filters = [view.top_k_filter for view in step.views]
+        self.allowed = [view.allowed_ids() for view in step.views]
         self._distributions = distributions
         for member in members:
             if (row := step.observed_row(member)) is not None:
@@ -61,9 +63,17 @@ class Position(ABC):
     def guess(self, member: int) -> int | None:
         """Return the symbol that a member which ran proposes; None for none."""
 
-    def request(self, member: int, last: int = 1) -> LogitsRequest:
-        """Return the request for a member's logits here, and at the `last - 1` prefixes before."""
-        return LogitsRequest(member, self.ids[member], last, self._filters[member])
+    def request(self, member: int, before: Sequence[Position] = ()) -> LogitsRequest:
+        """Return the request for a member's logits here and at the positions before, whose tokens begin these."""
+        group = [*before, self]
+        sequences = [position.ids[member] for position in group]
+        allowed = allowed_after(sequences, [position.allowed[member] for position in group])
+        last = len(sequences[-1]) - len(sequences[0]) + 1
+        return LogitsRequest(member, sequences[-1], last, self.top_k_filter(member), allowed=allowed)
+
+    def top_k_filter(self, member: int) -> TopKFilter | None:
+        """Return the part of the member's logits that is needed; None for all of them."""
+        return self._filters[member]
 
     def receive(self, member: int, logits: LogitsRow) -> None:
         """Take a member's logits."""
@@ -158,10 +168,14 @@ def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Pos
     requests: list[Request] = []
     covered: list[list[Position]] = []
     for member in waiting[0].needs():
-        same = [position for position in waiting if member in position.needs()]
+        needed = waiting[0].top_k_filter(member)
+        same = [
+            position
+            for position in waiting
+            if member in position.needs() and position.top_k_filter(member) is needed
+        ]
         for indices in prefix_groups([position.ids[member] for position in same]):
             group = [same[index] for index in indices]
-            length = len(group[-1].ids[member]) - len(group[0].ids[member]) + 1
-            requests.append(group[-1].request(member, length))
+            requests.append(group[-1].request(member, group[:-1]))
             covered.append(group)
     return requests, covered

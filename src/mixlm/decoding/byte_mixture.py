@@ -158,8 +158,9 @@ class _CoverSampler:
         output = self._state.cached_output(self._member, offset)
         if output is None:
             ids = self._state.ids_at(self._member, offset)
-            transform = self._view.bind_transform(ids, self._state.substring(0, offset))
-            [rows] = yield [LogitsRequest(self._member, ids)]
+            text = self._state.substring(0, offset)
+            transform = self._view.bind_transform(ids, text)
+            [rows] = yield [LogitsRequest(self._member, ids, allowed=self._view.allowed_ids(text))]
             logits = cast("Logits", self._view.process(rows[0], ids))
             distribution = RankedDistribution.from_candidates(self._index, transform(logits))
             output = BoundaryOutput(logits.copy(), transform, distribution)

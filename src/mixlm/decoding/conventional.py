@@ -7,7 +7,6 @@ import numpy as np
 from mixlm.core.mixing import mix, responsibilities
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
 
 
@@ -23,9 +22,9 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
 def conventional(step: DecodeStep) -> Flow:
     """Sample from the target `Σ λ_i K_i A_i p_i`, built in full."""
     members = step.weighted_members
-    rows = {} if step.observed is None else {step.observed.member: step.observed.row}
+    rows = {i: row for i in members if (row := step.observed_row(i)) is not None}
     others = [i for i in members if i not in rows]
-    responses = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in others]
+    responses = yield [step.views[i].logits_request() for i in others]
     rows |= {i: response[0] for i, response in zip(others, responses, strict=True)}
     parts = [(step.weights[i], step.views[i].check_possible(step.views[i].distribution(rows[i]))) for i in members]
     average = mix(parts)

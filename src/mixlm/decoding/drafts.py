@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from mixlm.decoding import StrategyContext
-from mixlm.engines.requests import SampleRequest
+from mixlm.engines.requests import AllowedIds, SampleRequest
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import DecodeStep
@@ -44,7 +44,8 @@ class MemberDraft:
         if (row := step.observed_row(self.member)) is not None:
             proposal: int = view.sampler(step.noise)(row).symbol
             return proposal
-        [response] = yield [SampleRequest(self.member, view.ids(), view.sampler(step.noise), view.top_k_filter)]
+        sampler, allowed = view.sampler(step.noise), view.allowed_ids()
+        [response] = yield [SampleRequest(self.member, view.ids(), sampler, view.top_k_filter, allowed=allowed)]
         symbol: int = response.symbol
         return symbol
 
@@ -142,3 +143,11 @@ def prefix_groups(sequences: Sequence[Ids]) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def allowed_after(sequences: Sequence[Ids], allowed: Sequence[AllowedIds]) -> AllowedIds:
+    """Return what is allowed after each prefix, from the shortest to the longest of a group; None in between."""
+    if not any(allowed):
+        return ()
+    masks = {len(ids): mask for ids, (mask,) in zip(sequences, allowed, strict=True)}
+    return [masks.get(length) for length in range(min(masks), max(masks) + 1)]

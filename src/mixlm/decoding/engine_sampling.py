@@ -64,7 +64,7 @@ def sample_request(step: DecodeStep, member: int, *, single_member: bool = False
     if length > 1:
         keys = tuple(noise.at(noise.position + offset).sample_key for offset in range(length - 1))
         hint = RunAheadHint(keys, view.member.transform.sampling, view.member.symbols)
-    return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, hint)
+    return SampleRequest(member, view.ids(), view.sampler(noise), view.top_k_filter, hint, view.allowed_ids())
 
 
 def sample_member(step: DecodeStep, member: int) -> RequestFlow[SampleResponse]:

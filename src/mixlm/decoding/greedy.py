@@ -16,7 +16,6 @@ from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
 from mixlm.decoding.blocks import Position, draft_block, verify
 from mixlm.decoding.drafts import Draft, NoDraft, build_draft
-from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget
 from mixlm.types import Candidates, Floats
@@ -44,8 +43,8 @@ def greedy(step: DecodeStep) -> Flow:
     remaining = 1.0
     while True:
         member = order[len(parts)]
-        [rows] = yield [LogitsRequest(member, step.views[member].ids())]
         view = step.views[member]
+        [rows] = yield [view.logits_request()]
         parts.append((float(step.weights[member]), view.check_possible(view.distribution(rows[0]))))
         remaining -= step.weights[member]
         average = mix(parts)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.drafts import Draft, build_draft, prefix_groups
-from mixlm.engines.requests import LogitsRequest, SampleRequest, SampleResponse
+from mixlm.decoding.drafts import Draft, allowed_after, build_draft, prefix_groups
+from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.types import Ids, LogitsRow, TopKFilter
@@ -38,6 +38,7 @@ class _Position:
     ids: Ids
     sample: Callable[[LogitsRow], SampleResponse]
     top_k_filter: TopKFilter | None
+    allowed: AllowedIds
     proposal: int | None = None
     response: SampleResponse | None = None
 
@@ -67,13 +68,14 @@ def _draft_block(step: DecodeStep, draft: Draft, block: int) -> RequestFlow[list
         member = current.noise.coin(current.weights)
         view = current.views[member]
         # A copy: the state goes on changing.
-        position = _Position(member, view.ids().copy(), view.sampler(current.noise), view.top_k_filter)
+        sampler, allowed = view.sampler(current.noise), view.allowed_ids()
+        position = _Position(member, view.ids().copy(), sampler, view.top_k_filter, allowed)
         positions.append(position)
         if (row := current.observed_row(member)) is not None:
             position.response = position.sample(row)
             position.proposal = position.response.symbol
         elif member == draft.member:
-            [response] = yield [SampleRequest(member, view.ids(), position.sample, view.top_k_filter)]
+            [response] = yield [SampleRequest(member, view.ids(), sampler, view.top_k_filter, allowed=allowed)]
             position.response = response
             position.proposal = response.symbol
         elif proposals < block:
@@ -93,7 +95,9 @@ def verify(positions: list[_Position], stats: SpeculationStats) -> Flow:
         same_member = [position for position in waiting if position.member == member]
         group = [same_member[index] for index in prefix_groups([position.ids for position in same_member])[0]]
         ids, shortest = group[-1].ids, len(group[0].ids)
-        [rows] = yield [LogitsRequest(member, ids, len(ids) - shortest + 1, group[0].top_k_filter)]
+        allowed = allowed_after([position.ids for position in group], [position.allowed for position in group])
+        last = len(ids) - shortest + 1
+        [rows] = yield [LogitsRequest(member, ids, last, group[0].top_k_filter, allowed=allowed)]
         for position in group:
             position.response = position.sample(rows[len(position.ids) - shortest])
             if position.proposal is None:

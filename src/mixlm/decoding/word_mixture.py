@@ -40,8 +40,8 @@ import numpy.typing as npt
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.decoding import StrategyContext
-from mixlm.decoding.drafts import prefix_groups
-from mixlm.engines.requests import LogitsRequest, SampleResponse
+from mixlm.decoding.drafts import allowed_after, prefix_groups
+from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
@@ -105,6 +105,7 @@ class _UnverifiedEnd(NamedTuple):
     begins_word: Callable[[Ids], npt.NDArray[np.bool_]]
     last_symbol: int
     top_k_filter: TopKFilter | None
+    allowed: AllowedIds
 
 
 @dataclass(slots=True, eq=False)
@@ -169,7 +170,7 @@ class _Block:
             if first is not None:
                 return _WrittenSymbol.of(coin, first, self._unverified_end(step, owner))
         if sample is None:
-            logits = yield from self._run(owner, views[owner].ids(), views[owner].top_k_filter)
+            logits = yield from self._run(owner, views[owner], views[owner].top_k_filter)
             sample = self._cache(owner, step.noise, views[owner].sampler(step.noise)(logits))
             if state.last_symbol is not None:
                 self._statistics.record(state.last_symbol, self._begins_word(sample))
@@ -177,7 +178,7 @@ class _Block:
             return _WrittenSymbol.of(owner, sample)
         first = self._cached_sample(coin, second_noise)
         if first is None:
-            logits = yield from self._run(coin, views[coin].ids())
+            logits = yield from self._run(coin, views[coin])
             first, _ = _sample_first(views[coin], second_noise, logits)
         return _WrittenSymbol.of(owner, sample) if first is None else _WrittenSymbol.of(coin, first)
 
@@ -187,7 +188,7 @@ class _Block:
         """Let the next member begin a word, unless the owner should be asked first whether its word has ended."""
         if not self._has_probably_ended(step.views[owner]):
             return None
-        logits = yield from self._run(coin, step.views[coin].ids())
+        logits = yield from self._run(coin, step.views[coin])
         first, mass = _sample_first(step.views[coin], noise, logits)
         if first is None:
             return None
@@ -216,16 +217,24 @@ class _Block:
         ids, sampler = view.ids().copy(), view.sampler(step.noise)  # a copy: the state goes on changing
         begins_word = state.word_start_marker()
         return _UnverifiedEnd(
-            owner, ids, sampler, step.noise, state.text(), begins_word, state.last_symbol, view.top_k_filter
+            owner,
+            ids,
+            sampler,
+            step.noise,
+            state.text(),
+            begins_word,
+            state.last_symbol,
+            view.top_k_filter,
+            view.allowed_ids(),
         )
 
     def _run(
-        self, member: int, ids: Ids | None = None, top_k_filter: TopKFilter | None = None
+        self, member: int, view: MemberView | None = None, top_k_filter: TopKFilter | None = None
     ) -> RequestFlow[LogitsRow]:
-        """Verify a member's ends, and return its logits after `ids`, in the same forward.
+        """Verify a member's ends, and return its logits for the text as it is now, in the same forward.
 
         Args:
-            ids: The tokens to run; None to verify only.
+            view: The member's; None to verify only.
             top_k_filter: The part of the logits that is needed.
 
         Raises:
@@ -233,11 +242,15 @@ class _Block:
         """
         unverified = [symbol for symbol in self._written if symbol.end is not None and symbol.end.owner == member]
         sequences = [symbol.end.ids for symbol in unverified if symbol.end is not None]
-        sequences += [] if ids is None else [ids]
+        masks = [symbol.end.allowed for symbol in unverified if symbol.end is not None]
+        if view is not None:
+            sequences.append(view.ids())
+            masks.append(view.allowed_ids())
         logits: LogitsRow = np.zeros(0, dtype=np.float32)
         for group in prefix_groups(sequences):
             shortest, longest = len(sequences[group[0]]), sequences[group[-1]]
-            [rows] = yield [LogitsRequest(member, longest, len(longest) - shortest + 1, top_k_filter)]
+            allowed = allowed_after([sequences[index] for index in group], [masks[index] for index in group])
+            [rows] = yield [LogitsRequest(member, longest, len(longest) - shortest + 1, top_k_filter, allowed=allowed)]
             for index in group:
                 logits = rows[len(sequences[index]) - shortest]
                 if index < len(unverified):

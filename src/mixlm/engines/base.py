@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.engines.requests import (
+    AllowedIds,
     Forward,
     GenerateRequest,
     GenerateResponse,
@@ -84,8 +85,13 @@ class Session(ABC):
         self.record(ids, logits, Forward(len(ids) - cached, cached, time.perf_counter() - start))
         return logits
 
-    def logits_rows(self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None) -> LogitsRows:
-        """Return what `logits` does, or only what the filter keeps of it where that is cheaper."""
+    def logits_rows(
+        self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
+    ) -> LogitsRows:
+        """Return what `logits` does, or only what the filter keeps of it where that is cheaper.
+
+        allowed: for engines with a `top_k_limit`, see `AllowedIds`.
+        """
         return self.logits(ids, last)
 
     def keep_hidden(self) -> None:
@@ -226,26 +232,26 @@ class Engine(ABC):
     leading-space rule and the source of the chat template, for reports. weights_bytes: memory of the weights. device:
     what it runs on; engines on equal devices are served in turn. top_k_limit: how many of its top tokens it can
     return, None for all; the logits of such an engine are -inf for the others, and right up to a constant for these.
+    max_top_k: how many it returns at most where a `TopKFilter` wants more than that, None for no limit.
+    takes_ids: with a `top_k_limit`, whether it can report the top tokens among given ids (`AllowedIds`).
+    max_sequences: of how many sequences it keeps the KV cache, None for all; more push out one another's.
     hidden_size: numbers in a hidden state, the input of its output layer; None where it gives none.
     asynchronous: it has a queue of its own, and each request is best handed to it at once, with `submit`.
     """
 
     details: Mapping[str, str] = MappingProxyType({})
     weights_bytes: int = 0
-    max_top_k: how many it returns at most where a `TopKFilter` wants more than that, None for no limit.
-    takes_ids: with a `top_k_limit`, whether it can report the top tokens among given ids (`AllowedIds`).
-    max_sequences: of how many sequences it keeps the KV cache, None for all; more push out one another's.
     device: Any = "cpu"
     top_k_limit: int | None = None
+    max_top_k: int | None = None
+    takes_ids: bool = False
+    max_sequences: int | None = None
     hidden_size: int | None = None
     asynchronous: bool = False
 
     def __init__(self, name: str, text: TextInterface, context_length: int) -> None:
         self.name = name
         self.context_length = context_length
-    max_top_k: int | None = None
-    takes_ids: bool = False
-    max_sequences: int | None = None
         self.vocabulary = text.vocabulary
         self.encoder = text.encoder
         self.prompts = text.prompts
@@ -267,6 +273,11 @@ class Engine(ABC):
     def scores_texts(self) -> bool:
         """Whether it gives the log-probability of every token of a given text (`Session.token_logprobs`)."""
         return self.top_k_limit is None
+
+    @property
+    def reports_all(self) -> bool:
+        """Whether it returns every token's logit where that many are requested."""
+        return self.top_k_limit is None or self.max_top_k is None or self.max_top_k >= self.vocabulary.size
 
     @property
     def run_ahead_depth(self) -> int:
@@ -333,7 +344,7 @@ def respond(session: Session, request: Request) -> Response:
     last = request.last if isinstance(request, LogitsRequest) else 1
     if isinstance(request, LogitsRequest) and request.hidden:
         session.keep_hidden()
-    rows = session.logits_rows(request.ids, last, request.top_k_filter)
+    rows = session.logits_rows(request.ids, last, request.top_k_filter, request.allowed)
     return to_response(request, rows, session.hidden_states)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, HiddenStates, Ids, LogitsRows, Sampling, TopKFilter, TopLogprobs
@@ -24,13 +25,18 @@ class SampleResponse(NamedTuple):
     top_logprobs: TopLogprobs = ()
 
 
+# For engines with a `top_k_limit`: which ids count after each of the prefixes, bool (vocab,), or None for all of them;
+# () for no such restriction. They return the most likely tokens among these.
+AllowedIds = Sequence[npt.NDArray[np.bool_] | None]
+
+
 @dataclass(frozen=True, slots=True)
 class LogitsRequest:
     """Request a member's logits after each of the last `last` prefixes of `ids`, int64. Response: `LogitsRows`.
 
     top_k_filter: which logits are needed, None for all. With a filter, an engine may return one `LogitsRow` for each
     prefix, filtered or whole; without one it returns float32 (last, vocab). hidden: request the hidden states of these
-    positions too, of an engine with a `hidden_size`; the response is `LogitsAndHidden`.
+    positions too, of an engine with a `hidden_size`; the response is `LogitsAndHidden`. allowed: see `AllowedIds`.
     """
 
     member: int
@@ -38,6 +44,7 @@ class LogitsRequest:
     last: int = 1
     top_k_filter: TopKFilter | None = None
     hidden: bool = False
+    allowed: AllowedIds = ()
 
 
 class LogitsAndHidden(NamedTuple):
@@ -64,7 +71,8 @@ class RunAheadHint:
 class SampleRequest:
     """Request one symbol after `ids`, sampled on the host. Response: `SampleResponse`.
 
-    sample: called with the logits (vocab,), or with any `LogitsRow` where there is a `top_k_filter`. run_ahead: what
+    sample: called with the logits (vocab,), or with any `LogitsRow` where there is a `top_k_filter`. allowed: see
+    `AllowedIds`; of one prefix. run_ahead: what
     will probably be requested next, for engines with a `run_ahead_depth`. It changes no response.
     """
 
@@ -73,6 +81,7 @@ class SampleRequest:
     sample: Callable[[Any], SampleResponse]
     top_k_filter: TopKFilter | None = None
     run_ahead: RunAheadHint | None = None
+    allowed: AllowedIds = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,13 @@
 """Engines that return only their top tokens: all that they offer is "the N most probable next tokens".
 
 That is enough for a member whose transform keeps the k most probable tokens with k ≤ N: truncating the whole
-distribution to those and renormalising gives the same numbers. What needs more is refused when an ensemble is set up
-(`decoding`).
+distribution to those and renormalising gives the same numbers. Combination rules request more tokens, with
+their probabilities in the whole vocabulary, until what is not reported decides nothing. What else needs more is refused
+when an ensemble is set up (`decoding`).
+
+Where a grammar allows some ids only, the k most probable ones of these are needed. Either they are among the most
+probable of all, as far as these are requested, or the engine is asked for the most probable of given ids. How depends
+on the engine (`protocols`); what it reports tells whether they are all there.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session
-from mixlm.engines.requests import Forward, GenerateResponse
+from mixlm.engines.requests import AllowedIds, Forward, GenerateResponse
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRows, TopKFilter
 from mixlm.units.base import TokenBuffer
@@ -26,12 +31,12 @@ class TopKOnlyEngine(Engine):
     """An engine that returns its `top_k_limit` most probable tokens that may be sampled.
 
     extra_tokens: how many more are requested, since special tokens may be among the top ones and are never sampled.
-    max_top_k: how many can be requested at all, None for no limit.
+    max_unlisted: where it `takes_ids`, how many are requested before it is given the ids.
     """
 
     top_k_limit: int
     extra_tokens: int = 16
-    max_top_k: int | None = None
+    max_unlisted: int = 1024
 
     @cached_property
     def sampleable(self) -> npt.NDArray[np.bool_]:
@@ -46,7 +51,19 @@ class TopKOnlyEngine(Engine):
         return next(letters, 0)
 
 
-TopTokensQueries = Generator[tuple[Ids, int], Candidates, LogitsRows]  # yields the arguments of `top_tokens`
+# A grammar's ids are listed at once where they are so few.
+_MAX_FEW = 4096
+
+
+class TopTokensQuery(NamedTuple):
+    """The arguments of `TopKOnlySession.top_tokens`, in order. number: how many tokens."""
+
+    ids: Ids
+    number: int
+    among: Ids | None = None
+
+
+TopTokensQueries = Generator[TopTokensQuery, Candidates, LogitsRows]
 
 
 class TokenScores(NamedTuple):
@@ -65,24 +82,43 @@ class TopKOnlySession(Session):
     def __init__(self, engine: TopKOnlyEngine) -> None:
         super().__init__(engine.context_length)
         self._top_k_engine = engine
-        self._top_k_filter: TopKFilter | None = None  # of the request being served
+        self._top_k_filter: TopKFilter | None = None  # of the request being served, as `_allowed`
+        self._allowed: AllowedIds = ()
         self._context = TokenBuffer(np.zeros(0, dtype=np.int64))
 
     @abstractmethod
-    def top_tokens(self, ids: Ids, count: int) -> Candidates:
-        """Return at least the `count` most probable tokens after `ids`; log-probabilities up to a constant."""
+    def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
+        """Return at least the `count` most probable tokens after `ids`; log-probabilities up to a constant.
 
-    def logits_rows(self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None) -> LogitsRows:
-        """Return what `logits` does, or what the filter keeps of it: then no row is as long as the vocabulary."""
-        self._top_k_filter = top_k_filter
+        Where the session is `normalized`, they are those in the whole vocabulary.
+
+        among: the ids that count, for an engine that `takes_ids`. It may return others too, and then fewer of these:
+        the order, and the differences between these, are right.
+        """
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the request being served needs probabilities in the whole vocabulary."""
+        return self._top_k_filter is not None and self._top_k_filter.normalized
+
+    def logits_rows(
+        self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
+    ) -> LogitsRows:
+        """Return what `logits` does, or what the filter keeps of it: then no row is as long as the vocabulary.
+
+        allowed: which ids count after each prefix, the logits of the others are not certain.
+        """
+        self._top_k_filter, self._allowed = top_k_filter, allowed
         try:
+            if allowed or self.normalized:
+                self._last_logits = None  # of other ids, or too few
             return self.logits(ids, last)
         finally:
-            self._top_k_filter = None
+            self._top_k_filter, self._allowed = None, ()
 
     def record(self, ids: Ids, logits: Logits | None, forward: Forward) -> None:
         """Record a forward pass."""
-        super().record(ids, logits if self._top_k_filter is None else None, forward)
+        super().record(ids, logits if self._top_k_filter is None and not self._allowed else None, forward)
 
     def token_scores(self, ids: Ids) -> TokenScores:
         """Return the scores of given ids, where the engine has them. Raises UnsupportedError where it has not."""
@@ -104,7 +140,7 @@ class TopKOnlySession(Session):
 
     def forward(self, ids: Ids, last: int) -> Logits:
         """Query the top tokens after each of the last prefixes; the logits of other tokens are -inf."""
-        queries = self.top_k_queries(ids, last, self._top_k_filter)
+        queries = self.top_k_queries(ids, last, self._top_k_filter, self._allowed)
         try:
             query = next(queries)
             while True:
@@ -113,8 +149,10 @@ class TopKOnlySession(Session):
             rows: Logits = stop.value
             return rows
 
-    def top_k_queries(self, ids: Ids, last: int, top_k_filter: TopKFilter | None = None) -> TopTokensQueries:
-        """Append `ids` to the context and yield the queries that they need, each the arguments of `top_tokens`.
+    def top_k_queries(
+        self, ids: Ids, last: int, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
+    ) -> TopTokensQueries:
+        """Append `ids` to the context and yield the queries that they need.
 
         Returns:
             The logits, float32 (last, vocab), or what the filter keeps of each row.
@@ -122,36 +160,58 @@ class TopKOnlySession(Session):
         self._context.replace_tail(0, ids)
         context = self._context.ids
         rows = []
-        for end in range(len(context) - last + 1, len(context) + 1):
-            rows.append((yield from self._query_until_enough(context[:end], top_k_filter)))
+        masks = allowed or [None] * last
+        for end, mask in zip(range(len(context) - last + 1, len(context) + 1), masks, strict=True):
+            rows.append((yield from self._query_until_enough(context[:end], top_k_filter, mask)))
         if top_k_filter is not None:
-            return [top_k_filter.apply(candidates) for candidates in rows]
+            kept = [row if mask is None else _masked(row, mask) for row, mask in zip(rows, masks, strict=True)]
+            return [top_k_filter.apply(candidates) for candidates in kept]
         logits = np.full((last, self._top_k_engine.vocabulary.size), -np.inf, dtype=np.float32)
         for row, candidates in zip(logits, rows, strict=True):
             row[candidates.ids] = candidates.logprobs
         return logits
 
     def _query_until_enough(
-        self, ids: Ids, top_k_filter: TopKFilter | None
-    ) -> Generator[tuple[Ids, int], Candidates, Candidates]:
-        """Query ever more top tokens until enough of them may be sampled, or there are no more."""
+        self, ids: Ids, top_k_filter: TopKFilter | None, allowed: npt.NDArray[np.bool_] | None
+    ) -> Generator[TopTokensQuery, Candidates, Candidates]:
+        """Query ever more top tokens until enough of them may be sampled, or there are no more.
+
+        A filter that wants more than the engine's `top_k_limit` gets as many as there are.
+        """
         engine = self._top_k_engine
         limit = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
-        enough = engine.top_k_limit if top_k_filter is None else min(top_k_filter.k, engine.top_k_limit)
-        count = min(enough + engine.extra_tokens, limit)
+        wanted = engine.top_k_limit if top_k_filter is None else top_k_filter.k
+        sampleable = engine.sampleable if allowed is None else engine.sampleable & allowed
+        total = int(np.count_nonzero(sampleable))
+        wanted = min(wanted, total)
+        enough = min(wanted, engine.top_k_limit)
+        if not enough:
+            return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
+        may_list = allowed is not None and engine.takes_ids
+        among = np.flatnonzero(sampleable) if may_list and total <= _MAX_FEW else None
+        count = min(wanted + engine.extra_tokens, limit, limit if among is None else total)
         while True:
-            candidates = yield ids, count
-            usable = engine.sampleable[candidates.ids]
+            candidates = yield TopTokensQuery(ids, count, among)
+            usable = sampleable[candidates.ids]
             if top_k_filter is not None:
                 usable &= top_k_filter.allows(candidates.ids)
-            if np.count_nonzero(usable) >= enough or count >= engine.vocabulary.size:
+            reported = np.count_nonzero(usable)
+            if reported >= wanted or count >= engine.vocabulary.size or (reported >= enough and count >= limit):
                 return candidates
-            if count >= limit:
+            if may_list and among is None and count >= min(engine.max_unlisted, limit):
+                among, count = np.flatnonzero(sampleable), min(enough + engine.extra_tokens, limit, total)
+            elif count >= limit:
                 raise EngineError(
                     f"fewer than {enough} of the {count} most likely tokens of {engine.name} may be sampled",
                     "use fewer candidates, or let its server return more of them",
                 )
-            count = min(4 * count, limit)
+            else:
+                count = min(4 * count, limit)
+
+
+def _masked(candidates: Candidates, mask: npt.NDArray[np.bool_]) -> Candidates:
+    keep = mask[candidates.ids]
+    return Candidates(candidates.ids[keep], candidates.logprobs[keep])
 
 
 def full_distribution_error(engine: Engine, purpose: str) -> UnsupportedError:

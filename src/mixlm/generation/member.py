@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -13,9 +14,9 @@ from mixlm.core.grammar import Grammar, TokenMask
 from mixlm.core.logits_processor import LogitsProcessor, process_logits
 from mixlm.core.mixing import pool
 from mixlm.core.rng import Noise
-from mixlm.core.sampling import TokenHistory, Transform, top_logprobs
+from mixlm.core.sampling import ReportTransform, TokenHistory, Transform, top_logprobs
 from mixlm.engines.base import Engine
-from mixlm.engines.requests import SampleResponse
+from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.errors import UnsupportedError
 from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
@@ -30,6 +31,7 @@ class MemberOptions:
         grammar: What the member's tokens are held to.
         samples_only: Whether the strategy requests nothing but samples of single members, so that an engine may sample
             them itself.
+        takes_more: Whether the strategy requests as many of an engine's most likely tokens as it needs.
         processor: What changes the member's logits first.
     """
 
@@ -37,6 +39,7 @@ class MemberOptions:
     grammar: Grammar | None = None
     samples_only: bool = False
     processor: LogitsProcessor | None = None
+    takes_more: bool = False
 
 
 class Member:
@@ -70,7 +73,17 @@ class Member:
         can_run_ahead = samples_only and transform.top_k_filter is not None
         self.run_ahead = engine.run_ahead_depth if can_run_ahead else 0
         if not self.samples_itself:
-            _check_top_k_limit(self)
+            _check_top_k_limit(self, takes_more=options.takes_more)
+
+    @property
+    def reports(self) -> bool:
+        """Whether its distributions are lower bounds: what its engine reports of them."""
+        return isinstance(self.transform, ReportTransform)
+
+    @cached_property
+    def tokens_of(self) -> Ids:
+        """How many of its ids stand for each symbol, int64 (symbols,)."""
+        return np.bincount(self.symbols[self.symbols >= 0])
 
     def distribution(
         self, logits: LogitsRow, history: TokenHistory | None = None, allowed: TokenMask | None = None
@@ -99,6 +112,7 @@ class MemberView:
         self._index = index
         self._state = state
         self._matcher = None if member.grammar is None else member.grammar.matcher()
+        self._mask: tuple[bytes, TokenMask | None] | None = None  # the latest text, and what may follow it
 
     @property
     def state(self) -> TextState:
@@ -116,15 +130,37 @@ class MemberView:
     @property
     def top_k_filter(self) -> TopKFilter | None:
         """The part of the member's logits that its distribution depends on; None for all of them."""
-        needs_all = self._matcher is not None or self.member.processor is not None
+        needs_all = (self._matcher is not None and not self.is_restricted) or self.member.processor is not None
         return None if needs_all else self.member.transform.top_k_filter
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether requests say which ids are allowed: the engine reports its most likely tokens only, of these."""
+        return self._matcher is not None and self.member.engine.top_k_limit is not None
+
+    def allowed_ids(self, text: bytes | None = None) -> AllowedIds:
+        """Return what a request says of the ids that are allowed after the text as it is now, or after a prefix."""
+        return (self._allowed(text),) if self.is_restricted else ()
+
+    def logits_request(self) -> LogitsRequest:
+        """Return the request for the logits that the member's distribution needs, for the text as it is now."""
+        return LogitsRequest(self._index, self.ids(), 1, self.top_k_filter, allowed=self.allowed_ids())
+
+    def _allowed(self, text: bytes | None = None) -> TokenMask | None:
+        """Return the grammar's mask after the text as it is now, or after a prefix of it; None without a grammar."""
+        if self._matcher is None:
+            return None
+        text = self._state.tail(sys.maxsize) if text is None else text
+        if self._mask is None or self._mask[0] != text:
+            self._mask = text, self._matcher.allowed(text)
+        return self._mask[1]
 
     @property
     def stuck(self) -> bool:
         """Whether the grammar leaves the member no token."""
-        if self._matcher is None or not self.member.may_be_stuck:
+        if not self.member.may_be_stuck:
             return False
-        allowed = self._matcher.allowed(self._state.tail(sys.maxsize))
+        allowed = self._allowed()
         return allowed is not None and not (allowed & (self.member.symbols >= 0)).any()
 
     def sample(self, distribution: Candidates, noise: Noise) -> SampleResponse:
@@ -172,18 +208,18 @@ class MemberView:
 
     def bind_transform(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
         """Return what `bind_distribution` does, for logits that `process` has changed."""
-        history, matcher = self._history(ids), self._matcher
-        if matcher is None and history is None:
+        history = self._history(ids)
+        if self._matcher is None and history is None:
             return self.member.distribution
-        if matcher is None:
+        if self._matcher is None:
             return lambda logits: self.member.distribution(logits, history)
         before = self._state.tail(sys.maxsize) if text is None else text
-        return lambda logits: self.member.distribution(logits, history, matcher.allowed(before))
+        return lambda logits: self.member.distribution(logits, history, self._allowed(before))
 
     def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
         """Return the function from logits for the text as it is now to the distribution over own ids: `A_i p_i`."""
         history, transform, process = self._history(), self.member.transform, self._bind_processor()
-        allowed = None if self._matcher is None else self._matcher.allowed(self._state.tail(sys.maxsize))
+        allowed = self._allowed()
         if process is None:
             return lambda logits: transform(logits, history, allowed)
         return lambda logits: transform(process(logits), history, allowed)
@@ -209,7 +245,7 @@ class MemberView:
         return TokenHistory.from_tokens(ids[:prompt], ids[prompt:])
 
 
-def _check_top_k_limit(member: Member) -> None:
+def _check_top_k_limit(member: Member, *, takes_more: bool = False) -> None:
     """Raise UnsupportedError for options that need more than the top k tokens that the engine reports."""
     engine, transform, symbols = member.engine, member.transform, member.symbols
     if engine.top_k_limit is None:
@@ -219,21 +255,25 @@ def _check_top_k_limit(member: Member) -> None:
     masked = sum(bool(tokens[i]) or i in ends for i in np.flatnonzero(symbols < 0).tolist())
     limit = engine.top_k_limit - masked
     sampling = transform.sampling
-    if member.grammar is not None:
-        reason = f"{member.grammar.option} allows tokens from anywhere in the vocabulary"
-    elif member.processor is not None:
+    if member.grammar is not None and not engine.takes_ids:
+        raise UnsupportedError(
+            f"{member.grammar.option} allows tokens from anywhere in the vocabulary, and {engine.name} runs in an "
+            f"engine that reports its {engine.top_k_limit} most likely tokens of all only",
+            "use --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM with --logprobs-mode processed_logprobs",
+        )
+    if member.processor is not None:
         reason = "a logits processor may move any token of the vocabulary"
     elif transform.bias is not None:
         reason = "logit_bias moves tokens from anywhere in the vocabulary"
     elif sampling.has_penalties:
         reason = f"{sampling.active_penalties[0]} moves tokens from anywhere in the vocabulary"
-    elif not 1 <= sampling.top_k <= limit:
+    elif not takes_more and not 1 <= sampling.top_k <= limit:
         reason = f"top_k is {sampling.top_k}" + (" (off)" if sampling.top_k == 0 else "")
     else:
         return
     raise UnsupportedError(
         f"{reason}, and {engine.name} runs in an engine that reports its {engine.top_k_limit} most likely tokens only",
-        f"use a top_k from 1 to {limit} and no penalties, biases or schema, or --engine hf (engine='hf')"
+        f"use a top_k from 1 to {limit} and no penalties or biases, or --engine hf (engine='hf')"
         if limit >= 1
         else "use --unit piece, or --engine hf",
     )

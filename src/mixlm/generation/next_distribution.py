@@ -10,7 +10,6 @@ import numpy as np
 
 from mixlm.core.mixing import mix
 from mixlm.core.rng import Noise
-from mixlm.engines.requests import LogitsRequest
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.sequence import DecodeStep, Flow
 from mixlm.types import Candidates, Floats, Ids
@@ -69,7 +68,7 @@ def ensemble_parts(step: DecodeStep, target: RuleTarget | None) -> RequestFlow[E
     members = step.weighted_members if target is None else target.members(step)
     weights = step.weights[members] if target is None else target.weights(step, members)
     distributions = [view.bind_distribution() for view in step.views] if target is None else target.distributions(step)
-    responses = yield [LogitsRequest(i, step.views[i].ids(), top_k_filter=step.views[i].top_k_filter) for i in members]
+    responses = yield [step.views[i].logits_request() for i in members]
     parts = [
         step.views[i].check_possible(distributions[i](response[0]))
         for i, response in zip(members, responses, strict=True)

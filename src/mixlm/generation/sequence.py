@@ -86,8 +86,13 @@ class DecodeStep:
         return (yield from self.advance(symbol))
 
     def observed_row(self, member: int) -> LogitsRow | None:
-        """Return a member's logits where the router has observed them at this position; they need no request."""
-        return self.observed.row if self.observed is not None and self.observed.member == member else None
+        """Return a member's logits where the router has observed them at this position; they need no request.
+
+        None where they may lack those that the grammar allows.
+        """
+        if self.observed is None or self.observed.member != member or self.views[member].is_restricted:
+            return None
+        return self.observed.row
 
     @property
     def weighted_members(self) -> list[int]:

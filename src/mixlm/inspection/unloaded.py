@@ -75,7 +75,8 @@ class UnloadedEngine(Engine):
     ) -> None:
         super().__init__(spec.name, text, context or 1 << 20)
         # As the loaded engine has it, so that the same methods are possible.
-        self.top_k_limit = min(spec.candidates, self.vocabulary.size) if spec.engine == "llamacpp" else None
+        self.takes_ids = spec.engine == "llamacpp"
+        self.top_k_limit = min(spec.candidates, self.vocabulary.size) if self.takes_ids else None
         self.weights_bytes = weights_bytes
         self.details = details
 

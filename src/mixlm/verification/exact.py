@@ -28,7 +28,7 @@ from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.target import assign_roles
 from mixlm.routing.base import PromptContext, begin_route
 from mixlm.routing.observation import Observation, observation
-from mixlm.types import Floats
+from mixlm.types import Floats, Logits
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word
 from mixlm.verification import baselines as references
@@ -140,17 +140,20 @@ class ExactReference:
         """Return a member's distribution over its own ids, float64 (vocab,). only: symbols that may be sampled."""
         member = self._ensemble.members[i]
         ids = state.ids(i)
-        logits = member.engine.session().logits(ids)[0]
-        if member.processor is not None:
-            logits = process_logits(member.processor, ids, logits)
         symbols = self._ensemble.unit.symbols(i)
         allowed = symbols >= 0
-        if only is not None:
-            allowed &= only[symbols]
+        permitted = None
         if self._settings.language is not None:
             grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
             permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
             allowed &= permitted if permitted is not None else False
+        # An engine that reports its most likely tokens only reports those of the grammar.
+        only_allowed = () if permitted is None else (permitted,)
+        logits = cast(Logits, member.engine.session().logits_rows(ids, allowed=only_allowed)[0])
+        if member.processor is not None:
+            logits = process_logits(member.processor, ids, logits)
+        if only is not None:
+            allowed &= only[symbols]
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
         history = TokenHistory.from_tokens(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])

@@ -81,14 +81,16 @@ class LlamaCppEngine(TopKOnlyEngine):
     those for one.
     """
 
+    takes_ids = True
+
     def __init__(self, name: str, text: TextInterface, loaded: LoadedGGUF) -> None:
         super().__init__(name, text, loaded.context_length)
         self._loaded = loaded
         self.server = loaded.server
         self.slots = loaded.slots
+        self.max_sequences = loaded.slots.count
         self.top_k_limit = loaded.top_k_limit
         self.weights_bytes = loaded.weights_bytes
-        self.max_sequences = loaded.slots.count
         self.protocol = LlamaCppProtocol(self.letter_token())
         dtype = "one token at a time" if loaded.exact else "GGUF"
         self.details = {"engine": "llama.cpp", "device": "cpu", "dtype": dtype}
@@ -185,10 +187,11 @@ class LlamaCppSession(TopKOnlySession):
             finally:
                 self.keeps_cache = True
 
-    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+    def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
         """Request one token with its top `count` alternatives from llama.cpp."""
         engine = self._engine
-        for body in engine.protocol.request_bodies(ids.tolist(), count):
+        bodies = engine.protocol.request_bodies(ids.tolist(), count, among)
+        for body in bodies[-1:] if self.normalized else bodies:
             # Each request says whether the slot's KV cache may be used; llama.cpp finds the common prefix.
             response = engine.server.handle_completions(
                 {**body, "id_slot": self._slot, "cache_prompt": self._use_cache}

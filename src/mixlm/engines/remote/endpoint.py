@@ -13,7 +13,7 @@ from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_card
 from mixlm.engines.remote.protocols import ServerProtocol, cached_tokens
 from mixlm.errors import ConfigError, EngineError, UnsupportedError
-from mixlm.types import Candidates
+from mixlm.types import Candidates, Ids
 
 # The same model in another batch returns slightly other probabilities: they differ by this total variation at most.
 _SAME_MODEL = 0.2
@@ -53,19 +53,29 @@ class Endpoint:
         return response.value, response.new_connection
 
     async def candidates(
-        self, protocol: ServerProtocol, ids: list[int], count: int, slot: int | None = None
+        self,
+        protocol: ServerProtocol,
+        ids: list[int],
+        count: int,
+        slot: int | None = None,
+        among: Ids | None = None,
+        *,
+        normalized: bool = False,
     ) -> CandidatesResponse:
         """Ask for at least the `count` most likely tokens after `ids`.
 
         Args:
             slot: of a llama.cpp server, None to leave it to the server.
+            among: the ids that count, None for all; for a server that takes them.
+            normalized: whether probabilities in the whole vocabulary are needed.
 
         Raises:
             EngineError: there is no response, or it has no probabilities.
         """
         new_connection = False
         slot_option = {} if slot is None else {"id_slot": slot}
-        for body in protocol.request_bodies(ids, count):
+        bodies = protocol.request_bodies(ids, count, among)
+        for body in bodies[-1:] if normalized else bodies:
             value, is_new = await self.complete({**body, **slot_option}, protocol.path)
             new_connection |= is_new
             try:

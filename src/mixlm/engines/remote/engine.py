@@ -27,6 +27,7 @@ from mixlm.engines.remote.model_info import ModelInfo, read_model_info
 from mixlm.engines.remote.replica import Replica, ReplicaRequirements, ReplicaSet
 from mixlm.engines.remote.server import PROBE_TEXT, ModelServer, TokenizerProbe
 from mixlm.engines.requests import (
+    AllowedIds,
     Forward,
     GenerateRequest,
     GenerateResponse,
@@ -37,7 +38,7 @@ from mixlm.engines.requests import (
 )
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
-from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession
+from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
 from mixlm.errors import ConfigError, EngineError
 from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
@@ -123,6 +124,8 @@ class RemoteEngine(TopKOnlyEngine):
         self.max_top_k = server.max_logprobs if server.is_limited else None
         self.extra_tokens = min(self.extra_tokens, server.max_logprobs // 5)
         self.top_k_limit = min(spec.candidates, server.max_logprobs - self.extra_tokens)
+        self.takes_ids = server.takes_ids
+        self.max_unlisted = server.max_logprobs
         self._capabilities = server.capabilities
         requirements = ReplicaRequirements(
             tokenizer, server, self.top_k_limit + self.extra_tokens, self.context_length, count, use_sessions
@@ -189,9 +192,9 @@ class RemoteEngine(TopKOnlyEngine):
         """Whether a server answers, with the model that it had."""
         return self._loop.run(self._replica_set.is_any_alive())
 
-    async def request_candidates(self, session: RemoteSession, ids: Ids, count: int) -> CandidatesResponse:
-        """Ask for at least the `count` most likely tokens after `ids`. Raises EngineError."""
-        return await self._with_failover(session, lambda server: server.candidates(session, ids, count))
+    async def request_candidates(self, session: RemoteSession, query: TopTokensQuery) -> CandidatesResponse:
+        """Ask for the most likely tokens. Raises EngineError."""
+        return await self._with_failover(session, lambda server: server.candidates(session, *query))
 
     async def request_generation(self, session: RemoteSession, request: GenerateRequest) -> GenerateResponse:
         """Let a server sample up to `length` tokens. Raises EngineError."""
@@ -234,7 +237,7 @@ class RemoteEngine(TopKOnlyEngine):
             if isinstance(request, GenerateRequest):
                 return await session.generate_async(request)
             last = request.last if isinstance(request, LogitsRequest) else 1
-            return await session.logits_rows_async(request.ids, last, request.top_k_filter)
+            return await session.logits_rows_async(request.ids, last, request.top_k_filter, request.allowed)
 
 
 class RemoteSession(TopKOnlySession):
@@ -273,26 +276,32 @@ class RemoteSession(TopKOnlySession):
         self.record_generation(request.ids, response, time.perf_counter() - start)
         return response
 
-    async def logits_rows_async(self, ids: Ids, last: int, top_k_filter: TopKFilter | None) -> LogitsRows:
+    async def logits_rows_async(
+        self, ids: Ids, last: int, top_k_filter: TopKFilter | None, allowed: AllowedIds = ()
+    ) -> LogitsRows:
         """Do what `logits_rows` does, without blocking."""
+        self._top_k_filter = top_k_filter
+        if allowed or self.normalized:
+            self._last_logits = None  # of other ids, or too few
         kept = self.rollback(ids, last)
         if kept is None:
             return self.last_logits
         start = time.perf_counter()
-        queries, cached = self.top_k_queries(ids[kept:], last, top_k_filter), kept
+        queries, cached = self.top_k_queries(ids[kept:], last, top_k_filter, allowed), kept
         try:
-            prompt, count = next(queries)
+            query = next(queries)
             while True:
-                response = await self._engine.request_candidates(self, prompt, count)
+                response = await self._engine.request_candidates(self, query)
                 cached = cached if response.cached is None else min(response.cached, len(ids) - 1)
-                prompt, count = queries.send(response.candidates)
+                query = queries.send(response.candidates)
         except StopIteration as stop:
             rows: LogitsRows = stop.value
         except BaseException:
             self.reset()
             raise
         seconds = time.perf_counter() - start
-        self.record(ids, None if isinstance(rows, list) else rows, Forward(len(ids) - kept, kept, seconds))
+        whole = None if isinstance(rows, list) or allowed else rows
+        self.record(ids, whole, Forward(len(ids) - kept, kept, seconds))
         self.stats.forwards[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server reports it
         self.stats.cached_tokens += max(cached - kept, 0)
         return rows
@@ -306,9 +315,9 @@ class RemoteSession(TopKOnlySession):
         self.stats.forwards.append(Forward(len(ids), 0, time.perf_counter() - start))
         return scores
 
-    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+    def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
         """Return at least the `count` most likely tokens after `ids`."""
-        return self._engine.run(self._engine.request_candidates(self, ids, count)).candidates
+        return self._engine.run(self._engine.request_candidates(self, TopTokensQuery(ids, count, among))).candidates
 
 
 async def _create_replicas(urls: Sequence[str], key: ApiKey, limits: ClientLimits) -> list[Replica]:

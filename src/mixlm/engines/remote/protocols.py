@@ -12,10 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
-from mixlm.types import Candidates
+from mixlm.types import Candidates, Ids
 
 _ID_PREFIX = "token_id:"
 _FLOAT32_MIN = -1e38
+# Added to the logits of ids that count, in float32: so much moves none of them by more than 4e-6, and logits are hardly
+# ever so far apart. Where they are, the ids are not among the top ones, and more are requested.
+_BIAS = 100.0
 
 
 class ServerProtocol(Protocol):
@@ -24,12 +27,15 @@ class ServerProtocol(Protocol):
     name: str
     path: str
 
-    def request_bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
+    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
         """Return requests to send in turn until the response to one has probabilities.
+
+        Those that the response to the last one has are probabilities in the whole vocabulary.
 
         Args:
             ids: the prompt.
             count: number of most likely next tokens wanted.
+            among: the ids that count, int64; None for all.
         """
         ...
 
@@ -55,15 +61,18 @@ class LlamaCppProtocol:
     def __init__(self, letter_token: int) -> None:
         self._forced = [[letter_token, 1000.0]]
 
-    def request_bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
+    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
         """Ask for the probabilities among the top N; then for those before llama.cpp's own sampling.
 
         Where the token that it sampled is part of a character, it withholds the probabilities until the rest comes. The
         second request makes it sample a whole one. Always asking that way would sort the whole vocabulary every time.
+        The ids that count become the top ones by an equal bias; that is part of the sampling, so the second request is
+        for the top tokens of all.
         """
         common = {"prompt": ids, "n_predict": 1, "temperature": 1.0, "seed": 0, "n_probs": count}
+        biases = {} if among is None else {"logit_bias": [[token, _BIAS] for token in among.tolist()]}
         return (
-            {**common, "samplers": ["top_k"], "top_k": count, "post_sampling_probs": True},
+            {**common, "samplers": ["top_k"], "top_k": count, "post_sampling_probs": True, **biases},
             {**common, "logit_bias": self._forced},
         )
 
@@ -84,9 +93,9 @@ class OpenAIProtocol:
     name = "OpenAI completions"
     path = "/v1/completions"
 
-    def request_bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
+    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
-        return ({"prompt": ids, **logprobs_parameters(count), "return_tokens_as_token_ids": True},)
+        return ({"prompt": ids, **logprobs_parameters(count, among), "return_tokens_as_token_ids": True},)
 
     def parse(self, response: Any) -> Candidates | None:
         """Read `top_logprobs` of the one token; None where tokens are spelled as text."""
@@ -118,8 +127,8 @@ class SGLangProtocol:
     def __init__(self, adapter: str = "") -> None:
         self._adapter = {"lora_path": adapter} if adapter else {}
 
-    def request_bodies(self, ids: list[int], count: int) -> Sequence[dict[str, Any]]:
-        """Ask for one token with the top N.
+    def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
+        """Ask for one token with the top N, or with given ids.
 
         It returns the log-probabilities of the logits divided by the temperature, before any truncation, so at
         temperature 1 they are the model's own. All that could change them is set: a server may have other defaults.
@@ -136,12 +145,14 @@ class SGLangProtocol:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        logprobs = {"return_logprob": True, "top_logprobs_num": count, "logprob_start_len": -1}
+        logprobs: dict[str, Any] = {"return_logprob": True, "logprob_start_len": -1}
+        logprobs |= {"top_logprobs_num": count} if among is None else {"token_ids_logprob": among.tolist()}
         return ({"input_ids": ids, "sampling_params": sampling, **logprobs, **self._adapter},)
 
     def parse(self, response: Any) -> Candidates | None:
-        """Read `output_top_logprobs` of the one token: a log-probability, an id and a text for each."""
-        positions = response["meta_info"].get("output_top_logprobs")
+        """Read the log-probability, id and text of each of the top tokens, or of the given ids."""
+        reported = response["meta_info"]
+        positions = reported.get("output_token_ids_logprobs") or reported.get("output_top_logprobs")
         if positions is None:
             return None
         [top] = positions

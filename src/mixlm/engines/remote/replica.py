@@ -110,6 +110,8 @@ class ReplicaRequirements:
             reason = f"returns {server.max_logprobs} of the most likely tokens, others {self.max_logprobs}"
         elif info.context_length() < self.context_length:
             reason = f"has a context of {info.context_length()} tokens, others {self.context_length}"
+        elif self.reference.takes_ids and not server.takes_ids:
+            reason = "does not return the most likely of given ids, others do"
         elif summary != expected_summary:
             reason = f"samples itself: {summary}, others: {expected_summary}"
         if reason is not None:

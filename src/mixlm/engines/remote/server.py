@@ -25,11 +25,13 @@ from mixlm.engines.remote.prompt_scores import score_prompt
 from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
 from mixlm.engines.remote.session_client import SessionPool, parse_generated, parse_top_tokens
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
-from mixlm.engines.topk_only import TokenScores
+from mixlm.engines.topk_only import TokenScores, TopKOnlySession
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
 from mixlm.errors import EngineError, TokenizerError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
+# Numbers of the same forward pass in another batch.
+_SAME = 0.2
 PROBE_TEXT = "The sky is blue, and 12 + 30 = 42."
 
 
@@ -71,6 +73,7 @@ class ModelServer:
         capabilities: whether it samples itself, and with which options.
         sessions: connections to mixlm's session route, None where the server has none.
         reports_cached: whether it reports what its prefix cache held.
+        takes_ids: whether it returns the most likely of given ids.
     """
 
     def __init__(
@@ -81,12 +84,14 @@ class ModelServer:
         sessions: SessionPool | None,
         *,
         reports_cached: bool,
+        takes_ids: bool,
     ) -> None:
         self.protocol = identity.protocol
         self.max_logprobs = probed.max_logprobs
         self.is_limited = probed.is_limited
         self.identity = identity
         self.reports_cached = reports_cached
+        self.takes_ids = takes_ids
         self.capabilities = capabilities
         self.sessions = sessions
         self._endpoint = identity.endpoint
@@ -115,7 +120,8 @@ class ModelServer:
         probe_slot = None if _slots_of(info, protocol) is None else info.total_slots - 1
         identity = await ModelIdentity.read(endpoint, info, protocol, tokenizer.ids, probe_slot)
         # Asked the same once more, it should have the beginning in its cache.
-        reports_cached = bool((await endpoint.candidates(protocol, tokenizer.ids, 5)).cached)
+        usual = await endpoint.candidates(protocol, tokenizer.ids, 5)
+        takes_ids = await _takes_ids(endpoint, protocol, tokenizer, usual.candidates)
         capabilities: ServerCapabilities | LlamaCppRuns
         sessions: SessionPool | None = None
         if isinstance(protocol, LlamaCppProtocol):
@@ -128,16 +134,19 @@ class ModelServer:
             pool = SessionPool(client.base_url, client.key, client.limits, identity.check)
             if use_sessions and await pool.is_available():
                 sessions = pool
-        return cls(identity, probed, capabilities, sessions, reports_cached=reports_cached)
+        return cls(identity, probed, capabilities, sessions, reports_cached=bool(usual.cached), takes_ids=takes_ids)
 
-    async def candidates(self, session: Session, ids: Ids, count: int) -> CandidatesResponse:
-        """Ask for at least the `count` most likely tokens after `ids`. Raises EngineError."""
+    async def candidates(self, session: Session, ids: Ids, count: int, among: Ids | None = None) -> CandidatesResponse:
+        """Ask for at least the `count` most likely tokens after `ids`, of all or of some. Raises EngineError."""
         if self.sessions is not None:
-            response = await self.sessions.generate(session, ids, logprobs_parameters(count))
+            response = await self.sessions.generate(session, ids, logprobs_parameters(count, among))
             top_tokens = parse_top_tokens(response, self._endpoint.client.base_url)
             return CandidatesResponse(self._endpoint.without_padding(top_tokens), response.get("cached"))
         async with self._slot(session, ids) as slot:
-            candidates = await self._endpoint.candidates(self.protocol, ids.tolist(), count, slot)
+            normalized = isinstance(session, TopKOnlySession) and session.normalized
+            candidates = await self._endpoint.candidates(
+                self.protocol, ids.tolist(), count, slot, among, normalized=normalized
+            )
         await self.identity.check(candidates.new_connection)
         return candidates
 
@@ -272,6 +281,26 @@ async def _compare_tokenizers(endpoint: Endpoint, tokenizer: TokenizerProbe) -> 
                     "give the folder of the model that the server has",
                 )
             return
+
+
+async def _takes_ids(
+    endpoint: Endpoint, protocol: ServerProtocol, tokenizer: TokenizerProbe, usual: Candidates
+) -> bool:
+    """Whether a server returns the most likely of given ids: tried with two that are hardly the most likely ones.
+
+    usual: the most likely tokens after the probe's text. Their differences have to be those among the given ids.
+    """
+    order = usual.ids[np.argsort(-usual.logprobs)]
+    among = np.unique([*order[1:3].tolist(), *order[-1:].tolist(), tokenizer.letter_token])
+    try:
+        response = await endpoint.candidates(protocol, tokenizer.ids, len(among), None, among)
+    except EngineError:
+        return False
+    returned = dict(zip(response.candidates.ids.tolist(), response.candidates.logprobs.tolist(), strict=True))
+    expected = dict(zip(usual.ids.tolist(), usual.logprobs.tolist(), strict=True))
+    common = [token for token in among.tolist() if token in expected]
+    shifts = [returned[token] - expected[token] for token in common if token in returned]
+    return {*returned} == {*among.tolist()} and max(shifts) - min(shifts) < _SAME
 
 
 async def _probe_protocol(

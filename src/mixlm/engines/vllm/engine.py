@@ -58,6 +58,8 @@ class VllmEngine(TopKOnlyEngine):
         ConfigError: an option that vLLM does not get here.
     """
 
+    takes_ids = True
+
     def __init__(
         self, spec: EngineSpec, source: str, create_backend: Callable[[dict[str, Any]], Backend] = VllmBackend
     ) -> None:
@@ -150,9 +152,9 @@ class VllmSession(TopKOnlySession):
         self.record_generation(request.ids, response, time.perf_counter() - start)
         return response
 
-    def top_tokens(self, ids: Ids, count: int) -> Candidates:
+    def top_tokens(self, ids: Ids, count: int, among: Ids | None = None) -> Candidates:
         """Ask vLLM for one token with the log-probabilities of the top ones."""
-        [top] = self._engine.thread.submit(ids, logprobs_parameters(count)).result().logprobs
+        [top] = self._engine.thread.submit(ids, logprobs_parameters(count, among)).result().logprobs
         return Candidates(np.fromiter(top, dtype=np.int64), np.fromiter(top.values(), dtype=np.float64))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixlm.types import Sampling
+from mixlm.types import Ids, Sampling
 
 # vLLM raises temperatures below the first, and refuses those above the second.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
@@ -23,9 +23,14 @@ def samples_identically(sampling: Sampling) -> bool:
     )
 
 
-def logprobs_parameters(count: int) -> dict[str, Any]:
-    """Return the parameters of a request for the `count` most likely tokens of a model's own distribution."""
-    return {**sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+def logprobs_parameters(count: int, among: Ids | None = None) -> dict[str, Any]:
+    """Return the parameters of a request for the `count` most likely tokens of a model's own distribution.
+
+    among: the ids that count, int64. The others are masked before anything else; that shows in log-probabilities with
+    `logprobs_mode` "processed_logprobs".
+    """
+    parameters = {**sampling_parameters(Sampling(temperature=1.0, top_k=0), 0, 1), "logprobs": count}
+    return parameters if among is None else {**parameters, "allowed_token_ids": among.tolist()}
 
 
 def sampling_parameters(sampling: Sampling, seed: int, length: int) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class FakeServer:
         x = self.logits(body["prompt"])
         x = x - np.log(np.exp(x).sum())
         if self.processed and self.samples:
+            if allowed := body.get("allowed_token_ids"):
+                x = np.where(np.isin(np.arange(self.size), allowed), x, -np.inf)
             distribution = self.transform(body)(x)
             x = np.full(self.size, -9999.0)
             x[distribution.ids] = distribution.logprobs

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_templates import CHATML, DEEPSEEK, GEMMA, LLAMA2, MISTRAL, PHI3, QWEN3
-from tokenizers import AddedToken
-from trained import trained
+from tokenizers import AddedToken, Tokenizer, models
+from trained import ALL, trained
 
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, configured_end_ids
 from mixlm.errors import ModelLoadError, TemplateError
+from mixlm.tokenization.tokenizer_folder import _read_backend
+from mixlm.tokenization.vocabulary import token_names
 from mixlm.types import Message
 
 SPECIAL_MAP = {
@@ -93,6 +95,37 @@ def test_a_folder_is_read_as_transformers_reads_it(name, tmp_path):
             assert actual.backend.encode(text, add_special_tokens=special).ids == expected
     expected_template = reference.get_chat_template() if reference.chat_template else None
     assert actual.chat_template == expected_template
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tokenizer_is_the_one_that_the_library_reads(name, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    tokenizer = trained(name)
+    tokenizer.add_tokens([AddedToken("<more>", lstrip=True, single_word=True), AddedToken("the", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken("<|special|>", rstrip=True, normalized=True)])
+    tokenizer.save(str(file))
+    expected = Tokenizer.from_file(str(file))
+    actual, vocabulary = _read_backend(file)
+    assert actual.to_str() == expected.to_str()
+    assert bool(vocabulary) is isinstance(expected.model, models.BPE)
+    assert token_names(actual, vocabulary) == token_names(expected)
+
+
+def test_tokenizers_of_other_forms_are_left_to_the_library(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    trained("gpt2").save(str(file))
+    data = json.loads(file.read_text())
+    older = {**data, "model": {**data["model"], "merges": [" ".join(merge) for merge in data["model"]["merges"]]}}
+    moved = [{**token, "id": token["id"] + 7} for token in data["added_tokens"]]
+    cut = {"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    for form in (older, {**data, "truncation": cut}, {**data, "added_tokens": moved}):
+        file.write_text(json.dumps(form))
+        actual, vocabulary = _read_backend(file)
+        assert actual.to_str() == Tokenizer.from_file(str(file)).to_str()
+        assert vocabulary == {}
+    file.write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(ModelLoadError, match="the tokenizer of m cannot be loaded"):
+        TokenizerSetup.load(str(tmp_path), "m")
 
 
 def test_a_template_beside_a_processor_is_found(tmp_path):

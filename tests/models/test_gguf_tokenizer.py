@@ -19,8 +19,8 @@ from mixlm.errors import ModelLoadError, UnsupportedError
 from mixlm.models import resolve
 from mixlm.models.cache import TOKENIZER_VERSION, read_info, write_info
 from mixlm.models.convert import with_tokenizer
-from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
-from mixlm.models.header import read_metadata
+from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, _last_merges, write_tokenizer
+from mixlm.models.header import _BLOCKS, _rare_block, read_metadata
 
 Tokenize = Callable[[str], list[int]]
 TEXTS = (
@@ -188,3 +188,32 @@ def test_a_tokenizer_of_an_older_version_is_made_anew(tmp_path: Path, write_gguf
     with_tokenizer(folder, tmp_path / "a.gguf")
     assert (folder / "tokenizer.json").read_text() == expected
     assert read_info(folder) == info
+
+
+def test_only_the_last_merge_of_each_token_is_kept_and_gives_the_same_ids() -> None:
+    rng = random.Random(5)
+    for trial in range(6):
+        letters = "abc▁"[: 2 + trial % 3]
+        spellings = {"".join(rng.choice(letters) for _ in range(rng.randint(2, 6))) for _ in range(60)}
+        tokens = ["<unk>", *letters, *rng.sample(sorted(spellings), len(spellings))]
+        merges = [
+            (token[:cut], token[cut:])
+            for token in tokens
+            for cut in range(1, len(token))
+            if token[:cut] in tokens and token[cut:] in tokens
+        ]
+        kept = _last_merges(merges)
+        assert len({left + right for left, right in kept}) == len(kept) < len(merges)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        whole, less = (Tokenizer(models.BPE(vocabulary, each, unk_token="<unk>")) for each in (merges, kept))
+        for _ in range(300):
+            text = "".join(rng.choice(letters) for _ in range(rng.randint(1, 30)))
+            assert less.encode(text).ids == whole.encode(text).ids, text
+
+
+def test_sizes_of_blocks_are_those_of_the_gguf_library() -> None:
+    from gguf import GGML_QUANT_SIZES
+
+    assert _BLOCKS.items() <= {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}.items()
+    rare = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items() if int(kind) not in _BLOCKS}
+    assert {kind: _rare_block(kind) for kind in (*rare, 999)} == {**rare, 999: None}

@@ -20,6 +20,7 @@ from mixlm.tokenization.vocabulary import (
     describe,
     detect_family,
     token_bytes,
+    token_names,
 )
 
 NFC = normalizers.NFC()
@@ -278,6 +279,14 @@ def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(
                 for text, raw in [*runs, (None, partial)]
             ]
             assert spelled == bytes(b for b in b"".join(expected) if b in single), (name, data)
+
+
+def test_names_of_tokens_are_by_id_also_where_ids_have_gaps():
+    whole = trained("gpt2")
+    assert {name: i for i, name in token_names(whole).items()} == whole.get_vocab(with_added_tokens=True)
+    gaps = Tokenizer(models.BPE({"a": 0, "b": 7, "ab": 9}, [("a", "b")]))
+    gaps.add_tokens(["<x>", "b"])
+    assert token_names(gaps) == {i: name for name, i in gaps.get_vocab(with_added_tokens=True).items()}
 
 
 def test_a_vocabulary_has_one_row_for_each_output_row():

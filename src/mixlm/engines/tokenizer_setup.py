@@ -27,7 +27,14 @@ from mixlm.tokenization.tokenizer_folder import (
     read_tokenizer,
 )
 from mixlm.tokenization.turn_tokens import PROBE, looks_like_control, text_after_response, turn_tokens
-from mixlm.tokenization.vocabulary import TokenizerFamily, Vocabulary, describe, detect_family, token_bytes
+from mixlm.tokenization.vocabulary import (
+    TokenizerFamily,
+    Vocabulary,
+    describe,
+    detect_family,
+    token_bytes,
+    token_names,
+)
 from mixlm.types import Message
 
 
@@ -124,15 +131,15 @@ class TokenizerSetup:
                 render = _compiled(tokenizer, source_text, name).render
                 control += [backend.token_to_id(token) for token in turn_tokens(render, backend)]
         _make_special(backend, control)
-        ids = backend.get_vocab(with_added_tokens=True)
-        tokens, special_ids = token_bytes(backend, family, name, ids)
+        names = token_names(backend, tokenizer.vocabulary)
+        tokens, special_ids = token_bytes(backend, family, name, names)
         begin = _begin_ids(tokenizer)  # before the encoder, which removes the post-processor
         return cls(
             tokenizer,
             family,
-            TokenizerEncoder(backend, family),
+            TokenizerEncoder(backend, family, names),
             tokens,
-            {i: spelling for spelling, i in ids.items()},
+            names,
             special_ids,
             {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special},
             begin,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, name: str) -> Non
         if fields.get(f"{key}_token_id") is not None and fields[f"{key}_token_id"] < len(tokens)
     }
     _put_in_front(tokenizer, special.get("bos_token") if fields.get("add_bos_token", begin) else None)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
     if template := metadata.get("tokenizer.chat_template"):
@@ -219,18 +220,17 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) 
         token: scores[i] for i, token in enumerate(tokens) if i >= len(kinds) or kinds[i] in (_NORMAL, _USER_DEFINED)
     }
     merges = [
-        (-score, token[:cut], token[cut:])
-        for token, score in mergeable.items()
+        (token[:cut], token[cut:])
+        for token in sorted(mergeable, key=lambda token: -mergeable[token])
         for cut in range(1, len(token))
         if token[:cut] in mergeable and token[cut:] in mergeable
     ]
-    merges.sort(key=lambda merge: merge[0])
     unknown = fields.get("unknown_token_id", 0)
     byte_fallback = "<0x00>" in set(tokens)
     tokenizer = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
-            [(left, right) for _, left, right in merges],
+            _last_merges(merges),
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=byte_fallback,
@@ -244,6 +244,31 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) 
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer, True
+
+
+def _last_merges(merges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the merges that ever make a token, in their order: less than half of them, which load in half the time.
+
+    A token is always made in one way, in which it is made of its characters alone: what stands beside them counts only
+    where something is merged across their ends, and then there is no such token.
+    """
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    ways: dict[str, list[tuple[str, str]]] = {}
+    for left, right in merges:
+        ways.setdefault(left + right, []).append((left, right))
+    last = {ways[token][0] if len(ways[token]) == 1 else _last_merge(token, ranks) for token in ways}
+    return [merge for merge in merges if merge in last]
+
+
+def _last_merge(token: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, str] | None:
+    """Return the merge that makes a token of its characters; None where they are never merged into it."""
+    never = len(ranks)
+    parts = list(token)
+    while True:
+        rank, i = min((ranks.get(pair, never), i) for i, pair in enumerate(pairwise(parts)))
+        if rank == never or len(parts) == 2:
+            return None if rank == never else (parts[0], parts[1])
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str]) -> None:

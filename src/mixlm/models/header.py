@@ -19,6 +19,12 @@ _AGAIN = "download or copy the file again"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Values in a block and bytes of a block, by the type of a tensor: F32, F16, Q4_0 to Q8_0, Q2_K to Q6_K, BF16. The gguf
+# library knows all types, and takes long to import.
+_BLOCKS = {
+    **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34)},
+    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2)},
+}
 _CONTROL = 3  # the type of control tokens such as <|im_end|> in tokenizer.ggml.token_type
 
 
@@ -165,18 +171,24 @@ def _parse(path: Path, data: mmap.mmap, *, texts: bool) -> dict[str, Any]:
 
 def _check_complete(path: Path, reader: _HeaderReader, tensors: int, alignment: int, size: int) -> None:
     """Check that the file contains all bytes of every tensor."""
-    from gguf import GGML_QUANT_SIZES
-
     needed = 0
     for _ in range(tensors):
         name = reader.string()
         (dimensions,) = reader.values("I")
         shape = reader.values("Q", dimensions)
         kind, offset = reader.values("IQ")
-        if kind not in GGML_QUANT_SIZES:
+        sizes = _BLOCKS.get(kind) or _rare_block(kind)
+        if sizes is None:
             raise ModelLoadError(f"{path}: the tensor {name} has the unknown quantization type {kind}", _AGAIN)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        block, block_bytes = sizes
         needed = max(needed, offset + math.prod(shape) // block * block_bytes)
     needed += -(-reader.offset // alignment) * alignment
     if needed > size:
         raise ModelLoadError(f"{path} is cut off: its tensors need {needed:,} bytes, the file has {size:,}", _AGAIN)
+
+
+def _rare_block(kind: int) -> tuple[int, int] | None:
+    """Return the values in a block and its bytes for any type of tensor; None for one that is not known."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {int(each): sizes for each, sizes in GGML_QUANT_SIZES.items()}.get(kind)

@@ -14,7 +14,14 @@ from unicodedata import category
 import numpy as np
 
 from mixlm.tokenization.lookahead import PatternReach, UnprovableError
-from mixlm.tokenization.vocabulary import SPACE, describe, encode_text, flatten_component, load_component
+from mixlm.tokenization.vocabulary import (
+    SPACE,
+    describe,
+    encode_text,
+    flatten_component,
+    load_component,
+    token_names,
+)
 
 # The pattern of ByteLevel, GPT-2's, and that of Whitespace.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -127,9 +134,10 @@ class Boundaries:
     Args:
         tokenizer: The tokenizer.
         byte_level: Whether its tokens are spelled in the byte-level alphabet.
+        names: Its `token_names`, if they are known already.
     """
 
-    def __init__(self, tokenizer: Any, *, byte_level: bool) -> None:
+    def __init__(self, tokenizer: Any, *, byte_level: bool, names: Mapping[int, str] | None = None) -> None:
         self._tokenizer = tokenizer
         description = describe(tokenizer)
         normalizers = flatten_component(description["normalizer"], "normalizers")
@@ -148,7 +156,7 @@ class Boundaries:
         contents = (self._normalized(token.content) for token in normalized)
         self._splitters.insert(0, (_AddedTokens(normalized, contents), {}))
         self._one_splitter = len(self._splitters) == 2
-        self._pairs = None if byte_level else _pairs(tokenizer)
+        self._pairs = None if byte_level else _pairs(tokenizer, names)
         model = tokenizer.model
         self._drops_unknown = not getattr(model, "byte_fallback", False) and getattr(model, "unk_token", None) is None
         # A normalizer may join characters, and without byte tokens unknown characters are fused into one token.
@@ -222,7 +230,9 @@ class Boundaries:
                 return False
             last, first = _respelled(last, spelling), _respelled(first, spelling)
         last, first = last.replace(SPACE, " "), first.replace(SPACE, " ")
-        return between_words or (not (self._only_spaces and first != " ") and (last, first) not in (self._pairs or ()))
+        if between_words:
+            return True
+        return not (self._only_spaces and first != " ") and _pair(last, first) not in (self._pairs or ())
 
     def _normalized(self, text: str) -> str:
         for normalizer, _ in self._normalizers:
@@ -230,7 +240,12 @@ class Boundaries:
         return text
 
 
-def _pairs(tokenizer: Any) -> set[tuple[str, str]] | None:
+def _pair(left: str, right: str) -> int:
+    """Return two characters as a number."""
+    return ord(left) << 32 | ord(right)
+
+
+def _pairs(tokenizer: Any, names: Mapping[int, str] | None) -> set[int] | None:
     """Return the pairs of characters that are adjacent in a token of a BPE model; None for other models.
 
     No token reaches across two other characters, and the text before and the text after are merged apart. Not so in
@@ -239,11 +254,11 @@ def _pairs(tokenizer: Any) -> set[tuple[str, str]] | None:
     """
     if type(tokenizer.model).__name__ != "BPE":
         return None
-    tokens = "\0".join(tokenizer.get_vocab(with_added_tokens=True)).replace(SPACE, " ")
+    tokens = "\0".join((token_names(tokenizer) if names is None else names).values()).replace(SPACE, " ")
     codes = np.frombuffer(tokens.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     left, right = codes[:-1], codes[1:]
-    pairs = np.unique(((left << np.uint64(32)) | right)[(left != 0) & (right != 0)]).tolist()
-    return {(chr(pair >> 32), chr(pair & 0xFFFFFFFF)) for pair in pairs}
+    pairs = np.sort(((left << np.uint64(32)) | right)[(left != 0) & (right != 0)])
+    return set(pairs[np.diff(pairs, append=0) != 0].tolist())
 
 
 def _normalizer_reach(part: Mapping[str, Any]) -> Reach:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from mixlm.tokenization.boundaries import Boundaries
@@ -115,12 +116,17 @@ class TokenizerEncoder:
     Text that a member reads continues a prompt, so the leading space that some SentencePiece tokenizers add to a
     sentence has no place in it; prompts have it. leading_space: where the tokenizer would add one. normalizers: the
     names of the normalizers that change a text before it is encoded, or "none".
+
+    Args:
+        tokenizer: The tokenizer.
+        kind: How it spells its tokens.
+        names: Its `token_names`, if they are known already.
     """
 
     leading_space: LeadingSpace
     normalizers: str
 
-    def __init__(self, tokenizer: Any, kind: TokenizerFamily) -> None:
+    def __init__(self, tokenizer: Any, kind: TokenizerFamily, names: Mapping[int, str] | None = None) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = False
@@ -131,7 +137,7 @@ class TokenizerEncoder:
         self.normalizers = ", ".join(_changes(tokenizer)) or "none"
         self._byte_ids = _byte_ids(tokenizer, kind)
         byte_level = kind is TokenizerFamily.BYTE_LEVEL
-        self._boundaries = Boundaries(self._tokenizer, byte_level=byte_level)
+        self._boundaries = Boundaries(self._tokenizer, byte_level=byte_level, names=names)
         # A normalizer that spells bytes cannot be applied to parts of a character, nor a model that reads whole words.
         whole_characters = "ByteLevel" in self.normalizers or type(tokenizer.model).__name__ != "BPE"
         self._byte_characters = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from mixlm.errors import TemplateError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKENIZER_FILE = "tokenizer.json"
+_COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_BPE_OPTIONS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("fuse_unk", "byte_fallback", "ignore_merges"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,15 @@ class FolderTokenizer:
     """A tokenizer with what chat templates need.
 
     backend: a `tokenizers.Tokenizer`. named: special tokens by their names, such as "bos_token". chat_template: the
-    model's own, if it has one. template_file: where it stands, for messages.
+    model's own, if it has one. template_file: where it stands, for messages. vocabulary: the ids of the model's tokens,
+    where they are known without asking for them.
     """
 
     backend: Any
     named: Mapping[str, str]
     chat_template: str | None
     template_file: str = ""
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of tokens, added ones included."""
@@ -50,10 +57,8 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
         OSError, ValueError, TypeError: A file cannot be read.
         Exception: `tokenizers` raises it bare where `tokenizer.json` is broken.
     """
-    from tokenizers import Tokenizer
-
     config = read_json_object(folder / "tokenizer_config.json") or {}
-    backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    backend, vocabulary = _read_backend(folder / TOKENIZER_FILE)
     named = {name: value for name, value in config.items() if name.endswith("_token") and _is_token(value)}
     extra = _extra_tokens(config, named)
     if "added_tokens_decoder" in config:
@@ -75,7 +80,36 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
     named = {name: named[name] for name in _NAMED if name in named} | named
     _add_tokens(backend, added, named, extra)
     template, file = _chat_template(folder, config)
-    return FolderTokenizer(backend, {name: _content(value) for name, value in named.items()}, template, file)
+    named = {name: _content(value) for name, value in named.items()}
+    return FolderTokenizer(backend, named, template, file, vocabulary)
+
+
+def _read_backend(file: Path) -> tuple[Any, Mapping[str, int]]:
+    """Return the tokenizer of a file, and the ids of its model's tokens if they are known.
+
+    Python's JSON reads the large table of a BPE model in less time than the library does, which reads all others.
+    """
+    from tokenizers import Tokenizer, models
+
+    data = json.loads(file.read_bytes())
+    model = data.get("model") or {}
+    if model.get("type") == "BPE" and not data.get("truncation") and not data.get("padding"):
+        options = {name: model[name] for name in _BPE_OPTIONS if model.get(name) is not None}
+        try:
+            backend = Tokenizer(models.BPE(model["vocab"], list(map(tuple, model["merges"])), **options))
+            shell = Tokenizer.from_str(
+                json.dumps({**data, "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []})
+            )
+            for name in _COMPONENTS:
+                if (component := getattr(shell, name)) is not None:
+                    setattr(backend, name, component)
+            backend.add_tokens([_added(token) for token in data["added_tokens"]])
+        except Exception:  # an older form, or a broken file: the library says what is wrong
+            return Tokenizer.from_file(str(file)), {}
+        added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        if added == {token["id"]: token["content"] for token in data["added_tokens"]}:
+            return backend, model["vocab"]
+    return Tokenizer.from_file(str(file)), {}
 
 
 def _add_tokens(backend: Any, added: Mapping[int, Any], named: Mapping[str, Any], extra: Sequence[Any]) -> None:

@@ -187,8 +187,20 @@ def has_byte_fallback(tokenizer: Any) -> bool:
     )
 
 
+def token_names(tokenizer: Any, vocabulary: Mapping[str, int] | None = None) -> dict[int, str]:
+    """Return the spelling of every id of a `tokenizers.Tokenizer`.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocabulary: The ids of its model's tokens, if they are known: for a large vocabulary asking takes long.
+    """
+    ids = vocabulary or tokenizer.get_vocab(with_added_tokens=True)
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    return {i: name for name, i in ids.items()} | added
+
+
 def token_bytes(
-    tokenizer: Any, kind: TokenizerFamily, name: str, ids: Mapping[str, int] | None = None
+    tokenizer: Any, kind: TokenizerFamily, name: str, names: Mapping[int, str] | None = None
 ) -> tuple[dict[int, bytes], frozenset[int]]:
     """Return the bytes of every id of a `tokenizers.Tokenizer`, and the ids of its special tokens, which have none.
 
@@ -196,7 +208,7 @@ def token_bytes(
         tokenizer: The tokenizer.
         kind: How it spells its tokens.
         name: The model's, for messages.
-        ids: The tokenizer's `get_vocab()`, if it is known already: for a large vocabulary it takes long.
+        names: The tokenizer's `token_names`, if they are known already.
 
     Raises:
         TokenizerError: The bytes of its tokens cannot be known, or it does not read every text alike each time.
@@ -207,7 +219,7 @@ def token_bytes(
     data = {i: token.content.encode() for i, token in added.items() if i not in special}
     fallback = has_byte_fallback(tokenizer)
     latin1 = _bytes_as_latin1()
-    for token, i in (tokenizer.get_vocab(with_added_tokens=True) if ids is None else ids).items():
+    for i, token in (token_names(tokenizer) if names is None else names).items():
         if i in added:
             continue
         if kind is TokenizerFamily.BYTE_LEVEL:

@@ -21,8 +21,8 @@ HEADS, GROUPS, QUERIES, KEYS, SIZE = 2, 3, 4, 9, 8
 @pytest.mark.parametrize("kind", ["softcap", "sinks"])
 def test_attention_is_that_of_transformers(kind: str, window: int | None, additive: bool) -> None:
     torch.manual_seed(0)
-    query = 3 * torch.randn(1, HEADS * GROUPS, QUERIES, SIZE)
-    keys, values = (torch.randn(1, HEADS, KEYS, SIZE) for _ in range(2))
+    query = 3 * torch.randn(2, HEADS * GROUPS, QUERIES, SIZE)
+    keys, values = (torch.randn(2, HEADS, KEYS, SIZE) for _ in range(2))
     sinks = torch.randn(HEADS * GROUPS)
     allowed = causal_mask(torch.arange(KEYS - QUERIES, KEYS), KEYS, window)
     added = torch.zeros(QUERIES, KEYS).masked_fill(~allowed, -torch.inf)
@@ -33,9 +33,9 @@ def test_attention_is_that_of_transformers(kind: str, window: int | None, additi
     else:
         expected, _ = of_gpt_oss(module, query, keys, values, added[None, None], scaling=0.4)
         form = AttentionForm(window, 0.4, sinks=sinks)
-    grouped = query[0].reshape(HEADS, GROUPS * QUERIES, SIZE)
+    grouped = query.reshape(-1, HEADS, GROUPS * QUERIES, SIZE)
     mask = (added if additive else allowed).repeat(GROUPS, 1)
-    actual = form.attend(grouped, keys[0], values[0], mask).view(HEADS * GROUPS, QUERIES, SIZE).transpose(0, 1)
-    torch.testing.assert_close(actual[None], expected)
-    plain = AttentionForm(window, 0.4).attend(grouped, keys[0], values[0], mask)
-    assert (plain.view(HEADS * GROUPS, QUERIES, SIZE).transpose(0, 1) - actual).abs().max() > 0.01
+    actual = form.attend(grouped, keys, values, mask).view(-1, HEADS * GROUPS, QUERIES, SIZE).transpose(1, 2)
+    torch.testing.assert_close(actual, expected)
+    plain = AttentionForm(window, 0.4).attend(grouped, keys, values, mask)
+    assert (plain.view(-1, HEADS * GROUPS, QUERIES, SIZE).transpose(1, 2) - actual).abs().max() > 0.01

@@ -25,33 +25,37 @@ class AttentionForm(NamedTuple):
     sinks: torch.Tensor | None = None
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend with the query heads that share a KV head stacked as further queries: nothing has to be repeated.
 
         Args:
-            query: (KV heads, query heads of each · queries, head dimension).
-            keys: (KV heads, keys, head dimension).
-            values: (KV heads, keys, head dimension).
+            query: (sequences, KV heads, query heads of each · queries, head dimension).
+            keys: (sequences, KV heads, keys, head dimension).
+            values: (sequences, KV heads, keys, head dimension).
             mask: which keys each row attends to, or what is added to its scores; None for all keys.
 
         Returns:
-            (KV heads, query heads of each · queries, head dimension).
+            (sequences, KV heads, query heads of each · queries, head dimension).
         """
         if self.softcap is None and self.sinks is None:
-            return scaled_dot_product_attention(
-                query[None], keys[None], values[None], attn_mask=mask, scale=self.scale
-            )[0]
+            return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        scores = (query @ keys.transpose(1, 2) * scale).float()
+        scores = (query @ keys.transpose(2, 3) * scale).float()
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
         if self.sinks is not None:
-            heads = keys.shape[0]
-            rows = scores.shape[1] * heads // self.sinks.numel()  # of each query head
-            column = self.sinks.float().view(heads, -1, 1).expand(-1, -1, rows).reshape(heads, -1, 1)
-            scores = torch.cat([scores, column], dim=2)
-        weights = scores.softmax(dim=2)[..., : keys.shape[1]]
+            sequences, heads, rows, _ = scores.shape
+            column = self.sinks.float().view(heads, -1, 1).expand(-1, -1, rows * heads // self.sinks.numel())
+            scores = torch.cat(
+                [scores, column.reshape(heads, rows, 1).expand(sequences, -1, -1, -1)],
+                dim=3,
+            )
+        weights = scores.softmax(dim=3)[..., : keys.shape[2]]
         return weights.to(values.dtype) @ values

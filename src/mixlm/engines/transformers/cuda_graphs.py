@@ -49,8 +49,9 @@ class FixedShapeSequence:
             # As numbers: attention would make them of a boolean mask in every layer.
             mask = causal_mask(self._positions, self._buffer.size, window).repeat(groups, 1)
             self._masks[window] = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        attended = form.attend(query[0].reshape(heads, groups * count, -1), keys, values, self._masks[window])
-        return attended.view(heads * groups, count, -1).transpose(0, 1)[None]
+        grouped = query.reshape(1, heads, groups * count, -1)
+        attended = form.attend(grouped, keys[None], values[None], self._masks[window])
+        return attended.view(1, heads * groups, count, -1).transpose(1, 2)
 
 
 class FixedShapeForward:

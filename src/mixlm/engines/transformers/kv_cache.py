@@ -10,16 +10,17 @@ KV buffers double when they are full. A token is written in place, and rollback 
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from mixlm.engines.transformers.attention_form import AttentionForm
 from mixlm.engines.transformers.prefix_cache import Segment
-from mixlm.types import Ids
 
 ATTENTION_NAME = "mixlm"
 _SUPPORTED_OPTIONS = {
@@ -36,21 +37,22 @@ _SUPPORTED_OPTIONS = {
     "s_aux",
     "softcap",
 }
-_MIN_TOKENS = 256  # of a buffer
+_MIN_TOKENS = 256  # of a buffer by itself
+_MIN_SLOT_TOKENS = 4096  # of one among others, which takes memory as it is written
 
 
-class KVBuffer:
-    """Keys and values of one sequence of up to `size` tokens: two tensors a layer, (KV heads, size, head dimension).
+class KVSlab:
+    """Buffers of one size that lie side by side: two tensors a layer, (slots, KV heads, size, head dimension).
 
-    They begin as zeros, so that masked positions are numbers that attention can multiply by 0. graphs: what was set up
-    to run on these buffers and no others. idle: no sequence uses it.
+    They begin as zeros, so that masked positions are numbers that attention can multiply by 0. used: how many of its
+    slots sequences use.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, slots: int) -> None:
         self.size = size
+        self.slots = slots
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.graphs: dict[tuple[int, int], Any] = {}
-        self.idle = False
+        self.used = 0
 
     def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's tensors, created to hold keys and values like these: (KV heads, n, head dimension)."""
@@ -59,54 +61,110 @@ class KVBuffer:
             tensors = self.layers[layer] = self._zeros(key), self._zeros(value)
         return tensors
 
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        shape = self.slots, like.shape[0], self.size, like.shape[2]
+        if self.slots == 1:
+            return like.new_zeros(shape)
+        # The system gives memory to the pages that are written, and no others.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), **private)
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
+class KVBuffer:
+    """Keys and values of one sequence of up to `size` tokens, in a slot of a slab.
+
+    graphs: what was set up to run on these buffers and no others. idle: no sequence uses it. written: how many of its
+    first tokens may have been.
+    """
+
+    def __init__(self, slab: KVSlab, slot: int) -> None:
+        self.size = slab.size
+        self.slab = slab
+        self.slot = slot
+        self.graphs: dict[tuple[int, int], Any] = {}
+        self.idle = False
+        self.written = 0
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's tensors, created to hold keys and values like these: (KV heads, n, head dimension)."""
+        tensors = self._layers.get(layer)
+        if tensors is None:
+            keys, values = self.slab.layer(layer, key, value)
+            tensors = self._layers[layer] = keys[self.slot], values[self.slot]
+        return tensors
+
+    @property
+    def layers(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """The tensors of each layer, (KV heads, size, head dimension)."""
+        return {layer: (keys[self.slot], values[self.slot]) for layer, (keys, values) in list(self.slab.layers.items())}
+
     @property
     def nbytes(self) -> int:
-        """Memory of its tensors."""
+        """Memory of its tensors, if all of it is written."""
         return sum(tensor.nbytes for tensors in self.layers.values() for tensor in tensors)
 
-    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(like.shape[0], self.size, like.shape[2])
+    def clear(self) -> None:
+        """Make it zeros again."""
+        end = self.size if self.slab.slots == 1 else self.written
+        for tensors in self.layers.values():
+            for tensor in tensors:
+                tensor[:, :end].zero_()
+        self.written = 0
 
 
 class KVBufferPool:
     """Buffers for the sequences of one model.
 
     Args:
-        max_idle: how many of each size are kept for other sequences.
+        max_idle: how many of each size are kept for other sequences, where each is for itself.
         max_idle_bytes: memory of all that are kept.
+        slots: how many lie side by side. Where it is more than one, buffers are large from the start, since they take
+            memory as they are written.
     """
 
-    def __init__(self, max_idle: int = 0, max_idle_bytes: int = 1 << 30) -> None:
+    def __init__(self, max_idle: int = 0, max_idle_bytes: int = 1 << 30, slots: int = 1) -> None:
         self._max_idle = max_idle
         self._max_idle_bytes = max_idle_bytes
+        self._slots = slots
+        self._min_tokens = _MIN_TOKENS if slots == 1 else _MIN_SLOT_TOKENS
         self._idle_bytes = 0
         self._free: dict[int, list[KVBuffer]] = {}
         self._lock = threading.RLock()  # whoever collects garbage may be in here
 
     def acquire(self, tokens: int) -> KVBuffer:
-        """Return a buffer for so many tokens; its size is the next power of two."""
-        size = max(1 << (tokens - 1).bit_length(), _MIN_TOKENS)
+        """Return a buffer for so many tokens; its size is the next power of two, or larger."""
+        size = max(1 << (tokens - 1).bit_length(), self._min_tokens)
         with self._lock:
-            free = self._free.get(size)
+            free = self._free.setdefault(size, [])
             if not free:
-                return KVBuffer(size)
-            buffer = free.pop()
-            self._idle_bytes -= buffer.nbytes
+                slab = KVSlab(size, self._slots)
+                free += [KVBuffer(slab, slot) for slot in range(self._slots)]
+            buffer = min(free, key=lambda buffer: (-buffer.slab.used, buffer.slot))
+            if not buffer.slab.used:
+                self._idle_bytes -= buffer.nbytes
+            buffer.slab.used += 1
+            if buffer in free:
+                free.remove(buffer)
         buffer.idle = False
-        for tensors in buffer.layers.values():
-            for tensor in tensors:
-                tensor.zero_()
+        buffer.clear()
         return buffer
 
     def release(self, buffer: KVBuffer) -> None:
-        """Take a buffer back."""
+        """Take a buffer back. A slab that no sequence uses any more goes, unless it may be kept."""
         buffer.idle = True
-        size = buffer.nbytes
+        slab, size = buffer.slab, buffer.nbytes
         with self._lock:
-            free = self._free.setdefault(buffer.size, [])
-            if len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
+            free = self._free.setdefault(slab.size, [])
+            slab.used -= 1
+            if slab.used:
+                free.append(buffer)
+            elif len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
                 free.append(buffer)
                 self._idle_bytes += size
+            else:
+                free[:] = [other for other in free if other.slab is not slab]
 
 
 class KVCache:
@@ -126,16 +184,24 @@ class KVCache:
     def reserve(self, tokens: int) -> KVBuffer:
         """Return the buffer, grown to hold so many tokens in all."""
         old = self._buffer
-        if old is not None and old.size >= tokens:
-            return old
-        buffer = self._pool.acquire(tokens)
-        if old is not None:
-            for layer, tensors in old.layers.items():
-                for target, source in zip(buffer.layer(layer, *tensors), tensors, strict=True):
-                    target[:, : self.length] = source[:, : self.length]
-            self._pool.release(old)
-        self._buffer = buffer
-        return buffer
+        if old is None or old.size < tokens:
+            buffer = self._pool.acquire(tokens)
+            if old is not None:
+                try:
+                    self._copy(old, buffer)
+                except BaseException:
+                    self._pool.release(buffer)
+                    raise
+                self._pool.release(old)
+            old = self._buffer = buffer
+        old.written = max(old.written, tokens)
+        return old
+
+    def _copy(self, source: KVBuffer, target: KVBuffer) -> None:
+        target.written = self.length
+        for layer, tensors in source.layers.items():
+            for new, old in zip(target.layer(layer, *tensors), tensors, strict=True):
+                new[:, : self.length] = old[:, : self.length]
 
     def nearest(self, length: int) -> int:
         """Return the length to which `truncate` would cut: that length."""
@@ -153,7 +219,10 @@ class KVCache:
     def copy_segment(self, start: int, end: int) -> Segment:
         """Return a copy of keys and values of the tokens from `start` to `end`."""
         layers = {} if self._buffer is None else self._buffer.layers
-        return Segment(end - start, {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()}).copy()
+        return Segment(
+            end - start,
+            {i: (k[:, start:end], v[:, start:end]) for i, (k, v) in layers.items()},
+        ).copy()
 
     def load(self, segments: Sequence[Segment], length: int) -> None:
         """Fill an empty cache with the `length` tokens of segments."""
@@ -195,54 +264,6 @@ class AttentionBatch(Protocol):
         ...
 
 
-class PackedSequences:
-    """Any number of sequences: the KV cache of each, and how many tokens of the pass belong to it."""
-
-    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
-        self.caches = caches
-        self.counts = counts
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
-
-    def positions(self) -> Ids:
-        """Return each token's position in its sequence: int64 (tokens,)."""
-        sequences = zip(self.caches, self.counts, strict=True)
-        return np.concatenate([np.arange(cache.length, cache.length + count) for cache, count in sequences])
-
-    def commit(self) -> None:
-        """Count the tokens as part of the KV caches, after the forward pass."""
-        for cache, count in zip(self.caches, self.counts, strict=True):
-            cache.length += count
-
-    def attend(self, layer: int, qkv: QueryKeyValue, form: AttentionForm) -> torch.Tensor:
-        """Attend sequence by sequence: see `AttentionBatch`."""
-        query, key, value = qkv
-        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        start = 0
-        for cache, count in zip(self.caches, self.counts, strict=True):
-            tokens = slice(start, start + count)
-            start += count
-            keys, values = cache.append(layer, key[0, :, tokens], value[0, :, tokens])
-            mask = None
-            if count == 1:
-                if form.window is not None:
-                    keys, values = keys[:, -form.window :], values[:, -form.window :]
-            else:
-                mask = self._mask(count, keys.shape[1], form.window, keys.device).repeat(groups, 1)
-            grouped = query[0, :, tokens].reshape(heads, groups * count, -1)
-            attended = form.attend(grouped, keys, values, mask)
-            out[0, tokens] = attended.view(heads * groups, count, -1).transpose(0, 1)
-        return out
-
-    def _mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Return which keys each query attends to: bool (queries, keys)."""
-        mask = self._masks.get((queries, keys, window))
-        if mask is None:
-            mask = causal_mask(torch.arange(keys - queries, keys, device=device), keys, window)
-            self._masks[queries, keys, window] = mask
-        return mask
-
-
 def causal_mask(positions: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
     """Return which keys queries at these positions attend to: bool (queries, keys)."""
     distance = positions[:, None] - torch.arange(keys, device=positions.device)
@@ -251,7 +272,12 @@ def causal_mask(positions: torch.Tensor, keys: int, window: int | None) -> torch
 
 
 def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a forward pass's `attention_batch`. query: (1, heads, tokens, head dimension).
 

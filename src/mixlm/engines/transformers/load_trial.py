@@ -18,6 +18,7 @@ from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
 from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
+from mixlm.engines.transformers.varlen import varlen_kernels
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 from mixlm.types import Candidates, Ids, Logits
 
@@ -78,6 +79,10 @@ class _LoadTrial:
         ids = self_test.sample_ids(self._vocab_size, self_test.trial_length(config))
         expected = self._whole_text_logits(whole, ids)
         details: dict[str, str] = {}
+        for kernel in varlen_kernels(self._model.device):
+            runner = ModelRunner(self._loaded, self._name, ForwardPath.PACKED, kernel=kernel)
+            if self._failure(runner, ids, expected) is None:
+                return runner
         for path in (ForwardPath.PACKED, ForwardPath.CROPPED, ForwardPath.SNAPSHOTS, ForwardPath.STEPS):
             runner = ModelRunner(self._loaded, self._name, path, details=details)
             reason = self._failure(runner, ids, expected)
@@ -173,7 +178,11 @@ class _LoadTrial:
         ids = self_test.sample_ids(self._vocab_size)
         [expected] = plain.run_unfiltered([SequenceInput(HFSession(plain, 1 << 20), ids, 4)])
         fixed = ModelRunner(
-            self._loaded, self._name, ForwardPath.PACKED, graphs=CudaGraphRunner(self._model, capture=capture)
+            self._loaded,
+            self._name,
+            ForwardPath.PACKED,
+            kernel=plain.kernel,
+            graphs=CudaGraphRunner(self._model, capture=capture),
         )
 
         def trial() -> Pairs:
@@ -193,6 +202,7 @@ class _LoadTrial:
             self._loaded,
             self._name,
             ForwardPath.PACKED,
+            kernel=plain.kernel,
             graphs=fixed.graphs,
             sampler=DeviceSampler(fixed.device_top_k or DeviceTopK()),
         )

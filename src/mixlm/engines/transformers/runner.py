@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
     from mixlm.engines.transformers.device_topk import DeviceTopK
     from mixlm.engines.transformers.run_ahead import DeviceSampler
+    from mixlm.engines.transformers.varlen import VarlenKernel
 
 # Of one forward pass. A longer prompt is prefilled in chunks, so that the attention scores of all its positions never
 # lie in memory at once; and no more tokens of all sequences together are run in one pass.
@@ -34,6 +35,7 @@ _SNAPSHOT_TOKENS = 256
 RUN_AHEAD_COOLDOWN = 16
 # Where a pass behind a state has one token, so many of them take about as long as one pass with so many tokens each.
 _STEPS = 16
+_SLOTS = 16  # KV buffers that lie side by side on a CPU
 _CACHE_NAMES = ("past_key_values", "cache_params")
 
 
@@ -71,27 +73,32 @@ class ModelRunner:
         loaded: the model.
         name: of the model, for messages.
         path: how passes run.
+        kernel: attends to several sequences in one call, where there is one.
         graphs: passes in fixed shapes, where they are used.
         sampler: samples on the device, where sequences run ahead.
         details: for reports, such as why the faster paths are not used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one option each
         self,
         loaded: LoadedModel,
         name: str,
         path: ForwardPath,
         *,
+        kernel: VarlenKernel | None = None,
         graphs: CudaGraphRunner | None = None,
         sampler: DeviceSampler | None = None,
         details: Mapping[str, str] | None = None,
     ) -> None:
+        from mixlm.engines.transformers.kv_cache import KVBufferPool
+
         self.loaded = loaded
         self.model = loaded.model
         self.name = name
         self.adapter: str | None = None
         self.path = path
         self.frequencies = loaded.frequencies
+        self.kernel = kernel
         self.graphs = graphs
         self.sampler = sampler
         self.prefixes: PrefixCache | None = None
@@ -99,6 +106,7 @@ class ModelRunner:
         self._details = dict(details or {})
         self._cooldown = 0
         self._parameters = inspect.signature(self.model.forward).parameters
+        self._pool = KVBufferPool(slots=_SLOTS if _on_cpu(self.model) else 1)
         if self.model.device.type == "cuda":
             from mixlm.engines.transformers.device_topk import DeviceTopK
 
@@ -140,6 +148,8 @@ class ModelRunner:
         details = {} if self.batches else {"forwards": self.path.value, **self._details}
         if self.prefixes is not None:
             details["prefix cache"] = f"up to {self.prefixes.max_bytes / (1 << 20):.4g} MiB"
+        if self.kernel is not None:
+            details["attention of batches"] = self.kernel.name
         if self.graphs is not None:
             details["short forwards"] = "captured graphs" if self.graphs.captures else "fixed shapes"
         return details
@@ -154,7 +164,7 @@ class ModelRunner:
         from mixlm.engines.transformers.kv_cache import KVCache
 
         if self.path in (ForwardPath.PACKED, ForwardPath.WHOLE):  # of whole texts, it stays empty
-            return KVCache(None if self.graphs is None else self.graphs.pool)
+            return KVCache(self._pool if self.graphs is None else self.graphs.pool)
         from transformers import DynamicCache
 
         from mixlm.engines.transformers.model_cache import ModelCache
@@ -319,7 +329,7 @@ class ModelRunner:
         """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
         import torch
 
-        from mixlm.engines.transformers.kv_cache import PackedSequences
+        from mixlm.engines.transformers.packed_sequences import PackedSequences
 
         sessions = [cast(HFSession, item.session) for item in inputs]
         for session in sessions:
@@ -331,7 +341,7 @@ class ModelRunner:
         # A copy: the callers' arrays are views of buffers that go on changing.
         device = self.model.device
         ids = torch.tensor(np.concatenate([item.ids for item in inputs])[None], device=device)
-        batch = PackedSequences([session.cache for session in sessions], counts)
+        batch = PackedSequences([session.cache for session in sessions], counts, self.kernel)
         ends = zip(inputs, np.cumsum(counts), strict=True)
         outputs = np.concatenate([np.arange(end - item.last, end) for item, end in ends])
         options = {
@@ -386,3 +396,8 @@ class ModelRunner:
         rows = self.device_top_k.transfer(logits, [item.top_k_filter for item in inputs for _ in range(item.last)])
         outputs = [(item, rows[end - item.last : end]) for item, end in zip(inputs, ends, strict=True)]
         return [own if item.top_k_filter is not None else np.stack(cast("list[Logits]", own)) for item, own in outputs]
+
+
+def _on_cpu(model: Any) -> bool:
+    """Whether all of a model is on the CPU."""
+    return {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -486,6 +486,11 @@ def test_equal_keys_of_other_spelling_are_a_known_limit():
     assert consumed(open_schema, twice)  # if this fails, docs/serving.md has a limit too many
     assert not consumed(open_schema, '{"a":1,"a":"x"}')
     assert not consumed({**open_schema, "additionalProperties": False}, twice)
+    pattern = {"type": "object", "patternProperties": {"^a$": {"type": "integer"}}}
+    assert consumed(pattern, '{"\\u0061":"x"}')
+    assert not consumed({**pattern, "additionalProperties": False}, '{"\\u0061":"x"}')
+    assert consumed({"type": "object", "minProperties": 2}, '{"a":1,"a":1}')
+    assert not consumed({**open_schema, "patternProperties": {"^[a-z]$": {}}, "additionalProperties": False}, twice)
 
 
 @pytest.mark.parametrize("pattern", ["^a$", "^(a|b)$", "^[ab]$"])

@@ -180,5 +180,6 @@ def test_no_messages_are_refused():
 def test_the_plain_template_keeps_later_system_messages():
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
     turns = [{"role": role, "content": text} for role, text in [("system", "A"), ("system", "B"), ("user", "C")]]
-    rendered = environment.from_string(PLAIN_TEMPLATE).render(messages=turns, bos_token="<s>")
+    template = environment.from_string(PLAIN_TEMPLATE)
+    rendered = template.render(messages=turns, bos_token="<s>", add_generation_prompt=True)
     assert rendered == "<s>A\n\nB\n\nQuestion: C\nAnswer:"

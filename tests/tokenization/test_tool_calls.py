@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mixlm.tokenization.chat_template import PLAIN_TEMPLATE
 from mixlm.tokenization.conversation import ConversationRenderer
-from mixlm.tokenization.prompt_form import PromptForm
+from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
 from mixlm.tokenization.template_renderer import ChatTemplate
 from mixlm.tokenization.tool_calls import (
     ArgumentsPart,
@@ -110,6 +110,17 @@ def test_the_last_message_can_be_left_open():
         rendered = renderer(template)(messages, PromptForm(continue_final_message=True))
         assert rendered.endswith("It is <b> ")
     assert renderer(CHATML)(messages, PromptForm(add_generation_prompt=False)).endswith("<|im_end|>\n")
+
+
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "\nParis", ""])
+def test_the_plain_prompt_of_an_open_message_is_that_of_the_completion_with_its_text(answer):
+    render, question = renderer(PLAIN_TEMPLATE), Message("user", "Where?")
+    prompt = render([question], PLAIN_FORM)
+    open_end = PromptForm(continue_final_message=True)
+    assert render([question, Message("assistant", answer)], open_end) == prompt + answer
+    assert render([question], PromptForm(add_generation_prompt=False)) == prompt.removesuffix("Answer:")
+    closed = render([question, Message("assistant", answer), question], PLAIN_FORM)
+    assert closed == f"{prompt}{'' if answer[:1].isspace() else ' '}{answer}\n\n{prompt.removeprefix('<s>')}"
 
 
 def test_variables_reach_the_template():

@@ -21,14 +21,17 @@ from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
 from mixlm.tokenization.tool_calls import map_strings, tool_dict
 from mixlm.types import Ids, Message, Tool
 
-# For models without a template: a base model continues a question and the beginning of an answer best.
+# For models without a template: a base model continues a question and the beginning of an answer best. An answer that
+# goes on stands as it was begun: without a space that it does not have.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages %}"
     "{%- if message.role == 'system' %}{{ message.content }}{{ '\n\n' }}"
     "{%- elif message.role == 'user' %}Question: {{ message.content }}{{ '\n' }}"
-    "{%- elif message.role == 'assistant' %}Answer: {{ message.content }}\n\n{% endif %}"
-    "{%- endfor %}Answer:"
+    "{%- elif message.role == 'assistant' %}Answer:"
+    "{{ '' if message.content[:1].isspace() or (loop.last and not add_generation_prompt) else ' ' }}"
+    "{{ message.content }}\n\n{% endif %}"
+    "{%- endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 )
 # A base model that goes on to ask itself the next question has ended its answer.
 PLAIN_STOPS = ("\nQuestion:",)

@@ -5,7 +5,7 @@ import pytest
 import mixlm
 from mixlm.config import parse_config
 from mixlm.engines.toy import ToyEngine
-from mixlm.errors import ConfigError, ModelNotFoundError
+from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError
 from mixlm.loading import load, load_config
 
 
@@ -140,13 +140,25 @@ def test_a_file_names_the_rule_its_parameters_and_the_roles(tmp_path):
         ('rule = "max"\n[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "members.0.role is 'expert', and rule max"),
         ('[[members]]\nmodel = "toy:3"\nrole = "expert"\n', "toy:3 has the role 'expert', and there is no rule"),
         ('rule = "contrastive"\n[router]\nkind = "prompt"\n', "there is a router, and rule contrastive"),
+        ('method = "single"\nrule = "max"\n', "method is 'single', which samples one member, and the rule is 'max'"),
+        ('method = "auto"\nrule = "max"\n', "method auto samples the average, and the rule is max"),
+        ('[combination]\nrule = "contrastive"\nalpha = 2.0\n', "alpha is 2.0; it must be from 0 to 1"),
+        ('[combination]\nrule = "guidance"\nstrength = -1.0\n', "strength is -1.0; for rule guidance it must be"),
+        ('rule = "proxy"\n', "rule proxy combines 3 members .base, tuned, untuned., and there are 2"),
     ],
 )
 def test_what_is_no_rule_in_a_file_is_refused(tmp_path, text, message):
     path = tmp_path / "pair.toml"
     path.write_text(text + '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n')
-    with pytest.raises(ConfigError, match=message):
-        load(path)
+    with pytest.raises(MixlmError, match=message):
+        load(path).generate("a", max_tokens=1)
+
+
+@pytest.mark.parametrize("rule", ["max", lambda probs, weights: probs[0]])
+def test_a_rule_with_a_method_that_has_none_is_refused(rule):
+    for method, message in (("single", "single"), ("mixture", "method mixture samples the average, and the rule is")):
+        with pytest.raises(MixlmError, match=message):
+            load("toy:1", "toy:2", rule=rule, method=method)
 
 
 def test_a_rule_of_ones_own_is_given_as_a_function():

@@ -137,6 +137,26 @@ def exact_distribution(
     return dict(distribution)
 
 
+def rule_distribution(ensemble: Ensemble, options: Mapping[str, Any], pieces: Sequence[bytes] = ()) -> Distribution:
+    """A rule's dense sum over the members' distributions after the prompt "ab", by the toys' tables."""
+    settings = ensemble.settings(raw=True, **options)
+    rows = []
+    for member in ensemble.members:
+        toy = member.engine
+        if ensemble.unit.name == "token":
+            ids = [toy.vocabulary.tokens.index(piece) for piece in pieces]
+        else:
+            ids = toy.encoder.encode(b"".join(pieces)).ids
+        read = toy.prompts.raw("ab").tolist()
+        rows.append(member_distribution(toy, settings.member_sampling(member.sampling), read, ids))
+    keys = sorted({key for row in rows for key in row})
+    probs = np.array([[row.get(key, 0.0) for key in keys] for row in rows])
+    rule = settings.combination
+    after = settings.combined_sampling({})
+    combined = (rule if after is None else rule.with_sampling(after)).combine(probs, ensemble.weights)
+    return {key: float(p) for key, p in zip(keys, combined, strict=True) if p > 0}
+
+
 class Recorder:
     """Stands in for noise: a coin of choice, and a note of the distribution that a symbol is sampled from."""
 

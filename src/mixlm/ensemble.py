@@ -29,7 +29,7 @@ from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_bat
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.observation import observed_by
-from mixlm.types import Completion, Message
+from mixlm.types import Completion, Ids, Message, Sampling
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
 
@@ -339,8 +339,25 @@ class Ensemble:
         return self.defaults.with_options(options)
 
     def encode_prompt(self, prompt: Prompt, settings: GenerationOptions) -> EncodedPrompt:
-        """Return a prompt in each member's tokens. Raises PromptTooLongError where a context has no room for it."""
-        return encode_prompt(prompt, settings, [member.engine for member in self.members], self.names)
+        """Return a prompt in each member's tokens.
+
+        Raises:
+            PromptTooLongError: A context has no room for it.
+            ConfigError: It is no prompt; or the rule is of two prompts, and both are the same.
+        """
+        encoded = encode_prompt(prompt, settings, [member.engine for member in self.members], self.names)
+        rule = settings.combination
+        if rule is not None and rule.two_prompts and self._is_one_model and _are_equal(encoded.ids):
+            raise ConfigError(
+                f"both prompts of rule {rule.name} are the same, so it changes nothing",
+                "give the second member another system message in an ensemble file, and no raw prompt",
+            )
+        return encoded
+
+    @property
+    def _is_one_model(self) -> bool:
+        """Whether all members are the same model, and differ in their prompts at most."""
+        return len({(member.engine.batch_key, id(member.processor)) for member in self.members}) == 1
 
     def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
         """Return what generates with these options, with new sessions or the given ones, one a member.
@@ -370,12 +387,14 @@ class Ensemble:
             self.unit,
             self.router,
             settings,
-            self._bind_members(settings),
+            self._bind_members(settings, strategy_context.target),
             build_strategy(settings, strategy_context),
             sessions,
             speculation,
             strategy_context.heaviest_member,
-            self._bind_members(replace(settings, min_tokens=0, ignore_end=True)) if settings.min_tokens else (),
+            self._bind_members(replace(settings, min_tokens=0, ignore_end=True), strategy_context.target)
+            if settings.min_tokens
+            else (),
             strategy_context.target,
         )
 
@@ -448,20 +467,15 @@ class Ensemble:
                 "symbols",
                 "use --unit piece, or leave it out for the log-probabilities of the sampled member",
             )
-        rule = settings.combination
-        purpose = "score_prompt" if settings.score_prompt else None
-        if rule is not None and rule.common_options:
-            # Members give what the rule truncates: bounds on what an engine leaves out would not be exact.
-            purpose = f"rule {rule.name}"
         for member in self.members:
-            if purpose is not None and member.engine.top_k_limit is not None:
+            if settings.score_prompt and not member.engine.scores_texts:
                 raise UnsupportedError(
-                    f"{purpose} needs every token's probability, and {member.name} reports its "
+                    f"score_prompt needs every token's probability, and {member.name} reports its "
                     f"{member.engine.top_k_limit} most likely only",
                     "use --engine hf (engine='hf')",
                 )
 
-    def _bind_members(self, settings: GenerationOptions) -> list[Member]:
+    def _bind_members(self, settings: GenerationOptions, target: RuleTarget | None) -> list[Member]:
         """Return each member with its transform `A_i` and its map `K_i` for these options."""
         # An engine that samples itself reports no top logprobs, and uses its own logits as they are.
         samples_only = (
@@ -486,12 +500,32 @@ class Ensemble:
                 unit=self.unit.name,
                 shared_vocabulary=self.unit.traits.shared_vocabulary,
             )
-            transform = Transform(settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0), bias)
+            sampling, banned = settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0)
+            # Of the other members, `Member` says what their engines cannot do.
+            takes_more = (
+                target is not None
+                and spec.engine.top_k_limit is not None
+                and sampling == Sampling(temperature=1.0, top_k=0)
+                and (bias, grammar, spec.processor) == (None, None, None)
+            )
+            if takes_more:
+                from mixlm.generation.target import report_transform
+
+                assert target is not None
+                transform = report_transform(target, settings, spec.name, spec.engine, sampling, banned)
+            else:
+                transform = Transform(sampling, banned, bias)
             # The observed member has run before its coin falls, so its samples are taken from those logits.
             is_observed = observes is not None and observes.member == i and settings.method != "single"
-            options = MemberOptions(settings.top_logprobs, grammar, samples_only and not is_observed, spec.processor)
+            options = MemberOptions(
+                settings.top_logprobs, grammar, samples_only and not is_observed, spec.processor, takes_more
+            )
             members.append(Member(spec.engine, spec.name, transform, symbols, options))
         return members
+
+
+def _are_equal(prompts: Sequence[Ids]) -> bool:
+    return all(np.array_equal(prompts[0], other) for other in prompts[1:])
 
 
 def _options_text() -> str:

@@ -27,7 +27,7 @@ from mixlm.config import (
 )
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import RULE_PARAMETERS, GenerationOptions
-from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average
+from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average, rule_name
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.engines.spec import LOADING_OPTIONS
@@ -228,6 +228,10 @@ def load_config(  # noqa: PLR0913 - one option each
         members.append(MemberSpec(engines[key], name, sampling, member.role))
     names = [member.name for member in members]
     rule_options = _rule_options(config, names) if rule is None else {"rule": rule}
+    if rule is not None and config.method == "single":
+        raise ConfigError(
+            f"rule is {rule_name(rule)}, and method single samples one member without a rule", "leave one out"
+        )
     defaults = GenerationOptions(
         method=config.method, system=config.system, on_failure=config.on_failure, **rule_options
     )

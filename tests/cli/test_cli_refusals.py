@@ -57,6 +57,14 @@ def test_options_that_do_not_fit(run: Run, arguments: tuple[str, ...], parts: tu
         assert part in done.error
 
 
+def test_a_rule_beside_the_method_single_of_a_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "alone.toml"
+    file.write_text('method = "single"\n[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n')
+    done = run("generate", "hello", "-e", str(file), "--rule", "max")
+    assert done.code == 2
+    assert "--rule max and method = 'single' in" in done.error
+
+
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_an_empty_prompt(run: Run, prompt: str) -> None:
     for done in (run("generate", prompt, *TOYS), run("generate", *TOYS, stdin=prompt), run("check", prompt, *TOYS)):

@@ -16,12 +16,13 @@ from toys import (
     engine,
     fixed,
     make_ensemble,
-    member_distribution,
+    rule_distribution,
     toys,
     written,
 )
 
 from mixlm.core.combinations import Combination, combination
+from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.ensemble import Ensemble, MemberSpec
 from mixlm.errors import ConfigError, UnsupportedError
@@ -116,26 +117,6 @@ def strategy_distribution(
     return dict(out), forwards
 
 
-def reference(ensemble: Ensemble, options: dict, pieces=()) -> Distribution:
-    """The rule's dense sum over the members' distributions, by the toys' tables."""
-    settings = ensemble.settings(raw=True, **options)
-    rows = []
-    for member in ensemble.members:
-        toy = member.engine
-        if ensemble.unit.name == "token":
-            ids = [toy.vocabulary.tokens.index(piece) for piece in pieces]
-        else:
-            ids = toy.encoder.encode(b"".join(pieces)).ids
-        read = toy.prompts.raw("ab").tolist()
-        rows.append(member_distribution(toy, settings.member_sampling(member.sampling), read, ids))
-    keys = sorted({key for row in rows for key in row})
-    probs = np.array([[row.get(key, 0.0) for key in keys] for row in rows])
-    rule = settings.combination
-    after = settings.combined_sampling({})
-    combined = (rule if after is None else rule.with_sampling(after)).combine(probs, ensemble.weights)
-    return {key: float(p) for key, p in zip(keys, combined, strict=True) if p > 0}
-
-
 def cases(rule: str):
     """Every unit and number of members that a rule takes, with its options."""
     options = {"rule": rule, **RULES[rule]}
@@ -164,7 +145,7 @@ def test_the_distribution_is_the_rules(method, rule, sampling):
             continue  # the average's own strategy, in test_conventional
         for pieces in PLACES[-1:]:
             distribution, forwards = strategy_distribution(ensemble, options, pieces)
-            assert_same_distribution(distribution, reference(ensemble, options, pieces), 1e-6)
+            assert_same_distribution(distribution, rule_distribution(ensemble, options, pieces), 1e-6)
             assert forwards <= len(ensemble.members) + 1e-9
 
 
@@ -226,8 +207,8 @@ def test_greedy_takes_the_most_likely_symbol_of_the_rule(rule):
 def greedy_reference(ensemble, options, pieces):
     """The rule's dense sum, which temperature and truncation of the combination do not change the mode of."""
     if options["rule"] in ("union-top-k", "unite"):  # the k of the union is the rule's own
-        return reference(ensemble, {**options, "method": "conventional", "temperature": 1.0}, pieces)
-    return reference(ensemble, {**options, "method": "greedy", "temperature": 1.0, "top_k": 0}, pieces)
+        return rule_distribution(ensemble, {**options, "method": "conventional", "temperature": 1.0}, pieces)
+    return rule_distribution(ensemble, {**options, "method": "greedy", "temperature": 1.0, "top_k": 0}, pieces)
 
 
 def test_a_batch_is_each_sequence_alone():
@@ -270,7 +251,7 @@ def test_a_rule_of_ones_own_is_exact_with_and_without_an_envelope():
         options = {"method": "layered", "draft": "none", "rule": rule}
         for position in (0, 9):  # the bounds are checked at the first positions, which takes all members
             distribution, forwards = strategy_distribution(ensemble, options, (), position)
-            assert_same_distribution(distribution, reference(ensemble, {**options, "rule": "max"}), 1e-6)
+            assert_same_distribution(distribution, rule_distribution(ensemble, {**options, "rule": "max"}), 1e-6)
             early = isinstance(rule, Combination) and rule.name == "mine" and position == 9
             assert (forwards < 2 - 1e-9) == early
 
@@ -345,6 +326,28 @@ def test_what_does_not_fit_a_rule_is_refused():
 
 
 @pytest.mark.slow
+def test_a_rule_beside_a_method_without_one_is_refused():
+    """The method may be that of the ensemble: a rule of a call has an effect, or is refused."""
+    alone = toys("token", 2, defaults=GenerationOptions(method="single"))
+    for options in ({"rule": "max"}, {"rule": largest}, {"mix_then_truncate": True}):
+        with pytest.raises(ConfigError, match="and method single samples one member without a rule"):
+            alone.generate("a", raw=True, **options)
+    assert alone.generate("a", raw=True, max_tokens=1, rule="average", seed=1).tokens[0].member == "m0"
+    # The other way round, the method says that one member writes.
+    ruled = toys("token", 2, defaults=GenerationOptions(method="layered", rule="max"))
+    assert ruled.generate("a", raw=True, max_tokens=1, method="single", seed=1).tokens[0].member == "m0"
+
+
+def test_guidance_between_equal_prompts_is_refused():
+    one = engine()
+    ensemble = Ensemble([MemberSpec(one, "m0"), MemberSpec(one, "m1")])
+    with pytest.raises(ConfigError, match="both prompts of rule guidance are the same, so it changes nothing"):
+        ensemble.generate("ab", raw=True, rule="guidance")
+    ensemble.generate("ab", raw=True, rule="geometric", max_tokens=1)
+    changed = ensemble.with_logits_processors({"m1": lambda ids, logits: logits / 2})
+    changed.generate("ab", raw=True, rule="guidance", max_tokens=1)
+
+
 @pytest.mark.parametrize("rule", ["geometric", "max", "mean-then-truncate", "vote"])
 def test_check_finds_no_difference(rule):
     report = check(toys("piece", 3), "ab", samples=1000, options={"rule": rule, "raw": True, "temperature": 0.9})
@@ -371,7 +374,7 @@ def test_an_envelope_may_be_known_at_some_positions_only():
     options = {"method": "layered", "rule": SometimesBounded(), "draft": "none"}
     for top_k in (2, 3, 4):  # so that the number of symbols differs
         distribution, _ = strategy_distribution(ensemble, {**options, "top_k": top_k})
-        assert_same_distribution(distribution, reference(ensemble, {**options, "top_k": top_k}), 1e-6)
+        assert_same_distribution(distribution, rule_distribution(ensemble, {**options, "top_k": top_k}), 1e-6)
 
 
 def test_a_function_that_raises_is_one_clear_sentence():

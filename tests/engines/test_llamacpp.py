@@ -36,7 +36,7 @@ from mixlm.errors import (
 )
 from mixlm.loading import choose_engine, load_config
 from mixlm.models import find_gguf, resolve, tokenizer_folder
-from mixlm.types import Message
+from mixlm.types import Message, TopKFilter
 from mixlm.verification.check import check
 
 USERS_CACHE = os.environ.get("MIXLM_CACHE")
@@ -135,10 +135,7 @@ def test_mixture_runs_one_member_a_token(ensemble):
         ({"repetition_penalty": 1.2}, "repetition_penalty moves tokens"),
         ({"presence_penalty": 0.5}, "presence_penalty moves tokens"),
         ({"method": "greedy"}, r"top_k is 0 \(off\)"),
-        (
-            {"method": "conventional", "mix_then_truncate": True},
-            "rule mean-then-truncate needs every token's probability",
-        ),
+        ({"rule": "mean-then-truncate", "repetition_penalty": 1.2}, "repetition_penalty moves tokens"),
         ({"top_k": 64, "ignore_end": True}, "top_k is 64"),
     ],
 )
@@ -148,9 +145,33 @@ def test_options_that_need_more_than_its_candidates_are_refused_before_anything_
     assert "engine='hf'" in str(raised.value)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 64}, {"top_k": 1}, {"method": "greedy", "top_k": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 64}, {"top_k": 1}, {"method": "greedy", "top_k": 40}, {"rule": "mean-then-truncate"}, {"rule": "min"}],
+)
 def test_options_that_its_candidates_are_enough_for_are_taken(ensemble, options):
     ensemble.context(ensemble.settings(**options))
+
+
+def test_rules_get_probabilities_in_the_whole_vocabulary_and_as_many_as_they_need(engine):
+    ids, nothing = random_ids(engine, 5), np.zeros(0, dtype=np.int64)
+    size = engine.vocabulary.size
+    [whole] = engine.session().logits_rows(ids, 1, TopKFilter(size, nothing, normalized=True))
+    assert abs(np.exp(whole.logprobs).sum() - 1) < 1e-4
+    session = engine.session()
+    session.logits(ids)  # what was requested without a filter has fewer
+    for count in (8, 80):
+        [report] = session.logits_rows(ids, 1, TopKFilter(count, nothing, normalized=True))
+        assert len(report.ids) == count
+        order = np.isin(whole.ids, report.ids)
+        np.testing.assert_allclose(report.logprobs, whole.logprobs[order], atol=1e-4)
+        assert whole.logprobs[~order].max() < report.logprobs.min() + 1e-6
+
+
+def test_rules_that_truncate_what_they_combine_are_sampled(ensemble):
+    plain = {"temperature": 0.8, "top_k": 0}
+    for options in ({"rule": "mean-then-temper", **plain}, {"rule": "union-top-k"}, {"rule": "min", **plain}):
+        assert len(ensemble.generate("three", seed=1, max_tokens=6, ignore_end=True, **options).tokens) == 6
 
 
 def test_log_probabilities_of_given_texts_are_refused(engine):

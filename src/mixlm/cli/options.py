@@ -177,10 +177,10 @@ class Shared:
             if files := [name for name in names if name.lower().endswith(".toml")]:
                 raise UsageError(f"-m {files[0]} names an ensemble file, not a model", f"use: -e {files[0]}")
             config = EnsembleConfig(members=tuple(MemberConfig(model=name) for name in names))
-        if self.method == "single" and rule.get("rule", "average") != "average":
+        if (self.method or config.method) == "single" and rule.get("rule", "average") != "average":
+            method = "--method single" if self.method else f"method = 'single' in {self.ensemble}"
             raise UsageError(
-                f"--rule {rule['rule']} and --method single are both given, and single samples one member without a"
-                " rule",
+                f"--rule {rule['rule']} and {method} are both given, and single samples one member without a rule",
                 "omit one",
             )
         if rule:

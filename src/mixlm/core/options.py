@@ -385,14 +385,14 @@ class GenerationOptions:
         if "tools" in values:
             values["tools"] = checked_tools(values["tools"] or ())
         values.setdefault("seed", secrets.randbits(32))
-        rule = "mean-then-truncate" if values.get("mix_then_truncate") else values.get("rule", self.rule)
+        rule: Any = "mean-then-truncate" if values.get("mix_then_truncate") else values.get("rule", self.rule)
         if rule is not self.rule and rule != self.rule:
             # The parameters are those of the other rule.
             values = {**dict.fromkeys(RULE_PARAMETERS), **values}
-        if values.get("method") == "single" and not is_average(values.get("rule")):
+        is_given = "rule" in values or values.get("mix_then_truncate")
+        if values.get("method", self.method) == "single" and is_given and not is_average(rule):
             raise ConfigError(
-                f"rule is {rule_name(values['rule'])}, and method single samples one member without a rule",
-                "leave one out",
+                f"rule is {rule_name(rule)}, and method single samples one member without a rule", "leave one out"
             )
         if "method" not in values and self.method in AVERAGE_METHODS and not is_average(rule):
             values["method"] = "layered"

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mixlm.core.combinations.base import TOLERANCE, Aligned
+from mixlm.core.combinations.base import TOLERANCE, Aligned, Unreported
 from mixlm.decoding.blocks import Position, draft_block, verify
 from mixlm.decoding.drafts import NoDraft
-from mixlm.errors import ConfigError
+from mixlm.decoding.reports import TokenReport, unreported
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget, support
-from mixlm.types import Candidates, Floats, Ids
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
 
 
 class RulePosition(Position):
@@ -31,6 +32,10 @@ class RulePosition(Position):
 
     def __init__(self, step: DecodeStep, target: RuleTarget, *, complete: bool = False, together: bool = False) -> None:
         members = target.members(step)
+        self.reports = {
+            member: TokenReport(step.views[member].member) for member in members if step.views[member].member.reports
+        }
+        self._pending: set[int] = set()  # members that have to report more
         super().__init__(step, members, target.distributions(step))
         self.target = target
         self.weights = target.weights(step, members)
@@ -41,19 +46,24 @@ class RulePosition(Position):
         self._decided: tuple[int, float, int] | None = None  # symbol, lower bound of its log-probability, row
 
     def needs(self) -> Sequence[int]:
-        """Return the members of the next stage that have not run, or all of them."""
+        """Return the members of the next stage that have not run, or all of them; or those that have to report more."""
         if self.choice is not None:
             return ()
+        if self._pending:
+            return sorted(self._pending)
         stages = self.stages[self._stage :]
         rows = [row for stage in (stages if self._together or self._decided else stages[:1]) for row in stage]
         return [self.members[row] for row in rows if self.members[row] not in self.parts]
 
     def advance(self) -> None:
         """Look at one stage after another, as far as its members have run."""
-        while self.choice is None and not self._missing(self.stages[self._stage]):
+        while self.choice is None and not self._pending and not self._missing(self.stages[self._stage]):
             self._stage += 1
             if self._stage == len(self.stages):
-                self._choose(self._all())
+                if all(report.is_whole for report in self.reports.values()):
+                    self._choose(self._all())
+                else:
+                    self._decide_by_reports()
             elif self._decided is None:
                 rows = [row for stage in self.stages[: self._stage] for row in stage]
                 self._decided = self.decide(rows)
@@ -61,9 +71,54 @@ class RulePosition(Position):
                     symbol, logprob, row = self._decided
                     self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
 
+    def _decide_by_reports(self) -> None:
+        """Choose what the reports of all members decide, or request more of them.
+
+        Raises:
+            UnsupportedError: They do not decide it, and no engine reports more.
+        """
+        decided = self.decide_by_reports(range(len(self.members)))
+        if decided is not None:
+            symbol, logprob, row = decided
+            self.choice = Choice(self.target.symbol(self.step, symbol), self.members[row], logprob)
+            return
+        self._stage -= 1
+        self._pending = {member for member, report in self.reports.items() if report.grow()}
+        if not self._pending:
+            shown = [
+                f"the {report.tokens.ids.size} likeliest tokens of {self.step.views[member].member.name}"
+                for member, report in self.reports.items()
+                if not report.is_whole
+            ]
+            raise UnsupportedError(
+                f"rule {self.target.rule.name} is not decided at this position by {' and '.join(shown)}, and the engine"
+                " reports no more: nothing is sampled",
+                "let its server report more, or use --engine hf (engine='hf')",
+            )
+
+    def receive(self, member: int, logits: LogitsRow) -> None:
+        """Take a member's logits, or what it reports of them."""
+        report = self.reports.get(member)
+        if report is None:
+            super().receive(member, logits)
+        elif isinstance(logits, Candidates):  # what a router observed is no report
+            report.add(logits)
+            self._pending.discard(member)
+            super().receive(member, report.tokens)
+            self.parts[member] = report.part(self.parts[member])
+
+    def top_k_filter(self, member: int) -> TopKFilter | None:
+        """Return the part of the member's logits that is needed; of a report, as many tokens as it is to have."""
+        report = self.reports.get(member)
+        return super().top_k_filter(member) if report is None else report.top_k_filter
+
     def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
         """Return the symbol that these rows decide, a lower bound of its log-probability, and the row it is from."""
         return None
+
+    def decide_by_reports(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+        """Do what `decide` does, where every member has run and some have not reported everything."""
+        return self.decide(rows)
 
     def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Return the symbol where every member has run and fewer have not decided it.
@@ -75,6 +130,13 @@ class RulePosition(Position):
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""
         return self.target.align({row: self.parts[self.members[row]] for row in rows}, len(self.members))
+
+    def unreported(self, rows: Sequence[int], known: Aligned) -> Unreported | None:
+        """Return what these rows leave open; None for nothing."""
+        if not self.reports:
+            return None
+        reports = {row: self.reports[member] for row in rows if (member := self.members[row]) in self.reports}
+        return unreported(reports, *known, of_unit=self.target.combines_symbols)
 
     def check(self, distribution: Candidates, symbols: Ids) -> None:
         """Check the bounds of the rule against its distribution. Raises ConfigError."""
@@ -142,7 +204,7 @@ class SampledPosition(DensePosition):
         super().__init__(step, target, complete=complete, together=together)
         self.first: int | None = None
         self.first_mass: float | None = None
-        self._bounds: tuple[Ids, Floats] | None = None  # symbols and the last envelope
+        self._bounds: tuple[Ids, Floats] | None = None  # symbols and what was emitted up to the last envelope
         self._coin = target.rule.first_member(self.weights) if target.has_bounds else None
         if self._coin is not None:
             first = step.noise.coin(self._coin)
@@ -159,27 +221,64 @@ class SampledPosition(DensePosition):
 
     def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
         """Stop with the probability of the sub-distribution that these rows know, and sample from what is new in it."""
-        if self._coin is not None:
-            [row] = rows
-            part = self.parts[self.members[row]]
-            mass = self.target.rule.first_distribution(np.exp(part.logprobs), self.weights, row)
-            share = float(self._coin[row])
-            symbols, increment, bound = part.ids, mass, share * mass
-        else:
-            symbols, probs = self.known(rows)
-            lower = self.target.rule.envelope(probs, self.weights, rows)
-            if lower is None:
-                return None
-            increment, bound = self._increment(symbols, lower)
-            mass = bound
-        total = float(mass.sum())
+        if self._coin is None:
+            return self._by_envelope(rows, self._uniform)
+        [row] = rows
+        symbols, mass = self._first_distribution(row)
+        self.first_mass = float(mass.sum())
+        return self._sample_new(symbols, mass, float(self._coin[row]) * mass, row, self._uniform, self.first_mass)
+
+    def decide_by_reports(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
+        """Stop with the probability that reports of all members know, in envelopes that grow with the reports.
+
+        After a coin, they grow from what the coin could emit, and another uniform number falls into the rest.
+        """
+        if self._coin is None:
+            return self._by_envelope(rows, self.step.noise.uniform())
+        if self._bounds is None:
+            self._bounds = self._emitted(self.known(rows).symbols)
+            emitted = float(self._bounds[1].sum())
+            rest = self.step.noise.next_round().next_round().uniform()
+            self._uniform = emitted + (1 - emitted) * rest
+        return self._by_envelope(rows, self._uniform)
+
+    def _by_envelope(self, rows: Sequence[int], uniform: float) -> tuple[int, float, int] | None:
+        known = self.known(rows)
+        lower = self.target.rule.envelope(known.probs, self.weights, rows, self.unreported(rows, known))
+        if lower is None:
+            return None
+        increment, bound = self._increment(known.symbols, lower)
+        total = float(bound.sum())
         if self.first_mass is None:
             self.first_mass = total
+        return self._sample_new(known.symbols, increment, bound, rows[-1], uniform, total)
+
+    def _sample_new(
+        self, symbols: Ids, increment: Floats, bound: Floats, row: int, uniform: float, total: float
+    ) -> tuple[int, float, int] | None:
+        """Sample from an increment where the uniform number falls below the total, and return it as `decide` does."""
         new = support(symbols, increment)
-        if self._uniform >= total or not new.ids.size:
+        if uniform >= total or not new.ids.size:
             return None
         symbol = self.sample(new)
-        return symbol, float(np.log(bound[symbols == symbol].sum())), rows[-1]
+        return symbol, float(np.log(bound[symbols == symbol].sum())), row
+
+    def _first_distribution(self, row: int) -> tuple[Ids, Floats]:
+        """Return the symbols of a member's distribution, and the sub-distribution with which it may stop alone."""
+        part = self.parts[self.members[row]]
+        probs = np.exp(part.logprobs)
+        report = self.reports.get(self.members[row])
+        open_mass = 0.0 if report is None or report.is_whole else max(1 - float(probs.sum()), 0.0)
+        return part.ids, self.target.rule.first_distribution(probs, self.weights, row, open_mass)
+
+    def _emitted(self, symbols: Ids) -> tuple[Ids, Floats]:
+        """Return `Σ π_i S_i`, what the coin could emit, over symbols that contain those of all members."""
+        assert self._coin is not None
+        out = np.zeros(symbols.size)
+        for row, share in enumerate(self._coin):
+            own, mass = self._first_distribution(row)
+            out[np.searchsorted(symbols, own)] += share * mass
+        return symbols, out
 
     def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Sample from what the stages before have left of the distribution."""
@@ -199,11 +298,10 @@ class SampledPosition(DensePosition):
         target[np.searchsorted(symbols, distribution.ids)] = np.exp(distribution.logprobs)
         if self._bounds is not None:
             lower[np.searchsorted(symbols, self._bounds[0])] = self._bounds[1]
-        elif self._coin is not None:
-            for row, (share, part) in enumerate(zip(self._coin, self._all(), strict=True)):
-                mass = self.target.rule.first_distribution(np.exp(part.logprobs), self.weights, row)
-                lower[np.searchsorted(symbols, part.ids)] += share * mass
-        self._require(lower <= target + TOLERANCE)
+        else:
+            lower = self._emitted(symbols)[1]
+        if not self.reports:  # those are rounded
+            self._require(lower <= target + TOLERANCE)
         return support(symbols, target - lower)
 
     def _increment(self, symbols: Ids, lower: Floats) -> tuple[Floats, Floats]:
@@ -239,11 +337,12 @@ class GreedyPosition(RulePosition):
 
     def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
         """Return the symbol that wins whatever the other members say."""
-        symbols, probs = self.known(rows)
-        winner = self.target.rule.certain_winner(probs, self.weights, rows)
+        symbols, probs = known = self.known(rows)
+        left = self.unreported(rows, known)
+        winner = self.target.rule.certain_winner(probs, self.weights, rows, left)
         if winner is None:
             return None
-        lower = self.target.rule.envelope(probs, self.weights, rows)
+        lower = self.target.rule.envelope(probs, self.weights, rows, left)
         with np.errstate(divide="ignore"):
             logprob = float("-inf") if lower is None else float(np.log(lower[winner]))
         shares = [self.weights[row] * probs[row, winner] for row in rows]

@@ -41,6 +41,8 @@ from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling
 class StringTarget(RuleTarget):
     """The distribution of a rule over token strings."""
 
+    combines_symbols = False
+
     def __init__(self, rule: Combination) -> None:
         super().__init__(rule)
         self._member: Member | None = None

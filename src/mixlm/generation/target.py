@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.combinations.base import Aligned, Combination, align
+from mixlm.core.combinations.base import Aligned, Combination, align, is_plain
 from mixlm.core.options import GenerationOptions
+from mixlm.core.sampling import ReportTransform, Transform
+from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, EngineError, UnsupportedError, did_you_mean
 from mixlm.generation.sequence import DecodeStep
-from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling
+from mixlm.types import Candidates, Floats, Ids, LogitsRow, Sampling, TopKFilter
 from mixlm.units.base import UnitTraits
 
 
@@ -24,9 +26,11 @@ class RuleTarget:
 
     Attributes:
         has_bounds: Whether the rule's bounds hold for what `combine` returns.
+        combines_symbols: Whether what it combines are the unit's symbols.
     """
 
     has_bounds = True
+    combines_symbols = True
 
     def __init__(self, rule: Combination, roles: Sequence[int] | None = None) -> None:
         self.rule = rule
@@ -152,6 +156,52 @@ def build_target(
 
         return StringTarget(rule)
     return RuleTarget(rule, assigned)
+
+
+def report_transform(
+    target: RuleTarget, options: GenerationOptions, member: str, engine: Engine, sampling: Sampling, banned: Ids
+) -> Transform:
+    """Return the transform of a member whose engine reports its likeliest tokens, and that does not keep top-k of them.
+
+    Bounds on what it does not report are enough for some rules; for others it has to report every token.
+
+    Args:
+        target: The rule's.
+        options: The options of a generation.
+        member: Its name.
+        engine: Its engine.
+        sampling: Its sampling options.
+        banned: Ids that are never sampled, int64.
+
+    Raises:
+        UnsupportedError: Something needs every token's probability, and the engine reports fewer.
+    """
+    assert engine.top_k_limit is not None
+    rule = target.rule
+    needs_whole = next(
+        (
+            reason
+            for reason, applies in (
+                (f"method {options.method}", options.method not in ("layered", "greedy")),
+                ("top_logprobs", options.top_logprobs > 0),
+                ("logprobs_of", options.wants_ensemble_logprobs),
+                (f"rule {rule.name}", not (target.has_bounds and rule.takes_reports and is_plain(sampling))),
+            )
+            if applies
+        ),
+        None,
+    )
+    if needs_whole is None:
+        return ReportTransform(banned, engine.top_k_limit)
+    if not engine.reports_all:
+        raise UnsupportedError(
+            f"{needs_whole} needs every token's probability here, and {member} reports its {engine.max_top_k} most "
+            "likely at most",
+            "use --engine hf (engine='hf')",
+        )
+    transform = Transform(sampling, banned)
+    transform.top_k_filter = TopKFilter(engine.vocabulary.size, banned, normalized=True)
+    return transform
 
 
 def assign_roles(rule: Combination, names: Sequence[str], roles: Sequence[str | None]) -> list[int]:

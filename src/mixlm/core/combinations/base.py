@@ -125,6 +125,7 @@ class Combination(ABC):
         speculates: Little is known before all members have run, so a strategy does best to draft and verify.
         alignment: Over what members' distributions are aligned.
         default_sampling: Sampling options that the rule is published with, where none are given.
+        two_prompts: Its members are one model after different prompts.
         takes_reports: Its envelope holds where engines report their likeliest tokens alone, and comes close to `C` once
             all members have reported enough.
     """
@@ -137,6 +138,7 @@ class Combination(ABC):
     speculates: ClassVar[bool] = False
     alignment: ClassVar[Alignment] = "symbols"
     default_sampling: ClassVar[Mapping[str, Any]] = {}
+    two_prompts: ClassVar[bool] = False
     takes_reports: ClassVar[bool] = False
 
     @abstractmethod

@@ -30,6 +30,7 @@ class Guidance(Combination):
     common_options: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ("conditional", "unconditional")
     shared_vocabulary: ClassVar[bool] = True
+    two_prompts: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
     strength: float = 1.5
 

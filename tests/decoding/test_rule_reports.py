@@ -1,0 +1,238 @@
+"""Rules with engines that report their likeliest tokens alone: the same distribution, by bounds on the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from toys import (
+    END,
+    SHARED,
+    VOCABULARIES,
+    WEIGHTS,
+    Distribution,
+    assert_same_distribution,
+    driven,
+    engine,
+    make_ensemble,
+    rule_distribution,
+    written,
+)
+
+from mixlm.engines.base import TextInterface
+from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
+from mixlm.engines.toy import ToyEngine
+from mixlm.ensemble import Ensemble
+from mixlm.errors import UnsupportedError
+from mixlm.types import Candidates
+
+PLAIN = {"temperature": 1.0, "top_k": 0}
+RULES = {
+    "average": PLAIN,
+    "max": PLAIN,
+    "power": PLAIN,
+    "power below 1": {"rule": "power", "strength": 0.5, **PLAIN},
+    "power below 0": {"rule": "power", "strength": -1.0, **PLAIN},
+    "min": PLAIN,
+    "geometric": PLAIN,
+    "geometric at 0.5": {"rule": "geometric", "temperature": 0.5, "top_k": 0},
+    "mean-then-truncate": {"temperature": 0.7, "top_k": 3},
+    "mean-then-temper": {"temperature": 0.6},
+    "nucleus": {"rule": "mean-then-truncate", "temperature": 1.0, "top_k": 0, "top_p": 0.8},
+    "min-p": {"rule": "mean-then-truncate", "temperature": 1.0, "top_k": 0, "min_p": 0.2},
+    "union-top-k": {"top_k": 2, "temperature": 1.0},
+    "union-top-k at 0.5": {"rule": "union-top-k", "top_k": 2, "temperature": 0.5},
+    "gac": {"temperature": 0.5, "top_k": 0},
+    "contrastive": PLAIN,
+    "guidance": PLAIN,
+    "proxy": PLAIN,
+    "vote": PLAIN,
+    "defer": {"strength": 0.3, **PLAIN},
+    "defer by token": {"rule": "defer", "by": "token", "strength": 0.25, **PLAIN},
+    "hot": {"rule": "mean-then-temper", "temperature": 1.5},
+}
+MEMBERS = {"contrastive": 2, "guidance": 2, "proxy": 3}
+WHOLE = ("guidance", "proxy", "vote", "hot")  # rules for which no bound is known, and all tokens are requested
+
+
+class ReportingSession(TopKOnlySession):
+    """A toy's table, of which the largest are reported."""
+
+    def __init__(self, reporting: ReportingToy) -> None:
+        super().__init__(reporting)
+        self._toy = reporting.toy
+        self._counts = reporting.counts
+
+    def top_tokens(self, ids, count, among=None):
+        self._counts.append(count)
+        logits = self._toy.table(tuple(ids.tolist())).astype(np.float32).astype(np.float64)
+        top = np.argsort(-logits, kind="stable")[:count]
+        return Candidates(top, logits[top] - np.logaddexp.reduce(logits))
+
+
+class ReportingToy(TopKOnlyEngine):
+    """A toy that reports so many tokens, or at most so many. counts: how many were requested, in order."""
+
+    extra_tokens = 0
+
+    def __init__(self, toy: ToyEngine, limit: int, max_top_k: int | None = None) -> None:
+        super().__init__(toy.name, TextInterface(toy.vocabulary, toy.encoder, toy.prompts), toy.context_length)
+        self.toy = toy
+        self.top_k_limit = limit
+        self.max_top_k = max_top_k
+        self.counts: list[int] = []
+
+    def session(self):
+        return ReportingSession(self)
+
+
+class Script:
+    """Stands in for noise: a coin, a uniform number for each round, and a note of what is sampled from."""
+
+    position = 9  # behind the first positions, where members come first in turn
+
+    def __init__(self, coin: int, *uniforms: float, round: int = 0, of: Script | None = None) -> None:
+        self._coin, self._uniforms, self._round = coin, uniforms, round
+        self._first = of or self
+        self.coins, self.symbols, self.probs = np.ones(1), np.zeros(0, dtype=np.int64), np.zeros(0)
+
+    def coin(self, weights):
+        self._first.coins = weights
+        return self._coin
+
+    def uniform(self):
+        return self._uniforms[self._round]
+
+    def next_round(self):
+        return Script(self._coin, *self._uniforms, round=self._round + 1, of=self._first)
+
+    def sample(self, symbols, logprobs):
+        self._first.symbols, self._first.probs = symbols, np.exp(logprobs)
+        return 0
+
+
+def reporting(rule: str, unit: str, limit: int = 3, max_top_k: int | None = None) -> tuple[Ensemble, Ensemble, dict]:
+    """An ensemble of toys, the same with toys that report few tokens, and the options of a rule."""
+    options = {"rule": rule, **RULES[rule]}
+    members = MEMBERS.get(options["rule"], 2)
+    vocabularies = VOCABULARIES[:members] if unit == "piece" else [SHARED] * members
+    toys = [engine(tokens, seed=10 + i) for i, tokens in enumerate(vocabularies)]
+    weights = [1.0] * members if options["rule"] in MEMBERS else WEIGHTS[:members]
+    few = [ReportingToy(toy, limit, max_top_k) for toy in toys]
+    return make_ensemble(toys, weights, unit=unit), make_ensemble(few, weights, unit=unit), options
+
+
+def choose(ensemble: Ensemble, options: dict, noise: Script, pieces=()) -> int:
+    """Sample one symbol; return in how many rounds of requests."""
+    strategy = ensemble.context(ensemble.settings(raw=True, **options)).strategy
+    _, rounds = driven(strategy, written(ensemble, options, "ab", pieces), ensemble.weights, noise)
+    return len(rounds)
+
+
+def strategy_distribution(ensemble: Ensemble, options: dict, pieces=()) -> tuple[Distribution, list[int]]:
+    """The distribution over all coins and uniform numbers, and the rounds of requests of each way to choose."""
+    out: Distribution = defaultdict(float)
+    rounds: list[int] = []
+
+    def add(share: float, noise: Script) -> None:
+        for symbol, probability in zip(noise.symbols.tolist(), noise.probs / noise.probs.sum(), strict=True):
+            key = END if symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(symbol)
+            out[key] += share * float(probability)
+
+    def levels(share: float, total: float, *before: float, coin: int = 0) -> None:
+        """Everything behind the first levels: a uniform number falls into what each of them adds."""
+        below = 0.0
+        while below < 1 - 1e-9:
+            noise = Script(coin, *before, below + 1e-12)
+            rounds.append(choose(ensemble, options, noise, pieces))
+            # The last of the levels takes what rounding has left.
+            width = min(float(noise.probs.sum()) / total, 1 - below)
+            add(share * width, noise)
+            below += width
+
+    noise = Script(0, 1e-12, 1e-12, 1e-12)
+    rounds.append(choose(ensemble, options, noise, pieces))
+    if len(noise.coins) == 1:  # no coin is tossed
+        levels(1.0, 1.0)
+        return dict(out), rounds
+    coins, stops = noise.coins, []
+    for coin, share in enumerate(coins.tolist()):
+        if not share:
+            stops.append(1.0)
+            continue
+        noise = Script(coin, 0.0, 1e-12, 1e-12)
+        stopped = choose(ensemble, options, noise, pieces) == 1
+        stops.append(min(float(noise.probs.sum()), 1.0) if stopped else 0.0)
+        if stopped:
+            add(share * stops[-1], noise)
+    emitted = float(coins @ stops)
+    for coin, stop in enumerate(stops):
+        if stop < 1 - 1e-9:
+            levels(float(coins[coin]) * (1 - stop), 1 - emitted, 0.0, stop + 1e-12, coin=coin)
+    return dict(out), rounds
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_distribution_is_the_rules(rule):
+    for unit in ("token", "piece"):
+        if unit == "piece" and rule in MEMBERS:
+            continue
+        whole, few, options = reporting(rule, unit)
+        options |= {"method": "layered", "draft": "none"}
+        distribution, rounds = strategy_distribution(few, options)
+        assert_same_distribution(distribution, rule_distribution(whole, options), 1e-5)
+        if rule not in WHOLE:
+            assert len(set(rounds)) > 1 or rule in ("contrastive", "union-top-k at 0.5")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "average"])
+def test_greedy_is_the_mode(rule):
+    whole, few, options = reporting(rule, "token")
+    settings = {**options, "method": "greedy", "raw": True, "max_tokens": 12, "seed": 1}
+    assert few.generate("ab", **settings).text == whole.generate("ab", **settings).text
+
+
+@pytest.mark.parametrize("rule", ["max", "union-top-k", "contrastive", "geometric"])
+def test_drafts_do_not_change_the_text(rule):
+    _, few, options = reporting(rule, "token")
+    settings = {"raw": True, "max_tokens": 24, "seed": 3, "ignore_end": True, **options}
+    expected = few.generate("ab", draft="none", **settings).text
+    for draft in (None, "m1", "lookup"):
+        assert few.generate("ab", draft=draft, block=3, **settings).text == expected
+
+
+def test_no_more_is_requested_than_decides():
+    _, few, options = reporting("contrastive", "token")
+    few.generate("ab", raw=True, seed=1, max_tokens=20, **{**options, "alpha": 0.9})
+    assert set(few.members[0].engine.counts) == {3}  # one token is plausible, or few that are reported
+
+
+def test_what_an_engine_does_not_report_is_refused_and_nothing_is_sampled():
+    _, few, options = reporting("mean-then-temper", "token", limit=3, max_top_k=4)
+    settings = {"raw": True, "max_tokens": 40, "ignore_end": True, **options}
+    texts, failed = [], 0
+    for seed in range(6):
+        generation = few.stream("ab", seed=seed, **settings)
+        try:
+            texts.append(generation.finish().text)
+        except UnsupportedError as error:
+            assert "rule mean-then-temper is not decided at this position by the 4 likeliest tokens of m0" in str(error)  # noqa: PT017
+            failed += 1
+    assert failed
+    for rule in WHOLE:
+        _, few, options = reporting(rule, "token", limit=3, max_top_k=4)
+        with pytest.raises(UnsupportedError, match=f"rule {options['rule']} needs every token's probability here, and"):
+            few.generate("ab", raw=True, **options)
+    _, few, options = reporting("max", "token", limit=3, max_top_k=4)
+    for extra, reason in (({"method": "conventional"}, "method conventional"), ({"top_logprobs": 2}, "top_logprobs")):
+        with pytest.raises(UnsupportedError, match=f"{reason} needs every token's probability here"):
+            few.generate("ab", raw=True, **{**options, **extra})
+
+
+def test_an_engine_that_reports_all_serves_what_has_no_bounds():
+    whole, few, options = reporting("guidance", "token")
+    settings = {"raw": True, "max_tokens": 12, "seed": 1, **options}
+    assert few.generate("ab", **settings).text == whole.generate("ab", **settings).text
+    expected, actual = (e.distribution("ab", **{**settings, "top_logprobs": 1}) for e in (whole, few))
+    np.testing.assert_allclose(actual.probs, expected.probs, atol=1e-6)

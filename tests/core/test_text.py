@@ -89,13 +89,30 @@ def test_empty_stop_strings_stop_nothing():
 
 @pytest.mark.parametrize(
     ("pieces", "text"),
-    [([b"abcSTOP"], "abc"), ([b"\xc3", b"\xa9STOP"], "é"), ([b"\xf0\x9f", b"\x8e", b"\x89xSTOP"], "🎉x")],
+    [
+        ([b"abcSTOP"], "abc"),
+        ([b"\xc3", b"\xa9STOP"], "é"),
+        ([b"\xf0\x9f", b"\x8e", b"\x89xSTOP"], "🎉x"),
+        ([b"aSTOP\xf0\x9f"], "a"),
+        ([b"\xc3", b"\xa9STOP\xc3"], "é"),
+        ([b"aSTOP\xffb"], "a"),
+    ],
 )
 def test_what_is_left_of_a_cut_token_has_the_bytes_of_the_text(pieces, text):
     stream = StreamingDetokenizer(["STOP"])
     tokens = [emitted for piece in pieces for emitted in stream.push(token(piece))]
     assert "".join(token.text for token in tokens) == text
     assert b"".join(token.data for token in tokens) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "kept"), [(b"a\xff\xfeSTOP", 3), (b"\xc3STOP\xff", 1), (b"\xf0\x9fSTOP", 2), (b"\xf0\x9f\x8eSTOP\xc3", 3)]
+)
+def test_stray_bytes_before_a_stop_string_are_kept_in_a_cut_token(data, kept):
+    stream = StreamingDetokenizer(["STOP"])
+    [cut] = stream.push(token(data))
+    assert cut.data == data[:kept]
+    assert cut.text == data[:kept].decode(errors="replace")
 
 
 def reference(pieces: list[bytes], stops: list[str]) -> tuple[str, bool]:

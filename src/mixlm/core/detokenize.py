@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from mixlm.types import Token
 
+_Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class StreamingDetokenizer:
     """Turns a sequence's tokens into text as they are generated.
@@ -22,9 +24,10 @@ class StreamingDetokenizer:
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = _Decoder("replace")
         self.stops = [stop for stop in stops if stop]
         self._pending: list[Token] = []
+        self._states: list[tuple[bytes, int]] = []  # of the decoder before each of them
         self.found: str | None = None
 
     @property
@@ -34,7 +37,8 @@ class StreamingDetokenizer:
 
     def push(self, token: Token) -> list[Token]:
         """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now."""
-        self._pending.append(replace(token, text=self._decode(token.data)))
+        self._states.append(self._decoder.getstate())
+        self._pending.append(replace(token, text=self._decoder.decode(token.data)))
         text = "".join(pending.text for pending in self._pending)
         stop_offsets = {stop: offset for stop in self.stops if (offset := text.find(stop)) >= 0}
         if stop_offsets:
@@ -45,7 +49,7 @@ class StreamingDetokenizer:
 
     def flush(self) -> list[Token]:
         """Return the tokens still held back, at the end of a completion without a stop string."""
-        out, self._pending = self._pending, []
+        out, self._pending, self._states = self._pending, [], []
         return out
 
     def _release(self, length: int, *, truncate: bool = False) -> list[Token]:
@@ -53,16 +57,32 @@ class StreamingDetokenizer:
         out: list[Token] = []
         while self._pending and len(self._pending[0].text) <= length and (length > 0 or not truncate):
             token = self._pending.pop(0)
+            del self._states[0]
             length -= len(token.text)
             out.append(token)
         if truncate and length > 0:
-            token = self._pending[0]
-            # Count from the end of the token's bytes: its first character may have begun in tokens before it.
-            dropped = len(token.text[length:].encode())
-            out.append(replace(token, text=token.text[:length], data=token.data[: len(token.data) - dropped]))
+            token, count = self._pending[0], _byte_count(self._pending[0].data, self._states[0], length)
+            out.append(replace(token, text=token.text[:length], data=token.data[:count]))
         if truncate:
-            self._pending = []
+            self._pending, self._states = [], []
         return out
+
+
+def _byte_count(data: bytes, state: tuple[bytes, int], length: int) -> int:
+    """Return how many bytes the first `length` characters take.
+
+    Args:
+        data: A token's bytes. The first character may have begun before them, and the last may be incomplete.
+        state: Of the decoder before them.
+        length: The number of characters, at least 1.
+    """
+    decoder = _Decoder("replace")
+    decoder.setstate(state)
+    for i in range(len(data)):
+        length -= len(decoder.decode(data[i : i + 1]))
+        if length <= 0:  # below 0 where this byte shows that those before it are no character
+            return i + (length == 0)
+    return len(data)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from mixlm.tokenization.incremental import IncrementalEncoder, TokenizerEncoder
 from mixlm.tokenization.vocabulary import describe, detect_family, flatten_component, token_bytes
 from mixlm.types import Message
 
+_MEMORY = 6 << 30  # bytes of address space
 CORPUS = (
     *("The river turns under the old stone bridge, and the birds fly over it.", "ab abc aab 12345678 1,234,567.89"),
     *("It's 2024; they've paid 1,250.75 for 3 books (don't ask why)!", "def f(x):\n    return x\n\n\tpass\r\n"),
@@ -397,34 +401,58 @@ def _check_prompts(own: Tokenizer, encoder: TokenizerEncoder, text: str, rng: Ra
         own.encode_special_tokens = False
 
 
-def main() -> None:
-    """Run the fuzzer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
-    outcomes: Counter[str] = Counter()
-    seed = options.seed
-    while time.monotonic() < deadline:
-        seed += 1
+def try_seeds(first: int, deadline: float) -> None:
+    """Try one seed after another until a time of `time.time`, and print a line before and after each: seed, outcome."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    seed = first
+    while time.time() < deadline:
         rng = Random(seed)
+        print(f"{seed} training", flush=True)
         try:
             case = random_case(rng)
         except BaseException as error:  # the library cannot train these parts, or panics
             if isinstance(error, KeyboardInterrupt):
                 raise
-            outcomes["not trained"] += 1
-            continue
-        try:
-            refused = check(case, rng, texts=20)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            outcomes["FAILED"] += 1
-            print(f"seed {seed}: {type(error).__name__} {str(error)[:600]}\n    {case.parts[:1500]}", flush=True)
-            continue
-        outcomes["equal" if refused is None else "refused"] += 1
+            print(f"{seed} not trained", flush=True)
+        else:
+            print(f"{seed} compared", flush=True)
+            print(f"{seed} {_outcome(case, rng)}", flush=True)
+        seed += 1
+
+
+def _outcome(case: Case, rng: Random) -> str:
+    try:
+        return "equal" if check(case, rng, texts=20) is None else "refused"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        message = f"{type(error).__name__} {str(error)[:600]} in {case.parts[:1500]}"
+        return "FAILED " + " ".join(message.split())
+
+
+def main() -> None:
+    """Run the fuzzer. A tokenizer that ends its process, as a library may do, is named, and the next one is tried."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    deadline = time.time() + 60 * options.minutes
+    outcomes: Counter[str] = Counter()
+    seed, last = options.seed, ""
+    while time.time() < deadline:
+        code = f"from research.fuzz_tokenizers import try_seeds; try_seeds({seed}, {deadline})"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                number, last = line.rstrip().split(" ", 1)
+                seed = int(number) + 1
+                if last not in ("training", "compared"):
+                    outcomes[last.split()[0] if last.startswith("FAILED") else last] += 1
+                if last.startswith("FAILED"):
+                    print(f"seed {number}: {last}", flush=True)
+        if process.returncode:
+            outcomes[f"ended while {last}"] += 1
+            print(f"seed {seed - 1}: its process ended with {process.returncode} while it was {last}", flush=True)
     print(dict(outcomes))
 
 

@@ -14,7 +14,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,15 @@ def part(name: str, report: dict[str, Any]) -> str:
 
 def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
     """The page with every report in its place."""
+    return fill(page, {name: part(name, report) for name, report in reports.items()})
+
+
+def fill(page: str, parts: Mapping[str, str]) -> str:
+    """The page with every part in the place of its name."""
 
     def put(match: re.Match[str]) -> str:
-        report = reports.get(match[2])
-        return match[0] if report is None else f"{match[1]}\n{part(match[2], report)}\n\n{match[3]}"
+        text = parts.get(match[2])
+        return match[0] if text is None else f"{match[1]}\n{text}\n\n{match[3]}"
 
     return _PART.sub(put, page)
 

@@ -20,6 +20,7 @@ from mixlm.scoring.passages import Passage, split_passages, text_prefix
 from mixlm.scoring.score import identity, join_members, score_answers, score_passages
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.tokenization.segments import encode_exactly
+from research.scripts.router_cost import forward_seconds
 from research.scripts.router_features import Kinds, token_kinds
 
 Job = Callable[[Ensemble, Sequence[str | None]], Scores]  # scores an ensemble of one member
@@ -32,12 +33,23 @@ _MEGABYTES = "4000"  # of the cache of scores, which holds hidden states too
 
 @dataclass(frozen=True)
 class Members:
-    """What is known of the members: names, bytes of their weights, the observed one, its kinds of tokens."""
+    """What is known of the members.
+
+    Attributes:
+        names: Their names.
+        sizes: Bytes of their weights.
+        seconds: Of a forward of one token.
+        observed: The one that gates observe.
+        kinds: Its tokens' (`token_kinds`).
+        hidden: Numbers in its hidden state.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
     observed: int
     kinds: Kinds
+    hidden: int
 
 
 def score_by_member(
@@ -57,12 +69,14 @@ def score_by_member(
     os.environ.setdefault("MIXLM_SCORES_MB", _MEGABYTES)
     names: list[str] = []
     sizes: list[int] = []
+    seconds: list[float] = []
     parts: dict[str, list[Scores]] = {name: [] for name in jobs}
     for model in models:
         ensemble = mixlm.load(model, engine=engine)
         name = ensemble.names[0]
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
         sizes.append(ensemble.members[0].engine.weights_bytes)
+        seconds.append(forward_seconds(ensemble.members[0].engine))
         for text, job in jobs.items():
             print(f"{text}: scoring by {names[-1]}", flush=True)
             parts[text].append(job(ensemble, [identity(model)]))
@@ -83,7 +97,8 @@ def score_by_member(
         assert states is not None
         own[chosen] = replace(own[chosen], observed=replace(states, name=names[chosen]))
         joined[text] = join_members(names, own, shared_vocabulary=True)
-    return Members(tuple(names), tuple(sizes), chosen, kinds), joined
+    hidden = ensemble.members[0].engine.hidden_size or 0
+    return Members(tuple(names), tuple(sizes), tuple(seconds), chosen, kinds, hidden), joined
 
 
 def passages_job(passages: Sequence[bytes]) -> Job:

@@ -13,7 +13,11 @@ ones by the likeliest of the given answers; intervals are paired with the best m
 One member is in memory at a time. Scores are kept in mixlm's cache, some passages at a time, and a row in DIR as soon
 as it is known: a run that was stopped goes on.
 Forwards a token are those of `mixture` on the check text: 1 for the observed member, the mean weight of each other, and
-what the features `history` need (`router_features` says what that is, and why each feature is allowed).
+what the features `history` need (`router_features` says what that is, and why each feature is allowed). Two members
+with one vocabulary, of which the first is observed, are compared with `defer` from the first to the second too, at
+several prices of the second one's forwards. The row "cost" has the seconds of a forward of each member, and of each
+gate.
+`python -m research.scripts.router_page` puts the rows into docs/weights.md.
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import GateKind
 from mixlm.fitting.gates import choose_gate
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router
+from mixlm.routing.gate_router import GROUPS
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
+from research.scripts.router_cost import gate_seconds
 from research.scripts.router_features import LENGTHS, Kinds, decayed_sums, posterior, refreshes, stack
 from research.scripts.router_scores import (
     Members,
@@ -52,12 +59,16 @@ Weigh = Callable[[Scores], Floats]  # weights in front of each segment, or the s
 
 @dataclass(frozen=True)
 class Attempt:
-    """A gate: its features, its kind, how often the past is scored, and how many gates are averaged."""
+    """A gate: its features, its kind, how often the past is scored, how many gates are averaged, the last one's price.
+
+    price: of a forward of the last member, in nats.
+    """
 
     groups: tuple[str, ...]
     kind: GateKind = "linear"
     block: int = 0
     gates: int = 1
+    price: float = 0.0
 
     @property
     def observes(self) -> bool:
@@ -87,6 +98,11 @@ GATES: Mapping[str, Attempt] = {
     "i: history/1, mlp": Attempt(("history",), "mlp", block=1),
     "i: everything/1, mlp": Attempt(_EVERYTHING, "mlp", block=1),
 }
+# Of two members with one vocabulary, to compare with deferral from the first to the second at equal forwards.
+PRICES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+PRICED = {f"k: router, price {price:g}": Attempt(("top_k",), "mlp", price=price) for price in PRICES}
+DEFERRALS = {f"k: defer, gate, price {price:g}": price for price in PRICES}
+THRESHOLDS = {f"k: defer, top {strength:g}": strength for strength in (0.3, 0.5, 0.7, 0.8, 0.9, 0.97)}
 POSTERIORS: Mapping[str, int] = {"e: posterior": 256, "e: posterior/64": 64, "i: posterior/1": 1}
 CURVE = ("a: text, linear", "d: all, linear", "d: all, mlp", "h: everything/64, mlp")
 _POWERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the likelihood of the past
@@ -139,12 +155,17 @@ def trained(name: str, train: Sequence[Scores], kinds: Kinds) -> Weigh:
         return partial(router_weights, router=fit_router(train))
     if name in POSTERIORS:
         return fitted_posterior(train, POSTERIORS[name])
-    attempt = GATES[name]
+    attempt = {**GATES, **PRICED}[name]
+    prices = np.zeros(len(train[0].names))
+    prices[-1] = attempt.price
 
     def inputs(scores: Scores) -> Any:
         return stack(scores, attempt.groups, attempt.block, kinds)
 
-    gates = [choose_gate(train, inputs, attempt.kind, seed=seed).gate for seed in range(attempt.gates)]
+    gates = [
+        choose_gate(train, inputs, attempt.kind, prices=prices if attempt.price else None, seed=seed).gate
+        for seed in range(attempt.gates)
+    ]
 
     def weigh(scores: Scores) -> Floats:
         x = inputs(scores)
@@ -198,9 +219,20 @@ def study_texts(
             "forwards": forwards(weights, observed, refreshed),
         }
 
+    def deferred(logprobs: Floats, asked: float) -> dict[str, Any]:
+        return row(logprobs, np.array([0.0, asked]), observed=0)
+
+    def gated(price: float) -> dict[str, Any]:
+        gate = train_deferral(list(train.values()), "mlp", price=price)
+        return deferred(pair.deferred(gate), 1 - float(pair.kept(gate).mean()))
+
+    def by_top(strength: float) -> dict[str, Any]:
+        logprobs, kept = pair.by_top(strength)
+        return deferred(logprobs, 1 - kept)
+
     def routed(name: str, texts: Sequence[Scores]) -> dict[str, Any]:
         weights = trained(name, texts, members.kinds)(held)
-        attempt = GATES.get(name)
+        attempt = {**GATES, **PRICED}.get(name)
         block = attempt.block if attempt is not None else POSTERIORS.get(name, 0)
         observed = members.observed if attempt is not None and attempt.observes else None
         return row(held.mixture(weights), weights, observed, refreshes(held, block) if block else 0.0)
@@ -229,6 +261,11 @@ def study_texts(
     }
     ways |= {"EM of each text": own}
     ways |= {name: partial(routed, name, list(train.values())) for name in ("a: text, linear", *POSTERIORS, *GATES)}
+    if held.unit == "token" and len(members.names) == 2 and members.observed == 0:
+        pair = DeferralScores.of(held)
+        ways |= {name: partial(routed, name, list(train.values())) for name in PRICED}
+        ways |= {name: partial(gated, price) for name, price in DEFERRALS.items()}
+        ways |= {name: partial(by_top, strength) for name, strength in THRESHOLDS.items()}
     out, known = [], {name: rows.get(name, ways[name]) for name in ("EM", "oracle")}
     best, top = known["EM"]["bits"], known["oracle"]["bits"]
     for name, make in ways.items():
@@ -241,12 +278,40 @@ def study_texts(
             f"{item['minus_em'][0]:+.4f} to {item['minus_em'][1]:+.4f}  closed {closed:+.1%}  forwards {spent}",
             flush=True,
         )
+    cost = rows.get("cost", partial(costs, members))
+    for name, share in shares(cost, out).items():
+        print(f"{name}: the gate takes {cost['gates'][name] * 1e6:.0f} µs, {share:.2%} of a token's time", flush=True)
     if arguments.curve:
         for share in (8, 4, 2):
             part = [first_documents(scores, share) for scores in train.values()]
             for name in CURVE:
                 item = rows.get(f"{name}, 1/{share} of the text", partial(routed, name, part))
                 print(f"{item['name']:50} {item['bits']:.4f}", flush=True)
+    return out
+
+
+def costs(members: Members) -> dict[str, Any]:
+    """Return the seconds of a forward of each member, and of each gate that mixlm can run."""
+    size = max(len(members.kinds), 1)
+    names = [
+        members.names[members.observed],
+        *(name for name in members.names if name != members.names[members.observed]),
+    ]
+    gates = {
+        name: gate_seconds(names, attempt.groups, attempt.kind, size, members.hidden)
+        for name, attempt in GATES.items()
+        if set(attempt.groups) <= set(GROUPS)
+    }
+    return {"seconds": list(members.seconds), "gates": gates}
+
+
+def shares(cost: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return which share of a token's time each gate takes: its own over that of the row's forwards and its own."""
+    out = {}
+    for row in rows:
+        if (gate := cost["gates"].get(row["name"])) is not None:
+            models = float(np.dot(row["forwards"], cost["seconds"]))
+            out[row["name"]] = gate / (gate + models)
     return out
 
 

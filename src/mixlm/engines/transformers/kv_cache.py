@@ -1,11 +1,12 @@
 """Attention over KV buffers in place, for transformers models: the batch of a forward pass decides how.
 
 transformers finds `attend` by name (its attention interface) and hands it the keyword arguments of the model's forward:
-among them `attention_batch`, which knows the sequences of the pass. `PackedSequences` is any number of sequences of any
-lengths. Their tokens are packed into one row, so that every weight matrix is read once for all of them and no padding
-is computed; only attention runs sequence by sequence. `cuda_graphs` has the other kind: one sequence, fixed shapes.
+among them `attention_batch`, which knows the sequences of the pass. `packed_sequences` has any number of sequences of
+any lengths, `cuda_graphs` one sequence in fixed shapes.
 
-KV buffers double when they are full. A token is written in place, and rollback sets the length.
+A token is written in place, and rollback sets the length. A buffer by itself is twice as large each time it is full,
+and what it holds is copied. Buffers that lie side by side begin with addresses for thousands of tokens, and the system
+gives memory to what is written.
 """
 
 from __future__ import annotations

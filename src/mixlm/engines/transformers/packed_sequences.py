@@ -15,12 +15,7 @@ import numpy as np
 import torch
 
 from mixlm.engines.transformers.attention_form import AttentionForm
-from mixlm.engines.transformers.kv_cache import (
-    KVBuffer,
-    KVCache,
-    QueryKeyValue,
-    causal_mask,
-)
+from mixlm.engines.transformers.kv_cache import KVBuffer, KVCache, QueryKeyValue, causal_mask
 from mixlm.engines.transformers.varlen import Lengths, VarlenKernel
 from mixlm.types import Ids
 
@@ -98,25 +93,20 @@ class _Group(NamedTuple):
     queries: int
 
     @property
-    def slots(self) -> slice:
+    def slots(self) -> range:
         """From the first to the last of their slots."""
-        return slice(self.parts[0].buffer.slot, self.parts[-1].buffer.slot + 1)
+        return range(self.parts[0].buffer.slot, self.parts[-1].buffer.slot + 1)
 
     @property
     def cost(self) -> float:
         """What the work of attention takes in one call, in keys."""
-        slots = self.parts[-1].buffer.slot + 1 - self.parts[0].buffer.slot
-        return slots * self.keys * (1 + _QUERY_COST * (self.queries - 1))
+        return len(self.slots) * self.keys * (1 + _QUERY_COST * (self.queries - 1))
 
     def with_others(self, other: _Group, call_keys: float) -> _Group | None:
         """Return both as one group; None where two calls take less time, each with `call_keys` beside its work."""
         if self.parts[0].buffer.slab is not other.parts[0].buffer.slab:
             return None
-        merged = _Group(
-            self.parts + other.parts,
-            max(self.keys, other.keys),
-            max(self.queries, other.queries),
-        )
+        merged = _Group(self.parts + other.parts, max(self.keys, other.keys), max(self.queries, other.queries))
         fewer = merged.cost <= self.cost + other.cost + call_keys
         return merged if fewer and merged.queries <= _MAX_TOKENS else None
 
@@ -158,28 +148,24 @@ class _Together:
     """Sequences that attend in one call. Each slot has as many queries as the sequence with the most tokens."""
 
     def __init__(self, group: _Group, device: torch.device) -> None:
-        self._slab = group.parts[0].buffer.slab
-        self._slots = group.slots
+        first, shape = group.parts[0], (len(group.slots), group.queries)
+        self._slab = first.buffer.slab
+        self._seen = slice(group.slots.start, group.slots.stop)
         self._keys = group.keys
-        slots, queries = group.slots.stop - group.slots.start, group.queries
-        first = group.parts[0]
         # Of padding: the first token of the group, and a position from which it attends to something.
-        rows, positions = (
-            np.full((slots, queries), first.start),
-            np.full((slots, queries), group.keys - 1),
-        )
+        rows, positions = np.full(shape, first.start), np.full(shape, group.keys - 1)
         places = []
         for cache, buffer, start, count in group.parts:
             slot = buffer.slot - group.slots.start
             rows[slot, :count] = np.arange(start, start + count)
-            positions[slot] = cache.length + np.minimum(np.arange(queries), count - 1)
-            places.append(slot * queries + np.arange(count))
+            positions[slot] = cache.length + np.minimum(np.arange(group.queries), count - 1)
+            places.append(slot * group.queries + np.arange(count))
         place = np.concatenate(places)
         self._place = torch.tensor(place, device=device)
         self._rows = torch.tensor(rows, device=device)
         self._tokens = self._rows.view(-1)[self._place]
         self._positions = torch.tensor(positions, device=device)
-        self._token_slots = torch.tensor(group.slots.start + place // queries, device=device)
+        self._token_slots = torch.tensor(group.slots.start + place // group.queries, device=device)
         self._token_positions = self._positions.view(-1)[self._place]
         self._masks: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 
@@ -192,14 +178,9 @@ class _Together:
         values[self._token_slots, :, self._token_positions] = value[self._tokens]
         slots, queries = self._rows.shape
         start, mask = self._mask(form.window, groups, query.dtype)
-        seen = self._slots, slice(None), slice(start, self._keys)
+        seen = self._seen, slice(None), slice(start, self._keys)
         grouped = query[self._rows].view(slots, queries, heads, groups, -1).permute(0, 2, 3, 1, 4)
-        attended = form.attend(
-            grouped.reshape(slots, heads, groups * queries, -1),
-            keys[seen],
-            values[seen],
-            mask,
-        )
+        attended = form.attend(grouped.reshape(slots, heads, groups * queries, -1), keys[seen], values[seen], mask)
         attended = attended.view(slots, heads, groups, queries, -1).permute(0, 3, 1, 2, 4)
         out[self._tokens] = attended.reshape(slots * queries, heads * groups, -1)[self._place]
 

@@ -85,10 +85,13 @@ class HFEngine(Engine):
             TokenizerError: its tokens cannot be mapped to bytes.
             MemoryLimitError: the device has too little memory.
         """
+        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
+
         trusted = spec.trust_remote_code
         tokenizer = TokenizerSetup.load(source, spec.name, memory_errors, trust_remote_code=trusted)
         device = parse_device(spec.device)
         model, notes = load_model(source, spec, parse_dtype(spec.dtype, device), device)
+        speed_up_linear_layers(model)
         loaded = LoadedModel(model, notes)
         if spec.adapter is not None:
             loaded.add(spec.adapter, spec.name)
@@ -107,7 +110,10 @@ class HFEngine(Engine):
             ModelLoadError: the model cannot run.
             TokenizerError: the tokenizer's tokens cannot be mapped to bytes.
         """
+        from mixlm.engines.transformers.few_rows import speed_up_linear_layers
+
         shared = share_weights(model, spec.name)
+        speed_up_linear_layers(shared)
         configs = (shared.config, shared.config.get_text_config(), getattr(shared, "generation_config", None))
         ends = [i for config in configs for i in as_ids(getattr(config, "eos_token_id", None))]
         setup = TokenizerSetup.of(tokenizer, spec.name, ends)

@@ -252,6 +252,14 @@ def _refuse_unreadable(tokenizer: Any, name: str) -> None:
             f"the tokenizer of {name} encodes a text differently each time: it drops merges at random ({dropout=})",
             "save it without dropout, which is for training",
         )
+    for token in tokenizer.get_added_tokens_decoder().values():
+        normalizer = tokenizer.normalizer if token.normalized else None
+        # The library finds an empty token between any two characters, without end.
+        if normalizer is not None and not normalizer.normalize_str(token.content):
+            raise TokenizerError(
+                f"the normalizer of {name}'s tokenizer leaves nothing of the added token {token.content!r}",
+                'give the token "normalized": false',
+            )
     description = describe(tokenizer)
     parts = flatten_component(description["pre_tokenizer"], "pretokenizers")
     spelled_as_bytes = any(part["type"] == "ByteLevel" for part in parts) or any(

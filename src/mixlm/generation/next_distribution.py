@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mixlm.generation.generation import GenerationContext
     from mixlm.generation.prompt import EncodedPrompt
     from mixlm.generation.target import RuleTarget
+    from mixlm.units.base import Unit
 
 
 class EnsembleParts(NamedTuple):
@@ -38,8 +40,7 @@ class NextDistribution:
     """The exact distribution of the next symbol.
 
     Attributes:
-        units: The bytes of each symbol that has any probability, the most likely one first; `b""` is end of text.
-        symbols: The symbols, int64 (n,).
+        symbols: The symbols that have any probability, the most likely one first, int64 (n,).
         probs: Their probabilities, float64 (n,), summing to 1.
         members: The distribution of each member that took part, `K_i A_i p_i`: float64 (members, n). A row sums to less
             than 1 where the rule gives what a member may write no probability.
@@ -48,18 +49,29 @@ class NextDistribution:
         names: The names of these members.
     """
 
-    units: tuple[bytes, ...]
     symbols: Ids
     probs: Floats
     members: Floats
     weights: Floats
     names: tuple[str, ...]
+    _unit: Unit = field(repr=False)
+
+    @cached_property
+    def units(self) -> tuple[bytes, ...]:
+        """The bytes of each symbol; `b""` is end of text."""
+        return self._spell(self.symbols)
+
+    def _spell(self, symbols: Ids) -> tuple[bytes, ...]:
+        unit = self._unit
+        return tuple(b"" if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist())
 
     def __len__(self) -> int:
         return len(self.symbols)
 
     def __repr__(self) -> str:
-        top = ", ".join(f"{unit!r}: {prob:.3g}" for unit, prob in zip(self.units[:5], self.probs[:5], strict=True))
+        top = ", ".join(
+            f"{unit!r}: {prob:.3g}" for unit, prob in zip(self._spell(self.symbols[:5]), self.probs[:5], strict=True)
+        )
         return f"<NextDistribution of {len(self)} symbols by {', '.join(self.names)}: {top}{', …' * (len(self) > 5)}>"
 
 
@@ -105,12 +117,11 @@ def next_distribution(context: GenerationContext, prompt: EncodedPrompt) -> Next
     order = np.lexsort((combined.ids, -combined.logprobs))
     symbols = combined.ids[order]
     probs = np.exp(combined.logprobs[order])
-    unit = context.unit
     return NextDistribution(
-        tuple(b"" if symbol == unit.end else unit.symbol_bytes(symbol) for symbol in symbols.tolist()),
         symbols,
         probs / probs.sum(),
         dense_parts(symbols, parts),
         weights,
         tuple(context.members[i].name for i in members),
+        context.unit,
     )

@@ -239,7 +239,7 @@ def test_too_few_samples_are_refused() -> None:
 
 @pytest.mark.models
 def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> None:
-    report = check(demo_pair, "Why is the sky blue?", samples=600)
+    report = check(demo_pair, "Why is the sky blue?", samples=200)
     assert isinstance(report, CheckReport)
     assert report.equal, report
 
@@ -248,7 +248,7 @@ def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> No
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_the_real_pair_follows_the_distributions_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
     ensemble = Ensemble(demo_pair.members, unit=unit)
-    report = check(ensemble, "Why is the sky blue?", samples=400)
+    report = check(ensemble, "Why is the sky blue?", samples=150)
     assert report.equal, report
 
 
@@ -258,7 +258,7 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo
     terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
     assert shared.unit.name == "token"
-    assert check(shared, "Name a colour.", samples=600).equal
+    assert check(shared, "Name a colour.", samples=200).equal
 
 
 RAW = {"raw": True}

@@ -293,6 +293,25 @@ PARTS = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# What few templates use: a macro that is called with a block, a namespace, blocks that are set and filtered, loop controls.
+CONSTRUCTS = """{%- macro turn(role, number=0) -%}
+<|im_start|>{{ role }}{{ ' ' ~ number if number > 9 else '' }}
+{{ caller() }}<|im_end|>
+{% endmacro -%}
+{%- set state = namespace({'count': 0}, last=none) -%}
+{%- for message in messages -%}
+{%- if message.role not in ('system', 'user', 'assistant') -%}{%- continue -%}{%- endif -%}
+{%- set state.count = state.count + 1 -%}
+{%- set text %}{{ message['content'] }}{% endset -%}
+{%- call turn(message.role, number=state.count) -%}
+{%- filter replace('', '') -%}{% generation %}{{ text }}{% endgeneration %}{%- endfilter -%}
+{%- endcall -%}
+{%- set state.last = loop.previtem.role if loop.previtem is defined else state.last -%}
+{%- if loop.last or state.count > 99 -%}{%- break -%}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
 TEMPLATES = {
     name.lower(): template
     for name, template in list(globals().items())

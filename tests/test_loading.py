@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 import mixlm
@@ -165,3 +168,11 @@ def test_a_rule_of_ones_own_is_given_as_a_function():
     ensemble = load("toy:1", "toy:2", rule=lambda probs, weights: weights @ probs)
     assert ensemble.defaults.method == "layered"
     assert ensemble.generate("the", seed=1, max_tokens=3).usage.tokens == 3
+
+
+def test_what_is_loaded_is_said_in_a_notebook_and_not_to_a_file(monkeypatch, capfd):
+    mixlm.load("toy:1", "toy:2", "toy:1")
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    mixlm.load("toy:1", "toy:2", "toy:1")
+    assert capfd.readouterr() == ("", "loading toy:1\nloading toy:2\n")

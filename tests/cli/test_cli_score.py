@@ -50,6 +50,12 @@ def test_json_says_what_scoring_finds(run: Run, text: Path) -> None:
         assert sum(segment["responsibilities"].values()) == pytest.approx(1)
 
 
+def test_a_byte_order_mark_is_no_text(run: Run, text: Path) -> None:
+    plain = run("score", str(text), *TOYS, "--json").out
+    text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    assert run("score", str(text), *TOYS, "--json").out == plain
+
+
 def test_perplexities_are_those_of_tokens_and_words(run: Run, text: Path) -> None:
     report = json.loads(run("score", str(text), *TOYS, "--json").out)
     ensemble = load("toy:1", "toy:2")

@@ -81,6 +81,15 @@ def test_a_text_that_begins_with_a_stop_string_is_empty():
     assert stream.stopped
 
 
+def test_a_stop_string_may_begin_where_none_may_end_yet():
+    stream = StreamingDetokenizer(["STOP"])
+    early = [shown.text for piece in (b"xSTOPy", b"ST") for shown in stream.push(token(piece), may_stop=False)]
+    assert early == ["xSTOPy"]
+    assert not stream.stopped
+    assert stream.push(token(b"OP")) == []
+    assert stream.stopped
+
+
 def test_empty_stop_strings_stop_nothing():
     steps, stream = shown([b"abc"], ["", ""])
     assert steps == [["abc"]]

@@ -35,13 +35,16 @@ class StreamingDetokenizer:
         """Whether a stop string was found."""
         return self.found is not None
 
-    def push(self, token: Token) -> list[Token]:
-        """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now."""
+    def push(self, token: Token, *, may_stop: bool = True) -> list[Token]:
+        """Add a token, whose `text` is not filled in yet, and return the tokens that can be shown now.
+
+        may_stop: whether a stop string may end here. What may begin one is held back in any case.
+        """
         self._states.append(self._decoder.getstate())
         self._pending.append(replace(token, text=self._decoder.decode(token.data)))
         text = "".join(pending.text for pending in self._pending)
         stop_offsets = {stop: offset for stop in self.stops if (offset := text.find(stop)) >= 0}
-        if stop_offsets:
+        if stop_offsets and may_stop:
             self.found = min(stop_offsets, key=lambda stop: stop_offsets[stop])
             return self._release(stop_offsets[self.found], truncate=True)
         held_back = max((_overlap(text, stop) for stop in self.stops), default=0)

@@ -278,13 +278,12 @@ class Generation(Iterator[Token]):
         sequence = self._sequence = yield from _begin_sequence(context, self._prompt)
         if options.score_prompt:
             self._prompt_tokens = yield from self._score_prompt()
-        detokenizer = StreamingDetokenizer(() if options.min_tokens else self._stop_strings())
+        detokenizer = StreamingDetokenizer(self._stop_strings())
         position = 0
         while position < options.max_tokens and not sequence.full:
             noise = Noise(options.seed, options.sequence, position)
             if position == options.min_tokens > 0:
                 sequence.use_members(context.members)
-                detokenizer.stops = self._stop_strings()
             limit = options.min_tokens if position < options.min_tokens else options.max_tokens
             choices = yield from self._decode_step(sequence, noise, min(limit, options.max_tokens) - position)
             self._last_time = time.perf_counter()
@@ -300,7 +299,7 @@ class Generation(Iterator[Token]):
                 token = self._token(choice)
                 if options.callable_tools and _CALL_BEGIN in sequence.state.tail(len(_CALL_BEGIN) + len(token.data)):
                     detokenizer.stops = []  # they are for text, and would cut the arguments of a call
-                self._emit(detokenizer.push(token))
+                self._emit(detokenizer.push(token, may_stop=position >= options.min_tokens))
                 if detokenizer.stopped:
                     self._finish_reason, self._stop_string = "stop", detokenizer.found
                     return
@@ -330,6 +329,13 @@ class Generation(Iterator[Token]):
 
         context, prompt = self._context, (self._prompt.ids, self._prompt.text)
         router = context.scoring_router
+        rule = context.settings.combination
+        if rule is not None and context.settings.rule is not None and context.target is not None:
+            from mixlm.generation.rule_prompt_logprobs import rule_prompt_tokens
+
+            assert isinstance(router, FixedRouter)
+            taking_part = context.target.rows(router.weights)
+            return (yield from rule_prompt_tokens(rule, taking_part, context.members, context.unit, prompt))
         return (yield from prompt_tokens(context.members, context.sessions, context.unit, router, prompt))
 
     def _stop_strings(self) -> list[str]:

@@ -29,7 +29,7 @@ from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_bat
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.observation import observed_by
-from mixlm.types import Completion, Ids, Message, Sampling
+from mixlm.types import Completion, Ids, Message, Sampling, TopKFilter
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16
 
+# A distribution as the model gives it.
+_UNCHANGED = Sampling(temperature=1.0, top_k=0)
 
 @dataclass(frozen=True)
 class MemberSpec:
@@ -399,12 +401,17 @@ class Ensemble:
         )
 
     def _target(self, settings: GenerationOptions) -> RuleTarget | None:
-        """Return what the rule of the options makes of the members; None for the average."""
-        if settings.combination is None:
+        """Return what the rule of the options makes of the members; None for the average.
+
+        The mode of an average is found by bounds too where engines report their most likely tokens only.
+        """
+        if settings.combination is None and not self._finds_mode_by_bounds(settings):
             return None
-        from mixlm.generation.target import build_target
+        from mixlm.generation.target import average_target, build_target
 
         return build_target(
+        if settings.combination is None:
+            return average_target()
             settings,
             weights=self.weights,
             names=self.names,
@@ -414,6 +421,17 @@ class Ensemble:
         )
 
     def _check_router(self) -> None:
+    def _finds_mode_by_bounds(self, settings: GenerationOptions) -> bool:
+        return (
+            settings.method == "greedy"
+            and settings.language is None
+            and self.unit.traits.full_distributions
+            and any(
+                member.engine.top_k_limit is not None and settings.member_sampling(member.sampling) == _UNCHANGED
+                for member in self.members
+            )
+        )
+
         """Raise UnsupportedError where the router observes what a member's engine, or the unit, does not give."""
         observes = observed_by(self.router, len(self.members))
         if observes is None:
@@ -502,19 +520,15 @@ class Ensemble:
             )
             sampling, banned = settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0)
             # Of the other members, `Member` says what their engines cannot do.
-            takes_more = (
-                target is not None
-                and spec.engine.top_k_limit is not None
-                and sampling == Sampling(temperature=1.0, top_k=0)
-                and (bias, grammar, spec.processor) == (None, None, None)
-            )
-            if takes_more:
+            transform = Transform(sampling, banned, bias)
+            takes_more = spec.engine.top_k_limit is not None and bias is None and spec.processor is None
+            if takes_more and grammar is None and target is not None and sampling == _UNCHANGED:
                 from mixlm.generation.target import report_transform
 
                 assert target is not None
                 transform = report_transform(target, settings, spec.name, spec.engine, sampling, banned)
             else:
-                transform = Transform(sampling, banned, bias)
+                takes_more = False
             # The observed member has run before its coin falls, so its samples are taken from those logits.
             is_observed = observes is not None and observes.member == i and settings.method != "single"
             options = MemberOptions(
@@ -532,6 +546,13 @@ def _options_text() -> str:
     """Return the table of options as lines of a docstring."""
     lines = (f"    {name}: {spec.help or 'See `GenerationOptions`.'}" for name, spec in OPTIONS.items())
     return "\n\nOptions:\n" + "\n".join(lines) + "\n"
+            elif (
+                takes_more
+                and grammar is not None
+                and spec.engine.reports_all
+                and not (sampling.top_k or sampling.has_penalties)
+            ):
+                transform.top_k_filter = TopKFilter(spec.engine.vocabulary.size, banned)  # of what is allowed
 
 
 Ensemble.generate.__doc__ = inspect.cleandoc(Ensemble.generate.__doc__ or "") + _options_text()

@@ -105,6 +105,7 @@ def whole(engine: RemoteEngine, table: Callable[..., np.ndarray]) -> ToyEngine:
     return toy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_texts_are_those_of_the_same_models_with_whole_rows(request, folder, kind, unit):  # noqa: F811
@@ -118,11 +119,31 @@ def test_texts_are_those_of_the_same_models_with_whole_rows(request, folder, kin
     methods = ("mixture", "conventional", "speculative", "greedy", "layered")
     for method in methods[:1] if unit in ("word", "byte") else methods:
         options: dict[str, Any] = {"method": method, "max_tokens": 200, "top_k": 7, "json_schema": SCHEMA}
-        for seed in range(1 if method == "greedy" else 3):
+        for seed in range(1 if method == "greedy" else 2):
             actual, expected = (pair.generate("abc", seed=seed, **options) for pair in pairs)
             assert actual.text == expected.text
             assert [token.member for token in actual.tokens] == [token.member for token in expected.tokens]
             jsonschema.validate(json.loads(actual.text), SCHEMA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_the_most_likely_text_needs_no_top_k(vllm, folder, unit):  # noqa: F811
+    remote = RemoteEngine(EngineSpec(vllm.url, ""), folder, QUICK)
+    own = whole(remote, random_table(260, 5))
+    pairs = [
+        Ensemble([MemberSpec(engine, "a"), MemberSpec(own, "b")], [0.6, 0.4], unit=unit)
+        for engine in (remote, whole(remote, vllm.logits))
+    ]
+    for options in ({"max_tokens": 8}, {"json_schema": SCHEMA}, {"json_schema": SCHEMA, "top_logprobs": 2}):
+        actual, expected = (pair.generate("bc", method="greedy", **options) for pair in pairs)
+        assert actual.text == expected.text
+        np.testing.assert_allclose(
+            [token.logprob for token in actual.tokens], [token.logprob for token in expected.tokens], atol=1e-4
+        )
+    # Under a grammar all that is allowed can be listed, so nothing has to be truncated.
+    actual, expected = (pair.generate("bc", seed=2, json_schema=SCHEMA, top_k=0, min_p=0.01) for pair in pairs)
+    assert actual.text == expected.text
 
 
 def test_members_in_llamacpp_and_behind_a_server_call_tools(vllm, folder, tmp_path):  # noqa: F811

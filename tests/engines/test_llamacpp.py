@@ -134,7 +134,6 @@ def test_mixture_runs_one_member_a_token(ensemble):
         ({"top_k": 65}, "top_k is 65"),
         ({"repetition_penalty": 1.2}, "repetition_penalty moves tokens"),
         ({"presence_penalty": 0.5}, "presence_penalty moves tokens"),
-        ({"method": "greedy"}, r"top_k is 0 \(off\)"),
         ({"rule": "mean-then-truncate", "repetition_penalty": 1.2}, "repetition_penalty moves tokens"),
         ({"top_k": 64, "ignore_end": True}, "top_k is 64"),
     ],
@@ -147,7 +146,14 @@ def test_options_that_need_more_than_its_candidates_are_refused_before_anything_
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 64}, {"top_k": 1}, {"method": "greedy", "top_k": 40}, {"rule": "mean-then-truncate"}, {"rule": "min"}],
+    [
+        {"top_k": 64},
+        {"top_k": 1},
+        {"method": "greedy"},
+        {"method": "greedy", "top_k": 40},
+        {"rule": "mean-then-truncate"},
+        {"rule": "min"},
+    ],
 )
 def test_options_that_its_candidates_are_enough_for_are_taken(ensemble, options):
     ensemble.context(ensemble.settings(**options))
@@ -339,7 +345,6 @@ def test_a_converted_model_is_no_gguf_file(file):
     [
         ({}, {"top_k": 0}),
         ({}, {"top_k": 100}),
-        ({}, {"method": "greedy"}),
         ({}, {"repetition_penalty": 1.1}),
         ({}, {"logit_bias": {"a": 1.0}}),
         ({}, {"score_prompt": True, "raw": True, "max_tokens": 0}),

@@ -160,6 +160,13 @@ def build_target(
 
 def report_transform(
     target: RuleTarget, options: GenerationOptions, member: str, engine: Engine, sampling: Sampling, banned: Ids
+def average_target() -> RuleTarget:
+    """Return the target of the plain average, for methods that need its bounds."""
+    from mixlm.core.combinations.average import Average
+
+    return RuleTarget(Average())
+
+
 ) -> Transform:
     """Return the transform of a member whose engine reports its likeliest tokens, and that does not keep top-k of them.
 

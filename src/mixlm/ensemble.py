@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from mixlm.generation.target import RuleTarget
 
 AT_ONCE = 16
-
 # A distribution as the model gives it.
 _UNCHANGED = Sampling(temperature=1.0, top_k=0)
+
 
 @dataclass(frozen=True)
 class MemberSpec:
@@ -409,9 +409,9 @@ class Ensemble:
             return None
         from mixlm.generation.target import average_target, build_target
 
-        return build_target(
         if settings.combination is None:
             return average_target()
+        return build_target(
             settings,
             weights=self.weights,
             names=self.names,
@@ -420,7 +420,6 @@ class Ensemble:
             traits=self.unit.traits,
         )
 
-    def _check_router(self) -> None:
     def _finds_mode_by_bounds(self, settings: GenerationOptions) -> bool:
         return (
             settings.method == "greedy"
@@ -432,6 +431,7 @@ class Ensemble:
             )
         )
 
+    def _check_router(self) -> None:
         """Raise UnsupportedError where the router observes what a member's engine, or the unit, does not give."""
         observes = observed_by(self.router, len(self.members))
         if observes is None:
@@ -525,8 +525,14 @@ class Ensemble:
             if takes_more and grammar is None and target is not None and sampling == _UNCHANGED:
                 from mixlm.generation.target import report_transform
 
-                assert target is not None
                 transform = report_transform(target, settings, spec.name, spec.engine, sampling, banned)
+            elif (
+                takes_more
+                and grammar is not None
+                and spec.engine.reports_all
+                and not (sampling.top_k or sampling.has_penalties)
+            ):
+                transform.top_k_filter = TopKFilter(spec.engine.vocabulary.size, banned)  # of what is allowed
             else:
                 takes_more = False
             # The observed member has run before its coin falls, so its samples are taken from those logits.
@@ -546,13 +552,6 @@ def _options_text() -> str:
     """Return the table of options as lines of a docstring."""
     lines = (f"    {name}: {spec.help or 'See `GenerationOptions`.'}" for name, spec in OPTIONS.items())
     return "\n\nOptions:\n" + "\n".join(lines) + "\n"
-            elif (
-                takes_more
-                and grammar is not None
-                and spec.engine.reports_all
-                and not (sampling.top_k or sampling.has_penalties)
-            ):
-                transform.top_k_filter = TopKFilter(spec.engine.vocabulary.size, banned)  # of what is allowed
 
 
 Ensemble.generate.__doc__ = inspect.cleandoc(Ensemble.generate.__doc__ or "") + _options_text()

@@ -158,8 +158,6 @@ def build_target(
     return RuleTarget(rule, assigned)
 
 
-def report_transform(
-    target: RuleTarget, options: GenerationOptions, member: str, engine: Engine, sampling: Sampling, banned: Ids
 def average_target() -> RuleTarget:
     """Return the target of the plain average, for methods that need its bounds."""
     from mixlm.core.combinations.average import Average
@@ -167,6 +165,8 @@ def average_target() -> RuleTarget:
     return RuleTarget(Average())
 
 
+def report_transform(
+    target: RuleTarget, options: GenerationOptions, member: str, engine: Engine, sampling: Sampling, banned: Ids
 ) -> Transform:
     """Return the transform of a member whose engine reports its likeliest tokens, and that does not keep top-k of them.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from research.scripts import rule_speed
+from research.scripts import rule_page, rule_speed
 
 
 def test_rows_are_kept_with_what_they_were_measured_on(
@@ -29,6 +29,11 @@ def test_rows_are_kept_with_what_they_were_measured_on(
         }
     assert {"command", "processor", "versions", "settings"} <= report["environment"].keys()
     assert report["environment"]["settings"]["dtype"] == "float32"
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: rules-toys -->\n<!-- end of results -->\n")
+    rule_page.main([f"toys={path}", "--page", str(page)])
+    assert "| guidance | " in page.read_text()
+    assert (tmp_path / "performance" / "rules.png").is_file()
     with pytest.raises(SystemExit, match="other settings"):
         rule_speed.main([*arguments, "--prompt", "the river"])
 

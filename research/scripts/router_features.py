@@ -109,14 +109,14 @@ def copies(scores: Scores) -> Array:
             for end in range(noted, place):
                 latest[text[end - _KEY : end]] = end
             noted = max(noted, place)
-            found = latest.get(text[place - _KEY : place]) if place >= _KEY else None
-            if found is None:
+            match = latest.get(text[place - _KEY : place]) if place >= _KEY else None
+            if match is None:
                 continue
             length = _KEY
-            while length < min(found, _LONGEST) and text[found - length - 1] == text[place - length - 1]:
+            while length < min(match, _LONGEST) and text[match - length - 1] == text[place - length - 1]:
                 length += 1
             # What followed it, as far as that lies in front of this place.
-            out[segment, kind(text[found : min(found + 4, place)])] = 1.0
+            out[segment, kind(text[match : min(match + 4, place)])] = 1.0
             out[segment, _KINDS:] = np.log(length), length >= 8, length >= 16, length >= 32
     return out
 

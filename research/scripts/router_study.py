@@ -219,8 +219,8 @@ def study_texts(
             "forwards": forwards(weights, observed, refreshed),
         }
 
-    def deferred(logprobs: Floats, asked: float) -> dict[str, Any]:
-        return row(logprobs, np.array([0.0, asked]), observed=0)
+    def deferred(logprobs: Floats, second: float) -> dict[str, Any]:
+        return row(logprobs, np.array([0.0, second]), observed=0)
 
     def gated(price: float) -> dict[str, Any]:
         gate = train_deferral(list(train.values()), "mlp", price=price)

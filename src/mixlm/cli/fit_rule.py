@@ -69,8 +69,8 @@ def fit_rule(
     for name, given in unused.items():
         if given:
             raise UsageError(f"{name} is of weights and routers, and --rule fits the strength of a rule", "omit it")
-    found = ("strength",) if trained is None else ("strength", "by")
-    if named := [name for name in found if name in shared.generation]:
+    fitted_options = ("strength",) if trained is None else ("strength", "by")
+    if named := [name for name in fitted_options if name in shared.generation]:
         raise UsageError(f"--{named[0]} is what mixlm fit --rule finds", "omit it")
     if pairs:
         raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")

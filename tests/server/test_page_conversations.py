@@ -94,6 +94,16 @@ def test_settings_are_sent_if_they_were_changed(toys, page):
     assert page.locator("[name=unit] option").all_inner_texts() == ["token", "piece"]
     body = send(page, "hello")
     assert (body["mixlm"]["rule"], body["mixlm"]["method"]) == ("max", "layered")
+    # And parameters of its own.
+    assert page.locator(".parameters label").count() == 0
+    page.select_option("[name=rule]", "contrastive")
+    assert page.locator(".parameters label").count() == 3
+    assert page.input_value("[name=form]") == "weighted"
+    page.select_option("[name=rule]", "geometric")
+    assert "strength" not in send(page, "hello")["mixlm"]
+    page.fill("[name=strength]", "0.7")
+    mixlm = send(page, "hello")["mixlm"]
+    assert (mixlm["rule"], mixlm["strength"]) == ("geometric", 0.7)
     assert page.locator(".error:visible").count() == 0
     page.click(".defaults")
     assert (page.input_value("[name=method]"), page.input_value("[name=rule]")) == ("mixture", "average")

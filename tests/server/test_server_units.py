@@ -60,6 +60,10 @@ def test_a_unit_that_these_members_cannot_meet_in_is_refused():
 def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
     about = toys.client.get("/v1/models").json()["data"][0]["mixlm"]
     assert (about["rule"], about["routed"]) == ("average", False)
+    assert about["rule_parameters"]["contrastive"]["alpha"] == {"default": 0.1, "choices": []}
+    for rule, parameters in about["rule_parameters"].items():
+        extras = {name: parameter["default"] for name, parameter in parameters.items()}
+        assert toys.chat(max_tokens=1, mixlm={"rule": rule, "method": "layered", **extras}).status_code == 200
     for rule in OPTIONS["rule"].choices:
         name = "union-top-k" if rule == "unite" else rule
         for method in METHODS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from threading import Lock
 from typing import Any
 
 from mixlm.choices import METHODS
 from mixlm.config import UNITS, Method, UnitName
 from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_class
+from mixlm.core.options import OPTIONS, RULE_PARAMETERS
 from mixlm.core.rule_options import is_average, rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.routing.fixed import FixedRouter
@@ -95,6 +97,19 @@ class ServedModel:
         )
         return f"mixlm-{__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
+    def _rule_parameters(self) -> dict[str, dict[str, Any]]:
+        """Return the parameters of each rule that has some, with the ensemble's own values for its rule."""
+        out: dict[str, dict[str, Any]] = {}
+        for rule in self.rules.keys() & {*COMBINATIONS}:
+            own = self.ensemble.defaults if rule == self.rule else None
+            for field in fields(combination_class(rule)):
+                if field.name in RULE_PARAMETERS:
+                    given = getattr(own, field.name, None)
+                    default = field.default if given is None else given
+                    choices = list(OPTIONS[field.name].choices)
+                    out.setdefault(rule, {})[field.name] = {"default": default, "choices": choices}
+        return out
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in /v1/models."""
         ensemble, defaults = self.ensemble, self.ensemble.defaults
@@ -116,6 +131,7 @@ class ServedModel:
                 "units": {unit: list(methods) for unit, methods in self.units.items()},
                 "rule": self.rule,
                 "rules": {rule: list(methods) for rule, methods in self.rules.items()},
+                "rule_parameters": self._rule_parameters(),
                 "routed": not isinstance(ensemble.router, FixedRouter),
                 "temperature": sampling.temperature,
                 "top_k": sampling.top_k,

@@ -234,11 +234,19 @@ class ModelMember(TypedDict):
     context_length: int
 
 
+class RuleParameter(TypedDict):
+    """A parameter of a combination rule. choices: its values; a number has none."""
+
+    default: float | str
+    choices: list[str]
+
+
 class ModelDetail(TypedDict):
     """The members and the defaults of an ensemble.
 
-    methods: those of its unit. units, rules: those that a request may select, with the methods of each. routed: whether
-    a router gives the weights; those of a request replace it.
+    methods: those of its unit. units, rules: those that a request may select, with the methods of each.
+    rule_parameters: of the rules that have some. routed: whether a router gives the weights; those of a request replace
+    it.
     """
 
     members: list[ModelMember]
@@ -248,6 +256,7 @@ class ModelDetail(TypedDict):
     units: dict[str, list[str]]
     rule: str
     rules: dict[str, list[str]]
+    rule_parameters: dict[str, dict[str, RuleParameter]]
     routed: bool
     temperature: float
     top_k: int

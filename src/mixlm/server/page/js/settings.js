@@ -7,6 +7,10 @@ export const TOP_LOGPROBS = 5; // number of most likely tokens shown for a posit
 
 export const modelOf = (models, settings) => models.find((model) => model.id === settings.model) ?? models[0];
 
+// The parameters of a rule: what is the default of each, and its choices where it is no number.
+const PARAMETERS = { strength: "Strength", alpha: "Plausible from", form: "Form", by: "Decided by" };
+const parametersOf = (details, settings) => details.rule_parameters[settings.rule ?? details.rule] ?? {};
+
 export const memberNames = (model) => model.mixlm.members.map((member) => member.name);
 
 // The settings of a comparison that is new: the heaviest member alone.
@@ -21,6 +25,9 @@ export function fitting(models, settings) {
     unit: settings.unit in details.units,
     method: Object.values(details.units).some((methods) => methods.includes(settings.method)),
     rule: settings.rule in details.rules,
+    ...Object.fromEntries(
+      Object.keys(PARAMETERS).map((name) => [name, name in parametersOf(details, settings)]),
+    ),
     weights: settings.weights?.length === details.members.length,
   };
   return Object.fromEntries(Object.entries(settings).filter(([name]) => known[name] ?? true));
@@ -40,6 +47,11 @@ export function requestOf(models, settings, seed) {
     mixlm,
   };
   for (const name of ["unit", "rule", "weights"]) if (settings[name] !== undefined) mixlm[name] = settings[name];
+  for (const name of Object.keys(parametersOf(details, settings))) {
+    if (settings[name] === undefined || mixlm.method === "single") continue;
+    mixlm.rule = settings.rule ?? details.rule;
+    mixlm[name] = settings[name];
+  }
   // With top_logprobs, greedy would have to run every member.
   if (mixlm.method === "greedy") delete body.top_logprobs;
   else {
@@ -102,6 +114,20 @@ export class SettingsForm {
       Object.keys(details.units).filter((name) => methods(name).length),
     );
     this.offer("method", methods(unit));
+    $(".parameters", this.root).replaceChildren(
+      ...Object.entries(parametersOf(details, settings)).map(([name, { default: preset, choices }]) =>
+        element(
+          "label",
+          {},
+          `${PARAMETERS[name]} `,
+          choices.length
+            ? element("select", { name }, ...choices.map((choice) => new Option(choice, choice)))
+            : element("input", { name, type: "number", step: 0.1, placeholder: preset }),
+        ),
+      ),
+    );
+    for (const [name, { default: preset, choices }] of Object.entries(parametersOf(details, settings)))
+      this.input(name).value = settings[name] ?? (choices.length ? preset : "");
     for (const name of ["temperature", "top_k", "max_tokens"]) this.input(name).value = settings[name] ?? details[name];
     this.input("seed").value = settings.seed ?? "";
     $(".router", this.root).hidden = !details.routed;
@@ -151,9 +177,13 @@ export class SettingsForm {
     else if (name === "routed") {
       if (input.checked) delete settings.weights;
       else settings.weights = this.weights;
+    } else if (name in PARAMETERS) {
+      const preset = parametersOf(modelOf(this.models, settings).mixlm, settings)[name].default;
+      if (value === "" || value === String(preset)) delete settings[name];
+      else settings[name] = input.matches("[type=number]") ? Number(value) : value;
     } else if (value === "" || value === modelOf(this.models, settings).mixlm[name]) delete settings[name];
     else settings[name] = input.matches("[type=number], [type=range]") ? Number(value) : value;
-    if (name === "rule") delete settings.method; // each rule has its own
+    if (name === "rule") for (const other of ["method", ...Object.keys(PARAMETERS)]) delete settings[other]; // each has its own
     if (["model", "rule", "unit", "routed"].includes(name)) this.fill();
     this.label();
     this.onChange();

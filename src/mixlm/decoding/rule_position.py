@@ -160,7 +160,7 @@ class RulePosition(Position):
         index = int(np.argmax(distribution.ids == symbol))
         names = self.target
         top_logprobs = tuple((names.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
-        member = self.members[names.contributor(symbol, parts, self.weights)]
+        member = self.members[names.contributor(symbol, aligned, self.weights)]
         self.choice = Choice(names.symbol(self.step, symbol), member, float(distribution.logprobs[index]), top_logprobs)
 
 
@@ -204,6 +204,7 @@ class SampledPosition(DensePosition):
         super().__init__(step, target, complete=complete, together=together)
         self.first: int | None = None
         self.first_mass: float | None = None
+        self._stopping: dict[int, tuple[Ids, Floats]] = {}  # by row, what `_first_distribution` returns
         self._bounds: tuple[Ids, Floats] | None = None  # symbols and what was emitted up to the last envelope
         self._coin = target.rule.first_member(self.weights) if target.has_bounds else None
         if self._coin is not None:
@@ -265,11 +266,13 @@ class SampledPosition(DensePosition):
 
     def _first_distribution(self, row: int) -> tuple[Ids, Floats]:
         """Return the symbols of a member's distribution, and the sub-distribution with which it may stop alone."""
-        part = self.parts[self.members[row]]
-        probs = np.exp(part.logprobs)
-        report = self.reports.get(self.members[row])
-        open_mass = 0.0 if report is None or report.is_whole else max(1 - float(probs.sum()), 0.0)
-        return part.ids, self.target.rule.first_distribution(probs, self.weights, row, open_mass)
+        if row not in self._stopping:
+            part = self.parts[self.members[row]]
+            probs = np.exp(part.logprobs)
+            report = self.reports.get(self.members[row])
+            open_mass = 0.0 if report is None or report.is_whole else max(1 - float(probs.sum()), 0.0)
+            self._stopping[row] = part.ids, self.target.rule.first_distribution(probs, self.weights, row, open_mass)
+        return self._stopping[row]
 
     def _emitted(self, symbols: Ids) -> tuple[Ids, Floats]:
         """Return `Σ π_i S_i`, what the coin could emit, over symbols that contain those of all members."""
@@ -277,7 +280,7 @@ class SampledPosition(DensePosition):
         out = np.zeros(symbols.size)
         for row, share in enumerate(self._coin):
             own, mass = self._first_distribution(row)
-            out[np.searchsorted(symbols, own)] += share * mass
+            out[_columns(symbols, own)] += share * mass
         return symbols, out
 
     def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
@@ -295,9 +298,9 @@ class SampledPosition(DensePosition):
         if self._coin is None and (self._bounds is None or not self._bounds[1].any()):
             return distribution
         lower, target = np.zeros(symbols.size), np.zeros(symbols.size)
-        target[np.searchsorted(symbols, distribution.ids)] = np.exp(distribution.logprobs)
+        target[_columns(symbols, distribution.ids)] = np.exp(distribution.logprobs)
         if self._bounds is not None:
-            lower[np.searchsorted(symbols, self._bounds[0])] = self._bounds[1]
+            lower[_columns(symbols, self._bounds[0])] = self._bounds[1]
         else:
             lower = self._emitted(symbols)[1]
         if not self.reports:  # those are rounded
@@ -308,7 +311,7 @@ class SampledPosition(DensePosition):
         """Return what an envelope adds to the one before, and the greater of the two, which is kept."""
         before = np.zeros(symbols.size)
         if self._bounds is not None:
-            before[np.searchsorted(symbols, self._bounds[0])] = self._bounds[1]
+            before[_columns(symbols, self._bounds[0])] = self._bounds[1]
         bound = np.maximum(lower, before)
         self._bounds = symbols, bound
         return bound - before, bound
@@ -361,6 +364,11 @@ def dense(target: RuleTarget) -> Strategy:
         return (yield from verify(positions, SpeculationStats()))
 
     return strategy
+
+
+def _columns(symbols: Ids, ids: Ids) -> slice | Ids:
+    """Return where ids are among symbols, which contain them in ascending order."""
+    return slice(None) if np.array_equal(symbols, ids) else np.searchsorted(symbols, ids)
 
 
 def _most_likely(distribution: Candidates) -> int:

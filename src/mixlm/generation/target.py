@@ -59,6 +59,12 @@ class RuleTarget:
         normalised: Floats = weights / weights.sum()
         return normalised
 
+    def rows(self, weights: Floats) -> tuple[list[int], Floats]:
+        """Return the members in the order of the rule's rows, and their weights: for given ones of all members."""
+        rows = np.flatnonzero(weights > 0).tolist() if self._roles is None else list(self._roles)
+        own: Floats = weights[rows] if self._roles is None else np.full(len(rows), 1 / len(rows))
+        return rows, own / own.sum()
+
     def distributions(self, step: DecodeStep) -> list[Callable[[LogitsRow], Candidates]]:
         """Return each member's function from logits for the text as it is now to what is combined."""
         return [view.bind_distribution() for view in step.views]
@@ -92,15 +98,11 @@ class RuleTarget:
         symbols, probs = aligned or align(parts)
         return support(symbols, self.rule.combine(probs, weights))
 
-    def contributor(self, symbol: int, parts: Sequence[Candidates], weights: Floats) -> int:
+    def contributor(self, symbol: int, aligned: Aligned, weights: Floats) -> int:
         """Return the row that gives a symbol most of its probability, by weight; the first where members have roles."""
         if self._roles is not None:
             return 0
-        shares = [
-            weight * float(np.exp(part.logprobs[part.ids == symbol]).sum())
-            for weight, part in zip(weights.tolist(), parts, strict=True)
-        ]
-        return int(np.argmax(shares))
+        return int(np.argmax(weights * aligned.probs[:, np.searchsorted(aligned.symbols, symbol)]))
 
 
 def build_target(

@@ -35,6 +35,7 @@ from mixlm.core.sampling import Transform, largest_indices
 from mixlm.types import Floats, Ids, Sampling
 
 _ROUNDING = 1e-12
+_SMALL = 64.0  # an exponent to which ratios of 2 are no extremes
 _LISTED = 4096  # of the largest symbols, as many are looked at one by one for top-p
 
 
@@ -150,8 +151,8 @@ def transformed_bound(lower: Floats, sampling: Sampling, remaining: Floats | Non
     if not lower.size:
         return out
     free = max(1 - float(lower.sum()), 0.0)
-    winner = winner_by_bounds(lower, lower + free, free)
     if sampling.temperature == 0 or sampling.top_k == 1 or sampling.temperature > 1:
+        winner = winner_by_bounds(lower, lower + free, free)
         if winner is not None and (sampling.temperature <= 1 or sampling.top_k == 1 or lower[winner] >= 1 - _ROUNDING):
             out[winner] = 1.0
         return out
@@ -230,7 +231,10 @@ def _tempered_bound(lower: Floats, free: float, alpha: float) -> Floats:
     powers = (lower / (lower[best] + free)) ** alpha
     bound: Floats = powers / (powers.sum() - powers[best] + 1)
     scale = max(float(lower[best]), second + free)
-    powers = (lower / scale) ** alpha
+    if alpha < _SMALL:  # the same powers on another scale, at most twice as small
+        powers *= ((lower[best] + free) / scale) ** alpha
+    else:
+        powers = (lower / scale) ** alpha
     bound[best] = powers[best] / (powers.sum() - (second / scale) ** alpha + ((second + free) / scale) ** alpha)
     return bound
 

@@ -99,6 +99,12 @@ def align(parts: Sequence[Candidates | None]) -> Aligned:
     present = [(row, part) for row, part in enumerate(parts) if part is not None and part.ids.size]
     if not present:
         return Aligned(np.zeros(0, dtype=np.int64), np.zeros((len(parts), 0)))
+    common = present[0][1].ids
+    if all(np.array_equal(part.ids, common) for _, part in present[1:]) and (common[1:] > common[:-1]).all():
+        probs = np.zeros((len(parts), common.size))
+        for row, part in present:
+            np.exp(part.logprobs, out=probs[row])
+        return Aligned(common, probs)
     marked = np.zeros(max(int(part.ids.max()) for _, part in present) + 1, dtype=np.bool_)
     for _, part in present:
         marked[part.ids] = True
@@ -264,8 +270,7 @@ def winner_by_bounds(lower: Floats, upper: Floats, elsewhere: float) -> int | No
     if not lower.size:
         return None
     best = int(np.argmax(lower))
-    others = np.delete(upper, best)
-    highest = max(float(others.max(initial=0.0)), elsewhere)
+    highest = max(float(upper[:best].max(initial=0.0)), float(upper[best + 1 :].max(initial=0.0)), elsewhere)
     return best if lower[best] > highest + TOLERANCE else None
 
 

@@ -140,8 +140,7 @@ class UnionTopK(Combination):
                 kth = max(np.partition(raised, -self.k)[-self.k], unreported.ceiling[member])
                 out[member] = row >= kth
                 continue
-            with np.errstate(divide="ignore"):
-                out[member, largest_indices(np.log(row), self.k)] = True
+            out[member, largest_indices(np.where(row > 0, row, -np.inf), self.k)] = True
         return out
 
     def _is_decided(

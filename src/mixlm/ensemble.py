@@ -35,6 +35,7 @@ from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
+    from mixlm.core.combinations import Combination
     from mixlm.generation.background import AsyncGeneration, BackgroundRunner
     from mixlm.generation.next_distribution import NextDistribution
     from mixlm.generation.target import RuleTarget
@@ -485,11 +486,30 @@ class Ensemble:
                 "symbols",
                 "use --unit piece, or leave it out for the log-probabilities of the sampled member",
             )
+        if settings.score_prompt and settings.rule is not None and settings.combination is not None:
+            self._check_scored_rule(settings.combination)
         for member in self.members:
             if settings.score_prompt and not member.engine.scores_texts:
                 raise UnsupportedError(
                     f"score_prompt needs every token's probability, and {member.name} reports its "
                     f"{member.engine.top_k_limit} most likely only",
+                    "use --engine hf (engine='hf')",
+                )
+
+    def _check_scored_rule(self, rule: Combination) -> None:
+        """Raise UnsupportedError where the tokens of a given text have no log-probability under a rule."""
+        about = f"score_prompt gives the log-probability of each token under rule {rule.name}"
+        hint = "use mixlm score with --rule, or members that share one vocabulary with --unit token"
+        if not self.unit.traits.shared_vocabulary:
+            raise UnsupportedError(f"{about}, and members with different vocabularies have different tokens", hint)
+        if rule.alignment == "strings":
+            raise UnsupportedError(f"{about}, and it combines tokens as they are spelled", "use mean-then-truncate")
+        if not isinstance(self.router, FixedRouter):
+            raise UnsupportedError(f"{about} with weights that are fixed, and these depend on the text")
+        for member in self.members:
+            if member.engine.top_k_limit is not None:
+                raise UnsupportedError(
+                    f"{about}, which needs every token's probability, and {member.name} reports its most likely only",
                     "use --engine hf (engine='hf')",
                 )
 

@@ -71,8 +71,6 @@ def test_a_call_with_a_rule_is_layered_unless_it_says_otherwise():
     assert generation_options(method="greedy").with_options({"rule": "max"}).method == "greedy"
     with pytest.raises(UnsupportedError, match="the rule is max"):
         plain.with_options({"rule": "max", "method": "mixture"})
-    with pytest.raises(UnsupportedError, match=r"score_prompt gives .* average, and the rule is max"):
-        plain.with_options({"rule": "max", "score_prompt": True, "raw": True})
 
 
 def test_another_rule_begins_with_its_own_parameters():

@@ -44,7 +44,7 @@ def test_a_prompts_segments_are_those_of_scoring(unit):
 def test_it_does_not_matter_in_how_many_parts_a_prompt_is_read(rows, monkeypatch):
     ensemble = pair("piece")
     whole = ensemble.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=3)
-    monkeypatch.setattr(given, "_ROWS", rows)
+    monkeypatch.setattr(given, "ROWS", rows)
     parts = ensemble.generate(TEXT, raw=True, score_prompt=True, max_tokens=0, top_logprobs=3)
     assert parts.prompt == whole.prompt
 
@@ -155,3 +155,26 @@ def test_what_cannot_be_reported_is_refused():
     # Composed by this tokenizer's normaliser: its tokens spell another text.
     with pytest.raises(ConfigError, match="do not spell the prompt exactly"):
         make_ensemble([speaking("gpt4", 1)]).generate("e\u0301", raw=True, score_prompt=True)
+
+
+@pytest.mark.parametrize("rule", ["geometric", "max", "contrastive"])
+def test_under_a_rule_each_token_has_the_rules_probability(rule, monkeypatch):
+    ensemble = pair("token").with_weights([1, 1])
+    options = {"raw": True, "rule": rule, "top_logprobs": 2}
+    prompt = ensemble.generate(TEXT, score_prompt=True, max_tokens=0, **options).prompt
+    assert "".join(token.text for token in prompt) == TEXT
+    before, plain = "", {"raw": True, "rule": rule, "method": "conventional", "temperature": 1.0, "top_k": 0}
+    for token in prompt[:6]:
+        if before:
+            following = ensemble.distribution(before, **plain)
+            expected = dict(zip(following.units, np.log(following.probs), strict=True))
+            assert token.logprob == pytest.approx(expected.get(token.data, -np.inf), abs=1e-5)
+            assert token.top_logprobs[0].logprob == pytest.approx(max(expected.values()), abs=1e-5)
+        before += token.text
+    monkeypatch.setattr(given, "ROWS", 3)
+    assert ensemble.generate(TEXT, score_prompt=True, max_tokens=0, **options).prompt == prompt
+
+
+def test_a_rule_between_vocabularies_has_no_log_probabilities_of_tokens():
+    with pytest.raises(UnsupportedError, match="score_prompt gives the log-probability of each token under rule max"):
+        pair("piece").generate("ab", raw=True, score_prompt=True, rule="max")

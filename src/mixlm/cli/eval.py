@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mixlm.evaluation.results import Results, Score
     from mixlm.evaluation.statistics import Interval
 
-_METHODS = ("mixture", "conventional", "single")
 _DIFFERENCES = ("task", "comparison", "difference", "95 % interval", "p-value", "questions", "better", "worse")
 
 
@@ -41,7 +40,7 @@ def evaluate(
             "--methods",
             metavar="A,B",
             help="Methods to compare; single:NAME is one member, single is each member. Default:"
-            " mixture,conventional,single.",
+            " mixture (layered with a rule),conventional,single.",
             show_default=False,
         ),
     ] = None,
@@ -91,7 +90,9 @@ def evaluate(
         raise ConfigError(f"--batch is {batch}; it must be 1 or more")
     if methods is not None and shared.method is not None:
         raise UsageError("--method and --methods are both given", "omit --method")
-    names = _names("--methods", methods) if methods is not None else (shared.method or ",".join(_METHODS)).split(",")
+    rule = shared.config().rule_options().get("rule")
+    default = f"{'mixture' if rule in (None, 'average') else 'layered'},conventional,single"
+    names = _names("--methods", methods) if methods is not None else (shared.method or default).split(",")
     options: dict[str, Any] = {**shared.options()}
     first = options.pop("seed", 0)
     from mixlm.evaluation import evaluate as run

@@ -124,8 +124,8 @@ class GenerationOptions:
         add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
         continue_final_message: Continue the last message, which is left open.
         min_tokens: Symbols before end-of-text or a stop string may end the completion.
-        score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members; `max_tokens`
-            may then be 0.
+        score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members and the rule;
+            `max_tokens` may then be 0.
     """
 
     method: Method = option(
@@ -346,11 +346,6 @@ class GenerationOptions:
             object.__setattr__(self, "rule", None)
         else:
             check_method(self.rule, self.method)
-            if self.score_prompt and self.method != "single":
-                raise UnsupportedError(
-                    f"score_prompt gives log-probabilities of the average, and the rule is {rule_name(self.rule)}",
-                    "leave one of them out; mixlm score takes a rule",
-                )
 
     @property
     def rule_parameters(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class ContinuationScorer:
         A context that is too long for a member loses its beginning. Raises PromptTooLongError when the continuation
         alone is too long, and for a context that loses its beginning where weights depend on how it was read.
         """
-        context, data = _split_context(context, text)
+        context, data = split_context(context, text)
         if not data:
             return 0.0, True
         knows_bytes_only = isinstance(self._router, FixedRouter | LearnedRouter | FunctionRouter | GateRouter)
@@ -86,7 +86,7 @@ class ContinuationScorer:
         Members without weight are not read where weights are fixed. Raises PromptTooLongError when the context and the
         text do not fit a member.
         """
-        context, data = _split_context(context, text)
+        context, data = split_context(context, text)
         if not data:
             return None
         scores, parts = self._segments(context, data, prompts=True)
@@ -101,12 +101,12 @@ class ContinuationScorer:
 
     def _segments(
         self, context: RequestContext, data: bytes, *, prompts: bool
-    ) -> tuple[Scores, dict[int, _MemberContinuation]]:
+    ) -> tuple[Scores, dict[int, MemberContinuation]]:
         """Return where members meet in a continuation, with log-probabilities still to come, and each one's reading.
 
         prompts: whether to say how well the members predicted the context.
         """
-        parts = {key: _MemberContinuation(engine, context, data) for key, engine in self._engines.items()}
+        parts = {key: MemberContinuation(engine, context, data) for key, engine in self._engines.items()}
         bounds = [part.bounds for part in parts.values()]
         common = np.array([len(data)])
         if all(len(ends) and ends[-1] == len(data) for ends in bounds):
@@ -125,7 +125,7 @@ class ContinuationScorer:
         scores = Scores(names, unit, whole, starts, common + len(prompt), begins, table, read)
         return replace(scores, observed=self._observe(parts, common)), parts
 
-    def _observe(self, parts: dict[int, _MemberContinuation], common: npt.NDArray[np.int64]) -> ObservedStates | None:
+    def _observe(self, parts: dict[int, MemberContinuation], common: npt.NDArray[np.int64]) -> ObservedStates | None:
         """Return what the router observes of a member before each segment. common: where segments end, in bytes."""
         observes = observed_by(self._router)
         if observes is None:
@@ -137,7 +137,7 @@ class ContinuationScorer:
         return states.select(first_tokens(part.bounds, common))
 
     def _read_prompt(
-        self, context: RequestContext, prompt: bytes, parts: dict[int, _MemberContinuation]
+        self, context: RequestContext, prompt: bytes, parts: dict[int, MemberContinuation]
     ) -> dict[int, float]:
         """Return bits per byte of a context under each engine; the choices of a question have it in common."""
         for key, part in parts.items():
@@ -152,7 +152,7 @@ class ContinuationScorer:
         return self._prompt[1]
 
     def _with_logprobs(
-        self, scores: Scores, parts: dict[int, _MemberContinuation], logprobs: dict[int, Floats]
+        self, scores: Scores, parts: dict[int, MemberContinuation], logprobs: dict[int, Floats]
     ) -> Scores:
         """Return the scores of a continuation. logprobs: of each engine's own tokens."""
         for session in self._sessions.values():
@@ -165,7 +165,7 @@ class ContinuationScorer:
         return replace(scores, logprobs=table)
 
     def _score_shared_tokens(
-        self, parts: dict[int, _MemberContinuation], weights: Floats
+        self, parts: dict[int, MemberContinuation], weights: Floats
     ) -> tuple[dict[int, Floats], bool]:
         """Score the same tokens under all members, side by side. weights: (tokens, members)."""
         unit = self._ensemble.unit
@@ -187,7 +187,7 @@ class ContinuationScorer:
                 out[key].append(logprobs[np.arange(len(targets)), targets])
         return {key: np.concatenate(columns) for key, columns in out.items()}, greedy
 
-    def _score_own_tokens(self, parts: dict[int, _MemberContinuation]) -> tuple[dict[int, Floats], bool]:
+    def _score_own_tokens(self, parts: dict[int, MemberContinuation]) -> tuple[dict[int, Floats], bool]:
         """Score each member's own tokens."""
         out: dict[int, Floats] = {}
         greedy = True
@@ -206,7 +206,7 @@ class ContinuationScorer:
         return out, greedy
 
 
-class _MemberContinuation:
+class MemberContinuation:
     """One member's reading of a request: ids of the continuation, where they end in bytes, ids in front of them.
 
     cut: whether the context has lost its beginning.
@@ -238,7 +238,7 @@ class _MemberContinuation:
             yield self.ids[start:end], logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
 
 
-def _split_context(context: RequestContext, text: str) -> tuple[RequestContext, bytes]:
+def split_context(context: RequestContext, text: str) -> tuple[RequestContext, bytes]:
     """Return a context and the continuation's bytes. A space at the end of a plain text belongs to what follows:
     tokenizers put it at the beginning of a word."""
     if context.messages is None:

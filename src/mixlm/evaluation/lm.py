@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
-from mixlm.core.options import Options
+from mixlm.core.options import RULE_PARAMETERS, Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
 from mixlm.evaluation.likelihood import ContinuationScorer, context_ids, context_text
 from mixlm.evaluation.request_scores import scores_to_json
+from mixlm.evaluation.rule_likelihood import RuleContinuationScorer
 from mixlm.evaluation.run_folder import request_key, response_log
 from mixlm.generation.generation import Generation
 from mixlm.generation.prompt import EncodedPrompt
@@ -74,6 +75,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         self._progress = progress
         self._label = label
         self._likelihood: ContinuationScorer | None = None
+        self._by_rule: RuleContinuationScorer | None = None
         self._at_once = at_once
 
     @property
@@ -186,7 +188,8 @@ class EnsembleLM(LM):  # type: ignore[misc]
     def _score(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
         try:
-            return list(self._scorer().continuation(self._context(arguments), arguments[1])), about
+            scorer = self._rule_scorer() or self._scorer()
+            return list(scorer.continuation(self._context(arguments), arguments[1])), about
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
 
@@ -207,15 +210,28 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return RequestContext(context.text, _with_system(context.messages, self._system()))
 
     def _score_text(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
-        return self._scorer().text(arguments[0]), {}
+        return (self._rule_scorer() or self._scorer()).text(arguments[0]), {}
 
     def _scorer(self) -> ContinuationScorer:
         if self._likelihood is None:
             self._likelihood = ContinuationScorer(self.ensemble, alone=self.options["method"] == "single")
         return self._likelihood
 
+    def _rule_scorer(self) -> RuleContinuationScorer | None:
+        """Return what scores by the combination rule; None for the average, and for one member alone."""
+        if self._by_rule is None and self.options["method"] != "single":
+            names = ("rule", "mix_then_truncate", *RULE_PARAMETERS)
+            settings = self.ensemble.defaults.with_options({"method": "conventional", **_some(self.options, names)})
+            if settings.rule is not None:
+                self._by_rule = RuleContinuationScorer(self.ensemble, settings)
+        return self._by_rule
+
     def _system(self) -> str | None:
         return cast(str | None, self.options.get("system", self.ensemble.defaults.system))
+
+
+def _some(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
 
 
 def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:

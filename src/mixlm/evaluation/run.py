@@ -18,6 +18,7 @@ import numpy as np
 
 from mixlm.config import METHODS
 from mixlm.core.options import Options
+from mixlm.core.rule_options import is_average
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
@@ -36,7 +37,8 @@ class EvaluationOptions(TypedDict, total=False):
     """Options of `evaluate`.
 
     Args:
-        methods: Names; `single:NAME` is one member, `single` each of them. Default: mixture, conventional, single.
+        methods: Names; `single:NAME` is one member, `single` each of them. Default: mixture (layered with a rule),
+            conventional, single.
         seeds: The seeds of the runs. Default: 0 to 4.
         limit: Only the first questions of each task.
         data: A folder with the questions of mixlm's own tasks.
@@ -86,7 +88,8 @@ def evaluate(
         raise ConfigError(f"seeds are {list(seeds)}; give one or more, each once")
     if isinstance(tasks, str):
         tasks = [tasks]
-    writers = _method_ensembles(ensemble, plan.get("methods") or ("mixture", "conventional", "single"), options)
+    methods = plan.get("methods") or default_methods(ensemble.defaults.rule or options.get("rule"))
+    writers = _method_ensembles(ensemble, methods, options)
     out = Path(out_given) if (out_given := plan.get("out")) is not None else None
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
     settings = describe(ensemble, options, plan.get("chat"))
@@ -159,6 +162,11 @@ class _Evaluation:
             label=label,
             at_once=self.at_once,
         )
+
+
+def default_methods(rule: object) -> tuple[str, ...]:
+    """Return what is evaluated by default. rule: the combination rule, None for the average."""
+    return ("mixture" if is_average(rule) else "layered", "conventional", "single")
 
 
 def _method_ensembles(ensemble: Ensemble, methods: Iterable[str], options: Options) -> dict[str, tuple[Ensemble, str]]:

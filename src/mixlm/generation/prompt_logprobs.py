@@ -30,11 +30,11 @@ from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob
 from mixlm.units.base import Unit
 
 # Rows of logits in one request; a large vocabulary takes 1 MB a row.
-_ROWS = 64
+ROWS = 64
 
 
 @dataclass
-class _ScoredPrompt:
+class ScoredPrompt:
     """One member's prompt. first: index of the text's first token. ends: where each token ends in the text, in bytes.
 
     logprobs: natural log-probability of each token of the text, float64 (n,); nan where nothing is in front of it.
@@ -50,7 +50,7 @@ class _ScoredPrompt:
     observations: dict[int, Observation] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, member: Member, ids: Ids, text: bytes) -> _ScoredPrompt:
+    def of(cls, member: Member, ids: Ids, text: bytes) -> ScoredPrompt:
         """Find the text's tokens in a prompt. Raises ConfigError where they do not spell it."""
         vocabulary = member.engine.vocabulary
         pieces = [vocabulary.tokens[i] for i in ids.tolist()]
@@ -95,7 +95,7 @@ def prompt_tokens(
         if isinstance(router, FixedRouter)
         else range(len(members))
     )
-    scored = {i: _ScoredPrompt.of(members[i], prompts[0][i], text) for i in live}
+    scored = {i: ScoredPrompt.of(members[i], prompts[0][i], text) for i in live}
     common = common_boundaries([prompt.ends for prompt in scored.values()])
     common = common[common > 0]
     firsts = {i: first_tokens(prompt.ends, common).tolist() for i, prompt in scored.items()}
@@ -127,7 +127,7 @@ def prompt_tokens(
             average = sum(
                 weights[segment, i] * prompt.probabilities[firsts[i][segment]] for i, prompt in scored.items()
             )
-            top = _top_logprobs(unit, np.asarray(average), members[0].top_logprobs)
+            top = symbol_logprobs(unit, np.asarray(average), members[0].top_logprobs)
         logprob = float("nan") if unknown[segment] else float(mixture[segment])
         name = members[int(np.argmax(shares[segment]))].name
         tokens.append(Token(string, text[starts[segment] : common[segment]], name, logprob, top))
@@ -147,8 +147,8 @@ def member_prompt_bits(
         if members[i].engine.top_k_limit is not None:
             bits[i] = -session.token_logprobs(ids).sum() / np.log(2)  # or it raises what this engine says of it
             continue
-        for start in range(0, len(ids), _ROWS):
-            end = min(start + _ROWS, len(ids))
+        for start in range(0, len(ids), ROWS):
+            end = min(start + ROWS, len(ids))
             targets = ids[start + 1 : end + 1]
             [logits] = yield [LogitsRequest(i, ids[:end], end - start)]
             rows = logits[: len(targets)]
@@ -180,7 +180,7 @@ def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedSta
     )
 
 
-def _score_by_engine(member: Member, session: Session, prompt: _ScoredPrompt, observes: Observes | None) -> None:
+def _score_by_engine(member: Member, session: Session, prompt: ScoredPrompt, observes: Observes | None) -> None:
     """Take the log-probabilities of a prompt's tokens from an engine that reports its most likely tokens only."""
     if member.top_logprobs or observes is not None:
         raise UnsupportedError(
@@ -192,12 +192,12 @@ def _score_by_engine(member: Member, session: Session, prompt: _ScoredPrompt, ob
 
 
 def _score(
-    index: int, member: Member, prompt: _ScoredPrompt, unit: Unit, wanted: _Wanted
+    index: int, member: Member, prompt: ScoredPrompt, unit: Unit, wanted: _Wanted
 ) -> Generator[list[Request], list[Response], None]:
     """Run a member on its prompt in parts, to its end."""
     symbols = unit.without_owner(member.symbols)
-    for start in range(max(prompt.first, 1), len(prompt.ids) + 1, _ROWS):
-        end = min(start + _ROWS, len(prompt.ids) + 1)
+    for start in range(max(prompt.first, 1), len(prompt.ids) + 1, ROWS):
+        end = min(start + ROWS, len(prompt.ids) + 1)
         # Row j is after the first `start + j` ids. The last row, after all of them, is the completion's.
         hidden = wanted.observes is not None and wanted.observes.hidden
         [response] = yield [LogitsRequest(index, prompt.ids[: end - 1], end - start, hidden=hidden)]
@@ -220,7 +220,7 @@ def _score(
                 ).astype(np.float64)
 
 
-def _top_logprobs(unit: Unit, probabilities: Floats, count: int) -> tuple[TopLogprob, ...]:
+def symbol_logprobs(unit: Unit, probabilities: Floats, count: int) -> tuple[TopLogprob, ...]:
     """Return the most likely symbols of a distribution, float64 (symbols,)."""
     symbols = np.flatnonzero(probabilities)
     top = top_logprobs(Candidates(symbols, np.log(probabilities[symbols])), count)

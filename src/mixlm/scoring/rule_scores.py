@@ -12,22 +12,24 @@ at every place where it can have a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.core.combinations.base import Combination
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import build_rule
-from mixlm.core.sampling import softmax
+from mixlm.engines.topk_only import full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
+from mixlm.generation.rule_prompt_logprobs import symbol_probabilities
 from mixlm.generation.target import assign_roles
 from mixlm.routing.fixed import FixedRouter
 from mixlm.scoring.passages import Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.tokenization.segments import encode_exactly
-from mixlm.types import Floats, Ids
+from mixlm.types import Floats, Ids, Logits
 
 _CHUNK = 16  # positions whose distributions are in memory at once
 
@@ -39,9 +41,14 @@ def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
         ConfigError: A text is too long for a context.
         UnsupportedError: The rule combines spellings, or the weights depend on the text.
     """
+    scorer = rule_scorer(ensemble)
+    return sum(float(scorer.score(passage)[0][0]) for passage in passages)
+
+
+def rule_scorer(ensemble: Ensemble) -> RuleScorer:
+    """Return what scores passages under the rule of the ensemble's default options. Raises what `RuleScorer` does."""
     options = ensemble.defaults
-    rule = build_rule(options.rule or "average", options.rule_parameters)
-    return float(rule_logprobs(ensemble, passages, [(rule, ensemble.weights)])[0])
+    return RuleScorer(ensemble, [(build_rule(options.rule or "average", options.rule_parameters), ensemble.weights)])
 
 
 def rule_logprobs(
@@ -58,11 +65,10 @@ def rule_logprobs(
     Raises:
         ConfigError, UnsupportedError: As in `rule_logprob`.
     """
-    scorer = _RuleScorer(ensemble, variants)
-    score = scorer.by_token if ensemble.unit.traits.shared_vocabulary else scorer.by_byte
+    scorer = RuleScorer(ensemble, variants)
     total = np.zeros(len(variants))
     for passage in passages:
-        total += score(passage)
+        total += scorer.score(passage)[0]
     return total
 
 
@@ -89,8 +95,18 @@ def answer_passages(
     return passages
 
 
-class _RuleScorer:
-    """Variants of the rule of an ensemble over the unit's whole vocabulary."""
+class RuleScorer:
+    """Variants of the rule of an ensemble over the unit's whole vocabulary.
+
+    Sessions stay open, so that passages with a common beginning share its forwards.
+
+    Args:
+        ensemble: The members, and the rule by the default options.
+        variants: As of `rule_logprobs`.
+
+    Raises:
+        UnsupportedError: As in `rule_logprob`; or an engine reports its likeliest tokens only.
+    """
 
     def __init__(self, ensemble: Ensemble, variants: Sequence[tuple[Combination, Floats]]) -> None:
         options = ensemble.defaults
@@ -114,16 +130,30 @@ class _RuleScorer:
             self._members = np.flatnonzero(used).tolist()
             self._variants = [(variant, weights[self._members]) for variant, weights in variants]
         self._engines = [ensemble.members[i].engine for i in self._members]
+        for engine in self._engines:
+            if engine.top_k_limit is not None:
+                raise full_distribution_error(engine, "the log-probability under a rule")
+        self._sessions = [engine.session() for engine in self._engines]
         self._symbols = [ensemble.unit.symbols(i) for i in self._members]
         self._symbol_of = {self._unit.symbol_bytes(u): u for u in range(self._unit.end)}
         self._longest = max(map(len, self._symbol_of))
+
+    def score(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Return the log-probability of a passage, float64 (variants,), and whether it is greedy, bool (variants,).
+
+        Greedy is what is written by the most likely symbol at each step.
+        """
+        scored = self._by_token(passage) if self._unit.traits.shared_vocabulary else self._by_byte(passage)
+        for session in self._sessions:
+            session.stats.forwards.clear()
+        return scored
 
     def _combine(self, probs: Floats) -> Floats:
         """Return what each variant makes of the members' rows, float64 (variants, symbols)."""
         return np.array([rule.combine(probs, weights) for rule, weights in self._variants])
 
-    def by_token(self, passage: Passage) -> Floats:
-        """Return the log-probabilities of a passage's tokens, which all members have alike: float64 (variants,)."""
+    def _by_token(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Score a passage's tokens, which all members have alike."""
         ids, _ = encode_exactly(
             self._engines[0].encoder, self._engines[0].vocabulary, passage.data, self._engines[0].name
         )
@@ -132,18 +162,20 @@ class _RuleScorer:
         texts = [np.array([*passage.prefixes[i], *ids], dtype=np.int64) for i in self._members]
         self._check(texts)
         rows = self._rows(texts, [len(passage.prefixes[i]) for i in self._members], len(targets))
-        total = np.zeros(len(self._variants))
+        total, greedy = np.zeros(len(self._variants)), np.ones(len(self._variants), dtype=np.bool_)
         with np.errstate(divide="ignore"):
             for probs, target in zip(rows, targets, strict=True):
-                total += np.log(self._combine(probs)[:, target])
-        return total
+                combined = self._combine(probs)
+                total += np.log(combined[:, target])
+                greedy &= combined.argmax(axis=1) == target
+        return total, greedy
 
-    def by_byte(self, passage: Passage) -> Floats:
-        """Return the log-probabilities of a passage's bytes, over all symbols that spell them: float64 (variants,)."""
+    def _by_byte(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Score a passage's bytes, over all symbols that spell them."""
         data = passage.data
         reached: Floats = np.full((len(data) + 1, len(self._variants)), -np.inf)
         reached[0] = 0.0
-        sessions = [engine.session() for engine in self._engines]
+        best: dict[int, Ids] = {}  # the most likely symbol of each variant, by place
         for place in range(len(data) + passage.scores_end):
             if (reached[place] == -np.inf).all():
                 continue
@@ -153,37 +185,46 @@ class _RuleScorer:
                 for i, ids in zip(self._members, encoded, strict=True)
             ]
             self._check(texts)
-            logits = [session.logits(ids)[0] for session, ids in zip(sessions, texts, strict=True)]
+            logits = [session.logits(ids)[0] for session, ids in zip(self._sessions, texts, strict=True)]
             with np.errstate(divide="ignore"):
                 combined = np.log(self._combine(np.array([self._dense(i, row) for i, row in enumerate(logits)])))
+            best[place] = combined.argmax(axis=1)
             if place == len(data):
-                return np.asarray(reached[place] + combined[:, self._unit.end])
+                reached[place] += combined[:, self._unit.end]
+                break
             for length in range(1, min(self._longest, len(data) - place) + 1):
                 symbol = self._symbol_of.get(data[place : place + length])
                 if symbol is not None:
                     reached[place + length] = np.logaddexp(
                         reached[place + length], reached[place] + combined[:, symbol]
                     )
-        return np.asarray(reached[-1])
+        greedy = [self._is_greedy(passage, best, variant) for variant in range(len(self._variants))]
+        return reached[-1].copy(), np.array(greedy, dtype=np.bool_)
+
+    def _is_greedy(self, passage: Passage, best: Mapping[int, Ids], variant: int) -> bool:
+        """Whether a passage is written by the most likely symbols. best: of each place that is reached, by variant."""
+        place = 0
+        while place < len(passage.data):
+            symbol = int(best[place][variant]) if place in best else self._unit.end
+            data = b"" if symbol == self._unit.end else self._unit.symbol_bytes(symbol)
+            if not data or not passage.data.startswith(data, place):
+                return False
+            place += len(data)
+        return not passage.scores_end or int(best[place][variant]) == self._unit.end
 
     def _rows(self, texts: Sequence[Ids], begins: Sequence[int], count: int) -> Iterator[Floats]:
         """Yield the members' distributions at each of `count` places, float64 (members, symbols)."""
-        sessions = [engine.session() for engine in self._engines]
         for start in range(0, count, _CHUNK):
             end = min(start + _CHUNK, count)
             logits = [
                 session.logits(ids[: begin + end - 1], end - start)
-                for session, ids, begin in zip(sessions, texts, begins, strict=True)
+                for session, ids, begin in zip(self._sessions, texts, begins, strict=True)
             ]
             for place in range(end - start):
                 yield np.array([self._dense(i, rows[place]) for i, rows in enumerate(logits)])
 
-    def _dense(self, row: int, logits: Floats) -> Floats:
-        """Return a member's distribution over the unit's symbols, float64 (symbols,)."""
-        tokens = np.flatnonzero(self._symbols[row] >= 0)
-        distribution = np.zeros(self._size)
-        np.add.at(distribution, self._symbols[row][tokens], softmax(logits[tokens]))
-        return distribution
+    def _dense(self, row: int, logits: Logits) -> Floats:
+        return symbol_probabilities(logits, self._symbols[row], self._size)
 
     def _check(self, texts: Sequence[Ids]) -> None:
         for engine, ids in zip(self._engines, texts, strict=True):

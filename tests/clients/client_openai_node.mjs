@@ -1,6 +1,8 @@
 // OpenAI's client on Node.
 import OpenAI from "openai";
 
+import { report } from "./features.mjs";
+
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "any" });
 const messages = [{ role: "user", content: "hello" }];
 const schema = {
@@ -13,7 +15,7 @@ const tool = { type: "function", function: { name: "get_weather", description: "
 const check = (text) => {
   if (!["Oslo", "Rome"].includes(JSON.parse(text).city)) throw new Error(text);
 };
-const features = {
+await report({
   async chat() {
     const completion = await client.chat.completions.create({ model: "toys", messages });
     if (!completion.choices[0].message.content) throw new Error("no text");
@@ -36,18 +38,4 @@ const features = {
     const final = await client.chat.completions.stream(options).finalChatCompletion();
     check(final.choices[0].message.tool_calls[0].function.arguments);
   },
-};
-const results = { why: "" };
-for (const [name, feature] of Object.entries(features)) {
-  // The toys may sample end-of-text at once, so a feature has three tries.
-  for (let attempt = 0; attempt < 3 && results[name] !== "yes"; attempt++) {
-    try {
-      await feature();
-      results[name] = "yes";
-    } catch (error) {
-      results[name] = "no";
-      if (attempt === 2) results.why += `${name}: ${String(error).slice(0, 300)}; `;
-    }
-  }
-}
-console.log(JSON.stringify(results));
+});

@@ -3,6 +3,8 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, generateText, streamText, tool } from "ai";
 import { z } from "zod";
 
+import { report } from "./features.mjs";
+
 const provider = createOpenAICompatible({
   name: "mixlm",
   baseURL: process.argv[2] + "/v1",
@@ -11,7 +13,7 @@ const provider = createOpenAICompatible({
 const model = provider("toys");
 const schema = z.object({ city: z.enum(["Oslo", "Rome"]), days: z.number().int().min(1).max(9) });
 const check = (value) => schema.parse(value);
-const features = {
+await report({
   async chat() {
     if (!(await generateText({ model, prompt: "hello" })).text) throw new Error("no text");
   },
@@ -30,18 +32,4 @@ const features = {
     check((await generateText(options)).toolCalls[0].input);
     check((await streamText(options).toolCalls)[0].input);
   },
-};
-const results = { why: "" };
-for (const [name, feature] of Object.entries(features)) {
-  // The toys may sample end-of-text at once, so a feature has three tries.
-  for (let attempt = 0; attempt < 3 && results[name] !== "yes"; attempt++) {
-    try {
-      await feature();
-      results[name] = "yes";
-    } catch (error) {
-      results[name] = "no";
-      if (attempt === 2) results.why += `${name}: ${String(error).slice(0, 300)}; `;
-    }
-  }
-}
-console.log(JSON.stringify(results));
+});

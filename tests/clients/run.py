@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ CLIENTS: dict[str, tuple[str, Sequence[str]]] = {
     "dspy": ("dspy", ["dspy"]),
     "smolagents": ("smolagents", ["smolagents[openai]"]),
     "outlines": ("outlines", ["outlines", "openai"]),
+    "guidance": ("guidance", ["guidance", "openai"]),
     "litellm": ("litellm", ["litellm"]),
     "anthropic": ("anthropic", ["anthropic"]),
     "llm": ("llm", ["llm"]),
@@ -81,7 +83,8 @@ def run_client(name: str, url: str, environments: Path) -> dict[str, Any]:
         row["version"] = (install_node if is_node else install_python)(folder, package, requirements)
         file = f"client_{name}.mjs" if is_node else f"client_{name}.py"
         if is_node:
-            (folder / file).write_text((FOLDER / file).read_text(encoding="utf-8"), encoding="utf-8")
+            for copied in (file, "features.mjs"):  # Node looks for packages beside the file
+                shutil.copy(FOLDER / copied, folder)
         command = ["node", str(folder / file)] if is_node else [str(folder / "bin" / "python"), str(FOLDER / file)]
         done = subprocess.run(
             [*command, url], capture_output=True, text=True, timeout=240, env=environment, cwd=folder, check=False

@@ -225,7 +225,7 @@ PLACE = {"type": "object", "properties": {"city": {"type": "string", "maxLength"
 def mixed_request(number: int) -> tuple[str, bytes]:
     """A valid or an invalid request, another one for each number: its path and body."""
     rng = random.Random(number)
-    text = f"{number} " + " ".join(rng.choices(WORDS, k=200 if number % 50 == 7 else rng.randrange(3, 9)))
+    text = f"{number} " + " ".join(rng.choices(WORDS, k=150 if number % 100 == 7 else rng.randrange(3, 9)))
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "seed": number, "max_tokens": 3}
     kind = number % 20
     if kind == 0:  # schemas; those of 2,000 properties are refused

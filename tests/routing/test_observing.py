@@ -323,6 +323,7 @@ def test_the_likeliest_tokens_are_in_a_fixed_order_whatever_form_the_logits_have
 def test_the_mass_of_likely_tokens_is_of_the_whole_row() -> None:
     row = np.array([1.0, 3.0, -np.inf, 2.0, 3.0])
     probabilities = np.exp(row) / np.exp(row).sum()
+    assert [part.shape for part in top_tokens(row, 0)] == [(0,), (0,)]
     assert top_mass(row, 2) == pytest.approx(probabilities[[1, 4]].sum())
     assert top_mass(row, 9) == pytest.approx(1.0)
     assert top_mass(Candidates(np.array([7, 2]), np.log([0.5, 0.2])), 1) == pytest.approx(0.5)

@@ -148,6 +148,8 @@ def observation(row: LogitsRow, observes: Observes, hidden: HiddenStates | None 
 
 def top_tokens(row: LogitsRow, k: int) -> Candidates:
     """Return the ids and log-probabilities of an `Observation` from a row of logits."""
+    if k == 0:  # of a router that looks at the hidden state alone
+        return Candidates(np.zeros(0, dtype=np.int64), np.zeros(0))
     values = row.logprobs if isinstance(row, Candidates) else row
     largest = np.flatnonzero(values >= np.partition(values, -k)[-k]) if 0 < k < values.size else np.arange(values.size)
     largest = largest[np.isfinite(values[largest])]

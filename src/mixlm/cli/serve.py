@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mixlm.engines import Engine, EngineSpec
     from mixlm.ensemble import Ensemble
 
+_DEFAULT_BATCH = 16
 # Each holds a KV cache of its own in llama.cpp, allocated at the start.
 _MAX_DEFAULT_SLOTS = 8
 _LEVELS = ("debug", "info", "warning", "error")
@@ -64,7 +65,15 @@ def serve(
             "--allow-host", metavar="NAME", text="Accept this Host header too, for example that of a proxy. Repeatable."
         ),
     ] = None,
-    batch: Annotated[int, _server("--batch", metavar="N", text="The number of completions generated together.")] = 16,
+    batch: Annotated[
+        int | None,
+        _server(
+            "--batch",
+            metavar="N",
+            text="The number of completions generated together. Default: 16; for members in llama.cpp, at most their "
+            "slots, 8 of them.",
+        ),
+    ] = None,
     queue: Annotated[
         int, _server("--queue", metavar="N", text="The number of requests that can wait; further ones get status 429.")
     ] = 64,
@@ -117,7 +126,7 @@ def serve(
     if log not in _LEVELS:
         raise ConfigError(f"--log is {log!r}; it must be one of {', '.join(_LEVELS)}", did_you_mean(log, _LEVELS))
     limits = ServerLimits(
-        max_batch=batch,
+        max_batch=_DEFAULT_BATCH if batch is None else batch,
         max_queue=queue,
         request_timeout=timeout,
         grace_period=grace,
@@ -135,8 +144,11 @@ def serve(
     tracer = tracer_for(traces, os.environ)
     listener = address.bind()
     try:
-        ensembles = _ensembles(shared, config, name, batch)
-        limits = replace(limits, max_batch=_most_together(ensembles, batch))
+        ensembles = _ensembles(shared, config, name, limits.max_batch)
+        most = _most_together(ensembles, limits.max_batch)
+        if most < limits.max_batch and batch is not None:
+            dim(f"note: {most} completions run together, as members in llama.cpp have so many slots")
+        limits = replace(limits, max_batch=most)
         registry = ModelRegistry(ensembles)
         log_to_stderr(log)
         app = ServerApp(registry, limits, keys, address.allowed_hosts, tracer)
@@ -173,8 +185,6 @@ def _most_together(ensembles: Mapping[str, Ensemble], batch: int) -> int:
             if engine.max_sequences is not None:
                 sharing = sum(other.batch_key == engine.batch_key for other in engines)
                 most = max(min(most, engine.max_sequences // sharing), 1)
-    if most < batch:
-        dim(f"note: {most} completions run together, as members in llama.cpp have slots; see `slots` of a member")
     return most
 
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from toys import VOCABULARIES
 from trained import ALL, EXACT, SPECIAL, any_bytes, encoder, random_pieces, texts, trained
 
@@ -100,6 +100,14 @@ def test_a_growing_text_has_the_ids_of_the_whole_in_hard_cases(name, prefixes):
 @given(parts=st.lists(st.sampled_from(["<tool_call>", "</tool_call>", " ", "x", "<", "call", "\n"])), lengths=CUTS)
 def test_added_tokens_that_come_in_parts_have_the_ids_of_the_whole(parts, lengths):
     assert_grows(encoder(trained("tools")), steps("".join(parts).encode(), lengths))
+
+
+def test_a_space_that_two_added_tokens_want_is_no_boundary():
+    tokenizer = trained("gpt2")
+    now = AddedToken("now", rstrip=True, single_word=True, normalized=False)
+    tokenizer.add_tokens([now, AddedToken(" x", lstrip=True, normalized=False)])
+    text = b"1 2 now xnow, 3 4 now 5 x 6 now xnow aa bb, c"
+    assert_grows(encoder(tokenizer), [text[:length] for length in range(len(text) + 1)])
 
 
 @pytest.mark.parametrize("tokens", VOCABULARIES)

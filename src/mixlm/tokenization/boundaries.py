@@ -97,13 +97,14 @@ class _AddedTokens:
 
     def __init__(self, tokens: Iterable[Any], contents: Iterable[str]) -> None:
         self._prefixes: set[str] = set()
-        self._takes_spaces = self._takes_spaces_before = self._whole_words = False
+        self._takes_spaces = self._takes_spaces_before = self._takes_spaces_behind = self._whole_words = False
         for token, content in zip(tokens, contents, strict=True):
             # Only what comes behind it tells whether a token stands alone, and how many spaces belong to it.
             open_end = token.rstrip or token.single_word
             self._prefixes |= {content[:length] for length in range(1, len(content) + open_end)}
             self._takes_spaces |= token.rstrip or token.lstrip
             self._takes_spaces_before |= token.lstrip
+            self._takes_spaces_behind |= token.rstrip
             self._whole_words |= token.single_word
         self._longest = max(map(len, self._prefixes), default=0)
 
@@ -115,6 +116,9 @@ class _AddedTokens:
         return len(text[:end].rstrip()) if self._takes_spaces_before else end
 
     def joins(self, left: str, right: str) -> bool:
+        # A space behind a token may be the first character of the next one, too.
+        if self._takes_spaces_behind and left.isspace():
+            return True
         return self._whole_words and (not left.isascii() or left.isalnum() or left == "_")
 
 

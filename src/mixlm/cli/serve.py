@@ -145,10 +145,10 @@ def serve(
     listener = address.bind()
     try:
         ensembles = _ensembles(shared, config, name, limits.max_batch)
-        most = _most_together(ensembles, limits.max_batch)
-        if most < limits.max_batch and batch is not None:
-            dim(f"note: {most} completions run together, as members in llama.cpp have so many slots")
-        limits = replace(limits, max_batch=most)
+        together = _most_together(ensembles, limits.max_batch)
+        if together < limits.max_batch and batch is not None:
+            dim(f"note: {together} completions run together, as members in llama.cpp have so many slots")
+        limits = replace(limits, max_batch=together)
         registry = ModelRegistry(ensembles)
         log_to_stderr(log)
         app = ServerApp(registry, limits, keys, address.allowed_hosts, tracer)
@@ -178,14 +178,14 @@ def _ensembles(shared: Shared, folder: Path | None, name: str | None, batch: int
 
 def _most_together(ensembles: Mapping[str, Ensemble], batch: int) -> int:
     """Return how many completions can run together without taking one another's slots."""
-    most = batch
+    together = batch
     for ensemble in ensembles.values():
         engines = [member.engine for member in ensemble.members]
         for engine in engines:
             if engine.max_sequences is not None:
                 sharing = sum(other.batch_key == engine.batch_key for other in engines)
-                most = max(min(most, engine.max_sequences // sharing), 1)
-    return most
+                together = max(min(together, engine.max_sequences // sharing), 1)
+    return together
 
 
 def _open(shared: Shared, engines: dict[EngineSpec, Engine], batch: int) -> Ensemble:

@@ -294,21 +294,21 @@ class Scheduler:
             return _Batch(queue.requests), []
         alone = self._only_prefills()
         chunk = min(queue.chunk_alone if alone else queue.chunk, self.prefill_chunk)
-        budget = most = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
+        budget = total = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
         requests: list[_QueuedRequest] = []
         later: list[_QueuedRequest] = []
         for queued in queue.requests:
             if not any(queued is prefill for prefill in prefills):
                 requests.append(queued)
                 continue
-            part, tokens = _first_chunk(queued, chunk, most)
-            if tokens <= budget or budget == most:
+            part, tokens = _first_chunk(queued, chunk, total)
+            if tokens <= budget or budget == total:
                 requests.append(part)
                 budget -= tokens
             else:
                 later.append(queued)
                 budget = 0  # the prefills behind it do not overtake it
-        return _Batch(requests, most - budget, chunk, alone), later
+        return _Batch(requests, total - budget, chunk, alone), later
 
     def _only_prefills(self) -> bool:
         """Whether every generation waits for the prefill of a prompt: then none is held up by one."""
@@ -357,16 +357,16 @@ def _is_prefill(queued: _QueuedRequest) -> bool:
     return _missing(queued)[1] > _MAX_DECODE_TOKENS
 
 
-def _first_chunk(queued: _QueuedRequest, chunk: int, most: int) -> tuple[_QueuedRequest, int]:
+def _first_chunk(queued: _QueuedRequest, chunk: int, total: int) -> tuple[_QueuedRequest, int]:
     """Return the part of a prefill that runs next, and how many tokens that has: all of it if not too many.
 
-    chunk, most: tokens of one chunk, and of all in a call.
+    chunk, total: tokens of one chunk, and of all in a call.
     """
     session, request = queued.addressed.session, queued.addressed.request
     cached, missing = _missing(queued)
     # A session may lose its KV cache between chunks, as a slot of llama.cpp: it begins again, but not for ever.
     losses = queued.losses + (cached < queued.chunked)
-    short = queued.chunked == 0 and missing <= min(_SHORT_PROMPT, most)
+    short = queued.chunked == 0 and missing <= min(_SHORT_PROMPT, total)
     if short or missing - _last(request) < chunk or losses > _MAX_LOSSES or not session.can_chunk(request.ids):
         return queued, missing
     prefix = request.ids[: cached + chunk]

@@ -66,9 +66,9 @@ class PackedSequences:
         ]
         if self._kernel is not None and len(parts) > 1:
             return [_Varlen(parts, self._kernel)]
-        groups: list[_Group] = []
+        groups: list[_Neighbours] = []
         for part in sorted(parts, key=lambda part: (id(part.buffer.slab), part.buffer.slot)):
-            group = _Group([part], part.cache.length + part.size, part.size)
+            group = _Neighbours([part], part.cache.length + part.size, part.size)
             if groups and (merged := groups[-1].with_others(group, call_keys)) is not None:
                 groups[-1] = merged
             else:
@@ -85,7 +85,7 @@ class _Part(NamedTuple):
     size: int
 
 
-class _Group(NamedTuple):
+class _Neighbours(NamedTuple):
     """Parts in rising slots of one slab. keys, queries: the most that one of them has."""
 
     parts: list[_Part]
@@ -102,11 +102,11 @@ class _Group(NamedTuple):
         """What the work of attention takes in one call, in keys."""
         return len(self.slots) * self.keys * (1 + _QUERY_COST * (self.queries - 1))
 
-    def with_others(self, other: _Group, call_keys: float) -> _Group | None:
+    def with_others(self, other: _Neighbours, call_keys: float) -> _Neighbours | None:
         """Return both as one group; None where two calls take less time, each with `call_keys` beside its work."""
         if self.parts[0].buffer.slab is not other.parts[0].buffer.slab:
             return None
-        merged = _Group(self.parts + other.parts, max(self.keys, other.keys), max(self.queries, other.queries))
+        merged = _Neighbours(self.parts + other.parts, max(self.keys, other.keys), max(self.queries, other.queries))
         fewer = merged.cost <= self.cost + other.cost + call_keys
         return merged if fewer and merged.queries <= _MAX_TOKENS else None
 
@@ -147,7 +147,7 @@ class _Alone:
 class _Together:
     """Sequences that attend in one call. Each slot has as many queries as the sequence with the most tokens."""
 
-    def __init__(self, group: _Group, device: torch.device) -> None:
+    def __init__(self, group: _Neighbours, device: torch.device) -> None:
         first, shape = group.parts[0], (len(group.slots), group.queries)
         self._slab = first.buffer.slab
         self._seen = slice(group.slots.start, group.slots.stop)

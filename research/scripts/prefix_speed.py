@@ -80,8 +80,8 @@ def second_turn(name: str, repeat: int) -> Row:
     for kind, ensemble in ensembles(name).items():
         forget(ensemble)
         turns = [{"role": "user", "content": words(TURN_WORDS, repeat)}]
-        reply = ensemble.generate(turns, seed=repeat, max_tokens=REPLY_TOKENS, ignore_end=True)
-        turns += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "And what came then?"}]
+        completion = ensemble.generate(turns, seed=repeat, max_tokens=REPLY_TOKENS, ignore_end=True)
+        turns += [{"role": "assistant", "content": completion.text}, {"role": "user", "content": "And what came then?"}]
         start = time.perf_counter()
         stream = ensemble.stream(turns, seed=repeat, max_tokens=4, ignore_end=True)
         next(stream)

@@ -195,17 +195,19 @@ def certainly_dropped(lower: Floats, free: float, sampling: Sampling) -> npt.NDA
     dropped = np.zeros(lower.size, dtype=np.bool_)
     if not lower.size or not 0 < sampling.temperature <= 1:
         return dropped
-    most, best = lower + free + _ROUNDING, float(lower.max())
+    upper, best = lower + free + _ROUNDING, float(lower.max())
     if 0 < sampling.top_k < lower.size:
-        dropped |= most < np.partition(lower, -sampling.top_k)[-sampling.top_k]
+        dropped |= upper < np.partition(lower, -sampling.top_k)[-sampling.top_k]
     if sampling.min_p > 0:
-        dropped |= most < sampling.min_p**sampling.temperature * best
+        dropped |= upper < sampling.min_p**sampling.temperature * best
     if sampling.top_p < 1:
         alpha, scale = 1 / sampling.temperature, best + free  # powers of small numbers underflow
         ordered = np.sort(lower)[::-1] / scale
         sums = np.concatenate([[0.0], np.cumsum(ordered**alpha)])
         largest = sums[-1] - ordered[0] ** alpha + 1
-        dropped |= sums[np.searchsorted(-ordered, -most / scale, side="left")] >= (sampling.top_p + _ROUNDING) * largest
+        dropped |= (
+            sums[np.searchsorted(-ordered, -upper / scale, side="left")] >= (sampling.top_p + _ROUNDING) * largest
+        )
     return dropped
 
 

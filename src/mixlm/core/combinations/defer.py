@@ -129,11 +129,11 @@ class Defer(Combination):
         for member, row in enumerate(probs[:count]):
             share = self.acceptance(row) * row
             kept += left * share
-            most = float(share.sum())
+            largest = float(share.sum())
             if unreported is not None and unreported.mass[member] > 0:
                 mass = float(unreported.mass[member])
                 hidden = min(float(unreported.ceiling[member]) / max(1 - mass, _TINY), mass)
                 possible = self.acceptance(np.append(upper[member], hidden)) > 0
-                most = float(row[possible[:-1]].sum()) + mass * possible.any()
-            left *= max(1 - most, 0.0)
+                largest = float(row[possible[:-1]].sum()) + mass * possible.any()
+            left *= max(1 - largest, 0.0)
         return kept, left

@@ -427,3 +427,13 @@ def test_other_weights_share_the_engines():
     assert pair.weights.tolist() != [0, 1]
     with pytest.raises(ConfigError, match="3 weights"):
         pair.with_weights([1, 1, 1])
+
+
+def test_a_generation_that_is_iterated_to_its_end_frees_the_kv_caches() -> None:
+    ensemble = toys("token", 2)
+    generation = ensemble.stream("ab", raw=True, max_tokens=4, ignore_end=True)
+    next(generation)
+    assert any(session.num_cached for session in generation.sessions)
+    assert len(list(generation)) == 3
+    assert not any(session.num_cached for session in generation.sessions)
+    assert sum(member.forwards for member in generation.completion.usage.members.values()) == 4

@@ -170,9 +170,7 @@ def _requests(waiting: Sequence[Position]) -> tuple[list[Request], list[list[Pos
     for member in waiting[0].needs():
         needed = waiting[0].top_k_filter(member)
         same = [
-            position
-            for position in waiting
-            if member in position.needs() and position.top_k_filter(member) is needed
+            position for position in waiting if member in position.needs() and position.top_k_filter(member) is needed
         ]
         for indices in prefix_groups([position.ids[member] for position in same]):
             group = [same[index] for index in indices]

@@ -170,6 +170,7 @@ class Generation(Iterator[Token]):
             try:
                 requests = self.requests()
                 if self.finished:
+                    self.release()
                     raise StopIteration
                 self.resume(self._context.dispatcher.respond(self.address(requests)))
             except MemberError as error:

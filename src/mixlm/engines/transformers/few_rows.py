@@ -51,4 +51,5 @@ def transposed_is_faster() -> bool:
     19 and 22 in the usual order, 6, 9, 10 and 15 in this one; one row takes 6. It is no trial, since rounding differs:
     equal seeds shall give equal texts, however busy a machine was when it loaded the model.
     """
-    return bool(torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and bool(torch.backends.cpu.get_cpu_capability() == "AVX2")

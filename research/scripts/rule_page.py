@@ -85,14 +85,15 @@ def draw(reports: Mapping[str, Report]) -> Figure:
         for i, ((label, report), color) in enumerate(zip(reports.items(), (figures.BLUE, figures.SKY), strict=False)):
             places = [names.index(name) + i * height - 0.4 + height / 2 for name in report["rows"]]
             rows = list(report["rows"].values())
-            axes.barh(places, [row["layered"]["forwards"] for row in rows], height * 0.9, color=color, label=label)
+            more = [row["layered"]["forwards"] - 1 for row in rows]
+            axes.barh(places, more, height * 0.9, left=1, color=color, label=label)
             marks = [row["predicted"]["forwards"] for row in rows]
             without = "by the formula, without drafts" if i == 0 else None
             axes.plot(marks, places, "|", color=figures.RED, markersize=9, label=without)
         axes.axvline(2, color="#888888", linewidth=1, linestyle="--")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlim(0.9, None)
+        axes.set_xlim(1, None)
         axes.set_xlabel("forwards of members a token (conventional: 2)")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3, fontsize=8)
     return figure

@@ -365,10 +365,13 @@ class Ensemble:
     def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
         """Return what generates with these options, with new sessions or the given ones, one a member.
 
+        New ones end with a generation; given ones are kept for the next.
+
         Raises:
             UnsupportedError: A member, or the unit, cannot do what the options say.
         """
         self._check(settings)
+        keeps_sessions = sessions is not None
         sessions = sessions or [member.engine.session() for member in self.members]
         speculation = SpeculationStats()
         strategy_context = StrategyContext(
@@ -399,6 +402,7 @@ class Ensemble:
             if settings.min_tokens
             else (),
             strategy_context.target,
+            keeps_sessions=keeps_sessions,
         )
 
     def _target(self, settings: GenerationOptions) -> RuleTarget | None:

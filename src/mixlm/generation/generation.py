@@ -51,7 +51,8 @@ class GenerationContext:
     """What sequences with one set of options are generated with.
 
     heaviest_member: the one that `single` uses. opening_members: those of the first `min_tokens` symbols, which do not
-    sample end-of-text. target: what a combination rule makes of the members; None for the average.
+    sample end-of-text. target: what a combination rule makes of the members; None for the average. keeps_sessions:
+    whether the sessions go on with another sequence when a generation ends.
     """
 
     unit: Unit
@@ -65,6 +66,7 @@ class GenerationContext:
     opening_members: Sequence[Member] = ()
     target: RuleTarget | None = None
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
+    keeps_sessions: bool = False
 
     @property
     def scoring_router(self) -> Router:
@@ -170,7 +172,8 @@ class Generation(Iterator[Token]):
             try:
                 requests = self.requests()
                 if self.finished:
-                    self.release()
+                    if not self._context.keeps_sessions:
+                        self.release()
                     raise StopIteration
                 self.resume(self._context.dispatcher.respond(self.address(requests)))
             except MemberError as error:

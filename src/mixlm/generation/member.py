@@ -259,7 +259,7 @@ def _check_top_k_limit(member: Member, *, takes_more: bool = False) -> None:
         raise UnsupportedError(
             f"{member.grammar.option} allows tokens from anywhere in the vocabulary, and {engine.name} runs in an "
             f"engine that reports its {engine.top_k_limit} most likely tokens of all only",
-            "use --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM with --logprobs-mode processed_logprobs",
+            "use --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM whose logprobs mode is processed_logprobs",
         )
     if member.processor is not None:
         reason = "a logits processor may move any token of the vocabulary"

@@ -175,7 +175,7 @@ def plain(*messages: tuple[str, str], bos: str = "") -> str:
     return (
         Environment(trim_blocks=True, lstrip_blocks=True)
         .from_string(PLAIN_TEMPLATE)
-        .render(messages=turns, bos_token=bos)
+        .render(messages=turns, bos_token=bos, add_generation_prompt=True)
     )
 
 

@@ -101,7 +101,7 @@ class RulePosition(Position):
         report = self.reports.get(member)
         if report is None:
             super().receive(member, logits)
-        elif isinstance(logits, Candidates):  # what a router observed is no report
+        else:
             report.add(logits)
             self._pending.discard(member)
             super().receive(member, report.tokens)

@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from mixlm.core.logit_bias import member_logit_bias
 from mixlm.core.logits_processor import process_logits
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution
-from mixlm.engines.base import respond
+from mixlm.engines.base import Engine, respond
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
@@ -28,7 +29,7 @@ from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.target import assign_roles
 from mixlm.routing.base import PromptContext, begin_route
 from mixlm.routing.observation import Observation, observation
-from mixlm.types import Floats, Logits
+from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word
 from mixlm.verification import baselines as references
@@ -96,8 +97,9 @@ class ExactReference:
             rule = rule.with_sampling(after)
         return rule.combine(probs, weights)
 
+    @cached_property
     def pairs(self) -> dict[Outcome, float]:
-        """Return the distribution of the first two symbols, for the most likely first ones only."""
+        """The distribution of the first two symbols, for the most likely first ones only."""
         probabilities: dict[Outcome, float] = {}
         end = self._ensemble.unit.end
         for first in np.argsort(-self.first, kind="stable")[:_FIRST_SYMBOLS]:
@@ -147,9 +149,8 @@ class ExactReference:
             grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
             permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
             allowed &= permitted if permitted is not None else False
-        # An engine that reports its most likely tokens only reports those of the grammar.
-        only_allowed = () if permitted is None else (permitted,)
-        logits = cast(Logits, member.engine.session().logits_rows(ids, allowed=only_allowed)[0])
+        sampling = self._settings.member_sampling(member.sampling)
+        logits = _whole_logits(member.engine, ids, permitted, whole=not sampling.top_k)
         if member.processor is not None:
             logits = process_logits(member.processor, ids, logits)
         if only is not None:
@@ -166,9 +167,7 @@ class ExactReference:
             unit=unit.name,
             shared_vocabulary=unit.traits.shared_vocabulary,
         )
-        return dense_distribution(
-            logits, self._settings.member_sampling(member.sampling), np.flatnonzero(~allowed), history, bias
-        )
+        return dense_distribution(logits, sampling, np.flatnonzero(~allowed), history, bias)
 
     def _word(self, weights: Floats, state: WordState, unit: WordUnit) -> Floats:
         """Return what goes on with the owner's word, and the next word's beginning for the mass that ends it."""
@@ -244,3 +243,22 @@ def _last_seam(tokens: set[bytes], text: bytes) -> int:
 
     places = (m for m in range(len(text) - 1, 0, -1) if not any(across(t, s, m) for s in range(m) for t in tokens))
     return next(places, 0)
+
+
+def _whole_logits(engine: Engine, ids: Ids, permitted: npt.NDArray[np.bool_] | None, *, whole: bool) -> Logits:
+    """Return the logits of every token, float32 (vocab,), or of the most likely ones, -inf for the others.
+
+    Args:
+        engine: A member's.
+        ids: The member's tokens, int64 (n,).
+        permitted: What a grammar allows; an engine that reports its most likely tokens only reports those.
+        whole: Whether such an engine is to report all tokens, where it can.
+    """
+    session = engine.session()
+    if permitted is not None or engine.top_k_limit is None or not (whole and engine.reports_all):
+        return cast(Logits, session.logits_rows(ids, allowed=() if permitted is None else (permitted,))[0])
+    everything = TopKFilter(engine.vocabulary.size, np.zeros(0, dtype=np.int64), normalized=True)
+    reported = cast(Candidates, session.logits_rows(ids, top_k_filter=everything)[0])
+    logits = np.full(engine.vocabulary.size, -np.inf, dtype=np.float32)
+    logits[reported.ids] = reported.logprobs
+    return logits

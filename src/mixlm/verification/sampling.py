@@ -9,16 +9,17 @@ from typing import cast
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Session
-from mixlm.engines.requests import GenerateRequest, GenerateResponse, Request, Response
+from mixlm.engines.requests import AllowedIds, GenerateRequest, GenerateResponse, Request, Response
 from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher, EngineRequest
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice
-from mixlm.types import Floats, HiddenStates, Ids, Logits
+from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, TopKFilter
 
 Outcome = tuple[int, ...]
 _MEMO_BYTES = 512 << 20
+_MEMO_TOP_K = 4096
 _TOGETHER = 16
 
 
@@ -98,6 +99,7 @@ class _MemoSession(Session):
         super().__init__(session.context_length)
         self._session = session
         self._known: OrderedDict[bytes, tuple[Logits, HiddenStates | None]] = OrderedDict()
+        self._reports: dict[tuple[bytes, int], LogitsRows] = {}
         self._scores: dict[bytes, Floats] = {}
 
     def token_logprobs(self, ids: Ids) -> Floats:
@@ -133,6 +135,19 @@ class _MemoSession(Session):
         self._known.move_to_end(key)
         logits, self.hidden_states = self._known[key]
         return logits
+
+    def logits_rows(
+        self, ids: Ids, last: int = 1, top_k_filter: TopKFilter | None = None, allowed: AllowedIds = ()
+    ) -> LogitsRows:
+        """Return what `logits` does, or what an engine of top tokens reports for a rule or a grammar."""
+        if not allowed and (top_k_filter is None or not top_k_filter.normalized):
+            return self.logits(ids, last)
+        if allowed or last != 1 or top_k_filter is None or top_k_filter.k > _MEMO_TOP_K:
+            return self._session.logits_rows(ids, last, top_k_filter, allowed)
+        key = ids.tobytes(), top_k_filter.k
+        if key not in self._reports:
+            self._reports[key] = self._session.logits_rows(ids, last, top_k_filter)
+        return self._reports[key]
 
     def prepare(self, ids: Ids, last: int = 1) -> None:
         """Look the logits up, so that an engine that batches sessions has nothing to run for this one."""

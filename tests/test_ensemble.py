@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toys import END, OPTIONS, SHARED, VOCABULARIES, engine, exact_distribution, fixed, make_ensemble, table, toys
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, MixlmError, PromptTooLongError, UnsupportedError
 from mixlm.types import Message
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import TokenHistory, dense_distribution
 from mixlm.engines.toy import Table, ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
 from mixlm.types import Sampling

@@ -11,10 +11,11 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from mixlm.binding import MemberSpec
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsRequest, Request, Response, SampleRequest, SampleResponse
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Logits, LogitsRow

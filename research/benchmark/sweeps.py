@@ -19,10 +19,11 @@ from mixlm.benchmark.timing import (
     single_member,
     time_run,
 )
+from mixlm.binding import MemberSpec
 from mixlm.config import UnitName
 from mixlm.core.options import Options
 from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.terminal import Progress

@@ -15,12 +15,13 @@ from unittest.mock import patch
 import numpy as np
 
 from mixlm.benchmark.timing import EnsembleContestant
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec
 from mixlm.engines.batching import SequenceInput, SequenceOutput
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.types import Candidates
 
 TINY: dict[str, Any] = {**SHAPES["qwen2.5-0.5b"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -11,8 +11,9 @@ import time
 
 import numpy as np
 
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.generation.scheduler import Scheduler
 from mixlm.models import find_gguf
 from research.planning.costs import PlanCosts

@@ -32,8 +32,9 @@ from statistics import median
 import httpx
 
 import mixlm
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.models import find_gguf
 
 SERVE = """

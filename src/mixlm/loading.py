@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixlm.binding import MemberSpec
 from mixlm.config import (
     DType,
     EnsembleConfig,
@@ -31,7 +32,7 @@ from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average, rule_n
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.engines.spec import LOADING_OPTIONS
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter

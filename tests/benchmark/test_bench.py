@@ -11,9 +11,10 @@ import pytest
 from mixlm.benchmark import bench
 from mixlm.benchmark.ratios import rival_ratios, speed_ratios
 from mixlm.benchmark.timing import TimedRun, contestants, default_draft_name
+from mixlm.binding import MemberSpec
 from mixlm.engines.requests import Forward
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 
 

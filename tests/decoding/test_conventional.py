@@ -18,12 +18,13 @@ from toys import (
     written,
 )
 
+from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import MemoryLimitError, UnsupportedError
 from mixlm.types import Sampling
 

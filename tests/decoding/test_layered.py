@@ -21,10 +21,11 @@ from toys import (
     written,
 )
 
+from mixlm.binding import MemberSpec
 from mixlm.core.combinations import Combination, combination
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import FunctionRouter
 from mixlm.types import Sampling

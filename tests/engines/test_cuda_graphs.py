@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mixlm
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec
 from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.contract import assert_close, random_ids, uncached
@@ -23,7 +24,7 @@ from mixlm.engines.transformers import cuda_graphs as steps
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.fused_norms import FusedNorms
 from mixlm.engines.transformers.kv_cache import KVCache
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 
 KINDS = ("llama", "mistral", "gemma3", "qwen2")  # mistral with a window of 8, gemma3 with one in every other layer

@@ -10,13 +10,14 @@ import pytest
 import torch
 from test_transformers_engine import build
 
+from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.requests import LogitsRequest, SampleRequest
 from mixlm.engines.transformers.device_topk import DeviceTopK
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.types import Candidates, Sampling, TopKFilter
 
 METHODS = ("mixture", "conventional", "speculative", "single")

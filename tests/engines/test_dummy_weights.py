@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixlm.binding import MemberSpec
 from mixlm.config import EnsembleConfig, MemberConfig
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import *  # noqa: F403
@@ -15,7 +16,7 @@ from mixlm.engines.contract import random_ids
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine
 from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ModelNotFoundError
 from mixlm.loading import load_config
 

@@ -19,12 +19,13 @@ pytest.importorskip("llguidance")
 
 from test_remote import QUICK, cache, file, folder, llama  # noqa: F401
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.toy import ToyEngine, random_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.types import TopKFilter
 

@@ -17,6 +17,7 @@ from mixlm.engines.contract import random_ids
 pytest.importorskip("xllamacpp")
 
 import mixlm
+from mixlm.binding import MemberSpec
 from mixlm.config import parse_config
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
@@ -24,7 +25,7 @@ from mixlm.engines.base import Engine, Session
 from mixlm.engines.llamacpp.engine import LlamaCppEngine
 from mixlm.engines.llamacpp.slots import Slots
 from mixlm.engines.requests import LogitsRequest
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import (
     ConfigError,
     EngineError,

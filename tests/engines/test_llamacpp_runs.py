@@ -15,12 +15,13 @@ from test_remote import cache, file, folder, llama  # noqa: F401
 
 pytest.importorskip("xllamacpp")
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.llamacpp_runs import LlamaCppRuns, find_missing
 from mixlm.engines.requests import GenerateRequest
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Sampling
 

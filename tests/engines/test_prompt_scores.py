@@ -16,10 +16,11 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, cache, file, folder, llama, start_llama  # noqa: F401
 
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import random_ids
 from mixlm.engines.remote.engine import RemoteEngine, RemoteSession
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.evaluation.likelihood import ContinuationScorer

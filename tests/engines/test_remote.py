@@ -18,6 +18,7 @@ from mixlm.engines.contract import random_ids
 
 pytest.importorskip("aiohttp")
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform, softmax
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
@@ -25,7 +26,7 @@ from mixlm.engines.remote.capabilities import ServerCapabilities
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ClientLimits
 from mixlm.engines.requests import LogitsRequest
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import (
     ConfigError,
     EngineError,

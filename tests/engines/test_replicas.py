@@ -21,11 +21,12 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
+from mixlm.binding import MemberSpec
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.requests import LogitsRequest
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, UnsupportedError
 
 RETRY_AT_ONCE = replace(QUICK, first_retry=0.0)

@@ -13,6 +13,7 @@ from test_cuda_graphs import KINDS, Load, Recorded, load  # noqa: F401
 from test_device_topk import random_case
 from toys import toys
 
+from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
 from mixlm.decoding import engine_sampling
@@ -26,7 +27,7 @@ from mixlm.engines.transformers import runner
 from mixlm.engines.transformers.device_topk import DeviceTopK, from_device
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.run_ahead import DEPTH, DeviceSampler
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.routing import FunctionRouter
 from mixlm.types import Candidates, Sampling
 

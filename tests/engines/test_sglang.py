@@ -17,13 +17,14 @@ pytest.importorskip("aiohttp")
 
 from test_remote import QUICK, cache, file, folder  # noqa: F401
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError, TokenizerError, UnsupportedError
 from mixlm.types import Sampling, TopKFilter
 

@@ -17,13 +17,14 @@ from mixlm.engines.contract import random_ids
 pytest.importorskip("vllm")
 pytest.importorskip("aiohttp")
 pytest.importorskip("websockets")
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool
 from mixlm.engines.requests import GenerateRequest
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.types import Sampling
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mixlm.binding import MemberSpec
 from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine
 from mixlm.engines.contract import random_ids
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.types import Sampling
 from mixlm.verification.check import ReferenceSetup, check
 

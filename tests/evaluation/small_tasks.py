@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 
 OTHER_TOKENS = (*(bytes([b]) for b in range(256)), b"th", b"he", b"the", b" o", b" and", b"er")
 WORDS = {

@@ -12,8 +12,9 @@ from scored_texts import speaking, stepwise
 from small_tasks import OTHER_TOKENS, toys
 from toys import END, SHARED
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, random_table, wordy_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.evaluation.contexts import generation_options, is_greedy, pack, unpack
 from mixlm.evaluation.lm import EnsembleLM

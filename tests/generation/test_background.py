@@ -9,8 +9,9 @@ import threading
 import numpy as np
 import pytest
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.generation.background import BackgroundRunner, _Channel
 

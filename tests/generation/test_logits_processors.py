@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from toys import SHARED
 
+from mixlm.binding import MemberSpec
 from mixlm.core.logits_processor import as_processor, process_logits
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.verification.exact import ExactReference
 

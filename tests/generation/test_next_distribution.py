@@ -7,9 +7,10 @@ import pytest
 from toys import SHARED
 
 import mixlm
+from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.generation.next_distribution import NextDistribution
 from mixlm.verification.exact import ExactReference

@@ -5,8 +5,9 @@ import logging
 import numpy as np
 import pytest
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.generation.scheduler import Scheduler
 from mixlm.generation.unavailable import UnavailableMembers

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toys import END, SHARED, engine, fixed, make_ensemble, toys
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.inspection import inspect
 from mixlm.inspection.measure import LENGTHS, forward_seconds, measure_agreement, measure_costs, predict_speeds

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixlm.binding import MemberSpec
 from mixlm.config import RouterConfig, parse_config, read_config, write_config
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine, random_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.generation.sequence import DecodeStep, Flow
 from mixlm.loading import load_config

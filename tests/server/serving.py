@@ -18,9 +18,10 @@ from typing import Any
 import httpx
 import numpy as np
 
+from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import WORD_TOKENS, ToyEngine, wordy_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.server.api_keys import ApiKeys
 from mixlm.server.app import ServerApp
 from mixlm.server.http_server import ListenAddress, uvicorn_server

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from serving import HELLO, endless, events, running
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.loading import load
 from mixlm.server.api_errors import to_api_error
@@ -515,7 +516,8 @@ def test_a_character_of_several_tokens_arrives_whole():
     """A toy that writes an umlaut byte by byte; the first event of the two has no text."""
     from toys import fixed
 
-    from mixlm.ensemble import Ensemble, MemberSpec
+    from mixlm.binding import MemberSpec
+    from mixlm.ensemble import Ensemble
 
     tokens = [b"a", b"\xc3", b"\xbc", b" "]
     umlaut = fixed({b"a": 1.0}, tokens)

@@ -15,7 +15,8 @@ import pydantic
 import pytest
 from serving import HELLO, endless, running
 
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.binding import MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw_connection, request_bytes, running, wait
 
+from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import EngineError, MemoryLimitError
 from mixlm.loading import load
 from mixlm.server.api_errors import ApiError

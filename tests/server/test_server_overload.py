@@ -12,7 +12,8 @@ import httpx
 import pytest
 from serving import HELLO, EndlessToy, endless, events, raw_connection, request_bytes, running, wait
 
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.binding import MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key

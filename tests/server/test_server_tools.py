@@ -13,7 +13,8 @@ from ggufs import write_tiny_gguf
 from servers import FakeServer
 from serving import HELLO, events, running
 
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.binding import MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
 

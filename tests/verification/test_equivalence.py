@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from toys import engine, toys
 
+from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.requests import LogitsRequest, SampleRequest
 from mixlm.engines.toy import ToyEngine, random_table
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 from mixlm.units.byte import ByteState

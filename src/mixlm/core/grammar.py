@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.limited_objects import LimitedObject, limited_objects
 from mixlm.errors import ConfigError
 from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
 from mixlm.tokenization.vocabulary import Vocabulary
@@ -192,6 +191,8 @@ class GrammarCache:
         llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
         it: where there are none, nothing can follow its brace.
         """
+        from mixlm.core.limited_objects import LimitedObject, limited_objects
+
         objects: dict[str, LimitedObject] = {}
         for schema in schemas:
             if "patternProperties" in json.dumps(schema):

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
 from mixlm.engines.base import Session
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models import resolve

@@ -9,10 +9,11 @@ import pytest
 from tiny import shapes
 from toys import toys
 
+from mixlm.binding import MemberSpec
 from mixlm.core.options import Options
 from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from research.benchmark import compare
 from research.benchmark.agreement import AgreementDistribution, AgreementEngine, agreement_note, with_agreement

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import typer
 
+from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.dummy_weights import SHAPES
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.models.catalog import CATALOG
 from research.benchmark import ComparisonPlan, compare, page, sweep_along
 from research.benchmark.__main__ import app

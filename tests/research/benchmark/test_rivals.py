@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from tiny import shapes
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
 from mixlm.engines.transformers.kv_cache import ATTENTION_NAME
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from research.benchmark import compare
 from research.benchmark.rivals import ASSISTED, Rival, available_rivals
 

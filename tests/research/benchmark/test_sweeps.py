@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from tiny import shapes
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from research import figures
 from research.benchmark import ComparisonPlan, compare, plots, sweep_along

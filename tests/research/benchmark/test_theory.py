@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixlm.benchmark.prediction import predicted_speed
 from mixlm.benchmark.timing import TimedRun, contestants
+from mixlm.binding import MemberSpec
 from mixlm.core.rng import Noise
 from mixlm.decoding.cost_model import (
     DraftPlan,
@@ -29,7 +30,7 @@ from mixlm.engines.transformers import dummy_weights as shape
 from mixlm.engines.transformers import fused_norms as norms
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.dummy_weights import SHAPES
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler
 from research.benchmark import compare

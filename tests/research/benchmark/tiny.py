@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec
 from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 
 SMALL: dict[str, Any] = {
     **SHAPES["qwen2.5-0.5b"],

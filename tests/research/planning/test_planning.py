@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
-from mixlm.ensemble import Ensemble, MemberSpec
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from research.planning.__main__ import main
 from research.planning.costs import MemberCost, PlanCosts, RouterCost, read_costs, write_costs

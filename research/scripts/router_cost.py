@@ -42,13 +42,10 @@ def gate_seconds(names: Sequence[str], groups: Sequence[str], kind: GateKind, vo
         TOP_K if "top_k" in groups else 0,
         hidden if "hidden" in groups else 0,
     )
-    width, members = WIDTH if kind == "mlp" else 0, len(names)
-    shapes = {
-        **{"centre": (inputs.size,), "linear": (members, inputs.size), "bias": (members,)},
-        **{"inner": (width, inputs.size), "inner_bias": (width,), "outer": (members, width)},
-    }
+    members = len(names)
+    shapes = Gate.shapes(members, inputs.size, WIDTH if kind == "mlp" else 0)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    router = GateRouter(Gate(scale=np.ones(inputs.size, dtype=np.float32), **arrays), names, inputs)
+    router = GateRouter(Gate(**{**arrays, "scale": np.ones_like(arrays["scale"])}), names, inputs)
     route = router.begin(PromptContext(b"the river sings, " * 100, lambda: np.zeros(members)))
     row, state = rng.normal(size=vocabulary).astype(np.float32), rng.normal(size=hidden).astype(np.float16)
     text = _Text(b"and one bird falls under two. " * 300)

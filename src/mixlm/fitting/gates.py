@@ -64,13 +64,7 @@ def choose_inputs(ensemble: Ensemble, groups: Sequence[str], observe: str | None
 
 def untrained(names: Sequence[str], inputs: GateInputs) -> GateRouter:
     """Return a gate with equal weights: an ensemble with it scores what a trained one will observe."""
-    members, size = len(names), inputs.size
-    shapes = {
-        **{"centre": (size,), "bias": (members,), "inner_bias": (0,)},
-        **{"linear": (members, size), "inner": (0, size), "outer": (members, 0)},
-    }
-    arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-    return GateRouter(Gate(scale=np.ones(size, dtype=np.float32), **arrays), names, inputs)
+    return GateRouter(Gate.untrained(len(names), inputs.size), names, inputs)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from mixlm.routing.gate import Array, Gate
 from mixlm.routing.gate_router import TOP_K_FEATURES, top_k_features
 from mixlm.routing.observation import TOP_K
 from mixlm.types import Floats
-from mixlm.version import __version__
 
 KIND = "deferral"
 VERSION = 1  # of the file and of the features; a file of another one is refused
@@ -38,6 +37,11 @@ class DeferralGate:
         self.gate = gate
         self.names = tuple(names)
 
+    @property
+    def digest(self) -> str:
+        """What tells it from gates with other numbers."""
+        return self.gate.digest
+
     def __call__(self, distribution: Floats) -> Floats:
         """Return `a`, float64, the shape of the distribution."""
         count = min(TOP_K, distribution.size)
@@ -58,17 +62,7 @@ class DeferralGate:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON at a path, and the numbers beside it, with the suffix .safetensors."""
-        path = Path(path)
-        numbers = path.with_suffix(".safetensors")
-        form = {
-            "kind": KIND,
-            "version": VERSION,
-            "mixlm": __version__,
-            "members": list(self.names),
-            "numbers": numbers.name,
-        }
-        self.gate.save(numbers)
-        path.write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
+        self.gate.save(path, {"kind": KIND, "version": VERSION, "members": list(self.names)})
 
     @classmethod
     def load(cls, path: str | Path) -> DeferralGate:

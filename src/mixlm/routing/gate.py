@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from mixlm.errors import ConfigError
 from mixlm.types import Floats
+from mixlm.version import __version__
 
 Array = npt.NDArray[np.float32]
 _STANDARDISED_LIMIT = 20.0  # standard deviations: what lies further out is not what the gate was trained on
@@ -74,13 +76,29 @@ class Gate:
         """Return the arrays by their names."""
         return {name: np.ascontiguousarray(getattr(self, name)) for name in _SHAPES}
 
-    def save(self, path: Path) -> None:
-        """Write the arrays as safetensors."""
-        _safetensors().save_file(self.arrays(), path)
+    @staticmethod
+    def shapes(members: int, inputs: int, width: int = 0) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the arrays by their names."""
+        sizes = {"members": members, "inputs": inputs, "width": width}
+        return {name: tuple(sizes[dimension] for dimension in dimensions) for name, dimensions in _SHAPES.items()}
+
+    @classmethod
+    def untrained(cls, members: int, inputs: int) -> Gate:
+        """Return a linear gate that gives equal weights."""
+        shapes = cls.shapes(members, inputs)
+        return cls(**{name: np.full(shape, name == "scale", dtype=np.float32) for name, shape in shapes.items()})
+
+    def save(self, path: str | Path, form: Mapping[str, Any]) -> None:
+        """Write JSON that says what the gate is, and the arrays beside it, with the suffix .safetensors."""
+        path = Path(path)
+        numbers = path.with_suffix(".safetensors")
+        _safetensors().save_file(self.arrays(), numbers)
+        form = {**form, "mixlm": __version__, "numbers": numbers.name}
+        path.write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, members: int, inputs: int) -> Gate:
-        """Read what `save` wrote. Raises ConfigError where it cannot be read, or is of other sizes."""
+        """Read arrays that `save` wrote. Raises ConfigError where they cannot be read, or are of other sizes."""
         load_file = _safetensors().load_file
         try:
             arrays = load_file(path)
@@ -103,9 +121,8 @@ class Gate:
         """Return the gate of named arrays. Raises ConfigError where they are not those of such a gate."""
         if missing := [name for name in _SHAPES if name not in arrays]:
             raise ConfigError(f"the gate lacks {', '.join(missing)}")
-        sizes = {"members": members, "inputs": inputs, "width": len(arrays["inner_bias"])}
-        for name, dimensions in _SHAPES.items():
-            shape, array = tuple(sizes[dimension] for dimension in dimensions), arrays[name]
+        for name, shape in cls.shapes(members, inputs, len(arrays["inner_bias"])).items():
+            array = arrays[name]
             if array.shape != shape:
                 raise ConfigError(f"{name} of the gate has the shape {array.shape}, and {shape} is expected")
             if not np.isfinite(array).all():

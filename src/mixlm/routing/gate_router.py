@@ -6,7 +6,6 @@ It is trained by `mixlm.fitting.gates`. A file of it is two: JSON that says what
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from mixlm.routing.gate import Array, Gate
 from mixlm.routing.observation import Observation, ObservedStates, Observes
 from mixlm.types import Floats
 from mixlm.units.base import TextView
-from mixlm.version import __version__
 
 KIND = "gate"
 VERSION = 1  # of the file and of the features; a file of another one is refused
@@ -170,8 +168,6 @@ class GateRouter:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON at a path, and the numbers beside it, with the suffix .safetensors."""
-        path = Path(path)
-        numbers = path.with_suffix(".safetensors")
         observes = self.inputs.observed and {
             "member": self.inputs.observed,
             "top_k": self.inputs.top_k,
@@ -181,14 +177,11 @@ class GateRouter:
         form = {
             "kind": KIND,
             "version": VERSION,
-            "mixlm": __version__,
             "members": list(self.names),
             "features": list(self.inputs.groups),
             "observes": observes,
-            "numbers": numbers.name,
         }
-        self.gate.save(numbers)
-        path.write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
+        self.gate.save(path, form)
 
     @classmethod
     def load(cls, path: str | Path, form: dict[str, Any]) -> GateRouter:

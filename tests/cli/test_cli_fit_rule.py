@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
 from programs import Run
 
 from mixlm.config import read_config
+from mixlm.routing.deferral import DeferralGate
 
 MEMBERS = ("-m", "toy:1", "-m", "toy:2", "--unit", "token")
 
@@ -63,12 +67,22 @@ def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monke
     config = read_config("pair.toml")
     assert config.combination is not None
     assert config.combination.accept == str(Path.cwd() / "keep.json")
+    gate = DeferralGate.load("keep.json")
+    kept = [float(gate(np.array([top, *[(1 - top) / 40] * 40])).max()) for top in (0.05, 0.9)]
+    assert abs(kept[0] - kept[1]) > 0.02
     written = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--seed", "1")
     assert written.code == 0, written.err
     threshold = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--strength", "0.5")
     assert threshold.code == 0, threshold.err
     turned = run("generate", "-m", "toy:2", "-m", "toy:1", "-e", "pair.toml", "--raw", "a")
     assert turned.code == 2
+    again = run("fit", words, "-e", "pair.toml", "--output", "threshold.toml")
+    assert again.code == 2
+    assert "pair.toml has a trained gate" in again.err
+    assert run("fit", words, "-e", "pair.toml", "--rule", "defer", "--output", "threshold.toml").code == 0
+    config = read_config("threshold.toml")
+    assert config.combination is not None
+    assert config.combination.accept is None
     for options, message in (
         (("--router", "keep.json", "--by", "top"), "--by is what mixlm fit --rule finds"),
         (("--router", "keep.json", "--features", "top_k"), "--features is of weights and routers"),
@@ -78,6 +92,29 @@ def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monke
         refused = run(*defer, "--force", *options)
         assert refused.code == 2
         assert message in refused.err
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"rule": "contrastive", "alpha": 0.0, "form": "original"}, {"rule": "defer", "by": "token", "strength": 0.3}],
+    ids=lambda table: table["rule"],
+)
+def test_the_parameters_of_a_file_that_are_not_fitted_are_written(run: Run, words: str, table: dict[str, Any]) -> None:
+    form = {"unit": "token", "combination": table, "members": [{"model": "toy:1"}, {"model": "toy:2"}]}
+    Path("pair.toml").write_text(tomli_w.dumps(form))
+    done = run("fit", words, "-e", "pair.toml", "--output", "fitted.toml", "--json")
+    assert done.code == 0, done.err
+    fitted = read_config("fitted.toml").rule_options()
+    assert fitted == {**table, "strength": json.loads(done.out)["strength"]}
+
+
+def test_what_a_gate_cannot_be_trained_on_is_refused_before_texts_are_scored(
+    run: Run, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixlm.cli.fit_rule.score_texts", None)
+    done = run("fit", words, *MEMBERS[:4], "--unit", "piece", "--rule", "defer", "--router", "keep.json")
+    assert done.code == 2
+    assert "is trained on members with one vocabulary" in done.err
 
 
 @pytest.mark.parametrize(

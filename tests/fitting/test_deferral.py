@@ -42,9 +42,8 @@ def random_gate(width: int = 0, seed: int = 0) -> Gate:
     def array(*shape: int) -> Any:
         return (rng.normal(size=shape) / 2).astype(np.float32)
 
-    shapes = {"linear": (2, FEATURES), "bias": (2,), "inner": (width, FEATURES), "inner_bias": (width,)}
-    centre, scale = np.zeros(FEATURES, dtype=np.float32), np.ones(FEATURES, dtype=np.float32)
-    return Gate(centre, scale, **{name: array(*shape) for name, shape in shapes.items()}, outer=array(2, width))
+    arrays = {name: array(*shape) for name, shape in Gate.shapes(2, FEATURES, width).items()}
+    return replace(Gate(**arrays), centre=np.zeros_like(arrays["centre"]), scale=np.ones_like(arrays["scale"]))
 
 
 def scores(tokens: int = 300, seed: int = 0) -> Scores:
@@ -57,7 +56,7 @@ def scores(tokens: int = 300, seed: int = 0) -> Scores:
     own = logprobs[np.arange(tokens), place] + np.log(0.9)
     table = np.column_stack([own, np.where(sure, np.log(0.3), np.log(0.5))])
     ids = np.tile(np.arange(TOP_K), (tokens, 1))
-    return replace(made(table), observed=ObservedStates("m0", ids, logprobs, None, np.full(tokens, 0.9)))
+    return replace(made(table), observed=ObservedStates("m0", ids, logprobs, None, np.full(tokens, 0.9), place))
 
 
 @pytest.mark.parametrize("width", [0, 3])
@@ -83,6 +82,14 @@ def test_the_gradient_is_that_of_the_loss(width: int) -> None:
             assert found[name][index] == pytest.approx(slope, abs=5e-3)
 
 
+def test_the_place_of_a_token_is_that_of_its_id_among_equally_likely_ones() -> None:
+    even = scores(2)
+    assert even.observed is not None
+    states = replace(even.observed, logprobs=np.full((2, TOP_K), -np.log(TOP_K)), following=np.array([7, TOP_K]))
+    table = np.full((2, 2), -np.log(TOP_K) + np.log(0.9))
+    assert DeferralScores.of(replace(even, observed=states, logprobs=table)).place.tolist() == [7, -1]
+
+
 def test_a_gate_keeps_what_the_first_member_is_sure_of() -> None:
     data = DeferralScores.of(scores(300, 1))
     gate = train_deferral([scores()])
@@ -104,6 +111,7 @@ def test_scores_and_the_rule_agree_and_the_file_keeps_the_gate(tmp_path: Path) -
     expected = rule_logprobs(ensemble, text_passages(ensemble, [text]), [(Defer(accept=gate), ensemble.weights)])
     assert data.deferred(gate).sum() == pytest.approx(float(expected[0]), abs=1e-4)
     assert 0.05 < data.kept(gate).mean() < 0.95
+    assert DeferralGate(random_gate(3, seed=1), ensemble.names).digest != gate.digest == gate.gate.digest
     (tmp_path / "keep.json").write_text('{"kind": "gate"}')
     with pytest.raises(ConfigError, match="is no gate of rule defer: its kind is 'gate'"):
         DeferralGate.load(tmp_path / "keep.json")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scored_texts import made, probabilities, speaking, stepwise, token_scores
 from toys import END, SHARED, WEIGHTS, engine, make_ensemble, toys
 
-from mixlm.engines.toy import LongestMatch, ToyEngine
+from mixlm.engines.toy import LongestMatch, ToyEngine, ToySession
 from mixlm.errors import ConfigError, PromptTooLongError, UnsupportedError
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter, PromptRouter
 from mixlm.routing.features import FEATURES
@@ -295,6 +295,13 @@ def test_a_prompt_or_an_answer_that_is_too_long_is_refused() -> None:
     toy = make_ensemble([engine(BYTES, seed=i, context_length=40) for i in range(2)])
     with pytest.raises(PromptTooLongError):
         score_answers(toy, [("x" * 60, "a")])
+    with pytest.raises(ConfigError, match="context of 40"):
+        score_answers(toy, [("x" * 20, "a" * 30)])
+
+
+def test_what_a_member_cannot_read_is_refused_before_any_member_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = make_ensemble([engine(BYTES, seed=i, context_length=length) for i, length in enumerate((400, 40))])
+    monkeypatch.setattr(ToySession, "forward", None)
     with pytest.raises(ConfigError, match="context of 40"):
         score_answers(toy, [("x" * 20, "a" * 30)])
 

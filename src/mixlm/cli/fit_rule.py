@@ -74,8 +74,14 @@ def fit_rule(
         raise UsageError(f"--{named[0]} is what mixlm fit --rule finds", "omit it")
     if pairs:
         raise UsageError(f"{next(iter(pairs))} has prompts and answers, and --rule is fitted to texts", "give a text")
+    parts = {name: _split(text, holdout) for name, text in texts.items()}
     if trained is not None:
-        return _fit_gate(shared, texts, trained, holdout=holdout, output=output, as_json=as_json)
+        return _fit_gate(shared, parts, trained, output=output, as_json=as_json)
+    if config.combination.accept is not None:
+        raise UsageError(
+            f"{shared.ensemble} has a trained gate, and mixlm fit finds the strength of a threshold",
+            "add --router FILE to train a gate, or --rule defer for a threshold in its place",
+        )
     from mixlm.core.rule_options import build_rule
     from mixlm.fitting.rule_strength import check_fittable, fit_strength
     from mixlm.scoring.rule_scores import text_passages
@@ -83,8 +89,7 @@ def fit_rule(
     parameters = config.rule_options()
     check_fittable(build_rule(parameters.pop("rule"), parameters))
     ensemble = open_ensemble(shared, {})
-    parts = [_split(text, holdout) for text in texts.values()]
-    train, check = (text_passages(ensemble, [part[i] for part in parts if part[i]]) for i in (0, 1))
+    train, check = (text_passages(ensemble, [part[i] for part in parts.values() if part[i]]) for i in (0, 1))
     weights_given = shared.numbers() is not None or config.weights() is not None
     with progress_bars() as progress:
         result = fit_strength(ensemble, train, check, fit_weights=not weights_given, progress=progress)
@@ -101,30 +106,25 @@ def fit_rule(
 
 def _fit_gate(
     shared: Shared,
-    texts: Mapping[str, str],
+    parts: Mapping[str, tuple[str, str]],
     trained: GateToTrain,
     *,
-    holdout: float,
     output: Path | None,
     as_json: bool,
 ) -> int:
-    """Train a gate of rule defer on texts, of which the last part is held out."""
-    from mixlm.fitting.deferral import DeferralScores, compare, train_deferral
+    """Train a gate of rule defer on the first part of each text; the second is held out."""
+    from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral
     from mixlm.fitting.gates import untrained
     from mixlm.routing.gate_router import GateInputs
     from mixlm.routing.observation import TOP_K
     from mixlm.scoring.scores import concatenate
 
     config = shared.config()
-    if len(config.members) != 2:
-        raise ConfigError(
-            f"a gate of rule defer is for two members, and there are {len(config.members)} of them",
-            "name the one that is kept, and the one that is asked",
-        )
+    check_members(len(config.members))
     ensemble = open_ensemble(shared, {})
+    check_members(len(ensemble.members), one_vocabulary=ensemble.unit.traits.shared_vocabulary)
     observed = ensemble.names[0]
     watching = ensemble.with_router(untrained(ensemble.names, GateInputs(("top_k",), observed, TOP_K)))
-    parts = {name: _split(text, holdout) for name, text in texts.items()}
     train, check = (
         list(
             score_texts(

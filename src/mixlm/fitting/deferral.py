@@ -22,9 +22,22 @@ from mixlm.scoring.scores import Scores, concatenate, split_holdout
 from mixlm.types import Floats, Ids
 
 _VALIDATION = 0.25  # of each text
-_SAME = 1e-3  # between two log-probabilities of one token, in nats
 _STRENGTHS = tuple(np.linspace(0.05, 1.0, 20).round(2).tolist())  # of the largest probability
 _START = np.array([0.5, 0.5])
+
+
+def check_members(count: int, *, one_vocabulary: bool = True) -> None:
+    """Raise ConfigError or UnsupportedError for members that no gate of rule defer can be trained for."""
+    if count != 2:
+        raise ConfigError(
+            f"a gate of rule defer is for two members, and there are {count} of them",
+            "name the one that is kept, and the one that is asked",
+        )
+    if not one_vocabulary:
+        raise UnsupportedError(
+            "a gate of rule defer is trained on members with one vocabulary, and these meet at few of their tokens",
+            "fit its strength, without --router",
+        )
 
 
 @dataclass(frozen=True)
@@ -51,19 +64,12 @@ class DeferralScores:
             ConfigError: There are not two members, or nothing was observed of the first.
             UnsupportedError: Segments are not tokens of both.
         """
+        check_members(len(scores.names), one_vocabulary=scores.unit == "token")
         observed = scores.observed
-        if len(scores.names) != 2:
-            raise ConfigError(f"a gate of rule defer is for two members, and there are {len(scores.names)} of them")
-        if scores.unit != "token":
-            raise UnsupportedError(
-                "a gate of rule defer is trained on members with one vocabulary, and these meet at few of their tokens",
-                "fit its strength, without --router",
-            )
-        if observed is None or observed.name != scores.names[0] or observed.mass is None:
+        if observed is None or observed.name != scores.names[0] or observed.mass is None or observed.following is None:
             raise ConfigError(f"these scores hold no likely tokens of {scores.names[0]}", "score the text anew")
         likely = observed.logprobs[:, :TOP_K] + np.log(observed.mass)[:, None]
-        own = scores.logprobs[:, 0]
-        same = np.abs(likely - own[:, None]) < _SAME
+        same = observed.ids[:, :TOP_K] == observed.following[:, None]
         place = np.where(same.any(axis=1), same.argmax(axis=1), -1)
         return cls(likely, place, scores.logprobs, scores.size)
 

@@ -20,6 +20,7 @@ from mixlm.errors import ConfigError
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
 
 TOP_K = 20
+_BY_STATE = ("ids", "logprobs", "hidden", "mass", "following")  # the arrays of `ObservedStates`
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class ObservedStates:
         logprobs: float64 (states, top_k).
         hidden: float16 (states, width), or None.
         mass: Their probability together, float64 (states,), where that was kept; routers do not see it.
+        following: The member's token behind each state, int64 (states,), where that is known; -1 for an end.
     """
 
     name: str
@@ -83,6 +85,7 @@ class ObservedStates:
     logprobs: Floats
     hidden: HiddenStates | None = None
     mass: Floats | None = None
+    following: Ids | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,22 +96,17 @@ class ObservedStates:
 
     def select(self, states: npt.NDArray[Any]) -> ObservedStates:
         """Return the observations at some states, by mask or by index."""
-        hidden = None if self.hidden is None else self.hidden[states]
-        mass = None if self.mass is None else self.mass[states]
-        return ObservedStates(self.name, self.ids[states], self.logprobs[states], hidden, mass)
+        arrays = {name: getattr(self, name) for name in _BY_STATE}
+        return replace(self, **{name: array[states] for name, array in arrays.items() if array is not None})
 
     @classmethod
     def concatenate(cls, parts: Sequence[ObservedStates]) -> ObservedStates:
         """Return several texts' observations of one member as one."""
-        hidden = [part.hidden for part in parts if part.hidden is not None]
-        mass = [part.mass for part in parts if part.mass is not None]
-        return cls(
-            parts[0].name,
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.logprobs for part in parts]),
-            np.concatenate(hidden) if len(hidden) == len(parts) else None,
-            np.concatenate(mass) if len(mass) == len(parts) else None,
-        )
+        joined: dict[str, Any] = {}
+        for name in _BY_STATE:
+            arrays = [getattr(part, name) for part in parts]
+            joined[name] = None if any(array is None for array in arrays) else np.concatenate(arrays)
+        return cls(parts[0].name, **joined)
 
     def save(self, path: str | Path) -> None:
         """Write the observations as an npz file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ def observed_states(
             f"{engine.backend} gives no hidden states of {name}",
             "use --engine hf (engine='hf'), or features of the text and of likely tokens",
         )
-    path = None
+    path, states = None, None
     if model is not None:
         about = [
             __version__,
@@ -66,18 +67,21 @@ def observed_states(
             for part in (ids.tobytes(), len(bounds).to_bytes(8, "little"), b"ends" if passage.scores_end else b""):
                 digest.update(len(part).to_bytes(8, "little") + part)
         path = cache.folder() / f"{digest.hexdigest()}.npz"
-        if (cached := cache.get(path, ObservedStates.load)) is not None:
-            return cached
-    parts = []
-    for passage, (ids, bounds) in passages:
-        length, session = len(ids) - len(bounds), engine.session()
-        parts.append(passage_states(session, observes, ids, length, name, end=passage.scores_end))
-        if progress is not None:
-            progress(f"observing {name}", len(parts), len(passages))
-    states = ObservedStates.concatenate(parts)
-    if path is not None:
-        cache.put(states, path)
-    return states
+        states = cache.get(path, ObservedStates.load)
+    if states is None:
+        parts = []
+        for passage, (ids, bounds) in passages:
+            length, session = len(ids) - len(bounds), engine.session()
+            parts.append(passage_states(session, observes, ids, length, name, end=passage.scores_end))
+            if progress is not None:
+                progress(f"observing {name}", len(parts), len(passages))
+        states = ObservedStates.concatenate(parts)
+        if path is not None:
+            cache.put(states, path)
+    following = [
+        np.append(ids[len(ids) - len(bounds) :], [-1] * passage.scores_end) for passage, (ids, bounds) in passages
+    ]
+    return replace(states, following=np.concatenate(following).astype(np.int64))
 
 
 def passage_states(

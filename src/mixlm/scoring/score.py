@@ -34,7 +34,7 @@ from mixlm.models import resolve
 from mixlm.routing.observation import observed_by
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
-from mixlm.scoring.observed import observed_states
+from mixlm.scoring.observed import EncodedPassage, observed_states
 from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
@@ -167,19 +167,23 @@ def score_passages(
             for member, model in zip(ensemble.members, models, strict=True)
         ]
         return marginal_scores(ensemble.unit, members, ensemble.weights, passages, progress)
+    # A text that some member cannot read is refused before any member runs.
+    encoded = [
+        [_encode(member.engine, passage, i) for passage in passages] for i, member in enumerate(ensemble.members)
+    ]
     known: dict[tuple[int, bytes], Scores] = {}
     parts: list[Scores] = []
     for i, member in enumerate(ensemble.members):
         # Members that share a model score alike, unless their templates differ.
         key = (id(member.engine), b"".join(passage.prefixes[i].tobytes() for passage in passages))
         if key not in known:
-            known[key] = _member_scores(member, passages, i, progress, identities[i] if identities else None)
+            known[key] = _member_scores(member, passages, encoded[i], progress, identities[i] if identities else None)
         parts.append(known[key])
     if observes is not None:
         member = ensemble.members[observes.member]
-        encoded = [(passage, _encode(member.engine, passage, observes.member)) for passage in passages]
+        pairs = list(zip(passages, encoded[observes.member], strict=True))
         model = identities[observes.member] if identities else None
-        states = observed_states(member.engine, observes, encoded, name=member.name, model=model, progress=progress)
+        states = observed_states(member.engine, observes, pairs, name=member.name, model=model, progress=progress)
         parts[observes.member] = replace(parts[observes.member], observed=states)
     scores = join_members(ensemble.names, parts, shared_vocabulary=traits.shared_vocabulary)
     return replace(scores, seconds=sum(part.seconds for part in known.values()))
@@ -224,11 +228,14 @@ def join_members(names: Sequence[str], parts: Sequence[Scores], *, shared_vocabu
 
 
 def _member_scores(
-    member: MemberSpec, passages: Sequence[Passage], index: int, progress: Progress | None, model: str | None
+    member: MemberSpec,
+    passages: Sequence[Passage],
+    encoded: Sequence[EncodedPassage],
+    progress: Progress | None,
+    model: str | None,
 ) -> Scores:
     """Return one member's scores of its own tokens, from the cache where they are known."""
     engine = member.engine
-    encoded = [_encode(engine, passage, index) for passage in passages]
     path = _cache_path(engine, model, encoded, passages) if model is not None else None
     if path is not None and (cached := cache.get(path, Scores.load)) is not None:
         if progress is not None:
@@ -279,7 +286,7 @@ def _end_logprob(engine: Engine, session: Session, ids: Ids) -> float:
     return float(np.logaddexp.reduce(values[ends]) - np.logaddexp.reduce(values))
 
 
-def _encode(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+def _encode(engine: Engine, passage: Passage, member: int) -> EncodedPassage:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
     text_ids, bounds = encode_exactly(engine.encoder, engine.vocabulary, passage.data, engine.name)
     ids: Ids = np.array([*passage.prefixes[member], *text_ids], dtype=np.int64)
@@ -294,7 +301,7 @@ def _encode(engine: Engine, passage: Passage, member: int) -> tuple[Ids, npt.NDA
 def _cache_path(
     engine: Engine,
     model: str,
-    encoded: Sequence[tuple[Ids, npt.NDArray[np.int64]]],
+    encoded: Sequence[EncodedPassage],
     passages: Sequence[Passage],
 ) -> Path:
     """Return a cache file for a member's scores of these passages: a hash of the model, the text and its split."""

@@ -92,6 +92,11 @@ def test_every_method_writes_as_many_tokens_and_the_same_ones_by_the_same_noise(
     assert len(set(prompts.values())) == 1  # equal texts have equal lengths
 
 
+def test_a_rule_is_measured_beside_members_alone(pair: Ensemble) -> None:
+    report = bench(pair, tokens=4, repeats=1, options={"rule": "max", "top_k": 3})
+    assert [run.method for run in report.runs] == ["single", "single", "conventional", "layered"]
+
+
 def test_the_drafts_of_the_report_are_those_of_the_strategies() -> None:
     for sizes, expected in (((1000, 10), "toy-2"), ((10, 1000), "toy-1"), ((10, 11), "lookup"), ((0, 0), "toy-1")):
         engines = [ToyEngine(seed=i) for i in (1, 2)]

@@ -59,6 +59,21 @@ def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Pa
     assert output.read_bytes() == before
 
 
+def test_a_rule_is_part_of_what_a_file_was_written_with(run: Run, prompts: Path, tmp_path: Path) -> None:
+    command = arguments(prompts, tmp_path / "out.jsonl")
+    assert run(*command, "--rule", "power", "--strength", "3").code == 0
+    record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert record["run"]["rule"] == {"name": "power", "strength": 3.0}
+    for other in ((), ("--rule", "power"), ("--rule", "max")):
+        assert "is of another request, or was made with other settings" in run(*command, *other).error
+    file = tmp_path / "pair.toml"
+    command = ["generate", "-e", str(file), *command[command.index("--input") :]]
+    command[command.index(str(tmp_path / "out.jsonl"))] = str(tmp_path / "file.jsonl")
+    for top_k, code in ((3, 0), (3, 0), (4, 2)):
+        file.write_text(f'[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n[sampling]\ntop_k = {top_k}\n')
+        assert run(*command).code == code
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_continued_with_nothing_lost_or_done_twice(run: Run, prompts: Path, tmp_path: Path) -> None:
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"

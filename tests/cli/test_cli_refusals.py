@@ -32,6 +32,7 @@ from programs import MAIN, TOYS, Run, process
         ((*TOYS, "--temperature", "nan"), ("temperature is nan",)),
         ((*TOYS, "--temperature", "0"), ("temperature is 0", "use --method greedy")),
         ((*TOYS, "--mix-then-truncate", "--method", "mixture"), ("mean-then-truncate", "--method layered")),
+        ((*TOYS, "--mix-then-truncate", "--rule", "max"), ("--rule max and --mix-then-truncate are both given",)),
         ((*TOYS, "--rule", "gacs"), ("rule is 'gacs'", "gac")),
         ((*TOYS, "--rule", "max", "--strength", "2"), ("strength is given, and rule max has no such parameter",)),
         ((*TOYS, "--rule", "contrastive", "--alpha", "2"), ("alpha is 2.0; for rule contrastive it must be",)),

@@ -50,6 +50,15 @@ def test_json_says_what_scoring_finds(run: Run, text: Path) -> None:
         assert sum(segment["responsibilities"].values()) == pytest.approx(1)
 
 
+def test_a_rule_that_cannot_be_scored_is_refused_before_the_text_is(
+    run: Run, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixlm.cli.score.score_texts", None)
+    done = run("score", str(text), *TOYS, "--unit", "piece", "--rule", "gac")
+    assert done.code == 2
+    assert "rule gac combines tokens as they are spelled" in done.err
+
+
 def test_a_byte_order_mark_is_no_text(run: Run, text: Path) -> None:
     plain = run("score", str(text), *TOYS, "--json").out
     text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import signature
 from typing import get_type_hints
 
@@ -7,10 +8,23 @@ import pytest
 
 from mixlm.cli.options import generation_option, with_shared
 from mixlm.config import SamplingConfig
+from mixlm.core.combinations import combination
+from mixlm.core.combinations.defer import Defer
 from mixlm.core.options import OPTIONS, SAMPLING_OPTIONS, GenerationOptions, Options
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.server.request_schemas import CommonFields, Extras
 from mixlm.types import Sampling
+
+
+@dataclass
+class Keeper:
+    """What `defer` keeps, as a trained gate is."""
+
+    digest: str
+
+    def __call__(self, distribution):
+        return distribution
 
 
 def generation_options(**options) -> GenerationOptions:
@@ -99,6 +113,15 @@ def test_another_rule_begins_with_its_own_parameters():
 def test_what_is_no_rule_is_refused(options, message):
     with pytest.raises((ConfigError, UnsupportedError), match=message):
         generation_options(method="layered", **options)
+
+
+def test_a_rule_is_described_by_its_name_and_what_differs_from_its_defaults():
+    assert rule_as_dict("power", {"strength": 3.0}) == {"name": "power", "strength": 3.0}
+    assert rule_as_dict(combination("contrastive", alpha=0.0)) == {"name": "contrastive", "alpha": 0.0}
+    assert rule_as_dict(combination("contrastive")) == {"name": "contrastive"}
+    assert rule_as_dict(min) == {"name": "min"}
+    for digest in "ab":
+        assert rule_as_dict(Defer(accept=Keeper(digest))) == {"name": "defer", "accept": f"Keeper {digest}"}
 
 
 def test_options_of_a_call_override_those_of_a_member():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mixlm.routing.deferral import FEATURES, DeferralGate
+from mixlm.routing.gate import Gate
+
 TOYS = ("-m", "toy:1", "-m", "toy:2")
 
 
@@ -38,6 +41,26 @@ def test_one_method_and_greedy(run, task) -> None:
     report = run("eval", *TOYS, "--tasks", task("generate"), "--method", "greedy", "--temperature", "0", "--limit", "2")
     assert report[0] == 0
     assert "greedy" in report[1]
+
+
+def test_a_rule_is_compared_with_members_alone(run, task, tmp_path: Path) -> None:
+    DeferralGate(Gate.untrained(2, FEATURES), ["toy:1", "toy:2"]).save(tmp_path / "keep.json")
+    table = 'rule = "defer"\naccept = "keep.json"\n'
+    members = '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n'
+    (tmp_path / "pair.toml").write_text(f"[combination]\n{table}{members}")
+    for ensemble, rule in (
+        (("-e", str(tmp_path / "pair.toml")), "defer"),
+        ((*TOYS, "--mix-then-truncate"), "mean-then-truncate"),
+    ):
+        plan = ("--tasks", task("generate"), "--limit", "1", "--seeds", "1", "--json")
+        code, out, err = run("eval", *ensemble, *plan, "--out", str(tmp_path / rule))
+        assert code == 0, err
+        report = json.loads(out)
+        assert [score["method"] for score in report["scores"]] == [
+            "layered", "conventional", "single:toy:1", "single:toy:2",
+        ]  # fmt: skip
+        described = report["settings"]["defaults"]["rule"]
+        assert (described["name"] if isinstance(described, dict) else described) == rule
 
 
 def test_refusals_are_one_sentence_and_a_hint(run, task) -> None:

@@ -127,9 +127,8 @@ def test_contexts_in_common_are_run_once() -> None:
     lm = EnsembleLM(ensemble)
     context = "the river turns " * 20
     lm.loglikelihood([Request((context, " stone")), Request(("another", " bird")), Request((context, " light"))])
-    assert lm._likelihood is not None
     ran: list[int] = []
-    for session in lm._likelihood._sessions.values():
+    for session in lm.scorer._sessions.values():
         plain = session.forward
         session.forward = lambda ids, last, plain=plain: (ran.append(len(ids)), plain(ids, last))[1]
     lm.loglikelihood([Request((context, " cloud")), Request(("zzz", " bird")), Request((context, " one"))])

@@ -14,7 +14,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.evaluation.lm import EnsembleLM
-from mixlm.scoring.rule_scores import rule_logprob, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, rule_logprob, text_passages
 
 
 @dataclass
@@ -82,6 +82,13 @@ def test_texts_are_scored_as_score_does_and_one_member_alone_without_the_rule() 
     )
     assert actual == expected
     assert actual != EnsembleLM(plain).loglikelihood([request])[0]
+
+
+def test_texts_are_scored_by_one_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, begin = [], RuleScorer.__init__
+    monkeypatch.setattr(RuleScorer, "__init__", lambda *arguments: built.append(begin(*arguments)))
+    EnsembleLM(with_rule("power")).loglikelihood_rolling([Asked(("the bird",)), Asked(("the river",))])
+    assert len(built) == 1
 
 
 def test_what_has_no_log_probability_is_refused() -> None:

@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 from small_tasks import QUESTIONS, toys
 
+from mixlm.core.combinations import COMBINATIONS, Combination, combination
+from mixlm.core.combinations.defer import Defer
+from mixlm.core.combinations.geometric import Geometric
+from mixlm.core.options import GenerationOptions
+from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.evaluation import evaluate
+from mixlm.evaluation.run import describe
 from mixlm.evaluation.run_folder import response_log
 from mixlm.resumable_log import ResumableLog
 from mixlm.routing import PromptRouter
+from mixlm.types import Tool
 
 METHODS = ("mixture", "conventional", "single")
 
@@ -192,7 +199,46 @@ def test_what_does_not_fit_is_said_before_anything_runs(task) -> None:
     with pytest.raises(UnsupportedError, match="temperature is 0"):
         evaluate(toys(), [name], options={"temperature": 0.0})
     with pytest.raises(UnsupportedError, match="the rule is mean-then-truncate"):
-        evaluate(toys(), [name], options={"mix_then_truncate": True})
+        evaluate(toys(), [name], methods=["mixture"], options={"mix_then_truncate": True})
+    begun: list[object] = []
+    plan = {"methods": ["layered"], "options": {"rule": "gac"}, "progress": lambda *event: begun.append(event)}
+    with pytest.raises(UnsupportedError, match="rule gac combines tokens as they are spelled"):
+        evaluate(toys(piece=True), [name, task("choice")], **plan)
+    greedy = Path(task("greedy"))
+    greedy.write_text(greedy.read_text().replace("max_gen_toks", "beams: 3, max_gen_toks"))
+    with pytest.raises(ConfigError, match="the task has the generation option 'beams'"):
+        evaluate(toys(), [name, str(greedy)], **plan)
+    assert begun == []
+
+
+@pytest.mark.parametrize("options", [{"rule": "max"}, {"mix_then_truncate": True, "top_k": 3}])
+def test_a_rule_of_the_options_has_its_default_methods_and_members_alone_have_none(task, options) -> None:
+    plan = {"seeds": [0], "limit": 1}
+    results = evaluate(toys(), [task("generate")], options=options, **plan)
+    assert results.methods == ("layered", "conventional", "single:toy0", "single:toy1")
+    rest = {name: value for name, value in options.items() if name == "top_k"}
+    plain = evaluate(toys(), [task("generate")], methods=["single"], options=rest, **plan)
+    assert results.score("generate", "single:toy0").values == plain.score("generate", "single:toy0").values
+    ruled = toys(defaults=GenerationOptions(method="layered", rule="max"))
+    average = evaluate(ruled, [task("generate")], options={"rule": "average"}, **plan)
+    assert average.methods[0] == "mixture"
+
+
+def mean_of(probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return weights @ probs
+
+
+OWN = (Geometric(2.0), mean_of, Combination.of(mean_of, name="mine"), Defer(accept=max))
+
+
+@pytest.mark.parametrize("rule", [*map(combination, COMBINATIONS), *OWN], ids=rule_name)
+def test_every_rule_is_described_in_settings(rule) -> None:
+    ensemble = toys(defaults=GenerationOptions(method="layered", rule=rule, tools=(Tool("f"),)))
+    settings = describe(ensemble, {"rule": rule, "tools": [Tool("f")], "stop": {"a"}, "top_k": np.int64(3)}, None)
+    assert settings == json.loads(json.dumps(settings))
+    assert settings["options"]["rule"]["name"] == rule_name(rule)
+    assert settings["defaults"]["rule"] == settings["options"]["rule"]
+    assert settings["options"]["top_k"] == 3
 
 
 @pytest.mark.models

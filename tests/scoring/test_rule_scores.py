@@ -12,7 +12,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.routing import FunctionRouter
-from mixlm.scoring.rule_scores import rule_logprob, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, rule_logprob, text_passages
 
 PLAIN = OPTIONS["plain"]
 
@@ -65,6 +65,15 @@ def test_in_token_it_is_the_sum_over_the_tokens_and_the_end_counts():
         total += float(np.log(following.probs[following.symbols == symbol][0]))
         text += "" if symbol == ensemble.unit.end else ensemble.unit.symbol_bytes(symbol).decode()
     assert np.isclose(rule_logprob(ensemble, [passage]), total, atol=1e-5)
+
+
+def test_nothing_is_read_behind_a_token_without_probability(monkeypatch):
+    ensemble = with_rule(toys("token", 2).with_weights([1, 1]), "contrastive", alpha=1.0)
+    passages = text_passages(ensemble, ["ab c ab c"]) * 3
+    scored, score = [], RuleScorer.score
+    monkeypatch.setattr(RuleScorer, "score", lambda self, passage: scored.append(1) or score(self, passage))
+    assert rule_logprob(ensemble, passages) == -np.inf
+    assert len(scored) == 1
 
 
 def test_what_has_no_probability_of_bytes_is_refused():

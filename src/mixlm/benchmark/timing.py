@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
 from mixlm.config import METHODS, Method
-from mixlm.core.options import GenerationOptions
+from mixlm.core.options import GenerationOptions, without_rule
 from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import LookupDraft, default_draft
 from mixlm.engines.base import Session
@@ -134,8 +134,13 @@ def single_member(ensemble: Ensemble, member: int) -> Ensemble:
 
 
 def method_settings(ensemble: Ensemble, kind: str, options: Mapping[str, Any]) -> GenerationOptions:
-    """Return the settings of a kind; a draft applies to those that draft. End-of-text is masked."""
+    """Return the settings of a kind; a draft applies to those that draft, a rule to several members.
+
+    End-of-text is masked.
+    """
     applicable = {name: value for name, value in options.items() if name != "draft" or kind in _DRAFTING}
+    if kind == "single":
+        applicable = without_rule(applicable)
     method: Method = next((method for method in METHODS if method == kind), "greedy")
     if kind == "drafted" and applicable.get("draft") is None:
         applicable["draft"] = default_draft_name(ensemble)

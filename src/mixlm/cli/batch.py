@@ -1,8 +1,9 @@
 """`mixlm generate --input … --output …`: completions of a file of prompts, written as they finish, and resumable.
 
 Each line of the output is one completion: the keys of its input line but for the prompt, such as an id; the key of its
-request (prompt, options, members, engines); and under "run", what made it. A second run skips the requests that are
-done, and refuses a file that was written with other settings. On standard output there is nothing to continue.
+request (prompt, options, members, rule, router, engines); and under "run", what made it. A second run skips the
+requests that are done, and refuses a file that was written with other settings. On standard output there is nothing to
+continue.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
 from mixlm.core.options import OPTIONS
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UsageError, did_you_mean
 from mixlm.resumable_log import ResumableLog, exclusive
 from mixlm.terminal import progress_bars
@@ -62,8 +64,18 @@ class PromptFile:
 
     def run(self, ensemble: Ensemble, records: Sequence[PromptRecord], options: Options) -> int:
         """Generate the missing completions. Returns the exit code: 1 if a prompt failed."""
+        from mixlm.routing.base import describe_router
+        from mixlm.routing.fixed import FixedRouter
+
         settings = ensemble.settings(**options)
         fixed = {name: value for name, value in options.items() if name != "seed"}
+        of_ensemble: dict[str, Any] = {}
+        if settings.rule is not None:
+            of_ensemble["rule"] = rule_as_dict(settings.rule, settings.rule_parameters)
+        if any(sampling := [dict(member.sampling) for member in ensemble.members]):
+            of_ensemble["sampling"] = sampling
+        if not isinstance(ensemble.router, FixedRouter):
+            of_ensemble["router"] = describe_router(ensemble.router)
         request = {
             "options": fixed,
             "method": settings.method,
@@ -71,6 +83,7 @@ class PromptFile:
             "system": settings.system,
             "members": ensemble.names,
             "weights": ensemble.weights.tolist(),
+            **of_ensemble,
             "engines": [[member.engine.backend, member.engine.details.get("dtype")] for member in ensemble.members],
         }
         run = {
@@ -79,6 +92,7 @@ class PromptFile:
             "weights": dict(zip(ensemble.names, ensemble.weights.tolist(), strict=True)),
             "method": settings.method,
             "unit": ensemble.unit.name,
+            **of_ensemble,
             "options": fixed,
         }
         keys = [_key({**request, "prompt": _plain(record.prompt), "number": i}) for i, record in enumerate(records)]

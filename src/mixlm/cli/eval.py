@@ -90,13 +90,15 @@ def evaluate(
         raise ConfigError(f"--batch is {batch}; it must be 1 or more")
     if methods is not None and shared.method is not None:
         raise UsageError("--method and --methods are both given", "omit --method")
-    rule = shared.config().rule_options().get("rule")
-    default = f"{'mixture' if rule in (None, 'average') else 'layered'},conventional,single"
-    names = _names("--methods", methods) if methods is not None else (shared.method or default).split(",")
+    named = methods if methods is not None else shared.method
     options: dict[str, Any] = {**shared.options()}
     first = options.pop("seed", 0)
     from mixlm.evaluation import evaluate as run
     from mixlm.evaluation.catalog import load_tasks
+    from mixlm.evaluation.run import default_methods
+
+    rule = shared.config().rule_options().get("rule")
+    names = _names("--methods", named) if named is not None else default_methods(rule)
 
     # Tasks are loaded before models, so that their errors are reported at once.
     loaded = load_tasks(_names("--tasks", tasks or ""), data=data)

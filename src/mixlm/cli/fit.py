@@ -170,7 +170,7 @@ def fit(
     chosen.refuse_price()
     pairs = prompts_and_answers(texts, ends=ends, system=shared.system if accuracy is None else None)
     task = accuracy_options.load(shared)
-    ensemble = open_ensemble(shared, {})
+    ensemble = open_ensemble(shared, {} if task is None else task.options or {})
     from mixlm.fitting.study import FitPlan, study
 
     inputs = chosen.inputs(ensemble)

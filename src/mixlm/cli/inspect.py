@@ -11,8 +11,9 @@ from typer import Argument, Option
 from mixlm.cli.display import dim, member_colours, print_json
 from mixlm.cli.inputs import read_texts, refuse_generation_options
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import RULE_OPTIONS, Shared, with_shared
+from mixlm.cli.options import Shared, option_flag, with_shared
 from mixlm.cli.tables import print_lines, print_table
+from mixlm.core.options import RULE_OPTIONS
 from mixlm.errors import UsageError
 from mixlm.terminal import progress_bars, styled, visible
 
@@ -64,7 +65,9 @@ def inspect(
             raise UsageError("--gain is a report of its own, by scores of a text", "omit --text and --no-measure")
         refuse_generation_options(shared, "inspect --gain")
         if rule := next((name for name in RULE_OPTIONS if name in shared.generation), None):
-            raise UsageError(f"--gain is of the average, and does not use --{rule}", "omit it, or see mixlm fit --rule")
+            raise UsageError(
+                f"--gain is of the average, and does not use {option_flag(rule)}", "omit it, or see mixlm fit --rule"
+            )
         from mixlm.cli.gain import report_gain
 
         return report_gain(shared, gain, as_json=as_json)

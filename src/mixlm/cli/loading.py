@@ -74,7 +74,7 @@ def open_ensemble(
             )
         except UnsupportedError as error:
             raise UnsupportedError(_with_flags(error.message, shared), error.hint) from error
-    if options.get("mix_then_truncate"):
+    if "mix_then_truncate" in shared.generation:
         dim("note: --mix-then-truncate is now --rule mean-then-truncate")
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):
         dim(f"note: {note}")

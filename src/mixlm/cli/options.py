@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_origin, get_type_hin
 from typer import Option
 
 from mixlm.choices import DTYPES, GRAPHS, QUANTIZATIONS, UNITS
-from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
+from mixlm.core.options import OPTIONS, RULE_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.errors import ConfigError, ModelNotFoundError, UsageError
 from mixlm.option_spec import OptionSpec
 from mixlm.types import Sampling
@@ -149,12 +149,10 @@ class Shared:
         """
         from mixlm.config import EnsembleConfig, MemberConfig, read_config
 
-        changes: dict[str, Any] = {name: self.generation[name] for name in _OF_ENSEMBLE if name in self.generation}
+        changes: dict[str, Any] = {} if self.method is None else {"method": self.method}
         if self.unit is not None:
             changes["unit"] = self.unit
-        rule = {name: changes.pop(name) for name in RULE_OPTIONS if name in changes}
-        if self.generation.get("mix_then_truncate"):
-            rule.setdefault("rule", "mean-then-truncate")
+        rule = _given_rule(self.generation)
         choices = {"unit": UNITS, "dtype": DTYPES, "graphs": GRAPHS, "quantization": QUANTIZATIONS}
         values = {**changes, "dtype": self.dtype, "graphs": self.graphs, "quantization": self.quantization}
         for name, value in values.items():
@@ -229,6 +227,15 @@ def _pairs(flag: str, text: str | None) -> str | dict[str, str] | None:
         example = "model.embed_tokens=cpu,=cuda:0" if flag == "--device-map" else "cuda:0=20GiB,cpu=60GiB"
         raise ConfigError(f"{flag} is {text!r}; it must be KEY=VALUE,KEY=VALUE", f"such as: {flag} {example}")
     return {key: value for key, _, value in pairs}
+
+
+def _given_rule(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rule and its parameters, where they are set. Raises UsageError for two rules."""
+    rule = {name: generation[name] for name in RULE_OPTIONS if name in generation}
+    name = "mean-then-truncate"
+    if rule.pop("mix_then_truncate", False) and rule.setdefault("rule", name) != name:
+        raise UsageError(f"--rule {rule['rule']} and --mix-then-truncate are both given", "omit one")
+    return rule
 
 
 def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str | None) -> dict[str, Any]:
@@ -355,7 +362,6 @@ _SHARED_OPTIONS = [
     *sorted(SAMPLING_OPTIONS, key=lambda name: name.endswith("penalty")),
     *(name for name, spec in OPTIONS.items() if spec.panel and name != "method" and name not in SAMPLING_OPTIONS),
 ]
-RULE_OPTIONS = ("rule", *RULE_PARAMETERS)
 _OF_ENSEMBLE = ("method", *RULE_OPTIONS)
 # Options of `generate` and the like, without an effect on commands that only score.
 NOT_FOR_SCORING = tuple(name for name in _SHARED_OPTIONS if name != "system")

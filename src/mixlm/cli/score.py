@@ -20,16 +20,18 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import NOT_FOR_SCORING, RULE_OPTIONS, Shared, with_shared
+from mixlm.cli.options import NOT_FOR_SCORING, Shared, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
 from mixlm.cli.tables import print_lines, print_table
+from mixlm.core.options import RULE_OPTIONS
 from mixlm.errors import UsageError
 from mixlm.option_spec import OptionSpec
 
 if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
     from mixlm.scoring.passages import Before
+    from mixlm.scoring.rule_scores import RuleScorer
     from mixlm.scoring.scores import Scores
     from mixlm.types import Floats
 
@@ -98,6 +100,7 @@ def score(
     ensemble = open_ensemble(shared, {})
     from mixlm.scoring.scores import concatenate, router_weights
 
+    rule = _rule_scorer(ensemble)
     models = model_identities(shared.config(), not no_cache)
     arguments: dict[str, Any] = {"ends": ends, "system": shared.system, "before": before or "begin"}
     scores = list(score_texts(ensemble, texts, pairs, models, **arguments).values())
@@ -109,8 +112,8 @@ def score(
     counts = _Counts.of(ensemble, whole, scored)
     report = _report(whole, np.concatenate(weights), counts)
     report["engines"] = engines_by_member(ensemble)
-    if ensemble.defaults.rule is not None:
-        report["rule"] = _rule_report(ensemble, bare, pairs, arguments)
+    if rule is not None:
+        report["rule"] = _rule_report(ensemble, rule, bare, pairs, arguments)
     report["before"] = _before(ensemble, cast("Before", before or "begin")) if bare else {}
     if html is not None:
         title = ", ".join(Path(name).name for name in texts)
@@ -128,10 +131,7 @@ def score(
         show_segments(report)
     _show(whole, np.concatenate(weights), counts)
     if "rule" in report:
-        rule, bits = report["rule"], report["rule"]["bits_per_byte"]
-        result = "it gives some token no probability" if bits is None else f"{bits:.4f} bits per byte"
-        logprob = "" if bits is None else f", log-probability {rule['logprob']:.1f}"
-        print_lines(f"Under rule {rule['name']}: {result}{logprob}.")
+        _show_rule(report["rule"])
     if bare:
         tokens_before = ", ".join(f"{token} for {name}" for name, token in report["before"].items())
         print_lines(f"In front of the text, and of every further passage of it, stands {tokens_before}.")
@@ -140,15 +140,25 @@ def score(
     return 0
 
 
+def _rule_scorer(ensemble: Ensemble) -> RuleScorer | None:
+    """Return what scores under the rule of the ensemble, None for the average. Raises what `RuleScorer` does."""
+    if ensemble.defaults.rule is None:
+        return None
+    from mixlm.scoring.rule_scores import rule_scorer
+
+    return rule_scorer(ensemble)
+
+
 def _rule_report(
     ensemble: Ensemble,
+    scorer: RuleScorer,
     texts: list[str],
     pairs: Mapping[str, Sequence[tuple[str, str]]],
     arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the log-probability of all texts and answers under the rule of the ensemble."""
-    from mixlm.core.rule_options import rule_name
-    from mixlm.scoring.rule_scores import answer_passages, rule_logprob, text_passages
+    from mixlm.core.rule_options import rule_as_dict
+    from mixlm.scoring.rule_scores import answer_passages, text_passages
 
     answers = [pair for file_pairs in pairs.values() for pair in file_pairs]
     ends = arguments["ends"]
@@ -157,13 +167,12 @@ def _rule_report(
     settings = ensemble.settings(**({"system": arguments["system"]} if arguments["system"] is not None else {}))
     passages = text_passages(ensemble, texts, arguments["before"])
     passages += answer_passages(ensemble, answers, settings, ends=ends)
-    logprob = rule_logprob(ensemble, passages)
+    logprob = float(scorer.logprobs(passages)[0])
     size = sum(len(passage.data) for passage in passages)
-    name = rule_name(ensemble.defaults.rule or "average")
     figures: dict[str, float | None] = {"bits_per_byte": -logprob / math.log(2) / size, "logprob": logprob}
     if logprob == -math.inf:
         figures = dict.fromkeys(figures)
-    return {"name": name, **ensemble.defaults.rule_parameters, **figures}
+    return {**rule_as_dict(ensemble.defaults.rule or "average", ensemble.defaults.rule_parameters), **figures}
 
 
 def _summary(scores: Scores, weights: Floats) -> dict[str, Any]:
@@ -257,6 +266,13 @@ def _show(scores: Scores, weights: Floats, counts: _Counts) -> None:
     styles = ["bold" if i == best else "" for i in range(len(rows))]
     print_table(_HEADS, rows, right=frozenset(_HEADS[1:]), styles=styles)
     print_lines(about_unit(scores.unit, len(scores.ends), scores.size))
+
+
+def _show_rule(rule: Mapping[str, Any]) -> None:
+    result = "it gives some token no probability"
+    if rule["bits_per_byte"] is not None:
+        result = f"{rule['bits_per_byte']:.4f} bits per byte, log-probability {rule['logprob']:.1f}"
+    print_lines(f"Under rule {rule['name']}: {result}.")
 
 
 def _show_files(names: list[str], scores: list[Scores], weights: list[Floats]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
+
 from mixlm.choices import (
     CONTRASTIVE_FORMS,
     DEFER_BY,
@@ -320,10 +322,12 @@ class GenerationOptions:
         if not isinstance(self.logit_bias, Mapping):
             raise ConfigError(f"logit_bias is {self.logit_bias!r}; it must be a dict of tokens' texts and numbers")
         for key, value in self.logit_bias.items():
-            is_key = isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
-            if not is_key or key == "":
+            is_id = isinstance(key, int | np.integer) and not isinstance(key, bool)
+            is_key = key != "" if isinstance(key, str) else is_id and key >= 0
+            if not is_key:
                 raise ConfigError(f"logit_bias has the key {key!r}; it must be a token's text, or its id")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+            if not (is_number and -100 <= value <= 100):
                 raise ConfigError(f"logit_bias is {value!r} for {key!r}; it must be a number from -100 to 100")
 
     def _set_rule(self) -> None:
@@ -458,6 +462,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def without_rule(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's options without those of a rule: what applies to a member alone."""
+    return {name: value for name, value in options.items() if name not in RULE_OPTIONS}
+
+
 RULE_PARAMETERS = ("strength", "alpha", "form", "by")
+RULE_OPTIONS = ("rule", "mix_then_truncate", *RULE_PARAMETERS)
 SAMPLING_OPTIONS: Mapping[str, OptionSpec] = specs(Sampling)
 OPTIONS: Mapping[str, OptionSpec] = {**specs(GenerationOptions), **SAMPLING_OPTIONS}

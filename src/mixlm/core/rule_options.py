@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mixlm.choices import RULES, Rule
@@ -32,6 +33,32 @@ def rule_name(rule: AnyRule) -> str:
         return rule
     name = getattr(rule, "name", None) or getattr(rule, "__name__", type(rule).__name__)
     return str(name)
+
+
+def rule_as_dict(rule: AnyRule, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return a rule's name and its parameters, in a form that JSON holds: functions by their names, gates by a digest.
+
+    Args:
+        rule: The rule. Of an object, the parameters are those that differ from their defaults.
+        parameters: Those that are given with a name.
+    """
+    from mixlm.core.combinations import Combination
+
+    described = {"name": rule_name(rule), **(parameters or {})}
+    if isinstance(rule, Combination):
+        values = {field.name: (_plain(getattr(rule, field.name)), _plain(field.default)) for field in fields(rule)}
+        described |= {name: value for name, (value, default) in values.items() if value != default}
+    return described
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or a text as it is, and of another value what tells it apart."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(digest := getattr(value, "digest", None), str):
+        return f"{name} {digest}"
+    return name if callable(value) else repr(value)
 
 
 def check_rule(rule: object) -> None:

@@ -25,10 +25,11 @@ from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.lm import EnsembleLM
 from mixlm.evaluation.request_scores import RequestScores
 from mixlm.evaluation.results import Score
-from mixlm.evaluation.run import describe, describe_router, evaluate
+from mixlm.evaluation.run import describe, evaluate
 from mixlm.evaluation.run_folder import locked_folder, response_log
 from mixlm.fitting.likelihood import simplex
 from mixlm.routing import FixedRouter, Router
+from mixlm.routing.base import describe_router
 from mixlm.routing.observation import observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats

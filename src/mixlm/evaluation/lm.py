@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, cast
 
-from mixlm.core.options import RULE_PARAMETERS, Options
+from mixlm.core.options import Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
 from mixlm.evaluation.likelihood import ContinuationScorer, context_ids, context_text
 from mixlm.evaluation.request_scores import scores_to_json
-from mixlm.evaluation.rule_likelihood import RuleContinuationScorer
+from mixlm.evaluation.rule_likelihood import RuleContinuationScorer, rule_settings
 from mixlm.evaluation.run_folder import request_key, response_log
 from mixlm.generation.generation import Generation
 from mixlm.generation.prompt import EncodedPrompt
@@ -74,8 +75,6 @@ class EnsembleLM(LM):  # type: ignore[misc]
         self._resumes = log is not None
         self._progress = progress
         self._label = label
-        self._likelihood: ContinuationScorer | None = None
-        self._by_rule: RuleContinuationScorer | None = None
         self._at_once = at_once
 
     @property
@@ -188,8 +187,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
     def _score(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
         about = {"continuation": arguments[1]}
         try:
-            scorer = self._rule_scorer() or self._scorer()
-            return list(scorer.continuation(self._context(arguments), arguments[1])), about
+            return list(self.scorer.continuation(self._context(arguments), arguments[1])), about
         except PromptTooLongError as error:
             return [-math.inf, False], {**about, "error": error.message}
 
@@ -197,7 +195,7 @@ class EnsembleLM(LM):  # type: ignore[misc]
         about = {"continuation": arguments[1]}
         start = time.perf_counter()
         try:
-            scores = scores_to_json(self._scorer().member_scores(self._context(arguments), arguments[1]))
+            scores = scores_to_json(self._average_scorer.member_scores(self._context(arguments), arguments[1]))
         except PromptTooLongError as error:
             return None, {**about, "error": error.message}
         return scores and {**scores, "seconds": time.perf_counter() - start}, about
@@ -210,28 +208,23 @@ class EnsembleLM(LM):  # type: ignore[misc]
         return RequestContext(context.text, _with_system(context.messages, self._system()))
 
     def _score_text(self, index: int, arguments: tuple[Any, ...]) -> _Answer:
-        return (self._rule_scorer() or self._scorer()).text(arguments[0]), {}
+        return self.scorer.text(arguments[0]), {}
 
-    def _scorer(self) -> ContinuationScorer:
-        if self._likelihood is None:
-            self._likelihood = ContinuationScorer(self.ensemble, alone=self.options["method"] == "single")
-        return self._likelihood
-
-    def _rule_scorer(self) -> RuleContinuationScorer | None:
-        """Return what scores by the combination rule; None for the average, and for one member alone."""
-        if self._by_rule is None and self.options["method"] != "single":
-            names = ("rule", "mix_then_truncate", *RULE_PARAMETERS)
-            settings = self.ensemble.defaults.with_options({"method": "conventional", **_some(self.options, names)})
+    @cached_property
+    def scorer(self) -> ContinuationScorer | RuleContinuationScorer:
+        """What scores given texts. Raises UnsupportedError where the rule or an engine gives no log-probabilities."""
+        if self.options["method"] != "single":
+            settings = rule_settings(self.ensemble, self.options)
             if settings.rule is not None:
-                self._by_rule = RuleContinuationScorer(self.ensemble, settings)
-        return self._by_rule
+                return RuleContinuationScorer(self.ensemble, settings)
+        return self._average_scorer
+
+    @cached_property
+    def _average_scorer(self) -> ContinuationScorer:
+        return ContinuationScorer(self.ensemble, alone=self.options["method"] == "single")
 
     def _system(self) -> str | None:
         return cast(str | None, self.options.get("system", self.ensemble.defaults.system))
-
-
-def _some(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: options[name] for name in names if name in options}
 
 
 def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:

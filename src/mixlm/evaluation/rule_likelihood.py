@@ -6,12 +6,21 @@ ways to spell the continuation. Members are scored as they are, without sampling
 
 from __future__ import annotations
 
-from mixlm.core.options import GenerationOptions
+from collections.abc import Mapping
+from typing import Any
+
+from mixlm.core.options import RULE_OPTIONS, GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.evaluation.likelihood import MemberContinuation, context_text, split_context
 from mixlm.scoring.passages import Passage
-from mixlm.scoring.rule_scores import rule_logprob, rule_scorer, text_passages
+from mixlm.scoring.rule_scores import rule_scorer, text_passages
+
+
+def rule_settings(ensemble: Ensemble, options: Mapping[str, Any]) -> GenerationOptions:
+    """Return the default options of an ensemble with the rule of some options over theirs, whatever the method."""
+    given = {name: options[name] for name in RULE_OPTIONS if name in options}
+    return ensemble.defaults.with_options({"method": "conventional", "draft": None, **given})
 
 
 class RuleContinuationScorer:
@@ -43,4 +52,4 @@ class RuleContinuationScorer:
 
     def text(self, text: str) -> float:
         """Return the natural log-probability of a text from its beginning, in passages that fit the contexts."""
-        return rule_logprob(self._ensemble, text_passages(self._ensemble, [text])) if text else 0.0
+        return float(self._scorer.logprobs(text_passages(self._ensemble, [text]))[0]) if text else 0.0

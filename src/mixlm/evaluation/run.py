@@ -10,26 +10,27 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
 from mixlm.config import METHODS
-from mixlm.core.options import Options
-from mixlm.core.rule_options import is_average
+from mixlm.core.options import Options, without_rule
+from mixlm.core.rule_options import is_average, rule_as_dict
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, did_you_mean
 from mixlm.evaluation.catalog import load_tasks
-from mixlm.evaluation.contexts import is_greedy, unpack
+from mixlm.evaluation.contexts import generation_options, is_greedy, unpack
 from mixlm.evaluation.judging import build_requests, judge, to_scores
 from mixlm.evaluation.results import Results, Score
+from mixlm.evaluation.rule_likelihood import rule_settings
 from mixlm.evaluation.run_folder import locked_folder, response_log, responses_path
 from mixlm.resumable_log import ResumableLog
-from mixlm.routing import Router
+from mixlm.routing.base import describe_router
 from mixlm.terminal import Progress
-from mixlm.types import Ids, Message
+from mixlm.types import Ids, Message, Tool
 from mixlm.version import __version__
 
 
@@ -37,13 +38,14 @@ class EvaluationOptions(TypedDict, total=False):
     """Options of `evaluate`.
 
     Args:
-        methods: Names; `single:NAME` is one member, `single` each of them. Default: mixture (layered with a rule),
-            conventional, single.
+        methods: Names; `single:NAME` is one member, `single` each of them, without a rule. Default: mixture (layered
+            with a rule), conventional, single.
         seeds: The seeds of the runs. Default: 0 to 4.
         limit: Only the first questions of each task.
         data: A folder with the questions of mixlm's own tasks.
         options: Generation options of every completion, over those of a task.
-        out: A folder for responses and results; a run continues where an earlier one stopped.
+        out: A folder for responses and results; a run continues where an earlier one stopped. Functions (a rule, a
+            router) are told apart by their names.
         chat: Whether questions are messages in each member's template. Default: for tasks that generate text.
         progress: Called with task, method and seed, the number of finished requests, and of all requests.
         at_once: Completions generated together.
@@ -75,7 +77,7 @@ def evaluate(
     Raises:
         ConfigError: Tasks, methods or options do not fit, or `out` was begun with other settings or is in use. Raised
             before anything runs.
-        UnsupportedError: The ensemble does not support a method or an option.
+        UnsupportedError: The ensemble does not support a method, an option or a task. Raised before anything runs.
     """
     options = plan.get("options") or {}
     for name in ("method", "seed", "sequence", "raw"):
@@ -88,10 +90,12 @@ def evaluate(
         raise ConfigError(f"seeds are {list(seeds)}; give one or more, each once")
     if isinstance(tasks, str):
         tasks = [tasks]
-    methods = plan.get("methods") or default_methods(ensemble.defaults.rule or options.get("rule"))
+    methods = plan.get("methods") or default_methods(rule_settings(ensemble, options).rule)
     writers = _method_ensembles(ensemble, methods, options)
     out = Path(out_given) if (out_given := plan.get("out")) is not None else None
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, data=plan.get("data"))
+    requests = {name: build_requests(task, limit, plan.get("chat")) for name, task in loaded.items()}
+    _check_requests(writers, requests, options)
     settings = describe(ensemble, options, plan.get("chat"))
     with locked_folder(out, settings) if out is not None else nullcontext():
         run = _Evaluation(writers, seeds, options, out, plan.get("progress"), plan.get("at_once", AT_ONCE))
@@ -99,10 +103,9 @@ def evaluate(
         scores: list[Score] = []
         notes: list[str] = []
         for name, task in loaded.items():
-            requests = build_requests(task, limit, plan.get("chat"))
-            if system and unpack(requests[0].args[0]).messages is None:
+            if system and unpack(requests[name][0].args[0]).messages is None:
                 notes.append(f"{name} puts its questions as plain text, without the system text")
-            task_scores, said = run.task(name, task, requests)
+            task_scores, said = run.task(name, task, requests[name])
             scores += task_scores
             notes += said
         about = {
@@ -134,7 +137,7 @@ class _Evaluation:
         notes: dict[str, None] = {}
         logs: dict[tuple[str, int], ResumableLog] = {}
         for label, (ensemble, method) in self.writers.items():
-            options = {**self.options, "method": method}
+            options = _method_options(method, self.options)
             scored = requests[0].request_type != "generate_until"
             greedy = not scored and all(is_greedy(request.args[1], options) for request in requests)
             seeds = self.seeds[:1] if scored or greedy else self.seeds
@@ -185,8 +188,28 @@ def _method_ensembles(ensemble: Ensemble, methods: Iterable[str], options: Optio
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise ConfigError(f"there is no method {name!r}", hint)
     for evaluated, method in out.values():
-        evaluated.context(evaluated.settings(**cast(Options, {**options, "method": method, "seed": 0})))
+        evaluated.context(evaluated.settings(**cast(Options, {**_method_options(method, options), "seed": 0})))
     return out
+
+
+def _method_options(method: str, options: Options) -> dict[str, Any]:
+    """Return the options of a method's completions; those of a rule are not for a member alone."""
+    return {**(without_rule(options) if method == "single" else options), "method": method}
+
+
+def _check_requests(
+    writers: Mapping[str, tuple[Ensemble, str]], requests: Mapping[str, Sequence[Any]], options: Options
+) -> None:
+    """Raise ConfigError for a task's options that mixlm has not, UnsupportedError for texts that cannot be scored."""
+    from mixlm.evaluation.lm import EnsembleLM
+
+    for request in (request for task in requests.values() for request in task):
+        if request.request_type == "generate_until":
+            generation_options(request.args[1], options)
+    if any(task[0].request_type != "generate_until" for task in requests.values()):
+        # All methods of an ensemble score alike; `single` has an ensemble of its own.
+        for ensemble, method in {id(writer[0]): writer for writer in writers.values()}.values():
+            _ = EnsembleLM(ensemble, options=cast(Options, _method_options(method, options))).scorer
 
 
 def describe(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[str, Any]:
@@ -203,26 +226,29 @@ def describe(ensemble: Ensemble, options: Options, chat: bool | None) -> dict[st
         }
         for member, weight in zip(ensemble.members, ensemble.weights, strict=True)
     ]
-    defaults = {name: value for name, value in asdict(ensemble.defaults).items() if name not in ("seed", "method")}
-    return {
+    names = [field.name for field in fields(ensemble.defaults) if field.name not in ("seed", "method")]
+    settings = {
         "mixlm": __version__,
         "members": members,
         "unit": ensemble.unit.name,
         "router": describe_router(ensemble.router),
-        "defaults": defaults,
-        "options": dict(options),
+        "defaults": {name: getattr(ensemble.defaults, name) for name in names},
+        "options": options,
         "chat": chat,
     }
+    described: dict[str, Any] = json.loads(json.dumps(settings, default=_to_json))
+    return described
 
 
-def describe_router(router: Router) -> str:
-    """Return a router's kind and, where it has numbers of its own, a digest of them."""
-    if isinstance(digest := getattr(router, "digest", None), str):
-        return f"{type(router).__name__} {digest}"
-    values = [np.asarray(value) for _, value in sorted(vars(router).items())]
-    numbers = [value for value in values if value.dtype.kind in "iuf"]
-    digest = hashlib.sha256(b"".join(value.tobytes() for value in numbers)).hexdigest()[:16]
-    return f"{type(router).__name__} {digest}" if numbers else type(router).__name__
+def _to_json(value: Any) -> Any:
+    """Return an option that JSON does not know in a form that it does."""
+    if isinstance(value, Tool):
+        return asdict(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, set):
+        return sorted(value)
+    return dict(value) if isinstance(value, Mapping) else rule_as_dict(value)
 
 
 def _digest(ids: Ids) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.combinations.base import Combination
+from mixlm.core.rule_options import rule_as_dict
 from mixlm.decoding.layered import has_envelope
 from mixlm.ensemble import Ensemble
 from mixlm.generation.target import assign_roles
@@ -27,7 +28,9 @@ def describe_rule(ensemble: Ensemble, options: Mapping[str, Any]) -> RuleReport 
     if rule.roles:
         members = assign_roles(rule, ensemble.names, [member.role for member in ensemble.members])
         roles = {role: ensemble.names[i] for role, i in zip(rule.roles, members, strict=True)}
-    return RuleReport(rule.name, settings.rule_parameters, roles, _needs(rule), _bounds(rule, len(ensemble.members)))
+    parameters = rule_as_dict(settings.rule, settings.rule_parameters)
+    del parameters["name"]
+    return RuleReport(rule.name, parameters, roles, _needs(rule), _bounds(rule, len(ensemble.members)))
 
 
 def measure_rule(ensemble: Ensemble, report: RuleReport, prompt: str, options: Mapping[str, Any]) -> RuleReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -105,6 +106,17 @@ class CheckedRoute:
 def begin_route(router: Router, context: PromptContext, members: int) -> CheckedRoute:
     """Return the router's route for a prompt. Raises ConfigError where the router fails."""
     return CheckedRoute(router, context, members)
+
+
+def describe_router(router: Router) -> str:
+    """Return a router's kind and, where it has numbers of its own, a digest of them; of a function its name."""
+    if isinstance(digest := getattr(router, "digest", None), str):
+        return f"{type(router).__name__} {digest}"
+    values = [value for _, value in sorted(vars(router).items())]
+    numbers = [array for array in map(np.asarray, values) if array.dtype.kind in "iuf"]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in numbers)).hexdigest()[:16]
+    functions = [getattr(value, "__qualname__", type(value).__qualname__) for value in values if callable(value)]
+    return " ".join([type(router).__name__, *functions, *([digest] if numbers else [])])
 
 
 def check_weights(weights: Any, members: int, router: object) -> Floats:

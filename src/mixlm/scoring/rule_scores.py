@@ -41,8 +41,7 @@ def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
         ConfigError: A text is too long for a context.
         UnsupportedError: The rule combines spellings, or the weights depend on the text.
     """
-    scorer = rule_scorer(ensemble)
-    return sum(float(scorer.score(passage)[0][0]) for passage in passages)
+    return float(rule_scorer(ensemble).logprobs(passages)[0])
 
 
 def rule_scorer(ensemble: Ensemble) -> RuleScorer:
@@ -65,11 +64,7 @@ def rule_logprobs(
     Raises:
         ConfigError, UnsupportedError: As in `rule_logprob`.
     """
-    scorer = RuleScorer(ensemble, variants)
-    total = np.zeros(len(variants))
-    for passage in passages:
-        total += scorer.score(passage)[0]
-    return total
+    return RuleScorer(ensemble, variants).logprobs(passages)
 
 
 def text_passages(ensemble: Ensemble, texts: Sequence[str], before: Before = "begin") -> list[Passage]:
@@ -138,6 +133,18 @@ class RuleScorer:
         self._symbol_of = {self._unit.symbol_bytes(u): u for u in range(self._unit.end)}
         self._longest = max(map(len, self._symbol_of))
 
+    def logprobs(self, passages: Sequence[Passage]) -> Floats:
+        """Return the log-probability of passages together, float64 (variants,).
+
+        Nothing is read behind a token that no variant gives any probability.
+        """
+        total = np.zeros(len(self._variants))
+        for passage in passages:
+            total += self.score(passage)[0]
+            if not np.isfinite(total).any():
+                break
+        return total
+
     def score(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Return the log-probability of a passage, float64 (variants,), and whether it is greedy, bool (variants,).
 
@@ -168,6 +175,8 @@ class RuleScorer:
                 combined = self._combine(probs)
                 total += np.log(combined[:, target])
                 greedy &= combined.argmax(axis=1) == target
+                if not np.isfinite(total).any():
+                    break
         return total, greedy
 
     def _by_byte(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:

@@ -13,7 +13,7 @@ from mixlm.choices import METHODS
 from mixlm.config import UNITS, Method, UnitName
 from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_class
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS
-from mixlm.core.rule_options import is_average, rule_name
+from mixlm.core.rule_options import is_average, rule_as_dict, rule_name
 from mixlm.ensemble import Ensemble
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.observation import observed_by
@@ -94,13 +94,14 @@ class ServedModel:
             ensemble.unit.name,
             ensemble.defaults.method,
             ensemble.defaults.sampling,
+            ensemble.defaults.rule and rule_as_dict(ensemble.defaults.rule, ensemble.defaults.rule_parameters),
         )
         return f"mixlm-{__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
     def _rule_parameters(self) -> dict[str, dict[str, Any]]:
         """Return the parameters of each rule that has some, with the ensemble's own values for its rule."""
         out: dict[str, dict[str, Any]] = {}
-        for rule in self.rules.keys() & {*COMBINATIONS}:
+        for rule in (name for name in COMBINATIONS if name in self.rules):
             own = self.ensemble.defaults if rule == self.rule else None
             for field in fields(combination_class(rule)):
                 if field.name in RULE_PARAMETERS:

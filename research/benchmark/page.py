@@ -127,11 +127,6 @@ def part(name: str, report: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def filled(page: str, reports: dict[str, dict[str, Any]]) -> str:
-    """The page with every report in its place."""
-    return fill(page, {name: part(name, report) for name, report in reports.items()})
-
-
 def fill(page: str, parts: Mapping[str, str]) -> str:
     """The page with every part in the place of its name."""
 
@@ -142,18 +137,25 @@ def fill(page: str, parts: Mapping[str, str]) -> str:
     return _PART.sub(put, page)
 
 
+def fill_page(page: Path, parts: Mapping[str, str]) -> None:
+    """Write every part into a page, in the place of its name, and print which parts have one."""
+    text = page.read_text(encoding="utf-8")
+    page.write_text(fill(text, parts), encoding="utf-8")
+    places = {match[2] for match in _PART.finditer(text)}
+    for name in parts:
+        print(f"{name}: {'in the page' if name in places else 'the page has no place for it'}")
+
+
 def main(page: Path, folder: Path) -> None:
     """Fill the page with the reports of a folder, and draw their figures beside them."""
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    text = page.read_text(encoding="utf-8")
-    places = [match[2] for match in _PART.finditer(text)]
-    page.write_text(filled(text, reports), encoding="utf-8")
+    places = [match[2] for match in _PART.finditer(page.read_text(encoding="utf-8"))]
     for name in places:
         if name in reports:
             plots.save(reports[name], folder / f"{name}.png")
-        print(f"{name}: {'in the page' if name in reports else 'not measured'}")
-    for name in reports.keys() - set(places):
-        print(f"{name}: the page has no place for it")
+        else:
+            print(f"{name}: not measured")
+    fill_page(page, {name: part(name, report) for name, report in reports.items()})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 
 import numpy as np
@@ -23,28 +21,10 @@ from mixlm.engines.batching import SequenceInput
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
 from mixlm.engines.transformers.session import HFSession
+from research.scripts.measuring import timed_calls
 
 CASES = "1x256,4x256,16x256,64x256,4x2000,16x2000,16x2000m,16x4000"
 SLOTS = {"by itself": 1, "together": 16}
-
-
-@contextmanager
-def attention_seconds() -> Iterator[list[float]]:
-    """Note the time that attention takes."""
-    seconds, attend = [], PackedSequences.attend
-
-    def timed(*arguments):
-        start = time.perf_counter()
-        try:
-            return attend(*arguments)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    PackedSequences.attend = timed
-    try:
-        yield seconds
-    finally:
-        PackedSequences.attend = attend
 
 
 def sequence(engine, pool: KVBufferPool, length: int, rounds: int) -> HFSession:
@@ -85,7 +65,7 @@ def main() -> None:
         }
         for turn in range(arguments.rounds):
             for name, group in sessions.items():
-                with attention_seconds() as attention:
+                with timed_calls(PackedSequences, "attend") as attention:
                     worked, start = time.process_time(), time.perf_counter()
                     engine.runner.run([SequenceInput(session, np.array([5]), 1) for session in group])
                     seconds, worked = time.perf_counter() - start, time.process_time() - worked

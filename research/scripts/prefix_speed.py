@@ -6,8 +6,9 @@ turn: the time to the first token of a second turn behind 1,000 tokens, with a p
 first tokens of 16 completions of one prompt of 500 tokens: tokens that ran, over those of the prompt, and the time.
 recurrent: a token behind 2,000 others and one behind 50, in models of dummy weights.
 
-Each repeat of each case is a row of JSON, written when it is there; rows that the file has are not measured again. What
-is compared is measured in turn, in one process. The table at the end has medians.
+Each repeat of each case is a row of JSON, written when it is there; rows that the file has are not measured again, and
+rows of another machine or dtype are refused. What is compared is measured in turn, in one process. The table at the end
+has medians.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,8 @@ from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.session import HFSession
 from mixlm.ensemble import Ensemble
+from mixlm.resumable_log import ResumableLog
+from research.scripts.measuring import measured_on
 
 MEMBERS = {"smollm2-135m": ("smollm2-135m",), "demo pair": ("smollm2-135m", "gemma-3-270m")}
 WORDS = ("the", "river", "and", "a", "light", "of", "every", "house", "in", "town", "went", "out", "when", "rain")
@@ -164,23 +167,20 @@ def main() -> None:
     parts = arguments.parts or ["turn", "replies", "recurrent"]
     if unknown := set(parts) - {"turn", "replies", "recurrent"}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}: there are turn, replies and recurrent")
-    lines = arguments.output.read_text(encoding="utf-8").splitlines() if arguments.output.exists() else []
-    rows = {(row["part"], row["case"], row["repeat"]): row for row in map(json.loads, lines)}
-    with arguments.output.open("a", encoding="utf-8") as file:
-        for part, name, measure in cases(parts, arguments.dtype):
-            missing = [repeat for repeat in range(arguments.repeats) if (part, name, repeat) not in rows]
-            if missing:
-                measure(name, arguments.repeats)  # for warming up
-            for repeat in missing:
-                row = {"part": part, "case": name, "repeat": repeat, **measure(name, repeat)}
-                rows[part, name, repeat] = row
-                print(json.dumps(row), file=file, flush=True)
-                print(json.dumps(row), flush=True)
-            if part == "recurrent":
-                recurrent_model.cache_clear()
-            gc.collect()
+    rows = ResumableLog(arguments.output, index="row", key="about", result="ratio")
+    about = measured_on({"dtype": arguments.dtype})
+    rows.check(about)
+    for part, name, measure in cases(parts, arguments.dtype):
+        names = [f"{part}, {name}, {repeat}" for repeat in range(arguments.repeats)]
+        if any(rows.get(row, about) is None for row in names):
+            measure(name, arguments.repeats)  # for warming up
+        for repeat, row in enumerate(names):
+            print(json.dumps(rows.get_or_make(row, about, partial(measure, name, repeat))), flush=True)
+        if part == "recurrent":
+            recurrent_model.cache_clear()
+        gc.collect()
     for part, name, _ in cases(parts, arguments.dtype):
-        own = [rows[part, name, repeat] for repeat in range(arguments.repeats)]
+        own = [rows.records[f"{part}, {name}, {repeat}"] for repeat in range(arguments.repeats)]
         numbers = {key: median(row[key] for row in own) for key, value in own[0].items() if isinstance(value, float)}
         print(f"{part:10} {name:14} " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 

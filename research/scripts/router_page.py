@@ -10,7 +10,6 @@ are rows for it, and left alone where there are none. The figure of NAME-texts i
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from research import figures
-from research.benchmark.page import fill, table
-from research.scripts.router_study import CURVE, interval, shares
+from research.benchmark.page import fill_page, table
+from research.scripts.router_study import CURVE, interval, row_log, shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,12 +36,6 @@ FAMILIES = {
     "defer, gate": (lambda name: name.startswith("k: defer, gate"), figures.RED, "v"),
     "defer, threshold": (lambda name: name.startswith("k: defer, top"), figures.ORANGE, "^"),
 }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file that belong to its last run."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["about"] == rows[-1]["about"]]
 
 
 def texts_part(name: str, rows: Sequence[Row]) -> str:
@@ -75,7 +68,9 @@ def texts_part(name: str, rows: Sequence[Row]) -> str:
     heads = ("", *about["check"], "all, bits per byte", "minus EM, 95 %", "of EM to oracle", "forwards a token")
     heads = (*heads, f"of {members[large]}", "tokens/s by forwards")
     parts = [_about(about), table(heads, body)]
-    routers = {key: value for key, value in closed.items() if key[1:2] == ":"}
+    # Rows i know every member's forwards at every position, and deferral is no router.
+    routers = {name: value for name, value in closed.items() if name[1:2] == ":" and name[0] != "i"}
+    routers = {name: value for name, value in routers.items() if not name.startswith("k: defer")}
     if routers:
         best = max(routers, key=lambda key: routers[key])
         parts.append(
@@ -215,7 +210,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parts: dict[str, str] = {}
     for study in arguments.studies:
         name, _, folder = study.partition("=")
-        files = {path.stem: read_rows(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+        files = {path.stem: list(row_log(path).records.values()) for path in sorted(Path(folder).glob("*.jsonl"))}
         if (rows := files.pop("texts", None)) is not None:
             parts[f"{name}-texts"] = texts_part(name, rows)
             figures.require()
@@ -223,10 +218,7 @@ def main(given: Sequence[str] | None = None) -> None:
             figures.save(draw(rows), arguments.page.parent / "routers" / f"{name}.png")
         if files:
             parts[f"{name}-answers"] = answers_part(files)
-    text = arguments.page.read_text(encoding="utf-8")
-    arguments.page.write_text(fill(text, parts), encoding="utf-8")
-    for name in parts:
-        print(f"{name}: {'in the page' if f'<!-- results: {name} -->' in text else 'has no place in the page'}")
+    fill_page(arguments.page, parts)
 
 
 if __name__ == "__main__":

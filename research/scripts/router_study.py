@@ -11,7 +11,7 @@ too. `answers`: weights and gates are fitted to the right answers of the even qu
 ones by the likeliest of the given answers; intervals are paired with the best member.
 
 One member is in memory at a time. Scores are kept in mixlm's cache, some passages at a time, and a row in DIR as soon
-as it is known: a run that was stopped goes on.
+as it is known: a run that was stopped goes on, and one on other texts or members needs another DIR.
 Forwards a token are those of `mixture` on the check text: 1 for the observed member, the mean weight of each other, and
 what the features `history` need (`router_features` says what that is, and why each feature is allowed). Two members
 with one vocabulary, of which the first is observed, are compared with `defer` from the first to the second too, at
@@ -38,6 +38,7 @@ from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import GateKind
 from mixlm.fitting.gates import choose_gate
 from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router
+from mixlm.resumable_log import ResumableLog
 from mixlm.routing.gate_router import GROUPS
 from mixlm.scoring.scores import Scores, concatenate, router_weights
 from mixlm.types import Floats
@@ -108,22 +109,12 @@ CURVE = ("a: text, linear", "d: all, linear", "d: all, mlp", "h: everything/64, 
 _POWERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the likelihood of the past
 
 
-class Rows:
-    """The rows that are known, one JSON object a line; a row that is known is not computed again."""
-
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self._path, self._about = path, json.loads(json.dumps(about))
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._known = {row["name"]: row for row in map(json.loads, lines) if row["about"] == self._about}
-
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if name not in self._known:
-            self._known[name] = {"name": name, "about": self._about, **make()}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(self._known[name]) + "\n")
-        row: dict[str, Any] = self._known[name]
-        return row
+def row_log(path: Path, about: Mapping[str, Any] | None = None) -> ResumableLog:
+    """Open the rows of a part of the study, by name. about: what they depend on, to check it."""
+    rows = ResumableLog(path, index="name", key="about", result="about")
+    if about is not None:
+        rows.check(about)
+    return rows
 
 
 def by_document(scores: Scores, logprobs: Floats) -> tuple[Floats, Floats]:
@@ -202,7 +193,7 @@ def study_texts(
         "check": describe(check),
         "observe": members.names[members.observed],
     }
-    rows = Rows(arguments.out / "texts.jsonl", about)
+    rows = row_log(arguments.out / "texts.jsonl", about)
     whole, held = concatenate(list(train.values())), concatenate(list(check.values()))
     em = expectation_maximisation(whole).weights
     base, sizes = by_document(held, held.mixture(em))
@@ -266,10 +257,10 @@ def study_texts(
         ways |= {name: partial(routed, name, list(train.values())) for name in PRICED}
         ways |= {name: partial(gated, price) for name, price in DEFERRALS.items()}
         ways |= {name: partial(by_top, strength) for name, strength in THRESHOLDS.items()}
-    out, known = [], {name: rows.get(name, ways[name]) for name in ("EM", "oracle")}
+    out, known = [], {name: rows.get_or_make(name, about, ways[name]) for name in ("EM", "oracle")}
     best, top = known["EM"]["bits"], known["oracle"]["bits"]
     for name, make in ways.items():
-        out.append(rows.get(name, make))
+        out.append(rows.get_or_make(name, about, make))
         item = out[-1]
         closed = (best - item["bits"]) / (best - top)
         spent = " ".join(f"{value:.2f}" for value in item["forwards"])
@@ -278,14 +269,14 @@ def study_texts(
             f"{item['minus_em'][0]:+.4f} to {item['minus_em'][1]:+.4f}  closed {closed:+.1%}  forwards {spent}",
             flush=True,
         )
-    cost = rows.get("cost", partial(costs, members))
+    cost = rows.get_or_make("cost", about, partial(costs, members))
     for name, share in shares(cost, out).items():
         print(f"{name}: the gate takes {cost['gates'][name] * 1e6:.0f} µs, {share:.2%} of a token's time", flush=True)
     if arguments.curve:
         for share in (8, 4, 2):
             part = [first_documents(scores, share) for scores in train.values()]
             for name in CURVE:
-                item = rows.get(f"{name}, 1/{share} of the text", partial(routed, name, part))
+                item = rows.get_or_make(f"{name}, 1/{share} of the text", about, partial(routed, name, part))
                 print(f"{item['name']:50} {item['bits']:.4f}", flush=True)
     return out
 
@@ -413,7 +404,7 @@ def report_answers(members: Members, task: str, train: Scores, check: Answers, a
         "check": len(check.right),
         "observe": members.names[members.observed],
     }
-    rows = Rows(arguments.out / f"{task}.jsonl", about)
+    rows = row_log(arguments.out / f"{task}.jsonl", about)
 
     def judge(weigh: Weigh) -> dict[str, Any]:
         return {"correct": check.correct(weigh)}
@@ -428,7 +419,7 @@ def report_answers(members: Members, task: str, train: Scores, check: Answers, a
     }
     ways |= {"equal": partial(judge, equal_weights), "EM": partial(judge, lambda _: em)}
     ways |= {name: partial(routed, name) for name in ("a: text, linear", *GATES)}
-    out = [rows.get(name, make) for name, make in ways.items()]
+    out = [rows.get_or_make(name, about, make) for name, make in ways.items()]
     best = max(out[:count], key=lambda row: sum(row["correct"]))
     for row in out:
         difference = np.array(row["correct"], dtype=float) - np.array(best["correct"], dtype=float)

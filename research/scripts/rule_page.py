@@ -9,20 +9,20 @@ FILE is what `rule_speed --json FILE` wrote. A part of the page begins with `<!-
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research import figures
-from research.benchmark.page import fill, number, table
+from research.benchmark.page import fill_page, number, table
 from research.benchmark.plots import machine
+from research.scripts.rule_speed import RULES, row_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Report = Mapping[str, Any]
+Rows = Mapping[str, Mapping[str, Any]]  # by rule
 _HEADS = (
     "rule",
     "forwards a token",
@@ -36,25 +36,27 @@ _HEADS = (
 )
 
 
-def rules_part(report: Report) -> str:
+def rules_part(rows: Rows) -> str:
     """Return the command, the table, and what it was measured on."""
-    rows = [_row(name, row) for name, row in report["rows"].items()]
-    where = report["environment"]
-    kinds = sorted({str(engine["dtype"]) for engine in where["engines"].values() if "dtype" in engine})
+    last = list(rows.values())[-1]
+    where = {**last["environment"], **last["about"]}
+    engines = [engine for row in rows.values() for engine in row["environment"]["engines"].values()]
+    kinds = sorted({str(engine["dtype"]) for engine in engines if "dtype" in engine})
     versions = [f"{package} {where['versions'][package]}" for package in ("torch", "transformers")]
     amount = "{repeats} × 3 texts of {tokens} tokens".format(**where["settings"])
     return "\n\n".join(
         [
-            f"```sh\n{_command(where['settings'])}\n```",
-            table(_HEADS, rows),
+            f"```sh\n{_command(where['settings'], list(rows))}\n```",
+            table(_HEADS, [_row(name, row) for name, row in rows.items()]),
             " · ".join([machine(where), *kinds, ", ".join(versions), amount]),
         ]
     )
 
 
-def _command(settings: Mapping[str, Any]) -> str:
-    models = [Path(model).name for model in settings["models"]]
-    words = ["python", "-m", "research.scripts.rule_speed", *models, "--tokens", str(settings["tokens"])]
+def _command(settings: Mapping[str, Any], rules: list[str]) -> str:
+    words = ["python", "-m", "research.scripts.rule_speed", *(Path(model).name for model in settings["models"])]
+    words += ["--rules", ",".join(rules)] if rules != list(RULES) else []
+    words += ["--tokens", str(settings["tokens"]), "--repeats", str(settings["repeats"])]
     return shlex.join([*words, "--dtype", settings["dtype"]] if settings["dtype"] != "auto" else words)
 
 
@@ -74,17 +76,17 @@ def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def draw(reports: Mapping[str, Report]) -> Figure:
+def draw(reports: Mapping[str, Rows]) -> Figure:
     """Draw each rule's forwards a token, a bar for each report, and what the formula says without drafts."""
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(name for report in reports.values() for name in report["rows"]))
+    names = list(dict.fromkeys(name for rows in reports.values() for name in rows))
     height = 0.8 / len(reports)
     with plt.rc_context(figures.STYLE):
         figure, axes = plt.subplots(figsize=(5.6, 0.32 * len(names) + 0.8))
-        for i, ((label, report), color) in enumerate(zip(reports.items(), (figures.BLUE, figures.SKY), strict=False)):
-            places = [names.index(name) + i * height - 0.4 + height / 2 for name in report["rows"]]
-            rows = list(report["rows"].values())
+        for i, ((label, by_rule), color) in enumerate(zip(reports.items(), (figures.BLUE, figures.SKY), strict=False)):
+            places = [names.index(name) + i * height - 0.4 + height / 2 for name in by_rule]
+            rows = list(by_rule.values())
             more = [row["layered"]["forwards"] - 1 for row in rows]
             axes.barh(places, more, height * 0.9, left=1, color=color, label=label)
             marks = [row["predicted"]["forwards"] for row in rows]
@@ -106,15 +108,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     arguments = parser.parse_args(given)
     pairs = [report.partition("=") for report in arguments.reports]
-    reports = {name: json.loads(Path(file).read_text(encoding="utf-8")) for name, _, file in pairs}
-    text = arguments.page.read_text(encoding="utf-8")
-    parts = {f"rules-{name}": rules_part(report) for name, report in reports.items()}
-    arguments.page.write_text(fill(text, parts), encoding="utf-8")
+    reports = {name: row_log(Path(file)).records for name, _, file in pairs}
+    fill_page(arguments.page, {f"rules-{name}": rules_part(rows) for name, rows in reports.items()})
     figures.require()
     (arguments.page.parent / "performance").mkdir(exist_ok=True)
     figures.save(draw(reports), arguments.page.parent / "performance" / "rules.png")
-    for name in parts:
-        print(f"{name}: {'in the page' if f'<!-- results: {name} -->' in text else 'has no place in the page'}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ texts of the rule: the mean mass with which the first member decides alone (`lay
 `Σ_u 1 / Σ_v max(p_v / p_u, q_v / q_u)`.
 `guidance` takes the first model twice, in its chat template, after `--system` and after `--negative`.
 
-With --json, a row is written as soon as it is measured, and a run that was stopped goes on behind its last one.
+With --json, a row is written as soon as it is measured, and a run that was stopped goes on behind its last one. The
+file has a line of JSON a rule; `rule_page` puts it into the docs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -31,7 +30,9 @@ from mixlm.engines import Engine, EngineSpec
 from mixlm.ensemble import Ensemble
 from mixlm.generation.prompt import Prompt
 from mixlm.loading import load_config
+from mixlm.resumable_log import ResumableLog
 from mixlm.types import Floats, Usage
+from research.scripts.measuring import measured_on
 
 PROMPTS = (
     "The ferry left the harbour a little after six, when the fog had lifted from the water and",
@@ -200,23 +201,9 @@ def _line(name: str, row: dict[str, Any]) -> str:
     )
 
 
-def _stored(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the report that a file holds, or an empty one. Ends the program where it is of other settings."""
-    report: dict[str, Any] = {"environment": environment([], settings), "rows": {}}
-    if path is None or not path.exists():
-        return report
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("settings", "processor", "versions"):
-        if stored["environment"][key] != report["environment"][key]:
-            raise SystemExit(f"{path} has rows of other {key}, {stored['environment'][key]}: name another file")
-    return stored
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Write a report in one step: a run that is stopped leaves the one before."""
-    written = path.with_name(path.name + ".part")
-    written.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    os.replace(written, path)
+def row_log(path: Path | None) -> ResumableLog:
+    """Open the rows of rules: by name, each with what it depends on."""
+    return ResumableLog(path, index="rule", key="about", result="layered")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -238,12 +225,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in RULES]:
         parser.error(f"there is no rule {unknown[0]!r} here; the rules are {', '.join(RULES)}")
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
-    report = _stored(arguments.json, settings)
+    rows, about = row_log(arguments.json), measured_on(settings)
+    rows.check(about)
     ensembles = Ensembles(arguments)
     heads = ("forwards", "no draft", "predicted", "accepted", "predicted", "speed", "no draft", "single/s", "of single")
     print(f"{'rule':14} " + " ".join(f"{head:>9}" for head in heads), flush=True)
     for name in names:
-        if name not in report["rows"]:
+        if rows.get(name, about) is None:
             options = {**RULES[name], "raw": name != "guidance"}
             try:
                 ensemble = ensembles.of(name)
@@ -252,11 +240,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             except Exception as error:
                 print(f"{name:14} {error}", flush=True)
                 continue
-            report["rows"][name] = {"options": options, **runs, "predicted": formulas}
-            report["environment"] = environment(ensembles.engines, settings)
-            if arguments.json is not None:
-                _write(arguments.json, report)
-        print(_line(name, report["rows"][name]), flush=True)
+            where = environment(ensembles.engines, settings)
+            rest = {key: value for key, value in where.items() if key not in about}
+            rows.add(name, about, {"options": options, **runs, "predicted": formulas, "environment": rest})
+        print(_line(name, rows.records[name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +22,11 @@ from mixlm.engines.base import Engine
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.requests import GenerateRequest
 from mixlm.types import Sampling
+from research.scripts.measuring import timed_calls
 
 LENGTHS = (1, 2, 4, 8, 16)
 FOREIGN = 3  # tokens of other members between two runs
 SAMPLING = Sampling()
-
-
-@contextmanager
-def stepped() -> Iterator[list[float]]:
-    """Note the time that vLLM's engine spends in steps, in this process."""
-    from vllm.v1.engine.core_client import InprocClient  # vLLM reads its settings when it is imported
-
-    seconds, output = [], InprocClient.get_output
-
-    def timed(self):
-        start = time.perf_counter()
-        try:
-            return output(self)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    InprocClient.get_output = timed
-    try:
-        yield seconds
-    finally:
-        InprocClient.get_output = output
 
 
 def texts(engine: Engine, runs: int, length: int) -> Iterator[tuple[float, int]]:
@@ -93,8 +72,10 @@ def main() -> None:
     if arguments.url is None:
         engine = load(EngineSpec(arguments.model, "", arguments.dtype, engine="vllm", context=512))
         show("in this process", measured(engine, arguments.runs))
+        from vllm.v1.engine.core_client import InprocClient  # vLLM reads its settings when it is imported
+
         outside = []
-        with stepped() as steps:
+        with timed_calls(InprocClient, "get_output") as steps:
             for seconds, _ in texts(engine, arguments.runs, 1):
                 outside.append(1000 * (seconds - sum(steps)))
                 steps.clear()

@@ -1,14 +1,14 @@
 """Measures `mixlm serve` against the same ensemble without a server. Served and direct runs take turns.
 
 python -m research.scripts.serve_load KIND …
-    one        [-m MODEL ...] [--tokens N] [--repeats N]    one client against Ensemble.stream
-    many       [-m MODEL ...] [--clients N]                 N streams at once against a batch
-    malformed  [--requests N]                               spoiled requests: statuses, memory
-    mixed      [-m MODEL ...] [--requests N] [--log FILE]   requests of all kinds: memory over time
-    cancel                                                  clients that leave, under load
+    one        [-m MODEL ...] [--engine NAME] [--tokens N] [--repeats N]   one client against Ensemble.stream
+    many       [-m MODEL ...] [--engine NAME] [--clients N] [...]          N streams at once against a batch
+    malformed  [--requests N]                                              spoiled requests: statuses, memory
+    mixed      [-m MODEL ...] [--requests N] [--log FILE]                  requests of all kinds: memory over time
+    cancel     [-m MODEL ...] [--engine NAME]                              clients that leave, under load
 
-With --log, `mixed` writes what it prints to a file too, and leaves its server running when it is interrupted: the same
-command goes on with both.
+Without --engine, models of the catalog run in llama.cpp where that is installed. With --log, `mixed` writes what it
+prints to a file too, and leaves its server running when it is interrupted: the same command goes on with both.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 import mixlm
 from mixlm.generation.scheduler import Scheduler
+from mixlm.resumable_log import ResumableLog
 
 MAIN = "import sys; from mixlm.cli import main; sys.exit(main())"
 PROMPTS = ("Why is the sky blue?", "Name three rivers.", "What is a mixture?", "Tell me about birds.")
@@ -113,8 +114,8 @@ def middle(values: Sequence[float]) -> str:
     return f"middle half {low:.2f} to {high:.2f}"
 
 
-def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
-    ensemble, server = mixlm.load(*models), Served(models)
+def measure_one(models: Sequence[str], engine: str, tokens: int, repeats: int) -> None:
+    ensemble, server = mixlm.load(*models, engine=engine), Served(models, "--engine", engine)
     ratios, work, direct, served, outside = [], [], [], [], {"direct": [], "served": []}
     for turn in range(repeats + 1):
         prompt = PROMPTS[turn % len(PROMPTS)]
@@ -142,8 +143,9 @@ def measure_one(models: Sequence[str], tokens: int, repeats: int) -> None:
         print(f"{name}: {statistics.median(times):.2f} ms a token outside forwards")
 
 
-def measure_many(models: Sequence[str], tokens: int, repeats: int, clients: int) -> None:
-    ensemble, server = mixlm.load(*models), Served(models, "--batch", str(clients))
+def measure_many(models: Sequence[str], engine: str, tokens: int, repeats: int, clients: int) -> None:
+    ensemble = mixlm.load(*models, engine=engine)
+    server = Served(models, "--engine", engine, "--batch", str(clients))
 
     def offline() -> tuple[float, float, int]:
         """Tokens a second, processor time, tokens."""
@@ -255,25 +257,21 @@ def mixed_request(number: int) -> tuple[str, bytes]:
 
 def measure_mixed(models: Sequence[str], requests: int, log: Path | None) -> None:
     """Send requests of all kinds, eight at a time; print the server's memory along the way."""
-    records: list[dict[str, Any]] = []
-    if log is not None and log.exists():
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-
-    def record(**values: Any) -> None:
-        records.append(values)
-        print(values, flush=True)
-        if log is not None:
-            with log.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    server = None
-    running = [entry for entry in records if "pid" in entry][-1:]
-    if not (running and _is_server(running[0]["pid"])):
+    rows = ResumableLog(log, index="requests", key="models", result="megabytes")
+    rows.check(list(models))
+    done, server, start = max(rows.records, default=0), None, time.monotonic()
+    last = rows.records.get(done)
+    if last is not None and _is_server(last["pid"]):
+        pid, port = last["pid"], last["port"]
+    else:
         server = Served(models, "--max-tokens", "4", lasting=log is not None)
-        record(pid=server.pid, port=server.port)
-        running = records[-1:]
-    pid, port, start = running[0]["pid"], running[0]["port"], time.monotonic()
-    done = max((entry["requests"] for entry in records if "requests" in entry), default=0)
+        pid, port = server.pid, server.port
+
+    def note(sent: int) -> None:
+        seconds = round(time.monotonic() - start)
+        rows.add(sent, list(models), {"pid": pid, "port": port, "megabytes": round(memory(pid), 1), "seconds": seconds})
+        print(rows.records[sent], flush=True)
+
     statuses = Counter[int]()
 
     async def ask(number: int) -> None:
@@ -295,17 +293,16 @@ def measure_mixed(models: Sequence[str], requests: int, log: Path | None) -> Non
                     await ask(number)
 
             await asyncio.gather(*[client() for _ in range(8)])
-            seconds = round(time.monotonic() - start)
-            record(requests=min(first + 50, requests), megabytes=round(memory(pid), 1), seconds=seconds)
+            note(min(first + 50, requests))
 
-    record(requests=done, megabytes=round(memory(pid), 1), seconds=0)
+    note(done)
     asyncio.run(run())
     print(f"statuses of this run: {dict(sorted(statuses.items()))}")
     if server is not None:
         server.stop()
     else:
         os.kill(pid, signal.SIGTERM)
-    points = [(entry["requests"], entry["megabytes"]) for entry in records if "requests" in entry]
+    points = [(count, row["megabytes"]) for count, row in rows.records.items()]
     early, late = (
         statistics.median(size for count, size in points if low * requests <= count <= high * requests)
         for low, high in ((0.25, 0.5), (0.75, 1))
@@ -321,9 +318,9 @@ def _is_server(pid: int) -> bool:
         return False
 
 
-def measure_cancel(models: Sequence[str]) -> None:
+def measure_cancel(models: Sequence[str], engine: str) -> None:
     """Clients leave while all slots are taken; how soon does the next in line begin?"""
-    server, waits = Served(models, "--batch", "8"), []
+    server, waits = Served(models, "--engine", engine, "--batch", "8"), []
 
     async def run() -> None:
         body = {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 500, "stream": True, "seed": 3}
@@ -354,9 +351,10 @@ def measure_cancel(models: Sequence[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["one", "many", "malformed", "mixed", "cancel"])
     parser.add_argument("-m", dest="models", action="append")
+    parser.add_argument("--engine", default="auto", help="of one, many and cancel")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clients", type=int, default=32)
@@ -365,15 +363,15 @@ def main() -> None:
     arguments = parser.parse_args()
     models = arguments.models or ["smollm2-135m", "gemma-3-270m"]
     if arguments.what == "one":
-        measure_one(models, arguments.tokens, arguments.repeats)
+        measure_one(models, arguments.engine, arguments.tokens, arguments.repeats)
     elif arguments.what == "many":
-        measure_many(models, arguments.tokens, arguments.repeats, arguments.clients)
+        measure_many(models, arguments.engine, arguments.tokens, arguments.repeats, arguments.clients)
     elif arguments.what == "malformed":
         measure_malformed(arguments.requests or 10_000)
     elif arguments.what == "mixed":
         measure_mixed(models, arguments.requests or 2000, arguments.log)
     else:
-        measure_cancel(models)
+        measure_cancel(models, arguments.engine)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,8 +16,8 @@ from mixlm.errors import ConfigError
 class ResumableLog:
     """Records of finished work, by index: one JSON object per line, written as soon as the work is done.
 
-    A record holds its index and the key of its request: a digest of everything that its result depends on. A last
-    line that was cut off is removed when the log is opened.
+    A record holds its index and the key of its request: everything that its result depends on, or a digest of it. A
+    last line that was cut off is removed when the log is opened.
 
     Args:
         path: The file, JSON Lines; None keeps the records in memory.
@@ -36,7 +36,7 @@ class ResumableLog:
         if path is not None and path.exists():
             self._read(path)
 
-    def get(self, index: int | str, key: str) -> dict[str, Any] | None:
+    def get(self, index: int | str, key: Any) -> dict[str, Any] | None:
         """Return the record of a request, None if there is none.
 
         Raises:
@@ -50,8 +50,19 @@ class ResumableLog:
             )
         return record
 
-    def add(self, index: int | str, key: str, fields: Mapping[str, Any]) -> None:
-        """Write a record to the end of the file."""
+    def check(self, key: Any) -> None:
+        """Raise ConfigError where a record has another key, in a file of which all records depend on the same."""
+        for index in self.records:
+            self.get(index, key)
+
+    def get_or_make(self, index: int | str, key: Any, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the record of a request, which is made where there is none. Raises what `get` does."""
+        if self.get(index, key) is None:
+            self.add(index, key, make())
+        return self.records[index]
+
+    def add(self, index: int | str, key: Any, fields: Mapping[str, Any]) -> None:
+        """Write a record to the end of the file. key: as JSON has it, lists in place of tuples."""
         record = {self._index: index, self._key: key, **fields}
         self.records[index] = record
         if self._path is None:

@@ -7,34 +7,42 @@ from pathlib import Path
 
 import pytest
 
+from mixlm.errors import ConfigError
 from research.scripts import rule_page, rule_speed
 
 
 def test_rows_are_kept_with_what_they_were_measured_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "rules.json"
+    path = tmp_path / "rules.jsonl"
     arguments = ["toy:1", "toy:2", "--tokens", "3", "--prompt", "the sea", "--dtype", "float32", "--json", str(path)]
     rule_speed.main([*arguments, "--rules", "max"])
     rule_speed.main([*arguments, "--rules", "guidance,max"])
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["rule", "max", "rule", "guidance", "max"]
     assert out[1] == out[4]  # not measured again
-    report = json.loads(path.read_text())
-    assert list(report["rows"]) == ["max", "guidance"]
-    for row in report["rows"].values():
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["rule"] for row in rows] == ["max", "guidance"]
+    for row in rows:
         assert {method: row[method]["forwards"] for method in ("single", "conventional")} == {
             "single": 1.0,
             "conventional": 2.0,
         }
-    assert {"command", "processor", "versions", "settings"} <= report["environment"].keys()
-    assert report["environment"]["settings"]["dtype"] == "float32"
+        assert {"processor", "versions", "settings"} == row["about"].keys()
+        assert {"command", "engines", "cores"} <= row["environment"].keys()
+        assert row["about"]["settings"]["dtype"] == "float32"
     page = tmp_path / "page.md"
     page.write_text("<!-- results: rules-toys -->\n<!-- end of results -->\n")
     rule_page.main([f"toys={path}", "--page", str(page)])
     assert "| guidance | " in page.read_text()
+    assert "rule_speed toy:1 toy:2 --rules max,guidance --tokens 3 --repeats 1 --dtype float32" in page.read_text()
     assert (tmp_path / "performance" / "rules.png").is_file()
-    with pytest.raises(SystemExit, match="other settings"):
+    # A row that was cut off is measured again.
+    path.write_text(path.read_text()[:-100])
+    rule_speed.main([*arguments, "--rules", "guidance,max"])
+    assert capsys.readouterr().out.splitlines()[-1] == out[1]
+    assert path.read_text().count("\n") == 2
+    with pytest.raises(ConfigError, match="other settings"):
         rule_speed.main([*arguments, "--prompt", "the river"])
 
 

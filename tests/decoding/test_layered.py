@@ -349,6 +349,22 @@ def test_guidance_between_equal_prompts_is_refused():
     changed.generate("ab", raw=True, rule="guidance", max_tokens=1)
 
 
+@pytest.mark.parametrize("draft", [{}, {"draft": "none"}, {"draft": "lookup"}])
+def test_both_prompts_of_guidance_run_in_one_forward(draft):
+    shared = engine()
+    members = [MemberSpec(shared, "m0"), MemberSpec(shared, "m1")]
+    ensemble = Ensemble(members).with_logits_processors({"m1": lambda ids, logits: logits / 2})
+    calls, respond = [], shared.respond
+
+    def recorded(requests):
+        calls.append(len(requests))
+        return respond(requests)
+
+    shared.respond = recorded
+    ensemble.generate("ab", raw=True, rule="guidance", seed=1, max_tokens=100, ignore_end=True, **draft)
+    assert set(calls) == {2}
+
+
 @pytest.mark.parametrize("rule", ["geometric", "max", "mean-then-truncate", "vote"])
 def test_check_finds_no_difference(rule):
     report = check(toys("piece", 3), "ab", samples=1000, options={"rule": rule, "raw": True, "temperature": 0.9})

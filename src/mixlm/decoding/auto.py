@@ -27,7 +27,7 @@ _MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are w
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the strategy; it has no options."""
-    costs = ForwardCostEstimator(context.forwards, context.sizes)
+    costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
     return Auto(costs, context.names, context.speculation, observed=context.observed)
 
 

@@ -61,15 +61,25 @@ class ForwardCostEstimator:
     Args:
         forwards: Returns each member's forwards so far.
         sizes: Bytes of each member's weights.
+        batch_keys: Members of equal ones are one model, and their forwards take equally long; () for none.
     """
 
-    def __init__(self, forwards: Callable[[], Sequence[Sequence[Forward]]], sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        forwards: Callable[[], Sequence[Sequence[Forward]]],
+        sizes: Sequence[int],
+        batch_keys: Sequence[Hashable] = (),
+    ) -> None:
         self._forwards = forwards
         self._sizes = [max(size, 1) for size in sizes]
+        self._batch_keys = batch_keys or range(len(sizes))
 
     def estimate(self) -> ForwardCosts:
         """Return the costs as of now. Before any forward, only their ratios mean something."""
-        logs = [[forward for forward in log[-_WINDOW:] if _is_decoding(forward)] for log in self._forwards()]
+        by_key: dict[Hashable, list[Forward]] = {key: [] for key in self._batch_keys}
+        for key, log in zip(self._batch_keys, self._forwards(), strict=True):
+            by_key[key] += (forward for forward in log[-_WINDOW:] if _is_decoding(forward))
+        logs = [by_key[key] for key in self._batch_keys]
         slopes = np.array([_median_slope(log) for log in logs])
         measured = [
             median(forward.seconds / (1 + slope * (forward.tokens - 1)) for forward in log) if log else None

@@ -29,7 +29,7 @@ they follow measured times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Layered:
         self._names = context.names
         self._sizes = np.maximum(np.array(context.sizes, dtype=np.float64), 1.0)
         self._batch_keys = context.batch_keys
-        self._costs = ForwardCostEstimator(context.forwards, context.sizes)
+        self._costs = ForwardCostEstimator(context.forwards, context.sizes, context.batch_keys)
         self._total = context.speculation
         self._given = None if draft is None else LayeredPlan(draft, block)
         self._stats: dict[str, SpeculationStats] = {}
@@ -125,7 +125,7 @@ class Layered:
     def __call__(self, step: DecodeStep) -> Flow:
         """Choose the symbols of a block."""
         members = self._target.members(step)
-        plan = self._given or self._plan(step, members)
+        plan = self._plan(step, members)
         limit = _EPOCH - step.noise.position % _EPOCH if self._learns_order(members) else MAX_BLOCK
 
         def position_at(current: DecodeStep) -> SampledPosition:
@@ -189,16 +189,19 @@ class Layered:
             first[int(np.argmin(self._sizes[members] / np.maximum(masses, 1e-6)))] = 1.0
         plain = layered_seconds(members, first, masses, costs, self._batch_keys)
         at_once = together_seconds(members, costs, self._batch_keys)
+        together = at_once <= plain
+        if self._given is not None:
+            return replace(self._given, together=together)
         if self._decides_alone and self._steps < _EPOCH:  # times and masses of few positions say little
-            return LayeredPlan(NoDraft(), 0, together=at_once <= plain)
+            return LayeredPlan(NoDraft(), 0, together)
         drafted = self._cheapest_draft(members, first * masses, costs, is_trial=is_trial)
         if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
             return drafted[1]
         lookup = LookupDraft()
         is_tried = is_trial or lookup.name in self._stats
         if is_tried and self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
-            return LayeredPlan(lookup, LOOKUP_BLOCK)
-        return LayeredPlan(NoDraft(), 0, together=at_once <= plain)
+            return LayeredPlan(lookup, LOOKUP_BLOCK, together)
+        return LayeredPlan(NoDraft(), 0, together)
 
     def _cheapest_draft(
         self, members: Sequence[int], decided: Floats, costs: ForwardCosts, *, is_trial: bool

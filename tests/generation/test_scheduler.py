@@ -293,11 +293,11 @@ def test_others_write_while_a_long_prompt_is_prefilled(router):
 @pytest.mark.parametrize(
     ("call_seconds", "token_seconds", "others", "sizes"),
     [
-        (10, 1, 1, [4] * 97),  # half of a decode step's time is 5 tokens
-        (10, 0.1, 1, [4, 8, 16, *[32] * 11]),
+        (10, 1, 1, [4, 6, 8, *[9] * 41]),  # a decode step's time is 10 tokens
+        (10, 0.1, 1, [4, 8, 16, 32, 57, 75, 87, 93]),
         (10, 0.001, 1, [4, 8, 16, 32, 64, 128]),
-        (0, 0.001, 0, [128, 256]),  # half a second
-        (0, 0.007, 0, [128, 64, 64, 64, 64]),
+        (0, 0.001, 0, [128, 253]),  # half a second
+        (0, 0.007, 0, [128, 96, 83, 77]),
     ],
 )
 def test_chunks_are_as_long_as_others_can_wait(call_seconds, token_seconds, others, sizes):

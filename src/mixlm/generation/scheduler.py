@@ -10,13 +10,14 @@ never idle while another one works.
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
 prompt, behind which the request itself is queued again. Its size follows the time that calls take: while others are
-generated, a chunk may add half of a decode step's time to a call.
+generated, a chunk may add as much time to a call as a decode step takes.
 
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ _FIRST_CHUNK_ALONE = 128
 _SHORT_PROMPT = 64
 # A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated. Then
 # it bounds how long a new request, or a cancelled one, waits.
-_CHUNK_SHARE = 0.5
+_CHUNK_SHARE = 1.0
 _CHUNK_SECONDS_ALONE = 0.5
 # A prompt whose chunks were lost more often than this is prefilled in one call.
 _MAX_LOSSES = 3
@@ -96,7 +97,7 @@ class _EngineQueue:
     chunk_alone: int = _FIRST_CHUNK_ALONE
 
     def adapt(self, batch: _Batch, seconds: float) -> None:
-        """Learn from the time of a call: twice the chunk where it added little, half of it where it added too much."""
+        """Learn from the time of a call: a larger chunk where it added little, a smaller one where it added much."""
         if not batch.prefill_tokens:
             usual = self.decode_seconds or seconds
             self.decode_seconds = 0.8 * usual + 0.2 * min(seconds, 2 * usual)  # a hiccup counts little
@@ -376,7 +377,9 @@ def _first_chunk(queued: _QueuedRequest, chunk: int, total: int) -> tuple[_Queue
 
 
 def _adapted(chunk: int, added: float, limit: float) -> int:
-    """Return the size of the next chunk. added: seconds that this one added to a call."""
-    if added > limit:
-        return max(chunk // 2, _MIN_CHUNK)
-    return min(2 * chunk, _MAX_CHUNK) if added < limit / 2 else chunk
+    """Return the size of the next chunk: half way, by ratio, to the one that adds `limit`. A hiccup counts little.
+
+    added: seconds that this chunk added to a call.
+    """
+    ratio = limit / max(added, limit / 4)
+    return min(max(round(chunk * max(math.sqrt(ratio), 0.5)), _MIN_CHUNK), _MAX_CHUNK)

@@ -143,6 +143,17 @@ def test_a_passing_failure_is_retried(remote, fake, fault):
     assert len(fake.requests) >= before + 2
 
 
+def test_a_request_that_fails_leaves_nothing_to_the_next_one_of_its_session(remote, fake):
+    session, ids = remote.session(), random_ids(remote, 5)
+    request = LogitsRequest(0, ids, top_k_filter=TopKFilter(3, np.zeros(0, np.int64)))
+    fake.faults = ["error"]
+    with pytest.raises(EngineError):
+        remote.respond([(session, request)])
+    np.testing.assert_array_equal(session.logits(ids), remote.session().logits(ids))
+    remote.respond([(session, request)])
+    np.testing.assert_array_equal(session.logits(ids[:4]), remote.session().logits(ids[:4]))
+
+
 @pytest.mark.parametrize(
     ("faults", "message"),
     [

@@ -13,7 +13,8 @@ on the engine (`protocols`); what it reports tells whether they are all there.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -108,11 +109,17 @@ class TopKOnlySession(Session):
 
         allowed: which ids count after each prefix, the logits of the others are not certain.
         """
+        with self._serving(top_k_filter, allowed):
+            return self.logits(ids, last)
+
+    @contextmanager
+    def _serving(self, top_k_filter: TopKFilter | None, allowed: AllowedIds) -> Iterator[None]:
+        """Serve a request for logits, with these arguments of `logits_rows`."""
         self._top_k_filter, self._allowed = top_k_filter, allowed
         try:
             if allowed or self.normalized:
                 self._last_logits = None  # of other ids, or too few
-            return self.logits(ids, last)
+            yield
         finally:
             self._top_k_filter, self._allowed = None, ()
 

@@ -280,28 +280,25 @@ class RemoteSession(TopKOnlySession):
         self, ids: Ids, last: int, top_k_filter: TopKFilter | None, allowed: AllowedIds = ()
     ) -> LogitsRows:
         """Do what `logits_rows` does, without blocking."""
-        self._top_k_filter = top_k_filter
-        if allowed or self.normalized:
-            self._last_logits = None  # of other ids, or too few
-        kept = self.rollback(ids, last)
-        if kept is None:
-            return self.last_logits
-        start = time.perf_counter()
-        queries, cached = self.top_k_queries(ids[kept:], last, top_k_filter, allowed), kept
-        try:
-            query = next(queries)
-            while True:
-                response = await self._engine.request_candidates(self, query)
-                cached = cached if response.cached is None else min(response.cached, len(ids) - 1)
-                query = queries.send(response.candidates)
-        except StopIteration as stop:
-            rows: LogitsRows = stop.value
-        except BaseException:
-            self.reset()
-            raise
-        seconds = time.perf_counter() - start
-        whole = None if isinstance(rows, list) or allowed else rows
-        self.record(ids, whole, Forward(len(ids) - kept, kept, seconds))
+        with self._serving(top_k_filter, allowed):
+            kept = self.rollback(ids, last)
+            if kept is None:
+                return self.last_logits
+            start = time.perf_counter()
+            queries, cached = self.top_k_queries(ids[kept:], last, top_k_filter, allowed), kept
+            try:
+                query = next(queries)
+                while True:
+                    response = await self._engine.request_candidates(self, query)
+                    cached = cached if response.cached is None else min(response.cached, len(ids) - 1)
+                    query = queries.send(response.candidates)
+            except StopIteration as stop:
+                rows: LogitsRows = stop.value
+            except BaseException:
+                self.reset()
+                raise
+            seconds = time.perf_counter() - start
+            self.record(ids, None if isinstance(rows, list) else rows, Forward(len(ids) - kept, kept, seconds))
         self.stats.forwards[-1] = Forward(len(ids) - cached, cached, seconds)  # as the server reports it
         self.stats.cached_tokens += max(cached - kept, 0)
         return rows

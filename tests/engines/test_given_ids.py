@@ -99,6 +99,19 @@ def test_the_tokens_that_are_allowed_have_the_members_probabilities(engine):
     assert not np.isfinite(none).any()
 
 
+def test_banned_ids_among_the_allowed_ones_are_not_waited_for(engine, monkeypatch):
+    row = all_logits(engine, IDS)
+    order, ids = np.argsort(-row), np.arange(engine.vocabulary.size)
+    session, queries = engine.session(), []
+    top_tokens = session.top_tokens
+    monkeypatch.setattr(session, "top_tokens", lambda *query: queries.append(query[1]) or top_tokens(*query))
+    top_k_filter, allowed = TopKFilter(5, np.sort(order[12:20])), np.isin(ids, order[10:20])
+    [candidates] = session.logits_rows(IDS, 1, top_k_filter, [allowed])
+    assert {*candidates.ids.tolist()} == {*order[10:12].tolist()}
+    np.testing.assert_allclose(softmax(candidates.logprobs), softmax(row[candidates.ids]), atol=2e-5)
+    assert queries == [2]
+
+
 def whole(engine: RemoteEngine, table: Callable[..., np.ndarray]) -> ToyEngine:
     """The model of a stand-in, in this process and with whole rows."""
     toy = ToyEngine(table=table, name="whole", context_length=engine.context_length)

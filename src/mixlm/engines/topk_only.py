@@ -188,7 +188,9 @@ class TopKOnlySession(Session):
         engine = self._top_k_engine
         limit = min(engine.vocabulary.size, engine.max_top_k or engine.vocabulary.size)
         wanted = engine.top_k_limit if top_k_filter is None else top_k_filter.k
-        sampleable = engine.sampleable if allowed is None else engine.sampleable & allowed
+        sampleable = engine.sampleable & (True if allowed is None else allowed)
+        if top_k_filter is not None:
+            sampleable[top_k_filter.banned] = False
         total = int(np.count_nonzero(sampleable))
         wanted = min(wanted, total)
         enough = min(wanted, engine.top_k_limit)
@@ -199,10 +201,7 @@ class TopKOnlySession(Session):
         count = min(wanted + engine.extra_tokens, limit, limit if among is None else total)
         while True:
             candidates = yield TopTokensQuery(ids, count, among)
-            usable = sampleable[candidates.ids]
-            if top_k_filter is not None:
-                usable &= top_k_filter.allows(candidates.ids)
-            reported = np.count_nonzero(usable)
+            reported = np.count_nonzero(sampleable[candidates.ids])
             if reported >= wanted or count >= engine.vocabulary.size or (reported >= enough and count >= limit):
                 return candidates
             if may_list and among is None and count >= min(engine.max_unlisted, limit):

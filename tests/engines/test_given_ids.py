@@ -176,6 +176,19 @@ def test_members_in_llamacpp_and_behind_a_server_call_tools(vllm, folder, tmp_pa
         assert {token.member for token in completion.tokens} == {"a", "b"}
 
 
+def test_a_server_whose_logits_are_rounded_otherwise_in_every_batch_takes_given_ids(vllm, folder, monkeypatch):  # noqa: F811
+    logits, calls = vllm.logits, []
+
+    def rounded(ids):
+        """Logits below 32 in bfloat16: each may be the next one in another batch."""
+        calls.append(ids)
+        ranks = np.argsort(np.argsort(-logits(ids)))
+        return logits(ids) + np.where((ranks + len(calls)) % 2, 0.12, 0)
+
+    monkeypatch.setattr(vllm, "logits", rounded)
+    assert RemoteEngine(EngineSpec(vllm.url, ""), folder, QUICK).takes_ids
+
+
 def test_a_server_without_given_ids_refuses_grammars_by_name(folder):  # noqa: F811
     fake = FakeServer().start()
     try:

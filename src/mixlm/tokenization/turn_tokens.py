@@ -8,23 +8,33 @@ writes, such as `<think>`, are text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mixlm.errors import TemplateError
+from mixlm.types import Role
 
 RenderProbe = Callable[..., str]
 PROBE = "0123456789"
-# How control tokens are spelled: <|im_end|>, <end_of_turn>, <｜User｜>, </s>, [INST], [|endofturn|].
+# How control tokens are spelled: <|im_end|>, <|turn>, <end_of_turn>, <｜User｜>, </s>, [INST], [|endofturn|].
 _SHAPE = re.compile(
-    r"<\|[^\s<>|]+\|>|<｜[^\s<>｜]+｜>|\[\|[^\s\[\]|]+\|\]|</?[^\s<>/|｜][^\s<>]*>|\[/?[A-Za-z][A-Za-z0-9_]*\]"
+    r"<\|[^\s<>|]+\|?>|<｜[^\s<>｜]+｜>|\[\|[^\s\[\]|]+\|\]|</?[^\s<>/|｜][^\s<>]*>|\[/?[A-Za-z][A-Za-z0-9_]*\]"
 )
+_BRACKETS = frozenset("<>[]{}|｜")  # added tokens between these are control tokens too, such as ]~b]
 _TEXT = re.compile("think|thought|reason|tool|answer|image|audio|video|vision", re.IGNORECASE)
+_RESPONSES: tuple[tuple[Role, ...], ...] = (
+    ("user", "assistant"),
+    ("system", "user", "assistant"),
+    # Some templates refuse to end with a response, or leave that of the last one open.
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user"),
+)
+_CONVERSATIONS: tuple[tuple[Role, ...], ...] = (("user",), ("system", "user"), *_RESPONSES[2:])
 
 
 def looks_like_control(spelling: str) -> bool:
-    """Return whether a token is spelled as control tokens are."""
-    return _SHAPE.fullmatch(spelling) is not None
+    """Return whether an added token is spelled as control tokens are."""
+    return _SHAPE.fullmatch(spelling) is not None or (len(spelling) > 2 and {spelling[0], spelling[-1]} <= _BRACKETS)
 
 
 def turn_tokens(render: RenderProbe, tokenizer: Any) -> list[str]:
@@ -35,9 +45,11 @@ def turn_tokens(render: RenderProbe, tokenizer: Any) -> list[str]:
         tokenizer: A `tokenizers.Tokenizer`.
     """
     user_side, assistant_side = _around_turns(render)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
 
-    def found(texts: Iterable[str]) -> dict[str, None]:
-        spellings = (match[0] for text in texts for match in _SHAPE.finditer(text))
+    def found(texts: Sequence[str]) -> dict[str, None]:
+        spellings = [match[0] for text in texts for match in _SHAPE.finditer(text)]
+        spellings += [token for text in texts for token in added if token in text and looks_like_control(token)]
         return dict.fromkeys(
             spelling
             for spelling in spellings
@@ -54,38 +66,38 @@ def turn_tokens(render: RenderProbe, tokenizer: Any) -> list[str]:
 
 
 def text_after_response(render: RenderProbe) -> str:
-    """Return what a template writes behind a response; empty where it refuses the conversation."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    try:
-        return render(turns, add_generation_prompt=False).rpartition(PROBE)[2].lstrip()
-    except TemplateError:
-        return ""
+    """Return what a template writes behind a response; empty where that is nothing, or it takes no conversation."""
+    for roles in _RESPONSES:
+        gaps = _gaps(render, roles, add_generation_prompt=False)
+        if gaps and (text := gaps[roles.index("assistant") + 1].lstrip()):
+            return text
+    return ""
 
 
 def _around_turns(render: RenderProbe) -> tuple[list[str], list[str]]:
     """Return what a template writes in front of a user's turns and behind an assistant's, and in front of theirs."""
     user_side = [text_after_response(render)]
     assistant_side: list[str] = []
-    for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-        turns = [{"role": role, "content": f"{PROBE}{number}"} for number, role in enumerate(roles)]
-        try:
-            rendered = render(turns, add_generation_prompt=True)
-        except TemplateError:
-            continue
-        gaps = _gaps(rendered, [turn["content"] for turn in turns])
+    for roles in _CONVERSATIONS:
+        gaps = _gaps(render, roles, add_generation_prompt=True)
         for role, gap in zip((*roles, "assistant"), gaps, strict=False):
             (assistant_side if role == "assistant" else user_side).append(gap)
     return user_side, assistant_side
 
 
-def _gaps(rendered: str, contents: Sequence[str]) -> list[str]:
-    """Return the parts of a prompt between messages, in order; those that the prompt lacks are passed over."""
-    gaps: list[str] = []
-    for content in contents:
-        before, probe, after = rendered.partition(content)
-        gaps.append(before if probe else "")
-        rendered = after if probe else rendered
-    return [*gaps, rendered]
+def _gaps(render: RenderProbe, roles: Sequence[Role], *, add_generation_prompt: bool) -> list[str]:
+    """Return what stands before, between and behind the messages of a conversation; nothing if one is left out."""
+    contents = [f"{PROBE}{number}" for number in range(len(roles))]
+    for forms in (contents, [[{"type": "text", "text": content}] for content in contents]):
+        turns = [{"role": role, "content": form} for role, form in zip(roles, forms, strict=True)]
+        try:
+            rendered = render(turns, add_generation_prompt=add_generation_prompt)
+        except TemplateError:
+            continue
+        gaps = re.split("|".join(contents), rendered)
+        if len(gaps) == len(contents) + 1:
+            return gaps
+    return []
 
 
 def _partner(spelling: str) -> str:

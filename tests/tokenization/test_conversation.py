@@ -117,6 +117,12 @@ def test_a_template_that_loops_over_parts_gets_parts():
     assert "[{" not in render(PARTS, [user("U")])
 
 
+def test_a_template_that_refuses_strings_gets_parts_for_empty_texts_too():
+    loop = "{% for message in messages %}"
+    strict = PARTS.replace(loop, loop + "{% if message.content is string %}{{ raise_exception('no') }}{% endif %}")
+    assert render(strict, [user("U"), assistant(""), user("V")]).count("<|im_start|>assistant\n") == 2
+
+
 def test_a_template_with_a_string_for_the_system_and_parts_for_the_rest():
     mixed = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ 'S:' + m.content }}{% else %}"

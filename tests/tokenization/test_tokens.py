@@ -95,9 +95,9 @@ def test_single_bytes_are_spelled_in_each_familys_way():
 
 
 def test_byte_spellings_are_text_where_a_tokenizer_does_not_fall_back_to_bytes():
-    tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1}, []))
+    tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1, "▁": 2}, []))
     tokenizer.decoder = decoders.Metaspace()
-    assert token_bytes(tokenizer, TokenizerFamily.SENTENCEPIECE, "x")[0] == {0: b"<0x0A>", 1: b" a"}
+    assert token_bytes(tokenizer, TokenizerFamily.SENTENCEPIECE, "x")[0] == {0: b"<0x0A>", 1: b" a", 2: b" "}
 
 
 def test_a_token_outside_the_byte_alphabet_is_refused():
@@ -111,6 +111,16 @@ def _bytes_without_a_space() -> Tokenizer:
     names = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b"]
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _words_with_a_space(*, byte_fallback: bool) -> Tokenizer:
+    """A unigram model that spells the spaces of the text that is tried at load, and no other ones."""
+    pieces = [(f"<0x{b:02X}>", -20.0) for b in range(256 if byte_fallback else 0)]
+    pieces += [(piece, -2.0) for piece in ("a", "b", "c", "x", "1", ".", "\n", "▁b", "▁▁", "▁c")]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *pieces], 0, byte_fallback))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
@@ -139,7 +149,9 @@ def _words_apart(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "shown"),
     [
-        (_bytes_without_a_space(), "has no token for the space: it would read and write '▁'"),
+        (_bytes_without_a_space(), "has no token for the space"),
+        (_words_with_a_space(byte_fallback=True), "has no token for the space"),
+        (_words_with_a_space(byte_fallback=False), "has no token for the space"),
         (_changed("gpt2", lambda t: setattr(t.model, "dropout", 0.1)), "drops merges at random"),
         (_changed("gpt2", lambda t: setattr(t.model, "end_of_word_suffix", "</w>")), "carry the mark '</w>'"),
         (_changed("gpt2", lambda t: setattr(t.model, "continuing_subword_prefix", "##")), "carry the mark '##'"),

@@ -214,7 +214,7 @@ def _turns(messages: Sequence[Message], parts: frozenset[Role]) -> Turns:
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     turns = []
     for message in messages:
-        in_parts = message.role in parts and message.content
+        in_parts = message.role in parts and not (message.tool_calls and not message.content)
         content = [{"type": "text", "text": message.content}] if in_parts else message.content
         turn: dict[str, Any] = {"role": message.role, "content": content}
         if message.tool_calls:

@@ -290,10 +290,11 @@ def _check_spelling(tokenizer: Any, tokens: Mapping[int, bytes], name: str) -> N
         return
     ids = [i for i in encode_text(tokenizer, "a b  c\n1.").ids if i in tokens]
     spelled = b"".join(tokens[i] for i in ids)
-    if SPACE.encode() in spelled:
+    # Tokens of a space and more do not do: behind a text, or in front of another one, a space stands alone.
+    if SPACE.encode() in spelled or b" " not in tokens.values():
         raise TokenizerError(
-            f"the tokenizer of {name} has no token for the space: it would read and write {SPACE!r} in its place",
-            "the vocabulary needs the token '▁'",
+            f"the tokenizer of {name} has no token for the space: it would read and write another text in its place",
+            "the vocabulary needs the token '▁', or 'Ġ' where it is byte-level",
         )
     decoded: str = tokenizer.decode(ids)
     if decoded.strip(" ") != spelled.decode(errors="replace").strip(" "):

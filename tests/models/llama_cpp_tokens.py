@@ -1,6 +1,8 @@
 """Prints the ids that llama.cpp gives for texts: a program of its own, since a server lives as long as its process.
 
-python tests/models/llama_cpp_tokens.py MODEL.gguf TEXTS.json
+python tests/models/llama_cpp_tokens.py MODEL.gguf TEXTS.json [special]
+
+special: control tokens are read from the texts.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
 server = xllamacpp.Server(params)
 all_ids = []
 for text in json.loads(Path(sys.argv[2]).read_text("utf-8")):
-    body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+    body = json.dumps({"content": text, "add_special": False, "parse_special": sys.argv[3:] == ["special"]}).encode()
     request = urllib.request.Request(f"{server.listening_address}/tokenize", body)
     with urllib.request.urlopen(request) as response:
         all_ids.append(json.load(response)["tokens"])

@@ -132,6 +132,45 @@ def test_every_pre_tokenizer_cuts_as_llama_cpp_does(tmp_path: Path, merged_texts
         assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
 
 
+def sentencepiece(*more: tuple[str, int]) -> list[tuple[str, int]]:
+    """Pieces of a short text, in a random order, with all of its characters."""
+    corpus = "the▁river▁turns▁under▁the▁old▁bridge▁▁123\n\nab▁abc"
+    pieces = sorted({corpus[i : i + length] for length in range(2, 7) for i in range(len(corpus) - length)})
+    random.Random(3).shuffle(pieces)
+    return [*more, *((piece, 1) for piece in [*pieces[:150], *sorted(set(corpus))] if piece not in dict(more))]
+
+
+TURNS = (("<|user|>", 3), ("<|end|>", 3), ("<|endoftext|>", 3), ("<tool>", 4), ("▁▁▁", 4))
+SENTENCEPIECE = {
+    "a space in front": {"pieces": sentencepiece(*TURNS)},
+    "no space in front": {"pieces": sentencepiece(*TURNS), "space_prefix": False},
+    "unused tokens": {"pieces": sentencepiece(*TURNS, ("riv", 5), ("bri", 5))},
+    "Phi-3": {"pieces": sentencepiece(*TURNS), "model_name": "Phi-3-mini-4k"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepiece_is_read_as_llama_cpp_reads_it(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("xllamacpp")
+    file = write_tiny_gguf(tmp_path / "a.gguf", **SENTENCEPIECE[kind])
+    rng = random.Random(4)
+    parts = ["a", "ab", "the", " ", "  ", "\n", "1", "é", "<|user|>", "<|end|>", "<tool>", "river", " the", "</s>"]
+    texts = ["".join(rng.choice(parts) for _ in range(rng.randint(1, 12))) for _ in range(80)]
+    texts += ["<|user|>\nthe river<|end|>\n<|assistant|>", "<|endoftext|>  a", "<tool> x"]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    program = Path(__file__).with_name("llama_cpp_tokens.py")
+    write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for special in ((), ("special",)):
+        command = [sys.executable, program, file, tmp_path / "texts.json", *special]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        expected = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[3:])
+        tokenizer.encode_special_tokens = not special
+        for text, ids in zip(texts, expected, strict=True):
+            assert tokenizer.encode(text, add_special_tokens=False).ids == ids, (text, special)
+
+
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_every_pre_tokenizer_reads_and_spells_every_text(tmp_path: Path, write_gguf: Callable[..., Path], name: str):
     metadata = read_metadata(write_gguf(tmp_path / "a.gguf")) | {"tokenizer.ggml.pre": name}

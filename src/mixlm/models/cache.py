@@ -22,7 +22,7 @@ from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
 GGUF_FILE = "model.gguf"  # the fetched file, in the folder of the model made from it
-TOKENIZER_VERSION = 4  # increases when the conversion of tokenizers changes
+TOKENIZER_VERSION = 5  # increases when the conversion of tokenizers changes
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,12 @@ from typing import Any
 
 from mixlm.errors import ModelLoadError, UnsupportedError, did_you_mean
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_MERGEABLE = (_NORMAL, _USER_DEFINED, _UNUSED)
 _SPACE = "▁"
+# Models whose added tokens take the white space behind them, and those of their tokens that do not.
+_TAKES_SPACES = ("phi-3", "phi3")
+_TAKES_NONE = ("<unk>", "<s>", "<|endoftext|>")
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -162,7 +166,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, name: str) -> Non
             "(SentencePiece)",
             "a folder with the same model in safetensors may load",
         )
-    _add_tokens(tokenizer, fields, tokens)
+    _add_tokens(tokenizer, fields, tokens, str(metadata.get("general.name", "")))
     special = {
         f"{role}_token": tokens[fields[f"{key}_token_id"]]
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -216,9 +220,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) 
     if scores is None or len(scores) < len(tokens):
         raise ModelLoadError(f"{name} has no scores for its {len(tokens)} tokens", "download or copy the file again")
     kinds = fields.get("token_type") or ()
-    mergeable = {
-        token: scores[i] for i, token in enumerate(tokens) if i >= len(kinds) or kinds[i] in (_NORMAL, _USER_DEFINED)
-    }
+    mergeable = {token: scores[i] for i, token in enumerate(tokens) if i >= len(kinds) or kinds[i] in _MERGEABLE}
     merges = [
         (token[:cut], token[cut:])
         for token in sorted(mergeable, key=lambda token: -mergeable[token])
@@ -271,14 +273,23 @@ def _last_merge(token: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, 
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str]) -> None:
-    """Mark the file's control tokens, and those that are found in a text before anything is merged."""
+def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str], model: str) -> None:
+    """Mark the file's control tokens, and those that are found in a text before anything is merged.
+
+    model: its name in the file, by which llama.cpp knows whose tokens take the white space behind them.
+    """
     from tokenizers import AddedToken
+
+    takes_spaces = any(name in model.lower() for name in _TAKES_SPACES)
+
+    def added(token: str, *, special: bool) -> Any:
+        rstrip = takes_spaces and token not in _TAKES_NONE
+        return AddedToken(token, special=special, normalized=False, rstrip=rstrip)
 
     kinds = fields.get("token_type") or ()
     by_kind = {kind: [tokens[i] for i, each in enumerate(kinds) if each == kind] for kind in (_CONTROL, _USER_DEFINED)}
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in by_kind[_CONTROL]])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in by_kind[_USER_DEFINED]])
+    tokenizer.add_special_tokens([added(token, special=True) for token in by_kind[_CONTROL]])
+    tokenizer.add_tokens([added(token, special=False) for token in by_kind[_USER_DEFINED]])
 
 
 def _put_in_front(tokenizer: Any, begin: str | None) -> None:

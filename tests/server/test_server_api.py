@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from serving import HELLO, endless, events, running
 
+import mixlm
 from mixlm.binding import MemberSpec
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
@@ -480,6 +483,33 @@ def test_what_an_engine_cannot_do_is_named_and_hints_are_for_clients():
     assert error.message.endswith("(use a top_k from 1 to 64 and no penalties)")
     error = to_api_error(UnsupportedError("temperature is 0, and mixture samples", "use --method greedy"))
     assert error.message.endswith('(use mixlm.method "greedy")')
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        ("use --engine hf (engine='hf')", ""),
+        ("use --unit piece, or --engine hf", ' (use mixlm.unit "piece")'),
+        ("let its server report more, or use --engine hf (engine='hf')", ""),
+        ("use --engine hf (engine='hf'), or a router of the text", " (use a router of the text)"),
+        ("use --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM whose logprobs mode is processed_logprobs", ""),
+        ("use it with --method speculative or greedy", ' (use it with mixlm.method "speculative" or greedy)'),
+    ],
+)
+def test_hints_leave_out_what_only_the_operator_can_do(hint, expected):
+    assert to_api_error(UnsupportedError("it cannot be", hint)).message == f"it cannot be{expected}"
+
+
+def test_no_hint_in_the_sources_names_an_option_of_the_command_line_to_a_client():
+    source = Path(mixlm.__file__).parent
+    rooms = ("core", "decoding", "generation", "units", "engines", "engines/transformers", "engines/remote", "server")
+    files = [source / "binding.py", source / "ensemble.py"]
+    files += [file for room in rooms for file in (source / room).glob("*.py")]
+    for file in files:
+        for string in re.findall(r'^ +"(use [^"\n]*--[a-z][^"\n]*)"', file.read_text(), re.MULTILINE):
+            shown = to_api_error(UnsupportedError("it cannot be", string)).message
+            assert "--" not in shown, (file.name, string, shown)
+            assert "engine=" not in shown, (file.name, string, shown)
 
 
 def test_an_unknown_model_is_not_found(toys):

@@ -69,6 +69,12 @@ _BRANCHES = {
     *("MessageItem", "CallItem", "CallOutputItem", "ReasoningItem", "NamedFunctionTool", "tool_use", "tool_result"),
 }
 
+# In a hint: other engines, models and servers, and what trains and scores.
+_OPERATORS = re.compile(
+    r"--(engine|dtype|device|graphs|prefix-cache|logprobs-mode)\b|vLLM|SGLang|llama\.cpp|mixlm (fit|score)"
+    r"|^(set candidates|let its server|name a model|leave dtype)"
+)
+
 # What is a level deeper in chat completions than in the other APIs.
 _FLAT = (
     (r"^(tools\.\d+|tool_choice)\.function\.", r"\1."),
@@ -168,7 +174,8 @@ def _client_error(error: UsageError | TokenizerError) -> ApiError:
         # The models are loaded by now, so the text is at fault: a member has no tokens for it.
         return ApiError(400, error.message, code="no_tokens")
     option = error.message.partition(" ")[0]
-    text = f"{error.message} ({error.hint})" if error.hint else error.message
+    hint = _for_clients(error.hint or "")
+    text = f"{error.message} ({hint})" if hint else error.message
     return ApiError(400, _in_api_terms(text), param=_FIELDS.get(option), code="invalid_value")
 
 
@@ -249,14 +256,18 @@ def _dotted_path(location: tuple[int | str, ...]) -> str:
     return ".".join(part for i, part in enumerate(parts) if parts[i - 1 : i] != [part])[:200]
 
 
-def _in_api_terms(text: str) -> str:
-    """Return a message with the fields of the API in place of options of the command line.
+def _for_clients(hint: str) -> str:
+    """Return a hint without the alternatives that only the operator of the server has; empty where none is left."""
+    first, *others = hint.split(", or ")
+    kept = [part for part in (first, *others) if not _OPERATORS.search(part)]
+    if kept and first not in kept and first.startswith("use ") and not kept[0].startswith("use "):
+        kept[0] = f"use {kept[0]}"
+    return ", or ".join(kept)
 
-    Advice that only the operator of the server can follow is left out.
-    """
-    text = re.sub(r",? or --engine hf \(engine='hf'\)", "", text)
-    text = text.replace("use mixlm score with --rule, or ", "")
-    text = re.sub(r"--(method|unit|rule) ([\w-]+)", r'mixlm.\1 "\2"', text)
+
+def _in_api_terms(text: str) -> str:
+    """Return a message with the fields of the API in place of options of the command line."""
+    text = re.sub(r"--(method|unit|rule|draft) ([\w-]+)", r'mixlm.\1 "\2"', text)
     text = re.sub(r"--top-k (\d+)", r"mixlm.top_k \1", text)
     text = re.sub(r"\bignore_end\b", "ignore_eos", text)
     text = re.sub(r"^score_prompt gives\b", "echo with logprobs gives", text)

@@ -161,7 +161,7 @@ def _parse(
         try:
             ensemble = ensemble.with_weights(extras.weights)
         except ConfigError as error:
-            raise ApiError(400, str(error), param="mixlm.weights", code="invalid_value") from None
+            raise ApiError(400, to_api_error(error).message, param="mixlm.weights", code="invalid_value") from None
     schema_field = "response_format" if body.guided_json is None else "guided_json"
     try:
         settings = ensemble.settings(**_options(body, extras, ensemble, options))

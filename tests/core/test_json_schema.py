@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -25,6 +26,7 @@ from toys import (
     written,
 )
 
+from mixlm.core import limited_objects as limited_objects_module
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.limited_objects import limited_objects
 from mixlm.core.sampling import dense_distribution
@@ -581,6 +583,37 @@ def test_the_alternatives_that_are_looked_through_for_patterns_are_bounded():
     for _ in range(60):  # each schema is looked at once, however often it is joined
         nested = {"allOf": [nested, nested]}
     assert len(list(limited_objects(nested))) == 1
+
+
+def test_a_chain_of_references_may_be_long():
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(1200)}
+    schema = {**NAMED, "$ref": "#/$defs/a0", "$defs": {**links, "a1200": CLOSED}}
+    assert [limited.patterns for limited in limited_objects(schema)] == [["^[ab]$"]]
+    links = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}], "required": [f"c{i}"]} for i in range(400)}
+    for count in (1, 500):  # growing parts of one choice, of many
+        options = {"anyOf": [{"required": [f"b{i}"]} for i in range(count)]}
+        with pytest.raises(ConfigError, match="patternProperties among too many alternatives"):
+            list(limited_objects({**schema, "$defs": {**links, "a400": options}}))
+
+
+def test_the_names_of_schemas_are_looked_up_in_one_walk(monkeypatch):
+    walks, nodes = [], limited_objects_module._nodes
+    monkeypatch.setattr(limited_objects_module, "_nodes", lambda schema: walks.append(1) or nodes(schema))
+    parts = {f"x{i}": {"$anchor": f"x{i}", **NAMED} for i in range(20)}
+    references = [{"$ref": f"#x{i}"} for i in range(20)] + [{"$ref": "other"}, {"$ref": "missing#x"}]
+    schema = {"anyOf": references, "$defs": {**parts, "y": {"$id": "other", **CLOSED, **NAMED}}}
+    assert len(list(limited_objects(schema))) == 1
+    assert len(walks) <= 2
+
+
+def test_schemas_that_are_nested_too_deeply_are_refused():
+    cache, limit = GrammarCache([ToyEngine().vocabulary]), sys.getrecursionlimit()
+    for depth in range(limit - 200, limit + 1, 2):
+        schema: Any = {"type": "integer"}
+        for _ in range(depth // 2):
+            schema = {"allOf": [schema]}
+        with pytest.raises(ConfigError, match=r"json_schema (is|cannot)"):
+            cache.for_schema(schema)
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def _schema(path: Path) -> Any:
     [text] = read_texts([path]).values()
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 

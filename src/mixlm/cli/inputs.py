@@ -118,7 +118,7 @@ def json_lines(name: str, text: str, expected: str) -> Iterator[tuple[int, dict[
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise line_error(name, number, f"not valid JSON: {error}", expected) from error
         if not isinstance(record, dict):
             raise line_error(name, number, "not a JSON object", expected)

@@ -167,6 +167,8 @@ class GrammarCache:
             return self._build(key, option, check)
         except ConfigError as error:
             raise ConfigError(error.message.replace("json_schema", option, 1), error.hint) from error
+        except RecursionError as error:
+            raise ConfigError(f"{option} is nested too deeply: {error}") from error
 
     def _build(self, key: str, option: str, check: Callable[[str], None] | None) -> list[Grammar]:
         library = _library()

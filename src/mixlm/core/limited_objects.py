@@ -14,9 +14,10 @@ from urllib.parse import unquote
 from mixlm.errors import ConfigError
 
 Parts = tuple[Mapping[str, Any], ...]  # schemas that hold for one value
-# Choices among the alternatives of one object, and objects of a whole schema.
+# Choices among the alternatives of one object, their parts, and schemas of the values in all objects.
 _MAX_FORMS = 1000
-_MAX_OBJECTS = 10_000
+_MAX_PARTS = 10_000
+_MAX_CHILDREN = 100_000
 _OBJECT_KEYS = ("properties", "patternProperties", "additionalProperties", "required")
 _ARRAY_KEYS = ("items", "prefixItems", "additionalItems")
 
@@ -57,10 +58,11 @@ def limited_objects(root: Any) -> Iterator[LimitedObject]:
             if names and patterns and any(_others(part) not in (True, {}) for part in parts):
                 others = {"allOf": [_without_names(part) for part in parts], "type": "object", "minProperties": 1}
                 yield LimitedObject(names, patterns, others)
-            waiting += _children(parts)
-            count += 1
-            if count > _MAX_OBJECTS:
-                raise _too_many()
+            for child in _children(parts):
+                waiting.append(child)
+                count += len(child)
+                if count > _MAX_CHILDREN:
+                    raise _too_many()
 
 
 class _JoinedSchemas:
@@ -69,29 +71,65 @@ class _JoinedSchemas:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._known: dict[int, list[Parts]] = {}
+        self._named: dict[int, dict[str, Any]] = {}
 
     def forms(self, schema: Any) -> list[Parts]:
         """Return the parts of a schema for each choice among its alternatives. Raises ConfigError for too many."""
-        if not isinstance(schema, dict):
-            return [] if schema is False else [()]
-        if id(schema) in self._known:
+        waiting: list[tuple[Any, list[list[Any]] | None]] = [(schema, None)]
+        while waiting:
+            part, groups = waiting.pop()
+            if groups is not None:  # which are known by now
+                own = (part,) if any(key in part for key in (*_OBJECT_KEYS, *_ARRAY_KEYS)) else ()
+                options = [_once(chain.from_iterable(map(self._forms, group))) for group in groups]
+                self._known[id(part)] = _choices([[own], *options])
+            elif isinstance(part, dict) and id(part) not in self._known:
+                self._known[id(part)] = [()]  # where it joins itself
+                groups = self._joined(part)
+                waiting.append((part, groups))
+                waiting += [(other, None) for other in chain.from_iterable(groups)][::-1]
+        return self._forms(schema)
+
+    def _forms(self, schema: Any) -> list[Parts]:
+        if isinstance(schema, dict):
             return self._known[id(schema)]
-        self._known[id(schema)] = [()]  # where it joins itself
-        groups = [self.forms(part) for part in _list(schema, "allOf")]
-        for key in ("anyOf", "oneOf"):
-            if key in schema:
-                groups.append(_once(chain.from_iterable(self.forms(option) for option in _list(schema, key))))
+        return [] if schema is False else [()]
+
+    def _joined(self, schema: Mapping[str, Any]) -> list[list[Any]]:
+        """Return the groups of schemas that a schema joins: one of each group holds, besides its own keys."""
+        groups = [[part] for part in _list(schema, "allOf")]
+        groups += [_list(schema, key) for key in ("anyOf", "oneOf") if key in schema]
         if isinstance(schema.get("$ref"), str):
-            groups.append(self.forms(_resolve(schema["$ref"], self._root)))
-        own = (schema,) if any(key in schema for key in (*_OBJECT_KEYS, *_ARRAY_KEYS)) else ()
-        self._known[id(schema)] = _choices([[own], *groups])
-        return self._known[id(schema)]
+            groups.append([self._resolve(schema["$ref"])])
+        return groups
+
+    def _resolve(self, reference: str) -> Any:
+        """Return the schema that a reference names; True, which says nothing, where it is not found."""
+        address, _, fragment = reference.partition("#")
+        place = self._names(self._root).get(address, True) if address else self._root
+        if not fragment.startswith("/"):
+            return self._names(place).get(f"#{fragment}", True) if fragment else place
+        for step in unquote(fragment)[1:].split("/"):
+            if isinstance(place, list):
+                place = place[int(step)] if step.isdecimal() and int(step) < len(place) else True
+            else:
+                place = place.get(step.replace("~1", "/").replace("~0", "~"), True) if isinstance(place, dict) else True
+        return place
+
+    def _names(self, schema: Any) -> Mapping[str, Any]:
+        """Return the first JSON object in a schema with each `$id`, and with each `$anchor` behind a #."""
+        if id(schema) not in self._named:
+            self._named[id(schema)] = names = dict[str, Any]()
+            for node in _nodes(schema):
+                for key in ("$id", "id", "$anchor"):
+                    if isinstance(name := node.get(key), str):
+                        names.setdefault(f"#{name}" if key == "$anchor" else name, node)
+        return self._named[id(schema)]
 
 
 def _choices(groups: Sequence[Sequence[Parts]]) -> list[Parts]:
     """Return the parts of each choice of one form a group. Raises ConfigError for too many."""
     choices = list(islice(product(*groups), _MAX_FORMS + 1))
-    if len(choices) > _MAX_FORMS:
+    if len(choices) > _MAX_FORMS or sum(map(len, chain.from_iterable(choices))) > _MAX_PARTS:
         raise _too_many()
     return _once({id(part): part for part in chain(*choice)}.values() for choice in choices)
 
@@ -164,28 +202,11 @@ def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _resolve(reference: str, root: Any) -> Any:
-    """Return the schema that a reference names; True, which says nothing, where it is not found."""
-    address, _, fragment = reference.partition("#")
-    place = _node_with(root, ("$id", "id"), (address,)) if address else root
-    if not fragment.startswith("/"):
-        return _node_with(place, ("$anchor", "$id", "id"), (fragment, f"#{fragment}")) if fragment else place
-    for step in unquote(fragment)[1:].split("/"):
-        if isinstance(place, list):
-            place = place[int(step)] if step.isdecimal() and int(step) < len(place) else True
-        else:
-            place = place.get(step.replace("~1", "/").replace("~0", "~"), True) if isinstance(place, dict) else True
-    return place
-
-
-def _node_with(schema: Any, keys: Sequence[str], values: Sequence[str]) -> Any:
-    """Return the first JSON object in a schema with one of the values for one of the keys; True if there is none."""
-    return next((node for node in _nodes(schema) if any(node.get(key) in values for key in keys)), True)
-
-
 def _nodes(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield every JSON object in a schema."""
-    if isinstance(schema, dict):
-        yield schema
-    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from _nodes(part)
+    """Yield every JSON object in a schema, in the order of the text."""
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+        waiting += reversed(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())

@@ -65,6 +65,14 @@ def test_a_schema_that_is_too_large_is_refused_at_once(toys):
     assert "more than 100000 characters" in response.json()["error"]["message"]
 
 
+def test_a_schema_that_the_compiler_would_end_the_process_for_is_refused(toys):
+    links = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(700)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**links, "a700": {}}}
+    response = toys.chat(response_format=response_format(schema), max_tokens=1)
+    assert response.status_code == 400
+    assert "too much memory or time" in response.json()["error"]["message"]
+
+
 def test_a_schema_cannot_configure_its_parser(toys):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     schema["x-guidance"] = {"key_separator": " := "}

@@ -6,6 +6,12 @@ It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory
 from __future__ import annotations
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+# Of the thread that compiles. It is less than the server's threads have: the compiler recurses, and the process ends
+# where the stack does.
+_STACK_BYTES = 2 << 20
 
 
 class _Bytes:
@@ -32,10 +38,14 @@ def main() -> None:
         pass
     import llguidance
 
-    source = sys.stdin.buffer.read().decode()
-    matcher = llguidance.LLMatcher(llguidance.LLTokenizer(_Bytes()), source, log_level=0)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    def compile_grammar(source: str) -> None:
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer(_Bytes()), source, log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+
+    threading.stack_size(_STACK_BYTES)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compile_grammar, sys.stdin.buffer.read().decode()).result()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 from chat_templates import CHATML, LLAMA3, TEMPLATES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixlm.errors import ConfigError
 from mixlm.tokenization.chat_template import PLAIN_TEMPLATE
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
@@ -176,3 +178,11 @@ def test_what_was_cut_off_stays_a_call():
     assert split_calls('<tool_call>\n{"name": "f", "arguments": {"a"', ["f"]) == ("", (ToolCall("f", '{"a"'),))
     assert split_calls('x<tool_call>\n{"na', ["f"]) == ("x", ())
     assert split_calls("x <tool", ["f"]) == ("x <tool", ())
+
+
+def test_arguments_that_are_nested_deeply_are_rendered_or_refused():
+    renderer = ConversationRenderer(ChatTemplate(CHATML, {}, "m").render, "m")
+    for depth in (100, 300, 500, 700, 900, 100_000):
+        call = ToolCall("f", "[" * depth + "]" * depth)
+        with suppress(ConfigError):
+            assert "[[[" in renderer([Message("user", "x"), Message("assistant", "", (call,))])

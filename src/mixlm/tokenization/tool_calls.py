@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixlm.errors import ConfigError
 from mixlm.types import Message, Tool, ToolCall
 
 CALL_BEGIN = "<tool_call>"
@@ -184,18 +185,21 @@ def arguments_object(call: ToolCall) -> Any:
     """Return the arguments of a call as templates take them: an object, or the text where it is no JSON."""
     try:
         return json.loads(call.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return call.arguments
 
 
 def map_strings(value: Any, function: Any) -> Any:
-    """Return JSON with a function applied to every string in it, keys too."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {function(key): map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [map_strings(item, function) for item in value]
+    """Return JSON with a function applied to every string in it, keys too. Raises ConfigError where it is too deep."""
+    try:
+        if isinstance(value, str):
+            return function(value)
+        if isinstance(value, Mapping):
+            return {function(key): map_strings(item, function) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [map_strings(item, function) for item in value]
+    except RecursionError:
+        raise ConfigError("a call's arguments, or a tool's parameters, are nested too deeply") from None
     return value
 
 

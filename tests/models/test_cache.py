@@ -7,7 +7,7 @@ import pytest
 
 from mixlm.errors import ModelLoadError
 from mixlm.models import ModelMetadata, cache_root, find, installed
-from mixlm.models.cache import BuildFolders, install, model_folder
+from mixlm.models.cache import INFO_FILE, BuildFolders, install, model_folder
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")
@@ -78,6 +78,15 @@ def test_a_folder_that_mixlm_did_not_make_is_left_alone(quiet):
     with pytest.raises(ModelLoadError, match="in the way"):
         install("m", build, quiet)
     assert (model_folder("m") / "mine").exists()
+
+
+def test_a_model_that_cannot_be_used_is_named_and_hides_no_other(quiet):
+    model = install("m", build, quiet)
+    install("n", build, quiet)
+    (model_folder("n") / INFO_FILE).write_text('{"from": "the future"}')
+    assert installed() == [model]
+    with pytest.raises(ModelLoadError, match=r"n/mixlm.json cannot be read: it has from"):
+        find("n")
 
 
 def _install_in_a_process(start, built) -> None:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,26 @@ def model_folder(name: str) -> Path:
 
 
 def read_info(folder: Path) -> ModelMetadata | None:
-    """Return the content of `mixlm.json`; None for a folder that mixlm did not create."""
-    try:
-        raw = json.loads((folder / INFO_FILE).read_text("utf-8"))
-        return ModelMetadata(**{**raw, "control": tuple(raw["control"]), "ends": tuple(raw["ends"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    """Return the content of `mixlm.json`; None for a folder that mixlm did not create.
+
+    Raises:
+        ModelLoadError: It is broken, or of a newer mixlm.
+    """
+    file = folder / INFO_FILE
+    if not os.path.isfile(file):  # False for what is no path, too
         return None
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+        if unknown := sorted(raw.keys() - ModelMetadata.__dataclass_fields__.keys()):
+            raise ValueError(f"it has {', '.join(unknown)}, which this version does not know")
+        ids = {name: tuple(map(index, raw[name])) for name in ("control", "ends")}
+        return ModelMetadata(**{**raw, **ids})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise ModelLoadError(
+            f"{file} cannot be read: {reason}",
+            "update mixlm if a newer one wrote it; else move the folder away, and fetch or convert the model again",
+        ) from error
 
 
 def write_info(folder: Path, info: ModelMetadata) -> None:
@@ -89,7 +104,7 @@ def write_info(folder: Path, info: ModelMetadata) -> None:
 
 
 def find(name: str) -> InstalledModel | None:
-    """Return the installed model `name`, or None."""
+    """Return the installed model `name`, or None. Raises ModelLoadError where its `mixlm.json` is broken."""
     # A path could lead out of the cache; a leading dot marks an unfinished build.
     if not name or name.startswith(".") or Path(name).name != name:
         return None
@@ -102,12 +117,16 @@ def find(name: str) -> InstalledModel | None:
 
 
 def installed() -> list[InstalledModel]:
-    """Return the models in the cache, by name."""
+    """Return the models in the cache, by name, but for those that cannot be used."""
     try:
         names = sorted(entry.name for entry in model_folder("").iterdir())
     except OSError:
         return []
-    return [model for name in names if (model := find(name))]
+    models = []
+    for name in names:
+        with suppress(ModelLoadError):
+            models.append(find(name))
+    return [model for model in models if model is not None]
 
 
 def remove(name: str, display: ProgressDisplay) -> InstalledModel:

@@ -61,6 +61,7 @@ def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
     about = toys.client.get("/v1/models").json()["data"][0]["mixlm"]
     assert (about["rule"], about["routed"]) == ("average", False)
     assert about["rule_parameters"]["contrastive"]["alpha"] == {"default": 0.1, "choices": []}
+    assert [*about["rule_parameters"]] == [rule for rule in about["rules"] if rule in about["rule_parameters"]]
     for rule, parameters in about["rule_parameters"].items():
         extras = {name: parameter["default"] for name, parameter in parameters.items()}
         assert toys.chat(max_tokens=1, mixlm={"rule": rule, "method": "layered", **extras}).status_code == 200

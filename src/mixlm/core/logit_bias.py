@@ -58,7 +58,8 @@ def member_logit_bias(
     if by_bytes:
         sampled_ids = np.flatnonzero(symbols >= 0).tolist()
         bytes_of = {i: vocabulary.tokens[i] for i in sampled_ids if vocabulary.tokens[i] in by_bytes}
-        for data in by_bytes.keys() - bytes_of.values():
+        known = {*bytes_of.values()}
+        if (data := next((data for data in by_bytes if data not in known), None)) is not None:
             raise ConfigError(
                 f"logit_bias has {data.decode(errors='backslashreplace')!r}, and {member} has no token with exactly "
                 "these bytes",

@@ -229,6 +229,7 @@ def test_an_end_of_text_that_the_file_lists_as_text_is_control(tmp_path):
         ({"eos_token_id": None, "text_config": {"eos_token_id": [2, 3]}}, {"eos_token_id": 4}, [2, 3, 4]),
         ({"eos_token_id": [5]}, {"eos_token_id": [5, 6]}, [5, 5, 6]),
         (None, {"eos_token_id": 7}, [7]),
+        ({"eos_token_id": -1}, {"eos_token_id": [-1, 8]}, [8]),
         (None, None, []),
     ],
 )
@@ -248,9 +249,23 @@ def test_a_configuration_that_is_broken_is_an_error_that_names_the_file(file, co
     (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ModelLoadError, match=rf"{file} cannot be read: "):
         TokenizerSetup.load(str(folder), "m")
-    (folder / file).unlink()
-    (folder / "mixlm.json").write_text("{")  # of another program
-    TokenizerSetup.load(str(folder), "m")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "'list' object"),
+        ('{"source": "x"}', "control"),
+        ('{"control": [0], "ends": [0.5]}', "'float' object"),
+        ('{"control": [], "ends": [], "colour": 1}', "it has colour, which this version does not know"),
+    ],
+)
+def test_what_a_converted_model_says_of_itself_is_not_left_out(content, reason, tmp_path):
+    folder = write(tmp_path, {})
+    (folder / "mixlm.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=rf"mixlm.json cannot be read: .*{reason}"):
+        TokenizerSetup.load(str(folder), "m")
 
 
 @pytest.mark.slow

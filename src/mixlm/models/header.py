@@ -115,7 +115,7 @@ def read_header(path: Path) -> GgufHeader:
         context=meta.get(f"{architecture}.context_length"),
         tokens=meta.get(tokenizer + "tokens", 0),
         control=tuple(number for number, kind in enumerate(kinds) if kind == _CONTROL),
-        ends=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        ends=tuple(dict.fromkeys(end for end in ends if end is not None and end >= 0)),
     )
 
 

@@ -310,7 +310,7 @@ def test_each_adapter_and_each_regime_has_texts_of_its_own():
     prefixes.leave(("a", None), ids, cache)
     assert prefixes.match(("a", None), ids, has_state=False) == 32
     assert prefixes.match((None, None), ids, has_state=False) == 0
-    assert prefixes.take(("b", None), ids, KVCache()) == 0
+    assert prefixes.take(("b", None), ids, KVCache(), bool) == 0
 
 
 def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
@@ -328,7 +328,7 @@ def test_the_tree_keeps_common_tokens_once_and_finds_any_prefix():
         texts.append(ids)
         wanted = np.concatenate([texts[int(rng.integers(len(texts)))][: int(rng.integers(60))], rng.integers(0, 3, 5)])
         taken = KVCache()
-        length = prefixes.take("key", wanted, taken)
+        length = prefixes.take("key", wanted, taken, bool)
         longest = max(int((np.cumprod(t[: len(wanted)] == wanted[: len(t)])).sum()) for t in texts)
         assert longest - MIN_TOKENS < length <= longest
         assert taken.length == length

@@ -105,7 +105,7 @@ class PrefixCache:
         with self._lock:
             return sum(part for _, part in self._path(key, ids, has_state))
 
-    def take(self, key: Hashable, ids: Ids, cache: CopyableCache, is_worthwhile: Callable[[int], bool] = bool) -> int:
+    def take(self, key: Hashable, ids: Ids, cache: CopyableCache, is_worthwhile: Callable[[int], bool]) -> int:
         """Fill a new cache with the longest prefix of `ids` that is kept, if its length is worth it.
 
         Returns:

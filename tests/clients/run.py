@@ -40,6 +40,7 @@ CLIENTS: dict[str, tuple[str, Sequence[str]]] = {
     "outlines": ("outlines", ["outlines", "openai"]),
     "guidance": ("guidance", ["guidance", "openai"]),
     "litellm": ("litellm", ["litellm"]),
+    "litellm_proxy": ("litellm", ["litellm[proxy]", "openai"]),
     "anthropic": ("anthropic", ["anthropic"]),
     "llm": ("llm", ["llm"]),
     "inspect_ai": ("inspect-ai", ["inspect-ai", "openai"]),
@@ -87,7 +88,7 @@ def run_client(name: str, url: str, environments: Path) -> dict[str, Any]:
                 shutil.copy(FOLDER / copied, folder)
         command = ["node", str(folder / file)] if is_node else [str(folder / "bin" / "python"), str(FOLDER / file)]
         done = subprocess.run(
-            [*command, url], capture_output=True, text=True, timeout=240, env=environment, cwd=folder, check=False
+            [*command, url], capture_output=True, text=True, timeout=480, env=environment, cwd=folder, check=False
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         row |= json.loads(lines[-1]) if lines else {"why": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -101,7 +102,8 @@ def install_python(folder: Path, package: str, requirements: Sequence[str]) -> s
     python, mark = folder / "bin" / "python", folder / ".installed"
     if not mark.exists():
         run(sys.executable, "-m", "venv", str(folder))
-        run(str(python), "-m", "pip", "install", "-q", *requirements)
+        run(str(python), "-m", "pip", "install", "-q", "uv")  # pip looks for minutes for versions that fit together
+        run(str(python), "-m", "uv", "pip", "install", "-q", "-p", str(python), *requirements)
         mark.touch()
     return run(str(python), "-c", f"import importlib.metadata as m; print(m.version({package!r}))").strip()
 

@@ -92,3 +92,10 @@ def test_buffers_side_by_side_take_memory_as_they_are_written():
     written = 2 * 8 * 4096 * 64 * 4
     assert buffer.slab.layers[0][0].nbytes * 2 == 16 * written
     assert resident() - before < 3 * written
+    other = KVCache(pool)
+    other.append(0, torch.ones(8, 3, 64), torch.ones(8, 3, 64))
+    before = resident()
+    del cache  # its memory goes, though another sequence uses the slab
+    assert before - resident() > 0.8 * written
+    assert not buffer.layers[0][0].any()
+    assert bool((other.reserve(0).layers[0][1][:, :3] == 1).all())

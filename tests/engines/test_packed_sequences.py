@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import mmap
 import sys
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from mixlm.engines.transformers import load_trial
 from mixlm.engines.transformers.attention_form import AttentionForm
 from mixlm.engines.transformers.kv_cache import KVBufferPool, KVCache
 from mixlm.engines.transformers.packed_sequences import PackedSequences
+from mixlm.engines.transformers.runner import _SLOTS
 from mixlm.engines.transformers.varlen import Lengths, VarlenKernel, varlen_kernels
 
 HEADS, GROUPS, SIZE, LAYERS = 2, 3, 8, 2
@@ -107,6 +110,34 @@ def test_lengths_that_differ_much_and_long_parts_do_not_attend_together(monkeypa
     token = torch.ones(1, HEADS, sum(counts), 64)  # a call takes as long as 512 keys
     PackedSequences(caches, counts).attend(0, (token, token, token), AttentionForm())
     assert sorted(attended) == [(1, 2002), (1, 3001), (1, 3040), (2, 121), (2, 3101)]
+
+
+def test_where_there_are_no_addresses_for_more_buffers_each_is_for_itself(tmp_path, monkeypatch):
+    engine = load(build(tmp_path / "m", "llama"))
+    first = [engine.session() for _ in range(_SLOTS)]  # the slab is full
+    for session in first:
+        session.logits(random_ids(engine, 5))
+    reserve, calls = mmap.mmap, []
+
+    def limited(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # for the second layer of the second slab
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return reserve(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", limited)
+    texts = [random_ids(engine, length, length) for length in (9, 30, 17)]
+    sessions = [engine.session() for _ in texts]
+    for cut in (4, 0):
+        requests = [
+            (session, LogitsRequest(0, ids[: len(ids) - cut])) for session, ids in zip(sessions, texts, strict=True)
+        ]
+        for (_, request), rows in zip(requests, engine.respond(requests), strict=True):
+            assert_close(rows, uncached(engine, request.ids))
+    assert len(calls) == 4
+    ids = random_ids(engine, 8)  # those of the first slab go on
+    assert_close(first[3].logits(ids), uncached(engine, ids))
+    assert first[3].stats.forwards[-1].cached == 5
 
 
 def wrong(query, keys, values, lengths, form):

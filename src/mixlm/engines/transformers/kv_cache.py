@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
+import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,13 @@ _SUPPORTED_OPTIONS = {
     "softcap",
 }
 _MIN_TOKENS = 256  # of a buffer by itself
-_MIN_SLOT_TOKENS = 4096  # of one among others, which takes memory as it is written
+# Of one among others, which takes memory as it is written: whole pages, whatever a token takes.
+_MIN_SLOT_TOKENS = max(4096, mmap.PAGESIZE)
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
+
+
+class SlabError(MemoryError):
+    """The system has no addresses for a slab."""
 
 
 class KVSlab:
@@ -54,6 +61,7 @@ class KVSlab:
         self.slots = slots
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.used = 0
+        self._maps: list[mmap.mmap] = []
 
     def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's tensors, created to hold keys and values like these: (KV heads, n, head dimension)."""
@@ -66,17 +74,28 @@ class KVSlab:
         shape = self.slots, like.shape[0], self.size, like.shape[2]
         if self.slots == 1:
             return like.new_zeros(shape)
-        # The system gives memory to the pages that are written, and no others.
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-        memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), **private)
+        # Linux gives memory to the pages that are written, and no others.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        try:
+            memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=flags)
+        except OSError as error:
+            raise SlabError(f"{self.slots} KV buffers cannot lie side by side: {error}") from error
+        with suppress(OSError):  # the system has no huge pages, each of which would be written as a whole
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._maps.append(memory)
         return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+    def free(self, slot: int) -> None:
+        """Give the memory of a slot back to the system, where it takes memory as it is written: it is zeros again."""
+        for memory in list(self._maps):
+            size = len(memory) // self.slots
+            memory.madvise(mmap.MADV_DONTNEED, slot * size, size)
 
 
 class KVBuffer:
     """Keys and values of one sequence of up to `size` tokens, in a slot of a slab.
 
-    graphs: what was set up to run on these buffers and no others. idle: no sequence uses it. written: how many of its
-    first tokens may have been.
+    graphs: what was set up to run on these buffers and no others. idle: no sequence uses it.
     """
 
     def __init__(self, slab: KVSlab, slot: int) -> None:
@@ -85,7 +104,6 @@ class KVBuffer:
         self.slot = slot
         self.graphs: dict[tuple[int, int], Any] = {}
         self.idle = False
-        self.written = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,11 +126,9 @@ class KVBuffer:
 
     def clear(self) -> None:
         """Make it zeros again."""
-        end = self.size if self.slab.slots == 1 else self.written
         for tensors in self.layers.values():
             for tensor in tensors:
-                tensor[:, :end].zero_()
-        self.written = 0
+                tensor.zero_()
 
 
 class KVBufferPool:
@@ -121,27 +137,26 @@ class KVBufferPool:
     Args:
         max_idle: how many of each size are kept for other sequences, where each is for itself.
         max_idle_bytes: memory of all that are kept.
-        slots: how many lie side by side. Where it is more than one, buffers are large from the start, since they take
-            memory as they are written.
+        slots: how many lie side by side; 1 unless this is Linux. Where it is more than one, buffers are large from the
+            start, since they take memory as they are written.
     """
 
     def __init__(self, max_idle: int = 0, max_idle_bytes: int = 1 << 30, slots: int = 1) -> None:
         self._max_idle = max_idle
         self._max_idle_bytes = max_idle_bytes
-        self._slots = slots
-        self._min_tokens = _MIN_TOKENS if slots == 1 else _MIN_SLOT_TOKENS
+        self.slots = slots if sys.platform == "linux" else 1
         self._idle_bytes = 0
         self._free: dict[int, list[KVBuffer]] = {}
         self._lock = threading.RLock()  # whoever collects garbage may be in here
 
     def acquire(self, tokens: int) -> KVBuffer:
         """Return a buffer for so many tokens; its size is the next power of two, or larger."""
-        size = max(1 << (tokens - 1).bit_length(), self._min_tokens)
         with self._lock:
+            size = max(1 << (tokens - 1).bit_length(), _MIN_TOKENS if self.slots == 1 else _MIN_SLOT_TOKENS)
             free = self._free.setdefault(size, [])
             if not free:
-                slab = KVSlab(size, self._slots)
-                free += [KVBuffer(slab, slot) for slot in range(self._slots)]
+                slab = KVSlab(size, self.slots)
+                free += [KVBuffer(slab, slot) for slot in range(self.slots)]
             buffer = min(free, key=lambda buffer: (-buffer.slab.used, buffer.slot))
             if not buffer.slab.used:
                 self._idle_bytes -= buffer.nbytes
@@ -149,16 +164,20 @@ class KVBufferPool:
             if buffer in free:
                 free.remove(buffer)
         buffer.idle = False
-        buffer.clear()
+        if buffer.slab.slots == 1:
+            buffer.clear()
         return buffer
 
     def release(self, buffer: KVBuffer) -> None:
         """Take a buffer back. A slab that no sequence uses any more goes, unless it may be kept."""
         buffer.idle = True
         slab, size = buffer.slab, buffer.nbytes
+        slab.free(buffer.slot)
         with self._lock:
             free = self._free.setdefault(slab.size, [])
             slab.used -= 1
+            if slab.slots > self.slots:
+                return
             if slab.used:
                 free.append(buffer)
             elif len(free) < self._max_idle and self._idle_bytes + size <= self._max_idle_bytes:
@@ -166,6 +185,12 @@ class KVBufferPool:
                 self._idle_bytes += size
             else:
                 free[:] = [other for other in free if other.slab is not slab]
+
+    def separate(self) -> None:
+        """Let every buffer be for itself from now on. Sequences leave what lies side by side when they go on."""
+        with self._lock:
+            self.slots = 1
+            self._free.clear()
 
 
 class KVCache:
@@ -185,8 +210,8 @@ class KVCache:
     def reserve(self, tokens: int) -> KVBuffer:
         """Return the buffer, grown to hold so many tokens in all."""
         old = self._buffer
-        if old is None or old.size < tokens:
-            buffer = self._pool.acquire(tokens)
+        if old is None or old.size < tokens or old.slab.slots > self._pool.slots:
+            buffer = self._pool.acquire(max(tokens, self.length))
             if old is not None:
                 try:
                     self._copy(old, buffer)
@@ -195,11 +220,9 @@ class KVCache:
                     raise
                 self._pool.release(old)
             old = self._buffer = buffer
-        old.written = max(old.written, tokens)
         return old
 
     def _copy(self, source: KVBuffer, target: KVBuffer) -> None:
-        target.written = self.length
         for layer, tensors in source.layers.items():
             for new, old in zip(target.layer(layer, *tensors), tensors, strict=True):
                 new[:, : self.length] = old[:, : self.length]

@@ -349,18 +349,33 @@ class ModelRunner:
             "position_ids": torch.tensor(batch.positions()[None], device=device),
             "logits_to_keep": torch.tensor(outputs, device=device),
             "use_cache": False,
-            "attention_batch": batch,
         }
+        result = None
         try:
-            result = self.model(**options)
+            result = self.model(**options, attention_batch=batch)
         except Exception as error:
-            if self.prefixes is None or not is_memory_error(error) or not self.prefixes.clear():
+            if not self._makes_room(error):
                 raise
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            result = self.model(**options)  # what the failed pass wrote lies behind the KV caches' lengths
+        if result is None:  # what the failed pass wrote lies behind the KV caches' lengths
+            batch = PackedSequences(batch.caches, counts, self.kernel)
+            result = self.model(**options, attention_batch=batch)
         batch.commit()
         return result.logits[0]
+
+    def _makes_room(self, error: Exception) -> bool:
+        """Give up what sequences can do without, if memory is out. Returns whether a pass may succeed now."""
+        import torch
+
+        from mixlm.engines.transformers.kv_cache import SlabError
+
+        if isinstance(error, SlabError):
+            self._pool.separate()
+            return True
+        if self.prefixes is None or not is_memory_error(error) or not self.prefixes.clear():
+            return False
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
 
     def _from_run_ahead(self, item: SequenceInput) -> LogitsRow | None:
         """Return the output for an input that ran ahead, None if it did not."""

@@ -261,7 +261,7 @@ def measure_mixed(models: Sequence[str], requests: int, log: Path | None) -> Non
     rows.check(list(models))
     done, server, start = max(rows.records, default=0), None, time.monotonic()
     last = rows.records.get(done)
-    if last is not None and _is_server(last["pid"]):
+    if last is not None and (done >= requests or _is_server(last["pid"])):
         pid, port = last["pid"], last["port"]
     else:
         server = Served(models, "--max-tokens", "4", lasting=log is not None)
@@ -295,12 +295,13 @@ def measure_mixed(models: Sequence[str], requests: int, log: Path | None) -> Non
             await asyncio.gather(*[client() for _ in range(8)])
             note(min(first + 50, requests))
 
-    note(done)
-    asyncio.run(run())
-    print(f"statuses of this run: {dict(sorted(statuses.items()))}")
+    if done < requests:
+        note(done)
+        asyncio.run(run())
+        print(f"statuses of this run: {dict(sorted(statuses.items()))}")
     if server is not None:
         server.stop()
-    else:
+    elif _is_server(pid):
         os.kill(pid, signal.SIGTERM)
     points = [(count, row["megabytes"]) for count, row in rows.records.items()]
     early, late = (

@@ -106,7 +106,7 @@ def test_a_missing_file_is_named_with_one_of_a_similar_name(write):
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "e.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="it is not UTF-8"):
         read_config(tmp_path / "e.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path)
@@ -174,6 +174,20 @@ def test_what_is_parsed_names_its_source():
         ('weight = 1\n[[members]]\nmodel = "toy:1"', "'weight'", "below [[members]]"),
         ('[[sampling]]\n[[members]]\nmodel = "toy:1"', "sampling is a list of tables", "write [sampling]"),
         ('[[members]]\nmodel = "toy:1"\n[[members.sampling]]', "members.0.sampling is a", "write [members.sampling]"),
+        ('members = "toy:1"', "members is 'toy:1', and must be a list of tables", "write [[members]] for each"),
+        ('[[models]]\nname = "toy:1"', "unknown key 'models'", "write [[members]] for each"),
+        ('[member]\nmodel = "toy:1"', "unknown key 'member'", "write [[members]] for each"),
+        ('[[members]]\nModel = "toy:1"', "unknown key 'members.0.Model'", "did you mean 'model'?"),
+        ('[[members]]\npath = "toy:1"', "unknown key 'members.0.path'", "did you mean 'model'?"),
+        ('weights = [1]\n[[members]]\nmodel = "toy:1"', "'weights'", "weight is a key of each member"),
+        ('seed = 1\n[[members]]\nmodel = "toy:1"', "'seed'", "it is an option of each generation: --seed"),
+        ('[sampling]\nmax_tokens = 1\n[[members]]\nmodel = "toy:1"', "'sampling.max_tokens'", "--max-tokens"),
+        ('[[members]]\nmodel = "toy:1"\ndtype = "bf16"', "dtype is 'bf16'", "did you mean 'bfloat16'?"),
+        ('[[members]]\nmodel = "toy:1"\ndevice = 0', "device is 0", "write it in quotes"),
+        ('[[members]]\nmodel = "toy:1"\ntrust_remote_code = "true"', "trust_remote_code is 'true'", "without quotes"),
+        ('router = "prompt"\n[[members]]\nmodel = "toy:1"', "router is 'prompt'", "write [router], and its keys"),
+        ('[router]\nsharpness = 4\n[[members]]\nmodel = "toy:1"', "sharpness is of the router by prompt", None),
+        ("[[members]]\nmodel = toy:1", "is not valid TOML: Invalid value (at line 2", 'texts stand in "quotes"'),
         ('[[members]]\nmodel = "toy:1"\ntemplate = """\n{% if %}"""', "template of member toy:1, line 1: ", "Jinja"),
     ],
 )
@@ -184,6 +198,17 @@ def test_each_slip_in_a_file_has_a_hint_of_its_own(tmp_path, text, reason, hint)
         read_config(path)
     assert reason in raised.value.message
     assert (hint or "") in (raised.value.hint or "")
+
+
+def test_what_is_no_file_in_toml_is_told_from_a_model(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\xff")
+    (tmp_path / "e.toml").write_bytes(b"a = 1\nb = '\xff'")
+    for path in ("toy:1", tmp_path, tmp_path / "x.gguf"):
+        with pytest.raises(ConfigError) as raised:
+            read_config(path)
+        assert raised.value.hint == "an ensemble file is text in TOML; a model is named with -m"
+    with pytest.raises(ConfigError, match=r"e\.toml, line 2: it is not UTF-8 .*save it as UTF-8"):
+        read_config(tmp_path / "e.toml")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

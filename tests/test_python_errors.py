@@ -62,6 +62,7 @@ def test_what_is_no_turn_of_a_chat(value):
         ([1, True], "each must be a number"),
         ([1, float("nan")], "a finite number, 0 or more"),
         ([1], "1 weight (1) for 2 members"),
+        ([10**400, 1], "inf, 1; each must be a finite number"),
     ],
     ids=lambda value: repr(value).partition(" at 0x")[0],
 )
@@ -106,6 +107,73 @@ def test_a_function_routes_a_loaded_ensemble():
     for wrong in (3, lambda prompt, text: [1, 1, 1]):
         with pytest.raises(ConfigError, match="router"):
             mixlm.load("toy:1", "toy:2", router=wrong).generate("x")
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_whose_sum_is_beyond_a_float():
+    assert mixlm.load("toy:1", "toy:2", weights=[1e308, 1e308]).weights.tolist() == [0.5, 0.5]
+    routed = mixlm.load("toy:1", "toy:2", router=lambda prompt, text: [1e308, 1e308])
+    assert routed.generate("x", seed=1, max_tokens=4).text == PAIR.generate("x", seed=1, max_tokens=4).text
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8': input should be 'auto'"),
+        ({"prefix_cache": "1"}, "prefix_cache is '1': input should be a valid integer"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code is 'yes': input should be a valid boolean"),
+        ({"top_k": 2.5}, "top_k is 2.5: input should be a valid integer"),
+        ({"temperatur": 1}, "unknown option 'temperatur' (did you mean 'temperature'?)"),
+        ({"max_tokens": 4}, "it is an option of each generation: ensemble.generate(…, max_tokens=…)"),
+        ({"adapter": "x"}, "it is a key of a member: write it into an ensemble file"),
+        ({"models": ["toy:1"]}, "models are named first: mixlm.load('MODEL', 'MODEL')"),
+        ({"strength": 2}, "strength is given without a rule, and the average has none"),
+        ({"strength": 2, "rule": lambda probs, weights: probs[0]}, "strength is given beside a rule that is no name"),
+        ({"rule": "geometric", "strength": "2"}, "strength is '2': input should be a valid number"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_are_no_keywords_of_load(keywords, message):
+    with pytest.raises(ConfigError) as raised:
+        mixlm.load("toy:1", "toy:2", **keywords)
+    assert message in str(raised.value)
+    assert "members" not in str(raised.value)
+    assert "sampling." not in str(raised.value)
+
+
+def test_numbers_of_numpy_are_those_of_python_everywhere():
+    ensemble = mixlm.load("toy:1", "toy:2", top_k=np.int64(5), temperature=np.float32(0.5))
+    assert ensemble.members[0].sampling == {"top_k": 5, "temperature": 0.5}
+    options = {"logit_bias": {np.int64(3): np.float32(2)}, "raw": np.bool_(True), "seed": 1, "max_tokens": 5}
+    plain = {"logit_bias": {3: 2.0}, "raw": True, "seed": 1, "max_tokens": 5}
+    assert PAIR.generate("ab", **options).tokens == PAIR.generate("ab", **plain).tokens
+    assert [number for number, _ in PAIR.generations(["a"], at_once=np.int8(2), max_tokens=1)] == [0]
+
+
+@pytest.mark.parametrize("at_once", ["4", None, 2.5, True, 0])
+def test_what_is_no_number_of_generations(at_once):
+    with pytest.raises(ConfigError, match=r"at_once is .*; it must be a whole number, 1 or more"):
+        list(PAIR.generations(["a"], at_once=at_once, max_tokens=1))
+
+
+@pytest.mark.parametrize("prompts", ["abc", None, 5, {"a": 1}, b"ab"])
+def test_what_is_no_list_of_prompts(prompts):
+    with pytest.raises(ConfigError, match="it must be a list of prompts"):
+        PAIR.generations(prompts)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PAIR.with_unit(None), "unit is None; it must be one of auto, token"),
+        (lambda: PAIR.with_unit(3), "unit is 3; it must be one of"),
+        (lambda: PAIR.with_logits_processors(None), "processors is None; it must be a dict"),
+        (lambda: PAIR.chat(seeed=1), "unknown option 'seeed'"),
+    ],
+)
+def test_arguments_of_other_types(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int8, np.uint8])
@@ -153,8 +221,14 @@ def test_seeds_that_are_none(seed, message):
         {"temperature": "warm"},
         {"top_k": None},
         {"method": None},
+        {"raw": "no"},
+        {"ignore_end": 1},
+        {"temperature": 10**400},
+        {"temperature": 1e-320},
+        {"repetition_penalty": 1e308},
+        {"seed": 10**5000},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_options_of_other_types(options):
     with pytest.raises(ConfigError, match=f"^{next(iter(options))} is "):

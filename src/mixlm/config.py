@@ -75,6 +75,13 @@ __all__ = [
 ]
 
 
+_NO_MODEL = "an ensemble file is text in TOML; a model is named with -m"
+_TOML = 'a value follows an equals sign, texts stand in "quotes", and each member stands below a line [[members]]'
+_BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false")  # a number, and what is true or not
+# Options that are no keys of a file.
+_OF_GENERATIONS = ("max_tokens", "min_tokens", "stop", "seed", "draft", "block")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -130,7 +137,7 @@ class MemberConfig(_Strict):
     tokenizer: str | None = None
     key_env: str | None = None
     timeout: float = Field(default=120.0, gt=0, strict=True)
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(default=False, strict=True)
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str, str] | None = None
     quantization: Quantization | None = None
@@ -163,6 +170,12 @@ class RouterConfig(_Strict):
     kind: RouterKind = "fixed"
     file: str | None = None
     sharpness: float | None = Field(default=None, strict=True)
+
+    @model_validator(mode="after")
+    def _check_sharpness(self) -> RouterConfig:
+        if self.sharpness is not None and self.kind != "prompt":
+            raise ValueError(f"sharpness is of the router by prompt, and kind is {self.kind!r}")
+        return self
 
 
 class CombinationConfig(_Strict):
@@ -251,11 +264,15 @@ def read_config(path: str | Path) -> EnsembleConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # a byte-order mark is no text
     except FileNotFoundError:
         names = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise ConfigError(f"there is no ensemble file {path}", did_you_mean(path.name, names)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        hint = did_you_mean(path.name, names) or _NO_MODEL
+        raise ConfigError(f"there is no ensemble file {path}", hint) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}", _NO_MODEL) from error
+    except UnicodeDecodeError as error:
+        hint = _NO_MODEL if path.suffix.lower() != ".toml" else "save it as UTF-8"
+        raise ConfigError(f"{path}{_line_of(error)}: it is not UTF-8 ({error.reason})", hint) from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}", _TOML) from error
     config = parse_config(raw, str(path))
     _check_roles(config, str(path))
     folder = path.resolve().parent
@@ -279,8 +296,16 @@ def write_config(config: EnsembleConfig, path: str | Path) -> None:
     Path(path).write_text(tomli_w.dumps(form, multiline_strings=True), encoding="utf-8")
 
 
-def parse_config(raw: dict[str, Any], source: str) -> EnsembleConfig:
-    """Validate a parsed ensemble file. Raises ConfigError with `source`, the file's name, in its message."""
+def parse_config(raw: dict[str, Any], source: str | None) -> EnsembleConfig:
+    """Validate a parsed ensemble file, or keywords in that form.
+
+    Args:
+        raw: Its tables.
+        source: The file's name, for messages; None for keywords, which messages name without their tables.
+
+    Raises:
+        ConfigError: It is not valid.
+    """
     _check_tables(raw, source)
     try:
         config = EnsembleConfig.model_validate(raw)
@@ -319,56 +344,83 @@ def _resolve_files(member: MemberConfig, folder: Path, source: Path) -> MemberCo
                 f"{place} cannot be read: {error.strerror or error}", f"its path begins at the folder {folder}"
             ) from error
         except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ConfigError(f"{place}, line {line}: it is not UTF-8 ({error.reason})", "save it as UTF-8") from error
+            raise ConfigError(
+                f"{place}{_line_of(error)}: it is not UTF-8 ({error.reason})", "save it as UTF-8"
+            ) from error
     for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
         if value is not None and (folder / value).exists():
             changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 
 
+def _line_of(error: UnicodeDecodeError) -> str:
+    line = error.object[: error.start].count(b"\n") + 1
+    return f", line {line}"
+
+
 def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://")) and "," not in value
 
 
-def _config_error(error: ValidationError, source: str) -> ConfigError:
+def _config_error(error: ValidationError, source: str | None) -> ConfigError:
     """Return the first of pydantic's errors as one sentence and a hint."""
     first = error.errors()[0]
+    if first["type"] == "missing":  # perhaps it has another name
+        others = (other for other in error.errors() if other["loc"][:-1] == first["loc"][:-1])
+        first = next((other for other in others if other["type"] == "extra_forbidden"), first)
     # The names of a union's branches, such as dict[str,…], come after its field.
-    parts = [str(part) for part in first["loc"]]
-    place = ".".join(part for i, part in enumerate(parts) if not (i and _is_branch(part)))
+    parts = [str(part) for i, part in enumerate(first["loc"]) if not (i and _is_branch(str(part)))]
+    if source is None:
+        parts = [part for part in parts if part not in ("members", "sampling", "combination") and not part.isdecimal()]
+    source, place = "" if source is None else f"{source}: ", ".".join(parts)
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{source}: unknown key {place!r}", _key_hint(first["loc"]))
+        return ConfigError(f"{source}unknown key {place!r}", _key_hint(first["loc"]))
     if first["type"] == "missing":
         lists = "an ensemble file lists its [[members]], each with a model"
         named = f"name one, such as rule = {RULES[1]!r}"
-        return ConfigError(f"{source}: {place} is missing", named if place == "combination.rule" else lists)
+        return ConfigError(f"{source}{place} is missing", named if place == "combination.rule" else lists)
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
-    hint = (
-        "write it without quotes"
-        if isinstance(first["input"], str) and ("number" in message or "integer" in message)
-        else None
-    )
-    return ConfigError(f"{source}: {place}{shown}: {message}" if place else f"{source}: {message}", hint)
+    hint = _value_hint(first["type"], first["input"], message, parts[-1] if parts else "")
+    return ConfigError(f"{source}{place}{shown}: {message}" if place else f"{source}{message}", hint)
+
+
+def _value_hint(kind: str, value: Any, message: str, key: str) -> str | None:
+    """Return what to do about a value that is not allowed, None where the message says it all.
+
+    Args:
+        kind: Of the error, as pydantic names it.
+        value: What was found.
+        message: What is allowed.
+        key: Whose value it is.
+    """
+    if isinstance(value, str) and re.search("number|integer|boolean", message) and _BARE.fullmatch(value):
+        return "write it without quotes"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "write it in quotes"
+    if kind == "model_type":
+        return f"write [{key}], and its keys below"
+    if kind == "literal_error":
+        return did_you_mean(str(value), re.findall("'([^']+)'", message))
+    return None
 
 
 def _is_branch(part: str) -> bool:
     return part in ("str", "int") or part.startswith("dict[")
 
 
-def _check_tables(raw: dict[str, Any], source: str) -> None:
+def _check_tables(raw: dict[str, Any], source: str | None) -> None:
     """Raise ConfigError for a table where a list of tables belongs, or the reverse."""
-    members = raw.get("members")
+    members = raw.get("members", [])
     if isinstance(members, dict):
         raise ConfigError(f"{source}: [members] is one table, and members are a list of them", "write [[members]]")
-    if isinstance(members, list) and not all(isinstance(member, dict) for member in members):
+    if not isinstance(members, list | tuple) or not all(isinstance(member, dict) for member in members):
+        found = "a list of names, and must be one" if isinstance(members, list) else f"{members!r}, and must be a list"
         raise ConfigError(
-            f"{source}: members is a list of names, and must be one of tables",
-            'write [[members]] for each, and below it: model = "NAME"',
+            f"{source}: members is {found} of tables", 'write [[members]] for each, and below it: model = "NAME"'
         )
-    owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members or ()))]
+    owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members))]
     for prefix, table in owners:
         for key in ("sampling", "router", "combination"):
             if isinstance(table.get(key), list):
@@ -399,16 +451,34 @@ def _check_template(template: str | None, place: str) -> None:
 def _key_hint(place: tuple[int | str, ...]) -> str:
     """Return what to do about an unknown key: where it belongs, or what was probably meant."""
     name, model = str(place[-1]), _model_at(place)
-    if model is not SamplingConfig and name in SamplingConfig.model_fields:
-        return f"it is a sampling option: write it below [{'members.' if model is MemberConfig else ''}sampling]"
-    if model is not EnsembleConfig and name in EnsembleConfig.model_fields:
-        return "it is a key of the ensemble: write it above the first [table] of the file"
-    if model is EnsembleConfig and name in CombinationConfig.model_fields:
-        return "it is a parameter of a rule: write it below [combination]"
-    if model is EnsembleConfig and name in MemberConfig.model_fields:
-        return "it is a key of a member: write it below [[members]]"
+    is_top, singular = model is EnsembleConfig, name.removesuffix("s")
+    belongs = (
+        (
+            model is not SamplingConfig and name in SamplingConfig.model_fields,
+            f"it is a sampling option: write it below [{'members.' if model is MemberConfig else ''}sampling]",
+        ),
+        (
+            not is_top and name in EnsembleConfig.model_fields,
+            "it is a key of the ensemble: write it above the first [table] of the file",
+        ),
+        (
+            is_top and name in CombinationConfig.model_fields,
+            "it is a parameter of a rule: write it below [combination]",
+        ),
+        (is_top and singular in ("member", "model"), 'write [[members]] for each, and below it: model = "NAME"'),
+        (
+            is_top and singular in MemberConfig.model_fields,
+            f"{singular} is a key of each member: write it below [[members]]",
+        ),
+        (
+            name in _OF_GENERATIONS,
+            f"it is an option of each generation: --{name.replace('_', '-')}, or {name}=… in Python",
+        ),
+        (model is MemberConfig and name in ("path", "id", "file"), "did you mean 'model'?"),
+    )
     known = list(model.model_fields)
-    return did_you_mean(name, known) or f"known keys: {', '.join(known)}"
+    hint = next((hint for applies, hint in belongs if applies), None) or did_you_mean(name, known)
+    return hint or f"known keys: {', '.join(known)}"
 
 
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:

@@ -23,6 +23,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.dispatch import to_mixlm_error
 from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
+from mixlm.option_spec import OptionSpec
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.types import Completion, Ids, Message
@@ -134,6 +135,8 @@ class Ensemble:
         The completion of prompt i is that of `generate` with `sequence=i`, whatever is generated at the same time. A
         generation that fails has an `error` and the completion so far; the others continue.
         """
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise ConfigError(f"prompts is {prompts!r:.60}; it must be a list of prompts", "of one prompt, call stream")
         return self.numbered_generations(enumerate(prompts), at_once=at_once, **options)
 
     def numbered_generations(
@@ -142,8 +145,7 @@ class Ensemble:
         """Generate for prompts that have numbers of their own: `generations`, to resume where it stopped."""
         from mixlm.generation.scheduler import Scheduler
 
-        if at_once < 1:
-            raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
+        OptionSpec(whole=True, minimum=1).check("at_once", at_once)
         settings = self.settings(**options)
         scheduler = Scheduler(at_once)
         numbers: dict[Generation, int] = {}
@@ -237,6 +239,7 @@ class Ensemble:
         """Begin a conversation that remembers its turns, and whose members keep their KV caches between them."""
         from mixlm.chat import Chat
 
+        self.settings(**options)  # an invalid option is refused here, not at the first turn
         return Chat(self, options)
 
     def with_weights(self, weights: Sequence[float]) -> Ensemble:
@@ -294,6 +297,8 @@ class Ensemble:
         >>> ensemble = mixlm.load("toy:1", "toy:2")
         >>> colder = ensemble.with_logits_processors({"toy:1": lambda ids, logits: logits * 2})
         """
+        if not isinstance(processors, Mapping):
+            raise ConfigError(f"processors is {processors!r}; it must be a dict of processors by their members' names")
         for name in processors:
             if name not in self.names:
                 raise ConfigError(f"there is no member {name!r}", f"the members are {', '.join(self.names)}")

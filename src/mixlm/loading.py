@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mixlm.binding import MemberSpec
 from mixlm.config import (
@@ -27,13 +30,13 @@ from mixlm.config import (
     read_config,
 )
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import RULE_PARAMETERS, GenerationOptions
+from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average, rule_name
 from mixlm.engines import Engine, EngineSpec, check_engine, runs_as_gguf
 from mixlm.engines import load as load_engine
 from mixlm.engines.spec import LOADING_OPTIONS
 from mixlm.ensemble import Ensemble
-from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.routing.base import Router, RouterFunction, as_router
 from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.observation import observed_by
@@ -108,9 +111,9 @@ def load(  # noqa: PLR0913 - one option each
     names = [_model_name(model, pairs) for model in models]
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
-    if len(names) == 1 and names[0].endswith(".toml"):
+    if len(names) == 1 and names[0].lower().endswith(".toml"):
         raw = read_config(names[0]).model_dump(exclude_none=True)
-    elif files := [name for name in names if name.endswith(".toml")]:
+    elif files := [name for name in names if name.lower().endswith(".toml")]:
         raise ConfigError(
             f"{files[0]} is an ensemble file, and is loaded alone", "write all members into it, or name no file"
         )
@@ -121,18 +124,22 @@ def load(  # noqa: PLR0913 - one option each
         return _engine_of(spec, pairs[spec.model]) if spec.model in pairs else load_engine(spec)
 
     raw |= {name: value for name, value in (("method", method), ("unit", unit)) if value is not None}
-    parameters = {name: sampling.pop(name) for name in RULE_PARAMETERS if name in sampling}
+    of_rule = {name: sampling.pop(name, None) for name in RULE_PARAMETERS}
+    parameters = {name: value for name, value in of_rule.items() if value is not None}
     if method is None and not is_average(rule) and raw.get("method") in AVERAGE_METHODS:
         del raw["method"]
     own_rule = None if rule is None or isinstance(rule, str) else rule
+    if parameters and (own_rule is not None or (rule is None and "combination" not in raw)):
+        reason = "without a rule, and the average has none" if own_rule is None else "beside a rule that is no name"
+        raise ConfigError(f"{next(iter(parameters))} is given {reason}", "name a rule too, such as rule='geometric'")
     if own_rule is not None:
         raw.pop("combination", None)
         raw.setdefault("method", "layered")
     elif rule is not None:
         raw["combination"] = {"rule": rule, **parameters}
     elif parameters:
-        raw["combination"] = {**raw.get("combination", {}), **parameters}
-    raw["sampling"] = {**raw.get("sampling", {}), **sampling}
+        raw["combination"] = {**raw["combination"], **parameters}
+    raw["sampling"] = {**raw.get("sampling", {}), **_sampling_keywords(sampling)}
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
         overrides = {
@@ -145,11 +152,30 @@ def load(  # noqa: PLR0913 - one option each
         member |= {name: value for name, value in overrides.items() if value is not None}
         if member["model"] in pairs:
             member["engine"] = "hf"
-    config = parse_config(raw, "load")
+    config = parse_config(raw, None)
     with _shown_progress(len(config.members)) as progress:
         return load_config(
             config, weights=weights, router=router, progress=progress, load_engine=load_member, rule=own_rule
         )
+
+
+def _sampling_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keywords of `load` that are options of `Sampling`. Raises ConfigError for others."""
+    for name in keywords:
+        if name not in SAMPLING_OPTIONS:
+            raise ConfigError(f"unknown option {name!r}", _keyword_hint(name))
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in keywords.items()}
+
+
+def _keyword_hint(name: str) -> str | None:
+    """Return what to do about a keyword that `load` does not have."""
+    if name in ("model", "models"):
+        return "models are named first: mixlm.load('MODEL', 'MODEL')"
+    if name in OPTIONS:
+        return f"it is an option of each generation: ensemble.generate(…, {name}=…)"
+    if name in MemberConfig.model_fields:
+        return "it is a key of a member: write it into an ensemble file, and load that"
+    return did_you_mean(name, [*signature(load).parameters, *SAMPLING_OPTIONS, *RULE_PARAMETERS])
 
 
 def _model_name(model: Any, pairs: dict[str, LoadedPair]) -> str:

@@ -18,6 +18,7 @@ from mixlm.errors import ConfigError, did_you_mean
 
 Panel = Literal["Ensemble", "Sampling", "Generation"]
 _MAX_WHOLE = 2**64 - 1
+_MAX_SHOWN = 10**100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class OptionSpec:
         choices: The values it may have, if it is a name.
         whole: Whether it is an integer.
         minimum: Least value.
+        least_positive: Least value other than 0.
         above: Bound that its value must exceed.
         maximum: Greatest value.
         note: What special values mean, for messages.
@@ -46,6 +48,7 @@ class OptionSpec:
     choices: tuple[str, ...] = ()
     whole: bool = False
     minimum: float | None = None
+    least_positive: float | None = None
     above: float | None = None
     maximum: float | None = None
     note: str = ""
@@ -59,7 +62,7 @@ class OptionSpec:
                     f"{name} is {value!r}; it must be one of {allowed}", did_you_mean(str(value), self.choices)
                 )
         elif self._is_number and not self._allows(value):
-            shown = str(value) if isinstance(value, Real) else repr(value)
+            shown = _shown(value)
             if self.whole and isinstance(value, int) and value > _MAX_WHOLE:
                 raise ConfigError(f"{name} is {shown}; it must be less than 2**64: a number of 64 bits")
             number = "" if isinstance(value, Real) or self.whole else "a number, "
@@ -71,7 +74,8 @@ class OptionSpec:
         if self.minimum is not None and self.maximum is not None:
             text = f"from {self.minimum:g} to {self.maximum:g}"
         elif self.minimum is not None:
-            text = f"{self.minimum:g} or more"
+            text = f"{self.minimum:g}, or {self.least_positive:g} or more" if self.least_positive else ""
+            text = text or f"{self.minimum:g} or more"
         else:
             text = f"greater than {self.above:g}"
             text += f" and at most {self.maximum:g}" if self.maximum is not None else ""
@@ -88,16 +92,32 @@ class OptionSpec:
         return self.minimum is not None or self.above is not None
 
     def _allows(self, value: Any) -> bool:
-        if isinstance(value, int | np.integer):
-            is_number = not self.whole or (not isinstance(value, bool) and value <= _MAX_WHOLE)
+        if isinstance(value, int | np.integer) and self.whole:
+            is_number = not isinstance(value, bool) and value <= _MAX_WHOLE
         else:
-            is_number = not self.whole and isinstance(value, Real) and math.isfinite(value)
+            is_number = not self.whole and isinstance(value, Real) and math.isfinite(as_float(value))
         return bool(
             is_number
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
+            and (self.least_positive is None or value == 0 or value >= self.least_positive)
             and (self.maximum is None or value <= self.maximum)
         )
+
+
+def as_float(value: Any) -> float:
+    """Return a real number as a float, infinite where it is beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; of a number with many digits only that it has them."""
+    if isinstance(value, int) and abs(value) >= _MAX_SHOWN:
+        return f"a number of more than {len(str(_MAX_SHOWN)) - 1} digits"
+    return str(value) if isinstance(value, Real) else repr(value)
 
 
 def option(default: Any = MISSING, *, default_factory: Any = MISSING, **spec: Any) -> Any:
@@ -116,11 +136,15 @@ def specs(record: Any) -> dict[str, OptionSpec]:
 def check_options(record: Any, *, skip: Collection[str] = ()) -> None:
     """Check the options of a dataclass instance; None is allowed where it is the default. Raises ConfigError.
 
-    Numbers of NumPy become Python's: arithmetic of theirs would overflow.
+    Numbers of NumPy become Python's, whose arithmetic does not overflow, and fractions become floats.
     """
     for entry in fields(record):
         value = getattr(record, entry.name)
         if "option" in entry.metadata and entry.name not in skip and not (value is None and entry.default is None):
             entry.metadata["option"].check(entry.name, value)
-            if isinstance(value, np.integer | np.floating):
+            if isinstance(entry.default, bool) and not isinstance(value, bool | np.bool_):
+                raise ConfigError(f"{entry.name} is {value!r}; it must be True or False")
+            if isinstance(value, np.generic):
                 object.__setattr__(record, entry.name, value.item())
+            elif not isinstance(value, int | float) and isinstance(value, Real):
+                object.__setattr__(record, entry.name, float(value))

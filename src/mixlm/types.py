@@ -139,7 +139,8 @@ class Sampling:
         panel="Sampling",
         metavar="X",
         http="mixlm",
-        above=0,
+        minimum=1e-6,
+        maximum=1e6,
         note="1 is off",
     )
     presence_penalty: float = option(
@@ -169,6 +170,7 @@ class Sampling:
         metavar="T",
         http="openai",
         minimum=0,
+        least_positive=1e-30,  # below it, float32 overflows
         note="1 leaves the distribution as it is",
     )
     top_k: int = option(

@@ -8,9 +8,12 @@ from numbers import Real
 import numpy as np
 
 from mixlm.errors import ConfigError
+from mixlm.option_spec import as_float
 from mixlm.types import Candidates, Floats, Ids
 
 _EXAMPLE = "for example 0.7,0.3; only their proportions count"
+# Of larger weights the sum may overflow.
+_LARGEST = 1e300
 
 
 def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
@@ -33,7 +36,7 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
     numbers: list[object] = list(weights)
     if not all(isinstance(value, Real) and not isinstance(value, bool) for value in numbers):
         raise ConfigError(f"weights are {numbers!r}; each must be a number", _EXAMPLE)
-    values = np.asarray(numbers, dtype=np.float64)
+    values = np.asarray([as_float(value) for value in numbers])
     shown = ", ".join(f"{value:g}" for value in values)
     if values.size != members:
         raise ConfigError(
@@ -42,8 +45,10 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
         )
     if not np.isfinite(values).all() or (values < 0).any():
         raise ConfigError(f"weights are {shown}; each must be a finite number, 0 or more", _EXAMPLE)
-    if values.sum() == 0:
+    if values.max() == 0:
         raise ConfigError(f"weights are {shown}; at least one must be greater than 0", _EXAMPLE)
+    if values.max() > _LARGEST:
+        values = values / values.max()
     normalised: Floats = values / values.sum()
     return normalised
 

@@ -35,6 +35,15 @@ class AsyncGeneration(AsyncIterator[Token]):
         self._tokens: deque[Token] = deque()
         self._is_over = False
 
+    def __repr__(self) -> str:
+        if self._channel.generation is None:
+            return "<AsyncGeneration that has not begun>"
+        return repr(self._channel.generation).replace("<", "<Async", 1)
+
+    def _repr_html_(self) -> str:
+        """Return the text so far for a notebook."""
+        return "" if self._channel.generation is None else self._channel.generation._repr_html_()
+
     async def __anext__(self) -> Token:
         if self._channel.loop is None:
             self._channel.loop = asyncio.get_running_loop()

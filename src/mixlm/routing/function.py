@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mixlm.core.mixing import normalized_weights
 from mixlm.errors import ConfigError
 from mixlm.routing.base import PromptContext, Route, RouterFunction
@@ -23,9 +25,9 @@ class FunctionRouter:
     def __init__(self, function: RouterFunction, members: int) -> None:
         if not callable(function):
             raise ConfigError(f"{function!r} is no function of the prompt and the text so far")
-        if not isinstance(members, int) or members < 1:
+        if not isinstance(members, int | np.integer) or members < 1:
             raise ConfigError(f"members is {members!r}; it must be the number of the ensemble's members")
-        self.members = members
+        self.members = int(members)
         self._function = function
 
     def begin(self, context: PromptContext) -> Route:

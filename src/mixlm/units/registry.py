@@ -30,7 +30,7 @@ def build_unit(name: UnitName, vocabularies: Sequence[Vocabulary], encoders: Seq
         UnsupportedError: `token` for members that share no vocabulary.
     """
     if name not in UNITS:
-        raise ConfigError(f"unit is {name!r}; it must be one of {', '.join(UNITS)}", did_you_mean(name, UNITS))
+        raise ConfigError(f"unit is {name!r}; it must be one of {', '.join(UNITS)}", did_you_mean(str(name), UNITS))
     if name in ("auto", "token"):
         conflict = vocabulary_conflict(vocabularies)
         if conflict is None:

@@ -42,7 +42,12 @@ class MixlmError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return in_python_words(f"{self.message} ({self.hint})" if self.hint else self.message)
+        return in_python_words(self.with_hint)
+
+    @property
+    def with_hint(self) -> str:
+        """The message with its hint, in the words of the command line."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
 class UsageError(MixlmError):

@@ -179,6 +179,14 @@ def test_a_prompt_that_cannot_be_answered_is_named_and_the_others_are(run: Run, 
         ('{"messages": "a"}', 'line 2: "messages" is not a list'),
         ('{"prompt": "a", "temperature": 0.5}', "line 2: 'temperature' is an option"),
         ('{"prompt": "a", "seed": 1}', "line 2: 'seed' is an option"),
+        ('{"prompt": "a", "weights": [1, 0]}', "line 2: 'weights' is an option"),
+        ('{"prompt": "a", "Top-K": 1}', "line 2: 'Top-K' is an option"),
+        ('{"prompt": "a", "model": "toy:2"}', "line 2: 'model' is an option"),
+        ('{"prompt": "a", "options": {"temperature": 0}}', "line 2: 'options' is an option"),
+        ('{"prompt": "a", "max_new_tokens": 2}', "line 2: 'max_new_tokens' is an option"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: not valid JSON: it has the key 'prompt' twice"),
+        ('{"prompt": "a", "score": NaN}', "line 2: not valid JSON: Out of range float values"),
+        ('{"prompt": "a", "score": 1e999}', "line 2: not valid JSON: Out of range float values"),
         ('{"prompt": "a", "text": "b"}', "line 2: 'text' is a key of the output"),
         ('{"promt": "a"}', "line 2: it needs either"),
     ],
@@ -190,6 +198,27 @@ def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, re
     assert done.code == 2
     assert f"{path}, {reason}" in done.error
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_output_is_a_file_that_can_be_continued(run: Run, prompts: Path) -> None:
+    assert (
+        "is no file that can be continued\nhint: --output - is standard output"
+        in run(*arguments(prompts, Path("/dev/null"))).error
+    )
+
+
+def test_a_prompt_that_fails_is_reported_in_the_words_of_the_command_line(
+    run: Run, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixlm import Ensemble
+    from mixlm.errors import MemoryLimitError
+
+    def refuse(*_: object) -> None:
+        raise MemoryLimitError("too little memory", "use --dtype bfloat16")
+
+    monkeypatch.setattr(Ensemble, "encode_prompt", refuse)
+    done = run(*arguments(prompts, tmp_path / "out.jsonl"))
+    assert "prompt 1: too little memory (use --dtype bfloat16)\n" in done.err
 
 
 def test_what_does_not_go_together_is_refused(run: Run, prompts: Path, tmp_path: Path) -> None:

@@ -174,6 +174,12 @@ def test_a_chat_command_that_means_nothing_is_refused_and_never_sent(run: Run, l
     assert reason in run("chat", *TOYS, stdin=line + "\n").error
 
 
+def test_weights_that_a_rule_does_not_take_are_refused_at_once(run: Run) -> None:
+    done = run("chat", *TOYS, "--rule", "contrastive", "--unit", "token", stdin="/weights 0,1\n")
+    assert "weights are given, and rule contrastive" in done.error
+    assert "weights: toy:1" not in done.err
+
+
 def test_chat_messages_of_several_lines_and_with_a_slash(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     run("chat", *TOYS, stdin=f'"""\none\n/reset\n"""\n//exit now\n"""short"""\n/save {file}\n')

@@ -159,10 +159,10 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     items = {item.name: item for item in check_feasibility(ensemble, {"temperature": 0.0})}
     with pytest.raises(UnsupportedError) as refused:
         Ensemble(ensemble.members, unit="token")
-    assert (items["token"].possible, items["token"].reason) == (False, str(refused.value))
+    assert (items["token"].possible, items["token"].reason) == (False, refused.value.with_hint)
     with pytest.raises(UnsupportedError) as refused:
         ensemble.context(ensemble.settings(temperature=0.0))
-    assert (items["mixture"].possible, items["mixture"].reason) == (False, str(refused.value))
+    assert (items["mixture"].possible, items["mixture"].reason) == (False, refused.value.with_hint)
     assert items["piece"].possible
     assert items["greedy"].possible
     assert items["single"].possible

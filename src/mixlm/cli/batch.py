@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import STDIN, check_writable, json_lines, line_error, read_texts
+from mixlm.cli.options import Shared
 from mixlm.core.options import OPTIONS
 from mixlm.core.rule_options import rule_as_dict
 from mixlm.errors import ConfigError, UsageError, did_you_mean
@@ -57,6 +58,9 @@ class PromptFile:
             raise ConfigError(f"--batch is {self.batch_size}; it must be 1 or more")
         if not self._to_stdout:
             check_writable("--output", self.output)
+            if self.output.exists() and not self.output.is_file():
+                reason = f"--output {self.output} is no file that can be continued"
+                raise UsageError(reason, "--output - is standard output")
         [(name, text)] = read_texts([self.input]).items()
         if name != STDIN and self.input.resolve() == self.output.resolve():
             raise UsageError(f"--input and --output are both {self.input}", "name another file for the completions")
@@ -136,7 +140,7 @@ class PromptFile:
             for finished, (i, generation) in enumerate(generations, start=len(done) + 1):
                 if generation.error is not None:
                     failed += 1
-                    dim(f"prompt {i + 1}: {generation.error}")
+                    dim(f"prompt {i + 1}: {generation.error.with_hint}")
                     continue
                 fields = {**records[i].extra, **generation.completion.as_dict(), "run": run}
                 fields.pop("tokens", None)
@@ -169,13 +173,19 @@ class PromptRecord:
 _OUTPUT_KEYS = ("number", "key", "run", "text", "tokens", "seed", "finish_reason", "usage")
 
 
+_OF_ENSEMBLE = {field.name for field in fields(Shared)} - {"generation", "debug"}
+# Options of a run, also by the names that other programs have for them.
+_OTHER_NAMES = {"router", "sampling", "options", "alternatives", "max_new_tokens", "max_completion_tokens"}
+_RUN_OPTIONS = frozenset({*OPTIONS, *_OF_ENSEMBLE, *_OTHER_NAMES})
+
+
 def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord:
     """Return what one line says."""
     extra = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
     for key in extra:
-        if key in OPTIONS:
+        if (option := key.lower().replace("-", "_")) in _RUN_OPTIONS:
             reason = f"{key!r} is an option, and all prompts of a run have the same"
-            hint = f"give it once, as an option of mixlm generate{_flag(key)}"
+            hint = f"give it once, as an option of mixlm generate{_flag(option)}; data of your own needs another name"
             raise ConfigError(f"{name}, line {number}: {reason}", hint)
         if key in _OUTPUT_KEYS:
             raise ConfigError(
@@ -190,7 +200,8 @@ def _read_record(name: str, number: int, record: dict[str, Any]) -> PromptRecord
 
 
 def _flag(option: str) -> str:
-    return "" if OPTIONS[option].panel is None else f": --{option.replace('_', '-')}"
+    known = option in _OF_ENSEMBLE or (option in OPTIONS and OPTIONS[option].panel is not None)
+    return f": --{option.replace('_', '-')}" if known else ""
 
 
 def _prompt(name: str, number: int, record: dict[str, Any]) -> Prompt:

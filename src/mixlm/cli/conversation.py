@@ -63,8 +63,12 @@ class Conversation:
             try:
                 weights = [float(weight) for weight in text.split(",")]
             except ValueError:
-                raise ConfigError(f"/weights is {text!r}; it must be numbers with commas between them") from None
-            self.ensemble = self.ensemble.with_weights(weights)
+                raise ConfigError(
+                    f"/weights is {text!r}; it must be numbers with commas between them", "such as: /weights 0.7,0.3"
+                ) from None
+            ensemble = self.ensemble.with_weights(weights)
+            ensemble.context(ensemble.settings(**self._options))  # a rule may take no weights
+            self.ensemble = ensemble
             self._renew()
         pairs = zip(self.ensemble.names, self.ensemble.weights, strict=True)
         return "weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in pairs)

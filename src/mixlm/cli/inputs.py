@@ -117,12 +117,22 @@ def json_lines(name: str, text: str, expected: str) -> Iterator[tuple[int, dict[
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_object)
+            json.dumps(record, allow_nan=False)
         except (ValueError, RecursionError) as error:
             raise line_error(name, number, f"not valid JSON: {error}", expected) from error
         if not isinstance(record, dict):
             raise line_error(name, number, "not a JSON object", expected)
         yield number, record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError for a key that it has twice, of which one value would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return record
 
 
 def line_error(name: str, number: int, reason: str, expected: str) -> ConfigError:

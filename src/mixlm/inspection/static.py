@@ -108,7 +108,7 @@ def _refusal(attempt: Callable[[], object]) -> str | None:
     try:
         attempt()
     except MixlmError as error:
-        return str(error)
+        return error.with_hint
     return None
 
 

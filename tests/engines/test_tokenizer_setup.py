@@ -242,7 +242,8 @@ def test_ends_of_text_are_those_of_both_configurations(config, generation, ends,
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", b"\xff", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}', '{"eos_token_id": 1.5}']
+    "content",
+    ["{", "[1]", b"\xff", *(f'{{"eos_token_id": {value}}}' for value in ('"2"', "[true]", "1.5", "1099511627776"))],
 )
 def test_a_configuration_that_is_broken_is_an_error_that_names_the_file(file, content, tmp_path):
     folder = write(tmp_path, {})

@@ -285,7 +285,7 @@ def _end_ids(file: Path) -> list[int]:
         config = read_json_object(file) or {}
         parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
         ids = [i for part in parts for i in as_ids(part.get("eos_token_id"))]
-        if not all(type(i) is int for i in ids):
+        if not all(type(i) is int and i < 1 << 31 for i in ids):
             raise ValueError(f"its eos_token_id is {ids}, and must be an id or a list of ids")
     except (OSError, ValueError, TypeError) as error:
         raise ModelLoadError(f"{file} cannot be read: {first_line(error)}", "copy or download it again") from error

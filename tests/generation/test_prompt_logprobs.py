@@ -10,9 +10,11 @@ from speaking import speaking
 from toys import SHARED, engine, make_ensemble
 
 from mixlm.core.sampling import softmax
+from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation import prompt_logprobs as given
+from mixlm.generation import rule_prompt_logprobs as rule_given
 from mixlm.routing import FunctionRouter
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import router_weights
@@ -171,8 +173,19 @@ def test_under_a_rule_each_token_has_the_rules_probability(rule, monkeypatch):
             assert token.logprob == pytest.approx(expected.get(token.data, -np.inf), abs=1e-5)
             assert token.top_logprobs[0].logprob == pytest.approx(max(expected.values()), abs=1e-5)
         before += token.text
-    monkeypatch.setattr(given, "ROWS", 3)
+    monkeypatch.setattr(rule_given, "POSITIONS", 64)
     assert ensemble.generate(TEXT, score_prompt=True, max_tokens=0, **options).prompt == prompt
+
+
+def test_tokens_that_members_do_not_share_have_no_probability_under_a_rule():
+    # The first member has a token for "ab", and the second spells it in two.
+    members = [ToyEngine([b"a", b"b", word], random_table(5, seed)) for word, seed in ((b"ab", 1), (b"", 2))]
+    ensemble = make_ensemble(members, [0.5, 0.5], unit="token")
+    options = {"raw": True, "score_prompt": True, "max_tokens": 0}
+    with pytest.raises(UnsupportedError, match="m0 has 'ab' where m1 has 'a'"):
+        ensemble.generate("aab", rule="max", **options)
+    apart = ensemble.generate("ba", rule="max", **options).prompt
+    assert [token.data for token in apart] == [b"b", b"a"]
 
 
 def test_a_rule_between_vocabularies_has_no_log_probabilities_of_tokens():

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toys import END, OPTIONS, exact_distribution, toys
+from toys import END, OPTIONS, exact_distribution, make_ensemble, toys
 
 from mixlm.core.options import GenerationOptions
+from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.routing import FunctionRouter
@@ -85,3 +86,12 @@ def test_what_has_no_probability_of_bytes_is_refused():
     routed.defaults = GenerationOptions(method="layered", rule="max")
     with pytest.raises(UnsupportedError, match="weights that are fixed"):
         rule_logprob(routed, [])
+
+
+def test_tokens_that_members_do_not_share_are_refused():
+    # The first member has a token for "ab", and the second spells it in two.
+    members = [ToyEngine([b"a", b"b", word], random_table(5, seed)) for word, seed in ((b"ab", 1), (b"", 2))]
+    ensemble = with_rule(make_ensemble(members, [0.5, 0.5], unit="token"), "geometric")
+    with pytest.raises(UnsupportedError, match="m0 has 'ab' where m1 has 'a'"):
+        rule_logprob(ensemble, text_passages(ensemble, ["bab"]))
+    assert np.isfinite(rule_logprob(ensemble, text_passages(ensemble, ["ba"])))

@@ -12,7 +12,7 @@ at every place where it can have a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +20,19 @@ import numpy.typing as npt
 from mixlm.core.combinations.base import Combination
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import build_rule
+from mixlm.engines.base import respond
+from mixlm.engines.requests import Request, Response
 from mixlm.engines.topk_only import full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.generation.dispatch import drive
 from mixlm.generation.prompt import Prompt
-from mixlm.generation.rule_prompt_logprobs import symbol_probabilities
+from mixlm.generation.rule_prompt_logprobs import GivenText, symbol_probabilities
 from mixlm.generation.target import assign_roles
 from mixlm.routing.fixed import FixedRouter
 from mixlm.scoring.passages import Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.tokenization.segments import encode_exactly
-from mixlm.types import Floats, Ids, Logits
+from mixlm.types import Floats, Ids
 
 _CHUNK = 16  # positions whose distributions are in memory at once
 
@@ -39,7 +42,8 @@ def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
 
     Raises:
         ConfigError: A text is too long for a context.
-        UnsupportedError: The rule combines spellings, or the weights depend on the text.
+        UnsupportedError: The rule combines spellings, or the weights depend on the text; or members that share a
+            vocabulary do not have the same tokens of a text.
     """
     return float(rule_scorer(ensemble).logprobs(passages)[0])
 
@@ -128,6 +132,7 @@ class RuleScorer:
         for engine in self._engines:
             if engine.top_k_limit is not None:
                 raise full_distribution_error(engine, "the log-probability under a rule")
+        self._readers = [(ensemble.names[i], ensemble.members[i].engine.vocabulary) for i in self._members]
         self._sessions = [engine.session() for engine in self._engines]
         self._symbols = [ensemble.unit.symbols(i) for i in self._members]
         self._symbol_of = {self._unit.symbol_bytes(u): u for u in range(self._unit.end)}
@@ -161,23 +166,28 @@ class RuleScorer:
 
     def _by_token(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Score a passage's tokens, which all members have alike."""
-        ids, _ = encode_exactly(
-            self._engines[0].encoder, self._engines[0].vocabulary, passage.data, self._engines[0].name
-        )
-        targets = self._symbols[0][np.array(ids, dtype=np.int64)].tolist()
-        targets += [self._unit.end] * passage.scores_end
-        texts = [np.array([*passage.prefixes[i], *ids], dtype=np.int64) for i in self._members]
+        encoded = [
+            encode_exactly(engine.encoder, engine.vocabulary, passage.data, engine.name)[0] for engine in self._engines
+        ]
+        prefixes = [passage.prefixes[i] for i in self._members]
+        texts = [np.array([*prefix, *ids], dtype=np.int64) for prefix, ids in zip(prefixes, encoded, strict=True)]
         self._check(texts)
-        rows = self._rows(texts, [len(passage.prefixes[i]) for i in self._members], len(targets))
+        given = GivenText(range(len(texts)), self._symbols, self._size, texts, [len(prefix) for prefix in prefixes])
+        targets = [*given.targets(self._readers).tolist(), *[self._unit.end] * passage.scores_end]
         total, greedy = np.zeros(len(self._variants)), np.ones(len(self._variants), dtype=np.bool_)
-        with np.errstate(divide="ignore"):
-            for probs, target in zip(rows, targets, strict=True):
-                combined = self._combine(probs)
-                total += np.log(combined[:, target])
-                greedy &= combined.argmax(axis=1) == target
-                if not np.isfinite(total).any():
-                    break
+
+        def take(place: int, probs: Floats) -> bool:
+            combined = self._combine(probs)
+            with np.errstate(divide="ignore"):
+                total[:] += np.log(combined[:, targets[place]])
+            greedy[:] &= combined.argmax(axis=1) == targets[place]
+            return bool(np.isfinite(total).any())
+
+        drive(given.read(range(len(targets)), _CHUNK, take), self._respond)
         return total, greedy
+
+    def _respond(self, requests: Sequence[Request]) -> list[Response]:
+        return [respond(self._sessions[request.member], request) for request in requests]
 
     def _by_byte(self, passage: Passage) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Score a passage's bytes, over all symbols that spell them."""
@@ -194,9 +204,12 @@ class RuleScorer:
                 for i, ids in zip(self._members, encoded, strict=True)
             ]
             self._check(texts)
-            logits = [session.logits(ids)[0] for session, ids in zip(self._sessions, texts, strict=True)]
+            probs = [
+                symbol_probabilities(session.logits(ids)[0], symbols, self._size)
+                for session, ids, symbols in zip(self._sessions, texts, self._symbols, strict=True)
+            ]
             with np.errstate(divide="ignore"):
-                combined = np.log(self._combine(np.array([self._dense(i, row) for i, row in enumerate(logits)])))
+                combined = np.log(self._combine(np.array(probs)))
             best[place] = combined.argmax(axis=1)
             if place == len(data):
                 reached[place] += combined[:, self._unit.end]
@@ -220,20 +233,6 @@ class RuleScorer:
                 return False
             place += len(data)
         return not passage.scores_end or int(best[place][variant]) == self._unit.end
-
-    def _rows(self, texts: Sequence[Ids], begins: Sequence[int], count: int) -> Iterator[Floats]:
-        """Yield the members' distributions at each of `count` places, float64 (members, symbols)."""
-        for start in range(0, count, _CHUNK):
-            end = min(start + _CHUNK, count)
-            logits = [
-                session.logits(ids[: begin + end - 1], end - start)
-                for session, ids, begin in zip(self._sessions, texts, begins, strict=True)
-            ]
-            for place in range(end - start):
-                yield np.array([self._dense(i, rows[place]) for i, rows in enumerate(logits)])
-
-    def _dense(self, row: int, logits: Logits) -> Floats:
-        return symbol_probabilities(logits, self._symbols[row], self._size)
 
     def _check(self, texts: Sequence[Ids]) -> None:
         for engine, ids in zip(self._engines, texts, strict=True):

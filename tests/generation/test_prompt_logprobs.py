@@ -188,6 +188,16 @@ def test_tokens_that_members_do_not_share_have_no_probability_under_a_rule():
     assert [token.data for token in apart] == [b"b", b"a"]
 
 
+def test_a_prompt_under_a_rule_is_scored_in_small_steps():
+    ensemble = pair("token").with_weights([1, 1])
+    settings = ensemble.settings(raw=True, rule="max", score_prompt=True, max_tokens=0)
+    generation = ensemble.context(settings).start(ensemble.encode_prompt(TEXT, settings))
+    requests = generation.requests()
+    assert [request.last for request in requests] == [rule_given.POSITIONS] * 2
+    assert rule_given.POSITIONS < 8
+    generation.release()
+
+
 def test_a_rule_between_vocabularies_has_no_log_probabilities_of_tokens():
     with pytest.raises(UnsupportedError, match="score_prompt gives the log-probability of each token under rule max"):
         pair("piece").generate("ab", raw=True, score_prompt=True, rule="max")

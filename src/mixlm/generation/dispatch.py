@@ -6,7 +6,7 @@ Engines on devices of their own run at the same time. On one device they would o
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 from mixlm.engines.base import Engine, Session
@@ -69,7 +69,9 @@ class Dispatcher:
             batches.setdefault(request.engine.batch_key, []).append(index)
         calls = [[requests[index] for index in indices] for indices in batches.values()]
         if len(calls) > 1 and len({call[0].engine.device for call in calls}) == len(calls):
-            results = [future.result() for future in [self._threads.submit(_respond, call) for call in calls]]
+            futures = [self._threads.submit(_respond, call) for call in calls]
+            wait(futures)  # where one fails, the others still work on their sessions
+            results = [future.result() for future in futures]
         else:
             results = [_respond(call) for call in calls]
         responses: list[Response] = [None] * len(requests)

@@ -334,6 +334,42 @@ def test_chunks_are_as_long_as_others_can_wait(call_seconds, token_seconds, othe
     assert sum(prefills) == 401
 
 
+def test_chunks_of_several_prompts_grow_as_those_of_one():
+    ensemble = make_ensemble([engine(seed=1)])
+    clock = 0.0
+
+    def on_forward(ids, last):
+        nonlocal clock
+        clock += 10 if len(ids) == 1 else 0.1 * len(ids)
+
+    ensemble.members[0].engine.on_forward = on_forward
+    settings = ensemble.settings(raw=True, seed=1, max_tokens=1000, ignore_end=True)
+
+    def steps(prompts):
+        scheduler = Scheduler(10, 256)
+        generations = [
+            ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)) for prompt in ("a", *prompts)
+        ]
+        for generation in generations[:1]:
+            scheduler.add(generation)
+        for _ in range(30):
+            scheduler.step()
+        for generation in generations[1:]:
+            scheduler.add(generation)
+        count = 0
+        while not all(generation.completion.tokens for generation in generations):
+            scheduler.step()
+            count += 1
+        return count
+
+    with patch("mixlm.generation.scheduler.time") as time:
+        time.perf_counter = lambda: clock
+        alone = steps(["abc" * 300])
+        assert steps(["abc" * 300, "cab" * 300]) < 2 * alone + 5
+        # Beside two more that are generated: that a decode step takes longer by then is seen after 16 chunks.
+        assert steps(["abc" * 300, "ab" * 15, "ab" * 20]) < 60
+
+
 def test_a_cancelled_prompt_stops_within_a_chunk():
     ensemble = make_ensemble([engine(seed=1)])
     lengths: list[int] = []

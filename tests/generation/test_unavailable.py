@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -195,3 +196,46 @@ def test_a_member_is_asked_after_ever_longer_times(monkeypatch):
     gaps = np.diff([0.0, *looks])
     np.testing.assert_allclose(gaps[:7], [0.5, 1, 2, 4, 8, 16, 30], atol=0.11)
     np.testing.assert_allclose(gaps[7:], 30, atol=0.11)
+
+
+class FailingRouter:
+    """A router that fails at the second position."""
+
+    def begin(self, context):
+        positions = iter([np.array([0.0, 1.0, 0.0])])
+        return lambda state: next(positions)
+
+
+def test_what_fails_after_a_member_ends_that_generation_alone():
+    ensemble = make_ensemble(1)
+    scheduler = Scheduler()
+    for router in (FailingRouter(), None):
+        of_one = ensemble if router is None else Ensemble(ensemble.members, router=router)
+        settings = of_one.settings(**options(on_failure="drop"))
+        scheduler.add(of_one.context(settings).start(of_one.encode_prompt(PROMPT, settings)))
+    errors = [generation.error for generation in scheduler.run()]
+    assert sorted("the router FailingRouter failed" in str(error) for error in errors) == [False, True]
+    assert errors.count(None) == 1
+
+
+def test_a_forward_of_another_device_is_over_before_its_session_is_used_again():
+    ensemble = make_ensemble(3)
+    failing, working = (member.engine for member in ensemble.members[1:])
+    failing.device = "elsewhere"
+    running, at_once = [], []
+    count_or_fail = failing.on_forward
+
+    def fail_first(ids, last):
+        time.sleep(0.001)
+        count_or_fail(ids, last)
+
+    def work(ids, last):
+        running.append(0)
+        at_once.append(len(running))
+        time.sleep(0.03)
+        running.pop()
+
+    failing.on_forward, working.on_forward = fail_first, work
+    pair = Ensemble([MemberSpec(failing, "failing"), MemberSpec(working, "working")])
+    pair.generate(PROMPT, **options(method="conventional", on_failure="drop", max_tokens=5))
+    assert set(at_once) == {1}

@@ -23,13 +23,13 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mixlm.engines.base import Engine
-from mixlm.engines.requests import GenerateRequest, LogitsRequest, Request, Response
+from mixlm.engines.requests import GenerateRequest, LogitsRequest, Request, Response, ScoreRequest
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
@@ -50,8 +50,12 @@ _SHORT_PROMPT = 64
 # it bounds how long a new request, or a cancelled one, waits.
 _CHUNK_SHARE = 1.0
 _CHUNK_SECONDS_ALONE = 0.5
+# After so many calls with chunks, one without shows again what a decode step takes.
+_MAX_CHUNKED_CALLS = 16
 # A prompt whose chunks were lost more often than this is prefilled in one call.
 _MAX_LOSSES = 3
+# How long a step waits for servers at most, seconds.
+_WAIT_SECONDS = 0.1
 # The logits of a chunk are not used.
 _ONE_LOGIT = TopKFilter(1, np.zeros(0, dtype=np.int64))
 
@@ -86,13 +90,15 @@ class _EngineQueue:
     """Requests for one engine.
 
     since: the scheduler's count of calls when the oldest of them came. decode_seconds: time of a call without prefills,
-    None where there was none. chunk, chunk_alone: tokens of a chunk while others are generated, and while none is.
+    None where there was none. chunked_calls: how many with a chunk there were since the last of those. chunk,
+    chunk_alone: tokens of a chunk while others are generated, and while none is.
     """
 
     engine: Engine
     requests: list[_QueuedRequest] = field(default_factory=list)
     since: int = 0
     decode_seconds: float | None = None
+    chunked_calls: int = 0
     chunk: int = _MIN_CHUNK
     chunk_alone: int = _FIRST_CHUNK_ALONE
 
@@ -100,26 +106,35 @@ class _EngineQueue:
         """Learn from the time of a call: a larger chunk where it added little, a smaller one where it added much."""
         if not batch.prefill_tokens:
             usual = self.decode_seconds or seconds
-            self.decode_seconds = 0.8 * usual + 0.2 * min(seconds, 2 * usual)  # a hiccup counts little
-        elif batch.prefill_tokens != batch.chunk:
+            weight = 0.5 if self.chunked_calls else 0.2
+            self.decode_seconds = usual + weight * (min(seconds, 2 * usual) - usual)  # a hiccup counts little
+            self.chunked_calls = 0
+        elif not batch.chunk:
             pass  # short prompts, or one that runs as a whole
         elif batch.alone:
-            self.chunk_alone = _adapted(batch.chunk, seconds, _CHUNK_SECONDS_ALONE)
+            self.chunk_alone = _adapted(batch.chunk, batch.share * seconds, _CHUNK_SECONDS_ALONE)
         elif self.decode_seconds is not None:
-            self.chunk = _adapted(batch.chunk, seconds - self.decode_seconds, _CHUNK_SHARE * self.decode_seconds)
+            self.chunked_calls += 1
+            added = batch.share * (seconds - self.decode_seconds)
+            self.chunk = _adapted(batch.chunk, added, _CHUNK_SHARE * self.decode_seconds)
 
 
 class _Batch(NamedTuple):
     """The requests of one call.
 
-    prefill_tokens: how many tokens of prompts it runs. chunk: how many of a long one. alone: whether every generation
-    waits for its prompt.
+    prefill_tokens: how many tokens of prompts it runs. chunk: how many of a long one, 0 for none. alone: whether every
+    generation waits for its prompt.
     """
 
     requests: list[_QueuedRequest]
     prefill_tokens: int = 0
     chunk: int = 0
     alone: bool = False
+
+    @property
+    def share(self) -> float:
+        """The chunk's share of the prefill."""
+        return self.chunk / self.prefill_tokens
 
 
 class _Running(NamedTuple):
@@ -223,7 +238,9 @@ class Scheduler:
         """Let a generation continue without the member that failed, if it may: its requests are void."""
         try:
             waiting.generation.continue_without(error)
-        except GenerationInterruptedError:
+        except Exception as raised:  # also of a user's router: it ends this generation alone
+            if not isinstance(raised, GenerationInterruptedError):
+                waiting.generation.fail(to_mixlm_error(raised))
             self._end(waiting.generation)
             return
         waiting.void = True
@@ -266,11 +283,19 @@ class Scheduler:
             queue.requests.append(queued)
 
     def _end(self, generation: Generation) -> None:
-        """Free the slot. KV caches that another device's thread works on are freed when it is done."""
+        """Free the slot. KV caches that another device's thread works on are freed when it is done.
+
+        Requests to a server are cancelled.
+        """
         if generation in self._active:
             self._active.remove(generation)
-        running = (queued for run in self._running.values() for queued in run.batch.requests)
-        if any(queued.waiting.generation is generation for queued in running):
+        running = [
+            run for run in self._running.values() if any(q.waiting.generation is generation for q in run.batch.requests)
+        ]
+        for run in running:
+            if run.queue.engine.asynchronous:
+                run.call.future.cancel()
+        if running:
             self._leaving.append(generation)
         else:
             generation.release()
@@ -293,23 +318,29 @@ class Scheduler:
         prefills = [queued for queued in queue.requests if self.prefill_chunk is not None and _is_prefill(queued)]
         if self.prefill_chunk is None or not prefills:
             return _Batch(queue.requests), []
+        if queue.chunked_calls >= _MAX_CHUNKED_CALLS and len(prefills) < len(queue.requests):
+            decodes = [queued for queued in queue.requests if not any(queued is prefill for prefill in prefills)]
+            return _Batch(decodes), prefills
         alone = self._only_prefills()
         chunk = min(queue.chunk_alone if alone else queue.chunk, self.prefill_chunk)
         budget = total = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
         requests: list[_QueuedRequest] = []
         later: list[_QueuedRequest] = []
+        has_chunk = False
         for queued in queue.requests:
             if not any(queued is prefill for prefill in prefills):
                 requests.append(queued)
                 continue
             part, tokens = _first_chunk(queued, chunk, total)
-            if tokens <= budget or budget == total:
+            is_chunk = part.rest is not None
+            if (tokens <= budget or budget == total) and not (has_chunk and is_chunk):
                 requests.append(part)
                 budget -= tokens
+                has_chunk |= is_chunk
             else:
                 later.append(queued)
                 budget = 0  # the prefills behind it do not overtake it
-        return _Batch(requests, total - budget, chunk, alone), later
+        return _Batch(requests, total - budget, chunk if has_chunk else 0, alone), later
 
     def _only_prefills(self) -> bool:
         """Whether every generation waits for the prefill of a prompt: then none is held up by one."""
@@ -331,10 +362,17 @@ class Scheduler:
         call.future.add_done_callback(self._done.put)
 
     def _wait(self) -> list[Future[Any]]:
-        """Wait until a call is over; return it, and the others that are by now."""
+        """Wait until a call is over; return it, and the others that are by now.
+
+        None where only servers are at work and take long: meanwhile generations may be added or cancelled.
+        """
         if not self._running:
             return []
-        done = [self._done.get()]
+        only_servers = all(run.queue.engine.asynchronous for run in self._running.values())
+        try:
+            done = [self._done.get(timeout=_WAIT_SECONDS if only_servers else None)]
+        except Empty:
+            return []
         while not self._done.empty():
             done.append(self._done.get())
         return done
@@ -353,7 +391,7 @@ def _last(request: Request) -> int:
 
 def _is_prefill(queued: _QueuedRequest) -> bool:
     """Whether a request is a prefill, and not a decode step or the catch-up of a few tokens."""
-    if isinstance(queued.addressed.request, GenerateRequest):
+    if isinstance(queued.addressed.request, GenerateRequest | ScoreRequest):
         return False
     return _missing(queued)[1] > _MAX_DECODE_TOKENS
 

@@ -322,6 +322,8 @@ def test_stored_responses_are_bounded_and_the_clients_own():
             url = f"/v1/responses/{first}?stream={stream}"
             assert server.client.get(url, headers=key).status_code == status
         assert create("another-random-key-of-bo", previous_response_id=first).status_code == 400
+        mine = {**key, "x-request-id": first.removeprefix("resp_")}
+        assert server.post("/v1/responses", {"input": "x", "max_output_tokens": 1}, headers=mine).json()["id"] != first
         unstored = create(store=False).json()["id"]
         assert create(previous_response_id=unstored).status_code == 400
         for _ in range(8):

@@ -44,7 +44,7 @@ class ResponseStore:
         return len(self._by_id)
 
     def add(self, client: str, response: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
-        """Store a response."""
+        """Store a response, whose id is its own."""
         stored = StoredResponse(client, response, messages, len(to_json(response)) + len(to_json(messages)))
         self._by_id[response["id"]] = stored
         self._num_bytes += stored.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,8 @@ class ResponsesFormat:
         self._output: list[dict[str, Any]] = []
         self._members: list[str] = []
         self._forwards: dict[str, int] = {}
-        self.response_id = f"resp_{request_id}"
+        # Not the request's id, which a client may choose: others could replace what is stored.
+        self.response_id = f"resp_{secrets.token_hex(16)}"
 
     def response(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the complete response."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import mixlm
 from mixlm.core.options import OPTIONS
 
@@ -56,3 +59,13 @@ def test_running_generations_and_conversations_are_coloured_too():
 def test_the_docstring_of_generate_lists_every_option():
     for name in OPTIONS:
         assert f"\n    {name}: " in mixlm.Ensemble.generate.__doc__
+
+
+def test_a_chat_keeps_of_earlier_turns_what_was_written():
+    chat = mixlm.load("toy:1", "toy:2").chat(max_tokens=2, seed=1)
+    turn = chat.stream("a")
+    list(turn)
+    generation = weakref.ref(turn._generation)
+    del turn
+    gc.collect()
+    assert generation() is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
 from mixlm.core.options import Options
 from mixlm.generation.generation import Generation
-from mixlm.types import Completion, Message, Token
+from mixlm.types import Completion, Message, Token, colored_html
 
 if TYPE_CHECKING:
     from mixlm.ensemble import Ensemble
@@ -21,8 +22,7 @@ class Chat:
         self._ensemble = ensemble
         self._options = options
         self._sessions = [member.engine.session() for member in ensemble.members]
-        self._turn = 0
-        self._generations: list[ChatGeneration] = []
+        self._turns: list[_Turn] = []
         self.messages: list[Message] = []
 
     def __repr__(self) -> str:
@@ -30,12 +30,12 @@ class Chat:
 
     def _repr_html_(self) -> str:
         """Return the conversation for a notebook, each token of the completions in its member's colour."""
-        generations = {id(generation.message): generation for generation in self._generations}
+        tokens = {id(turn.message): turn.tokens for turn in self._turns}
         return "".join(
             f"<b>{escape(message.role)}</b>"
             + (
-                generations[id(message)]._repr_html_()
-                if id(message) in generations
+                colored_html(tokens[id(message)], self._ensemble.names)
+                if id(message) in tokens
                 else f'<pre style="white-space:pre-wrap">{escape(message.content)}</pre>'
             )
             for message in self.messages
@@ -49,28 +49,31 @@ class Chat:
 
     def stream(self, text: str) -> ChatGeneration:
         """Add a user's message and iterate over the completion. The message joins the history once it fits."""
-        options = self._ensemble.settings(**self._options).with_turn(self._turn)
+        options = self._ensemble.settings(**self._options).with_turn(len(self._turns))
         prompt = self._ensemble.encode_prompt([*self.messages, Message("user", text)], options)
         generation = self._ensemble.context(options, self._sessions).start(prompt)
-        self._turn += 1
+        self._turns.append(_Turn(Message("assistant", "")))
         self.messages.append(Message("user", text))
-        self._generations.append(ChatGeneration(generation, self.messages))
-        return self._generations[-1]
+        return ChatGeneration(generation, self.messages, self._turns[-1])
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What has been read of a completion: the message in the history, and its tokens."""
+
+    message: Message
+    tokens: list[Token] = field(default_factory=list)
 
 
 class ChatGeneration(Iterator[Token]):
-    """A turn of a conversation in progress.
+    """A turn of a conversation in progress."""
 
-    Attributes:
-        message: What has been read of it, the last message of the history.
-    """
-
-    def __init__(self, generation: Generation, messages: list[Message]) -> None:
+    def __init__(self, generation: Generation, messages: list[Message], turn: _Turn) -> None:
         self._generation = generation
         self._messages = messages
-        self.message = Message("assistant", "")
-        messages.append(self.message)
-        self._index = len(messages) - 1
+        self._turn = turn
+        self._index = len(messages)
+        messages.append(turn.message)
 
     def __repr__(self) -> str:
         return repr(self._generation)
@@ -81,9 +84,15 @@ class ChatGeneration(Iterator[Token]):
 
     def __next__(self) -> Token:
         token = next(self._generation)
+        self._turn.tokens.append(token)
         content = self._messages[self._index].content + token.text
-        self.message = self._messages[self._index] = Message("assistant", content)
+        self._turn.message = self._messages[self._index] = Message("assistant", content)
         return token
+
+    @property
+    def message(self) -> Message:
+        """What has been read of it, the last message of the history."""
+        return self._turn.message
 
     @property
     def completion(self) -> Completion:

@@ -81,6 +81,14 @@ def test_a_peft_model_writes_with_its_active_adapter(model, tokenizer):
     assert abs(plain - expected).max() > 0.01
 
 
+def test_an_adapter_that_looks_for_its_beginning_is_refused(model, tokenizer):
+    peft = pytest.importorskip("peft")
+    begin = {"alora_invocation_tokens": [30, 31]}
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM", **begin)
+    with pytest.raises(UnsupportedError, match=r"does more than its layers do, .* where it begins \(LoraConfig\)"):
+        mixlm.load((peft.get_peft_model(model, config), tokenizer))
+
+
 def test_what_is_no_model_is_refused(model, tokenizer, folder):
     peft = pytest.importorskip("peft")
     with pytest.raises(ConfigError, match=r"Linear is no causal language model .*\(model, tokenizer\)"):

@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_transformers_engine import build, load
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    WhisperConfig,
+    WhisperForCausalLM,
+)
 
 from mixlm.engines import EngineSpec
 from mixlm.engines.contract import random_ids, uncached
 from mixlm.engines.transformers.engine import HFEngine
-from mixlm.errors import ModelLoadError
+from mixlm.engines.transformers.model_loading import context_length, vocabulary_size
+from mixlm.errors import ModelLoadError, UnsupportedError
+from mixlm.inspection.unloaded import load_described
 
 CODE = """
 import pathlib
@@ -90,6 +104,74 @@ def test_weights_that_have_no_place_are_a_note(folder):
     assert "hold 9 weights (model.layers.1.input_layernorm.weight, " in note
 
 
+def test_scales_that_no_configuration_explains_are_an_error(folder):
+    part = "model.layers.0.mlp.up_proj.weight"
+    scaled = rewrite(folder, lambda weights: {**weights, part + "_scale_inv": torch.ones(1)})
+    with pytest.raises(
+        ModelLoadError, match=r"are quantised, and its config.json does not say how.*up_proj.weight_sca"
+    ):
+        load(scaled)
+
+
+def test_weights_that_are_no_numbers_are_an_error(folder):
+    def spoil(weights: dict) -> dict:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+        return weights
+
+    with pytest.raises(ModelLoadError, match=r"tiny \(llama\) computes logits that are no numbers .*are damaged"):
+        load(rewrite(folder, spoil))
+
+
+def test_an_expert_that_is_missing_is_named_by_what_is_made_of_it(folder):
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 32, "intermediate_size": 8}
+    config = MixtralConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match=r"do not hold what model.layers.0.mlp.experts.gate_up_proj is made of"):
+        load(rewrite(folder, without("experts.1.w1")))
+
+
+def test_files_with_python_objects_are_refused_without_being_run(folder):
+    class Touch:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (folder / "ran",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Touch()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"its files of weights hold Python objects, which are not run"):
+        load(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_model_of_audio_codes_has_no_vocabulary():
+    heads = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 4)
+    with pytest.raises(UnsupportedError, match="has no output layer of one vocabulary"):
+        vocabulary_size(SimpleNamespace(get_output_embeddings=lambda: heads))
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+DECODER = {"vocab_size": 50, "d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: RobertaForCausalLM(
+            RobertaConfig(**SIZES, is_decoder=True, pad_token_id=1, max_position_embeddings=22, eos_token_id=2)
+        ),
+        lambda: WhisperForCausalLM(
+            WhisperConfig(**DECODER, max_target_positions=20, pad_token_id=1, bos_token_id=1, eos_token_id=2)
+        ),
+        lambda: MptForCausalLM(MptConfig(vocab_size=50, d_model=8, n_layers=1, n_heads=2, max_seq_len=20)),
+    ],
+)
+def test_the_context_is_as_long_as_the_model_has_positions(model):
+    model = model()
+    assert context_length(model) == 20
+    model(torch.arange(20)[None] + 5)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.arange(21)[None] + 5)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -109,6 +191,15 @@ def test_a_configuration_that_transformers_refuses_is_one_sentence(folder, confi
         load(rewrite(folder, **config))
     assert raised.value.__cause__ is not None or "sizes" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_it_is_one_sentence_before_the_model_is_loaded_too(folder, strange):
+    spec = EngineSpec(str(rewrite(folder, model_type="llama", hidden_act="nonsense")), "tiny", device="cpu")
+    with pytest.raises(ModelLoadError, match="KeyError: 'nonsense'"):
+        load_described(spec)
+    rewrite(strange, model_type="strange")
+    with pytest.raises(ModelLoadError, match=r"needs Python code in the model's folder.*trust_remote_code"):
+        load_described(spec)
 
 
 @pytest.fixture

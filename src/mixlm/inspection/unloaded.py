@@ -39,7 +39,7 @@ def load_described(spec: EngineSpec) -> Engine:
 
 def _described_folder(spec: EngineSpec) -> Engine:
     """Return an engine without weights for a folder or a hub id: what it will take of which device's memory."""
-    from mixlm.engines.transformers.model_loading import parse_device, parse_dtype
+    from mixlm.engines.transformers.model_loading import context_length, parse_device, parse_dtype, vocabulary_size
     from mixlm.engines.transformers.placement import empty_model, planned_memory
 
     resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
@@ -49,14 +49,13 @@ def _described_folder(spec: EngineSpec) -> Engine:
     memory = planned_memory(source, named, dtype, device)
     model = empty_model(source, named)
     setup = TokenizerSetup.load(source, named.name, trust_remote_code=spec.trust_remote_code)
-    text = setup.text_interface(named, int(model.get_output_embeddings().weight.shape[0]))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text = setup.text_interface(named, vocabulary_size(model))
     details = {
         "engine": "transformers, not loaded",
         "dtype": str(dtype).removeprefix("torch.") + (f", {spec.quantization}" if spec.quantization else ""),
         "memory": ", ".join(f"{place} {size / 1e6:,.1f} MB" for place, size in memory.items()),
     }
-    return UnloadedEngine(named, text, context, sum(memory.values()), details)
+    return UnloadedEngine(named, text, context_length(model), sum(memory.values()), details)
 
 
 class UnloadedEngine(Engine):

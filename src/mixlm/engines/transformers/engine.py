@@ -16,7 +16,14 @@ from mixlm.engines.transformers.hidden_states import hidden_size
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.memory import memory_errors
-from mixlm.engines.transformers.model_loading import load_model, parse_device, parse_dtype, share_weights
+from mixlm.engines.transformers.model_loading import (
+    context_length,
+    load_model,
+    parse_device,
+    parse_dtype,
+    share_weights,
+    vocabulary_size,
+)
 from mixlm.engines.transformers.placement import fetch_revision
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
@@ -123,19 +130,16 @@ class HFEngine(Engine):
     @classmethod
     def _from_parts(cls, spec: EngineSpec, tokenizer: TokenizerSetup, runner: ModelRunner) -> HFEngine:
         """Return the engine of a spec on a model that is loaded."""
-        config = runner.model.config
-        vocab_size = int(runner.model.get_output_embeddings().weight.shape[0])
+        vocab_size = vocabulary_size(runner.model)
         notes = list(runner.loaded.notes)
         if not runner.keeps_cache:
             notes.append(f"{spec.name} cannot roll back its state: it runs the whole text for every token")
-        context_length = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
-        if runner.max_length < context_length:
-            context_length = runner.max_length
-            notes.append(
-                f"{spec.name} takes {context_length} tokens: behind them its attention selects some of the text"
-            )
+        length = context_length(runner.model)
+        if runner.max_length < length:
+            length = runner.max_length
+            notes.append(f"{spec.name} takes {length} tokens: behind them its attention selects some of the text")
         text = tokenizer.text_interface(spec, vocab_size, notes=notes)
-        return cls(spec.name, text, context_length, runner, tokenizer=tokenizer)
+        return cls(spec.name, text, length, runner, tokenizer=tokenizer)
 
     @property
     def batch_key(self) -> int:

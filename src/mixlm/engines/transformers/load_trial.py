@@ -16,6 +16,7 @@ from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
+from mixlm.engines.transformers.model_loading import vocabulary_size
 from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
 from mixlm.engines.transformers.varlen import varlen_kernels
@@ -58,7 +59,7 @@ class _LoadTrial:
         self._loaded = loaded
         self._model = loaded.model
         self._name = name
-        self._vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+        self._vocab_size = vocabulary_size(self._model)
 
     def runner(self, graphs: str) -> ModelRunner:
         runner = self._choose_path()
@@ -154,6 +155,11 @@ class _LoadTrial:
                 f"{self._name} ({self._model.config.model_type}) fails in its first forward pass: {first_line(error)}",
                 "give a causal language model that transformers can run on text alone",
             ) from error
+        if not np.isfinite(whole.max(axis=1)).all():
+            raise ModelLoadError(
+                f"{self._name} ({self._model.config.model_type}) computes logits that are no numbers",
+                "try --dtype float32; where that is no different, its weights are damaged",
+            )
         tolerance, over = self_test.limit(self._model.dtype)
         distance = over([self_test.total_variation(row, whole[end - 1]) for row, end in zip(alone, ends, strict=True)])
         if not distance < (10 if over is max else 1) * tolerance:  # refused for more than what a slower way would mend

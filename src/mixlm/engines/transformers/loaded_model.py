@@ -130,6 +130,11 @@ class LoadedModel:
         finally:
             self.model.eval()
             self._switch(None)
+        if not bool(own.isfinite().any(dim=1).all()) or bool(own.isnan().any()):
+            raise ModelLoadError(
+                f"{name} with the adapter {adapter} computes logits that are no numbers",
+                "try --dtype float32; where that is no different, the adapter's weights are damaged",
+            )
         tolerance, over = self_test.limit(self.model.dtype)
         pairs = zip(own.float().cpu().numpy(), expected.float().cpu().numpy(), strict=True)
         if not over([self_test.total_variation(*pair) for pair in pairs]) < tolerance:
@@ -147,9 +152,9 @@ class LoadedModel:
         import torch
 
         from mixlm.engines.transformers import self_test
+        from mixlm.engines.transformers.model_loading import vocabulary_size
 
-        rows = int(self.model.get_output_embeddings().weight.shape[0])
-        return torch.from_numpy(self_test.sample_ids(rows)[None]).to(self.model.device)
+        return torch.from_numpy(self_test.sample_ids(vocabulary_size(self.model))[None]).to(self.model.device)
 
     def _plain_logits(self) -> Any:
         """Return the logits of a few tokens by the model's own forward pass, with the adapter that is switched on."""

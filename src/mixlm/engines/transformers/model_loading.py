@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
@@ -11,15 +12,20 @@ from tempfile import mkdtemp
 from typing import Any
 
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import first_line, remote_code_error
+from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.placement import (
     check_device_map,
     empty_model,
     expanded_device_map,
+    load_error,
     loading_options,
 )
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
+
+_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
+# What stands in files beside weights that are quantised.
+_SCALES = re.compile(r"\.(weight_scale\w*|scales|SCB)$")
 
 
 def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
@@ -60,13 +66,7 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     except MixlmError:
         raise
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise remote_code_error(name) from error
-        given = [option for option in spec.loading_options if option != "revision"]  # that is not to blame
-        raise ModelLoadError(
-            f"{name} cannot be loaded: {first_line(error)}",
-            f"leave out {' and '.join(given)}, or change it" if given else "give a folder of a causal language model",
-        ) from error
+        raise load_error(spec, error) from error
     finally:
         logging.set_verbosity(verbosity)
     notes = _check_weights(name, info)
@@ -102,9 +102,14 @@ def _check_weights(name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
     if mismatched := info["mismatched_keys"]:
         key, actual, expected = min(mismatched)
         raise ModelLoadError(
-            f"{len(mismatched)} weights of {name} have other sizes than its config.json says, such as {key}: "
+            f"{len(mismatched)} of the weights of {name} have other sizes than its config.json says, such as {key}: "
             f"{tuple(actual)} instead of {tuple(expected)}",
             "its config.json and its weights must be of one model",
+        )
+    if scales := _listed(filter(_SCALES.search, info["unexpected_keys"])):
+        raise ModelLoadError(
+            f"the weights of {name} are quantised, and its config.json does not say how: its files hold {scales}",
+            "its config.json lacks its quantization_config",
         )
     return (f"the files of {name} hold {unexpected}, which the model has no place for",) if unexpected else ()
 
@@ -114,6 +119,27 @@ def _listed(keys: Iterable[str]) -> str:
     names = sorted(keys)
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})" if names else ""
+
+
+def context_length(model: Any) -> int:
+    """Return how many tokens a model has positions for; 1 << 20 where nothing says so."""
+    config = model.config.get_text_config()
+    length = next((int(size) for name in _LENGTHS if (size := getattr(config, name, None))), 1 << 20)
+    # RoBERTa and its kin count positions from that of padding on.
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
+            length = min(length, int(layer.num_embeddings) - int(layer.padding_idx) - 1)
+    return length
+
+
+def vocabulary_size(model: Any) -> int:
+    """Return how many tokens a model has logits for. Raises UnsupportedError for a model of audio and the like."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no output layer of one vocabulary", "name a causal language model of text"
+        )
+    return int(weight.shape[0])
 
 
 def parse_device(name: str) -> Any:
@@ -152,29 +178,56 @@ def share_weights(model: Any, name: str) -> Any:
 
     Raises:
         ConfigError: it is none.
-        UnsupportedError: its adapter is no part of the model's layers (prompt and prefix tuning).
+        UnsupportedError: its adapter is more than a part of the model's layers (prompt and prefix tuning, aLoRA).
     """
-    if hasattr(model, "get_base_model"):
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
-            kind = type(model.active_peft_config).__name__
-            raise UnsupportedError(
-                f"the adapter of {name} puts tokens of its own in front of the text ({kind})",
-                "use LoRA or another adapter that changes layers",
-            )
-        model = model.get_base_model()
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is None or getattr(model, "config", None) is None:
+    is_adapted = hasattr(model, "get_base_model")
+    kind = type(model.active_peft_config).__name__ if is_adapted else ""
+    if is_adapted and getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise UnsupportedError(
+            f"the adapter of {name} puts tokens of its own in front of the text ({kind})",
+            "use LoRA or another adapter that changes layers",
+        )
+    base = model.get_base_model() if is_adapted else model
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    if output is None or getattr(base, "config", None) is None:
         raise ConfigError(
-            f"{type(model).__name__} is no causal language model of transformers",
+            f"{type(base).__name__} is no causal language model of transformers",
             "hand over (model, tokenizer): what AutoModelForCausalLM and AutoTokenizer load",
         )
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
+        shared = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
+        complete = not is_adapted or _is_all(shared)
     except Exception as error:
         raise ModelLoadError(
             f"{name} cannot be shared: {type(error).__name__}: {first_line(error)}",
             "save it with save_pretrained, and name the folder",
         ) from error
+    if not complete:
+        raise UnsupportedError(
+            f"the adapter of {name} does more than its layers do, such as to look for where it begins ({kind})",
+            "use LoRA or another adapter that changes layers alone",
+        )
+    return shared.get_base_model() if is_adapted else shared
+
+
+def _is_all(adapted: Any) -> bool:
+    """Whether the base model of a PEFT model, with the adapters in its layers, computes what the PEFT model does."""
+    import torch
+
+    from mixlm.engines.transformers import self_test
+
+    base = adapted.get_base_model()
+    begins = [
+        i for config in adapted.peft_config.values() for i in getattr(config, "alora_invocation_tokens", None) or ()
+    ]
+    tokens = [*self_test.sample_ids(vocabulary_size(base)).tolist(), *begins, 0]
+    ids = torch.tensor([tokens], device=base.device)
+    with torch.inference_mode():
+        rows, expected = (
+            each(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy() for each in (base, adapted)
+        )
+    tolerance, over = self_test.limit(base.dtype)
+    return over([self_test.total_variation(*pair) for pair in zip(rows, expected, strict=True)]) < tolerance
 
 
 def _tensors(model: Any) -> Iterator[Any]:

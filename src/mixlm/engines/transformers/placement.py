@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from traceback import walk_tb
 from typing import Any
 
 from mixlm.choices import QUANTIZATIONS
 from mixlm.engines.spec import EngineSpec
-from mixlm.engines.tokenizer_setup import first_line
+from mixlm.engines.tokenizer_setup import first_line, remote_code_error
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, did_you_mean
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -187,10 +188,28 @@ def empty_model(source: str, spec: EngineSpec) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelLoadError(f"{spec.name or spec.model} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        raise load_error(spec, error) from error
     model.tie_weights()
     return model
+
+
+def load_error(spec: EngineSpec, error: Exception) -> ModelLoadError:
+    """Return the error for a model that transformers cannot load; each family fails in its own way."""
+    name = spec.name or spec.model
+    if "trust_remote_code" in str(error):
+        return remote_code_error(name)
+    reason = first_line(error)
+    hint = "give the whole folder of a causal language model"
+    if given := [option for option in spec.loading_options if option != "revision"]:  # that is not to blame
+        hint = f"leave out {' and '.join(given)}, or change it"
+    if "Weights only load failed" in reason:
+        reason, hint = "its files of weights hold Python objects, which are not run", "give a folder with safetensors"
+    for frame, _ in walk_tb(error.__traceback__):  # transformers says that there are such errors, and not which
+        if errors := getattr(frame.f_locals.get("loading_info"), "conversion_errors", None):
+            reason = f"its files do not hold what {', '.join(sorted(errors)[:3])} is made of"
+            hint = "a file of the model may be missing, or its config.json and its weights are not of one model"
+    return ModelLoadError(f"{name} cannot be loaded: {reason}", hint)
 
 
 def _parameter_sizes(model: Any, quantization: str | None, dtype: Any) -> dict[str, int]:

@@ -416,9 +416,9 @@ def _check_tables(raw: dict[str, Any], source: str | None) -> None:
     if isinstance(members, dict):
         raise ConfigError(f"{source}: [members] is one table, and members are a list of them", "write [[members]]")
     if not isinstance(members, list | tuple) or not all(isinstance(member, dict) for member in members):
-        found = "a list of names, and must be one" if isinstance(members, list) else f"{members!r}, and must be a list"
+        shape = "a list of names, and must be one" if isinstance(members, list) else f"{members!r}, and must be a list"
         raise ConfigError(
-            f"{source}: members is {found} of tables", 'write [[members]] for each, and below it: model = "NAME"'
+            f"{source}: members is {shape} of tables", 'write [[members]] for each, and below it: model = "NAME"'
         )
     owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members))]
     for prefix, table in owners:

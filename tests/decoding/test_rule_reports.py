@@ -20,11 +20,12 @@ from toys import (
     written,
 )
 
+from mixlm.core.combinations.union_top_k import UnionTopK
 from mixlm.engines.base import TextInterface
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
-from mixlm.errors import UnsupportedError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates
 from mixlm.verification.check import ReferenceSetup, check
 
@@ -185,6 +186,41 @@ def test_the_distribution_is_the_rules(rule):
         assert_same_distribution(distribution, rule_distribution(whole, options), 1e-5)
         if rule not in WHOLE:
             assert len(set(rounds)) > 1 or rule in ("contrastive", "union-top-k at 0.5")
+
+
+def tables(rows: list[list[float]], tokens: list[bytes]) -> list[ToyEngine]:
+    """Engines that give the tokens these probabilities at every position, and the rest to the end of text."""
+    with np.errstate(divide="ignore"):
+        logits = [np.log([*row, 0.0, 1 - sum(row)]) for row in rows]
+    return [ToyEngine(tokens, lambda _, row=row: row) for row in logits]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in WHOLE])
+def test_unreported_tokens_of_a_reported_symbol_count(rule):
+    """A symbol of many tokens is larger than its report: what is reported of another may be less likely."""
+    options = {"rule": rule, **RULES[rule], "method": "layered", "draft": "none"}
+    if options["rule"] in MEMBERS:  # their members share a vocabulary
+        return
+    tokens = [b"a", b"b", b"b", b"c", b"b", b"c", b"a"]
+    rows = [[0.3, 0.25, 0.15, 0.1, 0.1, 0.04, 0.02], [0.05, 0.02, 0.3, 0.28, 0.01, 0.2, 0.1]]
+    toys = tables(rows, tokens)
+    for limit in (1, 2, 4):
+        for k in (1, 2):
+            top_k = {"top_k": k} if options["rule"] == "union-top-k" else {}
+            few = make_ensemble([ReportingToy(toy, limit) for toy in toys], [0.6, 0.4], unit="piece")
+            distribution, _ = strategy_distribution(few, {**options, **top_k})
+            whole = make_ensemble(toys, [0.6, 0.4], unit="piece")
+            assert_same_distribution(distribution, rule_distribution(whole, {**options, **top_k}), 1e-5)
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_a_coin_that_emits_too_much_of_reports_is_caught(monkeypatch, limit):
+    """Where they become whole, and where they decide the position before."""
+    monkeypatch.setattr(UnionTopK, "first_distribution", lambda self, row, *rest: row)
+    toys = tables([[0.5, 0.3, 0.1], [0.1, 0.5, 0.3]], [b"a", b"b", b"c"])
+    few = make_ensemble([ReportingToy(toy, limit) for toy in toys], unit="token")
+    with pytest.raises(ConfigError, match="the bounds of rule union-top-k exceed what it combines"):
+        choose(few, {"rule": "union-top-k", "top_k": 1, "temperature": 1.0, "draft": "none"}, Script(0, *[0.99] * 3))
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "average"])

@@ -6,9 +6,10 @@ have run: one that ran early, as a draft does, is not looked at before its turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.core.combinations.base import TOLERANCE, Aligned, Unreported
 from mixlm.decoding.blocks import Position, draft_block, verify
@@ -18,6 +19,8 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget, support
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
+
+_REPORT_TOLERANCE = 1e-3  # reports of one position come from several forwards, each rounded in its own way
 
 
 class RulePosition(Position):
@@ -136,6 +139,9 @@ class RulePosition(Position):
         if not self.reports:
             return None
         reports = {row: self.reports[member] for row in rows if (member := self.members[row]) in self.reports}
+        return self._left_open(reports, known)
+
+    def _left_open(self, reports: Mapping[int, TokenReport], known: Aligned) -> Unreported | None:
         return unreported(reports, *known, of_unit=self.target.combines_symbols)
 
     def check(self, distribution: Candidates, symbols: Ids) -> None:
@@ -270,8 +276,8 @@ class SampledPosition(DensePosition):
             part = self.parts[self.members[row]]
             probs = np.exp(part.logprobs)
             report = self.reports.get(self.members[row])
-            open_mass = 0.0 if report is None or report.is_whole else max(1 - float(probs.sum()), 0.0)
-            self._stopping[row] = part.ids, self.target.rule.first_distribution(probs, self.weights, row, open_mass)
+            left = None if report is None else self._left_open({0: report}, Aligned(part.ids, probs[None]))
+            self._stopping[row] = part.ids, self.target.rule.first_distribution(probs, self.weights, row, left)
         return self._stopping[row]
 
     def _emitted(self, symbols: Ids) -> tuple[Ids, Floats]:
@@ -303,8 +309,7 @@ class SampledPosition(DensePosition):
             lower[_columns(symbols, self._bounds[0])] = self._bounds[1]
         else:
             lower = self._emitted(symbols)[1]
-        if not self.reports:  # those are rounded
-            self._require(lower <= target + TOLERANCE)
+        self._require(lower <= target + (_REPORT_TOLERANCE if self.reports else TOLERANCE))
         return support(symbols, target - lower)
 
     def _increment(self, symbols: Ids, lower: Floats) -> tuple[Floats, Floats]:
@@ -313,10 +318,11 @@ class SampledPosition(DensePosition):
         if self._bounds is not None:
             before[_columns(symbols, self._bounds[0])] = self._bounds[1]
         bound = np.maximum(lower, before)
+        self._require(bound.sum() <= 1 + _REPORT_TOLERANCE)
         self._bounds = symbols, bound
         return bound - before, bound
 
-    def _require(self, holds: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+    def _require(self, holds: np.bool_ | npt.NDArray[np.bool_]) -> None:
         if not holds.all():
             raise ConfigError(
                 f"the bounds of rule {self.target.rule.name} exceed what it combines: its text would follow another "

@@ -212,7 +212,7 @@ def test_a_coin_that_emits_too_much_is_caught():
     class Hasty(Max):
         name: ClassVar[str] = "hasty"
 
-        def first_distribution(self, row, weights, member, open_mass=0.0):
+        def first_distribution(self, row, weights, member, unreported=None):
             return row
 
     with pytest.raises(ConfigError, match="what rule hasty emits after one member exceeds the combination"):
@@ -304,7 +304,8 @@ def test_rules_that_need_whole_distributions_say_so():
         with pytest.raises(UnsupportedError, match="a member reports its likeliest tokens alone"):
             rule.envelope(part, WEIGHTS, [0], Unreported.of(part, [0]))
     # Of a report of less than k tokens, nothing is known to be in the union.
-    assert not combination("union-top-k").first_distribution(part[0], WEIGHTS, 0, 0.2).any()
+    left = Unreported.of(part[:1], [0])
+    assert not combination("union-top-k").first_distribution(part[0], WEIGHTS, 0, left).any()
 
 
 def test_a_report_of_the_top_k_is_all_that_union_top_k_needs_first():
@@ -312,7 +313,9 @@ def test_a_report_of_the_top_k_is_all_that_union_top_k_needs_first():
     rule = combination("union-top-k", k=2)
     whole = coin_share(rule, rows, WEIGHTS)
     part = reported(rows, 2)
-    stops = [rule.first_distribution(row, WEIGHTS, member, 0.3) for member, row in enumerate(part)]
+    stops = [
+        rule.first_distribution(row, WEIGHTS, member, Unreported.of(row[None], [0])) for member, row in enumerate(part)
+    ]
     np.testing.assert_allclose(WEIGHTS @ np.array(stops), whole)
 
 

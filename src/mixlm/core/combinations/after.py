@@ -100,14 +100,16 @@ class AfterCombination(Combination):
         total = shares.sum()
         return shares / total if total > 0 else None  # near temperature 0 all powers underflow
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return `F(π_i S_i) / π'_i`."""
         coin, after = self.rule.first_member(weights), self.first_member(weights)
         if coin is None or after is None:
-            return super().first_distribution(row, weights, member, open_mass)
+            return super().first_distribution(row, weights, member, unreported)
         if after[member] == 0:
             return np.zeros_like(row)
-        inner = coin[member] * self.rule.first_distribution(row, weights, member, open_mass)
+        inner = coin[member] * self.rule.first_distribution(row, weights, member, unreported)
         lower: Floats = transformed_bound(inner, self.sampling) / after[member]
         return lower
 

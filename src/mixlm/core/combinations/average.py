@@ -41,7 +41,9 @@ class Average(Combination):
         """Return the weights."""
         return weights
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return the member's distribution."""
         return row
 

@@ -185,14 +185,16 @@ class Combination(ABC):
         """Return `π`, float64 (members,), summing to 1, where the rule tosses a coin first; None for other rules."""
         return None
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return the sub-distribution `S_i` with which the first member may stop, float64 (symbols,).
 
         Args:
             row: The member's distribution, float64 (symbols,).
             weights: float64 (members,).
             member: Which member it is.
-            open_mass: The probability of what the member did not report.
+            unreported: What the member did not report, with one row; None for nothing.
         """
         raise UnsupportedError(f"rule {self.name} tosses no coin first")
 

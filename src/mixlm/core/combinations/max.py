@@ -52,7 +52,9 @@ class Max(Combination):
         coin: Floats = active / active.sum()
         return coin
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return `S_i`; it looks at each symbol alone, so unreported symbols just have none."""
         count = int(positive_members(weights).sum())
         if count == 2:

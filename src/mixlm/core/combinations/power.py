@@ -113,15 +113,17 @@ class Power(Combination):
         total = largest.sum()
         return largest / total if total > 0 else None  # near exponent 0 all powers underflow
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return `S_i`; it looks at each symbol alone, so unreported symbols just have none."""
         coin = self.first_member(weights)
         if coin is None:
-            return super().first_distribution(row, weights, member, open_mass)
+            return super().first_distribution(row, weights, member, unreported)
         if coin[member] == 0:
             return np.zeros_like(row)
         if self.strength < 1:
-            others = _sum_of_others(row) + min(open_mass, 1.0)
+            others = _sum_of_others(row) + (0.0 if unreported is None else float(unreported.mass[0]))
             lower: Floats = self._single_share(row, others, weights[member]) / coin[member]
             return lower
         positive = weights[weights > 0]

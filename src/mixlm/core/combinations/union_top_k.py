@@ -94,11 +94,11 @@ class UnionTopK(Combination):
         """Return the weights."""
         return weights
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
-        """Return the member's distribution on its top k; of a report that is shorter, nothing."""
-        if open_mass > 0 and np.count_nonzero(row) < self.k:
-            return np.zeros_like(row)
-        top = self._top_k(row[None], np.ones(1, dtype=np.bool_))[0]
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
+        """Return the member's distribution on its top k; of a report, on what is in it for certain."""
+        top = self._top_k(row[None], np.ones(1, dtype=np.bool_), unreported)[0]
         return np.where(top, row, 0.0)
 
     def certain_winner(

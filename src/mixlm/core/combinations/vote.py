@@ -69,7 +69,9 @@ class Vote(Combination):
             return np.where(weights == weights.max(), 1.0, 0.0)
         return None
 
-    def first_distribution(self, row: Floats, weights: Floats, member: int, open_mass: float = 0.0) -> Floats:
+    def first_distribution(
+        self, row: Floats, weights: Floats, member: int, unreported: Unreported | None = None
+    ) -> Floats:
         """Return the member's distribution."""
         return row
 

@@ -89,6 +89,24 @@ def test_files_are_overwritten_with_force_alone(run: Run, texts: list[str]) -> N
         assert file.read_text() != "mine"
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--output", "both", "--router", "both"), "--output and --router are both both"),
+        (("--output", "words.txt", "--force"), "--output words.txt is a text to fit to"),
+        (("--router", "./words.txt"), "--router words.txt is a text to fit to"),
+        (("--output", "-"), "--output - cannot be written: standard output is for the report"),
+        (("--force",), "--force is given, and no file is written"),
+    ],
+)
+def test_files_that_would_be_lost_are_refused(
+    run: Run, texts: list[str], options: tuple[str, ...], reason: str
+) -> None:
+    before = Path(texts[0]).read_bytes()
+    assert reason in run("fit", "words.txt", *TOYS, *FAST, *options).error
+    assert Path(texts[0]).read_bytes() == before
+
+
 def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) -> None:
     report = json.loads(run("fit", "words.txt", *TOYS, *FAST, "--json", "--holdout", "0.25").out)
     scores = score(load("toy:1", "toy:2"), Path("words.txt").read_text())

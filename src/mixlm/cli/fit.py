@@ -155,8 +155,7 @@ def fit(
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step, prompt_bytes)
-    check_writable("--output", output, force=force)
-    check_writable("--router", router, force=force)
+    _check_written(files, output, router, force=force)
     texts = read_texts(files)
     if fits_rule(config):
         unused = {"--router": router is not None and not defers(config), "--grid": step is not None}
@@ -275,6 +274,25 @@ class _RouterOptions(NamedTuple):
         from mixlm.fitting.gates import choose_inputs
 
         return choose_inputs(ensemble, self.groups, self.observe)
+
+
+def _check_written(files: list[Path], output: Path | None, router: Path | None, *, force: bool) -> None:
+    """Check the files that are written, before long work starts.
+
+    Raises:
+        ConfigError: One cannot be written.
+        UsageError: One is written twice, or is a text to fit to.
+    """
+    written = {option: path for option, path in (("--output", output), ("--router", router)) if path is not None}
+    if force and not written:
+        raise UsageError("--force is given, and no file is written", "omit it, or add --output FILE")
+    texts = {file.resolve() for file in files}
+    for option, path in written.items():
+        if path.resolve() in texts:
+            raise UsageError(f"{option} {path} is a text to fit to", "name another file")
+        check_writable(option, path, force=force)
+    if len({path.resolve() for path in written.values()}) < len(written):
+        raise UsageError(f"--output and --router are both {output}", "name a file for each")
 
 
 def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None, prompt_bytes: int) -> None:

@@ -241,7 +241,9 @@ def check_writable(option: str, path: Path | None, *, force: bool = True) -> Non
     if not force and path.is_file() and not _confirms_overwriting(path):
         raise ConfigError(f"{option} {path} exists", "name another file, or add --force to overwrite it")
     reason = None
-    if path.is_dir():
+    if str(path) == "-":
+        reason = "standard output is for the report"
+    elif path.is_dir():
         reason = "it is a folder"
     elif not path.parent.is_dir():
         reason = f"there is no folder {path.parent}"

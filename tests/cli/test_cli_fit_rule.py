@@ -72,7 +72,8 @@ def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monke
     assert abs(kept[0] - kept[1]) > 0.02
     written = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--seed", "1")
     assert written.code == 0, written.err
-    threshold = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", "--strength", "0.5")
+    by_threshold = ("--rule", "defer", "--strength", "0.5")
+    threshold = run("generate", "-e", "pair.toml", "--raw", "a", "--max-tokens", "4", *by_threshold)
     assert threshold.code == 0, threshold.err
     turned = run("generate", "-m", "toy:2", "-m", "toy:1", "-e", "pair.toml", "--raw", "a")
     assert turned.code == 2
@@ -118,16 +119,19 @@ def test_what_a_gate_cannot_be_trained_on_is_refused_before_texts_are_scored(
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
+    ("table", "options", "message"),
     [
-        ('rule = "max"\naccept = "keep.json"', "accept is a gate of rule defer, and the rule is 'max'"),
-        ('rule = "defer"\nstrength = 0.5\naccept = "keep.json"', "give one of them"),
-        ('rule = "defer"\naccept = "keep.json"', "keep.json cannot be read"),
+        ('rule = "max"\naccept = "keep.json"', [], "accept is a gate of rule defer, and the rule is 'max'"),
+        ('rule = "defer"\nstrength = 0.5\naccept = "keep.json"', [], "give one of them"),
+        ('rule = "defer"\naccept = "keep.json"', [], "keep.json cannot be read"),
+        ('rule = "defer"\naccept = "keep.json"', ["--strength", "0.3"], "of the ensemble file has a trained gate"),
     ],
 )
-def test_a_gate_in_an_ensemble_file_is_checked(run: Run, words: str, table: str, message: str) -> None:
+def test_a_gate_in_an_ensemble_file_is_checked(
+    run: Run, words: str, table: str, options: list[str], message: str
+) -> None:
     members = '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:2"\n'
     Path("pair.toml").write_text(f"[combination]\n{table}\n{members}")
-    done = run("generate", "-e", "pair.toml", "--raw", "a")
+    done = run("generate", "-e", "pair.toml", "--raw", "a", *options)
     assert done.code == 2
     assert message in done.err

@@ -10,6 +10,7 @@ from serving import running
 from toys import VOCABULARIES, engine, make_ensemble
 
 from mixlm.choices import METHODS
+from mixlm.core.combinations.defer import Defer
 from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.loading import load
 from mixlm.routing import Observes
@@ -71,6 +72,10 @@ def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
             extras = {"rule": rule, "method": method}
             works = toys.chat(seed=1, max_tokens=1, mixlm=extras).status_code == 200
             assert works == (method in about["rules"].get(name, ())), extras
+    with running(load("toy:1", "toy:2", rule=Defer(accept=lambda probs: probs))) as server:
+        about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
+        assert about["rule"] == "defer"
+        assert "defer" not in about["rule_parameters"]  # a strength would replace the function
     with running(load("toy:1", "toy:2", rule="max", method="layered", router=lambda prompt, text: [1, 2])) as server:
         about = server.client.get("/v1/models").json()["data"][0]["mixlm"]
         assert (about["rule"], about["routed"]) == ("max", True)

@@ -252,6 +252,12 @@ def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str |
     if "rule" not in values:
         name = next(iter(options))
         raise ConfigError(f"--{name} is given without a rule, and the average has none", "name one with --rule")
+    if "rule" not in options and config.combination is not None and config.combination.accept is not None:
+        name = next(iter(options))
+        raise ConfigError(
+            f"--{name} is given, and rule {values['rule']} of the ensemble file has a trained gate (accept)",
+            f"omit it, or name the rule too, without the gate: --rule {values['rule']}",
+        )
     check_rule(values["rule"])
     build_rule(values["rule"], {name: value for name, value in values.items() if name != "rule"})
     changes: dict[str, Any] = {"combination": CombinationConfig(**values)}

@@ -99,9 +99,13 @@ class ServedModel:
         return f"mixlm-{__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
     def _rule_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return the parameters of each rule that has some, with the ensemble's own values for its rule."""
+        """Return the parameters of each rule that has some, with the ensemble's own values for its rule.
+
+        A rule that the ensemble has as an object keeps its own: by a name and parameters, it would be another one.
+        """
         out: dict[str, dict[str, Any]] = {}
-        for rule in (name for name in COMBINATIONS if name in self.rules):
+        fixed = None if isinstance(self.ensemble.defaults.rule, str | None) else self.rule
+        for rule in (name for name in COMBINATIONS if name in self.rules and name != fixed):
             own = self.ensemble.defaults if rule == self.rule else None
             for field in fields(combination_class(rule)):
                 if field.name in RULE_PARAMETERS:

@@ -50,6 +50,7 @@ from programs import MAIN, TOYS, Run, process
         ((*TOYS, "--dtype", "float8"), ("--dtype is 'float8'", "did you mean 'float")),
         ((*TOYS, "--graphs", "yes"), ("--graphs is 'yes'", "auto, on, off")),
         ((*TOYS, "--prefix-cache", "-1"), ("--prefix-cache is -1", "0 or more MiB")),
+        ((*TOYS, "--prefix-cache", "5"), ("--prefix-cache is given, and no member runs in transformers",)),
         ((*TOYS, "--max-tokens", "0"), ("max_tokens is 0", "1 or more")),
         ((*TOYS, "--seed", "-1"), ("seed is -1", "0 or more")),
         ((*TOYS, "there"), ("extra argument", "in quotes")),

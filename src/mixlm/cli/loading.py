@@ -74,6 +74,8 @@ def open_ensemble(
             )
         except UnsupportedError as error:
             raise UnsupportedError(_with_flags(error.message, shared), error.hint) from error
+    if shared.prefix_cache is not None and all(member.engine.backend != "transformers" for member in ensemble.members):
+        raise UsageError("--prefix-cache is given, and no member runs in transformers", "omit it, or use --engine hf")
     if "mix_then_truncate" in shared.generation:
         dim("note: --mix-then-truncate is now --rule mean-then-truncate")
     for note in dict.fromkeys(note for member in ensemble.members for note in member.engine.notes):

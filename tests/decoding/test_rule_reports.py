@@ -26,6 +26,7 @@ from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
+from mixlm.routing.observation import Observes
 from mixlm.types import Candidates
 from mixlm.verification.check import ReferenceSetup, check
 
@@ -273,6 +274,30 @@ def test_an_engine_that_reports_all_serves_what_has_no_bounds():
     assert few.generate("ab", **settings).text == whole.generate("ab", **settings).text
     expected, actual = (e.distribution("ab", **{**settings, "top_logprobs": 1}) for e in (whole, few))
     np.testing.assert_allclose(actual.probs, expected.probs, atol=1e-6)
+
+
+class Watching:
+    """A router that looks at the first member's likeliest tokens, and weighs it by the first of them."""
+
+    observes = Observes(0, 2)
+
+    def begin(self, context):
+        def route(state, observation):
+            share = float(np.exp(observation.logprobs[0]))
+            return np.array([share, 1 - share])
+
+        return route
+
+
+@pytest.mark.parametrize("method", ["conventional", "greedy"])
+@pytest.mark.parametrize("rule", ["average", "geometric", "max", "vote", "union-top-k"])
+def test_what_a_router_observes_of_a_report_is_not_a_members_whole_distribution(rule, method):
+    whole, few, options = reporting(rule, "token")
+    settings = {**options, "method": method, "raw": True, "max_tokens": 12, "ignore_end": True, "seed": 5}
+    if method == "conventional" and rule == "average":
+        settings["top_k"] = 2  # of which the report is the whole distribution
+    expected = whole.with_router(Watching()).generate("ab", **settings).text
+    assert few.with_router(Watching()).generate("ab", **settings).text == expected
 
 
 @pytest.mark.parametrize("rule", ["average", "max"])

@@ -48,8 +48,7 @@ class Position(ABC):
         self.allowed = [view.allowed_ids() for view in step.views]
         self._distributions = distributions
         for member in members:
-            # An observed row is no report: it has no probabilities in the whole vocabulary.
-            if (row := step.observed_row(member)) is not None and not step.views[member].member.reports:
+            if (row := step.observed_row(member)) is not None:
                 self.receive(member, row)
 
     @abstractmethod

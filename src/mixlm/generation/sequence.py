@@ -88,9 +88,13 @@ class DecodeStep:
     def observed_row(self, member: int) -> LogitsRow | None:
         """Return a member's logits where the router has observed them at this position; they need no request.
 
-        None where they may lack those that the grammar allows.
+        None where they may lack some that are needed: what the grammar allows, or, of an engine that reports its
+        likeliest tokens, more of these, or their probabilities in the whole vocabulary.
         """
         if self.observed is None or self.observed.member != member or self.views[member].is_restricted:
+            return None
+        limit, needed = self.views[member].member.engine.top_k_limit, self.views[member].top_k_filter
+        if limit is not None and (needed is None or needed.normalized or needed.k > limit):
             return None
         return self.observed.row
 

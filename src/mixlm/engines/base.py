@@ -26,6 +26,7 @@ from mixlm.engines.requests import (
     LogitsRequest,
     Request,
     Response,
+    ScoreRequest,
     SessionStats,
     check_logits,
     to_response,
@@ -341,6 +342,8 @@ def respond(session: Session, request: Request) -> Response:
     """Serve one request with a session. Raises EngineError for logits that are not numbers."""
     if isinstance(request, GenerateRequest):
         return session.generate(request)
+    if isinstance(request, ScoreRequest):
+        return session.token_logprobs(request.ids)
     last = request.last if isinstance(request, LogitsRequest) else 1
     if isinstance(request, LogitsRequest) and request.hidden:
         session.keep_hidden()

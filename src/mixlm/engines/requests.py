@@ -111,7 +111,18 @@ class GenerateResponse(NamedTuple):
     cached_tokens: int | None = None
 
 
-Request = LogitsRequest | SampleRequest | GenerateRequest
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Request the log-probability of each of `ids`, int64 (n,), but the first. Response: float64 (n - 1,).
+
+    For engines with a `top_k_limit`; of others, the logits are requested. See `Session.token_logprobs`.
+    """
+
+    member: int
+    ids: Ids
+
+
+Request = LogitsRequest | SampleRequest | GenerateRequest | ScoreRequest
 Response = Any  # see the docstring of each request
 
 
@@ -156,14 +167,14 @@ def to_response(request: Request, result: Any, hidden: HiddenStates | None = Non
 
     Args:
         request: The request.
-        result: The logits, `LogitsRows`, that the engine computed for it; or its `GenerateResponse`.
+        result: The logits, `LogitsRows`, that the engine computed for it; or its `GenerateResponse`, or its scores.
         hidden: The hidden states of the last positions of the forward, float16 (n, width), where they are kept.
 
     Raises:
         EngineError: The logits are not numbers.
         UnsupportedError: Hidden states were requested, and the engine has none.
     """
-    if isinstance(request, GenerateRequest):
+    if isinstance(request, GenerateRequest | ScoreRequest):
         return result
     check_logits(result, len(request.ids))
     if isinstance(request, SampleRequest):

@@ -340,7 +340,7 @@ class Generation(Iterator[Token]):
             assert isinstance(router, FixedRouter)
             taking_part = context.target.rows(router.weights)
             return (yield from rule_prompt_tokens(rule, taking_part, context.members, context.unit, prompt))
-        return (yield from prompt_tokens(context.members, context.sessions, context.unit, router, prompt))
+        return (yield from prompt_tokens(context.members, context.unit, router, prompt))
 
     def _stop_strings(self) -> list[str]:
         """Return the strings that end the text; those of chat templates not where a schema says where it ends."""

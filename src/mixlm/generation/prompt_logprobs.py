@@ -8,7 +8,7 @@ completion will continue it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.core.sampling import top_logprobs
 from mixlm.engines.base import Session
-from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response
+from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response, ScoreRequest
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.member import Member
 from mixlm.routing.base import Router
@@ -69,7 +69,6 @@ class ScoredPrompt:
 
 def prompt_tokens(
     members: Sequence[Member],
-    sessions: Sequence[Session],
     unit: Unit,
     router: Router,
     prompts: tuple[Sequence[Ids], bytes],
@@ -81,7 +80,6 @@ def prompt_tokens(
 
     Args:
         members: The members.
-        sessions: Theirs.
         unit: The unit.
         router: The weights.
         prompts: Each member's ids, and the text.
@@ -100,9 +98,10 @@ def prompt_tokens(
     common = common[common > 0]
     firsts = {i: first_tokens(prompt.ends, common).tolist() for i, prompt in scored.items()}
     observes = observed_by(router, len(members))
+    by_engine = {i: prompt for i, prompt in scored.items() if members[i].engine.top_k_limit is not None}
+    yield from _score_by_engine(members, by_engine, observes)
     for i, prompt in scored.items():
-        if members[i].engine.top_k_limit is not None:
-            _score_by_engine(members[i], sessions[i], prompt, observes if observes and observes.member == i else None)
+        if i in by_engine:
             continue
         wanted = _Wanted(
             set(firsts[i]), bool(members[0].top_logprobs), observes if observes and observes.member == i else None
@@ -143,9 +142,13 @@ def member_prompt_bits(
         UnsupportedError: A member's engine reports its most likely tokens only.
     """
     bits = np.zeros(len(members))
+    by_engine = [i for i, member in enumerate(members) if member.engine.top_k_limit is not None]
+    if by_engine:
+        # Or it raises what an engine says of it.
+        responses = yield [ScoreRequest(i, prompts[i]) for i in by_engine]
+        bits[by_engine] = [-logprobs.sum() / np.log(2) for logprobs in responses]
     for i, (session, ids) in enumerate(zip(sessions, prompts, strict=True)):
-        if members[i].engine.top_k_limit is not None:
-            bits[i] = -session.token_logprobs(ids).sum() / np.log(2)  # or it raises what this engine says of it
+        if i in by_engine:
             continue
         for start in range(0, len(ids), ROWS):
             end = min(start + ROWS, len(ids))
@@ -180,15 +183,24 @@ def _stack(name: str, observations: Sequence[Observation | None]) -> ObservedSta
     )
 
 
-def _score_by_engine(member: Member, session: Session, prompt: ScoredPrompt, observes: Observes | None) -> None:
-    """Take the log-probabilities of a prompt's tokens from an engine that reports its most likely tokens only."""
-    if member.top_logprobs or observes is not None:
-        raise UnsupportedError(
-            f"{member.name} gives the log-probability of a prompt's own tokens, and no others at each of them",
-            "ask for none (top_logprobs=0), use weights that observe no member, or --engine hf (engine='hf')",
-        )
-    first = max(prompt.first, 1)  # nothing is in front of the first id
-    prompt.logprobs[first - prompt.first :] = session.token_logprobs(prompt.ids)[first - 1 :]
+def _score_by_engine(
+    members: Sequence[Member], prompts: Mapping[int, ScoredPrompt], observes: Observes | None
+) -> Generator[list[Request], list[Response], None]:
+    """Request the log-probabilities of the prompts' tokens of engines that report their most likely tokens only.
+
+    prompts: by index of the member.
+    """
+    for i in prompts:
+        if members[i].top_logprobs or (observes is not None and observes.member == i):
+            raise UnsupportedError(
+                f"{members[i].name} gives the log-probability of a prompt's own tokens, and no others at each of them",
+                "ask for none (top_logprobs=0), use weights that observe no member, or --engine hf (engine='hf')",
+            )
+    if prompts:
+        responses = yield [ScoreRequest(i, prompt.ids) for i, prompt in prompts.items()]
+        for prompt, logprobs in zip(prompts.values(), responses, strict=True):
+            first = max(prompt.first, 1)  # nothing is in front of the first id
+            prompt.logprobs[first - prompt.first :] = logprobs[first - 1 :]
 
 
 def _score(

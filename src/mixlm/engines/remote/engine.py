@@ -34,6 +34,7 @@ from mixlm.engines.requests import (
     LogitsRequest,
     Request,
     Response,
+    ScoreRequest,
     to_response,
 )
 from mixlm.engines.spec import EngineSpec
@@ -202,14 +203,14 @@ class RemoteEngine(TopKOnlyEngine):
         request, ends = replace(request, max_tokens=length), sorted(self.vocabulary.end_ids)
         return await self._with_failover(session, lambda server: server.generate(session, request, ends))
 
-    def prompt_scores(self, session: RemoteSession, ids: Ids) -> TokenScores:
-        """Return the log-probabilities of a prompt's tokens but the first.
+    async def request_scores(self, session: RemoteSession, ids: Ids) -> TokenScores:
+        """Ask for the log-probabilities of a prompt's tokens but the first.
 
         Raises:
             EngineError: No server answers.
             UnsupportedError: A server returns none.
         """
-        return self._loop.run(self._with_failover(session, lambda server: server.prompt_scores(session, ids)))
+        return await self._with_failover(session, lambda server: server.prompt_scores(session, ids))
 
     async def _with_failover(self, session: RemoteSession, send: Callable[[ModelServer], Awaitable[_T]]) -> _T:
         """Ask the session's own server, and another one where that fails."""
@@ -236,6 +237,8 @@ class RemoteEngine(TopKOnlyEngine):
         async with session.lock:
             if isinstance(request, GenerateRequest):
                 return await session.generate_async(request)
+            if isinstance(request, ScoreRequest):
+                return (await session.token_scores_async(request.ids)).logprobs
             last = request.last if isinstance(request, LogitsRequest) else 1
             return await session.logits_rows_async(request.ids, last, request.top_k_filter, request.allowed)
 
@@ -305,10 +308,14 @@ class RemoteSession(TopKOnlySession):
 
     def token_scores(self, ids: Ids) -> TokenScores:
         """Return the log-probability of each id but the first, and whether it is the most likely one there."""
+        return self._engine.run(self.token_scores_async(ids))
+
+    async def token_scores_async(self, ids: Ids) -> TokenScores:
+        """Do what `token_scores` does, without blocking."""
         if len(ids) < 2:
             return TokenScores(np.zeros(0), np.zeros(0, dtype=np.bool_))
         start = time.perf_counter()
-        scores = self._engine.prompt_scores(self, ids)
+        scores = await self._engine.request_scores(self, ids)
         self.stats.forwards.append(Forward(len(ids), 0, time.perf_counter() - start))
         return scores
 

@@ -6,8 +6,9 @@ Every engine that runs a model sets up its tokenizer here, whatever runs the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ class TokenizerSetup:
         ends = [*(info.ends if info else ()), *configured_end_ids(source)]
 
         def read(template: str | None) -> TokenizerSetup:
-            tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
-            return cls._set_up(tokenizer, name, ends, info.control if info else (), template, read)
+            with _without_collections():
+                tokenizer = load_tokenizer(source, name, memory_errors, trust_remote_code=trust_remote_code)
+                return cls._set_up(tokenizer, name, ends, info.control if info else (), template, read)
 
         return read(template)
 
@@ -314,6 +316,18 @@ def first_line(error: BaseException) -> str:
     # Such messages say what was not found, and not that it was looked for.
     programming = isinstance(error, LookupError | ArithmeticError | AttributeError | TypeError | NameError)
     return f"{type(error).__name__}: {line}" if programming and line != type(error).__name__ else line
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause the garbage collector: it would look again and again at the millions of objects of a large vocabulary."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _begin_ids(tokenizer: FolderTokenizer) -> list[int]:

@@ -262,7 +262,9 @@ def _pairs(tokenizer: Any, names: Mapping[int, str] | None) -> set[int] | None:
     codes = np.frombuffer(tokens.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     left, right = codes[:-1], codes[1:]
     pairs = np.sort(((left << np.uint64(32)) | right)[(left != 0) & (right != 0)])
-    return set(pairs[np.diff(pairs, append=0) != 0].tolist())
+    is_last = np.ones(pairs.size, dtype=np.bool_)  # of equal ones; np.unique takes several times as long
+    np.not_equal(pairs[1:], pairs[:-1], out=is_last[:-1])
+    return set(pairs[is_last].tolist())
 
 
 def _normalizer_reach(part: Mapping[str, Any]) -> Reach:

@@ -25,6 +25,8 @@ from mixlm.errors import EngineError, UnsupportedError
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.evaluation.likelihood import ContinuationScorer
 from mixlm.fitting.likelihood import expectation_maximisation
+from mixlm.generation.generation import Generation
+from mixlm.generation.scheduler import Scheduler
 from mixlm.routing import PromptRouter
 from mixlm.scoring.score import identity, score, score_answers
 
@@ -144,6 +146,32 @@ def test_a_server_without_them_is_named(folder):  # noqa: F811
         server.faults = [json.dumps(nonsense)] * 2
         with pytest.raises(UnsupportedError, match="returns no log-probabilities"):
             engine.session().token_logprobs(np.array([1, 2, 3]))
+    finally:
+        server.stop()
+
+
+def test_a_score_that_takes_long_can_be_given_up(folder):  # noqa: F811
+    server = FakeServer().start()
+    try:
+        server.scores, server.delay = "prompt_logprobs", 2.0
+        ensemble = Ensemble([MemberSpec(RemoteEngine(EngineSpec(server.url, ""), folder, QUICK), "a")])
+        scheduler = Scheduler(2)
+
+        def start(**options: Any) -> Generation:
+            settings = ensemble.settings(raw=True, seed=1, top_k=5, **options)
+            generation = ensemble.context(settings).start(ensemble.encode_prompt("abc", settings))
+            scheduler.add(generation)
+            return generation
+
+        server.faults = ["slow"]
+        echo = start(score_prompt=True, max_tokens=0)
+        while not server.in_flight:
+            assert scheduler.step() == []
+        scheduler.cancel(echo)
+        later = start(max_tokens=2, ignore_end=True)
+        assert [*scheduler.run()] == [later]
+        assert server.in_flight == 1  # the server is still at what was given up
+        assert len(later.completion.tokens) == 2
     finally:
         server.stop()
 

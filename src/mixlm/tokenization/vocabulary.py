@@ -19,6 +19,7 @@ from typing import Any
 from mixlm.errors import TokenizerError
 
 SPACE = "▁"
+_SPACES = (SPACE, " ", "Ġ")  # how a token of a space alone is spelled; the last one in the byte-level alphabet
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -291,7 +292,8 @@ def _check_spelling(tokenizer: Any, tokens: Mapping[int, bytes], name: str) -> N
     ids = [i for i in encode_text(tokenizer, "a b  c\n1.").ids if i in tokens]
     spelled = b"".join(tokens[i] for i in ids)
     # Tokens of a space and more do not do: behind a text, or in front of another one, a space stands alone.
-    if SPACE.encode() in spelled or b" " not in tokens.values():
+    alone = any(tokenizer.token_to_id(sign) is not None for sign in _SPACES)
+    if SPACE.encode() in spelled or not alone:
         raise TokenizerError(
             f"the tokenizer of {name} has no token for the space: it would read and write another text in its place",
             "the vocabulary needs the token '▁', or 'Ġ' where it is byte-level",

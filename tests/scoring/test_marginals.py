@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from toys import END, engine, make_ensemble, member_distribution
 
-from mixlm.errors import UnsupportedError
+from mixlm.errors import TokenizerError, UnsupportedError
 from mixlm.scoring.marginals import byte_logprobs, match_tokens, piece_logprobs
 from mixlm.scoring.passages import text_prefix
 from mixlm.scoring.score import score, score_answers
 from mixlm.scoring.scores import router_weights
+from mixlm.tokenization.segments import encode_exactly
 from mixlm.types import Sampling
 from mixlm.units.word import begins_word
 from mixlm.verification.exact import ExactReference
@@ -176,3 +178,16 @@ def test_a_router_weighs_words():
     scores = score(toy, b"ab a b")
     assert router_weights(scores, toy.router).shape == scores.logprobs.shape
     assert begins_word(scores.text[scores.starts[1] :], scores.text[: scores.starts[1]])
+
+
+def test_tokens_without_an_embedding_are_refused_by_name():
+    member = engine(seed=1)
+    old = member.vocabulary
+    names = {**dict(enumerate(old.names)), 11: "<tool>"}
+    member.vocabulary = type(old).of(dict(enumerate(old.tokens)), old.size, old.end_ids, old.special_ids, names)
+    encoder = SimpleNamespace(encode=lambda data: SimpleNamespace(ids=[1, 11]))
+    refused = r"has the token '<tool>' \(id 11\) for .*, whose model has embeddings for ids below 8 only"
+    with pytest.raises(TokenizerError, match=refused):
+        encode_exactly(encoder, member.vocabulary, b"ab", "m")
+    with pytest.raises(TokenizerError, match=refused):
+        match_tokens(member, np.array([6, 11]), b"a")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from mixlm.engines.base import Engine, Session
 from mixlm.engines.requests import Request, Response, to_response
-from mixlm.errors import EngineError, MemoryLimitError, MixlmError, TokenizerError
+from mixlm.errors import EngineError, MemoryLimitError, MixlmError
 from mixlm.types import Ids
 
 _MAX_THREADS = 32
@@ -123,15 +123,7 @@ def check_ids(engine: Engine, ids: Ids, name: str | None = None) -> None:
 
     name: of the member, for the message.
     """
-    vocabulary = engine.vocabulary
-    if vocabulary.has_all_rows:  # no need to look at every id of a text at every token
-        return
-    if len(ids) and (token := int(ids.max())) >= vocabulary.size:
-        raise TokenizerError(
-            f"the text has the token {vocabulary.name(token)!r} (id {token}) for {name or engine.name}, whose model "
-            f"has embeddings for ids below {vocabulary.size} only",
-            "its tokenizer has tokens that the model was not trained with; take this one out of the text",
-        )
+    engine.vocabulary.check_rows(ids, name or engine.name)
 
 
 def _call(requests: Sequence[EngineRequest]) -> list[Response]:

@@ -134,6 +134,7 @@ def match_tokens(
     Raises:
         UnsupportedError: The engine does not return every token's probability.
         PromptTooLongError: The text does not fit the context.
+        TokenizerError: The model has no row for a token of the text.
     """
     if engine.top_k_limit is not None:
         raise full_distribution_error(engine, "the log-probability of a given text")
@@ -145,6 +146,8 @@ def match_tokens(
         prefixes.append(state.ids(0).copy())
     table = _MatchTable(unit, state.prefix_indexes[0], data, progress)
     whole = prefixes[-1]
+    for ids in prefixes:
+        engine.vocabulary.check_rows(ids, engine.name)
     boundaries = {len(ids): offset for offset, ids in enumerate(prefixes) if np.array_equal(ids, whole[: len(ids)])}
     session = engine.session()
     for start in range(len(prefix), len(whole) + 1, _ROWS):

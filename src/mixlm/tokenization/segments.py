@@ -36,8 +36,10 @@ def encode_exactly(encoder: Encoder, vocabulary: Vocabulary, data: bytes, name: 
 
     Raises:
         ConfigError: The tokens do not spell the text exactly.
+        TokenizerError: The model has no row for one of them.
     """
     ids = encoder.encode(data).ids
+    vocabulary.check_rows(ids, name)
     spelled = b"".join(vocabulary.tokens[i] for i in ids)
     if spelled != data:
         raise ConfigError(

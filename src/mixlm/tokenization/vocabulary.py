@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 from mixlm.errors import TokenizerError
+from mixlm.types import Ids
 
 SPACE = "▁"
 _SPACES = (SPACE, " ", "Ġ")  # how a token of a space alone is spelled; the last one in the byte-level alphabet
@@ -60,6 +63,20 @@ class Vocabulary:
         name = self.names[i] if i < len(self.names) else ""
         data = self.tokens[i] if i < self.size else b""
         return name or data.decode(errors="backslashreplace") or f"<{i}>"
+
+    def check_rows(self, ids: Sequence[int] | Ids, name: str) -> None:
+        """Raise TokenizerError for ids that the model has no row for: a forward pass would fail on them.
+
+        name: of the member, for the message.
+        """
+        if self.has_all_rows:  # no need to look at every id of a text at every token
+            return
+        if len(ids) and (token := int(np.max(ids))) >= self.size:
+            raise TokenizerError(
+                f"the text has the token {self.name(token)!r} (id {token}) for {name}, whose model "
+                f"has embeddings for ids below {self.size} only",
+                "its tokenizer has tokens that the model was not trained with; take this one out of the text",
+            )
 
     @classmethod
     def of(

@@ -12,11 +12,13 @@ from scipy import stats
 
 from mixlm.binding import MemberSpec
 from mixlm.core.sampling import TokenHistory, dense_distribution
+from mixlm.engines.base import TextInterface
+from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.toy import Table, ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.generation.dispatch import Dispatcher
 from mixlm.generation.sequence import DecodeStep, SequenceState, Strategy
-from mixlm.types import Sampling
+from mixlm.types import Candidates, Sampling
 
 Distribution = dict[bytes, float]
 END = b""  # no token has these bytes
@@ -75,6 +77,37 @@ def fixed(probabilities: Mapping[bytes, float], tokens: Sequence[bytes] = SHARED
     for data, probability in probabilities.items():
         logits[size - 1 if data == END else list(tokens).index(data)] = np.log(probability)
     return ToyEngine(tokens, lambda _: logits, **options)
+
+
+class ReportingSession(TopKOnlySession):
+    """A toy's table, of which the largest are reported."""
+
+    def __init__(self, reporting: ReportingToy) -> None:
+        super().__init__(reporting)
+        self._toy = reporting.toy
+        self._counts = reporting.counts
+
+    def top_tokens(self, ids, count, among=None):
+        self._counts.append(count)
+        logits = self._toy.table(tuple(ids.tolist())).astype(np.float32).astype(np.float64)
+        top = np.argsort(-logits, kind="stable")[:count]
+        return Candidates(top, logits[top] - np.logaddexp.reduce(logits))
+
+
+class ReportingToy(TopKOnlyEngine):
+    """A toy that reports so many tokens, or at most so many. counts: how many were requested, in order."""
+
+    extra_tokens = 0
+
+    def __init__(self, toy: ToyEngine, limit: int, max_top_k: int | None = None) -> None:
+        super().__init__(toy.name, TextInterface(toy.vocabulary, toy.encoder, toy.prompts), toy.context_length)
+        self.toy = toy
+        self.top_k_limit = limit
+        self.max_top_k = max_top_k
+        self.counts: list[int] = []
+
+    def session(self):
+        return ReportingSession(self)
 
 
 def make_ensemble(

@@ -183,6 +183,8 @@ class Binder:
                 "over symbols",
                 "use --unit piece, or leave it out for the log-probabilities of the sampled member",
             )
+        if not self._unit.traits.full_distributions and (settings.method != "single" or self._unit.traits.counts_bytes):
+            self._check_restricts()
         if settings.score_prompt and settings.rule is not None and settings.combination is not None:
             self._check_scored_rule(settings.combination)
         for member in self._members:
@@ -191,6 +193,21 @@ class Binder:
                     f"score_prompt needs every token's probability, and {member.name} reports its "
                     f"{member.engine.top_k_limit} most likely only",
                     "use --engine hf (engine='hf')",
+                )
+
+    def _check_restricts(self) -> None:
+        """Raise UnsupportedError where a member's most likely tokens among some of the vocabulary may not be known.
+
+        They are needed where none of its own most likely ones continues what another member has generated.
+        """
+        for member in self._members:
+            if not member.engine.takes_ids and not member.engine.reports_all:
+                raise UnsupportedError(
+                    f"in the unit {self._unit.name} members are asked for their most likely tokens among those that "
+                    f"continue the text, and {member.name} runs in an engine that reports its "
+                    f"{member.engine.max_top_k} most likely tokens of all only",
+                    "use --unit piece, --engine hf (engine='hf'), llama.cpp, SGLang, or vLLM whose logprobs mode is "
+                    "processed_logprobs",
                 )
 
     def _check_scored_rule(self, rule: Combination) -> None:

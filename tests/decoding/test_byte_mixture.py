@@ -10,6 +10,7 @@ import pytest
 from toys import (
     END,
     OPTIONS,
+    ReportingToy,
     assert_same_distribution,
     assert_sampled_from,
     counted,
@@ -207,6 +208,19 @@ def test_a_text_that_a_member_would_not_write_is_written_over():
             assert counts.keys() == distribution.keys()
             if len(distribution) > 1:
                 assert_sampled_from(counts, distribution)
+
+
+def test_engines_that_report_few_tokens_are_asked_for_those_that_agree():
+    """The second member's two likeliest tokens do not spell x; of those that do, a report has xy alone."""
+    tokens = (b"x", b"y", b"xy", b"z", b"w", b"xz")
+    likely = ({b"x": 1.0}, {b"w": 0.5, b"z": 0.3, b"xy": 0.1, b"xz": 0.06, b"x": 0.04})
+    toys = [fixed(dict.fromkeys(tokens, 1e-9) | probabilities, tokens) for probabilities in likely]
+    whole = make_ensemble(toys, [0.5, 0.5], unit="byte")
+    few = make_ensemble([ReportingToy(toy, 3) for toy in toys], [0.5, 0.5], unit="byte")
+    for seed in range(40):
+        settings = {"raw": True, "max_tokens": 3, "temperature": 1.0, "top_k": 2, "seed": seed}
+        expected, actual = (ensemble.generate("w", **settings).tokens for ensemble in (whole, few))
+        assert [(token.data, token.member) for token in actual] == [(token.data, token.member) for token in expected]
 
 
 def test_a_text_that_no_tokens_spell_ends_on_a_boundary():

@@ -12,6 +12,7 @@ from toys import (
     VOCABULARIES,
     WEIGHTS,
     Distribution,
+    ReportingToy,
     assert_same_distribution,
     driven,
     engine,
@@ -21,13 +22,10 @@ from toys import (
 )
 
 from mixlm.core.combinations.union_top_k import UnionTopK
-from mixlm.engines.base import TextInterface
-from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing.observation import Observes
-from mixlm.types import Candidates
 from mixlm.verification.check import ReferenceSetup, check
 
 PLAIN = {"temperature": 1.0, "top_k": 0}
@@ -57,37 +55,6 @@ RULES = {
 }
 MEMBERS = {"contrastive": 2, "guidance": 2, "proxy": 3}
 WHOLE = ("guidance", "proxy", "vote", "hot")  # rules for which no bound is known, and all tokens are requested
-
-
-class ReportingSession(TopKOnlySession):
-    """A toy's table, of which the largest are reported."""
-
-    def __init__(self, reporting: ReportingToy) -> None:
-        super().__init__(reporting)
-        self._toy = reporting.toy
-        self._counts = reporting.counts
-
-    def top_tokens(self, ids, count, among=None):
-        self._counts.append(count)
-        logits = self._toy.table(tuple(ids.tolist())).astype(np.float32).astype(np.float64)
-        top = np.argsort(-logits, kind="stable")[:count]
-        return Candidates(top, logits[top] - np.logaddexp.reduce(logits))
-
-
-class ReportingToy(TopKOnlyEngine):
-    """A toy that reports so many tokens, or at most so many. counts: how many were requested, in order."""
-
-    extra_tokens = 0
-
-    def __init__(self, toy: ToyEngine, limit: int, max_top_k: int | None = None) -> None:
-        super().__init__(toy.name, TextInterface(toy.vocabulary, toy.encoder, toy.prompts), toy.context_length)
-        self.toy = toy
-        self.top_k_limit = limit
-        self.max_top_k = max_top_k
-        self.counts: list[int] = []
-
-    def session(self):
-        return ReportingSession(self)
 
 
 class Script:

@@ -12,6 +12,7 @@ from toys import (
     OPTIONS,
     SHARED,
     VOCABULARIES,
+    ReportingToy,
     assert_same_distribution,
     assert_sampled_from,
     counted,
@@ -31,6 +32,7 @@ from mixlm.errors import UnsupportedError
 from mixlm.generation.sequence import Choice
 from mixlm.types import Sampling
 from mixlm.units.word import begins_word
+from mixlm.verification.exact import ExactReference
 
 WEIGHTS = [0.5, 0.2, 0.3]
 
@@ -399,6 +401,35 @@ def test_where_the_next_member_can_begin_no_word_the_symbol_stands():
     ensemble = make_ensemble([first, two], [0, 1], unit="word")
     distribution = strategy_distribution(ensemble, {"temperature": 1.0}, [(b"a", 0)])
     assert_same_distribution(distribution, {(b"a", 0): 0.5, (b" ", 0): 0.5}, 1e-6)
+
+
+def test_engines_that_report_few_tokens_are_asked_for_those_that_begin_a_word():
+    """The second member's two likeliest tokens continue a word; of those that begin one, a report has " c" alone."""
+    tokens = (b"a", b"b", b" c", b" d", b"e")
+    begins, continues = ({b" c": 0.5, b" d": 0.5}, {b"a": 0.5, b"b": 0.3, b" c": 0.12, b" d": 0.08})
+    toys = [fixed(begins, tokens), fixed(continues, tokens)]
+    whole = make_ensemble(toys, [0.5, 0.5], unit="word")
+    few = make_ensemble([ReportingToy(toy, 3) for toy in toys], [0.5, 0.5], unit="word")
+    settings = {"raw": True, "max_tokens": 4, "temperature": 1.0, "top_k": 2}
+    for seed in range(25):
+        expected, actual = (ensemble.generate("a", seed=seed, **settings).tokens for ensemble in (whole, few))
+        assert [(token.data, token.member) for token in actual] == [(token.data, token.member) for token in expected]
+    for symbols in ([2], [2, 0]):
+        expected, actual = (reference(ensemble, settings).distribution(symbols) for ensemble in (whole, few))
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def reference(ensemble, options) -> ExactReference:
+    settings = ensemble.settings(**options)
+    return ExactReference(ensemble, settings, ensemble.encode_prompt("a", settings))
+
+
+@pytest.mark.parametrize("unit", ["word", "byte"])
+def test_engines_that_report_few_tokens_of_all_only_are_refused(unit):
+    tokens = [b"a", b"b", b" c"]
+    few = make_ensemble([ReportingToy(fixed({b"a": 0.5, b"b": 0.5}, tokens), 3, 4)] * 2, unit=unit)
+    with pytest.raises(UnsupportedError, match=f"in the unit {unit} .*, and m0 runs in .* reports its 4 most likely"):
+        few.generate("a", raw=True, max_tokens=2, top_k=2)
 
 
 @pytest.mark.parametrize("method", ["conventional", "greedy", "speculative"])

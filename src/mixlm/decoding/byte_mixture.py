@@ -16,7 +16,8 @@ sampled from its group, whose distribution is known. Mostly that takes one forwa
 
 A member's truncation may leave no cover of a text that others wrote. Then it respells the text from the last forced
 boundary: at each boundary it samples among the tokens that agree with the text, the others masked before truncation,
-until one reaches its end. A text that its tokens cannot spell ends on a boundary.
+until one reaches its end. A text that its tokens cannot spell ends on a boundary. Of an engine that reports its most
+likely tokens, those that agree are requested again.
 """
 
 from __future__ import annotations
@@ -209,8 +210,10 @@ class _CoverSampler:
             prefixes = {rank: length for length, rank in self._index.prefixes_of(rest)}
             extensions = self._index.extensions_of(rest)
             agreeing = self._index.symbols([*prefixes, *range(*extensions)])
-            masked = np.where(np.isin(self._view.member.symbols, agreeing), output.logits, -np.inf)
-            if not np.isfinite(masked).any():
+            mask = np.isin(self._view.member.symbols, agreeing)
+            ids, text = self._state.ids_at(self._member, offset), self._state.substring(0, offset)
+            masked = yield from self._view.logits_among(mask, output.logits, ids, text)
+            if masked is None:
                 return None
             distribution = RankedDistribution.from_candidates(self._index, output.transform(masked))
             if not distribution.ranks.size:

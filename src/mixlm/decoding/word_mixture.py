@@ -45,7 +45,7 @@ from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.generation.dispatch import RequestFlow
 from mixlm.generation.member import MemberView
 from mixlm.generation.sequence import Choice, DecodeStep, Flow, Strategy
-from mixlm.types import Candidates, Ids, LogitsRow, TopKFilter
+from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
 from mixlm.units.word import WHITESPACE, WordState
 
 MAX_UNVERIFIED = 16  # symbols written after an unverified end
@@ -179,7 +179,7 @@ class _Block:
         first = self._cached_sample(coin, second_noise)
         if first is None:
             logits = yield from self._run(coin, views[coin])
-            first, _ = _sample_first(views[coin], second_noise, logits)
+            first, _ = yield from _sample_first(views[coin], second_noise, logits)
         return _WrittenSymbol.of(owner, sample) if first is None else _WrittenSymbol.of(coin, first)
 
     def _begin_unverified(
@@ -189,7 +189,7 @@ class _Block:
         if not self._has_probably_ended(step.views[owner]):
             return None
         logits = yield from self._run(coin, step.views[coin])
-        first, mass = _sample_first(step.views[coin], noise, logits)
+        first, mass = yield from _sample_first(step.views[coin], noise, logits)
         if first is None:
             return None
         self._cache(coin, noise, first)
@@ -287,10 +287,13 @@ def _cannot_write(step: DecodeStep, member: int) -> bool:
     return member in step.unavailable or step.views[member].stuck
 
 
-def _sample_first(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[SampleResponse | None, float]:
+def _sample_first(
+    view: MemberView, noise: Noise, logits: LogitsRow
+) -> RequestFlow[tuple[SampleResponse | None, float]]:
     """Sample a symbol that begins a word from a member's logits (vocab,), if there is one.
 
-    Also returns the probability of such symbols where the member is not made to begin a word.
+    Also returns the probability of such symbols where the member is not made to begin a word. Where its truncation
+    leaves none, an engine that reports its most likely tokens is asked for those among the symbols that do.
     """
     distribution, begins_word = view.bind_distribution(), cast(WordState, view.state).word_start_marker()
     symbols, logprobs = distribution(logits)
@@ -298,8 +301,8 @@ def _sample_first(view: MemberView, noise: Noise, logits: LogitsRow) -> tuple[Sa
     mass = float(np.exp(logprobs[kept]).sum())
     if not kept.any():
         allowed = (view.member.symbols >= 0) & begins_word(view.member.symbols)
-        masked = np.where(allowed, logits, -np.inf)
-        if not np.isfinite(masked).any():
+        masked = yield from view.logits_among(allowed, cast(Logits, logits))
+        if masked is None:
             return None, 0.0
         symbols, logprobs = distribution(masked)
         kept = np.isfinite(logprobs)

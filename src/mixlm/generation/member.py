@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from mixlm.core.grammar import Grammar, TokenMask
 from mixlm.core.logits_processor import LogitsProcessor, process_logits
@@ -18,6 +19,7 @@ from mixlm.core.sampling import ReportTransform, TokenHistory, Transform, top_lo
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.errors import UnsupportedError
+from mixlm.generation.dispatch import RequestFlow
 from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
 
@@ -145,6 +147,28 @@ class MemberView:
     def logits_request(self) -> LogitsRequest:
         """Return the request for the logits that the member's distribution needs, for the text as it is now."""
         return LogitsRequest(self._index, self.ids(), 1, self.top_k_filter, allowed=self.allowed_ids())
+
+    def logits_among(
+        self, mask: npt.NDArray[np.bool_], logits: Logits, ids: Ids | None = None, text: bytes | None = None
+    ) -> RequestFlow[LogitsRow | None]:
+        """Return the logits of some ids alone; None where none of them is possible.
+
+        An engine that reports its most likely tokens is asked for those among the ids.
+
+        Args:
+            mask: Which ids, bool (vocab,).
+            logits: The member's logits, (vocab,).
+            ids, text: Its tokens and the bytes of a prefix of the text, where that is not all of it.
+        """
+        if self.member.engine.top_k_limit is None:
+            masked: Logits = np.where(mask, logits, -np.inf)
+            return masked if np.isfinite(masked).any() else None
+        for allowed in self.allowed_ids(text):
+            mask = mask if allowed is None else mask & allowed
+        ids = self.ids() if ids is None else ids
+        [[row]] = yield [LogitsRequest(self._index, ids, 1, self.top_k_filter, allowed=(mask,))]
+        possible = np.isfinite(row.logprobs)
+        return Candidates(row.ids[possible], row.logprobs[possible]) if possible.any() else None
 
     def _allowed(self, text: bytes | None = None) -> TokenMask | None:
         """Return the grammar's mask after the text as it is now, or after a prefix of it; None without a grammar."""

@@ -39,7 +39,7 @@ import numpy as np
 
 from mixlm.tokenization.incremental import Encoder, IncrementalEncoder
 from mixlm.tokenization.vocabulary import Vocabulary
-from mixlm.types import Candidates, Floats, Ids, Logits
+from mixlm.types import Candidates, Floats, Ids, Logits, LogitsRow
 from mixlm.units.base import TokenBuffer, UnitTraits
 from mixlm.units.piece import PieceState, PieceUnit
 
@@ -157,7 +157,7 @@ class BoundaryOutput(NamedTuple):
     """
 
     logits: Logits
-    transform: Callable[[Logits], Candidates]
+    transform: Callable[[LogitsRow], Candidates]
     distribution: RankedDistribution
 
 

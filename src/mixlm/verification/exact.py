@@ -144,17 +144,17 @@ class ExactReference:
         ids = state.ids(i)
         symbols = self._ensemble.unit.symbols(i)
         allowed = symbols >= 0
-        permitted = None
         if self._settings.language is not None:
             grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
             permitted = grammar.matcher().allowed(state.tail(sys.maxsize))
             allowed &= permitted if permitted is not None else False
-        sampling = self._settings.member_sampling(member.sampling)
-        logits = _whole_logits(member.engine, ids, permitted, whole=not sampling.top_k)
-        if member.processor is not None:
-            logits = process_logits(member.processor, ids, logits)
         if only is not None:
             allowed &= only[symbols]
+        sampling = self._settings.member_sampling(member.sampling)
+        is_restricted = self._settings.language is not None or only is not None
+        logits = _whole_logits(member.engine, ids, allowed if is_restricted else None, whole=not sampling.top_k)
+        if member.processor is not None:
+            logits = process_logits(member.processor, ids, logits)
         if not np.isfinite(logits[allowed]).any():
             return np.zeros(logits.size)
         history = TokenHistory.from_tokens(ids[: len(self._prompts[i])], ids[len(self._prompts[i]) :])
@@ -251,14 +251,16 @@ def _whole_logits(engine: Engine, ids: Ids, permitted: npt.NDArray[np.bool_] | N
     Args:
         engine: A member's.
         ids: The member's tokens, int64 (n,).
-        permitted: What a grammar allows; an engine that reports its most likely tokens only reports those.
+        permitted: The ids that may be sampled; an engine that reports its most likely tokens only reports those of
+            them. None for all.
         whole: Whether such an engine is to report all tokens, where it can.
     """
     session = engine.session()
-    if permitted is not None or engine.top_k_limit is None or not (whole and engine.reports_all):
-        return cast(Logits, session.logits_rows(ids, allowed=() if permitted is None else (permitted,))[0])
-    everything = TopKFilter(engine.vocabulary.size, np.zeros(0, dtype=np.int64), normalized=True)
-    reported = cast(Candidates, session.logits_rows(ids, top_k_filter=everything)[0])
+    allowed = () if permitted is None else (permitted,)
+    if engine.top_k_limit is None or not (whole and engine.reports_all):
+        return cast(Logits, session.logits_rows(ids, allowed=allowed)[0])
+    everything = TopKFilter(engine.vocabulary.size, np.zeros(0, dtype=np.int64), normalized=permitted is None)
+    reported = cast(Candidates, session.logits_rows(ids, top_k_filter=everything, allowed=allowed)[0])
     logits = np.full(engine.vocabulary.size, -np.inf, dtype=np.float32)
     logits[reported.ids] = reported.logprobs
     return logits

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toys import engine, toys
+from toys import engine, fixed, toys
+from toys import make_ensemble as ensemble_of
 
 from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
@@ -19,6 +20,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 from mixlm.units.byte import ByteState
 from mixlm.verification.check import CheckReport, ReferenceSetup, check, check_units
+from mixlm.verification.exact import ExactReference
 
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
@@ -144,6 +146,22 @@ def test_mix_then_truncate_follows_its_own_distribution() -> None:
     report = check(make_ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
+
+
+def test_the_mode_of_a_union_is_that_of_its_own_k() -> None:
+    """c is in nobody's top 1, and more likely on average than the two that are."""
+    tokens = (b"a", b"b", b"c", b"d")
+    first = fixed({b"a": 0.38, b"b": 0.01, b"c": 0.36, b"d": 0.25}, tokens)
+    second = fixed({b"a": 0.01, b"b": 0.37, b"c": 0.36, b"d": 0.26}, tokens)
+    ensemble = ensemble_of([first, second])
+    modes = {}
+    for top_k in (1, 4):
+        settings = ensemble.settings(raw=True, rule="union-top-k", method="greedy", top_k=top_k, temperature=1.0)
+        exact = ExactReference(ensemble, settings, ensemble.encode_prompt("a", settings))
+        modes[top_k] = ensemble.unit.symbol_bytes(int(np.argmax(exact.first)))
+        text = ensemble.generate("a", raw=True, rule="union-top-k", method="greedy", top_k=top_k, max_tokens=1).text
+        assert text.encode() == modes[top_k]
+    assert modes == {1: b"a", 4: b"c"}
 
 
 def broken_coin(step: DecodeStep) -> Flow:

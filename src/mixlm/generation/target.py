@@ -144,9 +144,8 @@ def build_target(
     over_strings = rule.alignment == "strings"
     common = _common_sampling(options, rule, sampling)
     if common is not None:
-        if options.method == "greedy":  # the mode stays the same, but the k of a union is the rule's own
-            top_k = common.top_k if rule.alignment == "spellings" else 0
-            common = Sampling(temperature=1.0, top_k=top_k, top_p=1.0, min_p=0.0)
+        if options.method == "greedy":
+            common = mode_sampling(rule, common)
         sampled = rule.with_sampling(common)  # refuses what the rule does not take
         if options.rule == "unite" and traits is not None and not traits.shared_vocabulary:
             from mixlm.generation.spellings import SpelledTarget
@@ -230,6 +229,11 @@ def assign_roles(rule: Combination, names: Sequence[str], roles: Sequence[str | 
         if roles.count(role) > 1:
             raise ConfigError(f"several members have the role {role}; rule {rule.name} has one for each of {listed}")
     return [list(roles).index(role) for role in rule.roles]
+
+
+def mode_sampling(rule: Combination, common: Sampling) -> Sampling:
+    """Return what of a rule's sampling its most likely symbol depends on: the k of a union, which is the rule's own."""
+    return Sampling(temperature=1.0, top_k=common.top_k if rule.alignment == "spellings" else 0, top_p=1.0, min_p=0.0)
 
 
 def _check_unit(rule: Combination, traits: UnitTraits) -> None:

@@ -26,7 +26,7 @@ from mixlm.engines.requests import LogitsAndHidden, LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
-from mixlm.generation.target import assign_roles
+from mixlm.generation.target import assign_roles, mode_sampling
 from mixlm.routing.base import PromptContext, begin_route
 from mixlm.routing.observation import Observation, observation
 from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
@@ -93,8 +93,8 @@ class ExactReference:
         probs = np.array([self._member(i, state) for i in rows])
         some = probs.any(axis=1)  # without members that have nothing to go on with
         probs, weights = probs[some], weights[rows][some] / weights[rows][some].sum()
-        if after is not None and settings.method != "greedy":
-            rule = rule.with_sampling(after)
+        if after is not None:
+            rule = rule.with_sampling(mode_sampling(rule, after) if settings.method == "greedy" else after)
         return rule.combine(probs, weights)
 
     @cached_property

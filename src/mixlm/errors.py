@@ -10,6 +10,7 @@
     ├── ModelLoadError         the model exists but cannot be loaded
     ├── TokenizerError         a tokenizer whose tokens cannot be mapped to bytes
     ├── EngineError            an engine or a server does not respond, or responds wrongly
+    │   ├── RequestRefusedError  a server is there and refuses this request
     │   └── GenerationInterruptedError  a member failed during generation; carries the completion so far
     ├── DownloadError          a file could not be fetched, or is not the one expected
     └── MemoryLimitError       the device ran out of memory
@@ -86,6 +87,10 @@ class TokenizerError(MixlmError):
 
 class EngineError(MixlmError):
     """An engine or a server does not respond, or responds wrongly."""
+
+
+class RequestRefusedError(EngineError):
+    """A server refuses a request for what is in it. That says nothing about other requests."""
 
 
 class GenerationInterruptedError(EngineError):

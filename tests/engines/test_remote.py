@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,27 @@ def test_a_server_that_returns_few_tokens_allows_a_small_top_k(fake, folder):
     alone.context(alone.settings(top_k=16))
     with pytest.raises(UnsupportedError, match="its 16 most likely tokens only"):
         alone.context(alone.settings(top_k=17))
+
+
+@pytest.mark.parametrize("limit", [21, 80, 81, 159])
+def test_a_limit_of_top_tokens_is_found_and_what_needs_more_is_refused(fake, folder, limit):
+    fake.max_logprobs = limit
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert (remote.max_top_k, remote.reports_all) == (limit, False)
+    assert len(fake.requests) < 60
+    refused = len([body for body in fake.requests if body.get("logprobs", 0) > limit])
+    pair = Ensemble([MemberSpec(remote, "a"), MemberSpec(remote, "b")])
+    with pytest.raises(UnsupportedError, match=f"reports its {limit} most likely"):
+        pair.generate("one", rule="vote", temperature=1.0, top_k=0, seed=1)
+    with suppress(UnsupportedError):  # where a position is not decided
+        pair.generate("one", rule="geometric", temperature=1.0, top_k=0, seed=1, max_tokens=4)
+    assert len([body for body in fake.requests if body.get("logprobs", 0) > limit]) == refused
+
+
+def test_a_server_without_a_limit_reports_all(fake, folder):
+    fake.max_logprobs = 260
+    remote = RemoteEngine(EngineSpec(fake.url, ""), folder, QUICK)
+    assert (remote.max_top_k, remote.reports_all, remote.top_k_limit) == (None, True, 64)
 
 
 def test_no_more_tokens_are_requested_than_sampling_needs(remote, fake):

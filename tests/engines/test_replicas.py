@@ -27,7 +27,13 @@ from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
-from mixlm.errors import ConfigError, EngineError, UnsupportedError
+from mixlm.errors import (
+    ConfigError,
+    EngineError,
+    GenerationInterruptedError,
+    RequestRefusedError,
+    UnsupportedError,
+)
 
 RETRY_AT_ONCE = replace(QUICK, first_retry=0.0)
 OPTIONS = {"seed": 2, "max_tokens": 30, "ignore_end": True, "top_k": 9}
@@ -92,12 +98,33 @@ def test_an_error_is_raised_when_no_server_is_left(both, fakes):
     assert session.logits(np.arange(5, 9)).shape == (1, 260)
 
 
+def test_a_request_that_a_server_refuses_fails_alone(both, fakes, monkeypatch):
+    session, other = both.session(), both.session()
+    session.logits(np.arange(5, 9))
+    monkeypatch.setattr(fakes[0], "refusal", lambda body: {"error": "no"} if 77 in body["prompt"] else None)
+    with pytest.raises(RequestRefusedError, match=r"refuses \(400\): no"):
+        session.logits(np.array([5, 77]))
+    assert all(replica.is_ready for replica in both.replicas)
+    assert other.logits(np.arange(5, 9)).shape == session.logits(np.arange(5, 9)).shape
+
+
+def test_a_member_that_refuses_a_request_is_not_dropped(both, fakes, monkeypatch):
+    pair = Ensemble([MemberSpec(both, "a"), MemberSpec(both, "b")])
+    stream = pair.stream("one two", on_failure="drop", **OPTIONS)
+    next(stream)
+    for fake in fakes:
+        monkeypatch.setattr(fake, "refusal", lambda body: {"error": {"message": "no"}})
+    with pytest.raises(GenerationInterruptedError, match=r"refuses \(400\): no"):
+        stream.finish()
+    assert all(member.dropped == 0 for member in stream.completion.usage.members.values())
+
+
 def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: F811
     fakes[1].seed = 1
     with pytest.raises(UnsupportedError, match=f"{fakes[1].url} has another model: it is no replica"):
         RemoteEngine(urls(fakes), folder, QUICK)
     fakes[1].seed, fakes[1].max_logprobs = 0, 30
-    with pytest.raises(UnsupportedError, match="returns 20 of the most likely tokens, others 80"):
+    with pytest.raises(UnsupportedError, match="returns 30 of the most likely tokens, others 100"):
         RemoteEngine(urls(fakes), folder, QUICK)
     fakes[1].max_logprobs, fakes[1].models = 100, [{"id": "fake", "max_model_len": 100}]
     with pytest.raises(UnsupportedError, match="a context of 99 tokens, others 511"):

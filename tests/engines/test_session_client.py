@@ -19,7 +19,7 @@ from websockets.sync.server import Server, ServerConnection, serve
 
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.engines.remote.session_client import SESSION_PATH, SessionPool, parse_generated, parse_top_tokens
-from mixlm.errors import EngineError
+from mixlm.errors import EngineError, RequestRefusedError
 
 KEY = "secret-7"
 PARAMETERS = {"max_tokens": 2}
@@ -31,7 +31,7 @@ class FakeSessionServer:
     def __init__(self) -> None:
         self.messages: list[list[dict[str, Any]]] = []
         self.connections: list[ServerConnection] = []
-        self.error = ""
+        self.error, self.refused = "", False
         self._server: Server = serve(self._handle, "127.0.0.1", 0, process_request=self._authorize)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -54,7 +54,7 @@ class FakeSessionServer:
             message = json.loads(data)
             messages.append(message)
             if self.error:
-                connection.send(json.dumps({"error": self.error}))
+                connection.send(json.dumps({"error": self.error, "refused": self.refused}))
                 continue
             tokens = [*tokens[: message["keep"]], *message["ids"]]
             ids = [tokens[-1] + i for i in range(1, message["parameters"]["max_tokens"] + 1)]
@@ -114,12 +114,14 @@ def test_a_connection_that_is_gone_is_opened_again_and_gets_the_whole_sequence(s
     assert server.messages[1][0]["ids"] == [5, 6, 7]
 
 
-def test_what_the_server_refuses_is_an_error(server):
-    server.error = "keep is 5 of 0 tokens"
+@pytest.mark.parametrize("refused", [True, False])
+def test_what_the_server_refuses_is_an_error(server, refused):
+    server.error, server.refused = "keep is 5 of 0 tokens", refused
 
     async def run() -> None:
-        with pytest.raises(EngineError, match="refuses: keep is 5 of 0 tokens"):
+        with pytest.raises(EngineError, match="refuses: keep is 5 of 0 tokens") as raised:
             await pool_of(server).generate(Owner(), np.array([5, 6]), PARAMETERS)
+        assert isinstance(raised.value, RequestRefusedError) == refused
 
     asyncio.run(run())
 

@@ -18,7 +18,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.engines.base import Session
 from mixlm.engines.requests import Request, Response
-from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
+from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError, RequestRefusedError
 from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, RequestFlow, drive
 from mixlm.generation.member import Member
 from mixlm.generation.prompt import EncodedPrompt
@@ -200,6 +200,8 @@ class Generation(Iterator[Token]):
     def continue_without(self, error: MemberError) -> None:
         """Continue without the member that failed, where the options say so and others are left.
 
+        One that refuses a request has not stopped answering.
+
         Pending requests are void.
 
         Raises:
@@ -207,7 +209,8 @@ class Generation(Iterator[Token]):
         """
         sequence, reason = self._sequence, error.message
         unavailable = None if sequence is None else sequence.unavailable
-        if unavailable is not None and error.member not in unavailable:
+        is_gone = not isinstance(error.__cause__, RequestRefusedError)
+        if unavailable is not None and is_gone and error.member not in unavailable:
             unavailable.exclude(error.member, error)
             try:
                 return self._advance(error)

@@ -12,12 +12,14 @@ from mixlm.core.sampling import softmax
 from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_card
 from mixlm.engines.remote.protocols import ServerProtocol, cached_tokens
-from mixlm.errors import ConfigError, EngineError, UnsupportedError
+from mixlm.errors import ConfigError, EngineError, RequestRefusedError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
 # The same model in another batch returns slightly other probabilities: they differ by this total variation at most.
 _SAME_MODEL = 0.2
 _FINGERPRINT_TOKENS = 5
+# Of 4xx, those that are about the server: it wants another key, has no such model, or was too slow.
+_NOT_OF_THE_REQUEST = (401, 403, 404, 408)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Endpoint:
         """Send a request; return the JSON of the response, and whether a connection was made for it.
 
         Raises:
-            EngineError: there is no response, or the server refuses the request.
+            EngineError: there is no response, or the server fails.
+            RequestRefusedError: the server refuses the request.
         """
         response = await self.client.request("POST", path, {**body, "model": self.model})
         if response.status != 200:
-            raise EngineError(f"{self.client.base_url} refuses ({response.status}): {_error_message(response.value)}")
+            of_request = 400 <= response.status < 500 and response.status not in _NOT_OF_THE_REQUEST
+            refusal = f"{self.client.base_url} refuses ({response.status}): {_error_message(response.value)}"
+            raise RequestRefusedError(refusal) if of_request else EngineError(refusal)
         return response.value, response.new_connection
 
     async def candidates(
@@ -137,11 +142,11 @@ class ModelIdentity:
         """Whether the server has the model that it had. Raises EngineError where it does not answer."""
         try:
             card = await read_model_card(self.endpoint.client, self.endpoint.model)
-        except (ConfigError, UnsupportedError):
+            if not self.info.has_card(card):
+                return False
+            return self.matches(await _fingerprint(self.endpoint, self.protocol, self._probe_ids, self._slot))
+        except (ConfigError, UnsupportedError, RequestRefusedError):  # it once answered the same request
             return False
-        if not self.info.has_card(card):
-            return False
-        return self.matches(await _fingerprint(self.endpoint, self.protocol, self._probe_ids, self._slot))
 
     async def check(self, new_connection: bool = True) -> None:
         """Check the model if a connection was made anew: another server may have accepted it.

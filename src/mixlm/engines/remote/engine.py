@@ -40,7 +40,7 @@ from mixlm.engines.requests import (
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
-from mixlm.errors import ConfigError, EngineError
+from mixlm.errors import ConfigError, EngineError, RequestRefusedError
 from mixlm.models import find_gguf, resolve, tokenizer_folder
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
@@ -122,15 +122,13 @@ class RemoteEngine(TopKOnlyEngine):
         count = min(spec.candidates + self.extra_tokens, self.vocabulary.size)
         server = self._loop.run(ModelServer.probe(first.client, info, tokenizer, count, use_sessions=use_sessions))
         first.use(server)
-        self.max_top_k = server.max_logprobs if server.is_limited else None
+        self.max_top_k = server.limit
         self.extra_tokens = min(self.extra_tokens, server.max_logprobs // 5)
         self.top_k_limit = min(spec.candidates, server.max_logprobs - self.extra_tokens)
         self.takes_ids = server.takes_ids
         self.max_unlisted = server.max_logprobs
         self._capabilities = server.capabilities
-        requirements = ReplicaRequirements(
-            tokenizer, server, self.top_k_limit + self.extra_tokens, self.context_length, count, use_sessions
-        )
+        requirements = ReplicaRequirements(tokenizer, server, self.context_length, count, use_sessions)
         self._replica_set = ReplicaSet(self.name, self.replicas, requirements)
         self._loop.run(self._replica_set.connect_others())
         self.details = {
@@ -223,6 +221,8 @@ class RemoteEngine(TopKOnlyEngine):
             assert replica.server is not None
             try:
                 return await send(replica.server)
+            except RequestRefusedError:
+                raise  # the others are like this one
             except EngineError as error:
                 if len(self.replicas) == 1:
                     raise

@@ -15,7 +15,7 @@ import numpy as np
 
 from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
 from mixlm.engines.topk_only import TokenScores
-from mixlm.errors import EngineError, UnsupportedError
+from mixlm.errors import EngineError, RequestRefusedError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
 _FORCED = 1000.0  # a bias above any difference of logits
@@ -57,9 +57,7 @@ async def score_prompt(protocol: ServerProtocol, ids: Ids, send: Send, all_token
     for body, parse in attempts:
         try:
             response = await send(body)
-        except EngineError as error:
-            if "refuses (4" not in error.message:  # it failed, which says nothing of what it can do
-                raise
+        except RequestRefusedError as error:
             reason = error.message
             continue
         try:

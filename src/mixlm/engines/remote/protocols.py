@@ -22,10 +22,15 @@ _BIAS = 100.0
 
 
 class ServerProtocol(Protocol):
-    """How one kind of server is asked. path: where requests are sent."""
+    """How one kind of server is asked.
+
+    path: where requests are sent. may_be_limited: whether such a server may be set to return fewer of the most likely
+    tokens than there are.
+    """
 
     name: str
     path: str
+    may_be_limited: bool
 
     def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
         """Return requests to send in turn until the response to one has probabilities.
@@ -57,6 +62,7 @@ class LlamaCppProtocol:
 
     name = "llama.cpp"
     path = "/v1/completions"
+    may_be_limited = False
 
     def __init__(self, letter_token: int) -> None:
         self._forced = [[letter_token, 1000.0]]
@@ -92,6 +98,7 @@ class OpenAIProtocol:
 
     name = "OpenAI completions"
     path = "/v1/completions"
+    may_be_limited = True
 
     def request_bodies(self, ids: list[int], count: int, among: Ids | None = None) -> Sequence[dict[str, Any]]:
         """Ask for one token with its `logprobs`, spelled as ids."""
@@ -119,6 +126,7 @@ class SGLangProtocol:
 
     name = "SGLang"
     path = "/generate"
+    may_be_limited = False
     missing = (
         "it takes seeds with --enable-deterministic-inference only, and returns log-probabilities from before top-k, "
         "top-p and min-p"

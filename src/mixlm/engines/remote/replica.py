@@ -83,7 +83,6 @@ class ReplicaRequirements:
 
     Args:
         reference: the server that was connected first.
-        max_logprobs: how many of the most likely tokens it must return.
         context_length: tokens that its context must hold.
         count: how many of the most likely tokens it is asked for.
         use_sessions: whether mixlm's session route is used where a server has it.
@@ -91,7 +90,6 @@ class ReplicaRequirements:
 
     tokenizer: TokenizerProbe
     reference: ModelServer
-    max_logprobs: int
     context_length: int
     count: int
     use_sessions: bool
@@ -103,11 +101,12 @@ class ReplicaRequirements:
             replica.client, info, self.tokenizer, self.count, use_sessions=self.use_sessions
         )
         summary, expected_summary = server.capabilities.summary, self.reference.capabilities.summary
+        limit, expected_limit = server.limit, self.reference.limit
         reason = None
         if not server.identity.matches(self.reference.identity.fingerprint):
             reason = "has another model"
-        elif server.max_logprobs < self.max_logprobs:
-            reason = f"returns {server.max_logprobs} of the most likely tokens, others {self.max_logprobs}"
+        elif limit is not None and (expected_limit is None or limit < expected_limit):
+            reason = f"returns {limit} of the most likely tokens, others {expected_limit or 'all'}"
         elif info.context_length() < self.context_length:
             reason = f"has a context of {info.context_length()} tokens, others {self.context_length}"
         elif self.reference.takes_ids and not server.takes_ids:

@@ -7,9 +7,10 @@ the same name.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from mixlm.engines.remote.session_client import SessionPool, parse_generated, pa
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.topk_only import TokenScores, TopKOnlySession
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
-from mixlm.errors import EngineError, TokenizerError, UnsupportedError
+from mixlm.errors import EngineError, RequestRefusedError, TokenizerError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
 # Differences of the same log-probabilities in another batch: logits below 32 in bfloat16 are an eighth apart, and each
@@ -56,19 +57,20 @@ class TokenizerProbe:
 class _ProbedProtocol:
     """The protocol that a server answers to.
 
-    max_logprobs: how many of the most likely tokens it returned. is_limited: whether that is all it would return.
+    max_logprobs: how many of the most likely tokens it returned when asked for as many as are wanted, or for the most
+    that it returns. limit: the most that it returns, None for all.
     """
 
     protocol: ServerProtocol
     max_logprobs: int
-    is_limited: bool
+    limit: int | None
 
 
 class ModelServer:
     """A model on a server. `ModelServer.probe` makes one.
 
-    max_logprobs: how many of the most likely tokens it returned when it was probed. is_limited: whether it returns no
-    more than that.
+    max_logprobs: how many of the most likely tokens it returned when it was probed. limit: the most that it returns,
+    None for all.
 
     Args:
         capabilities: whether it samples itself, and with which options.
@@ -89,7 +91,7 @@ class ModelServer:
     ) -> None:
         self.protocol = identity.protocol
         self.max_logprobs = probed.max_logprobs
-        self.is_limited = probed.is_limited
+        self.limit = probed.limit
         self.identity = identity
         self.reports_cached = reports_cached
         self.takes_ids = takes_ids
@@ -321,9 +323,37 @@ async def _probe_protocol(
                 continue
             returned = len(response.candidates.ids)
             if returned >= min(count, 5):
-                return _ProbedProtocol(protocol, returned, is_limited=not returned >= count > 20)
+                known = min(returned, count)  # vLLM may add the token that it sampled
+                limit = None if known == wanted else known
+                if protocol.may_be_limited:
+                    limit = await _find_limit(endpoint, protocol, tokenizer.first_ids, known)
+                return _ProbedProtocol(protocol, min(wanted, limit or wanted), limit)
             reason = f"it returns {returned} tokens where {count} are asked for"
     raise UnsupportedError(
         f"{endpoint.client.base_url} does not return the most likely next tokens by their ids: {reason}",
         "servers that do: llama.cpp's, SGLang's, and vLLM's with --max-logprobs 80",
     )
+
+
+async def _find_limit(endpoint: Endpoint, protocol: ServerProtocol, ids: list[int], least: int) -> int | None:
+    """Return the most tokens that a server returns, at least `least`; None where it returns all.
+
+    It is asked for all, and where it refuses, for ever closer numbers. A server that fails is taken at what it has
+    returned so far.
+    """
+    size = endpoint.vocabulary_size
+    endpoint = replace(endpoint, vocabulary_size=sys.maxsize)  # padding counts here
+    most = count = size
+    while least < most:
+        try:
+            returned = len((await endpoint.candidates(protocol, ids, count)).candidates.ids)
+        except RequestRefusedError:
+            most = count - 1
+        except EngineError:
+            return least
+        else:
+            if returned < count:
+                return max(returned, least)
+            least = count
+        count = min(4 * least, (least + most + 1) // 2)
+    return None if least >= size else least

@@ -17,7 +17,7 @@ import numpy as np
 from mixlm.engines.base import common_prefix
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
 from mixlm.engines.requests import GenerateResponse
-from mixlm.errors import EngineError
+from mixlm.errors import EngineError, RequestRefusedError
 from mixlm.types import Candidates, Ids
 from mixlm.units.base import TokenBuffer
 
@@ -75,7 +75,8 @@ class SessionConnection:
             banned: ids that may not be sampled, as ranges.
 
         Raises:
-            EngineError: the connection is gone, and of no further use, or the server refuses.
+            EngineError: the connection is gone, and of no further use, or the server fails.
+            RequestRefusedError: the server refuses the request.
         """
         from websockets.exceptions import WebSocketException
 
@@ -94,8 +95,9 @@ class SessionConnection:
             raise
         if not isinstance(response, dict) or "error" in response or not response.get("ids"):
             self.close()
-            reason = response.get("error", response) if isinstance(response, dict) else response
-            raise EngineError(f"{self._base_url} refuses: {str(reason)[:200]}")
+            fields = response if isinstance(response, dict) else {}
+            refusal = f"{self._base_url} refuses: {str(fields.get('error', response))[:200]}"
+            raise RequestRefusedError(refusal) if fields.get("refused") else EngineError(refusal)
         self._tokens.replace_tail(len(tokens), np.concatenate([ids, response["ids"]]))
         return response
 

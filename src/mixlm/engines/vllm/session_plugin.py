@@ -207,7 +207,8 @@ async def _serve(websocket: WebSocket) -> None:
                 break
             except Exception as error:  # whatever vLLM refuses it with: the client gets the reason, and may go on
                 await session.abort()
-                response = {"error": str(error) or type(error).__name__}
+                # vLLM refuses a request with a ValueError; its other errors are failures.
+                response = {"error": str(error) or type(error).__name__, "refused": isinstance(error, ValueError)}
             await websocket.send_json(response)
     except (WebSocketDisconnect, RuntimeError):
         pass  # gone before the response was there

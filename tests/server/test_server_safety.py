@@ -244,3 +244,20 @@ def test_garbage_is_no_request(toys):
         assert connection.recv(100)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 403", b"")
         connection.close()
     assert httpx.get(toys.url + "/health").status_code == 200
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
+def test_a_panic_in_a_step_ends_its_requests_and_not_the_server():
+    engine = EndlessToy(1)
+    with running(Ensemble([MemberSpec(engine, "m")])) as server:
+
+        def panic(ids, last):
+            engine.on_forward = lambda ids, last: None
+            raise PanicException("index out of bounds")
+
+        engine.on_forward = panic
+        assert server.chat(max_tokens=1).status_code == 500
+        assert server.chat(max_tokens=1).status_code == 200

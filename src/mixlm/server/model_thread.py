@@ -211,7 +211,7 @@ class ModelThread:
                 if running and not self._scheduler.idle:
                     for generation in self._scheduler.step():
                         self._report(generation)
-            except Exception as error:
+            except BaseException as error:  # also a panic of a library in Rust: without this thread nothing runs
                 self._reset(error)
             self._send_events()
 
@@ -279,7 +279,7 @@ class ModelThread:
                 active.reported_forwards[i] = len(passes)
         return forwards
 
-    def _reset(self, error: Exception) -> None:
+    def _reset(self, error: BaseException) -> None:
         """After an unexpected error: fail the jobs in progress, and go on with a new scheduler."""
         _log.error("a step failed", exc_info=error)
         jobs = {active.job for active in self._active.values()}

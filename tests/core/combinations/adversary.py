@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from bounds import coin_share
 
 from mixlm.core.combinations import Combination
-from mixlm.core.combinations.base import coin_share
 from mixlm.errors import UnsupportedError
 from mixlm.types import Floats
 

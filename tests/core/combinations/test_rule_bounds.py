@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from adversary import breaks, coin_margin, envelope_margin, random_rows, random_weights
+from bounds import coin_share, increments, remainder
 from rule_cases import RULES, plain
 
 from mixlm.core.combinations import Combination, combination
-from mixlm.core.combinations.base import coin_share, increments, remainder
 from mixlm.errors import UnsupportedError
 from mixlm.types import Floats
 

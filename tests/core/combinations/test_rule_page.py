@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from adversary import random_rows, random_weights
+from bounds import check_bounds
 
 from mixlm.core.combinations import COMBINATIONS
-from mixlm.core.combinations.base import check_bounds
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "combinations.md").read_text(encoding="utf-8")
 

@@ -1,8 +1,8 @@
 """A rule of one's own: any function of the members' distributions, and an envelope where one is known.
 
 The function's result is checked at every use. Without an envelope the rule is exact and drafts, or runs all members;
-with one it stops early. A wrong envelope is refused where all members have run (`check_bounds`), and found by `mixlm
-check`."""
+with one it stops early. A wrong envelope is refused where all members have run, which they do at some positions
+(`layered`), and found by `mixlm check`."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import openai
 import pydantic
 import pytest
 from ggufs import write_tiny_gguf
+from openai.types import responses
 from servers import FakeServer
 from serving import HELLO, events, running
 
@@ -244,6 +245,15 @@ def test_responses_call_functions_whole_and_streamed(sdk):
     assert final.output_text
     items = [{"role": "user", "content": "hello"}, call.model_dump(exclude_none=True), result]
     assert sdk.responses.create(model="toys", input=items, tools=FLAT, max_output_tokens=50).output
+
+
+def test_responses_have_all_that_the_types_of_the_client_ask_for(toys):
+    request = {"input": "hello", "max_output_tokens": 3, "include": ["message.output_text.logprobs"]}
+    responses.Response.model_validate_json(toys.post("/v1/responses", request).content)
+    event_type = pydantic.TypeAdapter(responses.ResponseStreamEvent)
+    for line in toys.post("/v1/responses", {**request, "stream": True}).text.splitlines():
+        if line.startswith("data: "):
+            event_type.validate_json(line.removeprefix("data: "))
 
 
 def test_responses_parse_structures(sdk):

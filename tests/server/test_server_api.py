@@ -347,6 +347,12 @@ def test_a_slash_at_the_end_is_answered_without_a_redirect(toys):
         body = {"messages": HELLO, "max_tokens": 2}
         response = toys.post(path, body) if "chat" in path else toys.client.get(path)
         assert response.status_code == 200
+    stored = toys.post("/v1/responses/", {"input": "hello", "max_output_tokens": 2}).json()
+    path = f"/v1/responses/{stored['id']}/"
+    assert toys.client.get(path).json() == stored
+    assert toys.client.get("/v1/models/toys/").status_code == 200
+    assert toys.client.get("/health//").status_code == 404
+    assert set(toys.client.put(path).headers["allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
 
 
 def test_bodies_may_be_compressed(toys):
@@ -357,7 +363,9 @@ def test_bodies_may_be_compressed(toys):
 
     body = json.dumps({"messages": HELLO, "max_tokens": 2}).encode()
     assert post(gzip.compress(body)) == (200, None)
+    assert post(gzip.compress(body), "x-gzip") == (200, None)
     assert post(body, "identity") == (200, None)
+    assert post(gzip.compress(body) * 2) == (400, "invalid_encoding")
     assert post(gzip.compress(body)[:-9]) == (400, "invalid_encoding")
     assert post(body) == (400, "invalid_encoding")
     assert post(gzip.compress(b" " * (1 << 24) + body)) == (413, "body_too_large")

@@ -76,7 +76,7 @@ class ServerApp:
         )
         self.metrics.add_gauge("mixlm_waiting", "Generations in the queue.", lambda: self.model_thread.num_waiting)
         routes = self._routes()
-        self._router = Router(routes, lifespan=self._lifespan)
+        self._router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
         self.asgi: ASGIApp = RequestMiddleware(
             self._dispatch, {route.path for route in routes}, keys or ApiKeys(), self.metrics, hosts, tracer
         )
@@ -98,8 +98,7 @@ class ServerApp:
             Route("/v1/chat/completions", self._post_chat_completion, methods=["POST"]),
             Route("/v1/completions", self._post_completion, methods=["POST"]),
             Route("/v1/responses", self._post_response, methods=["POST"]),
-            Route("/v1/responses/{id}", self._get_response),
-            Route("/v1/responses/{id}", self._delete_response, methods=["DELETE"]),
+            Route("/v1/responses/{id}", self._stored_response, methods=["GET", "DELETE"]),
             Route("/v1/messages", self._post_message, methods=["POST"]),
             Route("/health", self._get_health),
             Route("/ready", self._get_ready),
@@ -155,16 +154,14 @@ class ServerApp:
             request, parse_chat(chat, self.registry, self.limits), partial(ResponsesFormat, body, earlier, store)
         )
 
-    async def _get_response(self, request: Request) -> Response:
+    async def _stored_response(self, request: Request) -> Response:
         response_id, client = request.path_params["id"], request.scope["mixlm.record"].client
+        if request.method == "DELETE":
+            self._stored.remove(response_id, client)
+            return _json({"id": response_id, "object": "response", "deleted": True})
         if request.query_params.get("stream", "false") != "false":
             raise unsupported_field("stream", "a stored response is returned whole")
         return _json(self._stored.get(response_id, client).response)
-
-    async def _delete_response(self, request: Request) -> Response:
-        response_id = request.path_params["id"]
-        self._stored.remove(response_id, request.scope["mixlm.record"].client)
-        return _json({"id": response_id, "object": "response", "deleted": True})
 
     async def _post_message(self, request: Request) -> ASGIApp:
         body = parse_body(MessagesBody, await read_body(request, self.limits))

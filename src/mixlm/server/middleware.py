@@ -76,7 +76,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if path.endswith("/") and path[:-1] in self._routes:
+        if path.endswith("/") and path != "/":
             scope = {**scope, "path": path[:-1]}  # answered at once: clients do not follow redirects of a POST
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")

@@ -40,7 +40,7 @@ def _decoded(data: bytes, encoding: str, maximum: int) -> bytes:
     """Return a body without its content encoding. Raises ApiError for one that is unknown, spoiled or too large."""
     if encoding.strip().lower() in ("", "identity"):
         return data
-    if encoding.strip().lower() != "gzip":
+    if encoding.strip().lower() not in ("gzip", "x-gzip"):
         message = f"the content encoding {encoding[:40]!r} is unknown: send gzip, or none"
         raise ApiError(415, message, code="unsupported_encoding")
     decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -50,6 +50,6 @@ def _decoded(data: bytes, encoding: str, maximum: int) -> bytes:
         raise ApiError(400, "the body is not gzip, as its content encoding says", code="invalid_encoding") from None
     if len(decoded) > maximum:
         raise ApiError(413, f"the body has more than {maximum} bytes", code="body_too_large")
-    if not decoder.eof:
-        raise ApiError(400, "the body is not complete gzip", code="invalid_encoding")
+    if not decoder.eof or decoder.unused_data:
+        raise ApiError(400, "the body is not one complete gzip stream", code="invalid_encoding")
     return decoded

@@ -9,7 +9,7 @@ from servers import FakeServer
 
 pytest.importorskip("aiohttp")
 
-from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient, HttpResponse
+from mixlm.engines.remote.http_client import ApiKey, ClientLimits, EventLoopThread, HttpClient, HttpResponse, time_limit
 from mixlm.errors import EngineError
 
 LIMITS = ClientLimits(connect=1, response=5, busy=1, connections=3)
@@ -45,8 +45,8 @@ async def create(url: str, key: str | None = None) -> HttpClient:
     return HttpClient(url, ApiKey(key), LIMITS)
 
 
-def post(loop: EventLoopThread, client: HttpClient, **options: float) -> HttpResponse:
-    return loop.run(client.request("POST", "/v1/completions", BODY, **options))
+def post(loop: EventLoopThread, client: HttpClient) -> HttpResponse:
+    return loop.run(client.request("POST", "/v1/completions", BODY))
 
 
 def test_a_connection_is_kept(loop, client, server):
@@ -77,11 +77,11 @@ def test_a_request_whose_connection_drops_is_sent_once_more_over_a_new_connectio
 
 def test_a_request_with_a_limit_of_its_own_is_not_sent_again(loop, client, server):
     server.faults = ["drop"]
-    with pytest.raises(EngineError, match="does not answer"):
-        post(loop, client, seconds=2.0)
+    with time_limit(2.0), pytest.raises(EngineError, match="does not answer"):
+        post(loop, client)
     server.faults, server.delay = ["slow"], 1.0
-    with pytest.raises(EngineError, match=r"does not answer within 0\.2 seconds"):
-        post(loop, client, seconds=0.2)
+    with time_limit(0.2), pytest.raises(EngineError, match=r"does not answer within 0\.2 seconds"):
+        post(loop, client)
     assert len(server.requests) == 2
 
 

@@ -204,6 +204,15 @@ def test_a_server_that_comes_back_with_another_model_is_found_out(remote, fake):
     assert not remote.alive()
 
 
+@pytest.mark.parametrize("fault", ["slow", "503"])
+def test_whether_a_server_is_alive_is_not_waited_for(remote, fake, fault, monkeypatch):
+    monkeypatch.setattr("mixlm.engines.remote.replica._QUICK", 0.2)
+    fake.faults, fake.delay = [fault], 0.4
+    assert not remote.alive()
+    monkeypatch.undo()
+    assert remote.alive()
+
+
 @pytest.mark.parametrize("change", [{"id": "other"}, {"max_model_len": 256}, {"root": "/elsewhere"}])
 def test_a_server_that_comes_back_with_another_card_is_found_out(remote, fake, change):
     fake.stop()

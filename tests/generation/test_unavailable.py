@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, EngineError, GenerationInterruptedError
 from mixlm.generation.scheduler import Scheduler
-from mixlm.generation.unavailable import UnavailableMembers
+from mixlm.generation.unavailable import UnavailableMembers, check_alive
 
 PROMPT = "the river"
 
@@ -50,7 +53,13 @@ def options(**overrides):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
+    def check_now(engine):
+        check: Future = Future()
+        check.set_result(engine.alive())
+        return check
+
     monkeypatch.setattr("mixlm.generation.unavailable._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("mixlm.generation.unavailable.check_alive", check_now)
 
 
 @pytest.mark.parametrize("method", ["mixture", "conventional", "single", "greedy", "speculative"])
@@ -188,7 +197,8 @@ def test_a_member_is_asked_after_ever_longer_times(monkeypatch):
     monkeypatch.setattr("mixlm.generation.unavailable._FIRST_WAIT", 0.5)
     monkeypatch.setattr("mixlm.generation.unavailable.time.monotonic", lambda: now[0])
     looks = []
-    absent = UnavailableMembers([lambda: bool(looks.append(now[0]))], ["one"])
+    engine = SimpleNamespace(alive=lambda: bool(looks.append(now[0])))
+    absent = UnavailableMembers([SimpleNamespace(name="one", engine=engine)])
     absent.exclude(0, EngineError("gone"))
     for step in range(1, 2000):
         now[0] = step / 10
@@ -196,6 +206,43 @@ def test_a_member_is_asked_after_ever_longer_times(monkeypatch):
     gaps = np.diff([0.0, *looks])
     np.testing.assert_allclose(gaps[:7], [0.5, 1, 2, 4, 8, 16, 30], atol=0.11)
     np.testing.assert_allclose(gaps[7:], 30, atol=0.11)
+
+
+class Hanging(Flaky):
+    """A member that is asked whether it is alive, and answers when `answers` is set."""
+
+    def __init__(self, seed: int, fails: int | None = None) -> None:
+        super().__init__(seed, fails)
+        self.answers = threading.Event()
+
+    def alive(self) -> bool:
+        self.looks += 1
+        return self.answers.wait(20)
+
+
+def test_whether_a_member_is_alive_is_asked_once_and_holds_up_no_sequence(monkeypatch):
+    monkeypatch.setattr("mixlm.generation.unavailable.check_alive", check_alive)
+    hanging = Hanging(2, 3)
+    pair = Ensemble([MemberSpec(Flaky(1), "stays"), MemberSpec(hanging, "goes")])
+    scheduler = Scheduler()
+    streams = [pair.stream(PROMPT, **options(sequence=i, on_failure="drop")) for i in range(3)]
+    for stream in streams:
+        scheduler.add(stream)
+    list(scheduler.run())
+    assert [stream.error for stream in streams] == [None] * 3
+    check = check_alive(hanging)
+    assert (hanging.looks, check.done()) == (1, False)
+    sequences = [UnavailableMembers([SimpleNamespace(name="goes", engine=hanging)]) for _ in range(2)]
+    for absent in sequences:
+        absent.exclude(0, EngineError("gone"))
+        absent.retry()
+        assert 0 in absent
+    hanging.answers.set()
+    assert check.result(5)
+    for absent in sequences:
+        absent.retry()
+        assert 0 not in absent
+    assert hanging.looks == 1
 
 
 class FailingRouter:

@@ -329,7 +329,10 @@ class Engine(ABC):
         raise UnsupportedError("this engine is not asynchronous: use `respond`")
 
     def alive(self) -> bool:
-        """Whether an engine that has failed can serve requests again. Takes no longer than a few seconds."""
+        """Whether an engine that has failed can serve requests again. Takes no longer than a few seconds.
+
+        Called in a thread of its own, for all sequences that wait for the answer.
+        """
         return True
 
 

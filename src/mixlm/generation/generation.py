@@ -85,8 +85,7 @@ class GenerationContext:
         if self.settings.on_failure == "drop":
             from mixlm.generation.unavailable import UnavailableMembers
 
-            alive = [member.engine.alive for member in self.members]
-            unavailable = UnavailableMembers(alive, [member.name for member in self.members])
+            unavailable = UnavailableMembers(self.members)
         members = self.opening_members or self.members
         return SequenceState(members, self.unit, prompt.ids, self.sessions, route, unavailable)
 

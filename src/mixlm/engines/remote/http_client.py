@@ -17,8 +17,10 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -31,6 +33,17 @@ from mixlm.errors import EngineError
 _BUSY = (429, 503)
 _KEEP_IDLE = 24 * 3600.0  # seconds: the server decides when an idle connection is closed
 _T = TypeVar("_T")
+_time_limit: ContextVar[float | None] = ContextVar("time_limit", default=None)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Give each request of the block a shorter time limit than usual, waiting included, and no retry."""
+    token = _time_limit.set(seconds)
+    try:
+        yield
+    finally:
+        _time_limit.reset(token)
 
 
 @dataclass(frozen=True)
@@ -132,14 +145,11 @@ class HttpClient:
         await self._session.close()
         await self._retry_session.close()
 
-    async def request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = None
-    ) -> HttpResponse:
+    async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> HttpResponse:
         """Send a request; retry once, over a new connection, if the connection drops; wait while the server is busy.
 
         Args:
             body: sent as JSON.
-            seconds: a shorter time limit than usual, without a retry.
 
         Returns:
             The response, whatever its status, except 429 and 503.
@@ -147,6 +157,7 @@ class HttpClient:
         Raises:
             EngineError: there is no response, the server stays busy, or what it sends is not JSON. It names the server.
         """
+        seconds = _time_limit.get()
         retry_until = time.monotonic() + (0.0 if seconds else self.limits.busy)
         attempts = 0
         session = self._session
@@ -174,11 +185,10 @@ class HttpClient:
         self, session: aiohttp.ClientSession, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
     ) -> tuple[int, Any, bytes, bool]:
         """Return status, headers and content of the response, and whether a connection was made for it."""
-        options: dict[str, Any] = {} if seconds is None else {"timeout": aiohttp.ClientTimeout(total=seconds)}
-        if body is not None:
-            options["data"] = json.dumps(body, separators=(",", ":")).encode()
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         connection = _ConnectionTrace()
         async with (
+            asyncio.timeout(seconds),
             self._capacity,
             session.request(
                 method,
@@ -187,7 +197,7 @@ class HttpClient:
                 proxy=self._proxy,
                 allow_redirects=False,
                 trace_request_ctx=connection,
-                **options,
+                data=data,
             ) as response,
         ):
             content = await response.read()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from weakref import WeakSet
 
 from mixlm.engines.base import Session
-from mixlm.engines.remote.http_client import HttpClient
+from mixlm.engines.remote.http_client import HttpClient, time_limit
 from mixlm.engines.remote.model_info import read_model_info
 from mixlm.engines.remote.server import ModelServer, TokenizerProbe
 from mixlm.errors import EngineError, MixlmError, UnsupportedError
@@ -63,10 +63,10 @@ class Replica:
             self.server.release(session)
 
     async def is_alive(self) -> bool:
-        """Whether it answers, with the model that it had."""
+        """Whether it answers soon, with the model that it had."""
         try:
-            response = await self.client.request("GET", "/v1/models", seconds=_QUICK)
-            return response.status == 200 and self.server is not None and await self.server.identity.is_unchanged()
+            with time_limit(_QUICK):
+                return self.server is not None and await self.server.identity.is_unchanged()
         except EngineError:
             return False
 
@@ -183,7 +183,10 @@ class ReplicaSet:
         """Whether a server answers, with the member's model."""
         if len(self._replicas) == 1:
             return await self._replicas[0].is_alive()
-        return any(await asyncio.gather(*map(self._is_usable, self._replicas)))
+        for check in asyncio.as_completed(map(self._is_usable, self._replicas)):
+            if await check:
+                return True
+        return False
 
     async def _is_usable(self, replica: Replica) -> bool:
         return await (replica.is_alive() if replica.is_ready else self._rejoin(replica))
@@ -191,7 +194,8 @@ class ReplicaSet:
     async def _rejoin(self, replica: Replica) -> bool:
         """Connect a server that is not in use, or no longer. Returns whether it has the model."""
         try:
-            response = await replica.client.request("GET", "/v1/models", seconds=_QUICK)
+            with time_limit(_QUICK):
+                response = await replica.client.request("GET", "/v1/models")
             if response.status != 200:
                 raise EngineError(f"status {response.status}")
             server = await self._requirements.connect(replica)

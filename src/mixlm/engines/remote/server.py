@@ -335,25 +335,25 @@ async def _probe_protocol(
     )
 
 
-async def _find_limit(endpoint: Endpoint, protocol: ServerProtocol, ids: list[int], least: int) -> int | None:
-    """Return the most tokens that a server returns, at least `least`; None where it returns all.
+async def _find_limit(endpoint: Endpoint, protocol: ServerProtocol, ids: list[int], lowest: int) -> int | None:
+    """Return the most tokens that a server returns, at least `lowest`; None where it returns all.
 
     It is asked for all, and where it refuses, for ever closer numbers. A server that fails is taken at what it has
     returned so far.
     """
     size = endpoint.vocabulary_size
     endpoint = replace(endpoint, vocabulary_size=sys.maxsize)  # padding counts here
-    most = count = size
-    while least < most:
+    highest = count = size
+    while lowest < highest:
         try:
             returned = len((await endpoint.candidates(protocol, ids, count)).candidates.ids)
         except RequestRefusedError:
-            most = count - 1
+            highest = count - 1
         except EngineError:
-            return least
+            return lowest
         else:
             if returned < count:
-                return max(returned, least)
-            least = count
-        count = min(4 * least, (least + most + 1) // 2)
-    return None if least >= size else least
+                return max(returned, lowest)
+            lowest = count
+        count = min(4 * lowest, (lowest + highest + 1) // 2)
+    return None if lowest >= size else lowest

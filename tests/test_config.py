@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config import parse_config, read_config
+from mixlm.config_file import parse_config, read_config
 from mixlm.errors import ConfigError
 
 WHOLE = """

@@ -32,7 +32,7 @@ from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
-    from mixlm.config import UnitName
+    from mixlm.choices import UnitName
     from mixlm.ensemble import Ensemble
     from research.benchmark import ComparisonPlan
 

@@ -20,7 +20,7 @@ from mixlm.benchmark.timing import (
     time_run,
 )
 from mixlm.binding import MemberSpec
-from mixlm.config import UnitName
+from mixlm.choices import UnitName
 from mixlm.core.options import Options
 from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from mixlm.benchmark.report import environment
-from mixlm.config import EnsembleConfig, UnitName
+from mixlm.choices import UnitName
+from mixlm.config import EnsembleConfig
 from mixlm.ensemble import Ensemble
 from mixlm.loading import load_config
 from research.paper.experiments import Weights

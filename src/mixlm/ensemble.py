@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 import numpy as np
 
 from mixlm.binding import Binder, MemberSpec
-from mixlm.config import UnitName
+from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.logits_processor import as_processor
 from mixlm.core.mixing import normalized_weights

@@ -17,18 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixlm.binding import MemberSpec
-from mixlm.config import (
-    DType,
-    EnsembleConfig,
-    Graphs,
-    MemberConfig,
-    Method,
-    Quantization,
-    RouterConfig,
-    UnitName,
-    parse_config,
-    read_config,
-)
+from mixlm.choices import DType, Graphs, Method, Quantization, UnitName
+from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig
+from mixlm.config_file import parse_config, read_config
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average, rule_name

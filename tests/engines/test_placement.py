@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_transformers_engine import build
 
-from mixlm.config import parse_config, read_config
+from mixlm.config_file import parse_config, read_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import random_ids, uncached
 from mixlm.engines.transformers.placement import planned_memory

@@ -20,6 +20,7 @@ from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.loading import load
+from mixlm.server import request_schemas
 from mixlm.server.api_errors import to_api_error
 
 PAIR = load("toy:1", "toy:2")
@@ -370,6 +371,30 @@ def test_bodies_may_be_compressed(toys):
     assert post(body) == (400, "invalid_encoding")
     assert post(gzip.compress(b" " * (1 << 24) + body)) == (413, "body_too_large")
     assert post(body, "br") == (415, "unsupported_encoding")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 1000}] * 50}, "messages.0.content.0"),
+        ("/v1/chat/completions", {"messages": HELLO, "logit_bias": {str(i): "x" for i in range(50_000)}}, "logit_bias"),
+        ("/v1/chat/completions", {"messages": HELLO, **{str(i): "x" for i in range(50_000)}}, None),
+        ("/v1/responses", {"input": [{"role": "user", "content": [1] * 1000}] * 50}, "input.0.content.0"),
+        ("/v1/responses", {"input": "x", "metadata": {str(i): 1 for i in range(50_000)}}, "metadata"),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [1] * 1000}] * 50}, "messages.0.content.0"),
+    ],
+)  # fmt: skip
+def test_only_the_first_faults_of_a_body_are_looked_at(toys, monkeypatch, path, body, param):
+    numbers = []
+    validation_error = request_schemas.validation_error
+    monkeypatch.setattr(
+        request_schemas,
+        "validation_error",
+        lambda error, *rest: [numbers.append(error.error_count()), validation_error(error, *rest)][1],
+    )
+    response = toys.post(path, body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert max(numbers) < 5
 
 
 def test_negative_seeds_are_seeds(toys):

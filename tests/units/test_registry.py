@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from toys import SHARED, VOCABULARIES, engine
 
-from mixlm.config import UNITS
+from mixlm.choices import UNITS
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.units.registry import build_unit, unit_traits
 

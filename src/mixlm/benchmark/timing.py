@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mixlm.benchmark.report import memory_in_use
-from mixlm.config import METHODS, Method
+from mixlm.choices import METHODS, Method
 from mixlm.core.options import GenerationOptions, without_rule
 from mixlm.core.rng import Noise
 from mixlm.decoding.drafts import LookupDraft, default_draft

@@ -326,7 +326,8 @@ def _write(
         if (inputs := getattr(result.router, "inputs", None)) is not None:
             lines[-1] += f", its numbers to {router.with_suffix('.safetensors').name}; it needs {inputs.needs}"
     if output is not None:
-        from mixlm.config import RouterConfig, write_config
+        from mixlm.config import RouterConfig
+        from mixlm.config_file import write_config
 
         weights = [round(float(weight), 6) for weight in result.em.weights]
         members = tuple(with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))

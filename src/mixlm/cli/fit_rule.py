@@ -147,7 +147,8 @@ def _fit_gate(
         )
     gate.save(trained.path)
     if output is not None:
-        from mixlm.config import CombinationConfig, write_config
+        from mixlm.config import CombinationConfig
+        from mixlm.config_file import write_config
 
         members = tuple(with_weight(member, member.weight) for member in config.members)
         # Paths in an ensemble file are relative to its folder.
@@ -182,7 +183,7 @@ def _split(text: str, holdout: float) -> tuple[str, str]:
 
 
 def _write(result: StrengthFit, config: EnsembleConfig, output: Path) -> None:
-    from mixlm.config import write_config
+    from mixlm.config_file import write_config
 
     assert config.combination is not None
     weights = [round(float(weight), 6) for weight in result.weights]

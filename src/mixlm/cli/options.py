@@ -147,7 +147,8 @@ class Shared:
             UsageError: Options exclude each other.
             ModelNotFoundError: No model is named, and the demo pair is not installed.
         """
-        from mixlm.config import EnsembleConfig, MemberConfig, read_config
+        from mixlm.config import EnsembleConfig, MemberConfig
+        from mixlm.config_file import read_config
 
         changes: dict[str, Any] = {} if self.method is None else {"method": self.method}
         if self.unit is not None:

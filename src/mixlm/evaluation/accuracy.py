@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import UnitName
+from mixlm.choices import UnitName
 from mixlm.core.options import Options
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
-from mixlm.config import METHODS
+from mixlm.choices import METHODS
 from mixlm.core.options import Options, without_rule
 from mixlm.core.rule_options import is_average, rule_as_dict
 from mixlm.ensemble import AT_ONCE, Ensemble

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.config import METHODS, RULES, UNITS
+from mixlm.choices import METHODS, RULES, UNITS
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError

@@ -9,8 +9,7 @@ from dataclasses import fields
 from threading import Lock
 from typing import Any
 
-from mixlm.choices import METHODS
-from mixlm.config import UNITS, Method, UnitName
+from mixlm.choices import METHODS, UNITS, Method, UnitName
 from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_class
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS
 from mixlm.core.rule_options import is_average, rule_as_dict, rule_name

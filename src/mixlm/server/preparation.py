@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from mixlm.config import UnitName
+from mixlm.choices import UnitName
 from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.server.api_errors import ApiError, to_api_error

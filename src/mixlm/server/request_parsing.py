@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mixlm.config import Method
+from mixlm.choices import Method
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import rule_name
 from mixlm.ensemble import Ensemble

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import METHODS, Method
+from mixlm.choices import METHODS, Method
 from mixlm.types import Ids
 
 MixtureStrategy = Literal["mixture", "word_mixture", "byte_mixture"]

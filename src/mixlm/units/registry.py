@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from mixlm.config import UNITS, UnitName
+from mixlm.choices import UNITS, UnitName
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.tokenization.incremental import Encoder
 from mixlm.tokenization.vocabulary import Vocabulary

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.config import UNITS, Method
+from mixlm.choices import UNITS, Method
 from mixlm.core.options import Options
 from mixlm.decoding import check_method
 from mixlm.ensemble import Ensemble

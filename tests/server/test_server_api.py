@@ -373,17 +373,20 @@ def test_bodies_may_be_compressed(toys):
     assert post(body, "br") == (415, "unsupported_encoding")
 
 
+WRONG_TURNS = [{"role": "user", "content": [1] * 1000}] * 50
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 1000}] * 50}, "messages.0.content.0"),
+        ("/v1/chat/completions", {"messages": WRONG_TURNS}, "messages.0.content.0"),
         ("/v1/chat/completions", {"messages": HELLO, "logit_bias": {str(i): "x" for i in range(50_000)}}, "logit_bias"),
         ("/v1/chat/completions", {"messages": HELLO, **{str(i): "x" for i in range(50_000)}}, None),
-        ("/v1/responses", {"input": [{"role": "user", "content": [1] * 1000}] * 50}, "input.0.content.0"),
+        ("/v1/responses", {"input": WRONG_TURNS}, "input.0.content.0"),
         ("/v1/responses", {"input": "x", "metadata": {str(i): 1 for i in range(50_000)}}, "metadata"),
-        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [1] * 1000}] * 50}, "messages.0.content.0"),
+        ("/v1/messages", {"max_tokens": 1, "messages": WRONG_TURNS}, "messages.0.content.0"),
     ],
-)  # fmt: skip
+)
 def test_only_the_first_faults_of_a_body_are_looked_at(toys, monkeypatch, path, body, param):
     numbers = []
     validation_error = request_schemas.validation_error

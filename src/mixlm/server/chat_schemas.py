@@ -48,8 +48,8 @@ class ChatMessage(StrictBody):
     ignored = IGNORED_MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
-    tool_calls: Annotated[list[CallPart], Field(max_length=1000)] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)]
+    tool_calls: Annotated[list[CallPart], Field(max_length=1000, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=512)] | None = None
 
     @model_validator(mode="before")
@@ -122,11 +122,11 @@ class NamedTool(StrictBody):
 class ChatBody(CommonFields):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31, description="Another name for max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="How many; goes with logprobs.")
-    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="Whether several calls are possible.")
     reasoning_effort: Annotated[str, StringConstraints(max_length=64)] | None = Field(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -20,14 +21,23 @@ from pydantic import (
     model_validator,
 )
 
-from mixlm.choices import Rule
-from mixlm.config import UnitName
+from mixlm.choices import Rule, UnitName
 from mixlm.core.options import OPTIONS, GenerationOptions
 from mixlm.server.api_errors import unsupported_field, validation_error
 from mixlm.types import Sampling
 
 # A lower temperature overflows float32; 0 selects the most likely token.
 _COLDEST = 1e-3
+# Each wrong field is an error of its own; so many are reported at once, and no more.
+_MOST_FIELDS = 1024
+
+
+def _refuse_many(fields: Any) -> Any:
+    """Refuse an object with too many fields, before each is looked at."""
+    if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
+        raise ValueError(f"it has more than {_MOST_FIELDS} fields")
+    return fields
+
 
 _ONE_TEXT = "an ensemble generates text, and nothing else"
 # Fields of the API that have no meaning here: the values that request nothing, and why others are refused.
@@ -68,7 +78,9 @@ IGNORED_FIELDS = (
 Body = TypeVar("Body", bound="StrictBody")
 Short = Annotated[str, StringConstraints(max_length=512)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=512)], Bias], Field(max_length=1024)]
+FewFields = BeforeValidator(_refuse_many)
+_BiasKey = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Biases = Annotated[dict[_BiasKey, Bias], Field(max_length=1024), FewFields]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -93,6 +105,7 @@ class StrictBody(BaseModel):
         """Remove known fields that are null or ignored; make integers of numbers such as 8.0 where they are meant."""
         if not isinstance(fields, dict):
             return fields
+        _refuse_many(fields)
         known = {info.alias or name: info for name, info in cls.model_fields.items()}
         return {
             name: int(value)
@@ -288,7 +301,7 @@ class CompletionBody(CommonFields):
 
     neutral = {**NEUTRAL_FIELDS, **_NEUTRAL_WITHOUT_CHAT}
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="How many of the most likely; 0 gives those of the sampled tokens alone."
     )

@@ -43,7 +43,7 @@ class ToolResultBlock(_ContentBlock):
 
     type: Literal["tool_result"]
     tool_use_id: _LongId
-    content: str | Annotated[list[TextBlock], Field(max_length=1000)] = ""
+    content: str | Annotated[list[TextBlock], Field(max_length=1000, fail_fast=True)] = ""
 
 
 class ThinkingBlock(_ContentBlock):
@@ -61,7 +61,7 @@ class TurnBody(StrictBody):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(max_length=1000)]
+    content: str | Annotated[list[Block], Field(max_length=1000, fail_fast=True)]
 
     @model_validator(mode="after")
     def _check_blocks(self) -> TurnBody:
@@ -113,15 +113,15 @@ class MessagesBody(StrictBody):
     ignored = ("metadata", "service_tier", "cache_control", "inference_geo")
 
     model: Short | None = Field(default=None, description="The name of a served ensemble.")
-    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[TurnBody], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: int = Field(ge=1, le=2**31)
-    system: str | Annotated[list[TextBlock], Field(max_length=1000)] | None = None
+    system: str | Annotated[list[TextBlock], Field(max_length=1000, fail_fast=True)] | None = None
     stop_sequences: Annotated[list[Short], Field(max_length=16)] | None = None
     stream: bool | None = None
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ChoiceOfTools | None = None
     mixlm: Extras | None = None
 

@@ -12,6 +12,7 @@ from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
 from mixlm.server.request_schemas import (
     IGNORED_FIELDS,
     Extras,
+    FewFields,
     JsonObject,
     PlainText,
     Short,
@@ -46,7 +47,7 @@ class MessageItem(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(max_length=1000)]
+    content: str | Annotated[list[InputPart], Field(max_length=1000, fail_fast=True)]
 
 
 class CallItem(_Item):
@@ -63,7 +64,7 @@ class CallOutputItem(_Item):
 
     type: Literal["function_call_output"]
     call_id: _LongId
-    output: str | Annotated[list[InputPart], Field(max_length=1000)]
+    output: str | Annotated[list[InputPart], Field(max_length=1000, fail_fast=True)]
 
 
 class ReasoningItem(_Item):
@@ -155,7 +156,7 @@ class ResponsesBody(StrictBody):
     ignored = (*(name for name in IGNORED_FIELDS if name not in ("metadata", "store")), "prompt_cache_options")
 
     model: Short | None = Field(default=None, description="The name of a served ensemble.")
-    input: str | Annotated[list[InputItem], Field(max_length=10_000)] = Field(default_factory=list)
+    input: str | Annotated[list[InputItem], Field(max_length=10_000, fail_fast=True)] = Field(default_factory=list)
     instructions: str | None = Field(default=None, description="A system message in front of the conversation.")
     previous_response_id: Short | None = Field(default=None, description="The response that this conversation goes on.")
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31)
@@ -166,10 +167,10 @@ class ResponsesBody(StrictBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = Field(default=None, description="Whether the response can be continued; true by default.")
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=64), FewFields] | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="The same seed gives the same text.")

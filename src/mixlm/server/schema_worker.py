@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Of the thread that compiles. It is less than the server's threads have: the compiler recurses, and the process ends
 # where the stack does.
-_STACK_BYTES = 2 << 20
+_STACK_BYTES = 4 << 20
 
 
 class _Bytes:

@@ -9,15 +9,13 @@ never idle while another one works.
 
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
-prompt, behind which the request itself is queued again. Its size follows the time that calls take: while others are
-generated, a chunk may add as much time to a call as a decode step takes.
+prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`).
 
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -31,6 +29,7 @@ import numpy as np
 from mixlm.engines.base import Engine
 from mixlm.engines.requests import GenerateRequest, LogitsRequest, Request, Response, ScoreRequest
 from mixlm.errors import EngineError, GenerationInterruptedError, MixlmError
+from mixlm.generation.chunks import ChunkSizes
 from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, MemberError, to_mixlm_error
 from mixlm.generation.generation import Generation
 from mixlm.types import TopKFilter
@@ -40,18 +39,8 @@ from mixlm.types import TopKFilter
 _MAX_SKIPPED_CALLS = 8
 # A request for more tokens than this is a prefill.
 _MAX_DECODE_TOKENS = 16
-# Tokens: of the smallest and the largest chunk, and of the first one where nothing else is generated.
-_MIN_CHUNK = 4
-_MAX_CHUNK = 8192
-_FIRST_CHUNK_ALONE = 128
 # A prompt of no more tokens than this runs in one call.
 _SHORT_PROMPT = 64
-# A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated. Then
-# it bounds how long a new request, or a cancelled one, waits.
-_CHUNK_SHARE = 1.0
-_CHUNK_SECONDS_ALONE = 0.5
-# After so many calls with chunks, one without shows again what a decode step takes.
-_MAX_CHUNKED_CALLS = 16
 # A prompt whose chunks were lost more often than this is prefilled in one call.
 _MAX_LOSSES = 3
 # How long a step waits for servers at most, seconds.
@@ -89,34 +78,21 @@ class _QueuedRequest(NamedTuple):
 class _EngineQueue:
     """Requests for one engine.
 
-    since: the scheduler's count of calls when the oldest of them came. decode_seconds: time of a call without prefills,
-    None where there was none. chunked_calls: how many with a chunk there were since the last of those. chunk,
-    chunk_alone: tokens of a chunk while others are generated, and while none is.
+    since: the scheduler's count of calls when the oldest of them came. chunks: how much of a long prompt a call runs.
     """
 
     engine: Engine
     requests: list[_QueuedRequest] = field(default_factory=list)
     since: int = 0
-    decode_seconds: float | None = None
-    chunked_calls: int = 0
-    chunk: int = _MIN_CHUNK
-    chunk_alone: int = _FIRST_CHUNK_ALONE
+    chunks: ChunkSizes = field(default_factory=ChunkSizes)
 
-    def adapt(self, batch: _Batch, seconds: float) -> None:
-        """Learn from the time of a call: a larger chunk where it added little, a smaller one where it added much."""
+    def record(self, batch: _Batch, seconds: float) -> None:
+        """Learn from the time of a call; short prompts, or one that runs as a whole, show nothing."""
         if not batch.prefill_tokens:
-            usual = self.decode_seconds or seconds
-            weight = 0.5 if self.chunked_calls else 0.2
-            self.decode_seconds = usual + weight * (min(seconds, 2 * usual) - usual)  # a hiccup counts little
-            self.chunked_calls = 0
-        elif not batch.chunk:
-            pass  # short prompts, or one that runs as a whole
-        elif batch.alone:
-            self.chunk_alone = _adapted(batch.chunk, batch.share * seconds, _CHUNK_SECONDS_ALONE)
-        elif self.decode_seconds is not None:
-            self.chunked_calls += 1
-            added = batch.share * (seconds - self.decode_seconds)
-            self.chunk = _adapted(batch.chunk, added, _CHUNK_SHARE * self.decode_seconds)
+            self.chunks.record_decode(seconds)
+        elif batch.chunk:
+            share = batch.chunk / batch.prefill_tokens
+            self.chunks.record_chunk(batch.chunk, share, seconds, alone=batch.alone)
 
 
 class _Batch(NamedTuple):
@@ -130,11 +106,6 @@ class _Batch(NamedTuple):
     prefill_tokens: int = 0
     chunk: int = 0
     alone: bool = False
-
-    @property
-    def share(self) -> float:
-        """The chunk's share of the prefill."""
-        return self.chunk / self.prefill_tokens
 
 
 class _Running(NamedTuple):
@@ -198,7 +169,7 @@ class Scheduler:
         self._call_engines()
         for future in self._wait():
             queue, batch, call, start = self._running.pop(future)
-            queue.adapt(batch, time.perf_counter() - start)
+            queue.record(batch, time.perf_counter() - start)
             for queued, response in zip(batch.requests, call.responses(), strict=True):
                 if queued.rest is not None and not isinstance(response, MixlmError):
                     self._requeue(queue, queued.rest)
@@ -318,11 +289,11 @@ class Scheduler:
         prefills = [queued for queued in queue.requests if self.prefill_chunk is not None and _is_prefill(queued)]
         if self.prefill_chunk is None or not prefills:
             return _Batch(queue.requests), []
-        if queue.chunked_calls >= _MAX_CHUNKED_CALLS and len(prefills) < len(queue.requests):
+        if queue.chunks.needs_decode_step and len(prefills) < len(queue.requests):
             decodes = [queued for queued in queue.requests if not any(queued is prefill for prefill in prefills)]
             return _Batch(decodes), prefills
         alone = self._only_prefills()
-        chunk = min(queue.chunk_alone if alone else queue.chunk, self.prefill_chunk)
+        chunk = min(queue.chunks.alone if alone else queue.chunks.beside, self.prefill_chunk)
         budget = total = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
         requests: list[_QueuedRequest] = []
         later: list[_QueuedRequest] = []
@@ -412,12 +383,3 @@ def _first_chunk(queued: _QueuedRequest, chunk: int, total: int) -> tuple[_Queue
     addressed = queued.addressed._replace(request=LogitsRequest(request.member, prefix, 1, _ONE_LOGIT))
     rest = queued._replace(chunked=len(prefix), losses=losses)
     return _QueuedRequest(queued.waiting, queued.place, addressed, rest=rest), chunk
-
-
-def _adapted(chunk: int, added: float, limit: float) -> int:
-    """Return the size of the next chunk: half way, by ratio, to the one that adds `limit`. A hiccup counts little.
-
-    added: seconds that this chunk added to a call.
-    """
-    ratio = limit / max(added, limit / 4)
-    return min(max(round(chunk * max(math.sqrt(ratio), 0.5)), _MIN_CHUNK), _MAX_CHUNK)

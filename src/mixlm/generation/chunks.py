@@ -1,0 +1,70 @@
+"""How many tokens of a long prompt one call runs: the size follows the time that calls take.
+
+While others are generated, a chunk may add as much time to a call as a decode step takes; where none is, it bounds how
+long a new request, or a cancelled one, waits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Tokens: of the smallest and the largest chunk, and of the first one where nothing else is generated.
+_MIN_CHUNK = 4
+_MAX_CHUNK = 8192
+_FIRST_CHUNK_ALONE = 128
+# A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated.
+_SHARE = 1.0
+_SECONDS_ALONE = 0.5
+# After so many calls with chunks, one without shows again what a decode step takes.
+_MAX_CHUNKED_CALLS = 16
+
+
+@dataclass(slots=True)
+class ChunkSizes:
+    """The chunks of one engine.
+
+    beside, alone: tokens of a chunk while others are generated, and while none is. decode_seconds: time of a call
+    without prefills, None where there was none. chunked_calls: how many calls had a chunk since the last of those.
+    """
+
+    beside: int = _MIN_CHUNK
+    alone: int = _FIRST_CHUNK_ALONE
+    decode_seconds: float | None = None
+    chunked_calls: int = 0
+
+    @property
+    def needs_decode_step(self) -> bool:
+        """Whether a call without chunks is due, to learn what a decode step takes by now."""
+        return self.chunked_calls >= _MAX_CHUNKED_CALLS
+
+    def record_decode(self, seconds: float) -> None:
+        """Learn from a call without prefills."""
+        usual = self.decode_seconds or seconds
+        weight = 0.5 if self.chunked_calls else 0.2
+        self.decode_seconds = usual + weight * (min(seconds, 2 * usual) - usual)  # a hiccup counts little
+        self.chunked_calls = 0
+
+    def record_chunk(self, chunk: int, share: float, seconds: float, *, alone: bool) -> None:
+        """Learn from a call with a chunk: a larger one where it added little, a smaller one where it added much.
+
+        Args:
+            chunk: Its tokens.
+            share: Its share of the tokens of prompts in the call.
+            seconds: Time of the call.
+            alone: Whether nothing else was generated.
+        """
+        if alone:
+            self.alone = _adapted(chunk, share * seconds, _SECONDS_ALONE)
+        elif self.decode_seconds is not None:
+            self.chunked_calls += 1
+            self.beside = _adapted(chunk, share * (seconds - self.decode_seconds), _SHARE * self.decode_seconds)
+
+
+def _adapted(chunk: int, added: float, limit: float) -> int:
+    """Return the size of the next chunk: half way, by ratio, to the one that adds `limit`. A hiccup counts little.
+
+    added: seconds that this chunk added to a call.
+    """
+    ratio = limit / max(added, limit / 4)
+    return min(max(round(chunk * max(math.sqrt(ratio), 0.5)), _MIN_CHUNK), _MAX_CHUNK)

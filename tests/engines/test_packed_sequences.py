@@ -126,6 +126,15 @@ def test_where_there_are_no_addresses_for_more_buffers_each_is_for_itself(tmp_pa
         return reserve(*arguments, **options)
 
     monkeypatch.setattr(mmap, "mmap", limited)
+    assert_batches_are_right(engine)
+    assert len(calls) == 4
+    ids = random_ids(engine, 8)  # those of the first slab go on
+    assert_close(first[3].logits(ids), uncached(engine, ids))
+    assert first[3].stats.forwards[-1].cached == 5
+
+
+def assert_batches_are_right(engine):
+    """Three texts of unequal lengths, read in two batches, give what each gives alone and uncached."""
     texts = [random_ids(engine, length, length) for length in (9, 30, 17)]
     sessions = [engine.session() for _ in texts]
     for cut in (4, 0):
@@ -134,10 +143,6 @@ def test_where_there_are_no_addresses_for_more_buffers_each_is_for_itself(tmp_pa
         ]
         for (_, request), rows in zip(requests, engine.respond(requests), strict=True):
             assert_close(rows, uncached(engine, request.ids))
-    assert len(calls) == 4
-    ids = random_ids(engine, 8)  # those of the first slab go on
-    assert_close(first[3].logits(ids), uncached(engine, ids))
-    assert first[3].stats.forwards[-1].cached == 5
 
 
 def wrong(query, keys, values, lengths, form):
@@ -156,14 +161,7 @@ def test_a_kernel_for_several_sequences_is_used_where_it_is_right(tmp_path, monk
         engine = load(folder)
         assert engine.runner.batches
         assert engine.details.get("attention of batches") == used
-        texts = [random_ids(engine, length, length) for length in (9, 30, 17)]
-        sessions = [engine.session() for _ in texts]
-        for cut in (4, 0):
-            requests = [
-                (session, LogitsRequest(0, ids[: len(ids) - cut])) for session, ids in zip(sessions, texts, strict=True)
-            ]
-            for (_, request), rows in zip(requests, engine.respond(requests), strict=True):
-                assert_close(rows, uncached(engine, request.ids))
+        assert_batches_are_right(engine)
 
 
 @pytest.mark.parametrize("name", ["torch.nn.attention.varlen", "flash_attn"])

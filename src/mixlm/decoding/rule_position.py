@@ -6,6 +6,7 @@ have run: one that ran early, as a draft does, is not looked at before its turn.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -123,12 +124,12 @@ class RulePosition(Position):
         """Do what `decide` does, where every member has run and some have not reported everything."""
         return self.decide(rows)
 
+    @abstractmethod
     def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
         """Return the symbol where every member has run and fewer have not decided it.
 
         symbols: the union of the members' supports, int64, ascending.
         """
-        raise NotImplementedError
 
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""

@@ -144,25 +144,37 @@ def learning_curve(rows: Sequence[Row]) -> str | None:
 
 
 def answers_part(tasks: Mapping[str, Sequence[Row]]) -> str:
-    """Return the table of right answers: a row a way to weigh, a column a task."""
+    """Return the table of right answers: a row a way to weigh, a column a task, and one for all of them."""
+    about = next(iter(tasks.values()))[0]["about"]
+    members, large = about["members"], int(np.argmax(about["sizes"]))
+    right = {task: {row["name"]: np.array(row["correct"], dtype=float) for row in rows} for task, rows in tasks.items()}
+    names = [name for name in next(iter(right.values())) if all(name in rows for rows in right.values())]
+    right["all"] = {name: np.concatenate([rows[name] for rows in right.values()]) for name in names}
     heads, columns = [""], []
-    for task, rows in tasks.items():
-        about = rows[0]["about"]
-        heads.append(f"{task} ({about['train']} train, {about['check']} held out)")
-        right = {row["name"]: np.array(row["correct"], dtype=float) for row in rows}
-        best = max(about["members"], key=lambda name: right[name].sum())
+    for task, rows in right.items():
+        heads.append(f"{task} ({len(rows[names[0]])})")
+        best = max(members, key=lambda name: rows[name].sum())
         column = {}
-        for name, values in right.items():
-            low, high = interval(values - right[best], np.ones(len(values)), _ROUNDS)
+        for name in names:
+            low, high = interval(rows[name] - rows[best], np.ones(len(rows[name])), _ROUNDS)
             sure = "**" if low > 0 else ""
-            shown = f"{sure}{values.mean():.1%}{sure}"
+            shown = f"{sure}{rows[name].mean():.1%}{sure}"
             column[name] = shown if name == best else f"{shown} ({low:+.1%} to {high:+.1%})"
         columns.append(column)
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    body = [(name, *(column.get(name, "") for column in columns)) for name in names]
+    forwards = {
+        name: np.mean([row["forwards"] for rows in tasks.values() for row in rows if row["name"] == name], axis=0)
+        for name in names
+    }
+    body = [
+        (name, *(column[name] for column in columns), f"{forwards[name].sum():.2f}", f"{forwards[name][large]:.2f}")
+        for name in names
+    ]
+    heads += ["forwards a token", f"of {members[large]}"]
+    file, count = about["fit"]
     return (
-        f"{table(heads, body)}\n\nIn parentheses: minus the task's best member, 95 % paired interval; bold where it "
-        "lies above 0."
+        f"Members: {', '.join(members)}; {about['observe']} is observed. Weights and gates are fitted to {count} other "
+        f"questions ({file}).\n\n{table(heads, body)}\n\nIn parentheses: minus the best member of the column, 95 % "
+        "paired interval; bold where it lies above 0."
     )
 
 

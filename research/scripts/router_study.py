@@ -2,13 +2,15 @@
 
     python -m research.scripts.router_study texts prose=PATH reference=PATH code=PATH -m A -m B [--out DIR]
         [--train N] [--check N] [--observe A] [--engine hf] [--rounds N] [--curve]
-    python -m research.scripts.router_study answers arc_easy=FILE.jsonl … -m A -m B [--out DIR] [--questions N]
+    python -m research.scripts.router_study answers arc_easy=FILE.jsonl … --fit FILE.jsonl -m A -m B [--out DIR]
+        [--questions N] [--fit-questions N]
 
 `texts`: PATH is a folder, whose files are divided, or a file, whose first bytes train and whose last are held out.
 Passages held out that repeat training text are left out. Intervals are bootstrap intervals over the passages held out,
 paired with EM's weights where a difference is shown. `--curve` trains on an eighth, a quarter and a half of the text
-too. `answers`: weights and gates are fitted to the right answers of the even questions, and all are judged on the odd
-ones by the likeliest of the given answers; intervals are paired with the best member.
+too. `answers`: weights and gates are fitted to the questions of `--fit`, which must be others than those of the tasks,
+as the training part of ARC is; all are judged on the tasks by the likeliest of the given answers, by the byte;
+intervals are paired with the best member.
 
 One member is in memory at a time. Scores are kept in mixlm's cache, some passages at a time, and a row in DIR as soon
 as it is known: a run that was stopped goes on, and one on other texts or members needs another DIR.
@@ -26,18 +28,17 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mixlm.fitting.deferral import DeferralScores, train_deferral
 from mixlm.fitting.gate_trainer import GateKind
 from mixlm.fitting.gates import choose_gate
-from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router
+from mixlm.fitting.likelihood import equal_weights, expectation_maximisation, fit_router, simplex
 from mixlm.resumable_log import ResumableLog
 from mixlm.routing.gate_router import GROUPS
 from mixlm.scoring.scores import Scores, concatenate, router_weights
@@ -105,6 +106,7 @@ PRICED = {f"k: router, price {price:g}": Attempt(("top_k",), "mlp", price=price)
 DEFERRALS = {f"k: defer, gate, price {price:g}": price for price in PRICES}
 THRESHOLDS = {f"k: defer, top {strength:g}": strength for strength in (0.3, 0.5, 0.7, 0.8, 0.9, 0.97)}
 POSTERIORS: Mapping[str, int] = {"e: posterior": 256, "e: posterior/64": 64, "i: posterior/1": 1}
+_FIT = "questions to fit"
 CURVE = ("a: text, linear", "d: all, linear", "d: all, mlp", "h: everything/64, mlp")
 _POWERS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the likelihood of the past
 
@@ -336,8 +338,11 @@ def texts(arguments: Any) -> None:
     )
 
 
-def read_questions(path: Path, limit: int) -> list[tuple[str, list[str], int]]:
-    """Return prompts, their choices and the right one, of the files of ARC and MMLU."""
+Question = tuple[str, list[str], int]  # a prompt, its choices, and the right one
+
+
+def read_questions(path: Path, limit: int) -> list[Question]:
+    """Return the first questions of a file as those of ARC and MMLU."""
     out = []
     for line in path.read_text().splitlines()[:limit]:
         raw = json.loads(line)
@@ -350,26 +355,47 @@ def read_questions(path: Path, limit: int) -> list[tuple[str, list[str], int]]:
     return out
 
 
-@dataclass(frozen=True)
 class Answers:
-    """Scored answers of questions that are judged. question: of each answer. right: the right answer of each."""
+    """The scored answers of questions.
 
-    scores: Scores
-    question: npt.NDArray[np.int64]
-    right: Sequence[int]
+    Attributes:
+        scores: Of all answers.
+        right_scores: Of the right ones.
+        right: The number of each question's right answer.
+    """
+
+    def __init__(self, scores: Scores, questions: Sequence[Question]) -> None:
+        self.scores = scores
+        self.right = [right for _, _, right in questions]
+        sizes = [len(choices) for _, choices, _ in questions]
+        self._question = np.repeat(np.arange(len(questions)), sizes)
+        _, answer = np.unique(scores.passage_starts, return_inverse=True)
+        self.right_scores = scores.select(np.isin(answer, np.cumsum([0, *sizes])[:-1] + self.right))
 
     def correct(self, weigh: Weigh) -> list[bool]:
         """Return whether the likeliest answer, by the byte, is the right one."""
         bits, sizes = by_document(self.scores, self.scores.mixture(weigh(self.scores)))
         values = -bits / np.maximum(sizes, 1)
-        picked = [int(np.argmax(values[self.question == number])) for number in range(len(self.right))]
+        picked = [int(np.argmax(values[self._question == number])) for number in range(len(self.right))]
         return [answer == right for answer, right in zip(picked, self.right, strict=True)]
+
+    def best_weights(self, step: float = 0.1) -> Floats:
+        """Return the fixed weights of a grid under which most answers are right, and then most likely."""
+
+        def quality(weights: Floats) -> tuple[int, float]:
+            right = self.right_scores
+            return sum(self.correct(lambda _: weights)), -right.bits_per_byte(right.mixture(weights))
+
+        return max(simplex(len(self.scores.names), step), key=quality)
 
 
 def answers(arguments: Any) -> None:
     """Compare routers on questions with given answers."""
     tasks = {given.partition("=")[0]: Path(given.partition("=")[2]) for given in arguments.inputs}
     questions = {name: read_questions(path, arguments.questions) for name, path in tasks.items()}
+    known = {prompt for task in questions.values() for prompt, _, _ in task}
+    fitted = [item for item in read_questions(arguments.fit, arguments.fit_questions) if item[0] not in known]
+    questions = {_FIT: fitted, **questions}
     every = {
         name: [choice.encode() for _, choices, _ in task for choice in choices] for name, task in questions.items()
     }
@@ -381,46 +407,60 @@ def answers(arguments: Any) -> None:
         for name, task in questions.items()
     }
     members, scores = score_by_member(arguments.model, arguments.engine, arguments.observe, jobs)
-    for name, task in questions.items():
-        print(f"{name}: {len(task)} questions scored", flush=True)
-        whole = scores[name]
-        _, passage = np.unique(whole.passage_starts, return_inverse=True)
-        question = np.repeat(np.arange(len(task)), [len(choices) for _, choices, _ in task])
-        first = np.cumsum([0, *(len(choices) for _, choices, _ in task)])[:-1]
-        right = np.array([number for _, _, number in task])
-        train = whole.select(np.isin(passage, (first + right)[::2]))
-        check = Answers(
-            whole.select(question[passage] % 2 == 1), question[question % 2 == 1] // 2, right[1::2].tolist()
-        )
-        report_answers(members, name, train, check, arguments)
+    scored = {name: Answers(scores[name], task) for name, task in questions.items()}
+    train = scored.pop(_FIT)
+    print(f"fitted on {len(train.right)} questions", flush=True)
+    ways = ways_to_weigh(members, train)
+    for name, check in scored.items():
+        report_answers(members, name, train, check, ways, arguments)
 
 
-def report_answers(members: Members, task: str, train: Scores, check: Answers, arguments: Any) -> None:
+def ways_to_weigh(members: Members, train: Answers) -> dict[str, Callable[[], Weigh]]:
+    """Return what makes each way to weigh from the questions to fit."""
+    count = len(members.names)
+
+    def fixed(weights: Floats) -> Weigh:
+        return lambda _: weights
+
+    ways: dict[str, Callable[[], Weigh]] = {
+        name: partial(fixed, np.eye(count)[i]) for i, name in enumerate(members.names)
+    }
+    ways |= {
+        "equal": lambda: equal_weights,
+        "EM": lambda: fixed(expectation_maximisation(train.right_scores).weights),
+        "grid over accuracy": lambda: fixed(train.best_weights()),
+    }
+    ways |= {name: partial(trained, name, [train.right_scores], members.kinds) for name in ("a: text, linear", *GATES)}
+    return {name: cache(make) for name, make in ways.items()}
+
+
+def report_answers(
+    members: Members,
+    task: str,
+    train: Answers,
+    check: Answers,
+    ways: Mapping[str, Callable[[], Weigh]],
+    arguments: Any,
+) -> None:
     """Print the accuracy of each way to weigh."""
     about = {
         "members": list(members.names),
         "sizes": list(members.sizes),
-        "train": train.passages,
+        "fit": [arguments.fit.name, len(train.right)],
         "check": len(check.right),
         "observe": members.names[members.observed],
     }
     rows = row_log(arguments.out / f"{task}.jsonl", about)
 
-    def judge(weigh: Weigh) -> dict[str, Any]:
-        return {"correct": check.correct(weigh)}
+    def judge(name: str) -> dict[str, Any]:
+        weigh, attempt = ways[name](), GATES.get(name)
+        block = attempt.block if attempt is not None else 0
+        observed = members.observed if attempt is not None and attempt.observes else None
+        refreshed = refreshes(check.scores, block) if block else 0.0
+        return {"correct": check.correct(weigh), "forwards": forwards(weigh(check.scores), observed, refreshed)}
 
-    def routed(name: str) -> dict[str, Any]:
-        return judge(trained(name, [train], members.kinds))
-
-    em = expectation_maximisation(train).weights
-    count = len(members.names)
-    ways: dict[str, Callable[[], dict[str, Any]]] = {
-        name: partial(judge, lambda _, i=i: np.eye(count)[i]) for i, name in enumerate(members.names)
-    }
-    ways |= {"equal": partial(judge, equal_weights), "EM": partial(judge, lambda _: em)}
-    ways |= {name: partial(routed, name) for name in ("a: text, linear", *GATES)}
-    out = [rows.get_or_make(name, about, make) for name, make in ways.items()]
-    best = max(out[:count], key=lambda row: sum(row["correct"]))
+    out = [rows.get_or_make(name, about, partial(judge, name)) for name in ways]
+    best = max(out[: len(members.names)], key=lambda row: sum(row["correct"]))
     for row in out:
         difference = np.array(row["correct"], dtype=float) - np.array(best["correct"], dtype=float)
         low, high = interval(difference, np.ones(len(difference)), arguments.rounds)
@@ -444,8 +484,12 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", type=int, default=100_000, help="bytes of each text that are held out")
     parser.add_argument("--rounds", type=int, default=2000, help="of the bootstrap")
     parser.add_argument("--curve", action="store_true", help="train on parts of the text too")
-    parser.add_argument("--questions", type=int, default=800, help="of each task; half of them train")
+    parser.add_argument("--questions", type=int, default=400, help="of each task")
+    parser.add_argument("--fit", type=Path, help="questions that are not of the tasks, to fit weights and gates to")
+    parser.add_argument("--fit-questions", type=int, default=400, help="how many of them")
     arguments = parser.parse_args(given)
+    if arguments.what == "answers" and arguments.fit is None:
+        parser.error("answers need --fit FILE.jsonl: questions that are not of the tasks")
     texts(arguments) if arguments.what == "texts" else answers(arguments)
 
 

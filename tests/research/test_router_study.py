@@ -79,16 +79,20 @@ def test_answers_are_judged_on_questions_that_nothing_was_fitted_to(
             "choices": {"text": ["the river", "one bird"], "label": ["A", "B"]},
             "answerKey": "B",
         }
-        for i in range(24)
+        for i in range(32)
     ]
-    (tmp_path / "arc.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "arc.jsonl").write_text("\n".join(map(json.dumps, lines[:12])))
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, lines[10:])))  # two are questions of the task
     options = ["-m", "toy:1", "-m", "toy:2", "--out", str(tmp_path / "out"), "--rounds", "50"]
-    router_study.main(["answers", f"arc={tmp_path / 'arc.jsonl'}", *options, "--questions", "24"])
+    router_study.main(["answers", f"arc={tmp_path / 'arc.jsonl'}", "--fit", str(tmp_path / "other.jsonl"), *options])
     out = capsys.readouterr().out
-    assert "arc: 24 questions scored" in out
+    assert "fitted on 20 questions" in out
     assert "of 12  minus" in out
+    assert "arc grid over accuracy" in out
     assert "arc b: top_k, linear" in out
     page = tmp_path / "page.md"
     page.write_text("<!-- results: toys-answers -->\n<!-- end of results -->\n")
     router_page.main([f"toys={tmp_path / 'out'}", "--page", str(page)])
-    assert "| arc (12 train, 12 held out) |" in page.read_text().replace("  |", " |")
+    text = " ".join(page.read_text().split())
+    assert "| arc (12) | all (12) | forwards a token | of toy" in text
+    assert "fitted to 20 other questions (other.jsonl)" in text

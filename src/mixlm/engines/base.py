@@ -105,19 +105,20 @@ class Session(ABC):
         """Sample tokens in the engine. Raises UnsupportedError where it cannot, EngineError where it fails."""
         raise UnsupportedError("this engine does not sample tokens itself")
 
-    def token_logprobs(self, ids: Ids) -> Floats:
-        """Return the log-probability of each id but the first, given those before it: float64 (len(ids) - 1,).
+    def token_logprobs(self, ids: Ids, first: int = 1) -> Floats:
+        """Return the log-probability of each id from `first` on, given those before it: float64 (len(ids) - first,).
 
         The distributions are the model's own, over the whole vocabulary. Positions are computed in chunks, which bounds
-        the memory for logits. Afterwards the KV cache holds all of `ids`.
+        the memory for logits; what the KV cache holds of the ids before `first` is not computed again. Afterwards it
+        holds all of `ids`.
         """
-        logprobs = np.empty(max(len(ids) - 1, 0))
-        for start in range(0, len(ids), _LOGPROBS_CHUNK):
+        logprobs = np.empty(max(len(ids) - first, 0))
+        for start in range(first - 1, len(ids), _LOGPROBS_CHUNK):
             end = min(start + _LOGPROBS_CHUNK, len(ids))
             targets = ids[start + 1 : end + 1]
             logits = check_logits(self.logits(ids[:end], last=end - start), end)[: len(targets)]
             target_logits = logits[np.arange(len(targets)), targets]
-            logprobs[start : start + len(targets)] = target_logits - self.log_normalizers(logits)
+            logprobs[start + 1 - first :][: len(targets)] = target_logits - self.log_normalizers(logits)
         return logprobs
 
     def log_normalizers(self, logits: Logits) -> Floats:

@@ -131,9 +131,9 @@ class TopKOnlySession(Session):
         """Return the scores of given ids, where the engine has them. Raises UnsupportedError where it has not."""
         raise full_distribution_error(self._top_k_engine, "the log-probability of a given text")
 
-    def token_logprobs(self, ids: Ids) -> Floats:
-        """Return the log-probability of each id but the first, as `token_scores` does: float64 (len(ids) - 1,)."""
-        return self.token_scores(ids).logprobs
+    def token_logprobs(self, ids: Ids, first: int = 1) -> Floats:
+        """Return the log-probability of each id from `first` on, of `token_scores`: float64 (len(ids) - first,)."""
+        return self.token_scores(ids).logprobs[first - 1 :]
 
     def record_generation(self, ids: Ids, response: GenerateResponse, seconds: float) -> None:
         """Record tokens that the engine sampled after `ids`."""

@@ -102,12 +102,12 @@ class _MemoSession(Session):
         self._reports: dict[tuple[bytes, int], LogitsRows] = {}
         self._scores: dict[bytes, Floats] = {}
 
-    def token_logprobs(self, ids: Ids) -> Floats:
+    def token_logprobs(self, ids: Ids, first: int = 1) -> Floats:
         """Return the session's scores."""
         key = ids.tobytes()
         if key not in self._scores:
             self._scores[key] = self._session.token_logprobs(ids)
-        return self._scores[key]
+        return self._scores[key][first - 1 :]
 
     def generate(self, run: GenerateRequest) -> GenerateResponse:
         """Let the session generate; samples are not remembered."""

@@ -249,6 +249,7 @@ def test_hints_have_the_words_of_python():
         ("give --top-k 10, as published", "give top_k=10, as published"),
         ("or --engine hf (engine='hf')", "or engine='hf'"),
         ("see mixlm fit --router", "see mixlm fit --router"),
+        ("use --rule mean-then-truncate", "use rule='mean-then-truncate'"),
     ],
 )
 def test_options_of_the_command_line_become_keywords(text, expected):

@@ -167,6 +167,15 @@ def test_a_winner_is_known_from_the_first_member(name, rows):
     assert RULES[name].certain_winner(np.array(rows), np.array([0.7, 0.3]), [0]) == 0
 
 
+def test_above_temperature_1_what_is_nearly_impossible_counts():
+    rows, weights = np.array([[1 - 1e-13, 1e-13], [0.5, 0.5]]), np.array([0.5, 0.5])
+    rule = combination("guidance", strength=1).with_sampling(plain(temperature=5))
+    assert rule.combine(rows, weights)[1] > 1e-3
+    assert (rule.envelope(rows, weights, [0]) <= rule.combine(rows, weights) + 1e-9).all()
+    rows[0] = [1, 0]
+    np.testing.assert_array_equal(rule.envelope(rows, weights, [0]), [1, 0])
+
+
 def test_stopping_rates_of_two_equal_members():
     """Peaked rows: what each coin emits at least."""
     rows, weights = np.array([[0.9, 0.06, 0.04, 0], [0.9, 0, 0.04, 0.06]]), np.array([0.5, 0.5])

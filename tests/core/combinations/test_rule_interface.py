@@ -138,6 +138,7 @@ def test_a_function_is_a_rule():
         ("abc", "rule mine returned str; it must be an array of numbers"),
         ([0.5j, 0.5, 0.5], "rule mine returned complex numbers"),
         (None, "rule mine returned"),
+        ([[0.5], [0.2, 0.3]], "rule mine returned list; it must be an array of numbers"),
     ],
 )
 def test_what_a_function_returns_is_checked_at_every_use(result, message):
@@ -153,6 +154,28 @@ def test_what_an_envelope_returns_is_checked_too(result, message):
     rule = Combination.of(lambda probs, weights: weights @ probs, lambda probs, weights, ran: result, name="mine")
     with pytest.raises(ConfigError, match=message):
         rule.envelope(ROWS, WEIGHTS, [0])
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "message"),
+    [
+        ("combine", [np.nan, 0.5, 0.5], "rule mine returned a value that is not finite"),
+        ("combine", [0.5, 0.2, 0.2], "rule mine returned probabilities that sum to 0.9"),
+        ("bound", [-0.1, 0, 0], "bound of rule mine returned the negative value -0.1"),
+        ("first_member", [0.5, np.nan], "first_member of rule mine returned a value that is not finite"),
+        ("first_distribution", [0.5], r"first_distribution of rule mine returned the shape \(1,\)"),
+    ],
+)
+def test_what_a_class_of_ones_own_returns_is_checked_too(method, result, message):
+    own = type("Mine", (Max,), {"__module__": "mine", "name": "mine", method: lambda self, *args: np.array(result)})()
+    calls = {
+        "combine": lambda: own.combine(ROWS, WEIGHTS),
+        "bound": lambda: own.envelope(ROWS, WEIGHTS, [0]),
+        "first_member": lambda: own.first_member(WEIGHTS),
+        "first_distribution": lambda: own.first_distribution(ROWS[0], WEIGHTS, 0),
+    }
+    with pytest.raises(ConfigError, match=message):
+        calls[method]()
 
 
 def test_a_function_cannot_change_what_others_see():

@@ -155,7 +155,9 @@ def transformed_bound(lower: Floats, sampling: Sampling, remaining: Floats | Non
     free = max(1 - float(lower.sum()), 0.0)
     if sampling.temperature == 0 or sampling.top_k == 1 or sampling.temperature > 1:
         winner = winner_by_bounds(lower, lower + free, free)
-        if winner is not None and (sampling.temperature <= 1 or sampling.top_k == 1 or lower[winner] >= 1 - _ROUNDING):
+        # Above T = 1 the smallest of masses elsewhere counts: 1e-13 to the power 1/5 is 0.0025.
+        is_all = winner is not None and lower[winner] == 1 and np.count_nonzero(lower) == 1
+        if winner is not None and (sampling.temperature <= 1 or sampling.top_k == 1 or is_all):
             out[winner] = 1.0
         return out
     alpha = 1 / sampling.temperature

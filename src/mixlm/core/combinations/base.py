@@ -147,6 +147,14 @@ class Combination(ABC):
     two_prompts: ClassVar[bool] = False
     takes_reports: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Check what rules of one's own return wherever it is used."""
+        super().__init_subclass__(**keywords)
+        if not cls.__module__.startswith("mixlm."):
+            from mixlm.core.combinations.function import check_results
+
+            check_results(cls)
+
     @abstractmethod
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return `C`, float64 (symbols,), summing to 1.

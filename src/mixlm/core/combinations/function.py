@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,8 @@ class FunctionCombination(Combination):
             ConfigError: The function fails, or the result is not one: another shape, a number that is complex, negative
                 or not finite, or a sum that is not 1.
         """
-        result = self._checked(
-            partial(self.function, probs.copy(), weights.copy()), probs.shape[1], f"rule {self.name}"
-        )
-        total = float(result.sum())
-        if abs(total - 1) > 1e-6:
-            raise ConfigError(f"rule {self.name} returned probabilities that sum to {total:.6g}; they must sum to 1")
-        return result / total
+        call = partial(self.function, probs.copy(), weights.copy())
+        return _checked_whole(call, probs.shape[1], f"rule {self.name}")
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
@@ -84,30 +79,70 @@ class FunctionCombination(Combination):
             )
         rows = np.zeros_like(probs)
         rows[list(ran)] = probs[list(ran)]
-        subject = f"the envelope of rule {self.name}"
-        lower = self._checked(partial(self.own_envelope, rows, weights.copy(), tuple(ran)), probs.shape[1], subject)
-        if lower.sum() > 1 + 1e-6:
-            raise ConfigError(f"{subject} sums to {lower.sum():.6g}; it must be at most 1")
-        return lower
+        call = partial(self.own_envelope, rows, weights.copy(), tuple(ran))
+        return _checked_part(call, probs.shape[1], f"the envelope of rule {self.name}")
 
-    @staticmethod
-    def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
-        try:
-            result = call()
-        except MixlmError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error
-        if np.iscomplexobj(result):
-            raise ConfigError(f"{subject} returned complex numbers; all must be real")
-        try:
-            values = np.asarray(result, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{subject} returned {type(result).__name__}; it must be an array of numbers") from None
-        if values.shape != (size,):
-            raise ConfigError(f"{subject} returned the shape {values.shape}; it must be ({size},), a value per symbol")
-        if not np.isfinite(values).all():
-            raise ConfigError(f"{subject} returned a value that is not finite; all must be numbers of 0 or more")
-        if (values < 0).any():
-            raise ConfigError(f"{subject} returned the negative value {values.min():g}; all must be 0 or more")
-        return values
+
+def check_results(rule: type[Combination]) -> None:
+    """Check what the functions of a class of one's own return wherever it is used, as that of a `FunctionCombination`.
+
+    Classes inherit what is checked already.
+    """
+    for name in ("combine", "bound", "envelope", "first_member", "first_distribution"):
+        if name in vars(rule):
+            setattr(rule, name, _checked_method(vars(rule)[name], name))
+
+
+def _checked_method(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @wraps(method)
+    def checked(self: Combination, values: Floats, *args: Any, **keywords: Any) -> Floats | None:
+        subject = f"rule {self.name}" if name == "combine" else f"{name} of rule {self.name}"
+        result = _call(partial(method, self, values, *args, **keywords), subject)
+        if result is None and name in ("bound", "envelope", "first_member"):
+            return None
+        check = _checked_whole if name in ("combine", "first_member") else _checked_part
+        return check(lambda: result, values.shape[-1], subject)
+
+    return checked
+
+
+def _checked_whole(call: Callable[[], Any], size: int, subject: str) -> Floats:
+    result = _checked(call, size, subject)
+    total = float(result.sum())
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(f"{subject} returned probabilities that sum to {total:.6g}; they must sum to 1")
+    return result / total
+
+
+def _checked_part(call: Callable[[], Any], size: int, subject: str) -> Floats:
+    lower = _checked(call, size, subject)
+    if lower.sum() > 1 + 1e-6:
+        raise ConfigError(f"{subject} sums to {lower.sum():.6g}; it must be at most 1")
+    return lower
+
+
+def _call(call: Callable[[], Any], subject: str) -> Any:
+    try:
+        return call()
+    except MixlmError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error
+
+
+def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
+    result = _call(call, subject)
+    try:
+        is_complex = np.iscomplexobj(result)
+        values = np.zeros(0) if is_complex else np.asarray(result, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{subject} returned {type(result).__name__}; it must be an array of numbers") from None
+    if is_complex:
+        raise ConfigError(f"{subject} returned complex numbers; all must be real")
+    if values.shape != (size,):
+        raise ConfigError(f"{subject} returned the shape {values.shape}; it must be ({size},), a value per symbol")
+    if not np.isfinite(values).all():
+        raise ConfigError(f"{subject} returned a value that is not finite; all must be numbers of 0 or more")
+    if (values < 0).any():
+        raise ConfigError(f"{subject} returned the negative value {values.min():g}; all must be 0 or more")
+    return values

@@ -30,28 +30,29 @@ def test_a_folder_without_config(tmp_path):
     assert "small.gguf" in (caught.value.hint or "")
 
 
-def test_a_gguf_file_that_is_not_there(tmp_path, quiet):
+def test_a_gguf_file_that_is_not_there(tmp_path):
     a_folder(tmp_path / "x", "small-q4.gguf")
     with pytest.raises(ModelNotFoundError) as caught:
-        resolve(str(tmp_path / "x" / "small-q8.gguf"), display=quiet)
+        resolve(str(tmp_path / "x" / "small-q8.gguf"))
     assert "small-q4.gguf" in (caught.value.hint or "")
     with pytest.raises(ModelNotFoundError, match="there is no folder"):
-        resolve(str(tmp_path / "y" / "small.gguf"), display=quiet)
+        resolve(str(tmp_path / "y" / "small.gguf"))
 
 
 def test_a_catalog_model_that_is_not_installed(tiny, pip, quiet):
     with pytest.raises(ModelNotFoundError, match="not installed") as caught:
         resolve("tiny")
     assert caught.value.hint == "mixlm models get tiny"
-    result = resolve("tiny", fetch=True, display=quiet)
+    get("tiny", quiet)
+    result = resolve("tiny")
     assert (result.name, result.local) == ("tiny", True)
-    assert resolve("tiny") == result
 
 
 def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_path, monkeypatch):
     a_folder(tmp_path / "here" / "tiny", "notes.txt")
     monkeypatch.chdir(tmp_path / "here")
-    assert resolve("tiny", fetch=True, display=quiet).path_or_id.endswith("models/tiny")
+    get("tiny", quiet)
+    assert resolve("tiny").path_or_id.endswith("models/tiny")
 
 
 def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):

@@ -16,10 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.terminal import ProgressDisplay
+
+if TYPE_CHECKING:
+    from mixlm.terminal import ProgressDisplay
 
 INFO_FILE = "mixlm.json"
 GGUF_FILE = "model.gguf"  # the fetched file, in the folder of the model made from it
@@ -114,6 +116,12 @@ def find(name: str) -> InstalledModel | None:
         return None
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return InstalledModel(name, folder, info.source, size, info.dtype, info.licence)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a model's folder has weights that transformers can load, and a tokenizer of this version."""
+    info = read_info(folder)
+    return info is not None and info.tokenizer == TOKENIZER_VERSION and (folder / "config.json").is_file()
 
 
 def installed() -> list[InstalledModel]:

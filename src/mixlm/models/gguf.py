@@ -25,7 +25,7 @@ class GgufModel:
     name: str
 
 
-def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | None:
+def find_gguf(spec: str) -> GgufModel | None:
     """Return the GGUF file that `spec` names; None if it names something else.
 
     The name of a converted model means the file that it was converted from, if that file exists unchanged.
@@ -42,16 +42,13 @@ def find_gguf(spec: str, display: ProgressDisplay | None = None) -> GgufModel | 
     if (folder / GGUF_FILE).is_file():
         return GgufModel(folder / GGUF_FILE, folder, name)
     source = Path(info.source)
-    if (
-        source.suffix.lower() == ".gguf"
-        and source.is_file()
-        and checksum(source, display or ProgressDisplay()) == info.sha256
-    ):
+    is_there = source.suffix.lower() == ".gguf" and source.is_file()
+    if is_there and checksum(source, ProgressDisplay()) == info.sha256:
         return GgufModel(source, folder, name)
     return None
 
 
-def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -> Path:
+def tokenizer_folder(model: GgufModel) -> Path:
     """Return a folder with the model's tokenizer, without weights; converts it the first time.
 
     Raises:
@@ -60,7 +57,7 @@ def tokenizer_folder(model: GgufModel, display: ProgressDisplay | None = None) -
     """
     if model.folder is not None:
         return with_tokenizer(model.folder, model.path)
-    path, display = model.path, display or ProgressDisplay()
+    path, display = model.path, ProgressDisplay()
     if not path.is_file():
         raise ModelNotFoundError(f"no GGUF file at {path}", near_paths(path))
     header = read_header(path)

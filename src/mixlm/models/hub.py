@@ -36,6 +36,42 @@ def check_hub(spec: str) -> None:
         )
 
 
+def find_on_hub(spec: str, path: Path) -> tuple[str, str, bool] | None:
+    """Look for a Hugging Face id, first in the local hub cache.
+
+    Args:
+        spec: What was named.
+        path: The same as a path.
+
+    Returns:
+        Its folder or id, its name, and whether it is local; None for what does not look like an id.
+
+    Raises:
+        ModelNotFoundError: The hub has no model of this id for transformers, or does not answer.
+    """
+    if not HUB_ID.fullmatch(spec):
+        return None
+    name = spec.rpartition("/")[2]
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return spec, name, False
+    config = try_to_load_from_cache(spec, "config.json")
+    if isinstance(config, str) and _holds_weights(snapshot := Path(config).parent):
+        return str(snapshot), name, True
+    # What is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.
+    if "/" not in spec and did_you_mean(spec, known_names()):
+        return None
+    if path.parent.is_dir() and did_you_mean(path.name, entries(path.parent)):
+        return None
+    check_hub(spec)
+    return spec, name, False
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin"))
+
+
 def hub_files(spec: str) -> list[str]:
     """Return the files of a model on the hub.
 

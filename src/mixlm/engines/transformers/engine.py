@@ -12,19 +12,18 @@ from mixlm.engines.base import Engine, Session, TextInterface
 from mixlm.engines.requests import Request, Response
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup, as_ids
-from mixlm.engines.transformers.hidden_states import hidden_size
 from mixlm.engines.transformers.load_trial import load_runner
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.model_loading import (
     context_length,
+    hidden_size,
     load_model,
     parse_device,
     parse_dtype,
     share_weights,
     vocabulary_size,
 )
-from mixlm.engines.transformers.placement import fetch_revision
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
 from mixlm.errors import ConfigError
@@ -40,6 +39,8 @@ def load(spec: EngineSpec) -> HFEngine:
             raise ConfigError(
                 f"revision is given, and {spec.model} is on this machine", "leave it out; revisions are of hub ids"
             )
+        from mixlm.engines.transformers.placement import fetch_revision
+
         source = fetch_revision(source, spec.revision)
     return HFEngine.from_pretrained(replace(spec, name=spec.name or resolved.name), source)
 

@@ -14,11 +14,6 @@ from mixlm.errors import UnsupportedError
 _LARGEST = 65504.0  # of float16
 
 
-def hidden_size(model: Any) -> int:
-    """Return how many numbers a hidden state of a model has."""
-    return int(model.get_output_embeddings().weight.shape[1])
-
-
 class HiddenStateHook:
     """Notes what goes into a model's output layer, in the forward passes of one `recording`."""
 

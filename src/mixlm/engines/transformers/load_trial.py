@@ -15,7 +15,6 @@ from mixlm.engines.requests import LogitsRequest, RunAheadHint
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
-from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
 from mixlm.engines.transformers.model_loading import vocabulary_size
 from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
@@ -97,6 +96,8 @@ class _LoadTrial:
 
     def _with_snapshot_size(self, runner: ModelRunner, ids: Ids, details: dict[str, str]) -> ModelRunner:
         """Return a runner like this one that reports what a snapshot takes."""
+        from mixlm.engines.transformers.model_cache import MAX_SNAPSHOTS
+
         session = HFSession(runner, 1 << 20)
         session.logits(ids)
         size = session.cache.snapshot_bytes / (1 << 20)

@@ -14,13 +14,6 @@ from typing import Any
 from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers.memory import memory_errors
-from mixlm.engines.transformers.placement import (
-    check_device_map,
-    empty_model,
-    expanded_device_map,
-    load_error,
-    loading_options,
-)
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
 
 _LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
@@ -41,11 +34,11 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     from transformers.utils import logging
 
     name = spec.name
-    options = loading_options(spec, dtype, device)
-    if isinstance(options["device_map"], dict) and spec.device_map is not None:
-        empty = empty_model(source, spec)
-        check_device_map(options["device_map"], empty, name)
-        options["device_map"] = expanded_device_map(options["device_map"], empty)
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if spec.loading_options:
+        from mixlm.engines.transformers.placement import checked_options
+
+        options = checked_options(source, spec, dtype, device)
     offload = mkdtemp(prefix="mixlm-offload-") if spec.device_map is not None else None
     if offload is not None:
         options["offload_folder"] = offload
@@ -66,6 +59,8 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     except MixlmError:
         raise
     except Exception as error:
+        from mixlm.engines.transformers.placement import load_error
+
         raise load_error(spec, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -140,6 +135,11 @@ def vocabulary_size(model: Any) -> int:
             f"{type(model).__name__} has no output layer of one vocabulary", "name a causal language model of text"
         )
     return int(weight.shape[0])
+
+
+def hidden_size(model: Any) -> int:
+    """Return how many numbers a hidden state of a model has."""
+    return int(model.get_output_embeddings().weight.shape[1])
 
 
 def parse_device(name: str) -> Any:

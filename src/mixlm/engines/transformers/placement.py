@@ -39,6 +39,16 @@ def loading_options(spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]
     return options
 
 
+def checked_options(source: str, spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]:
+    """Return what `loading_options` does, with a device map that fits the model. Raises what `planned_memory` does."""
+    options = loading_options(spec, dtype, device)
+    if isinstance(options["device_map"], dict) and spec.device_map is not None:
+        empty = empty_model(source, spec)
+        check_device_map(options["device_map"], empty, spec.name)
+        options["device_map"] = expanded_device_map(options["device_map"], empty)
+    return options
+
+
 def parse_device_map(spec: EngineSpec) -> str | dict[str, Any]:
     """Return a member's device map as accelerate takes it. Raises ConfigError for what is not there."""
     device_map = spec.device_map

@@ -306,21 +306,19 @@ class ModelRunner:
         """Run one sequence of a model that cannot run several at once. Returns a tensor (last, vocab)."""
         import torch
 
-        from mixlm.engines.transformers.model_cache import ModelCache
-
-        cache = cast(HFSession, item.session).cache
+        cache = cast(HFSession, item.session).cache  # a `ModelCache`, unless whole texts run
         steps = self.path is ForwardPath.STEPS and cache.length > 0
         rows = []
         for ids in np.split(item.ids, len(item.ids)) if steps else [item.ids]:
             options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": min(item.last, len(ids))}
-            if isinstance(cache, ModelCache):
+            if self.keeps_cache:
                 options[self.cache_name] = cache.cache
                 options["position_ids"] = torch.arange(cache.length, cache.length + len(ids), device=self.model.device)[
                     None
                 ]
             options = {name: value for name, value in options.items() if name in self._parameters}
             result = self.model(input_ids=torch.tensor(ids[None], device=self.model.device), **options)
-            if isinstance(cache, ModelCache):
+            if self.keeps_cache:
                 cache.commit(getattr(result, self.cache_name), len(ids))
             rows.append(result.logits[0, -item.last :])
         return torch.cat(rows)[-item.last :]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config import EnsembleConfig
-from mixlm.config_file import parse_config, read_config
+from mixlm.config import EnsembleConfig, parse_config
+from mixlm.config_file import read_config
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 yaml = pytest.importorskip("yaml")

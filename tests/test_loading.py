@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 import mixlm
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.engines.toy import ToyEngine
 from mixlm.errors import ConfigError, MixlmError, ModelNotFoundError
 from mixlm.loading import load, load_config

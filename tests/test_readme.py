@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

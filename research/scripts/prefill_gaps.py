@@ -14,7 +14,7 @@ import argparse
 import statistics
 import time
 
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import Generation
 from mixlm.generation.scheduler import Scheduler

@@ -10,9 +10,10 @@ import numpy as np
 from mixlm.engines import Engine
 from mixlm.fitting.gate_trainer import WIDTH, GateKind
 from mixlm.routing import PromptContext
+from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import GateInputs, GateRouter
-from mixlm.routing.observation import TOP_K, observation
+from mixlm.routing.observation import observation
 from mixlm.types import Ids
 
 _CACHED = 128  # tokens in the KV cache when a forward is timed

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.benchmark.report import environment
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.engines import Engine, EngineSpec
 from mixlm.ensemble import Ensemble
 from mixlm.generation.prompt import Prompt

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixlm.core.grammar import GrammarCache
-from mixlm.core.logit_bias import member_logit_bias
-from mixlm.core.logits_processor import LogitsProcessor
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import Transform
 from mixlm.decoding import SpeculationStats, StrategyContext, build_strategy
@@ -19,10 +17,8 @@ from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.member import Member, MemberOptions
-from mixlm.routing.base import Router
-from mixlm.routing.fixed import FixedRouter
-from mixlm.routing.observation import observed_by
-from mixlm.types import Floats, Sampling, TopKFilter
+from mixlm.routing.base import FixedRouter, Router, observed_by
+from mixlm.types import Floats, LogitsProcessor, Sampling, TopKFilter
 from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
@@ -245,14 +241,18 @@ class Binder:
         for i, (spec, grammar) in enumerate(zip(self._members, grammars, strict=True)):
             all_symbols = self._unit.symbols(i)
             symbols = np.where(all_symbols == self._unit.end, -1, all_symbols) if settings.ignore_end else all_symbols
-            bias = member_logit_bias(
-                settings.logit_bias,
-                spec.engine.vocabulary,
-                symbols,
-                member=spec.name,
-                unit=self._unit.name,
-                shared_vocabulary=self._unit.traits.shared_vocabulary,
-            )
+            bias = None
+            if settings.logit_bias:
+                from mixlm.core.logit_bias import member_logit_bias
+
+                bias = member_logit_bias(
+                    settings.logit_bias,
+                    spec.engine.vocabulary,
+                    symbols,
+                    member=spec.name,
+                    unit=self._unit.name,
+                    shared_vocabulary=self._unit.traits.shared_vocabulary,
+                )
             sampling, banned = settings.member_sampling(spec.sampling), np.flatnonzero(symbols < 0)
             # Of the other members, `Member` says what their engines cannot do.
             transform = Transform(sampling, banned, bias)

@@ -1,4 +1,4 @@
-"""The form of an ensemble file: frozen models, of which an unknown key is an error.
+"""The form of an ensemble file: frozen models, of which an unknown key is an error, and errors in words.
 
 method = "mixture"              # or conventional, greedy, single, speculative, auto
 unit = "auto"                   # or token, piece, word, byte
@@ -16,11 +16,13 @@ temperature = 0.5
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mixlm.choices import (
+    RULES,
     ContrastiveForm,
     DeferBy,
     DType,
@@ -32,8 +34,12 @@ from mixlm.choices import (
     Rule,
     UnitName,
 )
-from mixlm.errors import ConfigError
+from mixlm.errors import ConfigError, did_you_mean
 from mixlm.types import Sampling
+
+_BARE = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false")  # a number, and what is true or not
+# Options that are no keys of a file.
+_OF_GENERATIONS = ("max_tokens", "min_tokens", "stop", "seed", "draft", "block")
 
 
 class _Strict(BaseModel):
@@ -211,5 +217,137 @@ class EnsembleConfig(_Strict):
         return weights or None
 
 
+def parse_config(raw: dict[str, Any], source: str | None) -> EnsembleConfig:
+    """Validate a parsed ensemble file, or keywords in that form.
+
+    Args:
+        raw: Its tables.
+        source: The file's name, for messages; None for keywords, which messages name without their tables.
+
+    Raises:
+        ConfigError: It is not valid.
+    """
+    _check_tables(raw, source)
+    try:
+        config = EnsembleConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _config_error(error, source) from error
+    config.weights()
+    if (config.router.kind == "learned") != (config.router.file is not None):
+        raise ConfigError(f"{source}: a learned router has a file, and no other kind has one", "see mixlm fit --router")
+    for sampling in (config.sampling, *(member.sampling for member in config.members)):
+        Sampling(**sampling.options())
+    return config
+
+
 def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://")) and "," not in value
+
+
+def _config_error(error: ValidationError, source: str | None) -> ConfigError:
+    """Return the first of pydantic's errors as one sentence and a hint."""
+    first = error.errors()[0]
+    if first["type"] == "missing":  # perhaps it has another name
+        others = (other for other in error.errors() if other["loc"][:-1] == first["loc"][:-1])
+        first = next((other for other in others if other["type"] == "extra_forbidden"), first)
+    # The names of a union's branches, such as dict[str,…], come after its field.
+    parts = [str(part) for i, part in enumerate(first["loc"]) if not (i and _is_branch(str(part)))]
+    if source is None:
+        parts = [part for part in parts if part not in ("members", "sampling", "combination") and not part.isdecimal()]
+    source, place = "" if source is None else f"{source}: ", ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{source}unknown key {place!r}", _key_hint(first["loc"]))
+    if first["type"] == "missing":
+        lists = "an ensemble file lists its [[members]], each with a model"
+        named = f"name one, such as rule = {RULES[1]!r}"
+        return ConfigError(f"{source}{place} is missing", named if place == "combination.rule" else lists)
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
+    hint = _value_hint(first["type"], first["input"], message, parts[-1] if parts else "")
+    return ConfigError(f"{source}{place}{shown}: {message}" if place else f"{source}{message}", hint)
+
+
+def _value_hint(kind: str, value: Any, message: str, key: str) -> str | None:
+    """Return what to do about a value that is not allowed, None where the message says it all.
+
+    Args:
+        kind: Of the error, as pydantic names it.
+        value: What was found.
+        message: What is allowed.
+        key: Whose value it is.
+    """
+    if isinstance(value, str) and re.search("number|integer|boolean", message) and _BARE.fullmatch(value):
+        return "write it without quotes"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "write it in quotes"
+    if kind == "model_type":
+        return f"write [{key}], and its keys below"
+    if kind == "literal_error":
+        return did_you_mean(str(value), re.findall("'([^']+)'", message))
+    return None
+
+
+def _is_branch(part: str) -> bool:
+    return part in ("str", "int") or part.startswith("dict[")
+
+
+def _check_tables(raw: dict[str, Any], source: str | None) -> None:
+    """Raise ConfigError for a table where a list of tables belongs, or the reverse."""
+    members = raw.get("members", [])
+    if isinstance(members, dict):
+        raise ConfigError(f"{source}: [members] is one table, and members are a list of them", "write [[members]]")
+    if not isinstance(members, list | tuple) or not all(isinstance(member, dict) for member in members):
+        shape = "a list of names, and must be one" if isinstance(members, list) else f"{members!r}, and must be a list"
+        raise ConfigError(
+            f"{source}: members is {shape} of tables", 'write [[members]] for each, and below it: model = "NAME"'
+        )
+    owners = [("", raw), *((f"members.{i}.", member) for i, member in enumerate(members))]
+    for prefix, table in owners:
+        for key in ("sampling", "router", "combination"):
+            if isinstance(table.get(key), list):
+                place = f"{prefix.split('.')[0]}.{key}" if prefix else key
+                raise ConfigError(f"{source}: {prefix}{key} is a list of tables, and must be one", f"write [{place}]")
+
+
+def _key_hint(place: tuple[int | str, ...]) -> str:
+    """Return what to do about an unknown key: where it belongs, or what was probably meant."""
+    name, model = str(place[-1]), _model_at(place)
+    is_top, singular = model is EnsembleConfig, name.removesuffix("s")
+    belongs = (
+        (
+            model is not SamplingConfig and name in SamplingConfig.model_fields,
+            f"it is a sampling option: write it below [{'members.' if model is MemberConfig else ''}sampling]",
+        ),
+        (
+            not is_top and name in EnsembleConfig.model_fields,
+            "it is a key of the ensemble: write it above the first [table] of the file",
+        ),
+        (
+            is_top and name in CombinationConfig.model_fields,
+            "it is a parameter of a rule: write it below [combination]",
+        ),
+        (is_top and singular in ("member", "model"), 'write [[members]] for each, and below it: model = "NAME"'),
+        (
+            is_top and singular in MemberConfig.model_fields,
+            f"{singular} is a key of each member: write it below [[members]]",
+        ),
+        (
+            name in _OF_GENERATIONS,
+            f"it is an option of each generation: --{name.replace('_', '-')}, or {name}=… in Python",
+        ),
+        (model is MemberConfig and name in ("path", "id", "file"), "did you mean 'model'?"),
+    )
+    known = list(model.model_fields)
+    hint = next((hint for applies, hint in belongs if applies), None) or did_you_mean(name, known)
+    return hint or f"known keys: {', '.join(known)}"
+
+
+def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
+    if "sampling" in place[:-1]:
+        return SamplingConfig
+    if "router" in place[:-1]:
+        return RouterConfig
+    if "combination" in place[:-1]:
+        return CombinationConfig
+    return MemberConfig if len(place) > 1 and place[0] == "members" else EnsembleConfig

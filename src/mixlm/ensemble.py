@@ -14,7 +14,6 @@ import numpy as np
 from mixlm.binding import Binder, MemberSpec
 from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
-from mixlm.core.logits_processor import as_processor
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import OPTIONS, GenerationOptions, Options
 from mixlm.decoding import check_method
@@ -24,8 +23,7 @@ from mixlm.generation.dispatch import to_mixlm_error
 from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
 from mixlm.option_spec import OptionSpec
-from mixlm.routing.base import Router, RouterFunction, as_router
-from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router
 from mixlm.types import Completion, Ids, Message
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
@@ -297,6 +295,8 @@ class Ensemble:
         >>> ensemble = mixlm.load("toy:1", "toy:2")
         >>> colder = ensemble.with_logits_processors({"toy:1": lambda ids, logits: logits * 2})
         """
+        from mixlm.core.logits_processor import as_processor
+
         if not isinstance(processors, Mapping):
             raise ConfigError(f"processors is {processors!r}; it must be a dict of processors by their members' names")
         for name in processors:

@@ -18,8 +18,7 @@ import numpy as np
 
 from mixlm.binding import MemberSpec
 from mixlm.choices import DType, Graphs, Method, Quantization, UnitName
-from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig
-from mixlm.config_file import parse_config, read_config
+from mixlm.config import EnsembleConfig, MemberConfig, RouterConfig, parse_config
 from mixlm.core.mixing import normalized_weights
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS, SAMPLING_OPTIONS, GenerationOptions
 from mixlm.core.rule_options import AVERAGE_METHODS, AnyRule, is_average, rule_name
@@ -28,9 +27,7 @@ from mixlm.engines import load as load_engine
 from mixlm.engines.spec import LOADING_OPTIONS
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
-from mixlm.routing.base import Router, RouterFunction, as_router
-from mixlm.routing.fixed import FixedRouter
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router, observed_by
 from mixlm.types import Floats
 
 if TYPE_CHECKING:
@@ -103,6 +100,8 @@ def load(  # noqa: PLR0913 - one option each
     if not names:
         raise ConfigError("no model was named", "name one or more, for example mixlm.load('smollm2-135m')")
     if len(names) == 1 and names[0].lower().endswith(".toml"):
+        from mixlm.config_file import read_config
+
         raw = read_config(names[0]).model_dump(exclude_none=True)
     elif files := [name for name in names if name.lower().endswith(".toml")]:
         raise ConfigError(

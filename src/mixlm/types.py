@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "error"]
 Floats = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
+LogitsProcessor = Callable[[Ids, Logits], Logits]
 HiddenStates = npt.NDArray[np.float16]
 
 

@@ -20,7 +20,7 @@ from toys import (
     written,
 )
 
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.core.combinations import combination
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import TokenHistory, dense_distribution

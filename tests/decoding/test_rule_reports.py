@@ -25,7 +25,7 @@ from mixlm.core.combinations.union_top_k import UnionTopK
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
-from mixlm.routing.observation import Observes
+from mixlm.routing.base import Observes
 from mixlm.verification.check import ReferenceSetup, check
 
 PLAIN = {"temperature": 1.0, "top_k": 0}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.contract import *  # noqa: F403
 from mixlm.engines.registry import engine_names

@@ -18,7 +18,7 @@ pytest.importorskip("xllamacpp")
 
 import mixlm
 from mixlm.binding import MemberSpec
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.core.sampling import softmax
 from mixlm.engines import EngineSpec, load, runs_as_gguf
 from mixlm.engines.base import Engine, Session

@@ -22,7 +22,7 @@ pytest.importorskip("aiohttp")
 from test_remote import QUICK, SERVE, cache, file, folder, llama  # noqa: F401
 
 from mixlm.binding import MemberSpec
-from mixlm.config_file import parse_config
+from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
 from mixlm.engines.requests import LogitsRequest

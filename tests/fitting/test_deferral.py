@@ -18,10 +18,11 @@ from mixlm.fitting import gate_trainer
 from mixlm.fitting.deferral import DeferralScores, _Deferral, deferral_slopes, train_deferral
 from mixlm.fitting.gate_trainer import gradients
 from mixlm.fitting.gates import untrained
+from mixlm.routing.base import TOP_K
 from mixlm.routing.deferral import FEATURES, DeferralGate, deferral_features
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import GateInputs
-from mixlm.routing.observation import TOP_K, ObservedStates
+from mixlm.routing.observation import ObservedStates
 from mixlm.scoring.rule_scores import rule_logprobs, text_passages
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores

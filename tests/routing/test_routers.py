@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mixlm.binding import MemberSpec
-from mixlm.config import RouterConfig
-from mixlm.config_file import parse_config, read_config, write_config
+from mixlm.config import RouterConfig, parse_config
+from mixlm.config_file import read_config, write_config
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.toy import ToyEngine, random_table

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixlm.errors import ConfigError
-from mixlm.tokenization.chat_template import PLAIN_TEMPLATE
+from mixlm.tokenization.chat_template import PLAIN_FORM, PLAIN_TEMPLATE, PromptForm
 from mixlm.tokenization.conversation import ConversationRenderer
-from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
 from mixlm.tokenization.template_renderer import ChatTemplate
 from mixlm.tokenization.tool_calls import (
     ArgumentsPart,

@@ -68,8 +68,7 @@ class PromptFile:
 
     def run(self, ensemble: Ensemble, records: Sequence[PromptRecord], options: Options) -> int:
         """Generate the missing completions. Returns the exit code: 1 if a prompt failed."""
-        from mixlm.routing.base import describe_router
-        from mixlm.routing.fixed import FixedRouter
+        from mixlm.routing.base import FixedRouter, describe_router
 
         settings = ensemble.settings(**options)
         fixed = {name: value for name, value in options.items() if name != "seed"}

@@ -115,8 +115,8 @@ def _fit_gate(
     """Train a gate of rule defer on the first part of each text; the second is held out."""
     from mixlm.fitting.deferral import DeferralScores, check_members, compare, train_deferral
     from mixlm.fitting.gates import untrained
+    from mixlm.routing.base import TOP_K
     from mixlm.routing.gate_router import GateInputs
-    from mixlm.routing.observation import TOP_K
     from mixlm.scoring.scores import concatenate
 
     config = shared.config()

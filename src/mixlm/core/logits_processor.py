@@ -6,15 +6,12 @@ long as it depends on nothing else: equal arguments, equal results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mixlm.errors import ConfigError, MixlmError
-from mixlm.types import Ids, Logits
-
-LogitsProcessor = Callable[[Ids, Logits], Logits]
+from mixlm.types import Ids, Logits, LogitsProcessor
 
 
 def as_processor(processor: Any) -> LogitsProcessor:

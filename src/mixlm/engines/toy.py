@@ -14,9 +14,8 @@ from mixlm.engines.base import Engine, Session, TextInterface
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import TokenizerError, UnsupportedError
-from mixlm.tokenization.chat_template import PromptEncoder
+from mixlm.tokenization.chat_template import PLAIN_FORM, PromptEncoder, PromptForm
 from mixlm.tokenization.incremental import Encoded
-from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
 from mixlm.tokenization.tool_calls import plain_messages
 from mixlm.tokenization.vocabulary import Vocabulary
 from mixlm.types import Ids, Logits, Message, Sampling

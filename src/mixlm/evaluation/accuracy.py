@@ -29,8 +29,7 @@ from mixlm.evaluation.run import describe, evaluate
 from mixlm.evaluation.run_folder import locked_folder, response_log
 from mixlm.fitting.likelihood import simplex
 from mixlm.routing import FixedRouter, Router
-from mixlm.routing.base import describe_router
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import describe_router, observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 

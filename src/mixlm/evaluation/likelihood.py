@@ -24,8 +24,9 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.routing import FixedRouter, FunctionRouter, LearnedRouter
+from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateRouter
-from mixlm.routing.observation import ObservedStates, observed_by
+from mixlm.routing.observation import ObservedStates
 from mixlm.scoring.marginal_scores import prompt_bits
 from mixlm.scoring.observed import passage_states
 from mixlm.scoring.score import score

@@ -15,9 +15,9 @@ import numpy as np
 from mixlm.core.mixing import mixture_logprobs
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.gate_trainer import GateKind, Progress, choose
+from mixlm.routing.base import TOP_K
 from mixlm.routing.deferral import DeferralGate, deferral_features
 from mixlm.routing.gate import Array, Gate
-from mixlm.routing.observation import TOP_K
 from mixlm.scoring.scores import Scores, concatenate, split_holdout
 from mixlm.types import Floats, Ids
 

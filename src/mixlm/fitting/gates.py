@@ -17,9 +17,9 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.gate_trainer import GateChoice, GateKind, Progress, choose
 from mixlm.fitting.likelihood import expectation_maximisation, scaled_likelihood
+from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
 from mixlm.routing.gate_router import GROUPS, GateInputs, GateRouter
-from mixlm.routing.observation import TOP_K
 from mixlm.scoring.scores import Scores, concatenate, context_features, split_holdout
 from mixlm.types import Floats, Ids
 

@@ -23,9 +23,7 @@ from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, Re
 from mixlm.generation.member import Member
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
-from mixlm.routing.base import PromptContext, Router, begin_route
-from mixlm.routing.fixed import FixedRouter
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import FixedRouter, PromptContext, Router, begin_route, observed_by
 from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
 from mixlm.types import (
     Completion,

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.grammar import Grammar, TokenMask
-from mixlm.core.logits_processor import LogitsProcessor, process_logits
 from mixlm.core.mixing import pool
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import ReportTransform, TokenHistory, Transform, top_logprobs
@@ -20,7 +19,7 @@ from mixlm.engines.base import Engine
 from mixlm.engines.requests import AllowedIds, LogitsRequest, SampleResponse
 from mixlm.errors import UnsupportedError
 from mixlm.generation.dispatch import RequestFlow
-from mixlm.types import Candidates, Ids, Logits, LogitsRow, TopKFilter
+from mixlm.types import Candidates, Ids, Logits, LogitsProcessor, LogitsRow, TopKFilter
 from mixlm.units.base import TextState, mark_duplicates
 
 
@@ -258,6 +257,8 @@ class MemberView:
         processor = self.member.processor
         if processor is None:
             return None
+        from mixlm.core.logits_processor import process_logits
+
         bound = (self.ids() if ids is None else ids).copy()
         return lambda logits: process_logits(processor, bound, cast("Logits", logits))
 

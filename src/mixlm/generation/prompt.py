@@ -10,7 +10,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.generation.dispatch import check_ids
-from mixlm.tokenization.prompt_form import PromptForm
+from mixlm.tokenization.chat_template import PromptForm
 from mixlm.types import ROLES, Ids, Message, ToolCall
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]

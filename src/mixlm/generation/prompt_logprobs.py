@@ -21,10 +21,9 @@ from mixlm.engines.base import Session
 from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request, Response, ScoreRequest
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.member import Member
-from mixlm.routing.base import Router
-from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.base import FixedRouter, Observation, Observes, Router, observed_by
 from mixlm.routing.given_text import weights_along
-from mixlm.routing.observation import Observation, ObservedStates, Observes, observation, observed_by
+from mixlm.routing.observation import ObservedStates, observation
 from mixlm.tokenization.segments import common_boundaries, first_tokens, segment_logprobs, segment_strings, token_ends
 from mixlm.types import Candidates, Floats, Ids, Token, TopLogprob
 from mixlm.units.base import Unit

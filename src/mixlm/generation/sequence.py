@@ -21,8 +21,7 @@ from mixlm.engines.requests import LogitsAndHidden, LogitsRequest, Request
 from mixlm.errors import EngineError, UnsupportedError
 from mixlm.generation.dispatch import EngineRequest, RequestFlow, without_requests
 from mixlm.generation.member import Member, MemberView
-from mixlm.routing.base import CheckedRoute
-from mixlm.routing.observation import Observation, ObservedRow, observation
+from mixlm.routing.base import CheckedRoute, Observation, ObservedRow
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopLogprobs
 from mixlm.units.base import TextState, Unit
 
@@ -216,6 +215,8 @@ class SequenceState:
             )
         [response] = yield [LogitsRequest(member, self.views[member].ids(), hidden=observes.hidden)]
         rows, hidden = response if isinstance(response, LogitsAndHidden) else (response, None)
+        from mixlm.routing.observation import observation
+
         seen = observation(rows[0], observes, None if hidden is None else hidden[0])
         return ObservedRow(member, rows[0]), seen
 

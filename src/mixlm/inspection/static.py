@@ -14,8 +14,8 @@ from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
 from mixlm.inspection.report import Feasibility, MemberReport, PairReport
+from mixlm.routing.base import observed_by
 from mixlm.routing.gate_router import GateInputs
-from mixlm.routing.observation import observed_by
 from mixlm.types import Ids
 
 # Rules: options that change the target distribution.

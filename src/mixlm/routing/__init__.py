@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixlm.routing.base import PromptContext, Route, Router
-    from mixlm.routing.fixed import FixedRouter
+    from mixlm.routing.base import FixedRouter, Observation, Observes, PromptContext, Route, Router
     from mixlm.routing.function import FunctionRouter
     from mixlm.routing.learned import LearnedRouter
-    from mixlm.routing.observation import Observation, Observes
     from mixlm.routing.prompt import PromptRouter
 
 __all__ = [
@@ -24,14 +22,7 @@ __all__ = [
     "Router",
 ]
 
-_MODULES = {
-    "FixedRouter": "fixed",
-    "FunctionRouter": "function",
-    "LearnedRouter": "learned",
-    "Observation": "observation",
-    "Observes": "observation",
-    "PromptRouter": "prompt",
-}
+_MODULES = {"FunctionRouter": "function", "LearnedRouter": "learned", "PromptRouter": "prompt"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 from mixlm.errors import ConfigError, MixlmError, UnsupportedError
-from mixlm.routing.observation import Observation, Observes, observed_by
-from mixlm.types import Floats
+from mixlm.types import Floats, HiddenStates, Ids, LogitsRow
 from mixlm.units.base import TextView
+
+TOP_K = 20  # most likely tokens of an observed member
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,57 @@ class PromptContext:
 
     text: bytes
     bits_per_byte: Callable[[], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Observes:
+    """The one member that a router observes, and what its route gets of it at every state.
+
+    Args:
+        member: Its index.
+        top_k: How many of its most likely tokens; 0 for none. Every engine reports them.
+        hidden: Whether its last hidden state, the input of its output layer; of the engine hf.
+        hidden_size: Numbers in that state, where the router takes only one size.
+
+    Raises:
+        ConfigError: The member is not one index, or nothing of it is observed.
+    """
+
+    member: int
+    top_k: int = TOP_K
+    hidden: bool = False
+    hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.member, bool) or not isinstance(self.member, int | np.integer) or self.member < 0:
+            raise ConfigError(
+                f"a router observes the member {self.member!r}; it must be the index of one member",
+                "the others run only where their coin falls, and weights must not depend on that",
+            )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
+            raise ConfigError(f"a router observes {self.top_k!r} likely tokens; it must be a number, 0 or more")
+        if not self.top_k and not self.hidden:
+            raise ConfigError("a router observes a member, but nothing of it", "set top_k or hidden")
+
+
+class Observation(NamedTuple):
+    """What a route gets of the observed member at a state.
+
+    ids: its most likely tokens, the likeliest first, of equal ones the smaller id, int64 (top_k,); -1 where its engine
+    reports no more. logprobs: their log-probabilities without sampling options, renormalised among them so that they
+    are the same for every engine, float64 (top_k,); -inf where the id is -1. hidden: float16 (width,), or None.
+    """
+
+    ids: Ids
+    logprobs: Floats
+    hidden: HiddenStates | None = None
+
+
+class ObservedRow(NamedTuple):
+    """The observed member's logits at a state: its own sample there needs no request."""
+
+    member: int
+    row: LogitsRow
 
 
 Route = Callable[[TextView], Floats]
@@ -48,6 +100,41 @@ class Router(Protocol):
         That of a router that observes a member takes an `Observation` as well.
         """
         ...
+
+
+class FixedRouter:
+    """The ensemble's weights, float64 (members,), summing to 1, for every state."""
+
+    def __init__(self, weights: Floats) -> None:
+        self.weights = check_weights(weights, np.size(weights), self)
+        self.members = len(self.weights)
+
+    def begin(self, context: PromptContext) -> Route:
+        """Return a route that ignores the state."""
+        return lambda state: self.weights
+
+
+def observed_by(router: Any, members: int | None = None) -> Observes | None:
+    """Return what a router observes, None for the text alone.
+
+    Raises:
+        ConfigError: It is not `Observes`, or of a member that is not there. members: of the ensemble.
+    """
+    observes = getattr(router, "observes", None)
+    if observes is None:
+        return None
+    if not isinstance(observes, Observes):
+        raise ConfigError(
+            f"the router {type(router).__name__} observes {observes!r}; it must be mixlm.routing.Observes",
+            "it names one member, which runs at every position",
+        )
+    if members is not None and observes.member >= members:
+        raise ConfigError(
+            f"the router {type(router).__name__} observes member {observes.member}, and the ensemble has {members} "
+            "of them",
+            f"name a member from 0 to {members - 1}",
+        )
+    return observes
 
 
 def as_router(router: Any, members: int) -> Router:

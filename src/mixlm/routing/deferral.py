@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mixlm.errors import ConfigError
+from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
 from mixlm.routing.gate_router import TOP_K_FEATURES, top_k_features
-from mixlm.routing.observation import TOP_K
 from mixlm.types import Floats
 
 KIND = "deferral"

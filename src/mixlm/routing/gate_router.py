@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError
-from mixlm.routing.base import ObservingRoute, PromptContext, Route
+from mixlm.routing.base import Observation, Observes, ObservingRoute, PromptContext, Route
 from mixlm.routing.features import FEATURES, TAIL, features
 from mixlm.routing.gate import Array, Gate
-from mixlm.routing.observation import Observation, ObservedStates, Observes
+from mixlm.routing.observation import ObservedStates
 from mixlm.types import Floats
 from mixlm.units.base import TextView
 

@@ -8,12 +8,11 @@ from functools import partial
 import numpy as np
 
 from mixlm.errors import UnsupportedError
-from mixlm.routing.base import PromptContext, Router, begin_route
+from mixlm.routing.base import FixedRouter, PromptContext, Router, begin_route, observed_by
 from mixlm.routing.features import FEATURES, features
-from mixlm.routing.fixed import FixedRouter
 from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.learned import LearnedRouter, gate_weights
-from mixlm.routing.observation import ObservedStates, observed_by
+from mixlm.routing.observation import ObservedStates
 from mixlm.routing.prompt import PromptRouter
 from mixlm.tokenization.segments import Offsets
 from mixlm.types import Floats, Ids

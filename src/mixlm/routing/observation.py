@@ -10,61 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.errors import ConfigError
+from mixlm.routing.base import Observation, Observes
 from mixlm.types import Candidates, Floats, HiddenStates, Ids, LogitsRow
 
-TOP_K = 20
 _BY_STATE = ("ids", "logprobs", "hidden", "mass", "following")  # the arrays of `ObservedStates`
-
-
-@dataclass(frozen=True, slots=True)
-class Observes:
-    """The one member that a router observes, and what its route gets of it at every state.
-
-    Args:
-        member: Its index.
-        top_k: How many of its most likely tokens; 0 for none. Every engine reports them.
-        hidden: Whether its last hidden state, the input of its output layer; of the engine hf.
-        hidden_size: Numbers in that state, where the router takes only one size.
-
-    Raises:
-        ConfigError: The member is not one index, or nothing of it is observed.
-    """
-
-    member: int
-    top_k: int = TOP_K
-    hidden: bool = False
-    hidden_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.member, bool) or not isinstance(self.member, int | np.integer) or self.member < 0:
-            raise ConfigError(
-                f"a router observes the member {self.member!r}; it must be the index of one member",
-                "the others run only where their coin falls, and weights must not depend on that",
-            )
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
-            raise ConfigError(f"a router observes {self.top_k!r} likely tokens; it must be a number, 0 or more")
-        if not self.top_k and not self.hidden:
-            raise ConfigError("a router observes a member, but nothing of it", "set top_k or hidden")
-
-
-class Observation(NamedTuple):
-    """What a route gets of the observed member at a state.
-
-    ids: its most likely tokens, the likeliest first, of equal ones the smaller id, int64 (top_k,); -1 where its engine
-    reports no more. logprobs: their log-probabilities without sampling options, renormalised among them so that they
-    are the same for every engine, float64 (top_k,); -inf where the id is -1. hidden: float16 (width,), or None.
-    """
-
-    ids: Ids
-    logprobs: Floats
-    hidden: HiddenStates | None = None
 
 
 @dataclass(frozen=True)
@@ -131,13 +87,6 @@ class ObservedStates:
         return states if hidden.shape[1] else replace(states, hidden=None)
 
 
-class ObservedRow(NamedTuple):
-    """The observed member's logits at a state: its own sample there needs no request."""
-
-    member: int
-    row: LogitsRow
-
-
 def observation(row: LogitsRow, observes: Observes, hidden: HiddenStates | None = None) -> Observation:
     """Return what a router observes of a row of logits, and of a hidden state, (width,)."""
     ids, logprobs = top_tokens(row, observes.top_k)
@@ -172,26 +121,3 @@ def top_mass(row: LogitsRow, k: int) -> float:
         return float(np.exp(largest).sum())
     top = values.max()
     return float(np.exp(largest - top).sum() / np.exp(values - top).sum())
-
-
-def observed_by(router: Any, members: int | None = None) -> Observes | None:
-    """Return what a router observes, None for the text alone.
-
-    Raises:
-        ConfigError: It is not `Observes`, or of a member that is not there. members: of the ensemble.
-    """
-    observes = getattr(router, "observes", None)
-    if observes is None:
-        return None
-    if not isinstance(observes, Observes):
-        raise ConfigError(
-            f"the router {type(router).__name__} observes {observes!r}; it must be mixlm.routing.Observes",
-            "it names one member, which runs at every position",
-        )
-    if members is not None and observes.member >= members:
-        raise ConfigError(
-            f"the router {type(router).__name__} observes member {observes.member}, and the ensemble has {members} "
-            "of them",
-            f"name a member from 0 to {members - 1}",
-        )
-    return observes

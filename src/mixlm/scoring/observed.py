@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from mixlm.engines.base import Engine, Session
 from mixlm.errors import UnsupportedError
-from mixlm.routing.observation import ObservedStates, Observes, top_mass, top_tokens
+from mixlm.routing.base import Observes
+from mixlm.routing.observation import ObservedStates, top_mass, top_tokens
 from mixlm.scoring import cache
 from mixlm.scoring.passages import Passage
 from mixlm.terminal import Progress

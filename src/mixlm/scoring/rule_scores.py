@@ -29,7 +29,7 @@ from mixlm.generation.dispatch import drive
 from mixlm.generation.prompt import Prompt
 from mixlm.generation.rule_prompt_logprobs import GivenText, symbol_probabilities
 from mixlm.generation.target import assign_roles
-from mixlm.routing.fixed import FixedRouter
+from mixlm.routing.base import FixedRouter
 from mixlm.scoring.passages import Before, Passage, split_passages, split_to_fit, text_prefix
 from mixlm.tokenization.segments import encode_exactly
 from mixlm.types import Floats, Ids

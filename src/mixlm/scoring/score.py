@@ -31,7 +31,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models import resolve
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import observed_by
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
 from mixlm.scoring.observed import EncodedPassage, observed_states

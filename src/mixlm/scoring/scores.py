@@ -13,8 +13,9 @@ import numpy.typing as npt
 from mixlm.core.mixing import mixture_logprobs, segment_responsibilities
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import Router
+from mixlm.routing.base import observed_by
 from mixlm.routing.given_text import features_along, segments_by_passage, weights_along
-from mixlm.routing.observation import ObservedStates, observed_by
+from mixlm.routing.observation import ObservedStates
 from mixlm.tokenization.segments import segment_strings
 from mixlm.types import Floats
 

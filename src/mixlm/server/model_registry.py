@@ -14,8 +14,7 @@ from mixlm.core.combinations.registry import ALIASES, COMBINATIONS, combination_
 from mixlm.core.options import OPTIONS, RULE_PARAMETERS
 from mixlm.core.rule_options import is_average, rule_as_dict, rule_name
 from mixlm.ensemble import Ensemble
-from mixlm.routing.fixed import FixedRouter
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import FixedRouter, observed_by
 from mixlm.server.api_errors import ApiError, unsupported_field
 from mixlm.types import Sampling
 from mixlm.units.registry import unit_traits

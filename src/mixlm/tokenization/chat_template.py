@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from mixlm.errors import ConfigError
 from mixlm.tokenization.incremental import Encoder, TokenizerEncoder
-from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
 from mixlm.tokenization.tool_calls import map_strings, tool_dict
 from mixlm.types import Ids, Message, Tool
 
@@ -37,6 +37,26 @@ PLAIN_TEMPLATE = (
 PLAIN_STOPS = ("\nQuestion:",)
 
 Render = Callable[..., str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptForm:
+    """How a conversation becomes a prompt.
+
+    Attributes:
+        tools: The functions that the completion may call.
+        variables: Further variables of the chat template, such as `enable_thinking`.
+        add_generation_prompt: Whether the prompt ends where a response begins, and not behind the last message.
+        continue_final_message: Whether the prompt ends within the last message, behind its content.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+PLAIN_FORM = PromptForm()
 
 
 class PromptEncoder:

@@ -21,8 +21,7 @@ from typing import Any
 import markupsafe
 
 from mixlm.errors import ConfigError, TemplateError
-from mixlm.tokenization.chat_template import unused_character
-from mixlm.tokenization.prompt_form import PLAIN_FORM, PromptForm
+from mixlm.tokenization.chat_template import PLAIN_FORM, PromptForm, unused_character
 from mixlm.tokenization.tool_calls import (
     CALL_BEGIN,
     HOW_TO_CALL,

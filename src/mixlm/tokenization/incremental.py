@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
-from mixlm.tokenization.boundaries import Boundaries
 from mixlm.tokenization.vocabulary import (
     TokenizerFamily,
     byte_alphabet,
@@ -21,6 +21,9 @@ from mixlm.tokenization.vocabulary import (
     flatten_component,
     load_component,
 )
+
+if TYPE_CHECKING:
+    from mixlm.tokenization.boundaries import Boundaries
 
 # Where a tokenizer adds a space: nowhere; in front of a text; also after every special token; or there even if the text
 # already begins with a space.
@@ -136,16 +139,23 @@ class TokenizerEncoder:
         self.leading_space = _take_leading_space(self._tokenizer)
         self.normalizers = ", ".join(_changes(tokenizer)) or "none"
         self._byte_ids = _byte_ids(tokenizer, kind)
-        byte_level = kind is TokenizerFamily.BYTE_LEVEL
-        self._boundaries = Boundaries(self._tokenizer, byte_level=byte_level, names=names)
+        self._byte_level = kind is TokenizerFamily.BYTE_LEVEL
+        self._names = names
         # A normalizer that spells bytes cannot be applied to parts of a character, nor a model that reads whole words.
         whole_characters = "ByteLevel" in self.normalizers or type(tokenizer.model).__name__ != "BPE"
         self._byte_characters = (
-            {b: c for c, b in byte_alphabet().items()} if byte_level and not whole_characters else None
+            {b: c for c, b in byte_alphabet().items()} if self._byte_level and not whole_characters else None
         )
         self._unknown = _unknown_id(tokenizer)
         self._lookalikes = _lookalike_pattern(tokenizer)
         self._special = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _boundaries(self) -> Boundaries:
+        # Where no text grows in other members' tokens, none is needed.
+        from mixlm.tokenization.boundaries import Boundaries
+
+        return Boundaries(self._tokenizer, byte_level=self._byte_level, names=self._names)
 
     @property
     def reads_special_tokens(self) -> bool:

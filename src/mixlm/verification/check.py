@@ -24,7 +24,7 @@ from mixlm.decoding import check_method
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import EncodedPrompt, Prompt
-from mixlm.routing.observation import observed_by
+from mixlm.routing.base import observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 from mixlm.verification.exact import ExactReference

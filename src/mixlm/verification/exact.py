@@ -27,8 +27,8 @@ from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.target import assign_roles, mode_sampling
-from mixlm.routing.base import PromptContext, begin_route
-from mixlm.routing.observation import Observation, observation
+from mixlm.routing.base import Observation, PromptContext, begin_route
+from mixlm.routing.observation import observation
 from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
 from mixlm.units.base import TextState
 from mixlm.units.word import WordState, WordUnit, begins_word

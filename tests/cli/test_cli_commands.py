@@ -64,6 +64,29 @@ def test_it_runs_as_a_module() -> None:
     assert process("--version", program=program).out.startswith("mixlm ")
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["generate", "--nonsense"], 2)])
+def test_the_program_ends_with_its_code_and_what_runs_at_exit_but_frees_nothing(
+    arguments: list[str], code: int
+) -> None:
+    program = f"""
+import sys
+import mixlm.__main__, mixlm.cli
+class Held:
+    def __del__(self): print("freed")
+def main():
+    import atexit
+    atexit.register(print, "at exit")
+    sys.modules["held"] = Held()
+    return plain({arguments})
+plain, mixlm.cli.main = mixlm.cli.main, main
+mixlm.__main__.program()
+"""
+    done = process(program=program)
+    assert done.code == code
+    assert done.out.splitlines()[-1] == "at exit"
+    assert "Exception" not in done.err
+
+
 @pytest.mark.parametrize("name", ["paper", "plan"])
 def test_commands_that_moved_say_where(run: Run, name: str) -> None:
     done = run(name, "x", "--quick")

@@ -10,29 +10,13 @@ import pytest
 from mixlm.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from mixlm.models import convert as convert_module
 from mixlm.models import converted, find, installed, read_info, resolve
-from mixlm.models import header as header_module
-from mixlm.models.header import GgufHeader, known_header, read_header
+from mixlm.models.header import GgufHeader, read_header
 from mixlm.terminal import Stage
 
 
 def test_the_header_of_a_whole_file(tmp_path, write_gguf):
     header = read_header(write_gguf(tmp_path / "a.gguf"))
     assert header == GgufHeader("llama", 64, 260, (256, 257), (256, 257))
-
-
-def test_a_header_is_read_once_until_the_file_changes(tmp_path, write_gguf, monkeypatch, cache):
-    paths: list[Path] = []
-    monkeypatch.setattr(header_module, "read_header", lambda path: paths.append(path) or read_header(path))
-    file = write_gguf(tmp_path / "a.gguf")
-    assert known_header(file) == known_header(file) == read_header(file)
-    assert paths == [file]
-    write_gguf(file, context=128)  # of the same size
-    assert known_header(file).context == 128
-    for index in cache.glob("gguf-headers*"):
-        index.write_text(json.dumps({key: {"tokens": 1} for key in json.loads(index.read_text())}))
-    assert known_header(file).context == 128
-    with pytest.raises(ModelLoadError, match="cannot read"):
-        known_header(tmp_path / "b.gguf")
 
 
 def test_a_file_cut_off_in_its_weights(tmp_path, write_gguf):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +20,12 @@ from mixlm.models.cache import (
     TOKENIZER_VERSION,
     BuildFolders,
     ModelMetadata,
-    cache_root,
     install,
     locked,
     read_info,
     write_info,
-    write_json,
 )
+from mixlm.models.file_index import remembered
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import GgufHeader, read_header, read_metadata
 from mixlm.terminal import ProgressDisplay, Stage
@@ -263,26 +261,17 @@ class _ProgressIterator:
 
 def checksum(path: Path, display: ProgressDisplay) -> str:
     """Return the SHA-256 of a file, from an index if the file has not changed since."""
-    index_file = cache_root() / "gguf-index.json"
-    stat = path.stat()
-    key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-    try:
-        index = {str(entry): str(value) for entry, value in json.loads(index_file.read_text("utf-8")).items()}
-    except (OSError, ValueError, AttributeError):
-        index = {}
-    if key not in index:
+
+    def compute() -> str:
         digest = hashlib.sha256()
-        with path.open("rb") as file, display.stage(f"{path.name}: checksum", stat.st_size, unit="bytes") as stage:
+        size = path.stat().st_size
+        with path.open("rb") as file, display.stage(f"{path.name}: checksum", size, unit="bytes") as stage:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 stage.update(file.tell())
-        index = {entry: value for entry, value in index.items() if Path(entry.rsplit("|", 2)[0]).exists()}
-        index[key] = digest.hexdigest()
-        # The index is only a cache; that it cannot be written is reported later.
-        with suppress(OSError):
-            index_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(index_file, index)
-    return index[key]
+        return digest.hexdigest()
+
+    return str(remembered(path, "gguf-index.json", compute))
 
 
 def _one_sentence(error: Exception) -> str:

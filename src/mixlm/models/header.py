@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mixlm.errors import ModelLoadError
+from mixlm.models.file_index import remembered
 
 _AGAIN = "download or copy the file again"
 _VERSIONS = (2, 3)
@@ -25,6 +26,7 @@ _BLOCKS = {
     **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34)},
     **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2)},
 }
+_INDEX = "gguf-headers-1.json"  # its number increases when what is read of a header changes
 _CONTROL = 3  # the type of control tokens such as <|im_end|> in tokenizer.ggml.token_type
 
 
@@ -117,6 +119,19 @@ def read_header(path: Path) -> GgufHeader:
         control=tuple(number for number, kind in enumerate(kinds) if kind == _CONTROL),
         ends=tuple(dict.fromkeys(end for end in ends if end is not None and end >= 0)),
     )
+
+
+def known_header(path: Path) -> GgufHeader:
+    """Return the header of a GGUF file, from an index if the file has not changed since it was read.
+
+    Raises:
+        ModelLoadError: As `read_header`.
+    """
+    try:
+        fields = remembered(path, _INDEX, lambda: asdict(read_header(path)))
+        return GgufHeader(**{**fields, "control": tuple(fields["control"]), "ends": tuple(fields["ends"])})
+    except (OSError, TypeError, LookupError):  # no such file, or an entry of another form
+        return read_header(path)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -234,25 +235,36 @@ def token_bytes(
     _refuse_unreadable(tokenizer, name)
     added = tokenizer.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
-    data = {i: token.content.encode() for i, token in added.items() if i not in special}
-    fallback = has_byte_fallback(tokenizer)
-    latin1 = _bytes_as_latin1()
-    for i, token in (token_names(tokenizer) if names is None else names).items():
-        if i in added:
-            continue
-        if kind is TokenizerFamily.BYTE_LEVEL:
-            try:
-                data[i] = token.translate(latin1).encode("latin-1")
-            except UnicodeEncodeError:
-                raise TokenizerError(
-                    f"token {i} of {name}, {token!r}, is not spelled in the byte-level alphabet"
-                ) from None
-        elif fallback and token.startswith("<0x") and (match := _BYTE_TOKEN.fullmatch(token)):
-            data[i] = bytes([int(match[1], 16)])
-        else:
-            data[i] = token.replace(SPACE, " ").encode()
+    names = token_names(tokenizer) if names is None else names
+    plain = {i: token for i, token in names.items() if i not in added}
+    if kind is TokenizerFamily.BYTE_LEVEL:
+        data = dict(zip(plain, _byte_level_bytes(plain, name), strict=True))
+    else:
+        data = dict(zip(plain, _sentencepiece_bytes(plain.values()), strict=True))
+        if has_byte_fallback(tokenizer):
+            bytes_of = {i: _BYTE_TOKEN.fullmatch(token) for i, token in plain.items() if token.startswith("<0x")}
+            data |= {i: bytes([int(match[1], 16)]) for i, match in bytes_of.items() if match}
+    data |= {i: token.content.encode() for i, token in added.items() if i not in special}
     _check_spelling(tokenizer, data, name)
     return data, frozenset(special)
+
+
+def _byte_level_bytes(names: Mapping[int, str], name: str) -> list[bytes]:
+    """Return the bytes of tokens in the byte-level alphabet, all at once: there may be hundreds of thousands."""
+    latin1 = _bytes_as_latin1()
+    try:
+        data = "".join(names.values()).translate(latin1).encode("latin-1")
+    except UnicodeEncodeError:
+        i = next(i for i, token in names.items() if not set(token) <= byte_alphabet().keys())
+        raise TokenizerError(f"token {i} of {name}, {names[i]!r}, is not spelled in the byte-level alphabet") from None
+    ends = list(accumulate(map(len, names.values())))
+    return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _sentencepiece_bytes(names: Collection[str]) -> list[bytes]:
+    """Return the bytes of SentencePiece tokens, but for byte tokens, all at once."""
+    data = "\0".join(names).replace(SPACE, " ").encode().split(b"\0")
+    return data if len(data) == len(names) else [token.replace(SPACE, " ").encode() for token in names]
 
 
 def _refuse_unreadable(tokenizer: Any, name: str) -> None:

@@ -27,7 +27,7 @@ from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
 from mixlm.models import find_gguf, resolve, tokenizer_folder
-from mixlm.models.header import GgufHeader, read_header
+from mixlm.models.header import GgufHeader, known_header
 from mixlm.types import Candidates, Ids, Logits
 
 # Tokens. llama.cpp allocates the KV cache of every slot when a model is loaded.
@@ -111,7 +111,7 @@ class LlamaCppEngine(TopKOnlyEngine):
             )
         if spec.adapter is not None:
             raise ConfigError(f"member {spec.name} has an adapter, and llama.cpp is given none", "use --engine hf")
-        header = read_header(path)
+        header = known_header(path)
         tokenizer = TokenizerSetup.load(str(folder), spec.name)
         if len(tokenizer.tokenizer) > header.tokens:
             raise TokenizerError(

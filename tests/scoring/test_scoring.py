@@ -207,6 +207,19 @@ def test_answers_are_scored_behind_each_members_own_prompt(unit: str) -> None:
     assert "".join(scores.strings()) == "ab abab"
 
 
+def test_answers_to_one_question_read_it_once(forwards: list[int]) -> None:
+    toy = make_ensemble([engine(BYTES, seed=0)], [1.0])
+    pairs = [("A long question?", "ab"), ("A long question?", "ba c"), ("Why?", "ab"), ("A long question?", "ab")]
+    apart = [score_answers(toy, [pair]) for pair in pairs]
+    forwards.clear()
+    together = score_answers(toy, pairs)
+    assert together.logprobs.tolist() == [row for scores in apart for row in scores.logprobs.tolist()]
+    assert together.prompt_bits.tolist() == [row for scores in apart for row in scores.prompt_bits.tolist()]
+    question, other = (len(toy.encode_prompt(prompt, toy.settings()).ids[0]) for prompt, _ in (pairs[0], pairs[2]))
+    # The second answer runs the question's last token again, for the logits behind it; ends need no forward.
+    assert sum(forwards) == (question + 2) + (1 + 4) + (other + 2) + (question + 2)
+
+
 def test_by_token_an_answer_has_the_probability_of_the_dense_mixture() -> None:
     toy = make_ensemble([engine(BYTES, seed=i) for i in range(2)], [0.3, 0.7])
     prompt = [member.engine.prompts.chat([Message("user", "Why?")]).tolist() for member in toy.members]

@@ -242,9 +242,20 @@ def _member_scores(
             progress(member.name, len(passages), len(passages))
         return cached
     start = time.perf_counter()
-    parts = []
+    parts: list[Scores] = []
+    session = engine.session()
+    prompt: Ids | None = None
     for passage, (ids, bounds) in zip(passages, encoded, strict=True):
-        parts.append(_passage_scores(engine, passage, ids, bounds))
+        length = len(ids) - len(bounds)
+        # Answers to one question, which follow one another, have their prompt in common: it runs once.
+        first = length if prompt is not None and np.array_equal(ids[:length], prompt) else 1
+        logprobs = session.token_logprobs(ids, first)
+        if first == 1:
+            prompt, prompt_logprobs = ids[:length], logprobs[: length - 1]
+        own = logprobs[-len(bounds) :]
+        if passage.scores_end:
+            own = np.append(own, _end_logprob(engine, session, ids))
+        parts.append(_passage_scores(engine.name, passage, bounds, own, prompt_bits(prompt_logprobs, passage.prompt)))
         if progress is not None:
             progress(member.name, len(parts), len(passages))
     scores = replace(concatenate(parts), seconds=time.perf_counter() - start)
@@ -253,25 +264,26 @@ def _member_scores(
     return scores
 
 
-def _passage_scores(engine: Engine, passage: Passage, ids: Ids, bounds: npt.NDArray[np.int64]) -> Scores:
-    """Score one passage from the beginning of a context. ids, bounds: what `_encode` returns."""
-    session = engine.session()
-    all_logprobs = session.token_logprobs(ids)
-    prompt_length = len(all_logprobs) - len(bounds)
-    logprobs = all_logprobs[prompt_length:]
+def _passage_scores(
+    name: str, passage: Passage, bounds: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64], bits: float
+) -> Scores:
+    """Return the scores of one passage.
+
+    bounds: where its tokens end, in bytes. logprobs: of its tokens, and of its end where that is scored. bits: of its
+    prompt, per byte.
+    """
     starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
     if passage.scores_end:
-        logprobs = np.append(logprobs, _end_logprob(engine, session, ids))
         starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
     return Scores(
-        (engine.name,),
+        (name,),
         "token",
         passage.prompt + passage.data,
         starts=starts + len(passage.prompt),
         ends=ends + len(passage.prompt),
         passage_starts=np.zeros(len(ends), dtype=np.int64),
         logprobs=logprobs[:, None],
-        prompt_bits=np.full((len(ends), 1), prompt_bits(all_logprobs[:prompt_length], passage.prompt)),
+        prompt_bits=np.full((len(ends), 1), bits),
     )
 
 

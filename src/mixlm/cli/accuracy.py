@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 import numpy as np
-from typer import Option
 
-from mixlm.cli.options import Shared
+from mixlm.cli.options import Shared, flag
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from mixlm.fitting.study import FitStudy
     from mixlm.routing import Router
 
-_PANEL = "Accuracy"
-
-
-def accuracy_option(name: str, metavar: str, text: str) -> Any:
-    """Return an option of the panel Accuracy."""
-    return Option(name, metavar=metavar, help=text, rich_help_panel=_PANEL, show_default=False)
+# An option of the panel Accuracy.
+accuracy_flag = functools.partial(flag, panel="Accuracy")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typer import Option
 from mixlm.cli.display import dim, json_text, print_json
 from mixlm.cli.inputs import check_writable
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -22,30 +22,21 @@ if TYPE_CHECKING:
 _HEADS = ("method", "tokens/s", "predicted", "bytes/s", "first token", "outside forwards", "forwards", "accepted")
 _NUMBERS = frozenset(_HEADS[1:])
 
-TokensOption = Annotated[int, Option("--tokens", metavar="N", help="How many tokens each run writes.")]
-RepeatsOption = Annotated[int, Option("--repeats", metavar="N", help="How often each method runs.")]
-PromptOption = Annotated[
-    str | None, Option("--prompt", metavar="TEXT", help="What the completions answer.", show_default=False)
-]
+TokensOption = Annotated[int, flag("--tokens N", "How many tokens each run writes.")]
+RepeatsOption = Annotated[int, flag("--repeats N", "How often each method runs.")]
+PromptOption = Annotated[str | None, flag("--prompt TEXT", "What the completions answer.")]
 MethodsOption = Annotated[
     str | None,
-    Option(
-        "--methods",
-        metavar="A,B",
-        help="What to measure: single (each member alone), conventional, mixture, speculative, auto, greedy, "
+    flag(
+        "--methods A,B",
+        "What to measure: single (each member alone), conventional, mixture, speculative, auto, greedy, "
         "drafted (greedy with a draft), layered, or all. Default: single, conventional and mixture; with a rule, "
         "layered in place of mixture.",
-        show_default=False,
     ),
 ]
 OutputOption = Annotated[
     str | None,
-    Option(
-        "--output",
-        "--json",
-        metavar="FILE",
-        help="Write the report to FILE as JSON; '-' prints it in place of the tables.",
-    ),
+    flag("--output --json FILE", "Write the report to FILE as JSON; '-' prints it in place of the tables."),
 ]
 
 

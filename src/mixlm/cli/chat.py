@@ -7,14 +7,12 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
-
 from mixlm.cli.conversation import Conversation
 from mixlm.cli.display import completion_fields, dim, print_json
 from mixlm.cli.errors import say
 from mixlm.cli.inputs import STDIN, decode
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.errors import MixlmError, PromptTooLongError, UsageError, did_you_mean
 from mixlm.terminal import has_colours, is_terminal
 
@@ -41,9 +39,7 @@ _GRACE = 1.0
 @with_shared()
 def chat(
     shared: Shared,
-    as_json: Annotated[
-        bool, Option("--json", help="Print each completion as one JSON object on its own line.")
-    ] = False,
+    as_json: Annotated[bool, flag("--json", "Print each completion as one JSON object on its own line.")] = False,
 ) -> int:
     """Chat with an ensemble.
 

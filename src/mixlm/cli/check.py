@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from mixlm.cli.display import engines_by_member, engines_text, print_json
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.cli.tables import console, print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -29,27 +29,22 @@ _NUMBERS = frozenset(("symbol", "distance", "expected", "p-value"))
 def check(
     shared: Shared,
     prompt: Annotated[str, Argument(help="The prompt.", show_default=False)] = _PROMPT,
-    samples: Annotated[
-        int, Option("--samples", metavar="N", help="The number of completions that each method starts.")
-    ] = 2000,
+    samples: Annotated[int, flag("--samples N", "The number of completions that each method starts.")] = 2000,
     exact: Annotated[
         list[str] | None,
-        Option(
-            "--exact",
-            metavar="MODEL",
-            help="Compute the reference distribution with this model, run by transformers in float32, instead of a"
+        flag(
+            "--exact MODEL",
+            "Compute the reference distribution with this model, run by transformers in float32, instead of a"
             " member. Give one for each member, in order.",
         ),
     ] = None,
     tolerance: Annotated[
-        float,
-        Option("--tolerance", metavar="D", help="Allowed total variation between members and --exact, per symbol."),
+        float, flag("--tolerance D", "Allowed total variation between members and --exact, per symbol.")
     ] = 0.0,
     every_unit: Annotated[
-        bool,
-        Option("--every-unit", help="Check the units token, piece, word and byte, as far as the members support them."),
+        bool, flag("--every-unit", "Check the units token, piece, word and byte, as far as the members support them.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the report as one JSON object.")] = False,
 ) -> int:
     """Test that every method samples from the distribution it promises.
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from typer import Option
-
 from mixlm.cli.display import dim, print_json
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.cli.tables import console, print_table
 from mixlm.errors import ConfigError, UsageError
 from mixlm.terminal import progress_bars
@@ -26,54 +24,30 @@ _DIFFERENCES = ("task", "comparison", "difference", "95 % interval", "p-value", 
 def evaluate(
     shared: Shared,
     tasks: Annotated[
-        str | None,
-        Option(
-            "--tasks",
-            metavar="A,B",
-            help="Tasks: built into mixlm (--list), from lm-eval, or a YAML file.",
-            show_default=False,
-        ),
+        str | None, flag("--tasks A,B", "Tasks: built into mixlm (--list), from lm-eval, or a YAML file.")
     ] = None,
     methods: Annotated[
         str | None,
-        Option(
-            "--methods",
-            metavar="A,B",
-            help="Methods to compare; single:NAME is one member, single is each member. Default:"
+        flag(
+            "--methods A,B",
+            "Methods to compare; single:NAME is one member, single is each member. Default:"
             " mixture (layered with a rule),conventional,single.",
-            show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        Option("--limit", metavar="N", help="Use only the first N questions of each task.", show_default=False),
-    ] = None,
+    limit: Annotated[int | None, flag("--limit N", "Use only the first N questions of each task.")] = None,
     seeds: Annotated[
-        int,
-        Option("--seeds", metavar="N", help="The number of runs of each method, with seeds counting up from --seed."),
+        int, flag("--seeds N", "The number of runs of each method, with seeds counting up from --seed.")
     ] = 5,
     data: Annotated[
-        Path | None,
-        Option(
-            "--data",
-            metavar="DIR",
-            help="A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub.",
-            show_default=False,
-        ),
+        Path | None, flag("--data DIR", "A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub.")
     ] = None,
     out: Annotated[
-        Path | None,
-        Option(
-            "--out",
-            metavar="DIR",
-            help="Save every answer in this folder; an interrupted run resumes from it.",
-            show_default=False,
-        ),
+        Path | None, flag("--out DIR", "Save every answer in this folder; an interrupted run resumes from it.")
     ] = None,
-    batch: Annotated[int, Option("--batch", metavar="N", help="The number of completions generated together.")] = 16,
-    raw: Annotated[bool, Option("--raw", help="Prompt with plain text, without chat templates.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the results as one JSON object.")] = False,
-    listed: Annotated[bool, Option("--list", help="List the built-in tasks and exit.")] = False,
+    batch: Annotated[int, flag("--batch N", "The number of completions generated together.")] = 16,
+    raw: Annotated[bool, flag("--raw", "Prompt with plain text, without chat templates.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the results as one JSON object.")] = False,
+    listed: Annotated[bool, flag("--list", "List the built-in tasks and exit.")] = False,
 ) -> int:
     """Evaluate methods on tasks, and compare them on the same questions.
 

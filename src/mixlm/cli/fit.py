@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
-from typer import Argument, Option
+from typer import Argument
 
-from mixlm.cli.accuracy import AccuracyOptions, accuracy_option
+from mixlm.cli.accuracy import AccuracyOptions, accuracy_flag
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.fit_rule import GateToTrain, defers, fit_rule, fits_rule, with_weight
 from mixlm.cli.inputs import (
@@ -22,7 +22,7 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.cli.segments import about_unit
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.errors import ConfigError, UsageError
@@ -46,96 +46,72 @@ def fit(
             metavar="FILE", help="Texts, or .jsonl with one prompt and answer per line; one file per kind of text."
         ),
     ],
-    output: Annotated[
-        Path | None, Option("--output", metavar="FILE", help="Write an ensemble file with the fitted weights.")
-    ] = None,
-    router: Annotated[
-        Path | None, Option("--router", metavar="FILE", help="Also train a router, and write it.")
-    ] = None,
+    output: Annotated[Path | None, flag("--output FILE", "Write an ensemble file with the fitted weights.")] = None,
+    router: Annotated[Path | None, flag("--router FILE", "Also train a router, and write it.")] = None,
     features: Annotated[
         str | None,
-        Option(
-            "--features",
-            metavar="LIST",
-            help="What the router looks at: text (character classes), top_k (likely tokens of the observed member),"
+        flag(
+            "--features LIST",
+            "What the router looks at: text (character classes), top_k (likely tokens of the observed member),"
             " hidden (its hidden state), or several of them, or all. Default: text.",
-            show_default=False,
         ),
     ] = None,
-    gate: Annotated[
-        str | None,
-        Option("--gate", metavar="KIND", help="The router's gate: linear or mlp. Default: linear.", show_default=False),
-    ] = None,
+    gate: Annotated[str | None, flag("--gate KIND", "The router's gate: linear or mlp. Default: linear.")] = None,
     observe: Annotated[
         str | None,
-        Option(
-            "--observe",
-            metavar="NAME",
-            help="The member that the router observes; it runs at every position. Default: the smallest.",
-            show_default=False,
+        flag(
+            "--observe NAME", "The member that the router observes; it runs at every position. Default: the smallest."
         ),
     ] = None,
     price: Annotated[
         float | None,
-        Option(
-            "--price",
-            metavar="NATS",
-            help="With --rule defer and --router: what a forward of the second member costs, in nats of likelihood."
+        flag(
+            "--price NATS",
+            "With --rule defer and --router: what a forward of the second member costs, in nats of likelihood."
             " Default: 0.",
-            show_default=False,
         ),
     ] = None,
-    grid: Annotated[bool, Option("--grid", help="Also search a grid of weights, for comparison.")] = False,
-    step: Annotated[
-        float | None,
-        Option("--step", metavar="S", help="The step of the grid; implies --grid. Default: 0.1.", show_default=False),
-    ] = None,
+    grid: Annotated[bool, flag("--grid", "Also search a grid of weights, for comparison.")] = False,
+    step: Annotated[float | None, flag("--step S", "The step of the grid; implies --grid. Default: 0.1.")] = None,
     holdout: Annotated[
-        float,
-        Option(
-            "--holdout", metavar="X", help="The fraction of each text held out for validation; 0 holds out nothing."
-        ),
+        float, flag("--holdout X", "The fraction of each text held out for validation; 0 holds out nothing.")
     ] = 0.5,
     bootstrap: Annotated[
-        int,
-        Option("--bootstrap", metavar="N", help="The number of bootstrap refits for confidence intervals; 0 for none."),
+        int, flag("--bootstrap N", "The number of bootstrap refits for confidence intervals; 0 for none.")
     ] = 200,
     prompt_bytes: Annotated[
         int,
-        Option(
-            "--prompt-bytes",
-            metavar="N",
-            help="Treat the first N bytes of each passage as its prompt, to compare weights by prompt too.",
-            show_default=False,
+        flag(
+            "--prompt-bytes N",
+            "Treat the first N bytes of each passage as its prompt, to compare weights by prompt too.",
+            shown=False,
         ),
     ] = 0,
     ends: EndsOption = None,
     accuracy: Annotated[
         str | None,
-        accuracy_option(
-            "--accuracy", "TASK", "Also measure accuracy on a task with the weights; with --grid, at every point."
+        accuracy_flag(
+            "--accuracy TASK", "Also measure accuracy on a task with the weights; with --grid, at every point."
         ),
     ] = None,
-    limit: Annotated[int | None, accuracy_option("--limit", "N", "Use only the first N questions of the task.")] = None,
+    limit: Annotated[int | None, accuracy_flag("--limit N", "Use only the first N questions of the task.")] = None,
     seeds: Annotated[
         int | None,
-        accuracy_option("--seeds", "N", "The number of runs of each weighting, if the task generates. Default: 1."),
+        accuracy_flag("--seeds N", "The number of runs of each weighting, if the task generates. Default: 1."),
     ] = None,
     data: Annotated[
         Path | None,
-        accuracy_option(
-            "--data", "DIR", "A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub."
-        ),
+        accuracy_flag("--data DIR", "A folder with gsm8k.jsonl and similar files, instead of the Hugging Face hub."),
     ] = None,
     out: Annotated[
         Path | None,
-        accuracy_option(
-            "--out", "DIR", "Save answers in this folder; an interrupted run resumes. Default: fit-results/TASK."
+        accuracy_flag(
+            "--out DIR", "Save answers in this folder; an interrupted run resumes. Default: fit-results/TASK."
         ),
     ] = None,
-    force: Annotated[bool, Option("--force", help="Overwrite the files of --output and --router.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
-    no_cache: Annotated[bool, Option("--no-cache", help="Score the texts again, without the cache of scores.")] = False,
+    force: Annotated[bool, flag("--force", "Overwrite the files of --output and --router.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the report as one JSON object.")] = False,
+    no_cache: Annotated[bool, flag("--no-cache", "Score the texts again, without the cache of scores.")] = False,
 ) -> int:
     """Fit the weights, or a router, to text.
 

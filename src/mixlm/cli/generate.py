@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from typer import Argument, Option
+from typer import Argument
 
 from mixlm.cli.batch import PromptFile
 from mixlm.cli.display import Display, completion_fields, print_json
 from mixlm.cli.inputs import STDIN, decode, input_is_piped, piped_text, read_texts
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -34,69 +34,46 @@ def generate(
     ] = None,
     input: Annotated[
         Path | None,
-        Option(
-            "--input",
-            metavar="FILE",
-            help="A file of prompts: JSON Lines, each with a prompt or messages. '-' reads standard input.",
-            show_default=False,
+        flag(
+            "--input FILE", "A file of prompts: JSON Lines, each with a prompt or messages. '-' reads standard input."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        Option(
-            "--output",
-            metavar="FILE",
-            help="Write the completions of --input here, one JSON object per line; '-' is standard output. If the file"
+        flag(
+            "--output FILE",
+            "Write the completions of --input here, one JSON object per line; '-' is standard output. If the file"
             " exists, continue it.",
-            show_default=False,
         ),
     ] = None,
     batch: Annotated[
-        int | None,
-        Option(
-            "--batch",
-            metavar="N",
-            help="With --input: the number of completions generated together. Default: 16.",
-            show_default=False,
-        ),
+        int | None, flag("--batch N", "With --input: the number of completions generated together. Default: 16.")
     ] = None,
-    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the completion and its usage as one JSON object.")] = False,
+    raw: Annotated[bool, flag("--raw", "Continue the prompt as it is, without a chat template.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the completion and its usage as one JSON object.")] = False,
     alternatives: Annotated[
         int | None,
-        Option(
-            "--alternatives",
-            metavar="K",
-            help="With --json: also print the K most likely tokens at each position, with their log-probabilities.",
-            show_default=False,
+        flag(
+            "--alternatives K",
+            "With --json: also print the K most likely tokens at each position, with their log-probabilities.",
         ),
     ] = None,
     json_schema: Annotated[
-        Path | None,
-        Option(
-            "--json-schema",
-            metavar="FILE",
-            help="Generate JSON that matches the schema in FILE. Needs mixlm[grammar].",
-            show_default=False,
-        ),
+        Path | None, flag("--json-schema FILE", "Generate JSON that matches the schema in FILE. Needs mixlm[grammar].")
     ] = None,
     logit_bias: Annotated[
         list[str] | None,
-        Option(
-            "--logit-bias",
-            metavar="TEXT=X",
-            help="Add X, from -100 to 100, to the logit of the token that is exactly TEXT. Repeatable.",
-            show_default=False,
+        flag(
+            "--logit-bias TEXT=X",
+            "Add X, from -100 to 100, to the logit of the token that is exactly TEXT. Repeatable.",
         ),
     ] = None,
     logprobs_of: Annotated[
         str | None,
-        Option(
-            "--logprobs-of",
-            metavar="NAME",
-            help="With --json: log-probabilities of the sampled member's distribution (member) or of the average"
+        flag(
+            "--logprobs-of NAME",
+            "With --json: log-probabilities of the sampled member's distribution (member) or of the average"
             " (ensemble, which runs every member).",
-            show_default=False,
         ),
     ] = None,
 ) -> int:

@@ -11,10 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 from mixlm.cli.display import dim
-from mixlm.cli.options import Shared
+from mixlm.cli.options import Shared, flag
 from mixlm.errors import ConfigError, UsageError, did_you_mean
 from mixlm.terminal import is_terminal, progress_bars, visible
 
@@ -26,10 +24,9 @@ if TYPE_CHECKING:
 
 EndsOption = Annotated[
     bool | None,
-    Option(
+    flag(
         "--ends/--no-ends",
-        help="Include the end of each answer in its score. Default: on, unless a member relies on stop strings.",
-        show_default=False,
+        "Include the end of each answer in its score. Default: on, unless a member relies on stop strings.",
     ),
 ]
 STDIN = "standard input"

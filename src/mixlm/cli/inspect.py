@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 from mixlm.cli.display import dim, member_colours, print_json
 from mixlm.cli.inputs import read_texts, refuse_generation_options
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, option_flag, with_shared
+from mixlm.cli.options import Shared, flag, option_flag, with_shared
 from mixlm.cli.tables import print_lines, print_table
 from mixlm.core.options import RULE_OPTIONS
 from mixlm.errors import UsageError
@@ -32,25 +32,21 @@ def inspect(
     question: Annotated[str, Argument(help="The user message whose prompts are shown.")] = _QUESTION,
     text: Annotated[
         Path | None,
-        Option(
-            "--text",
-            metavar="FILE",
-            help="Measure agreement on the first 4,000 bytes of this text; '-' reads standard input. Default: prose and"
+        flag(
+            "--text FILE",
+            "Measure agreement on the first 4,000 bytes of this text; '-' reads standard input. Default: prose and"
             " code.",
-            show_default=False,
         ),
     ] = None,
     gain: Annotated[
         Path | None,
-        Option(
-            "--gain",
-            metavar="FILE",
-            help="Report instead what an ensemble of these members could gain on this text, and what it would cost.",
-            show_default=False,
+        flag(
+            "--gain FILE",
+            "Report instead what an ensemble of these members could gain on this text, and what it would cost.",
         ),
     ] = None,
-    no_measure: Annotated[bool, Option("--no-measure", help="Run no model, for a quick report.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print the report as one JSON object.")] = False,
+    no_measure: Annotated[bool, flag("--no-measure", "Run no model, for a quick report.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the report as one JSON object.")] = False,
 ) -> int:
     """Report on an ensemble: members, memory, possible methods, agreement and speed.
 

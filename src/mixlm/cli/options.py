@@ -24,11 +24,22 @@ if TYPE_CHECKING:
 _DEFAULTS = {field.name: field.default for field in (*fields(Sampling), *fields(GenerationOptions))}
 
 
-def _option(panel: str, *names: str, metavar: str | None, text: str, hidden: bool = False) -> Any:
-    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, hidden=hidden)
+def flag(form: str, text: str, panel: str | None = None, *, shown: bool = True, hidden: bool = False) -> Any:
+    """Return an option of a command.
+
+    Args:
+        form: Its names, and what help calls its value, such as "-m --model MODEL".
+        text: What it does.
+        panel: Heading under which help lists it.
+        shown: Whether help shows a default that is a value.
+        hidden: Whether help leaves it out.
+    """
+    names = [word for word in form.split() if word.startswith("-")]
+    metavar = " ".join(form.split()[len(names) :]) or None
+    return Option(*names, metavar=metavar, help=text, rich_help_panel=panel, show_default=shown, hidden=hidden)
 
 
-_ensemble = functools.partial(_option, "Ensemble")
+_ensemble = functools.partial(flag, panel="Ensemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,76 +53,57 @@ class Shared:
     model: Annotated[
         list[str] | None,
         _ensemble(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            text="A member: a name, a folder, a .gguf file or a hub id. Repeatable. Default: the demo pair.",
+            "-m --model MODEL",
+            "A member: a name, a folder, a .gguf file or a hub id. Repeatable. Default: the demo pair.",
         ),
     ] = None
     ensemble: Annotated[
-        Path | None,
-        _ensemble("-e", "--ensemble", metavar="FILE", text="A TOML file that describes the ensemble, in place of -m."),
+        Path | None, _ensemble("-e --ensemble FILE", "A TOML file that describes the ensemble, in place of -m.")
     ] = None
     weights: Annotated[
-        str | None,
-        _ensemble("-w", "--weights", metavar="W,W", text="One weight per member, such as 0.7,0.3. Default: equal."),
+        str | None, _ensemble("-w --weights W,W", "One weight per member, such as 0.7,0.3. Default: equal.")
     ] = None
-    unit: Annotated[str | None, _ensemble("--unit", metavar="NAME", text=f"{', '.join(UNITS)}. Default: auto.")] = None
-    dtype: Annotated[
-        str | None, _ensemble("--dtype", metavar="NAME", text=f"{', '.join(DTYPES)}: data type of the weights.")
-    ] = None
-    device: Annotated[
-        str | None, _ensemble("--device", metavar="NAME", text="cpu, cuda, cuda:1 and so on. Default: auto.")
-    ] = None
+    unit: Annotated[str | None, _ensemble("--unit NAME", f"{', '.join(UNITS)}. Default: auto.")] = None
+    dtype: Annotated[str | None, _ensemble("--dtype NAME", f"{', '.join(DTYPES)}: data type of the weights.")] = None
+    device: Annotated[str | None, _ensemble("--device NAME", "cpu, cuda, cuda:1 and so on. Default: auto.")] = None
     engine: Annotated[
         str | None,
         _ensemble(
-            "--engine",
-            metavar="NAME",
-            text="What runs the members: auto, hf, llamacpp, vllm, remote, or an engine of an installed package.",
+            "--engine NAME",
+            "What runs the members: auto, hf, llamacpp, vllm, remote, or an engine of an installed package.",
         ),
     ] = None
     graphs: Annotated[
-        str | None,
-        _ensemble(
-            "--graphs", metavar="NAME", text=f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto."
-        ),
+        str | None, _ensemble("--graphs NAME", f"{', '.join(GRAPHS)}: short forwards as CUDA graphs. Default: auto.")
     ] = None
     prefix_cache: Annotated[
         int | None,
         _ensemble(
-            "--prefix-cache",
-            metavar="MIB",
-            text="Memory for texts that others may begin with (hf), so that they run once. Default: 1024; 0: none.",
+            "--prefix-cache MIB",
+            "Memory for texts that others may begin with (hf), so that they run once. Default: 1024; 0: none.",
         ),
     ] = None
     device_map: Annotated[
         str | None,
         _ensemble(
-            "--device-map",
-            metavar="MAP",
-            text="Spread models (hf) over devices: auto, balanced, sequential, or MODULE=DEVICE,… (cpu, cuda:1, disk).",
+            "--device-map MAP",
+            "Spread models (hf) over devices: auto, balanced, sequential, or MODULE=DEVICE,… (cpu, cuda:1, disk).",
         ),
     ] = None
     max_memory: Annotated[
-        str | None,
-        _ensemble("--max-memory", metavar="DEV=SIZE,…", text="What --device-map auto may use: cuda:0=20GiB,cpu=60GiB."),
+        str | None, _ensemble("--max-memory DEV=SIZE,…", "What --device-map auto may use: cuda:0=20GiB,cpu=60GiB.")
     ] = None
     quantization: Annotated[
-        str | None,
-        _ensemble("--quantization", metavar="NAME", text=f"{', '.join(QUANTIZATIONS)}: how weights are stored (hf)."),
+        str | None, _ensemble("--quantization NAME", f"{', '.join(QUANTIZATIONS)}: how weights are stored (hf).")
     ] = None
-    revision: Annotated[
-        str | None, _ensemble("--revision", metavar="NAME", text="Branch, tag or commit of hub ids (hf).")
-    ] = None
+    revision: Annotated[str | None, _ensemble("--revision NAME", "Branch, tag or commit of hub ids (hf).")] = None
     attn: Annotated[
-        str | None,
-        _ensemble("--attn", metavar="NAME", text="Transformers' attention where mixlm's does not fit: sdpa, eager."),
+        str | None, _ensemble("--attn NAME", "Transformers' attention where mixlm's does not fit: sdpa, eager.")
     ] = None
     trust_remote_code: Annotated[
-        bool, _ensemble("--trust-remote-code", metavar=None, text="Run Python code in the folders of models.")
+        bool, _ensemble("--trust-remote-code", "Run Python code in the folders of models.")
     ] = False
-    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False
+    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -219,14 +211,14 @@ class Shared:
             ) from None
 
 
-def _pairs(flag: str, text: str | None) -> str | dict[str, str] | None:
+def _pairs(option: str, text: str | None) -> str | dict[str, str] | None:
     """Return `KEY=VALUE,KEY=VALUE` as a dictionary; --device-map may also be a name. Raises ConfigError."""
-    if text is None or (flag == "--device-map" and "=" not in text):
+    if text is None or (option == "--device-map" and "=" not in text):
         return text
     pairs = [pair.rpartition("=") for pair in text.split(",")]
     if not all(equals and value for _, equals, value in pairs):
-        example = "model.embed_tokens=cpu,=cuda:0" if flag == "--device-map" else "cuda:0=20GiB,cpu=60GiB"
-        raise ConfigError(f"{flag} is {text!r}; it must be KEY=VALUE,KEY=VALUE", f"such as: {flag} {example}")
+        example = "model.embed_tokens=cpu,=cuda:0" if option == "--device-map" else "cuda:0=20GiB,cpu=60GiB"
+        raise ConfigError(f"{option} is {text!r}; it must be KEY=VALUE,KEY=VALUE", f"such as: {option} {example}")
     return {key: value for key, _, value in pairs}
 
 
@@ -360,7 +352,7 @@ def generation_option(name: str, *, hidden: bool = False) -> Any:
     text = f"{', '.join(spec.choices)}: {spec.help}." if spec.choices else spec.help
     if spec.default_text or (_is_set(default) and default is not MISSING):
         text += f" Default: {spec.default_text or default}."
-    return _option(str(spec.panel), option_flag(name), metavar=spec.metavar, text=text, hidden=hidden)
+    return flag(f"{option_flag(name)} {spec.metavar or ''}", text, str(spec.panel), hidden=hidden)
 
 
 # In the order of --help: penalties, which are applied first, come last.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from typer import Argument, Option
+from typer import Argument
 
 from mixlm.cli.display import dim, engines_by_member, print_json
 from mixlm.cli.inputs import (
@@ -20,7 +20,7 @@ from mixlm.cli.inputs import (
     score_texts,
 )
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import NOT_FOR_SCORING, Shared, with_shared
+from mixlm.cli.options import NOT_FOR_SCORING, Shared, flag, with_shared
 from mixlm.cli.page import page
 from mixlm.cli.segments import about_unit, show_segments
 from mixlm.cli.tables import print_lines, print_table
@@ -60,26 +60,20 @@ def score(
         ),
     ] = None,
     tokens: Annotated[
-        bool,
-        Option("--tokens", help="Show the text, each segment in the colour of the member most responsible for it."),
+        bool, flag("--tokens", "Show the text, each segment in the colour of the member most responsible for it.")
     ] = False,
-    html: Annotated[
-        Path | None,
-        Option("--html", metavar="FILE", help="Write the coloured text as an HTML page.", show_default=False),
-    ] = None,
+    html: Annotated[Path | None, flag("--html FILE", "Write the coloured text as an HTML page.")] = None,
     ends: EndsOption = None,
     before: Annotated[
         str | None,
-        Option(
-            "--before",
-            metavar="NAME",
-            help="What stands in front of a text: begin (each member's BOS, or end-of-text if it has none) or end"
+        flag(
+            "--before NAME",
+            "What stands in front of a text: begin (each member's BOS, or end-of-text if it has none) or end"
             " (end-of-text). Default: begin.",
-            show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the scores as one JSON object.")] = False,
-    no_cache: Annotated[bool, Option("--no-cache", help="Score the text again, without the cache of scores.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print the scores as one JSON object.")] = False,
+    no_cache: Annotated[bool, flag("--no-cache", "Score the text again, without the cache of scores.")] = False,
 ) -> int:
     """Score text: bits per byte and log-probability under each member and the mixture.
 

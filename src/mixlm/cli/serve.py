@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from typing import TYPE_CHECKING, Annotated
 
 from mixlm.cli.display import dim
 from mixlm.cli.loading import open_ensemble
-from mixlm.cli.options import Shared, with_shared
+from mixlm.cli.options import Shared, flag, with_shared
 from mixlm.errors import ConfigError, MixlmError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ _MAX_DEFAULT_SLOTS = 8
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def _server(*names: str, metavar: str, text: str) -> Any:
-    return Option(*names, metavar=metavar, help=text, rich_help_panel="Server")
+_server = functools.partial(flag, panel="Server")
 
 
 @with_shared()
@@ -35,76 +33,49 @@ def serve(
     shared: Shared,
     config: Annotated[
         Path | None,
-        _server(
-            "--config", metavar="FOLDER", text="Serve every ensemble file (*.toml) in this folder, under its file name."
-        ),
+        _server("--config FOLDER", "Serve every ensemble file (*.toml) in this folder, under its file name."),
     ] = None,
     name: Annotated[
-        str | None,
-        _server(
-            "--name", metavar="NAME", text="The model name for requests. Default: the file name, or the member names."
-        ),
+        str | None, _server("--name NAME", "The model name for requests. Default: the file name, or the member names.")
     ] = None,
-    host: Annotated[str, _server("--host", metavar="HOST", text="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _server("--port", metavar="N", text="The port; 0 selects a free one.")] = 8000,
+    host: Annotated[str, _server("--host HOST", "The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, _server("--port N", "The port; 0 selects a free one.")] = 8000,
     api_keys: Annotated[
         Path | None,
         _server(
-            "--api-keys",
-            metavar="FILE",
-            text="Require an API key. Each line is a name and the SHA-256 of a key. Or set MIXLM_API_KEYS=KEY,KEY.",
+            "--api-keys FILE",
+            "Require an API key. Each line is a name and the SHA-256 of a key. Or set MIXLM_API_KEYS=KEY,KEY.",
         ),
     ] = None,
-    open_to_all: Annotated[
-        bool,
-        Option("--open", help="Accept requests from other machines without API keys.", rich_help_panel="Server"),
-    ] = False,
+    open_to_all: Annotated[bool, _server("--open", "Accept requests from other machines without API keys.")] = False,
     allow_host: Annotated[
         list[str] | None,
-        _server(
-            "--allow-host", metavar="NAME", text="Accept this Host header too, for example that of a proxy. Repeatable."
-        ),
+        _server("--allow-host NAME", "Accept this Host header too, for example that of a proxy. Repeatable."),
     ] = None,
     batch: Annotated[
         int | None,
         _server(
-            "--batch",
-            metavar="N",
-            text="The number of completions generated together. Default: 16; for members in llama.cpp, at most their "
+            "--batch N",
+            "The number of completions generated together. Default: 16; for members in llama.cpp, at most their "
             "slots, 8 of them.",
         ),
     ] = None,
     queue: Annotated[
-        int, _server("--queue", metavar="N", text="The number of requests that can wait; further ones get status 429.")
+        int, _server("--queue N", "The number of requests that can wait; further ones get status 429.")
     ] = 64,
-    timeout: Annotated[
-        float, _server("--timeout", metavar="S", text="The time limit of a request, in seconds.")
-    ] = 300.0,
-    grace: Annotated[
-        float, _server("--grace", metavar="S", text="On shutdown, wait S seconds for completions to finish.")
-    ] = 30.0,
+    timeout: Annotated[float, _server("--timeout S", "The time limit of a request, in seconds.")] = 300.0,
+    grace: Annotated[float, _server("--grace S", "On shutdown, wait S seconds for completions to finish.")] = 30.0,
     stall_timeout: Annotated[
-        float,
-        _server(
-            "--stall-timeout", metavar="S", text="Report a failing health once a step of the models takes S seconds."
-        ),
+        float, _server("--stall-timeout S", "Report a failing health once a step of the models takes S seconds.")
     ] = 120.0,
-    max_body: Annotated[int, _server("--max-body", metavar="BYTES", text="The maximum size of a request body.")] = 1
-    << 20,
-    max_prompt: Annotated[
-        int, _server("--max-prompt", metavar="N", text="The maximum length of a prompt, in characters.")
-    ] = 200_000,
+    max_body: Annotated[int, _server("--max-body BYTES", "The maximum size of a request body.")] = 1 << 20,
+    max_prompt: Annotated[int, _server("--max-prompt N", "The maximum length of a prompt, in characters.")] = 200_000,
     traces: Annotated[
         str | None,
-        _server(
-            "--traces",
-            metavar="URL",
-            text="Send traces to this URL (OTLP over HTTP). Default: OTEL_EXPORTER_OTLP_ENDPOINT.",
-        ),
+        _server("--traces URL", "Send traces to this URL (OTLP over HTTP). Default: OTEL_EXPORTER_OTLP_ENDPOINT."),
     ] = None,
     log: Annotated[
-        str,
-        _server("--log", metavar="LEVEL", text=f"The log level: {', '.join(_LEVELS)}. Logs are JSON Lines on stderr."),
+        str, _server("--log LEVEL", f"The log level: {', '.join(_LEVELS)}. Logs are JSON Lines on stderr.")
     ] = "info",
 ) -> int:
     """Serve an ensemble as one model through an OpenAI-compatible API.

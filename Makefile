@@ -11,6 +11,8 @@ EXACT := --exact smollm2-135m --exact gemma-3-270m
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without bytecode of its own every process of a test compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-engines test-versions test-vllm test-clients lint format install models docs paper chromium clean help
 
@@ -24,8 +26,9 @@ demo: $(VENV)/.demo  ## Generate text with the demo pair: two small models with 
 test: models chromium  ## Run every test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a moment, without real models
-	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not models and not engines and not slow"
+test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a moment, each with some of its parameters
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not models and not engines and not slow" \
+	  --sets 2 --hypothesis-profile fast
 
 test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm check with real llama.cpp and vLLM (minutes)
 	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_unavailable.py -m "engines or not engines"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,6 +27,7 @@ from mixlm.binding import MemberSpec
 from mixlm.config import parse_config
 from mixlm.engines import EngineSpec, load
 from mixlm.engines.remote.engine import RemoteEngine
+from mixlm.engines.remote.replica import ReplicaRequirements
 from mixlm.engines.requests import LogitsRequest
 from mixlm.ensemble import Ensemble
 from mixlm.errors import (
@@ -49,6 +52,13 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 def urls(servers: list[FakeServer]) -> EngineSpec:
     return EngineSpec(",".join(server.url for server in servers), "")
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def request_count(server: FakeServer) -> int:
@@ -80,6 +90,8 @@ def test_a_sequence_goes_on_at_another_server_and_the_first_one_comes_back(both,
     assert "does not answer" in caplog.text
     fakes[0].start()
     time.sleep(0.6)
+    both.session().logits(ids)
+    wait_until(lambda: both.replicas[0].is_ready)
     other = both.session()
     other.logits(ids)
     assert other.replica is both.replicas[0]
@@ -140,7 +152,33 @@ def test_a_server_that_is_not_there_yet_is_taken_in_later(fakes, folder):  # noq
         assert sessions[0].replica is engine.replicas[1 - missing]
         fakes[missing].start()
         sessions[1].logits(np.arange(5, 9))
-        assert sessions[1].replica is engine.replicas[missing]
+        wait_until(lambda: engine.replicas[missing].is_ready)  # noqa: B023
+        last = engine.session()
+        last.logits(np.arange(5, 9))
+        assert last.replica is engine.replicas[missing]
+
+
+def test_no_sequence_waits_for_a_server_that_is_retried(fakes, folder, monkeypatch):  # noqa: F811
+    engine = RemoteEngine(urls(fakes), folder, RETRY_AT_ONCE)
+    sessions = [engine.session() for _ in range(3)]
+    sessions[0].logits(np.arange(5, 9))
+    fakes[0].stop()
+    sessions[0].logits(np.arange(5, 10))
+    released = threading.Event()
+    connect = ReplicaRequirements.connect
+
+    async def wait_and_connect(self, replica):
+        await asyncio.to_thread(released.wait, 60)
+        return await connect(self, replica)
+
+    monkeypatch.setattr(ReplicaRequirements, "connect", wait_and_connect)
+    fakes[0].start()
+    for session in sessions:
+        session.logits(np.arange(5, 11))  # the retry is under way, and not waited for
+    assert {engine.replicas.index(session.replica) for session in sessions} == {1}
+    assert not engine.replicas[0].is_ready
+    released.set()
+    wait_until(lambda: engine.replicas[0].is_ready)
 
 
 def test_a_server_that_comes_back_with_another_model_stays_out(fakes, folder):  # noqa: F811

@@ -131,10 +131,12 @@ class ReplicaSet:
         self._name = name
         self._replicas = replicas
         self._requirements = requirements
-        self._lock = asyncio.Lock()
+        self._retries: dict[Replica, asyncio.Task[bool]] = {}
 
     async def choose(self, failed: Sequence[Replica]) -> Replica:
-        """Return the server with the fewest sequences among those that answer. Servers that are due are retried.
+        """Return the server with the fewest sequences among those that answer.
+
+        Servers that are due are retried. Only where no other one answers does the request wait for that.
 
         Args:
             failed: servers that were tried for the request before.
@@ -144,12 +146,13 @@ class ReplicaSet:
         """
         if len(self._replicas) == 1:
             return self._replicas[0]
-        async with self._lock:
-            for replica in self._replicas:
-                should_retry = not replica.is_ready and replica.is_due and replica not in failed
-                if should_retry and not await self._rejoin(replica):
-                    replica.mark_failed()
-        ready = [replica for replica in self._replicas if replica.is_ready and replica not in failed]
+        others = [replica for replica in self._replicas if replica not in failed]
+        retries = [self._retry(replica) for replica in others if not replica.is_ready and replica.is_due]
+        if not any(replica.is_ready for replica in others):
+            for retry in asyncio.as_completed(retries):
+                if await retry:
+                    break
+        ready = [replica for replica in others if replica.is_ready]
         if not ready:
             raise EngineError(f"none of the {len(self._replicas)} servers of {self._name} answers")
         return min(ready, key=lambda replica: len(replica.sessions))
@@ -189,7 +192,14 @@ class ReplicaSet:
         return False
 
     async def _is_usable(self, replica: Replica) -> bool:
-        return await (replica.is_alive() if replica.is_ready else self._rejoin(replica))
+        return await (replica.is_alive() if replica.is_ready else self._retry(replica))
+
+    def _retry(self, replica: Replica) -> asyncio.Task[bool]:
+        """Return the task that connects a server that is not in use: one at a time, for all that wait for it."""
+        if (task := self._retries.get(replica)) is None:
+            task = self._retries[replica] = asyncio.create_task(self._rejoin(replica))
+            task.add_done_callback(lambda _: self._retries.pop(replica))
+        return task
 
     async def _rejoin(self, replica: Replica) -> bool:
         """Connect a server that is not in use, or no longer. Returns whether it has the model."""
@@ -201,6 +211,8 @@ class ReplicaSet:
             server = await self._requirements.connect(replica)
         except MixlmError as error:
             _log.warning("%s: %s stays left out: %s", self._name, replica.client.base_url, error.message)
+            if replica.is_due:  # a check of whether it is alive may come before
+                replica.mark_failed()
             return False
         replica.use(server)
         _log.warning("%s: %s takes part", self._name, replica.client.base_url)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
@@ -11,7 +10,7 @@ from typer import Argument
 
 from mixlm.cli.accuracy import AccuracyOptions, accuracy_flag
 from mixlm.cli.display import dim, engines_by_member, print_json
-from mixlm.cli.fit_rule import GateToTrain, defers, fit_rule, fits_rule, with_weight
+from mixlm.cli.fit_rule import GateToTrain, defers, fit_rule, fits_rule, relative_path, write_ensemble
 from mixlm.cli.inputs import (
     EndsOption,
     check_writable,
@@ -303,19 +302,13 @@ def _write(
             lines[-1] += f", its numbers to {router.with_suffix('.safetensors').name}; it needs {inputs.needs}"
     if output is not None:
         from mixlm.config import RouterConfig
-        from mixlm.config_file import write_config
 
-        weights = [round(float(weight), 6) for weight in result.em.weights]
-        members = tuple(with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
         routed = RouterConfig()
         if router is not None:
-            # Paths in an ensemble file are relative to its folder.
-            routed = RouterConfig(kind="learned", file=os.path.relpath(router.resolve(), output.resolve().parent))
-        changes = {"members": members, "router": routed}
-        if shared.system is not None:
-            changes["system"] = shared.system or None
-        write_config(config.model_copy(update=changes), output)
-        lines.append(f"ensemble written to {output}: use it with -e {output}")
+            routed = RouterConfig(kind="learned", file=relative_path(router, output))
+        changes = {} if shared.system is None else {"system": shared.system or None}
+        weights = [round(float(weight), 6) for weight in result.em.weights]
+        lines.append(write_ensemble(config, output, weights, router=routed, **changes))
     return lines
 
 

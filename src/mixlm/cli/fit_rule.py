@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixlm.cli.display import dim, print_json
 from mixlm.cli.inputs import score_texts
@@ -93,14 +93,17 @@ def fit_rule(
     weights_given = shared.numbers() is not None or config.weights() is not None
     with progress_bars() as progress:
         result = fit_strength(ensemble, train, check, fit_weights=not weights_given, progress=progress)
+    written = None
     if output is not None:
-        _write(result, config, output)
+        combination = config.combination.model_copy(update={"strength": result.strength})
+        weights = [round(float(weight), 6) for weight in result.weights]
+        written = write_ensemble(config, output, weights, combination=combination)
     if as_json:
         print_json({"members": list(ensemble.names), **result.as_dict()})
     else:
         _show(result, ensemble.names, config.combination.rule, weights_given=weights_given)
-    if output is not None:
-        dim(f"ensemble written to {output}: use it with -e {output}")
+    if written is not None:
+        dim(written)
     return 0
 
 
@@ -146,15 +149,13 @@ def _fit_gate(
             progress=None if progress is None else lambda done, _: progress("training the gate", done, done),
         )
     gate.save(trained.path)
+    written = None
     if output is not None:
         from mixlm.config import CombinationConfig
-        from mixlm.config_file import write_config
 
-        members = tuple(with_weight(member, member.weight) for member in config.members)
-        # Paths in an ensemble file are relative to its folder.
-        accept = os.path.relpath(trained.path.resolve(), output.resolve().parent)
-        combination = CombinationConfig(rule="defer", accept=accept)
-        write_config(config.model_copy(update={"members": members, "combination": combination}), output)
+        combination = CombinationConfig(rule="defer", accept=relative_path(trained.path, output))
+        weights = [member.weight for member in config.members]
+        written = write_ensemble(config, output, weights, combination=combination)
     fitted = DeferralScores.of(concatenate(train))
     rows = compare(
         ensemble.names, fitted, DeferralScores.of(concatenate(check)) if check else fitted, gate, ensemble.weights
@@ -167,8 +168,8 @@ def _fit_gate(
         print_table(heads, table, right=set(heads[1:]))
         print_lines(f"On {'held-out text' if check else 'the training text'}; {observed} runs at every token.")
     dim(f"gate written to {trained.path}, its numbers to {trained.path.with_suffix('.safetensors').name}")
-    if output is not None:
-        dim(f"ensemble written to {output}: use it with -e {output}")
+    if written is not None:
+        dim(written)
     return 0
 
 
@@ -182,17 +183,21 @@ def _split(text: str, holdout: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _write(result: StrengthFit, config: EnsembleConfig, output: Path) -> None:
+def relative_path(path: Path, output: Path) -> str:
+    """Return a path as an ensemble file has it: relative to the folder of that file."""
+    return os.path.relpath(path.resolve(), output.resolve().parent)
+
+
+def write_ensemble(config: EnsembleConfig, output: Path, weights: Sequence[float | None], **changes: Any) -> str:
+    """Write an ensemble file with these weights, and other changes. Returns a line about it."""
     from mixlm.config_file import write_config
 
-    assert config.combination is not None
-    weights = [round(float(weight), 6) for weight in result.weights]
-    members = tuple(with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
-    fitted = config.combination.model_copy(update={"strength": result.strength})
-    write_config(config.model_copy(update={"members": members, "combination": fitted}), output)
+    members = tuple(_with_weight(member, weight) for member, weight in zip(config.members, weights, strict=True))
+    write_config(config.model_copy(update={"members": members, **changes}), output)
+    return f"ensemble written to {output}: use it with -e {output}"
 
 
-def with_weight(member: MemberConfig, weight: float | None) -> MemberConfig:
+def _with_weight(member: MemberConfig, weight: float | None) -> MemberConfig:
     """Return a member with its weight and an absolute path, if its model is a path."""
     path = Path(member.model).expanduser()
     local = (path / "config.json").is_file() or path.is_file()

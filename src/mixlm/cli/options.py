@@ -181,23 +181,14 @@ class Shared:
 
     def _with_machine(self, member: MemberConfig, dtype: str) -> MemberConfig:
         """Return a member with what the options say of the machine."""
-        if self.dtype is not None:
-            dtype = self.dtype
-        elif member.dtype != "auto":
-            dtype = member.dtype
-        engine = self.engine or member.engine
-        device, graphs = self.device or member.device, self.graphs or member.graphs
-        changes: dict[str, Any] = {"dtype": dtype, "device": device, "engine": engine, "graphs": graphs}
-        if self.prefix_cache is not None:
-            changes["prefix_cache"] = self.prefix_cache
-        loading = {
-            "device_map": _pairs("--device-map", self.device_map),
-            "max_memory": _pairs("--max-memory", self.max_memory),
-            **{"quantization": self.quantization, "revision": self.revision, "attn": self.attn},
-        }
-        changes |= {name: value for name, value in loading.items() if value is not None}
-        trusted = self.trust_remote_code or member.trust_remote_code
-        return member.model_copy(update={**changes, "trust_remote_code": trusted})
+        names = ("dtype", "device", "engine", "graphs", "prefix_cache", "quantization", "revision", "attn")
+        values: dict[str, Any] = {name: getattr(self, name) for name in (*names, "trust_remote_code")}
+        values["device_map"] = _pairs("--device-map", self.device_map)
+        values["max_memory"] = _pairs("--max-memory", self.max_memory)
+        changes = {name: value for name, value in values.items() if value is not None and value is not False}
+        if member.dtype == "auto":
+            changes.setdefault("dtype", dtype)
+        return member.model_copy(update=changes)
 
     def numbers(self) -> list[float] | None:
         """Return the weights as numbers, None if they are not set. Raises ConfigError for what is not a number."""

@@ -152,7 +152,8 @@ def _rule_report(
 ) -> dict[str, Any]:
     """Return the log-probability of all texts and answers under the rule of the ensemble."""
     from mixlm.core.rule_options import rule_as_dict
-    from mixlm.scoring.rule_scores import answer_passages, text_passages
+    from mixlm.scoring.passages import answer_passages
+    from mixlm.scoring.rule_scores import text_passages
 
     answers = [pair for file_pairs in pairs.values() for pair in file_pairs]
     ends = arguments["ends"]

@@ -6,15 +6,18 @@ the cache off. 90 kB of text take about 1 MB for each model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mixlm.errors import ConfigError
 from mixlm.models import cache_root
+from mixlm.version import __version__
 
 LIMIT = "MIXLM_SCORES_MB"
 _MEGABYTES = 500.0
@@ -23,6 +26,19 @@ _MEGABYTES = 500.0
 def folder() -> Path:
     """Return the folder of the cache."""
     return cache_root() / "scores"
+
+
+def file(about: Sequence[Any], data: Iterable[bytes]) -> Path:
+    """Return the file of a result: a hash of mixlm's version and of all that it depends on.
+
+    Args:
+        about: What JSON holds of that.
+        data: Texts and ids.
+    """
+    digest = hashlib.sha256(json.dumps([__version__, *about], sort_keys=True).encode())
+    for part in data:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return folder() / f"{digest.hexdigest()}.npz"
 
 
 class Savable(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +16,6 @@ from mixlm.scoring.passages import Passage
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.types import Floats
 from mixlm.units.base import Unit
-from mixlm.version import __version__
 
 
 class ScoringMember(NamedTuple):
@@ -114,11 +111,8 @@ def cached_matches(
     prefix = passage.prefixes[index]
     if member.model is None:
         return match_tokens(member.engine, prefix, passage.data, progress)
-    about = [__version__, "every place", member.engine.name, dict(member.engine.details), member.model]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for part in (prefix.tobytes(), passage.data):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    path = cache.folder() / f"{digest.hexdigest()}.npz"
+    about = ["every place", member.engine.name, dict(member.engine.details), member.model]
+    path = cache.file(about, [prefix.tobytes(), passage.data])
     if (cached := cache.get(path, TokenMatches.load)) is not None:
         return cached
     matches = match_tokens(member.engine, prefix, passage.data, progress)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +16,6 @@ from mixlm.scoring import cache
 from mixlm.scoring.passages import Passage
 from mixlm.terminal import Progress
 from mixlm.types import HiddenStates, Ids
-from mixlm.version import __version__
 
 _CHUNK = 128  # positions of one pass, whose logits lie in memory
 
@@ -54,20 +51,13 @@ def observed_states(
         )
     path, states = None, None
     if model is not None:
-        about = [
-            __version__,
-            "observed with mass",
-            engine.name,
-            dict(engine.details),
-            model,
-            observes.top_k,
-            observes.hidden,
+        observing = ["observed with mass", engine.name, dict(engine.details), model, observes.top_k, observes.hidden]
+        data = [
+            part
+            for passage, (ids, bounds) in passages
+            for part in (ids.tobytes(), len(bounds).to_bytes(8, "little"), b"ends" if passage.scores_end else b"")
         ]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        for passage, (ids, bounds) in passages:
-            for part in (ids.tobytes(), len(bounds).to_bytes(8, "little"), b"ends" if passage.scores_end else b""):
-                digest.update(len(part).to_bytes(8, "little") + part)
-        path = cache.folder() / f"{digest.hexdigest()}.npz"
+        path = cache.file(observing, data)
         states = cache.get(path, ObservedStates.load)
     if states is None:
         parts = []

@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from mixlm.core.options import GenerationOptions
 from mixlm.engines.base import Engine
+from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
+from mixlm.generation.prompt import Prompt
 from mixlm.types import Ids
 
 Before = Literal["begin", "end"]
-BEFORE: tuple[Before, ...] = ("begin", "end")
 # Texts are scored in passages of about this many bytes, each from the beginning of a context.
 PASSAGE_BYTES = 6000
 
@@ -65,6 +67,28 @@ def text_prefix(engine: Engine, before: Before = "begin") -> Ids:
     if not prefix:
         raise ConfigError(f"{engine.name} has no token that begins a text, so its first token has no probability")
     return np.array(prefix, dtype=np.int64)
+
+
+def bare_passages(texts: Sequence[bytes], engines: Sequence[Engine], before: Before = "begin") -> list[Passage]:
+    """Return texts in passages that fit every context. before: what stands in front of each; see `text_prefix`."""
+    prefixes = [text_prefix(engine, before) for engine in engines]
+    return [
+        Passage(part, prefixes)
+        for text in texts
+        for whole in split_passages(text)
+        for part in split_to_fit(whole, engines, [len(ids) for ids in prefixes])
+    ]
+
+
+def answer_passages(
+    ensemble: Ensemble, pairs: Sequence[tuple[Prompt, str]], settings: GenerationOptions, *, ends: bool
+) -> list[Passage]:
+    """Return answers behind their prompts. ends: whether the end of each answer is scored too."""
+    passages = []
+    for prompt, answer in pairs:
+        prompts = ensemble.encode_prompt(prompt, settings)
+        passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
+    return passages
 
 
 def split_to_fit(data: bytes, engines: Sequence[Engine], prefix_lengths: Sequence[int]) -> list[bytes]:

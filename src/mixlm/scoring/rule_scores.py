@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.combinations.base import Combination
-from mixlm.core.options import GenerationOptions
 from mixlm.core.rule_options import build_rule
 from mixlm.engines.base import respond
 from mixlm.engines.requests import Request, Response
@@ -26,11 +25,10 @@ from mixlm.engines.topk_only import full_distribution_error
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.dispatch import drive
-from mixlm.generation.prompt import Prompt
 from mixlm.generation.rule_prompt_logprobs import GivenText, symbol_probabilities
 from mixlm.generation.target import assign_roles
 from mixlm.routing.base import FixedRouter
-from mixlm.scoring.passages import Before, Passage, split_passages, split_to_fit, text_prefix
+from mixlm.scoring.passages import Before, Passage, bare_passages
 from mixlm.tokenization.segments import encode_exactly
 from mixlm.types import Floats, Ids
 
@@ -73,25 +71,8 @@ def rule_logprobs(
 
 def text_passages(ensemble: Ensemble, texts: Sequence[str], before: Before = "begin") -> list[Passage]:
     """Return texts in passages that fit every context. before: what stands in front of each; see `text_prefix`."""
-    engines = [member.engine for member in ensemble.members]
-    prefixes = [text_prefix(engine, before) for engine in engines]
-    return [
-        Passage(part, prefixes)
-        for text in texts
-        for whole in split_passages(text.encode(errors="replace"))
-        for part in split_to_fit(whole, engines, [len(ids) for ids in prefixes])
-    ]
-
-
-def answer_passages(
-    ensemble: Ensemble, pairs: Sequence[tuple[Prompt, str]], settings: GenerationOptions, *, ends: bool
-) -> list[Passage]:
-    """Return answers behind their prompts. ends: whether the end of each answer is scored too."""
-    passages = []
-    for prompt, answer in pairs:
-        prompts = ensemble.encode_prompt(prompt, settings)
-        passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
-    return passages
+    data = [text.encode(errors="replace") for text in texts]
+    return bare_passages(data, [member.engine for member in ensemble.members], before)
 
 
 class RuleScorer:

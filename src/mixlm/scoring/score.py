@@ -12,7 +12,6 @@ Members are scored without sampling options: the models are measured, not a way 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -35,12 +34,11 @@ from mixlm.routing.base import observed_by
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
 from mixlm.scoring.observed import EncodedPassage, observed_states
-from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, split_passages, split_to_fit, text_prefix
+from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, answer_passages, bare_passages, split_passages
 from mixlm.scoring.scores import Scores, concatenate
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids
-from mixlm.version import __version__
 
 __all__ = ["Scores", "identity", "score", "score_answers", "score_passages", "split_passages"]
 
@@ -70,13 +68,7 @@ def score(
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         raise ConfigError("the text to score is empty")
-    prefixes = [text_prefix(member.engine, before) for member in ensemble.members]
-    engines = [member.engine for member in ensemble.members]
-    passages = [
-        Passage(part, prefixes)
-        for whole in split_passages(data)
-        for part in split_to_fit(whole, engines, [len(ids) for ids in prefixes])
-    ]
+    passages = bare_passages([data], [member.engine for member in ensemble.members], before)
     return score_passages(ensemble, passages, progress, identities, by_segment=by_segment)
 
 
@@ -112,12 +104,9 @@ def score_answers(
     settings = settings or ensemble.settings()
     if ends is None:
         ends = not any(member.engine.stops for member in ensemble.members)
-    passages = []
-    for number, (prompt, answer) in enumerate(pairs, start=1):
-        if not answer:
-            raise ConfigError(f"answer {number} of {len(pairs)} is empty")
-        prompts = ensemble.encode_prompt(prompt, settings)
-        passages.append(Passage(answer.encode(errors="replace"), prompts.ids, prompts.text, ends))
+    if empty := next((number for number, (_, answer) in enumerate(pairs, start=1) if not answer), None):
+        raise ConfigError(f"answer {empty} of {len(pairs)} is empty")
+    passages = answer_passages(ensemble, pairs, settings, ends=ends)
     return score_passages(ensemble, passages, progress, identities)
 
 
@@ -317,9 +306,9 @@ def _cache_path(
     passages: Sequence[Passage],
 ) -> Path:
     """Return a cache file for a member's scores of these passages: a hash of the model, the text and its split."""
-    about = [__version__, PASSAGE_BYTES, engine.name, dict(engine.details), model]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for (ids, _), passage in zip(encoded, passages, strict=True):
-        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b""):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return cache.folder() / f"{digest.hexdigest()}.npz"
+    parts = [
+        part
+        for (ids, _), passage in zip(encoded, passages, strict=True)
+        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b"")
+    ]
+    return cache.file([PASSAGE_BYTES, engine.name, dict(engine.details), model], parts)

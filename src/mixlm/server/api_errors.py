@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from mixlm.core.options import OPTIONS
 from mixlm.errors import MemoryLimitError, MixlmError, PromptTooLongError, TokenizerError, UsageError, did_you_mean
 from mixlm.generation.dispatch import UnexpectedEngineError
 
@@ -24,41 +25,12 @@ _TYPES = {
 }
 # The field of the API that sets an option, by the word with which messages about the option begin.
 _FIELDS = {
+    **{name: name if spec.http == "openai" else f"mixlm.{name}" for name, spec in OPTIONS.items() if spec.http},
     **{
-        option: option
-        for option in (
-            "add_generation_prompt",
-            "chat_template_kwargs",
-            "continue_final_message",
-            "logit_bias",
-            "max_tokens",
-            "min_tokens",
-            "seed",
-            "temperature",
-            "tool_choice",
-            "tools",
-            "top_p",
-            "presence_penalty",
-            "frequency_penalty",
-        )
+        name: name
+        for name in ("add_generation_prompt", "chat_template_kwargs", "continue_final_message", "tool_choice", "tools")
     },
-    **{
-        option: f"mixlm.{option}"
-        for option in (
-            "method",
-            "rule",
-            "strength",
-            "alpha",
-            "form",
-            "by",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "draft",
-            "block",
-            "logprobs_of",
-        )
-    },
+    "logit_bias": "logit_bias",
     "json_schema": "response_format",
     "score_prompt": "echo",
     "weights": "mixlm.weights",

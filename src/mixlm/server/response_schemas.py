@@ -90,12 +90,9 @@ class TopLogprobSchema(TypedDict):
     bytes: list[int] | None
 
 
-class TokenLogprob(TypedDict):
+class TokenLogprob(TopLogprobSchema):
     """A sampled token, with its natural log-probability under the distribution it was sampled from."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[TopLogprobSchema]
 
 
@@ -152,24 +149,25 @@ class AssistantMessage(TypedDict):
     tool_calls: NotRequired[list[ToolCallSchema]]
 
 
-class ChatChoice(TypedDict):
+class _Choice(TypedDict):
+    index: int
+    mixlm: ChoiceExtrasSchema
+
+
+class ChatChoice(_Choice):
     """One chat completion."""
 
-    index: int
     message: AssistantMessage
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None
-    mixlm: ChoiceExtrasSchema
 
 
-class TextChoice(TypedDict):
+class TextChoice(_Choice):
     """One text completion, or what an event adds to it."""
 
-    index: int
     text: str
     finish_reason: FinishReason | None
     logprobs: TextLogprobs | None
-    mixlm: ChoiceExtrasSchema
 
 
 class Delta(TypedDict):
@@ -180,48 +178,41 @@ class Delta(TypedDict):
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChunkChoice(TypedDict):
+class ChunkChoice(_Choice):
     """What a chunk adds to one chat completion."""
 
-    index: int
     delta: Delta
     finish_reason: FinishReason | None
     logprobs: ChatLogprobs | None
-    mixlm: ChoiceExtrasSchema
 
 
-class ChatCompletion(TypedDict):
-    """The response of /v1/chat/completions."""
-
+class _Completion(TypedDict):
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class ChatCompletion(_Completion):
+    """The response of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: UsageSchema
 
 
-class ChatChunk(TypedDict):
+class ChatChunk(_Completion):
     """One event of a streamed /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: NotRequired[UsageSchema | None]
 
 
-class TextCompletion(TypedDict):
+class TextCompletion(_Completion):
     """The response of /v1/completions, and each event of a streamed one."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
     usage: NotRequired[UsageSchema | None]
 

@@ -242,7 +242,7 @@ class Ensemble:
 
     def with_weights(self, weights: Sequence[float]) -> Ensemble:
         """Return this ensemble with other weights, in place of a router too. The engines are shared."""
-        return Ensemble(self.members, weights, unit=self.unit, defaults=self.defaults, grammars=self.grammars)
+        return self._changed(weights=weights, router=None)
 
     def with_router(self, router: Router | RouterFunction) -> Ensemble:
         """Return this ensemble with another router. The engines are shared.
@@ -250,14 +250,7 @@ class Ensemble:
         Raises:
             UnsupportedError: The router observes what a member's engine does not give.
         """
-        return Ensemble(
-            self.members,
-            self.weights.tolist(),
-            unit=self.unit,
-            router=router,
-            defaults=self.defaults,
-            grammars=self.grammars,
-        )
+        return self._changed(router=router)
 
     def with_unit(self, unit: UnitName) -> Ensemble:
         """Return this ensemble in another unit. The engines are shared.
@@ -267,14 +260,7 @@ class Ensemble:
         Raises:
             UnsupportedError: The unit does not fit the vocabularies.
         """
-        return Ensemble(
-            self.members,
-            self.weights.tolist(),
-            unit=self._build_unit(unit),
-            router=self.router,
-            defaults=self.defaults,
-            grammars=self.grammars,
-        )
+        return self._changed(unit=self._build_unit(unit))
 
     def with_logits_processors(self, processors: Mapping[str, Any]) -> Ensemble:
         """Return this ensemble with functions that change members' logits. The engines are shared.
@@ -302,22 +288,19 @@ class Ensemble:
         for name in processors:
             if name not in self.names:
                 raise ConfigError(f"there is no member {name!r}", f"the members are {', '.join(self.names)}")
-        members = [
-            replace(
-                member, processor=None if processors[member.name] is None else as_processor(processors[member.name])
-            )
-            if member.name in processors
-            else member
-            for member in self.members
-        ]
-        return Ensemble(
-            members,
-            self.weights.tolist(),
-            unit=self.unit,
-            router=self.router,
-            defaults=self.defaults,
-            grammars=self.grammars,
-        )
+        checked = {
+            name: None if processor is None else as_processor(processor) for name, processor in processors.items()
+        }
+        members = [replace(member, processor=checked.get(member.name, member.processor)) for member in self.members]
+        return self._changed(members=members)
+
+    def _changed(self, **changes: Any) -> Ensemble:
+        """Return an ensemble like this one with other arguments in place of some. The engines are shared."""
+        arguments: dict[str, Any] = {
+            **{"members": self.members, "weights": self.weights.tolist(), "unit": self.unit, "router": self.router},
+            **{"defaults": self.defaults, "grammars": self.grammars},
+        }
+        return Ensemble(**{**arguments, **changes})
 
     def settings(self, **options: Unpack[Options]) -> GenerationOptions:
         """Return the checked options of a call."""

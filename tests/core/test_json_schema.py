@@ -27,7 +27,7 @@ from toys import (
 )
 
 from mixlm.core import limited_objects as limited_objects_module
-from mixlm.core.grammar import GrammarCache
+from mixlm.core.grammar import GrammarCache, Language
 from mixlm.core.limited_objects import limited_objects
 from mixlm.core.sampling import dense_distribution
 from mixlm.decoding.conventional import conventional
@@ -430,6 +430,26 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r"json_schema needs llguidance.*mixlm\[grammar\]"):
         pair("piece").generate("a", json_schema=SCHEMA)
+
+
+def linked(count: int) -> dict[str, Any]:
+    """Objects in each of which the next one is."""
+    links = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(count)}
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{count}": {}}}
+
+
+def test_a_schema_that_the_compiler_would_end_the_process_for_is_refused():
+    ensemble = pair("piece")
+    with pytest.raises(ConfigError, match="json_schema is nested too deeply to be compiled"):
+        ensemble.generate("a", json_schema=linked(1500))
+    with pytest.raises(ConfigError, match="tools is nested too deeply to be compiled"):
+        ensemble.grammars.for_language(Language(None, {"f": {"type": "object", **linked(1500)}}))
+    ensemble.grammars.for_schema(linked(100))
+    nested: dict[str, Any] = {}
+    for _ in range(10_000):
+        nested = {"items": nested}
+    with pytest.raises(ConfigError, match="json_schema is nested too deeply to be compiled"):
+        ensemble.generate("a", json_schema=nested)
 
 
 def test_schemas_are_read_once_and_only_the_latest_are_kept():

@@ -144,14 +144,17 @@ class GrammarCache:
 
         Args:
             language: Schemas of text and of calls.
-            check: Called with the grammar's source before it is compiled, which may take long; raises to refuse it.
+            check: Called with the grammar's source before it is compiled, which may take long; raises to refuse it. By
+                default it refuses what is too deep for the compiler (`grammar_check`).
 
         Raises:
             ConfigError: A schema cannot be enforced, or llguidance is not installed.
         """
         try:
             key = json.dumps([language.json_schema, language.tools, language.max_calls])
-        except (TypeError, ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ConfigError(f"{language.option} is nested too deeply to be compiled", "make it flatter") from error
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{language.option} is not JSON: {error}") from error
         with self._lock:
             grammars = self._known.get(key)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixlm.core.grammar import Grammar, first_line
+from mixlm.core.grammar_check import check_depth
 from mixlm.errors import ConfigError
 from mixlm.tokenization.tool_calls import CALL_BEGIN, CALL_END, call_head
 from mixlm.tokenization.vocabulary import Vocabulary
@@ -38,18 +39,17 @@ class GrammarCompiler:
             ConfigError: A schema cannot be enforced, or llguidance is not installed.
         """
         try:
-            return self._build(key, option, check)
+            return self._build(key, option, check or check_depth)
         except ConfigError as error:
             raise ConfigError(error.message.replace("json_schema", option, 1), error.hint) from error
         except RecursionError as error:
             raise ConfigError(f"{option} is nested too deeply: {error}") from error
 
-    def _build(self, key: str, option: str, check: Callable[[str], None] | None) -> list[Grammar]:
+    def _build(self, key: str, option: str, check: Callable[[str], None]) -> list[Grammar]:
         library = _library()
         text_schema, tools, max_calls = json.loads(key, parse_int=_exact)
         source = _grammar_source(library, text_schema, tools, max_calls)
-        if check is not None:
-            check(source)
+        check(source)
         grammars: dict[int, Grammar] = {}
         for vocabulary in self._vocabularies:
             if id(vocabulary) not in grammars:
@@ -61,7 +61,7 @@ class GrammarCompiler:
         self._check_names(library, (text_schema, *tools.values()), check)
         return [grammars[id(vocabulary)] for vocabulary in self._vocabularies]
 
-    def _check_names(self, library: Any, schemas: Sequence[Any], check: Callable[[str], None] | None) -> None:
+    def _check_names(self, library: Any, schemas: Sequence[Any], check: Callable[[str], None]) -> None:
         """Raise ConfigError where an object ends in nothing: `patternProperties` match no name besides `properties`.
 
         llguidance offers a comma there, behind which no property can follow. An object of the other names alone shows
@@ -80,8 +80,7 @@ class GrammarCompiler:
         rules = [f'object_{i}: "{i}:" %json {source}' for i, source in enumerate(objects)]
         lark = _lark(" | ".join(f"object_{i}" for i in range(len(objects))), rules)
         source = library.LLMatcher.grammar_from_lark(lark)
-        if check is not None:
-            check(source)
+        check(source)
         trie, _ = self._trie(library, self._vocabularies[0])
         parser = library.LLMatcher(trie, source, log_level=0)
         if parser.is_error():

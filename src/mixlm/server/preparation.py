@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mixlm.choices import UnitName
+from mixlm.core.grammar_check import check_limits
 from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.server.api_errors import ApiError, to_api_error
@@ -17,7 +18,6 @@ from mixlm.server.fair_threads import FairThreads
 from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ServedModel
 from mixlm.server.request_parsing import GenerationTask, ParsedRequest
-from mixlm.server.schema_check import check_grammar
 
 _NUM_THREADS = 2
 
@@ -59,7 +59,7 @@ class RequestPreparer:
         limits = self._limits
         language = request.tasks[0].settings.language
         if language is not None:
-            check = partial(check_grammar, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
+            check = partial(check_limits, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
             compile_schema = partial(request.ensemble.grammars.for_language, language, check)
             try:
                 await self._schema_threads.run(client, compile_schema)

@@ -1,6 +1,7 @@
-"""Compiles the grammar on stdin and computes its first mask. `schema_check` runs this file in a process of its own.
+"""Compiles the grammar on stdin and computes its first mask. `grammar_check` runs this file in a process of its own.
 
-It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory (bytes) and processor time (seconds).
+It imports nothing of mixlm, so that it starts fast. Arguments: limits of memory (bytes) and processor time (seconds),
+0 for no limit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-# Of the thread that compiles. It is less than the server's threads have: the compiler recurses, and the process ends
+# Of the thread that compiles. It is less than other threads have: the compiler recurses, and the process ends
 # where the stack does.
 _STACK_BYTES = 4 << 20
 
@@ -33,7 +34,8 @@ def main() -> None:
         import resource
 
         for limit, value in ((resource.RLIMIT_AS, int(sys.argv[1])), (resource.RLIMIT_CPU, int(sys.argv[2]))):
-            resource.setrlimit(limit, (value, value))
+            if value:
+                resource.setrlimit(limit, (value, value))
     except ImportError:  # there are no such limits on Windows
         pass
     import llguidance

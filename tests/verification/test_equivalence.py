@@ -1,4 +1,9 @@
-"""`check` passes on every strategy, unit and option, and fails when a sampler is broken."""
+"""`check` passes on every strategy, unit and option, and fails when a sampler is broken.
+
+The distributions themselves are compared exactly where the strategies are tested; here it is `check` that is. With 400
+completions, the members' weights swapped for the first or for the second symbol (a total variation of 0.18 and 0.2) are
+found with probability 0.999, a coin that is always the most likely symbol too; with 200, the second is with 0.996.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,7 @@ from mixlm.units.byte import ByteState
 from mixlm.verification.check import CheckReport, ReferenceSetup, check, check_units
 from mixlm.verification.exact import ExactReference
 
+SAMPLES = 400
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
 
@@ -44,9 +50,9 @@ def make_ensemble(members: int, unit: str) -> Ensemble:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
-@pytest.mark.parametrize("members", [2, 3, 5])
+@pytest.mark.parametrize("members", [2, 5])
 def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -> None:
-    report = check(make_ensemble(members, unit), "hello", samples=1500)
+    report = check(make_ensemble(members, unit), "hello", samples=SAMPLES)
     assert report.equal, report
     assert {(comparison.left, comparison.right) for comparison in report.comparisons} == {
         ("mixture", "exact"),
@@ -63,7 +69,7 @@ def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> None:
-    report = check(make_ensemble(members, unit), "hello", samples=1500)
+    report = check(make_ensemble(members, unit), "hello", samples=SAMPLES)
     assert report.equal, report
     assert {comparison.left for comparison in report.comparisons} == {"mixture", "single"}
 
@@ -72,14 +78,14 @@ def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_words_and_bytes_follow_their_distributions_with_options(unit: str, options: dict[str, Any]) -> None:
-    assert check(make_ensemble(3, unit), "hello", samples=1000, options=options).equal  # type: ignore[arg-type]
+    assert check(make_ensemble(3, unit), "hello", samples=SAMPLES, options=options).equal  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The distribution of bytes is not that of the bytes behind a boundary."""
     monkeypatch.setattr(ByteState, "forced_boundary", lambda self, member: len(self))
-    report = check(make_ensemble(2, "byte"), "hello", samples=1500)
+    report = check(make_ensemble(2, "byte"), "hello", samples=SAMPLES)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2), ("single", 2)}
 
@@ -87,7 +93,7 @@ def test_a_token_that_is_not_read_back_from_its_bytes_is_found(monkeypatch: pyte
 @pytest.mark.slow
 def test_a_word_that_another_member_goes_on_with_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.decoding.word_mixture.build", lambda options, context: mixture)
-    report = check(make_ensemble(3, "word"), "hello", samples=1500)
+    report = check(make_ensemble(3, "word"), "hello", samples=SAMPLES)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
@@ -114,23 +120,26 @@ def test_a_method_that_the_unit_has_no_distribution_for_is_refused() -> None:
         check(make_ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
+ALL_OPTIONS = {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "temperature": 0.9, "repetition_penalty": 1.2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("unit", "options"),
     [
-        {"temperature": 1.0, "top_k": 0},
-        {"temperature": 0.5, "top_k": 0},
-        {"temperature": 1.6, "top_k": 4},
-        {"top_p": 0.8, "top_k": 0},
-        {"min_p": 0.1, "top_k": 0},
-        {"repetition_penalty": 1.7},
-        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
-        {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "temperature": 0.9, "repetition_penalty": 1.2},
+        ("piece", {"temperature": 1.0, "top_k": 0}),
+        ("token", {"temperature": 0.5, "top_k": 0}),
+        ("piece", {"temperature": 1.6, "top_k": 4}),
+        ("piece", {"top_p": 0.8, "top_k": 0}),
+        ("token", {"min_p": 0.1, "top_k": 0}),
+        ("piece", {"repetition_penalty": 1.7}),
+        ("token", {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        ("piece", ALL_OPTIONS),
+        ("token", ALL_OPTIONS),
     ],
 )
-@pytest.mark.parametrize("unit", ["token", "piece"])
 def test_every_sampling_option_keeps_the_distribution(unit: str, options: dict[str, Any]) -> None:
-    assert check(make_ensemble(2, unit), "abc", samples=1000, options=options).equal  # type: ignore[arg-type]
+    assert check(make_ensemble(2, unit), "abc", samples=SAMPLES, options=options).equal  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -138,12 +147,12 @@ def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
     plain = make_ensemble(2, "token")
     first, two = plain.members
     alone = Ensemble([MemberSpec(first.engine, "a", {"temperature": 0.4}), MemberSpec(two.engine, "b", {"top_k": 3})])
-    assert check(alone, "abc", samples=1000).equal
+    assert check(alone, "abc", samples=SAMPLES).equal
 
 
 def test_mix_then_truncate_follows_its_own_distribution() -> None:
     options = {"mix_then_truncate": True, "top_k": 3}
-    report = check(make_ensemble(2, "token"), "abc", samples=1000, options=options)  # type: ignore[arg-type]
+    report = check(make_ensemble(2, "token"), "abc", samples=SAMPLES, options=options)  # type: ignore[arg-type]
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
 
@@ -194,7 +203,7 @@ def coin_is_the_noise(step: DecodeStep) -> Flow:
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
 def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: broken)
-    report = check(make_ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     assert not report.equal
     assert all(
         comparison.equal for comparison in report.comparisons if "mixture" not in (comparison.left, comparison.right)
@@ -213,7 +222,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         return [Choice(sampled.symbol, z, sampled.logprob)]
 
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: stale)
-    report = check(make_ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
 
@@ -237,7 +246,7 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
         return [Choice(position.proposal, position.member, 0.0) for position in drafts]
 
     monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
-    report = check(make_ensemble(2, "token"), "hello", samples=1500)
+    report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 
 
@@ -256,9 +265,13 @@ def test_too_few_samples_are_refused() -> None:
         check(make_ensemble(2, "token"), "hello", samples=5)
 
 
+# Few tokens of each member are sampled behind a short prompt, so that few forwards compute the exact distribution.
+FEW: Any = {"raw": True, "top_k": 4}
+
+
 @pytest.mark.models
 def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> None:
-    report = check(demo_pair, "Why is the sky blue?", samples=200)
+    report = check(demo_pair, "The sky is", samples=200, options=FEW)
     assert isinstance(report, CheckReport)
     assert report.equal, report
 
@@ -267,7 +280,7 @@ def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> No
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_the_real_pair_follows_the_distributions_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
     ensemble = Ensemble(demo_pair.members, unit=unit)
-    report = check(ensemble, "Why is the sky blue?", samples=150)
+    report = check(ensemble, "The sky is", samples=150, options=FEW)
     assert report.equal, report
 
 
@@ -277,7 +290,7 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo
     terse = MemberSpec(first.engine, "other temperature", {"temperature": 0.3})
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
     assert shared.unit.name == "token"
-    assert check(shared, "Name a colour.", samples=200).equal
+    assert check(shared, "Name a colour.", samples=200, options=FEW).equal
 
 
 RAW = {"raw": True}

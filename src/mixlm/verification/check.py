@@ -28,7 +28,7 @@ from mixlm.routing.base import observed_by
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 from mixlm.verification.exact import ExactReference
-from mixlm.verification.sampling import Outcome, first_symbols, sampling_contexts
+from mixlm.verification.sampling import Outcome, first_symbols, memo_sessions, sampling_contexts
 
 # The significance level of a whole check, however many comparisons it makes.
 LEVEL = 0.001
@@ -137,12 +137,13 @@ def check(
     pairs: dict[str, list[Outcome]] = {}
     results: list[CheckResult] = []
     exact_references: dict[str, ExactReference] = {}
+    memos = memo_sessions(ensemble)
     for number, method in enumerate(methods):
         # A member drafts, so that some drafts are rejected.
         draft = ensemble.names[0] if method in ("speculative", "layered") else None
         method_settings = replace(settings, method=method, seed=settings.seed + number, draft=draft)
         try:
-            contexts = sampling_contexts(ensemble, method_settings)
+            contexts = sampling_contexts(ensemble, method_settings, memos)
         except UnsupportedError:
             if method != "greedy":
                 raise

@@ -23,9 +23,16 @@ _MEMO_TOP_K = 4096
 _TOGETHER = 16
 
 
-def sampling_contexts(ensemble: Ensemble, settings: GenerationOptions) -> list[GenerationContext]:
+def memo_sessions(ensemble: Ensemble) -> list[Session]:
+    """Return a session of each member that remembers responses: of every completion, with every method."""
+    return [_MemoSession(member.engine.session()) for member in ensemble.members]
+
+
+def sampling_contexts(
+    ensemble: Ensemble, settings: GenerationOptions, memos: Sequence[Session]
+) -> list[GenerationContext]:
     """Return one context that remembers responses, or several to sample at once where engines sample themselves."""
-    memo_context = ensemble.context(settings, [_MemoSession(member.engine.session()) for member in ensemble.members])
+    memo_context = ensemble.context(settings, memos)
     if not all(member.samples_itself for member in memo_context.members):
         return [memo_context]
     return [ensemble.context(settings) for _ in range(_TOGETHER)]

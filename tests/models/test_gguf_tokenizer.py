@@ -16,11 +16,11 @@ from ggufs import write_tiny_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from mixlm.errors import ModelLoadError, UnsupportedError
-from mixlm.models import resolve
 from mixlm.models.cache import TOKENIZER_VERSION, read_info, write_info
 from mixlm.models.convert import with_tokenizer
 from mixlm.models.gguf_tokenizer import PRE_TOKENIZERS, _last_merges, write_tokenizer
 from mixlm.models.header import _BLOCKS, _rare_block, read_metadata
+from mixlm.models.resolve import resolve
 
 Tokenize = Callable[[str], list[int]]
 TEXTS = (
@@ -208,14 +208,15 @@ def test_what_cannot_be_read_is_refused_by_name(
     tmp_path: Path, write_gguf: Callable[..., Path], change: dict, error: type[Exception], message: str
 ) -> None:
     metadata = read_metadata(write_gguf(tmp_path / "a.gguf")) | change
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as refused:
         write_tokenizer(metadata, tmp_path, "a.gguf")
+    assert "did you mean" not in str(refused.value)  # nobody typed it
 
 
 def test_a_tokenizer_of_an_older_version_is_made_anew(tmp_path: Path, write_gguf: Callable[..., Path], quiet) -> None:
     from dataclasses import replace
 
-    from mixlm.models import converted
+    from mixlm.models.convert import converted
 
     folder = converted(write_gguf(tmp_path / "a.gguf"), "float32", quiet)
     info = read_info(folder)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mixlm.errors import ModelLoadError, UnsupportedError, did_you_mean
+from mixlm.errors import ModelLoadError, UnsupportedError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _MERGEABLE = (_NORMAL, _USER_DEFINED, _UNUSED)
@@ -134,8 +134,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         "exaone-moe",
     ),
 }
-# llama.cpp has code of its own for these, or patterns that its own engine reads in another way than this library.
-_UNREAD = ("kimi-k2", "afmoe", "tiny_aya", "cohere2moe", "gemma4", "sarvam-moe", "youtu")
+# Not kimi-k2, afmoe, tiny_aya, cohere2moe, gemma4, sarvam-moe and youtu: llama.cpp has code of its own for these, or
+# patterns that its own engine reads in another way than this library.
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path, name: str) -> None:
@@ -187,10 +187,9 @@ def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> 
     pre = fields.get("pre") or "default"
     rule = PRE_TOKENIZERS.get(pre)
     if rule is None:
-        hint = None if pre in _UNREAD else did_you_mean(pre, PRE_TOKENIZERS)
         raise UnsupportedError(
             f"{name} has the pre-tokenizer {pre!r}, which mixlm does not read from GGUF files",
-            hint or "a folder with the same model in safetensors may load",
+            "a folder with the same model in safetensors may load",
         )
     merges = [_merge(merge) for merge in fields.get("merges") or ()]
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def demo_models() -> dict[str, Path]:
     """Folders of the demo models, by name."""
     from mixlm.errors import ModelNotFoundError
-    from mixlm.models import GROUPS, resolve
+    from mixlm.models.catalog import GROUPS
+    from mixlm.models.resolve import resolve
 
     try:
         return {name: Path(resolve(name).path_or_id) for name in GROUPS["demo"]}

@@ -229,7 +229,7 @@ def _of_the_paper(names: published.Names) -> Lineup:
 
 
 def _demo(name: str) -> Lineup:
-    from mixlm.models import GROUPS
+    from mixlm.models.catalog import GROUPS
 
     names = list(GROUPS["demo"])
     if name == "figure2":

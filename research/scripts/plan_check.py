@@ -15,7 +15,7 @@ from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble
 from mixlm.generation.scheduler import Scheduler
-from mixlm.models import find_gguf
+from mixlm.models.gguf import find_gguf
 from research.planning.costs import PlanCosts
 from research.planning.measure import measure
 from research.planning.plan import expected

@@ -35,7 +35,7 @@ import mixlm
 from mixlm.binding import MemberSpec
 from mixlm.engines import EngineSpec, load
 from mixlm.ensemble import Ensemble
-from mixlm.models import find_gguf
+from mixlm.models.gguf import find_gguf
 
 SERVE = """
 import sys, time, xllamacpp

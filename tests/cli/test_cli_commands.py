@@ -235,22 +235,22 @@ def test_models_lists_the_catalogue(run: Run) -> None:
 
 
 def test_models_lists_what_is_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.models import InstalledModel
+    from mixlm.models.cache import InstalledModel
 
     model = InstalledModel("own-abc", Path("/models/own-abc"), "/files/[own].gguf", 5_000_000, "bfloat16", None)
-    monkeypatch.setattr("mixlm.models.installed", lambda: [model])
+    monkeypatch.setattr("mixlm.models.cache.installed", lambda: [model])
     assert "/files/[own].gguf" in run("models").out
     row = json.loads(run("models", "--json").out)["models"][-1]
     assert (row["name"], row["path"], row["size_bytes"]) == ("own-abc", "/models/own-abc", 5_000_000)
 
 
 def test_models_get(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixlm.models import InstalledModel
+    from mixlm.models.cache import InstalledModel
 
     def get(name: str) -> list[InstalledModel]:
         return [InstalledModel(name, Path("/models") / name, "catalog", 1, "bfloat16", None)]
 
-    monkeypatch.setattr("mixlm.models.get", get)
+    monkeypatch.setattr("mixlm.models.fetch.get", get)
     assert run("models", "get", "smollm2-135m").out == "smollm2-135m is installed: /models/smollm2-135m\n"
 
 

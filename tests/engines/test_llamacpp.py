@@ -36,7 +36,8 @@ from mixlm.errors import (
     UsageError,
 )
 from mixlm.loading import choose_engine, load_config
-from mixlm.models import find_gguf, resolve, tokenizer_folder
+from mixlm.models.gguf import find_gguf, tokenizer_folder
+from mixlm.models.resolve import resolve
 from mixlm.types import Message, TopKFilter
 from mixlm.verification.check import check
 

@@ -36,7 +36,7 @@ from mixlm.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from mixlm.models import find_gguf, tokenizer_folder
+from mixlm.models.gguf import find_gguf, tokenizer_folder
 from mixlm.types import Sampling, TopKFilter
 
 QUICK = ClientLimits(connect=1, response=5, busy=1, connections=3)

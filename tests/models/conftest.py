@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ggufs import write_tiny_gguf
 
-from mixlm.models import CatalogModel, convert, fetch
-from mixlm.models.catalog import CATALOG, WheelFile
+from mixlm.models import convert, fetch
+from mixlm.models.catalog import CATALOG, CatalogModel, WheelFile
 from mixlm.models.header import GgufHeader
 from mixlm.terminal import ProgressDisplay
 

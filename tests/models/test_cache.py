@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from mixlm.errors import ModelLoadError
-from mixlm.models import ModelMetadata, cache_root, find, installed
-from mixlm.models.cache import INFO_FILE, BuildFolders, install, model_folder
+from mixlm.models.cache import (
+    INFO_FILE,
+    BuildFolders,
+    ModelMetadata,
+    cache_root,
+    find,
+    install,
+    installed,
+    model_folder,
+)
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")

@@ -8,8 +8,10 @@ import pytest
 from rich.console import Console
 
 from mixlm.errors import DownloadError, ModelNotFoundError
-from mixlm.models import CATALOG, GROUPS, fetch, find, get, installed, read_info
-from mixlm.models.catalog import expand
+from mixlm.models import fetch
+from mixlm.models.cache import find, installed, read_info
+from mixlm.models.catalog import CATALOG, GROUPS, expand
+from mixlm.models.fetch import get
 from mixlm.terminal import ProgressDisplay
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from mixlm.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from mixlm.models import convert as convert_module
-from mixlm.models import converted, find, installed, read_info, resolve
+from mixlm.models.cache import find, installed, read_info
+from mixlm.models.convert import converted
 from mixlm.models.header import GgufHeader, read_header
+from mixlm.models.resolve import resolve
 from mixlm.terminal import Stage
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from mixlm.errors import ModelLoadError, ModelNotFoundError
-from mixlm.models import get, installed, remove, resolve
+from mixlm.models.cache import installed, remove
+from mixlm.models.fetch import get
+from mixlm.models.resolve import resolve
 
 
 def a_folder(path: Path, *files: str) -> Path:

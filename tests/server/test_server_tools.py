@@ -445,7 +445,7 @@ def test_a_member_behind_a_server_calls_tools_too_or_refuses_by_name(processed, 
     pytest.importorskip("aiohttp")
     from mixlm.engines import EngineSpec
     from mixlm.engines.remote.engine import RemoteEngine
-    from mixlm.models import find_gguf, tokenizer_folder
+    from mixlm.models.gguf import find_gguf, tokenizer_folder
 
     monkeypatch.setenv("MIXLM_CACHE", str(tmp_path))
     fake = FakeServer()

@@ -266,7 +266,7 @@ def fuzz(rng: Random) -> bytes:
 @pytest.fixture(scope="module")
 def everything() -> dict[str, Pieces]:
     """Every tokenizer of a model that is installed."""
-    from mixlm.models import installed
+    from mixlm.models.cache import installed
 
     folders = {model.name: model.path for model in installed() if (model.path / "tokenizer.json").is_file()}
     tokenizers = {}

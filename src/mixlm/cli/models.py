@@ -13,7 +13,7 @@ from mixlm.errors import UsageError
 from mixlm.terminal import visible
 
 if TYPE_CHECKING:
-    from mixlm.models import InstalledModel
+    from mixlm.models.cache import InstalledModel
 
 models = typer.Typer(name="models", cls=CommandGroup, add_completion=False, rich_markup_mode=None)
 
@@ -47,7 +47,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json({"models": rows})
         return
-    from mixlm.models import cache_root
+    from mixlm.models.cache import cache_root
 
     print_table(
         ("model", "what it is", "size", "installed", "licence"),
@@ -81,10 +81,10 @@ def get(
     debug: _Debug = False,
 ) -> None:
     """Fetch models, unless they are installed."""
-    import mixlm.models as store
+    from mixlm.models import fetch
 
     for name in names:
-        for model in store.get(name):
+        for model in fetch.get(name):
             print(f"{visible(model.name)} is installed: {visible(str(model.path))}")
 
 
@@ -94,17 +94,18 @@ def rm(
     debug: _Debug = False,
 ) -> None:
     """Remove installed models."""
-    import mixlm.models as store
+    from mixlm.models.cache import remove
     from mixlm.terminal import ProgressDisplay
 
     for name in names:
-        model = store.remove(name, ProgressDisplay())
+        model = remove(name, ProgressDisplay())
         print(f"{visible(model.name)} is removed: {_size(model.size_bytes)}")
 
 
 def _rows() -> list[dict[str, Any]]:
     """Return the models of the catalog, then the other installed ones."""
-    from mixlm.models import CATALOG, installed
+    from mixlm.models.cache import installed
+    from mixlm.models.catalog import CATALOG
 
     by_name = {model.name: model for model in installed()}
     rows = []

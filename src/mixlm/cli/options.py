@@ -252,7 +252,8 @@ def _with_rule(config: EnsembleConfig, options: Mapping[str, Any], method: str |
 
 def demo() -> Sequence[str]:
     """Return the names of the demo pair. Raises ModelNotFoundError, with what to do, if it is not installed."""
-    from mixlm.models import GROUPS, find
+    from mixlm.models.cache import find
+    from mixlm.models.catalog import GROUPS
 
     names = GROUPS["demo"]
     if missing := [name for name in names if find(name) is None]:

@@ -135,7 +135,7 @@ def runs_as_gguf(model: str) -> bool:
     """Whether llama.cpp is installed, and the model is a GGUF file, or an installed one that comes as such a file."""
     if model.startswith(("toy:", "shape:")) or is_remote(model) or find_spec("xllamacpp") is None:
         return False
-    from mixlm.models import find_gguf
+    from mixlm.models.gguf import find_gguf
 
     gguf = find_gguf(model)
     # A converted model is what was converted, whether its source still exists or not.

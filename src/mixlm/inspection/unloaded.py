@@ -11,8 +11,9 @@ from mixlm.engines.base import Session, TextInterface
 from mixlm.engines.registry import engine_name
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.errors import UnsupportedError
-from mixlm.models import find_gguf, resolve, tokenizer_folder
+from mixlm.models.gguf import find_gguf, tokenizer_folder
 from mixlm.models.header import read_header
+from mixlm.models.resolve import resolve
 
 
 def load_described(spec: EngineSpec) -> Engine:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mixlm.errors import ConfigError
-from mixlm.models import cache_root
+from mixlm.models.cache import cache_root
 from mixlm.version import __version__
 
 LIMIT = "MIXLM_SCORES_MB"

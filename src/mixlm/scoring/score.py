@@ -29,7 +29,7 @@ from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
-from mixlm.models import resolve
+from mixlm.models.resolve import resolve
 from mixlm.routing.base import observed_by
 from mixlm.scoring import cache
 from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits

@@ -26,8 +26,9 @@ from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TopKOnlyEngine, TopKOnlySession
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, ModelNotFoundError, TokenizerError
-from mixlm.models import find_gguf, resolve, tokenizer_folder
+from mixlm.models.gguf import find_gguf, tokenizer_folder
 from mixlm.models.header import GgufHeader, known_header
+from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Logits
 
 # Tokens. llama.cpp allocates the KV cache of every slot when a model is loaded.

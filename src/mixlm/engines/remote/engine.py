@@ -41,7 +41,8 @@ from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
 from mixlm.errors import ConfigError, EngineError, RequestRefusedError
-from mixlm.models import find_gguf, resolve, tokenizer_folder
+from mixlm.models.gguf import find_gguf, tokenizer_folder
+from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
 _T = TypeVar("_T")

@@ -69,7 +69,7 @@ class ModelInfo:
 
     def tokenizer_folder(self) -> Path | None:
         """Return the folder of the tokenizer where the server says its model's path, and this machine has it."""
-        from mixlm.models import find_gguf, tokenizer_folder
+        from mixlm.models.gguf import find_gguf, tokenizer_folder
 
         paths = (self.properties.get("tokenizer_path"), self.card.get("root"), self.properties.get("model_path"))
         for path in (*paths, self.card.get("id")):

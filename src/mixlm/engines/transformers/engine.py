@@ -27,7 +27,7 @@ from mixlm.engines.transformers.model_loading import (
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
 from mixlm.errors import ConfigError
-from mixlm.models import resolve
+from mixlm.models.resolve import resolve
 
 
 def load(spec: EngineSpec) -> HFEngine:

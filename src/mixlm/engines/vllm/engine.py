@@ -29,7 +29,7 @@ from mixlm.engines.vllm.engine_thread import Backend, EngineThread, VllmBackend
 from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
 from mixlm.engines.vllm.sampling_params import logprobs_parameters, samples_identically, sampling_parameters
 from mixlm.errors import ConfigError, EngineError, ModelLoadError, UnsupportedError
-from mixlm.models import resolve
+from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, Sampling
 
 _DEFAULT_CONTEXT = 8192

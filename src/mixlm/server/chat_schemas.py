@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -24,6 +25,15 @@ class TextPart(StrictBody):
 
     type: Literal["text"]
     text: str
+
+
+class _HasText(Protocol):
+    text: str
+
+
+def joined_text(content: str | Sequence[_HasText]) -> str:
+    """Return a content as one text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class CalledFunction(StrictBody):
@@ -75,7 +85,7 @@ class ChatMessage(StrictBody):
     @property
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return joined_text(self.content)
 
     def message(self) -> Message:
         """Return it as the ensemble takes it."""

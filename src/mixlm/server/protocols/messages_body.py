@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
+from mixlm.server.chat_schemas import MAX_TOOLS, ToolName, joined_text
 from mixlm.server.protocols.responses_body import call_dict
 from mixlm.server.request_schemas import Extras, Short, StrictBody
 
@@ -128,7 +128,7 @@ class MessagesBody(StrictBody):
     @property
     def system_text(self) -> str | None:
         """The system message."""
-        return None if self.system is None else _text(self.system)
+        return None if self.system is None else joined_text(self.system)
 
     def chat_fields(self) -> dict[str, Any]:
         """Return the body of a chat completion."""
@@ -169,7 +169,7 @@ def _messages(turn: TurnBody) -> list[dict[str, Any]]:
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     results = [
-        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+        {"role": "tool", "tool_call_id": block.tool_use_id, "content": joined_text(block.content)}
         for block in turn.content
         if isinstance(block, ToolResultBlock)
     ]
@@ -181,7 +181,3 @@ def _messages(turn: TurnBody) -> list[dict[str, Any]]:
     ]
     message: dict[str, Any] = {"role": turn.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
     return [*results, message] if texts or calls or not results else [*results]
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(block.text for block in content)

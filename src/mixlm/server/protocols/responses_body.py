@@ -8,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from mixlm.server.api_errors import unsupported_field
-from mixlm.server.chat_schemas import MAX_TOOLS, ToolName
+from mixlm.server.chat_schemas import MAX_TOOLS, FunctionBody, NamedFunction, ToolName, joined_text
 from mixlm.server.request_schemas import (
     IGNORED_FIELDS,
     Extras,
     FewFields,
     JsonObject,
     PlainText,
+    Schema,
     Short,
     StreamOptions,
     StrictBody,
@@ -98,31 +99,22 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(StrictBody):
-    """A function that can be called. strict has no effect: arguments always match the schema."""
+class FunctionTool(FunctionBody):
+    """A function that can be called."""
 
     type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class NamedFunctionTool(StrictBody):
+class NamedFunctionTool(NamedFunction):
     """The one function to call."""
 
     type: Literal["function"]
-    name: ToolName
 
 
-class SchemaFormat(StrictBody):
+class SchemaFormat(Schema):
     """Text that is JSON of a schema."""
 
     type: Literal["json_schema"]
-    name: Short
-    of: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-    description: str | None = None
 
 
 class TextSettings(StrictBody):
@@ -201,13 +193,13 @@ class ResponsesBody(StrictBody):
         for item in self.input:
             match item:
                 case MessageItem():
-                    messages.append({"role": item.role, "content": _text(item.content)})
+                    messages.append({"role": item.role, "content": joined_text(item.content)})
                 case CallItem():
                     if not messages or messages[-1]["role"] != "assistant":
                         messages.append({"role": "assistant", "content": None})
                     messages[-1].setdefault("tool_calls", []).append(call_dict(item.call_id, item.name, item.arguments))
                 case CallOutputItem():
-                    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+                    messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined_text(item.output)})
         return messages
 
     def chat_fields(self, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -245,7 +237,3 @@ class ResponsesBody(StrictBody):
 def call_dict(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     """Return a call as a message of a chat completion has it."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _text(content: str | list[InputPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)

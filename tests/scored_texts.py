@@ -11,6 +11,8 @@ from mixlm.decoding.conventional import conventional
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.generation.prompt import EncodedPrompt
+from mixlm.scoring.passages import Passage
+from mixlm.scoring.rule_scores import RuleScorer
 from mixlm.scoring.scores import Scores
 
 
@@ -24,6 +26,11 @@ def made(logprobs: np.ndarray, *, text: bytes | None = None, begins: Sequence[in
     return Scores(
         names, "token", text or b"x" * count, offsets, offsets + 1, passage_starts, table, np.zeros_like(table)
     )
+
+
+def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
+    """The log-probability of passages under the rule of an ensemble."""
+    return float(RuleScorer(ensemble).logprobs(passages)[0])
 
 
 def probabilities(engine: ToyEngine, ids: Sequence[int]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored_texts import rule_logprob
 from small_tasks import toys
 
 from mixlm.core.combinations import combination
@@ -14,7 +15,7 @@ from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.evaluation.lm import EnsembleLM
-from mixlm.scoring.rule_scores import RuleScorer, rule_logprob, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, text_passages
 
 
 @dataclass

@@ -23,7 +23,7 @@ from mixlm.routing.deferral import FEATURES, DeferralGate, deferral_features
 from mixlm.routing.gate import Gate
 from mixlm.routing.gate_router import GateInputs
 from mixlm.routing.observation import ObservedStates
-from mixlm.scoring.rule_scores import rule_logprobs, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, text_passages
 from mixlm.scoring.score import score
 from mixlm.scoring.scores import Scores
 
@@ -109,7 +109,7 @@ def test_scores_and_the_rule_agree_and_the_file_keeps_the_gate(tmp_path: Path) -
     data = DeferralScores.of(score(watching, text))
     DeferralGate(random_gate(3), ensemble.names).save(tmp_path / "keep.json")
     gate = DeferralGate.load(tmp_path / "keep.json")
-    expected = rule_logprobs(ensemble, text_passages(ensemble, [text]), [(Defer(accept=gate), ensemble.weights)])
+    expected = RuleScorer(ensemble, [(Defer(accept=gate), ensemble.weights)]).logprobs(text_passages(ensemble, [text]))
     assert data.deferred(gate).sum() == pytest.approx(float(expected[0]), abs=1e-4)
     assert 0.05 < data.kept(gate).mean() < 0.95
     assert DeferralGate(random_gate(3, seed=1), ensemble.names).digest != gate.digest == gate.gate.digest

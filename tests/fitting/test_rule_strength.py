@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored_texts import rule_logprob
 from toys import toys
 
 from mixlm.core.options import GenerationOptions
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.rule_strength import fit_strength
-from mixlm.scoring.rule_scores import rule_logprob, text_passages
+from mixlm.scoring.rule_scores import text_passages
 
 TEXT = "ab cb ab c ab ba b" * 2
 

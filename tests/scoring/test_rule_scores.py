@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scored_texts import rule_logprob
 from toys import END, OPTIONS, exact_distribution, make_ensemble, toys
 
 from mixlm.core.options import GenerationOptions
@@ -13,7 +14,7 @@ from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
 from mixlm.routing import FunctionRouter
-from mixlm.scoring.rule_scores import RuleScorer, rule_logprob, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, text_passages
 
 PLAIN = OPTIONS["plain"]
 

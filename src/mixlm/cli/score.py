@@ -138,9 +138,9 @@ def _rule_scorer(ensemble: Ensemble) -> RuleScorer | None:
     """Return what scores under the rule of the ensemble, None for the average. Raises what `RuleScorer` does."""
     if ensemble.defaults.rule is None:
         return None
-    from mixlm.scoring.rule_scores import rule_scorer
+    from mixlm.scoring.rule_scores import RuleScorer
 
-    return rule_scorer(ensemble)
+    return RuleScorer(ensemble)
 
 
 def _rule_report(

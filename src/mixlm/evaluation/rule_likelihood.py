@@ -14,7 +14,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.evaluation.contexts import RequestContext
 from mixlm.evaluation.likelihood import MemberContinuation, context_text, split_context
 from mixlm.scoring.passages import Passage
-from mixlm.scoring.rule_scores import rule_scorer, text_passages
+from mixlm.scoring.rule_scores import RuleScorer, text_passages
 
 
 def rule_settings(ensemble: Ensemble, options: Mapping[str, Any]) -> GenerationOptions:
@@ -34,7 +34,7 @@ class RuleContinuationScorer:
         self._ensemble = Ensemble(
             ensemble.members, ensemble.weights.tolist(), unit=ensemble.unit, router=ensemble.router, defaults=settings
         )
-        self._scorer = rule_scorer(self._ensemble)
+        self._scorer = RuleScorer(self._ensemble)
 
     def continuation(self, context: RequestContext, text: str) -> tuple[float, bool]:
         """Return the natural log-probability of `text` behind a context, and whether it is the greedy continuation.

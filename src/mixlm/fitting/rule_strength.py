@@ -21,7 +21,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.fitting.likelihood import simplex
 from mixlm.scoring.passages import Passage
-from mixlm.scoring.rule_scores import rule_logprobs
+from mixlm.scoring.rule_scores import RuleScorer
 from mixlm.terminal import Progress
 from mixlm.types import Floats
 
@@ -118,7 +118,7 @@ def fit_strength(
     def bits(passages: Sequence[Passage], variants: Sequence[tuple[Combination, Floats]]) -> Floats:
         nonlocal done
         length = sum(len(passage.data) for passage in passages)
-        values: Floats = -rule_logprobs(ensemble, passages, variants) / math.log(2) / length
+        values: Floats = -RuleScorer(ensemble, variants).logprobs(passages) / math.log(2) / length
         done += 1
         if progress is not None:
             progress("passes over the text", done, passes)

@@ -23,7 +23,7 @@ from mixlm.generation.dispatch import Dispatcher, EngineRequest, MemberError, Re
 from mixlm.generation.member import Member
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
-from mixlm.routing.base import FixedRouter, PromptContext, Router, begin_route, observed_by
+from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
 from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
 from mixlm.types import (
     Completion,
@@ -78,7 +78,7 @@ class GenerationContext:
         context = PromptContext(prompt.text, bits or (lambda: bits_per_byte(self.sessions, prompt)))
         # `single` takes no weights: a router that observes a member would run it for nothing.
         router = self.router if observed_by(self.router) is None else self.scoring_router
-        route = begin_route(router, context, len(self.members))
+        route = CheckedRoute(router, context, len(self.members))
         unavailable = None
         if self.settings.on_failure == "drop":
             from mixlm.generation.unavailable import UnavailableMembers

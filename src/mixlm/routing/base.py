@@ -190,11 +190,6 @@ class CheckedRoute:
         return check_weights(weights, self._members, self._router)
 
 
-def begin_route(router: Router, context: PromptContext, members: int) -> CheckedRoute:
-    """Return the router's route for a prompt. Raises ConfigError where the router fails."""
-    return CheckedRoute(router, context, members)
-
-
 def describe_router(router: Router) -> str:
     """Return a router's kind and, where it has numbers of its own, a digest of them; of a function its name."""
     if isinstance(digest := getattr(router, "digest", None), str):

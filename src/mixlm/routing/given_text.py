@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from mixlm.errors import UnsupportedError
-from mixlm.routing.base import FixedRouter, PromptContext, Router, begin_route, observed_by
+from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
 from mixlm.routing.features import FEATURES, features
 from mixlm.routing.gate_router import GateRouter
 from mixlm.routing.learned import LearnedRouter, gate_weights
@@ -56,7 +56,7 @@ def weights_along(
         passage_start = int(passage_starts[segments[0]])
         prompt = text[passage_start : int(starts[segments].min())]
         context = PromptContext(prompt, partial(np.copy, prompt_bits[segments[0]]))
-        route = begin_route(router, context, prompt_bits.shape[1])
+        route = CheckedRoute(router, context, prompt_bits.shape[1])
         if isinstance(router, FixedRouter | PromptRouter):
             weights[segments] = route(_GivenText(b""))
             continue

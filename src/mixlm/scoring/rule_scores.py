@@ -35,40 +35,6 @@ from mixlm.types import Floats, Ids
 _CHUNK = 16  # positions whose distributions are in memory at once
 
 
-def rule_logprob(ensemble: Ensemble, passages: Sequence[Passage]) -> float:
-    """Return the natural log-probability of passages under the rule of the ensemble's default options.
-
-    Raises:
-        ConfigError: A text is too long for a context.
-        UnsupportedError: The rule combines spellings, or the weights depend on the text; or members that share a
-            vocabulary do not have the same tokens of a text.
-    """
-    return float(rule_scorer(ensemble).logprobs(passages)[0])
-
-
-def rule_scorer(ensemble: Ensemble) -> RuleScorer:
-    """Return what scores passages under the rule of the ensemble's default options. Raises what `RuleScorer` does."""
-    options = ensemble.defaults
-    return RuleScorer(ensemble, [(build_rule(options.rule or "average", options.rule_parameters), ensemble.weights)])
-
-
-def rule_logprobs(
-    ensemble: Ensemble, passages: Sequence[Passage], variants: Sequence[tuple[Combination, Floats]]
-) -> Floats:
-    """Return log-probabilities of passages under variants of a rule, float64 (variants,), in one pass a member.
-
-    Args:
-        ensemble: The members, and the rule by the default options.
-        passages: What is scored.
-        variants: The same rule with other parameters, and weights, float64 (members,); a role that a member has in the
-            rule is the same in all.
-
-    Raises:
-        ConfigError, UnsupportedError: As in `rule_logprob`.
-    """
-    return RuleScorer(ensemble, variants).logprobs(passages)
-
-
 def text_passages(ensemble: Ensemble, texts: Sequence[str], before: Before = "begin") -> list[Passage]:
     """Return texts in passages that fit every context. before: what stands in front of each; see `text_prefix`."""
     data = [text.encode(errors="replace") for text in texts]
@@ -82,14 +48,17 @@ class RuleScorer:
 
     Args:
         ensemble: The members, and the rule by the default options.
-        variants: As of `rule_logprobs`.
+        variants: The same rule with other parameters, and weights, float64 (members,); a role that a member has in the
+            rule is the same in all. By default the rule and the weights of the ensemble alone.
 
     Raises:
-        UnsupportedError: As in `rule_logprob`; or an engine reports its likeliest tokens only.
+        UnsupportedError: The rule combines spellings, or the weights depend on the text; or an engine reports its
+            likeliest tokens only.
     """
 
-    def __init__(self, ensemble: Ensemble, variants: Sequence[tuple[Combination, Floats]]) -> None:
+    def __init__(self, ensemble: Ensemble, variants: Sequence[tuple[Combination, Floats]] = ()) -> None:
         options = ensemble.defaults
+        variants = variants or [(build_rule(options.rule or "average", options.rule_parameters), ensemble.weights)]
         rule = variants[0][0]
         if rule.alignment == "strings" or (options.rule == "unite" and not ensemble.unit.traits.shared_vocabulary):
             raise UnsupportedError(
@@ -123,6 +92,10 @@ class RuleScorer:
         """Return the log-probability of passages together, float64 (variants,).
 
         Nothing is read behind a token that no variant gives any probability.
+
+        Raises:
+            ConfigError: A text is too long for a context.
+            UnsupportedError: Members that share a vocabulary do not have the same tokens of a text.
         """
         total = np.zeros(len(self._variants))
         for passage in passages:

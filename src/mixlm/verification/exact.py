@@ -27,7 +27,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.generation.generation import bits_per_byte
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.target import assign_roles, mode_sampling
-from mixlm.routing.base import Observation, PromptContext, begin_route
+from mixlm.routing.base import CheckedRoute, Observation, PromptContext
 from mixlm.routing.observation import observation
 from mixlm.types import Candidates, Floats, Ids, Logits, TopKFilter
 from mixlm.units.base import TextState
@@ -47,7 +47,7 @@ class ExactReference:
         self._prompts = prompts.ids
         sessions = [member.engine.session() for member in ensemble.members]
         context = PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts))
-        self._route = begin_route(ensemble.router, context, len(ensemble.members))
+        self._route = CheckedRoute(ensemble.router, context, len(ensemble.members))
         self.first = self.distribution(())
 
     def distribution(self, symbols: Sequence[int]) -> Floats:

@@ -113,7 +113,8 @@ class MemoryLimitError(MixlmError):
 
 
 _FLAG = re.compile(
-    r"(?<!\S)--(engine|method|unit|top-k|dtype|draft|device|graphs|rule|system) (\w+(?:[.-]\w+)*)(?: \(engine='\w+'[^)]*\))?"
+    r"(?<!\S)--(engine|method|unit|top-k|dtype|draft|device|graphs|rule|system) (\w+(?:[.-]\w+)*)"
+    r"(?: \(engine='\w+'[^)]*\))?"
 )
 
 

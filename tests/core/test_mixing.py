@@ -92,3 +92,16 @@ def test_responsibilities_are_shares_of_one_symbol():
     np.testing.assert_allclose(responsibilities(1, parts), [0.25, 0.75, 0])
     np.testing.assert_allclose(responsibilities(2, parts), [2 / 3, 0, 1 / 3])
     np.testing.assert_allclose(responsibilities(1, [(0.0, parts[0][1]), (1.0, parts[1][1])]), [0, 1])
+
+
+def test_distributions_over_the_same_symbols_need_no_table():
+    generator = np.random.default_rng(0)
+    symbols = np.sort(generator.choice(10**6, 9000, replace=False))
+    rows = [np.log(generator.dirichlet(np.ones(9000))) for _ in range(2)]
+    rows[0][7] = rows[1][7] = -900.0  # underflows
+    components = [(weight, Candidates(symbols, row)) for weight, row in zip([0.3, 0.7], rows, strict=True)]
+    expected = pool(np.concatenate([symbols, symbols]), np.concatenate(rows) + np.repeat(np.log([0.3, 0.7]), 9000))
+    np.testing.assert_array_equal(mix(components).ids, expected.ids)
+    np.testing.assert_allclose(mix(components).logprobs, expected.logprobs, atol=1e-12)
+    assert expected.ids.size == 8999
+    assert mix([(1.0, components[0][1])]) is components[0][1]

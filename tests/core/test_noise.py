@@ -146,3 +146,20 @@ def test_uniform_numbers_never_reach_zero_or_one(bits):
     key = (_invert(_invert(bits)) - rng._GOLDEN) % 2**64
     [uniform] = rng._uniform(key, np.array([0]))
     assert 0 < uniform < 1
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 5.0])
+def test_of_a_whole_vocabulary_only_what_may_win_is_looked_at(scale):
+    generator = np.random.default_rng(5)
+    symbols = np.sort(generator.choice(10**6, 20_000, replace=False))
+    for seed in range(30):
+        logprobs = generator.normal(scale=scale, size=symbols.size)
+        logprobs[:50] += 4 * scale
+        noise = Noise(seed)
+        assert noise.sample(symbols, logprobs) == np.argmax(logprobs + noise.gumbel(symbols))
+    # Of twenty thousand rare symbols, some win.
+    logprobs = np.full(symbols.size, -10.0)
+    logprobs[0] = 0.0
+    wins = sum(Noise(seed).sample(symbols, logprobs) > 0 for seed in range(100))
+    expected = 1 - 1 / (1 + 19_999 * np.exp(-10))
+    assert abs(wins / 100 - expected) < 0.2

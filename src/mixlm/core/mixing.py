@@ -7,6 +7,7 @@ from numbers import Real
 
 import numpy as np
 
+from mixlm.core.blocks import blocks
 from mixlm.errors import ConfigError
 from mixlm.option_spec import as_float
 from mixlm.types import Candidates, Floats, Ids
@@ -83,9 +84,25 @@ def pool(symbols: Ids, logprobs: Floats) -> Candidates:
 def mix(components: Sequence[tuple[float, Candidates]]) -> Candidates:
     """Return the weighted sum of distributions; those of weight 0 are ignored."""
     positive = [(weight, distribution) for weight, distribution in components if weight > 0]
+    first = positive[0][1].ids
+    if all(np.array_equal(distribution.ids, first) for _, distribution in positive) and (first[1:] > first[:-1]).all():
+        return _mix_common(first, positive)
     symbols = np.concatenate([distribution.ids for _, distribution in positive])
     logprobs = np.concatenate([distribution.logprobs + np.log(weight) for weight, distribution in positive])
     return pool(symbols, logprobs)
+
+
+def _mix_common(symbols: Ids, components: Sequence[tuple[float, Candidates]]) -> Candidates:
+    """Return the weighted sum of distributions over the same symbols, which ascend."""
+    if len(components) == 1 and components[0][0] == 1:
+        return components[0][1]
+    logprobs = np.empty(symbols.size)
+    for block in blocks(symbols.size):
+        total = sum(weight * np.exp(distribution.logprobs[block]) for weight, distribution in components)
+        with np.errstate(divide="ignore"):
+            np.log(total, out=logprobs[block])
+    possible = logprobs > -np.inf
+    return Candidates(symbols, logprobs) if possible.all() else Candidates(symbols[possible], logprobs[possible])
 
 
 def responsibilities(symbol: int, components: Sequence[tuple[float, Candidates]]) -> Floats:

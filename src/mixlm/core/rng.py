@@ -15,10 +15,13 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.blocks import BLOCK, blocks
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _COIN, _SAMPLE = 1, 2
 _PURPOSES = 2
+_NEAR = 8.0  # nats below the most likely symbol, behind which few symbols win, and all but these need no Gumbel noise
 
 
 def _mix(x: int) -> int:
@@ -36,10 +39,7 @@ def _key(*parts: int) -> int:
 
 
 def _uniform(key: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return a uniform number in the open interval (0, 1) for each index: SplitMix64's stream of the seed `key`.
-
-    It works in place: with a whole vocabulary of indices, memory traffic is the cost.
-    """
+    """Return a uniform number in the open interval (0, 1) for each index: SplitMix64's stream of the seed `key`."""
     x = index.astype(np.uint64)
     x += np.uint64(1)
     x *= np.uint64(_GOLDEN)
@@ -108,10 +108,13 @@ class Noise:
 
     def gumbel(self, symbols: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return standard Gumbel noise for each symbol, float64, shape as `symbols`; equal symbols get equal noise."""
-        noise = _uniform(self.sample_key, symbols)
-        for _ in range(2):
-            np.log(noise, out=noise)
-            np.negative(noise, out=noise)
+        key, noise = self.sample_key, np.empty(symbols.size)
+        for block in blocks(symbols.size):
+            part = noise[block]
+            np.log(_uniform(key, symbols[block]), out=part)
+            np.negative(part, out=part)
+            np.log(part, out=part)
+            np.negative(part, out=part)
         return noise
 
     def sample(self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> int:
@@ -121,7 +124,30 @@ class Noise:
             symbols: Distinct symbols, int64 (n,). Two entries of one symbol would share their noise.
             logprobs: Their natural log-probabilities, float64 (n,).
         """
-        return int(np.argmax(logprobs + self.gumbel(symbols)))
+        winners = self._possible_winners(symbols, logprobs) if symbols.size > BLOCK else None
+        if winners is None:
+            return int(np.argmax(logprobs + self.gumbel(symbols)))
+        return int(winners[np.argmax(logprobs[winners] + self.gumbel(symbols[winners]))])
+
+    def _possible_winners(
+        self, symbols: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64] | None:
+        """Return indices of symbols among which `sample` finds its own, ascending; None where they would be many.
+
+        Where the best score of the likely symbols is b, and u a symbol's uniform number, another one of log-probability
+        p wins only if `1 - u ≤ -log u < exp(p - b)`, and p is at most the least of the likely ones: u is nearly 1.
+        """
+        least = logprobs.max() - _NEAR
+        likely = np.flatnonzero(logprobs >= least)
+        if likely.size > symbols.size // 8:
+            return None
+        best = (logprobs[likely] + self.gumbel(symbols[likely])).max()
+        beyond = 1 - np.exp(least - best) * (1 + 1e-6) - 1e-15  # the margin is for rounding
+        key = self.sample_key
+        lucky = [
+            np.flatnonzero(_uniform(key, symbols[block]) >= beyond) + block.start for block in blocks(symbols.size)
+        ]
+        return np.union1d(likely, np.concatenate(lucky))
 
     def _key(self, purpose: int) -> int:
         return _key(self.seed, self.sequence, self.position, purpose + _PURPOSES * self.round)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.blocks import blocks
 from mixlm.types import Candidates, Floats, Ids, LogitBias, Logits, LogitsRow, Sampling, TopKFilter, TopLogprobs
 
 
@@ -165,9 +166,15 @@ class Transform:
         self.bias = bias
         needs_all = not sampling.top_k or sampling.has_penalties or bias is not None
         self.top_k_filter = None if needs_all else TopKFilter(sampling.top_k, banned)
+        self._unbanned: Ids | None = None
 
     def __call__(
-        self, logits: LogitsRow, history: TokenHistory | None = None, allowed: npt.NDArray[np.bool_] | None = None
+        self,
+        logits: LogitsRow,
+        history: TokenHistory | None = None,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        *,
+        normalize: bool = True,
     ) -> Candidates:
         """Return the distribution to sample from; an empty one if no allowed token has any probability.
 
@@ -175,12 +182,15 @@ class Transform:
             logits: All logits, (vocab,), any float type, not changed; or those that `top_k_filter` keeps.
             history: The tokens so far, for penalties.
             allowed: Which ids may be sampled, bool (vocab,), in addition to `banned`; what is filtered has no others.
+            normalize: Whether probabilities are to sum to 1; if not, they are in proportion to the likeliest.
         """
         options = self.sampling
         if isinstance(logits, Candidates):
             return _normalize(_truncate(*logits, options)) if logits.ids.size else logits
-        x = logits.copy()
-        x[self.banned] = -np.inf
+        x = logits
+        if self.banned.size or allowed is not None:
+            x = logits.copy()
+            x[self.banned] = -np.inf
         if allowed is not None:
             x[~allowed] = -np.inf
         if x.max() == -np.inf:
@@ -197,16 +207,29 @@ class Transform:
         elif options.top_p < 1:
             candidates = self._nucleus(x)
         else:
-            floor = x.max() + options.temperature * np.log(options.min_p) if options.min_p > 0 else -np.inf
-            ids = np.flatnonzero((x >= floor) & (x > -np.inf))
-            candidates = Candidates(ids, x[ids].astype(np.float64) / options.temperature)
-        return _normalize(candidates)
+            possible = x > -np.inf
+            if options.min_p > 0:
+                possible &= x >= x.max() + options.temperature * np.log(options.min_p)
+            ids = self._indices(possible)
+            candidates = Candidates(ids, x[ids].astype(np.float64, copy=False))
+            if options.temperature != 1:
+                np.divide(candidates.logprobs, options.temperature, out=candidates.logprobs)
+        return _normalize(candidates, proportions=not normalize)
+
+    def _indices(self, possible: npt.NDArray[np.bool_]) -> Ids:
+        """Return the indices of what is possible: the same array wherever that is all but what is banned."""
+        if np.count_nonzero(possible) < possible.size - self.banned.size:
+            return np.flatnonzero(possible)
+        unbanned = self._unbanned
+        if unbanned is None or unbanned.size + self.banned.size != possible.size:
+            unbanned = self._unbanned = np.flatnonzero(possible)
+        return unbanned
 
     def _nucleus(self, x: Logits) -> Candidates:
         """Apply top-p to a whole vocabulary: take more and more of the largest values until they hold the mass."""
         options = self.sampling
         scaled = x.astype(np.float64) / options.temperature
-        total = np.exp(scaled - scaled.max()).sum()
+        total = exp_sum(scaled - scaled.max())
         count = 256
         while True:
             ids = largest_indices(x, count)
@@ -232,7 +255,12 @@ class ReportTransform(Transform):
         self._sampled = TopKFilter(count, banned)
 
     def __call__(
-        self, logits: LogitsRow, history: TokenHistory | None = None, allowed: npt.NDArray[np.bool_] | None = None
+        self,
+        logits: LogitsRow,
+        history: TokenHistory | None = None,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        *,
+        normalize: bool = True,
     ) -> Candidates:
         """Return the reported part of the distribution; its probabilities sum to less than 1."""
         assert isinstance(logits, Candidates)
@@ -256,6 +284,15 @@ def _truncate(ids: Ids, logits: Logits, options: Sampling, share: float = 1.0) -
     return Candidates(ids[keep], values[keep])
 
 
-def _normalize(candidates: Candidates) -> Candidates:
-    values = candidates.logprobs - candidates.logprobs.max()
-    return Candidates(candidates.ids, values - np.log(np.exp(values).sum()))
+def _normalize(candidates: Candidates, *, proportions: bool = False) -> Candidates:
+    """Normalise candidates in place, to a sum of 1 or a maximum of 1."""
+    values = candidates.logprobs
+    values -= values.max()
+    if not proportions:
+        values -= np.log(exp_sum(values))
+    return candidates
+
+
+def exp_sum(values: Floats) -> float:
+    """Return `Σ exp(values)`."""
+    return sum(float(np.exp(values[block]).sum()) for block in blocks(values.size))

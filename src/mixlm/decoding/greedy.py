@@ -25,7 +25,8 @@ def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
     """Return the plain form, or the drafted one where the options name a draft."""
     draft = None if options.draft is None else build_draft(options.draft, context)
     if context.target is not None:
-        return greedy_by_rule(context.target, draft, options.block, context.speculation)
+        is_one_forward = len({*context.batch_keys}) == 1
+        return greedy_by_rule(context.target, draft, options.block, context.speculation, together=is_one_forward)
     if draft is None:
         return greedy
     return greedy_drafted(draft, options.block, context.speculation)
@@ -47,9 +48,9 @@ def greedy(step: DecodeStep) -> Flow:
         [rows] = yield [view.logits_request()]
         parts.append((float(step.weights[member]), view.check_possible(view.distribution(rows[0]))))
         remaining -= step.weights[member]
-        average = mix(parts)
-        is_certain = not step.views[0].member.top_logprobs and _lead(average) > remaining + 1e-9
-        if is_certain or len(parts) == len(order):
+        if len(parts) == len(order):
+            return [_most_likely(step, parts, order)]
+        if not step.views[0].member.top_logprobs and _lead(mix(parts)) > remaining + 1e-9:
             return [_most_likely(step, parts, order)]
 
 
@@ -99,7 +100,9 @@ def greedy_drafted(draft: Draft, block: int, stats: SpeculationStats | None = No
     return _drafted(_AveragePosition, draft, block, stats or SpeculationStats())
 
 
-def greedy_by_rule(target: RuleTarget, draft: Draft | None, block: int, stats: SpeculationStats) -> Strategy:
+def greedy_by_rule(
+    target: RuleTarget, draft: Draft | None, block: int, stats: SpeculationStats, *, together: bool = False
+) -> Strategy:
     """Return greedy decoding of a combination rule: the most likely symbol of what it makes of the members.
 
     Members run one after another, and no more of them than it takes for a symbol that the others cannot overtake; with
@@ -110,11 +113,12 @@ def greedy_by_rule(target: RuleTarget, draft: Draft | None, block: int, stats: S
         draft: What proposes symbols, if anything.
         block: Proposals of a block, at most.
         stats: Records how many were verified and accepted.
+        together: Run all members at once, which is one forward.
     """
     from mixlm.decoding.rule_position import GreedyPosition
 
     if draft is None:
-        return _drafted(lambda step: GreedyPosition(step, target), NoDraft(), 0, stats)
+        return _drafted(lambda step: GreedyPosition(step, target, together=together), NoDraft(), 0, stats)
     return _drafted(lambda step: GreedyPosition(step, target, together=True), draft, block, stats)
 
 
@@ -135,8 +139,8 @@ def _heaviest_first(weights: Floats) -> list[int]:
 def _most_likely(step: DecodeStep, parts: list[tuple[float, Candidates]], order: list[int]) -> Choice:
     """Return the most likely symbol of an average, and the member that most likely wrote it."""
     average = mix(parts)
-    best = int(np.argmax(average.logprobs))
-    symbol = int(average.ids[best])
+    symbol = int(average.ids[average.logprobs == average.logprobs.max()].min())
+    best = int(np.argmax(average.ids == symbol))
     top_contributor = order[int(np.argmax(responsibilities(symbol, parts)))]
     return Choice(symbol, top_contributor, float(average.logprobs[best]), step.top_logprobs(average))
 
@@ -144,5 +148,5 @@ def _most_likely(step: DecodeStep, parts: list[tuple[float, Candidates]], order:
 def _lead(average: Candidates) -> float:
     """Return how much more probability the most likely symbol has than any other."""
     best = int(np.argmax(average.logprobs))
-    others = np.delete(average.logprobs, best)
-    return float(np.exp(average.logprobs[best]) - (np.exp(others.max()) if others.size else 0.0))
+    second = max(average.logprobs[:best].max(initial=-np.inf), average.logprobs[best + 1 :].max(initial=-np.inf))
+    return float(np.exp(average.logprobs[best]) - np.exp(second))

@@ -40,7 +40,7 @@ class RulePosition(Position):
             member: TokenReport(step.views[member].member) for member in members if step.views[member].member.reports
         }
         self._pending: set[int] = set()  # members that have to report more
-        super().__init__(step, members, target.distributions(step))
+        super().__init__(step, members, target.distributions(step, normalize=False))
         self.target = target
         self.weights = target.weights(step, members)
         self.stages: list[list[int]] = [list(range(len(members)))]  # rows, in the order in which they are looked at
@@ -48,6 +48,7 @@ class RulePosition(Position):
         self._complete = complete or bool(step.views[0].member.top_logprobs)
         self._together = together
         self._decided: tuple[int, float, int] | None = None  # symbol, lower bound of its log-probability, row
+        self._known_all: Aligned | None = None
 
     def needs(self) -> Sequence[int]:
         """Return the members of the next stage that have not run, or all of them; or those that have to report more."""
@@ -125,11 +126,8 @@ class RulePosition(Position):
         return self.decide(rows)
 
     @abstractmethod
-    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
-        """Return the symbol where every member has run and fewer have not decided it.
-
-        symbols: the union of the members' supports, int64, ascending.
-        """
+    def decide_all(self, distribution: Candidates) -> int:
+        """Return the symbol where every member has run and fewer have not decided it."""
 
     def known(self, rows: Sequence[int]) -> Aligned:
         """Return the distributions of these rows; the others are 0."""
@@ -145,7 +143,19 @@ class RulePosition(Position):
     def _left_open(self, reports: Mapping[int, TokenReport], known: Aligned) -> Unreported | None:
         return unreported(reports, *known, of_unit=self.target.combines_symbols)
 
-    def check(self, distribution: Candidates, symbols: Ids) -> None:
+    def is_open(self, rows: Sequence[int]) -> bool:
+        """Whether it is plain to see that these rows decide nothing."""
+        return not self.reports and self.target.rule.is_open(
+            {row: self.parts[self.members[row]] for row in rows}, self.weights
+        )
+
+    def known_all(self) -> Aligned:
+        """Return the distributions of all members."""
+        if self._known_all is None:
+            self._known_all = self.known(range(len(self.members)))
+        return self._known_all
+
+    def check(self, distribution: Candidates) -> None:
         """Check the bounds of the rule against its distribution. Raises ConfigError."""
 
     def _missing(self, rows: Sequence[int]) -> bool:
@@ -157,17 +167,16 @@ class RulePosition(Position):
     def _choose(self, parts: Sequence[Candidates]) -> None:
         for member, part in zip(self.members, parts, strict=True):
             self.step.views[member].check_possible(part)
-        aligned = self.known(range(len(self.members)))
-        distribution = self.target.combine(self.members, parts, self.weights, aligned)
+        distribution = self.target.combine(self.members, parts, self.weights, self.known_all)
         if self._decided is None:
-            symbol = self.decide_all(distribution, aligned.symbols)
+            symbol = self.decide_all(distribution)
         else:
-            self.check(distribution, aligned.symbols)
+            self.check(distribution)
             symbol = self._decided[0]
         index = int(np.argmax(distribution.ids == symbol))
         names = self.target
         top_logprobs = tuple((names.symbol(self.step, top), p) for top, p in self.step.top_logprobs(distribution))
-        member = self.members[names.contributor(symbol, aligned, self.weights)]
+        member = self.members[names.contributor(symbol, parts, self.weights)]
         self.choice = Choice(names.symbol(self.step, symbol), member, float(distribution.logprobs[index]), top_logprobs)
 
 
@@ -179,7 +188,7 @@ class DensePosition(RulePosition):
         part = self.parts[member]
         return self.target.symbol(self.step, self.sample(part)) if part.ids.size else None
 
-    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
+    def decide_all(self, distribution: Candidates) -> int:
         """Sample from the rule's distribution."""
         return self.sample(distribution)
 
@@ -251,6 +260,9 @@ class SampledPosition(DensePosition):
         return self._by_envelope(rows, self._uniform)
 
     def _by_envelope(self, rows: Sequence[int], uniform: float) -> tuple[int, float, int] | None:
+        if self.is_open(rows):
+            self.first_mass = self.first_mass or 0.0
+            return None
         known = self.known(rows)
         lower = self.target.rule.envelope(known.probs, self.weights, rows, self.unreported(rows, known))
         if lower is None:
@@ -290,20 +302,21 @@ class SampledPosition(DensePosition):
             out[_columns(symbols, own)] += share * mass
         return symbols, out
 
-    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
+    def decide_all(self, distribution: Candidates) -> int:
         """Sample from what the stages before have left of the distribution."""
-        rest = self._rest(distribution, symbols)
+        rest = self._rest(distribution)
         return self.sample(rest if rest.ids.size else distribution)
 
-    def check(self, distribution: Candidates, symbols: Ids) -> None:
+    def check(self, distribution: Candidates) -> None:
         """Raise ConfigError where a bound exceeds the rule's distribution: what is sampled would be another one."""
         if self.first is not None or self._coin is not None:
-            self._rest(distribution, symbols)
+            self._rest(distribution)
 
-    def _rest(self, distribution: Candidates, symbols: Ids) -> Candidates:
+    def _rest(self, distribution: Candidates) -> Candidates:
         """Return `C − Σ π_i S_i`, or `C` without the last envelope: unnormalised, by its support."""
         if self._coin is None and (self._bounds is None or not self._bounds[1].any()):
             return distribution
+        symbols = self.known_all().symbols
         lower, target = np.zeros(symbols.size), np.zeros(symbols.size)
         target[_columns(symbols, distribution.ids)] = np.exp(distribution.logprobs)
         if self._bounds is not None:
@@ -347,6 +360,8 @@ class GreedyPosition(RulePosition):
 
     def decide(self, rows: Sequence[int]) -> tuple[int, float, int] | None:
         """Return the symbol that wins whatever the other members say."""
+        if self.is_open(rows):
+            return None
         symbols, probs = known = self.known(rows)
         left = self.unreported(rows, known)
         winner = self.target.rule.certain_winner(probs, self.weights, rows, left)
@@ -358,7 +373,7 @@ class GreedyPosition(RulePosition):
         shares = [self.weights[row] * probs[row, winner] for row in rows]
         return int(symbols[winner]), logprob, rows[int(np.argmax(shares))]
 
-    def decide_all(self, distribution: Candidates, symbols: Ids) -> int:
+    def decide_all(self, distribution: Candidates) -> int:
         """Return the most likely symbol, the lowest of equally likely ones."""
         return _most_likely(distribution)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import cast
+from functools import cached_property, partial
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,28 @@ class MemberOptions:
     takes_more: bool = False
 
 
+class _MappedIds(NamedTuple):
+    """Ids and the symbols that they stand for: first those that one id stands for, then the others.
+
+    ids: int64 (n,). symbols: distinct, int64 (symbols,). single, double: indices of ids with and without a symbol of
+    their own, int64.
+    """
+
+    ids: Ids
+    symbols: Ids
+    single: Ids
+    double: Ids
+    symbols_of_double: Ids
+
+    @classmethod
+    def of(cls, ids: Ids, symbols: Ids, has_duplicates: npt.NDArray[np.bool_]) -> _MappedIds:
+        double = np.flatnonzero(has_duplicates)
+        if not double.size:
+            return cls(ids, symbols, double, double, double)
+        single = np.flatnonzero(~has_duplicates)
+        return cls(ids, np.concatenate([symbols[single], np.unique(symbols[double])]), single, double, symbols[double])
+
+
 class Member:
     """One member's part in an ensemble, the same for every sequence: its engine, its transform `A_i`, its map `K_i`.
 
@@ -68,6 +90,7 @@ class Member:
             (options.grammar.byte_ids < 0).any() or (symbols[options.grammar.byte_ids] < 0).any()
         )
         self._has_duplicates = mark_duplicates(symbols)
+        self._mapped: _MappedIds | None = None  # the latest
         samples_only = options.samples_only and options.processor is None
         self.samples_itself = samples_only and engine.samples_itself(transform.sampling, transform.banned)
         # An engine runs ahead only where it samples on the device, which takes a top-k filter.
@@ -87,22 +110,35 @@ class Member:
         return np.bincount(self.symbols[self.symbols >= 0])
 
     def distribution(
-        self, logits: LogitsRow, history: TokenHistory | None = None, allowed: TokenMask | None = None
+        self,
+        logits: LogitsRow,
+        history: TokenHistory | None = None,
+        allowed: TokenMask | None = None,
+        *,
+        normalize: bool = True,
     ) -> Candidates:
-        """Return `K_i A_i p_i`: the distribution over shared symbols from logits, whole or filtered."""
-        return self.map_to_symbols(self.transform(logits, history, allowed))
+        """Return `K_i A_i p_i`: the distribution over shared symbols from logits, whole or filtered.
+
+        normalize: whether it is to sum to 1; if not, it is in proportion.
+        """
+        return self.map_to_symbols(self.transform(logits, history, allowed, normalize=normalize))
 
     def map_to_symbols(self, tokens: Candidates) -> Candidates:
         """Return the distribution over shared symbols from one over the member's ids: the map `K_i`."""
         ids, logprobs = tokens
-        symbols = self.symbols[ids]
-        duplicates = self._has_duplicates[ids]
-        if not duplicates.any():
+        mapped = self._mapped
+        if mapped is None or mapped.ids is not ids:
+            mapped = self._mapped = _MappedIds.of(ids, self.symbols[ids], self._has_duplicates[ids])
+        _, symbols, single, double, symbols_of_double = mapped
+        if not double.size:
             return Candidates(symbols, logprobs)
-        pooled = pool(symbols[duplicates], logprobs[duplicates])
-        return Candidates(
-            np.concatenate([symbols[~duplicates], pooled.ids]), np.concatenate([logprobs[~duplicates], pooled.logprobs])
-        )
+        pooled = pool(symbols_of_double, logprobs[double])
+        out = np.empty(single.size + pooled.ids.size)
+        np.take(logprobs, single, out=out[: single.size])
+        out[single.size :] = pooled.logprobs
+        if out.size < symbols.size:  # something underflows
+            symbols = np.concatenate([symbols[: single.size], pooled.ids])
+        return Candidates(symbols, out)
 
 
 class MemberView:
@@ -221,23 +257,29 @@ class MemberView:
         """Return the member's distribution over symbols from its logits for `ids()`, whole or filtered."""
         return self.bind_distribution()(logits)
 
-    def bind_distribution(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
+    def bind_distribution(
+        self, ids: Ids | None = None, text: bytes | None = None, *, normalize: bool = True
+    ) -> Callable[[LogitsRow], Candidates]:
         """Return `distribution` for the text as it is now, for logits that are known when it has grown.
 
-        ids, text: the member's tokens and the bytes of a prefix of the text, to bind that instead.
+        Args:
+            ids, text: The member's tokens and the bytes of a prefix of the text, to bind that instead.
+            normalize: Whether it is to sum to 1; if not, it is in proportion.
         """
-        process, transform = self._bind_processor(ids), self.bind_transform(ids, text)
+        process, transform = self._bind_processor(ids), self.bind_transform(ids, text, normalize=normalize)
         return transform if process is None else lambda logits: transform(process(logits))
 
-    def bind_transform(self, ids: Ids | None = None, text: bytes | None = None) -> Callable[[LogitsRow], Candidates]:
+    def bind_transform(
+        self, ids: Ids | None = None, text: bytes | None = None, *, normalize: bool = True
+    ) -> Callable[[LogitsRow], Candidates]:
         """Return what `bind_distribution` does, for logits that `process` has changed."""
-        history = self._history(ids)
+        history, distribution = self._history(ids), partial(self.member.distribution, normalize=normalize)
         if self._matcher is None and history is None:
-            return self.member.distribution
+            return distribution
         if self._matcher is None:
-            return lambda logits: self.member.distribution(logits, history)
+            return lambda logits: distribution(logits, history)
         before = self._state.tail(sys.maxsize) if text is None else text
-        return lambda logits: self.member.distribution(logits, history, self._allowed(before))
+        return lambda logits: distribution(logits, history, self._allowed(before))
 
     def bind_token_distribution(self) -> Callable[[LogitsRow], Candidates]:
         """Return the function from logits for the text as it is now to the distribution over own ids: `A_i p_i`."""

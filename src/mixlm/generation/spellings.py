@@ -48,7 +48,7 @@ class StringTarget(RuleTarget):
         self._member: Member | None = None
         self._union: StringUnion | None = None
 
-    def distributions(self, step: DecodeStep) -> list[Callable[[LogitsRow], Candidates]]:
+    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
         """Return each member's function from logits to its distribution over strings."""
         union = self._strings(step)
         return [_over_strings(view, strings) for view, strings in zip(step.views, union.strings_of, strict=True)]
@@ -88,7 +88,7 @@ class SpelledTarget(RuleTarget):
         self._member: Member | None = None
         self._spellings: TokenSpellings | None = None
 
-    def distributions(self, step: DecodeStep) -> list[Callable[[LogitsRow], Candidates]]:
+    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
         """Return each member's function from logits to its distribution."""
         if self._member is not step.views[0].member:
             self._member = step.views[0].member
@@ -96,7 +96,11 @@ class SpelledTarget(RuleTarget):
         return super().distributions(step)
 
     def combine(
-        self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats, aligned: Aligned | None = None
+        self,
+        members: Sequence[int],
+        parts: Sequence[Candidates],
+        weights: Floats,
+        aligned: Callable[[], Aligned] | None = None,
     ) -> Candidates:
         """Return the average of the parts, each normalised over the union."""
         assert self._spellings is not None

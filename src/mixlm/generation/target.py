@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.core.combinations.base import Aligned, Combination, align, is_plain
+from mixlm.core.combinations.base import Aligned, Combination, align, align_logprobs, is_plain
 from mixlm.core.options import GenerationOptions
 from mixlm.core.sampling import ReportTransform, Transform
 from mixlm.engines.base import Engine
@@ -65,9 +65,13 @@ class RuleTarget:
         own: Floats = weights[rows] if self._roles is None else np.full(len(rows), 1 / len(rows))
         return rows, own / own.sum()
 
-    def distributions(self, step: DecodeStep) -> list[Callable[[LogitsRow], Candidates]]:
-        """Return each member's function from logits for the text as it is now to what is combined."""
-        return [view.bind_distribution() for view in step.views]
+    def distributions(self, step: DecodeStep, *, normalize: bool = True) -> list[Callable[[LogitsRow], Candidates]]:
+        """Return each member's function from logits for the text as it is now to what is combined.
+
+        normalize: whether it sums to 1 also where all that the rule takes are proportions.
+        """
+        normalize = normalize or not (self.rule.is_product and self.rule.shared_vocabulary)
+        return [view.bind_distribution(normalize=normalize) for view in step.views]
 
     def symbol(self, step: DecodeStep, combined: int) -> int:
         """Return the unit's symbol for one that the rule combines."""
@@ -82,7 +86,11 @@ class RuleTarget:
         return align([parts.get(row) for row in range(members)])
 
     def combine(
-        self, members: Sequence[int], parts: Sequence[Candidates], weights: Floats, aligned: Aligned | None = None
+        self,
+        members: Sequence[int],
+        parts: Sequence[Candidates],
+        weights: Floats,
+        aligned: Callable[[], Aligned] | None = None,
     ) -> Candidates:
         """Return the rule's distribution, by its support.
 
@@ -90,19 +98,23 @@ class RuleTarget:
             members: Those that take part.
             parts: The distribution of each.
             weights: float64 (members,).
-            aligned: The parts over the union of their supports, where that is known.
+            aligned: Returns the parts over the union of their supports, where it may be known.
 
         Raises:
             UnsupportedError: The rule is not defined for these.
         """
-        symbols, probs = aligned or align(parts)
+        if self.rule.is_product:
+            symbols, rows = align_logprobs(parts)
+            columns, logprobs = self.rule.from_logprobs(rows, weights)
+            return Candidates(symbols[columns], logprobs)
+        symbols, probs = align(parts) if aligned is None else aligned()
         return support(symbols, self.rule.combine(probs, weights))
 
-    def contributor(self, symbol: int, aligned: Aligned, weights: Floats) -> int:
+    def contributor(self, symbol: int, parts: Sequence[Candidates], weights: Floats) -> int:
         """Return the row that gives a symbol most of its probability, by weight; the first where members have roles."""
         if self._roles is not None:
             return 0
-        return int(np.argmax(weights * aligned.probs[:, np.searchsorted(aligned.symbols, symbol)]))
+        return int(np.argmax(weights * [np.exp(part.logprobs[part.ids == symbol]).sum() for part in parts]))
 
 
 def build_target(

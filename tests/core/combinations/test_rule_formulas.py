@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 from adversary import random_rows, random_weights
-from rule_cases import plain
+from rule_cases import RULES, plain
 
 from mixlm.core.combinations import combination
 from mixlm.core.sampling import dense_distribution
 from mixlm.errors import UnsupportedError
-from mixlm.types import Floats
+from mixlm.types import Candidates, Floats
 
 NOTHING = np.zeros(0, dtype=np.int64)
 
@@ -248,3 +249,30 @@ def test_where_a_rule_is_not_defined_nothing_is_returned(name, rows):
     rule = combination(name, strength=-1) if name == "power" else combination(name)
     with pytest.raises(UnsupportedError, match=f"rule {name} (is not defined here|divides by)"):
         rule.combine(np.array(rows, dtype=float), np.full(len(rows), 1 / len(rows)))
+
+
+@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if rule.is_product))
+def test_products_in_logarithms_and_of_proportions_where_one_vocabulary_is_needed(name):
+    rng = np.random.default_rng(7)
+    rule = RULES[name]
+    defined = 0
+    for _ in range(60):
+        members = len(rule.roles) or int(rng.choice([2, 3]))
+        rows, weights = random_rows(rng, members, 6), random_weights(rng, members)
+        with np.errstate(divide="ignore"):
+            logprobs = [np.log(row) + 3.0 * rule.shared_vocabulary for row in rows]
+        try:
+            expected = rule.combine(rows, weights)
+        except UnsupportedError as error:
+            with pytest.raises(UnsupportedError, match=f"^{re.escape(str(error))}$"):
+                rule.from_logprobs(logprobs, weights)
+            continue
+        defined += 1
+        columns, actual = rule.from_logprobs(logprobs, weights)
+        np.testing.assert_allclose(np.exp(actual), expected[columns], atol=1e-9)
+        assert expected[columns].sum() == pytest.approx(1)
+        parts = {row: Candidates(np.flatnonzero(part > 0), np.log(part[part > 0])) for row, part in enumerate(rows)}
+        for row in range(members):
+            lower = rule.envelope(np.where(np.arange(members)[:, None] == row, rows, 0.0), weights, [row])
+            assert not (rule.is_open({row: parts[row]}, weights) and lower.any())
+    assert defined > 10

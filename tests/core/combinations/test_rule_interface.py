@@ -15,6 +15,7 @@ from rule_cases import RULES, plain
 
 from mixlm.choices import RULES_WITH_ROLES
 from mixlm.core.combinations import COMBINATIONS, Combination, Unreported, align, combination, combination_class
+from mixlm.core.combinations.geometric import Geometric
 from mixlm.core.combinations.max import Max
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates
@@ -176,6 +177,16 @@ def test_what_a_class_of_ones_own_returns_is_checked_too(method, result, message
     }
     with pytest.raises(ConfigError, match=message):
         calls[method]()
+
+
+def test_a_class_that_replaces_a_function_takes_no_shortcut_around_it():
+    own = type("Mine", (Geometric,), {"combine": lambda self, probs, weights: probs[0]})()
+    assert not own.is_product
+    assert Geometric().is_product
+    certain = type("Certain", (Geometric,), {"bound": lambda self, *args: np.eye(3)[0]})()
+    parts = {0: Candidates(np.arange(3), np.log(ROWS[0]))}
+    assert Geometric().is_open(parts, WEIGHTS)
+    assert not certain.is_open(parts, WEIGHTS)
 
 
 def test_a_function_cannot_change_what_others_see():

@@ -24,15 +24,16 @@ is 0, but for a symbol that is certain. Temperature 0 is the most likely symbol,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from mixlm.core.combinations.base import Combination, Unreported, is_plain, winner_by_bounds
 from mixlm.core.sampling import Transform, largest_indices
-from mixlm.types import Floats, Ids, Sampling
+from mixlm.types import Candidates, Floats, Ids, Sampling
 
 _ROUNDING = 1e-12
 _SMALL = 64.0  # an exponent to which ratios of 2 are no extremes
@@ -79,6 +80,22 @@ class AfterCombination(Combination):
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the transformed combination."""
         return transformed(self.rule.combine(probs, weights), self.sampling)
+
+    @property
+    def is_product(self) -> bool:  # type: ignore[override]
+        """Whether the rule is one, before it is transformed."""
+        return self.rule.is_product
+
+    def from_logprobs(self, rows: Sequence[Floats], weights: Floats) -> Candidates:
+        """Return the transformed combination."""
+        scores = self.rule.log_scores(rows, weights)
+        if self.sampling.temperature == 0:
+            return Candidates(np.array([int(np.argmax(scores))]), np.zeros(1))
+        return _transform(self.sampling)(scores)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """As the rule."""
+        return self.rule.is_open(parts, weights)
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
@@ -136,9 +153,14 @@ def transformed(distribution: Floats, sampling: Sampling) -> Floats:
         out[int(np.argmax(distribution))] = 1.0
         return out
     with np.errstate(divide="ignore"):
-        kept = Transform(sampling, np.zeros(0, dtype=np.int64))(np.log(distribution))
+        kept = _transform(sampling)(np.log(distribution))
     out[kept.ids] = np.exp(kept.logprobs)
     return out
+
+
+@lru_cache(maxsize=16)
+def _transform(sampling: Sampling) -> Transform:
+    return Transform(sampling, np.zeros(0, dtype=np.int64))
 
 
 def transformed_bound(lower: Floats, sampling: Sampling, remaining: Floats | None = None) -> Floats:

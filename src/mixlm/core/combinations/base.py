@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.core.sampling import Transform
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates, Floats, Ids, Sampling
 
@@ -35,6 +36,7 @@ Alignment = Literal["symbols", "strings", "spellings"]
 # Rounding: bounds may exceed what they bound by this much, and winners must be ahead by this much.
 TOLERANCE = 1e-9
 _LEAST_MASS = 1e-12
+_PLAIN = Transform(Sampling(temperature=1.0, top_k=0), np.zeros(0, dtype=np.int64))
 
 
 class Aligned(NamedTuple):
@@ -96,24 +98,30 @@ class Unreported(NamedTuple):
 
 def align(parts: Sequence[Candidates | None]) -> Aligned:
     """Lay distributions over the union of their supports; None, for a member that has not run, gives a row of zeros."""
-    present = [(row, part) for row, part in enumerate(parts) if part is not None and part.ids.size]
-    if not present:
-        return Aligned(np.zeros(0, dtype=np.int64), np.zeros((len(parts), 0)))
-    common = present[0][1].ids
-    if all(np.array_equal(part.ids, common) for _, part in present[1:]) and (common[1:] > common[:-1]).all():
-        probs = np.zeros((len(parts), common.size))
-        for row, part in present:
-            np.exp(part.logprobs, out=probs[row])
-        return Aligned(common, probs)
-    marked = np.zeros(max(int(part.ids.max()) for _, part in present) + 1, dtype=np.bool_)
-    for _, part in present:
+    present = {row: part for row, part in enumerate(parts) if part is not None and part.ids.size}
+    symbols, rows = align_logprobs([*present.values()])
+    probs = np.zeros((len(parts), symbols.size))
+    for row, logprobs in zip(present, rows, strict=True):
+        np.exp(logprobs, out=probs[row])
+    return Aligned(symbols, probs)
+
+
+def align_logprobs(parts: Sequence[Candidates]) -> tuple[Ids, list[Floats]]:
+    """Lay distributions over the union of their supports, in logarithms, -inf for none; they may share the parts'."""
+    if not parts:
+        return np.zeros(0, dtype=np.int64), []
+    common = parts[0].ids
+    if all(np.array_equal(part.ids, common) for part in parts[1:]) and (common[1:] > common[:-1]).all():
+        return common, [part.logprobs for part in parts]
+    marked = np.zeros(max(int(part.ids.max(initial=-1)) for part in parts) + 1, dtype=np.bool_)
+    for part in parts:
         marked[part.ids] = True
     symbols = np.flatnonzero(marked)
     column = np.cumsum(marked) - 1
-    probs = np.zeros((len(parts), symbols.size))
-    for row, part in present:
-        probs[row, column[part.ids]] = np.exp(part.logprobs)
-    return Aligned(symbols, probs)
+    rows = [np.full(symbols.size, -np.inf) for _ in parts]
+    for row, part in zip(rows, parts, strict=True):
+        row[column[part.ids]] = part.logprobs
+    return symbols, rows
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class Combination(ABC):
         alignment: Over what members' distributions are aligned.
         default_sampling: Sampling options that the rule is published with, where none are given.
         two_prompts: Its members are one model after different prompts.
+        is_product: `C` is a product of powers, and `log_scores` gives it from log-probabilities.
         takes_reports: Its envelope holds where engines report their likeliest tokens alone, and comes close to `C` once
             all members have reported enough.
     """
@@ -145,11 +154,15 @@ class Combination(ABC):
     alignment: ClassVar[Alignment] = "symbols"
     default_sampling: ClassVar[Mapping[str, Any]] = {}
     two_prompts: ClassVar[bool] = False
+    is_product: ClassVar[bool] = False
     takes_reports: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Check what rules of one's own return wherever it is used."""
+        """Check what rules of one's own return wherever it is used, and take no shortcut of a function they replace."""
         super().__init_subclass__(**keywords)
+        for function, shortcut in (("combine", "is_product"), ("bound", "is_open")):
+            if function in vars(cls) and shortcut not in vars(cls):
+                setattr(cls, shortcut, vars(Combination)[shortcut])
         if not cls.__module__.startswith("mixlm."):
             from mixlm.core.combinations.function import check_results
 
@@ -162,6 +175,31 @@ class Combination(ABC):
         Raises:
             UnsupportedError: It is not defined here, such as a product of distributions that share no symbol.
         """
+
+    def from_logprobs(self, rows: Sequence[Floats], weights: Floats) -> Candidates:
+        """Return `C` of a product (`is_product`) from log-probabilities, by the columns that have any probability.
+
+        Args:
+            rows: Each member's log-probabilities, float64 (symbols,), -inf for none.
+            weights: float64 (members,).
+
+        Raises:
+            UnsupportedError: As `combine`.
+        """
+        return _PLAIN(self.log_scores(rows, weights))
+
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        """Return `log C` of a product up to a constant, float64 (symbols,). Arguments as in `from_logprobs`."""
+        raise UnsupportedError(f"rule {self.name} is no product")
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether the envelope is 0, where that is plain to see; False where it takes the envelope itself to tell.
+
+        Args:
+            parts: The distributions of the members that ran, by row.
+            weights: float64 (members,).
+        """
+        return False
 
     def envelope(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None

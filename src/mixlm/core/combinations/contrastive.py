@@ -18,16 +18,17 @@ symbol has α of its largest probability); else both, or drafts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from mixlm.core.combinations.base import Combination, Unreported, check_number
-from mixlm.core.combinations.log_linear import log_linear
+from mixlm.core.combinations.base import TOLERANCE, Combination, Unreported, check_number
+from mixlm.core.combinations.log_linear import log_linear, log_linear_scores
 from mixlm.errors import ConfigError
-from mixlm.types import Floats
+from mixlm.types import Candidates, Floats
 
 ContrastiveForm = Literal["weighted", "original"]
 
@@ -47,6 +48,7 @@ class Contrastive(Combination):
     roles: ClassVar[tuple[str, ...]] = ("expert", "amateur")
     shared_vocabulary: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
+    is_product: ClassVar[bool] = True
     takes_reports: ClassVar[bool] = True
     strength: float = 0.5
     alpha: float = 0.1
@@ -63,9 +65,21 @@ class Contrastive(Combination):
         """Return the contrast on the plausible symbols."""
         expert = probs[0]
         plausible = expert >= self.alpha * expert.max()
-        exponent = 1.0 if self.form == "original" else 1 + self.strength
         rows = np.stack([np.where(plausible, expert, 0.0), probs[1]])
-        return log_linear(rows, np.array([exponent, -self.strength]), self.name)
+        return log_linear(rows, self._exponents, self.name)
+
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        """Return the logarithm of the contrast."""
+        expert, amateur = rows
+        plausible = expert >= expert.max() + self._log_alpha
+        return log_linear_scores([np.where(plausible, expert, -np.inf), amateur], self._exponents, self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether the expert finds several symbols plausible."""
+        if 0 not in parts:
+            return True
+        logprobs = parts[0].logprobs
+        return int(np.count_nonzero(logprobs >= logprobs.max(initial=-np.inf) + self._log_alpha)) > 1
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
@@ -75,7 +89,7 @@ class Contrastive(Combination):
         if 0 not in ran:
             return lower
         expert = probs[0]
-        threshold = self.alpha * expert.max(initial=0.0)
+        threshold = self.alpha * expert.max(initial=0.0) * (1 - TOLERANCE)  # in logarithms, rounding is another
         plausible = (expert >= threshold) & (expert > 0)
         if unreported is not None and unreported.mass[0] > 0:
             possible = expert + unreported.open[0] * unreported.ceiling[0]
@@ -88,3 +102,11 @@ class Contrastive(Combination):
         elif len(ran) == 2 and unreported is not None and not unreported.open[:, plausible].any():
             return self.combine(probs, weights)
         return lower
+
+    @property
+    def _exponents(self) -> Floats:
+        return np.array([1.0 if self.form == "original" else 1 + self.strength, -self.strength])
+
+    @property
+    def _log_alpha(self) -> float:
+        return math.log(self.alpha) if self.alpha else -math.inf

@@ -12,13 +12,13 @@ unreported masses. Cost: drafts and their verification."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from mixlm.core.combinations.base import Combination, Unreported, check_number
-from mixlm.core.combinations.log_linear import log_linear, only_symbol, reports_bound
-from mixlm.types import Floats
+from mixlm.core.combinations.log_linear import leaves_several, log_linear, log_linear_scores, only_symbol, reports_bound
+from mixlm.types import Candidates, Floats
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Geometric(Combination):
     name: ClassVar[str] = "geometric"
     common_options: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
+    is_product: ClassVar[bool] = True
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -41,6 +42,14 @@ class Geometric(Combination):
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised product."""
         return log_linear(probs, self.strength * weights, self.name)
+
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        """Return the logarithm of the product."""
+        return log_linear_scores(rows, self.strength * weights, self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether several symbols are left."""
+        return leaves_several(parts, weights)
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None

@@ -11,15 +11,15 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from mixlm.core.combinations.base import Combination, Unreported, check_number
-from mixlm.core.combinations.log_linear import log_linear, only_symbol
-from mixlm.types import Floats
+from mixlm.core.combinations.log_linear import leaves_several, log_linear, log_linear_scores, only_symbol
+from mixlm.types import Candidates, Floats
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,27 @@ class Guidance(Combination):
         """Return the guided distribution."""
         return log_linear(probs, self._exponents, self.name)
 
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        """Return the logarithm of the product."""
+        return log_linear_scores(rows, self._exponents, self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether several symbols are left."""
+        return self.is_product and leaves_several(parts, self._exponents)
+
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if self.strength in (0, 1):
+        if not self.is_product:
             only = 0 if self.strength == 1 else 1
             return probs[only].copy() if only in ran else np.zeros(probs.shape[1])
         return only_symbol(probs, ran, self._exponents, unreported)
+
+    @property
+    def is_product(self) -> bool:  # type: ignore[override]
+        """Not where it is one of the members."""
+        return self.strength not in (0, 1)
 
     @property
     def _exponents(self) -> Floats:

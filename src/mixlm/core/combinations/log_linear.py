@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from mixlm.core.blocks import blocks
 from mixlm.core.combinations.base import Unreported, normalized
 from mixlm.errors import UnsupportedError
-from mixlm.types import Floats
+from mixlm.types import Candidates, Floats
 
 
 def log_linear(probs: Floats, exponents: Floats, rule: str) -> Floats:
@@ -26,16 +27,51 @@ def log_linear(probs: Floats, exponents: Floats, rule: str) -> Floats:
     """
     possible = (probs[exponents > 0] > 0).all(axis=0)
     if (probs[exponents < 0][:, possible] == 0).any():
-        raise UnsupportedError(
-            f"rule {rule} divides by a member's probability, and it is 0 for a token that the others can generate",
-            "use members that share one vocabulary",
-        )
+        raise _zero_divisor(rule)
     out = np.zeros(probs.shape[1])
     if possible.any():
         counted = exponents != 0
         scores = exponents[counted] @ np.log(probs[counted][:, possible])
         out[possible] = np.exp(scores - scores.max())
     return normalized(out, rule)
+
+
+def log_linear_scores(rows: Sequence[Floats], exponents: Floats, rule: str) -> Floats:
+    """Return the logarithm of what `log_linear` returns, up to a constant, float64 (symbols,).
+
+    Args:
+        rows: Each member's log-probabilities, float64 (symbols,), -inf for none.
+        exponents, rule: As in `log_linear`.
+
+    Raises:
+        UnsupportedError: As `log_linear`.
+    """
+    factors = [(row, exponent) for row, exponent in zip(rows, exponents.tolist(), strict=True) if exponent > 0]
+    divisors = [(row, exponent) for row, exponent in zip(rows, exponents.tolist(), strict=True) if exponent < 0]
+    scores = np.zeros_like(rows[0])
+    for block in blocks(scores.size):
+        for row, exponent in factors:
+            scores[block] += exponent * row[block]
+    for row, exponent in divisors:
+        if row.min(initial=0.0) > -np.inf:
+            for block in blocks(scores.size):
+                scores[block] += exponent * row[block]
+            continue
+        possible = scores > -np.inf
+        if (row[possible] == -np.inf).any():
+            raise _zero_divisor(rule)
+        scores[possible] += exponent * row[possible]
+    if not scores.max(initial=-np.inf) > -np.inf:
+        normalized(np.zeros(1), rule)  # raises
+    return scores
+
+
+def leaves_several(parts: Mapping[int, Candidates], exponents: Floats) -> bool:
+    """Whether members that count, and ran, leave several symbols, where that is plain to see: see `only_symbol`."""
+    counted = [part.ids for row, part in parts.items() if exponents[row] > 0]
+    if not counted:
+        return True
+    return counted[0].size > 1 and all(np.array_equal(ids, counted[0]) for ids in counted[1:])
 
 
 def reports_bound(value: Callable[[Floats], Floats], probs: Floats, unreported: Unreported, elsewhere: float) -> Floats:
@@ -71,3 +107,10 @@ def only_symbol(probs: Floats, ran: Sequence[int], exponents: Floats, unreported
         if left.size == 1:
             lower[left[0]] = 1.0
     return lower
+
+
+def _zero_divisor(rule: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"rule {rule} divides by a member's probability, and it is 0 for a token that the others can generate",
+        "use members that share one vocabulary",
+    )

@@ -10,15 +10,15 @@ over unreported symbols sums to at most the smallest unreported mass. Cost: draf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from mixlm.core.combinations.base import Combination, Unreported, normalized, positive_members
-from mixlm.core.combinations.log_linear import only_symbol, reports_bound
-from mixlm.types import Floats
+from mixlm.core.combinations.log_linear import leaves_several, only_symbol, reports_bound
+from mixlm.types import Candidates, Floats
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Min(Combination):
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised minimum."""
         return normalized(probs[positive_members(weights)].min(axis=0), self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether several symbols are left."""
+        return leaves_several(parts, weights)
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None

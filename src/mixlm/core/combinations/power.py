@@ -29,7 +29,7 @@ Cost: r = 2 and equal weights of two members stop after one at least 71 % of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,9 +45,9 @@ from mixlm.core.combinations.base import (
     ran_mask,
     winner_by_bounds,
 )
-from mixlm.core.combinations.log_linear import only_symbol, reports_bound
+from mixlm.core.combinations.log_linear import leaves_several, only_symbol, reports_bound
 from mixlm.errors import ConfigError
-from mixlm.types import Floats
+from mixlm.types import Candidates, Floats
 
 _LARGE = 16.0  # probabilities below 1e-18 vanish in powers up to this one
 _TINY = float(np.finfo(np.float64).tiny)
@@ -79,6 +79,10 @@ class Power(Combination):
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised power mean."""
         return normalized(self._mean(probs, weights, positive_members(weights)), self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether below 0, several symbols are left."""
+        return self.strength < 0 and leaves_several(parts, weights)
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None

@@ -14,15 +14,15 @@ left, that is certain. Cost: the base drafts, or is drafted for; the small model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from mixlm.core.combinations.base import Combination, Unreported, check_number
-from mixlm.core.combinations.log_linear import log_linear, only_symbol
-from mixlm.types import Floats
+from mixlm.core.combinations.log_linear import leaves_several, log_linear, log_linear_scores, only_symbol
+from mixlm.types import Candidates, Floats
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Proxy(Combination):
     roles: ClassVar[tuple[str, ...]] = ("base", "tuned", "untuned")
     minimum_members: ClassVar[int] = 3
     speculates: ClassVar[bool] = True
+    is_product: ClassVar[bool] = True
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -43,10 +44,26 @@ class Proxy(Combination):
         """Return the base's distribution, moved."""
         silent = (probs[1:] == 0).all(axis=0)
         rows = np.stack([probs[0], np.where(silent, 1.0, probs[1]), np.where(silent, 1.0, probs[2])])
-        return log_linear(rows, np.array([1.0, self.strength, -self.strength]), self.name)
+        return log_linear(rows, self._exponents, self.name)
+
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        """Return the logarithm of the product."""
+        base, *small = rows
+        silent = (small[0] == -np.inf) & (small[1] == -np.inf)
+        if silent.any():
+            small = [np.where(silent, 0.0, row) for row in small]
+        return log_linear_scores([base, *small], self._exponents, self.name)
+
+    def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
+        """Whether the base leaves several symbols."""
+        return leaves_several(parts, np.array([1.0, 0.0, 0.0]))
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where the base has one symbol left, else nothing."""
         return only_symbol(probs, ran, np.array([1.0, 0.0, 0.0]), unreported)
+
+    @property
+    def _exponents(self) -> Floats:
+        return np.array([1.0, self.strength, -self.strength])

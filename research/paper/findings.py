@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mixlm.errors import ConfigError
 from mixlm.evaluation.results import PairedComparison, Score
 
@@ -134,6 +136,21 @@ def read(path: str | Path) -> Findings:
         ) from error
 
 
+def read_score(raw: Mapping[str, Any]) -> Score:
+    """Return what `Score.as_dict` was made of, as far as it holds it. Raises KeyError, TypeError or ValueError."""
+    about = {name: raw[name] for name in ("task", "method", "metric", "filter", "higher_is_better")}
+    seeds = tuple(int(seed) for seed in raw["seeds"])
+    values = tuple(float(value) for value in raw["seeds"].values())
+    questions = np.array(raw["values"], dtype=np.float64) if "values" in raw else None
+    return Score(**about, seeds=seeds, values=values, count=int(raw["questions"]), questions=questions)
+
+
+def read_comparison(raw: Mapping[str, Any]) -> PairedComparison:
+    """Return what `PairedComparison.as_dict` was made of. Raises KeyError or TypeError."""
+    values = {name: raw[name] for name in PairedComparison.__slots__}
+    return PairedComparison(**values | {"interval": None if raw["interval"] is None else tuple(raw["interval"])})
+
+
 def _findings(raw: Mapping[str, Any]) -> Findings:
     return Findings(
         raw["experiment"],
@@ -142,12 +159,12 @@ def _findings(raw: Mapping[str, Any]) -> Findings:
         raw["settings"],
         raw["environment"],
         tuple(
-            AccuracyFinding(finding["ensemble"], tuple(finding["weights"]), finding["top_k"], Score.read(finding))
+            AccuracyFinding(finding["ensemble"], tuple(finding["weights"]), finding["top_k"], read_score(finding))
             for finding in raw["accuracies"]
         ),
         tuple(
             DifferenceFinding(
-                finding["ensemble"], tuple(finding["weights"]), finding["top_k"], PairedComparison.read(finding)
+                finding["ensemble"], tuple(finding["weights"]), finding["top_k"], read_comparison(finding)
             )
             for finding in raw["differences"]
         ),

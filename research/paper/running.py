@@ -11,10 +11,16 @@ from mixlm import __version__
 from mixlm.benchmark.report import environment
 from mixlm.config import EnsembleConfig
 from mixlm.core.options import Options
-from mixlm.evaluation.results import PairedComparison, Score
 from mixlm.terminal import Progress
 from research.paper.experiments import SEARCH_SEED, Experiment, Lineup, Weights, grid
-from research.paper.findings import AccuracyFinding, DifferenceFinding, Findings, SpeedFinding
+from research.paper.findings import (
+    AccuracyFinding,
+    DifferenceFinding,
+    Findings,
+    SpeedFinding,
+    read_comparison,
+    read_score,
+)
 from research.paper.loaded import EnsembleCache, alone, apart, key, machine, placed, single, weighted
 from research.paper.store import ResultStore
 
@@ -94,10 +100,10 @@ class _ExperimentRun:
         name = lineup.label if member is None else lineup.names[member]
         self.notes |= {f"{name}, k = {top_k}: {note}": None for note in results["notes"]}
         self.accuracies += [
-            AccuracyFinding(lineup.label, weights, top_k, Score.read(score)) for score in results["scores"]
+            AccuracyFinding(lineup.label, weights, top_k, read_score(score)) for score in results["scores"]
         ]
         self.differences += [
-            DifferenceFinding(lineup.label, weights, top_k, PairedComparison.read(pair))
+            DifferenceFinding(lineup.label, weights, top_k, read_comparison(pair))
             for pair in results["comparisons"]
             if (pair["left"], pair["right"]) == ("mixture", "conventional")
         ]

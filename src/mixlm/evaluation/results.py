@@ -65,17 +65,6 @@ class Score:
             out["values"] = self.questions.tolist()
         return out
 
-    @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Score:
-        """Return what `as_dict` was made of, as far as it holds it. Raises KeyError, TypeError or ValueError."""
-        about = {name: raw[name] for name in ("task", "method", "metric", "filter", "higher_is_better")}
-        seeds, values = (
-            tuple(int(seed) for seed in raw["seeds"]),
-            tuple(float(value) for value in raw["seeds"].values()),
-        )
-        questions = np.array(raw["values"], dtype=np.float64) if "values" in raw else None
-        return cls(**about, seeds=seeds, values=values, count=int(raw["questions"]), questions=questions)
-
 
 @dataclass(frozen=True, slots=True)
 class PairedComparison:
@@ -99,12 +88,6 @@ class PairedComparison:
     def as_dict(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
         return {name: getattr(self, name) for name in self.__slots__}
-
-    @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> PairedComparison:
-        """Return what `as_dict` was made of. Raises KeyError or TypeError."""
-        fields = {name: raw[name] for name in cls.__slots__}
-        return cls(**fields | {"interval": None if raw["interval"] is None else tuple(raw["interval"])})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mixlm.choices import (
     Method,
     OnFailure,
 )
-from mixlm.core.grammar import MAX_CALLS, Language
+from mixlm.core.grammar import MAX_CALLS, TOOL_CHOICES, Language, check_tool_choice, checked_tools
 from mixlm.core.rule_options import (
     AVERAGE_METHODS,
     PUBLISHED_GREEDY,
@@ -32,7 +32,6 @@ from mixlm.core.rule_options import (
     is_average,
     rule_name,
 )
-from mixlm.core.tool_options import TOOL_CHOICES, check_tool_choice, checked_tools
 from mixlm.errors import ConfigError, UnsupportedError, did_you_mean
 from mixlm.option_spec import OptionSpec, check_options, option, specs
 from mixlm.types import Sampling, Tool

@@ -247,7 +247,12 @@ def assert_same_distribution(actual: Distribution, expected: Distribution, toler
 
 
 def assert_sampled_from(counts: Mapping[Any, int], distribution: Mapping[Any, float]) -> None:
-    """Chi-square; outcomes expected fewer than five times are taken together."""
+    """Chi-square; outcomes expected fewer than five times are taken together.
+
+    Of n samples in 10 (30) cells, a distribution at a total variation of 3.8 (4.4) / √n or more is refused with
+    probability 0.99 at least: 0.16 (0.18) with 600, 0.12 (0.14) with 1000. (Pearson's statistic has a noncentrality of
+    4 n d² or more at a total variation of d.)
+    """
     assert set(counts) <= set(distribution), "something was drawn that the law excludes"
     total = sum(counts.values())
     often = [key for key in distribution if distribution[key] * total >= 5]

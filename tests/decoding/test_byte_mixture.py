@@ -118,11 +118,11 @@ def first(ensemble, options, text: bytes, noise) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [PLAIN, {"temperature": 0.6, "top_k": 0}, {"temperature": 1.0, "top_k": 3}, {}])
+@pytest.mark.parametrize("options", [PLAIN, {"temperature": 1.0, "top_k": 3}, {}])
 @pytest.mark.parametrize("text", PLACES)
 def test_samples_follow_the_exact_distribution(text, options):
     ensemble = pair()
-    counts = counted(lambda i: first(ensemble, options, text, Noise(3, i, len(text))), 1500)
+    counts = counted(lambda i: first(ensemble, options, text, Noise(3, i, len(text))), 600)
     assert_sampled_from(counts, exact(ensemble, options, text))
 
 
@@ -132,7 +132,7 @@ def test_samples_follow_the_exact_distribution(text, options):
 def test_the_next_byte_follows_the_members_own_distribution_whichever_it_is(text, member):
     ensemble = pair()
     counts = defaultdict(int)
-    for sequence in range(1500):
+    for sequence in range(600):
         choice = sampled(byte_mixture(member), ensemble, PLAIN, text, Noise(4, sequence, 1))
         assert choice.member == member
         counts[END if choice.symbol == ensemble.unit.end else bytes([choice.symbol])] += 1
@@ -157,14 +157,14 @@ def test_one_member_alone_writes_the_texts_it_writes_in_pieces(options):
     go(b"", 1.0)
     assert sum(distribution.values()) == pytest.approx(1)
 
-    def sampled_text(sequence: int, unit: str) -> bytes:
-        ensemble = make_ensemble(alone.members[:1] and [alone.members[0].engine], unit=unit)
+    def sampled_text(sequence: int, ensemble: Ensemble) -> bytes:
         done = ensemble.generate("ab", raw=True, seed=6, sequence=sequence, max_tokens=4, **options)
         data = b"".join(token.data for token in done.tokens)
         return (data + (b"." if done.finish_reason == "stop" else b""))[:4]
 
     for unit in ("byte", "piece"):
-        assert_sampled_from(counted(lambda i, unit=unit: sampled_text(i, unit), 4000), distribution)
+        ensemble = alone.with_unit(unit)
+        assert_sampled_from(counted(lambda i, ensemble=ensemble: sampled_text(i, ensemble), 1000), distribution)
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_completions_follow_the_distribution_byte_by_byte(options):
         done = ensemble.generate("ab", raw=True, seed=8, sequence=sequence, max_tokens=3, **options)
         return b"".join(token.data for token in done.tokens) + (b"." if done.finish_reason == "stop" else b"")
 
-    assert_sampled_from(counted(sampled_text, 5000), distribution)
+    assert_sampled_from(counted(sampled_text, 1200), distribution)
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_equal_seeds_give_equal_texts(method):
 @pytest.mark.models
 @pytest.mark.parametrize(
     ("text", "options"),
-    [(b"The bri", PLAIN), (b"They said th", {}), ("Zürich is a ".encode() + "ü".encode()[:1], PLAIN)],
+    [(b"They said th", {}), ("Zürich is a ".encode() + "ü".encode()[:1], PLAIN)],
 )
 def test_the_real_pair_follows_the_exact_distribution_inside_words_and_characters(demo_pair, text, options):
     ensemble = Ensemble(demo_pair.members, [0.5, 0.5], unit="byte")
@@ -313,7 +313,7 @@ def test_the_real_pair_follows_the_exact_distribution_inside_words_and_character
     for byte in text:
         writing.state.append(byte)
     counts = defaultdict(int)
-    for sequence in range(500):
+    for sequence in range(200):
         choice, _ = driven(byte_mixture(), writing, ensemble.weights, Noise(9, sequence, len(text)))
         counts[choice.symbol] += 1
     distribution = ExactReference(ensemble, settings, prompts).distribution(tuple(text))

@@ -112,7 +112,7 @@ def test_completions_follow_the_exact_distribution_token_by_token(unit, method):
         written = [token.data for token in ensemble.generate("ab", **options).tokens]
         return (*written, END, END)[:2]
 
-    counts = counted(completion, 3000)
+    counts = counted(completion, 1000)
     assert_sampled_from(counts, joint)
     for place in (0, 1):
         seen, distribution = defaultdict(int), defaultdict(float)

@@ -237,7 +237,7 @@ def test_a_rule_can_be_given_in_the_file(rule):
 def test_check_compares_conventional_with_the_rules_own_distribution(options, monkeypatch):
     ensemble = two_spellings() if options["rule"] == "gac" else toys("piece", 3)
     settings = {"method": "conventional", "raw": True, "top_k": 2, **options}
-    report = check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=1000, options=settings)
+    report = check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=400, options=settings)
     assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
     assert report.equal
 
@@ -245,7 +245,7 @@ def test_check_compares_conventional_with_the_rules_own_distribution(options, mo
 
     for module in ("conventional", "layered"):
         monkeypatch.setattr(f"mixlm.decoding.{module}.build", lambda options, context: conventional)
-    assert not check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=1000, options=settings).equal
+    assert not check(ensemble, "ab" if options["rule"] == "unite" else "a", samples=400, options=settings).equal
 
 
 def test_greedy_is_the_mode_of_the_union_of_the_given_k():

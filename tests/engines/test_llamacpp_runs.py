@@ -80,8 +80,9 @@ def test_the_log_probabilities_are_those_of_the_members_distribution(engine, ref
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("many", [False, True], ids=["few banned", "many banned"])
-@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]], ids=str)
+@pytest.mark.parametrize(
+    ("sampling", "many"), [(SAMPLINGS[0], False), (SAMPLINGS[2], True)], ids=["few banned", "many banned"]
+)
 def test_two_tokens_are_sampled_as_often_as_the_distribution_says(engine, reference, sampling, many):
     first = likely(reference, PROMPT, 40)
     # Of servers that may not be sampled, some are more than a request bans, and among the likeliest.
@@ -90,7 +91,7 @@ def test_two_tokens_are_sampled_as_often_as_the_distribution_says(engine, refere
     )
     if many:
         assert not {*first[:5].tolist()}.isdisjoint(banned.tolist())
-    samples = 1200
+    samples = 500  # a total variation of 0.2 is found with probability 0.99
     counts: Counter[tuple[int, int]] = Counter()
     for seed in range(samples):
         session = engine.session()

@@ -60,8 +60,8 @@ def sampled_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
 
 @pytest.mark.slow
 def test_the_device_samples_what_the_host_samples() -> None:
-    both = [actual for seed in range(1500) if (actual := sampled_twice(seed)) is not None]
-    assert len(both) > 400
+    both = [actual for seed in range(600) if (actual := sampled_twice(seed)) is not None]
+    assert len(both) > 150
     assert [device for device, _ in both] == [host for _, host in both]
 
 
@@ -107,16 +107,22 @@ def pair(load: Load, graphs: str, kinds: tuple[str, str], *, device: str = "cpu"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["token", "piece"])
-@pytest.mark.parametrize("method", ["mixture", "single"])
-@pytest.mark.parametrize("kinds", [("llama", "qwen2"), ("gemma3", "mistral")])
+@pytest.mark.parametrize(
+    ("kinds", "method", "unit"),
+    [
+        (("llama", "qwen2"), "mixture", "token"),
+        (("llama", "qwen2"), "single", "piece"),
+        (("gemma3", "mistral"), "mixture", "piece"),
+        (("gemma3", "mistral"), "single", "token"),
+    ],
+)
 def test_texts_are_those_of_one_forward_at_a_time(
     load: Load,  # noqa: F811
     kinds: tuple[str, str],
     method: str,
     unit: Any,
 ) -> None:
-    for weights in ([0.9, 0.1], [0.5, 0.5]):
+    for weights in ([0.9, 0.1], [0.5, 0.5])[: 1 if method == "single" else 2]:
         fixed, usual = (pair(load, graphs, kinds, weights=weights, unit=unit) for graphs in ("on", "off"))
         for seed, more in enumerate([{}, TRUNCATED, {"stop": []}, {"top_k": 300}, {"top_k": 0}]):
             options = {"method": method, "seed": seed, "max_tokens": 50, **more}
@@ -135,12 +141,11 @@ def test_texts_are_those_of_one_forward_at_a_time(
 @pytest.mark.parametrize("method", ["mixture", "single"])
 def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> None:  # noqa: F811
     fixed = pair(load, "on", ("llama", "qwen2"), unit="token")
-    for seed in range(3):
-        tokens, _, log = write(fixed, method=method, seed=seed, max_tokens=300, ignore_end=True)
-        assert len(tokens) == log.forwards == 300  # more than a room's least size
-        inside = sum(token[1] == other[1] for token, other in pairwise(tokens))
-        assert inside - 2 <= log.ahead <= inside  # a member's sequence moves to a larger room once
-        assert log.vain == 0
+    tokens, _, log = write(fixed, method=method, seed=1, max_tokens=300, ignore_end=True)
+    assert len(tokens) == log.forwards == 300  # more than a room's least size
+    inside = sum(token[1] == other[1] for token, other in pairwise(tokens))
+    assert inside - 2 <= log.ahead <= inside  # a member's sequence moves to a larger room once
+    assert log.vain == 0
 
 
 def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
@@ -410,7 +415,7 @@ def test_recorded_forwards_run_ahead_alike(
     fixed, usual = (pair(load, graphs, ("gemma3", "qwen2"), unit="token") for graphs in ("on", "off"))
     for member in fixed.members:
         record(member.engine, monkeypatch)
-    for seed in range(3):  # on rooms that go from one completion to the next
+    for seed in range(2):  # on rooms that go from one completion to the next
         actual, expected = (
             write(member, method=method, seed=seed, max_tokens=60, ignore_end=True) for member in (fixed, usual)
         )

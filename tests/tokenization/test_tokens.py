@@ -278,14 +278,14 @@ def everything() -> dict[str, Pieces]:
 
 
 @pytest.mark.models
-def test_ten_thousand_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(everything, demo_installed):
+def test_thousands_of_strings_are_spelled_by_the_tokens_of_every_real_tokenizer(everything, demo_installed):
     assert len(everything) >= 2
     for name, tokenizer in everything.items():
         rng = Random(3)
         single = {data[0] for data in tokenizer.tokens.values() if len(data) == 1}
         normalizer = tokenizer.encoder.normalizers
         assert normalizer in ("none", "NFC"), name
-        for _ in range(10_000):
+        for _ in range(1_500):
             data = fuzz(rng).replace("▁".encode(), b"_")
             ids = tokenizer.encoder.encode(data).ids
             assert not tokenizer.special & set(ids), (name, data)

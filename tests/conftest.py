@@ -30,9 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sets", type=int, metavar="N", help="run each test with N of its parameter sets, evenly spread")
 
 
+def _loads(item: pytest.Item) -> int:
+    """What a test needs: the real models, the evaluation harness, or neither. Workers then load each once, not both."""
+    if "demo_pair" in getattr(item, "fixturenames", ()):
+        return 0
+    return 1 if {"evaluation", "paper"} & {*item.path.parts} else 2
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave parameter sets out, for `make test-fast`."""
+    """Put tests of what takes long to load together, and leave parameter sets out for `make test-fast`."""
+    items.sort(key=_loads)
     limit = config.getoption("--sets")
     if limit is None:
         return

@@ -63,8 +63,8 @@ def test_python_runs(demo_installed: None) -> None:
 @pytest.mark.models
 @pytest.mark.parametrize("command", [command for command in commands() if "chat" not in command])
 def test_shell_runs(demo_installed: None, command: str) -> None:
-    # Fewer samples and shorter runs than shown; the rest is as a reader would type it.
-    command = re.sub(r"--samples \d+", "--samples 100", command)
+    # Fewer samples of fewer tokens, and shorter runs than shown; the rest is as a reader would type it.
+    command = re.sub(r"--samples \d+", "--samples 100 --top-k 4", command)
     command = re.sub(r"--tokens \d+ --repeats \d+", "--tokens 4 --repeats 1", command)
     if "generate" in command:
         command += " --max-tokens 8"

@@ -233,7 +233,7 @@ def test_a_text_longer_than_a_context_is_refused():
 
 @pytest.mark.models
 def test_the_demo_pair(demo_pair):
-    report = inspect(demo_pair, text="The river turns under the old bridge.\n\ndef main():\n    return 0\n")
+    report = inspect(demo_pair, measure=False)
     smollm, gemma = report.members
     assert (smollm.rows, gemma.rows) == (49152, 262144)
     assert (smollm.reading["family"], gemma.reading["family"]) == ("byte-level", "SentencePiece")
@@ -241,7 +241,8 @@ def test_the_demo_pair(demo_pair):
     assert list(smollm.ends) == ["<|im_end|>"]
     assert smollm.prompt.endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
     assert gemma.prompt == "<bos>Question: Why is the sky blue?\nAnswer:"
-    [pair] = report.pairs
+    text = b"The river turns under the old bridge.\n\ndef main():\n    return 0\n"
+    [pair] = measure_agreement(demo_pair, text, report.pairs)
     assert 45_000 < pair.common < 47_000
     assert min(pair.mass) > 0.9
     assert 0.1 < pair.distance < 0.8

@@ -187,6 +187,9 @@ def test_what_is_parsed_names_its_source():
         ('[[members]]\nmodel = "toy:1"\ndevice = 0', "device is 0", "write it in quotes"),
         ('[[members]]\nmodel = "toy:1"\ntrust_remote_code = "true"', "trust_remote_code is 'true'", "without quotes"),
         ('router = "prompt"\n[[members]]\nmodel = "toy:1"', "router is 'prompt'", "write [router], and its keys"),
+        ('[[members]]\nmodel = "toy:1"\nsampling = 5', "sampling is 5: it must be a table", "write [members.sampling]"),
+        ('[[members]]\nmodel = "toy:1"\nweight = -1', "members.0.weight is -1", None),
+        ('[[members]]\nmodel = "toy:1"\nweight = nan', "members.0.weight is nan", None),
         ('[router]\nsharpness = 4\n[[members]]\nmodel = "toy:1"', "sharpness is of the router by prompt", None),
         ("[[members]]\nmodel = toy:1", "is not valid TOML: Invalid value (at line 2", 'texts stand in "quotes"'),
         ('[[members]]\nmodel = "toy:1"\ntemplate = """\n{% if %}"""', "template of member toy:1, line 1: ", "Jinja"),
@@ -210,6 +213,12 @@ def test_what_is_no_file_in_toml_is_told_from_a_model(tmp_path):
         assert raised.value.hint == "an ensemble file is text in TOML; a model is named with -m"
     with pytest.raises(ConfigError, match=r"e\.toml, line 2: it is not UTF-8 .*save it as UTF-8"):
         read_config(tmp_path / "e.toml")
+
+
+def test_a_model_without_a_name_is_not_the_folder_of_the_file(tmp_path):
+    path = tmp_path / "pair.toml"
+    path.write_text('[[members]]\nmodel = ""')
+    assert read_config(path).members[0].model == ""
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -43,6 +43,35 @@ def test_what_is_no_prompt(call, prompt, message):
         getattr(PAIR, call)(prompt, max_tokens=2)
 
 
+def test_messages_are_taken_in_every_form_of_the_api_of_openai():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    empty = {"refusal": None, "audio": None, "tool_calls": None, "annotations": []}
+    messages = [
+        {"role": "developer", "content": "c"},
+        {"role": "user", "content": parts, "name": "bob"},
+        {"role": "assistant", "content": "d", **empty},
+        {"role": "user", "content": "e"},
+    ]
+    plain = [mixlm.Message(*turn) for turn in (("system", "c"), ("user", "ab"), ("assistant", "d"), ("user", "e"))]
+    assert PAIR.generate(messages, seed=1, max_tokens=4).text == PAIR.generate(plain, seed=1, max_tokens=4).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "no text"),
+        ({"content": []}, "no text"),
+        ({"content": "a", "text": "b"}, "the key 'text'"),
+        ({"content": "a", "audio": np.zeros(2)}, "the key 'audio'"),
+        ({"content": "a" * 1000, "role": "bot"}, "no role of these"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said(fields, wrong):
+    with pytest.raises(ConfigError, match=f"is no message: it has {wrong}") as raised:
+        PAIR.generate([{"role": "user", **fields}])
+    assert len(str(raised.value)) < 250
+
+
 @pytest.mark.parametrize("value", [None, b"ab", 5, ["a"]], ids=lambda value: repr(value).partition(" at 0x")[0])
 def test_what_is_no_turn_of_a_chat(value):
     chat = PAIR.chat(max_tokens=2)
@@ -233,6 +262,13 @@ def test_seeds_that_are_none(seed, message):
 def test_options_of_other_types(options):
     with pytest.raises(ConfigError, match=f"^{next(iter(options))} is "):
         PAIR.generate("ab", **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", [1, 2]), ("unit", "byte"), ("router", len)])
+def test_what_belongs_to_the_ensemble_is_no_option_of_a_generation(name, value):
+    with pytest.raises(ConfigError, match=re.escape(f"unknown option {name!r} (it belongs to the ensemble: ensemble.")):
+        PAIR.generate("ab", **{name: value})
+    assert hasattr(PAIR, f"with_{name}")
 
 
 def test_hints_have_the_words_of_python():

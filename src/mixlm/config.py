@@ -85,7 +85,7 @@ class MemberConfig(_Strict):
 
     model: str
     name: str | None = None
-    weight: float | None = Field(default=None, strict=True)
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False, strict=True)
     dtype: DType = "auto"
     device: str = "auto"
     engine: str = "auto"
@@ -262,27 +262,28 @@ def _config_error(error: ValidationError, source: str | None) -> ConfigError:
         named = f"name one, such as rule = {RULES[1]!r}"
         return ConfigError(f"{source}{place} is missing", named if place == "combination.rule" else lists)
     message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = "it must be a table" if first["type"] == "model_type" else message[:1].lower() + message[1:]
     shown = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
-    hint = _value_hint(first["type"], first["input"], message, parts[-1] if parts else "")
+    table = ".".join(part for part in parts if not part.isdecimal())
+    hint = _value_hint(first["type"], first["input"], message, table)
     return ConfigError(f"{source}{place}{shown}: {message}" if place else f"{source}{message}", hint)
 
 
-def _value_hint(kind: str, value: Any, message: str, key: str) -> str | None:
+def _value_hint(kind: str, value: Any, message: str, table: str) -> str | None:
     """Return what to do about a value that is not allowed, None where the message says it all.
 
     Args:
         kind: Of the error, as pydantic names it.
         value: What was found.
         message: What is allowed.
-        key: Whose value it is.
+        table: Whose value it is, as the head of a table.
     """
     if isinstance(value, str) and re.search("number|integer|boolean", message) and _BARE.fullmatch(value):
         return "write it without quotes"
     if kind == "string_type" and isinstance(value, int | float):
         return "write it in quotes"
     if kind == "model_type":
-        return f"write [{key}], and its keys below"
+        return f"write [{table}], and its keys below"
     if kind == "literal_error":
         return did_you_mean(str(value), re.findall("'([^']+)'", message))
     return None

@@ -83,7 +83,7 @@ def _resolve_files(member: MemberConfig, folder: Path, source: Path) -> MemberCo
                 f"{place}{_line_of(error)}: it is not UTF-8 ({error.reason})", "save it as UTF-8"
             ) from error
     for key, value in (("model", member.model), ("adapter", member.adapter), ("tokenizer", member.tokenizer)):
-        if value is not None and (folder / value).exists():
+        if value and (folder / value).exists():
             changes[key] = str(folder / value)
     return member.model_copy(update=changes)
 

@@ -200,6 +200,14 @@ def test_a_line_in_a_wrong_form_is_named(run: Run, tmp_path: Path, line: str, re
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_an_empty_file_of_prompts_says_what_it_has_to_have(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n")
+    error = run(*arguments(path, tmp_path / "out.jsonl")).error
+    assert f"{path} is empty" in error
+    assert 'hint: each line must be an object {"prompt"' in error
+
+
 def test_the_output_is_a_file_that_can_be_continued(run: Run, prompts: Path) -> None:
     assert (
         "is no file that can be continued\nhint: --output - is standard output"

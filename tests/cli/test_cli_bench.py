@@ -44,6 +44,8 @@ def test_all_methods_can_be_asked_for(run: Run) -> None:
         (("--methods", "mixtur"), "no method 'mixtur'"),
         (("--methods", ","), "no method is named"),
         (("--methods", "speculative", "--draft", "toy:7"), "draft is 'toy:7'"),
+        (("--draft", "toy:1"), "draft is 'toy:1', and no method that is measured drafts"),
+        (("--methods", "mixture,greedy", "--block", "4"), "block is 4, and no method that is measured drafts"),
         (("--tokens", "2"), "tokens is 2"),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mixlm
 from mixlm.errors import ModelLoadError, ModelNotFoundError
 from mixlm.models.cache import installed, remove
 from mixlm.models.fetch import get
@@ -154,6 +155,21 @@ def test_a_gguf_file_of_ones_own_is_installed_and_removed(tmp_path, quiet, write
     assert file.is_file()
     with pytest.raises(ModelNotFoundError, match="no model 'mine' is installed"):
         remove("mine", quiet)
+
+
+@pytest.mark.parametrize(
+    ("page", "hint"),
+    [
+        ("https://huggingface.co/org/Model-1B", "name the model by its id: org/Model-1B"),
+        ("hf.co/org/Model-1B/tree/main", "name the model by its id: org/Model-1B"),
+        ("https://huggingface.co/org/M/resolve/main/q/m-q4.gguf?download=true", "mixlm models get org/M/q/m-q4.gguf"),
+    ],
+)
+def test_a_page_of_the_hub_is_no_model(page, hint, quiet):
+    for look in (resolve, mixlm.load, lambda name: get(name, quiet)):
+        with pytest.raises(ModelNotFoundError, match="is a page of the Hugging Face hub") as caught:
+            look(page)
+        assert caught.value.hint == hint
 
 
 def test_an_ensemble_file_is_no_model(tmp_path):

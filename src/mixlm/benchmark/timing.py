@@ -106,8 +106,15 @@ def contestants(
 ) -> list[EnsembleContestant]:
     """Return a contestant for each kind, for `single` one of each member. Raises ConfigError."""
     if tuple(kinds) == DEFAULT:
-        kinds = DEFAULT if ensemble.settings(**options).rule is None else ("single", "conventional", "layered")
+        rule = method_settings(ensemble, "conventional", options).rule
+        kinds = DEFAULT if rule is None else ("single", "conventional", "layered")
         kinds = [method for method in kinds if method in ensemble.unit.traits.methods]
+    for option, drafting in (("draft", _DRAFTING), ("block", (*_DRAFTING, "auto", "layered"))):
+        if option in options and not {*kinds} & {*drafting}:
+            raise ConfigError(
+                f"{option} is {options[option]!r}, and no method that is measured drafts",
+                f"leave it out, or measure {' or '.join(drafting)} too",
+            )
     competitors: list[EnsembleContestant] = []
     for kind in dict.fromkeys(checked_kinds(kinds)):
         ensembles = (

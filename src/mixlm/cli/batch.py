@@ -61,7 +61,7 @@ class PromptFile:
             if self.output.exists() and not self.output.is_file():
                 reason = f"--output {self.output} is no file that can be continued"
                 raise UsageError(reason, "--output - is standard output")
-        [(name, text)] = read_texts([self.input]).items()
+        [(name, text)] = read_texts([self.input], f"each line must be an object {_RECORD}").items()
         if name != STDIN and self.input.resolve() == self.output.resolve():
             raise UsageError(f"--input and --output are both {self.input}", "name another file for the completions")
         return [_read_record(name, number, record) for number, record in json_lines(name, text, _RECORD)]

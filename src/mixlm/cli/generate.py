@@ -124,7 +124,7 @@ def generate(
 
 def _schema(path: Path) -> Any:
     """Read a JSON schema. Raises ConfigError that names the file."""
-    [text] = read_texts([path]).values()
+    [text] = read_texts([path], "it must be a JSON schema").values()
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

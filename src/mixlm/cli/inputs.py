@@ -77,11 +77,12 @@ def decode(name: str, data: bytes) -> str:
         ) from error
 
 
-def read_texts(files: Sequence[Path]) -> dict[str, str]:
+def read_texts(files: Sequence[Path], expected: str = "give a text of at least a few sentences") -> dict[str, str]:
     """Read files.
 
     Args:
         files: Paths; "-", or no path at all, means standard input.
+        expected: What to give in place of an empty file.
 
     Returns:
         Texts by the file's name, as the user wrote it.
@@ -99,7 +100,7 @@ def read_texts(files: Sequence[Path]) -> dict[str, str]:
             raise UsageError(f"{name} is given twice", "give each text once")
         texts[name] = decode(name, sys.stdin.buffer.read() if name == STDIN else _bytes(file))
         if not texts[name].strip():
-            raise ConfigError(f"{name} is empty", "give a text of at least a few sentences")
+            raise ConfigError(f"{name} is empty", expected)
     return texts
 
 

@@ -258,7 +258,7 @@ def demo() -> Sequence[str]:
     names = GROUPS["demo"]
     if missing := [name for name in names if find(name) is None]:
         raise ModelNotFoundError(
-            f"no model is given, and the demo pair is not installed: {' and '.join(missing)} is missing",
+            f"no model is given, and the demo pair is not installed: {' and '.join(missing)} missing",
             "run: mixlm models get demo",
         )
     return names

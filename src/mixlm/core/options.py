@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _PLAIN = Sampling(temperature=1.0, top_k=0)
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _RENAMED = {"alternatives": "top_logprobs"}
+_OF_ENSEMBLES = ("weights", "router", "unit", "logits_processors")  # and of none of its generations
 
 
 class Options(TypedDict, total=False):
@@ -376,7 +377,8 @@ class GenerationOptions:
                 values[new] = values.pop(old)
         for name in values:
             if name not in OPTIONS:
-                raise ConfigError(f"unknown option {name!r}", did_you_mean(name, OPTIONS))
+                of_ensemble = f"it belongs to the ensemble: ensemble.with_{name}(…)" if name in _OF_ENSEMBLES else None
+                raise ConfigError(f"unknown option {name!r}", of_ensemble or did_you_mean(name, OPTIONS))
         sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS if name in values}
         if "stop" in values:
             values["stop"] = _stop_strings(values["stop"])

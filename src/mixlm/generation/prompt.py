@@ -15,6 +15,8 @@ from mixlm.types import ROLES, Ids, Message, ToolCall
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
 _FIELDS = ("role", "content", "tool_calls", "tool_call_id")
+# Fields of messages that cannot change the text: any value is taken, and has no effect.
+IGNORED_MESSAGE_FIELDS = ("annotations", "cache_control", "name", "reasoning", "reasoning_content")
 # Variables of chat templates that are not for callers to set.
 RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 
@@ -117,13 +119,33 @@ def _message(fields: Any) -> Message:
         fields = {name: value for name in _FIELDS if (value := getattr(fields, name)) or name in ("role", "content")}
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{_shown(fields)} is no message", "give a mixlm.Message, or a dict of role and content")
-    role, content, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls") or ()
+    role, content, calls = fields.get("role"), _content(fields.get("content")), fields.get("tool_calls") or ()
+    role = "system" if role == "developer" else role
     if role == "assistant" and content is None and calls:
         content = ""
-    if role not in ROLES or not isinstance(content, str) or not fields.keys() <= set(_FIELDS):
+    known = (*_FIELDS, *IGNORED_MESSAGE_FIELDS)
+    # Libraries leave fields empty when they send back a message.
+    empty = [name for name, value in fields.items() if value is None or (isinstance(value, list) and not value)]
+    unknown = [name for name in fields if name not in (*known, *empty)]
+    if role not in ROLES or not isinstance(content, str) or unknown:
+        wrong = f"the key {unknown[0]!r}" if unknown else "no role of these" if role not in ROLES else "no text"
         allowed = ", ".join(ROLES)
-        raise ConfigError(f"{dict(fields)} is no message", f"a message has a role ({allowed}) and a content, a text")
+        raise ConfigError(
+            f"{_shown(dict(fields))} is no message: it has {wrong}",
+            f"a message has a role ({allowed}) and a content, a text",
+        )
     return Message(role, content, tuple(_call(call) for call in calls), str(fields.get("tool_call_id") or ""))
+
+
+def _content(content: Any) -> Any:
+    """Return a content in parts, all of them texts, as one text; another one as it is."""
+    parts = content if isinstance(content, list) else ()
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]
+    return "".join(texts) if parts and len(texts) == len(parts) else content
 
 
 def _call(call: Any) -> ToolCall:

@@ -25,6 +25,7 @@ from mixlm.models.convert import checksum, model_info, near_paths, with_tokenize
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.hub import check_hub, hub_file, hub_files
+from mixlm.models.resolve import check_no_page
 from mixlm.terminal import ProgressDisplay
 
 _CHUNK = 1 << 20
@@ -47,6 +48,7 @@ def get(name: str, display: ProgressDisplay | None = None) -> list[InstalledMode
         ModelLoadError: The model could not be converted or written.
     """
     display = display or ProgressDisplay()
+    check_no_page(name)
     if name not in CATALOG and name not in GROUPS:
         path = Path(name).expanduser()
         if path.suffix.lower() == ".gguf" and (path.is_file() or hub_file(name) is None):

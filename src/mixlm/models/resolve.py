@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixlm.errors import ModelNotFoundError
 from mixlm.models.cache import find, is_converted
 from mixlm.models.catalog import CATALOG
+
+# The address of a model on the Hugging Face hub, or of a GGUF file there.
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob)/[^/]+/([^?#]+\.gguf))?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ def resolve(spec: str, dtype: str = "bfloat16") -> ResolvedModel:
     """
     if not spec.strip():
         raise ModelNotFoundError("the model's name is empty", "give a folder, a .gguf file or the name of a model")
+    check_no_page(spec)
     path = Path(spec).expanduser()
     if path.suffix.lower() == ".toml":
         raise ModelNotFoundError(
@@ -68,6 +76,14 @@ def resolve(spec: str, dtype: str = "bfloat16") -> ResolvedModel:
     if model is None:
         raise not_found(spec, path)
     return ResolvedModel(*model)
+
+
+def check_no_page(spec: str) -> None:
+    """Raise ModelNotFoundError for the address of a page of the Hugging Face hub, with the id that it shows."""
+    if (page := _PAGE.match(spec)) is not None and not Path(spec).exists():
+        model, file = page.groups()
+        hint = f"name the model by its id: {model}" if file is None else f"mixlm models get {model}/{file}"
+        raise ModelNotFoundError(f"{spec} is a page of the Hugging Face hub, and no model", hint)
 
 
 def _folder(path: Path) -> ResolvedModel:

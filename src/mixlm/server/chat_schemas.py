@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, StringConstraints, model_validator
 
+from mixlm.generation.prompt import IGNORED_MESSAGE_FIELDS
 from mixlm.server.api_errors import unsupported_field
 from mixlm.server.request_schemas import CommonFields, StrictBody
 from mixlm.types import Message, Tool, ToolCall
 
-# Fields of messages that cannot change the text: any value is taken, and has no effect.
-IGNORED_MESSAGE_FIELDS = ("annotations", "cache_control", "name", "reasoning", "reasoning_content")
 MAX_TOOLS = 128
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 _Description = Annotated[str, StringConstraints(max_length=20_000)]

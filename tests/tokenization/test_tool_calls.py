@@ -11,17 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixlm.errors import ConfigError
+from mixlm.tokenization.call_parser import ArgumentsPart, CallBegin, ContentPart, ToolCallParser, split_calls
 from mixlm.tokenization.chat_template import PLAIN_FORM, PLAIN_TEMPLATE, PromptForm
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.template_renderer import ChatTemplate
-from mixlm.tokenization.tool_calls import (
-    ArgumentsPart,
-    CallBegin,
-    ContentPart,
-    ToolCallParser,
-    call_text,
-    split_calls,
-)
+from mixlm.tokenization.tool_calls import call_text
 from mixlm.types import Message, Tool, ToolCall
 
 WEATHER = Tool("get_weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})

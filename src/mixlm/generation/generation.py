@@ -24,7 +24,7 @@ from mixlm.generation.member import Member
 from mixlm.generation.prompt import EncodedPrompt
 from mixlm.generation.sequence import Choice, SequenceState, SpeculationStats, Strategy
 from mixlm.routing.base import CheckedRoute, FixedRouter, PromptContext, Router, observed_by
-from mixlm.tokenization.tool_calls import CALL_BEGIN, split_calls
+from mixlm.tokenization.tool_calls import CALL_BEGIN
 from mixlm.types import (
     Completion,
     FinishReason,
@@ -262,6 +262,8 @@ class Generation(Iterator[Token]):
         tools = self._context.settings.callable_tools
         if not tools:
             return ()
+        from mixlm.tokenization.call_parser import split_calls
+
         return split_calls("".join(token.text for token in self._tokens), [tool.name for tool in tools])[1]
 
     def _advance(self, outcome: list[Response] | MemberError | None) -> None:

@@ -12,7 +12,7 @@ from mixlm.server import response_schemas as schemas
 from mixlm.server.api_errors import ApiError
 from mixlm.server.json_encoding import server_sent_event
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.tokenization.tool_calls import (
+from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
     CompletionPart,

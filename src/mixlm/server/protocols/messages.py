@@ -11,15 +11,15 @@ from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
 from mixlm.server.protocols.messages_body import MessagesBody
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.responses import CallIds, summed_usage
-from mixlm.tokenization.tool_calls import (
+from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
     CompletionPart,
     ContentPart,
     ToolCallParser,
-    arguments_object,
     split_calls,
 )
+from mixlm.tokenization.tool_calls import arguments_object
 from mixlm.types import Completion, Token
 
 _ERROR_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}

@@ -13,7 +13,7 @@ from mixlm.server.protocols import FIELD_NAMES
 from mixlm.server.protocols.responses_body import ResponsesBody, call_dict
 from mixlm.server.request_parsing import ParsedRequest
 from mixlm.server.responses import CallIds, summed_usage, token_logprob
-from mixlm.tokenization.tool_calls import (
+from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
     CompletionPart,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
@@ -32,7 +32,9 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> Floats:
     """
     if weights is None:
         return np.full(members, 1 / members)
-    if isinstance(weights, str | bytes | Mapping) or not isinstance(weights, Iterable):
+    # A set has no order, and an iterator can be read only once.
+    is_array = getattr(weights, "ndim", 1) > 0 and hasattr(weights, "__getitem__")
+    if isinstance(weights, str | bytes | Mapping) or not is_array:
         raise ConfigError(f"weights is {weights!r}; it must be a list with one number per member", _EXAMPLE)
     numbers: list[object] = list(weights)
     if not all(isinstance(value, Real) and not isinstance(value, bool) for value in numbers):

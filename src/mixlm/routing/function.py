@@ -40,6 +40,8 @@ class FunctionRouter:
             try:
                 return normalized_weights(weights, self.members)
             except ConfigError as error:
-                raise ConfigError(f"the router's function returned {error.message}", error.hint) from error
+                raise ConfigError(
+                    f"the router's function returned wrong weights: {error.message}", error.hint
+                ) from error
 
         return route

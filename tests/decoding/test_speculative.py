@@ -190,9 +190,14 @@ def test_auto_drafts_where_it_pays_and_with_the_cheap_member():
 
 def test_costs_come_from_forwards_and_from_sizes_before_any():
     logs = [[Forward(1, 5, 2.0)] * 5 + [Forward(5, 5, 2.8)] * 5 + [Forward(100, 0, 50.0)], []]
-    costs = ForwardCostEstimator(lambda: logs, [100, 50]).estimate()
+    estimator = ForwardCostEstimator(lambda: logs, [100, 50])
+    costs = estimator.estimate()
     np.testing.assert_allclose(costs.seconds, [2.0, 1.0])
     np.testing.assert_allclose(costs.slopes, [0.1, 0.02])
+    # What a further token costs holds also where forwards of one token have followed for long.
+    logs[0] = [Forward(1, 5, 3.0)] * 100
+    np.testing.assert_allclose(estimator.estimate().seconds, [3.0, 1.5])
+    np.testing.assert_allclose(estimator.estimate().slopes, [0.1, 0.02])
 
 
 def test_the_cost_of_a_token_by_hand():

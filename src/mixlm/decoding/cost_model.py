@@ -73,6 +73,7 @@ class ForwardCostEstimator:
         self._forwards = forwards
         self._sizes = [max(size, 1) for size in sizes]
         self._batch_keys = batch_keys or range(len(sizes))
+        self._slopes = dict.fromkeys(self._batch_keys, _DEFAULT_SLOPE)  # the latest that was measured
 
     def estimate(self) -> ForwardCosts:
         """Return the costs as of now. Before any forward, only their ratios mean something."""
@@ -80,7 +81,8 @@ class ForwardCostEstimator:
         for key, log in zip(self._batch_keys, self._forwards(), strict=True):
             by_key[key] += (forward for forward in log[-_WINDOW:] if _is_decoding(forward))
         logs = [by_key[key] for key in self._batch_keys]
-        slopes = np.array([_median_slope(log) for log in logs])
+        self._slopes |= {key: slope for key, log in by_key.items() if (slope := _median_slope(log)) is not None}
+        slopes = np.array([self._slopes[key] for key in self._batch_keys])
         measured = [
             median(forward.seconds / (1 + slope * (forward.tokens - 1)) for forward in log) if log else None
             for log, slope in zip(logs, slopes, strict=True)
@@ -120,12 +122,12 @@ def _is_decoding(forward: Forward) -> bool:
     return forward.cached > 0 and forward.tokens <= _MAX_TOKENS
 
 
-def _median_slope(log: Sequence[Forward]) -> float:
-    """Return s by the median of forwards of several tokens: it follows a machine whose speed changes."""
+def _median_slope(log: Sequence[Forward]) -> float | None:
+    """Return s by the median of forwards of several tokens: it follows a machine whose speed changes. None of few."""
     single = [forward.seconds for forward in log if forward.tokens == 1]
     longer = [forward for forward in log if forward.tokens > 1]
     if len(single) < _MIN_FORWARDS or len(longer) < _MIN_FORWARDS:
-        return _DEFAULT_SLOPE
+        return None
     base = median(single)
     slopes = [(forward.seconds / base - 1) / (forward.tokens - 1) for forward in longer]
     return float(np.clip(median(slopes), 0.0, 1.0))
@@ -212,6 +214,27 @@ def layered_drafted_seconds(
     positions, tokens = (plan.block + 1) / undecided, _expected_accepted(plan) / undecided
     others = [member for member in members if member != plan.draft]
     return (positions * costs(plan.draft, 1) + together_seconds(others, costs, batch_keys, positions)) / tokens
+
+
+def layered_lookup_seconds(
+    members: Sequence[int],
+    first: Floats,
+    decided: Floats,
+    costs: ForwardCosts,
+    batch_keys: Sequence[Hashable],
+    plan: DraftPlan,
+) -> float:
+    """Return the expected seconds of a token where proposals of a plan that cost nothing are verified, by `layered`.
+
+    A member runs over all the positions of a block where one of them needs it. Arguments as in `layered_seconds`.
+    """
+    undecided = float(first @ (1 - decided))
+    needed = [share + undecided - share * (1 - stops) for share, stops in zip(first, decided, strict=True)]
+    by_key: dict[Hashable, float] = {}
+    for member, chance in zip(members, needed, strict=True):
+        seconds = float(1 - (1 - chance) ** (plan.block + 1)) * costs(member, plan.block + 1)
+        by_key[batch_keys[member]] = max(seconds, by_key.get(batch_keys[member], 0.0))
+    return sum(by_key.values()) / _expected_accepted(plan)
 
 
 def _expected_accepted(plan: DraftPlan) -> float:

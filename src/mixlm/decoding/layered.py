@@ -42,6 +42,7 @@ from mixlm.decoding.cost_model import (
     ForwardCostEstimator,
     ForwardCosts,
     layered_drafted_seconds,
+    layered_lookup_seconds,
     layered_seconds,
     together_seconds,
 )
@@ -52,7 +53,7 @@ from mixlm.generation.target import RuleTarget
 from mixlm.types import Floats
 
 BLOCKS = (1, 2, 3, 4, 6, 8)
-LOOKUP_BLOCK = 4
+LOOKUP_BLOCKS = (1, 2, 3, 4)
 _EPOCH = 16  # positions
 _CHECKED = 4  # positions at which the bounds of a user's rule are checked first, and then one in every epoch
 _MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
@@ -60,7 +61,6 @@ _TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the 
 _TRIAL_ACCEPTANCE = 0.9
 _PRIOR_ACCEPTANCE = 0.5  # where members decide what is easy alone, and the rest is what they disagree on
 _PRIOR_MASS = 0.7  # with which a member decides alone, before any position has shown it
-_MIN_LOOKUP_ACCEPTANCE = 0.25  # from which proposals that cost no forward are worth verifying
 
 
 def build(options: GenerationOptions, context: StrategyContext) -> Strategy:
@@ -198,9 +198,15 @@ class Layered:
         if drafted is not None and drafted[0] < min(plain, at_once) * _MIN_GAIN:
             return drafted[1]
         lookup = LookupDraft()
-        is_tried = is_trial or lookup.name in self._stats
-        if is_tried and self._acceptance(lookup.name, is_trial=is_trial) > _MIN_LOOKUP_ACCEPTANCE:
-            return LayeredPlan(lookup, LOOKUP_BLOCK, together)
+        if is_trial or lookup.name in self._stats:
+            acceptance = self._acceptance(lookup.name, is_trial=is_trial)
+            looked_up = [
+                (layered_lookup_seconds(members, first, masses, costs, self._batch_keys, drafting), drafting.block)
+                for drafting in (DraftPlan(lookup.member, block, acceptance) for block in LOOKUP_BLOCKS)
+            ]
+            seconds, block = min(looked_up)
+            if seconds < min(plain, at_once) * _MIN_GAIN:
+                return LayeredPlan(lookup, block, together)
         return LayeredPlan(NoDraft(), 0, together)
 
     def _cheapest_draft(

@@ -168,6 +168,10 @@ def test_what_is_not_possible_has_the_reason_it_is_refused_with():
     assert items["single"].possible
     pair = check_feasibility(toys("token", 2).with_weights([1, 1]), {})
     assert [item.name for item in pair if not item.possible] == ["rule proxy"]  # it takes three members
+    ruled = check_feasibility(toys("token", 2).with_weights([1, 1]), {"rule": "contrastive", "temperature": 0.0})
+    units = {item.name: item.reason for item in ruled if item.kind == "unit"}
+    assert [name for name, reason in units.items() if reason is None] == ["token"]
+    assert units["piece"].startswith("rule contrastive divides by a member's probabilities")
 
 
 def words() -> Ensemble:

@@ -420,11 +420,9 @@ class GenerationOptions:
                 options["temperature"] = 1.0
             return replace(_PLAIN, **options)
         if sampling.temperature == 0:
-            raise UnsupportedError(
-                f"temperature is 0, and {self.method} samples: the most likely token of a random member is not the "
-                "most likely token of the average",
-                "use --method greedy",
-            )
+            why = "the most likely token of a random member is not the most likely token of the average"
+            about = f"temperature is 0, and {self.method} samples"
+            raise UnsupportedError(about if self.rule is not None else f"{about}: {why}", "use --method greedy")
         return sampling
 
     @property

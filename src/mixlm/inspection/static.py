@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.choices import METHODS, RULES, UNITS
+from mixlm.choices import METHODS, RULES, UNITS, UnitName
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import MixlmError
@@ -90,14 +90,22 @@ def check_feasibility(ensemble: Ensemble, options: Mapping[str, Any]) -> tuple[F
     results = []
     for unit in UNITS:
         if unit != "auto":
-            router = None if observed_by(ensemble.router) is None else ensemble.router
-            reason = _refusal(partial(Ensemble, ensemble.members, ensemble.weights.tolist(), unit=unit, router=router))
+            reason = _refusal(partial(_set_up_unit, ensemble, unit, options))
             results.append(Feasibility("unit", unit, reason is None, reason))
     methods: dict[str, Mapping[str, Any]] = {method: {"method": method} for method in METHODS} | dict(_VARIANTS)
     for name, changes in methods.items():
         reason = _refusal(partial(_set_up, ensemble, {**options, **changes}))
         results.append(Feasibility("method", name, reason is None, reason))
     return tuple(results)
+
+
+def _set_up_unit(ensemble: Ensemble, unit: UnitName, options: Mapping[str, Any]) -> None:
+    """Build the ensemble in another unit, with the rule of the options, if any."""
+    router = None if observed_by(ensemble.router) is None else ensemble.router
+    weights, defaults = ensemble.weights.tolist(), ensemble.defaults
+    other = Ensemble(ensemble.members, weights, unit=unit, router=router, defaults=defaults)
+    if ensemble.settings(**options).rule is not None:
+        _set_up(other, {**options, "method": "greedy"})  # whatever the temperature
 
 
 def _set_up(ensemble: Ensemble, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.remote.protocols import cached_tokens
+from mixlm.engines.remote.protocols import cached_tokens, generated_tokens, reading
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.vllm.id_ranges import BANNED_ARGUMENT, format_ranges
 from mixlm.engines.vllm.sampling_params import samples_identically, sampling_parameters
@@ -79,16 +79,12 @@ class ServerCapabilities:
 
 def parse_generation(response: Any, base_url: str) -> GenerateResponse:
     """Read the tokens that a server generated. Raises EngineError for what is no such response."""
-    try:
+    with reading(base_url, response):
         [choice] = response["choices"]
         ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        is_valid = len(ids) == len(logprobs) > 0 and all(type(token) is int for token in ids)
-        generated = GenerateResponse(list(ids), [float(logprob) for logprob in logprobs], cached_tokens(response))
-    except (TypeError, LookupError, ValueError, AttributeError):
-        is_valid = False
-    if not is_valid or not all(map(math.isfinite, generated.logprobs)):
-        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
-    return generated
+        if len(ids) != len(logprobs) or not all(type(token) is int for token in ids):
+            raise ValueError
+        return generated_tokens(ids, logprobs, cached_tokens(response))
 
 
 async def probe_capabilities(complete: Complete, ids: Sequence[int]) -> ServerCapabilities:

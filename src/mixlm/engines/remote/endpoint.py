@@ -11,7 +11,7 @@ import numpy as np
 from mixlm.core.sampling import softmax
 from mixlm.engines.remote.http_client import HttpClient
 from mixlm.engines.remote.model_info import ModelInfo, read_model_card
-from mixlm.engines.remote.protocols import ServerProtocol, cached_tokens
+from mixlm.engines.remote.protocols import ServerProtocol, cached_tokens, reading
 from mixlm.errors import ConfigError, EngineError, RequestRefusedError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
@@ -83,10 +83,8 @@ class Endpoint:
         for body in bodies[-1:] if normalized else bodies:
             value, is_new = await self.complete({**body, **slot_option}, protocol.path)
             new_connection |= is_new
-            try:
+            with reading(self.client.base_url, value):
                 candidates = protocol.parse(value)
-            except (TypeError, LookupError, ValueError, AttributeError):
-                raise EngineError(f"{self.client.base_url} sends a malformed response: {str(value)[:200]}") from None
             if candidates is not None:
                 return CandidatesResponse(self.without_padding(candidates), cached_tokens(value), new_connection)
         raise EngineError(f"{self.client.base_url} returns no probabilities of {self.model}")

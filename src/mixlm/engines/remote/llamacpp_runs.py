@@ -22,7 +22,7 @@ import numpy as np
 
 from mixlm.core.rng import Noise
 from mixlm.core.sampling import Transform
-from mixlm.engines.remote.protocols import cached_tokens
+from mixlm.engines.remote.protocols import cached_tokens, reading
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids, Sampling, TopKFilter
@@ -133,21 +133,18 @@ def _body(request: GenerateRequest, banned: Sequence[int], top_probs: int) -> di
 
 def _parse(response: Any, tokens: Sequence[bytes]) -> list[tuple[int, _TokenInfo | None]]:
     """Return the tokens of a response, and what it reports of each. Raises EngineError for what is no response."""
-    try:
+    with reading("llama.cpp", response):
         ids, entries = [int(token) for token in response["tokens"]], list(response.get("completion_probabilities", ()))
         is_reported = _ends_of_characters([tokens[token] for token in ids])
         if [entry["id"] for entry in entries] != [i for i, reported in zip(ids, is_reported, strict=True) if reported]:
             is_reported = [False] * len(ids)  # it is not certain which tokens the entries belong to
         rest = iter(entries)
-        parsed = [
+        if not ids:
+            raise ValueError
+        return [
             (token, _parse_entry(next(rest)) if reported else None)
             for token, reported in zip(ids, is_reported, strict=True)
         ]
-    except (TypeError, LookupError, ValueError, AttributeError):
-        parsed = []
-    if not parsed:
-        raise EngineError(f"llama.cpp sends a malformed response: {str(response)[:200]}")
-    return parsed
 
 
 def _parse_entry(entry: Any) -> _TokenInfo:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol
+from mixlm.engines.remote.protocols import LlamaCppProtocol, OpenAIProtocol, ServerProtocol, SGLangProtocol, reading
 from mixlm.engines.topk_only import TokenScores
-from mixlm.errors import EngineError, RequestRefusedError, UnsupportedError
+from mixlm.errors import RequestRefusedError, UnsupportedError
 from mixlm.types import Candidates, Ids
 
 _FORCED = 1000.0  # a bias above any difference of logits
@@ -129,7 +129,7 @@ async def _token_by_token(ids: Ids, send: Send, all_tokens: AllTokens) -> TokenS
 
 
 def _parse_llamacpp(response: Any, token: int) -> tuple[float, bool] | None:
-    try:
+    with reading("llama.cpp", response):
         content = response["choices"][0]["logprobs"]
         if content is None or not content["content"]:
             return None
@@ -138,8 +138,6 @@ def _parse_llamacpp(response: Any, token: int) -> tuple[float, bool] | None:
             return None
         top = entry["top_logprobs"][0]
         logprob = entry["logprob"]
-    except (TypeError, LookupError, ValueError) as error:
-        raise EngineError(f"llama.cpp sends a malformed response: {str(response)[:200]}") from error
     return (logprob if logprob > _FLOAT32_MIN else -math.inf), top["id"] == token or logprob >= top["logprob"]
 
 

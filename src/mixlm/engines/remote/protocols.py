@@ -6,12 +6,15 @@ llama.cpp (in this process or over HTTP), servers with vLLM's API, and SGLang ea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
+from mixlm.engines.requests import GenerateResponse
 from mixlm.engines.vllm.sampling_params import logprobs_parameters
+from mixlm.errors import EngineError
 from mixlm.types import Candidates, Ids
 
 _ID_PREFIX = "token_id:"
@@ -89,8 +92,8 @@ class LlamaCppProtocol:
             return None
         [token] = logprobs["content"]
         if "top_probs" in token:
-            return _candidates((entry["id"], _log(entry["prob"])) for entry in token["top_probs"])
-        return _candidates((entry["id"], entry["logprob"]) for entry in token["top_logprobs"])
+            return listed_candidates((entry["id"], _log(entry["prob"])) for entry in token["top_probs"])
+        return listed_candidates((entry["id"], entry["logprob"]) for entry in token["top_logprobs"])
 
 
 class OpenAIProtocol:
@@ -112,7 +115,7 @@ class OpenAIProtocol:
         top = logprobs["top_logprobs"][0]
         if not all(token.startswith(_ID_PREFIX) for token in top):
             return None
-        return _candidates((int(token.removeprefix(_ID_PREFIX)), logprob) for token, logprob in top.items())
+        return listed_candidates((int(token.removeprefix(_ID_PREFIX)), logprob) for token, logprob in top.items())
 
 
 class SGLangProtocol:
@@ -165,7 +168,7 @@ class SGLangProtocol:
             return None
         [top] = positions
         # A probability that is 0 in float32 comes as the lowest number that there is.
-        return _candidates((token, logprob if logprob > _FLOAT32_MIN else -math.inf) for logprob, token, _ in top)
+        return listed_candidates((token, logprob if logprob > _FLOAT32_MIN else -math.inf) for logprob, token, _ in top)
 
 
 def cached_tokens(response: Any) -> int | None:
@@ -179,7 +182,25 @@ def cached_tokens(response: Any) -> int | None:
     return None
 
 
-def _candidates(entries: Iterable[tuple[int, float]]) -> Candidates:
+@contextmanager
+def reading(server: str, response: Any) -> Iterator[None]:
+    """Raise EngineError for a response that is of another form than it is read in."""
+    try:
+        yield
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
+        raise EngineError(f"{server} sends a malformed response: {str(response)[:200]}") from error
+
+
+def generated_tokens(ids: Sequence[int], logprobs: Iterable[float], cached: int | None) -> GenerateResponse:
+    """Return the tokens that a server generated. Raises ValueError where they are none, or not all have a number."""
+    generated = GenerateResponse(list(ids), [float(logprob) for logprob in logprobs], cached)
+    if not generated.ids or not all(map(math.isfinite, generated.logprobs)):
+        raise ValueError("there is a token without a number, or there is none")
+    return generated
+
+
+def listed_candidates(entries: Iterable[tuple[int, float]]) -> Candidates:
+    """Return candidates of ids and log-probabilities. Raises ValueError where they are none, or not distinct."""
     pairs = list(entries)
     ids = np.array([token for token, _ in pairs], dtype=np.int64)
     logprobs = np.array([logprob for _, logprob in pairs], dtype=np.float64)

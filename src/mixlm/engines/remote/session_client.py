@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -16,6 +15,7 @@ import numpy as np
 
 from mixlm.engines.base import common_prefix
 from mixlm.engines.remote.http_client import ApiKey, ClientLimits
+from mixlm.engines.remote.protocols import generated_tokens, listed_candidates, reading
 from mixlm.engines.requests import GenerateResponse
 from mixlm.errors import EngineError, RequestRefusedError
 from mixlm.types import Candidates, Ids
@@ -163,24 +163,14 @@ class SessionPool:
 
 def parse_generated(response: dict[str, Any], base_url: str) -> GenerateResponse:
     """Read the tokens that were generated. Raises EngineError for what is no such response."""
-    try:
+    with reading(base_url, response):
         ids = [int(token) for token in response["ids"]]
-        logprobs = [float(top[str(token)]) for token, top in zip(ids, response["logprobs"], strict=True)]
-    except (TypeError, LookupError, ValueError, AttributeError):
-        ids, logprobs = [], []
-    if not ids or not all(map(math.isfinite, logprobs)):
-        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
-    return GenerateResponse(ids, logprobs, response.get("cached"))
+        logprobs = (top[str(token)] for token, top in zip(ids, response["logprobs"], strict=True))
+        return generated_tokens(ids, logprobs, response.get("cached"))
 
 
 def parse_top_tokens(response: dict[str, Any], base_url: str) -> Candidates:
     """Read the most likely tokens at the only position. Raises EngineError for what is no such response."""
-    try:
+    with reading(base_url, response):
         [top] = response["logprobs"]
-        ids = np.array([int(token) for token in top], dtype=np.int64)
-        logprobs = np.array([float(logprob) for logprob in top.values()], dtype=np.float64)
-    except (TypeError, LookupError, ValueError, AttributeError):
-        ids, logprobs = np.zeros(0, dtype=np.int64), np.zeros(0)
-    if ids.size == 0 or np.isnan(logprobs).any():
-        raise EngineError(f"{base_url} sends a malformed response: {str(response)[:200]}")
-    return Candidates(ids, logprobs)
+        return listed_candidates((int(token), logprob) for token, logprob in top.items())

@@ -95,9 +95,7 @@ def test_families_give_equal_answers_or_are_refused(family):
         "lfm3",
         "mamba",
         "mamba2",
-        "nemotron_h",
         "qwen3_5",
-        "qwen3_next",
     ],
 )
 def test_models_with_a_recurrent_state_run_what_is_new(family):

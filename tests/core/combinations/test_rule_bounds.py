@@ -77,8 +77,8 @@ def test_bounds_of_top_p_hold_where_few_symbols_are_looked_at_one_by_one(name, m
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_long_search_breaks_no_bound(name):
-    assert search_envelope(RULES[name], 20, 80, seed=3) > -1e-9
-    assert search_coin(RULES[name], 12, 80, seed=4) > -1e-9
+    assert search_envelope(RULES[name], 10, 80, seed=3) > -1e-9
+    assert search_coin(RULES[name], 6, 80, seed=4) > -1e-9
 
 
 @pytest.mark.parametrize("name", ["average", "max", "power 2", "power 0.5", "mean, top-k 3", "mean, T=.5"])

@@ -86,16 +86,16 @@ def test_a_member_of_weight_lambda_catches_up_with_one_over_lambda_tokens() -> N
 def test_forwards_of_the_member_that_checks(weight: float, share: float, block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     ensemble = toys((weight, 1 - weight))
-    [run] = compare(ensemble, tokens=4000, repeats=1, methods=["speculative"], agreement=share, options=options).runs
-    observed = run.forwards["toy-1"] / 4000
-    assert observed == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.06)
+    [run] = compare(ensemble, tokens=1600, repeats=1, methods=["speculative"], agreement=share, options=options).runs
+    observed = run.forwards["toy-1"] / 1600
+    assert observed == pytest.approx((1 - weight) * (1 - share) / (1 - share ** (block + 1)), rel=0.08)
     # With c of the draft 0, the cost model counts the other member's forwards and nothing else.
     free = speculative_seconds(ensemble.weights, costs(0.0, 1.0), DraftPlan(0, block, share))
-    assert observed == pytest.approx(free, rel=0.06)
+    assert observed == pytest.approx(free, rel=0.08)
     # And with both, it is what the forwards that were run would take.
-    price = run.forwards["toy-0"] / 4000 * 0.1 + observed
+    price = run.forwards["toy-0"] / 1600 * 0.1 + observed
     expected = speculative_seconds(ensemble.weights, costs(0.1, 1.0), DraftPlan(0, block, share))
-    assert price == pytest.approx(expected, rel=0.06)
+    assert price == pytest.approx(expected, rel=0.08)
 
 
 def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_time() -> None:
@@ -111,11 +111,11 @@ def test_a_draft_of_a_tenth_that_is_right_four_times_of_five_nearly_halves_the_t
 def test_forwards_of_greedy_with_a_draft(block: int) -> None:
     options: Any = {"draft": "toy-0", "block": block}
     ensemble = toys((1, 1))
-    [run] = compare(ensemble, tokens=3000, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
+    [run] = compare(ensemble, tokens=1500, repeats=1, methods=["drafted"], agreement=0.7, options=options).runs
     assert run.acceptance is not None
     for c in ((0.0, 1.0), (1.0, 0.0), (0.2, 1.0)):
         expected = drafted_greedy_seconds(ensemble.weights, costs(*c), DraftPlan(0, block, run.acceptance))
-        assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 3000 == pytest.approx(expected, rel=0.06)
+        assert sum(c[i] * run.forwards[f"toy-{i}"] for i in range(2)) / 1500 == pytest.approx(expected, rel=0.06)
 
 
 def test_what_the_model_expects_of_each_method() -> None:

@@ -41,7 +41,7 @@ def test_the_wait_of_one_server_with_random_services(load):
     """Completions are one run of geometric length, which at 20 tokens is nearly an exponential service: M/M/1."""
     tokens, forward = 20, 0.005
     service = tokens * forward
-    seen = simulate(one_member(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=16_000)
+    seen = simulate(one_member(forward, runs=True), Workload(load / service, 1, tokens, 10**6), count=8_000)
     square = forward**2 * (2 * tokens**2 - tokens)  # of a geometric distribution
     wait = load / service * square / (2 * (1 - load))
     assert wait == pytest.approx(service * load / (1 - load), rel=0.03)

@@ -118,6 +118,12 @@ class Binder:
 
         if settings.combination is None:
             return average_target()
+        if settings.combination.roles and not isinstance(self._router, FixedRouter):
+            raise ConfigError(
+                f"a router gives weights, and rule {settings.combination.name} tells its members apart by their roles, "
+                "not by weights",
+                "use it without a router",
+            )
         return build_target(
             settings,
             weights=self._weights,

@@ -23,6 +23,7 @@ from toys import (
 
 from mixlm.binding import MemberSpec
 from mixlm.core.combinations import Combination, combination
+from mixlm.core.combinations.average import Average
 from mixlm.core.options import GenerationOptions
 from mixlm.core.rng import Noise
 from mixlm.decoding import StrategyContext
@@ -345,6 +346,11 @@ def test_what_does_not_fit_a_rule_is_refused():
         pieces.with_weights([1, 1]).generate("ab", rule="contrastive")
     with pytest.raises(ConfigError, match="tells its members apart by their roles"):
         two.generate("ab", rule="contrastive")
+    routed = Ensemble(two.members, router=FunctionRouter(lambda prompt, text: [0.9, 0.1], 2))
+    with pytest.raises(ConfigError, match="a router gives weights, and rule contrastive tells its members apart"):
+        routed.generate("ab", rule="contrastive", raw=True)
+    with pytest.raises(ConfigError, match="it must be a name, a Combination, or a function"):
+        two.generate("ab", rule=Average)
     for unit in ("word", "byte"):
         with pytest.raises(UnsupportedError, match="rule max combines the members' distributions over whole"):
             pieces.with_unit(unit).generate("ab", rule="max")

@@ -66,7 +66,7 @@ def check_rule(rule: object) -> None:
     if isinstance(rule, str):
         if rule not in RULES:
             raise ConfigError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}", did_you_mean(rule, RULES))
-    elif not hasattr(rule, "combine") and not callable(rule):
+    elif isinstance(rule, type) or not (hasattr(rule, "combine") or callable(rule)):
         raise ConfigError(
             f"rule is {rule!r}; it must be a name, a Combination, or a function of probabilities and weights"
         )

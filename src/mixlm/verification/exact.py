@@ -45,6 +45,7 @@ class ExactReference:
         self._ensemble = ensemble
         self._settings = settings
         self._prompts = prompts.ids
+        self._may_end = True
         sessions = [member.engine.session() for member in ensemble.members]
         context = PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts))
         self._route = CheckedRoute(ensemble.router, context, len(ensemble.members))
@@ -53,6 +54,7 @@ class ExactReference:
     def distribution(self, symbols: Sequence[int]) -> Floats:
         """Return the distribution of the next symbol, float64 (symbols + 1,); the last entry is the end of text."""
         state = self._state(symbols)
+        self._may_end = not self._settings.ignore_end and len(symbols) >= self._settings.min_tokens
         if self._settings.method == "single":
             weights = np.eye(len(self._prompts))[int(np.argmax(self._ensemble.weights))]
         else:
@@ -143,7 +145,7 @@ class ExactReference:
         member = self._ensemble.members[i]
         ids = state.ids(i)
         symbols = self._ensemble.unit.symbols(i)
-        allowed = symbols >= 0
+        allowed = (symbols >= 0) & (self._may_end | (symbols != self._ensemble.unit.end))
         if self._settings.language is not None:
             grammar = self._ensemble.grammars.for_language(self._settings.language)[i]
             permitted = grammar.matcher().allowed(state.tail(sys.maxsize))

@@ -85,9 +85,12 @@ def _outcome(
     noise, end = Noise(context.settings.seed, number), context.unit.end
     symbols: list[int] = []
     while len(symbols) < 2 and end not in symbols:
+        if len(symbols) == context.settings.min_tokens > 0:
+            sequence.use_members(context.members)
+        limit = min(2, context.settings.min_tokens) if len(symbols) < context.settings.min_tokens else 2
         choices = yield from cast(
             Generator[list[Request], list[Response] | None, list[Choice]],
-            sequence.decode_step(context.strategy, noise.at(len(symbols)), 2 - len(symbols)),
+            sequence.decode_step(context.strategy, noise.at(len(symbols)), limit - len(symbols)),
         )
         for choice in choices:
             symbols.append(choice.symbol)
@@ -158,7 +161,7 @@ class _MemoSession(Session):
 
     def prepare(self, ids: Ids, last: int = 1) -> None:
         """Look the logits up, so that an engine that batches sessions has nothing to run for this one."""
-        self._latest = self.logits(ids, last)
+        self.logits(ids, last)
 
     def truncate(self, length: int) -> int:
         raise AssertionError("a memo holds no cache of its own")

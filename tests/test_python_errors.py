@@ -275,6 +275,12 @@ def test_what_belongs_to_the_ensemble_is_no_option_of_a_generation(name, value):
     assert hasattr(PAIR, f"with_{name}")
 
 
+@pytest.mark.parametrize("name", ["engine", "dtype", "device"])
+def test_what_is_chosen_in_loading_is_no_option_of_a_generation(name):
+    with pytest.raises(ConfigError, match=re.escape(f"(it belongs to loading: mixlm.load(…, {name}=…)")):
+        PAIR.generate("ab", **{name: "x"})
+
+
 def test_hints_have_the_words_of_python():
     with pytest.raises(UnsupportedError) as raised:
         PAIR.generate("ab", temperature=0)

@@ -43,7 +43,14 @@ if TYPE_CHECKING:
 _PLAIN = Sampling(temperature=1.0, top_k=0)
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _RENAMED = {"alternatives": "top_logprobs"}
-_OF_ENSEMBLES = ("weights", "router", "unit", "logits_processors")  # and of none of its generations
+# What generations do not have, and who has it.
+_ELSEWHERE = {
+    **{
+        name: f"it belongs to the ensemble: ensemble.with_{name}(…)"
+        for name in ("weights", "router", "unit", "logits_processors")
+    },
+    **{name: f"it belongs to loading: mixlm.load(…, {name}=…)" for name in ("engine", "dtype", "device")},
+}
 
 
 class Options(TypedDict, total=False):
@@ -377,8 +384,7 @@ class GenerationOptions:
                 values[new] = values.pop(old)
         for name in values:
             if name not in OPTIONS:
-                of_ensemble = f"it belongs to the ensemble: ensemble.with_{name}(…)" if name in _OF_ENSEMBLES else None
-                raise ConfigError(f"unknown option {name!r}", of_ensemble or did_you_mean(name, OPTIONS))
+                raise ConfigError(f"unknown option {name!r}", _ELSEWHERE.get(name) or did_you_mean(name, OPTIONS))
         sampling = {name: values.pop(name) for name in SAMPLING_OPTIONS if name in values}
         if "stop" in values:
             values["stop"] = _stop_strings(values["stop"])

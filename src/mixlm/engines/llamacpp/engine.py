@@ -107,7 +107,7 @@ class LlamaCppEngine(TopKOnlyEngine):
         """
         if spec.dtype not in ("auto", "float32"):
             raise ConfigError(
-                f"dtype is {spec.dtype!r}, and llama.cpp runs {path.name} in the types that the file has",
+                f"dtype is {spec.dtype!r}, and llama.cpp runs {spec.name} in the types that the file has",
                 "leave dtype out, or use --engine hf",
             )
         if spec.adapter is not None:

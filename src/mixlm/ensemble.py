@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import numpy as np
@@ -145,27 +145,15 @@ class Ensemble:
 
         OptionSpec(whole=True, minimum=1).check("at_once", at_once)
         settings = self.settings(**options)
-        scheduler = Scheduler(at_once)
-        numbers: dict[Generation, int] = {}
-        remaining = iter(prompts)
-        while True:
-            for number, prompt in islice(remaining, scheduler.free_slots):
-                context = self.context(settings.with_turn(number))
-                try:
-                    generation = context.start(self.encode_prompt(prompt, settings))
-                except Exception as error:
-                    no_ids = np.zeros(0, dtype=np.int64)
-                    generation = context.start(EncodedPrompt((no_ids,) * len(self.members), b""))
-                    generation.fail(to_mixlm_error(error))
-                    yield number, generation
-                    continue
-                numbers[generation] = number
-                scheduler.add(generation)
-            if scheduler.idle:
-                return
-            for generation in scheduler.step():
-                if generation.finished:
-                    yield numbers.pop(generation), generation
+
+        def begin(number: int, prompt: Prompt) -> tuple[int, Generation]:
+            context = self.context(settings.with_turn(number))
+            try:
+                return number, context.start(self.encode_prompt(prompt, settings))
+            except Exception as error:
+                return number, context.refused(to_mixlm_error(error))
+
+        yield from Scheduler(at_once).run_each(starmap(begin, prompts))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Generate token by token: iterate over the result, then read its `completion`."""

@@ -78,6 +78,14 @@ def test_prompts_are_taken_in_as_there_is_room():
     assert next(counter) <= 4
 
 
+def test_prompts_that_are_refused_leave_their_room_to_those_behind_them():
+    ensemble = toys("token", 2)
+    refused = ["ab" * 10_000] * 3
+    finished = dict(ensemble.generations([*refused, "a", *refused, "b"], at_once=2, seed=1, raw=True, max_tokens=2))
+    assert [i for i, generation in sorted(finished.items()) if generation.error is None] == [3, 7]
+    assert len(finished) == 8
+
+
 def counted(method, completions, tokens):
     """Forwards and sequences in them, for two members that run everything that is asked at once."""
     ensemble = make_ensemble([engine(seed=1), engine(seed=2)])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import starmap
 from typing import Any, cast
 
-from mixlm.core.options import Options
+from mixlm.core.options import GenerationOptions, Options
 from mixlm.ensemble import AT_ONCE, Ensemble
 from mixlm.errors import ConfigError, PromptTooLongError
 from mixlm.evaluation.contexts import RequestContext, generation_options, pack, unpack
@@ -133,45 +134,37 @@ class EnsembleLM(LM):  # type: ignore[misc]
 
     def _generate(self, pending: _Pending) -> Iterator[tuple[int, _Answer]]:
         """Write completions, `at_once` at a time, and give each when it is finished."""
-        scheduler, left, numbers = Scheduler(self._at_once), iter(pending), {}
+
+        def begin(index: int, arguments: tuple[Any, ...]) -> tuple[tuple[int, str], Generation]:
+            options = {**generation_options(arguments[1], self.options), "sequence": index}
+            return (index, options["method"]), self._stream(arguments[0], options)
+
         since = time.perf_counter()
-        while True:
-            for index, arguments in islice(left, scheduler.free_slots):
-                options = {**generation_options(arguments[1], self.options), "sequence": index}
-                try:
-                    stream = self._stream(arguments[0], options)
-                except PromptTooLongError as error:
-                    yield index, ("", {"error": error.message})
-                    continue
-                numbers[stream] = index, options["method"]
-                scheduler.add(stream)
-            if scheduler.idle:
-                return
-            for stream in scheduler.step():
-                if stream.finished:
-                    index, method = numbers.pop(stream)
-                    response, about = _log_entry(stream, method)
-                    # Since the last one was finished: completions overlap, and their own times would not add up.
-                    now = time.perf_counter()
-                    yield index, (response, {**about, "seconds": round(now - since, 6)})
-                    since = now
+        for (index, method), stream in Scheduler(self._at_once).run_each(starmap(begin, pending)):
+            response, about = _log_entry(stream, method)
+            # Since the last one was finished: completions overlap, and their own times would not add up.
+            now = time.perf_counter()
+            yield index, (response, {**about, "seconds": round(now - since, 6)})
+            since = now
 
     def _stream(self, packed: str, options: dict[str, Any]) -> Generation:
-        """Begin a completion to a packed context. Raises PromptTooLongError."""
+        """Begin a completion to a packed context; one that is too long is refused."""
         context = unpack(packed)
         if context.messages is None:
             options |= {"raw": True, "system": None}
         settings = self.ensemble.settings(**cast(Options, options))
+        started = self.ensemble.context(settings)
+        try:
+            return started.start(self._encode(context, settings))
+        except PromptTooLongError as error:
+            return started.refused(error)
+
+    def _encode(self, context: RequestContext, settings: GenerationOptions) -> EncodedPrompt:
         if context.messages is None:
-            prompts = self.ensemble.encode_prompt(context.text, settings)
-        else:
-            messages = _with_system(context.messages, settings.system)
-            prompts = self.ensemble.encode_prompt(
-                messages, self.ensemble.settings(**cast(Options, options | {"system": None}))
-            )
-            if context.text:
-                prompts = self._with_prefix(RequestContext(context.text, messages))
-        return self.ensemble.context(settings).start(prompts)
+            return self.ensemble.encode_prompt(context.text, settings)
+        messages = _with_system(context.messages, settings.system)
+        encoded = self.ensemble.encode_prompt(messages, replace(settings, system=None))
+        return self._with_prefix(RequestContext(context.text, messages)) if context.text else encoded
 
     def _with_prefix(self, context: RequestContext) -> EncodedPrompt:
         """Return prompts with the beginning of the answer behind them. Raises PromptTooLongError."""
@@ -253,7 +246,9 @@ def _one_by_one(answer: Callable[[int, tuple[Any, ...]], _Answer]) -> _Answers:
 
 
 def _log_entry(stream: Generation, method: str) -> _Answer:
-    """Return a finished completion's text, and what the log says of it. Raises what ended it early."""
+    """Return a finished completion's text, and what the log says of it. Raises what ended it early, if it began."""
+    if isinstance(stream.error, PromptTooLongError):
+        return "", {"error": stream.error.message}
     if stream.error is not None:
         raise stream.error
     completion = stream.completion

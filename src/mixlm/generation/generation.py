@@ -96,6 +96,12 @@ class GenerationContext:
         """Return the generation of a completion; it runs when it is iterated over."""
         return Generation(self, prompt)
 
+    def refused(self, error: MixlmError) -> Generation:
+        """Return a generation that an error ended before it began."""
+        generation = self.start(EncodedPrompt((np.zeros(0, dtype=np.int64),) * len(self.members), b""))
+        generation.fail(error)
+        return generation
+
 
 def bits_per_byte(sessions: Sequence[Session], prompt: EncodedPrompt) -> Floats:
     """Return how well each member predicts its own prompt, template included, in bits per byte of the prompt's text."""

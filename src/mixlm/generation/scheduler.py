@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from mixlm.generation.dispatch import Dispatcher, EngineCall, EngineRequest, Mem
 from mixlm.generation.generation import Generation
 from mixlm.types import TopKFilter
 
+_Label = TypeVar("_Label")
 # An engine whose oldest request has seen this many other calls is served whatever its queue: on a busy server the
 # longest queue may always be another's.
 _MAX_SKIPPED_CALLS = 8
@@ -162,6 +163,22 @@ class Scheduler:
         """Run all generations; yields each when it is finished."""
         while not self.idle:
             yield from (generation for generation in self.step() if generation.finished)
+
+    def run_each(self, begun: Iterator[tuple[_Label, Generation]]) -> Iterator[tuple[_Label, Generation]]:
+        """Run generations, each taken when there is room for it; yields each when it is finished, with its label."""
+        labels: dict[Generation, _Label] = {}
+        while True:
+            while self.free_slots and (item := next(begun, None)) is not None:
+                if item[1].finished:
+                    yield item
+                else:
+                    labels[item[1]] = item[0]
+                    self.add(item[1])
+            if self.idle:
+                return
+            for generation in self.step():
+                if generation.finished:
+                    yield labels.pop(generation), generation
 
     def step(self) -> list[Generation]:
         """Call one engine, or one on each device. Returns the generations that advanced or are finished."""

@@ -33,6 +33,7 @@ def test_the_package_itself_imports_neither_torch_nor_a_web_framework_nor_pydant
     assert not set(HEAVY) & set(imported_by("import mixlm"))
 
 
+@pytest.mark.slow
 def test_a_generation_of_toys_imports_little_that_it_does_not_use():
     modules = imported_by("import mixlm\nmixlm.load('toy:1', 'toy:2').generate('x', max_tokens=2)")
     routers = ("learned", "features", "prompt", "function", "gate", "gate_router", "observation")

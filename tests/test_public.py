@@ -50,6 +50,7 @@ def test_importing_it_imports_nothing_heavy(use):
     assert in_a_fresh_process(code) == "[]"
 
 
+@pytest.mark.slow
 def test_a_toy_ensemble_needs_no_torch():
     code = (
         "import sys, mixlm; pair = mixlm.load('toy:1', 'toy:2'); "

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [block for block in BLOCKS if "FOLDER" not in block], ids=range(len(BLOCKS) - 1))
 def test_a_block_runs(code):
     done = subprocess.run(
@@ -22,6 +23,7 @@ def test_a_block_runs(code):
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_block_with_a_loaded_model_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "engines"))

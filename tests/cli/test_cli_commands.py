@@ -110,6 +110,7 @@ def test_help_imports_nothing_heavy_and_no_command() -> None:
     assert not {f"mixlm.cli.{name}" for name in COMMANDS} & {*modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_imports_that_command_alone(name: str) -> None:
     modules = imported(name, "--help")
@@ -317,6 +318,7 @@ def test_check_of_every_unit_is_one_table(run: Run) -> None:
     assert "--every-unit and --unit are both given" in run("check", *TOYS, "--every-unit", "--unit", "word").error
 
 
+@pytest.mark.slow
 def test_check_and_bench_on_toys(run: Run, tmp_path: Path) -> None:
     assert run("check", *TOYS, "--samples", "200", "--seed", "0").code == 0
     file = tmp_path / "speed.json"

@@ -120,6 +120,7 @@ def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) 
     assert list(whole["weights"].values()) == pytest.approx(expectation_maximisation(scores).weights)
 
 
+@pytest.mark.slow
 def test_answers_are_fitted_behind_their_prompts(run: Run, texts: list[str]) -> None:
     pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text().split("\n") if line]
     ensemble = load("toy:1", "toy:2")
@@ -320,6 +321,7 @@ def test_help(run: Run) -> None:
         assert option in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["linear", "mlp"])
 def test_a_router_that_observes_a_member_is_trained_written_and_used(
     run: Run, texts: list[str], gate: str, monkeypatch: pytest.MonkeyPatch

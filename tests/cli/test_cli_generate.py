@@ -18,6 +18,7 @@ def completion(run: Run, *arguments: str) -> Any:
     return json.loads(run("generate", "hello", *TOYS, "--seed", "3", "--json", *arguments).out)
 
 
+@pytest.mark.slow
 def test_only_the_text_goes_to_stdout(run: Run) -> None:
     report = completion(run)
     done = process("generate", "hello", *TOYS, "--seed", "3")
@@ -121,6 +122,7 @@ def test_notes_of_engines_are_shown_once(run: Run, monkeypatch: pytest.MonkeyPat
     assert run("generate", "x", *TOYS).err.count("note: this model is a table") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     started = subprocess.Popen(
         [sys.executable, "-c", MAIN, "generate", "x", *TOYS, "--seed", "3"],
@@ -136,6 +138,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     assert (started.wait(), err) == (141, b"")
 
 
+@pytest.mark.slow
 def test_a_narrow_encoding_does_not_end_a_completion() -> None:
     done = process("generate", "x", *TOYS, "--seed", "3", PYTHONIOENCODING="ascii")
     assert (done.code, done.out[:1]) == (0, " ")

@@ -194,12 +194,14 @@ def test_control_characters_in_a_message_are_not_obeyed(run: Run) -> None:
     assert "\x1b" not in run("generate", "hello", "-m", "\x1b[31mred").error
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_the_code_and_without_a_traceback() -> None:
     done = process("generate", "hello", *TOYS, "-w", "1")
     assert done.code == 2
     assert "2 members" in done.error
 
 
+@pytest.mark.slow
 def test_a_rule_is_layered_unless_another_method_is_given(run: Run) -> None:
     assert "the rule is gac" in run("generate", "x", *TOYS, "--rule", "gac", "--method", "auto").error
     for method in ((), ("--method", "conventional"), ("--method", "greedy")):
@@ -240,6 +242,7 @@ def test_an_ensemble_file_is_no_model(run: Run) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [("models",), ("--help",), ("--version",), ("generate", "--help"), ("inspect", "--no-measure", *TOYS),

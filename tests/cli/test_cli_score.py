@@ -161,6 +161,7 @@ def test_without_a_cache_nothing_is_kept(run: Run, text: Path, monkeypatch: pyte
     assert len(list((tmp_path / "cache" / "scores").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_at_a_terminal_each_part_has_its_members_colour(
     run: Run, text: Path, at_terminal: Callable[..., Terminal]
 ) -> None:
@@ -285,6 +286,7 @@ def test_an_empty_standard_input(run: Run, stdin: str) -> None:
     assert "standard input is empty" in run("score", *TOYS, stdin=stdin).error
 
 
+@pytest.mark.slow
 def test_no_text_at_a_terminal(at_terminal: Callable[..., Terminal]) -> None:
     terminal = at_terminal("score", *TOYS)
     assert terminal.end() == 2

@@ -19,6 +19,7 @@ def completion(run: Run, *arguments: str) -> Any:
     return json.loads(run("generate", "hello", *TOYS, "--seed", "3", "--json", *arguments).out)
 
 
+@pytest.mark.slow
 def test_each_member_has_its_colour(run: Run, at_terminal: Start) -> None:
     terminal = at_terminal("generate", "hello", *TOYS, "--seed", "3", "-w", "1,3")
     assert terminal.end() == 0
@@ -35,6 +36,7 @@ def test_each_member_has_its_colour(run: Run, at_terminal: Start) -> None:
     assert "loading" in terminal.screen
 
 
+@pytest.mark.slow
 def test_without_colours_the_same_lines_are_shown(run: Run, at_terminal: Start) -> None:
     terminal = at_terminal("generate", "hello", *TOYS, "--seed", "3", NO_COLOR="1")
     assert terminal.end() == 0
@@ -43,6 +45,7 @@ def test_without_colours_the_same_lines_are_shown(run: Run, at_terminal: Start) 
     assert f"\r\n{completion(run)['text']}\r\n" in terminal.screen.replace("\r\r", "\r")
 
 
+@pytest.mark.slow
 def test_one_member_needs_no_colour(at_terminal: Start) -> None:
     terminal = at_terminal("generate", "hello", "-m", "toy:1")
     assert terminal.end() == 0
@@ -50,6 +53,7 @@ def test_one_member_needs_no_colour(at_terminal: Start) -> None:
     assert "\x1b[38" not in terminal.screen[legend:]
 
 
+@pytest.mark.slow
 def test_a_missing_prompt_at_a_terminal(at_terminal: Start) -> None:
     terminal = at_terminal("generate", *TOYS)
     assert terminal.end() == 2
@@ -82,6 +86,7 @@ def test_a_text_cannot_steer_the_terminal(run: Run, monkeypatch: pytest.MonkeyPa
     assert "␛[2J" in shown.out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_generate_with_the_text_so_far(at_terminal: Start) -> None:
     terminal = at_terminal("generate", "hello", *TOYS, "--seed", "3", "--max-tokens", "4000", before=SLOW)
     terminal.wait_for("by token\x1b[0m\r\n\x1b[38;5;")
@@ -91,6 +96,7 @@ def test_ctrl_c_ends_generate_with_the_text_so_far(at_terminal: Start) -> None:
     assert "Traceback" not in terminal.screen
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_chat_stops_the_completion_and_not_the_program(at_terminal: Start) -> None:
     terminal = at_terminal("chat", *TOYS, "--seed", "3", "--max-tokens", "4000", before=SLOW)
     terminal.wait_for("> ")
@@ -122,6 +128,7 @@ def test_check_shows_bars(at_terminal: Start) -> None:
     assert "No difference was found: 300 completions per method" in terminal.screen
 
 
+@pytest.mark.slow
 def test_too_long_a_message_does_not_end_chat_at_a_terminal(at_terminal: Start) -> None:
     limit = "from mixlm.engines.toy import ToyEngine\nplain = ToyEngine.__init__\n"
     limit += "def short(self, *a, **k): plain(self, *a, **{**k, 'context_length': 40})\nToyEngine.__init__ = short\n"

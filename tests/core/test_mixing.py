@@ -37,6 +37,7 @@ def test_weights_that_do_not_fit_are_refused_with_their_values(weights, message)
         normalized_weights(weights, 2)
 
 
+@pytest.mark.slow
 @given(
     parts=st.lists(st.tuples(st.integers(0, 30), st.floats(-50, 0)), min_size=1, max_size=40),
     shift=st.sampled_from([0, 10**6]),

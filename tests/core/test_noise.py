@@ -48,6 +48,7 @@ def test_rounds_of_a_position_have_different_noise():
     assert noise.next_round().at(7) == noise
 
 
+@pytest.mark.slow
 def test_the_second_sample_of_a_position_says_nothing_about_the_first():
     uniform = np.full(4, 0.25)
     pairs = counted(
@@ -81,6 +82,7 @@ def test_samples_follow_their_probabilities(vary, symbols):
     assert_sampled_from(counts, dict(enumerate(probabilities)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 def test_coin_and_sample_of_a_position_are_independent(vary):
     noises = keys(6_000, vary)
@@ -91,6 +93,7 @@ def test_coin_and_sample_of_a_position_are_independent(vary):
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 def test_neighbouring_keys_are_independent(vary):
     noises = keys(6_000, vary)

@@ -123,6 +123,7 @@ def test_speculative_and_mixture_write_the_same_calls(toys):
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_one_call_at_most_where_it_is_asked_for():
     wide = make_ensemble([speaking("gpt2", 0), speaking("gemma", 1)], unit="piece")
     counts = {True: 0, False: 0}
@@ -136,6 +137,7 @@ def test_one_call_at_most_where_it_is_asked_for():
     assert counts[False] == 8 < counts[True]
 
 
+@pytest.mark.slow
 def test_text_may_come_first_and_ends_no_call():
     """A member that likes calls: text, a call and the end of text all have their probability under `auto`."""
     likes = {b"a": 2.0, b"<tool_call>": 3.0}
@@ -163,6 +165,7 @@ def test_text_may_come_first_and_ends_no_call():
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
 
 
+@pytest.mark.slow
 def test_the_distribution_is_the_exact_one():
     """Mixture's first symbols against the enumeration of `ExactReference`, which has masks of its own call."""
     engines = [engine(ALL_PIECES, seed=10 + i) for i in range(2)]
@@ -187,6 +190,7 @@ def test_stop_strings_are_for_text_and_not_for_arguments():
     assert json.loads(completion.tool_calls[0].arguments) == {"x": "a stop b"}
 
 
+@pytest.mark.slow
 def test_min_tokens_hold_back_the_end_and_stop_strings(toys):
     for unit in ("token", "word", "byte"):
         ensemble = toys.with_unit(unit)

@@ -233,6 +233,7 @@ def ended(choices, coin: int, end: int) -> bool:
     return coin != choices[-1].member or choices[-1].symbol in (ord(" "), end)
 
 
+@pytest.mark.slow
 def test_a_tokens_bytes_stand_while_its_member_is_sampled():
     ensemble = pair()
     lengths = defaultdict(int)

@@ -240,6 +240,7 @@ def test_looked_up_proposals_are_verified_where_a_position_costs_less_than_it_br
     assert [request.last for request in requests] == [positions] * 2
 
 
+@pytest.mark.slow
 def test_a_batch_is_each_sequence_alone():
     ensemble = toys("piece", 3)
     for rule in ("max", "geometric", "mean-then-truncate"):

@@ -267,6 +267,7 @@ def test_what_a_router_observes_of_a_report_is_not_a_members_whole_distribution(
     assert few.with_router(Watching()).generate("ab", **settings).text == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["average", "max"])
 def test_check_knows_the_distribution_of_members_that_report_few_tokens(rule):
     whole, few, options = reporting(rule, "piece")

@@ -89,6 +89,7 @@ def test_members_that_agree_need_one_forward_for_many_tokens():
     assert usage.members["m1"].tokens >= usage.drafted + usage.members["m1"].forwards - 1
 
 
+@pytest.mark.slow
 def test_large_forwards_a_token_are_as_the_formula_says():
     right, checks, weights = 0.8, 3, np.array([0.5, 0.5])
     table = engine(seed=1).table
@@ -221,6 +222,7 @@ def test_what_cannot_be_drafted_is_refused():
         ensemble.generate("ab", method="speculative", temperature=0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), max_size=30))
 @settings(max_examples=200)
 def test_what_followed_before_is_found(ids):

@@ -360,6 +360,7 @@ def wordy(seed: int):
     return make_ensemble([ToyEngine(tokens, table(i)) for i in range(2)], [0.5, 0.5], unit="word")
 
 
+@pytest.mark.slow
 def test_a_word_that_has_ended_costs_nothing_to_find_out(monkeypatch):
     for seed in range(5):
         options = {"seed": seed, "max_tokens": 120}

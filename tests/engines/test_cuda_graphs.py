@@ -69,6 +69,7 @@ def many(length: int) -> Sequence[tuple[int, int, int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [5, 240])
 def test_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: str, length: int) -> None:
@@ -207,6 +208,7 @@ def test_graphs_are_on_by_themselves_on_cuda_only_and_reported(load: Load) -> No
         assert {key: value for key, value in engine.details.items() if key == "short forwards"} == said
 
 
+@pytest.mark.slow
 def test_what_a_user_says_of_graphs_reaches_the_engine(load: Load, tmp_path: Path) -> None:
     folder, file = load("llama").model.name_or_path, tmp_path / "one.toml"
     file.write_text(f'[[members]]\nmodel = "{folder}"\ndtype = "float32"\ngraphs = "on"\n')
@@ -230,6 +232,7 @@ def test_another_adapter_has_graphs_of_its_own(load: Load) -> None:
     assert runner.with_adapter("some adapter") is other
 
 
+@pytest.mark.slow
 def test_a_model_that_fixed_shapes_would_change_keeps_its_plain_forward(
     load: Load, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

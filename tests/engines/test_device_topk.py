@@ -42,6 +42,7 @@ def random_case(seed: int) -> tuple[torch.Tensor, Transform]:
     return logits, Transform(sampling, banned)
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_whole_row() -> None:
     largest, short = DeviceTopK(), 0
     for seed in range(400):

@@ -160,6 +160,7 @@ def test_the_most_likely_text_needs_no_top_k(vllm, folder, unit):  # noqa: F811
     assert actual.text == expected.text
 
 
+@pytest.mark.slow
 def test_members_in_llamacpp_and_behind_a_server_call_tools(vllm, folder, tmp_path):  # noqa: F811
     path = write_tiny_gguf(tmp_path / "tiny.gguf", context=2048)
     vllm.models = [{"id": "fake", "max_model_len": 2048}]

@@ -198,6 +198,7 @@ def test_more_tokens_are_requested_while_too_few_may_be_sampled(engine, monkeypa
     assert (more & first).sum() == first.sum()
 
 
+@pytest.mark.slow
 def test_a_session_that_lost_its_slot_is_prefilled_again(engine):
     gc.collect()  # sessions of other tests that still hold a slot
     sessions = [engine.session() for _ in range(4)]
@@ -226,6 +227,7 @@ class Dummy:
     num_cached = 0
 
 
+@pytest.mark.slow
 def test_a_slot_is_given_back_when_its_session_is_gone():
     slots, session, other = Slots(2), Dummy(), Dummy()
     with slots.acquired(session) as (first, kept_ids):
@@ -335,6 +337,7 @@ def test_no_option_changes_the_engine_of_auto(file, member):
     assert chosen(file, **member) == "llamacpp"
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_no_gguf_file(file):
     converted = resolve(file, "float32")
     assert chosen(file) == "llamacpp"
@@ -367,6 +370,7 @@ def test_a_router_by_prompt_is_refused_before_anything_is_loaded(file, monkeypat
         load_config(parse_config({"members": [{"model": file}], "router": {"kind": "prompt"}}, "here"))
 
 
+@pytest.mark.slow
 def test_every_method_writes_the_text_of_one_engine(file):
     pair = mixlm.load(file, file, dtype="float32")
     options = {"seed": 3, "max_tokens": 12, "ignore_end": True, "top_k": 40}

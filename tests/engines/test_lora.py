@@ -77,6 +77,7 @@ def merged(folders: dict[str, Path], name: str | None, ids: np.ndarray) -> np.nd
         return model(torch.tensor(ids[None]), use_cache=False).logits[0, -1:].float().numpy()
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_merged_models_in_any_order(folders, engines):
     ids = random_ids(engines[None], 12)
     sessions = {name: engine.session() for name, engine in engines.items()}
@@ -121,6 +122,7 @@ def test_the_same_adapter_twice_is_loaded_once(folders, engines):
     assert_close(uncached(again, ids), uncached(engines["a"], ids))
 
 
+@pytest.mark.slow
 def test_sequences_take_beginnings_of_texts_from_their_own_adapter_only(folders, engines):
     ids = random_ids(engines["a"], 40, 9)
     engines["a"].drop_prefixes()
@@ -140,6 +142,7 @@ def test_sequences_take_beginnings_of_texts_from_their_own_adapter_only(folders,
     ]
 
 
+@pytest.mark.slow
 def test_threads_do_not_switch_each_others_adapters(engines):
     ids = random_ids(engines[None], 30)
     expected = {name: uncached(engine, ids) for name, engine in engines.items()}

@@ -150,6 +150,7 @@ def test_a_session_with_several_requests_in_one_step_serves_them_in_turn(engines
     assert second.stats.cached_tokens == 40
 
 
+@pytest.mark.slow
 def test_the_memory_is_bounded_and_the_least_recently_used_text_goes_first(folder):
     engine = load(folder("llama"), prefix_cache=1)
     prefixes = engine.runner.prefixes
@@ -350,6 +351,7 @@ def test_a_segment_is_cut_as_views_and_has_a_state_behind_its_last_token_only():
     assert Segment(5, {}, "state").cut(0, 4).state is None  # also of a model with nothing but states
 
 
+@pytest.mark.slow
 def test_texts_are_the_same_with_and_without_and_a_prompt_of_many_is_read_once(folder):
     def texts(size: int) -> tuple[list[str], list[dict[str, MemberUsage]]]:
         folders = [str(folder(kind)) for kind in ("llama", "gemma3")]

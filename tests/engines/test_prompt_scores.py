@@ -94,6 +94,7 @@ def pair(first: Any, second: Any, **options: Any) -> Ensemble:
     return Ensemble([MemberSpec(first, "a"), MemberSpec(second, "b")], unit="piece", **options)
 
 
+@pytest.mark.slow
 def test_texts_answers_and_weights_come_from_servers_alone(folder):  # noqa: F811
     servers = [FakeServer(seed=seed).start() for seed in (1, 2)]
     try:

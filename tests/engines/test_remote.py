@@ -455,6 +455,7 @@ def process(file) -> Iterator[tuple[subprocess.Popen[str], str]]:
         server.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
 def test_a_server_that_is_killed_in_the_middle_of_a_generation(process, file, engine, on_failure):
     server, url = process

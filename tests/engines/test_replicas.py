@@ -98,6 +98,7 @@ def test_a_sequence_goes_on_at_another_server_and_the_first_one_comes_back(both,
     assert session.replica is both.replicas[1]
 
 
+@pytest.mark.slow
 def test_an_error_is_raised_when_no_server_is_left(both, fakes):
     session = both.session()
     for fake in fakes:
@@ -223,6 +224,7 @@ def processes(file) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:  # noq
             process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_generation_is_replaced_by_its_replica(processes, llama):  # noqa: F811
     stays = load(EngineSpec(llama.listening_address, ""))
     goes = RemoteEngine(EngineSpec(",".join(url for _, url in processes), ""), None, QUICK)
@@ -287,6 +289,7 @@ def test_an_unknown_certificate_is_refused(folder, tmp_path, monkeypatch):  # no
         server.stop()
 
 
+@pytest.mark.slow
 def test_many_threads_may_use_one_member(both, fakes):
     prompts = [np.array([3, 4, i]) for i in range(40)]
     with ThreadPoolExecutor(8) as threads:

@@ -148,6 +148,7 @@ def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> Non
     assert log.vain == 0
 
 
+@pytest.mark.slow
 def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
     fixed = pair(load, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
     tokens, _, log = write(fixed, seed=1, max_tokens=200, ignore_end=True)
@@ -159,6 +160,7 @@ def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
     assert ended[2].vain == DEPTH
 
 
+@pytest.mark.slow
 def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
     router = FunctionRouter(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
     fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
@@ -238,6 +240,7 @@ def uncrowded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "RUN_AHEAD_COOLDOWN", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.usefixtures("uncrowded")
 def test_whatever_is_requested_in_between_gets_the_uncached_response(engine: HFEngine, seed: int) -> None:
@@ -331,6 +334,7 @@ def test_tied_rows_are_transferred_whole(load: Load, captures: bool, monkeypatch
     assert len(driver.session.stats.forwards) == 60
 
 
+@pytest.mark.slow
 def test_no_more_is_run_than_a_context_or_a_buffer_holds(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     ran: list[tuple[int, int]] = []
     run_on = steps.CudaGraphRunner.run_token
@@ -366,6 +370,7 @@ def test_members_with_one_filter_are_sampled_by_their_own_symbols() -> None:
         assert actual == distribution.ids[noise.sample(symbols[distribution.ids], distribution.logprobs)]
 
 
+@pytest.mark.slow
 def test_engines_that_do_not_run_ahead_get_no_hint(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def never(*_: Any) -> int:
         raise AssertionError
@@ -399,6 +404,7 @@ def test_a_device_that_cannot_sample_does_not_run_ahead(
     assert not engine.session().has_run_ahead
 
 
+@pytest.mark.slow
 def test_only_engines_with_fixed_shapes_run_ahead(load: Load) -> None:  # noqa: F811
     assert load("llama").run_ahead_depth == DEPTH
     assert load("llama", "off").run_ahead_depth == 0

@@ -146,6 +146,7 @@ def test_another_model_is_not_continued(server):
     assert not any(server.messages)
 
 
+@pytest.mark.slow
 def test_a_connection_ends_with_its_sequence(server):
     async def run() -> None:
         pool, owners = pool_of(server), [Owner(), Owner()]

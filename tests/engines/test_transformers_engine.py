@@ -140,6 +140,7 @@ def test_logits_are_those_of_transformers(folders, kind):
     assert_close(session.logits(ids, 6), expected[-6:])
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_no_cache_runs_the_whole_text_again(folders, monkeypatch):
     for kind in ("llama", "mistral", "gemma3", "mamba", "qwen3_next"):
         assert load(folders(kind)).runner.keeps_cache
@@ -155,6 +156,7 @@ def test_a_model_that_takes_no_cache_runs_the_whole_text_again(folders, monkeypa
     assert_close(session.logits(ids), uncached(load(folders("llama")), ids))
 
 
+@pytest.mark.slow
 def test_models_run_several_sequences_at_once_where_that_gives_the_same(folders, monkeypatch):
     for kind in ("llama", "mistral", "gemma3"):
         assert load(folders(kind)).runner.batches

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mixlm.engines.vllm.id_ranges import format_ranges, parse_ranges
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_ranges_are_parsed_as_they_were_formatted(ids):
     sorted_ids = np.array(sorted(ids))

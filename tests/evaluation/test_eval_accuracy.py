@@ -67,6 +67,7 @@ def test_every_point_is_what_an_evaluation_of_it_finds(
     assert study.questions == 5
 
 
+@pytest.mark.slow
 def test_routers_are_judged_from_the_same_reading(
     setup: Callable[..., AccuracySetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_router_writes_in_a_folder_of_its_own(setup: Callable[..., AccuracySet
         assert (way.values == score.questions).all()
 
 
+@pytest.mark.slow
 def test_a_search_that_stopped_goes_on(setup: Callable[..., AccuracySetup], monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble, plan = toys(), setup("generate")
     whole = measure_accuracy(ensemble, {}, replace(plan, out=plan.out / "whole"), step=0.5)

@@ -63,6 +63,7 @@ def test_choices_are_scored_as_they_stand(folder: Path) -> None:
             assert table["acc", "none"] == [float(likely == right)]
 
 
+@pytest.mark.slow
 def test_reasoning_tasks_count_exact_answers_only(tmp_path: Path) -> None:
     names = [name for name in own_tasks() if name.startswith("mixlm_rg_")]
     assert len(names) >= 3

@@ -63,6 +63,7 @@ def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..
     assert "for scoring 12 texts" in plain
 
 
+@pytest.mark.slow
 def test_a_task_that_writes_is_written_at_every_point(
     run: Run, task: Callable[..., str], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

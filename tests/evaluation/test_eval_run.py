@@ -27,6 +27,7 @@ from mixlm.types import Tool
 METHODS = ("mixture", "conventional", "single")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [False, True])
 def test_text_is_written_by_every_method_and_seed(task, piece: bool) -> None:
     seen: list[tuple[str, int, int]] = []
@@ -109,6 +110,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
     name = task("generate")

@@ -56,6 +56,7 @@ def optimum(scores: Scores) -> float:
     return -float(optimum.fun)
 
 
+@pytest.mark.slow
 @given(problems)
 @settings(max_examples=40)
 def test_em_never_gets_worse_and_ends_at_the_optimum(problem: tuple[int, int, int]) -> None:
@@ -137,6 +138,7 @@ def sampled() -> tuple[np.ndarray, Scores]:
     return ensemble.weights, score(ensemble, text)
 
 
+@pytest.mark.slow
 def test_weights_are_recovered_within_their_intervals(sampled: tuple[np.ndarray, Scores]) -> None:
     weights, scores = sampled
     intervals = bootstrap(scores, rounds=150, level=0.99)
@@ -147,6 +149,7 @@ def test_weights_are_recovered_within_their_intervals(sampled: tuple[np.ndarray,
         assert 0 < high - low < 0.25
 
 
+@pytest.mark.slow
 def test_intervals_shrink_with_more_text_and_repeat_with_the_seed(sampled: tuple[np.ndarray, Scores]) -> None:
     _, scores = sampled
     quarter = scores.select(np.arange(len(scores.ends) // 4))

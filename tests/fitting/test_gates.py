@@ -86,6 +86,7 @@ def test_the_gradient_is_that_of_the_loss(width: int) -> None:
             assert slopes[name][index] == pytest.approx((ends[0] - ends[1]) / 2e-2, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "kind", "rule"), [(TOP, "linear", "margin"), (HIDDEN, "mlp", "distance")])
 def test_a_gate_learns_what_the_observed_member_shows(inputs: GateInputs, kind: Any, rule: str) -> None:
     fit = train_gate([observed_scores(1200, 1, rule=rule)], inputs, kind)
@@ -107,6 +108,7 @@ def test_where_there_is_nothing_to_learn_the_weights_stay_those_of_em() -> None:
     assert np.abs(weights - expectation_maximisation(noise).weights).max() < 0.15
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_tells_what_is_missing() -> None:
     scores = observed_scores(100, 1)
     assert train_gate([scores], TOP).router.digest == train_gate([scores], TOP).router.digest

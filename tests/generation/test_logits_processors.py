@@ -52,6 +52,7 @@ def test_the_distribution_is_that_of_the_reference(pair, options):
     assert max(abs(changed.get(unit, 0) - before.get(unit, 0)) for unit in {*changed, *before}) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "word", "byte"])
 def test_what_is_sampled_is_that_of_the_reference(pair, unit):
     processed = pair.with_unit(unit).with_logits_processors({"first": seesaw, "second": None})

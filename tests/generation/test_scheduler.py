@@ -104,6 +104,7 @@ def counted(method, completions, tokens):
     return len(calls), sum(calls) / len(calls)
 
 
+@pytest.mark.slow
 def test_the_longest_queue_first_serves_two_thirds_of_the_completions_at_a_time():
     conventional, _ = counted("conventional", 16, 60)
     mixture, served = counted("mixture", 16, 60)

@@ -217,6 +217,7 @@ def test_a_method_that_cannot_be_run_is_not_measured():
     assert all(speed.predicted and speed.measured is None for speed in report.speeds)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_at_its_beginning():
     assert 3500 < inspect(words(), text="word after word " * 1000).text_bytes <= 4000
 

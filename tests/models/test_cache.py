@@ -107,6 +107,7 @@ def _install_in_a_process(start, built) -> None:
     install("m", counted, ProgressDisplay(show=False))
 
 
+@pytest.mark.slow
 def test_two_processes_build_a_model_once():
     context = multiprocessing.get_context("spawn")
     start, built = context.Barrier(2), context.Value("i", 0)

@@ -109,6 +109,7 @@ def test_a_file_is_converted_once_whole_and_silently(tmp_path, write_gguf, quiet
     assert resolve(folder.name).path_or_id == str(folder)
 
 
+@pytest.mark.slow
 def test_an_architecture_that_is_not_known(tmp_path, write_gguf, quiet):
     path = write_gguf(tmp_path / "a.gguf", architecture="quux")
     with pytest.raises(ModelLoadError, match=r"GGUF architecture 'quux'\): .*not supported"):
@@ -116,6 +117,7 @@ def test_an_architecture_that_is_not_known(tmp_path, write_gguf, quiet):
     assert installed() == []
 
 
+@pytest.mark.slow
 def test_progress_counts_tensors(tmp_path, write_gguf):
     class Seen(Stage):
         totals: ClassVar[set[int | None]] = set()

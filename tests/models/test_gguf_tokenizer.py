@@ -104,7 +104,7 @@ def unusual_texts(count: int) -> list[str]:
 def merged_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[tuple[str, str]], Path]:
     """Texts, merges that reach across whatever a pre-tokenizer may cut, and a file with the texts."""
     source = Path(json.__file__).read_text()
-    texts = [*TEXTS, *random_texts(150), *unusual_texts(250), *(source[i : i + 120] for i in range(0, 6000, 120))]
+    texts = [*TEXTS, *random_texts(75), *unusual_texts(125), *(source[i : i + 120] for i in range(0, 3000, 120))]
     whole = Tokenizer(models.BPE())
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

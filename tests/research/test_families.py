@@ -43,6 +43,7 @@ FREQUENCIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FREQUENCIES)
 def test_frequencies_that_depend_on_the_length_are_those_of_each_text(kind, monkeypatch):
     def model(_: str) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from mixlm.errors import ConfigError
 from research.scripts import rule_page, rule_speed
 
 
+@pytest.mark.slow
 def test_rows_are_kept_with_what_they_were_measured_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

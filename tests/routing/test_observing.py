@@ -123,6 +123,7 @@ def test_mixture_and_conventional_sample_the_average_with_observed_weights(unit,
     assert len({tuple(weights.round(6)) for weights in seen}) > 1  # they do depend on the state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_equal_noise_gives_equal_text_by_every_strategy_and_batch(unit, hidden):
@@ -178,6 +179,7 @@ def test_auto_drafts_with_the_member_that_runs_anyway():
     assert (plan.draft.member, plan.block > 0) in {(0, True), (-1, False)}
 
 
+@pytest.mark.slow
 def test_check_passes_with_an_observing_router():
     report = check(
         toys("piece", 2, router=Observing(2, 0, hidden=True)), "ab", samples=600, options={"raw": True, **PLAIN}

@@ -134,6 +134,7 @@ def test_the_end_of_an_answer_is_scored():
     assert scores.mixture(WEIGHTS)[-1] == pytest.approx(np.log(exact.distribution(list(text))[-1]))
 
 
+@pytest.mark.slow
 def test_a_long_text_without_words_is_no_underflow():
     toy = pair("word")
     scores = score(toy, b"ab" * 1000)

@@ -28,6 +28,7 @@ IMAGE = {"type": "image_url", "image_url": {}}
 NO_REQUESTS = [b"", b"{", b"[1]", b"nul", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": "\\ud800"}']
 
 
+@pytest.mark.slow
 def test_models_are_described(toys):
     [model] = toys.client.get("/v1/models").json()["data"]
     assert model["id"] == "toys"
@@ -120,6 +121,7 @@ def test_top_logprobs(toys, of):
         assert logprob == pytest.approx(token.logprob)
 
 
+@pytest.mark.slow
 def test_a_completion_conforms_to_a_schema(toys):
     schema = {"enum": ["river", "bird", "stone"]}
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
@@ -337,6 +339,7 @@ def test_an_assistants_content_may_be_null(toys):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_ignore_eos_goes_on(toys):
     for seed in range(4):
         response = toys.chat(seed=seed, max_tokens=200, ignore_eos=True).json()

@@ -35,6 +35,7 @@ def test_an_ensemble_is_served_until_it_is_told_to_stop(start_process):
     assert server.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_folder_is_served_by_its_files_names_and_shares_its_models(start_process, tmp_path):
     members = '[[members]]\nmodel = "toy:1"\n[[members]]\nmodel = "toy:{}"\n'
     (tmp_path / "plain.toml").write_text(members.format(2))

@@ -29,6 +29,7 @@ def sdk(toys):
         yield client
 
 
+@pytest.mark.slow
 def test_openai_sdk(sdk):
     assert [model.id for model in sdk.models.list()] == ["toys"]
     completion = sdk.chat.completions.create(
@@ -59,6 +60,7 @@ def test_openai_sdk_reads_top_logprobs(sdk):
         assert by_text[token.text] == pytest.approx(token.logprob)
 
 
+@pytest.mark.slow
 def test_openai_sdk_parses_structured_output(sdk):
     class Thing(pydantic.BaseModel):
         kind: Literal["river", "bird"]
@@ -104,6 +106,7 @@ def test_openai_sdk_streams(sdk):
     assert "".join(chunk.choices[0].text for chunk in text) == PAIR.generate("one", seed=2, max_tokens=9, raw=True).text
 
 
+@pytest.mark.slow
 def test_openai_sdk_asynchronously(toys):
     async def stream_text(client, seed):
         stream = await client.chat.completions.create(
@@ -176,6 +179,7 @@ def test_curl(toys):
     assert done.stdout.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
 def test_lm_evaluation_harness(toys, kind):
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_option_exists():
     command = [sys.executable, "-c", MAIN, "serve", "--help"]
     wide = {**os.environ, "COLUMNS": "200"}

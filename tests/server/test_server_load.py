@@ -36,6 +36,7 @@ def test_clients_take_turns():
         line.pop()
 
 
+@pytest.mark.slow
 def test_batched_completions_are_those_generated_alone():
     with running(load("toy:1", "toy:2"), max_batch=4) as server, ThreadPoolExecutor(12) as pool:
         bodies = [{"seed": i, "max_tokens": 20, "messages": [{"role": "user", "content": f"m{i}"}]} for i in range(24)]
@@ -43,6 +44,7 @@ def test_batched_completions_are_those_generated_alone():
         assert together == [server.chat(**body).json()["choices"] for body in bodies]
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_retry():
     with running(endless(0.01), max_batch=1, max_queue=1) as server, ThreadPoolExecutor(4) as pool:
         first, second = (pool.submit(server.chat, max_tokens=30) for _ in range(2))
@@ -139,6 +141,7 @@ def test_the_slot_of_a_cancelled_generation_is_free_after_the_step():
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnected_client_frees_its_slot(stream):
     with running(endless(0.005), max_batch=1, max_queue=4) as server:
@@ -171,6 +174,7 @@ def test_a_request_that_takes_too_long_is_ended():
         assert server.metric("mixlm_cancelled_total", reason="timeout") == 2
 
 
+@pytest.mark.slow
 def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
     class Failing(EndlessToy):
         error: Exception = MemoryLimitError("no memory left")

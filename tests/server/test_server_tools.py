@@ -42,6 +42,7 @@ def check_call(name, arguments):
     jsonschema.validate(json.loads(arguments), PARAMETERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_parses_and_its_result_goes_back(sdk, choice):
     completion = sdk.chat.completions.create(
@@ -58,6 +59,7 @@ def test_a_call_parses_and_its_result_goes_back(sdk, choice):
     assert without.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_a_streamed_call_comes_in_pieces_and_is_the_whole_one(sdk):
     whole = sdk.chat.completions.create(model="toys", messages=HELLO, seed=2, **CALLS).choices[0]
     with sdk.chat.completions.stream(model="toys", messages=HELLO, seed=2, **CALLS) as stream:
@@ -186,6 +188,7 @@ def test_min_tokens_and_continued_messages(toys):
 # -- /v1/responses
 
 
+@pytest.mark.slow
 def test_responses_are_those_of_chat_and_go_on(sdk):
     expected = load("toy:1", "toy:2").generate(HELLO, seed=1, max_tokens=9)
     first = sdk.responses.create(model="toys", input="hello", max_output_tokens=9, extra_body={"seed": 1})
@@ -210,6 +213,7 @@ def test_responses_are_those_of_chat_and_go_on(sdk):
         sdk.responses.retrieve(first.id)
 
 
+@pytest.mark.slow
 def test_responses_stream(sdk):
     request = {"model": "toys", "input": "hello", "max_output_tokens": 300, "extra_body": {"seed": 2}}
     whole = sdk.responses.create(**request)
@@ -229,6 +233,7 @@ def test_responses_stream(sdk):
     assert numbers == list(range(len(numbers)))
 
 
+@pytest.mark.slow
 def test_responses_call_functions_whole_and_streamed(sdk):
     request = {
         "model": "toys", "input": "hello", "tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False,
@@ -256,6 +261,7 @@ def test_responses_have_all_that_the_types_of_the_client_ask_for(toys):
             event_type.validate_json(line.removeprefix("data: "))
 
 
+@pytest.mark.slow
 def test_responses_parse_structures(sdk):
     class Thing(pydantic.BaseModel):
         kind: Literal["river", "bird"]
@@ -440,6 +446,7 @@ def test_errors_of_messages_have_their_form(toys):
         assert server.post("/v1/messages", body, headers={"x-api-key": "a-long-and-random-key"}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processed", [True, False])
 def test_a_member_behind_a_server_calls_tools_too_or_refuses_by_name(processed, tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")

@@ -66,6 +66,7 @@ def test_a_receiver_is_a_url():
         tracer_for("localhost:4318", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_is_a_span_with_its_phases(traced, stream):
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine-1"}

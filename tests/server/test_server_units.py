@@ -28,6 +28,7 @@ def test_a_requested_unit_is_that_of_an_ensemble_loaded_with_it(toys, unit):
     assert toys.complete(seed=4, max_tokens=20, mixlm={"unit": unit}).json()["choices"][0]["text"] == text
 
 
+@pytest.mark.slow
 def test_units_are_built_once_and_on_the_same_engines():
     pair = load("toy:1", "toy:2")
     with running(pair) as server:
@@ -58,6 +59,7 @@ def test_a_unit_that_these_members_cannot_meet_in_is_refused():
         assert server.complete("ab", max_tokens=5, mixlm=extras).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_combination_rules_that_are_listed_are_those_that_work(toys):
     about = toys.client.get("/v1/models").json()["data"][0]["mixlm"]
     assert (about["rule"], about["routed"]) == ("average", False)
@@ -90,6 +92,7 @@ class BySurprise:
         return lambda state, seen: np.array([0.9, 0.1] if np.exp(seen.logprobs[0]) > 0.3 else [0.2, 0.8])
 
 
+@pytest.mark.slow
 def test_a_router_that_observes_a_member_serves_requests_that_run_together():
     ensemble = load("toy:1", "toy:2", router=BySurprise())
     with running(ensemble) as server:

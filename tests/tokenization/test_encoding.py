@@ -59,6 +59,7 @@ def assert_many_are_stable(encoder: Encoder) -> None:
         assert_stable(encoder, b"".join(random_pieces(rng)), b"".join(random_pieces(rng)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @given(data=any_bytes, lengths=CUTS)
 def test_a_growing_text_has_the_ids_of_the_whole(name, data, lengths):
@@ -97,6 +98,7 @@ def test_a_growing_text_has_the_ids_of_the_whole_in_hard_cases(name, prefixes):
     assert_grows(encoder(trained(name)), [prefix.encode() for prefix in prefixes])
 
 
+@pytest.mark.slow
 @given(parts=st.lists(st.sampled_from(["<tool_call>", "</tool_call>", " ", "x", "<", "call", "\n"])), lengths=CUTS)
 def test_added_tokens_that_come_in_parts_have_the_ids_of_the_whole(parts, lengths):
     assert_grows(encoder(trained("tools")), steps("".join(parts).encode(), lengths))
@@ -140,6 +142,7 @@ def test_only_the_end_of_a_long_text_is_encoded_again(name):
     assert max(counting.lengths) < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @given(text=texts, more=st.lists(st.sampled_from(SPECIAL), max_size=3))
 def test_special_tokens_never_result_from_text(name, text, more):
@@ -148,6 +151,7 @@ def test_special_tokens_never_result_from_text(name, text, more):
     assert not special & set(encoder(tokenizer).encode((text + "".join(more) + text).encode()).ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 @given(data=any_bytes)
 @example(data="日本語🎉é".encode())
@@ -247,6 +251,7 @@ def test_a_leading_space_at_the_first_place_only_is_known():
     assert encoder(tokenizer).leading_space == "first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @given(text=texts.filter(lambda text: text and not any(spelling in text for spelling in SPECIAL)))
 @example(text=" a river")
@@ -318,6 +323,7 @@ def _looking_ahead(name: str) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOKING_AHEAD)
 @given(
     parts=st.lists(
@@ -356,6 +362,7 @@ def test_what_the_tokenizers_library_cannot_encode_is_an_error_that_says_so():
         encode_text(Panicking(), "a b")
 
 
+@pytest.mark.slow
 def test_random_tokenizers_have_the_ids_of_the_whole():
     from random import Random
 

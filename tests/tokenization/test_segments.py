@@ -23,6 +23,7 @@ TOKENS = [b"a", b"b", b"ab", b"\xc3", b"\xa9"]
 VOCABULARY = Vocabulary.of(dict(enumerate(TOKENS)), len(TOKENS), [], [])
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.lists(st.sets(st.integers(1, 29)), min_size=1, max_size=4), st.randoms())
 def test_segments_end_where_all_members_have_a_boundary(size, cuts, rng):
     boundaries = [np.array(sorted({end for end in member if end < size} | {size})) for member in cuts]

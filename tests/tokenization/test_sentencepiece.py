@@ -202,6 +202,7 @@ def test_a_raw_prompt_has_the_ids_of_sentencepiece_itself(loaded, kind, options,
         assert pieces[0] == pieces[1], text
 
 
+@pytest.mark.slow
 def test_a_class_that_knows_the_model_is_left_alone(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(train("bpe bytes identity"))
     for name, rule in (("GemmaTokenizer", "never"), ("LlamaTokenizer", "first")):

@@ -134,6 +134,7 @@ CALLS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(content=TEXTS, calls=CALLS, cuts=st.lists(st.integers(0, 400)))
 def test_completions_are_split_as_they_grow(content, calls, cuts):
     text = content + "\n".join(map(call_text, calls))

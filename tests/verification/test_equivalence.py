@@ -157,6 +157,7 @@ def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
     assert check(alone, "abc", samples=SAMPLES).equal
 
 
+@pytest.mark.slow
 def test_mix_then_truncate_follows_its_own_distribution() -> None:
     options = {"mix_then_truncate": True, "top_k": 3}
     report = check(make_ensemble(2, "token"), "abc", samples=SAMPLES, options=options)  # type: ignore[arg-type]
@@ -234,6 +235,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
     assert wrong == {("mixture", 2)}
 
 
+@pytest.mark.slow
 def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_member_only(step: DecodeStep) -> Flow:
         [logits] = yield [LogitsRequest(0, step.views[0].ids())]
@@ -257,6 +259,7 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 
 
+@pytest.mark.slow
 def test_json_form() -> None:
     report = check(make_ensemble(2, "token"), "hello", samples=200)
     form = json.loads(json.dumps(report.as_dict(), allow_nan=False))
@@ -308,6 +311,7 @@ def drawing_pair(seed: int = 10, **options) -> Ensemble:
     return Ensemble([MemberSpec(engine, f"m{i}") for i, engine in enumerate(engines)], [0.6, 0.4])
 
 
+@pytest.mark.slow
 def test_engines_that_sample_themselves_are_checked_against_those_of_a_reference():
     report = check(
         drawing_pair(samples_itself=True), "ab", samples=800, options=RAW, reference=ReferenceSetup(drawing_pair())
@@ -316,6 +320,7 @@ def test_engines_that_sample_themselves_are_checked_against_those_of_a_reference
     assert {comparison.left for comparison in report.comparisons} >= {"mixture", "conventional", "single"}
 
 
+@pytest.mark.slow
 def test_another_distribution_than_the_references_is_found_unless_it_is_within_the_tolerance():
     first, other = drawing_pair(samples_itself=True), drawing_pair(seed=12)
     assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal

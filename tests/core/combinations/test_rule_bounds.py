@@ -67,6 +67,7 @@ def test_no_distributions_go_below_what_a_coin_first_emits(name):
     assert search_coin(RULES[name], 4, 25, seed=2) > -1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean, top-p .5", "mean, top-p .9", "mean, T=.7, top-p .8"])
 def test_bounds_of_top_p_hold_where_few_symbols_are_looked_at_one_by_one(name, monkeypatch):
     monkeypatch.setattr("mixlm.core.combinations.after._LISTED", 2)

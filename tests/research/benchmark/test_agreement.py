@@ -75,6 +75,7 @@ def test_the_text_of_speculative_is_that_of_mixture() -> None:
     assert {token.member for token in conventional.tokens} == {"toy-1", "toy-2"}
 
 
+@pytest.mark.slow
 def test_forwards_are_run_by_the_models_themselves() -> None:
     ensemble = with_agreement(shapes(), 1.0)
     engine = ensemble.members[0].engine

@@ -64,6 +64,7 @@ def test_the_table_of_batches_is_simulated() -> None:
     assert rows("the limit") == [f"{2 * n / (n + 1):.2f}" for n in (2, 3, 4, 8)]
 
 
+@pytest.mark.slow
 def test_guesses_are_right_within_the_bounds() -> None:
     rng = np.random.default_rng(0)
     symbols = np.arange(6)

@@ -13,6 +13,7 @@ from research.benchmark import compare
 from research.benchmark.rivals import ASSISTED, Rival, available_rivals
 
 
+@pytest.mark.slow
 def test_each_member_alone_and_both_together_are_rows_of_their_own() -> None:
     report = compare(shapes((1, 3)), tokens=12, repeats=1, methods=["single", "mixture"], rivals=True)
     by_label = {run.label: run for run in report.runs}

@@ -59,6 +59,7 @@ def test_the_window_leaves_out_first_tokens_and_what_follows_the_first_end(pair:
     assert sum(len(log) for log in mixture.forwards) == mixture.tokens
 
 
+@pytest.mark.slow
 def test_completions_of_a_batch_share_forwards_of_real_models() -> None:
     sweep = sweep_along(
         "batch", shapes(), ComparisonPlan(places=[4], methods=("conventional", "mixture"), tokens=12, repeats=1)
@@ -67,6 +68,7 @@ def test_completions_of_a_batch_share_forwards_of_real_models() -> None:
     assert 1 < points(sweep, "mixture")[4].more["replies_a_forward"] < 4
 
 
+@pytest.mark.slow
 def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
     sweep = sweep_along("context", pair, ComparisonPlan(places=[40, 80, 5000], **SMALL))
     assert list(points(sweep, "mixture")) == [40, 80, 4086]
@@ -79,6 +81,7 @@ def test_a_context_is_as_long_as_it_says(pair: Ensemble) -> None:
     assert sum(points(sweep, "conventional")[80].forwards.values()) == 2
 
 
+@pytest.mark.slow
 def test_members_are_copies_that_are_run_for_themselves() -> None:
     sweep = sweep_along("members", shapes(), ComparisonPlan(places=[1, 3], methods=METHODS["members"], **SMALL))
     assert set(points(sweep, "conventional")[3].forwards) == {"small-1", "small-2", "small-3"}

@@ -229,6 +229,7 @@ def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
     assert launches({**LARGE, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}) == two
 
 
+@pytest.mark.slow
 def test_a_step_of_fixed_shape_starts_26_kernels_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm is a kernel of its own on a GPU, and several operations here.
     monkeypatch.setattr(norms, "_fused", lambda _: torch.clone)

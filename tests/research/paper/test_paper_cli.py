@@ -76,6 +76,7 @@ def test_the_grid_of_weights() -> None:
     assert all(abs(sum(weights) - 1) < 1e-12 and min(weights) > 0 for weights in three)
 
 
+@pytest.mark.slow
 def test_a_table_of_speed(run, toys, tmp_path: Path) -> None:
     code, text, err = run("table4", "-e", toys, "--quick")
     assert code == 0, err

@@ -80,6 +80,7 @@ def test_figures_say_what_the_paper_has_only_as_a_plot() -> None:
     assert "| toy:1 + toy:2 | 0.5 | 50.00 | 40.00 / 60.00 |" in markdown(curves("figure2", "mixture"))
 
 
+@pytest.mark.slow
 def test_accuracy_curves_have_the_numbers_and_their_bands() -> None:
     figure = charts.draw(curves("figure4", "mixture", "conventional"))
     (axes,) = figure.axes

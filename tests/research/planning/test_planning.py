@@ -48,12 +48,14 @@ def test_the_wait_of_one_server_with_random_services(load):
     assert (seen.whole.mean() - service) == pytest.approx(wait, rel=0.1)
 
 
+@pytest.mark.slow
 def test_replicas_that_serve_everyone_at_once_add_nothing_but_room():
     costs = PlanCosts(members={"a": MemberCost(weight=1, forward=0.1, slots=10**6)})
     seen = simulate(costs, Workload(5, 1, 20, 10**6, "fixed"), count=2000)
     assert np.median(seen.whole) == pytest.approx(20.5 * 0.1, rel=0.02)  # half a forward until the next one begins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [2, 3, 4])
 def test_members_in_turn_on_one_device_serve_two_of_n_plus_one_at_a_time(members):
     """n equal members, the longest queue first: 2n/(n + 1) times as many tokens a forward as one for each token."""
@@ -91,6 +93,7 @@ def test_runs_make_fewer_questions():
     assert words.whole.mean() == pytest.approx(single.whole.mean(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_mixlm_itself_can_be_what_is_full():
     costs = PlanCosts(members=pair().members, router=RouterCost(seconds=0.5))
     seen = simulate(costs, Workload(None, 1, 200, 32, "fixed"), count=64)

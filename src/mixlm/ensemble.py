@@ -30,6 +30,7 @@ from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
+    from mixlm.core.combinations import Combination
     from mixlm.generation.background import AsyncGeneration, BackgroundRunner
     from mixlm.generation.next_distribution import NextDistribution
 
@@ -302,13 +303,16 @@ class Ensemble:
             ConfigError: It is no prompt; or the rule is of two prompts, and both are the same.
         """
         encoded = encode_prompt(prompt, settings, [member.engine for member in self.members], self.names)
-        rule = settings.combination
-        if rule is not None and rule.two_prompts and self._is_one_model and _are_equal(encoded.ids):
+        self.check_two_prompts(settings.combination, encoded.ids)
+        return encoded
+
+    def check_two_prompts(self, rule: Combination | None, prompts: Sequence[Ids]) -> None:
+        """Raise ConfigError where a rule is of two prompts of one model, and these, a member each, are the same."""
+        if rule is not None and rule.two_prompts and self._is_one_model and _are_equal(prompts):
             raise ConfigError(
                 f"both prompts of rule {rule.name} are the same, so it changes nothing",
-                "give the second member another system message in an ensemble file, and no raw prompt",
+                "give the second member another system message in an ensemble file, and no raw prompt or bare text",
             )
-        return encoded
 
     @property
     def _is_one_model(self) -> bool:

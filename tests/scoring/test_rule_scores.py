@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scored_texts import rule_logprob
-from toys import END, OPTIONS, exact_distribution, make_ensemble, toys
+from toys import END, OPTIONS, engine, exact_distribution, make_ensemble, toys
 
 from mixlm.core.options import GenerationOptions
 from mixlm.engines.toy import ToyEngine, random_table
 from mixlm.ensemble import Ensemble
-from mixlm.errors import UnsupportedError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.routing import FunctionRouter
 from mixlm.scoring.rule_scores import RuleScorer, text_passages
 
@@ -96,3 +96,14 @@ def test_tokens_that_members_do_not_share_are_refused():
     with pytest.raises(UnsupportedError, match="m0 has 'ab' where m1 has 'a'"):
         rule_logprob(ensemble, text_passages(ensemble, ["bab"]))
     assert np.isfinite(rule_logprob(ensemble, text_passages(ensemble, ["ba"])))
+
+
+def test_guidance_of_a_bare_text_is_refused_where_it_would_change_nothing():
+    toy = engine()
+    one_model = with_rule(make_ensemble([toy, toy]), "guidance")
+    with pytest.raises(ConfigError, match=r"both prompts of rule guidance are the same.*or bare text"):
+        RuleScorer(one_model).logprobs(text_passages(one_model, ["ab"]))
+    [passage] = text_passages(one_model, ["ab"])
+    first, second = (toy.prompts.raw(prompt) for prompt in ("a", "b"))
+    total = RuleScorer(one_model).logprobs([replace(passage, prefixes=[first, second])])
+    assert np.isfinite(total).all()

@@ -13,6 +13,7 @@ at every place where it can have a boundary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,7 @@ class RuleScorer:
         if not isinstance(ensemble.router, FixedRouter):
             raise UnsupportedError("a rule is scored with weights that are fixed, and these depend on the text")
         rule.check_members(len(ensemble.members))
+        self._check_two_prompts = partial(ensemble.check_two_prompts, rule)
         self._unit, self._size = ensemble.unit, ensemble.unit.end + 1
         if rule.roles:
             roles = [member.role for member in ensemble.members]
@@ -108,7 +110,12 @@ class RuleScorer:
         """Return the log-probability of a passage, float64 (variants,), and whether it is greedy, bool (variants,).
 
         Greedy is what is written by the most likely symbol at each step.
+
+        Raises:
+            ConfigError: A text is too long for a context; or both prompts of a rule of two are the same.
+            UnsupportedError: Members that share a vocabulary do not have the same tokens of a text.
         """
+        self._check_two_prompts(passage.prefixes)
         scored = self._by_token(passage) if self._unit.traits.shared_vocabulary else self._by_byte(passage)
         for session in self._sessions:
             session.stats.forwards.clear()

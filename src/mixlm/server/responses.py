@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from math import isnan
 from typing import Any, cast
@@ -26,6 +27,7 @@ DONE = b"data: [DONE]\n\n"
 # JSON has no infinities; this stands for the log-probability of what cannot be sampled, as in OpenAI's API.
 _MIN_LOGPROB = -9999.0
 _END_OF_TEXT = "<|endoftext|>"
+_OF_PROMPTS = ("prompt_tokens", "cached_tokens")
 
 
 class ResponseBuilder:
@@ -56,7 +58,7 @@ class ResponseBuilder:
                 **self._content(i, completion),
                 "finish_reason": _finish_reason(completion),
                 "logprobs": self._logprobs(i, self._scored_tokens(i, completion)),
-                "mixlm": {"members": [token.member for token in completion.tokens], "seed": completion.seed},
+                "mixlm": choice_extras(completion),
             }
             for i, completion in enumerate(completions)
         ]
@@ -183,21 +185,22 @@ class ResponseBuilder:
         }
 
 
+def choice_extras(completion: Completion) -> schemas.ChoiceExtrasSchema:
+    """Return mixlm's part of a whole choice."""
+    return {"members": [token.member for token in completion.tokens], "seed": completion.seed}
+
+
 def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSchema:
     """Return the summed usage of completions. A prompt with several, `n`, counts once."""
-    members: dict[str, schemas.MemberUsageSchema] = {}
+    members: dict[str, dict[str, float]] = {}
     prompt_tokens = cached_tokens = 0
     for i, completion in enumerate(completions):
         first_of_prompt = i % n == 0
         for name, usage in completion.usage.members.items():
-            total = members.setdefault(name, _no_usage())
-            total["prompt_tokens"] += usage.prompt_tokens if first_of_prompt else 0
-            total["tokens"] += usage.tokens
-            total["forwards"] += usage.forwards
-            total["forward_tokens"] += usage.forward_tokens
-            total["forward_seconds"] = round(total["forward_seconds"] + usage.forward_seconds, 6)
-            total["dropped"] += usage.dropped
-            total["cached_tokens"] += usage.cached_tokens if first_of_prompt else 0
+            total = members.setdefault(name, {})
+            for quantity, number in asdict(usage).items():
+                is_counted = first_of_prompt or quantity not in _OF_PROMPTS
+                total[quantity] = round(total.get(quantity, 0) + number * is_counted, 6)
         if first_of_prompt:
             counts = ((usage.prompt_tokens, usage.cached_tokens) for usage in completion.usage.members.values())
             prompt, cached = max(counts)
@@ -209,7 +212,7 @@ def summed_usage(completions: Sequence[Completion], n: int) -> schemas.UsageSche
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "mixlm": {
-            "members": members,
+            "members": cast("dict[str, schemas.MemberUsageSchema]", members),
             "drafted": (drafted := sum(completion.usage.drafted for completion in completions)),
             "checked": drafted,
             "accepted": sum(completion.usage.accepted for completion in completions),
@@ -313,18 +316,6 @@ def _symbol_text(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _MIN_LOGPROB)
-
-
-def _no_usage() -> schemas.MemberUsageSchema:
-    return {
-        "prompt_tokens": 0,
-        "tokens": 0,
-        "forwards": 0,
-        "forward_tokens": 0,
-        "forward_seconds": 0.0,
-        "dropped": 0,
-        "cached_tokens": 0,
-    }
 
 
 def _counts(forwards: Mapping[str, Sequence[int]]) -> dict[str, int]:

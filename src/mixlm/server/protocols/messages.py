@@ -10,7 +10,7 @@ from mixlm.server.json_encoding import server_sent_event
 from mixlm.server.protocols import FIELD_NAMES, MESSAGES_PATH
 from mixlm.server.protocols.messages_body import MessagesBody
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.server.responses import CallIds, summed_usage
+from mixlm.server.responses import CallIds, choice_extras, summed_usage
 from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
@@ -56,7 +56,7 @@ class MessagesFormat:
             **self._message(content),
             **self._stop(completion),
             "usage": _usage(completion),
-            "mixlm": {"members": [token.member for token in completion.tokens], "seed": completion.seed},
+            "mixlm": choice_extras(completion),
         }
 
     def first_chunks(self) -> list[bytes]:
@@ -149,9 +149,8 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _usage(completion: Completion) -> dict[str, Any]:
-    usage: Mapping[str, Any] = summed_usage([completion], 1)
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens", 0)
+    usage = summed_usage([completion], 1)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,

@@ -12,7 +12,7 @@ from mixlm.server.json_encoding import server_sent_event
 from mixlm.server.protocols import FIELD_NAMES
 from mixlm.server.protocols.responses_body import ResponsesBody, call_dict
 from mixlm.server.request_parsing import ParsedRequest
-from mixlm.server.responses import CallIds, summed_usage, token_logprob
+from mixlm.server.responses import CallIds, choice_extras, summed_usage, token_logprob
 from mixlm.tokenization.call_parser import (
     ArgumentsPart,
     CallBegin,
@@ -210,17 +210,16 @@ class ResponsesFormat:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             response["completed_at"] = time.time()
-        usage: Mapping[str, Any] = summed_usage([completion], 1)
-        details = usage.get("prompt_tokens_details") or {}
+        usage = summed_usage([completion], 1)
         response["usage"] = {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": details.get("cached_tokens", 0), "cache_write_tokens": 0},
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
             "mixlm": usage["mixlm"],
         }
-        response["mixlm"] = {"members": [token.member for token in completion.tokens], "seed": completion.seed}
+        response["mixlm"] = choice_extras(completion)
         if self._store is not None:
             self._store(response, [*map(dict, self._earlier), *self._body.messages(), *_as_messages(output)])
         return response

@@ -16,7 +16,6 @@ from mixlm.routing.gate import Array, Gate
 from mixlm.types import Floats, Ids
 
 GateKind = Literal["linear", "mlp"]
-GATES: tuple[GateKind, ...] = ("linear", "mlp")
 WIDTH = 64  # of the inner layer
 DECAYS = (0.0, 3.0, 30.0)  # weight decay of a step, in units of the learning rate
 # Learning rates, over the root of the number of inputs: Adam moves every coefficient by about as much in a step, those

@@ -18,17 +18,17 @@ from statistics import median
 
 import numpy as np
 
-from mixlm.core.sampling import softmax
 from mixlm.decoding.cost_model import conventional_seconds, mixture_seconds
 from mixlm.engines import Engine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
+from mixlm.generation.rule_prompt_logprobs import symbol_probabilities
 from mixlm.inspection.report import ForwardCost, PairReport, SpeedEstimate
 from mixlm.inspection.static import shared_symbols
 from mixlm.scoring.passages import text_prefix
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly
-from mixlm.types import Floats, Ids, Logits
+from mixlm.types import Floats, Ids
 from mixlm.units.base import PIECE_TRAITS, UnitTraits
 from mixlm.units.piece import PieceUnit
 
@@ -110,8 +110,7 @@ class _TextDistributions:
             )
         self.ends = np.array([0, *bounds], dtype=np.int64)
         self._prefix = len(prefix)
-        self._tokens = np.flatnonzero(symbols >= 0)
-        self._symbols = symbols[self._tokens]
+        self._symbols = symbols
         self._size = size
         self._session = engine.session()
 
@@ -122,12 +121,8 @@ class _TextDistributions:
             return {}
         logits = self._session.logits(self._ids[: self._prefix + last - 1], last - first)
         ends = self.ends[first:last].tolist()
-        return {offset: self._distribution(row) for offset, row in zip(ends, logits, strict=True)}
-
-    def _distribution(self, logits: Logits) -> Floats:
-        distribution: Floats = np.zeros(self._size)
-        np.add.at(distribution, self._symbols, softmax(logits[self._tokens]))
-        return distribution
+        rows = (symbol_probabilities(row, self._symbols, self._size) for row in logits)
+        return dict(zip(ends, rows, strict=True))
 
 
 def measure_costs(ensemble: Ensemble, data: bytes, progress: Progress | None = None) -> tuple[ForwardCost, ...]:

@@ -20,7 +20,7 @@ from mixlm.config_file import read_config
 from mixlm.engines import EngineSpec
 from mixlm.engines.base import total_weight_bytes
 from mixlm.engines.contract import assert_close, random_ids, uncached
-from mixlm.engines.transformers import lora
+from mixlm.engines.transformers import adapters
 from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
@@ -171,9 +171,9 @@ def test_a_switch_that_is_interrupted_is_made_again(base, engines, monkeypatch):
         def __setattr__(self, name: str, value: object) -> None:
             raise KeyboardInterrupt
 
-    layers = base.loaded._layers
+    layers = base.loaded.adapters.layers
     with monkeypatch.context() as patched:
-        patched.setattr(base.loaded, "_layers", [*layers[:5], Interrupted(), *layers[5:]])
+        patched.setattr(base.loaded.adapters, "layers", [*layers[:5], Interrupted(), *layers[5:]])
         with pytest.raises(KeyboardInterrupt):
             uncached(engines["a"], ids)
     for name in ("a", None, "b"):
@@ -394,8 +394,8 @@ def test_an_adapter_whose_file_replaces_embeddings_is_refused(folders, base, tmp
 
 def test_an_adapter_that_peft_runs_otherwise_is_refused(folders, base, tmp_path, monkeypatch):
     folder = adapter(tmp_path / "it", folders["base"], target_modules=["q_proj"])
-    own = lora.peft_logits
-    monkeypatch.setattr(lora, "peft_logits", lambda *arguments: own(*arguments).flip(0))
+    own = adapters.peft_logits
+    monkeypatch.setattr(adapters, "peft_logits", lambda *arguments: own(*arguments).flip(0))
     assert "another distribution than PEFT's own forward pass" in refusal(folders, base, folder)
 
 

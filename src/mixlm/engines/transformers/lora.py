@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., 2021, arXiv 2106.09685) through PEFT.
 
 An adapter adds a product of two thin matrices to some of a model's linear layers. PEFT puts its layers into the model
-in place; which adapter they apply, if any, is a switch in each of them (`LoadedModel`). So an adapter may add to the
+in place; which adapter they apply, if any, is a switch in each of them (`adapters`). So an adapter may add to the
 model, and never change it: some kinds are initialised by taking their part out of the model's weights.
 """
 

@@ -18,7 +18,7 @@ from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.member import Member, MemberOptions
 from mixlm.routing.base import FixedRouter, Router, observed_by
-from mixlm.types import Floats, LogitsProcessor, Sampling, TopKFilter
+from mixlm.types import Floats, Ids, LogitsProcessor, Sampling, TopKFilter
 from mixlm.units.base import Unit
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ class MemberSpec:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     role: str | None = None
     processor: LogitsProcessor | None = None
+
+
+def check_two_prompts(rule: Combination | None, members: Sequence[MemberSpec], prompts: Sequence[Ids]) -> None:
+    """Raise ConfigError where a rule is of two prompts of one model, and the prompts, a member each, are the same."""
+    if rule is None or not rule.two_prompts:
+        return
+    models = {(member.engine.batch_key, id(member.processor)) for member in members}
+    if len(models) == 1 and all(np.array_equal(prompts[0], other) for other in prompts[1:]):
+        raise ConfigError(
+            f"both prompts of rule {rule.name} are the same, so it changes nothing",
+            "give the second member another system message in an ensemble file, and no raw prompt or bare text",
+        )
 
 
 class Binder:

@@ -9,9 +9,7 @@ from functools import cached_property
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
-import numpy as np
-
-from mixlm.binding import Binder, MemberSpec
+from mixlm.binding import Binder, MemberSpec, check_two_prompts
 from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.mixing import normalized_weights
@@ -24,13 +22,12 @@ from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
 from mixlm.option_spec import OptionSpec
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router
-from mixlm.types import Completion, Ids, Message
+from mixlm.types import Completion, Message
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
 
 if TYPE_CHECKING:
     from mixlm.chat import Chat
-    from mixlm.core.combinations import Combination
     from mixlm.generation.background import AsyncGeneration, BackgroundRunner
     from mixlm.generation.next_distribution import NextDistribution
 
@@ -303,21 +300,8 @@ class Ensemble:
             ConfigError: It is no prompt; or the rule is of two prompts, and both are the same.
         """
         encoded = encode_prompt(prompt, settings, [member.engine for member in self.members], self.names)
-        self.check_two_prompts(settings.combination, encoded.ids)
+        check_two_prompts(settings.combination, self.members, encoded.ids)
         return encoded
-
-    def check_two_prompts(self, rule: Combination | None, prompts: Sequence[Ids]) -> None:
-        """Raise ConfigError where a rule is of two prompts of one model, and these, a member each, are the same."""
-        if rule is not None and rule.two_prompts and self._is_one_model and _are_equal(prompts):
-            raise ConfigError(
-                f"both prompts of rule {rule.name} are the same, so it changes nothing",
-                "give the second member another system message in an ensemble file, and no raw prompt or bare text",
-            )
-
-    @property
-    def _is_one_model(self) -> bool:
-        """Whether all members are the same model, and differ in their prompts at most."""
-        return len({(member.engine.batch_key, id(member.processor)) for member in self.members}) == 1
 
     def context(self, settings: GenerationOptions, sessions: Sequence[Session] | None = None) -> GenerationContext:
         """Return what generates with these options, with new sessions or the given ones, one a member.
@@ -350,10 +334,6 @@ class Ensemble:
     def _build_unit(self, name: UnitName) -> Unit:
         engines = [member.engine for member in self.members]
         return build_unit(name, [engine.vocabulary for engine in engines], [engine.encoder for engine in engines])
-
-
-def _are_equal(prompts: Sequence[Ids]) -> bool:
-    return all(np.array_equal(prompts[0], other) for other in prompts[1:])
 
 
 def _options_text() -> str:

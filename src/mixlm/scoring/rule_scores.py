@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from mixlm.binding import check_two_prompts
 from mixlm.core.combinations.base import Combination
 from mixlm.core.rule_options import build_rule
 from mixlm.engines.base import respond
@@ -69,7 +70,7 @@ class RuleScorer:
         if not isinstance(ensemble.router, FixedRouter):
             raise UnsupportedError("a rule is scored with weights that are fixed, and these depend on the text")
         rule.check_members(len(ensemble.members))
-        self._check_two_prompts = partial(ensemble.check_two_prompts, rule)
+        self._check_two_prompts = partial(check_two_prompts, rule, ensemble.members)
         self._unit, self._size = ensemble.unit, ensemble.unit.end + 1
         if rule.roles:
             roles = [member.role for member in ensemble.members]

@@ -5,13 +5,12 @@ Every way must give what forward passes of whole texts give; `self_test` says ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mixlm.engines.base import respond
-from mixlm.engines.batching import SequenceInput
-from mixlm.engines.requests import LogitsRequest, RunAheadHint
+from mixlm.engines.requests import LogitsRequest
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers import self_test
 from mixlm.engines.transformers.loaded_model import LoadedModel
@@ -20,7 +19,7 @@ from mixlm.engines.transformers.runner import ForwardPath, ModelRunner
 from mixlm.engines.transformers.session import HFSession
 from mixlm.engines.transformers.varlen import varlen_kernels
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
-from mixlm.types import Candidates, Ids, Logits
+from mixlm.types import Ids, Logits
 
 # Kinds of layers that each path is tried for: a trial tells of others up to its own length only.
 _BATCHED_LAYERS = {"full_attention", "sliding_attention"}
@@ -64,7 +63,9 @@ class _LoadTrial:
         runner = self._choose_path()
         cuda = self._model.device.type == "cuda"
         if graphs == "on" or (graphs == "auto" and cuda):
-            fixed = self._with_graphs(runner, capture=cuda)
+            from mixlm.engines.transformers.graph_trial import fixed_shapes
+
+            fixed = fixed_shapes(runner, self._name, capture=cuda)
             if fixed is None and graphs == "on":
                 raise UnsupportedError(
                     f"{self._name} cannot run in fixed shapes", "leave graphs at auto, or set it to off"
@@ -170,73 +171,3 @@ class _LoadTrial:
                 "name a causal language model: one whose tokens attend to those before them only",
             )
         return whole
-
-    def _with_graphs(self, plain: ModelRunner, *, capture: bool) -> ModelRunner | None:
-        """Return a runner with short passes in fixed shapes, if they give what the plain ones give.
-
-        They are tried new, captured and replayed. Where that is right too, the runner runs ahead.
-        """
-        if not plain.batches or plain.frequencies is not None:
-            return None
-        from mixlm.engines.transformers.cuda_graphs import CudaGraphRunner
-        from mixlm.engines.transformers.device_topk import DeviceTopK
-        from mixlm.engines.transformers.run_ahead import DeviceSampler
-
-        ids = self_test.sample_ids(self._vocab_size)
-        [expected] = plain.run_unfiltered([SequenceInput(HFSession(plain, 1 << 20), ids, 4)])
-        fixed = ModelRunner(
-            self._loaded,
-            self._name,
-            ForwardPath.PACKED,
-            kernel=plain.kernel,
-            graphs=CudaGraphRunner(self._model, capture=capture),
-        )
-
-        def trial() -> Pairs:
-            session = HFSession(fixed, 1 << 20)
-            fixed.run([SequenceInput(session, ids[:7], 1)])
-            for position in range(7, len(ids) - 5):
-                fixed.run([SequenceInput(session, ids[position : position + 1], 1)])
-            length = session.cache.length
-            for _ in range(3):
-                session.cache.length = length
-                [logits] = fixed.run_unfiltered([SequenceInput(session, ids[length:], 4)])
-            yield from zip(logits, expected, strict=True)
-
-        if self_test.failure(trial) is not None:
-            return None
-        ahead = ModelRunner(
-            self._loaded,
-            self._name,
-            ForwardPath.PACKED,
-            kernel=plain.kernel,
-            graphs=fixed.graphs,
-            sampler=DeviceSampler(fixed.device_top_k or DeviceTopK()),
-        )
-        return ahead if self_test.failure(lambda: self._run_ahead_trial(ahead)) is None else fixed
-
-    def _run_ahead_trial(self, runner: ModelRunner) -> Iterable[tuple[Logits, Logits]]:
-        """Run ahead: yield the logits and those of passes on request. ValueError where tokens are not the host's."""
-        from mixlm.core.rng import Noise
-        from mixlm.core.sampling import Transform
-        from mixlm.engines.transformers.run_ahead import DEPTH
-        from mixlm.types import Sampling
-
-        steps = 6
-        transform, noise = Transform(Sampling(top_k=4), np.zeros(0, dtype=np.int64)), Noise(0)
-        session, symbols = HFSession(runner, 1 << 20), np.arange(self._vocab_size)
-        ids, rows = np.zeros(1, dtype=np.int64), []
-        for step in range(steps):
-            keys = tuple(noise.at(ahead).sample_key for ahead in range(step, min(step + DEPTH, steps - 1)))
-            hint = RunAheadHint(keys, transform.sampling, symbols) if keys else None
-            [[row]] = runner.run([SequenceInput(session, ids[-1:], 1, transform.top_k_filter, hint)])
-            if not isinstance(row, Candidates):
-                raise ValueError("the row was not filtered")
-            rows.append(row)
-            distribution = transform(row)
-            ids = np.append(ids, distribution.ids[noise.at(step).sample(*distribution)])
-        if session.stats.run_ahead != steps - 1:
-            raise ValueError("the device sampled other tokens")
-        [expected] = runner.run_unfiltered([SequenceInput(HFSession(runner, 1 << 20), ids[:-1], steps)])
-        for row, whole in zip(rows, expected, strict=True):
-            yield row.logprobs, whole[row.ids]

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,16 @@ def exists(name: str, base: Path) -> bool:
     return path.exists() or path.with_suffix(".py").exists()
 
 
-def python_files() -> Iterator[Path]:
-    for folder in (SOURCE, ROOT / "research"):
-        yield from sorted(folder.rglob("*.py"))
+@cache
+def modules() -> list[tuple[Path, list[ast.AST]]]:
+    """The files of the package and of research, by their paths from the root, with all their nodes."""
+    files = [path for folder in (SOURCE, ROOT / "research") for path in sorted(folder.rglob("*.py"))]
+    return [(path.relative_to(ROOT), [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]) for path in files]
 
 
-def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def bound_names(nodes: list[ast.AST]) -> Iterator[tuple[str, int]]:
     """Variables and parameters, with their lines."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
         elif isinstance(node, ast.arg):
@@ -84,9 +87,9 @@ def test_the_picture_has_every_room_once_in_the_order_of_the_contract():
 
 
 def test_the_table_names_rooms_and_modules_that_exist():
-    for names, modules in room_table():
+    for names, files in room_table():
         assert set(names) <= rooms()
-        for module in modules:
+        for module in files:
             assert any(exists(module, SOURCE / name) for name in names), f"{names} has no {module}"
 
 
@@ -97,18 +100,18 @@ def test_a_file_that_the_page_names_exists(name):
 
 def test_no_two_classes_share_a_name():
     places = defaultdict(list)
-    for path in python_files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, nodes in modules():
+        for node in nodes:
             if isinstance(node, ast.ClassDef):
-                places[node.name].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+                places[node.name].append(f"{path}:{node.lineno}")
     assert {name: lines for name, lines in places.items() if len(lines) > 1} == {}
 
 
 def test_names_are_nouns_of_the_field():
     private = [
-        f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path in python_files()
-        for name, line in bound_names(ast.parse(path.read_text(encoding="utf-8")))
+        f"{path}:{line}: {name}"
+        for path, nodes in modules()
+        for name, line in bound_names(nodes)
         if name in PRIVATE_WORDS
     ]
     assert private == []

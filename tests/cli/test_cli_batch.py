@@ -36,6 +36,7 @@ def completions(path: Path) -> dict[int, str]:
     return {item["number"]: item["text"] for item in lines}
 
 
+@pytest.mark.slow
 def test_each_prompt_gets_the_completion_it_would_get_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
     from mixlm import load
 
@@ -59,6 +60,7 @@ def test_a_second_run_writes_nothing_again(run: Run, prompts: Path, tmp_path: Pa
     assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_rule_is_part_of_what_a_file_was_written_with(run: Run, prompts: Path, tmp_path: Path) -> None:
     command = arguments(prompts, tmp_path / "out.jsonl")
     assert run(*command, "--rule", "power", "--strength", "3").code == 0

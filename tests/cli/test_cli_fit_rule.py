@@ -55,6 +55,7 @@ def test_what_does_not_go_with_a_rule_is_refused(run: Run, words: str, options: 
     assert message in done.err
 
 
+@pytest.mark.slow
 def test_a_gate_of_defer_is_trained_written_and_used(run: Run, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixlm.fitting.gate_trainer._EPOCHS", 1)
     monkeypatch.setattr("mixlm.fitting.gate_trainer.DECAYS", (3.0,))

@@ -209,6 +209,7 @@ def test_several_members_follow_the_exact_distribution_of_their_unit(unit):
     assert_sampled_from(counted(write, 400), distribution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece", "word", "byte"])
 def test_several_members_stay_in_the_language_in_every_unit(unit):
     ensemble = Ensemble(pair("token" if unit == "token" else "piece").members, [0.6, 0.4], unit=unit)
@@ -235,6 +236,7 @@ def test_greedy_takes_the_likeliest_of_the_constrained_average(unit):
         assert b"".join(pieces) in LANGUAGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["m0", "lookup"])
 def test_speculative_writes_mixtures_text(draft):
     ensemble = pair("piece")
@@ -245,6 +247,7 @@ def test_speculative_writes_mixtures_text(draft):
         assert completion.tokens == expected.tokens
 
 
+@pytest.mark.slow
 def test_mixing_before_truncating_and_published_rules_stay_in_the_language():
     ensemble = pair("piece")
     for more in ({"mix_then_truncate": True}, {"rule": "gac"}, {"rule": "unite"}):
@@ -255,6 +258,7 @@ def test_mixing_before_truncating_and_published_rules_stay_in_the_language():
             assert completion.text.encode() in LANGUAGE
 
 
+@pytest.mark.slow
 def test_a_member_that_cannot_go_on_leaves_its_weight_to_the_others():
     """The first cannot write a 2: behind a 1 that has to be followed by one, the second does, whatever the coin."""
     without = tuple(token for token in FIRST if b"2" not in token)
@@ -364,6 +368,7 @@ def test_what_ended_is_valid(schema, seed, kinds):
         jsonschema.validate(json.loads(completion.text), schema)
 
 
+@pytest.mark.slow
 def test_most_completions_end():
     schema = {
         "type": "object",
@@ -607,6 +612,7 @@ def test_the_alternatives_that_are_looked_through_for_patterns_are_bounded():
     assert len(list(limited_objects(nested))) == 1
 
 
+@pytest.mark.slow
 def test_a_chain_of_references_may_be_long():
     links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(1200)}
     schema = {**NAMED, "$ref": "#/$defs/a0", "$defs": {**links, "a1200": CLOSED}}

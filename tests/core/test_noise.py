@@ -70,6 +70,7 @@ def test_coins_follow_their_weights(vary):
     assert_sampled_from(counted(lambda i: noises[i].coin(weights), len(noises)), dict(enumerate(weights)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vary", ["seed", "sequence", "position"])
 @pytest.mark.parametrize(
     "symbols", [np.arange(6), 262_144 + np.arange(6), np.array([0, 1, 2**16, 2**31, 2**40, 2**62])]

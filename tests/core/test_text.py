@@ -139,6 +139,7 @@ def reference(pieces: list[bytes], stops: list[str]) -> tuple[str, bool]:
 letters = st.text("abé🎉", min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(
     pieces=st.lists(letters.map(str.encode) | st.binary(min_size=1, max_size=3), max_size=12),
     cuts=st.lists(st.integers(0, 60), max_size=8),

@@ -160,6 +160,7 @@ SPECULATING = ("geometric", "power below 0", "min", "contrastive", "contrastive,
 WRITING = {"raw": True, "max_tokens": 24, "ignore_end": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SPECULATING)
 def test_rules_without_bounds_write_what_conventional_writes(rule):
     ensemble, options = case(rule)

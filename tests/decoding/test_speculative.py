@@ -65,6 +65,7 @@ def test_weights_may_depend_on_the_text(unit, draft):
         drafted(ensemble, draft, 3, seed=1, sequence=sequence, max_tokens=25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["speculative", "auto", "greedy"])
 def test_a_completion_ends_where_a_context_is_full_and_after_its_stop(method):
     ensemble = make_ensemble([engine(seed=1, context_length=14), engine(seed=2, context_length=30)])
@@ -134,6 +135,7 @@ def test_a_wrong_guess_is_never_kept():
     assert 0 < tally.accepted < tally.drafted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", "piece"])
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("name", ["plain", "all"])

@@ -85,6 +85,7 @@ def test_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: st
         assert session.cache.length == len(ids)
 
 
+@pytest.mark.slow
 def test_fixed_shapes_return_what_transformers_returns(load: Load) -> None:
     engine = load("gemma3")
     ids = random_ids(engine, 40)
@@ -114,6 +115,7 @@ def test_short_forwards_have_fixed_shapes_and_long_ones_do_not(load: Load, monke
     assert ran == [(1, 1, 256), (4, 1, 256), (8, 8, 256), (4, 4, 256), (1, 1, 256), (1, 1, 512)]
 
 
+@pytest.mark.slow
 def test_a_sequence_goes_from_fixed_shapes_to_batches_and_back(load: Load) -> None:
     engine = load("gemma3")
     sessions = [engine.session(), engine.session()]
@@ -202,6 +204,7 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
     assert len(FusedNorms(torch.nn.Sequential(OddRMSNorm(), torch.nn.Linear(8, 8)))) == 0
 
 
+@pytest.mark.slow
 def test_graphs_are_on_by_themselves_on_cuda_only_and_reported(load: Load) -> None:
     for graphs, said in (("auto", {}), ("off", {}), ("on", {"short forwards": "fixed shapes"})):
         engine = load("llama", graphs)

@@ -123,6 +123,7 @@ def test_texts_are_those_of_whole_rows(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_an_engine_returns_what_is_needed_and_no_more(pair: list[HFEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = pair[0]
     monkeypatch.setattr(engine.runner, "device_top_k", DeviceTopK())

@@ -114,6 +114,7 @@ def test_probabilities_that_are_missing_are_requested_another_way(engine):
     assert (usual != other).any()
 
 
+@pytest.mark.slow
 def test_texts_are_equal_for_equal_seeds_and_for_the_conventional_way_of_one_member(engine):
     alone = Ensemble([MemberSpec(engine, "a")])
     completions = [alone.generate("three", seed=4, max_tokens=24, method=m, ignore_end=True, top_k=9) for m in METHODS]

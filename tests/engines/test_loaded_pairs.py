@@ -37,6 +37,7 @@ def text(ensemble: mixlm.Ensemble) -> str:
     return ensemble.generate(PROMPT, seed=3, max_tokens=12, ignore_end=True).text
 
 
+@pytest.mark.slow
 def test_a_pair_writes_what_its_folder_writes(folder, model, tokenizer):
     pair, files = mixlm.load((model, tokenizer), "toy:1"), mixlm.load(folder, "toy:1", engine="hf", dtype="float32")
     assert pair.names == ("tiny", "toy:1")

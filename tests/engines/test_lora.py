@@ -243,6 +243,7 @@ def test_a_members_own_system_message_stands_in_front_of_others(folders):
     assert engine.prompts.raw("u").tolist() == engine.encoder.encode(b"u").ids
 
 
+@pytest.mark.slow
 def test_a_models_only_member_may_have_an_adapter(folders):
     [engine] = (member.engine for member in members(folders, {"adapter": str(folders["a"]), "name": "poet"}).members)
     ids = random_ids(engine, 6)
@@ -351,6 +352,7 @@ def test_every_other_kind_of_adapter_is_refused_by_its_name(folders, base, tmp_p
     assert str(tmp_path) in refusal(folders, base, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

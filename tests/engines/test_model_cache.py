@@ -30,6 +30,7 @@ def test_snapshots_are_few_and_a_rollback_runs_little_more_than_was_rolled_back(
                 assert length - nearest <= 5 * back
 
 
+@pytest.mark.slow
 def test_appending_runs_what_is_new_and_a_rollback_what_lies_behind_a_snapshot(engine):
     ids = random_ids(engine, 80)
     session = engine.session()

@@ -56,6 +56,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_sequences_attend_together_as_each_does_by_itself(name, monkeypatch):
     form, rng, calls = FORMS[name], np.random.default_rng(1), []
@@ -153,6 +154,7 @@ def fails(*_):
     raise NotImplementedError("not on this device")
 
 
+@pytest.mark.slow
 def test_a_kernel_for_several_sequences_is_used_where_it_is_right(tmp_path, monkeypatch):
     kernels = [VarlenKernel("absent", fails), VarlenKernel("wrong", wrong), VarlenKernel("right", reference)]
     folder = build(tmp_path / "m", "mistral")

@@ -63,6 +63,7 @@ def forwards(session) -> list[tuple[int, int]]:
     return [(forward.tokens, forward.cached) for forward in session.stats.forwards]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_sequence_runs_what_the_first_has_not(engines, kind):
     engine, plain = engines(kind)

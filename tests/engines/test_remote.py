@@ -396,6 +396,7 @@ def test_what_a_server_lacks_to_sample_itself_is_named_and_it_is_asked_token_by_
     assert len(completion.tokens) == len(fake.requests) == 6
 
 
+@pytest.mark.slow
 def test_more_control_tokens_than_biases_may_name_are_not_left_to_the_server(sampler, fake, folder):
     many = np.arange(301)
     assert sampler.samples_itself(Sampling(), many)

@@ -132,6 +132,7 @@ def test_a_member_that_refuses_a_request_is_not_dropped(both, fakes, monkeypatch
     assert all(member.dropped == 0 for member in stream.completion.usage.members.values())
 
 
+@pytest.mark.slow
 def test_servers_with_different_models_are_no_replicas(fakes, folder):  # noqa: F811
     fakes[1].seed = 1
     with pytest.raises(UnsupportedError, match=f"{fakes[1].url} has another model: it is no replica"):
@@ -247,6 +248,7 @@ def test_a_server_killed_in_the_middle_of_a_generation_is_replaced_by_its_replic
     assert all(forward.tokens < 20 < forward.cached for forward in session.stats.forwards[before + 1 :])
 
 
+@pytest.mark.slow
 def test_sequences_with_a_common_prefix_keep_their_slots(processes):
     _, url = processes[0]
     alone = RemoteEngine(EngineSpec(url, ""), None, QUICK)
@@ -258,6 +260,7 @@ def test_sequences_with_a_common_prefix_keep_their_slots(processes):
     assert alone.details["prefix cache"] == "reported"
 
 
+@pytest.mark.slow
 def test_a_slot_that_was_left_serves_a_sequence_with_the_same_prefix(processes):
     _, url = processes[0]
     alone = RemoteEngine(EngineSpec(url, ""), None, QUICK)
@@ -268,6 +271,7 @@ def test_a_slot_that_was_left_serves_a_sequence_with_the_same_prefix(processes):
     assert other.stats.forwards[0].cached == 30
 
 
+@pytest.mark.slow
 def test_an_unknown_certificate_is_refused(folder, tmp_path, monkeypatch):  # noqa: F811
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     arguments = f"req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"

@@ -91,6 +91,7 @@ def test_routers_are_judged_from_the_same_reading(
     assert len(again.grid) == 3
 
 
+@pytest.mark.slow
 def test_a_router_writes_in_a_folder_of_its_own(setup: Callable[..., AccuracySetup]) -> None:
     ensemble, plan = toys(), setup("generate")
     routers = {f"{sharpness}": PromptRouter(ensemble.weights, sharpness) for sharpness in (0.5, 50.0)}

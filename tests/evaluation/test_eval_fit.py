@@ -22,6 +22,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "words.txt"
 
 
+@pytest.mark.slow
 def test_choices_are_read_once_for_all_weights(run: Run, task: Callable[..., str], text: str) -> None:
     arguments = ("fit", text, *TOYS, "--accuracy", task("choice"), "--prompt-bytes", "60", "--router", "r.json")
     code, out, err = run(*arguments, "--grid", "--json")
@@ -48,6 +49,7 @@ def test_choices_are_read_once_for_all_weights(run: Run, task: Callable[..., str
     assert json.loads(Path("fit-results/choice/accuracy.json").read_text()) == accuracy
 
 
+@pytest.mark.slow
 def test_the_report_says_what_chose_and_what_it_cost(run: Run, task: Callable[..., str], text: str) -> None:
     code, out, _ = run("fit", text, *TOYS, "--accuracy", task("choice"), "--step", "0.5", "--out", "here")
     assert code == 0

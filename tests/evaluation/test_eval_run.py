@@ -53,6 +53,7 @@ def texts(folder: Path, method: str = "mixture", seed: int = 0) -> list[str]:
     return [line["response"] for line in sorted(map(json.loads, lines), key=lambda line: line["index"])]
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_are_reproducible(task, tmp_path: Path) -> None:
     name = task("generate")
     for out in ("a", "b"):
@@ -149,6 +150,7 @@ def test_a_run_that_stopped_goes_on(task, tmp_path: Path, monkeypatch: pytest.Mo
     assert json.loads((out / "results.json").read_text())["scores"][0]["values"]
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_name(task, tmp_path: Path) -> None:
     name = task("generate")
     plan = {"methods": ["mixture"], "seeds": [0], "out": tmp_path}

@@ -71,6 +71,7 @@ def test_em_never_gets_worse_and_ends_at_the_optimum(problem: tuple[int, int, in
     assert fit.trace[-1] == pytest.approx(scores.bits_per_byte(scores.mixture(fit.weights)), abs=1e-12)
 
 
+@pytest.mark.slow
 @given(problems)
 @settings(max_examples=20)
 def test_em_is_at_least_as_likely_as_every_point_of_the_grid(problem: tuple[int, int, int]) -> None:
@@ -188,6 +189,7 @@ def kinds(seed: int, count: int = 1500) -> list[Scores]:
     return out
 
 
+@pytest.mark.slow
 def test_a_router_beats_any_fixed_weights_on_two_kinds_of_text() -> None:
     seen: list[tuple[int, float]] = []
     router = fit_router(kinds(0), progress=lambda *now: seen.append(now))

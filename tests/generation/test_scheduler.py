@@ -34,6 +34,7 @@ def text(completion):
     return [(token.data, token.member, token.text) for token in completion.tokens], completion.finish_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("unit", ["token", "piece"])
 def test_completions_written_together_are_those_written_one_by_one(unit, method):

@@ -213,6 +213,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     assert "did you mean" not in str(refused.value)  # nobody typed it
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_an_older_version_is_made_anew(tmp_path: Path, write_gguf: Callable[..., Path], quiet) -> None:
     from dataclasses import replace
 

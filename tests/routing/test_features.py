@@ -20,6 +20,7 @@ def test_they_look_back_8192_bytes() -> None:
 long = st.binary(min_size=40, max_size=200).map(lambda data: (data * TAIL)[: TAIL + len(data)])
 
 
+@pytest.mark.slow
 @given(long, st.binary(max_size=300), st.binary(max_size=300))
 def test_nothing_further_back_counts(tail: bytes, first: bytes, other: bytes) -> None:
     result = [features(front + tail, np.array([len(front + tail)])) for front in (first, other)]

@@ -91,6 +91,7 @@ tables = st.integers(1, 5).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(tables, st.integers(0, 100))
 def test_responsibilities_sum_to_one(logprobs: np.ndarray, seed: int) -> None:
     scores = made(logprobs)

@@ -633,6 +633,7 @@ def test_log_probabilities_are_finite_numbers():
 PARTS = "é🦉".encode()
 
 
+@pytest.mark.slow
 def test_parts_of_characters_have_one_spelling():
     """A client finds each token among its own alternatives, in chat and in completions."""
     bytewise = ToyEngine([bytes([byte]) for byte in PARTS], lambda context: np.array([0.0] * len(PARTS) + [-9.0, -9.0]))

@@ -121,6 +121,7 @@ def test_openai_sdk_asynchronously(toys):
     assert asyncio.run(run()) == [PAIR.generate(HELLO, seed=seed, max_tokens=9).text for seed in range(20)]
 
 
+@pytest.mark.slow
 def test_openai_sdk_understands_errors(sdk, toys):
     with pytest.raises(openai.BadRequestError) as refused:
         sdk.chat.completions.create(

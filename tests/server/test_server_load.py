@@ -163,6 +163,7 @@ def test_a_disconnected_client_frees_its_slot(stream):
         assert server.app.model_thread.num_unfinished == 0
 
 
+@pytest.mark.slow
 def test_a_request_that_takes_too_long_is_ended():
     with running(endless(0.01), request_timeout=0.3) as server:
         late = server.chat(max_tokens=3000)
@@ -210,6 +211,7 @@ def test_a_failing_engine_ends_its_completion_and_no_other(caplog):
     assert "secret detail" in caplog.text
 
 
+@pytest.mark.slow
 def test_small_requests_are_answered_without_delay(toys):
     """The head and the body of a response must not wait for each other (Nagle, 40 ms)."""
     times = []

@@ -175,6 +175,7 @@ def test_a_head_that_does_not_arrive_times_out(monkeypatch):
         assert server.client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_half_open_clients_hold_no_slot():
     with running(endless(), max_batch=1, max_queue=0) as server:
         half = [raw_connection(server.url, request_bytes({"messages": HELLO})[:-1]) for _ in range(60)]

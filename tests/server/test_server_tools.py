@@ -110,6 +110,7 @@ def test_a_call_that_is_cut_off_says_so(toys):
         assert choice["finish_reason"] in ("length", "tool_calls")
 
 
+@pytest.mark.slow
 def test_the_sdk_parses_tools_of_pydantic(sdk):
     class Weather(pydantic.BaseModel):
         city: Literal["Oslo", "Rome"]
@@ -175,6 +176,7 @@ def test_fields_of_vllm_are_those_of_mixlm(toys, fields, same):
     assert one == other
 
 
+@pytest.mark.slow
 def test_min_tokens_and_continued_messages(toys):
     for seed in range(4):
         assert toys.chat(seed=seed, min_tokens=50, max_tokens=60).json()["usage"]["completion_tokens"] >= 50
@@ -311,6 +313,7 @@ def test_what_is_wrong_with_a_response_is_named(toys, fields, param):
     assert str(response.json()["error"]["param"]).startswith(param), response.text
 
 
+@pytest.mark.slow
 def test_what_is_too_long_is_named():
     with running(load("toy:1"), max_prompt_chars=100) as server:
         long = "x" * 200
@@ -323,6 +326,7 @@ def test_what_is_too_long_is_named():
             assert (error["param"], error["message"].split()[0]) == (param, param)
 
 
+@pytest.mark.slow
 def test_stored_responses_are_bounded_and_the_clients_own():
     keys = ApiKeys({hash_key("a-long-and-random-key"): "ada", hash_key("another-random-key-of-bo"): "bo"})
     with running(load("toy:1"), keys, max_stored_bytes=6000) as server:

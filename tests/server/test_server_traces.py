@@ -144,6 +144,7 @@ def test_a_request_that_ends_in_the_queue():
     assert roots["b"].attributes["gen_ai.usage.output_tokens"] == 0
 
 
+@pytest.mark.slow
 @needs_sdk
 def test_a_request_that_takes_too_long_is_an_error():
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter

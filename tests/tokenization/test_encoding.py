@@ -66,6 +66,7 @@ def test_a_growing_text_has_the_ids_of_the_whole(name, data, lengths):
     assert_grows(encoder(trained(name)), steps(data, lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_random_pieces_have_the_ids_of_the_whole(name):
     assert_many_grow(encoder(trained(name)))
@@ -207,6 +208,7 @@ def test_bytes_without_a_token_are_unknown_or_left_out():
     assert encoder(unknown).encode(b"a\xffb").ids == [0, 1]
 
 
+@pytest.mark.slow
 @given(text=st.text("ab \x04é1", max_size=20), lengths=CUTS)
 @example(text="\x04a b", lengths=[])
 def test_a_vocabulary_that_lacks_bytes_still_reads_the_rest(text, lengths):

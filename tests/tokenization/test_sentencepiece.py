@@ -156,6 +156,7 @@ def test_a_growing_text_has_the_ids_of_the_whole(loaded, kind, data, lengths):
     assert_grows(loaded(kind).encoder, steps(data, lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_pieces_have_the_ids_of_the_whole_and_what_is_stable_stays(loaded, kind):
     assert_many_grow(loaded(kind).encoder)

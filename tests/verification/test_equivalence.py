@@ -142,6 +142,7 @@ def test_every_sampling_option_keeps_the_distribution(unit: str, options: dict[s
     assert check(make_ensemble(2, unit), "abc", samples=SAMPLES, options=options).equal  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"ignore_end": True}, {"min_tokens": 1}, {"min_tokens": 5, "rule": "max"}])
 def test_where_a_text_may_not_end_the_distribution_has_no_end(options: dict[str, Any]) -> None:
     ending = fixed({b"a": 0.3, b"b": 0.2, b"": 0.5})

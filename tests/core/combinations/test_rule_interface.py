@@ -29,6 +29,7 @@ def test_every_rule_is_known_by_its_name():
     assert combination("unite") == combination("union-top-k")
 
 
+@pytest.mark.slow
 def test_a_rule_is_imported_when_it_is_asked_for():
     program = (
         "import sys; from mixlm.core.combinations import combination; before = set(sys.modules); combination('max');"

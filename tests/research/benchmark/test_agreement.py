@@ -31,6 +31,7 @@ def contexts(count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(1).integers(0, 200, size=(count, 6)))
 
 
+@pytest.mark.slow
 def test_members_share_a_distribution_in_that_share_of_contexts_and_no_token_in_the_others() -> None:
     agreement, equal = agreed_distribution(0.8), 0
     for ids in contexts(2000):

@@ -94,6 +94,7 @@ def test_adapters_are_mixlms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "transformers small was left out: its adapter is switched on by mixlm alone" in notes
 
 
+@pytest.mark.slow
 def test_agreement_by_construction_is_mixlms_own() -> None:
     report = compare(shapes(), tokens=4, repeats=1, methods=["mixture"], rivals=True, agreement=0.5)
     assert [run.label for run in report.runs] == ["mixture", "transformers small", "transformers large"]

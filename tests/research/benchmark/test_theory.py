@@ -221,6 +221,7 @@ def launches(sizes: dict[str, Any]) -> int:
     return counted.count
 
 
+@pytest.mark.slow
 def test_launches_grow_with_the_layers_and_not_with_their_size() -> None:
     two, three, five = (launches({**LARGE, "num_hidden_layers": layers}) for layers in (2, 3, 5))
     a_layer = three - two

@@ -102,6 +102,7 @@ def test_mixlm_itself_can_be_what_is_full():
     assert simulate(two, Workload(None, 1, 200, 32, "fixed"), count=64).tokens_per_second == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_sequences_stay_with_their_machine_and_share_them_evenly():
     costs = one_member(replicas=3).with_replicas({"a": 4})
     seen = simulate(costs, Workload(20, 1, 1, 10**6, "fixed"), count=8000)
@@ -129,6 +130,7 @@ def test_as_few_machines_as_keep_up_are_found():
         needed(one_member(), load, PlanTarget(first=0.05), count=50)
 
 
+@pytest.mark.slow
 def test_more_that_comes_waits_longer():
     points = sweep(one_member(), Workload(None, 1, 1, 10**6, "fixed"), [2, 5, 8], count=4000)
     waits = [point.as_dict()["first_token"]["p95"] for point in points]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toys import SHARED
+from toys import SHARED, engine
 
 import mixlm
 from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
+from mixlm.core.sampling import Transform
 from mixlm.engines.toy import ToyEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import UnsupportedError
+from mixlm.generation.member import Member
 from mixlm.generation.next_distribution import NextDistribution
+from mixlm.types import Sampling
 from mixlm.verification.exact import ExactReference
 
 OTHERS = [b"a", b"b", b"ab", b"c", b"abc", b"d"]
@@ -21,7 +24,7 @@ OTHERS = [b"a", b"b", b"ab", b"c", b"abc", b"d"]
 @pytest.fixture
 def pair() -> Ensemble:
     members = [ToyEngine(SHARED, seed=1, name="first"), ToyEngine(SHARED, seed=2, name="second")]
-    return Ensemble([MemberSpec(engine, engine.name) for engine in members], [0.7, 0.3])
+    return Ensemble([MemberSpec(member, member.name) for member in members], [0.7, 0.3])
 
 
 def dense(distribution: NextDistribution, size: int) -> np.ndarray:
@@ -58,7 +61,7 @@ def test_units_are_the_bytes_that_a_completion_has(pair):
 
 def test_different_vocabularies_meet_as_bytes():
     members = [ToyEngine(SHARED, seed=1, name="first"), ToyEngine(OTHERS, seed=2, name="second")]
-    ensemble = Ensemble([MemberSpec(engine, engine.name) for engine in members])
+    ensemble = Ensemble([MemberSpec(member, member.name) for member in members])
     distribution = ensemble.distribution("ab", raw=True)
     assert len(distribution.units) == len(set(distribution.units)) == len({*SHARED, *OTHERS, b""})
     np.testing.assert_allclose(distribution.members.sum(axis=1), 1)
@@ -96,3 +99,21 @@ def test_what_engines_sample_themselves_from_their_top_tokens_is_no_whole_distri
         member.engine.samples_itself = lambda sampling, banned: True
     with pytest.raises(UnsupportedError, match="reports its 4 most likely tokens only"):
         pair.distribution("ab", raw=True, method="mixture", top_k=0)
+
+
+def test_tokens_of_one_symbol_are_added_up_at_every_position():
+    """Ids and symbols that stay the same are kept from one position to the next; a sum that underflows is left out."""
+    toy = engine([b"a", b"b", b"a", b"b"])
+    symbols = np.array([0, 1, 0, 1, -1, 4])
+    member = Member(toy, "m", Transform(Sampling(temperature=1.0, top_k=0), np.array([4])), symbols)
+    for logits, expected in (
+        ([0.0, 1.0, 2.0, 3.0, 9.0, 4.0], {0: 1 + np.exp(2), 1: np.exp(1) + np.exp(3), 4: np.exp(4)}),
+        ([3.0, 1.0, 2.0, 3.0, 9.0, 4.0], {0: np.exp(3) + np.exp(2), 1: np.exp(1) + np.exp(3), 4: np.exp(4)}),
+        ([3.0, -2000.0, 2.0, -2000.0, 9.0, 4.0], {0: np.exp(3) + np.exp(2), 4: np.exp(4)}),
+        ([0.0, -np.inf, 2.0, 3.0, 9.0, 4.0], {0: 1 + np.exp(2), 1: np.exp(3), 4: np.exp(4)}),
+    ):
+        ids, logprobs = member.distribution(np.array(logits))
+        total = sum(expected.values())
+        assert dict(zip(ids.tolist(), np.exp(logprobs), strict=True)) == pytest.approx(
+            {symbol: mass / total for symbol, mass in expected.items()}
+        )

@@ -8,14 +8,13 @@ import pytest
 from mixlm.errors import ModelLoadError
 from mixlm.models.cache import (
     INFO_FILE,
-    BuildFolders,
     ModelMetadata,
     cache_root,
     find,
-    install,
     installed,
     model_folder,
 )
+from mixlm.models.install import BuildFolders, install
 from mixlm.terminal import ProgressDisplay
 
 INFO = ModelMetadata("here", "00", "bfloat16", "llama", (0,), (1,), 64, "Test licence")

@@ -6,8 +6,9 @@ import pytest
 
 import mixlm
 from mixlm.errors import ModelLoadError, ModelNotFoundError
-from mixlm.models.cache import installed, remove
+from mixlm.models.cache import installed
 from mixlm.models.fetch import get
+from mixlm.models.install import remove
 from mixlm.models.resolve import resolve
 
 

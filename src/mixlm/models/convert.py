@@ -18,16 +18,14 @@ from mixlm.errors import ConfigError, MixlmError, ModelLoadError, ModelNotFoundE
 from mixlm.models.cache import (
     GGUF_FILE,
     TOKENIZER_VERSION,
-    BuildFolders,
     ModelMetadata,
-    install,
-    locked,
     read_info,
     write_info,
 )
 from mixlm.models.file_index import remembered
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import GgufHeader, read_header, read_metadata
+from mixlm.models.install import BuildFolders, install, locked
 from mixlm.terminal import ProgressDisplay, Stage
 
 DTYPES = ("bfloat16", "float16", "float32")

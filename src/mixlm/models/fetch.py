@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixlm.errors import DownloadError, MixlmError, ModelLoadError, ModelNotFoundError, did_you_mean
-from mixlm.models.cache import GGUF_FILE, BuildFolders, InstalledModel, ModelMetadata, find, install, read_info
+from mixlm.models.cache import GGUF_FILE, InstalledModel, ModelMetadata, find, read_info
 from mixlm.models.catalog import CATALOG, GROUPS, CatalogModel, WheelFile, expand
 from mixlm.models.convert import checksum, model_info, near_paths, with_tokenizer
 from mixlm.models.gguf_tokenizer import write_tokenizer
 from mixlm.models.header import read_header, read_metadata
 from mixlm.models.hub import check_hub, hub_file, hub_files
+from mixlm.models.install import BuildFolders, install
 from mixlm.models.resolve import check_no_page
 from mixlm.terminal import ProgressDisplay
 

@@ -15,7 +15,10 @@ from rule_cases import RULES, plain
 
 from mixlm.choices import RULES_WITH_ROLES
 from mixlm.core.combinations import COMBINATIONS, Combination, Unreported, align, combination, combination_class
+from mixlm.core.combinations.base import align_logprobs
+from mixlm.core.combinations.contrastive import Contrastive
 from mixlm.core.combinations.geometric import Geometric
+from mixlm.core.combinations.guidance import Guidance
 from mixlm.core.combinations.max import Max
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Candidates
@@ -354,6 +357,54 @@ def test_a_report_of_the_top_k_is_all_that_union_top_k_needs_first():
         rule.first_distribution(row, WEIGHTS, member, Unreported.of(row[None], [0])) for member, row in enumerate(part)
     ]
     np.testing.assert_allclose(WEIGHTS @ np.array(stops), whole)
+
+
+class First:
+    """Not a rule, but a base of some."""
+
+    @staticmethod
+    def combine(probs, weights):
+        return probs[0]
+
+
+def test_a_rule_that_replaces_a_function_of_a_product_takes_no_shortcut_of_it():
+    class Mixed(First, Geometric):
+        pass
+
+    class Own(Guidance):
+        def combine(self, probs, weights):
+            return super().combine(probs=probs, weights=weights)
+
+    class Bounded(Contrastive):
+        def bound(self, probs, weights, ran, unreported=None):
+            return super().bound(probs, weights, ran, unreported)
+
+    class Renamed(Geometric):
+        name = "renamed"
+
+    assert Geometric().is_product
+    assert Renamed().is_product
+    for rule in (Mixed(), Own(), Bounded()):
+        assert not rule.is_product
+        assert not rule.is_open({}, WEIGHTS)
+    np.testing.assert_allclose(Mixed().combine(ROWS, WEIGHTS), ROWS[0])
+    np.testing.assert_allclose(Own().combine(weights=WEIGHTS, probs=ROWS), Guidance().combine(ROWS, WEIGHTS))
+    assert not Own().bound(ROWS, WEIGHTS, [1]).any()
+
+
+def test_what_is_too_unlikely_for_a_probability_is_impossible_in_logarithms_too():
+    ids = np.arange(3)
+    rows = [np.array([0.0, -1e9, -1.0]), np.array([-1.0, 0.0, -1.0])]
+    symbols, logprobs = align_logprobs([Candidates(ids, row) for row in rows])
+    assert symbols.tolist() == [0, 1, 2]
+    assert logprobs[0].tolist() == [0, -np.inf, -1]
+    assert logprobs[1] is rows[1]
+    for rule, order in ((Contrastive(alpha=0.0), (1, 0)), (Guidance(), (1, 0))):
+        ordered = [logprobs[row] for row in order]
+        with pytest.raises(UnsupportedError, match="divides by"):
+            rule.from_logprobs(ordered, WEIGHTS)
+        with pytest.raises(UnsupportedError, match="divides by"):
+            rule.combine(np.exp(ordered), WEIGHTS)
 
 
 def test_the_rules_that_have_roles_are_listed():

@@ -36,6 +36,7 @@ Alignment = Literal["symbols", "strings", "spellings"]
 # Rounding: bounds may exceed what they bound by this much, and winners must be ahead by this much.
 TOLERANCE = 1e-9
 _LEAST_MASS = 1e-12
+_LEAST_LOGPROB = -745.0  # exp of less is 0
 _PLAIN = Transform(Sampling(temperature=1.0, top_k=0), np.zeros(0, dtype=np.int64))
 
 
@@ -112,7 +113,7 @@ def align_logprobs(parts: Sequence[Candidates]) -> tuple[Ids, list[Floats]]:
         return np.zeros(0, dtype=np.int64), []
     common = parts[0].ids
     if all(np.array_equal(part.ids, common) for part in parts[1:]) and (common[1:] > common[:-1]).all():
-        return common, [part.logprobs for part in parts]
+        return common, [_representable(part.logprobs) for part in parts]
     marked = np.zeros(max(int(part.ids.max(initial=-1)) for part in parts) + 1, dtype=np.bool_)
     for part in parts:
         marked[part.ids] = True
@@ -120,8 +121,26 @@ def align_logprobs(parts: Sequence[Candidates]) -> tuple[Ids, list[Floats]]:
     column = np.cumsum(marked) - 1
     rows = [np.full(symbols.size, -np.inf) for _ in parts]
     for row, part in zip(rows, parts, strict=True):
-        row[column[part.ids]] = part.logprobs
+        row[column[part.ids]] = _representable(part.logprobs)
     return symbols, rows
+
+
+def _representable(logprobs: Floats) -> Floats:
+    """Return log-probabilities, -inf where a probability is 0 in float64; they may be those given."""
+    least = logprobs.max(initial=-np.inf) + _LEAST_LOGPROB
+    if logprobs.min(initial=0.0) >= least:
+        return logprobs
+    rows: Floats = np.where(logprobs < least, -np.inf, logprobs)
+    return rows
+
+
+# What a rule consists of. `is_product` and `is_open` are shortcuts of these.
+_FUNCTIONS = ("combine", "bound", "envelope", "certain_winner", "first_member", "first_distribution")
+
+
+def _depth(cls: type, name: str) -> int:
+    """Return how far up among a class's bases an attribute is defined."""
+    return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 @dataclass(frozen=True)
@@ -158,10 +177,11 @@ class Combination(ABC):
     takes_reports: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Check what rules of one's own return wherever it is used, and take no shortcut of a function they replace."""
+        """Check what rules of one's own return wherever it is used, and take no shortcut of functions they replace."""
         super().__init_subclass__(**keywords)
-        for function, shortcut in (("combine", "is_product"), ("bound", "is_open")):
-            if function in vars(cls) and shortcut not in vars(cls):
+        replaced = min(_depth(cls, name) for name in _FUNCTIONS)
+        for shortcut in ("is_product", "is_open"):
+            if replaced < _depth(cls, shortcut):
                 setattr(cls, shortcut, vars(Combination)[shortcut])
         if not cls.__module__.startswith("mixlm."):
             from mixlm.core.combinations.function import check_results

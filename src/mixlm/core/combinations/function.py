@@ -83,24 +83,29 @@ class FunctionCombination(Combination):
         return _checked_part(call, probs.shape[1], f"the envelope of rule {self.name}")
 
 
+_FIRST_ARGUMENT = {"first_member": "weights", "first_distribution": "row"}
+
+
 def check_results(rule: type[Combination]) -> None:
     """Check what the functions of a class of one's own return wherever it is used, as that of a `FunctionCombination`.
 
-    Classes inherit what is checked already.
+    Functions of other rules are checked already; those of a base that is no rule are checked here.
     """
     for name in ("combine", "bound", "envelope", "first_member", "first_distribution"):
-        if name in vars(rule):
-            setattr(rule, name, _checked_method(vars(rule)[name], name))
+        owner = next(base for base in rule.__mro__ if name in vars(base))
+        if owner is rule or not issubclass(owner, Combination):
+            setattr(rule, name, _checked_method(vars(owner)[name], name))
 
 
-def _checked_method(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _checked_method(method: Any, name: str) -> Callable[..., Any]:
     @wraps(method)
-    def checked(self: Combination, values: Floats, *args: Any, **keywords: Any) -> Floats | None:
+    def checked(self: Combination, *args: Any, **keywords: Any) -> Floats | None:
         subject = f"rule {self.name}" if name == "combine" else f"{name} of rule {self.name}"
-        result = _call(partial(method, self, values, *args, **keywords), subject)
+        result = _call(partial(method.__get__(self), *args, **keywords), subject)
         if result is None and name in ("bound", "envelope", "first_member"):
             return None
         check = _checked_whole if name in ("combine", "first_member") else _checked_part
+        values: Floats = args[0] if args else keywords[_FIRST_ARGUMENT.get(name, "probs")]
         return check(lambda: result, values.shape[-1], subject)
 
     return checked

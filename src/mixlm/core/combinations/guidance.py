@@ -47,13 +47,13 @@ class Guidance(Combination):
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
         """Whether several symbols are left."""
-        return self.is_product and leaves_several(parts, self._exponents)
+        return self.strength not in (0, 1) and leaves_several(parts, self._exponents)
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where one symbol is left, else nothing."""
-        if not self.is_product:
+        if self.strength in (0, 1):
             only = 0 if self.strength == 1 else 1
             return probs[only].copy() if only in ran else np.zeros(probs.shape[1])
         return only_symbol(probs, ran, self._exponents, unreported)

@@ -4,14 +4,23 @@ import atexit
 import os
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
+
+# Names of the frames above `program` where it is the process's program: the script that pip installs, and `-m`.
+_AS_PROGRAM = (["<module>"], ["<module>", "_run_code", "_run_module_as_main"])
 
 
 def program() -> NoReturn:
     """Run `mixlm`, and end the process without freeing its memory: that of large vocabularies takes a second.
 
-    What runs at exit still does.
+    What runs at exit still does. In a process that is more than this program, the memory is freed as ever.
     """
+    frame: FrameType | None = sys._getframe(1)
+    callers: list[str] = []
+    while frame is not None:
+        callers.append(frame.f_code.co_name)
+        frame = frame.f_back
     codes: list[int] = []
 
     def end() -> None:
@@ -21,7 +30,9 @@ def program() -> NoReturn:
             if codes:
                 os._exit(codes[0])
 
-    atexit.register(end)  # the last to run, since everything else is imported later
+    # It has to be the last to run, so the first to be registered.
+    if callers in _AS_PROGRAM and atexit._ncallbacks() == 0:
+        atexit.register(end)
     from mixlm.cli import main
 
     codes.append(main())

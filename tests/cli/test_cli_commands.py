@@ -87,6 +87,20 @@ mixlm.__main__.program()
     assert "Exception" not in done.err
 
 
+def test_a_process_that_is_more_than_the_program_ends_as_it_says() -> None:
+    program = """
+import atexit, sys, mixlm.__main__
+atexit.register(print, "registered before")
+def run(): mixlm.__main__.program()
+try: run()
+except SystemExit: pass
+sys.exit(5)
+"""
+    done = process("--version", program=program)
+    assert done.code == 5
+    assert done.out.splitlines()[-1] == "registered before"
+
+
 @pytest.mark.parametrize("name", ["paper", "plan"])
 def test_commands_that_moved_say_where(run: Run, name: str) -> None:
     done = run(name, "x", "--quick")

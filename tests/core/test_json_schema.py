@@ -459,6 +459,13 @@ def test_a_schema_that_the_compiler_would_end_the_process_for_is_refused():
         ensemble.generate("a", json_schema=nested)
 
 
+@pytest.mark.parametrize(("executable", "reason"), [(None, "None does not run"), ("/bin/false", "does not start in")])
+def test_without_a_python_to_check_a_deep_schema_in_it_is_refused(monkeypatch, executable, reason):
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.raises(ConfigError, match=f"json_schema cannot be checked: .*{reason}"):
+        pair("piece").generate("a", json_schema=linked(1500))
+
+
 def test_schemas_are_read_once_and_only_the_latest_are_kept():
     grammars = pair("piece").grammars
     first = grammars.for_schema(SCHEMA)

@@ -13,6 +13,7 @@ import sys
 from math import ceil
 from pathlib import Path
 
+from mixlm.core.grammar_worker import DONE, STARTED
 from mixlm.errors import ConfigError
 
 _WORKER = Path(__file__).with_name("grammar_worker.py")
@@ -55,7 +56,13 @@ def _check(source: str, *, memory: int, timeout: float | None) -> None:
         worker = subprocess.run(command, input=source.encode(), capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"json_schema takes longer than {timeout:g} s to compile", "make it smaller") from None
+    except (OSError, TypeError) as error:  # there is no such program, or none at all
+        raise ConfigError(f"json_schema cannot be checked: {sys.executable!r} does not run: {error}") from None
     if worker.returncode in _STACK_OVERFLOW:
         raise ConfigError("json_schema is nested too deeply to be compiled", "make it flatter")
-    if worker.returncode < 0 or (worker.returncode and memory):
+    output = worker.stdout.decode(errors="replace").split()
+    if STARTED not in output:
+        reason = worker.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"status {worker.returncode}"
+        raise ConfigError(f"json_schema cannot be checked: its compiler does not start in {sys.executable!r}: {reason}")
+    if DONE not in output:
         raise ConfigError("json_schema takes too much memory or time to compile", "make it smaller")

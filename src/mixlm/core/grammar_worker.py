@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 # Of the thread that compiles. It is less than other threads have: the compiler recurses, and the process ends
 # where the stack does.
 _STACK_BYTES = 4 << 20
+STARTED, DONE = "started", "done"  # lines of its output
 
 
 class _Bytes:
@@ -45,9 +46,11 @@ def main() -> None:
         if not matcher.is_error():
             matcher.compute_bitmask()
 
+    print(STARTED, flush=True)
     threading.stack_size(_STACK_BYTES)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(compile_grammar, sys.stdin.buffer.read().decode()).result()
+    print(DONE)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_a_score_that_takes_long_can_be_given_up(folder):  # noqa: F811
         scheduler.cancel(echo)
         later = start(max_tokens=2, ignore_end=True)
         assert [*scheduler.run()] == [later]
-        assert server.in_flight == 1  # the server is still at what was given up
+        assert server.in_flight >= 1  # the server is still at what was given up
         assert len(later.completion.tokens) == 2
     finally:
         server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,14 +28,13 @@ def remembered(path: Path, index: str, compute: Callable[[], Any]) -> Any:
     key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
     try:
         entries = dict(json.loads(index_file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         entries = {}
     if key not in entries:
-        value = compute()
-        entries = {entry: other for entry, other in entries.items() if Path(entry.rsplit("|", 2)[0]).exists()}
-        entries[key] = value
+        entries[key] = compute()
         # The index is only a cache; that it cannot be written is reported later.
         with suppress(OSError):
+            entries = {entry: value for entry, value in entries.items() if os.path.exists(entry.rsplit("|", 2)[0])}
             index_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(index_file, entries)
     return entries[key]

@@ -109,7 +109,7 @@ class _MemoSession(Session):
         super().__init__(session.context_length)
         self._session = session
         self._known: OrderedDict[bytes, tuple[Logits, HiddenStates | None]] = OrderedDict()
-        self._reports: dict[tuple[bytes, int], LogitsRows] = {}
+        self._reports: dict[tuple[bytes, int, bytes], LogitsRows] = {}
         self._scores: dict[bytes, Floats] = {}
 
     def token_logprobs(self, ids: Ids, first: int = 1) -> Floats:
@@ -154,7 +154,7 @@ class _MemoSession(Session):
             return self.logits(ids, last)
         if allowed or last != 1 or top_k_filter is None or top_k_filter.k > _MEMO_TOP_K:
             return self._session.logits_rows(ids, last, top_k_filter, allowed)
-        key = ids.tobytes(), top_k_filter.k
+        key = ids.tobytes(), top_k_filter.k, top_k_filter.banned.tobytes()
         if key not in self._reports:
             self._reports[key] = self._session.logits_rows(ids, last, top_k_filter)
         return self._reports[key]

@@ -209,8 +209,9 @@ class ReplicaSet:
             if response.status != 200:
                 raise EngineError(f"status {response.status}")
             server = await self._requirements.connect(replica)
-        except MixlmError as error:
-            _log.warning("%s: %s stays left out: %s", self._name, replica.client.base_url, error.message)
+        except Exception as error:  # nobody may wait for this
+            message = error.message if isinstance(error, MixlmError) else repr(error)
+            _log.warning("%s: %s stays left out: %s", self._name, replica.client.base_url, message)
             if replica.is_due:  # a check of whether it is alive may come before
                 replica.mark_failed()
             return False

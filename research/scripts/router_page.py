@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixlm.types import Floats
 from research import figures
 from research.benchmark.page import fill_page, table
 from research.scripts.router_study import CURVE, interval, row_log, shares
@@ -153,14 +154,8 @@ def answers_part(tasks: Mapping[str, Sequence[Row]]) -> str:
     heads, columns = [""], []
     for task, rows in right.items():
         heads.append(f"{task} ({len(rows[names[0]])})")
-        best = max(members, key=lambda name: rows[name].sum())
-        column = {}
-        for name in names:
-            low, high = interval(rows[name] - rows[best], np.ones(len(rows[name])), _ROUNDS)
-            sure = "**" if low > 0 else ""
-            shown = f"{sure}{rows[name].mean():.1%}{sure}"
-            column[name] = shown if name == best else f"{shown} ({low:+.1%} to {high:+.1%})"
-        columns.append(column)
+        best = rows[max(members, key=lambda name: rows[name].sum())]
+        columns.append({name: shown_accuracy(rows[name], best) for name in names})
     forwards = {
         name: np.mean([row["forwards"] for rows in tasks.values() for row in rows if row["name"] == name], axis=0)
         for name in names
@@ -176,6 +171,18 @@ def answers_part(tasks: Mapping[str, Sequence[Row]]) -> str:
         f"questions ({file}).\n\n{table(heads, body)}\n\nIn parentheses: minus the best member of the column, 95 % "
         "paired interval; bold where it lies above 0."
     )
+
+
+def shown_accuracy(correct: Floats, best: Floats) -> str:
+    """Return a share of right answers, and the 95 % paired interval of what it is above another; bold if above 0.
+
+    correct, best: 1.0 for each question that was answered right, else 0.0. Where they are the same, no interval.
+    """
+    if np.array_equal(correct, best):
+        return f"{correct.mean():.1%}"
+    low, high = interval(correct - best, np.ones(len(correct)), _ROUNDS)
+    sure = "**" if low > 0 else ""
+    return f"{sure}{correct.mean():.1%}{sure} ({low:+.1%} to {high:+.1%})"
 
 
 def draw(rows: Sequence[Row]) -> Figure:

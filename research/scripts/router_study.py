@@ -471,25 +471,38 @@ def report_answers(
         )
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Run a part of the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def study_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what studies of texts and of answers have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("texts", "answers"))
     parser.add_argument("inputs", nargs="+", metavar="NAME=PATH")
     parser.add_argument("-m", "--model", action="append", required=True)
     parser.add_argument("--engine", default=None)
-    parser.add_argument("--observe", default=None, help="the observed member; by default the smallest")
-    parser.add_argument("--out", type=Path, default=Path("router-study"))
-    parser.add_argument("--train", type=int, default=200_000, help="bytes of each text to train on")
-    parser.add_argument("--check", type=int, default=100_000, help="bytes of each text that are held out")
-    parser.add_argument("--rounds", type=int, default=2000, help="of the bootstrap")
-    parser.add_argument("--curve", action="store_true", help="train on parts of the text too")
-    parser.add_argument("--questions", type=int, default=400, help="of each task")
-    parser.add_argument("--fit", type=Path, help="questions that are not of the tasks, to fit weights and gates to")
-    parser.add_argument("--fit-questions", type=int, default=400, help="how many of them")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--train", type=int, help="bytes of each text to train on")
+    parser.add_argument("--check", type=int, help="bytes of each text that are held out")
+    parser.add_argument("--questions", type=int, help="of each task")
+    parser.add_argument("--fit", type=Path, help="questions that are not of the tasks, to fit to")
+    parser.add_argument("--fit-questions", type=int, help="how many of them")
+    return parser
+
+
+def parse_study(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of a study. Ends the program where they do not fit."""
     arguments = parser.parse_args(given)
     if arguments.what == "answers" and arguments.fit is None:
         parser.error("answers need --fit FILE.jsonl: questions that are not of the tasks")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run a part of the study."""
+    parser = study_parser(__doc__)
+    parser.set_defaults(out=Path("router-study"), train=200_000, check=100_000, questions=400, fit_questions=400)
+    parser.add_argument("--observe", default=None, help="the observed member; by default the smallest")
+    parser.add_argument("--rounds", type=int, default=2000, help="of the bootstrap")
+    parser.add_argument("--curve", action="store_true", help="train on parts of the text too")
+    arguments = parse_study(parser, given)
     texts(arguments) if arguments.what == "texts" else answers(arguments)
 
 

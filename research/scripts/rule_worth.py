@@ -19,7 +19,7 @@ the tables into docs/combinations.md.
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,9 @@ from mixlm.scoring.passages import Passage, text_prefix
 from mixlm.scoring.rule_scores import RuleScorer
 from mixlm.types import Floats
 from research.benchmark.page import fill_page, table
+from research.scripts.router_page import shown_accuracy
 from research.scripts.router_scores import split_text, without_shared
-from research.scripts.router_study import Question, interval, read_questions
+from research.scripts.router_study import Question, interval, parse_study, read_questions, study_parser
 
 Variant = tuple[Combination, Floats]  # a rule, and the weights of LARGE, SMALL, and SMALL without the prompt
 PROMPT_BYTES = 1000
@@ -117,13 +118,14 @@ def answer_items(tasks: Mapping[str, Sequence[Question]], fitted: str) -> list[I
     """Return the answers of questions; of those to fit, the right ones."""
     items = []
     for task, questions in tasks.items():
-        number = 0
-        for prompt, choices, right in questions:
-            for place, choice in enumerate(choices):
-                if task != fitted or place == right:
-                    bare = _BARE.encode()
-                    items.append(Item(task, number, task == fitted, prompt.encode(), choice.encode(), bare))
-                number += 1
+        answers = [
+            (prompt, choice)
+            for prompt, choices, right in questions
+            for place, choice in enumerate(choices)
+            if task != fitted or place == right
+        ]
+        for number, (prompt, choice) in enumerate(answers):
+            items.append(Item(task, number, task == fitted, prompt.encode(), choice.encode(), _BARE.encode()))
     return items
 
 
@@ -141,7 +143,8 @@ def score_items(ensemble: Ensemble, items: Sequence[Item], log: ResumableLog, ab
             ]
             return {"logprobs": scorer.score(Passage(item.data, prefixes))[0].tolist()}
 
-        out[item.index] = np.array(log.get_or_make(item.index, about, score)["logprobs"])
+        key = [about, hashlib.sha256(repr(item).encode()).hexdigest()]
+        out[item.index] = np.array(log.get_or_make(item.index, key, score)["logprobs"])
         print(f"\r{done} of {len(items)} scored", end="", flush=True)
     print()
     return out
@@ -192,19 +195,11 @@ def answer_rows(
         correct = np.array(right, dtype=np.float64)  # (questions, variants)
         best = max((chosen["large"], chosen["small"]), key=lambda i: correct[:, i].sum())
         heads.append(f"{task} ({len(questions)})")
-        columns.append([_difference(correct[:, i], correct[:, best]) for i in chosen.values()])
+        columns.append([shown_accuracy(correct[:, i], correct[:, best]) for i in chosen.values()])
     rows = [
         [rule, _NAMES[i][1], *(column[place] for column in columns)] for place, (rule, i) in enumerate(chosen.items())
     ]
     return heads, rows
-
-
-def _difference(values: Floats, best: Floats) -> str:
-    if np.array_equal(values, best):
-        return f"{values.mean():.1%}"
-    low, high = interval(values - best, np.ones(len(values)), _ROUNDS)
-    sure = "**" if low > 0 else ""
-    return f"{sure}{values.mean():.1%}{sure} ({low:+.1%} to {high:+.1%})"
 
 
 def load_members(models: Sequence[str], engine: str | None) -> Ensemble:
@@ -215,26 +210,15 @@ def load_members(models: Sequence[str], engine: str | None) -> Ensemble:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Score, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("texts", "answers"))
-    parser.add_argument("inputs", nargs="+", metavar="NAME=PATH")
-    parser.add_argument("-m", "--model", action="append", required=True)
-    parser.add_argument("--engine", default=None)
-    parser.add_argument("--out", type=Path, default=Path("rule-worth"))
-    parser.add_argument("--train", type=int, default=12_000, help="bytes of each text to fit to")
-    parser.add_argument("--check", type=int, default=24_000, help="bytes of each text that are held out")
-    parser.add_argument("--questions", type=int, default=200, help="of each task")
-    parser.add_argument("--fit", type=Path, help="questions that are not of the tasks, to fit parameters to")
-    parser.add_argument("--fit-questions", type=int, default=100, help="how many of them")
+    parser = study_parser(__doc__)
+    parser.set_defaults(out=Path("rule-worth"), train=12_000, check=24_000, questions=200, fit_questions=100)
     parser.add_argument("--page", type=Path, help="put the table into this page, between the marks of worth-WHAT")
-    arguments = parser.parse_args(given)
+    arguments = parse_study(parser, given)
     if len(arguments.model) != 2:
         parser.error(f"-m is given {len(arguments.model)} times; name two models, the large one first")
     tasks: dict[str, Sequence[Question]] = {}
     if arguments.what == "texts":
         items = text_items(arguments.inputs, arguments.train, arguments.check)
-    elif arguments.fit is None:
-        parser.error("answers need --fit FILE.jsonl: questions that are not of the tasks")
     else:
         for name, _, path in (text.partition("=") for text in arguments.inputs):
             tasks[name] = read_questions(Path(path), arguments.questions)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixlm.errors import ConfigError
 from mixlm.scoring.passages import text_prefix
 from research.scripts import rule_worth
 
@@ -87,6 +88,17 @@ def test_answers_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rule_worth.main(["answers", *files, *MODELS, "--out", str(tmp_path / "out")])
     assert "13 of 13 scored" in capsys.readouterr().out
     assert "| rule | fitted | arc (5) |" in page.read_text()
+    scored = [json.loads(line)["logprobs"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert len(scored) == 13  # each answer for itself
+    number = rule_worth._NAMES.index(("small", ""))
+    per_byte = np.array([row[number] for row in scored[:10]]).reshape(5, 2) / [len(" the river"), len(" one bird")]
+    right = (per_byte.argmax(axis=1) == np.arange(5) % 2).mean()
+    assert f"| toy:2 |  | {right:.1%}" in page.read_text()
+
+    # Other questions are not taken for those that were scored.
+    (tmp_path / "arc.jsonl").write_text("\n".join(map(json.dumps, reversed(lines[:5]))))
+    with pytest.raises(ConfigError, match="of another request"):
+        rule_worth.main(["answers", *files, *MODELS, "--out", str(tmp_path / "out")])
 
     with pytest.raises(SystemExit):
         rule_worth.main(["answers", *files[:1], *MODELS])

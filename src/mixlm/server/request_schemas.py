@@ -211,7 +211,7 @@ class Schema(StrictBody):
     name: Short
     of: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
-    description: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+    description: str | None = None
 
 
 class JsonSchema(StrictBody):

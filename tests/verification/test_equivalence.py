@@ -8,14 +8,16 @@ found with probability 0.999, a coin that is always the most likely symbol too; 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from toys import engine, fixed, toys
+from toys import OPTIONS, assert_same_distribution, engine, exact_distribution, fixed, named, toys
 from toys import make_ensemble as ensemble_of
 
 from mixlm.binding import MemberSpec
+from mixlm.choices import Method
 from mixlm.core.options import GenerationOptions
 from mixlm.decoding.mixture import mixture
 from mixlm.engines.requests import LogitsRequest, SampleRequest
@@ -24,10 +26,12 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.sequence import Choice, DecodeStep, Flow
 from mixlm.units.byte import ByteState
+from mixlm.units.token import TokenUnit
 from mixlm.verification.check import CheckReport, ReferenceSetup, check, check_units
 from mixlm.verification.exact import ExactReference
 
 SAMPLES = 400
+RAW: Any = {"raw": True}
 LETTERS = [b"a", b"b", b"c", b"ab", b" a", b"\n", b"bc", b"hello", b"user: ", b" "]
 
 
@@ -48,11 +52,24 @@ def make_ensemble(members: int, unit: str) -> Ensemble:
     return Ensemble(specs, [1 + i for i in range(members)], unit=unit)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("unit", ["token", "piece"])
-@pytest.mark.parametrize("members", [2, 5])
+def test_the_reference_is_the_average_of_the_members_distributions(unit: str, name: str) -> None:
+    """With every sampling option, exactly: a plain sum over the toys' tables has no part in common with it."""
+    ensemble = toys(unit, 3)
+    settings = ensemble.settings(raw=True, seed=0, **OPTIONS[name])
+    reference = ExactReference(ensemble, settings, ensemble.encode_prompt("ab", settings))
+    symbols = {ensemble.unit.symbol_bytes(symbol): symbol for symbol in range(ensemble.unit.end)}
+    for pieces in ((), (b"a",), (b"ab", b" c", b"ab")):
+        distribution = reference.distribution([symbols[piece] for piece in pieces])
+        actual = named(ensemble, np.arange(distribution.size), distribution)
+        assert_same_distribution(actual, exact_distribution(ensemble, OPTIONS[name], "ab", pieces))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("members", "unit"), [(2, "token"), (5, "piece")])
 def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -> None:
-    report = check(make_ensemble(members, unit), "hello", samples=SAMPLES)
+    report = check(toys(unit, members), "cab", samples=SAMPLES, options=RAW)
     assert report.equal, report
     assert {(comparison.left, comparison.right) for comparison in report.comparisons} == {
         ("mixture", "exact"),
@@ -66,19 +83,13 @@ def test_all_strategies_follow_the_exact_distribution(members: int, unit: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 3, "presence_penalty": 2.0}])
 @pytest.mark.parametrize("unit", ["word", "byte"])
-def test_words_and_bytes_follow_their_distributions(members: int, unit: str) -> None:
-    report = check(make_ensemble(members, unit), "hello", samples=SAMPLES)
+def test_words_and_bytes_follow_their_distributions(unit: str, options: dict[str, Any]) -> None:
+    ensemble = toys("piece", 3).with_unit(unit)  # type: ignore[arg-type]
+    report = check(ensemble, "cab", samples=SAMPLES, options=RAW | options)
     assert report.equal, report
     assert {comparison.left for comparison in report.comparisons} == {"mixture", "single"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"top_k": 1}, {"presence_penalty": 2.0}])
-@pytest.mark.parametrize("unit", ["word", "byte"])
-def test_words_and_bytes_follow_their_distributions_with_options(unit: str, options: dict[str, Any]) -> None:
-    assert check(make_ensemble(3, unit), "hello", samples=SAMPLES, options=options).equal  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -109,7 +120,7 @@ def test_every_unit_is_checked_that_members_have() -> None:
         "word",
         "byte",
     ]
-    report, left_out = check_units(make_ensemble(2, "piece"), "hello", samples=100)
+    report, left_out = check_units(toys("piece", 2), "ab", samples=100, options=RAW)
     assert list(left_out) == ["token"]
     assert "share no vocabulary" in left_out["token"]
     assert {comparison.unit for comparison in report.comparisons} == {"piece", "word", "byte"}
@@ -120,26 +131,10 @@ def test_a_method_that_the_unit_has_no_distribution_for_is_refused() -> None:
         check(make_ensemble(2, "word"), "hello", samples=200, options={"method": "conventional", "rule": "gac"})
 
 
-ALL_OPTIONS = {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "temperature": 0.9, "repetition_penalty": 1.2}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("unit", "options"),
-    [
-        ("piece", {"temperature": 1.0, "top_k": 0}),
-        ("token", {"temperature": 0.5, "top_k": 0}),
-        ("piece", {"temperature": 1.6, "top_k": 4}),
-        ("piece", {"top_p": 0.8, "top_k": 0}),
-        ("token", {"min_p": 0.1, "top_k": 0}),
-        ("piece", {"repetition_penalty": 1.7}),
-        ("token", {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
-        ("piece", ALL_OPTIONS),
-        ("token", ALL_OPTIONS),
-    ],
-)
-def test_every_sampling_option_keeps_the_distribution(unit: str, options: dict[str, Any]) -> None:
-    assert check(make_ensemble(2, unit), "abc", samples=SAMPLES, options=options).equal  # type: ignore[arg-type]
+@pytest.mark.parametrize("unit", ["token", "piece"])
+def test_all_sampling_options_together_keep_the_distribution(unit: str) -> None:
+    assert check(toys(unit, 2), "ab c b", samples=SAMPLES, options=RAW | OPTIONS["all"]).equal
 
 
 @pytest.mark.slow
@@ -152,16 +147,14 @@ def test_where_a_text_may_not_end_the_distribution_has_no_end(options: dict[str,
 
 @pytest.mark.slow
 def test_members_with_sampling_of_their_own_keep_the_distribution() -> None:
-    plain = make_ensemble(2, "token")
-    first, two = plain.members
-    alone = Ensemble([MemberSpec(first.engine, "a", {"temperature": 0.4}), MemberSpec(two.engine, "b", {"top_k": 3})])
-    assert check(alone, "abc", samples=SAMPLES).equal
+    ensemble = toys("token", 2, sampling=[{"temperature": 0.4}, {"top_k": 3}])
+    assert check(ensemble, "cab", samples=SAMPLES, options=RAW).equal
 
 
 @pytest.mark.slow
 def test_mix_then_truncate_follows_its_own_distribution() -> None:
-    options = {"mix_then_truncate": True, "top_k": 3}
-    report = check(make_ensemble(2, "token"), "abc", samples=SAMPLES, options=options)  # type: ignore[arg-type]
+    options = RAW | {"mix_then_truncate": True, "top_k": 3}
+    report = check(toys("token", 2), "cab", samples=SAMPLES, options=options)
     assert report.equal
     assert {comparison.left for comparison in report.comparisons} == {"conventional", "layered", "greedy"}
 
@@ -208,10 +201,17 @@ def coin_is_the_noise(step: DecodeStep) -> Flow:
     return [Choice(int(symbols[index]), z, float(logprobs[index]))]
 
 
+def only(monkeypatch: pytest.MonkeyPatch, *methods: Method) -> None:
+    """Let `check` sample some methods alone: what is wrong with one is found without the others."""
+    monkeypatch.setattr(TokenUnit, "traits", replace(TokenUnit.traits, methods=methods))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [broken_coin, most_confident, coin_is_the_noise])
 def test_a_broken_sampler_is_found(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: broken)
+    if broken is not broken_coin:
+        only(monkeypatch, "mixture")
     report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     assert not report.equal
     assert all(
@@ -231,6 +231,7 @@ def test_a_member_that_reads_a_stale_text_is_found_at_the_second_token(monkeypat
         return [Choice(sampled.symbol, z, sampled.logprob)]
 
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: stale)
+    only(monkeypatch, "mixture")
     report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
@@ -245,6 +246,7 @@ def test_broken_greedy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Choice(int(distribution.ids[index]), 0, float(distribution.logprobs[index]))]
 
     monkeypatch.setattr("mixlm.decoding.greedy.build", lambda options, context: first_member_only)
+    only(monkeypatch, "mixture", "greedy")
     assert not check(make_ensemble(3, "token"), "hello", samples=100).equal
 
 
@@ -256,13 +258,14 @@ def test_drafts_that_are_accepted_unverified_are_found(monkeypatch: pytest.Monke
         return [Choice(position.proposal, position.member, 0.0) for position in drafts]
 
     monkeypatch.setattr("mixlm.decoding.speculative.verify", unverified)
+    only(monkeypatch, "mixture", "speculative")
     report = check(make_ensemble(2, "token"), "hello", samples=SAMPLES)
     assert {comparison.left for comparison in report.comparisons if not comparison.equal} == {"speculative"}
 
 
 @pytest.mark.slow
 def test_json_form() -> None:
-    report = check(make_ensemble(2, "token"), "hello", samples=200)
+    report = check(toys("token", 2), "cab", samples=200, options=RAW)
     form = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert form["equal"] is True
     assert set(form["comparisons"][0]) >= {
@@ -277,7 +280,7 @@ def test_too_few_samples_are_refused() -> None:
 
 
 # Few tokens of each member are sampled behind a short prompt, so that few forwards compute the exact distribution.
-FEW: Any = {"raw": True, "top_k": 4}
+FEW: Any = RAW | {"top_k": 4}
 
 
 @pytest.mark.models
@@ -291,7 +294,7 @@ def test_the_real_pair_follows_the_exact_distribution(demo_pair: Ensemble) -> No
 @pytest.mark.parametrize("unit", ["word", "byte"])
 def test_the_real_pair_follows_the_distributions_of_words_and_bytes(demo_pair: Ensemble, unit: Any) -> None:
     ensemble = Ensemble(demo_pair.members, unit=unit)
-    report = check(ensemble, "The sky is", samples=150, options=FEW)
+    report = check(ensemble, "The sky is", samples=100, options=FEW)
     assert report.equal, report
 
 
@@ -302,9 +305,6 @@ def test_real_members_that_share_a_vocabulary_follow_the_exact_distribution(demo
     shared = Ensemble([first, terse], [0.6, 0.4], defaults=GenerationOptions())
     assert shared.unit.name == "token"
     assert check(shared, "Name a colour.", samples=200, options=FEW).equal
-
-
-RAW = {"raw": True}
 
 
 def drawing_pair(seed: int = 10, **options) -> Ensemble:
@@ -322,7 +322,8 @@ def test_engines_that_sample_themselves_are_checked_against_those_of_a_reference
 
 
 @pytest.mark.slow
-def test_another_distribution_than_the_references_is_found_unless_it_is_within_the_tolerance():
+def test_another_distribution_than_the_references_is_found_unless_it_is_within_the_tolerance(monkeypatch):
+    only(monkeypatch, "mixture")
     first, other = drawing_pair(samples_itself=True), drawing_pair(seed=12)
     assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other)).equal
     assert not check(first, "ab", samples=400, options=RAW, reference=ReferenceSetup(other, 0.05)).equal

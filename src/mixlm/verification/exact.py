@@ -238,13 +238,15 @@ class ExactReference:
 
 def _last_seam(tokens: set[bytes], text: bytes) -> int:
     """Return the last place in front of the last byte that no token lies across, wherever it begins."""
-
-    def across(token: bytes, start: int, place: int) -> bool:
-        end = start + len(token)
-        return end > place and token[: len(text) - start] == text[start:end]
-
-    places = (m for m in range(len(text) - 1, 0, -1) if not any(across(t, s, m) for s in range(m) for t in tokens))
-    return next(places, 0)
+    seam = reach = 0
+    for start in range(len(text) - 1):
+        rest = text[start:]
+        if any(token.startswith(rest) for token in tokens):
+            break  # it lies across all that follows
+        reach = max(reach, *(start + n for n in range(1, len(rest)) if rest[:n] in tokens), 0)
+        if reach <= start + 1:
+            seam = start + 1
+    return seam
 
 
 def _whole_logits(engine: Engine, ids: Ids, permitted: npt.NDArray[np.bool_] | None, *, whole: bool) -> Logits:

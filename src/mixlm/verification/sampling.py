@@ -102,14 +102,15 @@ def _outcome(
 class _MemoSession(Session):
     """A session that remembers logits, so that thousands of completions of one prompt take few forwards.
 
-    Where hidden states are kept, it remembers those of the last position too.
+    Where hidden states are kept, it remembers those of the same positions too.
     """
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.context_length)
         self._session = session
-        self._known: OrderedDict[bytes, tuple[Logits, HiddenStates | None]] = OrderedDict()
-        self._reports: dict[tuple[bytes, int, bytes], LogitsRows] = {}
+        self._known: OrderedDict[tuple[bytes, int], tuple[Logits, HiddenStates | None]] = OrderedDict()
+        self._bytes = 0  # of the logits in it
+        self._reports: dict[tuple[bytes, int, int, bytes], LogitsRows] = {}
         self._scores: dict[bytes, Floats] = {}
 
     def token_logprobs(self, ids: Ids, first: int = 1) -> Floats:
@@ -127,21 +128,19 @@ class _MemoSession(Session):
         """Keep the session's hidden states; what was remembered without them is forgotten."""
         if not self.keeps_hidden:
             self._known.clear()
+            self._bytes = 0
         super().keep_hidden()
         self._session.keep_hidden()
 
     def logits(self, ids: Ids, last: int = 1) -> Logits:
         """Return the session's logits."""
-        key = ids.tobytes()
-        if last != 1:
-            logits = self._session.logits(ids, last)
-            self.hidden_states = self._session.hidden_states
-            return logits
+        key = ids.tobytes(), last
         if key not in self._known:
-            logits, hidden = self._session.logits(ids).copy(), self._session.hidden_states
-            self._known[key] = logits, None if hidden is None else hidden[-1:].copy()
-            if len(self._known) * logits.nbytes > _MEMO_BYTES:
-                self._known.popitem(last=False)
+            logits, hidden = self._session.logits(ids, last).copy(), self._session.hidden_states
+            self._known[key] = logits, None if hidden is None else hidden[-last:].copy()
+            self._bytes += logits.nbytes
+            while self._bytes > _MEMO_BYTES and len(self._known) > 1:
+                self._bytes -= self._known.popitem(last=False)[1][0].nbytes
         self._known.move_to_end(key)
         logits, self.hidden_states = self._known[key]
         return logits
@@ -152,9 +151,9 @@ class _MemoSession(Session):
         """Return what `logits` does, or what an engine of top tokens reports for a rule or a grammar."""
         if not allowed and (top_k_filter is None or not top_k_filter.normalized):
             return self.logits(ids, last)
-        if allowed or last != 1 or top_k_filter is None or top_k_filter.k > _MEMO_TOP_K:
+        if allowed or top_k_filter is None or top_k_filter.k > _MEMO_TOP_K:
             return self._session.logits_rows(ids, last, top_k_filter, allowed)
-        key = ids.tobytes(), top_k_filter.k, top_k_filter.banned.tobytes()
+        key = ids.tobytes(), last, top_k_filter.k, top_k_filter.banned.tobytes()
         if key not in self._reports:
             self._reports[key] = self._session.logits_rows(ids, last, top_k_filter)
         return self._reports[key]

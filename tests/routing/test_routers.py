@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import toys
 
 from mixlm.binding import MemberSpec
 from mixlm.config import RouterConfig, parse_config
@@ -45,18 +46,17 @@ def make_ensemble(unit: str, router: Router | None = None) -> Ensemble:
 
 def by_last_byte(prompt: bytes, tail: bytes) -> list[float]:
     """Weights that change a great deal from text to text."""
-    return [8.0, 1.0] if tail[-1:] in (b"a", b"b") else [1.0, 8.0] if tail else [1.0, 1.0]
+    return [16.0, 1.0] if tail[-1:] in (b"a", b"b") else [1.0, 16.0] if tail else [1.0, 1.0]
 
 
-def routers() -> dict[str, Router]:
-    matrix = np.random.default_rng(0).normal(scale=2.0, size=(2, FEATURES))
-    weights = np.array([1 / 3, 2 / 3])
-    return {
-        "fixed": FixedRouter(weights),
-        "prompt": PromptRouter(weights, 0.5),
-        "function": FunctionRouter(by_last_byte, 2),
-        "learned": LearnedRouter(matrix, ["toy-0", "toy-1"]),
-    }
+WEIGHTS = np.array([0.15, 0.85])
+ROUTERS = {
+    "fixed": FixedRouter(WEIGHTS),
+    "prompt": PromptRouter(WEIGHTS, 0.5),
+    "function": FunctionRouter(by_last_byte, 2),
+    "learned": LearnedRouter(np.random.default_rng(0).normal(scale=2.0, size=(2, FEATURES)), ["m0", "m1"]),
+}
+PLAIN: Any = {"raw": True, "temperature": 1.0, "top_k": 0}
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def routers() -> dict[str, Router]:
     [("fixed", "token"), ("prompt", "piece"), ("function", "token"), ("function", "piece"), ("learned", "piece")],
 )
 def test_a_router_keeps_the_distribution(name: str, unit: str) -> None:
-    report = check(make_ensemble(unit, routers()[name]), "abc", samples=400, options={"temperature": 1.0, "top_k": 0})
+    report = check(toys(unit, 2, router=ROUTERS[name]), "cab", samples=400, options=PLAIN)
     assert report.equal, report
 
 
@@ -94,12 +94,11 @@ def test_weights_that_depend_on_the_author_change_the_distribution(monkeypatch: 
         return [choice]
 
     monkeypatch.setattr("mixlm.decoding.mixture.build", lambda options, context: noting)
-    options = {"temperature": 1.0, "top_k": 0}
-    report = check(make_ensemble("piece", router), "abc", samples=400, options=options)  # type: ignore[arg-type]
+    report = check(toys("piece", 2, router=router), "cab", samples=400, options=PLAIN)
     wrong = {(comparison.left, comparison.position) for comparison in report.comparisons if not comparison.equal}
     assert wrong == {("mixture", 2)}
     # The same strategy with a router that sees the text alone: noting who wrote is not what is wrong.
-    fair = check(make_ensemble("piece", FunctionRouter(by_last_byte, 2)), "abc", samples=400, options=options)  # type: ignore[arg-type]
+    fair = check(toys("piece", 2, router=FunctionRouter(by_last_byte, 2)), "cab", samples=400, options=PLAIN)
     assert fair.equal
 
 

@@ -36,7 +36,8 @@ def load_tasks(names: Sequence[str], *, data: str | Path | None = None) -> dict[
     metadata = {"mixlm_data": str(data)} if data is not None else {}
     with quiet():
         ours = set(_manager()(include_path=str(FOLDER), include_defaults=False).all_tasks)
-        defaults = any(not _is_file(name) and name not in ours for name in names)
+        # Names with our prefix are ours, so a misspelt one is refused without the harness's ten seconds.
+        defaults = any(not (_is_file(name) or name in ours or name.startswith("mixlm_")) for name in names)
         manager = _manager()(include_path=str(FOLDER), include_defaults=defaults, metadata=metadata)
         for name in names:
             if name not in manager.task_index and not _is_file(name):

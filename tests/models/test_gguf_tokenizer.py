@@ -8,7 +8,7 @@ import subprocess
 import sys
 import unicodedata
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -100,9 +100,22 @@ def unusual_texts(count: int) -> list[str]:
     return ["".join(rng.choice(choices)() for _ in range(rng.randint(2, 30))) for _ in range(count)]
 
 
+def llama_cpp_ids(files: Sequence[Path], texts: Sequence[str], ways: str = "plain") -> list[list[list[list[int]]]]:
+    """The ids that llama.cpp gives, by file, way and text: one process for all of them."""
+    pytest.importorskip("xllamacpp")
+    path = files[0].with_name("texts.json")
+    path.write_text(json.dumps(texts))
+    command = [sys.executable, Path(__file__).with_name("llama_cpp_tokens.py"), path, ways, *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
+    ids: list[list[list[list[int]]]] = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[3:]
+    )
+    return ids
+
+
 @pytest.fixture(scope="module")
-def merged_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[tuple[str, str]], Path]:
-    """Texts, merges that reach across whatever a pre-tokenizer may cut, and a file with the texts."""
+def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, tuple[Path, list[list[int]]]]]:
+    """Texts, and by pre-tokenizer a file whose merges reach across whatever it may cut, and llama.cpp's ids."""
     source = Path(json.__file__).read_text()
     texts = [*TEXTS, *random_texts(75), *unusual_texts(125), *(source[i : i + 120] for i in range(0, 3000, 120))]
     whole = Tokenizer(models.BPE())
@@ -110,21 +123,21 @@ def merged_texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], l
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2500, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
     whole.train_from_iterator(texts, trainer)
-    path = tmp_path_factory.mktemp("texts") / "texts.json"
-    path.write_text(json.dumps(texts))
-    return texts, [(left, right) for left, right in json.loads(whole.to_str())["model"]["merges"]], path
+    merges = [(left, right) for left, right in json.loads(whole.to_str())["model"]["merges"]]
+    folder = tmp_path_factory.mktemp("merged")
+    files = {
+        name: write_tiny_gguf(folder / f"{number}.gguf", pre=name, merges=merges)
+        for number, name in enumerate(PRE_TOKENIZERS)
+    }
+    ids = [plain for [plain] in llama_cpp_ids([*files.values()], texts)]
+    return texts, {name: (file, ids[number]) for number, (name, file) in enumerate(files.items())}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_every_pre_tokenizer_cuts_as_llama_cpp_does(tmp_path: Path, merged_texts, name: str) -> None:
-    pytest.importorskip("xllamacpp")
-    texts, merges, path = merged_texts
-    file = write_tiny_gguf(tmp_path / "a.gguf", pre=name, merges=merges)
-    program = Path(__file__).with_name("llama_cpp_tokens.py")
-    command = [sys.executable, program, file, path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    expected = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[3:])
+def test_every_pre_tokenizer_cuts_as_llama_cpp_does(tmp_path: Path, merged, name: str) -> None:
+    texts, by_name = merged
+    file, expected = by_name[name]
     write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
@@ -150,25 +163,19 @@ SENTENCEPIECE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_sentencepiece_is_read_as_llama_cpp_reads_it(tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("xllamacpp")
-    file = write_tiny_gguf(tmp_path / "a.gguf", **SENTENCEPIECE[kind])
+def test_sentencepiece_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    files = [write_tiny_gguf(tmp_path / f"{i}.gguf", **options) for i, options in enumerate(SENTENCEPIECE.values())]
     rng = random.Random(4)
     parts = ["a", "ab", "the", " ", "  ", "\n", "1", "é", "<|user|>", "<|end|>", "<tool>", "river", " the", "</s>"]
     texts = ["".join(rng.choice(parts) for _ in range(rng.randint(1, 12))) for _ in range(80)]
     texts += ["<|user|>\nthe river<|end|>\n<|assistant|>", "<|endoftext|>  a", "<tool> x"]
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    program = Path(__file__).with_name("llama_cpp_tokens.py")
-    write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for special in ((), ("special",)):
-        command = [sys.executable, program, file, tmp_path / "texts.json", *special]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        expected = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("IDS"))[3:])
-        tokenizer.encode_special_tokens = not special
-        for text, ids in zip(texts, expected, strict=True):
-            assert tokenizer.encode(text, add_special_tokens=False).ids == ids, (text, special)
+    for kind, file, ways in zip(SENTENCEPIECE, files, llama_cpp_ids(files, texts, "plain,special"), strict=True):
+        write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for special, expected in zip((False, True), ways, strict=True):
+            tokenizer.encode_special_tokens = not special
+            for text, ids in zip(texts, expected, strict=True):
+                assert tokenizer.encode(text, add_special_tokens=False).ids == ids, (kind, text, special)
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

@@ -41,6 +41,13 @@ def test_the_longest_token_that_fits_is_taken_and_the_lowest_id_of_equals():
     assert encoder.encode(b"abaab").ids == [1, 0, 1]
 
 
+def test_what_is_stable_has_the_longest_token_behind_its_last_place():
+    encoder = LongestMatch([b"a", b"ab", b"abc", b"\n"])
+    assert encoder.encode(b"ab\nabca") == ([1, 3, 2, 0], 3, 6)
+    assert encoder.encode(b"ab") == ([1], 0, 0)
+    assert encoder.encode(b"") == ([], 0, 0)
+
+
 def test_a_byte_without_token_is_refused():
     with pytest.raises(TokenizerError, match="no token for byte 0x64"):
         LongestMatch(SHARED).encode(b"abcd")

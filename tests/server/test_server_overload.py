@@ -17,6 +17,7 @@ from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
+from mixlm.server.request_schemas import parse_body
 
 KEYS = {name: f"the-long-random-key-of-{name}" for name in ("ada", "bob")}
 
@@ -117,6 +118,25 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody_and_is_refused(monke
         assert error.json()["error"]["param"] == "messages"
         assert server.app.model_thread.num_unfinished == 0
         prompts.go_on.set()
+
+
+def test_a_large_body_is_validated_while_others_are_answered(monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(schema, data):
+        entered.set()
+        go_on.wait(20)
+        return parse_body(schema, data)
+
+    monkeypatch.setattr("mixlm.server.app.parse_body", slow)
+    with running(endless()) as server, ThreadPoolExecutor(1) as pool:
+        large = pool.submit(server.chat, messages=HELLO * 2000, max_tokens=1)
+        assert entered.wait(20)
+        assert server.client.get("/health", timeout=10).json() == {"status": "ok"}
+        assert server.app.preparer.is_busy
+        go_on.set()
+        error = large.result().json()["error"]
+        assert error["code"] == "context_length_exceeded"
 
 
 def test_a_client_that_disconnects_while_its_prompts_are_encoded_frees_its_place(monkeypatch):

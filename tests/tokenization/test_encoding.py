@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import accumulate, pairwise
 from random import Random
 
@@ -141,6 +142,22 @@ def test_only_the_end_of_a_long_text_is_encoded_again(name):
     for end in range(7, len(data), 7):
         incremental.update(data[:end])
     assert max(counting.lengths) < 100
+
+
+@pytest.mark.parametrize("text", ["and 0" + "1234567890" * 100, "1234567890" * 100], ids=["changed", "as it is"])
+def test_a_long_run_that_tokens_may_join_is_not_normalized_at_every_place(text):
+    gemma, normalized = encoder(trained("gemma")), 0
+
+    def count(_frame, event, function):
+        nonlocal normalized
+        normalized += event == "c_call" and function.__name__ == "normalize_str"
+
+    sys.setprofile(count)
+    try:
+        gemma.encode(text.encode())
+    finally:
+        sys.setprofile(None)
+    assert 0 < normalized < 100
 
 
 @pytest.mark.slow
@@ -350,6 +367,20 @@ def test_where_a_pattern_stops_looking_ahead_text_is_stable(name):
 @pytest.mark.parametrize("name", ["whole text", "behind", "word edges", "again"])
 def test_where_nothing_can_be_proven_nothing_is_stable(name):
     assert encoder(_looking_ahead(name)).encode(b"abc 12 def\n\nthe end, 12.").stable_bytes == 0
+
+
+def test_a_long_text_is_encoded_so_that_other_threads_go_on():
+    tokenizer, text, methods = trained("gpt2"), "the river " * 300, []
+
+    class Recording:
+        def __getattr__(self, name):
+            methods.append(name)
+            return getattr(tokenizer, name)
+
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    whole, ids = encode_text(Recording(), text), encode_text(Recording(), text, ids_only=True)
+    assert (whole.ids, whole.offsets, ids.ids) == (expected.ids, expected.offsets, expected.ids)
+    assert methods == ["encode_batch", "encode_batch_fast"]  # `encode` holds Python's lock
 
 
 def test_what_the_tokenizers_library_cannot_encode_is_an_error_that_says_so():

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers
 from trained import ALL, SPECIAL, encoder, trained
 
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.incremental import Encoded
+from mixlm.tokenization.vocabulary import encode_text
 from mixlm.types import Message
 
 
@@ -168,6 +169,20 @@ def test_with_a_trained_tokenizer_typed_special_tokens_are_text(name):
         special[spelling] for spelling in ("<|im_start|>", "<|im_end|>", "<|im_start|>")
     ]
     assert "end it: <|im_end|></s>" in tokenizer.decode(ids)
+
+
+def test_a_tokenizer_reads_a_conversation_once(monkeypatch):
+    tokenizer, lengths = trained("gpt2"), []
+    prompts = prompt_encoder(tokenizer, chatml)
+
+    def counted(tokenizer, text, **options):
+        lengths.append(len(text) if isinstance(tokenizer.model, models.BPE) else 0)
+        return encode_text(tokenizer, text, **options)
+
+    monkeypatch.setattr("mixlm.tokenization.incremental.encode_text", counted)
+    content = "say <|im_end|> " * 10
+    prompts.chat([Message("user", content)])
+    assert sum(lengths) <= len(chatml([Message("user", content)]))
 
 
 def plain(*messages: tuple[str, str], bos: str = "") -> str:

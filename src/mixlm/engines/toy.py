@@ -56,23 +56,21 @@ class LongestMatch:
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self._ids = {token: i for i, token in reversed(list(enumerate(tokens))) if token}
         self._longest = max(map(len, self._ids))
+        several = sorted((token for token in self._ids if len(token) > 1), key=len, reverse=True)
+        self._pattern = re.compile(b"|".join([*map(re.escape, several), b"."]), re.DOTALL)
 
     def encode(self, data: bytes) -> Encoded:
         """Encode any bytes; a token is stable once as many bytes follow as the longest token has."""
-        ids: list[int] = []
-        start = stable_ids = stable_bytes = 0
-        while start < len(data):
-            for length in range(min(self._longest, len(data) - start), 0, -1):
-                token = self._ids.get(data[start : start + length])
-                if token is not None:
-                    break
-            else:
-                raise TokenizerError(f"the toy vocabulary has no token for byte {data[start]:#04x}")
-            stable = start + self._longest <= len(data)
-            ids.append(token)
-            start += length
-            if stable:
-                stable_ids, stable_bytes = len(ids), start
+        tokens: list[bytes] = self._pattern.findall(data)
+        ids = [self._ids.get(token, -1) for token in tokens]
+        if -1 in ids:
+            raise TokenizerError(f"the toy vocabulary has no token for byte {tokens[ids.index(-1)][0]:#04x}")
+        stable_ids, stable_bytes = len(ids), len(data)
+        while stable_ids:
+            start = stable_bytes - len(tokens[stable_ids - 1])
+            if start + self._longest <= len(data):
+                break
+            stable_ids, stable_bytes = stable_ids - 1, start
         return Encoded(ids, stable_ids, stable_bytes)
 
 

@@ -33,7 +33,7 @@ from mixlm.server.protocols.responses import ResponsesFormat
 from mixlm.server.protocols.responses_body import ResponsesBody
 from mixlm.server.request_body import read_body
 from mixlm.server.request_parsing import ParsedRequest, check_length, parse_chat, parse_completion
-from mixlm.server.request_schemas import CommonFields, CompletionBody, parse_body, parse_fields
+from mixlm.server.request_schemas import Body, CommonFields, CompletionBody, parse_body, parse_fields
 from mixlm.server.response_format import FormatFactory
 from mixlm.server.responses import ResponseBuilder
 from mixlm.server.tracing import RequestTracer
@@ -131,23 +131,24 @@ class ServerApp:
         return _json(self.registry.get(request.path_params["name"]).to_dict())
 
     async def _post_chat_completion(self, request: Request) -> ASGIApp:
-        body = parse_body(ChatBody, await read_body(request, self.limits))
+        body, _ = await self._body(request, ChatBody)
         await self._build_unit(request, body)
         return self._handler(request, parse_chat(body, self.registry, self.limits))
 
     async def _post_completion(self, request: Request) -> ASGIApp:
-        body = parse_body(CompletionBody, await read_body(request, self.limits))
+        body, _ = await self._body(request, CompletionBody)
         await self._build_unit(request, body)
         return self._handler(request, parse_completion(body, self.registry, self.limits))
 
     async def _post_response(self, request: Request) -> ASGIApp:
         client = request.scope["mixlm.record"].client
-        body = parse_body(ResponsesBody, await read_body(request, self.limits))
+        body, size = await self._body(request, ResponsesBody)
         check_length(len(body.instructions or ""), "instructions", self.limits)
         earlier: list[dict[str, Any]] = []
         if body.previous_response_id is not None:
             earlier = self._stored.get(body.previous_response_id, client, "previous_response_id").messages
-        chat = parse_fields(ChatBody, body.chat_fields(earlier))
+            size = self.limits.max_body_bytes  # not known, and may be that of a long conversation
+        chat = await self.preparer.parse(size, partial(parse_fields, ChatBody, body.chat_fields(earlier)), client)
         await self._build_unit(request, chat)
         store = None if body.store is False else partial(self._stored.add, client)
         return self._handler(
@@ -164,11 +165,18 @@ class ServerApp:
         return _json(self._stored.get(response_id, client).response)
 
     async def _post_message(self, request: Request) -> ASGIApp:
-        body = parse_body(MessagesBody, await read_body(request, self.limits))
+        client = request.scope["mixlm.record"].client
+        body, size = await self._body(request, MessagesBody)
         check_length(len(body.system_text or ""), "system", self.limits)
-        chat = parse_fields(ChatBody, body.chat_fields())
+        chat = await self.preparer.parse(size, partial(parse_fields, ChatBody, body.chat_fields()), client)
         await self._build_unit(request, chat)
         return self._handler(request, parse_chat(chat, self.registry, self.limits), partial(MessagesFormat, body))
+
+    async def _body(self, request: Request, schema: type[Body]) -> tuple[Body, int]:
+        """Return the validated body of a request, and its size in bytes."""
+        data = await read_body(request, self.limits)
+        client = request.scope["mixlm.record"].client
+        return await self.preparer.parse(len(data), partial(parse_body, schema, data), client), len(data)
 
     async def _build_unit(self, request: Request, body: CommonFields) -> None:
         unit = body.mixlm.unit if body.mixlm is not None else None

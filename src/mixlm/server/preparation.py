@@ -1,6 +1,6 @@
-"""What a request needs before its generations can be queued: its schema compiled, and its prompts encoded.
+"""What a request needs before its generations can be queued: its body, its schema compiled, and its prompts encoded.
 
-Both take time that a client determines. So they run in threads of their own, within limits, and neither on the event
+All take time that a client determines. So they run in threads of their own, within limits, and neither on the event
 loop nor in the thread of the models.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from mixlm.choices import UnitName
 from mixlm.core.grammar_check import check_limits
@@ -19,7 +20,10 @@ from mixlm.server.limits import ServerLimits
 from mixlm.server.model_registry import ServedModel
 from mixlm.server.request_parsing import GenerationTask, ParsedRequest
 
+Result = TypeVar("Result")
 _NUM_THREADS = 2
+# A body of more bytes may take the event loop longer than others should wait: up to half a second for 1 MiB.
+_LARGE_BODY = 1 << 15
 
 
 class RequestPreparer:
@@ -33,11 +37,25 @@ class RequestPreparer:
         self._limits = limits
         self._schema_threads = FairThreads(_NUM_THREADS)
         self._prompt_threads = FairThreads(_NUM_THREADS)
+        self._body_threads = FairThreads(_NUM_THREADS)
 
     @property
     def is_busy(self) -> bool:
         """Whether any of the threads runs."""
-        return self._schema_threads.is_busy or self._prompt_threads.is_busy
+        return any(threads.is_busy for threads in (self._schema_threads, self._prompt_threads, self._body_threads))
+
+    async def parse(self, size: int, parse: Callable[[], Result], client: str) -> Result:
+        """Return what a function makes of a body; it runs in a thread if the body is large.
+
+        Args:
+            size: Of the body, in bytes.
+            parse: The function.
+            client: Who sent the body.
+
+        Raises:
+            ApiError: The body is refused.
+        """
+        return parse() if size < _LARGE_BODY else await self._body_threads.run(client, parse)
 
     async def build_unit(self, model: ServedModel, unit: UnitName | None, client: str) -> None:
         """Build the unit that a request needs, unless it is there. Raises ApiError for one that does not exist."""

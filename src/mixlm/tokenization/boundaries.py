@@ -8,6 +8,7 @@ stage, no boundary is stable, and the whole text is encoded again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 from unicodedata import category
 
@@ -160,6 +161,7 @@ class Boundaries:
         contents = (self._normalized(token.content) for token in normalized)
         self._splitters.insert(0, (_AddedTokens(normalized, contents), {}))
         self._one_splitter = len(self._splitters) == 2
+        self._normalized_character = lru_cache(4096)(self._normalized)
         self._pairs = None if byte_level else _pairs(tokenizer, names)
         model = tokenizer.model
         self._drops_unknown = not getattr(model, "byte_fallback", False) and getattr(model, "unk_token", None) is None
@@ -184,6 +186,9 @@ class Boundaries:
             cut = offsets[count][0]
             between_words = words[count - 1] != words[count]
             if not 0 < cut < len(text) or offsets[count - 1][1] != cut or not (between_words or self._pairs):
+                continue
+            # To refuse a cut is always right. What is certain without a look at the whole text comes first.
+            if (unchanged and cut >= limit) or not (between_words or self._may_part(text[cut - 1], text[cut])):
                 continue
             if not self._may_cut(text[:cut], text[cut:], limit, between_words, unchanged and between_words):
                 continue
@@ -234,8 +239,15 @@ class Boundaries:
                 return False
             last, first = _respelled(last, spelling), _respelled(first, spelling)
         last, first = last.replace(SPACE, " "), first.replace(SPACE, " ")
-        if between_words:
-            return True
+        return between_words or self._are_apart(last, first)
+
+    def _may_part(self, left: str, right: str) -> bool:
+        """Return whether the model may keep two characters apart, as far as the characters alone tell."""
+        last, first = self._normalized_character(left)[-1:], self._normalized_character(right)[:1]
+        return not last or not first or self._are_apart(last.replace(SPACE, " "), first.replace(SPACE, " "))
+
+    def _are_apart(self, last: str, first: str) -> bool:
+        """Return whether no token of the model has two adjacent characters, with spaces as such."""
         return not (self._only_spaces and first != " ") and _pair(last, first) not in (self._pairs or ())
 
     def _normalized(self, text: str) -> str:

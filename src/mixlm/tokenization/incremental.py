@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
+
+import numpy as np
 
 from mixlm.tokenization.vocabulary import (
     TokenizerFamily,
@@ -171,7 +173,7 @@ class TokenizerEncoder:
         anew = first or self.leading_space != "first"
         tokenizer = self._prompt_tokenizer if anew else self._tokenizer
         ids = self._lookalike_ids(tokenizer, text)
-        return list(encode_text(tokenizer, text).ids) if ids is None else ids
+        return list(encode_text(tokenizer, text, ids_only=True).ids) if ids is None else ids
 
     def conversation(self, rendered: str, mark: str) -> list[int]:
         """Return the ids of a rendered conversation: those of the tokenizer itself, special tokens included.
@@ -181,16 +183,17 @@ class TokenizerEncoder:
             mark: a character that breaks spellings of special tokens that are text; it is no part of the prompt.
         """
         rendered = rendered.encode(errors="replace").decode()
-        encoding = encode_text(self._chat_tokenizer, rendered)
+        if mark not in rendered and self._lookalikes is None:
+            return list(encode_text(self._chat_tokenizer, rendered, ids_only=True).ids)
+        encoding = encode_text(self._finder, rendered)
         parts: list[tuple[str, list[int]]] = []  # texts, and the special token behind each
         end = 0
-        for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if self._is_special(i, rendered[start:stop]):
-                parts.append((rendered[end:start], [i]))
-                end = stop
+        for start, stop, i in self._special_spans(encoding, rendered):
+            parts.append((rendered[end:start], [i]))
+            end = stop
         parts.append((rendered[end:], []))
         if mark not in rendered and not any(self._lookalike_parts(self._tokenizer, text) for text, _ in parts):
-            return list(encoding.ids)
+            return list(encoding.ids)  # the tokenizer itself has found them
         ids: list[int] = []
         for number, (text, special) in enumerate(parts):
             ids += self.prompt(text.replace(mark, ""), first=number == 0) + special
@@ -200,17 +203,46 @@ class TokenizerEncoder:
         """Return whether a text is read as a special token though it does not contain one: a normalizer made one."""
         if not any(token.normalized for token in self._special.values()):
             return False
-        encoding = encode_text(self._chat_tokenizer, text.encode(errors="replace").decode())
-        return any(
-            self._is_special(i, text[start:stop])
-            for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-        )
+        encoding = encode_text(self._finder, text.encode(errors="replace").decode())
+        return any(self._special_spans(encoding, text))
+
+    @cached_property
+    def _finder(self) -> Any:
+        """A tokenizer that finds the special tokens of the chat tokenizer in a text.
+
+        Where no text between added tokens becomes a special one, the model need not run: this one leaves it whole.
+        """
+        if self._lookalikes is not None:
+            return self._chat_tokenizer
+        from tokenizers import Tokenizer, models
+
+        finder = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+        if self._chat_tokenizer.normalizer is not None:
+            finder.normalizer = self._chat_tokenizer.normalizer
+        finder.add_tokens([token for _, token in sorted(self._chat_tokenizer.get_added_tokens_decoder().items())])
+        return finder
+
+    @cached_property
+    def _found_ids(self) -> dict[int, int]:
+        """The special token that each id of the finder stands for."""
+        ids = {token.content: i for i, token in self._special.items()}
+        found = self._finder.get_added_tokens_decoder().items()
+        return {i: ids[token.content] for i, token in found if token.content in ids}
+
+    def _special_spans(self, encoding: Any, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield where the finder has found special tokens in a text, from and to, and their ids."""
+        ids = np.array(encoding.ids, dtype=np.int64)
+        for number in np.flatnonzero(np.isin(ids, list(self._found_ids))).tolist():
+            start, stop = encoding.token_to_chars(number)
+            i = self._found_ids[int(ids[number])]
+            if self._is_special(i, text[start:stop]):
+                yield start, stop, i
 
     def _is_special(self, i: int, text: str) -> bool:
         """Whether an id stands for a special token that a text spells: some are also what unknown characters become."""
-        token = self._special.get(i)
-        if token is None or token.content in text:
-            return token is not None
+        token = self._special[i]
+        if token.content in text:
+            return True
         normalizer = self._chat_tokenizer.normalizer
         if not token.normalized or normalizer is None:
             return False
@@ -259,8 +291,8 @@ class TokenizerEncoder:
         bare = [_without_special_tokens(each) for each in (tokenizer, self._tokenizer)]
         for each in bare:
             each.normalizer = None
-        ids: list[int] = encode_text(bare[0], parts[0]).ids
-        return ids + [i for part in parts[1:] for i in encode_text(bare[1], part).ids]
+        ids: list[int] = encode_text(bare[0], parts[0], ids_only=True).ids
+        return ids + [i for part in parts[1:] for i in encode_text(bare[1], part, ids_only=True).ids]
 
     def _lookalike_parts(self, tokenizer: Any, text: str) -> list[str]:
         """Return parts of a normalized text none of which looks like a special token; none if the whole does not."""

@@ -57,7 +57,7 @@ class PatternReach:
         self.nullable = whole.nullable
         self._distinct = {atom: sum(1 << i for i, a in enumerate(self._atoms) if a == atom) for atom in self._atoms}
         self._every = (1 << len(self._atoms)) - 1
-        self._takers = lru_cache(4096)(self._find_takers)
+        self._takers = lru_cache(1 << 16)(self._find_takers)  # some scripts have tens of thousands of characters
         self._before = lru_cache(4096)(self._find_before)
 
     def limit(self, text: str, end: int) -> int:

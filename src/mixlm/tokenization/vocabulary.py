@@ -24,6 +24,8 @@ from mixlm.types import Ids
 
 SPACE = "▁"
 _SPACES = (SPACE, " ", "Ġ")  # how a token of a space alone is spelled; the last one in the byte-level alphabet
+# From here on, in characters, a text is encoded so that other threads go on; that takes 0.2 ms more.
+_LONG_TEXT = 2000
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -175,14 +177,23 @@ def load_component(field: str, description: Mapping[str, Any]) -> Any:
     return getattr(Tokenizer.from_str(json.dumps(shell | {field: description})), field)
 
 
-def encode_text(tokenizer: Any, text: str) -> Any:
+def encode_text(tokenizer: Any, text: str, *, ids_only: bool = False) -> Any:
     """Return the encoding of a text by a `tokenizers.Tokenizer`, without what it puts around a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        ids_only: Whether nothing but the ids is needed; that takes less time.
 
     Raises:
         TokenizerError: The library fails.
     """
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=False)
+        # The library holds Python's lock while it encodes one text, and not while it encodes a batch.
+        encode = tokenizer.encode_batch_fast if ids_only else tokenizer.encode_batch
+        return encode([text], add_special_tokens=False)[0]
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

@@ -498,15 +498,11 @@ def test_real_members_write_valid_json(demo_pair):
         "required": ["name", "kind"],
         "additionalProperties": False,
     }
-    ended = 0
-    for unit, seed in (("piece", 1), ("word", 3)):
-        completion = demo_pair.with_unit(unit).generate(
-            "Name a river, as JSON.", seed=seed, json_schema=schema, max_tokens=40
-        )
-        if completion.finish_reason == "stop":
-            ended += 1
-            jsonschema.validate(json.loads(completion.text), schema)
-    assert ended
+    completion = demo_pair.with_unit("word").generate(
+        "Name a river, as JSON.", seed=3, json_schema=schema, max_tokens=40
+    )
+    assert completion.finish_reason == "stop"
+    jsonschema.validate(json.loads(completion.text), schema)
 
 
 def consumed(schema: dict[str, Any], text: str) -> bool:

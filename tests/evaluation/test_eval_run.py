@@ -246,17 +246,14 @@ def test_every_rule_is_described_in_settings(rule) -> None:
 
 
 @pytest.mark.models
-def test_the_demo_pair_answers_questions(demo_models: dict[str, Path], tmp_path: Path, task) -> None:
-    import mixlm
-
-    ensemble: Ensemble = mixlm.load(*demo_models, weights=[0.7, 0.3], engine="hf")
+def test_the_demo_pair_answers_questions(demo_pair: Ensemble, tmp_path: Path, task) -> None:
     results = evaluate(
-        ensemble,
+        demo_pair.with_weights([0.7, 0.3]),
         ["mixlm_rg_chain_sum", task("choice")],
         methods=["mixture", "single:smollm2-135m"],
         seeds=[0],
         limit=2,
-        options={"max_tokens": 12, "top_k": 10},
+        options={"max_tokens": 6, "top_k": 10},
         out=tmp_path / "out",
     )
     assert results.score("mixlm_rg_chain_sum", "mixture").count == 2

@@ -3,6 +3,7 @@
 The distributions themselves are compared exactly where the strategies are tested; here it is `check` that is. With 400
 completions, the members' weights swapped for the first or for the second symbol (a total variation of 0.18 and 0.2) are
 found with probability 0.999, a coin that is always the most likely symbol too; with 200, the second is with 0.996.
+Samplers that must pass are checked on the toys of `toys`, whose small vocabularies take less time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 The members share one vocabulary. Every variant of every rule is scored in one pass of them: `VARIANTS`. `contrastive`
 has LARGE for its expert and SMALL for its amateur; its alpha is 0, since a text with one implausible token would have
-no probability. `guidance` is SMALL alone, behind the prompt and without it. The prompt of a passage is its first 1000
+no probability. `guidance` is SMALL alone, behind the prompt and without it. The prompt of a passage is its first 250
 bytes, which are not scored; that of an answer its question.
 A rule's parameters are those under which the training part is the most likely, or the right answers of `--fit` are.
 Texts are divided as in `router_study`, and the likeliest answer, by the byte, is a model's. Intervals are 95 %,
@@ -47,15 +47,29 @@ from research.scripts.router_scores import split_text, without_shared
 from research.scripts.router_study import Question, interval, parse_study, read_questions, study_parser
 
 Variant = tuple[Combination, Floats]  # a rule, and the weights of LARGE, SMALL, and SMALL without the prompt
-PROMPT_BYTES = 1000
+PROMPT_BYTES = 250
 _BARE = "Answer:"  # what stands in front of an answer without its question
 _ROUNDS = 2000
 
 
-def _of_rows(rule: Combination, rows: Sequence[int]) -> Variant:
-    """Return a rule of some of the members, in the order of its roles."""
-    picked = list(rows)
-    return Combination.of(lambda probs, weights: rule.combine(probs[picked], weights[picked])), np.full(3, 1 / 3)
+@dataclass(frozen=True)
+class _OfRows(Combination):
+    """A product of some of the members. rows: which, in the order of its roles."""
+
+    rule: Combination
+    rows: tuple[int, ...]
+    name = "of some members"
+    is_product = True
+
+    def combine(self, probs: Floats, weights: Floats) -> Floats:
+        return self.rule.combine(probs[list(self.rows)], weights[list(self.rows)])
+
+    def log_scores(self, rows: Sequence[Floats], weights: Floats) -> Floats:
+        return self.rule.log_scores([rows[row] for row in self.rows], weights[list(self.rows)])
+
+
+def _of_rows(rule: Combination, rows: tuple[int, ...]) -> Variant:
+    return _OfRows(rule, rows), np.full(3, 1 / 3)
 
 
 def _weighted(rule: Combination, large: float) -> Variant:
@@ -109,8 +123,14 @@ def text_items(inputs: Sequence[str], train: int, check: int) -> list[Item]:
         for is_fitted, passages in ((True, fitted), (False, without_shared(seen, held)[0])):
             for number, data in enumerate(passages):
                 cut = data.rfind(b"\n", 0, PROMPT_BYTES) + 1 or data.rfind(b" ", 0, PROMPT_BYTES)
-                if 0 < cut < len(data):
+                if cut > 0 and len(data) > PROMPT_BYTES:
                     items.append(Item(name, number, is_fitted, data[:cut], data[cut:]))
+            if not any((item.part, item.fitted) == (name, is_fitted) for item in items):
+                size, option = (train, "--train") if is_fitted else (check, "--check")
+                raise SystemExit(
+                    f"no passage of {name} is longer than its prompt of {PROMPT_BYTES} bytes at {option} {size}; "
+                    "of a folder, a file gives an eighth of that at most"
+                )
     return items
 
 

@@ -23,6 +23,11 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
+def test_a_text_that_leaves_nothing_behind_its_prompts_is_refused(text: Path) -> None:
+    with pytest.raises(SystemExit, match="no passage of words is longer than its prompt of 250 bytes at --train 200"):
+        rule_worth.text_items([f"words={text}"], 200, 900)
+
+
 def test_texts_are_scored_as_plain_formulas_do(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ class ExactReference:
         self._settings = settings
         self._prompts = prompts.ids
         self._may_end = True
+        self._known_pieces: dict[int, dict[int, bytes]] = {}
         sessions = [member.engine.session() for member in ensemble.members]
         context = PromptContext(prompts.text, lambda: bits_per_byte(sessions, prompts))
         self._route = CheckedRoute(ensemble.router, context, len(ensemble.members))
@@ -202,14 +203,17 @@ class ExactReference:
                 distribution += weight * next_byte / next_byte.sum()
         return distribution
 
+    def _pieces(self, i: int) -> dict[int, bytes]:
+        """Return the bytes of each symbol that a member samples."""
+        if i not in self._known_pieces:
+            unit = self._ensemble.unit
+            symbols = [int(symbol) for symbol in unit.symbols(i) if 0 <= symbol < unit.end]
+            self._known_pieces[i] = {symbol: unit.symbol_bytes(symbol) for symbol in symbols}
+        return self._known_pieces[i]
+
     def _covers(self, i: int, text: bytes, *, over: bool) -> Floats:
         """Return a member's mass of each next byte. over: it writes the text again, a token that agrees at a time."""
-        unit = self._ensemble.unit
-        pieces = {
-            int(symbol): unit.symbol_bytes(int(symbol))
-            for symbol in self._ensemble.unit.symbols(i)
-            if 0 <= symbol < unit.end
-        }
+        unit, pieces = self._ensemble.unit, self._pieces(i)
         seam = _last_seam(set(pieces.values()), text)
         distribution = np.zeros(unit.end + 1)
         mass = defaultdict(float, {seam: 1.0})

@@ -26,9 +26,9 @@ demo: $(VENV)/.demo  ## Generate text with the demo pair: two small models with 
 test: models chromium  ## Run every test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-fast: $(VENV)/.installed  ## Run the tests that take no longer than a moment, each with some of its parameters
+test-fast: $(VENV)/.installed  ## Run the package's tests that take no longer than a moment, each with some of its parameters
 	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not models and not engines and not slow" \
-	  --sets 2 --hypothesis-profile fast
+	  --sets 2 --hypothesis-profile fast --ignore tests/research
 
 test-engines: models $(ENGINES)/.installed  ## Run the engines' tests and mixlm check with real llama.cpp and vLLM (minutes)
 	$(ENGINES)/bin/python -m pytest tests/engines tests/generation/test_unavailable.py -m "engines or not engines"

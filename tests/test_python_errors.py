@@ -281,6 +281,18 @@ def test_what_is_chosen_in_loading_is_no_option_of_a_generation(name):
         PAIR.generate("ab", **{name: "x"})
 
 
+@pytest.mark.parametrize("stop", ["", ["x", ""]])
+def test_an_empty_stop_string_is_refused(stop):
+    with pytest.raises(ConfigError, match=re.escape("stop has an empty text, which ends nothing (leave it out)")):
+        PAIR.generate("ab", stop=stop)
+
+
+@pytest.mark.parametrize("engine", ["hf", "llamacpp", "remote"])
+def test_a_toy_runs_in_no_other_engine(engine):
+    with pytest.raises(ConfigError, match=f"engine is '{engine}', and toy:1 is a toy"):
+        mixlm.load("toy:1", engine=engine)
+
+
 def test_hints_have_the_words_of_python():
     with pytest.raises(UnsupportedError) as raised:
         PAIR.generate("ab", temperature=0)
@@ -296,6 +308,12 @@ def test_hints_have_the_words_of_python():
         ("or --engine hf (engine='hf')", "or engine='hf'"),
         ("see mixlm fit --router", "see mixlm fit --router"),
         ("use --rule mean-then-truncate", "use rule='mean-then-truncate'"),
+        ("leave ends out: --no-ends", "leave ends out: ends=False"),
+        ("use --alpha 0", "use alpha=0"),
+        ("fit its strength, without --router", "fit its strength, without router"),
+        ("train one with mixlm fit --rule defer --router", "train one with mixlm fit --rule defer --router"),
+        ("use mixlm score with --unit piece", "use mixlm score with unit='piece'"),
+        ("give a folder: --data DIR", "give a folder: data=DIR"),
     ],
 )
 def test_options_of_the_command_line_become_keywords(text, expected):
@@ -306,11 +324,12 @@ def test_no_error_in_the_sources_names_an_option_that_stays_as_it_is():
     """A hint with an option that `in_python_words` does not know would reach users of Python as it is."""
     source = Path(mixlm.__file__).parent
     rooms = ["core", "decoding", "generation", "routing", "units", "engines/base.py", "engines/transformers"]
+    rooms += ["evaluation", "fitting", "scoring"]
     files = [
         file for room in rooms for file in ([source / room] if room.endswith(".py") else (source / room).glob("*.py"))
     ]
     assert len(files) > 40
     for file in [*files, source / "binding.py", source / "ensemble.py", source / "loading.py"]:
         for string in re.findall(r'"([^"\n]*--[a-z][^"\n]*)"', file.read_text()):
-            names_a_command = re.search("mixlm (fit|score)", string) is not None
+            names_a_command = re.search("mixlm (fit|score|eval)|`--json`", string) is not None
             assert "--" not in in_python_words(string) or names_a_command, (file.name, string)

@@ -113,17 +113,26 @@ class MemoryLimitError(MixlmError):
 
 
 _FLAG = re.compile(
-    r"(?<!\S)--(engine|method|unit|top-k|dtype|draft|device|graphs|rule|system) (\w+(?:[.-]\w+)*)"
-    r"(?: \(engine='\w+'[^)]*\))?"
+    r"(?P<command>mixlm (?:fit|score|eval)(?: --[\w-]+(?: (?!--|to\b|or\b)[\w.-]+)?)+)"
+    r"|(?<!\S)--(?P<name>alpha|engine|method|unit|top-k|dtype|data|draft|device|graphs|rule|system) "
+    r"(?P<value>\w+(?:[.-]\w+)*)(?: \(engine='\w+'[^)]*\))?"
+    r"|(?<!\S)--(?P<no>no-)?(?P<switch>ends|observe|router|rule)\b"
 )
 
 
 def in_python_words(text: str) -> str:
-    """Return a message with keywords, such as `top_k=10`, in place of the options of the command line."""
+    """Return a message with keywords, such as `top_k=10`, in place of the options of the command line.
+
+    Whole commands, such as `mixlm fit --router`, stay as they are.
+    """
 
     def keyword(match: re.Match[str]) -> str:
-        value = match[2] if match[2].isdigit() else repr(match[2])
-        return f"{match[1].replace('-', '_')}={value}"
+        if match["command"]:
+            return match[0]
+        if match["switch"]:
+            return f"{match['switch']}=False" if match["no"] else match["switch"]
+        value = match["value"] if match["value"].isdigit() or match["value"].isupper() else repr(match["value"])
+        return f"{match['name'].replace('-', '_')}={value}"
 
     return _FLAG.sub(keyword, text)
 

@@ -39,7 +39,7 @@ def text(ensemble: mixlm.Ensemble) -> str:
 
 @pytest.mark.slow
 def test_a_pair_writes_what_its_folder_writes(folder, model, tokenizer):
-    pair, files = mixlm.load((model, tokenizer), "toy:1"), mixlm.load(folder, "toy:1", engine="hf", dtype="float32")
+    pair, files = mixlm.load((model, tokenizer), "toy:1"), mixlm.load(folder, "toy:1", dtype="float32")
     assert pair.names == ("tiny", "toy:1")
     assert text(pair) == text(files)
     engines = [ensemble.members[0].engine for ensemble in (pair, files)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,9 @@ def test_a_gguf_file_of_ones_own_is_installed_and_removed(tmp_path, quiet, write
         ("https://huggingface.co/org/M/resolve/main/q/m-q4.gguf?download=true", "mixlm models get org/M/q/m-q4.gguf"),
     ],
 )
-def test_a_page_of_the_hub_is_no_model(page, hint, quiet):
+def test_a_page_of_the_hub_is_no_model(page, hint, quiet, monkeypatch):
+    # Also where the packages for servers are missing.
+    monkeypatch.setattr("mixlm.engines.registry.find_spec", lambda name: None if name == "aiohttp" else find_spec(name))
     for look in (resolve, mixlm.load, lambda name: get(name, quiet)):
         with pytest.raises(ModelNotFoundError, match="is a page of the Hugging Face hub") as caught:
             look(page)

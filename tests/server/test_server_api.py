@@ -323,6 +323,8 @@ def test_message_parts_and_returned_messages_are_text(toys):
         {"max_tokens": 8.0, "seed": 3.0, "mixlm": {"top_k": 20.0, "weights": None}},
         {"max_completion_tokens": None, "stop": None, "response_format": None, "stream_options": None},
         {"ignore_eos": False},
+        {"stop": ""},
+        {"stop": ["", ""]},
         {"messages": [{**HELLO[0], "name": "ada", "cache_control": {"type": "ephemeral"}, "reasoning_content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello", "cache_control": {}}]}]},
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import httpx
@@ -22,6 +23,16 @@ def refusal(capsys):
         return said
 
     return refusal
+
+
+def test_the_garbage_collector_leaves_alone_what_is_loaded(monkeypatch):
+    frozen = []
+    monkeypatch.setattr("mixlm.server.http_server.serve", lambda *_, **__: frozen.append(gc.get_freeze_count()))
+    try:
+        assert main(["serve", "-m", "toy:1", "--port", "0"]) == 0
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 10_000
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -124,6 +125,9 @@ def serve(
         log_to_stderr(log)
         app = ServerApp(registry, limits, keys, address.allowed_hosts, tracer)
         names = ", ".join(model.name for model in registry)
+        # What is loaded stays: the garbage collector need not look at it again, with all threads waiting.
+        gc.collect()
+        gc.freeze()
         run(app, listener, on_ready=lambda url: dim(f"serving {names} at {url}"))
     finally:
         listener.close()

@@ -464,6 +464,8 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(strings, list | tuple | set) or not all(isinstance(string, str) for string in strings):
         raise ConfigError(f"stop is {stop!r}; it must be a text, or a list of texts")
+    if "" in strings:
+        raise ConfigError("stop has an empty text, which ends nothing", "leave it out")
     return tuple(strings)
 
 

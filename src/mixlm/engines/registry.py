@@ -65,6 +65,10 @@ def load(spec: EngineSpec) -> Engine:
             f"{named} given, and {spec.model} runs in the engine {name}",
             "leave it out, or use --engine hf",
         )
+    if name == "remote":
+        from mixlm.models.resolve import check_no_page
+
+        check_no_page(spec.model)
     module, packages = ENGINES[name]
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

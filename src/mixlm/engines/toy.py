@@ -13,7 +13,7 @@ from mixlm.core.sampling import Transform
 from mixlm.engines.base import Engine, Session, TextInterface
 from mixlm.engines.requests import GenerateRequest, GenerateResponse
 from mixlm.engines.spec import EngineSpec
-from mixlm.errors import TokenizerError, UnsupportedError
+from mixlm.errors import ConfigError, TokenizerError, UnsupportedError
 from mixlm.tokenization.chat_template import PLAIN_FORM, PromptEncoder, PromptForm
 from mixlm.tokenization.incremental import Encoded
 from mixlm.tokenization.tool_calls import plain_messages
@@ -132,7 +132,14 @@ class ToyEngine(Engine):
 
     @classmethod
     def from_spec(cls, spec: EngineSpec) -> ToyEngine:
-        """Build the toy that `toy:SEED` names. Raises UnsupportedError for an adapter."""
+        """Build the toy that `toy:SEED` names.
+
+        Raises:
+            ConfigError: Another engine is named.
+            UnsupportedError: There is an adapter.
+        """
+        if spec.engine not in ("auto", "toy"):
+            raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a toy, its own engine", "leave it out")
         if spec.adapter is not None:
             raise UnsupportedError(f"{spec.model} is a toy, which takes no adapter", "leave it out")
         digits = re.sub(r"\D", "", spec.model) or "0"

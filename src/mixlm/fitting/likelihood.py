@@ -94,7 +94,7 @@ def scaled_likelihood(scores: Scores) -> tuple[Floats, Floats]:
     if impossible.size:
         segment = impossible[0]
         if scores.starts[segment] == scores.ends[segment]:
-            raise ConfigError("no member can end an answer where one ends", "leave ends out: --no-ends, or ends=False")
+            raise ConfigError("no member can end an answer where one ends", "leave ends out: --no-ends")
         shown = scores.text[scores.starts[segment] : scores.ends[segment]].decode(errors="replace")
         raise ConfigError(f"no member can write {shown!r}, so no weights make the text likely", "leave it out")
     return np.exp(scores.logprobs - top[:, None]), top

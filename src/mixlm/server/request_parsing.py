@@ -192,6 +192,8 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
     options = dict(options)
     for source, names in ((body, (*_OPTIONS, *SHARED_OPTIONS)), (extras, _EXTRA_OPTIONS)):
         options |= {name: value for name in names if (value := getattr(source, name)) is not None}
+    if "stop" in options:  # an empty text ends nothing
+        options["stop"] = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or ()) if text]
     if body.ignore_eos:
         options["ignore_end"] = True
     if body.seed is not None:

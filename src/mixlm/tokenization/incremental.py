@@ -226,8 +226,8 @@ class TokenizerEncoder:
     def _found_ids(self) -> dict[int, int]:
         """The special token that each id of the finder stands for."""
         ids = {token.content: i for i, token in self._special.items()}
-        found = self._finder.get_added_tokens_decoder().items()
-        return {i: ids[token.content] for i, token in found if token.content in ids}
+        added = self._finder.get_added_tokens_decoder().items()
+        return {i: ids[token.content] for i, token in added if token.content in ids}
 
     def _special_spans(self, encoding: Any, text: str) -> Iterator[tuple[int, int, int]]:
         """Yield where the finder has found special tokens in a text, from and to, and their ids."""

@@ -42,7 +42,7 @@ from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.engines.topk_only import TokenScores, TopKOnlyEngine, TopKOnlySession, TopTokensQuery
 from mixlm.errors import ConfigError, EngineError, RequestRefusedError
 from mixlm.models.gguf import find_gguf, tokenizer_folder
-from mixlm.models.resolve import check_no_page, resolve
+from mixlm.models.resolve import resolve
 from mixlm.types import Candidates, Ids, LogitsRows, Sampling, TopKFilter
 
 _T = TypeVar("_T")
@@ -54,7 +54,6 @@ def load(spec: EngineSpec) -> RemoteEngine:
         raise ConfigError(
             f"{spec.model!r} is no server", "give its URL: http://host:port, with #NAME for one of several"
         )
-    check_no_page(spec.model)
     if spec.engine not in ("auto", "remote"):
         raise ConfigError(f"engine is {spec.engine!r}, and {spec.model} is a server", "leave engine out")
     folder = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mixlm.cli import main
 from mixlm.config import parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -40,16 +41,15 @@ def test_ensemble_file_is_valid() -> None:
 
 
 @pytest.mark.slow
-def test_commands_that_need_more_than_the_demo_models_exist() -> None:
+def test_commands_that_need_more_than_the_demo_models_exist(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split("  #")[0].split() for block in re.findall(r"\n```\n(mixlm.*?)```", README, flags=re.DOTALL)
              for line in block.splitlines()]  # fmt: skip
     assert {line[1] for line in lines} == {"serve", "score", "fit", "eval", "chat"}
     for line in lines:
-        command = [sys.executable, "-c", "import sys; from mixlm.cli import main; sys.exit(main())", line[1], "--help"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert shown.returncode == 0, shown.stderr
+        assert main([line[1], "--help"]) == 0
+        shown = capsys.readouterr().out
         for option in (word for word in line if word.startswith("--")):
-            assert option in shown.stdout, (line, option)
+            assert option in shown, (line, option)
 
 
 @pytest.mark.models
@@ -62,12 +62,15 @@ def test_python_runs(demo_installed: None) -> None:
 
 @pytest.mark.models
 @pytest.mark.parametrize("command", [command for command in commands() if "chat" not in command])
-def test_shell_runs(demo_installed: None, command: str) -> None:
-    # Fewer samples of fewer tokens, and shorter runs than shown; the rest is as a reader would type it.
+def test_shell_runs(demo_installed: None, command: str, tmp_path: Path) -> None:
+    # Fewer samples of fewer tokens, shorter runs and texts than shown; the rest is as a reader would type it.
     command = re.sub(r"--samples \d+", "--samples 100 --top-k 4", command)
     command = re.sub(r"--tokens \d+ --repeats \d+", "--tokens 4 --repeats 1", command)
     if "generate" in command:
         command += " --max-tokens 8"
+    if "inspect" in command:
+        (tmp_path / "text").write_text("The ferry left the harbour a little after six.\n")
+        command += f" --text {tmp_path / 'text'}"
     command = command.replace("mixlm ", f"{Path(sys.executable).parent / 'mixlm'} ", 1)
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

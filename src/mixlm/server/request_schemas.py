@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import (
@@ -106,11 +107,9 @@ class StrictBody(BaseModel):
         if not isinstance(fields, dict):
             return fields
         _refuse_many(fields)
-        known = {info.alias or name: info for name, info in cls.model_fields.items()}
+        known = _known_fields(cls)
         return {
-            name: int(value)
-            if type(value) is float and value.is_integer() and name in known and _is_integer(known[name].annotation)
-            else value
+            name: int(value) if type(value) is float and value.is_integer() and known.get(name) else value
             for name, value in fields.items()
             if name not in cls.ignored and not (value is None and name in known)
         }
@@ -119,7 +118,7 @@ class StrictBody(BaseModel):
     @classmethod
     def _remove_neutral(cls, fields: Any) -> Any:
         """Remove fields that request nothing, and refuse those that request what is not supported."""
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict) or not cls.neutral:
             return fields
         for name in (name for name in fields if name in cls.neutral):
             allowed, why = cls.neutral[name]
@@ -129,6 +128,12 @@ class StrictBody(BaseModel):
             ]:
                 raise unsupported_field(name, why)
         return {name: value for name, value in fields.items() if name not in cls.neutral}
+
+
+@cache
+def _known_fields(model: type[BaseModel]) -> Mapping[str, bool]:
+    """Return the names of a body's fields, with whether their numbers are integers."""
+    return {info.alias or name: _is_integer(info.annotation) for name, info in model.model_fields.items()}
 
 
 def _is_integer(annotation: Any) -> bool:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mixlm.engines.base import TextInterface
 from mixlm.engines.spec import EngineSpec
 from mixlm.errors import MixlmError, ModelLoadError, TemplateError, TokenizerError
 from mixlm.models.cache import read_info
+from mixlm.models.tokenizer_tables import parse_tokenizer
 from mixlm.tokenization.chat_template import PLAIN_STOPS, PLAIN_TEMPLATE, PromptEncoder
 from mixlm.tokenization.conversation import ConversationRenderer
 from mixlm.tokenization.incremental import TokenizerEncoder
@@ -219,7 +221,7 @@ def load_tokenizer(
         with memory_errors(name):
             if (Path(source) / TOKENIZER_FILE).is_file():
                 # The file is complete; the class that a model names would only rebuild it, slowly.
-                return read_tokenizer(Path(source))
+                return read_tokenizer(Path(source), partial(parse_tokenizer, folder=Path(source)))
             return _converted_tokenizer(source, name, trust_remote_code=trust_remote_code)
     except MixlmError:
         raise

@@ -124,12 +124,16 @@ def installed() -> list[InstalledModel]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` atomically: readers see the old file or the new one."""
+    """Write `value` to `path` as JSON; see `write_bytes`."""
+    write_bytes(path, (json.dumps(value) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.write("\n")
+        with open(handle, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -8,7 +8,7 @@ and the chat template. Importing transformers takes longer than loading a small 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ class FolderTokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
 
-def read_tokenizer(folder: Path) -> FolderTokenizer:
+def read_tokenizer(folder: Path, parse: Callable[[bytes], Any] = json.loads) -> FolderTokenizer:
     """Read the tokenizer of a folder with `tokenizer.json`.
+
+    Args:
+        folder: The folder.
+        parse: Reads the JSON of that file.
 
     Raises:
         TemplateError: There are several chat templates, and none is the default.
@@ -58,7 +62,7 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
         Exception: `tokenizers` raises it bare where `tokenizer.json` is broken.
     """
     config = read_json_object(folder / "tokenizer_config.json") or {}
-    backend, vocabulary = _read_backend(folder / TOKENIZER_FILE)
+    backend, vocabulary = _read_backend(folder / TOKENIZER_FILE, parse)
     named = {name: value for name, value in config.items() if name.endswith("_token") and _is_token(value)}
     extra = _extra_tokens(config, named)
     if "added_tokens_decoder" in config:
@@ -84,14 +88,14 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
     return FolderTokenizer(backend, named, template, file, vocabulary)
 
 
-def _read_backend(file: Path) -> tuple[Any, Mapping[str, int]]:
+def _read_backend(file: Path, parse: Callable[[bytes], Any] = json.loads) -> tuple[Any, Mapping[str, int]]:
     """Return the tokenizer of a file, and the ids of its model's tokens if they are known.
 
     Python's JSON reads the large table of a BPE model in less time than the library does, which reads all others.
     """
     from tokenizers import Tokenizer, models
 
-    data = json.loads(file.read_bytes())
+    data = parse(file.read_bytes())
     model = data.get("model") or {}
     if model.get("type") == "BPE" and not data.get("truncation") and not data.get("padding"):
         options = {name: model[name] for name in _BPE_OPTIONS if model.get(name) is not None}

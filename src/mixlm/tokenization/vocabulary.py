@@ -10,11 +10,11 @@ Other tokenizers, such as WordPiece, are refused: a guess would put wrong bytes 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate
+from itertools import accumulate, product
+from string import hexdigits
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ SPACE = "▁"
 _SPACES = (SPACE, " ", "Ġ")  # how a token of a space alone is spelled; the last one in the byte-level alphabet
 # From here on, in characters, a text is encoded so that other threads go on; that takes 0.2 ms more.
 _LONG_TEXT = 2000
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenizerFamily(Enum):
@@ -247,14 +246,17 @@ def token_bytes(
     added = tokenizer.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
     names = token_names(tokenizer) if names is None else names
-    plain = {i: token for i, token in names.items() if i not in added}
+    plain = dict(names)
+    for i in added:
+        plain.pop(i, None)
     if kind is TokenizerFamily.BYTE_LEVEL:
         data = dict(zip(plain, _byte_level_bytes(plain, name), strict=True))
     else:
         data = dict(zip(plain, _sentencepiece_bytes(plain.values()), strict=True))
         if has_byte_fallback(tokenizer):
-            bytes_of = {i: _BYTE_TOKEN.fullmatch(token) for i, token in plain.items() if token.startswith("<0x")}
-            data |= {i: bytes([int(match[1], 16)]) for i, match in bytes_of.items() if match}
+            for digits in map("".join, product(hexdigits, repeat=2)):
+                if (i := tokenizer.token_to_id(f"<0x{digits}>")) in plain:
+                    data[i] = bytes.fromhex(digits)
     data |= {i: token.content.encode() for i, token in added.items() if i not in special}
     _check_spelling(tokenizer, data, name)
     return data, frozenset(special)

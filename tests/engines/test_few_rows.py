@@ -13,6 +13,7 @@ from mixlm.engines.transformers.few_rows import FewRowsLinear, speed_up_linear_l
 def layers(monkeypatch: pytest.MonkeyPatch) -> torch.nn.ModuleDict:
     monkeypatch.setattr(few_rows, "transposed_is_faster", lambda: True)
     monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS", 100)
+    monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONE_ROW", 100)
     torch.manual_seed(0)
     return torch.nn.ModuleDict(
         {

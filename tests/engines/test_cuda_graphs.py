@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def load_once(load: Load) -> Load:
+    """Loads an engine once for all tests that leave it as it is."""
+    return cache(load)
+
+
 @pytest.fixture(scope="module", params=["gemma3", "qwen2"])
 def engine(request: pytest.FixtureRequest, load: Load) -> HFEngine:
     return load(request.param)
@@ -72,8 +79,8 @@ def many(length: int) -> Sequence[tuple[int, int, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [5, 240])
-def test_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: str, length: int) -> None:
-    fixed, usual = load(kind), load(kind, "off")
+def test_fixed_shapes_return_what_the_plain_forward_returns(load_once: Load, kind: str, length: int) -> None:
+    fixed, usual = load_once(kind), load_once(kind, "off")
     assert fixed.runner.graphs is not None
     assert usual.runner.graphs is None
     session, reference = fixed.session(), usual.session()
@@ -86,8 +93,8 @@ def test_fixed_shapes_return_what_the_plain_forward_returns(load: Load, kind: st
 
 
 @pytest.mark.slow
-def test_fixed_shapes_return_what_transformers_returns(load: Load) -> None:
-    engine = load("gemma3")
+def test_fixed_shapes_return_what_transformers_returns(load_once: Load) -> None:
+    engine = load_once("gemma3")
     ids = random_ids(engine, 40)
     reference = AutoModelForCausalLM.from_pretrained(engine.model.name_or_path, dtype=torch.float32)
     with torch.inference_mode():
@@ -160,10 +167,10 @@ def test_few_sequences_at_a_time_have_captured_forwards(load: Load) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "speculative", "conventional"])
-def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
+def test_texts_do_not_depend_on_graphs(load_once: Load, method: Any) -> None:
     texts = []
     for graphs in ("on", "off"):
-        pair = Ensemble([MemberSpec(load(kind, graphs), kind) for kind in ("qwen2", "llama")])
+        pair = Ensemble([MemberSpec(load_once(kind, graphs), kind) for kind in ("qwen2", "llama")])
         texts.append([pair.generate("the river", method=method, max_tokens=60, seed=seed).text for seed in (1, 2)])
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
@@ -171,8 +178,8 @@ def test_texts_do_not_depend_on_graphs(load: Load, method: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "count"), [("llama", 5), ("gemma3", 13)])  # gemma3 has six in a layer
-def test_norms_are_fused_in_fixed_shapes_only(load: Load, kind: str, count: int, dtype: torch.dtype) -> None:
-    model = copy.deepcopy(load(kind, "off").model).to(dtype)
+def test_norms_are_fused_in_fixed_shapes_only(load_once: Load, kind: str, count: int, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(load_once(kind, "off").model).to(dtype)
     with torch.no_grad():
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):

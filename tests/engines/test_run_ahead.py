@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,12 @@ TRUNCATED = {"top_k": 12, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8}
 @pytest.fixture(scope="module")
 def engine(load: Load) -> HFEngine:  # noqa: F811
     return load("gemma3")
+
+
+@pytest.fixture(scope="module")
+def load_once(load: Load) -> Load:  # noqa: F811
+    """Loads an engine once for all tests that leave it as it is."""
+    return cache(load)
 
 
 def sampled_twice(seed: int, device: str = "cpu") -> tuple[int, int] | None:
@@ -117,13 +124,13 @@ def pair(load: Load, graphs: str, kinds: tuple[str, str], *, device: str = "cpu"
     ],
 )
 def test_texts_are_those_of_one_forward_at_a_time(
-    load: Load,  # noqa: F811
+    load_once: Load,
     kinds: tuple[str, str],
     method: str,
     unit: Any,
 ) -> None:
     for weights in ([0.9, 0.1], [0.5, 0.5])[: 1 if method == "single" else 2]:
-        fixed, usual = (pair(load, graphs, kinds, weights=weights, unit=unit) for graphs in ("on", "off"))
+        fixed, usual = (pair(load_once, graphs, kinds, weights=weights, unit=unit) for graphs in ("on", "off"))
         for seed, more in enumerate([{}, TRUNCATED, {"stop": []}, {"top_k": 300}, {"top_k": 0}]):
             options = {"method": method, "seed": seed, "max_tokens": 50, **more}
             if "stop" in more:  # something that is written
@@ -139,8 +146,8 @@ def test_texts_are_those_of_one_forward_at_a_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixture", "single"])
-def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> None:  # noqa: F811
-    fixed = pair(load, "on", ("llama", "qwen2"), unit="token")
+def test_all_of_a_run_but_its_first_is_run_ahead(load_once: Load, method: str) -> None:
+    fixed = pair(load_once, "on", ("llama", "qwen2"), unit="token")
     tokens, _, log = write(fixed, method=method, seed=1, max_tokens=300, ignore_end=True)
     assert len(tokens) == log.forwards == 300  # more than a room's least size
     inside = sum(token[1] == other[1] for token, other in pairwise(tokens))
@@ -149,29 +156,30 @@ def test_all_of_a_run_but_its_first_is_run_ahead(load: Load, method: str) -> Non
 
 
 @pytest.mark.slow
-def test_what_is_wasted_is_bounded(load: Load) -> None:  # noqa: F811
-    fixed = pair(load, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
+def test_what_is_wasted_is_bounded(load_once: Load) -> None:
+    fixed = pair(load_once, "on", ("llama", "gemma3"), unit="piece")  # texts at random are hardly ever read as written
     tokens, _, log = write(fixed, seed=1, max_tokens=200, ignore_end=True)
     runs = sum(token[1] == other[1] for token, other in pairwise(tokens))
     assert 0 < log.vain <= DEPTH * (runs - log.ahead)
-    ended = write(pair(load, "on", ("llama", "qwen2"), unit="token"), method="single", seed=2, stop=["e"])
+    ended = write(pair(load_once, "on", ("llama", "qwen2"), unit="token"), method="single", seed=2, stop=["e"])
     assert ended[1] == "stop"
     assert ended[2].ahead == len(ended[0]) - 1
     assert ended[2].vain == DEPTH
 
 
 @pytest.mark.slow
-def test_weights_that_change_with_the_text_change_no_text(load: Load) -> None:  # noqa: F811
+def test_weights_that_change_with_the_text_change_no_text(load_once: Load) -> None:
     router = FunctionRouter(lambda prompt, tail: np.array([0.8, 0.2])[:: -1 if tail[-1:] > b"m" else 1], 2)
-    fixed, usual = (pair(load, graphs, ("llama", "qwen2"), router=router, unit="token") for graphs in ("on", "off"))
+    kinds = ("llama", "qwen2")
+    fixed, usual = (pair(load_once, graphs, kinds, router=router, unit="token") for graphs in ("on", "off"))
     actual, expected = (write(engine, seed=3, max_tokens=80) for engine in (fixed, usual))
     assert actual[:2] == expected[:2]
     assert actual[2].ahead > 0 < actual[2].vain
 
 
 @pytest.mark.slow
-def test_wrong_samples_change_no_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    fixed, usual = (pair(load, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
+def test_wrong_samples_change_no_text(load_once: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, usual = (pair(load_once, graphs, ("llama", "qwen2"), unit="token") for graphs in ("on", "off"))
     token = DeviceSampler.sample
     for off, hits in ((0, True), (1, False)):
         monkeypatch.setattr(DeviceSampler, "sample", lambda self, part, *rest: (token(self, part, *rest) + off) % 500)  # noqa: B023
@@ -373,14 +381,14 @@ def test_members_with_one_filter_are_sampled_by_their_own_symbols() -> None:
 
 
 @pytest.mark.slow
-def test_engines_that_do_not_run_ahead_get_no_hint(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_engines_that_do_not_run_ahead_get_no_hint(load_once: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> int:
         raise AssertionError
 
     monkeypatch.setattr(engine_sampling, "run_length", never)
     toys("token", 2).generate("ab", raw=True, max_tokens=5)
-    pair(load, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
-    whole = pair(load, "on", ("llama", "qwen2"))
+    pair(load_once, "off", ("llama", "qwen2")).generate("the river", max_tokens=5)
+    whole = pair(load_once, "on", ("llama", "qwen2"))
     whole.generate("the river", max_tokens=5, top_k=0)
     whole.generate("the river", max_tokens=5, repetition_penalty=1.1)
     whole.generate("the river", max_tokens=5, logprobs_of="ensemble")
@@ -407,10 +415,10 @@ def test_a_device_that_cannot_sample_does_not_run_ahead(
 
 
 @pytest.mark.slow
-def test_only_engines_with_fixed_shapes_run_ahead(load: Load) -> None:  # noqa: F811
-    assert load("llama").run_ahead_depth == DEPTH
-    assert load("llama", "off").run_ahead_depth == 0
-    assert load("llama").runner.with_adapter("some adapter").run_ahead_depth == DEPTH
+def test_only_engines_with_fixed_shapes_run_ahead(load_once: Load) -> None:
+    assert load_once("llama", "on", "cpu").run_ahead_depth == DEPTH
+    assert load_once("llama", "off", "cpu").run_ahead_depth == 0
+    assert load_once("llama", "on", "cpu").runner.with_adapter("some adapter").run_ahead_depth == DEPTH
 
 
 @pytest.mark.slow

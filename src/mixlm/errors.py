@@ -116,7 +116,7 @@ _FLAG = re.compile(
     r"(?P<command>mixlm (?:fit|score|eval)(?: --[\w-]+(?: (?!--|to\b|or\b)[\w.-]+)?)+)"
     r"|(?<!\S)--(?P<name>alpha|engine|method|unit|top-k|dtype|data|draft|device|graphs|rule|system) "
     r"(?P<value>\w+(?:[.-]\w+)*)(?: \(engine='\w+'[^)]*\))?"
-    r"|(?<!\S)--(?P<no>no-)?(?P<switch>ends|observe|router|rule)\b"
+    r"|(?<!\S)--(?P<no>no-)?(?P<switch>ends|observe|router|rule)(?![\w-])"
 )
 
 
@@ -131,7 +131,7 @@ def in_python_words(text: str) -> str:
             return match[0]
         if match["switch"]:
             return f"{match['switch']}=False" if match["no"] else match["switch"]
-        value = match["value"] if match["value"].isdigit() or match["value"].isupper() else repr(match["value"])
+        value = match["value"] if re.fullmatch(r"\d+(\.\d+)?|[A-Z]+", match["value"]) else repr(match["value"])
         return f"{match['name'].replace('-', '_')}={value}"
 
     return _FLAG.sub(keyword, text)

@@ -139,7 +139,7 @@ def test_the_next_byte_follows_the_members_own_distribution_whichever_it_is(text
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, {"temperature": 1.0, "top_k": 2}])
-def test_one_member_alone_writes_the_texts_it_writes_in_pieces(options):
+def test_one_member_alone_writes_its_own_distribution_of_texts(options):
     alone = make_ensemble([engine(TOKENS[0], seed=7)], unit="byte")
     distribution = defaultdict(float)
 

@@ -13,7 +13,6 @@ from mixlm.engines.transformers.few_rows import FewRowsLinear, speed_up_linear_l
 def layers(monkeypatch: pytest.MonkeyPatch) -> torch.nn.ModuleDict:
     monkeypatch.setattr(few_rows, "transposed_is_faster", lambda: True)
     monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS", 100)
-    monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONE_ROW", 100)
     torch.manual_seed(0)
     return torch.nn.ModuleDict(
         {
@@ -26,8 +25,14 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> torch.nn.ModuleDict:
     )
 
 
-@pytest.mark.parametrize("shape", [(12,), (1, 12), (1, 2, 12), (2, 3, 12), (64, 12), (65, 12), (0, 12)])
-def test_the_product_is_the_same(layers: torch.nn.ModuleDict, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (1, 2, 12), (2, 3, 12), (64, 12), (65, 12), (5, 13, 12), (0, 12)])
+@torch.inference_mode()
+def test_the_product_is_the_same(
+    layers: torch.nn.ModuleDict, shape: tuple[int, ...], onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn:
+        monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONEDNN", 100)
     x = torch.randn(shape)
     for name in ("large", "without_bias"):
         expected = layers[name](x)
@@ -37,6 +42,15 @@ def test_the_product_is_the_same(layers: torch.nn.ModuleDict, shape: tuple[int, 
         assert actual.shape == expected.shape
         assert actual.is_contiguous()
         assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_gradients_are_those_of_a_plain_layer(layers: torch.nn.ModuleDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "_LEAST_WEIGHTS_ONEDNN", 100)
+    x = torch.randn(1, 12, requires_grad=True)
+    (expected,) = torch.autograd.grad(layers["large"](x).sum(), x)
+    speed_up_linear_layers(layers)
+    (actual,) = torch.autograd.grad(layers["large"](x).sum(), x)
+    assert torch.allclose(actual, expected)
 
 
 def test_other_layers_stay_as_they_are(layers: torch.nn.ModuleDict) -> None:

@@ -134,6 +134,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(content)
+        os.chmod(temporary, 0o644)  # a cache may be another user's
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

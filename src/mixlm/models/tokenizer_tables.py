@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def parse_tokenizer(content: bytes, folder: Path) -> Any:
     Raises:
         ValueError: It is not JSON.
     """
-    if cache_root() not in folder.absolute().parents:
+    if not {cache_root() / "models", cache_root() / "tokenizers"} & set(folder.absolute().parents):
         return json.loads(content)
     file = folder / _FILE
     with suppress(OSError):
@@ -38,7 +39,7 @@ def parse_tokenizer(content: bytes, folder: Path) -> Any:
         if digest == _digest(content, kept):
             return _unpack(kept)
     data = json.loads(content)
-    if (packed := _pack(data)) is not None:
+    if os.access(folder, os.W_OK) and (packed := _pack(data)) is not None:
         with suppress(OSError):  # it is only a cache
             write_bytes(file, _digest(content, packed) + b"\n" + packed)
     return data

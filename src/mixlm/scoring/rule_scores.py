@@ -138,9 +138,11 @@ class RuleScorer:
         targets = [*given.targets(self._readers).tolist(), *[self._unit.end] * passage.scores_end]
         total, greedy = np.zeros(len(self._variants)), np.ones(len(self._variants), dtype=np.bool_)
 
+        has_product = any(rule.is_product for rule, _ in self._variants)
+
         def take(place: int, probs: Floats) -> bool:
             with np.errstate(divide="ignore"):
-                logs = list(np.log(probs))  # once, for all products
+                logs = list(np.log(probs)) if has_product else []  # once, for all products
                 for variant, (rule, weights) in enumerate(self._variants):
                     if rule.is_product:
                         scores = rule.log_scores(logs, weights)

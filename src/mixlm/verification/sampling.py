@@ -20,6 +20,7 @@ from mixlm.types import Floats, HiddenStates, Ids, Logits, LogitsRows, TopKFilte
 Outcome = tuple[int, ...]
 _MEMO_BYTES = 512 << 20
 _MEMO_TOP_K = 4096
+_MOST_REPORTS = 4096  # that are kept at once
 _TOGETHER = 16
 
 
@@ -155,6 +156,8 @@ class _MemoSession(Session):
             return self._session.logits_rows(ids, last, top_k_filter, allowed)
         key = ids.tobytes(), last, top_k_filter.k, top_k_filter.banned.tobytes()
         if key not in self._reports:
+            if len(self._reports) >= _MOST_REPORTS:
+                self._reports.clear()
             self._reports[key] = self._session.logits_rows(ids, last, top_k_filter)
         return self._reports[key]
 

@@ -1,22 +1,19 @@
 """Linear layers on a CPU, for the few tokens of a decode step, a catch-up, a verification or a batch.
 
-`x Wᵀ` of 2 to 64 rows x should cost little more than of one: reading W is what takes the time. But some math libraries
-rearrange all of W for it, in float32 on processors of some kinds: two rows then take twice as long as one. `W xᵀ` is
-the same product, in which it is the few rows that are rearranged. And they multiply one row in a single thread: W as a
-batch of matrices is divided among the threads, with the same numbers.
+`x Wᵀ` of up to 64 rows x should cost little more than of one: reading W is what takes the time. But MKL multiplies one
+row in a single thread, and on processors of some kinds it rearranges all of W for two. `W xᵀ` is the same product, in
+which it is the few rows that are rearranged; and oneDNN has faster instructions for it than MKL uses there.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 _MOST_ROWS = 64
 _LEAST_WEIGHTS = 1 << 19  # with fewer, both take no time
-_LEAST_WEIGHTS_ONE_ROW = 1 << 22  # with fewer, waking the other threads takes as long
-_MATRICES = 16  # in the batch for one row; a divisor of it where the outputs are no multiple
+_LEAST_WEIGHTS_ONEDNN = 1 << 22  # with fewer, calling it takes as long as it saves
 
 
 class FewRowsLinear(torch.nn.Linear):
@@ -25,11 +22,14 @@ class FewRowsLinear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x Wᵀ + b`: (…, inputs) to (…, outputs)."""
         rows = x.numel() // self.in_features
-        if 2 <= rows <= _MOST_ROWS:
+        if rows and self.weight.numel() >= _LEAST_WEIGHTS_ONEDNN and not torch.is_grad_enabled():
+            multiply = torch.ops.mkldnn._linear_pointwise
+            if rows > _MOST_ROWS:
+                product: torch.Tensor = multiply(x.reshape(rows, -1), self.weight, self.bias, "none", [], "")
+                return product.view(*x.shape[:-1], self.out_features)
+            product = multiply(self.weight, x.reshape(rows, -1), None, "none", [], "").T.contiguous()
+        elif 2 <= rows <= _MOST_ROWS:
             product = torch.mm(self.weight, x.reshape(rows, -1).T).T.contiguous()
-        elif rows == 1 and self.weight.numel() >= _LEAST_WEIGHTS_ONE_ROW:
-            matrices = self.weight.view(math.gcd(self.out_features, _MATRICES), -1, self.in_features)
-            product = torch.bmm(x.reshape(1, 1, -1).expand(len(matrices), -1, -1), matrices.mT).view(1, -1)
         else:
             return super().forward(x)
         if self.bias is not None:
@@ -49,16 +49,18 @@ def _is_plain(module: Any) -> bool:
     if type(module) is not torch.nn.Linear or "forward" in vars(module):  # accelerate's hooks replace it
         return False
     weight = module.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _LEAST_WEIGHTS
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return is_plain and weight.numel() >= _LEAST_WEIGHTS
 
 
 def transposed_is_faster() -> bool:
-    """Whether few float32 rows are multiplied faster in the other order: with MKL on processors without AVX-512.
+    """Whether few float32 rows are multiplied faster in this way: with MKL on processors without AVX-512.
 
-    Measured with two threads on an AVX2 processor, milliseconds of 2, 4, 8 and 16 rows by 8960 x 1536 weights: 12, 18,
-    19 and 22 in the usual order, 6, 9, 10 and 15 in this one. One row takes 6; as a batch of matrices, two
-    threads work for 0.56 of the time each that one does otherwise. It is no trial, since rounding differs: equal seeds
-    shall give equal texts, however busy a machine was when it loaded the model.
+    Measured with two threads on an AVX2 processor, milliseconds of 1, 2, 4, 8, 16 and 64 rows by 8960 x 1536 weights:
+    6, 12, 23, 24, 24 and 36 by `linear`; 6, 6, 7, 12, 14 and 27 by `mm`; 4, 6, 6, 6, 6 and 18 by oneDNN. It is no
+    trial, since rounding differs: equal seeds shall give equal texts, however busy a machine was when it loaded the
+    model.
     """
     has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return has_mkl and bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    return has_mkl and has_onednn and bool(torch.backends.cpu.get_cpu_capability() == "AVX2")

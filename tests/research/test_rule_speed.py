@@ -16,7 +16,20 @@ def test_rows_are_kept_with_what_they_were_measured_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rules.jsonl"
-    arguments = ["toy:1", "toy:2", "--tokens", "3", "--prompt", "the sea", "--dtype", "float32", "--json", str(path)]
+    arguments = [
+        "toy:1",
+        "toy:2",
+        "--engine",
+        "auto",
+        "--tokens",
+        "3",
+        "--prompt",
+        "the sea",
+        "--dtype",
+        "float32",
+        "--json",
+        str(path),
+    ]
     rule_speed.main([*arguments, "--rules", "max"])
     rule_speed.main([*arguments, "--rules", "guidance,max"])
     out = capsys.readouterr().out.splitlines()
@@ -55,5 +68,7 @@ def test_guidance_reads_one_model_after_two_system_texts(monkeypatch: pytest.Mon
         raise ValueError("enough")
 
     monkeypatch.setattr(rule_speed, "measured", measured)
-    rule_speed.main(["toy:1", "toy:2", "--rules", "max,guidance", "--system", "short", "--negative", "long"])
+    rule_speed.main(
+        ["toy:1", "toy:2", "--engine", "auto", "--rules", "max,guidance", "--system", "short", "--negative", "long"]
+    )
     assert seen == [[("toy:1", None), ("toy:2", None)], [("toy:1", "short"), ("toy:1", "long")]]

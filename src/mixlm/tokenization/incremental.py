@@ -223,18 +223,18 @@ class TokenizerEncoder:
         return finder
 
     @cached_property
-    def _found_ids(self) -> dict[int, int]:
+    def _special_of_finder(self) -> dict[int, int]:
         """The special token that each id of the finder stands for."""
         ids = {token.content: i for i, token in self._special.items()}
         added = self._finder.get_added_tokens_decoder().items()
         return {i: ids[token.content] for i, token in added if token.content in ids}
 
     def _special_spans(self, encoding: Any, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield where the finder has found special tokens in a text, from and to, and their ids."""
+        """Yield each special token of a text that the finder encoded: where it begins and ends, and its id."""
         ids = np.array(encoding.ids, dtype=np.int64)
-        for number in np.flatnonzero(np.isin(ids, list(self._found_ids))).tolist():
+        for number in np.flatnonzero(np.isin(ids, list(self._special_of_finder))).tolist():
             start, stop = encoding.token_to_chars(number)
-            i = self._found_ids[int(ids[number])]
+            i = self._special_of_finder[int(ids[number])]
             if self._is_special(i, text[start:stop]):
                 yield start, stop, i
 

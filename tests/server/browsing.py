@@ -48,12 +48,12 @@ def fact(page: Any, name: str) -> str:
 
 
 def stream_of(pieces: Sequence[str], *, done: bool = True) -> dict[str, Any]:
-    """A response to fulfill a request with: a stream of these texts, a token each."""
+    """A response to fulfill a request with: a stream of these texts, a token each; its delta has no empty text."""
     chunks = [
         {
             "choices": [
                 {
-                    "delta": {"content": piece},
+                    "delta": {"content": piece} if piece else {},
                     "finish_reason": None,
                     "logprobs": {"content": [{"token": piece, "logprob": -0.1, "top_logprobs": []}]},
                     "mixlm": {"members": ["toy:1"], "forwards": {"toy:1": 1}},

@@ -29,8 +29,9 @@ export async function generate(completion, messages, signal, onToken) {
       if (choice.finish_reason) completion.finish = choice.finish_reason;
       if (!choice.mixlm.members.length) continue;
       completion.seconds = (performance.now() - start) / 1000;
-      completion.tokens.push(tokenOf(choice, forwards, completion.seconds - last));
-      completion.text += choice.delta.content;
+      const token = tokenOf(choice, forwards, completion.seconds - last);
+      completion.tokens.push(token);
+      completion.text += token.text;
       last = completion.seconds;
       forwards = {};
       onToken();
@@ -41,11 +42,12 @@ export async function generate(completion, messages, signal, onToken) {
   }
 }
 
-// text: what is written. forwards: each member's passes since the previous token.
+// text: what is written, nothing for a token that ends within a character. forwards: each member's passes since the
+// previous token.
 function tokenOf(choice, forwards, seconds) {
   const scored = choice.logprobs.content[0];
   return {
-    text: choice.delta.content,
+    text: choice.delta.content ?? "",
     token: scored.token,
     member: choice.mixlm.members[0],
     logprob: scored.logprob,

@@ -60,6 +60,13 @@ def test_a_full_queue_says_when_to_retry():
         assert server.chat(n=3).status_code == 400
 
 
+def test_too_many_completions_are_refused_before_they_are_prepared(toys, monkeypatch):
+    monkeypatch.setattr(GenerationOptions, "with_turn", None)
+    for fields, param in (({"prompt": ["a"] * 2048, "n": 128}, "prompt"), ({"n": 81}, "n")):
+        error = toys.complete(**fields).json()["error"]
+        assert (error["param"], error["code"]) == (param, "too_many_completions")
+
+
 class Gated(EndlessToy):
     """A toy whose forwards wait for permits."""
 

@@ -262,3 +262,17 @@ def test_a_panic_in_a_step_ends_its_requests_and_not_the_server():
         engine.on_forward = panic
         assert server.chat(max_tokens=1).status_code == 500
         assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_a_panic_while_a_prompt_is_encoded_ends_its_request_and_frees_the_thread(monkeypatch):
+    encode = Ensemble.encode_prompt
+
+    def panic(*_arguments):
+        monkeypatch.setattr(Ensemble, "encode_prompt", encode)
+        raise PanicException("index out of bounds")
+
+    with running(endless()) as server:
+        monkeypatch.setattr(Ensemble, "encode_prompt", panic)
+        assert server.chat(max_tokens=1).status_code == 500
+        assert not server.app.preparer.is_busy
+        assert server.chat(max_tokens=1).status_code == 200

@@ -64,6 +64,9 @@ class FairThreads:
             result = function()
         except Exception as exception:
             error = exception
+        except BaseException as panic:  # of a library in Rust: without this the thread would count as busy for ever
+            error = RuntimeError(f"a panic: {panic}")
+            error.__cause__ = panic
         with suppress(RuntimeError):  # the event loop has ended
             future.get_loop().call_soon_threadsafe(self._finish, future, result, error)
 

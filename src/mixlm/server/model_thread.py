@@ -127,9 +127,6 @@ class ModelThread:
         if self.draining or not self.is_alive:
             raise ApiError(503, "the server is about to stop", code="stopping", headers={"retry-after": "5"})
         count, capacity = job.unfinished, self._limits.capacity
-        if count > capacity:
-            message = f"the request needs {count} completions; one request may need {capacity}"
-            raise ApiError(400, message, code="too_many_completions")
         total, own = self.num_unfinished + count, self._unfinished[job.client] + count
         share = capacity // len({*self._unfinished, job.client})
         if total > capacity and (own > share or total > 2 * capacity):

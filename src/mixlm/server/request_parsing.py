@@ -77,6 +77,7 @@ def parse_chat(body: ChatBody, registry: ModelRegistry, limits: ServerLimits) ->
     """Parse a request to /v1/chat/completions. Raises ApiError or MixlmError."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens differ", param="max_tokens", code="invalid_value")
+    _check_count(body, 1, limits)
     messages = [message.message() for message in body.messages]
     calls = [call.arguments for message in messages for call in message.tool_calls]
     check_length(sum(map(len, [*(message.content for message in messages), *calls])), "messages", limits)
@@ -131,6 +132,7 @@ def _template_variables(body: ChatBody, ensemble: Ensemble) -> dict[str, Any]:
 def parse_completion(body: CompletionBody, registry: ModelRegistry, limits: ServerLimits) -> ParsedRequest:
     """Parse a request to /v1/completions. Raises ApiError or MixlmError."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    _check_count(body, len(prompts), limits)
     for prompt in prompts:
         check_length(len(prompt), "prompt", limits)
     options = {
@@ -241,6 +243,15 @@ def _check_method(body: CommonFields, extras: Extras, method: Method, unit: str)
     param = "temperature" if by_temperature else "mixlm.unit" if extras.method is None else "mixlm.method"
     subject = "temperature 0 selects the method greedy, which" if by_temperature else f"the method {method}"
     raise unsupported_field(param, f"{subject} does not go with the unit {unit}; {', '.join(supported)} do")
+
+
+def _check_count(body: CommonFields, num_prompts: int, limits: ServerLimits) -> None:
+    """Raise ApiError for more completions than there are places, before any is made."""
+    count = num_prompts * (body.n or 1)
+    if count > limits.capacity:
+        message = f"the request needs {count} completions; one request may need {limits.capacity}"
+        param = "prompt" if num_prompts > limits.capacity else "n"
+        raise ApiError(400, message, param=param, code="too_many_completions")
 
 
 def check_length(characters: int, field: str, limits: ServerLimits) -> None:

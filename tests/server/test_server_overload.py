@@ -18,6 +18,7 @@ from mixlm.errors import ConfigError
 from mixlm.loading import load
 from mixlm.server.api_keys import ApiKeys, hash_key
 from mixlm.server.request_schemas import parse_body
+from mixlm.server.responses import ResponseBuilder
 
 KEYS = {name: f"the-long-random-key-of-{name}" for name in ("ada", "bob")}
 
@@ -137,6 +138,24 @@ def test_a_large_body_is_validated_while_others_are_answered(monkeypatch):
         go_on.set()
         error = large.result().json()["error"]
         assert error["code"] == "context_length_exceeded"
+
+
+def test_a_large_response_is_built_while_others_are_answered(monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+    response = ResponseBuilder.response
+
+    def slow(*arguments):
+        entered.set()
+        go_on.wait(20)
+        return response(*arguments)
+
+    monkeypatch.setattr(ResponseBuilder, "response", slow)
+    with running(endless()) as server, ThreadPoolExecutor(1) as pool:
+        large = pool.submit(server.chat, max_tokens=40, logprobs=True, top_logprobs=20)
+        assert entered.wait(20)
+        assert server.client.get("/health", timeout=10).json() == {"status": "ok"}
+        go_on.set()
+        assert len(large.result().json()["choices"][0]["logprobs"]["content"]) == 40
 
 
 def test_a_client_that_disconnects_while_its_prompts_are_encoded_frees_its_place(monkeypatch):

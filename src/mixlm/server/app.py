@@ -148,7 +148,7 @@ class ServerApp:
         if body.previous_response_id is not None:
             earlier = self._stored.get(body.previous_response_id, client, "previous_response_id").messages
             size = self.limits.max_body_bytes  # not known, and may be that of a long conversation
-        chat = await self.preparer.parse(size, lambda: parse_fields(ChatBody, body.chat_fields(earlier)), client)
+        chat = await self.preparer.convert(size, lambda: parse_fields(ChatBody, body.chat_fields(earlier)), client)
         await self._build_unit(request, chat)
         store = None if body.store is False else partial(self._stored.add, client)
         return self._handler(
@@ -168,7 +168,7 @@ class ServerApp:
         client = request.scope["mixlm.record"].client
         body, size = await self._body(request, MessagesBody)
         check_length(len(body.system_text or ""), "system", self.limits)
-        chat = await self.preparer.parse(size, lambda: parse_fields(ChatBody, body.chat_fields()), client)
+        chat = await self.preparer.convert(size, lambda: parse_fields(ChatBody, body.chat_fields()), client)
         await self._build_unit(request, chat)
         return self._handler(request, parse_chat(chat, self.registry, self.limits), partial(MessagesFormat, body))
 
@@ -176,7 +176,7 @@ class ServerApp:
         """Return the validated body of a request, and its size in bytes."""
         data = await read_body(request, self.limits)
         client = request.scope["mixlm.record"].client
-        return await self.preparer.parse(len(data), partial(parse_body, schema, data), client), len(data)
+        return await self.preparer.convert(len(data), partial(parse_body, schema, data), client), len(data)
 
     async def _build_unit(self, request: Request, body: CommonFields) -> None:
         unit = body.mixlm.unit if body.mixlm is not None else None

@@ -32,6 +32,7 @@ from mixlm.types import Completion
 
 # After this many seconds without an event, a comment keeps the connection of a stream open, through proxies too.
 _KEEP_ALIVE_SECONDS = 15.0
+_ENTRY_BYTES = 50  # about what a token, or one of its most likely ones, takes in a response
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -124,7 +125,12 @@ class CompletionHandler:
     async def _send_whole(self, send: Send) -> None:
         while not self._is_finished:
             self._process(await self._job.events.get())
-        body = to_json(self._responses.response(self._in_order))
+        completions = self._in_order
+        entries = sum(len(completion.tokens) + len(completion.prompt) for completion in completions)
+        size = _ENTRY_BYTES * entries * (1 + self._request.top_logprobs)
+        body = await self._preparer.convert(
+            size, lambda: to_json(self._responses.response(completions)), self._record.client
+        )
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": body})

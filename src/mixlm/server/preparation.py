@@ -1,7 +1,7 @@
 """What a request needs before its generations can be queued: its body, its schema compiled, and its prompts encoded.
 
-All take time that a client determines. So they run in threads of their own, within limits, and neither on the event
-loop nor in the thread of the models.
+All take time that a client determines, and so does building a whole response. So they run in threads of their own,
+within limits, and neither on the event loop nor in the thread of the models.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class RequestPreparer:
         """Whether any of the threads runs."""
         return any(threads.is_busy for threads in (self._schema_threads, self._prompt_threads, self._body_threads))
 
-    async def parse(self, size: int, parse: Callable[[], Result], client: str) -> Result:
-        """Return what a function makes of a body; it runs in a thread if the body is large.
+    async def convert(self, size: int, convert: Callable[[], Result], client: str) -> Result:
+        """Return what a function makes of a body, or its body of a response; it runs in a thread if that is large.
 
         Args:
             size: Of the body, in bytes.
-            parse: The function.
-            client: Who sent the body.
+            convert: The function.
+            client: Whose body it is.
 
         Raises:
             ApiError: The body is refused.
         """
-        return parse() if size < _LARGE_BODY else await self._body_threads.run(client, parse)
+        return convert() if size < _LARGE_BODY else await self._body_threads.run(client, convert)
 
     async def build_unit(self, model: ServedModel, unit: UnitName | None, client: str) -> None:
         """Build the unit that a request needs, unless it is there. Raises ApiError for one that does not exist."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The newest responses, by their ids. All methods belong to the event loop.
+    """The newest responses, by their ids. It is thread-safe: large responses are built in threads.
 
     Args:
         max_bytes: Most bytes of all responses and conversations, as JSON; the oldest are dropped.
@@ -39,6 +40,7 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._by_id: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -46,10 +48,11 @@ class ResponseStore:
     def add(self, client: str, response: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
         """Store a response, whose id is its own."""
         stored = StoredResponse(client, response, messages, len(to_json(response)) + len(to_json(messages)))
-        self._by_id[response["id"]] = stored
-        self._num_bytes += stored.size
-        while self._num_bytes > self._max_bytes:
-            self._num_bytes -= self._by_id.popitem(last=False)[1].size
+        with self._lock:
+            self._by_id[response["id"]] = stored
+            self._num_bytes += stored.size
+            while self._num_bytes > self._max_bytes:
+                self._num_bytes -= self._by_id.popitem(last=False)[1].size
 
     def get(self, response_id: str, client: str, param: str | None = None) -> StoredResponse:
         """Return a client's response. Raises ApiError where there is none. param: the field with the id."""
@@ -61,5 +64,6 @@ class ResponseStore:
 
     def remove(self, response_id: str, client: str) -> None:
         """Forget a client's response. Raises ApiError where there is none."""
-        self._num_bytes -= self.get(response_id, client).size
-        del self._by_id[response_id]
+        with self._lock:
+            self._num_bytes -= self.get(response_id, client).size
+            del self._by_id[response_id]

@@ -34,6 +34,14 @@ def test_the_package_itself_imports_neither_torch_nor_a_web_framework_nor_pydant
 
 
 @pytest.mark.slow
+def test_a_file_that_is_not_there_is_missed_before_libraries_are_imported():
+    program = (
+        "import mixlm\ntry: mixlm.load('no.gguf')\nexcept mixlm.MixlmError as error: assert 'no GGUF' in str(error)"
+    )
+    assert not {"torch", "transformers"} & set(imported_by(program))
+
+
+@pytest.mark.slow
 def test_a_generation_of_toys_imports_little_that_it_does_not_use():
     modules = imported_by("import mixlm\nmixlm.load('toy:1', 'toy:2').generate('x', max_tokens=2)")
     routers = ("learned", "features", "prompt", "function", "gate", "gate_router", "observation")

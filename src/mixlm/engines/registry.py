@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixlm.engines.base import Engine
@@ -69,6 +70,10 @@ def load(spec: EngineSpec) -> Engine:
         from mixlm.models.resolve import check_no_page
 
         check_no_page(spec.model)
+    if name == "hf" and spec.model.lower().endswith(".gguf") and not Path(spec.model).expanduser().is_file():
+        from mixlm.models.resolve import resolve
+
+        resolve(spec.model)  # says what is wrong before libraries are imported, which takes seconds
     module, packages = ENGINES[name]
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

@@ -249,24 +249,31 @@ def test_an_interrupted_forward_leaves_nothing_wrong_behind(engines, monkeypatch
     assert_near(engine.session().logits(ids), plain.session().logits(ids))
 
 
-def test_what_is_kept_goes_before_memory_runs_out(engines, monkeypatch):
-    engine, plain = engines("llama")
-    ids = random_ids(engine, 60)
-    engine.session().logits(ids[:40])
-    assert size_of(engine) > 0
-    forward, calls = engine.model.forward, []
+@pytest.mark.parametrize("kind", ["llama", "unbatched", "mamba", "qwen3_next"])
+def test_what_is_kept_goes_before_memory_runs_out(engines, monkeypatch, kind):
+    engine, plain = engines(kind)
+    ids = random_ids(engine, 43)
+    last_layer = next(part for part in engine.model.modules() if isinstance(part, torch.nn.ModuleList))[-1]
+    forward, sizes = last_layer.forward, []
 
-    def short(*arguments, **options):
-        calls.append(size_of(engine))
-        if calls[-1]:
+    def short(*arguments, **options):  # when the layers before it have written into the KV cache
+        sizes.append(size_of(engine))
+        if sizes[-1]:
             raise torch.OutOfMemoryError("x")
         return forward(*arguments, **options)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.model, "forward", short)
-        actual = engine.session().logits(ids)
-    assert [size > 0 for size in calls] == [True, False]
-    assert_near(actual, plain.session().logits(ids))
+    for length in (40, 0):  # behind a text, and from its beginning
+        session = engine.session()
+        if length:
+            session.logits(ids[:length])
+        engine.session().logits(random_ids(engine, 30, 7))
+        sizes.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(last_layer, "forward", short)
+            actual = session.logits(ids, 2)
+        assert [size > 0 for size in sizes[:2]] == [True, False]
+        assert_near(actual, plain.session().logits(ids, 2))
+        engine.drop_prefixes()
 
 
 @pytest.mark.parametrize("name", ["load", "copy_segment"])

@@ -133,6 +133,9 @@ class _LoadTrial:
                 for (_, end, last), output in zip(turn, outputs, strict=True):
                     yield from zip(output, expected[end - last : end], strict=True)
 
+        if path is ForwardPath.PACKED and not runner.selects_positions:
+            return "its forward pass cannot return the logits of some positions alone"
+
         attention = config._attn_implementation
         if path is ForwardPath.PACKED and not register(self._model):
             self._model.set_attn_implementation(attention)

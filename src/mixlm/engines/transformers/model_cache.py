@@ -61,17 +61,27 @@ class ModelCache:
             return kept
         if not self._snapshots:
             self.cache.crop(kept - self.length)
-        elif kept:
-            self._snapshots = {taken: layers for taken, layers in self._snapshots.items() if taken <= kept}
-            for part, values in zip([*self.cache.layers, self.cache], self._snapshots[kept], strict=True):
-                _restore(part, values)
-            for layer in self.cache.layers:
-                if _grows(layer) and layer.is_initialized:
-                    layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
         else:
-            self._snapshots, self.cache = {}, None
+            self._snapshots = {taken: layers for taken, layers in self._snapshots.items() if taken <= kept}
+            self._rewind(kept)
         self.length = kept
         return kept
+
+    def undo(self) -> None:
+        """Forget what a forward pass that failed has written, to its first `length` tokens again."""
+        self._rewind(self.length)
+
+    def _rewind(self, length: int) -> None:
+        """Set the layers to what they held behind `length` tokens, for which there is a snapshot if there are any."""
+        if not length:
+            self.cache = None if self.has_state else type(self.cache)()
+            return
+        if length in self._snapshots:
+            for part, values in zip([*self.cache.layers, self.cache], self._snapshots[length], strict=True):
+                _restore(part, values)
+        for layer in self.cache.layers:
+            if _grows(layer) and layer.is_initialized:
+                layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
     def lengths(self) -> list[int]:
         """Return the lengths that texts may be kept at for other sequences: those of snapshots, if it has a state."""

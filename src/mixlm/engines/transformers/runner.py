@@ -159,6 +159,11 @@ class ModelRunner:
         """The name of transformers' cache in the arguments and results of the model's forward."""
         return next((name for name in _CACHE_NAMES if name in self._parameters), "")
 
+    @property
+    def selects_positions(self) -> bool:
+        """Whether the model's forward can be told of which positions it returns the logits."""
+        return "logits_to_keep" in self._parameters
+
     def new_cache(self) -> SequenceCache:
         """Return an empty cache for a sequence."""
         from mixlm.engines.transformers.kv_cache import KVCache
@@ -312,16 +317,28 @@ class ModelRunner:
         for ids in np.split(item.ids, len(item.ids)) if steps else [item.ids]:
             options: dict[str, Any] = {"use_cache": self.keeps_cache, "logits_to_keep": min(item.last, len(ids))}
             if self.keeps_cache:
-                options[self.cache_name] = cache.cache
                 options["position_ids"] = torch.arange(cache.length, cache.length + len(ids), device=self.model.device)[
                     None
                 ]
             options = {name: value for name, value in options.items() if name in self._parameters}
-            result = self.model(input_ids=torch.tensor(ids[None], device=self.model.device), **options)
+            options["input_ids"] = torch.tensor(ids[None], device=self.model.device)
+            result = None
+            try:
+                result = self.model(**options, **self._cache_option(cache))
+            except Exception as error:
+                if not self._makes_room(error):
+                    raise
+            if result is None:
+                cache.undo()
+                result = self.model(**options, **self._cache_option(cache))
             if self.keeps_cache:
                 cache.commit(getattr(result, self.cache_name), len(ids))
             rows.append(result.logits[0, -item.last :])
         return torch.cat(rows)[-item.last :]
+
+    def _cache_option(self, cache: Any) -> dict[str, Any]:
+        """Return the argument of the model's forward that hands it a sequence's cache, if it takes one."""
+        return {self.cache_name: cache.cache} if self.keeps_cache else {}
 
     def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
         """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""

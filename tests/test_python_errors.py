@@ -313,6 +313,7 @@ def test_hints_have_the_words_of_python():
         ("fit its strength, without --router", "fit its strength, without router"),
         ("train one with mixlm fit --rule defer --router", "train one with mixlm fit --rule defer --router"),
         ("use mixlm score with --unit piece", "use mixlm score with unit='piece'"),
+        ("use --device-map auto", "use device_map='auto'"),
         ("give a folder: --data DIR", "give a folder: data=DIR"),
     ],
 )

@@ -114,7 +114,7 @@ class MemoryLimitError(MixlmError):
 
 _FLAG = re.compile(
     r"(?P<command>mixlm (?:fit|score|eval)(?: --[\w-]+(?: (?!--|to\b|or\b)[\w.-]+)?)+)"
-    r"|(?<!\S)--(?P<name>alpha|engine|method|unit|top-k|dtype|data|draft|device|graphs|rule|system) "
+    r"|(?<!\S)--(?P<name>alpha|engine|method|unit|top-k|dtype|data|draft|device|device-map|graphs|rule|system) "
     r"(?P<value>\w+(?:[.-]\w+)*)(?: \(engine='\w+'[^)]*\))?"
     r"|(?<!\S)--(?P<no>no-)?(?P<switch>ends|observe|router|rule)(?![\w-])"
 )

@@ -44,6 +44,7 @@ from programs import MAIN, TOYS, Run, process
         ((*TOYS, "--rule", "contrastive", "-w", "1,2"), ("weights are given, and rule contrastive",)),
         ((*TOYS, "--rule", "geometric", "--method", "single"), ("--rule geometric and --method single",)),
         ((*TOYS, "--attn", "sdpa"), ("--attn is given, and toy:1 runs in the engine toy",)),
+        ((*TOYS, "--max-memory", "cpu=1GB"), ("--max-memory is given, and toy:1 runs in the engine toy",)),
         ((*TOYS, "--strength", "2"), ("--strength is given without a rule",)),
         ((*TOYS, "--method", "mixtur"), ("--method is 'mixtur'", "did you mean 'mixture'?")),
         ((*TOYS, "--unit", "sentence"), ("--unit is 'sentence'", "auto, token, piece")),

@@ -61,6 +61,12 @@ def test_its_tensors_are_shared_and_it_stays_as_it_is(model, tokenizer):
     assert (tokenizer.backend_tokenizer.to_str(), model.config.to_dict()) == before
 
 
+def test_a_model_that_is_quantised_says_so(model, tokenizer):
+    assert "quantization" not in mixlm.load((model, tokenizer)).members[0].engine.details
+    model.config.quantization_config = {"quant_method": "awq"}
+    assert mixlm.load((model, tokenizer)).members[0].engine.details["quantization"] == "awq"
+
+
 def test_one_pair_twice_shares_one_engine(model, tokenizer):
     first, second = mixlm.load((model, tokenizer), (model, tokenizer)).members
     assert first.engine is second.engine

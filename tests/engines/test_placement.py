@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from mixlm.engines.transformers.placement import planned_memory
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
 from mixlm.inspection.unloaded import load_described
 from mixlm.loading import load_config
+from mixlm.scoring.score import identity
 
 SPREAD = (("model.layers.0", "disk"), ("", "cpu"))
 
@@ -59,6 +62,8 @@ def test_the_plan_says_what_goes_where(folder):
     plan = planned_memory(str(folder), spec(folder, device_map=SPREAD), torch.float32, cpu)
     assert plan == {"disk": on_disk, "cpu": sum(sizes.values()) - on_disk}
     assert planned_memory(str(folder), spec(folder), torch.bfloat16, cpu) == {"cpu": sum(sizes.values()) // 2}
+    limited = spec(folder, device_map="auto", max_memory=(("cpu:0", "1GB"),))
+    assert planned_memory(str(folder), limited, torch.float32, cpu) == {"cpu": sum(sizes.values())}
 
 
 def test_inspect_describes_a_folder_without_loading_it(folder):
@@ -81,14 +86,18 @@ def test_inspect_describes_a_folder_without_loading_it(folder):
         ({"device_map": "automatic"}, "device_map is 'automatic'; it must be one of auto, .*did you mean 'auto'"),
         ({"device_map": "auto", "device": "cpu"}, "device is 'cpu' and device_map is given"),
         ({"device_map": "auto", "max_memory": (("cuda:9", "1GB"),)}, "max_memory: device 'cuda:9' is not there"),
+        ({"device_map": "auto", "max_memory": (("cpu", "lots"),)}, "max_memory of cpu is 'lots'; .*such as 20GiB"),
+        ({"device_map": "auto", "max_memory": (("cpu", "-1GB"),)}, "max_memory of cpu is '-1GB'; .* 0 or more"),
+        ({"device": "meta"}, "device 'meta' is not there"),
         ({"max_memory": (("cpu", "1GB"),)}, "max_memory is given, and device_map does not choose devices"),
         ({"quantization": "gptq"}, "quantization is 'gptq'; it must be one of bitsandbytes-4bit"),
         ({"revision": "main"}, "revision is given, and .* is on this machine"),
     ],
 )
 def test_what_does_not_fit_is_refused(folder, options, message):
-    with pytest.raises(ConfigError, match=message):
-        load(spec(folder, **options))
+    for loader in (load, load_described):
+        with pytest.raises(ConfigError, match=message):
+            loader(spec(folder, **options))
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes-4bit", "torchao-int8"])
@@ -120,14 +129,33 @@ def test_quantised_weights_take_less_memory_and_answer_alike(folder, name, toler
 
 
 def test_files_that_are_quantised_are_refused_where_their_library_is_missing(folder, tmp_path):
-    pytest.importorskip("transformers")
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=r"tiny cannot be loaded: .*(optimum|gptqmodel|GPU)"):
         load(spec(tmp_path))
+    described = load_described(replace(spec(tmp_path), dtype="bfloat16"))
+    assert described.details["quantization"] == "gptq"
+    assert described.weights_bytes == load(spec(folder)).weights_bytes  # of the files, which hold float32
+
+
+def test_a_revision_is_that_of_a_hub_id_also_where_other_revisions_are_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--tiny"
+    shutil.copytree(folder, repo / "snapshots" / "aaaa")
+    other = build(repo / "snapshots" / "bbbb", "mistral")
+    (repo / "refs").mkdir()
+    for name, commit in (("main", "aaaa"), ("v1", "bbbb")):
+        (repo / "refs" / name).write_text(commit)
+    tagged = EngineSpec("org/tiny", "", "float32", revision="v1")
+    engine = load(tagged)
+    assert (engine.name, engine.model.config.model_type) == ("tiny", "mistral")
+    assert load(replace(tagged, revision=None)).model.config.model_type == "llama"
+    assert load_described(tagged).details["memory"]
+    ids = ["v1", "main", None]
+    assert str(other) in str(identity("org/tiny", revision="v1"))
+    assert len({identity("org/tiny", revision=revision) for revision in ids}) == len(ids)
 
 
 def test_attention_that_is_not_there_is_refused(folder):

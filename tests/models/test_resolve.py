@@ -62,7 +62,7 @@ def test_a_folder_called_like_a_model_does_not_hide_it(tiny, pip, quiet, tmp_pat
 
 def test_a_hub_id_is_left_to_transformers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     result = resolve("org/Model-1B")
     assert (result.path_or_id, result.name, result.local) == ("org/Model-1B", "Model-1B", False)
@@ -72,7 +72,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
     def lost(*_, **__):
         raise ConnectionError("name or service not known")
 
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lost)
     with pytest.raises(ModelNotFoundError, match="hub does not answer") as caught:
         resolve("org/smollm2-135")
@@ -81,7 +81,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
 
 def test_a_hub_id_in_the_hub_cache(tmp_path, monkeypatch):
     snapshot = a_folder(tmp_path / "snapshot", "config.json", "model.safetensors")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(snapshot / "config.json"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
     result = resolve("org/Model-1B")
     assert (result.path_or_id, result.name, result.local) == (str(snapshot), "Model-1B", True)
 
@@ -112,7 +112,7 @@ def test_a_name_like_nothing_lists_what_is_known(monkeypatch):
 
 def test_a_name_without_owner_is_asked_of_the_hub_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     assert resolve("gpt2").path_or_id == "gpt2"
 

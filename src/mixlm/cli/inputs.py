@@ -279,4 +279,6 @@ def model_identities(config: EnsembleConfig, cache: bool) -> list[str | None] | 
     """Return what identifies each member's model in the cache of scores; None to bypass the cache."""
     from mixlm.scoring.score import identity
 
-    return [identity(member.model, member.dtype, member.adapter) for member in config.members] if cache else None
+    if not cache:
+        return None
+    return [identity(member.model, member.dtype, member.adapter, member.revision) for member in config.members]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mixlm.cli.display import dim
 from mixlm.cli.options import Shared, option_flag
 from mixlm.core.options import GenerationOptions
-from mixlm.errors import ConfigError, UnsupportedError, UsageError
+from mixlm.errors import ConfigError, MixlmError, UsageError
 from mixlm.terminal import progress_bars
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ def open_ensemble(
                 load_engine=load_engine or load,
                 sequences=sequences,
             )
-        except UnsupportedError as error:
-            raise UnsupportedError(_with_flags(error.message, shared), error.hint) from error
+        except MixlmError as error:
+            error.message = _with_flags(error.message, shared)
+            error.hint = error.hint and _with_flags(error.hint, shared)
+            raise
     if shared.prefix_cache is not None and all(member.engine.backend != "transformers" for member in ensemble.members):
         raise UsageError("--prefix-cache is given, and no member runs in transformers", "omit it, or use --engine hf")
     if "mix_then_truncate" in shared.generation:
@@ -84,14 +86,13 @@ def open_ensemble(
 
 
 def _with_flags(message: str, shared: Shared) -> str:
-    """Return a message that begins with names of options, with those of the command line as they are written there."""
+    """Return a message with the options of loading that are set on the command line as they are written there."""
     from mixlm.engines.spec import LOADING_OPTIONS
 
-    names, given, rest = message.partition(" given, and ")
-    for name in LOADING_OPTIONS if given else ():
+    for name in LOADING_OPTIONS:
         if getattr(shared, name) is not None:
-            names = re.sub(rf"\b{name}\b", option_flag(name), names)
-    return names + given + rest
+            message = re.sub(rf"(?<![\w'/.-]){name}(?![\w'/.-])", option_flag(name), message)
+    return message
 
 
 def _check(config: EnsembleConfig, weights: list[float] | None, options: Options) -> None:

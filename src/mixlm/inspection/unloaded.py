@@ -13,7 +13,6 @@ from mixlm.engines.tokenizer_setup import TokenizerSetup
 from mixlm.errors import UnsupportedError
 from mixlm.models.gguf import find_gguf, tokenizer_folder
 from mixlm.models.header import read_header
-from mixlm.models.resolve import resolve
 
 
 def load_described(spec: EngineSpec) -> Engine:
@@ -40,11 +39,18 @@ def load_described(spec: EngineSpec) -> Engine:
 
 def _described_folder(spec: EngineSpec) -> Engine:
     """Return an engine without weights for a folder or a hub id: what it will take of which device's memory."""
-    from mixlm.engines.transformers.model_loading import context_length, parse_device, parse_dtype, vocabulary_size
+    from mixlm.engines.transformers.model_loading import (
+        context_length,
+        find_model,
+        parse_device,
+        parse_dtype,
+        quantization,
+        vocabulary_size,
+    )
     from mixlm.engines.transformers.placement import empty_model, planned_memory
 
-    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
-    source, named = resolved.path_or_id, replace(spec, name=spec.name or resolved.name)
+    source, name = find_model(spec, weights=False)
+    named = replace(spec, name=name)
     device = parse_device(spec.device)
     dtype = parse_dtype(spec.dtype, device)
     memory = planned_memory(source, named, dtype, device)
@@ -53,7 +59,8 @@ def _described_folder(spec: EngineSpec) -> Engine:
     text = setup.text_interface(named, vocabulary_size(model))
     details = {
         "engine": "transformers, not loaded",
-        "dtype": str(dtype).removeprefix("torch.") + (f", {spec.quantization}" if spec.quantization else ""),
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if (stored := quantization(model, spec)) is None else {"quantization": stored}),
         "memory": ", ".join(f"{place} {size / 1e6:,.1f} MB" for place, size in memory.items()),
     }
     return UnloadedEngine(named, text, context_length(model), sum(memory.values()), details)

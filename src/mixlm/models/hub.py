@@ -36,12 +36,13 @@ def check_hub(spec: str) -> None:
         )
 
 
-def find_on_hub(spec: str, path: Path) -> tuple[str, str, bool] | None:
+def find_on_hub(spec: str, path: Path, revision: str | None = None) -> tuple[str, str, bool] | None:
     """Look for a Hugging Face id, first in the local hub cache.
 
     Args:
         spec: What was named.
         path: The same as a path.
+        revision: A branch, tag or commit; by default the main branch.
 
     Returns:
         Its folder or id, its name, and whether it is local; None for what does not look like an id.
@@ -56,7 +57,7 @@ def find_on_hub(spec: str, path: Path) -> tuple[str, str, bool] | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return spec, name, False
-    config = try_to_load_from_cache(spec, "config.json")
+    config = try_to_load_from_cache(spec, "config.json", revision=revision)
     if isinstance(config, str) and _holds_weights(snapshot := Path(config).parent):
         return str(snapshot), name, True
     # What is almost a known name, or `models/lama` next to a folder `models/llama`, is a slip rather than an id.

@@ -24,14 +24,16 @@ class ResolvedModel:
     path_or_id: str  # a folder, or a Hugging Face id
     name: str  # short, for display
     local: bool  # False if loading it downloads it
+    on_hub: bool = False  # whether it is a Hugging Face id
 
 
-def resolve(spec: str, dtype: str = "bfloat16") -> ResolvedModel:
+def resolve(spec: str, dtype: str = "bfloat16", revision: str | None = None) -> ResolvedModel:
     """Find the model that `spec` names.
 
     Args:
         spec: A folder, a `.gguf` file, a name in the catalog or the cache, or a Hugging Face id, tried in this order.
         dtype: The dtype to which a GGUF file is converted.
+        revision: Of a Hugging Face id: a branch, tag or commit.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -72,10 +74,10 @@ def resolve(spec: str, dtype: str = "bfloat16") -> ResolvedModel:
         return ResolvedModel(str(folder), installed_model.name, local=True)
     from mixlm.models.hub import find_on_hub, not_found
 
-    model = find_on_hub(spec, path)
+    model = find_on_hub(spec, path, revision)
     if model is None:
         raise not_found(spec, path)
-    return ResolvedModel(*model)
+    return ResolvedModel(*model, on_hub=True)
 
 
 def check_no_page(spec: str) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +111,7 @@ def score_answers(
     return score_passages(ensemble, passages, progress, identities)
 
 
-def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str | None:
+def identity(model: str, dtype: str = "auto", adapter: str | None = None, revision: str | None = None) -> str | None:
     """Return a string that identifies a model: where it and its adapter lie, and the sizes and times of their files.
 
     None for a model behind a server, which may have another one tomorrow: its scores are not cached.
@@ -119,10 +120,11 @@ def identity(model: str, dtype: str = "auto", adapter: str | None = None) -> str
         return None
     if model.startswith("toy:"):
         return model
-    locations = [resolve(model, "float32" if dtype == "float32" else "bfloat16").path_or_id]
+    locations = [resolve(model, "float32" if dtype == "float32" else "bfloat16", revision).path_or_id]
     if adapter is not None:
         locations.append(adapter)
-    return json.dumps([part for location in locations for part in (location, _file_stamps(Path(location)))])
+    parts: list[Any] = [part for location in locations for part in (location, _file_stamps(Path(location)))]
+    return json.dumps(parts if revision is None else [revision, *parts])
 
 
 def _file_stamps(folder: Path) -> list[list[str | int]]:

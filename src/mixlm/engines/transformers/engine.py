@@ -17,32 +17,23 @@ from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.engines.transformers.memory import memory_errors
 from mixlm.engines.transformers.model_loading import (
     context_length,
+    find_model,
     hidden_size,
     load_model,
     parse_device,
     parse_dtype,
+    quantization,
     share_weights,
     vocabulary_size,
 )
 from mixlm.engines.transformers.runner import ModelRunner
 from mixlm.engines.transformers.session import HFSession
-from mixlm.errors import ConfigError
-from mixlm.models.resolve import resolve
 
 
 def load(spec: EngineSpec) -> HFEngine:
     """Load a folder, a catalogue name or a hub id: see `HFEngine.from_pretrained`."""
-    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16")
-    source = resolved.path_or_id
-    if spec.revision is not None:
-        if resolved.local:
-            raise ConfigError(
-                f"revision is given, and {spec.model} is on this machine", "leave it out; revisions are of hub ids"
-            )
-        from mixlm.engines.transformers.placement import fetch_revision
-
-        source = fetch_revision(source, spec.revision)
-    return HFEngine.from_pretrained(replace(spec, name=spec.name or resolved.name), source)
+    source, name = find_model(spec)
+    return HFEngine.from_pretrained(replace(spec, name=name), source)
 
 
 class HFEngine(Engine):
@@ -140,7 +131,9 @@ class HFEngine(Engine):
             length = runner.max_length
             notes.append(f"{spec.name} takes {length} tokens: behind them its attention selects some of the text")
         text = tokenizer.text_interface(spec, vocab_size, notes=notes)
-        return cls(spec.name, text, length, runner, tokenizer=tokenizer)
+        stored = quantization(runner.model, spec)
+        details = {} if stored is None else {"quantization": stored}
+        return cls(spec.name, text, length, runner, details, tokenizer)
 
     @property
     def batch_key(self) -> int:

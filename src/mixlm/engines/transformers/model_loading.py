@@ -15,10 +15,35 @@ from mixlm.engines.spec import EngineSpec
 from mixlm.engines.tokenizer_setup import first_line
 from mixlm.engines.transformers.memory import memory_errors
 from mixlm.errors import ConfigError, MixlmError, ModelLoadError, UnsupportedError
+from mixlm.models.resolve import resolve
 
 _LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # of a configuration: tokens of a text
 # What stands in files beside weights that are quantised.
 _SCALES = re.compile(r"\.(weight_scale\w*|scales|SCB)$")
+
+
+def find_model(spec: EngineSpec, *, weights: bool = True) -> tuple[str, str]:
+    """Return the folder or hub id of the model that a spec names, and its name.
+
+    weights: whether those of a revision are fetched too, not only what describes it.
+
+    Raises:
+        ConfigError: there is a revision, and the model is no hub id.
+        ModelNotFoundError, ModelLoadError: there is no such model, or it cannot be fetched.
+    """
+    resolved = resolve(spec.model, "float32" if spec.dtype == "float32" else "bfloat16", spec.revision)
+    source, name = resolved.path_or_id, spec.name or resolved.name
+    if spec.revision is None:
+        return source, name
+    if not resolved.on_hub:
+        raise ConfigError(
+            f"revision is given, and {spec.model} is on this machine", "leave it out; revisions are of hub ids"
+        )
+    if not resolved.local:
+        from mixlm.engines.transformers.placement import fetch_revision
+
+        source = fetch_revision(source, spec.revision, weights=weights)
+    return source, name
 
 
 def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[Any, tuple[str, ...]]:
@@ -142,6 +167,15 @@ def hidden_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[1])
 
 
+def quantization(model: Any, spec: EngineSpec) -> str | None:
+    """Return how a model's weights are quantised: as its spec or its files say. None where they are not."""
+    config = getattr(model.config, "quantization_config", None)
+    if spec.quantization is not None or config is None:
+        return spec.quantization
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
 def parse_device(name: str) -> Any:
     """Return torch's device of a name; "auto" is CUDA where there is one. Raises ConfigError for one that is absent."""
     import torch
@@ -150,7 +184,7 @@ def parse_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # which a device without memory ("meta") has not
     except (RuntimeError, AssertionError) as error:
         devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise ConfigError(f"device {name!r} is not there", f"this machine has {devices}") from error

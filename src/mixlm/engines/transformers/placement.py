@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
@@ -30,8 +32,8 @@ def loading_options(spec: EngineSpec, dtype: Any, device: Any) -> dict[str, Any]
         options["device_map"] = parse_device_map(spec)
     if spec.max_memory is not None:
         if not isinstance(spec.device_map, str):
-            raise ConfigError("max_memory is given, and device_map does not choose devices", "use device_map = 'auto'")
-        options["max_memory"] = {_device_key(name): size for name, size in spec.max_memory}
+            raise ConfigError("max_memory is given, and device_map does not choose devices", "use --device-map auto")
+        options["max_memory"] = {_device_key(name): _memory_bytes(name, size) for name, size in spec.max_memory}
     if spec.attn is not None:
         options["attn_implementation"] = spec.attn
     if spec.quantization is not None:
@@ -62,7 +64,7 @@ def parse_device_map(spec: EngineSpec) -> str | dict[str, Any]:
         if device_map not in _STRATEGIES:
             raise ConfigError(
                 f"device_map is {device_map!r}; it must be one of {', '.join(_STRATEGIES)}, or a table of layers",
-                did_you_mean(device_map, _STRATEGIES) or "for one device, use device",
+                did_you_mean(device_map, _STRATEGIES) or "for one device, use --device cpu",
             )
         return device_map
     placed: dict[str, Any] = {}
@@ -102,14 +104,16 @@ def quantization_config(name: str, dtype: Any) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def fetch_revision(hub_id: str, revision: str) -> str:
-    """Return the folder of a revision of a hub id, fetched where it is not in the cache. Raises ModelLoadError."""
+def fetch_revision(hub_id: str, revision: str, *, weights: bool = True) -> str:
+    """Return the folder of a revision of a hub id, fetched where it is not in the cache. Raises ModelLoadError.
+
+    weights: whether they are fetched too, not only what describes the model.
+    """
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
     try:
-        folder: str = snapshot_download(
-            hub_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-        )
+        folder: str = snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
     except Exception as error:
         raise ModelLoadError(
             f"revision {revision!r} of {hub_id} cannot be fetched: {first_line(error)}",
@@ -121,7 +125,8 @@ def fetch_revision(hub_id: str, revision: str) -> str:
 def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> dict[str, int]:
     """Return the bytes of weights that loading will take on each device, from the model's configuration alone.
 
-    Files that are quantised already are counted by their size. The KV cache and activations come on top.
+    Files that are quantised already are counted by their size, where they are on this machine. The KV cache and
+    activations come on top.
 
     Raises:
         ConfigError: The device map does not fit the model.
@@ -130,6 +135,8 @@ def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> di
     options = loading_options(spec, dtype, device)
     model = empty_model(source, spec)
     sizes = _parameter_sizes(model, spec.quantization, dtype)
+    if getattr(model.config, "quantization_config", None) is not None:
+        sizes = _file_sizes(source) or sizes
     device_map = options["device_map"]
     if isinstance(device_map, str):
         from accelerate import infer_auto_device_map
@@ -143,7 +150,7 @@ def planned_memory(source: str, spec: EngineSpec, dtype: Any, device: Any) -> di
     check_device_map(device_map, model, spec.name or spec.model)
     memory: dict[str, int] = {}
     for name, size in sizes.items():
-        place = device_map[_owner(name, device_map)]
+        place = device_map.get(_owner(name, device_map), device)  # files may hold what the model has no place for
         key = f"cuda:{place}" if isinstance(place, int) else str(place)
         memory[key] = memory.get(key, 0) + size
     return memory
@@ -239,6 +246,19 @@ def _parameter_sizes(model: Any, quantization: str | None, dtype: Any) -> dict[s
     }
 
 
+def _file_sizes(folder: str) -> dict[str, int]:
+    """Return the bytes of each tensor in a folder's safetensors files."""
+    sizes: dict[str, int] = {}
+    for file in Path(folder).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                sizes[name] = end - start
+    return sizes
+
+
 def _owner(name: str, device_map: Mapping[str, Any]) -> str | None:
     """Return the longest key of a device map that a weight lies below; None where there is none."""
     keys = [key for key in device_map if key in ("", name) or name.startswith(f"{key}.")]
@@ -247,8 +267,20 @@ def _owner(name: str, device_map: Mapping[str, Any]) -> str | None:
 
 def _device_key(name: str) -> int | str:
     """Return a device as accelerate's `max_memory` names it: an index for a GPU."""
-    device = _present_device(name, "max_memory")
-    return device if device == "cpu" else int(device.partition(":")[2] or 0)
+    kind, _, index = _present_device(name, "max_memory").partition(":")
+    return kind if kind == "cpu" else int(index or 0)
+
+
+def _memory_bytes(name: str, size: str) -> int:
+    """Return a size of `max_memory` in bytes. name: the device. Raises ConfigError."""
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return int(convert_file_size_to_int(size))
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"max_memory of {name} is {size!r}; it must be a number with a unit, 0 or more", "such as 20GiB or 500MB"
+        ) from error
 
 
 def _present_device(name: str | int, place: str) -> str:

@@ -324,6 +324,7 @@ def test_message_parts_and_returned_messages_are_text(toys):
         {"max_completion_tokens": None, "stop": None, "response_format": None, "stream_options": None},
         {"ignore_eos": False},
         {"stop": ""},
+        {"top_k": -1, "mixlm": {"top_k": 0}},
         {"stop": ["", ""]},
         {"messages": [{**HELLO[0], "name": "ada", "cache_control": {"type": "ephemeral"}, "reasoning_content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello", "cache_control": {}}]}]},
@@ -339,6 +340,9 @@ def test_an_assistants_content_may_be_null(toys):
     turns = [[*HELLO, {"role": "assistant", "content": content}, *HELLO] for content in (None, "")]
     texts = [toys.chat(messages=messages, seed=1, max_tokens=9).json()["choices"][0]["message"] for messages in turns]
     assert texts[0] == texts[1]
+    items = [{**turn, "cache_control": {}, "reasoning_content": "x"} for turn in turns[0]]
+    assert toys.post("/v1/responses", {"input": items, "max_output_tokens": 2}).status_code == 200
+    assert toys.post("/v1/messages", {"messages": turns[0], "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.slow
@@ -688,6 +692,15 @@ BROKEN_TOOL = {"type": "function", "function": {"name": "g", "parameters": PATTE
         ({"mixlm": {"rule": "union-top-k", "top_k": 0}}, "mixlm.top_k", "(give mixlm.top_k 10, as published)"),
         ({"mixlm": {"rule": "power", "strength": 0}}, "mixlm.strength", '(use mixlm.rule "geometric")'),
         ({"service_tiers": "auto"}, "service_tiers", "did you mean 'service_tier'?"),
+        ({"": 1}, "", "there is no field ''"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools.0.name", "did you mean 'function.name'?"),
+        ({"messages": [{**HELLO[0], "id": "x"}]}, "messages.0.id", "there is no field messages.0.id"),
+        (
+            {"response_format": {"type": "json_schema", "schema": {}, "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.schema",
+            "there is no field response_format.schema: did you mean 'json_schema.schema'?",
+        ),
+        ({"messages": [{"role": "user", "content": "x " * 9000}]}, "messages", "whose context holds 4096"),
     ],
     ids=str,
 )

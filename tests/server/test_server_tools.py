@@ -304,6 +304,7 @@ def test_responses_have_logprobs(sdk):
         ({"response_format": {}}, "response_format"),
         ({"tools": [{"type": "function", "name": "f", "description": "x" * 30_000}]}, "tools.0.description"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "json_schema": {}}}}, "text.format.json_schema"),
     ],
     ids=str,
 )
@@ -429,6 +430,7 @@ TOOL_USE = [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]
         ({"messages": [{"role": "user", "content": TOOL_USE}]}, "messages.0"),
         ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "auto", "name": "f"}}, "tool_choice"),
         ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "txt": "x"}]}]}, "messages.0.content.0.txt"),
     ],
     ids=str,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,11 +35,8 @@ _FIELDS = {
     "score_prompt": "echo",
     "weights": "mixlm.weights",
 }
-# What pydantic calls the branches of unions in the location of an error.
-_BRANCHES = {
-    *("str", "int", "float", "bool", "TextPart", "constrained", "list", "json_object", "NamedTool"),
-    *("MessageItem", "CallItem", "CallOutputItem", "ReasoningItem", "NamedFunctionTool", "tool_use", "tool_result"),
-}
+# What pydantic calls the branches of unions in the location of an error, beside those that are models.
+_BRANCHES = {"str", "int", "float", "bool", "constrained", "list"}
 
 # In a hint: other engines, models and servers, and what trains and scores.
 _OPERATORS = re.compile(
@@ -168,33 +165,49 @@ def validation_error(error: ValidationError, schema: type[BaseModel], others: It
     if first["type"] == "missing":  # a field with a typing error explains it
         siblings = [detail for detail in errors if detail["loc"][:-1] == first["loc"][:-1]]
         first = next((detail for detail in siblings if detail["type"] == "extra_forbidden"), first)
-    param = _dotted_path(first["loc"])
     if first["type"] == "extra_forbidden":
-        # The name is the client's, and may be anything.
-        param = ".".join(filter(None, (_dotted_path(first["loc"][:-1]), str(first["loc"][-1]))))[:200]
-        suggestion = _similar_field(first["loc"], schema, others)
-        message = f"there is no field {param}" + (f": {suggestion}" if suggestion else "")
+        path, models = _resolved(first["loc"][:-1], schema)
+        name = str(first["loc"][-1])  # the client's, which may be anything
+        param = ".".join([*path, name])[:200]
+        suggestion = _similar_field(name, schema, models, others)
+        message = f"there is no field {param or repr(name)}" + (f": {suggestion}" if suggestion else "")
         return ApiError(400, message, param=param, code="unknown_field")
-    messages = dict.fromkeys(_in_lower_case(detail["msg"]) for detail in errors if _dotted_path(detail["loc"]) == param)
+    path, _ = _resolved(first["loc"], schema)
+    param = ".".join(path)[:200]
+    messages = dict.fromkeys(
+        _in_lower_case(detail["msg"]) for detail in errors if _resolved(detail["loc"], schema)[0] == path
+    )
     return ApiError(400, f"{param or 'the body'}: {', or '.join(messages)}", param=param or None, code="invalid_value")
 
 
-def _similar_field(location: tuple[int | str, ...], schema: type[BaseModel], others: Iterable[str]) -> str | None:
-    """Return a hint: the field of this name at another level, else the fields of the same level that are similar."""
+def _resolved(location: Iterable[int | str], schema: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Return the path of a field, without pydantic's names of the branches of unions, and the models it may have."""
+    path: list[str] = []
     models = [schema]
-    for part in location[:-1]:
+    for part in location:
+        branch = [model for model in models if part == model.__name__ or (len(models) > 1 and part in _tags(model))]
         fields = [field for model in models for name, field in _fields(model).items() if name == part]
-        if tagged := [model for model in models if len(models) > 1 and part in _tags(model)]:
-            models = tagged
-        elif fields:
+        if branch:
+            models = branch
+        elif isinstance(part, int) or (re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", part) and part not in _BRANCHES):
+            path.append(str(part))
+        if fields and not branch:
             models = [model for field in fields for model in _models_in(field.annotation)]
-    name = str(location[-1])
+    return path, models
+
+
+def _similar_field(
+    name: str, schema: type[BaseModel], models: Sequence[type[BaseModel]], others: Iterable[str]
+) -> str | None:
+    """Return a hint: the field of this name at the top or one level down, else the fields of its level like it."""
     elsewhere = [field for field in _fields(schema) if field == name]
-    for field, info in _fields(schema).items():
-        elsewhere += [f"{field}.{name}" for model in _models_in(info.annotation) if name in _fields(model)]
+    for model in models:
+        for field, info in _fields(model).items():
+            children = _models_in(info.annotation, in_lists=False)
+            elsewhere += [f"{field}.{name}" for child in children if name in _fields(child)]
     if elsewhere:
         return f"did you mean {elsewhere[0]!r}?"
-    known = [name for model in models for name in _fields(model)]
+    known = [field for model in models for field in _fields(model)]
     return did_you_mean(name, [*known, *(others if models == [schema] else ())])
 
 
@@ -208,24 +221,18 @@ def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
     return () if kind is None else get_args(kind.annotation)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models in a type, such as a list or a union of them."""
+def _models_in(annotation: Any, *, in_lists: bool = True) -> list[type[BaseModel]]:
+    """Return the models in a type, such as a union or, unless left out, a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    if get_origin(annotation) is list and not in_lists:
+        return []
+    return [model for argument in get_args(annotation) for model in _models_in(argument, in_lists=in_lists)]
 
 
 def _in_lower_case(message: str) -> str:
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
-
-
-def _dotted_path(location: tuple[int | str, ...]) -> str:
-    """Return the path of a field, without pydantic's names of the branches of unions."""
-    parts = [str(part) for part in location if isinstance(part, int) or re.fullmatch(r"[a-z][a-z0-9_]*|[A-Z]\w*", part)]
-    parts = [part for part in parts if part not in _BRANCHES]
-    # The branch of a schema has the name of the field in it.
-    return ".".join(part for i, part in enumerate(parts) if parts[i - 1 : i] != [part])[:200]
 
 
 def _for_clients(hint: str) -> str:

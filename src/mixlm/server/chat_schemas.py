@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from mixlm.generation.prompt import IGNORED_MESSAGE_FIELDS
 from mixlm.server.api_errors import unsupported_field
-from mixlm.server.request_schemas import CommonFields, StrictBody
+from mixlm.server.request_schemas import CommonFields, StrictBody, with_content
 from mixlm.types import Message, Tool, ToolCall
 
 MAX_TOOLS = 128
@@ -68,10 +68,7 @@ class ChatMessage(StrictBody):
         if not isinstance(fields, dict):
             return fields
         empty = ("refusal", "audio", "function_call", "tool_calls")
-        fields = {key: value for key, value in fields.items() if not (key in empty and value in (None, []))}
-        if fields.get("role") == "assistant" and fields.get("content") in (None, []):
-            fields["content"] = ""
-        return fields
+        return with_content({key: value for key, value in fields.items() if not (key in empty and value in (None, []))})
 
     @model_validator(mode="after")
     def _check_role(self) -> ChatMessage:

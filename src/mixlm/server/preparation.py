@@ -83,16 +83,18 @@ class RequestPreparer:
                 await self._schema_threads.run(client, compile_schema)
             except MixlmError as error:
                 raise to_api_error(error).renamed({"response_format": request.schema_field}) from error
+        field = "messages" if request.kind == "chat" else "prompt"
         try:
             encode = partial(_encode, request, is_cancelled)
             return await self._prompt_threads.run(client, encode, timeout=limits.encode_timeout)
         except TimeoutError:
-            raise ApiError(
-                400,
-                f"the prompt takes longer than {limits.encode_timeout:g} s to encode",
-                param="messages" if request.kind == "chat" else "prompt",
-                code="prompt_too_complex",
-            ) from None
+            message = f"the prompt takes longer than {limits.encode_timeout:g} s to encode"
+            raise ApiError(400, message, param=field, code="prompt_too_complex") from None
+        except MixlmError as error:
+            refusal = to_api_error(error)
+            if refusal.status == 400 and refusal.param is None:
+                refusal.param = field
+            raise refusal from error
 
 
 def _encode(request: ParsedRequest, is_cancelled: Callable[[], bool]) -> list[Generation]:

@@ -207,8 +207,6 @@ def _options(body: CommonFields, extras: Extras, ensemble: Ensemble, options: Ma
             for key, value in (body.logit_bias or {}).items()
         }
         options["logit_bias"] = {**by_id_or_text, **(extras.logit_bias or {})}
-    if options.get("top_k") == -1:
-        options["top_k"] = 0  # vLLM's spelling
     if body.response_format is not None or body.guided_json is not None:
         options["json_schema"] = body.completion_schema
     method = extras.method

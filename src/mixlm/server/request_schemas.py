@@ -130,6 +130,13 @@ class StrictBody(BaseModel):
         return {name: value for name, value in fields.items() if name not in cls.neutral}
 
 
+def with_content(fields: Any) -> Any:
+    """Return the fields of a message of the assistant with a text where its content is null; others as they are."""
+    if isinstance(fields, dict) and fields.get("role") == "assistant" and fields.get("content") in (None, []):
+        return {**fields, "content": ""}
+    return fields
+
+
 @cache
 def _known_fields(model: type[BaseModel]) -> Mapping[str, bool]:
     """Return the names of a body's fields, with whether their numbers are integers."""
@@ -292,6 +299,11 @@ class CommonFields(StrictBody):
             if value is not None and extra is not None and value != extra:
                 raise unsupported_field(name, f"mixlm.{name} has another value; leave one out")
         return self
+
+    @field_validator("top_k")
+    @classmethod
+    def _read_top_k(cls, value: int | None) -> int | None:
+        return 0 if value == -1 else value  # vLLM's spelling
 
     @field_validator("temperature")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from mixlm.server.chat_schemas import MAX_TOOLS, ToolName, joined_text
 from mixlm.server.protocols.responses_body import call_dict
-from mixlm.server.request_schemas import Extras, Short, StrictBody
+from mixlm.server.request_schemas import Extras, Short, StrictBody, with_content
 
 _LongId = Annotated[str, StringConstraints(max_length=512)]
 
@@ -62,6 +62,8 @@ class TurnBody(StrictBody):
 
     role: Literal["user", "assistant"]
     content: str | Annotated[list[Block], Field(max_length=1000, fail_fast=True)]
+
+    _empty_content = model_validator(mode="before")(with_content)
 
     @model_validator(mode="after")
     def _check_blocks(self) -> TurnBody:

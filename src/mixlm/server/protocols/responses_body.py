@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
+from mixlm.generation.prompt import IGNORED_MESSAGE_FIELDS
 from mixlm.server.api_errors import unsupported_field
 from mixlm.server.chat_schemas import MAX_TOOLS, FunctionBody, NamedFunction, ToolName, joined_text
 from mixlm.server.request_schemas import (
@@ -19,6 +20,7 @@ from mixlm.server.request_schemas import (
     Short,
     StreamOptions,
     StrictBody,
+    with_content,
 )
 
 _ONE_TEXT = "an ensemble generates text and calls of functions, and nothing else"
@@ -44,11 +46,13 @@ class InputPart(_Item):
 class MessageItem(_Item):
     """A message."""
 
-    ignored = (*_Item.ignored, "name")
+    ignored = (*_Item.ignored, *IGNORED_MESSAGE_FIELDS)
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[InputPart], Field(max_length=1000, fail_fast=True)]
+
+    _empty_content = model_validator(mode="before")(with_content)
 
 
 class CallItem(_Item):

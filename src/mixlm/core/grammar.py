@@ -174,6 +174,11 @@ class GrammarCache:
         self._known: OrderedDict[str, list[Grammar]] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def num_vocabularies(self) -> int:
+        """For how many vocabularies a grammar is compiled."""
+        return len(set(map(id, self._vocabularies)))
+
     @cached_property
     def _compiler(self) -> GrammarCompiler:
         # Where nothing is held to a language, none is needed.

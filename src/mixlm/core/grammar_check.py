@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from math import ceil
 from pathlib import Path
 
@@ -33,36 +34,51 @@ def check_depth(source: str) -> None:
         _check(source, memory=0, timeout=None)
 
 
-def check_limits(source: str, *, max_chars: int, timeout: float) -> None:
-    """Check that a grammar compiles within limits. That it is valid is not checked.
+class CompileLimits:
+    """Checks that the grammars of one schema compile within limits. That they are valid is not checked.
 
     Args:
-        source: The grammar, as llguidance takes it.
-        max_chars: Size of the source.
-        timeout: Seconds for compiling it.
-
-    Raises:
-        ConfigError: The grammar exceeds a limit.
+        max_chars: Size of a source.
+        timeout: Seconds for all of them, here and in the process that tries.
+        num_vocabularies: For how many vocabularies each is compiled here.
     """
-    if len(source) > max_chars:
-        raise ConfigError(f"json_schema has more than {max_chars} characters")
-    _check(source, memory=_MEMORY_BYTES, timeout=timeout)
+
+    def __init__(self, *, max_chars: int, timeout: float, num_vocabularies: int) -> None:
+        self._max_chars = max_chars
+        self._timeout = self._remaining = timeout
+        self._num_vocabularies = num_vocabularies
+
+    def __call__(self, source: str) -> None:
+        """Check one grammar, as llguidance takes it. Raises ConfigError where it exceeds a limit."""
+        if len(source) > self._max_chars:
+            raise ConfigError(f"json_schema has more than {self._max_chars} characters")
+        start = time.monotonic()
+        try:
+            seconds = _check(source, memory=_MEMORY_BYTES, timeout=self._remaining)
+        except subprocess.TimeoutExpired:
+            raise self._too_slow() from None
+        self._remaining -= time.monotonic() - start + self._num_vocabularies * seconds
+        if self._remaining <= 0:
+            raise self._too_slow()
+
+    def _too_slow(self) -> ConfigError:
+        return ConfigError(f"json_schema takes longer than {self._timeout:g} s to compile", "make it smaller")
 
 
-def _check(source: str, *, memory: int, timeout: float | None) -> None:
+def _check(source: str, *, memory: int, timeout: float | None) -> float:
+    """Return how many seconds a grammar takes to compile for one vocabulary. Raises TimeoutExpired and ConfigError."""
     # -P: the folder of the worker is no place to import from.
     command = [sys.executable, "-P", str(_WORKER), str(memory), str(ceil(timeout or 0))]
     try:
         worker = subprocess.run(command, input=source.encode(), capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"json_schema takes longer than {timeout:g} s to compile", "make it smaller") from None
     except (OSError, TypeError) as error:  # there is no such program, or none at all
         raise ConfigError(f"json_schema cannot be checked: {sys.executable!r} does not run: {error}") from None
     if worker.returncode in _STACK_OVERFLOW:
         raise ConfigError("json_schema is nested too deeply to be compiled", "make it flatter")
-    output = worker.stdout.decode(errors="replace").split()
-    if STARTED not in output:
+    started, _, output = worker.stdout.decode(errors="replace").partition("\n")
+    if started.strip() != STARTED:
         reason = worker.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"status {worker.returncode}"
         raise ConfigError(f"json_schema cannot be checked: its compiler does not start in {sys.executable!r}: {reason}")
-    if DONE not in output:
+    if not output.startswith(DONE):
         raise ConfigError("json_schema takes too much memory or time to compile", "make it smaller")
+    return float(output.removeprefix(DONE))

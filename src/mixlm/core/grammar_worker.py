@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 # Of the thread that compiles. It is less than other threads have: the compiler recurses, and the process ends
 # where the stack does.
 _STACK_BYTES = 4 << 20
-STARTED, DONE = "started", "done"  # lines of its output
+# Lines of its output; the second has the seconds that compiling took.
+STARTED, DONE = "started", "done"
 
 
 class _Bytes:
@@ -41,16 +43,18 @@ def main() -> None:
         pass
     import llguidance
 
-    def compile_grammar(source: str) -> None:
+    def compile_grammar(source: str) -> float:
+        start = time.monotonic()
         matcher = llguidance.LLMatcher(llguidance.LLTokenizer(_Bytes()), source, log_level=0)
+        seconds = time.monotonic() - start
         if not matcher.is_error():
             matcher.compute_bitmask()
+        return seconds
 
     print(STARTED, flush=True)
     threading.stack_size(_STACK_BYTES)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(compile_grammar, sys.stdin.buffer.read().decode()).result()
-    print(DONE)
+        print(DONE, pool.submit(compile_grammar, sys.stdin.buffer.read().decode()).result())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from mixlm.choices import UnitName
-from mixlm.core.grammar_check import check_limits
+from mixlm.core.grammar_check import CompileLimits
 from mixlm.errors import MixlmError
 from mixlm.generation.generation import Generation
 from mixlm.server.api_errors import ApiError, to_api_error
@@ -77,8 +77,13 @@ class RequestPreparer:
         limits = self._limits
         language = request.tasks[0].settings.language
         if language is not None:
-            check = partial(check_limits, max_chars=limits.max_schema_chars, timeout=limits.schema_timeout)
-            compile_schema = partial(request.ensemble.grammars.for_language, language, check)
+            grammars = request.ensemble.grammars
+            check = CompileLimits(
+                max_chars=limits.max_schema_chars,
+                timeout=limits.schema_timeout,
+                num_vocabularies=grammars.num_vocabularies,
+            )
+            compile_schema = partial(grammars.for_language, language, check)
             try:
                 await self._schema_threads.run(client, compile_schema)
             except MixlmError as error:

@@ -63,7 +63,7 @@ def load(  # noqa: PLR0913 - one option each
     Args:
         models: Names, folders, GGUF files or hub ids; or one ensemble file (`*.toml`). Also pairs of a model and its
             tokenizer that transformers has loaded, PEFT and quantised models too: the member uses their tensors, as
-            they are, and leaves both as they are.
+            they are, and leaves both as they are; options of loading are of the other models.
         weights: One a model; equal when left out.
         engine: What runs the models: "hf", "llamacpp", "vllm", "remote", or an engine of an installed package; "auto"
             is `choose_engine`'s choice.
@@ -130,22 +130,31 @@ def load(  # noqa: PLR0913 - one option each
     elif parameters:
         raw["combination"] = {**raw["combination"], **parameters}
     raw["sampling"] = {**raw.get("sampling", {}), **_sampling_keywords(sampling)}
+    of_files: dict[str, Any] = {
+        **{"dtype": dtype, "device": device, "engine": engine, "trust_remote_code": trust_remote_code},
+        **{"device_map": device_map, "max_memory": max_memory, "quantization": quantization},
+        **{"revision": revision, "attn": attn},
+    }
+    _check_uses(of_files, [name for name in names if name not in pairs])
     for member in raw["members"]:
         member.pop("template_file", None)  # read by then
-        overrides = {
-            **{"dtype": dtype, "device": device, "engine": engine, "graphs": graphs},
-            "prefix_cache": prefix_cache,
-            "trust_remote_code": trust_remote_code,
-            **{"device_map": device_map, "max_memory": max_memory, "quantization": quantization},
-            **{"revision": revision, "attn": attn},
-        }
+        overrides: dict[str, Any] = {"graphs": graphs, "prefix_cache": prefix_cache}
+        overrides |= {"engine": "hf"} if member["model"] in pairs else of_files
         member |= {name: value for name, value in overrides.items() if value is not None}
-        if member["model"] in pairs:
-            member["engine"] = "hf"
     config = parse_config(raw, None)
     with _shown_progress(len(config.members)) as progress:
         return load_config(
             config, weights=weights, router=router, progress=progress, load_engine=load_member, rule=own_rule
+        )
+
+
+def _check_uses(options: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Raise ConfigError for options of loading where all models are loaded already. files: the other models."""
+    given = [name for name, value in options.items() if value is not None and (name, value) != ("engine", "hf")]
+    if given and not files:
+        raise ConfigError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given, and all models are loaded already",
+            "leave it out: they stay as they are; from_pretrained has such options",
         )
 
 
@@ -183,8 +192,11 @@ def _model_name(model: Any, pairs: dict[str, LoadedPair]) -> str:
     if isinstance(model, list | tuple | set) and all(isinstance(name, str | Path) for name in model):
         call = ", ".join(repr(str(name)) for name in model)
         raise ConfigError(f"the model is {model!r}, and models are named one by one", f"mixlm.load({call})")
+    shown = repr(model)  # of a loaded model, it has a line for each layer
+    if len(shown) > 80:
+        shown = f"a {type(model).__name__}"
     raise ConfigError(
-        f"the model is {model!r}; it must be a name or a path", "or a pair of loaded objects: (model, tokenizer)"
+        f"the model is {shown}; it must be a name or a path", "or a pair of loaded objects: (model, tokenizer)"
     )
 
 

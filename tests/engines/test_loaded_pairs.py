@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_a_model_that_is_quantised_says_so(model, tokenizer):
     assert mixlm.load((model, tokenizer)).members[0].engine.details["quantization"] == "awq"
 
 
+def test_options_of_loading_are_of_models_that_are_not_loaded_yet(model, tokenizer):
+    with pytest.raises(ConfigError, match="dtype and attn are given, and all models are loaded already"):
+        mixlm.load((model, tokenizer), dtype="bfloat16", attn="eager")
+    engine = mixlm.load((model, tokenizer), "toy:1", dtype="bfloat16", device="meta").members[0].engine
+    assert (engine.details["dtype"], engine.details["device"]) == ("float32", "cpu")
+
+
+def test_a_compiled_model_runs_behind_its_cache_as_others_do(model, tokenizer):
+    compiled = SimpleNamespace(_orig_mod=model)  # as `torch.compile` returns, which takes seconds to import
+    assert "not batched" not in mixlm.load((compiled, tokenizer)).members[0].engine.details
+
+
 def test_one_pair_twice_shares_one_engine(model, tokenizer):
     first, second = mixlm.load((model, tokenizer), (model, tokenizer)).members
     assert first.engine is second.engine
@@ -102,7 +115,7 @@ def test_what_is_no_model_is_refused(model, tokenizer, folder):
         mixlm.load((torch.nn.Linear(2, 2), tokenizer))
     with pytest.raises(ConfigError, match="LlamaModel is no causal language model"):
         mixlm.load((AutoModel.from_pretrained(folder), tokenizer))
-    with pytest.raises(ConfigError, match=r"it must be a name or a path .*\(model, tokenizer\)"):
+    with pytest.raises(ConfigError, match=r"is a LlamaForCausalLM; it must be a name or a path .*\(model, tokenizer\)"):
         mixlm.load(model)
     tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UnsupportedError, match=r"puts tokens of its own in front of the text \(PromptTuningConfig\)"):

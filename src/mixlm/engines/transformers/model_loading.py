@@ -70,7 +70,9 @@ def load_model(source: str, spec: EngineSpec, dtype: Any, device: Any) -> tuple[
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of weights is in the loading info
-    getLogger("accelerate.big_modeling").setLevel("ERROR")  # it warns of what was asked for
+    # They warn of what was asked for; the second one in each layer of each forward pass.
+    for warning in ("accelerate.big_modeling", "bitsandbytes.autograd._functions"):
+        getLogger(warning).setLevel("ERROR")
     try:
         with memory_errors(name):
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -214,6 +216,7 @@ def share_weights(model: Any, name: str) -> Any:
         ConfigError: it is none.
         UnsupportedError: its adapter is more than a part of the model's layers (prompt and prefix tuning, aLoRA).
     """
+    model = getattr(model, "_orig_mod", model)  # of one that torch.compile was called for: what it compiles
     is_adapted = hasattr(model, "get_base_model")
     kind = type(model.active_peft_config).__name__ if is_adapted else ""
     if is_adapted and getattr(model.active_peft_config, "is_prompt_learning", False):

@@ -45,13 +45,13 @@ test-versions: pyproject.toml constraints.txt  ## Run the tests of engines and t
 	@for round in "transformers==5.17.0 tokenizers==0.23.2" "--upgrade transformers tokenizers"; do \
 	  echo "== $$round"; \
 	  $(VERSIONS)/bin/python -m pip install --quiet -c $(VERSIONS)/constraints.txt $$round -e '.[hf,llamacpp,peft,grammar]' \
-	    pytest pytest-xdist hypothesis || exit 1; \
+	    pytest pytest-timeout pytest-xdist hypothesis || exit 1; \
 	  $(VERSIONS)/bin/python -m pytest -q -n auto -m "not models and not engines" $(SUITES) || exit 1; \
 	done
 
 test-vllm:       ## Run the tests of the vLLM engine with a vLLM of your choice: make test-vllm VLLM=vllm==0.33.0
 	$(PYTHON) -m venv $(VERSIONS)-vllm
-	$(VERSIONS)-vllm/bin/python -m pip install --quiet '$(VLLM)' -e '.[hf,remote,vllm]' pytest hypothesis
+	$(VERSIONS)-vllm/bin/python -m pip install --quiet '$(VLLM)' -e '.[hf,remote,vllm]' pytest pytest-timeout hypothesis
 	$(VERSIONS)-vllm/bin/python -m pytest -q tests/engines/test_vllm.py tests/engines/test_vllm_server.py \
 	  tests/engines/test_vllm_thread.py tests/engines/test_banned_tokens.py -m "engines or not engines"
 

@@ -14,8 +14,9 @@ while [ $# -gt 0 ]; do
     --rehearse) rehearse=--rehearse ;;
     --collect)
       exec python3 -m pip download --quiet --dest wheels --only-binary=:all: --python-version 3.12 --no-deps \
-        annotated-types iniconfig markdown-it-py mdurl pluggy pydantic pydantic-core pygments pytest rich scipy \
-        shellingham tomli-w typer typing-inspection typing-extensions ;;
+        accelerate annotated-types hypothesis iniconfig markdown-it-py mdurl pluggy psutil pydantic pydantic-core pygments \
+        pytest pytest-timeout rich scipy shellingham sortedcontainers tomli-w typer typing-inspection \
+        typing-extensions ;;
     *) echo "$0: unknown option $1" >&2; exit 2 ;;
   esac
   shift

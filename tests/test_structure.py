@@ -115,3 +115,12 @@ def test_names_are_nouns_of_the_field():
         if name in PRIVATE_WORDS
     ]
     assert private == []
+
+
+@pytest.mark.parametrize("file", ["Makefile", "research/gpu_check.sh"])
+def test_environments_for_tests_have_what_the_settings_of_tests_need(file):
+    commands = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    installs = [set(command.split()) for command in commands if "pip " in command and " pytest " in command]
+    assert installs
+    for packages in installs:
+        assert packages >= {"pytest", "pytest-timeout", "hypothesis"}

@@ -53,7 +53,7 @@ class Members:
 
 
 def score_by_member(
-    models: Sequence[str], engine: str | None, observe: str | None, jobs: Mapping[str, Job]
+    models: Sequence[str], engine: str | None, observe: str | None, jobs: Mapping[str, Job], *, states: bool = True
 ) -> tuple[Members, dict[str, Scores]]:
     """Score jobs under each member, loaded one after the other, and what a gate observes of one of them.
 
@@ -62,6 +62,7 @@ def score_by_member(
         engine: Of all of them.
         observe: The observed member's name, or its model; by default the one with the smallest weights.
         jobs: By name.
+        states: Whether the observed member runs once more for what gates observe.
 
     Returns:
         The members, and the scores of each job, in which they are brought together.
@@ -87,16 +88,13 @@ def score_by_member(
     chosen = names.index(observe) if observe in names else models.index(observe) if observe else int(np.argmin(sizes))
     ensemble = mixlm.load(models[chosen], engine=engine)
     watching = ensemble.with_router(untrained(ensemble.names, choose_inputs(ensemble, ("top_k", "hidden"))))
-    for text, job in jobs.items():
+    for text, job in jobs.items() if states else ():
         print(f"{text}: observing {names[chosen]}", flush=True)
-        parts[text][chosen] = job(watching, [identity(models[chosen])])
+        observed = job(watching, [identity(models[chosen])])
+        assert observed.observed is not None
+        parts[text][chosen] = replace(observed, observed=replace(observed.observed, name=names[chosen]))
     kinds = token_kinds(ensemble.members[0].engine.vocabulary.tokens)
-    joined = {}
-    for text, own in parts.items():
-        states = own[chosen].observed
-        assert states is not None
-        own[chosen] = replace(own[chosen], observed=replace(states, name=names[chosen]))
-        joined[text] = join_members(names, own, shared_vocabulary=True)
+    joined = {text: join_members(names, own, shared_vocabulary=True) for text, own in parts.items()}
     hidden = ensemble.members[0].engine.hidden_size or 0
     return Members(tuple(names), tuple(sizes), tuple(seconds), chosen, kinds, hidden), joined
 

@@ -3,14 +3,15 @@
     python -m research.scripts.router_study texts prose=PATH reference=PATH code=PATH -m A -m B [--out DIR]
         [--train N] [--check N] [--observe A] [--engine hf] [--rounds N] [--curve]
     python -m research.scripts.router_study answers arc_easy=FILE.jsonl … --fit FILE.jsonl -m A -m B [--out DIR]
-        [--questions N] [--fit-questions N]
+        [--questions N] [--fit-questions N] [--unobserved]
 
 `texts`: PATH is a folder, whose files are divided, or a file, whose first bytes train and whose last are held out.
 Passages held out that repeat training text are left out. Intervals are bootstrap intervals over the passages held out,
 paired with EM's weights where a difference is shown. `--curve` trains on an eighth, a quarter and a half of the text
 too. `answers`: weights and gates are fitted to the questions of `--fit`, which must be others than those of the tasks,
 as the training part of ARC is; all are judged on the tasks by the likeliest of the given answers, by the byte;
-intervals are paired with the best member.
+intervals are paired with the best member. `--unobserved` leaves out the gates that observe a member, and its second
+pass; a later run without it adds them.
 
 One member is in memory at a time. Scores are kept in mixlm's cache, some passages at a time, and a row in DIR as soon
 as it is known: a run that was stopped goes on, and one on other texts or members needs another DIR.
@@ -406,7 +407,9 @@ def answers(arguments: Any) -> None:
         name: answers_job([(prompt, choice) for prompt, choices, _ in task for choice in choices])
         for name, task in questions.items()
     }
-    members, scores = score_by_member(arguments.model, arguments.engine, arguments.observe, jobs)
+    members, scores = score_by_member(
+        arguments.model, arguments.engine, arguments.observe, jobs, states=not arguments.unobserved
+    )
     scored = {name: Answers(scores[name], task) for name, task in questions.items()}
     train = scored.pop(_FIT)
     print(f"fitted on {len(train.right)} questions", flush=True)
@@ -430,7 +433,9 @@ def ways_to_weigh(members: Members, train: Answers) -> dict[str, Callable[[], We
         "EM": lambda: fixed(expectation_maximisation(train.right_scores).weights),
         "grid over accuracy": lambda: fixed(train.best_weights()),
     }
-    ways |= {name: partial(trained, name, [train.right_scores], members.kinds) for name in ("a: text, linear", *GATES)}
+    unobserved = train.scores.observed is None
+    gates = ["a: text, linear", *(name for name, gate in GATES.items() if not (unobserved and gate.observes))]
+    ways |= {name: partial(trained, name, [train.right_scores], members.kinds) for name in gates}
     return {name: cache(make) for name, make in ways.items()}
 
 
@@ -500,6 +505,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = study_parser(__doc__)
     parser.set_defaults(out=Path("router-study"), train=200_000, check=100_000, questions=400, fit_questions=400)
     parser.add_argument("--observe", default=None, help="the observed member; by default the smallest")
+    parser.add_argument("--unobserved", action="store_true", help="of answers: no gates that observe a member")
     parser.add_argument("--rounds", type=int, default=2000, help="of the bootstrap")
     parser.add_argument("--curve", action="store_true", help="train on parts of the text too")
     arguments = parse_study(parser, given)

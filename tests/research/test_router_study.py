@@ -84,7 +84,13 @@ def test_answers_are_judged_on_questions_that_nothing_was_fitted_to(
     (tmp_path / "arc.jsonl").write_text("\n".join(map(json.dumps, lines[:12])))
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, lines[10:])))  # two are questions of the task
     options = ["-m", "toy:1", "-m", "toy:2", "--out", str(tmp_path / "out"), "--rounds", "50"]
-    router_study.main(["answers", f"arc={tmp_path / 'arc.jsonl'}", "--fit", str(tmp_path / "other.jsonl"), *options])
+    options += [f"arc={tmp_path / 'arc.jsonl'}", "--fit", str(tmp_path / "other.jsonl")]
+    router_study.main(["answers", *options, "--unobserved"])
+    first = capsys.readouterr().out
+    assert "arc a: text, linear" in first
+    assert "top_k" not in first
+    assert "observing" not in first
+    router_study.main(["answers", *options])
     out = capsys.readouterr().out
     assert "fitted on 20 questions" in out
     assert "of 12  minus" in out

@@ -176,6 +176,24 @@ def test_a_completion_that_fails_does_not_disturb_the_others():
     assert [text(generations[i].completion) for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_suspended_completion_goes_on_where_it_was(method):
+    ensemble = toys("piece", 3)
+    settings = ensemble.settings(raw=True, seed=4, max_tokens=15, **method)
+    expected = [text(ensemble.generate(prompt, raw=True, seed=4, max_tokens=15, **method)) for prompt in PROMPTS[:2]]
+    generations = [ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)) for prompt in PROMPTS[:2]]
+    scheduler, waiting = Scheduler(1), list(generations)
+    while waiting:
+        current = waiting.pop(0)
+        scheduler.add(current)
+        scheduler.step()
+        if not current.finished:
+            assert scheduler.suspend(current)
+            waiting.append(current)
+    assert scheduler.idle
+    assert [text(generation.completion) for generation in generations] == expected
+
+
 def test_a_cancelled_completion_makes_room_at_once():
     ensemble = toys("token", 2)
     scheduler, settings = Scheduler(2), ensemble.settings(raw=True, seed=4, max_tokens=50, ignore_end=True)

@@ -187,6 +187,20 @@ def test_a_client_that_fills_the_queue_leaves_others_their_share():
         assert post(server, "bob", {"n": 4, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.slow
+def test_a_client_that_has_all_slots_gives_one_to_another():
+    """Its generation goes on later, with the text that it has alone."""
+    with running(endless(0.001), two_clients(), max_batch=2) as server, ThreadPoolExecutor(1) as pool:
+        body = {"n": 4, "max_tokens": 80, "seed": 1}
+        many = pool.submit(post, server, "ada", body)
+        wait(lambda: server.app.model_thread.num_running == 2)
+        for _ in range(3):
+            assert post(server, "bob", {"max_tokens": 2}).status_code == 200
+        assert not many.done()
+        assert server.app.model_thread.num_unfinished == 4
+        assert many.result().json()["choices"] == post(server, "ada", body).json()["choices"]
+
+
 @pytest.mark.parametrize("end", ["\r\n\r\n", ""])
 @pytest.mark.parametrize("line", ["X-Long: " + "x" * 100_000, "\r\n".join(f"X-{i}: {i:09}" for i in range(6_000))])
 def test_a_head_that_is_too_large_is_refused(toys, line, end):

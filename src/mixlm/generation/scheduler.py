@@ -130,6 +130,7 @@ class Scheduler:
         self._backlog: deque[Generation] = deque()
         self._queues: dict[int, _EngineQueue] = {}
         self._active: list[Generation] = []
+        self._suspended: dict[Generation, list[tuple[_EngineQueue, _QueuedRequest]]] = {}
         self._calls = 0
         self._running: dict[Future[Any], _Running] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
@@ -147,17 +148,37 @@ class Scheduler:
         return not self._active and not self._backlog
 
     def add(self, generation: Generation) -> None:
-        """Take in a generation that has not begun."""
+        """Take in a generation that has not begun, or was suspended."""
         self._backlog.append(generation)
 
     def cancel(self, generation: Generation) -> None:
         """Drop a generation; its slot is free at once."""
         if generation in self._backlog:
             self._backlog.remove(generation)
-        for queue in self._queues.values():
-            queue.requests = [queued for queued in queue.requests if queued.waiting.generation is not generation]
+        self._suspended.pop(generation, None)
+        self._take_requests(generation)
         generation.close()
         self._end(generation)
+
+    def suspend(self, generation: Generation) -> bool:
+        """Take the slot of a generation in progress; `add` lets it go on, with the KV caches that it has.
+
+        Returns:
+            Whether its slot is free: not while a call runs for it.
+        """
+        if self._running_calls(generation):
+            return False
+        self._suspended[generation] = self._take_requests(generation)
+        self._active.remove(generation)
+        return True
+
+    def _take_requests(self, generation: Generation) -> list[tuple[_EngineQueue, _QueuedRequest]]:
+        """Remove the queued requests of a generation; return them with their queues."""
+        taken = []
+        for queue in self._queues.values():
+            taken += [(queue, queued) for queued in queue.requests if queued.waiting.generation is generation]
+            queue.requests = [queued for queued in queue.requests if queued.waiting.generation is not generation]
+        return taken
 
     def run(self) -> Iterator[Generation]:
         """Run all generations; yields each when it is finished."""
@@ -242,6 +263,10 @@ class Scheduler:
         while self._backlog and len(self._active) < self.max_active:
             generation = self._backlog.popleft()
             self._active.append(generation)
+            if generation in self._suspended:
+                for queue, queued in self._suspended.pop(generation):
+                    self._enqueue(queue, queued)
+                continue
             self._advance(generation, None)
             if generation.finished:
                 ended.append(generation)
@@ -266,9 +291,12 @@ class Scheduler:
             if addressed.engine.asynchronous:
                 self._call(queue, _Batch([queued]))
                 continue
-            if not queue.requests:
-                queue.since = self._calls
-            queue.requests.append(queued)
+            self._enqueue(queue, queued)
+
+    def _enqueue(self, queue: _EngineQueue, queued: _QueuedRequest) -> None:
+        if not queue.requests:
+            queue.since = self._calls
+        queue.requests.append(queued)
 
     def _end(self, generation: Generation) -> None:
         """Free the slot. KV caches that another device's thread works on are freed when it is done.
@@ -277,9 +305,7 @@ class Scheduler:
         """
         if generation in self._active:
             self._active.remove(generation)
-        running = [
-            run for run in self._running.values() if any(q.waiting.generation is generation for q in run.batch.requests)
-        ]
+        running = self._running_calls(generation)
         for run in running:
             if run.queue.engine.asynchronous:
                 run.call.future.cancel()
@@ -287,6 +313,11 @@ class Scheduler:
             self._leaving.append(generation)
         else:
             generation.release()
+
+    def _running_calls(self, generation: Generation) -> list[_Running]:
+        return [
+            run for run in self._running.values() if any(q.waiting.generation is generation for q in run.batch.requests)
+        ]
 
     def _call_engines(self) -> None:
         """Give every idle device the engine with the longest queue, or the one that waited longest."""

@@ -22,11 +22,23 @@ class FairQueue(Generic[Item]):
         """Append an item to its client's queue."""
         self._clients.setdefault(client, deque()).append(item)
 
-    def pop(self) -> Item:
-        """Remove and return the next item; its client goes to the back. Raises IndexError when the queue is empty."""
+    @property
+    def clients(self) -> list[str]:
+        """The clients that have items, in the order of their turns."""
+        return list(self._clients)
+
+    def push_first(self, client: str, item: Item) -> None:
+        """Put an item in front of its client's others."""
+        self._clients.setdefault(client, deque()).appendleft(item)
+
+    def pop(self, client: str | None = None) -> Item:
+        """Remove and return the next item; its client goes to the back. Raises IndexError when the queue is empty.
+
+        client: whose item it is, whoever's turn it is.
+        """
         if not self._clients:
             raise IndexError("the queue is empty")
-        client = next(iter(self._clients))
+        client = next(iter(self._clients)) if client is None else client
         items = self._clients.pop(client)
         item = items.popleft()
         if items:

@@ -41,11 +41,17 @@ _STOP_SECONDS = 2.0
 
 @dataclass(slots=True, eq=False)
 class ActiveGeneration:
-    """Which generation of a job this is. reported_forwards: of each member, the passes already returned in events."""
+    """Which generation of a job this is.
+
+    reported_forwards: of each member, the passes already returned in events. begun: whether it has had a slot. running:
+    whether it has one.
+    """
 
     job: Job
     index: int
     reported_forwards: list[int]
+    begun: bool = False
+    running: bool = False
 
 
 class ModelThread:
@@ -201,10 +207,9 @@ class ModelThread:
         while running:
             try:
                 running = self._read_inbox()
+                self._share_slots()
                 while self._scheduler.free_slots > 0 and len(self._queue):
-                    job, generation = self._queue.pop()
-                    self._scheduler.add(generation)
-                    self._outbox.append((job, GenerationStarted(time.monotonic())))
+                    self._run_generation(*self._queue.pop())
                 if running and not self._scheduler.idle:
                     for generation in self._scheduler.step():
                         self._report(generation)
@@ -231,6 +236,36 @@ class ModelThread:
         for index, generation in enumerate(generations):
             self._active[generation] = ActiveGeneration(job, index, [0] * len(generation.sessions))
             self._queue.push(job.client, (job, generation))
+
+    def _run_generation(self, job: Job, generation: Generation) -> None:
+        """Give a generation a slot."""
+        active = self._active[generation]
+        self._scheduler.add(generation)
+        if not active.begun:
+            self._outbox.append((job, GenerationStarted(time.monotonic())))
+        active.begun = active.running = True
+
+    def _share_slots(self) -> None:
+        """Where all slots are taken, give one to each client that waits and has none: of a client with several."""
+        if self._scheduler.free_slots > 0 or not len(self._queue):
+            return
+        slots = Counter(active.job.client for active in self._active.values() if active.running)
+        for client in [client for client in self._queue.clients if not slots[client]]:
+            busiest, count = slots.most_common(1)[0]
+            if count == 1 or not self._suspend_latest(busiest):
+                return
+            slots[busiest] -= 1
+            slots[client] += 1
+            self._run_generation(*self._queue.pop(client))
+
+    def _suspend_latest(self, client: str) -> bool:
+        """Put a client's generation that began last back into the queue, if no call runs for it."""
+        for generation, active in reversed(self._active.items()):
+            if active.running and active.job.client == client and self._scheduler.suspend(generation):
+                active.running = False
+                self._queue.push_first(client, (active.job, generation))
+                return True
+        return False
 
     def _remove(self, job: Job) -> int:
         """Drop the generations of a job; return how many there were."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from mixlm.engines.transformers.engine import HFEngine
 from mixlm.engines.transformers.loaded_model import LoadedModel
 from mixlm.errors import MixlmError, ModelLoadError, UnsupportedError
 from mixlm.inspection import inspect
+from mixlm.inspection.unloaded import load_described
 from mixlm.loading import load_config
 from mixlm.types import Message
 from mixlm.verification.check import check
@@ -111,6 +113,15 @@ def test_weights_are_held_once(folders, engines):
     assert total_weight_bytes([a, a]) == a.weights_bytes
     size = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
     assert size == total_weight_bytes(engines.values())
+
+
+def test_inspect_says_what_members_on_one_model_will_take_before_it_is_loaded(folders, engines, monkeypatch):
+    monkeypatch.setattr(HFEngine, "from_pretrained", lambda *_: 1 / 0)
+    specs = [spec(folders), *(spec(folders, adapter=str(folders[name])) for name in TARGETS)]
+    described = [load_described(each) for each in [*specs, replace(specs[1], system="x")]]
+    assert described[1].details["adapter"] == str(folders["a"])
+    assert [engine.weights_bytes for engine in described[:3]] == [engine.weights_bytes for engine in engines.values()]
+    assert total_weight_bytes(described) == total_weight_bytes(engines.values())
 
 
 def test_the_same_adapter_twice_is_loaded_once(folders, engines):

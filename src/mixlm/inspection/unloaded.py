@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 from mixlm.engines import Engine, EngineSpec
@@ -24,7 +24,7 @@ def load_described(spec: EngineSpec) -> Engine:
         TokenizerError: Its tokens cannot be mapped to bytes.
     """
     gguf = None if spec.adapter is not None or ":" in spec.model else find_gguf(spec.model)
-    if gguf is None and spec.adapter is None and engine_name(spec) == "hf":
+    if gguf is None and engine_name(spec) == "hf":
         return _described_folder(spec)
     if gguf is None or spec.engine not in ("auto", "hf", "llamacpp"):
         return load_engine(spec)
@@ -39,6 +39,7 @@ def load_described(spec: EngineSpec) -> Engine:
 
 def _described_folder(spec: EngineSpec) -> Engine:
     """Return an engine without weights for a folder or a hub id: what it will take of which device's memory."""
+    from mixlm.engines.transformers.loaded_model import adapter_bytes
     from mixlm.engines.transformers.model_loading import (
         context_length,
         find_model,
@@ -54,16 +55,19 @@ def _described_folder(spec: EngineSpec) -> Engine:
     device = parse_device(spec.device)
     dtype = parse_dtype(spec.dtype, device)
     memory = planned_memory(source, named, dtype, device)
+    adapter_size = 0 if spec.adapter is None else adapter_bytes(spec.adapter)
+    memory[next(iter(memory))] += adapter_size
     model = empty_model(source, named)
     setup = TokenizerSetup.load(source, named.name, trust_remote_code=spec.trust_remote_code)
     text = setup.text_interface(named, vocabulary_size(model))
     details = {
         "engine": "transformers, not loaded",
         "dtype": str(dtype).removeprefix("torch."),
+        **({} if spec.adapter is None else {"adapter": spec.adapter}),
         **({} if (stored := quantization(model, spec)) is None else {"quantization": stored}),
         "memory": ", ".join(f"{place} {size / 1e6:,.1f} MB" for place, size in memory.items()),
     }
-    return UnloadedEngine(named, text, context_length(model), sum(memory.values()), details)
+    return UnloadedEngine(named, text, context_length(model), sum(memory.values()), details, adapter_size)
 
 
 class UnloadedEngine(Engine):
@@ -73,12 +77,19 @@ class UnloadedEngine(Engine):
         spec: What would be loaded.
         text: The tokenizer and the prompts.
         context: The context length, where it is known.
-        weights_bytes: Memory of the weights.
+        weights_bytes: Memory of the weights, with those of an adapter.
         details: For reports.
+        adapter_bytes: Memory of the adapter.
     """
 
     def __init__(
-        self, spec: EngineSpec, text: TextInterface, context: int | None, weights_bytes: int, details: Mapping[str, str]
+        self,
+        spec: EngineSpec,
+        text: TextInterface,
+        context: int | None,
+        weights_bytes: int,
+        details: Mapping[str, str],
+        adapter_bytes: int = 0,
     ) -> None:
         super().__init__(spec.name, text, context or 1 << 20)
         # As the loaded engine has it, so that the same methods are possible.
@@ -86,6 +97,14 @@ class UnloadedEngine(Engine):
         self.top_k_limit = min(spec.candidates, self.vocabulary.size) if self.takes_ids else None
         self.weights_bytes = weights_bytes
         self.details = details
+        self._parts: dict[Hashable, int] = {spec.weights_key: weights_bytes - adapter_bytes}
+        if adapter_bytes:
+            self._parts[replace(spec, name="", template=None, system=None)] = adapter_bytes
+
+    @property
+    def weight_parts(self) -> Mapping[Hashable, int]:
+        """Bytes of the model, which members with other prompts and adapters will share, and of the adapter."""
+        return self._parts
 
     def session(self) -> Session:
         """Raise UnsupportedError."""

@@ -76,13 +76,26 @@ class LoadedModel:
             UnsupportedError: it is not a plain LoRA adapter, or PEFT's own forward pass differs.
             ModelLoadError: it is not there, or does not fit the model.
         """
-        if find_spec("peft") is None:
-            raise MixlmError(f"the adapter {adapter} needs peft", "install: pip install 'mixlm[peft]'")
+        check_peft(adapter)
         from mixlm.engines.transformers.adapters import Adapters
 
         with self.lock:
             self.adapters = self.adapters or Adapters(self.model, self._attention)
             self.adapters.add(adapter, name)
+
+
+def check_peft(adapter: str) -> None:
+    """Raise MixlmError where the library that an adapter needs is missing."""
+    if find_spec("peft") is None:
+        raise MixlmError(f"the adapter {adapter} needs peft", "install: pip install 'mixlm[peft]'")
+
+
+def adapter_bytes(adapter: str) -> int:
+    """Return the memory of an adapter, a folder or hub id, from its files. Raises what `LoadedModel.add` raises."""
+    check_peft(adapter)
+    from mixlm.engines.transformers.lora import read_adapter
+
+    return count_bytes(read_adapter(adapter)[1].values())
 
 
 def count_bytes(parameters: Any) -> int:

@@ -177,8 +177,10 @@ def test_a_completion_that_fails_does_not_disturb_the_others():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_suspended_completion_goes_on_where_it_was(method):
+def test_a_suspended_completion_goes_on_where_it_was(method, monkeypatch):
+    """In an engine that keeps the KV caches of a few sequences, it leaves its place to others."""
     ensemble = toys("piece", 3)
+    monkeypatch.setattr(ensemble.members[0].engine, "max_sequences", 1)
     settings = ensemble.settings(raw=True, seed=4, max_tokens=15, **method)
     expected = [text(ensemble.generate(prompt, raw=True, seed=4, max_tokens=15, **method)) for prompt in PROMPTS[:2]]
     generations = [ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)) for prompt in PROMPTS[:2]]
@@ -189,6 +191,7 @@ def test_a_suspended_completion_goes_on_where_it_was(method):
         scheduler.step()
         if not current.finished:
             assert scheduler.suspend(current)
+            assert current.sessions[0].num_cached == 0
             waiting.append(current)
     assert scheduler.idle
     assert [text(generation.completion) for generation in generations] == expected

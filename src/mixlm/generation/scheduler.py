@@ -161,7 +161,9 @@ class Scheduler:
         self._end(generation)
 
     def suspend(self, generation: Generation) -> bool:
-        """Take the slot of a generation in progress; `add` lets it go on, with the KV caches that it has.
+        """Take the slot of a generation in progress; `add` lets it go on.
+
+        It keeps its KV caches, but not in engines that keep those of a few sequences: others need the place.
 
         Returns:
             Whether its slot is free: not while a call runs for it.
@@ -170,6 +172,9 @@ class Scheduler:
             return False
         self._suspended[generation] = self._take_requests(generation)
         self._active.remove(generation)
+        for member, session in zip(generation.members, generation.sessions, strict=True):
+            if member.engine.max_sequences is not None:
+                session.reset()
         return True
 
     def _take_requests(self, generation: Generation) -> list[tuple[_EngineQueue, _QueuedRequest]]:

@@ -58,7 +58,7 @@ step captured-is-eager 90 "$PYTHON" -m research.scripts.graphs_check $rehearse
 step rivals 150 $(bench) --rivals --output "$out/rivals.json"
 step batch 120 $(bench) --sweep batch --at $batch --output "$out/batch.json"
 step tests 150 "$PYTHON" -m pytest -q -x -p no:cacheprovider -o addopts= \
-  tests/engines/test_cuda_graphs.py tests/engines/test_device_topk.py -k "${rehearse:+not cuda and }not models"
+  tests/engines/test_cuda_graphs.py tests/engines/test_device_topk.py -k "not models"
 step eager 60 $(bench) --graphs off --output "$out/eager.json"
 step context 90 $(bench) --sweep context --at $contexts --output "$out/context.json"
 step speculative 60 $(bench) --agreement 0.8 --methods mixture,speculative --output "$out/speculative.json"

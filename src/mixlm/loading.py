@@ -50,7 +50,7 @@ def load(  # noqa: PLR0913 - one option each
     graphs: Graphs | None = None,
     prefix_cache: int | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
-    max_memory: Mapping[str, str] | None = None,
+    max_memory: Mapping[str | int, str] | None = None,
     quantization: Quantization | None = None,
     revision: str | None = None,
     attn: str | None = None,
@@ -72,7 +72,8 @@ def load(  # noqa: PLR0913 - one option each
             once; 0 for none, 1024 by default.
         device_map: Where the layers of each model go, through accelerate: "auto", "balanced", "balanced_low_0",
             "sequential", or a device for each module ("cpu", "cuda:1" or 1, "disk"). For engine "hf", as what follows.
-        max_memory: Of each device, for a `device_map` that is a name, such as {"cuda:0": "20GiB", "cpu": "60GiB"}.
+        max_memory: Of each device, for a `device_map` that is a name, such as {"cuda:0": "20GiB", "cpu": "60GiB"};
+            0 is "cuda:0".
         quantization: How weights are stored that are not quantised in their files: a name in `choices.QUANTIZATIONS`.
         revision: Branch, tag or commit of hub ids.
         attn: Transformers' attention implementation, such as "sdpa", where mixlm has none of its own.
@@ -130,6 +131,8 @@ def load(  # noqa: PLR0913 - one option each
     elif parameters:
         raw["combination"] = {**raw["combination"], **parameters}
     raw["sampling"] = {**raw.get("sampling", {}), **_sampling_keywords(sampling)}
+    if isinstance(max_memory, Mapping):
+        max_memory = {f"cuda:{name}" if isinstance(name, int) else name: size for name, size in max_memory.items()}
     of_files: dict[str, Any] = {
         **{"dtype": dtype, "device": device, "engine": engine, "trust_remote_code": trust_remote_code},
         **{"device_map": device_map, "max_memory": max_memory, "quantization": quantization},

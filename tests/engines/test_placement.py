@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_transformers_engine import build
 
+import mixlm
 from mixlm.config import parse_config
 from mixlm.config_file import read_config
 from mixlm.engines import EngineSpec, load
@@ -75,6 +76,11 @@ def test_inspect_describes_a_folder_without_loading_it(folder):
     assert described.details["memory"].startswith("cpu 0.2 MB, disk 0.0 MB") or "disk" in described.details["memory"]
     with pytest.raises(UnsupportedError, match="not loaded"):
         described.session()
+
+
+def test_python_names_devices_of_max_memory_as_accelerate_does(folder):
+    with pytest.raises(ConfigError, match="max_memory: device 'cuda:7' is not there"):
+        mixlm.load(str(folder), device_map="auto", max_memory={7: "1GB", "cpu": "1GB"})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ A new engine is a module with `load(spec)`, and a line here; or, in a package of
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,12 +61,8 @@ def load(spec: EngineSpec) -> Engine:
         raise UnsupportedError(f"{spec.model} takes no adapter", "name a model with weights, and --engine hf")
     if name == "vllm" and spec.model.startswith("shape:"):
         raise UnsupportedError(f"{spec.model} has no weights that vLLM could load", "use --engine hf")
-    if name != "hf" and (given := spec.loading_options):
-        named = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}"
-        raise UnsupportedError(
-            f"{named} given, and {spec.model} runs in the engine {name}",
-            "leave it out, or use --engine hf",
-        )
+    if name != "hf":
+        _check_loading_options(name, spec)
     if name == "remote":
         from mixlm.models.resolve import check_no_page
 
@@ -128,16 +125,27 @@ def _load_installed(name: str, spec: EngineSpec) -> Engine:
     point = _installed()[name]
     package = "a package" if point.dist is None else point.dist.name
     try:
-        load_engine = point.load().load
+        module = point.load()
+        load_engine = module.load
     except (ImportError, AttributeError) as error:
         raise MixlmError(
             f"the engine {name} of {package} cannot be imported: {error}",
             f"its entry point names {point.value}, which must be a module with a function load(spec)",
         ) from error
+    _check_loading_options(name, spec, getattr(module, "LOADING_OPTIONS", ()))
     engine = load_engine(spec)
     if not isinstance(engine, Engine):
         raise MixlmError(f"the engine {name} of {package} loads a {type(engine).__name__}, which is no mixlm Engine")
     return engine
+
+
+def _check_loading_options(name: str, spec: EngineSpec, taken: Collection[str] = ()) -> None:
+    """Raise UnsupportedError for options of loading that an engine does not take."""
+    if given := [option for option in spec.loading_options if option not in taken]:
+        named = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}"
+        raise UnsupportedError(
+            f"{named} given, and {spec.model} runs in the engine {name}", "leave it out, or use --engine hf"
+        )
 
 
 def runs_as_gguf(model: str) -> bool:

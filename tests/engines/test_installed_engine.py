@@ -79,7 +79,7 @@ def test_what_the_engine_itself_refuses_is_its_own_error(installed, tmp_path):
 
 def test_options_of_loading_that_it_does_not_name_are_refused(installed, monkeypatch):
     spec = EngineSpec(f"ngram:{CORPUS}", "", revision="v1", attn="sdpa")
-    with pytest.raises(UnsupportedError, match="revision and attn are given, and ngram:.* runs in the engine ngram"):
+    with pytest.raises(UnsupportedError, match=r"revision and attn are given, and ngram:.* runs in the engine ngram"):
         load(spec)
     monkeypatch.setattr(importlib.import_module("mixlm_ngram"), "LOADING_OPTIONS", ("revision", "attn"), raising=False)
     assert load(spec).name == "README"

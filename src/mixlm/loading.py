@@ -153,7 +153,8 @@ def load(  # noqa: PLR0913 - one option each
 
 def _check_uses(options: Mapping[str, Any], files: Sequence[str]) -> None:
     """Raise ConfigError for options of loading where all models are loaded already. files: the other models."""
-    given = [name for name, value in options.items() if value is not None and (name, value) != ("engine", "hf")]
+    unset = (None, "auto", False)
+    given = [name for name, value in options.items() if value not in unset and (name, value) != ("engine", "hf")]
     if given and not files:
         raise ConfigError(
             f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given, and all models are loaded already",

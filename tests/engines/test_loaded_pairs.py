@@ -71,6 +71,7 @@ def test_a_model_that_is_quantised_says_so(model, tokenizer):
 def test_options_of_loading_are_of_models_that_are_not_loaded_yet(model, tokenizer):
     with pytest.raises(ConfigError, match="dtype and attn are given, and all models are loaded already"):
         mixlm.load((model, tokenizer), dtype="bfloat16", attn="eager")
+    mixlm.load((model, tokenizer), dtype="auto", device="auto", engine="auto", trust_remote_code=False)
     engine = mixlm.load((model, tokenizer), "toy:1", dtype="bfloat16", device="meta").members[0].engine
     assert (engine.details["dtype"], engine.details["device"]) == ("float32", "cpu")
 

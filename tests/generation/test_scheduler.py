@@ -177,10 +177,8 @@ def test_a_completion_that_fails_does_not_disturb_the_others():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_suspended_completion_goes_on_where_it_was(method, monkeypatch):
-    """In an engine that keeps the KV caches of a few sequences, it leaves its place to others."""
+def test_a_preempted_completion_goes_on_where_it_was(method):
     ensemble = toys("piece", 3)
-    monkeypatch.setattr(ensemble.members[0].engine, "max_sequences", 1)
     settings = ensemble.settings(raw=True, seed=4, max_tokens=15, **method)
     expected = [text(ensemble.generate(prompt, raw=True, seed=4, max_tokens=15, **method)) for prompt in PROMPTS[:2]]
     generations = [ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings)) for prompt in PROMPTS[:2]]
@@ -190,11 +188,34 @@ def test_a_suspended_completion_goes_on_where_it_was(method, monkeypatch):
         scheduler.add(current)
         scheduler.step()
         if not current.finished:
-            assert scheduler.suspend(current)
-            assert current.sessions[0].num_cached == 0
+            assert scheduler.preempt(current)
+            assert {session.num_cached for session in current.sessions} == {0}
             waiting.append(current)
     assert scheduler.idle
     assert [text(generation.completion) for generation in generations] == expected
+
+
+def test_a_completion_is_preempted_amid_its_prompt_and_cancelled_while_it_waits():
+    ensemble = make_ensemble([engine(seed=1)])
+    options = {"raw": True, "seed": 4, "max_tokens": 5}
+    [expected] = run_in_chunks(ensemble, ["ab" * 100], 1000, **options)
+    settings = ensemble.settings(**options)
+    for goes_on in (True, False):
+        generation = ensemble.context(settings).start(ensemble.encode_prompt("ab" * 100, settings))
+        scheduler = Scheduler(1, 16)
+        scheduler.add(generation)
+        scheduler.step()
+        assert generation.sessions[0].num_cached == 16
+        assert scheduler.preempt(generation)
+        assert (scheduler.free_slots, scheduler.idle) == (1, True)
+        if goes_on:
+            scheduler.add(generation)
+            assert list(scheduler.run()) == [generation]
+            assert text(generation.completion) == text(expected.completion)
+        else:
+            scheduler.cancel(generation)
+            assert generation.finished
+            assert scheduler.step() == []
 
 
 def test_a_cancelled_completion_makes_room_at_once():
@@ -324,8 +345,8 @@ def test_others_write_while_a_long_prompt_is_prefilled(router):
 @pytest.mark.parametrize(
     ("call_seconds", "token_seconds", "others", "sizes"),
     [
-        (10, 1, 1, [4, 8, 13, 16, 18, *[19] * 17]),  # the time of two decode steps is 20 tokens
-        (10, 0.1, 1, [4, 8, 16, 32, 64, 113, 150]),
+        (10, 0.75, 1, [4, 8, 13, 16, 18, *[19] * 17]),  # the time of one and a half decode steps is 20 tokens
+        (10, 0.075, 1, [4, 8, 16, 32, 64, 113, 150]),
         (10, 0.001, 1, [4, 8, 16, 32, 64, 128]),
         (0, 0.001, 0, [128, 253]),  # half a second
         (0, 0.007, 0, [128, 96, 83, 77]),

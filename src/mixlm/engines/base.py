@@ -204,7 +204,7 @@ class Session(ABC):
         self._last_logits = None
 
     def close(self) -> None:
-        """End the sequence. An engine may keep what it has run for others."""
+        """Free the KV cache; an engine may keep what it has run for others. The sequence may go on, from its text."""
         self.reset()
 
     def reset(self) -> None:

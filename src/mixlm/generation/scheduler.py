@@ -9,7 +9,8 @@ never idle while another one works.
 
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
-prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`).
+prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`). A
+generation can be preempted between calls: another one takes its slot, and it goes on later.
 
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
@@ -130,7 +131,7 @@ class Scheduler:
         self._backlog: deque[Generation] = deque()
         self._queues: dict[int, _EngineQueue] = {}
         self._active: list[Generation] = []
-        self._suspended: dict[Generation, list[tuple[_EngineQueue, _QueuedRequest]]] = {}
+        self._preempted: dict[Generation, list[tuple[_EngineQueue, _QueuedRequest]]] = {}
         self._calls = 0
         self._running: dict[Future[Any], _Running] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
@@ -148,33 +149,33 @@ class Scheduler:
         return not self._active and not self._backlog
 
     def add(self, generation: Generation) -> None:
-        """Take in a generation that has not begun, or was suspended."""
+        """Take in a generation that has not begun, or was preempted."""
         self._backlog.append(generation)
 
     def cancel(self, generation: Generation) -> None:
         """Drop a generation; its slot is free at once."""
         if generation in self._backlog:
             self._backlog.remove(generation)
-        self._suspended.pop(generation, None)
+        self._preempted.pop(generation, None)
         self._take_requests(generation)
         generation.close()
         self._end(generation)
 
-    def suspend(self, generation: Generation) -> bool:
+    def preempt(self, generation: Generation) -> bool:
         """Take the slot of a generation in progress; `add` lets it go on.
 
-        It keeps its KV caches, but not in engines that keep those of a few sequences: others need the place.
+        Its KV caches are freed, as those of a generation that ends; it reads its text again, or finds it in a prefix
+        cache.
 
         Returns:
             Whether its slot is free: not while a call runs for it.
         """
         if self._running_calls(generation):
             return False
-        self._suspended[generation] = self._take_requests(generation)
+        self._preempted[generation] = self._take_requests(generation)
         self._active.remove(generation)
-        for member, session in zip(generation.members, generation.sessions, strict=True):
-            if member.engine.max_sequences is not None:
-                session.reset()
+        for session in generation.sessions:
+            session.close()
         return True
 
     def _take_requests(self, generation: Generation) -> list[tuple[_EngineQueue, _QueuedRequest]]:
@@ -268,8 +269,8 @@ class Scheduler:
         while self._backlog and len(self._active) < self.max_active:
             generation = self._backlog.popleft()
             self._active.append(generation)
-            if generation in self._suspended:
-                for queue, queued in self._suspended.pop(generation):
+            if generation in self._preempted:
+                for queue, queued in self._preempted.pop(generation):
                     self._enqueue(queue, queued)
                 continue
             self._advance(generation, None)

@@ -44,7 +44,7 @@ class ActiveGeneration:
     """Which generation of a job this is.
 
     reported_forwards: of each member, the passes already returned in events. begun: whether it has had a slot. running:
-    whether it has one.
+    whether it has one. advanced: whether it has generated anything since it got it.
     """
 
     job: Job
@@ -52,6 +52,7 @@ class ActiveGeneration:
     reported_forwards: list[int]
     begun: bool = False
     running: bool = False
+    advanced: bool = False
 
 
 class ModelThread:
@@ -244,6 +245,7 @@ class ModelThread:
         if not active.begun:
             self._outbox.append((job, GenerationStarted(time.monotonic())))
         active.begun = active.running = True
+        active.advanced = False
 
     def _share_slots(self) -> None:
         """Where all slots are taken, give one to each client that waits and has none: of a client with several."""
@@ -251,17 +253,26 @@ class ModelThread:
             return
         slots = Counter(active.job.client for active in self._active.values() if active.running)
         for client in [client for client in self._queue.clients if not slots[client]]:
-            busiest, count = slots.most_common(1)[0]
-            if count == 1 or not self._suspend_latest(busiest):
+            several = [busy for busy, count in slots.most_common() if count > 1]
+            preempted = next(filter(self._preempt_latest, several), None)
+            if preempted is None:
                 return
-            slots[busiest] -= 1
+            slots[preempted] -= 1
             slots[client] += 1
             self._run_generation(*self._queue.pop(client))
 
-    def _suspend_latest(self, client: str) -> bool:
-        """Put a client's generation that began last back into the queue, if no call runs for it."""
-        for generation, active in reversed(self._active.items()):
-            if active.running and active.job.client == client and self._scheduler.suspend(generation):
+    def _preempt_latest(self, client: str) -> bool:
+        """Put a client's generation that began last back into the queue, if no call runs for it.
+
+        One that is still prefilled is the last choice: it would begin anew each time.
+        """
+        running = [
+            (generation, active)
+            for generation, active in reversed(self._active.items())
+            if active.running and active.job.client == client
+        ]
+        for generation, active in sorted(running, key=lambda item: not item[1].advanced):
+            if self._scheduler.preempt(generation):
                 active.running = False
                 self._queue.push_first(client, (active.job, generation))
                 return True
@@ -298,6 +309,7 @@ class ModelThread:
         if completion is not None:
             del self._active[generation]
         if tokens or completion is not None:
+            active.advanced = True
             forwards = self._new_forwards(generation, active)
             self._outbox.append((active.job, TokensGenerated(active.index, tokens, forwards, completion)))
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from mixlm.choices import UnitName
 from mixlm.core.grammar_check import CompileLimits
-from mixlm.errors import MixlmError
+from mixlm.errors import MixlmError, PromptTooLongError, TemplateError, TokenizerError
 from mixlm.generation.generation import Generation
 from mixlm.server.api_errors import ApiError, to_api_error
 from mixlm.server.fair_threads import FairThreads
@@ -45,7 +45,7 @@ class RequestPreparer:
         return any(threads.is_busy for threads in (self._schema_threads, self._prompt_threads, self._body_threads))
 
     async def convert(self, size: int, convert: Callable[[], Result], client: str) -> Result:
-        """Return what a function makes of a body, or its body of a response; it runs in a thread if that is large.
+        """Return what a function makes of a request's body, or of a response; large ones take a thread.
 
         Args:
             size: Of the body, in bytes.
@@ -97,7 +97,8 @@ class RequestPreparer:
             raise ApiError(400, message, param=field, code="prompt_too_complex") from None
         except MixlmError as error:
             refusal = to_api_error(error)
-            if refusal.status == 400 and refusal.param is None:
+            unread = isinstance(error, (PromptTooLongError, TokenizerError, TemplateError))
+            if unread and refusal.status == 400 and refusal.param is None:
                 refusal.param = field
             raise refusal from error
 

@@ -5,7 +5,8 @@ Every way must give what forward passes of whole texts give; `self_test` says ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,8 @@ class _LoadTrial:
                 return runner
         for path in (ForwardPath.PACKED, ForwardPath.CROPPED, ForwardPath.SNAPSHOTS, ForwardPath.STEPS):
             runner = ModelRunner(self._loaded, self._name, path, details=details)
-            if path is ForwardPath.SNAPSHOTS:
-                self._tolerance = self._tolerance_with_state(whole, ids, expected)
-            reason = self._failure(runner, ids, expected)
+            larger = None if path in _WITHOUT_STATE else partial(self._tolerance_with_state, whole, ids, expected)
+            reason = self._failure(runner, ids, expected, larger)
             if reason is None:
                 return runner if path in _WITHOUT_STATE else self._with_snapshot_size(runner, ids, details)
             details.setdefault("not batched", reason)
@@ -109,8 +109,10 @@ class _LoadTrial:
         details["snapshots"] = f"up to {MAX_SNAPSHOTS} of {size:.3g} MiB for each sequence"
         return ModelRunner(self._loaded, self._name, runner.path, details=details)
 
-    def _failure(self, runner: ModelRunner, ids: Ids, expected: Logits) -> str | None:
-        """Return why a path is not right for the model, None if it is."""
+    def _failure(
+        self, runner: ModelRunner, ids: Ids, expected: Logits, larger: Callable[[], float] | None = None
+    ) -> str | None:
+        """Return why a path is not right for the model, None if it is. larger: as for `self_test.failure`."""
         from mixlm.engines.transformers.kv_cache import register
 
         config, path = self._model.config, runner.path
@@ -140,29 +142,31 @@ class _LoadTrial:
         if path is ForwardPath.PACKED and not register(self._model):
             self._model.set_attn_implementation(attention)
             return "its attention is code of its own"
-        failure = self_test.failure(trial, self._tolerance, self._over)
+        failure = self_test.failure(trial, self._tolerance, self._over, larger)
         if failure is not None and path is ForwardPath.PACKED:
             self._model.set_attn_implementation(attention)
         return failure
 
     def _tolerance_with_state(self, whole: ModelRunner, ids: Ids, expected: Logits) -> float:
-        """Return the tolerance for paths with a recurrent state, which hands roundings on.
+        """Return the tolerance for paths that may have a recurrent state, which hands roundings on.
 
         In float32 it is larger where a change of the embeddings by one unit in the last place, which any other order of
         sums amounts to, changes the distributions about as much.
         """
-        embedding = self._model.get_input_embeddings()
-        if self._over is not max or embedding is None:
+        if self._over is not max:
             return self._tolerance
 
         def rounded(_: Any, __: Any, embeddings: Any) -> Any:
             return embeddings.nextafter(embeddings.flip(-1))
 
-        handle = embedding.register_forward_hook(rounded)
         try:
-            changed = HFSession(whole, 1 << 20).logits(ids, len(ids))
-        finally:
-            handle.remove()
+            handle = self._model.get_input_embeddings().register_forward_hook(rounded)
+            try:
+                changed = HFSession(whole, 1 << 20).logits(ids, len(ids))
+            finally:
+                handle.remove()
+        except Exception:  # of a model without such embeddings
+            return self._tolerance
         return min(max(self._tolerance, 4 * self._distance(changed, expected)), self._refused_from)
 
     def _distance(self, a: Iterable[Logits], b: Iterable[Logits]) -> float:

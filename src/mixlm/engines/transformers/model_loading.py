@@ -186,7 +186,9 @@ def parse_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # which a device without memory ("meta") has not
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it has no memory")
     except (RuntimeError, AssertionError) as error:
         devices = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise ConfigError(f"device {name!r} is not there", f"this machine has {devices}") from error

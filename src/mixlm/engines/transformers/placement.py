@@ -247,9 +247,13 @@ def _parameter_sizes(model: Any, quantization: str | None, dtype: Any) -> dict[s
 
 
 def _file_sizes(folder: str) -> dict[str, int]:
-    """Return the bytes of each tensor in a folder's safetensors files."""
+    """Return the bytes of each tensor in the safetensors files that transformers reads from a folder."""
     sizes: dict[str, int] = {}
-    for file in Path(folder).glob("*.safetensors"):
+    index = Path(folder, "model.safetensors.index.json")
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    for file in filter(Path.is_file, (Path(folder, name) for name in names)):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, tensor in header.items():

@@ -33,6 +33,7 @@ def failure(
     trial: Callable[[], Iterable[tuple[Logits, Logits]]],
     tolerance: float = TOLERANCE,
     over: Callable[[Sequence[float]], float] = max,
+    larger: Callable[[], float] | None = None,
 ) -> str | None:
     """Return why a trial failed; None where its pairs of logits, (n,), give nearly equal distributions.
 
@@ -40,6 +41,7 @@ def failure(
         trial: Yields the pairs.
         tolerance: Of the total variation.
         over: What is compared with the tolerance: of the distances of all pairs, the largest or another figure.
+        larger: Makes a larger tolerance, where that one is exceeded.
     """
     try:
         distance = over([total_variation(logits, expected) for logits, expected in trial()])
@@ -47,7 +49,9 @@ def failure(
         return first_line(error)
     except Exception as error:
         return f"a trial fails: {first_line(error)}"
-    return None if distance < tolerance else f"its distributions differ from those of whole texts by {distance:.2g}"
+    if distance < tolerance or (larger is not None and distance < larger()):
+        return None
+    return f"its distributions differ from those of whole texts by {distance:.2g}"
 
 
 def total_variation(a: Logits, b: Logits) -> float:

@@ -102,7 +102,7 @@ class HFSession(Session):
             self._leave_prefix()
 
     def close(self) -> None:
-        """End the sequence; what it has run is kept for others."""
+        """Free the KV cache; what it has run is kept for others."""
         self._leave_prefix()
         self.reset()
 

@@ -345,8 +345,8 @@ def test_others_write_while_a_long_prompt_is_prefilled(router):
 @pytest.mark.parametrize(
     ("call_seconds", "token_seconds", "others", "sizes"),
     [
-        (10, 0.75, 1, [4, 8, 13, 16, 18, *[19] * 17]),  # the time of one and a half decode steps is 20 tokens
-        (10, 0.075, 1, [4, 8, 16, 32, 64, 113, 150]),
+        (10, 1, 1, [4, 8, 13, 16, 18, *[19] * 17]),  # the time of two decode steps is 20 tokens
+        (10, 0.1, 1, [4, 8, 16, 32, 64, 113, 150]),
         (10, 0.001, 1, [4, 8, 16, 32, 64, 128]),
         (0, 0.001, 0, [128, 253]),  # half a second
         (0, 0.007, 0, [128, 96, 83, 77]),

@@ -1,7 +1,7 @@
 """How many tokens of a long prompt one call runs: the size follows the time that calls take.
 
-While others are generated, a chunk may add the time of one and a half decode steps to a call, so that others wait less
-than three times as long; where none is, it bounds how long a new request, or a cancelled one, waits.
+While others are generated, a chunk may add the time of two decode steps to a call, so that others wait for at most three;
+where none is, it bounds how long a new request, or a cancelled one, waits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MIN_CHUNK = 4
 _MAX_CHUNK = 8192
 _FIRST_CHUNK_ALONE = 128
 # A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated.
-_SHARE = 1.5
+_SHARE = 2.0
 _SECONDS_ALONE = 0.5
 # After so many calls with chunks, one without shows again what a decode step takes.
 _MAX_CHUNKED_CALLS = 16

@@ -1,7 +1,7 @@
 """How many tokens of a long prompt one call runs: the size follows the time that calls take.
 
-While others are generated, a chunk may add the time of two decode steps to a call, so that others wait for at most three;
-where none is, it bounds how long a new request, or a cancelled one, waits.
+While others are generated, a chunk may add the time of two decode steps to a call, so that they wait for at most three.
+Where none is, it bounds how long a new request, or a cancelled one, waits.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ RUN_AHEAD_COOLDOWN = 16
 # Where a pass behind a state has one token, so many of them take about as long as one pass with so many tokens each.
 _STEPS = 16
 _SLOTS = 16  # KV buffers that lie side by side on a CPU
-_CACHE_NAMES = ("past_key_values", "cache_params")
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class ForwardPath(StrEnum):

@@ -44,8 +44,8 @@ test-versions: pyproject.toml constraints.txt  ## Run the tests of engines and t
 	grep -vE '^(transformers|tokenizers)\b' constraints.txt > $(VERSIONS)/constraints.txt
 	@for round in "transformers==5.17.0 tokenizers==0.23.2" "--upgrade transformers tokenizers"; do \
 	  echo "== $$round"; \
-	  $(VERSIONS)/bin/python -m pip install --quiet -c $(VERSIONS)/constraints.txt $$round -e '.[hf,llamacpp,peft,grammar]' \
-	    pytest pytest-timeout pytest-xdist hypothesis || exit 1; \
+	  $(VERSIONS)/bin/python -m pip install --quiet -c $(VERSIONS)/constraints.txt $$round -e '.[hf,llamacpp,peft,grammar,remote]' \
+	    pytest pytest-timeout pytest-xdist hypothesis jsonschema || exit 1; \
 	  $(VERSIONS)/bin/python -m pytest -q -n auto -m "not models and not engines" $(SUITES) || exit 1; \
 	done
 

@@ -21,6 +21,12 @@ def restore_leading_space(tokenizer: Any, file: Path) -> None:
     from tokenizers import normalizers, pre_tokenizers
 
     description = describe(tokenizer)
+    if r"\\A" in str(description["normalizer"]):
+        # Since transformers 5.24, the conversion without a class adds spaces by expressions and marks.
+        parts = [part for part in tokenizer.normalizer if isinstance(part, normalizers.Precompiled)]
+        tokenizer.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", SPACE)])
+        tokenizer.pre_tokenizer = None
+        description = describe(tokenizer)
     if description["pre_tokenizer"] is not None or '"Prepend"' in str(description["normalizer"]).replace("'", '"'):
         return
     model: Any = protobuf.ModelProto()  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count
+from itertools import count, pairwise
 from threading import Event
 from typing import ClassVar
 from unittest.mock import patch
@@ -384,6 +384,40 @@ def test_chunks_are_as_long_as_others_can_wait(call_seconds, token_seconds, othe
     assert prefills[: len(sizes)] == sizes
     assert len(prefills) == len(sizes) + 1
     assert sum(prefills) == 401
+
+
+def test_a_member_that_others_wait_for_runs_between_two_chunks_of_another():
+    ensemble = make_ensemble([engine(seed=1), engine(seed=2)])
+    calls: list[tuple[int, int]] = []  # each call's engine, and the most tokens that it ran of a sequence
+    real = Engine.respond
+
+    def respond(self, requests):
+        before = [session.stats.tokens for session, _ in requests]
+        responses = real(self, requests)
+        calls.append((id(self), max(s.stats.tokens - n for (s, _), n in zip(requests, before, strict=True))))
+        return responses
+
+    scheduler = Scheduler(9, 64)
+
+    def start(prompt, seed):
+        settings = ensemble.settings(raw=True, seed=seed, max_tokens=1000, ignore_end=True)
+        generation = ensemble.context(settings).start(ensemble.encode_prompt(prompt, settings))
+        scheduler.add(generation)
+        return generation
+
+    ticks = count()  # every call takes as long, so chunks become as large as they may be
+    with patch.object(ToyEngine, "respond", respond), patch("mixlm.generation.scheduler.time") as time:
+        time.perf_counter = lambda: float(next(ticks))
+        for seed, prompt in enumerate("abcabcab"):
+            start(prompt, seed)
+        for _ in range(20):
+            scheduler.step()
+        late = start("abc" * 400, 9)
+        while not late.completion.tokens:
+            scheduler.step()
+    chunked = [name if tokens == 64 else 0 for name, tokens in calls]
+    assert sum(map(bool, chunked)) > 5
+    assert not any(a and a == b for a, b in pairwise(chunked))
 
 
 def test_chunks_of_several_prompts_grow_as_those_of_one():

@@ -132,6 +132,7 @@ class Scheduler:
         self._queues: dict[int, _EngineQueue] = {}
         self._active: list[Generation] = []
         self._preempted: dict[Generation, list[tuple[_EngineQueue, _QueuedRequest]]] = {}
+        self._last_chunked: dict[Any, _EngineQueue | None] = {}  # by device: whose call was the last, with a chunk
         self._calls = 0
         self._running: dict[Future[Any], _Running] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
@@ -333,8 +334,11 @@ class Scheduler:
             queues = [queue for queue in waiting if queue.engine.device == device]
             oldest = min(queues, key=lambda queue: queue.since)
             overdue = self._calls - oldest.since >= _MAX_SKIPPED_CALLS
-            queue = oldest if overdue else max(queues, key=lambda queue: len(queue.requests))
+            # Where others wait, they are not held up by two chunks in a row.
+            others = [queue for queue in queues if queue is not self._last_chunked.get(device)]
+            queue = oldest if overdue else max(others or queues, key=lambda queue: len(queue.requests))
             batch, queue.requests = self._split(queue)
+            self._last_chunked[device] = queue if batch.chunk else None
             self._calls += 1
             self._call(queue, batch)
 

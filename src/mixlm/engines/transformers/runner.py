@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -322,23 +322,15 @@ class ModelRunner:
                 ]
             options = {name: value for name, value in options.items() if name in self._parameters}
             options["input_ids"] = torch.tensor(ids[None], device=self.model.device)
-            result = None
-            try:
-                result = self.model(**options, **self._cache_option(cache))
-            except Exception as error:
-                if not self._makes_room(error):
-                    raise
-            if result is None:
-                cache.undo()
-                result = self.model(**options, **self._cache_option(cache))
+
+            def run(options: dict[str, Any] = options) -> Any:
+                return self.model(**options, **({self.cache_name: cache.cache} if self.keeps_cache else {}))
+
+            result = self._with_room(run, cache.undo if self.keeps_cache else None)
             if self.keeps_cache:
                 cache.commit(getattr(result, self.cache_name), len(ids))
             rows.append(result.logits[0, -item.last :])
         return torch.cat(rows)[-item.last :]
-
-    def _cache_option(self, cache: Any) -> dict[str, Any]:
-        """Return the argument of the model's forward that hands it a sequence's cache, if it takes one."""
-        return {self.cache_name: cache.cache} if self.keeps_cache else {}
 
     def _forward(self, inputs: Sequence[SequenceInput]) -> Any:
         """Run all inputs in one forward pass. Returns the requested logits, a tensor (rows, vocab)."""
@@ -365,17 +357,25 @@ class ModelRunner:
             "logits_to_keep": torch.tensor(outputs, device=device),
             "use_cache": False,
         }
-        result = None
+
+        def undo() -> None:  # what the failed pass wrote lies behind the KV caches' lengths
+            nonlocal batch
+            batch = PackedSequences(batch.caches, counts, self.kernel)
+
+        result = self._with_room(lambda: self.model(**options, attention_batch=batch), undo)
+        batch.commit()
+        return result.logits[0]
+
+    def _with_room(self, run: Callable[[], Any], undo: Callable[[], object] | None) -> Any:
+        """Run a pass, and once more if memory runs out and some can be given up. undo: what the first one did."""
         try:
-            result = self.model(**options, attention_batch=batch)
+            return run()
         except Exception as error:
             if not self._makes_room(error):
                 raise
-        if result is None:  # what the failed pass wrote lies behind the KV caches' lengths
-            batch = PackedSequences(batch.caches, counts, self.kernel)
-            result = self.model(**options, attention_batch=batch)
-        batch.commit()
-        return result.logits[0]
+        if undo is not None:
+            undo()
+        return run()
 
     def _makes_room(self, error: Exception) -> bool:
         """Give up what sequences can do without, if memory is out. Returns whether a pass may succeed now."""

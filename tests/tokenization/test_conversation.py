@@ -158,6 +158,22 @@ def test_a_short_text_is_not_found_in_the_templates_own(text):
             render(template, messages)
 
 
+@pytest.mark.parametrize("shown", ["m.content | length > 3", "m.content not in ['s', 'n']"])
+def test_a_text_that_is_left_out_for_what_it_is_is_not_found_in_the_templates_own(shown):
+    template = "{% for m in messages %}{% if " + shown + " %}{{ m.content }} {% endif %}{% endfor %}<assistant>"
+    assert render(template, [user("Whence?")]) == "Whence? <assistant>"
+    with pytest.raises(TemplateError, match=r"message 2 of 2 \(user\)"):
+        render(template, [user("Whence?"), user("s")])
+
+
+def test_thinking_may_be_left_out_where_a_text_begins_with_it():
+    template = (
+        "{% for m in messages %}{% set begins = m.content.startswith('<think>') %}"
+        "{{ m.content.split('</think>')[-1] if begins else m.content }}{% endfor %}"
+    )
+    assert render(template, [user("a"), assistant("<think>\nb\n</think>c"), user("d")]) == "acd"
+
+
 @pytest.mark.parametrize(
     "form", ["m.content | tojson", "m.content | e", "m.content | trim", "m.content.split() | join('')"]
 )

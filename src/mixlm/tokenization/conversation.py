@@ -141,6 +141,7 @@ class ConversationRenderer:
         )
         with_marks = self._rendered(marked, parts, replace(form, tools=tools)).replace(json.dumps(mark)[1:-1], mark)
         plain, bordered = _packed(rendered), _packed(with_marks)
+        unmarked = re.sub(f"{mark}[0-9]+{mark}", "", bordered)
         if not all(_has_tool(bordered, tool) for tool in tools):
             return len(messages)
         texts = _packed("".join(message.content for message in messages))
@@ -158,6 +159,8 @@ class ConversationRenderer:
             position_marked = _find(bordered, border + "{}" + border, message, 0 if free else bordered_end)
             if position is None or position_marked is None:
                 return number
+            if plain.count(_packed(content)) < unmarked.count(_packed(content)) and not _has_thinking(message):
+                return number  # what was found is the template's own text
             if not free:
                 plain_end, bordered_end = position, position_marked
         return None
@@ -188,11 +191,15 @@ def _find(rendered: str, pattern: str, message: Message, start: int) -> int | No
     for content in _spellings(message.content):
         if (offset := rendered.find(before + content + after, start)) >= 0:
             return offset + len(before + content + after)
-    if message.role == "assistant" and _THINKING_END in message.content:
+    if _has_thinking(message):
         for content in _spellings(message.content.rpartition(_THINKING_END)[2]):
             if (offset := rendered.find(content + after, start)) >= 0:
                 return offset + len(content + after)
     return None
+
+
+def _has_thinking(message: Message) -> bool:
+    return message.role == "assistant" and _THINKING_END in message.content
 
 
 def _spellings(content: str) -> Iterator[str]:

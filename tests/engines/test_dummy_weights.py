@@ -19,6 +19,7 @@ from mixlm.engines.transformers.dummy_weights import SHAPES, DummyWeightsEngine
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ModelNotFoundError
 from mixlm.loading import load_config
+from mixlm.scoring.score import score_answers
 
 TINY: dict[str, Any] = {
     **SHAPES["qwen2.5-0.5b"],
@@ -144,3 +145,30 @@ def test_a_second_model_of_a_shape_has_weights_of_its_own(monkeypatch: pytest.Mo
     assert other.name == "shape:tiny#2"
     weights = [engine.model.get_input_embeddings().weight for engine in (first, other)]  # type: ignore[attr-defined]
     assert weights[0].data_ptr() != weights[1].data_ptr()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_answers_to_several_questions_are_scored_in_few_passes(engine: DummyWeightsEngine, ends: bool) -> None:
+    ensemble = Ensemble([MemberSpec(engine, "tiny")])
+    questions = [" the river" * count for count in (9, 3, 14, 80)]
+    pairs = [(question, answer) for question in questions for answer in (" the", " the river the", " river" * 9)]
+    passes: list[int] = []
+    run = engine.runner._forward
+
+    def counted(inputs: Any) -> Any:
+        passes.append(len(inputs))
+        return run(inputs)
+
+    engine.runner._forward = counted
+    try:
+        together = score_answers(ensemble, pairs, ends=ends)
+    finally:
+        del engine.runner._forward
+    apart = [score_answers(ensemble, [pair], ends=ends) for pair in pairs]
+    np.testing.assert_allclose(together.logprobs, np.concatenate([scores.logprobs for scores in apart]), atol=1e-4)
+    np.testing.assert_allclose(
+        together.prompt_bits, np.concatenate([scores.prompt_bits for scores in apart]), rtol=1e-5
+    )
+    assert max(passes) == 3
+    assert sum(passes) > len(pairs)
+    assert len(passes) < len(pairs)

@@ -13,30 +13,25 @@ Members are scored without sampling options: the models are measured, not a way 
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mixlm.binding import MemberSpec
 from mixlm.core.options import GenerationOptions
 from mixlm.engines import Engine
-from mixlm.engines.base import Session
 from mixlm.ensemble import Ensemble
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.prompt import Prompt
 from mixlm.models.resolve import resolve
 from mixlm.routing.base import observed_by
-from mixlm.scoring import cache
-from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores, prompt_bits
+from mixlm.scoring.marginal_scores import ScoringMember, marginal_scores
+from mixlm.scoring.member_scores import member_scores
 from mixlm.scoring.observed import EncodedPassage, observed_states
-from mixlm.scoring.passages import PASSAGE_BYTES, Before, Passage, answer_passages, bare_passages, split_passages
-from mixlm.scoring.scores import Scores, concatenate
+from mixlm.scoring.passages import Before, Passage, answer_passages, bare_passages, split_passages
+from mixlm.scoring.scores import Scores
 from mixlm.terminal import Progress
 from mixlm.tokenization.segments import common_boundaries, encode_exactly, first_tokens
 from mixlm.types import Ids
@@ -168,7 +163,8 @@ def score_passages(
         # Members that share a model score alike, unless their templates differ.
         key = (id(member.engine), b"".join(passage.prefixes[i].tobytes() for passage in passages))
         if key not in known:
-            known[key] = _member_scores(member, passages, encoded[i], progress, identities[i] if identities else None)
+            model = identities[i] if identities else None
+            known[key] = member_scores(member, passages, encoded[i], model, progress)
         parts.append(known[key])
     if observes is not None:
         member = ensemble.members[observes.member]
@@ -218,77 +214,6 @@ def join_members(names: Sequence[str], parts: Sequence[Scores], *, shared_vocabu
     )
 
 
-def _member_scores(
-    member: MemberSpec,
-    passages: Sequence[Passage],
-    encoded: Sequence[EncodedPassage],
-    progress: Progress | None,
-    model: str | None,
-) -> Scores:
-    """Return one member's scores of its own tokens, from the cache where they are known."""
-    engine = member.engine
-    path = _cache_path(engine, model, encoded, passages) if model is not None else None
-    if path is not None and (cached := cache.get(path, Scores.load)) is not None:
-        if progress is not None:
-            progress(member.name, len(passages), len(passages))
-        return cached
-    start = time.perf_counter()
-    parts: list[Scores] = []
-    session = engine.session()
-    prompt: Ids | None = None
-    for passage, (ids, bounds) in zip(passages, encoded, strict=True):
-        length = len(ids) - len(bounds)
-        # Answers to one question, which follow one another, have their prompt in common: it runs once.
-        first = length if prompt is not None and np.array_equal(ids[:length], prompt) else 1
-        logprobs = session.token_logprobs(ids, first)
-        if first == 1:
-            prompt, prompt_logprobs = ids[:length], logprobs[: length - 1]
-        own = logprobs[-len(bounds) :]
-        if passage.scores_end:
-            own = np.append(own, _end_logprob(engine, session, ids))
-        parts.append(_passage_scores(engine.name, passage, bounds, own, prompt_bits(prompt_logprobs, passage.prompt)))
-        if progress is not None:
-            progress(member.name, len(parts), len(passages))
-    scores = replace(concatenate(parts), seconds=time.perf_counter() - start)
-    if path is not None:
-        cache.put(scores, path)
-    return scores
-
-
-def _passage_scores(
-    name: str, passage: Passage, bounds: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64], bits: float
-) -> Scores:
-    """Return the scores of one passage.
-
-    bounds: where its tokens end, in bytes. logprobs: of its tokens, and of its end where that is scored. bits: of its
-    prompt, per byte.
-    """
-    starts, ends = np.concatenate([[0], bounds[:-1]]), bounds
-    if passage.scores_end:
-        starts, ends = np.append(starts, bounds[-1]), np.append(ends, bounds[-1])
-    return Scores(
-        (name,),
-        "token",
-        passage.prompt + passage.data,
-        starts=starts + len(passage.prompt),
-        ends=ends + len(passage.prompt),
-        passage_starts=np.zeros(len(ends), dtype=np.int64),
-        logprobs=logprobs[:, None],
-        prompt_bits=np.full((len(ends), 1), bits),
-    )
-
-
-def _end_logprob(engine: Engine, session: Session, ids: Ids) -> float:
-    """Return the natural log-probability that a text ends after ids."""
-    ends = sorted(engine.vocabulary.end_ids)
-    if not ends:
-        return -math.inf
-    if engine.top_k_limit is not None:  # it scores one token after another, and gives no whole distribution
-        return float(np.logaddexp.reduce([session.token_logprobs(np.append(ids, end))[-1] for end in ends]))
-    values = session.logits(ids)[0].astype(np.float64)
-    return float(np.logaddexp.reduce(values[ends]) - np.logaddexp.reduce(values))
-
-
 def _encode(engine: Engine, passage: Passage, member: int) -> EncodedPassage:
     """Return all ids of a passage, and where the scored ones end, in bytes. Raises ConfigError if they do not fit."""
     text_ids, bounds = encode_exactly(engine.encoder, engine.vocabulary, passage.data, engine.name)
@@ -299,18 +224,3 @@ def _encode(engine: Engine, passage: Passage, member: int) -> EncodedPassage:
             "shorten the prompt or the answer" if passage.prompt else None,
         )
     return ids, bounds
-
-
-def _cache_path(
-    engine: Engine,
-    model: str,
-    encoded: Sequence[EncodedPassage],
-    passages: Sequence[Passage],
-) -> Path:
-    """Return a cache file for a member's scores of these passages: a hash of the model, the text and its split."""
-    parts = [
-        part
-        for (ids, _), passage in zip(encoded, passages, strict=True)
-        for part in (ids.tobytes(), passage.prompt, passage.data, b"ends" if passage.scores_end else b"")
-    ]
-    return cache.file([PASSAGE_BYTES, engine.name, dict(engine.details), model], parts)

@@ -2,7 +2,8 @@
 
 python tests/models/llama_cpp_tokens.py TEXTS.json WAYS MODEL.gguf...
 
-WAYS: plain, or plain,special to read control tokens from the texts too. It prints the ids by model, way and text.
+WAYS: plain, special to read control tokens from the texts too, whole with what stands in front of a text; or several of
+them, such as plain,special. It prints the ids by model, way and text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ for model in models:
     for way in ways.split(","):
         all_ids[-1].append([])
         for text in json.loads(Path(texts).read_text("utf-8")):
-            body = {"content": text, "add_special": False, "parse_special": way == "special"}
+            body = {"content": text, "add_special": way == "whole", "parse_special": way == "special"}
             connection.request("POST", "/tokenize", json.dumps(body))
             all_ids[-1][-1].append(json.load(connection.getresponse())["tokens"])
     connection.close()

@@ -114,7 +114,7 @@ def llama_cpp_ids(files: Sequence[Path], texts: Sequence[str], ways: str = "plai
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, tuple[Path, list[list[int]]]]]:
+def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, tuple[Path, list[list[list[int]]]]]]:
     """Texts, and by pre-tokenizer a file whose merges reach across whatever it may cut, and llama.cpp's ids."""
     source = Path(json.__file__).read_text()
     texts = [*TEXTS, *random_texts(75), *unusual_texts(125), *(source[i : i + 120] for i in range(0, 3000, 120))]
@@ -129,7 +129,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[st
         name: write_tiny_gguf(folder / f"{number}.gguf", pre=name, merges=merges)
         for number, name in enumerate(PRE_TOKENIZERS)
     }
-    ids = [plain for [plain] in llama_cpp_ids([*files.values()], texts)]
+    ids = llama_cpp_ids([*files.values()], texts, "plain,whole")
     return texts, {name: (file, ids[number]) for number, (name, file) in enumerate(files.items())}
 
 
@@ -137,12 +137,13 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[st
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_every_pre_tokenizer_cuts_as_llama_cpp_does(tmp_path: Path, merged, name: str) -> None:
     texts, by_name = merged
-    file, expected = by_name[name]
+    file, ways = by_name[name]
     write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
-    for text, ids in zip(texts, expected, strict=True):
-        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+    for whole, expected in zip((False, True), ways, strict=True):
+        for text, ids in zip(texts, expected, strict=True):
+            assert tokenizer.encode(text, add_special_tokens=whole).ids == ids, (text, whole)
 
 
 def sentencepiece(*more: tuple[str, int]) -> list[tuple[str, int]]:
@@ -168,7 +169,7 @@ def test_sentencepiece_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:
     rng = random.Random(4)
     parts = ["a", "ab", "the", " ", "  ", "\n", "1", "é", "<|user|>", "<|end|>", "<tool>", "river", " the", "</s>"]
     texts = ["".join(rng.choice(parts) for _ in range(rng.randint(1, 12))) for _ in range(80)]
-    texts += ["<|user|>\nthe river<|end|>\n<|assistant|>", "<|endoftext|>  a", "<tool> x"]
+    texts += ["<|user|>\nthe river<|end|>\n<|assistant|>", "<|endoftext|>  a", "<tool> x", "the<unk> <unk>a"]
     for kind, file, ways in zip(SENTENCEPIECE, files, llama_cpp_ids(files, texts, "plain,special"), strict=True):
         write_tokenizer(read_metadata(file), tmp_path, "a.gguf")
         tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -218,6 +219,14 @@ def test_what_cannot_be_read_is_refused_by_name(
     with pytest.raises(error, match=message) as refused:
         write_tokenizer(metadata, tmp_path, "a.gguf")
     assert "did you mean" not in str(refused.value)  # nobody typed it
+
+
+def test_sentencepiece_with_equal_scores_is_refused(tmp_path: Path) -> None:
+    metadata = read_metadata(write_tiny_gguf(tmp_path / "a.gguf", pieces=sentencepiece()))
+    write_tokenizer(metadata, tmp_path, "a.gguf")
+    equal = [-1000.0] * len(metadata["tokenizer.ggml.scores"])
+    with pytest.raises(UnsupportedError, match=r"a\.gguf has equal scores for tokens such as"):
+        write_tokenizer(metadata | {"tokenizer.ggml.scores": equal}, tmp_path, "a.gguf")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from mixlm.errors import ModelLoadError
 
 INFO_FILE = "mixlm.json"
 GGUF_FILE = "model.gguf"  # the fetched file, in the folder of the model made from it
-TOKENIZER_VERSION = 5  # increases when the conversion of tokenizers changes
+TOKENIZER_VERSION = 6  # increases when the conversion of tokenizers changes
 
 
 @dataclass(frozen=True)

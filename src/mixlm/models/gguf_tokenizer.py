@@ -16,7 +16,7 @@ from typing import Any
 
 from mixlm.errors import ModelLoadError, UnsupportedError
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 _MERGEABLE = (_NORMAL, _USER_DEFINED, _UNUSED)
 _SPACE = "▁"
 # Models whose added tokens take the white space behind them, and those of their tokens that do not.
@@ -120,7 +120,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
             (
                 *("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", "([\\t\\n]|    |  )"),
                 *(r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", _GPT2),
-            )
+            ),
+            begin=True,
         ),
         "chameleon",
     ),
@@ -218,14 +219,22 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: Sequence[str], name: str) 
     scores = fields.get("scores")
     if scores is None or len(scores) < len(tokens):
         raise ModelLoadError(f"{name} has no scores for its {len(tokens)} tokens", "download or copy the file again")
-    kinds = fields.get("token_type") or ()
-    mergeable = {token: scores[i] for i, token in enumerate(tokens) if i >= len(kinds) or kinds[i] in _MERGEABLE}
+    kinds = [*(fields.get("token_type") or ()), *[_NORMAL] * len(tokens)][: len(tokens)]
+    mergeable = {token: scores[i] for i, token in enumerate(tokens) if kinds[i] in _MERGEABLE}
     merges = [
         (token[:cut], token[cut:])
         for token in sorted(mergeable, key=lambda token: -mergeable[token])
         for cut in range(1, len(token))
         if token[:cut] in mergeable and token[cut:] in mergeable
     ]
+    normal = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL}
+    made = dict.fromkeys(left + right for left, right in merges if left + right in normal)
+    if tied := [pair for pair in pairwise(made) if mergeable[pair[0]] == mergeable[pair[1]]]:
+        raise UnsupportedError(
+            f"{name} has equal scores for tokens such as {tied[0][0]!r} and {tied[0][1]!r}: which one is made depends "
+            "on the text around them, which mixlm cannot read",
+            "a folder with the same model in safetensors may load",
+        )
     unknown = fields.get("unknown_token_id", 0)
     byte_fallback = "<0x00>" in set(tokens)
     tokenizer = Tokenizer(
@@ -286,9 +295,10 @@ def _add_tokens(tokenizer: Any, fields: Mapping[str, Any], tokens: Sequence[str]
         return AddedToken(token, special=special, normalized=False, rstrip=rstrip)
 
     kinds = fields.get("token_type") or ()
-    by_kind = {kind: [tokens[i] for i, each in enumerate(kinds) if each == kind] for kind in (_CONTROL, _USER_DEFINED)}
-    tokenizer.add_special_tokens([added(token, special=True) for token in by_kind[_CONTROL]])
-    tokenizer.add_tokens([added(token, special=False) for token in by_kind[_USER_DEFINED]])
+    pairs = list(zip(tokens, kinds, strict=False))
+    special = [added(token, special=True) for token, kind in pairs if kind in (_UNKNOWN, _CONTROL)]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([added(token, special=False) for token, kind in pairs if kind == _USER_DEFINED])
 
 
 def _put_in_front(tokenizer: Any, begin: str | None) -> None:

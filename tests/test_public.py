@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import mixlm
+from mixlm import routing
 
 
 def test_the_public_names_are_these():
@@ -27,8 +28,10 @@ def test_the_public_names_are_these():
 
 
 def test_every_public_name_is_there():
-    for name in mixlm.__all__:
-        assert getattr(mixlm, name) is not None
+    for module in (mixlm, routing):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+        assert {*module.__all__} <= {*dir(module)}  # what a shell completes
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():

@@ -20,6 +20,7 @@ def test_objects_show_themselves():
     assert repr(stream).startswith("<Generation finished: 60 tokens")
     assert repr(completion).startswith("<Completion '")
     assert repr(completion).endswith(": 60 tokens, length, seed 1>")
+    assert repr(pair.generate("x", seed=1, max_tokens=1)).endswith(": 1 token, length, seed 1>")
     chat = pair.chat(max_tokens=2)
     chat.send("a")
     assert repr(chat) == "<Chat of 2 messages with toy:1, toy:2>"
@@ -59,6 +60,7 @@ def test_running_generations_and_conversations_are_coloured_too():
 def test_the_docstring_of_generate_lists_every_option():
     for name in OPTIONS:
         assert f"\n    {name}: " in mixlm.Ensemble.generate.__doc__
+    assert "--" not in mixlm.Ensemble.generate.__doc__  # Python's words
 
 
 def test_a_chat_keeps_of_earlier_turns_what_was_written():

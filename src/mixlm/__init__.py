@@ -50,3 +50,8 @@ def __getattr__(name: str) -> Any:
         module, attribute = _LAZY[name]
         return getattr(import_module(f"mixlm.{module}"), attribute)
     raise AttributeError(f"module 'mixlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those too that are imported later."""
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from mixlm.binding import Binder, MemberSpec, check_two_prompts
 from mixlm.choices import UnitName
 from mixlm.core.grammar import GrammarCache
 from mixlm.core.mixing import normalized_weights
-from mixlm.core.options import OPTIONS, GenerationOptions, Options
+from mixlm.core.options import GenerationOptions, Options
 from mixlm.decoding import check_method
 from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
@@ -22,7 +22,7 @@ from mixlm.generation.generation import Generation, GenerationContext
 from mixlm.generation.prompt import EncodedPrompt, Prompt, encode_prompt, is_batch
 from mixlm.option_spec import OptionSpec
 from mixlm.routing.base import FixedRouter, Router, RouterFunction, as_router
-from mixlm.types import Completion, Message
+from mixlm.types import Completion, Message, Sampling
 from mixlm.units.base import Unit
 from mixlm.units.registry import build_unit
 
@@ -337,9 +337,12 @@ class Ensemble:
 
 
 def _options_text() -> str:
-    """Return the table of options as lines of a docstring."""
-    lines = (f"    {name}: {spec.help or 'See `GenerationOptions`.'}" for name, spec in OPTIONS.items())
-    return "\n\nOptions:\n" + "\n".join(lines) + "\n"
+    """Return what the records of options say of each, as lines of a docstring."""
+    sections = (
+        inspect.cleandoc(record.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        for record in (GenerationOptions, Sampling)
+    )
+    return "\n\nOptions:\n" + "\n".join(sections) + "\n"
 
 
 Ensemble.generate.__doc__ = inspect.cleandoc(Ensemble.generate.__doc__ or "") + _options_text()

@@ -93,11 +93,12 @@ class OptionSpec:
 
     def _allows(self, value: Any) -> bool:
         if isinstance(value, int | np.integer) and self.whole:
-            is_number = not isinstance(value, bool) and value <= _MAX_WHOLE
+            is_number = value <= _MAX_WHOLE
         else:
             is_number = not self.whole and isinstance(value, Real) and math.isfinite(as_float(value))
         return bool(
             is_number
+            and not isinstance(value, bool)
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
             and (self.least_positive is None or value == 0 or value >= self.least_positive)

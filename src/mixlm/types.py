@@ -371,7 +371,8 @@ class Completion:
 
     def __repr__(self) -> str:
         text = f"{self.text[:60]!r}{'…' if len(self.text) > 60 else ''}"
-        return f"<Completion {text}: {len(self.tokens)} tokens, {self.finish_reason}, seed {self.seed}>"
+        tokens = f"{len(self.tokens)} token{'' if len(self.tokens) == 1 else 's'}"
+        return f"<Completion {text}: {tokens}, {self.finish_reason}, seed {self.seed}>"
 
     def _repr_html_(self) -> str:
         """Return the text for a notebook, each token in its member's colour."""

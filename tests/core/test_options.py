@@ -38,6 +38,7 @@ def generation_options(**options) -> GenerationOptions:
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number, 1 or more"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
         ({"max_tokens": True}, "max_tokens is True"),
+        ({"strength": True, "rule": "power"}, "strength is True"),
         ({"seed": -1}, "seed is -1; it must be a whole number, 0 or more"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"seed": None}, "seed is None"),

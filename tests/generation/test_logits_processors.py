@@ -122,8 +122,10 @@ def test_what_is_no_logits_is_refused(pair, result, problem):
 def test_unknown_members_and_what_cannot_be_called_are_refused(pair):
     with pytest.raises(ConfigError, match=r"there is no member 'third' .*first, second"):
         pair.with_logits_processors({"third": seesaw})
-    with pytest.raises(ConfigError, match="the logits processor is 3, which cannot be called"):
+    with pytest.raises(ConfigError, match="the logits processor is 3; it must be a function"):
         pair.with_logits_processors({"first": 3})
+    with pytest.raises(ConfigError, match=r"the logits processor cannot be called with \(ids, logits\)"):
+        pair.with_logits_processors({"first": lambda logits: logits})
 
 
 def test_an_engine_that_returns_the_top_tokens_only_is_refused(pair):

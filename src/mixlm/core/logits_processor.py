@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mixlm.errors import ConfigError, MixlmError
+from mixlm.core.callables import call_function, check_function
+from mixlm.errors import ConfigError
 from mixlm.types import Ids, Logits, LogitsProcessor
 
 
@@ -18,13 +19,9 @@ def as_processor(processor: Any) -> LogitsProcessor:
     """Return a function as it is; a `LogitsProcessor` or `LogitsProcessorList` of transformers as one of arrays.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: It is no function of two arguments.
     """
-    if not callable(processor):
-        raise ConfigError(
-            f"the logits processor is {processor!r}, which cannot be called",
-            "give a function of ids, int64 (n,), and logits, float32 (vocab,), that returns logits",
-        )
+    check_function(processor, ("ids", "logits"), "the logits processor")
     if any(base.__module__.startswith("transformers.") for base in type(processor).__mro__):
         return lambda ids, logits: _from_transformers(processor, ids, logits)
     function: LogitsProcessor = processor
@@ -42,12 +39,7 @@ def process_logits(processor: LogitsProcessor, ids: Ids, logits: Logits) -> Logi
     Raises:
         ConfigError: The function fails, or returns something else than logits of this shape, nan, or inf.
     """
-    try:
-        result = np.asarray(processor(ids.copy(), logits.copy()))
-    except MixlmError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"a logits processor failed: {type(error).__name__}: {error}") from error
+    result = call_function(lambda: np.asarray(processor(ids.copy(), logits.copy())), "a logits processor")
     fits = result.shape == logits.shape and result.dtype.kind == "f"
     if not fits or np.isnan(result).any() or (result == np.inf).any():
         problem = f"{result.dtype}{result.shape}" if not fits else "nan" if np.isnan(result).any() else "inf"

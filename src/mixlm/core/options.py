@@ -103,12 +103,15 @@ class GenerationOptions:
 
     Attributes:
         method: The decoding method.
-        sampling: Options of `Sampling` that are given for every member, by name.
         mix_then_truncate: Another name of the rule "mean-then-truncate".
         rule: How the members' distributions are combined (`core/combinations`): a rule's name; or a `Combination`; or a
             function from probabilities, float64 (members, symbols), and weights, float64 (members,), to a distribution,
             float64 (symbols,). None is the average.
-        strength, alpha, form, by: Parameters of rules; None for the rule's default.
+        strength: How much the rules "geometric", "power", "contrastive", "proxy", "guidance" and "defer" change; None
+            is the rule's default, here and in the next three.
+        alpha: For "contrastive": tokens of at least this share of the likeliest one's probability are plausible.
+        form: For "contrastive": which published formula, "weighted" or "original".
+        by: For "defer": what is compared with the strength, "top", "entropy" or "token".
         max_tokens: Most symbols to generate.
         stop: Strings that end the completion and are not part of it.
         seed: First part of the key of the random numbers; equal keys give equal text.
@@ -135,6 +138,8 @@ class GenerationOptions:
         min_tokens: Symbols before end-of-text or a stop string may end the completion.
         score_prompt: Also return the log-probabilities of a raw prompt, under the untransformed members and the rule;
             `max_tokens` may then be 0.
+
+    `sampling` has the options of `Sampling` that are given for every member, by name.
     """
 
     method: Method = option(

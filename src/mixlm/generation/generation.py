@@ -164,7 +164,8 @@ class Generation(Iterator[Token]):
     def __repr__(self) -> str:
         text = "".join(token.text for token in self._tokens)
         state = "failed" if self.error else "finished" if self.finished else "in progress"
-        return f"<Generation {state}: {len(self._tokens)} tokens, {text[:60]!r}{'…' if len(text) > 60 else ''}>"
+        tokens = f"{len(self._tokens)} token{'' if len(self._tokens) == 1 else 's'}"
+        return f"<Generation {state}: {tokens}, {text[:60]!r}{'…' if len(text) > 60 else ''}>"
 
     def _repr_html_(self) -> str:
         """Return the text so far for a notebook, each token in its member's colour."""

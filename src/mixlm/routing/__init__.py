@@ -32,3 +32,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"mixlm.routing.{_MODULES.get(name, 'base')}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those too that are imported later."""
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from mixlm.errors import ConfigError, MixlmError, UnsupportedError
+from mixlm.core.callables import call_function, check_function
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats, HiddenStates, Ids, LogitsRow
 from mixlm.units.base import TextView
 
@@ -106,7 +107,7 @@ class FixedRouter:
     """The ensemble's weights, float64 (members,), summing to 1, for every state."""
 
     def __init__(self, weights: Floats) -> None:
-        self.weights = check_weights(weights, np.size(weights), self)
+        self.weights = given_weights(weights, self)
         self.members = len(self.weights)
 
     def begin(self, context: PromptContext) -> Route:
@@ -152,6 +153,7 @@ def as_router(router: Any, members: int) -> Router:
         from mixlm.routing.function import FunctionRouter
 
         router = FunctionRouter(router, members)
+    check_function(router.begin, ("context",), f"begin of the router {type(router).__name__}")
     expected = getattr(router, "members", members)
     if expected != members:
         raise ConfigError(f"the router is for {expected} members, and the ensemble has {members} of them")
@@ -175,6 +177,8 @@ class CheckedRoute:
         self._router = router
         self._members = members
         self._route: Any = _call(router, lambda: router.begin(context))
+        arguments = ("state",) if self.observes is None else ("state", "observation")
+        check_function(self._route, arguments, f"what begin of the router {type(router).__name__} returned")
 
     def __call__(self, state: TextView, observation: Observation | None = None) -> Floats:
         """Return the weights for a state, float64 (members,). Raises UnsupportedError without what it observes."""
@@ -201,15 +205,23 @@ def describe_router(router: Router) -> str:
     return " ".join([type(router).__name__, *functions, *([digest] if numbers else [])])
 
 
-def check_weights(weights: Any, members: int, router: object) -> Floats:
+def given_weights(weights: Any, router: object) -> Floats:
+    """Return the weights that a router is built with, float64 (members,). Raises ConfigError where they are none."""
+    values = as_numbers(weights)
+    if values is None or values.ndim != 1 or not values.size:
+        _refuse(router, weights, "they must be numbers, one per member", "has the weights")
+    return check_weights(values, values.size, router, "has the weights")
+
+
+def check_weights(weights: Any, members: int, router: object, verb: str = "returned") -> Floats:
     """Return the weights that a router gave, float64 (members,). Raises ConfigError where they are none."""
     values = as_numbers(weights)
     if values is None or values.shape != (members,):
-        _refuse(router, weights, f"it must return {members} numbers, one per member")
+        _refuse(router, weights, f"it must return {members} numbers, one per member", verb)
     if not (np.isfinite(values).all() and values.min() >= 0):
-        _refuse(router, weights, "each weight must be a finite number, 0 or more")
+        _refuse(router, weights, "each weight must be a finite number, 0 or more", verb)
     if abs(values.sum() - 1) > _TOLERANCE:
-        _refuse(router, weights, f"weights must sum to 1, and these sum to {values.sum():.6g}")
+        _refuse(router, weights, f"weights must sum to 1, and these sum to {values.sum():.6g}", verb)
     return values
 
 
@@ -225,17 +237,12 @@ def as_numbers(values: Any) -> Floats | None:
 _TOLERANCE = 1e-6  # weights may be float32
 
 
-def _refuse(router: object, weights: Any, rule: str) -> NoReturn:
+def _refuse(router: object, weights: Any, rule: str, verb: str) -> NoReturn:
     shown = repr(weights)
     shown = shown if len(shown) <= 100 else f"{shown[:100]} …"
-    raise ConfigError(f"the router {type(router).__name__} returned {shown}: {rule}")
+    raise ConfigError(f"the router {type(router).__name__} {verb} {shown}: {rule}")
 
 
 def _call(router: object, function: Callable[[], Any]) -> Any:
     """Call a user's router. What it raises becomes a ConfigError that names it."""
-    try:
-        return function()
-    except MixlmError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"the router {type(router).__name__} failed: {type(error).__name__}: {error}") from error
+    return call_function(function, f"the router {type(router).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mixlm.core.callables import check_function
 from mixlm.core.mixing import normalized_weights
 from mixlm.errors import ConfigError
 from mixlm.routing.base import PromptContext, Route, RouterFunction
@@ -19,13 +20,12 @@ class FunctionRouter:
     The function must depend on these alone. The weights that it returns are checked and scaled to sum to 1.
 
     Raises:
-        ConfigError: It is no function, or there is no member.
+        ConfigError: It is no function of two arguments, or there is no member.
     """
 
     def __init__(self, function: RouterFunction, members: int) -> None:
-        if not callable(function):
-            raise ConfigError(f"{function!r} is no function of the prompt and the text so far")
-        if not isinstance(members, int | np.integer) or members < 1:
+        check_function(function, ("prompt", "text"), "the router's function")
+        if isinstance(members, bool) or not isinstance(members, int | np.integer) or members < 1:
             raise ConfigError(f"members is {members!r}; it must be the number of the ensemble's members")
         self.members = int(members)
         self._function = function

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mixlm.errors import ConfigError
-from mixlm.routing.base import PromptContext, Route, check_weights
+from mixlm.routing.base import PromptContext, Route, given_weights
 from mixlm.types import Floats
 
 
@@ -21,7 +21,7 @@ class PromptRouter:
     def __init__(self, weights: Floats, sharpness: float = 4.0) -> None:
         if not sharpness >= 0 or not np.isfinite(sharpness):
             raise ConfigError(f"sharpness is {sharpness}; it must be a finite number, 0 or more")
-        self._weights = check_weights(weights, np.size(weights), self)
+        self._weights = given_weights(weights, self)
         self.members = len(self._weights)
         self._sharpness = sharpness
 

@@ -208,9 +208,17 @@ def test_things_that_are_no_functions_are_refused():
         Combination.of(3)
     with pytest.raises(ConfigError, match="envelope is 3; it must be a function"):
         Combination.of(lambda probs, weights: probs[0], 3)
+    with pytest.raises(ConfigError, match=r"the rule cannot be called with \(probs, weights\)"):
+        Combination.of(lambda probs: probs[0])
+    with pytest.raises(ConfigError, match=r"the rule's envelope cannot be called with \(probs, weights, ran\)"):
+        Combination.of(lambda probs, weights: probs[0], lambda probs, weights: probs[0])
+    with pytest.raises(ConfigError, match=r"accept cannot be called with \(distribution\)"):
+        combination("defer", accept=lambda: 1.0)
 
 
 def test_what_deferral_is_given_is_checked():
+    with pytest.raises(ConfigError, match="accept failed: ZeroDivisionError"):
+        combination("defer", accept=lambda q: 1 / 0).combine(ROWS, WEIGHTS)
     with pytest.raises(ConfigError, match="accept returned 2; it must be from 0 to 1"):
         combination("defer", accept=lambda q: q + 2 - q).combine(ROWS, WEIGHTS)
     with pytest.raises(ConfigError, match="accept returned NoneType; it must be an array of real numbers"):

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
+from mixlm.core.callables import call_function, check_function
 from mixlm.core.combinations.base import Combination, Unreported, check_number
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats
@@ -58,8 +60,8 @@ class Defer(Combination):
             check_number(self.name, "strength", self.strength, minimum=0)
         else:
             check_number(self.name, "strength", self.strength, minimum=0, maximum=1)
-        if self.accept is not None and not callable(self.accept):
-            raise ConfigError(f"accept is {self.accept!r}; it must be a function of a member's distribution")
+        if self.accept is not None:
+            check_function(self.accept, ("distribution",), "accept")
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return what the chain keeps, and all of the last member's."""
@@ -107,7 +109,7 @@ class Defer(Combination):
 
     def _own_acceptance(self, distribution: Floats) -> Floats:
         assert self.accept is not None
-        result = self.accept(distribution.copy())
+        result = call_function(partial(self.accept, distribution.copy()), "accept")
         try:
             if result is None or np.iscomplexobj(result):
                 raise TypeError

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mixlm.core.callables import call_function, check_function
 from mixlm.core.combinations.base import Combination, Unreported
-from mixlm.errors import ConfigError, MixlmError, UnsupportedError
+from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.types import Floats
 
 RuleFunction = Callable[[Floats, Floats], Floats]
@@ -31,10 +32,9 @@ class FunctionCombination(Combination):
     own_common_options: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise ConfigError(f"the rule is {self.function!r}; it must be a function of distributions and weights")
-        if self.own_envelope is not None and not callable(self.own_envelope):
-            raise ConfigError(f"envelope is {self.own_envelope!r}; it must be a function")
+        check_function(self.function, ("probs", "weights"), "the rule")
+        if self.own_envelope is not None:
+            check_function(self.own_envelope, ("probs", "weights", "ran"), "the rule's envelope")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -101,7 +101,7 @@ def _checked_method(method: Any, name: str) -> Callable[..., Any]:
     @wraps(method)
     def checked(self: Combination, *args: Any, **keywords: Any) -> Floats | None:
         subject = f"rule {self.name}" if name == "combine" else f"{name} of rule {self.name}"
-        result = _call(partial(method.__get__(self), *args, **keywords), subject)
+        result = call_function(partial(method.__get__(self), *args, **keywords), subject)
         if result is None and name in ("bound", "envelope", "first_member"):
             return None
         check = _checked_whole if name in ("combine", "first_member") else _checked_part
@@ -126,17 +126,8 @@ def _checked_part(call: Callable[[], Any], size: int, subject: str) -> Floats:
     return lower
 
 
-def _call(call: Callable[[], Any], subject: str) -> Any:
-    try:
-        return call()
-    except MixlmError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{subject} failed: {type(error).__name__}: {error}") from error
-
-
 def _checked(call: Callable[[], Any], size: int, subject: str) -> Floats:
-    result = _call(call, subject)
+    result = call_function(call, subject)
     try:
         is_complex = np.iscomplexobj(result)
         values = np.zeros(0) if is_complex else np.asarray(result, dtype=np.float64)

@@ -204,7 +204,8 @@ class KVCache:
         self._buffer: KVBuffer | None = None
 
     def __del__(self) -> None:
-        if self._buffer is not None:
+        # At the end of the process the names of a module may be gone before its objects.
+        if self._buffer is not None and sys is not None and not sys.is_finalizing():
             self._pool.release(self._buffer)
 
     def reserve(self, tokens: int) -> KVBuffer:

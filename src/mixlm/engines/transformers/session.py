@@ -108,7 +108,8 @@ class HFSession(Session):
 
     def __del__(self) -> None:
         # Whoever collects garbage may be using the texts that are kept: it must not wait for itself.
-        if sys.is_finalizing() or not hasattr(self, "cache"):
+        # At the end of the process the names of a module may be gone before its objects.
+        if sys is None or sys.is_finalizing() or not hasattr(self, "cache"):
             return
         import torch
 

@@ -17,7 +17,7 @@ from mixlm.engines.base import Session
 from mixlm.errors import ConfigError, UnsupportedError
 from mixlm.generation.generation import GenerationContext
 from mixlm.generation.member import Member, MemberOptions
-from mixlm.routing.base import FixedRouter, Router, observed_by
+from mixlm.routing.base import TOP_K, FixedRouter, Router, observed_by
 from mixlm.types import Floats, Ids, LogitsProcessor, Sampling, TopKFilter
 from mixlm.units.base import Unit
 
@@ -183,6 +183,12 @@ class Binder:
             raise ConfigError(
                 f"{about} by hidden states of {observes.hidden_size} numbers, and its have {size}",
                 "it was trained for another model: train one with mixlm fit --router",
+            )
+        rows = member.engine.vocabulary.size
+        if observes.top_k > max(rows, TOP_K):
+            raise ConfigError(
+                f"{about} by its {observes.top_k} most likely tokens, and its vocabulary has {rows} of them",
+                f"observe {TOP_K} or so",
             )
         if limit is not None and observes.top_k > limit:
             raise UnsupportedError(

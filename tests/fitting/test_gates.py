@@ -171,6 +171,10 @@ def changed(path: Path, **fields: Any) -> None:
         ({"numbers": "none.safetensors"}, r"none\.safetensors, (cannot be read|are no safetensors)"),
         ({"numbers": "gate.json"}, "are no safetensors"),
         ({"version": None}, "it is of version None"),
+        ({"observes": "m0"}, "a value in it has another type"),
+        ({"observes": {"member": "m0", "top_k": "6", "hidden_size": 12, "layer": "last"}}, "has another type"),
+        ({"members": None}, "has another type"),
+        ({"digest": "0"}, r"gate\.safetensors, are those of another gate"),
     ],
 )
 def test_a_file_of_another_version_layer_or_shape_is_refused(
@@ -184,12 +188,29 @@ def test_a_file_of_another_version_layer_or_shape_is_refused(
     assert "gate.json" in caught.value.message
 
 
+def test_two_files_of_different_gates_are_told_apart(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        GateRouter(random_gate(2, TOP.size, 0, seed), ["m0", "m1"], TOP).save(tmp_path / f"{name}.json")
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert one.stat().st_mode == (tmp_path / "one.json").stat().st_mode  # whoever reads one reads the other
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(ConfigError, match="those of another gate") as caught:
+        load_router(tmp_path / "one.json")
+    assert "keep the two files" in str(caught.value)
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}))
+    assert load_router(path).members == 2  # written before there were digests
+
+
 def test_old_files_are_read_and_a_file_that_lacks_something_names_it(tmp_path: Path) -> None:
     path = tmp_path / "gate.json"
     LearnedRouter(np.zeros((2, FEATURES)), ["a", "b"]).save(path)
     assert isinstance(load_router(path), LearnedRouter)
     path.write_text('{"kind": "gate"}')
     with pytest.raises(ConfigError, match="'version' is missing"):
+        load_router(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not a learned router: maximum recursion depth"):
         load_router(path)
     path.write_text("no")
     with pytest.raises(ConfigError, match="is not a learned router"):

@@ -299,6 +299,8 @@ def test_what_an_engine_or_a_unit_does_not_give_is_refused_with_the_ensemble():
     sized.observes = Observes(0, 3, hidden=True, hidden_size=5)
     with pytest.raises(ConfigError, match="hidden states of 5 numbers, and its have 8"):
         make_ensemble([engine(), engine()], router=sized)
+    with pytest.raises(ConfigError, match="by its 1000000000 most likely tokens, and its vocabulary has 8"):
+        make_ensemble([engine(), engine()], router=Observing(2, 0, top_k=10**9))
     with pytest.raises(ConfigError, match="but nothing of it"):
         Observes(0, top_k=0)
     wrong = Observing(2)

@@ -15,6 +15,7 @@ from mixlm.errors import ConfigError
 from mixlm.routing.base import TOP_K
 from mixlm.routing.gate import Array, Gate
 from mixlm.routing.gate_router import TOP_K_FEATURES, top_k_features
+from mixlm.routing.learned import what_is_wrong
 from mixlm.types import Floats
 
 KIND = "deferral"
@@ -75,14 +76,13 @@ class DeferralGate:
             if form["version"] != VERSION:
                 raise ValueError(f"it is of version {form['version']}, and this mixlm reads version {VERSION}")
             names = [str(name) for name in form["members"]]
-            return cls(Gate.load(Path(path).with_name(str(form["numbers"])), 2, FEATURES), names)
+            return cls(Gate.load(path, form, 2, FEATURES), names)
         except OSError as error:
             raise ConfigError(f"the gate {path} cannot be read: {error.strerror}", hint) from error
         except ConfigError as error:
             raise ConfigError(f"the gate {path} cannot be used: {error.message}", error.hint or hint) from error
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ConfigError(f"{path} is no gate of rule defer: {reason}", hint) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{path} is no gate of rule defer: {what_is_wrong(error)}", hint) from error
 
 
 def deferral_features(logprobs: Floats) -> Array:

@@ -90,23 +90,40 @@ class Gate:
 
     def save(self, path: str | Path, form: Mapping[str, Any]) -> None:
         """Write JSON that says what the gate is, and the arrays beside it, with the suffix .safetensors."""
-        path = Path(path)
-        numbers = path.with_suffix(".safetensors")
-        _safetensors().save_file(self.arrays(), numbers)
-        form = {**form, "mixlm": __version__, "numbers": numbers.name}
+        path, numbers = Path(path), numbers_file(path)
+        # Not by safetensors: it makes a file that no other user can read.
+        numbers.write_bytes(_safetensors().save(self.arrays()))
+        form = {**form, "mixlm": __version__, "numbers": numbers.name, "digest": self.digest}
         path.write_text(json.dumps(form, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path, members: int, inputs: int) -> Gate:
-        """Read arrays that `save` wrote. Raises ConfigError where they cannot be read, or are of other sizes."""
+    def load(cls, path: str | Path, form: Mapping[str, Any], members: int, inputs: int) -> Gate:
+        """Read the arrays that `save` wrote.
+
+        Args:
+            path: The JSON's.
+            form: What it holds.
+            members: How many weights the gate gives.
+            inputs: What it takes, a state.
+
+        Raises:
+            ConfigError: They cannot be read, are of other sizes, or are those of another gate.
+        """
+        numbers = Path(path).with_name(str(form["numbers"]))
         load_file = _safetensors().load_file
         try:
-            arrays = load_file(path)
+            arrays = load_file(numbers)
         except OSError as error:
-            raise ConfigError(f"its numbers, {path.name}, cannot be read: {error.strerror or error}") from error
+            raise ConfigError(f"its numbers, {numbers.name}, cannot be read: {error.strerror or error}") from error
         except Exception as error:  # safetensors' own
-            raise ConfigError(f"its numbers, {path.name}, are no safetensors: {error}") from error
-        return cls.from_arrays(arrays, members, inputs)
+            raise ConfigError(f"its numbers, {numbers.name}, are no safetensors: {error}") from error
+        gate = cls.from_arrays(arrays, members, inputs)
+        if form.get("digest", gate.digest) != gate.digest:
+            raise ConfigError(
+                f"its numbers, {numbers.name}, are those of another gate",
+                "keep the two files that mixlm fit writes together, or train a gate again",
+            )
+        return gate
 
     @property
     def digest(self) -> str:
@@ -121,6 +138,8 @@ class Gate:
         """Return the gate of named arrays. Raises ConfigError where they are not those of such a gate."""
         if missing := [name for name in _SHAPES if name not in arrays]:
             raise ConfigError(f"the gate lacks {', '.join(missing)}")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            arrays = {name: arrays[name].astype(np.float32) for name in _SHAPES}
         for name, shape in cls.shapes(members, inputs, len(arrays["inner_bias"])).items():
             array = arrays[name]
             if array.shape != shape:
@@ -129,7 +148,7 @@ class Gate:
                 raise ConfigError(f"{name} of the gate has numbers that are not finite")
         if not (arrays["scale"] > 0).all():
             raise ConfigError("scale of the gate has numbers that are not greater than 0")
-        return cls(**{name: arrays[name].astype(np.float32) for name in _SHAPES})
+        return cls(**arrays)
 
 
 _SHAPES: Mapping[str, tuple[str, ...]] = {
@@ -141,6 +160,11 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     "inner_bias": ("width",),
     "outer": ("members", "width"),
 }
+
+
+def numbers_file(path: str | Path) -> Path:
+    """Return the file of a gate's numbers, beside its JSON."""
+    return Path(path).with_suffix(".safetensors")
 
 
 def softmax(scores: Floats) -> Floats:

@@ -202,9 +202,8 @@ class GateRouter:
         inputs = GateInputs(
             tuple(form["features"]), observes.get("member"), observes.get("top_k", 0), observes.get("hidden_size", 0)
         )
-        numbers = Path(path).with_name(str(form["numbers"]))
         names = [str(name) for name in form["members"]]
-        return cls(Gate.load(numbers, len(names), inputs.size), names, inputs)
+        return cls(Gate.load(path, form, len(names), inputs.size), names, inputs)
 
 
 def _single(observation: Observation) -> ObservedStates:

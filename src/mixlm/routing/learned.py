@@ -76,9 +76,9 @@ class LearnedRouter:
             return cls(matrix, names)
         except OSError as error:
             raise ConfigError(f"the router file {path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is not a learned router: {_reason(error)}", "write one with mixlm fit --router"
+                f"{path} is not a learned router: {what_is_wrong(error)}", "write one with mixlm fit --router"
             ) from error
 
 
@@ -86,7 +86,7 @@ def load_router(path: str | Path) -> LearnedRouter | GateRouter:
     """Read a router that `mixlm fit --router` has written. Raises ConfigError if the file is not one."""
     try:
         form = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return LearnedRouter.load(path)  # which says what is wrong
     from mixlm.routing.gate_router import KIND, GateRouter
 
@@ -98,10 +98,13 @@ def load_router(path: str | Path) -> LearnedRouter | GateRouter:
     except ConfigError as error:
         raise ConfigError(f"the router in {path} cannot be used: {error.message}", error.hint or hint) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a learned router: {_reason(error)}", hint) from error
+        raise ConfigError(f"{path} is not a learned router: {what_is_wrong(error)}", hint) from error
 
 
-def _reason(error: Exception) -> str:
+def what_is_wrong(error: Exception) -> str:
+    """Return what an error in reading a file says of it."""
+    if isinstance(error, TypeError | AttributeError):
+        return "a value in it has another type than those that mixlm fit writes"
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 

@@ -92,7 +92,7 @@ def test_files_are_overwritten_with_force_alone(run: Run, texts: list[str]) -> N
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--output", "both", "--router", "both"), "--output and --router are both both"),
+        (("--output", "both", "--router", "both"), "--output and --router both write both"),
         (("--output", "words.txt", "--force"), "--output words.txt is a text to fit to"),
         (("--router", "./words.txt"), "--router words.txt is a text to fit to"),
         (("--output", "-"), "--output - cannot be written: standard output is for the report"),
@@ -105,6 +105,19 @@ def test_files_that_would_be_lost_are_refused(
     before = Path(texts[0]).read_bytes()
     assert reason in run("fit", "words.txt", *TOYS, *FAST, *options).error
     assert Path(texts[0]).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [("--features", "top_k"), ("--gate", "mlp"), ("--rule", "defer")], ids=lambda options: options[1]
+)
+def test_numbers_of_a_gate_do_not_replace_a_file_that_was_not_named(
+    run: Run, texts: list[str], options: tuple[str, ...]
+) -> None:
+    weights = Path("model.safetensors")
+    weights.write_text("of a model")
+    said = run("fit", "words.txt", *TOYS, "--router", "model.json", *options).error
+    assert "--router's numbers model.safetensors exists" in said
+    assert weights.read_text() == "of a model"
 
 
 def test_the_weights_are_those_of_the_training_part(run: Run, texts: list[str]) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from programs import TOYS, Run
 
+from mixlm.fitting.gates import untrained
+from mixlm.routing.gate_router import GateInputs
+
 
 def test_a_report_on_toys(run: Run) -> None:
     done = run("inspect", *TOYS, "-w", "3,1")
@@ -105,3 +108,23 @@ def test_the_gain_of_an_ensemble_on_a_text(run: Run, tmp_path: Path) -> None:
     assert "worth dropping" in words or "The least useful member is" in words
     assert "no ensemble" in run("inspect", "-m", "toy:1", "--gain", str(text)).err
     assert "a report of its own" in run("inspect", *TOYS, "--gain", str(text), "--no-measure").err
+
+
+def test_what_a_router_observes_is_not_scored_where_weights_alone_count(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = GateInputs(("top_k",), "toy:1", 20)
+    untrained(["toy:1", "toy:2"], inputs).save(tmp_path / "gate.json")
+    pair, text = tmp_path / "pair.toml", tmp_path / "text.txt"
+    pair.write_text(
+        'members = [{model = "toy:1"}, {model = "toy:2"}]\n[router]\nkind = "learned"\nfile = "gate.json"\n'
+    )
+    text.write_text(" the river sings")
+
+    def observe(*_: object, **__: object) -> None:
+        raise AssertionError("observed")
+
+    monkeypatch.setattr("mixlm.scoring.score.observed_states", observe)
+    shown = run("inspect", "-e", str(pair), "--gain", str(text))
+    assert "So short a text decides nothing" in shown.out
+    assert run("fit", str(text), "-e", str(pair), "--bootstrap", "0").code == 0

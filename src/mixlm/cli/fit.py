@@ -130,7 +130,7 @@ def fit(
     if grid and step is None:
         step = 0.1
     _check(config, holdout, bootstrap, step, prompt_bytes)
-    _check_written(files, output, router, force=force)
+    _check_written(files, output, router, numbers=defers(config) or not chosen.is_plain, force=force)
     texts = read_texts(files)
     if fits_rule(config):
         unused = {"--router": router is not None and not defers(config), "--grid": step is not None}
@@ -148,7 +148,7 @@ def fit(
     from mixlm.fitting.study import FitPlan, study
 
     inputs = chosen.inputs(ensemble)
-    observing = ensemble
+    observing = ensemble.with_weights(ensemble.weights)  # without a router, whose observations would be scored
     if inputs is not None and inputs.observed is not None:
         from mixlm.fitting.gates import untrained
 
@@ -209,6 +209,11 @@ class _RouterOptions(NamedTuple):
             return GROUPS
         return tuple(part.strip() for part in (self.features or "text").split(","))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the linear gate on the text, whose file holds its numbers."""
+        return self.groups == ("text",) and self.kind == "linear"
+
     def check(self, router: Path | None) -> None:
         """Raise UsageError without a router to write, ConfigError for a value that is none."""
         options = (
@@ -244,21 +249,25 @@ class _RouterOptions(NamedTuple):
 
     def inputs(self, ensemble: Ensemble) -> GateInputs | None:
         """Return what the gate looks at; None for the linear gate on the text."""
-        if self.groups == ("text",) and self.kind == "linear":
+        if self.is_plain:
             return None
         from mixlm.fitting.gates import choose_inputs
 
         return choose_inputs(ensemble, self.groups, self.observe)
 
 
-def _check_written(files: list[Path], output: Path | None, router: Path | None, *, force: bool) -> None:
-    """Check the files that are written, before long work starts.
+def _check_written(files: list[Path], output: Path | None, router: Path | None, *, numbers: bool, force: bool) -> None:
+    """Check the files that are written, before long work starts. numbers: whether the router's are in one of their own.
 
     Raises:
         ConfigError: One cannot be written.
         UsageError: One is written twice, or is a text to fit to.
     """
     written = {option: path for option, path in (("--output", output), ("--router", router)) if path is not None}
+    if router is not None and numbers:
+        from mixlm.routing.gate import numbers_file
+
+        written["--router's numbers"] = numbers_file(router)
     if force and not written:
         raise UsageError("--force is given, and no file is written", "omit it, or add --output FILE")
     texts = {file.resolve() for file in files}
@@ -267,7 +276,7 @@ def _check_written(files: list[Path], output: Path | None, router: Path | None, 
             raise UsageError(f"{option} {path} is a text to fit to", "name another file")
         check_writable(option, path, force=force)
     if len({path.resolve() for path in written.values()}) < len(written):
-        raise UsageError(f"--output and --router are both {output}", "name a file for each")
+        raise UsageError(f"--output and --router both write {output}", "name a file for each")
 
 
 def _check(config: EnsembleConfig, holdout: float, bootstrap: int, step: float | None, prompt_bytes: int) -> None:

@@ -17,6 +17,8 @@ from mixlm.terminal import progress_bars
 if TYPE_CHECKING:
     from mixlm.inspection.gain import GainReport
 
+_FEW = 100  # segments
+
 
 def report_gain(shared: Shared, text: Path, *, as_json: bool) -> int:
     """Score a text under every member, and report what an ensemble of them could gain on it."""
@@ -29,6 +31,7 @@ def report_gain(shared: Shared, text: Path, *, as_json: bool) -> int:
     texts = read_texts([text])
     pairs = prompts_and_answers(texts, ends=None, system=None)
     ensemble = open_ensemble(shared, {})
+    ensemble = ensemble.with_weights(ensemble.weights)  # what a router observes is not scored
     from mixlm.inspection.gain import measure_gain
 
     scores = score_texts(ensemble, texts, pairs, model_identities(config, cache=True), ends=None, system=None)
@@ -58,6 +61,8 @@ def _show(report: GainReport) -> None:
         f"Judged on the last half of the text, to whose first half the weights are fitted. "
         f"{about_unit(report.unit, report.segments, report.bytes)}"
     )
+    if report.segments < _FEW:
+        print_lines("So short a text decides nothing: give one of a few kilobytes.")
     lines = [
         f"Gain: fixed weights need {report.gain:.1f} % fewer bits than {report.best_member} alone, and no router can "
         f"save more than {report.oracle_gain:.1f} %."

@@ -199,7 +199,7 @@ def train_deferral(
     Raises:
         ConfigError, UnsupportedError: As in `DeferralScores.of`; or the texts are too short.
     """
-    parts = [split_holdout(part, _VALIDATION) for part in scores if len(part.ends) > 1]
+    parts = [split_holdout(part, _VALIDATION) for part in scores if part.is_divisible]
     if not parts:
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes")
 

@@ -174,7 +174,7 @@ def choose_gate(
     """
     if any(score.names != scores[0].names for score in scores):
         raise ConfigError("a router is trained on texts that were scored by the same members")
-    parts = [split_holdout(score, _VALIDATION) for score in scores if len(score.ends) > 1]
+    parts = [split_holdout(score, _VALIDATION) for score in scores if score.is_divisible]
     if not parts or sum(len(part.ends) for part, _ in parts) < _MIN_SEGMENTS:
         raise ConfigError("there is too little text to train a gate", "give texts of a few kilobytes, better of many")
     first, last = concatenate([part for part, _ in parts]), concatenate([part for _, part in parts])

@@ -195,7 +195,7 @@ def fit_router(
 
 def _chosen_penalty(scores: Sequence[Scores]) -> float:
     """Return the penalty whose gate, trained on the first three quarters of each text, does best on the last ones."""
-    parts = [split_holdout(score, 0.25) for score in scores if len(score.ends) > 1]
+    parts = [split_holdout(score, 0.25) for score in scores if score.is_divisible]
     if not parts:
         return _PENALTIES[-1]
     first, last = concatenate([part for part, _ in parts]), concatenate([part for _, part in parts])

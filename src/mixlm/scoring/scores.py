@@ -67,6 +67,11 @@ class Scores:
         return int((self.ends - self.starts).sum())
 
     @property
+    def is_divisible(self) -> bool:
+        """Whether a part can be held out: at least two segments have bytes."""
+        return int(np.count_nonzero(self.ends > self.starts)) > 1
+
+    @property
     def passages(self) -> int:
         """Number of passages that the segments lie in."""
         return len(np.unique(self.passage_starts))
@@ -174,10 +179,11 @@ def split_holdout(scores: Scores, holdout: float) -> tuple[Scores, Scores]:
     """
     if not 0 < holdout < 1:
         raise ConfigError(f"the share to hold out is {holdout}; it must lie between 0 and 1")
-    if len(scores.ends) < 2:
+    if not scores.is_divisible:
         raise ConfigError("the text is a single segment, and nothing of it can be held out", "give a longer text")
     share_before = np.cumsum(scores.ends - scores.starts)[:-1] / scores.size
-    distance = np.abs(share_before - (1 - holdout))
+    has_both = (share_before > 0) & (share_before < 1)  # an end of a text has no bytes
+    distance = np.where(has_both, np.abs(share_before - (1 - holdout)), np.inf)
     between_passages = np.diff(scores.passage_starts) > 0
     near = between_passages & (distance <= _TOLERANCE)
     cut = int(np.argmin(np.where(near, distance, np.inf) if near.any() else distance)) + 1

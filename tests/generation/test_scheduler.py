@@ -348,8 +348,8 @@ def test_others_write_while_a_long_prompt_is_prefilled(router):
         (10, 1, 1, [4, 8, 13, 16, 18, *[19] * 17]),  # the time of two decode steps is 20 tokens
         (10, 0.1, 1, [4, 8, 16, 32, 64, 113, 150]),
         (10, 0.001, 1, [4, 8, 16, 32, 64, 128]),
-        (0, 0.001, 0, [128, 253]),  # half a second
-        (0, 0.007, 0, [128, 96, 83, 77]),
+        (0, 0.001, 0, [64, 126, 177]),  # a quarter of a second
+        (0, 0.007, 0, [64, 48, 41, 38, 37, 36, *[36] * 3]),
     ],
 )
 def test_chunks_are_as_long_as_others_can_wait(call_seconds, token_seconds, others, sizes):
@@ -418,6 +418,32 @@ def test_a_member_that_others_wait_for_runs_between_two_chunks_of_another():
     chunked = [name if tokens == 64 else 0 for name, tokens in calls]
     assert sum(map(bool, chunked)) > 5
     assert not any(a and a == b for a, b in pairwise(chunked))
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [("abc" * 10, 1), ("abc" * 200, 15)], ids=["short", "long"])
+@pytest.mark.parametrize("late", range(4))
+def test_a_client_does_not_wait_for_the_prompts_of_another(prompt, steps, late):
+    """A short prompt is the next to run, and a long one gets every second chunk."""
+    ensemble = make_ensemble([engine(seed=1), engine(seed=2)])
+    scheduler = Scheduler(9, 64)
+
+    def start(text, seed, client):
+        settings = ensemble.settings(raw=True, seed=seed, max_tokens=1000, ignore_end=True)
+        generation = ensemble.context(settings).start(ensemble.encode_prompt(text, settings))
+        scheduler.add(generation, client)
+        return generation
+
+    with patch("mixlm.generation.scheduler.time") as time:
+        time.perf_counter = lambda: 0.0  # chunks are as large as they may be
+        for seed in range(8):
+            start("abc" * 2000, seed, "many")
+        for _ in range(20 + late):
+            scheduler.step()
+        single, taken = start(prompt, late, "single"), 0
+        while not single.completion.tokens:
+            scheduler.step()
+            taken += 1
+    assert taken <= steps
 
 
 def test_chunks_of_several_prompts_grow_as_those_of_one():

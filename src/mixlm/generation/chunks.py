@@ -12,10 +12,10 @@ from dataclasses import dataclass
 # Tokens: of the smallest and the largest chunk, and of the first one where nothing else is generated.
 _MIN_CHUNK = 4
 _MAX_CHUNK = 8192
-_FIRST_CHUNK_ALONE = 128
+_FIRST_CHUNK_ALONE = 64
 # A chunk may add this much to a call: of the time of a decode step, and seconds where nothing else is generated.
 _SHARE = 2.0
-_SECONDS_ALONE = 0.5
+_SECONDS_ALONE = 0.25
 # After so many calls with chunks, one without shows again what a decode step takes.
 _MAX_CHUNKED_CALLS = 16
 

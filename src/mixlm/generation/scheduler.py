@@ -9,8 +9,10 @@ never idle while another one works.
 
 A long prompt does not hold up the others: where `prefill_chunk` is set, a call runs at most so many tokens of prompts,
 and the decode steps of other sequences run in the same calls and between them. A chunk is a request for a prefix of the
-prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`). A
-generation can be preempted between calls: another one takes its slot, and it goes on later.
+prompt, behind which the request itself is queued again. Its size follows the time that calls take (`chunks`). Prompts
+of several clients take turns, and the engine that a client's new prompt waits for is called next: however many prompts
+another one has sent, it waits for the call in progress. A generation can be preempted between calls: another one takes
+its slot, and it goes on later.
 
 A text does not depend on what else is generated at the same time: its noise is its own.
 """
@@ -133,6 +135,9 @@ class Scheduler:
         self._active: list[Generation] = []
         self._preempted: dict[Generation, list[tuple[_EngineQueue, _QueuedRequest]]] = {}
         self._last_chunked: dict[Any, _EngineQueue | None] = {}  # by device: whose call was the last, with a chunk
+        self._clients: dict[Generation, str] = {}
+        self._last_prefills: dict[str, int] = {}  # by client: the count of calls when a new prompt of it ran last
+        self._new: set[Generation] = set()  # those that have had no response since they got a slot
         self._calls = 0
         self._running: dict[Future[Any], _Running] = {}
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
@@ -149,8 +154,9 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._active and not self._backlog
 
-    def add(self, generation: Generation) -> None:
-        """Take in a generation that has not begun, or was preempted."""
+    def add(self, generation: Generation, client: str = "") -> None:
+        """Take in a generation that has not begun, or was preempted. client: whose prompt it is; they take turns."""
+        self._clients[generation] = client
         self._backlog.append(generation)
 
     def cancel(self, generation: Generation) -> None:
@@ -270,6 +276,7 @@ class Scheduler:
         while self._backlog and len(self._active) < self.max_active:
             generation = self._backlog.popleft()
             self._active.append(generation)
+            self._new.add(generation)
             if generation in self._preempted:
                 for queue, queued in self._preempted.pop(generation):
                     self._enqueue(queue, queued)
@@ -283,6 +290,7 @@ class Scheduler:
         """Let a generation continue, and queue its next requests."""
         try:
             if responses is not None:
+                self._new.discard(generation)
                 generation.resume(responses)
             requests = generation.requests()
         except Exception as error:  # also of a user's router: it ends this generation alone
@@ -312,6 +320,10 @@ class Scheduler:
         """
         if generation in self._active:
             self._active.remove(generation)
+        self._new.discard(generation)
+        client = self._clients.pop(generation, None)
+        if client is not None and client not in self._clients.values():
+            self._last_prefills.pop(client, None)
         running = self._running_calls(generation)
         for run in running:
             if run.queue.engine.asynchronous:
@@ -327,39 +339,59 @@ class Scheduler:
         ]
 
     def _call_engines(self) -> None:
-        """Give every idle device the engine with the longest queue, or the one that waited longest."""
+        """Give every idle device its next engine."""
         busy = {run.queue.engine.device for run in self._running.values() if not run.queue.engine.asynchronous}
         waiting = [queue for queue in self._queues.values() if queue.requests]
         for device in {queue.engine.device for queue in waiting} - busy:
-            queues = [queue for queue in waiting if queue.engine.device == device]
-            oldest = min(queues, key=lambda queue: queue.since)
-            overdue = self._calls - oldest.since >= _MAX_SKIPPED_CALLS
-            # Where others wait, they are not held up by two chunks in a row.
-            others = [queue for queue in queues if queue is not self._last_chunked.get(device)]
-            queue = oldest if overdue else max(others or queues, key=lambda queue: len(queue.requests))
+            queue = self._next_queue([queue for queue in waiting if queue.engine.device == device])
             batch, queue.requests = self._split(queue)
             self._last_chunked[device] = queue if batch.chunk else None
+            for queued in batch.requests:
+                if queued.waiting.generation in self._new:
+                    self._last_prefills[self._client(queued)] = self._calls
             self._calls += 1
             self._call(queue, batch)
 
+    def _next_queue(self, queues: list[_EngineQueue]) -> _EngineQueue:
+        """Return the one that waited for long, else that of a client's new prompt, else the longest."""
+        oldest = min(queues, key=lambda queue: queue.since)
+        if self._calls - oldest.since >= _MAX_SKIPPED_CALLS:
+            return oldest
+        latest = max(self._last_prefills.values(), default=-1)
+        new = [(self._turn(queued)[0], queue) for queue in queues for queued in queue.requests if self._is_new(queued)]
+        turn, queue = min(new, key=lambda item: item[0], default=(latest, oldest))
+        if turn < latest:
+            return queue
+        # Where others wait, they are not held up by two chunks in a row.
+        others = [queue for queue in queues if queue is not self._last_chunked.get(queue.engine.device)]
+        return max(others or queues, key=lambda queue: len(queue.requests))
+
+    def _is_new(self, queued: _QueuedRequest) -> bool:
+        return queued.chunked == 0 and queued.waiting.generation in self._new
+
+    def _turn(self, queued: _QueuedRequest) -> tuple[int, bool]:
+        """Return the order of a prefill: the client that had none for longest goes first, with a new prompt."""
+        return self._last_prefills.get(self._client(queued), -1), queued.chunked > 0
+
+    def _client(self, queued: _QueuedRequest) -> str:
+        return self._clients.get(queued.waiting.generation, "")  # one that has failed may have requests left
+
     def _split(self, queue: _EngineQueue) -> tuple[_Batch, list[_QueuedRequest]]:
         """Return the requests, or chunks of them, of the next call, and the requests that wait for another one."""
-        prefills = [queued for queued in queue.requests if self.prefill_chunk is not None and _is_prefill(queued)]
-        if self.prefill_chunk is None or not prefills:
+        if self.prefill_chunk is None:
             return _Batch(queue.requests), []
-        if queue.chunks.needs_decode_step and len(prefills) < len(queue.requests):
-            decodes = [queued for queued in queue.requests if not any(queued is prefill for prefill in prefills)]
-            return _Batch(decodes), prefills
+        requests: list[_QueuedRequest] = []
+        prefills: list[_QueuedRequest] = []
+        for queued in queue.requests:
+            (prefills if _is_prefill(queued) else requests).append(queued)
+        if not prefills or (queue.chunks.needs_decode_step and requests):
+            return _Batch(requests), prefills
         alone = self._only_prefills()
         chunk = min(queue.chunks.alone if alone else queue.chunks.beside, self.prefill_chunk)
         budget = total = min(max(chunk, _SHORT_PROMPT), self.prefill_chunk)
-        requests: list[_QueuedRequest] = []
         later: list[_QueuedRequest] = []
         has_chunk = False
-        for queued in queue.requests:
-            if not any(queued is prefill for prefill in prefills):
-                requests.append(queued)
-                continue
+        for queued in sorted(prefills, key=self._turn):
             part, tokens = _first_chunk(queued, chunk, total)
             is_chunk = part.rest is not None
             if (tokens <= budget or budget == total) and not (has_chunk and is_chunk):

@@ -241,7 +241,7 @@ class ModelThread:
     def _run_generation(self, job: Job, generation: Generation) -> None:
         """Give a generation a slot."""
         active = self._active[generation]
-        self._scheduler.add(generation)
+        self._scheduler.add(generation, job.client)
         if not active.begun:
             self._outbox.append((job, GenerationStarted(time.monotonic())))
         active.begun = active.running = True

@@ -484,9 +484,10 @@ def test_texts_are_joined_and_split() -> None:
         concatenate([long, score(toys("piece", 3), "ab")])
     with pytest.raises(ConfigError, match="single segment"):
         split_holdout(made(np.zeros((1, 2))), 0.5)
+    raw = toy.settings(raw=True)
     with pytest.raises(ConfigError, match="single segment"):  # an answer and its end
-        split_holdout(score_answers(toy, [("ab", "c")], ends=True), 0.5)
-    for part in split_holdout(score_answers(toy, [("ab", "c"), ("b", "a")], ends=True), 0.01):
+        split_holdout(score_answers(toy, [("ab", "c")], settings=raw, ends=True), 0.5)
+    for part in split_holdout(score_answers(toy, [("ab", "c"), ("b", "a")], settings=raw, ends=True), 0.01):
         assert part.size
     with pytest.raises(ConfigError, match="between 0 and 1"):
         split_holdout(long, 1.0)

@@ -298,6 +298,16 @@ def test_an_envelope_that_is_too_large_is_refused_and_nothing_is_sampled():
         check(ensemble, "ab", samples=100, options={"rule": rule, "raw": True})
 
 
+@pytest.mark.parametrize("draft", [None, "m0", "lookup"])
+def test_greedy_refuses_an_envelope_that_is_too_large_too(draft):
+    ensemble = make_ensemble([fixed({b"a": 0.6, b"b": 0.4}), fixed({b"a": 0.1, b"c": 0.9})], [0.6, 0.4])
+    rule = Combination.of(largest, too_large, name="mine")
+    generation = ensemble.stream("ab", rule=rule, raw=True, method="greedy", draft=draft)
+    with pytest.raises(ConfigError, match="bounds of rule mine exceed"):
+        next(generation)
+    assert generation.completion.tokens == ()
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

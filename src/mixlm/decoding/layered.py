@@ -47,7 +47,7 @@ from mixlm.decoding.cost_model import (
     together_seconds,
 )
 from mixlm.decoding.drafts import Draft, LookupDraft, MemberDraft, NoDraft, build_draft
-from mixlm.decoding.rule_position import SampledPosition
+from mixlm.decoding.rule_position import SampledPosition, checks_bounds
 from mixlm.generation.sequence import DecodeStep, Flow, SpeculationStats, Strategy
 from mixlm.generation.target import RuleTarget
 from mixlm.types import Floats
@@ -55,7 +55,6 @@ from mixlm.types import Floats
 BLOCKS = (1, 2, 3, 4, 6, 8)
 LOOKUP_BLOCKS = (1, 2, 3, 4)
 _EPOCH = 16  # positions
-_CHECKED = 4  # positions at which the bounds of a user's rule are checked first, and then one in every epoch
 _MIN_GAIN = 0.97  # a plan must be this much cheaper than one without drafts
 _TRIAL_INTERVAL = 64  # steps after which plans are estimated with at least the acceptance rate of a trial
 _TRIAL_ACCEPTANCE = 0.9
@@ -120,7 +119,6 @@ class Layered:
         self._epoch = -1
         self._ranking: list[int] = []
         self._order_by_count: dict[int, bool] = {}
-        self._is_unproven = is_unproven(target.rule)
 
     def __call__(self, step: DecodeStep) -> Flow:
         """Choose the symbols of a block."""
@@ -134,7 +132,7 @@ class Layered:
                 current,
                 self._target,
                 self._order(current.noise.position, taking_part) if self._has_order(taking_part) else None,
-                complete=self._is_checked(current.noise.position),
+                complete=checks_bounds(self._target.rule, current.noise.position),
                 together=plan.together,
             )
 
@@ -172,10 +170,6 @@ class Layered:
 
     def _learns_order(self, members: Sequence[int]) -> bool:
         return self._has_order(members) and not self._target.rule.speculates
-
-    def _is_checked(self, position: int) -> bool:
-        """Whether all members run to check the bounds: those of users' rules are not proven."""
-        return self._is_unproven and (position < _CHECKED or position % _EPOCH == 0)
 
     def _plan(self, step: DecodeStep, members: Sequence[int]) -> LayeredPlan:
         """Return the cheapest plan, by the times of forwards and what was decided and accepted so far."""
@@ -273,9 +267,3 @@ def has_envelope(rule: Combination, members: int) -> bool:
     if members < 2 or rule.first_member(weights) is not None:
         return False
     return rule.envelope(np.full((members, 2), 0.5), weights, [0]) is not None
-
-
-def is_unproven(rule: Combination) -> bool:
-    """Whether the bounds of a rule are a user's word."""
-    module = type(getattr(rule, "rule", rule)).__module__
-    return not module.startswith("mixlm.") or module.endswith(".function")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mixlm.core.combinations.base import TOLERANCE, Aligned, Unreported
+from mixlm.core.combinations.base import TOLERANCE, Aligned, Combination, Unreported
 from mixlm.decoding.blocks import Position, draft_block, verify
 from mixlm.decoding.drafts import NoDraft
 from mixlm.decoding.reports import TokenReport, unreported
@@ -21,6 +21,8 @@ from mixlm.generation.sequence import Choice, DecodeStep, Flow, SpeculationStats
 from mixlm.generation.target import RuleTarget, support
 from mixlm.types import Candidates, Floats, Ids, LogitsRow, TopKFilter
 
+_CHECKED = 4  # positions of a text at which the bounds of a user's rule are checked first, and then one in _INTERVAL
+_INTERVAL = 16
 _REPORT_TOLERANCE = 1e-3  # reports of one position come from several forwards, each rounded in its own way
 
 
@@ -157,6 +159,14 @@ class RulePosition(Position):
 
     def check(self, distribution: Candidates) -> None:
         """Check the bounds of the rule against its distribution. Raises ConfigError."""
+
+    def _require(self, holds: np.bool_ | npt.NDArray[np.bool_]) -> None:
+        if not holds.all():
+            raise ConfigError(
+                f"the bounds of rule {self.target.rule.name} exceed what it combines: its text would follow another "
+                "distribution",
+                "an envelope is never larger than the rule, whatever the other members say; mixlm check tests it",
+            )
 
     def _missing(self, rows: Sequence[int]) -> bool:
         return any(self.members[row] not in self.parts for row in rows)
@@ -336,20 +346,12 @@ class SampledPosition(DensePosition):
         self._bounds = symbols, bound
         return bound - before, bound
 
-    def _require(self, holds: np.bool_ | npt.NDArray[np.bool_]) -> None:
-        if not holds.all():
-            raise ConfigError(
-                f"the bounds of rule {self.target.rule.name} exceed what it combines: its text would follow another "
-                "distribution",
-                "an envelope is never larger than the rule, whatever the other members say; mixlm check tests it",
-            )
-
 
 class GreedyPosition(RulePosition):
     """A position whose symbol is the most likely one. Members come by weight, or in the order of their roles."""
 
     def __init__(self, step: DecodeStep, target: RuleTarget, *, together: bool = False) -> None:
-        super().__init__(step, target, together=together)
+        super().__init__(step, target, complete=checks_bounds(target.rule, step.noise.position), together=together)
         if target.has_bounds:
             self.stages = [[int(row)] for row in np.argsort(-self.weights, kind="stable")]
 
@@ -376,6 +378,19 @@ class GreedyPosition(RulePosition):
     def decide_all(self, distribution: Candidates) -> int:
         """Return the most likely symbol, the lowest of equally likely ones."""
         return _most_likely(distribution)
+
+    def check(self, distribution: Candidates) -> None:
+        """Raise ConfigError where another symbol is more likely than the one that was found certain."""
+        assert self._decided is not None
+        decided = distribution.logprobs[distribution.ids == self._decided[0]].max(initial=-np.inf)
+        self._require(decided >= distribution.logprobs.max() - _REPORT_TOLERANCE)
+
+
+def checks_bounds(rule: Combination, position: int) -> bool:
+    """Whether all members run at a position to check the bounds: those of users' rules are not proven."""
+    module = type(getattr(rule, "rule", rule)).__module__
+    is_proven = module.startswith("mixlm.") and not module.endswith(".function")
+    return not is_proven and (position < _CHECKED or position % _INTERVAL == 0)
 
 
 def dense(target: RuleTarget) -> Strategy:

@@ -161,6 +161,8 @@ def test_no_completion_beats_a_certain_winner(name):
         ("mean, T=0", [[0.8, 0.2, 0], [0, 0, 1]]),
         ("union, k 10", [[0.8, 0.2, 0], [0, 0, 1]]),
         ("contrastive", [[0.95, 0.03, 0.02], [0, 0, 1]]),
+        ("contrastive of the expert", [[0.5, 0.3, 0.2], [0, 0, 1]]),
+        ("guidance of the prompt", [[0.5, 0.3, 0.2], [0, 0, 1]]),
         ("defer", [[0.9, 0.1, 0], [0, 0, 1]]),
     ],
 )

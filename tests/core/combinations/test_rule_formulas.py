@@ -59,8 +59,9 @@ def test_means_are_plain_sums_and_products():
 
 def test_power_means_have_the_other_rules_as_limits():
     for rows, weights in random_cases(10, positive=True):
-        near = combination("power", strength=1e-7).combine(rows, weights)
-        np.testing.assert_allclose(near, combination("geometric").combine(rows, weights), atol=1e-5)
+        for r in (1e-7, 1e-14, 1e-20, -1e-14, -1e-300):
+            near = combination("power", strength=r).combine(rows, weights)
+            np.testing.assert_allclose(near, combination("geometric").combine(rows, weights), atol=1e-5)
         equal = np.full(len(rows), 1 / len(rows))
         for r, name in ((3000, "max"), (-3000, "min")):
             limit = combination("power", strength=r).combine(rows, equal)

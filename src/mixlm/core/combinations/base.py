@@ -384,8 +384,9 @@ def check_number(
     low = f"greater than {above:g}" if above is not None else f"from {minimum:g}" if minimum > -math.inf else ""
     high = f"{' and at most' if above is not None else ' to' if low else 'at most'} {maximum:g}"
     if maximum == math.inf:
-        low, high = low.replace(f"from {minimum:g}", f"{minimum:g} or more"), ""
+        low, high = low.replace(f"from {minimum:g}", f"of {minimum:g} or more"), ""
     allowed = f"a number {low}{high}".strip()
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    is_number = is_real and math.isfinite(value)
     if not is_number or not minimum <= value <= maximum or (above is not None and value <= above):
         raise ConfigError(f"{name} is {value!r}; for rule {rule} it must be {allowed}")

@@ -10,11 +10,11 @@ and C(u) = 0 elsewhere. Both papers take the most likely symbol or beams of it; 
 vocabulary, since a symbol that the amateur cannot generate would be infinitely good: refused. Temperature and
 truncation apply to C. The weights are not used.
 
-Envelope: after the expert, 1 for u where V = {u}, since C is a distribution on V. Otherwise 0: an amateur that is
-certain of u, and of nothing else in V, makes C(u) as small as one likes. With the amateur alone it is 0. C depends on
-proportions within V alone: engines that report their likeliest tokens decide it where what the expert leaves out is
-below α of its largest, and the amateur reports all of V. Cost: one forward of the expert where it is sure (no other
-symbol has α of its largest probability); else both, or drafts."""
+Envelope: after the expert, 1 for u where V = {u}, since C is a distribution on V, and C itself at β = 0. Otherwise
+0: an amateur that is certain of u, and of nothing else in V, makes C(u) as small as one likes. With the amateur
+alone it is 0. C depends on proportions within V alone: engines that report their likeliest tokens decide it where
+what the expert leaves out is below α of its largest, and the amateur reports all of V. Cost: one forward of the
+expert where it is sure (no other symbol has α of its largest probability); else both, or drafts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class Contrastive(Combination):
     roles: ClassVar[tuple[str, ...]] = ("expert", "amateur")
     shared_vocabulary: ClassVar[bool] = True
     speculates: ClassVar[bool] = True
-    is_product: ClassVar[bool] = True
     takes_reports: ClassVar[bool] = True
     strength: float = 0.5
     alpha: float = 0.1
@@ -78,6 +77,8 @@ class Contrastive(Combination):
         """Whether the expert finds several symbols plausible."""
         if 0 not in parts:
             return True
+        if self.strength == 0:
+            return False
         logprobs = parts[0].logprobs
         return int(np.count_nonzero(logprobs >= logprobs.max(initial=-np.inf) + self._log_alpha)) > 1
 
@@ -97,11 +98,17 @@ class Contrastive(Combination):
             decided = unreported.ceiling[0] < threshold and (possible[~plausible] < threshold).all()
             if not decided or (expert[plausible] < self.alpha * possible.max()).any():
                 return lower
+        needed = {0} if self.strength == 0 else {0, 1}
         if plausible.sum() == 1:
             lower[plausible] = 1.0
-        elif len(ran) == 2 and unreported is not None and not unreported.open[:, plausible].any():
+        elif needed <= {*ran} and (unreported is None or not unreported.open[list(needed)][:, plausible].any()):
             return self.combine(probs, weights)
         return lower
+
+    @property
+    def is_product(self) -> bool:  # type: ignore[override]
+        """Not where it is the expert's distribution."""
+        return self.strength != 0
 
     @property
     def _exponents(self) -> Floats:

@@ -50,6 +50,7 @@ from mixlm.errors import ConfigError
 from mixlm.types import Candidates, Floats
 
 _LARGE = 16.0  # probabilities below 1e-18 vanish in powers up to this one
+_SMALL = 1e-3  # below it, roots are of numbers near 1, which rounding would change, and bounds are nearly 0
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -73,8 +74,8 @@ class Power(Combination):
 
     @property
     def speculates(self) -> bool:  # type: ignore[override]
-        """Below 0, little is known early."""
-        return self.strength < 0
+        """Near and below 0, little is known early."""
+        return self.strength < _SMALL
 
     def combine(self, probs: Floats, weights: Floats) -> Floats:
         """Return the normalised power mean."""
@@ -92,6 +93,8 @@ class Power(Combination):
             return self._reports_bound(probs, weights, unreported)
         if self.strength < 0:
             return only_symbol(probs, ran, weights, unreported)
+        if self.strength < _SMALL:
+            return np.zeros(probs.shape[1])
         done, active = ran_mask(weights, ran), positive_members(weights)
         mean = self._mean(probs, weights, active & done)
         missing = weights * (active & ~done)
@@ -109,7 +112,7 @@ class Power(Combination):
 
     def first_member(self, weights: Floats) -> Floats | None:
         """Return the weights for r ≥ 1; below 1, in proportion to the most that each member can emit."""
-        if self.strength < 0:
+        if self.strength < _SMALL:
             return None
         if self.strength >= 1:
             return weights
@@ -157,6 +160,10 @@ class Power(Combination):
         if not members.any():
             return np.zeros(probs.shape[1])
         rows, shares = probs[members], weights[members]
+        if abs(self.strength) < _SMALL:
+            with np.errstate(divide="ignore", over="ignore"):
+                sums = shares @ np.expm1(self.strength * np.log(rows))
+                return np.asarray(np.exp(np.log1p(np.maximum(sums, -1.0)) / self.strength))
         if 0 < self.strength <= _LARGE:
             return np.asarray((shares @ rows**self.strength) ** (1 / self.strength))
         # Powers may overflow or vanish: they are taken of ratios.

@@ -10,7 +10,8 @@ nothing about it; one that the base cannot generate is impossible. Temperature a
 are not used.
 
 Envelope: 0, since the small models may make any symbol as unlikely as one likes; but where the base has one symbol
-left, that is certain. Cost: the base drafts, or is drafted for; the small models run at every position."""
+left, that is certain, and at β = 0 C is the base's distribution. Cost: the base drafts, or is drafted for; the small
+models run at every position."""
 
 from __future__ import annotations
 
@@ -34,7 +35,6 @@ class Proxy(Combination):
     roles: ClassVar[tuple[str, ...]] = ("base", "tuned", "untuned")
     minimum_members: ClassVar[int] = 3
     speculates: ClassVar[bool] = True
-    is_product: ClassVar[bool] = True
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -56,13 +56,20 @@ class Proxy(Combination):
 
     def is_open(self, parts: Mapping[int, Candidates], weights: Floats) -> bool:
         """Whether the base leaves several symbols."""
-        return leaves_several(parts, np.array([1.0, 0.0, 0.0]))
+        return self.strength != 0 and leaves_several(parts, np.array([1.0, 0.0, 0.0]))
 
     def bound(
         self, probs: Floats, weights: Floats, ran: Sequence[int], unreported: Unreported | None = None
     ) -> Floats | None:
         """Return certainty where the base has one symbol left, else nothing."""
+        if self.strength == 0:
+            return probs[0].copy() if 0 in ran else np.zeros(probs.shape[1])
         return only_symbol(probs, ran, np.array([1.0, 0.0, 0.0]), unreported)
+
+    @property
+    def is_product(self) -> bool:  # type: ignore[override]
+        """Not where it is the base's distribution."""
+        return self.strength != 0
 
     @property
     def _exponents(self) -> Floats:

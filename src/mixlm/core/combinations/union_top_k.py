@@ -52,7 +52,7 @@ class UnionTopK(Combination):
 
     def __post_init__(self) -> None:
         check_number(self.name, "k", self.k, minimum=1)
-        if int(self.k) != self.k:
+        if not isinstance(self.k, int | np.integer):
             raise ConfigError(f"k is {self.k!r}; for rule {self.name} it must be a whole number")
 
     @property

@@ -136,6 +136,7 @@ def test_a_file_names_the_rule_its_parameters_and_the_roles(tmp_path):
     ("text", "message"),
     [
         ('[combination]\nrule = "contrast"\n', r"combination.rule is 'contrast'"),
+        ('rule = "contrast"\n', r"toml: rule is 'contrast'"),
         ("[combination]\nstrength = 1.0\n", "combination.rule is missing"),
         ('[combination]\nrule = "power"\nexponent = 2.0\n', "unknown key 'combination.exponent'.*strength"),
         ("strength = 2.0\n", "write it below .combination"),

@@ -190,7 +190,8 @@ class EnsembleConfig(_Strict):
         if keys.get("rule") is not None:
             if keys.get("combination") is not None:
                 raise ValueError("rule and [combination] are both given")
-            keys["combination"] = {"rule": keys.pop("rule")}
+            if keys["rule"] in RULES:  # what is no rule is refused by the name that it was given
+                keys["combination"] = {"rule": keys.pop("rule")}
         combination = keys.get("combination")
         rule = combination.get("rule") if isinstance(combination, dict) else getattr(combination, "rule", None)
         if rule not in (None, "average"):

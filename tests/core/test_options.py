@@ -103,6 +103,8 @@ def test_another_rule_begins_with_its_own_parameters():
         ({"rule": "geometrical"}, "rule is 'geometrical'; it must be one of average, .*did you mean 'geometric'"),
         ({"rule": 3}, "rule is 3; it must be a name, a Combination, or a function"),
         ({"rule": "max", "strength": 2.0}, "strength is given, and rule max has no such parameter"),
+        ({"rule": "unite", "strength": 2.0}, "rule unite has no such parameter .it has no parameters"),
+        ({"rule": "defer", "alpha": 0.5}, "rule defer has no such parameter .its parameters are strength, by."),
         ({"rule": "geometric", "strength": 0.0}, "strength is 0"),
         ({"rule": "contrastive", "strength": "much"}, "strength is 'much'"),
         ({"rule": "contrastive", "form": "new"}, "form is 'new'; it must be one of weighted, original"),

@@ -25,6 +25,7 @@ from mixlm.core.grammar import MAX_CALLS, TOOL_CHOICES, Language, check_tool_cho
 from mixlm.core.rule_options import (
     AVERAGE_METHODS,
     PUBLISHED_GREEDY,
+    RULE_PARAMETERS,
     AnyRule,
     build_rule,
     check_method,
@@ -479,7 +480,6 @@ def without_rule(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in RULE_OPTIONS}
 
 
-RULE_PARAMETERS = ("strength", "alpha", "form", "by")
 RULE_OPTIONS = ("rule", "mix_then_truncate", *RULE_PARAMETERS)
 SAMPLING_OPTIONS: Mapping[str, OptionSpec] = specs(Sampling)
 OPTIONS: Mapping[str, OptionSpec] = {**specs(GenerationOptions), **SAMPLING_OPTIONS}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     AnyRule: TypeAlias = Rule | Combination | Callable[[Floats, Floats], Floats]
 else:
     AnyRule = Any
+# The parameters that are options; objects may have further ones.
+RULE_PARAMETERS = ("strength", "alpha", "form", "by")
 # The methods that sample the average, and no other rule.
 AVERAGE_METHODS = ("mixture", "speculative", "auto")
 # Published for the most likely token, so that temperature 0 is a way to sample them.
@@ -93,8 +95,11 @@ def build_rule(rule: AnyRule, parameters: Mapping[str, Any]) -> Combination:
         ConfigError: The rule has no such parameter, or a value is not allowed.
     """
     from mixlm.core.combinations import Combination, combination
+    from mixlm.core.combinations.registry import check_parameters, combination_class
 
     if isinstance(rule, str):
+        own = {parameter.name for parameter in fields(combination_class(rule))}
+        check_parameters(rule, parameters, [name for name in RULE_PARAMETERS if name in own])
         return combination(rule, **parameters)
     if parameters:
         raise ConfigError(

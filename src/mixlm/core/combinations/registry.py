@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -49,10 +49,14 @@ def combination(name: str, **parameters: Any) -> Combination:
         ConfigError: There is no such rule, it has no such parameter, or a value is not allowed.
     """
     rule = combination_class(name)
-    known = [parameter.name for parameter in fields(rule)]
-    for parameter in parameters:
+    check_parameters(name, parameters, [parameter.name for parameter in fields(rule)])
+    return rule(**parameters)
+
+
+def check_parameters(rule: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ConfigError where a parameter is not among those of a rule."""
+    for parameter in given:
         if parameter not in known:
             allowed = f"its parameters are {', '.join(known)}" if known else "it has no parameters"
             hint = did_you_mean(parameter, known) or allowed
-            raise ConfigError(f"{parameter} is given, and rule {name} has no such parameter", hint)
-    return rule(**parameters)
+            raise ConfigError(f"{parameter} is given, and rule {rule} has no such parameter", hint)
